@@ -13,7 +13,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = ["training", "dataset", "checkpoint", "scoring", "model"]
         .map(|f| format!("bradley/v1/{f}.proto"));
     // Includes the types of error details, so that clients that use reflection can decode them.
-    let files = files.into_iter().chain(["google/rpc/error_details.proto".to_owned()]);
+    let files = files
+        .into_iter()
+        .chain(["google/rpc/error_details.proto".to_owned()]);
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("bradley.bin"), prost_bytes(&descriptors))?;

@@ -35,7 +35,9 @@ fn kernel(name: &str) -> Kernel {
 }
 
 fn values(n: usize) -> Vec<f32> {
-    (0..n).map(|i| ((i * 7919) % 1000) as f32 / 1000.0 - 0.5).collect()
+    (0..n)
+        .map(|i| ((i * 7919) % 1000) as f32 / 1000.0 - 0.5)
+        .collect()
 }
 
 /// Repeats a small GEMM on every thread at the same time.
@@ -50,7 +52,15 @@ fn peak(bencher: Bencher, precision: &str) {
             let a = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
             let mut c = vec![0f32; m * n];
             for _ in 0..times {
-                matmul(m, n, &[Term::new(&a, View::f32(&b, n))], &mut c, n, false, Threads::One);
+                matmul(
+                    m,
+                    n,
+                    &[Term::new(&a, View::f32(&b, n))],
+                    &mut c,
+                    n,
+                    false,
+                    Threads::One,
+                );
             }
             divan::black_box(c);
         });
@@ -61,14 +71,23 @@ fn product(bencher: Bencher, precision: &str, m: usize, k: usize, n: usize, back
     let kernel = kernel(precision);
     let (a, b) = (values(m * k), values(k * n));
     let rounded: Vec<half::bf16> = b.iter().map(|x| half::bf16::from_f32(*x)).collect();
-    let b = if precision == "bf16" { Elements::Bf16(&rounded) } else { Elements::F32(&b) };
-    let view =
-        if backward { WeightView::new(b, n).plain() } else { WeightView::new(b, k).transposed() };
+    let b = if precision == "bf16" {
+        Elements::Bf16(&rounded)
+    } else {
+        Elements::F32(&b)
+    };
+    let view = if backward {
+        WeightView::new(b, n).plain()
+    } else {
+        WeightView::new(b, k).transposed()
+    };
     let mut c = vec![0f32; m * n];
-    bencher.counter(ItemsCount::new(2 * m * k * n)).bench_local(|| {
-        let a = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
-        matmul(m, n, &[Term::new(&a, view)], &mut c, n, false, Threads::All);
-    });
+    bencher
+        .counter(ItemsCount::new(2 * m * k * n))
+        .bench_local(|| {
+            let a = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
+            matmul(m, n, &[Term::new(&a, view)], &mut c, n, false, Threads::All);
+        });
 }
 
 #[divan::bench(args = PRECISIONS)]
@@ -104,18 +123,28 @@ fn head_390x576x49152(bencher: Bencher, precision: &str) {
     let (n, c, v) = (390, 576, 49152);
     let (h, w) = (values(n * c), values(v * c));
     let rounded: Vec<half::bf16> = w.iter().map(|x| half::bf16::from_f32(*x)).collect();
-    let w = if precision == "bf16" { Elements::Bf16(&rounded) } else { Elements::F32(&w) };
+    let w = if precision == "bf16" {
+        Elements::Bf16(&rounded)
+    } else {
+        Elements::F32(&w)
+    };
     let targets: Vec<u32> = (0..n as u32).collect();
-    let options = HeadOptions { distribution: true, gradient: true, trained: None };
-    bencher.counter(ItemsCount::new(4 * n * c * v)).bench_local(|| {
-        let input = HeadInput {
-            kernel: kernel(precision),
-            h: &h,
-            w: WeightView::new(w, c),
-            targets: &targets,
-        };
-        head(input, options)
-    });
+    let options = HeadOptions {
+        distribution: true,
+        gradient: true,
+        trained: None,
+    };
+    bencher
+        .counter(ItemsCount::new(4 * n * c * v))
+        .bench_local(|| {
+            let input = HeadInput {
+                kernel: kernel(precision),
+                h: &h,
+                w: WeightView::new(w, c),
+                targets: &targets,
+            };
+            head(input, options)
+        });
 }
 
 fn pair() -> (RowLayout, Heads, usize) {
@@ -124,17 +153,33 @@ fn pair() -> (RowLayout, Heads, usize) {
     let seen: usize = layout
         .segments
         .iter()
-        .map(|s| (0..s.tokens.len()).map(|i| s.prefix.len() + i + 1).sum::<usize>())
+        .map(|s| {
+            (0..s.tokens.len())
+                .map(|i| s.prefix.len() + i + 1)
+                .sum::<usize>()
+        })
         .sum();
-    (layout, Heads { query: 9, key: 3, dim: 64, window: None, scale: 0.125 }, seen)
+    (
+        layout,
+        Heads {
+            query: 9,
+            key: 3,
+            dim: 64,
+            window: None,
+            scale: 0.125,
+        },
+        seen,
+    )
 }
 
 #[divan::bench(args = PRECISIONS)]
 fn attention_forward_550(bencher: Bencher, precision: &str) {
     let (layout, heads, seen) = pair();
     let qkv = values(layout.tokens() * heads.row());
-    let (mut out, mut lse) =
-        (vec![0f32; layout.tokens() * heads.width()], vec![0f32; layout.tokens() * heads.query]);
+    let (mut out, mut lse) = (
+        vec![0f32; layout.tokens() * heads.width()],
+        vec![0f32; layout.tokens() * heads.query],
+    );
     bencher
         .counter(ItemsCount::new(4 * seen * heads.width()))
         .bench_local(|| attention(kernel(precision), &qkv, heads, &layout, &mut out, &mut lse));
@@ -144,14 +189,26 @@ fn attention_forward_550(bencher: Bencher, precision: &str) {
 fn attention_backward_550(bencher: Bencher, precision: &str) {
     let (layout, heads, seen) = pair();
     let qkv = values(layout.tokens() * heads.row());
-    let (mut out, mut lse) =
-        (vec![0f32; layout.tokens() * heads.width()], vec![0f32; layout.tokens() * heads.query]);
+    let (mut out, mut lse) = (
+        vec![0f32; layout.tokens() * heads.width()],
+        vec![0f32; layout.tokens() * heads.query],
+    );
     attention(kernel(precision), &qkv, heads, &layout, &mut out, &mut lse);
     let g = values(out.len());
     let mut dqkv = vec![0f32; qkv.len()];
-    bencher.counter(ItemsCount::new(10 * seen * heads.width())).bench_local(|| {
-        attention_backward(kernel(precision), &qkv, heads, &layout, (&out, &lse), &g, &mut dqkv)
-    });
+    bencher
+        .counter(ItemsCount::new(10 * seen * heads.width()))
+        .bench_local(|| {
+            attention_backward(
+                kernel(precision),
+                &qkv,
+                heads,
+                &layout,
+                (&out, &lse),
+                &g,
+                &mut dqkv,
+            )
+        });
 }
 
 /// Element-wise kernels, in bytes read and written.
@@ -159,7 +216,9 @@ fn attention_backward_550(bencher: Bencher, precision: &str) {
 fn rms_norm_550x576(bencher: Bencher) {
     let (x, w) = (values(550 * 576), values(576));
     let mut y = vec![0f32; x.len()];
-    bencher.counter(BytesCount::new(8 * x.len())).bench_local(|| rms_norm(&x, &w, 1e-5, &mut y));
+    bencher
+        .counter(BytesCount::new(8 * x.len()))
+        .bench_local(|| rms_norm(&x, &w, 1e-5, &mut y));
 }
 
 #[divan::bench]

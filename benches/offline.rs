@@ -35,14 +35,19 @@ use bradley::train::trainer::{Status, Trainer, TrainerInput};
 
 fn main() -> anyhow::Result<()> {
     bradley::cli::tune_allocator();
-    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let args: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| a != "--bench")
+        .collect();
     let [model, pairs, mode, precision, batch, rest @ ..] = args.as_slice() else {
         // `cargo bench` starts every benchmark without arguments. This one then does nothing.
         println!("offline: started by benches/compare.py");
         return Ok(());
     };
     let max_length = rest.first().map_or(Ok(512), |s| s.parse())?;
-    let row_tokens = rest.get(1).map_or(Ok(BatchConfig::default().row_tokens), |s| s.parse())?;
+    let row_tokens = rest
+        .get(1)
+        .map_or(Ok(BatchConfig::default().row_tokens), |s| s.parse())?;
     let precision = Precision::parse(precision)
         .ok_or_else(|| anyhow::anyhow!("the precision is f32 or bf16"))?;
     let loaded = load_model(None, model, &Default::default())?;
@@ -62,8 +67,9 @@ fn main() -> anyhow::Result<()> {
     };
     let encoder = PairEncoder::new(&tokenizer, max_length, Truncation::KeepStart);
     let rows = read_rows(pairs.as_ref(), DatasetFormat::Jsonl)?;
-    let all: Vec<EncodedPair> =
-        rows.filter_map(|row| encoder.encode_row(&row.ok()?).ok()).collect();
+    let all: Vec<EncodedPair> = rows
+        .filter_map(|row| encoder.encode_row(&row.ok()?).ok())
+        .collect();
     let mut cache = ReferenceCache::new(1 << 24);
     println!("ready {}", all.len());
     if mode == "lengths" {
@@ -77,7 +83,13 @@ fn main() -> anyhow::Result<()> {
             cache = ReferenceCache::new(1 << 24);
         }
         let start = Instant::now();
-        let spec = spec(mode == "train-lora", batch.parse()?, max_length, row_tokens, precision);
+        let spec = spec(
+            mode == "train-lora",
+            batch.parse()?,
+            max_length,
+            row_tokens,
+            precision,
+        );
         let (seconds, first_step) = match mode.as_str() {
             "score" => (score(&base, chosen, &cache)?, 0.0),
             _ => train(&base, chosen, spec.clone(), &tokenizer, &cache)?,
@@ -88,7 +100,11 @@ fn main() -> anyhow::Result<()> {
             start.elapsed().as_secs_f64(),
             chosen.len(),
             gflop(&base, chosen, mode),
-            gflop(&base, &chosen[..spec.batch.batch_size.min(chosen.len())], mode),
+            gflop(
+                &base,
+                &chosen[..spec.batch.batch_size.min(chosen.len())],
+                mode
+            ),
             peak_bytes(&base),
             estimated(&base, chosen, mode, &spec),
         );
@@ -102,8 +118,15 @@ fn peak_bytes(policy: &Policy) -> u64 {
         return bytes;
     }
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap_or_default();
-    line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or_default() * 1024
+    let line = status
+        .lines()
+        .find(|l| l.starts_with("VmHWM:"))
+        .unwrap_or_default();
+    line.split_whitespace()
+        .nth(1)
+        .and_then(|n| n.parse::<u64>().ok())
+        .unwrap_or_default()
+        * 1024
 }
 
 /// LoRA of rank 16 on all linear layers.
@@ -124,7 +147,11 @@ fn spec(
     precision: Precision,
 ) -> TrainingSpec {
     TrainingSpec {
-        method: if is_lora { Method::Lora(lora()) } else { Method::Full },
+        method: if is_lora {
+            Method::Lora(lora())
+        } else {
+            Method::Full
+        },
         batch: BatchConfig {
             batch_size,
             max_length,
@@ -133,7 +160,10 @@ fn spec(
             shuffle: false,
             ..BatchConfig::default()
         },
-        run: RunConfig { save_steps: 0, ..RunConfig::default() },
+        run: RunConfig {
+            save_steps: 0,
+            ..RunConfig::default()
+        },
         precision: Some(precision),
         ..TrainingSpec::default()
     }
@@ -173,7 +203,10 @@ fn train(
     let input = TrainerInput {
         spec,
         policy,
-        reference: Reference::Frozen { policy: base.clone(), identity: "base".into() },
+        reference: Reference::Frozen {
+            policy: base.clone(),
+            identity: "base".into(),
+        },
         train: pairs.to_vec(),
         eval: Vec::new(),
         checkpoints: folder.path().to_owned(),
@@ -185,7 +218,11 @@ fn train(
     };
     let mut trainer = Trainer::new(input)?;
     let (start, total) = (Instant::now(), trainer.total_steps());
-    let mut host = RunContext { cache, yield_point: &mut || {}, emit: &mut |_| {} };
+    let mut host = RunContext {
+        cache,
+        yield_point: &mut || {},
+        emit: &mut |_| {},
+    };
     let mut first_step = None;
     // The final checkpoint is not part of the measurement, as for TRL.
     while trainer.step() < total && trainer.advance(&mut host)? == Status::Working {
@@ -200,8 +237,10 @@ fn train(
 /// Measures the seconds per token of scoring one row, by the row's length. Only the cost of
 /// attention grows with the length.
 fn lengths(base: &Policy, pairs: &[EncodedPair]) -> anyhow::Result<()> {
-    let text: Vec<u32> =
-        pairs.iter().flat_map(|p| p.prompt.iter().chain(&p.chosen).copied()).collect();
+    let text: Vec<u32> = pairs
+        .iter()
+        .flat_map(|p| p.prompt.iter().chain(&p.chosen).copied())
+        .collect();
     for n in [64, 128, 256, 512, 1024, 2048, 4096] {
         let row = [SequenceGroup {
             prompt: text[..n / 2].to_vec(),
@@ -231,9 +270,16 @@ fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
     let head = (spec.vocab_size * spec.hidden_size) as f64;
     // The embedding is a lookup, not a GEMM. An untied head is counted separately.
     let linear = base.config.parameter_count() as f64
-        - if spec.tie_word_embeddings { head } else { 2.0 * head };
-    let heads =
-        spec.blocks.iter().map(|block| block.attention().query_width()).sum::<usize>() as f64;
+        - if spec.tie_word_embeddings {
+            head
+        } else {
+            2.0 * head
+        };
+    let heads = spec
+        .blocks
+        .iter()
+        .map(|block| block.attention().query_width())
+        .sum::<usize>() as f64;
     // Cost of the blocks, the head and attention, in units of one forward pass.
     let (blocks, heads_passes, attention) = match mode {
         "train-lora" => (3.0, 3.0, 4.5),
@@ -241,8 +287,11 @@ fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
         _ => (2.0, 2.0, 2.0),
     };
     let of = |p: &EncodedPair| {
-        let (prompt, a, b) =
-            (p.prompt.len() as f64, p.chosen.len() as f64, p.rejected.len() as f64);
+        let (prompt, a, b) = (
+            p.prompt.len() as f64,
+            p.chosen.len() as f64,
+            p.rejected.len() as f64,
+        );
         let seen = prompt * prompt / 2.0 + a * (prompt + a / 2.0) + b * (prompt + b / 2.0);
         2.0 * linear * blocks * p.packed_tokens() as f64
             + 2.0 * head * heads_passes * (a + b)
@@ -257,8 +306,17 @@ fn estimated(base: &Policy, pairs: &[EncodedPair], mode: &str, spec: &TrainingSp
         return 0;
     }
     let lengths = Lengths::of(pairs, spec.batch.batch_size);
-    let bytes = if base.precision == Precision::Bf16 { 2 } else { 4 };
-    let (Ok(plan) | Err(plan)) =
-        plan(&base.config, spec, lengths, u64::MAX, MemoryKind::of(&base.device));
+    let bytes = if base.precision == Precision::Bf16 {
+        2
+    } else {
+        4
+    };
+    let (Ok(plan) | Err(plan)) = plan(
+        &base.config,
+        spec,
+        lengths,
+        u64::MAX,
+        MemoryKind::of(&base.device),
+    );
     base.config.parameter_count() as u64 * bytes + plan.total()
 }

@@ -38,7 +38,10 @@ pub fn main() -> ExitCode {
     if let Command::Decode { path } = &cli.command {
         return decode(path);
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(e) => {
             return ExitCode::from(report(Failure::Failed(format!(
@@ -72,9 +75,10 @@ async fn run(cli: Cli) -> Outcome {
             false => Err(Failure::Failed(format!("{} is not serving", server.server))),
         },
         Command::Tokens(command) => tokens::run(command, output).await,
-        Command::Decode { path } => {
-            Err(Failure::Usage(format!("{} is decoded without a runtime", path.display())))
-        }
+        Command::Decode { path } => Err(Failure::Usage(format!(
+            "{} is decoded without a runtime",
+            path.display()
+        ))),
     }
 }
 
@@ -84,7 +88,11 @@ fn decode(path: &std::path::Path) -> ExitCode {
     let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
     limit(libc::RLIMIT_AS, apart::MEMORY, apart::MEMORY);
     // The soft limit sends SIGXCPU, which the server can tell from a kill.
-    limit(libc::RLIMIT_CPU, apart::seconds(bytes), apart::seconds(bytes) + 5);
+    limit(
+        libc::RLIMIT_CPU,
+        apart::seconds(bytes),
+        apart::seconds(bytes) + 5,
+    );
     limit(libc::RLIMIT_CORE, 0, 0);
     // If memory runs out, the kernel should kill this process, not the server. The write may fail
     // where /proc is not writable.
@@ -101,16 +109,25 @@ fn decode(path: &std::path::Path) -> ExitCode {
 }
 
 fn limit(resource: libc::__rlimit_resource_t, soft: u64, hard: u64) {
-    let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+    let limit = libc::rlimit {
+        rlim_cur: soft,
+        rlim_max: hard,
+    };
     // SAFETY: the call reads one struct that lives as long as it.
     unsafe { libc::setrlimit(resource, &raw const limit) };
 }
 
 async fn serve_command(args: ServeArgs) -> Outcome {
     let bad = |v: crate::domain::violation::Violations| {
-        let lines: Vec<String> =
-            v.listed().iter().map(|v| format!("  {} {}", v.field, v.description)).collect();
-        Failure::Usage(format!("these settings cannot be used:\n{}", lines.join("\n")))
+        let lines: Vec<String> = v
+            .listed()
+            .iter()
+            .map(|v| format!("  {} {}", v.field, v.description))
+            .collect();
+        Failure::Usage(format!(
+            "these settings cannot be used:\n{}",
+            lines.join("\n")
+        ))
     };
     let sources = Sources::collect(args.config.as_deref(), args.flags).map_err(bad)?;
     let settings = Settings::resolve(&sources).map_err(bad)?;

@@ -70,7 +70,9 @@ struct EngineState {
 impl Clone for Engine {
     fn clone(&self) -> Self {
         self.shared.queue.add_handle();
-        Engine { shared: self.shared.clone() }
+        Engine {
+            shared: self.shared.clone(),
+        }
     }
 }
 
@@ -96,14 +98,23 @@ impl Drop for WorkerEndGuard {
 /// memory limit.
 pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
     let bytes = policy_cache::weight_bytes(options.precision);
-    let needed: u64 = models.iter().map(|m| m.config.parameter_count() as u64 * bytes).sum();
+    let needed: u64 = models
+        .iter()
+        .map(|m| m.config.parameter_count() as u64 * bytes)
+        .sum();
     let places = open_devices(&options, &models, needed)?;
     let names: Vec<String> = places.iter().map(|(device, _)| device.name()).collect();
     tracing::info!(devices = names.join(","), "computing on these devices");
-    let loaded =
-        BaseModels::load(models, places[0].0.clone(), &names.join(","), options.precision)?;
-    let all: Vec<Arc<BaseModels>> =
-        places.iter().map(|(device, _)| Arc::new(loaded.on(device.clone()))).collect();
+    let loaded = BaseModels::load(
+        models,
+        places[0].0.clone(),
+        &names.join(","),
+        options.precision,
+    )?;
+    let all: Vec<Arc<BaseModels>> = places
+        .iter()
+        .map(|(device, _)| Arc::new(loaded.on(device.clone())))
+        .collect();
     // Runs on GPUs share the host memory. On the CPU each worker has a fixed part of it.
     let on_gpu = places.iter().any(|(device, _)| device.memory().is_some());
     let host = if on_gpu {
@@ -137,11 +148,18 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         let training = i.is_multiple_of(group).then(|| {
             let members = &places[i..(i + group).min(places.len())];
             // A run needs the same amount on each device, so the smallest one decides.
-            let least = members.iter().map(|(_, available)| *available).min().unwrap_or_default();
+            let least = members
+                .iter()
+                .map(|(_, available)| *available)
+                .min()
+                .unwrap_or_default();
             if least > available {
                 (roomiest, available) = (i, least);
             }
-            let helpers = members[1..].iter().map(|(device, _)| device.clone()).collect();
+            let helpers = members[1..]
+                .iter()
+                .map(|(device, _)| device.clone())
+                .collect();
             worker::TrainingResources {
                 memory: least.saturating_sub(base_models.needed()),
                 helpers,
@@ -203,7 +221,9 @@ fn label(devices: &[String], worker: usize) -> String {
 
 /// Refuses models whose heads are wider than the device's kernels support.
 fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(), EngineError> {
-    let Some(limit) = device.max_head_dim() else { return Ok(()) };
+    let Some(limit) = device.max_head_dim() else {
+        return Ok(());
+    };
     match models.iter().find(|m| m.config.spec.head_dim() > limit) {
         None => Ok(()),
         Some(m) => Err(EngineError::Weights(format!(
@@ -247,10 +267,15 @@ fn open_devices(
                 places.push((device, available));
                 continue;
             }
-            let setting =
-                if device.memory().is_some() { "device_memory_limit" } else { "memory_limit" };
-            let remedy =
-                format!("on {}: load fewer or smaller models, or raise {setting}", device.name());
+            let setting = if device.memory().is_some() {
+                "device_memory_limit"
+            } else {
+                "memory_limit"
+            };
+            let remedy = format!(
+                "on {}: load fewer or smaller models, or raise {setting}",
+                device.name()
+            );
             let e = EngineError::OutOfMemory {
                 needed_mib: needed >> 20,
                 available_mib: available >> 20,
@@ -409,7 +434,11 @@ impl Engine {
                 // plan.
                 let (Ok(leanest) | Err(leanest)) = plan_within(0);
                 let minimum = extra.device + leanest.total().min(granted.total());
-                Ok(Needs { extra: extra.device, minimum, host })
+                Ok(Needs {
+                    extra: extra.device,
+                    minimum,
+                    host,
+                })
             }
             Err(least) => {
                 let setting = base_models.memory_setting();
@@ -442,7 +471,14 @@ impl Engine {
         spec: &TrainingSpec,
         lengths: Lengths,
     ) -> Result<Extra, EngineError> {
-        needs::extra(&self.shared.base_models, model, reference, spec, lengths, self.memory_kind())
+        needs::extra(
+            &self.shared.base_models,
+            model,
+            reference,
+            spec,
+            lengths,
+            self.memory_kind(),
+        )
     }
 
     fn memory_kind(&self) -> MemoryKind {
@@ -496,7 +532,10 @@ impl Engine {
         dtype: ElementType,
         out: &Path,
     ) -> Result<(), EngineError> {
-        let layout = Layout { dtype, shard_bytes: export::SHARD_BYTES };
+        let layout = Layout {
+            dtype,
+            shard_bytes: export::SHARD_BYTES,
+        };
         let (model, adapter) = match weights {
             WeightsRef::Base { model }
             | WeightsRef::Full { model, .. }
@@ -508,8 +547,13 @@ impl Engine {
         };
         let base_models = &self.shared.base_models;
         let base = base_models.get(model)?;
-        let (config, unusable) = (&base.policy.config, |e: ModelError| EngineError::unusable(&e));
-        let adapter = adapter.map(|dir| peft::load(dir, config)).transpose().map_err(unusable)?;
+        let (config, unusable) = (&base.policy.config, |e: ModelError| {
+            EngineError::unusable(&e)
+        });
+        let adapter = adapter
+            .map(|dir| peft::load(dir, config))
+            .transpose()
+            .map_err(unusable)?;
         let source = match weights {
             WeightsRef::Full { dir, .. } => {
                 Some(Weights::open_safetensors(&dir.join(export::WEIGHTS_FILE)).map_err(unusable)?)

@@ -10,7 +10,11 @@ pub mod score;
 
 /// Returns log σ(x), without overflow.
 pub fn log_sigmoid(x: f64) -> f64 {
-    if x >= 0.0 { -(-x).exp().ln_1p() } else { x - x.exp().ln_1p() }
+    if x >= 0.0 {
+        -(-x).exp().ln_1p()
+    } else {
+        x - x.exp().ln_1p()
+    }
 }
 
 /// Returns σ(x) = 1 / (1 + e^(−x)), without overflow.

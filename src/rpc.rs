@@ -112,7 +112,9 @@ pub async fn serve(
     let models = ModelServiceServer::new(model::Models(service.server.clone()))
         .max_decoding_message_size(max);
     for name in service_names() {
-        health.set_service_status(name, tonic_health::ServingStatus::Serving).await;
+        health
+            .set_service_status(name, tonic_health::ServingStatus::Serving)
+            .await;
     }
 
     let reflection = || {
@@ -126,7 +128,9 @@ pub async fn serve(
         .http2_max_header_list_size(MAX_HEADERS)
         .max_concurrent_streams(MAX_STREAMS);
     if let Some(age) = options.max_connection_age {
-        builder = builder.max_connection_age(age).max_connection_age_grace(AGE_GRACE);
+        builder = builder
+            .max_connection_age(age)
+            .max_connection_age_grace(AGE_GRACE);
     }
     let router = builder
         .layer(observe::ObserveLayer)
@@ -157,7 +161,9 @@ pub async fn serve(
     tracing::info!("draining");
     let began = Instant::now();
     for name in service_names() {
-        health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
+        health
+            .set_service_status(name, tonic_health::ServingStatus::NotServing)
+            .await;
     }
     // Calls continue while the service drains. Event streams end when it has drained.
     tokio::select! {
@@ -165,7 +171,10 @@ pub async fn serve(
         result = &mut server => return Ok(result?),
     }
     stop.send_replace(true);
-    let left = options.drain_timeout.saturating_sub(began.elapsed()).max(MIN_FINAL_GRACE);
+    let left = options
+        .drain_timeout
+        .saturating_sub(began.elapsed())
+        .max(MIN_FINAL_GRACE);
     match tokio::time::timeout(left, server).await {
         Ok(result) => result?,
         Err(_) => tracing::warn!("open calls did not end in time: their connections are closed"),

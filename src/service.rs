@@ -127,8 +127,11 @@ impl Service {
     /// the database, the data directory or the artifact store cannot be opened.
     pub async fn open(engine: Engine, options: ServiceOptions) -> Result<Service> {
         let (store, artifacts) = open_data(&options).await?;
-        let (shutdown, runs, slow_tasks) =
-            (Shutdown::default(), RunRegistry::default(), Limiter::new(MAX_SLOW_TASKS));
+        let (shutdown, runs, slow_tasks) = (
+            Shutdown::default(),
+            RunRegistry::default(),
+            Limiter::new(MAX_SLOW_TASKS),
+        );
         let template_date = TemplateDate(options.template_date);
         let tokens = TokenService::new(store.clone());
         let events = EventFeed::new(store.clone(), tokens.clone(), shutdown.clone());
@@ -200,7 +203,9 @@ impl Service {
         };
         let start =
             |runner: JobRunner| tokio::spawn(async move { runner.run_until_drained().await });
-        let runners = (0..engine.concurrent_runs()).map(|_| start(runner.clone())).collect();
+        let runners = (0..engine.concurrent_runs())
+            .map(|_| start(runner.clone()))
+            .collect();
         Ok(Service {
             jobs,
             checkpoints: CheckpointService {
@@ -281,7 +286,10 @@ fn lock(root: &Path) -> Result<File> {
                 "another server uses the data directory {}: stop it, or give each its own",
                 root.display()
             );
-            Err(ServiceError::FailedPrecondition { reason: Reason::DataDirInUse, message })
+            Err(ServiceError::FailedPrecondition {
+                reason: Reason::DataDirInUse,
+                message,
+            })
         }
         Err(TryLockError::Error(e)) => Err(failed(&path, e)),
     }

@@ -129,10 +129,16 @@ impl clap::FromArgMatches for ServeArgs {
         let mut flags = BTreeMap::new();
         for (name, ..) in SETTINGS {
             if let Some(values) = m.get_many::<String>(name) {
-                flags.insert(name.to_string(), values.cloned().collect::<Vec<_>>().join(","));
+                flags.insert(
+                    name.to_string(),
+                    values.cloned().collect::<Vec<_>>().join(","),
+                );
             }
         }
-        Ok(ServeArgs { config: m.get_one::<PathBuf>("config").cloned(), flags })
+        Ok(ServeArgs {
+            config: m.get_one::<PathBuf>("config").cloned(),
+            flags,
+        })
     }
 
     fn update_from_arg_matches(&mut self, m: &clap::ArgMatches) -> Result<(), clap::Error> {
@@ -148,17 +154,28 @@ impl Args for ServeArgs {
             .value_name("FILE")
             .value_parser(clap::value_parser!(PathBuf))
             .help("A TOML file with settings [env: BRADLEY_CONFIG]");
-        SETTINGS.iter().fold(command.arg(config), |command, (name, default, help)| {
-            let default =
-                if default.is_empty() { String::new() } else { format!(" [default: {default}]") };
-            let action =
-                if *name == "models" { clap::ArgAction::Append } else { clap::ArgAction::Set };
-            let arg = clap::Arg::new(*name)
-                .long(name.replace('_', "-"))
-                .value_name("VALUE")
-                .action(action);
-            command.arg(arg.help(format!("{help}{default} [env: BRADLEY_{}]", name.to_uppercase())))
-        })
+        SETTINGS
+            .iter()
+            .fold(command.arg(config), |command, (name, default, help)| {
+                let default = if default.is_empty() {
+                    String::new()
+                } else {
+                    format!(" [default: {default}]")
+                };
+                let action = if *name == "models" {
+                    clap::ArgAction::Append
+                } else {
+                    clap::ArgAction::Set
+                };
+                let arg = clap::Arg::new(*name)
+                    .long(name.replace('_', "-"))
+                    .value_name("VALUE")
+                    .action(action);
+                command.arg(arg.help(format!(
+                    "{help}{default} [env: BRADLEY_{}]",
+                    name.to_uppercase()
+                )))
+            })
     }
 
     fn augment_args_for_update(command: clap::Command) -> clap::Command {
@@ -179,10 +196,20 @@ pub struct ServerArgs {
     #[arg(long, value_name = "FILE", env = "BRADLEY_TLS_SERVER_CA")]
     pub tls_server_ca: Option<PathBuf>,
     /// The client's own certificate (PEM), for servers that ask for one.
-    #[arg(long, value_name = "FILE", requires = "tls_client_key", env = "BRADLEY_TLS_CLIENT_CERT")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "tls_client_key",
+        env = "BRADLEY_TLS_CLIENT_CERT"
+    )]
     pub tls_client_cert: Option<PathBuf>,
     /// The key of the client's certificate (PEM).
-    #[arg(long, value_name = "FILE", requires = "tls_client_cert", env = "BRADLEY_TLS_CLIENT_KEY")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "tls_client_cert",
+        env = "BRADLEY_TLS_CLIENT_KEY"
+    )]
     pub tls_client_key: Option<PathBuf>,
 }
 
@@ -193,7 +220,10 @@ impl ServerArgs {
             address: self.server.clone(),
             token: self.token.clone(),
             tls_ca: self.tls_server_ca.clone(),
-            tls_identity: self.tls_client_cert.clone().zip(self.tls_client_key.clone()),
+            tls_identity: self
+                .tls_client_cert
+                .clone()
+                .zip(self.tls_client_key.clone()),
         }
     }
 }

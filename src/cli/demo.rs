@@ -35,7 +35,9 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
     line("1. The model");
     let (given, for_model) = (args.model.clone(), sources.clone());
     let source = tokio::task::spawn_blocking(move || {
-        model::find(given, &for_model, &hub(&for_model), &|text| line(&format!("   {text}")))
+        model::find(given, &for_model, &hub(&for_model), &|text| {
+            line(&format!("   {text}"))
+        })
     })
     .await
     .map_err(|e| failed(&e))?
@@ -44,11 +46,24 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
 
     line("2. The server");
     let temporary = tempfile::tempdir().map_err(|e| failed(&e))?;
-    let data_dir = args.data_dir.clone().unwrap_or_else(|| temporary.path().join("data"));
-    let server =
-        DemoServer::start(&source, &data_dir, [&args.precision, &args.device], &sources).await?;
+    let data_dir = args
+        .data_dir
+        .clone()
+        .unwrap_or_else(|| temporary.path().join("data"));
+    let server = DemoServer::start(
+        &source,
+        &data_dir,
+        [&args.precision, &args.device],
+        &sources,
+    )
+    .await?;
     let client = server.client().await?;
-    let models = client.models().list_models(pb::ListModelsRequest {}).await?.into_inner().models;
+    let models = client
+        .models()
+        .list_models(pb::ListModelsRequest {})
+        .await?
+        .into_inner()
+        .models;
     for m in &models {
         line(&format!(
             "   {} serves {} ({:.0}M parameters, {}) on {}",
@@ -99,7 +114,10 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
         .await?;
     view.finish();
     if end.to() != pb::JobState::Succeeded {
-        return Err(Failure::Failed(format!("{} ended: {}", job.name, end.reason)));
+        return Err(Failure::Failed(format!(
+            "{} ended: {}",
+            job.name, end.reason
+        )));
     }
 
     line("5. The held-out pairs, scored through the service");
@@ -114,16 +132,29 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
         ]
     };
     line(&super::output::table(
-        &["held-out pairs", "accuracy", "mean Pr(chosen ≻ rejected)", "mean margin"],
-        vec![row("before training", &before), row("after training", &after)],
+        &[
+            "held-out pairs",
+            "accuracy",
+            "mean Pr(chosen ≻ rejected)",
+            "mean margin",
+        ],
+        vec![
+            row("before training", &before),
+            row("after training", &after),
+        ],
     ));
     line(
         "   Before training the policy is its own reference: every margin is 0, and a tie counts half.",
     );
 
     server.stop().await?;
-    let peak = peak_memory_mib().map(|m| format!(", peak memory {m} MiB")).unwrap_or_default();
-    line(&format!("   {:.0} seconds in all{peak}", start.elapsed().as_secs_f64()));
+    let peak = peak_memory_mib()
+        .map(|m| format!(", peak memory {m} MiB"))
+        .unwrap_or_default();
+    line(&format!(
+        "   {:.0} seconds in all{peak}",
+        start.elapsed().as_secs_f64()
+    ));
     line(&closing(&source, args.data_dir.as_deref(), &job.name));
     Ok(())
 }
@@ -191,17 +222,24 @@ impl DemoServer {
                 .collect(),
         };
         let settings = Settings::resolve(&own).map_err(|e| Failure::Failed(e.to_string()))?;
-        let listener =
-            TcpListener::bind(settings.listen).await.map_err(|e| Failure::Failed(e.to_string()))?;
+        let listener = TcpListener::bind(settings.listen)
+            .await
+            .map_err(|e| Failure::Failed(e.to_string()))?;
         let address = format!(
             "http://{}",
-            listener.local_addr().map_err(|e| Failure::Failed(e.to_string()))?
+            listener
+                .local_addr()
+                .map_err(|e| Failure::Failed(e.to_string()))?
         );
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(serve::serve_on(settings, listener, None, async {
             let _ = stopped.await;
         }));
-        Ok(DemoServer { address, stop, task })
+        Ok(DemoServer {
+            address,
+            stop,
+            task,
+        })
     }
 
     /// Connects and waits until the server answers. Its port is open from the start, but it answers
@@ -221,12 +259,18 @@ impl DemoServer {
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        Err(Failure::Failed("the server did not become ready within two minutes".into()))
+        Err(Failure::Failed(
+            "the server did not become ready within two minutes".into(),
+        ))
     }
 
     async fn stop(self) -> Outcome {
         let _ = self.stop.send(());
-        match self.task.await.map_err(|e| Failure::Failed(e.to_string()))?? {
+        match self
+            .task
+            .await
+            .map_err(|e| Failure::Failed(e.to_string()))??
+        {
             serve::Ended::AtRest => Ok(()),
             serve::Ended::AtWork(result) => Ok(result?),
         }
@@ -236,10 +280,17 @@ impl DemoServer {
 /// Writes the training and the held-out rows to two files.
 fn write_split(folder: &Path) -> std::io::Result<(PathBuf, PathBuf)> {
     let (train, held_out) = (folder.join("train.jsonl"), folder.join("held-out.jsonl"));
-    let (mut a, mut b) = (std::fs::File::create(&train)?, std::fs::File::create(&held_out)?);
+    let (mut a, mut b) = (
+        std::fs::File::create(&train)?,
+        std::fs::File::create(&held_out)?,
+    );
     for text in PAIRS.lines().filter(|l| !l.trim().is_empty()) {
         let mut row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)?;
-        let file = if row.remove("split") == Some("heldout".into()) { &mut b } else { &mut a };
+        let file = if row.remove("split") == Some("heldout".into()) {
+            &mut b
+        } else {
+            &mut a
+        };
         writeln!(file, "{}", serde_json::Value::Object(row))?;
     }
     Ok((train, held_out))
@@ -266,7 +317,9 @@ async fn score_held_out(
         reference: reference.into(),
         ..Default::default()
     };
-    Ok(Summary::of(&score::score(client, options, rows).await?.results))
+    Ok(Summary::of(
+        &score::score(client, options, rows).await?.results,
+    ))
 }
 
 /// Returns the process's peak resident memory in MiB, if the system reports it.
@@ -278,7 +331,10 @@ fn peak_memory_mib() -> Option<u64> {
 
 fn closing(source: &str, kept: Option<&Path>, job: &str) -> String {
     let kept = match kept {
-        Some(dir) => format!("The job {job} and its adapter are kept in {}.\n", dir.display()),
+        Some(dir) => format!(
+            "The job {job} and its adapter are kept in {}.\n",
+            dir.display()
+        ),
         None => String::new(),
     };
     format!(
@@ -299,8 +355,15 @@ mod tests {
     fn a_quarter_of_the_pairs_is_held_out_and_every_row_is_usable() {
         let folder = tempfile::tempdir().unwrap();
         let (train, held_out) = write_split(folder.path()).unwrap();
-        let (train, held_out) = (score::read(&train).unwrap(), score::read(&held_out).unwrap());
+        let (train, held_out) = (
+            score::read(&train).unwrap(),
+            score::read(&held_out).unwrap(),
+        );
         assert_eq!((train.len(), held_out.len()), (93, 31));
-        assert!(train.iter().all(|t| held_out.iter().all(|h| h.prompt != t.prompt)));
+        assert!(
+            train
+                .iter()
+                .all(|t| held_out.iter().all(|h| h.prompt != t.prompt))
+        );
     }
 }

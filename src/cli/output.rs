@@ -75,7 +75,9 @@ fn cells(field: &str, value: &Value) -> Vec<(String, String)> {
         }
         _ => vec![(
             field.to_owned(),
-            value.as_str().map_or_else(|| value.to_string(), str::to_owned),
+            value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned),
         )],
     }
 }
@@ -113,15 +115,23 @@ fn pins(p: &pb::JobPins) -> Value {
         ("eval_dataset", &p.eval_dataset),
     ];
     let named = hashes.into_iter().filter(|(_, hash)| !hash.is_empty());
-    let mut all: serde_json::Map<String, Value> =
-        named.map(|(name, hash)| (name.to_owned(), json!(hash))).collect();
-    all.extend(p.base.as_ref().map(|base| ("base".to_owned(), identity(base))));
+    let mut all: serde_json::Map<String, Value> = named
+        .map(|(name, hash)| (name.to_owned(), json!(hash)))
+        .collect();
+    all.extend(
+        p.base
+            .as_ref()
+            .map(|base| ("base".to_owned(), identity(base))),
+    );
     Value::Object(all)
 }
 
 /// Renders the estimated cost of a job as JSON.
 pub fn estimate(e: &pb::EstimateTrainingJobResponse) -> Value {
-    let seconds = e.duration.as_ref().map_or(0.0, |d| d.seconds as f64 + f64::from(d.nanos) / 1e9);
+    let seconds = e
+        .duration
+        .as_ref()
+        .map_or(0.0, |d| d.seconds as f64 + f64::from(d.nanos) / 1e9);
     json!({
         "train_pairs": e.train_pairs,
         "eval_pairs": e.eval_pairs,
@@ -144,7 +154,9 @@ pub fn time(t: Option<&Timestamp>) -> String {
 
 /// Returns a state's name without its prefix, in lower case.
 pub fn state(state: i32) -> String {
-    let name = pb::JobState::try_from(state).unwrap_or_default().as_str_name();
+    let name = pb::JobState::try_from(state)
+        .unwrap_or_default()
+        .as_str_name();
     name.trim_start_matches("JOB_STATE_").to_lowercase()
 }
 
@@ -212,13 +224,17 @@ pub fn dataset(d: &pb::Dataset) -> Value {
 pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
     let mut shapes: Vec<(&String, &u64)> = r.shapes.iter().collect();
     shapes.sort();
-    let mut parts: Vec<String> =
-        shapes.iter().map(|(name, rows)| format!("{rows} {name}")).collect();
+    let mut parts: Vec<String> = shapes
+        .iter()
+        .map(|(name, rows)| format!("{rows} {name}"))
+        .collect();
     if r.pairs > 0 {
         parts.push(format!("{} pairs in all", r.pairs));
     }
-    let is_plain =
-        r.pairs == 0 && shapes.iter().all(|(name, _)| *name == RowShape::Preference.name());
+    let is_plain = r.pairs == 0
+        && shapes
+            .iter()
+            .all(|(name, _)| *name == RowShape::Preference.name());
     (!is_plain).then(|| format!("rows by shape: {}", parts.join(", ")))
 }
 
@@ -256,11 +272,18 @@ pub fn model(m: &pb::Model) -> Value {
 pub fn event(e: &pb::TrainingEvent) -> Value {
     use pb::training_event::Event as E;
     let (kind, body) = match &e.event {
-        Some(E::StateChange(s)) => {
-            ("state_change", json!({"from": state(s.from), "to": state(s.to), "reason": s.reason}))
-        }
-        Some(E::StepMetrics(s)) => ("step_metrics", json!({"step": s.step, "metrics": s.metrics})),
-        Some(E::EvalMetrics(s)) => ("eval_metrics", json!({"step": s.step, "metrics": s.metrics})),
+        Some(E::StateChange(s)) => (
+            "state_change",
+            json!({"from": state(s.from), "to": state(s.to), "reason": s.reason}),
+        ),
+        Some(E::StepMetrics(s)) => (
+            "step_metrics",
+            json!({"step": s.step, "metrics": s.metrics}),
+        ),
+        Some(E::EvalMetrics(s)) => (
+            "eval_metrics",
+            json!({"step": s.step, "metrics": s.metrics}),
+        ),
         Some(E::CheckpointCreated(c)) => (
             "checkpoint_created",
             json!({"checkpoint": c.checkpoint, "step": c.step, "best": c.best}),
@@ -289,13 +312,29 @@ mod tests {
             tokenizer: hash("c"),
             chat_template: String::new(),
         };
-        let pins = pb::JobPins { base: Some(base), dataset: hash("d"), ..Default::default() };
-        let job = job(&pb::TrainingJob { pins: Some(pins), ..Default::default() });
+        let pins = pb::JobPins {
+            base: Some(base),
+            dataset: hash("d"),
+            ..Default::default()
+        };
+        let job = job(&pb::TrainingJob {
+            pins: Some(pins),
+            ..Default::default()
+        });
         assert_eq!(job["pins"]["base"]["weights"], hash("a"));
         assert_eq!(job["pins"]["dataset"], hash("d"));
         let rows = cells("pins", &job["pins"]);
-        assert!(rows.contains(&("pins.base.weights".into(), "a".repeat(12))), "{rows:?}");
-        assert!(rows.contains(&("pins.dataset".into(), "d".repeat(12))), "{rows:?}");
-        assert!(!rows.iter().any(|(field, _)| field == "pins.reference"), "{rows:?}");
+        assert!(
+            rows.contains(&("pins.base.weights".into(), "a".repeat(12))),
+            "{rows:?}"
+        );
+        assert!(
+            rows.contains(&("pins.dataset".into(), "d".repeat(12))),
+            "{rows:?}"
+        );
+        assert!(
+            !rows.iter().any(|(field, _)| field == "pins.reference"),
+            "{rows:?}"
+        );
     }
 }

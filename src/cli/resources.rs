@@ -11,7 +11,10 @@ use crate::rpc::pb;
 
 /// Connects and completes the resource's name.
 async fn open(args: &NamedArgs, collection: &str) -> Result<(Client, String), Failure> {
-    Ok((connect(&args.server.target()).await?, full_name(collection, &args.name)))
+    Ok((
+        connect(&args.server.target()).await?,
+        full_name(collection, &args.name),
+    ))
 }
 
 pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
@@ -21,9 +24,16 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
             let client = connect(&server.target()).await?;
             let (mut all, mut page_token) = (Vec::new(), String::new());
             loop {
-                let request =
-                    pb::ListTrainingJobsRequest { page_size: 1000, page_token, states: vec![] };
-                let page = client.training().list_training_jobs(request).await?.into_inner();
+                let request = pb::ListTrainingJobsRequest {
+                    page_size: 1000,
+                    page_token,
+                    states: vec![],
+                };
+                let page = client
+                    .training()
+                    .list_training_jobs(request)
+                    .await?
+                    .into_inner();
                 all.extend(page.training_jobs);
                 page_token = page.next_page_token;
                 if page_token.is_empty() {
@@ -84,7 +94,11 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                 training_job,
                 update_mask: Some(FieldMask { paths }),
             };
-            let job = client.training().update_training_job(request).await?.into_inner();
+            let job = client
+                .training()
+                .update_training_job(request)
+                .await?
+                .into_inner();
             output::resource(output, &output::job(&job));
         }
         JobsCommand::Pause(args) => {
@@ -116,7 +130,10 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
         }
         JobsCommand::Delete(args) => {
             let (client, name) = open(&args, JOBS).await?;
-            client.training().delete_training_job(pb::DeleteTrainingJobRequest { name }).await?;
+            client
+                .training()
+                .delete_training_job(pb::DeleteTrainingJobRequest { name })
+                .await?;
         }
     }
     Ok(())
@@ -128,7 +145,10 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
         DatasetsCommand::Upload(args) => {
             let client = connect(&args.server.target()).await?;
             let file_name = || {
-                args.file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+                args.file
+                    .file_name()
+                    .map(|n| n.to_string_lossy().into_owned())
+                    .unwrap_or_default()
             };
             let model = if args.model.is_empty() {
                 String::new()
@@ -144,8 +164,9 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
             let size = std::fs::metadata(&args.file).map(|m| m.len()).unwrap_or(0);
             let bar = indicatif::ProgressBar::new(size);
             let told = bar.clone();
-            let uploaded =
-                client.upload_dataset(&args.file, metadata, move |n| told.set_position(n)).await;
+            let uploaded = client
+                .upload_dataset(&args.file, metadata, move |n| told.set_position(n))
+                .await;
             bar.finish_and_clear();
             output::resource(output, &output::dataset(&uploaded?));
         }
@@ -155,7 +176,10 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
             loop {
                 let page = client
                     .datasets()
-                    .list_datasets(pb::ListDatasetsRequest { page_size: 1000, page_token })
+                    .list_datasets(pb::ListDatasetsRequest {
+                        page_size: 1000,
+                        page_token,
+                    })
                     .await?
                     .into_inner();
                 all.extend(page.datasets);
@@ -187,13 +211,19 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
         }
         DatasetsCommand::Get(args) => {
             let (client, name) = open(&args, DATASETS).await?;
-            let dataset =
-                client.datasets().get_dataset(pb::GetDatasetRequest { name }).await?.into_inner();
+            let dataset = client
+                .datasets()
+                .get_dataset(pb::GetDatasetRequest { name })
+                .await?
+                .into_inner();
             output::resource(output, &output::dataset(&dataset));
         }
         DatasetsCommand::Delete(args) => {
             let (client, name) = open(&args, DATASETS).await?;
-            client.datasets().delete_dataset(pb::DeleteDatasetRequest { name }).await?;
+            client
+                .datasets()
+                .delete_dataset(pb::DeleteDatasetRequest { name })
+                .await?;
         }
     }
     Ok(())
@@ -237,12 +267,18 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
                 dtype: args.dtype,
             };
             let names = client.download(request, &args.out).await?;
-            let rows = names.iter().map(|n| vec![args.out.join(n).display().to_string()]).collect();
+            let rows = names
+                .iter()
+                .map(|n| vec![args.out.join(n).display().to_string()])
+                .collect();
             output::list(
                 output,
                 &["file"],
                 rows,
-                names.iter().map(|n| serde_json::json!(args.out.join(n))).collect(),
+                names
+                    .iter()
+                    .map(|n| serde_json::json!(args.out.join(n)))
+                    .collect(),
             );
         }
         CheckpointsCommand::Export(args) => {
@@ -252,13 +288,23 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
                 format: format(args.format).into(),
                 dtype: args.dtype,
             };
-            let export = client.checkpoints().export_checkpoint(request).await?.into_inner();
+            let export = client
+                .checkpoints()
+                .export_checkpoint(request)
+                .await?
+                .into_inner();
             let files: Vec<&str> = export.files.iter().map(|f| f.path.as_str()).collect();
-            output::resource(output, &serde_json::json!({"path": export.path, "files": files}));
+            output::resource(
+                output,
+                &serde_json::json!({"path": export.path, "files": files}),
+            );
         }
         CheckpointsCommand::Delete(args) => {
             let (client, name) = open(&args, JOBS).await?;
-            client.checkpoints().delete_checkpoint(pb::DeleteCheckpointRequest { name }).await?;
+            client
+                .checkpoints()
+                .delete_checkpoint(pb::DeleteCheckpointRequest { name })
+                .await?;
         }
     }
     Ok(())
@@ -276,8 +322,12 @@ pub(super) async fn models(command: ModelsCommand, output: Output) -> Outcome {
     match command {
         ModelsCommand::List(server) => {
             let client = connect(&server.target()).await?;
-            let all =
-                client.models().list_models(pb::ListModelsRequest {}).await?.into_inner().models;
+            let all = client
+                .models()
+                .list_models(pb::ListModelsRequest {})
+                .await?
+                .into_inner()
+                .models;
             let rows = all
                 .iter()
                 .map(|m| {
@@ -293,14 +343,25 @@ pub(super) async fn models(command: ModelsCommand, output: Output) -> Outcome {
                 .collect();
             output::list(
                 output,
-                &["name", "architecture", "parameters", "device", "weights", "source"],
+                &[
+                    "name",
+                    "architecture",
+                    "parameters",
+                    "device",
+                    "weights",
+                    "source",
+                ],
                 rows,
                 all.iter().map(output::model).collect(),
             );
         }
         ModelsCommand::Get(args) => {
             let (client, name) = open(&args, "models").await?;
-            let model = client.models().get_model(pb::GetModelRequest { name }).await?.into_inner();
+            let model = client
+                .models()
+                .get_model(pb::GetModelRequest { name })
+                .await?
+                .into_inner();
             output::resource(output, &output::model(&model));
         }
     }

@@ -37,7 +37,11 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         },
         normalization: normalization(&args.normalization).into(),
     };
-    let Scores { results, normalization, warnings } = score(&client, options, &rows).await?;
+    let Scores {
+        results,
+        normalization,
+        warnings,
+    } = score(&client, options, &rows).await?;
     warnings.iter().for_each(|warning| warn(warning));
     let failed = results
         .iter()
@@ -45,11 +49,20 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         .count();
     let summary = Summary::of(&results);
     match output {
-        Output::Json => results.iter().for_each(|r| output::json_line(&to_json(r, normalization))),
+        Output::Json => results
+            .iter()
+            .for_each(|r| output::json_line(&to_json(r, normalization))),
         Output::Table => {
             let rows = results.iter().map(to_row).collect();
             output::line(&output::table(
-                &["pair", "Pr(a ≻ b)", "margin", "reward a", "reward b", "tokens"],
+                &[
+                    "pair",
+                    "Pr(a ≻ b)",
+                    "margin",
+                    "reward a",
+                    "reward b",
+                    "tokens",
+                ],
                 rows,
             ));
             output::line(&format!(
@@ -65,7 +78,10 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     }
     match failed {
         0 => Ok(()),
-        n => Err(Failure::Failed(format!("{n} of {} pairs could not be scored", results.len()))),
+        n => Err(Failure::Failed(format!(
+            "{n} of {} pairs could not be scored",
+            results.len()
+        ))),
     }
 }
 
@@ -85,7 +101,9 @@ pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure
 /// Checks the value of `--template-args`; the result is empty without the flag. The text is sent as
 /// it is, because a Struct would lose the order of keys and turn 1.0 into 1.
 pub(super) fn template_arguments(text: Option<&str>) -> Result<String, Failure> {
-    let Some(text) = text else { return Ok(String::new()) };
+    let Some(text) = text else {
+        return Ok(String::new());
+    };
     let _: Map<String, Value> = serde_json::from_str(text).map_err(|e| {
         Failure::Usage(format!(
             "--template-args: {e}; give a JSON object such as {{\"enable_thinking\": false}}"
@@ -148,16 +166,27 @@ pub(super) async fn score(
     use pb::stream_score_pairs_request::Part;
     let (sender, receiver) = mpsc::channel(MAX_QUEUED_PAIRS);
     let mut messages = vec![Part::Options(options)];
-    messages.extend(rows.iter().enumerate().map(|(i, r)| Part::Pair(pair(i.to_string(), r))));
+    messages.extend(
+        rows.iter()
+            .enumerate()
+            .map(|(i, r)| Part::Pair(pair(i.to_string(), r))),
+    );
     tokio::spawn(async move {
         for part in messages {
-            if sender.send(pb::StreamScorePairsRequest { part: Some(part) }).await.is_err() {
+            if sender
+                .send(pb::StreamScorePairsRequest { part: Some(part) })
+                .await
+                .is_err()
+            {
                 return;
             }
         }
     });
-    let mut answers =
-        client.scoring().stream_score_pairs(ReceiverStream::new(receiver)).await?.into_inner();
+    let mut answers = client
+        .scoring()
+        .stream_score_pairs(ReceiverStream::new(receiver))
+        .await?
+        .into_inner();
     let mut results: Vec<Option<pb::PairResult>> = vec![None; rows.len()];
     let (mut normalization, mut warnings) = (pb::RewardNormalization::Unspecified, Vec::new());
     while let Some(mut answer) = answers.message().await? {
@@ -174,7 +203,11 @@ pub(super) async fn score(
     let results = all.ok_or_else(|| {
         Failure::Failed("the server ended the stream before every pair was answered".into())
     })?;
-    Ok(Scores { results, normalization, warnings })
+    Ok(Scores {
+        results,
+        normalization,
+        warnings,
+    })
 }
 
 /// Returns the row's id, else its number. If the row makes several pairs, the pair's number is
@@ -229,7 +262,10 @@ fn message(message: &ChatMessage) -> pb::Message {
             content: content.to_owned(),
             ..Default::default()
         },
-        _ => pb::Message { fields_json: json!(fields).to_string(), ..Default::default() },
+        _ => pb::Message {
+            fields_json: json!(fields).to_string(),
+            ..Default::default()
+        },
     }
 }
 
@@ -302,15 +338,22 @@ fn to_json(r: &pb::PairResult, normalization: pb::RewardNormalization) -> Value 
 fn to_row(r: &pb::PairResult) -> Vec<String> {
     match &r.result {
         Some(pb::pair_result::Result::Score(s)) => {
-            let (a, b) = (s.a.clone().unwrap_or_default(), s.b.clone().unwrap_or_default());
+            let (a, b) = (
+                s.a.clone().unwrap_or_default(),
+                s.b.clone().unwrap_or_default(),
+            );
             let numbers = [
                 format!("{:.4}", s.probability),
                 format!("{:+.4}", s.margin),
                 format!("{:+.4}", a.reward),
                 format!("{:+.4}", b.reward),
             ];
-            [vec![r.id.clone()], numbers.to_vec(), vec![format!("{}+{}", a.tokens, b.tokens)]]
-                .concat()
+            [
+                vec![r.id.clone()],
+                numbers.to_vec(),
+                vec![format!("{}+{}", a.tokens, b.tokens)],
+            ]
+            .concat()
         }
         Some(pb::pair_result::Result::Error(e)) => {
             vec![r.id.clone(), format!("error: {}", e.message)]

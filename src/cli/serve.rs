@@ -111,7 +111,10 @@ pub async fn serve_on(
     let max_connections = connections_that_fit(settings.max_connections)?;
     let service = Service::open(engine.clone(), options).await?;
     let (stop, mut stopping) = watch::channel(false);
-    let http_address = http.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
+    let http_address = http
+        .as_ref()
+        .map(|(listener, _)| listener.local_addr())
+        .transpose()?;
     let http = http.map(|(listener, handle)| {
         let (server, upkeep) = (service.server.clone(), handle.clone());
         tokio::spawn(async move {
@@ -130,7 +133,10 @@ pub async fn serve_on(
         "serving"
     );
     if !settings.tokens && !settings.listen.ip().is_loopback() {
-        tracing::warn!("auth is off: whoever reaches {} may do everything", settings.listen);
+        tracing::warn!(
+            "auth is off: whoever reaches {} may do everything",
+            settings.listen
+        );
     }
     if settings.tokens && settings.tls.is_none() && !settings.listen.ip().is_loopback() {
         tracing::warn!(
@@ -194,12 +200,18 @@ fn connections_that_fit(wanted: usize) -> anyhow::Result<usize> {
 
 /// Raises the soft limit on file descriptors to the hard limit. Returns the limit that applies.
 fn raise_descriptor_limit() -> u64 {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: the call writes one struct that lives as long as it.
     if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
         return u64::MAX;
     }
-    let raised = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
+    let raised = libc::rlimit {
+        rlim_cur: limit.rlim_max,
+        ..limit
+    };
     // SAFETY: the call reads one struct that lives as long as it.
     match unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) } {
         0 => raised.rlim_cur,
@@ -212,8 +224,11 @@ async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
         // This has no effect if the thread pool already exists, as in a test process.
         crate::compute::cpu::thread_pool::set_threads(settings.threads);
     }
-    let (models, hub, mut options) =
-        (settings.models.clone(), settings.hub.clone(), settings.engine.clone());
+    let (models, hub, mut options) = (
+        settings.models.clone(),
+        settings.hub.clone(),
+        settings.engine.clone(),
+    );
     options.reference_cache_file = Some(settings.data_dir.join("reference-cache.redb"));
     let data_dir = settings.data_dir.clone();
     tokio::task::spawn_blocking(move || {

@@ -26,9 +26,17 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "",
         "Models to serve, separated by commas: [ID=]SOURCE, a folder, a GGUF file or a hub id",
     ),
-    ("data_dir", "bradley-data", "Folder for jobs, datasets, checkpoints and exports"),
+    (
+        "data_dir",
+        "bradley-data",
+        "Folder for jobs, datasets, checkpoints and exports",
+    ),
     ("listen", "127.0.0.1:50051", "Address of the gRPC server"),
-    ("http_listen", "127.0.0.1:9090", "Address of /metrics, /livez and /readyz; off disables it"),
+    (
+        "http_listen",
+        "127.0.0.1:9090",
+        "Address of /metrics, /livez and /readyz; off disables it",
+    ),
     (
         "device",
         "cpu",
@@ -52,7 +60,11 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "f32",
         "Precision of matrix multiplications and of frozen weights in memory: f32 or bf16",
     ),
-    ("threads", "0", "Number of CPU threads for compute; 0 means all cores"),
+    (
+        "threads",
+        "0",
+        "Number of CPU threads for compute; 0 means all cores",
+    ),
     (
         "memory_limit",
         "0",
@@ -71,8 +83,16 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "0.4",
         "Share of device time that scoring may use while a job trains, above 0 and at most 1",
     ),
-    ("queue_tokens", "1048576", "Maximum number of tokens that wait to be scored"),
-    ("batch_tokens", "4096", "Maximum number of tokens in a scoring batch"),
+    (
+        "queue_tokens",
+        "1048576",
+        "Maximum number of tokens that wait to be scored",
+    ),
+    (
+        "batch_tokens",
+        "4096",
+        "Maximum number of tokens in a scoring batch",
+    ),
     (
         "max_row_tokens",
         "16384",
@@ -90,10 +110,26 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "Maximum number of adapters and full weights in memory besides the base models; \
          memory_limit and device_memory_limit may allow fewer",
     ),
-    ("max_message_bytes", "16MiB", "Maximum size of a gRPC message"),
-    ("max_upload_bytes", "16GiB", "Maximum size of an uploaded dataset"),
-    ("events_kept", "1000000", "Number of a job's newest events that are stored"),
-    ("drain_timeout", "30", "Time limit for a shutdown, in seconds"),
+    (
+        "max_message_bytes",
+        "16MiB",
+        "Maximum size of a gRPC message",
+    ),
+    (
+        "max_upload_bytes",
+        "16GiB",
+        "Maximum size of an uploaded dataset",
+    ),
+    (
+        "events_kept",
+        "1000000",
+        "Number of a job's newest events that are stored",
+    ),
+    (
+        "drain_timeout",
+        "30",
+        "Time limit for a shutdown, in seconds",
+    ),
     (
         "database_url",
         "",
@@ -142,7 +178,11 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "0",
         "Maximum number of one client's tokens in the scoring queue; 0 means no limit",
     ),
-    ("adapter_dir", "", "Folder of PEFT adapters that jobs may start from, by name"),
+    (
+        "adapter_dir",
+        "",
+        "Folder of PEFT adapters that jobs may start from, by name",
+    ),
     (
         "template_date",
         "",
@@ -172,7 +212,11 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "",
         "PEM file of a certificate authority; clients then need a certificate that it signed",
     ),
-    ("max_connections", "4096", "Maximum number of open gRPC connections"),
+    (
+        "max_connections",
+        "4096",
+        "Maximum number of open gRPC connections",
+    ),
     (
         "max_connection_age",
         "0",
@@ -301,12 +345,19 @@ impl Sources {
             }
             None => None,
         };
-        Ok(Sources { file, environment, flags })
+        Ok(Sources {
+            file,
+            environment,
+            flags,
+        })
     }
 
     /// Returns a variable of the environment.
     pub fn variable(&self, name: &str) -> Option<&str> {
-        self.environment.get(name).map(String::as_str).filter(|v| !v.is_empty())
+        self.environment
+            .get(name)
+            .map(String::as_str)
+            .filter(|v| !v.is_empty())
     }
 
     /// Returns the value of a setting from the strongest source that has it, and the name of that
@@ -345,14 +396,20 @@ impl Settings {
     pub fn resolve(sources: &Sources) -> Result<Self, Violations> {
         let mut bad = Violations::default();
         if let Some((path, table)) = &sources.file {
-            for key in table.keys().filter(|k| !SETTINGS.iter().any(|(name, ..)| name == k)) {
+            for key in table
+                .keys()
+                .filter(|k| !SETTINGS.iter().any(|(name, ..)| name == k))
+            {
                 bad.push(
                     format!("{}: {key}", path.display()),
                     format!("is not a setting: use {}", SETTINGS.map_names()),
                 );
             }
         }
-        let mut reader = SettingsReader { sources, bad: &mut bad };
+        let mut reader = SettingsReader {
+            sources,
+            bad: &mut bad,
+        };
         let models = reader.models();
         let defaults = EngineOptions::default();
         let share = reader.parse("scoring_share", "a number above 0 and at most 1", |s| {
@@ -401,9 +458,11 @@ impl Settings {
             reader.bad.push("data_parallel", problem);
         }
         let tls = reader.tls();
-        let traces = reader.optional("otlp_endpoint", "a URL such as http://collector:4317", |s| {
-            (s.starts_with("http://") || s.starts_with("https://")).then(|| s.to_owned())
-        });
+        let traces = reader.optional(
+            "otlp_endpoint",
+            "a URL such as http://collector:4317",
+            |s| (s.starts_with("http://") || s.starts_with("https://")).then(|| s.to_owned()),
+        );
         let trace_ratio = reader.parse("trace_ratio", "a number from 0 to 1", |s| {
             s.parse::<f64>().ok().filter(|r| (0.0..=1.0).contains(r))
         });
@@ -418,9 +477,11 @@ impl Settings {
                 .filter(some)
                 .map(|n| n as u64),
             max_client_priority: reader
-                .parse("max_client_priority", "a whole number from -1000 to 1000", |s| {
-                    s.parse().ok().filter(|n| (-1000..=1000).contains(n))
-                })
+                .parse(
+                    "max_client_priority",
+                    "a whole number from -1000 to 1000",
+                    |s| s.parse().ok().filter(|n| (-1000..=1000).contains(n)),
+                )
                 .unwrap_or_default(),
             max_dataset_bytes_per_client: reader
                 .bytes("max_dataset_bytes_per_client")
@@ -443,17 +504,32 @@ impl Settings {
             audit_log: reader.optional("audit_log", "a path", |s| Some(PathBuf::from(s))),
             tls,
             max_connections: reader.number("max_connections", 1).unwrap_or_default(),
-            max_connection_age: reader.number("max_connection_age", 0).filter(some).map(seconds),
+            max_connection_age: reader
+                .number("max_connection_age", 0)
+                .filter(some)
+                .map(seconds),
             data_dir: reader
-                .parse("data_dir", "a path", |s| (!s.is_empty()).then(|| PathBuf::from(s)))
+                .parse("data_dir", "a path", |s| {
+                    (!s.is_empty()).then(|| PathBuf::from(s))
+                })
                 .unwrap_or_default(),
             listen: reader
-                .parse("listen", "an address such as 0.0.0.0:50051", |s| s.parse().ok())
+                .parse("listen", "an address such as 0.0.0.0:50051", |s| {
+                    s.parse().ok()
+                })
                 .unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0))),
             http_listen: reader
-                .parse("http_listen", "an address such as 0.0.0.0:9090, or off", |s| {
-                    if s == "off" { Some(None) } else { s.parse().ok().map(Some) }
-                })
+                .parse(
+                    "http_listen",
+                    "an address such as 0.0.0.0:9090, or off",
+                    |s| {
+                        if s == "off" {
+                            Some(None)
+                        } else {
+                            s.parse().ok().map(Some)
+                        }
+                    },
+                )
                 .flatten(),
             threads: reader.number("threads", 0).unwrap_or_default(),
             engine: EngineOptions {
@@ -469,8 +545,12 @@ impl Settings {
                 precision: reader
                     .parse("precision", "f32 or bf16", Precision::parse)
                     .unwrap_or_default(),
-                queue_tokens: reader.number("queue_tokens", 1).unwrap_or(defaults.queue_tokens),
-                batch_tokens: reader.number("batch_tokens", 1).unwrap_or(defaults.batch_tokens),
+                queue_tokens: reader
+                    .number("queue_tokens", 1)
+                    .unwrap_or(defaults.queue_tokens),
+                batch_tokens: reader
+                    .number("batch_tokens", 1)
+                    .unwrap_or(defaults.batch_tokens),
                 max_row_tokens: reader
                     .number("max_row_tokens", 2)
                     .unwrap_or(defaults.max_row_tokens),
@@ -494,7 +574,9 @@ impl Settings {
             traces: traces.zip(trace_ratio),
             log: reader
                 .parse("log", "a filter such as info or bradley=debug", |s| {
-                    tracing_subscriber::EnvFilter::from_str(s).is_ok().then(|| s.to_owned())
+                    tracing_subscriber::EnvFilter::from_str(s)
+                        .is_ok()
+                        .then(|| s.to_owned())
                 })
                 .unwrap_or_default(),
             log_json: reader
@@ -540,7 +622,10 @@ trait MapNames {
 
 impl MapNames for [(&str, &str, &str)] {
     fn map_names(&self) -> String {
-        self.iter().map(|(name, ..)| *name).collect::<Vec<_>>().join(", ")
+        self.iter()
+            .map(|(name, ..)| *name)
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 }
 
@@ -556,7 +641,10 @@ impl SettingsReader<'_> {
         expected: &str,
         parse: impl Fn(&str) -> Option<T>,
     ) -> Option<T> {
-        let default = SETTINGS.iter().find(|(n, ..)| *n == name).map_or("", |(_, d, _)| d);
+        let default = SETTINGS
+            .iter()
+            .find(|(n, ..)| *n == name)
+            .map_or("", |(_, d, _)| d);
         let (text, origin) = self.sources.get(name, default);
         let parsed = parse(text.trim());
         if parsed.is_none() {
@@ -566,7 +654,8 @@ impl SettingsReader<'_> {
             } else {
                 format!("is {text:?}")
             };
-            self.bad.push(origin, format!("{shown}: it must be {expected}"));
+            self.bad
+                .push(origin, format!("{shown}: it must be {expected}"));
         }
         parsed
     }
@@ -578,8 +667,14 @@ impl SettingsReader<'_> {
         expected: &str,
         parse: impl Fn(&str) -> Option<T>,
     ) -> Option<T> {
-        self.parse(name, expected, |s| if s.is_empty() { Some(None) } else { parse(s).map(Some) })
-            .flatten()
+        self.parse(name, expected, |s| {
+            if s.is_empty() {
+                Some(None)
+            } else {
+                parse(s).map(Some)
+            }
+        })
+        .flatten()
     }
 
     fn tls(&mut self) -> Option<TlsFiles> {
@@ -587,10 +682,17 @@ impl SettingsReader<'_> {
         let (certificate, key, client_ca) =
             (path("tls_cert"), path("tls_key"), path("tls_client_ca"));
         match (certificate, key) {
-            (Some(certificate), Some(key)) => Some(TlsFiles { certificate, key, client_ca }),
+            (Some(certificate), Some(key)) => Some(TlsFiles {
+                certificate,
+                key,
+                client_ca,
+            }),
             (None, None) if client_ca.is_none() => None,
             _ => {
-                self.bad.push("tls_cert, tls_key", "must be set together, and with tls_client_ca");
+                self.bad.push(
+                    "tls_cert, tls_key",
+                    "must be set together, and with tls_client_ca",
+                );
                 None
             }
         }
@@ -644,7 +746,9 @@ impl SettingsReader<'_> {
 
 /// Parses a size such as `12`, `500K` or `20GiB`. The units are powers of 1024.
 fn parse_bytes(text: &str) -> Option<u64> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let n: u64 = text[..digits].parse().ok()?;
     let shift = match text[digits..]
         .trim()
@@ -669,7 +773,10 @@ mod tests {
 
     fn sources(flags: &[(&str, &str)], environment: &[(&str, &str)], file: &str) -> Sources {
         let owned = |pairs: &[(&str, &str)]| {
-            pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
+            pairs
+                .iter()
+                .map(|(k, v)| (k.to_string(), v.to_string()))
+                .collect()
         };
         Sources {
             flags: owned(flags),
@@ -692,8 +799,14 @@ mod tests {
         );
         let settings = Settings::resolve(&s).unwrap();
         let e = &settings.engine;
-        assert_eq!((e.batch_tokens, e.queue_tokens, e.max_row_tokens), (1, 2, 3));
-        assert_eq!(settings.models, [("a".into(), "/x".into()), ("b".into(), "/y/b.gguf".into())]);
+        assert_eq!(
+            (e.batch_tokens, e.queue_tokens, e.max_row_tokens),
+            (1, 2, 3)
+        );
+        assert_eq!(
+            settings.models,
+            [("a".into(), "/x".into()), ("b".into(), "/y/b.gguf".into())]
+        );
         assert!(settings.hub.offline && settings.hub.cache_dir == Some("/hf/hub".into()));
     }
 
@@ -713,7 +826,10 @@ mod tests {
             "bradley.toml: modles",
             "bradley.toml: models",
         ] {
-            assert!(origins.contains(&expected), "{expected} is missing from {origins:?}");
+            assert!(
+                origins.contains(&expected),
+                "{expected} is missing from {origins:?}"
+            );
         }
     }
 

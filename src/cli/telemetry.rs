@@ -29,8 +29,10 @@ const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 /// # Errors
 /// Returns an error if `endpoint` is not a URL.
 pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
-    let mut exporter =
-        SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(EXPORT_TIMEOUT);
+    let mut exporter = SpanExporter::builder()
+        .with_tonic()
+        .with_endpoint(endpoint)
+        .with_timeout(EXPORT_TIMEOUT);
     if endpoint.starts_with("https://") {
         exporter = exporter.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
     }
@@ -38,9 +40,14 @@ pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
     let about = [KeyValue::new("service.version", env!("CARGO_PKG_VERSION"))];
     let provider = SdkTracerProvider::builder()
         .with_batch_exporter(exporter)
-        .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(ratio))))
+        .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(
+            ratio,
+        ))))
         .with_resource(
-            Resource::builder().with_service_name("bradley").with_attributes(about).build(),
+            Resource::builder()
+                .with_service_name("bradley")
+                .with_attributes(about)
+                .build(),
         )
         .build();
     opentelemetry::global::set_tracer_provider(provider.clone());
@@ -60,7 +67,11 @@ pub fn log(
 ) -> anyhow::Result<()> {
     let filter = EnvFilter::from_str(filter).unwrap_or_else(|_| EnvFilter::new("info"));
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    let lines = if json { lines.json().boxed() } else { lines.boxed() };
+    let lines = if json {
+        lines.json().boxed()
+    } else {
+        lines.boxed()
+    };
     let audit = match audit {
         None => None,
         Some(path) => {
@@ -69,7 +80,9 @@ pub fn log(
                 .append(true)
                 .open(path)
                 .with_context(|| format!("audit_log {}", path.display()))?;
-            let lines = tracing_subscriber::fmt::layer().json().with_writer(Mutex::new(file));
+            let lines = tracing_subscriber::fmt::layer()
+                .json()
+                .with_writer(Mutex::new(file));
             // Spans are needed as well: a line shows the call's fields from the span around it.
             Some(lines.with_filter(filter_fn(|m| m.target() == AUDIT || m.is_span())))
         }
@@ -80,7 +93,9 @@ pub fn log(
             .with_location(false)
             .with_threads(false);
         // Only this program's spans are exported, because the exporter makes spans itself.
-        layer.with_filter(filter_fn(|m| m.is_span() && m.target().starts_with("bradley")))
+        layer.with_filter(filter_fn(|m| {
+            m.is_span() && m.target().starts_with("bradley")
+        }))
     });
     let _ = tracing_subscriber::registry()
         .with(spans)

@@ -26,13 +26,21 @@ impl From<ServiceError> for Failure {
 
 pub(super) async fn run(command: TokensCommand, form: Output) -> Outcome {
     match command {
-        TokensCommand::Create { owner, roles, days, database } => {
+        TokensCommand::Create {
+            owner,
+            roles,
+            days,
+            database,
+        } => {
             let named = |name: &String| {
                 Role::parse(name).ok_or_else(|| {
                     Failure::Usage(format!("--roles: {name:?} is not submit, score or admin"))
                 })
             };
-            let roles = roles.iter().map(named).collect::<Result<Vec<Role>, Failure>>()?;
+            let roles = roles
+                .iter()
+                .map(named)
+                .collect::<Result<Vec<Role>, Failure>>()?;
             let store = open(&database).await?;
             let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY));
             let (token, secret) = tokens::create(&store, &owner, &roles, lifetime).await?;
@@ -76,13 +84,19 @@ pub(super) async fn run(command: TokensCommand, form: Output) -> Outcome {
 async fn open(database: &DatabaseArgs) -> Result<Store, Failure> {
     std::fs::create_dir_all(&database.data_dir)
         .map_err(|e| Failure::Failed(format!("{}: {e}", database.data_dir.display())))?;
-    let options =
-        StoreOptions { database_url: database.database_url.clone(), ..StoreOptions::default() };
+    let options = StoreOptions {
+        database_url: database.database_url.clone(),
+        ..StoreOptions::default()
+    };
     Ok(Store::open(&database.data_dir, &options).await?)
 }
 
 fn roles(t: &Token) -> String {
-    t.roles.iter().map(|r| r.name()).collect::<Vec<_>>().join(",")
+    t.roles
+        .iter()
+        .map(|r| r.name())
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 fn time(ms: Option<i64>) -> String {

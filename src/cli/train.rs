@@ -39,9 +39,15 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
     };
     let wanted = job(&args, policy, dataset, evaluation)?;
     if args.estimate {
-        let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted) };
-        let estimate =
-            client.training().estimate_training_job(request).await.map_err(in_flags)?.into_inner();
+        let request = pb::EstimateTrainingJobRequest {
+            training_job: Some(wanted),
+        };
+        let estimate = client
+            .training()
+            .estimate_training_job(request)
+            .await
+            .map_err(in_flags)?
+            .into_inner();
         output::resource(output, &output::estimate(&estimate));
         return Ok(());
     }
@@ -50,7 +56,12 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
         request_id: String::new(),
         validate_only: args.validate_only,
     };
-    let job = client.training().create_training_job(request).await.map_err(in_flags)?.into_inner();
+    let job = client
+        .training()
+        .create_training_job(request)
+        .await
+        .map_err(in_flags)?
+        .into_inner();
     if args.validate_only {
         output::resource(output, &output::job(&job));
         return Ok(());
@@ -114,9 +125,10 @@ fn job(
         }),
         seed: args.seed,
         precision: args.precision.clone().unwrap_or_default(),
-        ttl: args
-            .ttl_days
-            .map(|days| ProtoDuration { seconds: i64::from(days) * SECONDS_PER_DAY, nanos: 0 }),
+        ttl: args.ttl_days.map(|days| ProtoDuration {
+            seconds: i64::from(days) * SECONDS_PER_DAY,
+            nanos: 0,
+        }),
         chat_template_kwargs_json: super::score::template_arguments(args.template_args.as_deref())?,
         row_policy: if args.skip_bad_rows {
             pb::RowPolicy::Skip.into()
@@ -130,7 +142,11 @@ fn job(
 /// Parses a loss or a mix: `sigmoid` or `sigmoid=0.8,sft=0.2`.
 fn losses(text: Option<&str>) -> Result<Vec<pb::WeightedLoss>, Failure> {
     let mut losses = Vec::new();
-    for part in text.unwrap_or_default().split(',').filter(|p| !p.is_empty()) {
+    for part in text
+        .unwrap_or_default()
+        .split(',')
+        .filter(|p| !p.is_empty())
+    {
         let (name, weight) = part.split_once('=').unwrap_or((part, "1"));
         let weight = weight.parse().map_err(|_| {
             Failure::Usage(format!("--loss: the weight in {part:?} is not a number"))
@@ -145,7 +161,12 @@ fn losses(text: Option<&str>) -> Result<Vec<pb::WeightedLoss>, Failure> {
 }
 
 async fn only_model(client: &Client) -> Result<String, Failure> {
-    let models = client.models().list_models(pb::ListModelsRequest {}).await?.into_inner().models;
+    let models = client
+        .models()
+        .list_models(pb::ListModelsRequest {})
+        .await?
+        .into_inner()
+        .models;
     match &models[..] {
         [one] => Ok(one.name.clone()),
         many => {
@@ -176,8 +197,12 @@ async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
         if policy.starts_with("models/") {
             return Ok(policy);
         }
-        let Some((job, _)) = policy.split_once("/checkpoints/") else { break };
-        let request = pb::GetTrainingJobRequest { name: job.to_owned() };
+        let Some((job, _)) = policy.split_once("/checkpoints/") else {
+            break;
+        };
+        let request = pb::GetTrainingJobRequest {
+            name: job.to_owned(),
+        };
         match client.training().get_training_job(request).await {
             Ok(job) => policy = job.into_inner().policy,
             // The job was deleted, or the name is wrong and the server will refuse it with a
@@ -209,7 +234,10 @@ async fn upload_for_job(
         .iter()
         .find(is_error)
         .map(|i| format!(" (row {}, {}: {})", i.row, i.reason, i.message));
-    let remedy = match report.counts.contains_key(IssueReason::PromptFillsMaxLength.name()) {
+    let remedy = match report
+        .counts
+        .contains_key(IssueReason::PromptFillsMaxLength.name())
+    {
         true => {
             "give them more room with --max-length, correct the file, \
              or leave them out with --skip-bad-rows"
@@ -230,8 +258,10 @@ async fn upload_checked(
     checked: &Checked,
     output: Output,
 ) -> Result<pb::Dataset, Failure> {
-    let display_name =
-        path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let display_name = path
+        .file_name()
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default();
     let metadata = pb::UploadMetadata {
         display_name,
         model: checked.model.clone(),
@@ -249,7 +279,10 @@ async fn upload_checked(
             output::line(&format!("  {shapes}"));
         }
         for i in r.issues.iter().take(10) {
-            output::line(&format!("  row {}: {} {}: {}", i.row, i.field, i.reason, i.message));
+            output::line(&format!(
+                "  row {}: {} {}: {}",
+                i.row, i.field, i.reason, i.message
+            ));
         }
     }
     Ok(dataset)
@@ -262,11 +295,16 @@ fn in_flags(status: crate::rpc::client::Status) -> Failure {
             "set row_policy to SKIP to train on the other",
             "leave them out with --skip-bad-rows to train on the other",
         ),
-        ("set row_policy to SKIP", "leave them out with --skip-bad-rows"),
+        (
+            "set row_policy to SKIP",
+            "leave them out with --skip-bad-rows",
+        ),
         ("with max_length", "with --max-length"),
     ];
     let replace = |message: String| {
-        FLAGS.iter().fold(message, |text, (field, flag)| text.replace(field, flag))
+        FLAGS
+            .iter()
+            .fold(message, |text, (field, flag)| text.replace(field, flag))
     };
     match Failure::from(status) {
         Failure::Failed(m) => Failure::Failed(replace(m)),

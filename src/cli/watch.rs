@@ -13,7 +13,13 @@ use crate::rpc::pb::{self, training_event::Event};
 
 pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
-    follow(&client, &full_name("trainingJobs", &args.job), args.after, output).await
+    follow(
+        &client,
+        &full_name("trainingJobs", &args.job),
+        args.after,
+        output,
+    )
+    .await
 }
 
 /// Follows a job to its end. Returns a failure unless the job succeeded.
@@ -34,8 +40,14 @@ pub(super) async fn follow(client: &Client, job: &str, after: u64, output: Outpu
         Some(end) => end,
         // No event was left to stream, because the job had already ended.
         None => {
-            let request = pb::GetTrainingJobRequest { name: job.to_owned() };
-            let job = client.training().get_training_job(request).await?.into_inner();
+            let request = pb::GetTrainingJobRequest {
+                name: job.to_owned(),
+            };
+            let job = client
+                .training()
+                .get_training_job(request)
+                .await?
+                .into_inner();
             pb::StateChange {
                 from: 0,
                 to: job.state,
@@ -45,7 +57,11 @@ pub(super) async fn follow(client: &Client, job: &str, after: u64, output: Outpu
     };
     match end.to() {
         pb::JobState::Succeeded => Ok(()),
-        _ => Err(Failure::Failed(format!("{job} ended {}: {}", state(end.to), end.reason))),
+        _ => Err(Failure::Failed(format!(
+            "{job} ended {}: {}",
+            state(end.to),
+            end.reason
+        ))),
     }
 }
 
@@ -87,25 +103,45 @@ impl ProgressView {
                 self.bar.set_length(p.total_steps);
                 self.bar.set_position(p.step);
                 self.bar.set_prefix(p.eta_seconds.map_or("?".into(), |s| {
-                    format!("{}", indicatif::HumanDuration(Duration::from_secs_f64(s.max(0.0))))
+                    format!(
+                        "{}",
+                        indicatif::HumanDuration(Duration::from_secs_f64(s.max(0.0)))
+                    )
                 }));
                 self.bar.set_message(metrics(&s.metrics, ""));
                 if !self.bar.is_hidden() {
                     return;
                 }
                 // Without a terminal there is no bar, so each step prints a line.
-                format!("step {}/{}  {}", p.step, p.total_steps, metrics(&s.metrics, ""))
+                format!(
+                    "step {}/{}  {}",
+                    p.step,
+                    p.total_steps,
+                    metrics(&s.metrics, "")
+                )
             }
             Some(Event::EvalMetrics(s)) => {
-                format!("evaluation at step {}: {}", s.step, metrics(&s.metrics, "eval_"))
+                format!(
+                    "evaluation at step {}: {}",
+                    s.step,
+                    metrics(&s.metrics, "eval_")
+                )
             }
             Some(Event::CheckpointCreated(c)) => {
-                format!("checkpoint {}{}", c.checkpoint, if c.best { " (best)" } else { "" })
+                format!(
+                    "checkpoint {}{}",
+                    c.checkpoint,
+                    if c.best { " (best)" } else { "" }
+                )
             }
             Some(Event::Log(l)) => format!("{}: {}", l.severity, l.message),
             None => return,
         };
-        if self.bar.is_hidden() { output::line(&text) } else { self.bar.println(text) }
+        if self.bar.is_hidden() {
+            output::line(&text)
+        } else {
+            self.bar.println(text)
+        }
     }
 }
 

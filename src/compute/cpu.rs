@@ -44,9 +44,10 @@ impl<'a> TensorRead<'a> {
             bail!("a weight must be contiguous, its layout is {layout:?}")
         };
         match &*storage {
-            Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)) => {
-                Ok(TensorRead { storage: Box::new(storage), range: start..end })
-            }
+            Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)) => Ok(TensorRead {
+                storage: Box::new(storage),
+                range: start..end,
+            }),
             Storage::Cpu(_) => bail!("a weight must be f32 or bf16"),
             _ => bail!("a weight must be in CPU memory"),
         }

@@ -18,7 +18,10 @@ pub(super) struct FreeList {
 
 impl FreeList {
     pub const fn new() -> Self {
-        FreeList { free: BTreeMap::new(), end: 0 }
+        FreeList {
+            free: BTreeMap::new(),
+            end: 0,
+        }
     }
 
     /// Returns the end of the last range in use.
@@ -51,7 +54,11 @@ impl FreeList {
 
     /// Frees a range that [`FreeList::allocate`] returned and merges it with adjacent free ranges.
     pub fn release(&mut self, at: usize, size: usize) {
-        debug_assert!(size == 0 || !self.is_free(at, size), "[{at}, {}) is freed twice", at + size);
+        debug_assert!(
+            size == 0 || !self.is_free(at, size),
+            "[{at}, {}) is freed twice",
+            at + size
+        );
         let (mut start, mut end) = (at, at + size);
         if let Some((&before, &length)) = self.free.range(..at).next_back()
             && before + length == start

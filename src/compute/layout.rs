@@ -40,11 +40,17 @@ impl RowLayout {
     ) -> (Range<usize>, Vec<Range<usize>>) {
         let start = self.tokens();
         let prefix = start..start + prompt;
-        self.segments.push(Segment { tokens: prefix.clone(), prefix: start..start });
+        self.segments.push(Segment {
+            tokens: prefix.clone(),
+            prefix: start..start,
+        });
         let mut at = prefix.end;
         let mut ranges = Vec::new();
         for n in completions {
-            self.segments.push(Segment { tokens: at..at + n, prefix: prefix.clone() });
+            self.segments.push(Segment {
+                tokens: at..at + n,
+                prefix: prefix.clone(),
+            });
             ranges.push(at..at + n);
             at += n;
         }

@@ -31,6 +31,8 @@ mod tests {
         assert!(is_out_of_memory(&full().bt()));
         assert!(is_out_of_memory(&full().context("block 3")));
         assert_eq!(full().to_string(), "the GPU is out of memory");
-        assert!(!is_out_of_memory(&candle_core::Error::Msg("the GPU is out of memory".into())));
+        assert!(!is_out_of_memory(&candle_core::Error::Msg(
+            "the GPU is out of memory".into()
+        )));
     }
 }

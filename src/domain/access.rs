@@ -45,7 +45,11 @@ impl Caller {
     /// Returns a caller with every permission: any client of a server without authentication, or
     /// the server itself.
     pub fn unrestricted() -> Caller {
-        Caller { owner: String::new(), roles: vec![Role::Admin], token: None }
+        Caller {
+            owner: String::new(),
+            roles: vec![Role::Admin],
+            token: None,
+        }
     }
 
     /// Returns true if the caller has `role`.
@@ -75,14 +79,22 @@ mod tests {
 
     #[test]
     fn only_an_admin_sees_what_others_own() {
-        let caller = Caller { owner: "team-a".into(), roles: vec![Role::Submit], token: None };
+        let caller = Caller {
+            owner: "team-a".into(),
+            roles: vec![Role::Submit],
+            token: None,
+        };
         assert!(caller.may_see("team-a") && !caller.may_see("team-b") && !caller.may_see(""));
         assert!(
             caller.may(Role::Submit)
                 && !caller.may(Role::Score)
                 && caller.visible_owner() == Some("team-a")
         );
-        let admin = Caller { owner: "ops".into(), roles: vec![Role::Admin], token: None };
+        let admin = Caller {
+            owner: "ops".into(),
+            roles: vec![Role::Admin],
+            token: None,
+        };
         assert!(
             admin.may_see("team-a")
                 && Role::ALL.iter().all(|r| admin.may(*r))

@@ -65,16 +65,26 @@ impl PreferenceRow {
         if !matches!(self.shape, RowShape::Preference | RowShape::ImplicitPrompt) {
             return Some(self.shape.name().to_owned());
         }
-        if self.arguments.tools.as_ref().is_some_and(|tools| !tools.is_empty()) {
+        if self
+            .arguments
+            .tools
+            .as_ref()
+            .is_some_and(|tools| !tools.is_empty())
+        {
             return Some("tools".to_owned());
         }
         if !self.arguments.kwargs.is_empty() {
             return Some("chat_template_kwargs".to_owned());
         }
-        let fields =
-            [("prompt", &self.prompt), ("chosen", &self.chosen), ("rejected", &self.rejected)];
+        let fields = [
+            ("prompt", &self.prompt),
+            ("chosen", &self.chosen),
+            ("rejected", &self.rejected),
+        ];
         fields.into_iter().find_map(|(field, text)| {
-            let Text::Chat(messages) = text else { return None };
+            let Text::Chat(messages) = text else {
+                return None;
+            };
             let new = messages
                 .iter()
                 .enumerate()
@@ -230,7 +240,10 @@ impl IssueReason {
 
     /// Returns true if each job has to check this with its own model and max_length.
     pub fn depends_on_job(self) -> bool {
-        matches!(self, IssueReason::PromptFillsMaxLength | IssueReason::TokenOutsideVocabulary)
+        matches!(
+            self,
+            IssueReason::PromptFillsMaxLength | IssueReason::TokenOutsideVocabulary
+        )
     }
 }
 
@@ -254,8 +267,16 @@ impl RowIssue {
     /// store.
     pub fn shortened(self) -> Self {
         let short = |text: String, limit: usize| {
-            let text = if text.len() > limit { shortened(&text, limit) } else { text };
-            if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
+            let text = if text.len() > limit {
+                shortened(&text, limit)
+            } else {
+                text
+            };
+            if text.contains('\0') {
+                text.replace('\0', "\u{fffd}")
+            } else {
+                text
+            }
         };
         RowIssue {
             id: self.id.map(|id| short(id, MAX_ISSUE_CHARS.0)),
@@ -329,9 +350,14 @@ impl ValidationReport {
     /// the vocabulary do not count: each job checks these with its own model and `max_length`.
     pub fn bad_rows_of_any_job(&self) -> u64 {
         self.unusable_rows.unwrap_or_else(|| {
-            let reasons = [IssueReason::PromptFillsMaxLength, IssueReason::TokenOutsideVocabulary];
-            let depending: u64 =
-                reasons.iter().filter_map(|reason| self.counts.get(reason.name())).sum();
+            let reasons = [
+                IssueReason::PromptFillsMaxLength,
+                IssueReason::TokenOutsideVocabulary,
+            ];
+            let depending: u64 = reasons
+                .iter()
+                .filter_map(|reason| self.counts.get(reason.name()))
+                .sum();
             self.bad_rows().saturating_sub(depending)
         })
     }

@@ -169,7 +169,11 @@ pub struct WeightedLoss {
 impl WeightedLoss {
     /// Returns a term that uses the objective's label smoothing.
     pub fn new(loss: LossType, weight: f64) -> Self {
-        WeightedLoss { loss, weight, label_smoothing: None }
+        WeightedLoss {
+            loss,
+            weight,
+            label_smoothing: None,
+        }
     }
 }
 
@@ -274,8 +278,11 @@ impl DpoConfig {
     /// every loss that compares answers does so by means, else the sum. A mix of both kinds has the
     /// sum, which is what TRL logs for it.
     pub fn reward_normalization(&self) -> Normalization {
-        let mut trained =
-            self.losses.iter().filter_map(|term| term.loss.normalization()).peekable();
+        let mut trained = self
+            .losses
+            .iter()
+            .filter_map(|term| term.loss.normalization())
+            .peekable();
         match trained.peek().is_some() && trained.all(|n| n == Normalization::Mean) {
             true => Normalization::Mean,
             false => Normalization::Sum,
@@ -295,7 +302,9 @@ impl DpoConfig {
     /// Returns true if a pair's loss depends on the other pairs of its micro-batch (losses that
     /// sort log-ratios).
     pub fn compares_pairs(&self) -> bool {
-        self.losses.iter().any(|term| matches!(term.loss, LossType::Aot | LossType::AotUnpaired))
+        self.losses
+            .iter()
+            .any(|term| matches!(term.loss, LossType::Aot | LossType::AotUnpaired))
     }
 
     /// Returns true if one of the terms is this loss.
@@ -313,8 +322,10 @@ impl DpoConfig {
             return;
         }
         let names: Vec<&str> = self.losses.iter().map(|term| term.loss.name()).collect();
-        let smoothed =
-            LossType::ALL.into_iter().filter(|loss| loss.smooths_labels()).map(LossType::name);
+        let smoothed = LossType::ALL
+            .into_iter()
+            .filter(|loss| loss.smooths_labels())
+            .map(LossType::name);
         let message = format!(
             "has no effect on {}: leave it out or set it to 0, or use a loss with label smoothing \
              ({})",
@@ -337,7 +348,10 @@ impl DpoConfig {
             if !(0.0..0.5).contains(&eps) {
                 out.push(&own, format!("is {eps}: it must lie in [0, 0.5)"));
             } else if eps > 0.0 && !term.loss.smooths_labels() {
-                out.push(&own, format!("has no meaning for {}: remove it", term.loss.name()));
+                out.push(
+                    &own,
+                    format!("has no meaning for {}: remove it", term.loss.name()),
+                );
             }
         }
         if term.loss == LossType::ExoPair && self.smoothing(term) <= 0.0 {
@@ -346,7 +360,10 @@ impl DpoConfig {
             } else {
                 format!("{field}.label_smoothing")
             };
-            out.push(at, "exo_pair needs label_smoothing above 0, for example 0.001");
+            out.push(
+                at,
+                "exo_pair needs label_smoothing above 0, for example 0.001",
+            );
         }
     }
 
@@ -414,7 +431,10 @@ impl DpoConfig {
         if let Some(a) = self.ld_alpha
             && !(0.0..=1.0).contains(&a)
         {
-            out.push(format!("{field}.ld_alpha"), format!("is {a}: it must lie in [0, 1]"));
+            out.push(
+                format!("{field}.ld_alpha"),
+                format!("is {a}: it must lie in [0, 1]"),
+            );
         }
         if let Some(s) = self.reference_sync {
             if !(s.alpha > 0.0 && s.alpha <= 1.0) {

@@ -54,7 +54,10 @@ impl ModelIdentity {
         let mut differing = both.filter(|((_, mine), (_, theirs))| mine != theirs);
         differing
             .next()
-            .map(|((part, mine), (_, theirs))| Difference { part, hashes: (mine, theirs) })
+            .map(|((part, mine), (_, theirs))| Difference {
+                part,
+                hashes: (mine, theirs),
+            })
     }
 }
 
@@ -105,7 +108,10 @@ mod tests {
         let pins: Pins = serde_json::from_str(old).unwrap();
         assert_eq!(pins.reference_base, None);
         assert_eq!(serde_json::to_string(&pins).unwrap(), old);
-        let with = Pins { reference_base: Some(pins.base.clone()), ..pins };
+        let with = Pins {
+            reference_base: Some(pins.base.clone()),
+            ..pins
+        };
         let written = serde_json::to_string(&with).unwrap();
         assert_eq!(serde_json::from_str::<Pins>(&written).unwrap(), with);
     }
@@ -120,10 +126,34 @@ mod tests {
         };
         assert_eq!(a.difference(&a.clone()), None);
         let changed = [
-            ("weights", ModelIdentity { weights: "9".into(), ..a.clone() }),
-            ("config", ModelIdentity { config: "9".into(), ..a.clone() }),
-            ("tokenizer", ModelIdentity { tokenizer: "9".into(), ..a.clone() }),
-            ("chat template", ModelIdentity { chat_template: "9".into(), ..a.clone() }),
+            (
+                "weights",
+                ModelIdentity {
+                    weights: "9".into(),
+                    ..a.clone()
+                },
+            ),
+            (
+                "config",
+                ModelIdentity {
+                    config: "9".into(),
+                    ..a.clone()
+                },
+            ),
+            (
+                "tokenizer",
+                ModelIdentity {
+                    tokenizer: "9".into(),
+                    ..a.clone()
+                },
+            ),
+            (
+                "chat template",
+                ModelIdentity {
+                    chat_template: "9".into(),
+                    ..a.clone()
+                },
+            ),
         ];
         for (part, b) in &changed {
             let difference = a.difference(b).unwrap();
@@ -131,7 +161,11 @@ mod tests {
             assert_ne!(a.hash(), b.hash());
         }
         // Moving a character from one part to the next must change the hash, too.
-        let shifted = ModelIdentity { weights: "12".into(), config: String::new(), ..a.clone() };
+        let shifted = ModelIdentity {
+            weights: "12".into(),
+            config: String::new(),
+            ..a.clone()
+        };
         assert_ne!(a.hash(), shifted.hash());
     }
 }

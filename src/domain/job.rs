@@ -34,7 +34,10 @@ pub mod finite {
     /// Reads the metrics and skips those that are `null`.
     pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Metrics, D::Error> {
         let all = BTreeMap::<String, Option<f64>>::deserialize(d)?;
-        Ok(all.into_iter().filter_map(|(name, v)| Some((name, v?))).collect())
+        Ok(all
+            .into_iter()
+            .filter_map(|(name, v)| Some((name, v?)))
+            .collect())
     }
 }
 
@@ -83,7 +86,10 @@ impl JobState {
 
     /// Returns true if the state can never change again.
     pub fn is_final(self) -> bool {
-        matches!(self, JobState::Cancelled | JobState::Succeeded | JobState::Failed)
+        matches!(
+            self,
+            JobState::Cancelled | JobState::Succeeded | JobState::Failed
+        )
     }
 
     /// Returns true if a job may go from `self` to `to`. Jobs of a drained or killed server are
@@ -252,12 +258,18 @@ pub struct Job {
 impl Job {
     /// Returns the chat template's arguments for rows that have none of their own.
     pub fn template_arguments(&self) -> TemplateArguments {
-        TemplateArguments { tools: None, kwargs: self.request.chat_template_kwargs.clone() }
+        TemplateArguments {
+            tools: None,
+            kwargs: self.request.chat_template_kwargs.clone(),
+        }
     }
 
     /// Returns the time at which the job is deleted: its end plus its time to live.
     pub fn expire_time(&self) -> Option<Millis> {
-        Some(self.end_time?.saturating_add(self.request.ttl_ms? as Millis))
+        Some(
+            self.end_time?
+                .saturating_add(self.request.ttl_ms? as Millis),
+        )
     }
 
     /// Returns a tag that changes with title, labels, priority and state, but not with progress.
@@ -362,8 +374,11 @@ mod tests {
 
     #[test]
     fn metrics_that_are_no_numbers_are_left_out() {
-        let metrics =
-            Metrics::from([("a".into(), f64::NAN), ("b".into(), 1.5), ("c".into(), f64::INFINITY)]);
+        let metrics = Metrics::from([
+            ("a".into(), f64::NAN),
+            ("b".into(), 1.5),
+            ("c".into(), f64::INFINITY),
+        ]);
         let event = EventKind::Eval { step: 1, metrics };
         let text = serde_json::to_string(&event).unwrap();
         let EventKind::Eval { metrics, .. } = serde_json::from_str(&text).unwrap() else {
@@ -371,13 +386,20 @@ mod tests {
         };
         assert_eq!(metrics, Metrics::from([("b".into(), 1.5)]));
         let old = r#"{"kind":"eval","step":1,"metrics":{"a":null,"b":2.0}}"#;
-        assert!(serde_json::from_str::<EventKind>(old).is_ok(), "what an older version stored");
+        assert!(
+            serde_json::from_str::<EventKind>(old).is_ok(),
+            "what an older version stored"
+        );
     }
 
     #[test]
     fn final_states_have_no_way_out_and_every_other_state_has_one() {
         for s in JobState::ALL {
-            assert_eq!(JobState::ALL.iter().any(|t| s.may_become(*t)), !s.is_final(), "{s:?}");
+            assert_eq!(
+                JobState::ALL.iter().any(|t| s.may_become(*t)),
+                !s.is_final(),
+                "{s:?}"
+            );
             assert_eq!(JobState::parse(s.name()), Some(s));
         }
     }

@@ -124,12 +124,17 @@ impl ChatMessage {
     /// # Errors
     /// The problem with its path in the message.
     pub fn parse(value: Value) -> Result<Self, MessageProblem> {
-        let wrong =
-            |path: &str, reason: String| MessageProblem::Invalid { path: path.to_owned(), reason };
+        let wrong = |path: &str, reason: String| MessageProblem::Invalid {
+            path: path.to_owned(),
+            reason,
+        };
         let Value::Object(mut fields) = value else {
             return Err(wrong(
                 "",
-                format!("is {}: it must be {{\"role\": …, \"content\": …}}", kind(&value)),
+                format!(
+                    "is {}: it must be {{\"role\": …, \"content\": …}}",
+                    kind(&value)
+                ),
             ));
         };
         match fields.get("role") {
@@ -141,13 +146,19 @@ impl ChatMessage {
                 ));
             }
             Some(other) => {
-                return Err(wrong("role", format!("is {}: it must be a string", kind(other))));
+                return Err(wrong(
+                    "role",
+                    format!("is {}: it must be a string", kind(other)),
+                ));
             }
         }
-        if let Some(key) =
-            MEDIA_KEYS.into_iter().find(|key| fields.get(*key).is_some_and(has_content))
+        if let Some(key) = MEDIA_KEYS
+            .into_iter()
+            .find(|key| fields.get(*key).is_some_and(has_content))
         {
-            return Err(MessageProblem::Media { path: key.to_owned() });
+            return Err(MessageProblem::Media {
+                path: key.to_owned(),
+            });
         }
         match fields.get("content") {
             Some(Value::String(_)) => {}
@@ -155,7 +166,11 @@ impl ChatMessage {
             None | Some(Value::Null) => {
                 let has_payload = fields.iter().any(|(key, value)| is_payload(key, value));
                 if !has_payload {
-                    let how = if fields.contains_key("content") { "null" } else { "missing" };
+                    let how = if fields.contains_key("content") {
+                        "null"
+                    } else {
+                        "missing"
+                    };
                     let reason = format!(
                         "is {how}: a message has a content, or something else to say such as \
                          tool_calls"
@@ -170,7 +185,9 @@ impl ChatMessage {
                 ));
             }
         }
-        if let Some((key, _)) = fields.iter().find(|(_, value)| !is_within_depth(value, MAX_DEPTH))
+        if let Some((key, _)) = fields
+            .iter()
+            .find(|(_, value)| !is_within_depth(value, MAX_DEPTH))
         {
             return Err(wrong(key, too_deep()));
         }
@@ -180,7 +197,10 @@ impl ChatMessage {
 
     /// Returns the role, e.g. `system`, `user`, `assistant` or `tool`.
     pub fn role(&self) -> &str {
-        self.0.get("role").and_then(Value::as_str).unwrap_or_default()
+        self.0
+            .get("role")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
     }
 
     /// Returns all keys in the order of the input.
@@ -204,7 +224,9 @@ impl ChatMessage {
         let has_text = match self.0.get("content") {
             Some(Value::String(text)) => !text.trim().is_empty(),
             Some(Value::Array(parts)) => parts.iter().any(|part| {
-                part.get("text").and_then(Value::as_str).is_some_and(|text| !text.trim().is_empty())
+                part.get("text")
+                    .and_then(Value::as_str)
+                    .is_some_and(|text| !text.trim().is_empty())
             }),
             _ => false,
         };
@@ -217,7 +239,10 @@ impl ChatMessage {
 
     /// Returns the approximate size in memory in bytes, keys included.
     pub fn bytes(&self) -> usize {
-        self.0.iter().map(|(key, value)| key.len() + bytes(value)).sum()
+        self.0
+            .iter()
+            .map(|(key, value)| key.len() + bytes(value))
+            .sum()
     }
 }
 
@@ -253,13 +278,21 @@ impl TemplateArguments {
     pub fn over(&self, below: &TemplateArguments) -> TemplateArguments {
         let mut kwargs = below.kwargs.clone();
         kwargs.extend(self.kwargs.clone());
-        TemplateArguments { tools: self.tools.clone().or_else(|| below.tools.clone()), kwargs }
+        TemplateArguments {
+            tools: self.tools.clone().or_else(|| below.tools.clone()),
+            kwargs,
+        }
     }
 
     /// Returns the approximate size in memory in bytes, keys included.
     pub fn bytes(&self) -> usize {
         let tools: usize = self.tools.iter().flatten().map(bytes).sum();
-        tools + self.kwargs.iter().map(|(key, value)| key.len() + bytes(value)).sum::<usize>()
+        tools
+            + self
+                .kwargs
+                .iter()
+                .map(|(key, value)| key.len() + bytes(value))
+                .sum::<usize>()
     }
 }
 
@@ -296,10 +329,16 @@ pub fn tools_from_json(value: Value) -> Result<Option<Vec<Value>>, String> {
 /// An explanation, to be appended to the field's name.
 pub fn check_tools(tools: &[Value]) -> Result<(), String> {
     if tools.len() > MAX_TOOLS {
-        return Err(format!("has {} tools: {MAX_TOOLS} are the limit", tools.len()));
+        return Err(format!(
+            "has {} tools: {MAX_TOOLS} are the limit",
+            tools.len()
+        ));
     }
     if let Some((i, other)) = tools.iter().enumerate().find(|(_, tool)| !tool.is_object()) {
-        return Err(format!("has {} at [{i}]: each tool is a JSON object", kind(other)));
+        return Err(format!(
+            "has {} at [{i}]: each tool is a JSON object",
+            kind(other)
+        ));
     }
     check_size(tools.iter())
 }
@@ -309,7 +348,10 @@ pub fn check_tools(tools: &[Value]) -> Result<(), String> {
 /// # Errors
 /// An explanation, to be appended to the field's name.
 pub fn check_kwargs(kwargs: &Map<String, Value>) -> Result<(), String> {
-    if let Some(name) = RESERVED_KWARGS.into_iter().find(|name| kwargs.contains_key(*name)) {
+    if let Some(name) = RESERVED_KWARGS
+        .into_iter()
+        .find(|name| kwargs.contains_key(*name))
+    {
         let remedy = match name {
             "tools" => "give tools in their own field",
             _ => "it is no variable that a template can be given: remove it",
@@ -328,7 +370,9 @@ fn check_size<'a>(values: impl Iterator<Item = &'a Value>) -> Result<(), String>
         total += bytes(value);
     }
     if total > MAX_ARGUMENT_BYTES {
-        return Err(format!("takes {total} bytes of memory: {MAX_ARGUMENT_BYTES} are the limit"));
+        return Err(format!(
+            "takes {total} bytes of memory: {MAX_ARGUMENT_BYTES} are the limit"
+        ));
     }
     Ok(())
 }
@@ -356,7 +400,11 @@ pub fn without_nulls(value: Value) -> Value {
         Value::Array(items) => Value::Array(items.into_iter().map(without_nulls).collect()),
         Value::Object(fields) => {
             let present = fields.into_iter().filter(|(_, value)| !value.is_null());
-            Value::Object(present.map(|(key, value)| (key, without_nulls(value))).collect())
+            Value::Object(
+                present
+                    .map(|(key, value)| (key, without_nulls(value)))
+                    .collect(),
+            )
         }
         scalar => scalar,
     }
@@ -382,8 +430,10 @@ fn check_parts(parts: &[Value]) -> Result<(), MessageProblem> {
     for (i, part) in parts.iter().enumerate() {
         let path = format!("content[{i}]");
         let Some(fields) = part.as_object() else {
-            let reason =
-                format!("is {}: a part is {{\"type\": \"text\", \"text\": …}}", kind(part));
+            let reason = format!(
+                "is {}: a part is {{\"type\": \"text\", \"text\": …}}",
+                kind(part)
+            );
             return Err(MessageProblem::Invalid { path, reason });
         };
         if fields
@@ -391,12 +441,17 @@ fn check_parts(parts: &[Value]) -> Result<(), MessageProblem> {
             .and_then(Value::as_str)
             .is_some_and(|kind| MEDIA_PARTS.contains(&kind))
         {
-            return Err(MessageProblem::Media { path: format!("{path}.type") });
+            return Err(MessageProblem::Media {
+                path: format!("{path}.type"),
+            });
         }
-        if let Some(key) =
-            MEDIA_PARTS.into_iter().find(|key| fields.get(*key).is_some_and(has_content))
+        if let Some(key) = MEDIA_PARTS
+            .into_iter()
+            .find(|key| fields.get(*key).is_some_and(has_content))
         {
-            return Err(MessageProblem::Media { path: format!("{path}.{key}") });
+            return Err(MessageProblem::Media {
+                path: format!("{path}.{key}"),
+            });
         }
     }
     Ok(())
@@ -413,7 +468,10 @@ fn bytes(value: &Value) -> usize {
         Value::Array(items) => VALUE_OVERHEAD_BYTES + items.iter().map(bytes).sum::<usize>(),
         Value::Object(fields) => {
             VALUE_OVERHEAD_BYTES
-                + fields.iter().map(|(key, value)| key.len() + bytes(value)).sum::<usize>()
+                + fields
+                    .iter()
+                    .map(|(key, value)| key.len() + bytes(value))
+                    .sum::<usize>()
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => VALUE_OVERHEAD_BYTES,
     }

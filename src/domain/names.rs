@@ -37,9 +37,11 @@ pub fn is_hub_id(name: &str) -> bool {
     let plain = |p: &str| {
         !p.is_empty()
             && !p.starts_with('.')
-            && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+            && p.bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
     };
-    name.split_once('/').is_some_and(|(owner, name)| plain(owner) && plain(name))
+    name.split_once('/')
+        .is_some_and(|(owner, name)| plain(owner) && plain(name))
 }
 
 /// Name under which other programs load a base model.
@@ -58,13 +60,19 @@ impl BaseName {
             Some((name, revision)) => (name, Some(revision.to_owned())),
             None => (source, None),
         };
-        BaseName { name: name.to_owned(), revision }
+        BaseName {
+            name: name.to_owned(),
+            revision,
+        }
     }
 }
 
 impl From<&str> for BaseName {
     fn from(name: &str) -> Self {
-        BaseName { name: name.to_owned(), revision: None }
+        BaseName {
+            name: name.to_owned(),
+            revision: None,
+        }
     }
 }
 
@@ -74,7 +82,9 @@ pub fn is_valid_id(id: &str) -> bool {
     !id.is_empty()
         && id.len() <= 128
         && !id.starts_with('.')
-        && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
 fn id_after<'a>(name: &'a str, prefix: &str) -> Option<&'a str> {
@@ -100,7 +110,9 @@ pub fn parse_model(name: &str) -> Option<&str> {
 /// latest
 /// best}`.
 pub fn parse_checkpoint(name: &str) -> Option<(&str, CheckpointRef)> {
-    let (job, which) = name.strip_prefix("trainingJobs/")?.split_once("/checkpoints/")?;
+    let (job, which) = name
+        .strip_prefix("trainingJobs/")?
+        .split_once("/checkpoints/")?;
     let which = match which {
         "latest" => CheckpointRef::Latest,
         "best" => CheckpointRef::Best,
@@ -113,8 +125,10 @@ pub fn parse_checkpoint(name: &str) -> Option<(&str, CheckpointRef)> {
 pub fn parse_policy(name: &str) -> Option<PolicyName> {
     match parse_model(name) {
         Some(id) => Some(PolicyName::Model(id.to_owned())),
-        None => parse_checkpoint(name)
-            .map(|(job, which)| PolicyName::Checkpoint { job: job.to_owned(), which }),
+        None => parse_checkpoint(name).map(|(job, which)| PolicyName::Checkpoint {
+            job: job.to_owned(),
+            which,
+        }),
     }
 }
 

@@ -174,12 +174,18 @@ reasons! {
 impl Reason {
     /// Returns the reason with a name.
     pub fn parse(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|reason| reason.name() == name)
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|reason| reason.name() == name)
     }
 
     /// Returns true if the caller has reached a limit for one client.
     pub fn is_quota(self) -> bool {
-        matches!(self, Reason::TooManyJobs | Reason::TooManyTokens | Reason::TooManyBytes)
+        matches!(
+            self,
+            Reason::TooManyJobs | Reason::TooManyTokens | Reason::TooManyBytes
+        )
     }
 }
 
@@ -243,7 +249,12 @@ mod tests {
     fn every_name_is_one_reason_in_capitals() {
         for reason in Reason::ALL {
             assert_eq!(Reason::parse(reason.name()), Some(*reason));
-            assert!(reason.name().chars().all(|c| c.is_ascii_uppercase() || c == '_'));
+            assert!(
+                reason
+                    .name()
+                    .chars()
+                    .all(|c| c.is_ascii_uppercase() || c == '_')
+            );
         }
         assert_eq!(Reason::parse("in_use"), None);
     }
@@ -305,16 +316,24 @@ mod tests {
             ("DATA_DIR_IN_USE", FailureCode::Internal),
             ("WRONG_ARTIFACT_STORE", FailureCode::Internal),
         ];
-        let now: Vec<(&str, FailureCode)> =
-            Reason::ALL.iter().map(|r| (r.name(), r.failure_code())).collect();
+        let now: Vec<(&str, FailureCode)> = Reason::ALL
+            .iter()
+            .map(|r| (r.name(), r.failure_code()))
+            .collect();
         assert_eq!(now, known);
     }
 
     #[test]
     fn a_stored_reason_is_its_name_known_or_not() {
         for (stored, expected) in [
-            ("\"OUT_OF_MEMORY\"", StoredReason::Known(Reason::OutOfMemory)),
-            ("\"OF_A_LATER_VERSION\"", StoredReason::Unknown("OF_A_LATER_VERSION".into())),
+            (
+                "\"OUT_OF_MEMORY\"",
+                StoredReason::Known(Reason::OutOfMemory),
+            ),
+            (
+                "\"OF_A_LATER_VERSION\"",
+                StoredReason::Unknown("OF_A_LATER_VERSION".into()),
+            ),
         ] {
             let read: StoredReason = serde_json::from_str(stored).unwrap();
             assert_eq!(read, expected);
@@ -324,6 +343,9 @@ mod tests {
             StoredReason::Known(Reason::OutOfMemory).failure_code(),
             FailureCode::ResourceExhausted
         );
-        assert_eq!(StoredReason::Unknown("X".into()).failure_code(), FailureCode::Internal);
+        assert_eq!(
+            StoredReason::Unknown("X".into()).failure_code(),
+            FailureCode::Internal
+        );
     }
 }

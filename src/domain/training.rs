@@ -8,8 +8,15 @@ use super::dpo::{DpoConfig, Normalization};
 use super::violation::{Violations, quoted};
 
 /// Projections that LoRA can adapt, in the decoder's order.
-pub const TARGET_MODULES: [&str; 7] =
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+pub const TARGET_MODULES: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
 
 /// Every setting of a run except the data, fixed when the job is created.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -133,16 +140,29 @@ impl LoraConfig {
             differs("alpha", alpha.to_string(), adapter.alpha.to_string());
         }
         let sorted = |names: &[String]| names.iter().cloned().collect::<BTreeSet<String>>();
-        if let Some(targets) =
-            given.target_modules.as_ref().filter(|t| sorted(t) != sorted(&adapter.target_modules))
+        if let Some(targets) = given
+            .target_modules
+            .as_ref()
+            .filter(|t| sorted(t) != sorted(&adapter.target_modules))
         {
-            differs("target_modules", targets.join(", "), adapter.target_modules.join(", "));
+            differs(
+                "target_modules",
+                targets.join(", "),
+                adapter.target_modules.join(", "),
+            );
         }
         if let Some(use_rslora) = given.use_rslora.filter(|r| *r != adapter.use_rslora) {
-            differs("use_rslora", use_rslora.to_string(), adapter.use_rslora.to_string());
+            differs(
+                "use_rslora",
+                use_rslora.to_string(),
+                adapter.use_rslora.to_string(),
+            );
         }
         let init_adapter = self.init_adapter.take();
-        *self = LoraConfig { init_adapter, ..adapter.clone() };
+        *self = LoraConfig {
+            init_adapter,
+            ..adapter.clone()
+        };
     }
 }
 
@@ -320,7 +340,10 @@ impl BatchConfig {
     /// Returns the optimizer steps in one epoch over `pairs` rows: ⌈⌈pairs/batch⌉/accumulation⌉, at
     /// least 1.
     pub fn steps_per_epoch(&self, pairs: usize) -> u64 {
-        pairs.div_ceil(self.batch_size).div_ceil(self.gradient_accumulation_steps).max(1) as u64
+        pairs
+            .div_ceil(self.batch_size)
+            .div_ceil(self.gradient_accumulation_steps)
+            .max(1) as u64
     }
 
     /// Returns the optimizer steps of the whole run, at least 1.
@@ -366,9 +389,13 @@ impl BestMetric {
 
     /// Returns the metric with this name.
     pub fn parse(name: &str) -> Option<BestMetric> {
-        [BestMetric::EvalLoss, BestMetric::EvalAccuracy, BestMetric::EvalMargin]
-            .into_iter()
-            .find(|m| m.name() == name)
+        [
+            BestMetric::EvalLoss,
+            BestMetric::EvalAccuracy,
+            BestMetric::EvalMargin,
+        ]
+        .into_iter()
+        .find(|m| m.name() == name)
     }
 
     /// Returns true if `new` is better than `old`.
@@ -430,7 +457,10 @@ impl TrainingSpec {
         }
         self.batch.validate(&format!("{field}.batch"), out);
         if self.run.logging_steps == 0 {
-            out.push(format!("{field}.run.logging_steps"), "is 0: it must be at least 1");
+            out.push(
+                format!("{field}.run.logging_steps"),
+                "is 0: it must be at least 1",
+            );
         }
         if self.run.save_total_limit == 0 {
             out.push(
@@ -444,9 +474,15 @@ impl TrainingSpec {
 impl OptimizerConfig {
     fn validate(&self, field: &str, out: &mut Violations) {
         out.positive(format!("{field}.learning_rate"), self.learning_rate);
-        for (name, b) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
+        for (name, b) in [
+            ("adam_beta1", self.adam_beta1),
+            ("adam_beta2", self.adam_beta2),
+        ] {
             if !(0.0..1.0).contains(&b) {
-                out.push(format!("{field}.{name}"), format!("is {b}: it must lie in [0, 1)"));
+                out.push(
+                    format!("{field}.{name}"),
+                    format!("is {b}: it must lie in [0, 1)"),
+                );
             }
         }
         out.positive(format!("{field}.adam_epsilon"), self.adam_epsilon);
@@ -463,7 +499,10 @@ impl OptimizerConfig {
         if let Warmup::Ratio(r) = self.warmup
             && !(0.0..1.0).contains(&r)
         {
-            out.push(format!("{field}.warmup_ratio"), format!("is {r}: it must lie in [0, 1)"));
+            out.push(
+                format!("{field}.warmup_ratio"),
+                format!("is {r}: it must lie in [0, 1)"),
+            );
         }
     }
 }
@@ -471,11 +510,17 @@ impl OptimizerConfig {
 impl LoraConfig {
     fn validate(&self, field: &str, out: &mut Violations) {
         if !(1..=1024).contains(&self.rank) {
-            out.push(format!("{field}.rank"), format!("is {}: it must lie in 1..=1024", self.rank));
+            out.push(
+                format!("{field}.rank"),
+                format!("is {}: it must lie in 1..=1024", self.rank),
+            );
         }
         out.positive(format!("{field}.alpha"), self.alpha);
         if self.target_modules.is_empty() {
-            out.push(format!("{field}.target_modules"), "is empty: name at least one projection");
+            out.push(
+                format!("{field}.target_modules"),
+                "is empty: name at least one projection",
+            );
         }
         for (i, m) in self.target_modules.iter().enumerate() {
             if !TARGET_MODULES.contains(&m.as_str()) {
@@ -496,12 +541,19 @@ impl BatchConfig {
     fn validate(&self, field: &str, out: &mut Violations) {
         for (name, v, max) in [
             ("batch_size", self.batch_size, 4096),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps, 65536),
+            (
+                "gradient_accumulation_steps",
+                self.gradient_accumulation_steps,
+                65536,
+            ),
             ("max_length", self.max_length, 1 << 20),
             ("row_tokens", self.row_tokens, 1 << 20),
         ] {
             if v == 0 || v > max {
-                out.push(format!("{field}.{name}"), format!("is {v}: it must lie in 1..={max}"));
+                out.push(
+                    format!("{field}.{name}"),
+                    format!("is {v}: it must lie in 1..={max}"),
+                );
             }
         }
         if self.max_length == 1 {
@@ -511,7 +563,10 @@ impl BatchConfig {
             );
         }
         if self.max_steps == Some(0) {
-            out.push(format!("{field}.max_steps"), "is 0: it must be at least 1, or absent");
+            out.push(
+                format!("{field}.max_steps"),
+                "is 0: it must be at least 1, or absent",
+            );
         }
         if !(self.epochs.is_finite() && self.epochs > 0.0 && self.epochs <= 1e6) {
             out.push(
@@ -536,13 +591,25 @@ mod tests {
         };
         let adopt = |given: &GivenLora| {
             let (mut lora, mut bad) = (
-                LoraConfig { init_adapter: Some("x".into()), ..Default::default() },
+                LoraConfig {
+                    init_adapter: Some("x".into()),
+                    ..Default::default()
+                },
                 Violations::default(),
             );
             lora.adopt(&adapter, given, "the adapter x", "lora", &mut bad);
-            (lora, bad.listed().iter().map(|v| v.field.clone()).collect::<Vec<_>>())
+            (
+                lora,
+                bad.listed()
+                    .iter()
+                    .map(|v| v.field.clone())
+                    .collect::<Vec<_>>(),
+            )
         };
-        let effective = LoraConfig { init_adapter: Some("x".into()), ..adapter.clone() };
+        let effective = LoraConfig {
+            init_adapter: Some("x".into()),
+            ..adapter.clone()
+        };
         assert_eq!(adopt(&GivenLora::default()), (effective.clone(), vec![]));
         let targets = |names: [&str; 2]| Some(names.map(str::to_owned).to_vec());
         let same = GivenLora {
@@ -553,13 +620,34 @@ mod tests {
         };
         assert_eq!(adopt(&same), (effective, vec![]));
         let others = [
-            ("lora.rank", GivenLora { rank: Some(16), ..Default::default() }),
-            ("lora.alpha", GivenLora { alpha: Some(32.0), ..Default::default() }),
+            (
+                "lora.rank",
+                GivenLora {
+                    rank: Some(16),
+                    ..Default::default()
+                },
+            ),
+            (
+                "lora.alpha",
+                GivenLora {
+                    alpha: Some(32.0),
+                    ..Default::default()
+                },
+            ),
             (
                 "lora.target_modules",
-                GivenLora { target_modules: targets(["q_proj", "k_proj"]), ..Default::default() },
+                GivenLora {
+                    target_modules: targets(["q_proj", "k_proj"]),
+                    ..Default::default()
+                },
             ),
-            ("lora.use_rslora", GivenLora { use_rslora: Some(true), ..Default::default() }),
+            (
+                "lora.use_rslora",
+                GivenLora {
+                    use_rslora: Some(true),
+                    ..Default::default()
+                },
+            ),
         ];
         for (field, given) in others {
             assert_eq!(adopt(&given).1, [field]);

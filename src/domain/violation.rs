@@ -34,7 +34,10 @@ impl Violations {
     /// Adds a violation.
     pub fn push(&mut self, field: impl Into<String>, description: impl Into<String>) {
         if self.listed.len() < MAX_LISTED {
-            self.listed.push(Violation { field: field.into(), description: description.into() });
+            self.listed.push(Violation {
+                field: field.into(),
+                description: description.into(),
+            });
         } else {
             self.more += 1;
         }
@@ -59,7 +62,10 @@ impl Violations {
     /// not.
     pub fn at_most(&mut self, field: &str, elements: usize, limit: usize) -> bool {
         if elements > limit {
-            self.push(field, format!("has {elements} elements: at most {limit} are accepted"));
+            self.push(
+                field,
+                format!("has {elements} elements: at most {limit} are accepted"),
+            );
         }
         elements <= limit
     }
@@ -67,14 +73,20 @@ impl Violations {
     /// Adds a violation unless `value` is finite and above 0.
     pub fn positive(&mut self, field: impl Into<String>, value: f64) {
         if !(value.is_finite() && value > 0.0) {
-            self.push(field, format!("is {value}: it must be a finite number above 0"));
+            self.push(
+                field,
+                format!("is {value}: it must be a finite number above 0"),
+            );
         }
     }
 
     /// Adds a violation unless `value` is finite and at least 0.
     pub fn non_negative(&mut self, field: impl Into<String>, value: f64) {
         if !(value.is_finite() && value >= 0.0) {
-            self.push(field, format!("is {value}: it must be a finite number, 0 or above"));
+            self.push(
+                field,
+                format!("is {value}: it must be a finite number, 0 or above"),
+            );
         }
     }
 
@@ -135,7 +147,10 @@ mod tests {
         assert!(bad.to_string().ends_with("; and 7 more"));
         assert_eq!(quoted("é\""), r#""é\"""#);
         let long = quoted(&"é".repeat(5000));
-        assert!(long.chars().count() < 130 && long.ends_with("… (10000 bytes)"), "{long}");
+        assert!(
+            long.chars().count() < 130 && long.ends_with("… (10000 bytes)"),
+            "{long}"
+        );
         assert_eq!(shortened("abc", 3), "abc");
         assert_eq!(shortened("abcd", 3), "abc…");
     }

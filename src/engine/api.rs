@@ -163,7 +163,9 @@ impl RunControl {
 
     /// Asks the run to write a checkpoint and stop.
     pub fn drain(&self) {
-        let _ = self.0.compare_exchange(0, 2, Ordering::AcqRel, Ordering::Acquire);
+        let _ = self
+            .0
+            .compare_exchange(0, 2, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// Returns the current instruction.
@@ -187,7 +189,10 @@ pub struct Report {
 
 impl From<RunEvent> for Report {
     fn from(event: RunEvent) -> Self {
-        Report { made: Instant::now(), event }
+        Report {
+            made: Instant::now(),
+            event,
+        }
     }
 }
 

@@ -32,12 +32,13 @@ impl WorkItem for Entry {
     }
 
     fn live_job(&self) -> Option<&str> {
-        [Some(&self.policy), self.reference.as_ref()].into_iter().flatten().find_map(|weights| {
-            match weights {
+        [Some(&self.policy), self.reference.as_ref()]
+            .into_iter()
+            .flatten()
+            .find_map(|weights| match weights {
                 WeightsRef::Live { job } | WeightsRef::LiveReference { job } => Some(job.as_str()),
                 _ => None,
-            }
-        })
+            })
     }
 
     fn refuse(self) {

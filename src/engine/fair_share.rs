@@ -61,8 +61,11 @@ impl FairShare {
 
     /// Pays off debt with the time that training has had since the last call.
     pub fn pay(&mut self, now: Instant) {
-        self.debt = (self.debt - now.saturating_duration_since(self.training_since).as_secs_f64())
-            .max(-MAX_CREDIT_SECONDS);
+        self.debt = (self.debt
+            - now
+                .saturating_duration_since(self.training_since)
+                .as_secs_f64())
+        .max(-MAX_CREDIT_SECONDS);
         self.training_since = now;
     }
 
@@ -122,7 +125,11 @@ mod tests {
         assert_eq!(account.stop(start + 6 * SECOND), 3 * SECOND);
         assert!(account.may_score());
         account.start(start + 7 * SECOND);
-        assert_eq!(account.stop(start + 8 * SECOND), Duration::ZERO, "each unit counts its own");
+        assert_eq!(
+            account.stop(start + 8 * SECOND),
+            Duration::ZERO,
+            "each unit counts its own"
+        );
     }
 
     #[test]

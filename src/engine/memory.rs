@@ -16,12 +16,16 @@ pub(super) struct HostMemory {
 
 impl HostMemory {
     pub fn new(limit: u64) -> Self {
-        HostMemory { limit, in_use: Arc::default() }
+        HostMemory {
+            limit,
+            in_use: Arc::default(),
+        }
     }
 
     /// Returns the bytes that the runs in progress leave free.
     pub fn left(&self) -> u64 {
-        self.limit.saturating_sub(self.in_use.load(Ordering::Relaxed))
+        self.limit
+            .saturating_sub(self.in_use.load(Ordering::Relaxed))
     }
 
     /// Returns true if runs may need `bytes` in total.
@@ -50,7 +54,12 @@ pub(super) struct Room {
 
 impl Room {
     pub fn new(device: u64, run: Arc<AtomicU64>, host: HostMemory, workers: usize) -> Self {
-        Room { device, run, host, workers: workers.max(1) as u64 }
+        Room {
+            device,
+            run,
+            host,
+            workers: workers.max(1) as u64,
+        }
     }
 
     /// Returns a room without a limit.
@@ -82,7 +91,10 @@ pub(super) fn limit(options: &EngineOptions, device: &ComputeDevice) -> u64 {
 /// Returns the host memory limit in bytes: the setting, or else nine tenths of the memory that this
 /// process may use.
 pub(super) fn host_limit(options: &EngineOptions) -> u64 {
-    options.memory_limit.or_else(|| usable().map(|bytes| bytes / 10 * 9)).unwrap_or(u64::MAX)
+    options
+        .memory_limit
+        .or_else(|| usable().map(|bytes| bytes / 10 * 9))
+        .unwrap_or(u64::MAX)
 }
 
 /// Returns the machine's memory, or the limit of this process's control group if that is lower.
@@ -123,10 +135,17 @@ fn group_limit(mount: &Path, groups: &str) -> Option<u64> {
 /// `root`.
 fn lowest(root: PathBuf, path: &str, name: &str) -> Option<u64> {
     let group = root.join(path.trim_start_matches('/'));
-    let folders = group.ancestors().take_while(|folder| folder.starts_with(&root));
+    let folders = group
+        .ancestors()
+        .take_while(|folder| folder.starts_with(&root));
     // Without a limit the file has `max` or a number larger than any memory.
-    let limits = folders
-        .filter_map(|folder| std::fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok());
+    let limits = folders.filter_map(|folder| {
+        std::fs::read_to_string(folder.join(name))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    });
     limits.min()
 }
 

@@ -67,14 +67,18 @@ pub(super) fn extra(
         gpu += base.info.parameters * weight_bytes(precision);
     }
 
-    if let Some((weights, id)) =
-        reference.filter(|_| spec.dpo.has_reference(true)).and_then(|w| Some((w, w.model()?)))
+    if let Some((weights, id)) = reference
+        .filter(|_| spec.dpo.has_reference(true))
+        .and_then(|w| Some((w, w.model()?)))
     {
         let other = base_models.get(id)?;
         let parameters = other.info.parameters;
         let is_moving = spec.dpo.reference_sync.is_some();
         let has_own_weights = is_moving
-            || matches!(weights, WeightsRef::Full { .. } | WeightsRef::StoredReference { .. });
+            || matches!(
+                weights,
+                WeightsRef::Full { .. } | WeightsRef::StoredReference { .. }
+            );
         let shares_policy_base = id == model && reads_base_again;
         host += if is_moving {
             // During a sync the old and the new weights exist together.
@@ -92,8 +96,14 @@ pub(super) fn extra(
         activations = more_activations(&other.policy.config, &base.policy.config, spec, lengths);
     }
     Ok(match memory {
-        MemoryKind::Host => Extra { device: host + activations, host: 0 },
-        MemoryKind::Gpu => Extra { device: gpu + activations, host },
+        MemoryKind::Host => Extra {
+            device: host + activations,
+            host: 0,
+        },
+        MemoryKind::Gpu => Extra {
+            device: gpu + activations,
+            host,
+        },
     })
 }
 
@@ -105,7 +115,9 @@ fn more_activations(
     spec: &TrainingSpec,
     lengths: Lengths,
 ) -> u64 {
-    let row_tokens = lengths.longest.max(spec.batch.row_tokens.min(lengths.micro_batch));
+    let row_tokens = lengths
+        .longest
+        .max(spec.batch.row_tokens.min(lengths.micro_batch));
     estimate::scoring(reference, row_tokens).saturating_sub(estimate::scoring(policy, row_tokens))
 }
 

@@ -76,8 +76,10 @@ impl BaseModels {
             let parameters = Parameters::load(&model.config, &model.weights, precision)
                 .map_err(|e| EngineError::Weights(e.to_string()))?;
             let info = describe(&model, devices);
-            let (files, element_type) =
-                ((!is_exact).then(|| model.weights.files()), model.weights.element_type());
+            let (files, element_type) = (
+                (!is_exact).then(|| model.weights.files()),
+                model.weights.element_type(),
+            );
             order.push(model.id.clone());
             let policy = Policy {
                 config: Arc::new(model.config),
@@ -88,20 +90,46 @@ impl BaseModels {
                 helpers: Arc::default(),
             };
             let tokenizer = Arc::new(model.tokenizer);
-            base_models
-                .insert(model.id, Base { info, policy, tokenizer, files, element_type, is_exact });
+            base_models.insert(
+                model.id,
+                Base {
+                    info,
+                    policy,
+                    tokenizer,
+                    files,
+                    element_type,
+                    is_exact,
+                },
+            );
         }
-        Ok(BaseModels { by_id: base_models, order, precision, device })
+        Ok(BaseModels {
+            by_id: base_models,
+            order,
+            precision,
+            device,
+        })
     }
 
     /// Returns the same weights for another device.
     pub fn on(&self, device: ComputeDevice) -> Self {
         let moved = |base: &Base| Base {
-            policy: Policy { device: device.clone(), ..base.policy.clone() },
+            policy: Policy {
+                device: device.clone(),
+                ..base.policy.clone()
+            },
             ..base.clone()
         };
-        let by_id = self.by_id.iter().map(|(id, base)| (id.clone(), moved(base))).collect();
-        BaseModels { by_id, order: self.order.clone(), precision: self.precision, device }
+        let by_id = self
+            .by_id
+            .iter()
+            .map(|(id, base)| (id.clone(), moved(base)))
+            .collect();
+        BaseModels {
+            by_id,
+            order: self.order.clone(),
+            precision: self.precision,
+            device,
+        }
     }
 
     /// Returns the precision of the frozen weights and of scoring.
@@ -127,12 +155,18 @@ impl BaseModels {
     /// # Errors
     /// `UnknownModel` if there is none.
     pub fn get(&self, id: &str) -> Result<&Base, EngineError> {
-        self.by_id.get(id).ok_or_else(|| EngineError::UnknownModel(id.to_owned()))
+        self.by_id
+            .get(id)
+            .ok_or_else(|| EngineError::UnknownModel(id.to_owned()))
     }
 
     /// Returns descriptions of all models, in the order of the settings.
     pub fn infos(&self) -> Vec<ModelInfo> {
-        self.order.iter().filter_map(|id| self.by_id.get(id)).map(|b| b.info.clone()).collect()
+        self.order
+            .iter()
+            .filter_map(|id| self.by_id.get(id))
+            .map(|b| b.info.clone())
+            .collect()
     }
 
     /// Returns the bytes of all weights plus a scoring batch on the largest model.
@@ -148,7 +182,10 @@ impl BaseModels {
 
     /// Returns the bytes of all weights in host memory.
     pub fn on_host(&self) -> u64 {
-        self.by_id.values().map(|b| b.info.parameters * weight_bytes(self.precision)).sum()
+        self.by_id
+            .values()
+            .map(|b| b.info.parameters * weight_bytes(self.precision))
+            .sum()
     }
 
     /// Loads `weights`.
@@ -163,7 +200,10 @@ impl BaseModels {
                 let base = &self.get(model)?.policy;
                 let adapter =
                     peft::load(dir, &base.config).map_err(|e| EngineError::unusable(&e))?;
-                Ok(Policy { adapter: Some(Arc::new(adapter)), ..base.clone() })
+                Ok(Policy {
+                    adapter: Some(Arc::new(adapter)),
+                    ..base.clone()
+                })
             }
             WeightsRef::Full { model, dir, .. } => {
                 self.open_full(model, &dir.join(export::WEIGHTS_FILE))
@@ -181,7 +221,11 @@ impl BaseModels {
     fn open_full(&self, model: &str, file: &Path) -> Result<Policy, EngineError> {
         let base = &self.get(model)?.policy;
         let parameters = load_full(&base.config, file, self.precision)?;
-        Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
+        Ok(Policy {
+            parameters: Arc::new(parameters),
+            adapter: None,
+            ..base.clone()
+        })
     }
 
     /// Opens the files of a base model that is rounded in memory; `None` if it is exact. Each
@@ -191,12 +235,17 @@ impl BaseModels {
     /// `FilesChanged` if the files are gone.
     pub fn reopen(&self, model: &str) -> Result<Option<Weights>, EngineError> {
         let files = self.get(model)?.files.as_ref();
-        files.map(WeightFiles::open).transpose().map_err(|e| self.unreadable(model, &e))
+        files
+            .map(WeightFiles::open)
+            .transpose()
+            .map_err(|e| self.unreadable(model, &e))
     }
 
     /// Returns the error of a base model whose files cannot be read again.
     pub fn unreadable(&self, model: &str, e: &ModelError) -> EngineError {
-        let ModelError::Changed { .. } = e else { return EngineError::unusable(e) };
+        let ModelError::Changed { .. } = e else {
+            return EngineError::unusable(e);
+        };
         tracing::error!(model, error = %e, "the weights in their own precision cannot be read");
         EngineError::FilesChanged(format!(
             "models/{model}: this needs the weights as their files have them, because the server \
@@ -218,12 +267,16 @@ impl BaseModels {
         model: &str,
         control: &RunControl,
     ) -> Result<Option<Parameters>, EngineError> {
-        let Some(files) = self.reopen(model)? else { return Ok(None) };
+        let Some(files) = self.reopen(model)? else {
+            return Ok(None);
+        };
         let read = |param: &ParamSpec| {
             if control.command() != RunCommand::Run {
                 return Err(EngineError::Draining);
             }
-            files.load(param, Precision::F32).map_err(|e| self.unreadable(model, &e))
+            files
+                .load(param, Precision::F32)
+                .map_err(|e| self.unreadable(model, &e))
         };
         Parameters::build(&self.get(model)?.policy.config, read).map(Some)
     }
@@ -232,9 +285,9 @@ impl BaseModels {
     /// after loading, and the rest is in memory already.
     fn full_bytes(&self, weights: &WeightsRef) -> Result<Option<u64>, EngineError> {
         match weights {
-            WeightsRef::Full { model, .. } | WeightsRef::StoredReference { model, .. } => {
-                Ok(Some(self.get(model)?.info.parameters * weight_bytes(self.precision)))
-            }
+            WeightsRef::Full { model, .. } | WeightsRef::StoredReference { model, .. } => Ok(Some(
+                self.get(model)?.info.parameters * weight_bytes(self.precision),
+            )),
             WeightsRef::Base { .. }
             | WeightsRef::Adapter { .. }
             | WeightsRef::Live { .. }
@@ -354,7 +407,11 @@ pub(super) struct PolicyCache {
 impl PolicyCache {
     /// Creates a cache of at most `limit` entries, without a limit on their bytes.
     pub fn new(limit: usize) -> Self {
-        PolicyCache { limit: limit.max(1), room: Room::unlimited(), all: Vec::new() }
+        PolicyCache {
+            limit: limit.max(1),
+            room: Room::unlimited(),
+            all: Vec::new(),
+        }
     }
 
     /// Limits the entries to the bytes that `room` has, and evicts what exceeds them.
@@ -414,7 +471,12 @@ impl PolicyCache {
                         (policy, bytes)
                     }
                 };
-                Resident { weights: weights.clone(), policy, bytes, of_run: false }
+                Resident {
+                    weights: weights.clone(),
+                    policy,
+                    bytes,
+                    of_run: false,
+                }
             }
         };
         found.of_run |= for_run;
@@ -519,7 +581,9 @@ impl PolicyCache {
 /// Returns the bytes of a policy's adapter in memory.
 fn adapter_bytes(policy: &Policy) -> u64 {
     let tensors = policy.adapter.iter().flat_map(|adapter| adapter.named());
-    tensors.map(|(_, t)| (t.elem_count() * t.dtype().size_in_bytes()) as u64).sum()
+    tensors
+        .map(|(_, t)| (t.elem_count() * t.dtype().size_in_bytes()) as u64)
+        .sum()
 }
 
 #[cfg(test)]

@@ -65,7 +65,13 @@ impl Waiting {
             left >> 20
         );
         // Nothing has been sent yet, so there is room for one event.
-        let _ = self.run.events.try_send(RunEvent::Log { severity: "info", message }.into());
+        let _ = self.run.events.try_send(
+            RunEvent::Log {
+                severity: "info",
+                message,
+            }
+            .into(),
+        );
     }
 }
 
@@ -206,7 +212,10 @@ impl<W: WorkItem> Queue<W> {
     /// Marks a worker as ended. Called after the worker has released everything that it owned.
     pub fn end(&self, worker: usize) {
         let mut inner = self.lock();
-        inner.workers[worker] = WorkerState { ended: true, ..WorkerState::default() };
+        inner.workers[worker] = WorkerState {
+            ended: true,
+            ..WorkerState::default()
+        };
         self.count_host(&inner);
         self.changed.notify_all();
     }
@@ -238,7 +247,11 @@ impl<W: WorkItem> Queue<W> {
                 retry_after: Duration::from_secs(30),
             });
         }
-        inner.runs.push_back(Waiting { run, needs, notified: false });
+        inner.runs.push_back(Waiting {
+            run,
+            needs,
+            notified: false,
+        });
         self.changed.notify_all();
         Ok(())
     }
@@ -261,7 +274,11 @@ impl<W: WorkItem> Queue<W> {
     /// Makes every worker evict weights that do not fit beside the runs in progress. Wakes idle
     /// workers.
     pub fn request_fit_check(&self) {
-        self.lock().workers.iter_mut().filter(|w| !w.ended).for_each(|w| w.must_fit = true);
+        self.lock()
+            .workers
+            .iter_mut()
+            .filter(|w| !w.ended)
+            .for_each(|w| w.must_fit = true);
         self.changed.notify_all();
     }
 
@@ -298,7 +315,8 @@ impl<W: WorkItem> Queue<W> {
 
     /// Updates the host memory that the runs in progress need.
     fn count_host(&self, inner: &QueueState<W>) {
-        self.host.set_in_use(inner.workers.iter().map(|w| w.host).sum());
+        self.host
+            .set_in_use(inner.workers.iter().map(|w| w.host).sum());
     }
 
     /// Takes the run that worker `me` should start, if there is one. A run may overtake another
@@ -309,17 +327,22 @@ impl<W: WorkItem> Queue<W> {
         // A worker that takes no runs has no `room`.
         workers[me].room?;
         // A stopped run can go to any worker, which ends it immediately.
-        if let Some(stopped) =
-            runs.iter().position(|waiting| waiting.run.control.command() != RunCommand::Run)
+        if let Some(stopped) = runs
+            .iter()
+            .position(|waiting| waiting.run.control.command() != RunCommand::Run)
         {
-            return runs
-                .remove(stopped)
-                .map(|waiting| Waiting { needs: Needs::default(), ..waiting });
+            return runs.remove(stopped).map(|waiting| Waiting {
+                needs: Needs::default(),
+                ..waiting
+            });
         }
         let mut in_use: u64 = workers.iter().map(|w| w.host).sum();
         for (i, waiting) in runs.iter_mut().enumerate() {
             let needs = waiting.needs;
-            if !workers.iter().any(|w| w.room.is_some() && w.limit >= needs.minimum) {
+            if !workers
+                .iter()
+                .any(|w| w.room.is_some() && w.limit >= needs.minimum)
+            {
                 continue;
             }
             // Each run fits on its own; this was checked before it was queued.
@@ -377,7 +400,10 @@ impl<W: WorkItem> Queue<W> {
                 return Work::Evict;
             }
             inner = match inner.runs.is_empty() {
-                true => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
+                true => self
+                    .changed
+                    .wait(inner)
+                    .unwrap_or_else(PoisonError::into_inner),
                 // Stopping a waiting run does not notify the queue, so check at intervals.
                 false => {
                     self.changed
@@ -394,7 +420,9 @@ impl<W: WorkItem> Queue<W> {
 /// idle workers that are large enough, it has the most free memory. The lower number wins a tie.
 fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
     let room = |w: &WorkerState| w.room.filter(|_| w.limit >= minimum);
-    let Some(mine) = room(&workers[me]) else { return false };
+    let Some(mine) = room(&workers[me]) else {
+        return false;
+    };
     workers
         .iter()
         .enumerate()
@@ -424,7 +452,9 @@ fn take_batch<W: WorkItem>(inner: &mut QueueState<W>, job: Option<&str>, budget:
         if !abandoned && !batch.is_empty() && tokens + n > budget {
             break;
         }
-        let Some(entry) = inner.entries.remove(at) else { break };
+        let Some(entry) = inner.entries.remove(at) else {
+            break;
+        };
         inner.tokens -= n;
         if abandoned {
             metrics::counter!("bradley_scoring_abandoned_total").increment(1);
@@ -455,7 +485,12 @@ mod tests {
     use crate::engine::entry::Entry;
     use crate::infer::pair::SequenceGroup;
 
-    const IDLE: Seeker = Seeker { worker: 0, job: None, room: Some(1), limit: u64::MAX };
+    const IDLE: Seeker = Seeker {
+        worker: 0,
+        job: None,
+        room: Some(1),
+        limit: u64::MAX,
+    };
 
     fn run(job: &str) -> TrainingRun {
         TrainingRun {
@@ -476,7 +511,10 @@ mod tests {
     fn entry(tokens: usize) -> (Entry, oneshot::Receiver<Result<ScoredItem, EngineError>>) {
         let (reply, receiver) = oneshot::channel();
         let item = ScoreItem {
-            groups: vec![SequenceGroup { prompt: vec![0; tokens - 1], completions: vec![vec![0]] }],
+            groups: vec![SequenceGroup {
+                prompt: vec![0; tokens - 1],
+                completions: vec![vec![0]],
+            }],
         };
         let policy = WeightsRef::Base { model: "m".into() };
         (
@@ -500,10 +538,23 @@ mod tests {
         let (c, _c_waits) = entry(2);
         queue.push(a).unwrap();
         queue.push(b).unwrap();
-        assert!(matches!(queue.push(c), Err(EngineError::QueueFull { queued: 10, limit: 10, .. })));
+        assert!(matches!(
+            queue.push(c),
+            Err(EngineError::QueueFull {
+                queued: 10,
+                limit: 10,
+                ..
+            })
+        ));
         drop(a_waits);
-        let Work::Score(batch) = queue.next(IDLE, true, 100) else { panic!("there is work") };
-        assert_eq!(batch.len(), 1, "the abandoned item never reaches the device");
+        let Work::Score(batch) = queue.next(IDLE, true, 100) else {
+            panic!("there is work")
+        };
+        assert_eq!(
+            batch.len(),
+            1,
+            "the abandoned item never reaches the device"
+        );
         assert_eq!(batch[0].item.tokens(), 4);
         drop(b_waits);
     }
@@ -540,13 +591,21 @@ mod tests {
     fn a_run_goes_to_the_worker_with_the_most_room_and_the_next_to_another() {
         let queue = Queue::<Entry>::new(10, 3);
         queue.add_handle();
-        let idle = |worker, room| Seeker { worker, job: None, room, limit: u64::MAX };
+        let idle = |worker, room| Seeker {
+            worker,
+            job: None,
+            room,
+            limit: u64::MAX,
+        };
         // The queue knows a worker after its first request; a scoring item prevents the request
         // from waiting.
         for (worker, room) in [(0, Some(5)), (1, Some(9)), (2, None)] {
             let (item, _waits) = entry(1);
             queue.push(item).unwrap();
-            assert!(matches!(queue.next(idle(worker, room), true, 100), Work::Score(_)));
+            assert!(matches!(
+                queue.next(idle(worker, room), true, 100),
+                Work::Score(_)
+            ));
         }
         queue.push_run(run("a"), Needs::default()).unwrap();
         queue.push_run(run("b"), Needs::default()).unwrap();
@@ -572,12 +631,20 @@ mod tests {
     fn a_run_goes_to_a_worker_that_may_give_it_its_minimum() {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
-        let idle = |worker, room, limit| Seeker { worker, job: None, room: Some(room), limit };
+        let idle = |worker, room, limit| Seeker {
+            worker,
+            job: None,
+            room: Some(room),
+            limit,
+        };
         // The first worker has more free memory now, but a lower limit for a run.
         let (small, large) = (idle(0, 90, 50), idle(1, 70, 70));
         looks(&queue, small);
         looks(&queue, large);
-        let needs = |minimum| Needs { minimum, ..Needs::default() };
+        let needs = |minimum| Needs {
+            minimum,
+            ..Needs::default()
+        };
         queue.push_run(run("large"), needs(60)).unwrap();
         queue.push_run(run("larger"), needs(70)).unwrap();
         assert!(
@@ -593,7 +660,10 @@ mod tests {
         let Work::Begin(second, carried) = queue.next(small, true, 100) else {
             panic!("the small run does not wait")
         };
-        assert_eq!((first.job.as_str(), second.job.as_str()), ("large", "small"));
+        assert_eq!(
+            (first.job.as_str(), second.job.as_str()),
+            ("large", "small")
+        );
         assert_eq!(carried, needs(50));
         let Work::Begin(third, _) = queue.next(large, true, 100) else {
             panic!("the large worker is free again")
@@ -610,7 +680,10 @@ mod tests {
             let (events, told) = tokio::sync::mpsc::channel(1);
             (TrainingRun { events, ..run(job) }, told)
         };
-        let needs = |host| Needs { host, ..Needs::default() };
+        let needs = |host| Needs {
+            host,
+            ..Needs::default()
+        };
         let (second, mut told) = with_events("second");
         queue.push_run(run("first"), needs(60)).unwrap();
         queue.push_run(second, needs(50)).unwrap();
@@ -694,11 +767,25 @@ mod tests {
         let queue = Queue::<Entry>::new(100, 2);
         let live = |job: &str| {
             let (entry, waits) = entry(2);
-            (Entry { policy: WeightsRef::Live { job: job.into() }, ..entry }, waits)
+            (
+                Entry {
+                    policy: WeightsRef::Live { job: job.into() },
+                    ..entry
+                },
+                waits,
+            )
         };
-        let trains = |worker, job| Seeker { worker, job: Some(job), room: None, limit: 0 };
+        let trains = |worker, job| Seeker {
+            worker,
+            job: Some(job),
+            room: None,
+            limit: 0,
+        };
         for (worker, job) in [(0, "a"), (1, "b")] {
-            assert!(matches!(queue.next(trains(worker, job), true, 100), Work::Train));
+            assert!(matches!(
+                queue.next(trains(worker, job), true, 100),
+                Work::Train
+            ));
         }
         let (of_b, _b) = live("b");
         let (base, _base) = entry(3);
@@ -707,17 +794,27 @@ mod tests {
         let Work::Score(first) = queue.next(trains(0, "a"), true, 100) else {
             panic!("the base can be scored anywhere")
         };
-        assert_eq!(first.iter().map(|e| e.item.tokens()).collect::<Vec<_>>(), [3]);
+        assert_eq!(
+            first.iter().map(|e| e.item.tokens()).collect::<Vec<_>>(),
+            [3]
+        );
         assert_eq!(queue.take("b", 100).len(), 1);
         // The worker of the job also has its moving reference, whatever policy is compared with it.
         let (entry, _waits) = entry(2);
         queue
-            .push(Entry { reference: Some(WeightsRef::LiveReference { job: "b".into() }), ..entry })
+            .push(Entry {
+                reference: Some(WeightsRef::LiveReference { job: "b".into() }),
+                ..entry
+            })
             .unwrap();
         assert!(queue.take("a", 100).is_empty());
         assert_eq!(queue.take("b", 100).len(), 1);
         let (of_none, _none) = live("c");
         queue.push(of_none).unwrap();
-        assert_eq!(queue.take("a", 100).len(), 1, "nobody trains it: its caller must hear that");
+        assert_eq!(
+            queue.take("a", 100).len(),
+            1,
+            "nobody trains it: its caller must hear that"
+        );
     }
 }

@@ -27,8 +27,10 @@ pub(super) type ExactBases = HashMap<String, Arc<Parameters>>;
 /// Returns the base models that a run needs unrounded, but that are in memory only rounded.
 pub(super) fn models_to_read(run: &TrainingRun, base_models: &BaseModels) -> Vec<String> {
     let start = starts_exact(&run.spec, base_models.precision()).then_some(&run.start);
-    let reference =
-        run.reference.as_ref().filter(|_| needs_exact(&run.spec, base_models.precision()));
+    let reference = run
+        .reference
+        .as_ref()
+        .filter(|_| needs_exact(&run.spec, base_models.precision()));
     let mut models = Vec::new();
     for weights in [start, reference].into_iter().flatten() {
         let (WeightsRef::Base { model } | WeightsRef::Adapter { model, .. }) = weights else {
@@ -90,7 +92,14 @@ pub(super) fn prepare(
         true => exact.open(&run.start)?,
         false => base_models.open(&run.start)?,
     };
-    let policy = trainable(run, &Policy { helpers: helpers.clone(), ..start }, precision)?;
+    let policy = trainable(
+        run,
+        &Policy {
+            helpers: helpers.clone(),
+            ..start
+        },
+        precision,
+    )?;
     let reference = reference(run, &exact, policies, precision, helpers)?;
     let input = TrainerInput {
         spec: run.spec.clone(),
@@ -108,7 +117,10 @@ pub(super) fn prepare(
     Trainer::new(input).map_err(|e| {
         tracing::warn!(job = run.job, error = %e, "the run cannot begin");
         match &e {
-            TrainError::NoPlan { needed_mib, available_mib } => EngineError::OutOfMemory {
+            TrainError::NoPlan {
+                needed_mib,
+                available_mib,
+            } => EngineError::OutOfMemory {
                 needed_mib: *needed_mib,
                 available_mib: *available_mib,
                 remedy: format!(
@@ -133,9 +145,10 @@ impl ExactWeights<'_> {
     fn base(&self, model: &str) -> Result<Policy, EngineError> {
         let base = self.base_models.get(model)?;
         match self.read.get(model) {
-            Some(parameters) => {
-                Ok(Policy { parameters: parameters.clone(), ..base.policy.clone() })
-            }
+            Some(parameters) => Ok(Policy {
+                parameters: parameters.clone(),
+                ..base.policy.clone()
+            }),
             None if base.is_exact => Ok(base.policy.clone()),
             None => Err(EngineError::Device(format!(
                 "the unrounded weights of models/{model} were not read before the run began"
@@ -150,7 +163,10 @@ impl ExactWeights<'_> {
                 let base = self.base(model)?;
                 let adapter =
                     peft::load(dir, &base.config).map_err(|e| EngineError::unusable(&e))?;
-                Ok(Policy { adapter: Some(Arc::new(adapter)), ..base })
+                Ok(Policy {
+                    adapter: Some(Arc::new(adapter)),
+                    ..base
+                })
             }
             WeightsRef::Full { model, dir, .. } => {
                 self.open_full(model, &dir.join(export::WEIGHTS_FILE))
@@ -168,7 +184,11 @@ impl ExactWeights<'_> {
     fn open_full(&self, model: &str, file: &Path) -> Result<Policy, EngineError> {
         let base = &self.base_models.get(model)?.policy;
         let parameters = load_full(&base.config, file, Precision::F32)?;
-        Ok(Policy { parameters: Arc::new(parameters), adapter: None, ..base.clone() })
+        Ok(Policy {
+            parameters: Arc::new(parameters),
+            adapter: None,
+            ..base.clone()
+        })
     }
 
     /// Returns a name for the weights that [`ExactWeights::open`] loads.
@@ -212,21 +232,36 @@ fn reference(
     precision: Precision,
     helpers: &Arc<[ComputeDevice]>,
 ) -> Result<Reference, EngineError> {
-    let Some(weights) = &run.reference else { return Ok(Reference::None) };
+    let Some(weights) = &run.reference else {
+        return Ok(Reference::None);
+    };
     let base_models = exact.base_models;
     let (policy, identity) = match needs_exact(&run.spec, base_models.precision()) {
         true => (exact.open(weights)?, exact.identity(weights)?),
-        false => (policies.get_for_run(base_models, weights)?, base_models.identity(weights)?),
+        false => (
+            policies.get_for_run(base_models, weights)?,
+            base_models.identity(weights)?,
+        ),
     };
-    let policy = Policy { helpers: helpers.clone(), ..policy.with_precision(precision) };
+    let policy = Policy {
+        helpers: helpers.clone(),
+        ..policy.with_precision(precision)
+    };
     if run.spec.dpo.reference_sync.is_some() {
         let tensor = |e: candle_core::Error| EngineError::Device(e.to_string());
         let mut merged = export::merged(&policy).map_err(|e| EngineError::unusable(&e))?;
         // Each sync adds a small part of the policy to the reference, which bf16 would round away.
-        merged.parameters =
-            Arc::new(merged.parameters.map(|_, t| t.to_dtype(DType::F32)).map_err(tensor)?);
+        merged.parameters = Arc::new(
+            merged
+                .parameters
+                .map(|_, t| t.to_dtype(DType::F32))
+                .map_err(tensor)?,
+        );
         // The job's id alone does not identify the weights that the reference starts from.
-        return Ok(Reference::moving_from(merged, &format!("{} from {identity}", run.job)));
+        return Ok(Reference::moving_from(
+            merged,
+            &format!("{} from {identity}", run.job),
+        ));
     }
     Ok(Reference::Frozen { policy, identity })
 }

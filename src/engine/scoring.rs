@@ -81,7 +81,11 @@ pub(super) struct YieldPoint<'a> {
 impl<'a> YieldPoint<'a> {
     /// Creates the hook of one unit. `live` has the run's weights during the unit.
     pub fn new(scoring: &'a mut PolicyScorer, cache: &'a ReferenceCache, live: &'a Live) -> Self {
-        YieldPoint { scoring, cache, live }
+        YieldPoint {
+            scoring,
+            cache,
+            live,
+        }
     }
 
     /// Scores one batch if items are waiting and scoring has not used up its share of the time.
@@ -150,13 +154,19 @@ impl PolicyScorer {
         for entry in &batch {
             let waited = entry.enqueued.elapsed();
             metrics::histogram!("bradley_scoring_queue_seconds").record(waited.as_secs_f64());
-            trace::record("scoring.queue", &entry.trace, began - waited, waited, Vec::new());
+            trace::record(
+                "scoring.queue",
+                &entry.trace,
+                began - waited,
+                waited,
+                Vec::new(),
+            );
         }
         let mut references = vec_of_none(batch.len());
         let precision = |e: &Entry| self.precision(e, live);
-        for members in
-            groups(&batch, |e| e.reference.as_ref().map(|weights| (weights, precision(e))))
-        {
+        for members in groups(&batch, |e| {
+            e.reference.as_ref().map(|weights| (weights, precision(e)))
+        }) {
             self.pass(&batch, members, &mut references, |scoring, entries| {
                 scoring.references(entries, cache, live)
             });
@@ -164,8 +174,11 @@ impl PolicyScorer {
         // A model that is scored against itself needs only one pass.
         let own = |e: &'_ Entry| e.reference.as_ref() != Some(&e.policy);
         let mut policies = vec_of_none(batch.len());
-        for members in self.clusters(groups(&batch, |e| own(e).then_some(&e.policy)), &batch, live)
-        {
+        for members in self.clusters(
+            groups(&batch, |e| own(e).then_some(&e.policy)),
+            &batch,
+            live,
+        ) {
             self.pass(&batch, members, &mut policies, |scoring, entries| {
                 scoring.policies(entries, live)
             });
@@ -182,7 +195,8 @@ impl PolicyScorer {
         let spent = start.elapsed();
         metrics::histogram!("bradley_scoring_compute_seconds").record(spent.as_secs_f64());
         metrics::counter!("bradley_scored_tokens_total").increment(tokens as u64);
-        self.queue.set_rate(tokens as f64 / spent.as_secs_f64().max(1e-6));
+        self.queue
+            .set_rate(tokens as f64 / spent.as_secs_f64().max(1e-6));
         if live.is_some() {
             self.fair_share.charge(spent);
         }
@@ -213,12 +227,15 @@ impl PolicyScorer {
             }
         };
         match run(&members) {
-            Ok(scored) => {
-                members.into_iter().zip(scored).for_each(|(i, logps)| results[i] = Some(Ok(logps)))
-            }
+            Ok(scored) => members
+                .into_iter()
+                .zip(scored)
+                .for_each(|(i, logps)| results[i] = Some(Ok(logps))),
             Err(e) => match members.as_slice() {
                 [only] => results[*only] = Some(Err(e)),
-                all => all.iter().for_each(|i| results[*i] = Some(run(&[*i]).and_then(only_one))),
+                all => all
+                    .iter()
+                    .for_each(|i| results[*i] = Some(run(&[*i]).and_then(only_one))),
             },
         }
     }
@@ -248,8 +265,12 @@ impl PolicyScorer {
         cache: &ReferenceCache,
         live: Option<&Live>,
     ) -> Result<Vec<Logps>, EngineError> {
-        let Some(first) = entries.first() else { return Ok(Vec::new()) };
-        let Some(weights) = first.reference.as_ref() else { return Ok(Vec::new()) };
+        let Some(first) = entries.first() else {
+            return Ok(Vec::new());
+        };
+        let Some(weights) = first.reference.as_ref() else {
+            return Ok(Vec::new());
+        };
         let of_run = live
             .filter(|live| matches!(&first.policy, WeightsRef::Live { job } if *job == live.job))
             .and_then(|live| live.reference.as_ref())
@@ -307,9 +328,14 @@ impl PolicyScorer {
         let mut clusters: Vec<(Option<Policy>, Vec<usize>)> = Vec::new();
         for members in groups {
             // Weights that cannot be loaded get a pass of their own, which fails.
-            let policy = members.first().and_then(|i| self.policy(&batch[*i].policy, live).ok());
+            let policy = members
+                .first()
+                .and_then(|i| self.policy(&batch[*i].policy, live).ok());
             let alike = |other: &Policy| policy.as_ref().is_some_and(|p| p.shares_base(other));
-            match clusters.iter_mut().find(|(other, _)| other.as_ref().is_some_and(alike)) {
+            match clusters
+                .iter_mut()
+                .find(|(other, _)| other.as_ref().is_some_and(alike))
+            {
                 Some((_, all)) => all.extend(members),
                 None => clusters.push((policy, members)),
             }
@@ -340,8 +366,9 @@ fn observe(batch: &[Entry], tokens: usize) {
     metrics::histogram!("bradley_scoring_batch_tokens").record(tokens as f64);
     let groups = batch.iter().flat_map(|e| &e.item.groups);
     let lengths = groups.flat_map(|g| g.completions.iter().map(|c| g.prompt.len() + c.len()));
-    let (sequences, longest, alone) =
-        lengths.fold((0, 0, 0), |(n, max, sum), len| (n + 1, len.max(max), sum + len));
+    let (sequences, longest, alone) = lengths.fold((0, 0, 0), |(n, max, sum), len| {
+        (n + 1, len.max(max), sum + len)
+    });
     metrics::counter!("bradley_scoring_saved_tokens_total", "by" => "padding")
         .increment((sequences * longest - alone) as u64);
     metrics::counter!("bradley_scoring_saved_tokens_total", "by" => "shared_prompt")
@@ -355,9 +382,13 @@ fn trace_batch(batch: &[Entry], began: SystemTime, took: Duration, tokens: usize
         KeyValue::new("bradley.batch.items", batch.len() as i64),
         KeyValue::new("bradley.batch.tokens", tokens as i64),
     ];
-    if let Some(shared) =
-        trace::shared("scoring.batch", batch.iter().map(|e| &e.trace), began, took, about)
-    {
+    if let Some(shared) = trace::shared(
+        "scoring.batch",
+        batch.iter().map(|e| &e.trace),
+        began,
+        took,
+        about,
+    ) {
         batch
             .iter()
             .for_each(|entry| trace::linked("scoring.device", &entry.trace, began, took, &shared));
@@ -365,7 +396,9 @@ fn trace_batch(batch: &[Entry], began: SystemTime, took: Duration, tokens: usize
 }
 
 fn only_one(mut logps: Vec<Logps>) -> LogpsResult {
-    logps.pop().ok_or_else(|| EngineError::Device("an item came back without log-probs".into()))
+    logps
+        .pop()
+        .ok_or_else(|| EngineError::Device("an item came back without log-probs".into()))
 }
 
 fn vec_of_none(n: usize) -> Vec<Option<LogpsResult>> {
@@ -398,14 +431,19 @@ fn combine(
 ) -> Result<ScoredItem, EngineError> {
     let (policy, reference) = (policy.transpose()?, reference.transpose()?);
     let Some(logps) = policy.as_ref().or(reference.as_ref()) else {
-        return Err(EngineError::Device("an item was not scored by any weights".into()));
+        return Err(EngineError::Device(
+            "an item was not scored by any weights".into(),
+        ));
     };
     let of = |n: usize| reference.as_ref().map(|r| r[n].clone());
-    let completions = logps
-        .iter()
-        .enumerate()
-        .map(|(n, logps)| CompletionLogps { policy: logps.clone(), reference: of(n) });
-    Ok(ScoredItem { completions: completions.collect(), live_step })
+    let completions = logps.iter().enumerate().map(|(n, logps)| CompletionLogps {
+        policy: logps.clone(),
+        reference: of(n),
+    });
+    Ok(ScoredItem {
+        completions: completions.collect(),
+        live_step,
+    })
 }
 
 #[cfg(test)]

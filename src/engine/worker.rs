@@ -94,14 +94,22 @@ impl Active {
             false => self.run.reference.clone(),
         };
         let reference =
-            weights.zip(self.trainer.reference()).map(|(weights, (policy, identity))| {
-                LiveReference {
+            weights
+                .zip(self.trainer.reference())
+                .map(|(weights, (policy, identity))| LiveReference {
                     weights,
-                    policy: Policy { helpers: Arc::default(), ..policy.clone() },
+                    policy: Policy {
+                        helpers: Arc::default(),
+                        ..policy.clone()
+                    },
                     identity: identity.to_owned(),
-                }
-            });
-        Live { job, policy: self.trainer.live_policy(), reference, step: self.trainer.step() }
+                });
+        Live {
+            job,
+            policy: self.trainer.live_policy(),
+            reference,
+            step: self.trainer.step(),
+        }
     }
 }
 
@@ -145,15 +153,28 @@ impl Worker {
                 // Checked before scoring, because scoring requests may never stop coming.
                 self.start_when_read();
             }
-            let run =
-                self.active.as_ref().map(|a| &a.run).or(self.starting.as_ref().map(|s| &s.run));
+            let run = self
+                .active
+                .as_ref()
+                .map(|a| &a.run)
+                .or(self.starting.as_ref().map(|s| &s.run));
             let job = run.map(|run| run.job.as_str());
             let training = self.training.as_ref();
-            let (room, limit) =
-                (training.map(|t| free.unwrap_or(t.memory)), training.map_or(0, |t| t.memory));
-            let seeker = Seeker { worker: self.index, job, room, limit };
+            let (room, limit) = (
+                training.map(|t| free.unwrap_or(t.memory)),
+                training.map_or(0, |t| t.memory),
+            );
+            let seeker = Seeker {
+                worker: self.index,
+                job,
+                room,
+                limit,
+            };
             let may_score = self.active.is_none() || self.scoring.fair_share.may_score();
-            match self.queue.next(seeker, may_score, self.scoring.batch_tokens) {
+            match self
+                .queue
+                .next(seeker, may_score, self.scoring.batch_tokens)
+            {
                 Work::Score(batch) => self.scoring.score_batch(
                     batch,
                     &self.cache,
@@ -173,7 +194,10 @@ impl Worker {
     /// its checkpoint.
     fn abort_if_gpu_is_lost(&self) {
         let helpers = self.training.iter().flat_map(|t| t.helpers.iter());
-        if std::iter::once(self.base_models.device()).chain(helpers).any(ComputeDevice::is_lost) {
+        if std::iter::once(self.base_models.device())
+            .chain(helpers)
+            .any(ComputeDevice::is_lost)
+        {
             tracing::error!(
                 "the GPU failed for good: the process ends, so that another one can use it"
             );
@@ -191,7 +215,9 @@ impl Worker {
     }
 
     fn train_unit(&mut self) {
-        let Some(active) = &mut self.active else { return };
+        let Some(active) = &mut self.active else {
+            return;
+        };
         match active.run.control.command() {
             RunCommand::Cancel => return self.end(RunEnd::Cancelled),
             RunCommand::Drain => return self.drain_run(),
@@ -220,7 +246,9 @@ impl Worker {
         // the weights are not reliable, so no scoring happens; the events reported before the panic
         // are still sent.
         let live = status.is_ok().then(|| active.live());
-        let mut yield_point = live.as_ref().map(|live| YieldPoint::new(scoring, cache, live));
+        let mut yield_point = live
+            .as_ref()
+            .map(|live| YieldPoint::new(scoring, cache, live));
         for report in reports {
             offer(&events, report, || {
                 if let Some(yield_point) = &mut yield_point {
@@ -229,7 +257,9 @@ impl Worker {
             });
         }
         drop(live);
-        let spent = start.elapsed().saturating_sub(self.scoring.fair_share.stop(Instant::now()));
+        let spent = start
+            .elapsed()
+            .saturating_sub(self.scoring.fair_share.stop(Instant::now()));
         metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone())
             .record(spent.as_secs_f64());
         let ran_out_of_memory = active.trainer.is_shortened() && !was_shortened;
@@ -264,7 +294,13 @@ impl Worker {
             .name("read-weights".into())
             .spawn(move || guarded(|| run::read_exact(&models, &base_models, &control)));
         match reading {
-            Ok(reading) => self.starting = Some(Starting { run, needs, reading }),
+            Ok(reading) => {
+                self.starting = Some(Starting {
+                    run,
+                    needs,
+                    reading,
+                })
+            }
             Err(e) => self.end_before_start(
                 &run,
                 RunEnd::Failed(internal(format!("no thread can be started: {e}"))),
@@ -274,25 +310,37 @@ impl Worker {
 
     /// Starts the waiting run if its weights have been read, or ends it.
     fn start_when_read(&mut self) {
-        let Some(Starting { run, needs, reading }) = self.starting.take() else { return };
+        let Some(Starting {
+            run,
+            needs,
+            reading,
+        }) = self.starting.take()
+        else {
+            return;
+        };
         if let Some(end) = stopped(&run.control) {
             // The reading thread also sees the request and stops at its next tensor.
             return self.end_before_start(&run, end);
         }
         if !reading.is_finished() {
-            self.starting = Some(Starting { run, needs, reading });
+            self.starting = Some(Starting {
+                run,
+                needs,
+                reading,
+            });
             return std::thread::sleep(READ_CHECK_INTERVAL);
         }
         let end = match reading.join() {
             Ok(Ok(Ok(read))) => return self.start(run, needs, read),
-            Ok(Ok(Err(EngineError::FilesChanged(message)))) => {
-                RunEnd::InputMissing(JobError { reason: Reason::ModelFilesChanged.into(), message })
-            }
+            Ok(Ok(Err(EngineError::FilesChanged(message)))) => RunEnd::InputMissing(JobError {
+                reason: Reason::ModelFilesChanged.into(),
+                message,
+            }),
             Ok(Ok(Err(e))) => RunEnd::Failed(unavailable(&e)),
             Ok(Err(panic)) => RunEnd::Failed(internal(panic)),
-            Err(_) => {
-                RunEnd::Failed(internal("the thread that reads weights ended unexpectedly".into()))
-            }
+            Err(_) => RunEnd::Failed(internal(
+                "the thread that reads weights ended unexpectedly".into(),
+            )),
         };
         self.end_before_start(&run, end);
     }
@@ -307,7 +355,9 @@ impl Worker {
         let end = stopped(&run.control);
         let (base_models, policies) = (&self.base_models, &mut self.scoring.policies);
         // The queue gives runs only to workers with training resources.
-        let Some(TrainingResources { memory, helpers }) = &self.training else { return };
+        let Some(TrainingResources { memory, helpers }) = &self.training else {
+            return;
+        };
         let for_plan = needs.left_for_plan(*memory);
         let prepared = match end {
             Some(end) => Err(end),
@@ -323,7 +373,9 @@ impl Worker {
         };
         match prepared {
             Ok(trainer) => {
-                self.scoring.policies.reserve_for_run(needs.extra + trainer.planned_bytes());
+                self.scoring
+                    .policies
+                    .reserve_for_run(needs.extra + trainer.planned_bytes());
                 self.queue.request_fit_check();
                 tracing::info!(
                     job = run.job,
@@ -346,7 +398,9 @@ impl Worker {
     }
 
     fn drain_run(&mut self) {
-        let Some(active) = &mut self.active else { return };
+        let Some(active) = &mut self.active else {
+            return;
+        };
         let events = active.run.events.clone();
         let trainer = &mut active.trainer;
         let saved = guarded(|| trainer.save_now(&mut emitter(&events)));
@@ -429,11 +483,17 @@ fn unavailable(e: &EngineError) -> JobError {
         EngineError::OutOfMemory { .. } | EngineError::DeviceFull(_) => Reason::OutOfMemory,
         _ => Reason::WeightsUnavailable,
     };
-    JobError { reason: reason.into(), message: e.to_string() }
+    JobError {
+        reason: reason.into(),
+        message: e.to_string(),
+    }
 }
 
 fn internal(message: String) -> JobError {
-    JobError { reason: Reason::Internal.into(), message }
+    JobError {
+        reason: Reason::Internal.into(),
+        message,
+    }
 }
 
 /// Describes why a run failed, with a reason that clients can act on.
@@ -445,7 +505,10 @@ pub(super) fn explain(e: &TrainError) -> JobError {
         TrainError::Tensor(_) | TrainError::NoPlan { .. } => Reason::DeviceFailed,
     };
     tracing::warn!(error = %e, "the run failed");
-    JobError { reason: reason.into(), message: e.for_clients() }
+    JobError {
+        reason: reason.into(),
+        message: e.for_clients(),
+    }
 }
 
 #[cfg(test)]

@@ -51,7 +51,12 @@ pub struct RenderOptions<'a> {
 impl RenderOptions<'static> {
     /// Returns options without tools, further variables and date.
     pub fn new(add_generation_prompt: bool) -> Self {
-        RenderOptions { add_generation_prompt, tools: None, kwargs: &NO_KWARGS, date: None }
+        RenderOptions {
+            add_generation_prompt,
+            tools: None,
+            kwargs: &NO_KWARGS,
+            date: None,
+        }
     }
 }
 
@@ -71,15 +76,24 @@ impl ChatTemplate {
         environment.set_fuel(Some(FUEL));
         python::install(&mut environment);
         percent::install(&mut environment);
-        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        });
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> Result<Value, Error> {
+                Err(Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
         environment.add_filter("tojson", json::to_json);
         // jinja2 reads every line ending as \n.
         let lines = source.replace("\r\n", "\n").replace('\r', "\n");
         let lines = percent::rewrite(&without_generation_tags(&lines));
-        environment.add_template_owned(NAME, lines).map_err(|e| explain(&e))?;
-        Ok(ChatTemplate { environment, source: source.to_owned(), special_tokens })
+        environment
+            .add_template_owned(NAME, lines)
+            .map_err(|e| explain(&e))?;
+        Ok(ChatTemplate {
+            environment,
+            source: source.to_owned(),
+            special_tokens,
+        })
     }
 
     /// The template's text.
@@ -100,16 +114,21 @@ impl ChatTemplate {
             .special_tokens
             .iter()
             .map(|(name, token)| (name.as_str(), Value::from(token.as_str())));
-        let kwargs =
-            options.kwargs.iter().map(|(name, value)| (name.as_str(), template_value(value)));
-        let tools = options
-            .tools
-            .map_or(Value::from(()), |tools| tools.iter().map(template_value).collect());
+        let kwargs = options
+            .kwargs
+            .iter()
+            .map(|(name, value)| (name.as_str(), template_value(value)));
+        let tools = options.tools.map_or(Value::from(()), |tools| {
+            tools.iter().map(template_value).collect()
+        });
         let fixed = [
             ("messages", messages.iter().map(message).collect()),
             ("tools", tools),
             ("documents", Value::from(())),
-            ("add_generation_prompt", Value::from(options.add_generation_prompt)),
+            (
+                "add_generation_prompt",
+                Value::from(options.add_generation_prompt),
+            ),
         ];
         // If two variables have the same name, the later one wins.
         let variables = Value::from_pairs(special_tokens.chain(kwargs).chain(fixed));
@@ -117,9 +136,11 @@ impl ChatTemplate {
         if !self.source.contains(STRFTIME) {
             return render(&self.environment).map_err(|e| explain(&e));
         }
-        let date = options
-            .date
-            .unwrap_or_else(|| jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).datetime());
+        let date = options.date.unwrap_or_else(|| {
+            jiff::Timestamp::now()
+                .to_zoned(jiff::tz::TimeZone::UTC)
+                .datetime()
+        });
         // The function is global, so that macros see it, too. The clone limits it to this
         // rendering.
         let mut environment = self.environment.clone();
@@ -136,8 +157,9 @@ impl ChatTemplate {
 /// [`REASONING`].
 fn message(message: &ChatMessage) -> Value {
     let fields = message.fields();
-    let Some(reasoning) =
-        REASONING.iter().find_map(|key| fields.get(*key).filter(|value| !value.is_null()))
+    let Some(reasoning) = REASONING
+        .iter()
+        .find_map(|key| fields.get(*key).filter(|value| !value.is_null()))
     else {
         return template_object(fields);
     };
@@ -151,7 +173,11 @@ fn message(message: &ChatMessage) -> Value {
 }
 
 fn template_object(fields: &Map<String, serde_json::Value>) -> Value {
-    Value::from_pairs(fields.iter().map(|(key, value)| (key.as_str(), template_value(value))))
+    Value::from_pairs(
+        fields
+            .iter()
+            .map(|(key, value)| (key.as_str(), template_value(value))),
+    )
 }
 
 /// Converts a JSON value for templates. Objects preserve the order of their keys.
@@ -206,7 +232,10 @@ fn without_generation_tags(source: &str) -> String {
 fn explain(e: &Error) -> ModelError {
     let reason = match e.detail() {
         Some(detail) => {
-            format!("{detail}{}", e.line().map(|l| format!(" (line {l})")).unwrap_or_default())
+            format!(
+                "{detail}{}",
+                e.line().map(|l| format!(" (line {l})")).unwrap_or_default()
+            )
         }
         None => e.to_string(),
     };
@@ -217,7 +246,9 @@ fn explain(e: &Error) -> ModelError {
         }
         false => "",
     };
-    ModelError::ChatTemplate { reason: reason + hint }
+    ModelError::ChatTemplate {
+        reason: reason + hint,
+    }
 }
 
 #[cfg(test)]

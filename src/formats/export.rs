@@ -37,7 +37,10 @@ pub struct Layout {
 
 impl Layout {
     /// One file in f32, which stores the f32 master weights exactly.
-    pub const CHECKPOINT: Layout = Layout { dtype: ElementType::F32, shard_bytes: u64::MAX };
+    pub const CHECKPOINT: Layout = Layout {
+        dtype: ElementType::F32,
+        shard_bytes: u64::MAX,
+    };
 }
 
 /// Callback that returns the tensor of a parameter.
@@ -74,10 +77,17 @@ pub fn save_merged(
                 move || encode(name, &merge(adapter, param.id, read(param)?)?, layout.dtype);
             (
                 name.clone(),
-                Lazy { value, shape: param.shape.as_slice(), dtype: layout.dtype, failed: &failed },
+                Lazy {
+                    value,
+                    shape: param.shape.as_slice(),
+                    dtype: layout.dtype,
+                    failed: &failed,
+                },
             )
         });
-        let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+        let metadata = [("format".to_owned(), "pt".to_owned())]
+            .into_iter()
+            .collect();
         let path = dir.join(&file);
         let written = safetensors::serialize_to_file(views, Some(metadata), &path);
         // A tensor that could not be read was written without bytes. Its error is the cause of a
@@ -85,8 +95,10 @@ pub fn save_merged(
         if let Some(e) = failed.take() {
             return Err(e);
         }
-        written
-            .map_err(|e| ModelError::Io { path, source: std::io::Error::other(e.to_string()) })?;
+        written.map_err(|e| ModelError::Io {
+            path,
+            source: std::io::Error::other(e.to_string()),
+        })?;
     }
     if shards.len() > 1 {
         let elements: usize = tensors.iter().map(ParamSpec::elements).sum();
@@ -139,9 +151,15 @@ fn write_json(dir: &Path, name: &str, value: &Value) -> Result<(), ModelError> {
 fn config_json(config: &ModelConfig, dtype: ElementType) -> Value {
     let mut json = config.hf_json.clone();
     if let Some(fields) = json.as_object_mut() {
-        let known: Vec<&str> =
-            ["dtype", "torch_dtype"].into_iter().filter(|key| fields.contains_key(*key)).collect();
-        for key in if known.is_empty() { vec!["torch_dtype"] } else { known } {
+        let known: Vec<&str> = ["dtype", "torch_dtype"]
+            .into_iter()
+            .filter(|key| fields.contains_key(*key))
+            .collect();
+        for key in if known.is_empty() {
+            vec!["torch_dtype"]
+        } else {
+            known
+        } {
             fields.insert(key.to_owned(), json!(dtype.torch_name()));
         }
     }
@@ -233,8 +251,9 @@ fn encode(name: &str, tensor: &Tensor, dtype: ElementType) -> Result<Vec<u8>, Mo
         // Weights that are already infinite are written as they are. Rounding must not make finite
         // ones infinite.
         if dtype == ElementType::F16
-            && let Some(value) =
-                values.iter().find(|x| x.is_finite() && half::f16::from_f32(**x).is_infinite())
+            && let Some(value) = values
+                .iter()
+                .find(|x| x.is_finite() && half::f16::from_f32(**x).is_infinite())
         {
             return Err(ModelError::TooLarge {
                 name: name.to_owned(),
@@ -244,12 +263,14 @@ fn encode(name: &str, tensor: &Tensor, dtype: ElementType) -> Result<Vec<u8>, Mo
         }
         Ok(match dtype {
             ElementType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            ElementType::Bf16 => {
-                values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect()
-            }
-            ElementType::F16 => {
-                values.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect()
-            }
+            ElementType::Bf16 => values
+                .iter()
+                .flat_map(|x| half::bf16::from_f32(*x).to_le_bytes())
+                .collect(),
+            ElementType::F16 => values
+                .iter()
+                .flat_map(|x| half::f16::from_f32(*x).to_le_bytes())
+                .collect(),
         })
     })?
 }
@@ -260,8 +281,9 @@ fn encode(name: &str, tensor: &Tensor, dtype: ElementType) -> Result<Vec<u8>, Mo
 /// # Errors
 /// Returns an error if a matrix multiplication of the merge fails.
 pub fn merged(policy: &Policy) -> Result<Policy, ModelError> {
-    let parameters =
-        policy.parameters.map(|param, t| merge(policy.adapter.as_deref(), param.id, t.clone()))?;
+    let parameters = policy
+        .parameters
+        .map(|param, t| merge(policy.adapter.as_deref(), param.id, t.clone()))?;
     Ok(Policy {
         config: policy.config.clone(),
         parameters: Arc::new(parameters),

@@ -34,7 +34,9 @@ impl LoadedModel {
     pub fn identity(&self) -> ModelIdentity {
         ModelIdentity {
             weights: self.weights.fingerprint(),
-            config: blake3::hash(self.config.canonical().as_bytes()).to_hex().to_string(),
+            config: blake3::hash(self.config.canonical().as_bytes())
+                .to_hex()
+                .to_string(),
             tokenizer: self.tokenizer.content_hash().to_owned(),
             chat_template: self.tokenizer.template_hash(),
         }
@@ -111,18 +113,35 @@ fn load_gguf(
     let tokenizer = ChatTokenizer::from_gguf(&gguf)?;
     let weights = Weights::from_gguf(GgufWeights::new(gguf, &config), path);
     weights.check_names(&config)?;
-    Ok(LoadedModel { id, config, weights, tokenizer, origin, base })
+    Ok(LoadedModel {
+        id,
+        config,
+        weights,
+        tokenizer,
+        origin,
+        base,
+    })
 }
 
 /// Makes a model id from the last part of a path or hub id, without `.gguf` and revision.
 /// Characters that an id must not have become `-`.
 pub fn default_id(source: &str) -> String {
-    let last = source.trim_end_matches('/').rsplit('/').next().unwrap_or(source);
+    let last = source
+        .trim_end_matches('/')
+        .rsplit('/')
+        .next()
+        .unwrap_or(source);
     let last = last.split('@').next().unwrap_or(last);
     let last = last.strip_suffix(".gguf").unwrap_or(last);
     let id: String = last
         .chars()
-        .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' })
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "-_.".contains(c) {
+                c
+            } else {
+                '-'
+            }
+        })
         .take(128)
         .collect();
     if is_valid_id(&id) { id } else { "model".into() }
@@ -134,7 +153,10 @@ mod tests {
 
     #[test]
     fn ids_come_from_the_last_part() {
-        assert_eq!(default_id("HuggingFaceTB/SmolLM2-135M-Instruct@main"), "SmolLM2-135M-Instruct");
+        assert_eq!(
+            default_id("HuggingFaceTB/SmolLM2-135M-Instruct@main"),
+            "SmolLM2-135M-Instruct"
+        );
         assert_eq!(default_id("/models/SmolLM2.Q4_1.gguf"), "SmolLM2.Q4_1");
         assert_eq!(default_id("/models/tiny/"), "tiny");
         assert_eq!(default_id("/.."), "model");

@@ -58,7 +58,10 @@ const FREE: [&str; 17] = [
 const OFF: [(&str, &[&str]); 26] = [
     // With these values only A and B are initialised, and the file replaces both. See `why_refused`
     // for the other values.
-    ("init_lora_weights", &["true", "false", "\"gaussian\"", "\"orthogonal\"", "\"eva\""]),
+    (
+        "init_lora_weights",
+        &["true", "false", "\"gaussian\"", "\"orthogonal\"", "\"eva\""],
+    ),
     ("bias", &["\"none\""]),
     ("fan_in_fan_out", &["false"]),
     ("lora_bias", &["false"]),
@@ -98,13 +101,18 @@ pub fn config(dir: &Path) -> Result<LoraConfig, ModelError> {
     let bytes = map_weights(&path)?;
     let tensors = SafeTensors::deserialize(&bytes)
         .map_err(|e| ModelError::corrupt(&path, format!("{WEIGHTS_FILE}: {e}")))?;
-    read_config(&fields, &tensors)
-        .map_err(|reason| ModelError::Adapter { path: dir.to_owned(), reason })
+    read_config(&fields, &tensors).map_err(|reason| ModelError::Adapter {
+        path: dir.to_owned(),
+        reason,
+    })
 }
 
 /// Reads adapter_config.json and refuses fields that would change what the adapter computes.
 fn read_fields(dir: &Path) -> Result<Value, ModelError> {
-    let wrong = |reason: String| ModelError::Adapter { path: dir.to_owned(), reason };
+    let wrong = |reason: String| ModelError::Adapter {
+        path: dir.to_owned(),
+        reason,
+    };
     let path = dir.join(CONFIG_FILE);
     let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
     let fields: Value = serde_json::from_str(&text)
@@ -125,7 +133,10 @@ fn map_weights(path: &Path) -> Result<memmap2::Mmap, ModelError> {
 /// As [`config`]. Also returns an error if a tensor is missing, has another shape, is not finite,
 /// or belongs to no projection of the model.
 pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
-    let wrong = |reason: String| ModelError::Adapter { path: dir.to_owned(), reason };
+    let wrong = |reason: String| ModelError::Adapter {
+        path: dir.to_owned(),
+        reason,
+    };
     let fields = read_fields(dir)?;
     let path = dir.join(WEIGHTS_FILE);
     let bytes = map_weights(&path)?;
@@ -162,7 +173,11 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
             .flat_map(|update| update.tensors())
             .map(|tensor| tensor.name.as_str())
             .collect();
-        let extra = tensors.names().into_iter().find(|n| !covered.contains(n)).unwrap_or_default();
+        let extra = tensors
+            .names()
+            .into_iter()
+            .find(|n| !covered.contains(n))
+            .unwrap_or_default();
         return Err(wrong(format!(
             "tensor {extra} belongs to no projection of this model ({layers} layers): \
              the adapter was made for another one"
@@ -210,10 +225,14 @@ fn check_supported(fields: &Value) -> Result<(), String> {
 
 /// Returns the reason why an unsupported value of a field is refused.
 fn why_refused(field: &str, value: &Value) -> &'static str {
-    let start =
-        value.as_str().filter(|_| field == "init_lora_weights").unwrap_or_default().to_lowercase();
-    let changes_base =
-        ["pissa", "corda", "olora", "loftq", "lora_ga"].iter().any(|name| start.starts_with(name));
+    let start = value
+        .as_str()
+        .filter(|_| field == "init_lora_weights")
+        .unwrap_or_default()
+        .to_lowercase();
+    let changes_base = ["pissa", "corda", "olora", "loftq", "lora_ga"]
+        .iter()
+        .any(|name| start.starts_with(name));
     match start.as_str() {
         _ if changes_base => {
             "with this value PEFT changes the base model's weights when it loads the adapter"
@@ -231,8 +250,10 @@ fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, Stri
         .and_then(Value::as_u64)
         .filter(|r| (1..=4096).contains(r))
         .ok_or("r must be an integer in 1..=4096")?;
-    let alpha =
-        fields.get("lora_alpha").and_then(Value::as_f64).filter(|a| a.is_finite() && *a > 0.0);
+    let alpha = fields
+        .get("lora_alpha")
+        .and_then(Value::as_f64)
+        .filter(|a| a.is_finite() && *a > 0.0);
     let alpha = alpha.ok_or("lora_alpha must be a number above 0")?;
     let use_rslora = match fields.get("use_rslora") {
         None | Some(Value::Null) => false,
@@ -250,18 +271,26 @@ fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, Stri
             peft_example(0, Linear::Query)
         ));
     }
-    Ok(LoraConfig { rank: rank as usize, alpha, target_modules, use_rslora, init_adapter: None })
+    Ok(LoraConfig {
+        rank: rank as usize,
+        alpha,
+        target_modules,
+        use_rslora,
+        init_adapter: None,
+    })
 }
 
 fn to_f32(view: &TensorView, name: &str) -> Result<Tensor, String> {
     let bytes = view.data();
     let values: Vec<f32> = match view.dtype() {
-        Dtype::F32 => {
-            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-        }
-        Dtype::F16 => {
-            bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
-        }
+        Dtype::F32 => bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect(),
+        Dtype::F16 => bytes
+            .chunks_exact(2)
+            .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())
+            .collect(),
         Dtype::BF16 => bytes
             .chunks_exact(2)
             .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
@@ -328,7 +357,9 @@ pub fn base_of(config: &[u8], id: &str) -> BaseName {
     let stored = BaseName::from_hub(text("base_model_name_or_path").unwrap_or_default());
     match is_hub_id(&stored.name) {
         true => BaseName {
-            revision: stored.revision.or_else(|| text("revision").map(str::to_owned)),
+            revision: stored
+                .revision
+                .or_else(|| text("revision").map(str::to_owned)),
             ..stored
         },
         false => BaseName::from(id),
@@ -346,7 +377,9 @@ pub fn save_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), Mod
         .iter()
         .map(|(n, t)| Ok((n.clone(), Bytes::new(t)?)))
         .collect::<Result<Vec<_>, ModelError>>()?;
-    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+    let metadata = [("format".to_owned(), "pt".to_owned())]
+        .into_iter()
+        .collect();
     safetensors::serialize_to_file(views, Some(metadata), path).map_err(|e| ModelError::Io {
         path: path.to_owned(),
         source: std::io::Error::other(e.to_string()),
@@ -361,8 +394,14 @@ struct Bytes {
 
 impl Bytes {
     fn new(tensor: &Tensor) -> Result<Self, ModelError> {
-        let tensor = tensor.detach().to_dtype(candle_core::DType::F32)?.contiguous()?;
-        Ok(Bytes { shape: tensor.dims().to_vec(), tensor })
+        let tensor = tensor
+            .detach()
+            .to_dtype(candle_core::DType::F32)?
+            .contiguous()?;
+        Ok(Bytes {
+            shape: tensor.dims().to_vec(),
+            tensor,
+        })
     }
 }
 

@@ -57,7 +57,10 @@ pub fn locate(source: &str, hub: &HubOptions) -> Result<Located, ModelError> {
     if path.is_file() {
         return Ok(Located::Gguf(path.to_owned()));
     }
-    let not_found = |tried: String| ModelError::NotFound { model: source.to_owned(), tried };
+    let not_found = |tried: String| ModelError::NotFound {
+        model: source.to_owned(),
+        tried,
+    };
     let (name, revision) = source.split_once('@').unwrap_or((source, "main"));
     if !is_hub_id(name) {
         return Err(not_found(
@@ -65,7 +68,9 @@ pub fn locate(source: &str, hub: &HubOptions) -> Result<Located, ModelError> {
                 .into(),
         ));
     }
-    download(name, revision, hub).map(Located::Folder).map_err(not_found)
+    download(name, revision, hub)
+        .map(Located::Folder)
+        .map_err(not_found)
 }
 
 /// File in a snapshot's folder that lists the files of a completed download.
@@ -82,8 +87,10 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         |revision: &str| Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());
     let repo = repo_at(revision);
     let cache = hub.cache_dir.clone().map(Cache::new).unwrap_or_default();
-    let begun =
-        cache.repo(repo.clone()).get("config.json").and_then(|p| p.parent().map(Path::to_owned));
+    let begun = cache
+        .repo(repo.clone())
+        .get("config.json")
+        .and_then(|p| p.parent().map(Path::to_owned));
     if let Some(dir) = begun.as_ref().filter(|dir| is_complete(dir)) {
         return Ok(dir.clone());
     }
@@ -106,7 +113,11 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         return Ok(dir);
     }
     let endpoint = hub.endpoint.as_deref().unwrap_or("https://huggingface.co");
-    let remedy = if begun.is_some() { "; HF_HUB_OFFLINE=1 uses the cache as it is" } else { "" };
+    let remedy = if begun.is_some() {
+        "; HF_HUB_OFFLINE=1 uses the cache as it is"
+    } else {
+        ""
+    };
     let failed = |e: &dyn fmt::Display| {
         format!(
             "the cache {} ({cached}) and the hub {endpoint} ({e}){remedy}",
@@ -127,17 +138,26 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         return Err(failed(&"its answer names no commit"));
     }
     let dir = cache.repo(repo.clone()).pointer_path(&info.sha);
-    let files: Vec<String> =
-        info.siblings.into_iter().map(|s| s.rfilename).filter(|f| is_needed(f)).collect();
+    let files: Vec<String> = info
+        .siblings
+        .into_iter()
+        .map(|s| s.rfilename)
+        .filter(|f| is_needed(f))
+        .collect();
     for file in files.iter().filter(|file| !dir.join(file).is_file()) {
         tracing::info!(model = name, file, "downloading");
         remote.download(file).map_err(|e| failed(&e))?;
     }
     if !is_usable(&dir) {
-        return Err(failed(&"it has no config.json with safetensors weights and a tokenizer.json"));
+        return Err(failed(
+            &"it has no config.json with safetensors weights and a tokenizer.json",
+        ));
     }
     if begun.as_ref() != Some(&dir) {
-        cache.repo(repo).create_ref(&info.sha).map_err(|e| failed(&e))?;
+        cache
+            .repo(repo)
+            .create_ref(&info.sha)
+            .map_err(|e| failed(&e))?;
     }
     if let Err(e) = mark_complete(&dir, &files) {
         tracing::warn!(

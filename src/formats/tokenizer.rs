@@ -38,8 +38,11 @@ struct Vocabulary {
 
 impl Vocabulary {
     fn of(tokenizer: &Tokenizer) -> Self {
-        let mut tokens: Vec<(u32, String)> =
-            tokenizer.get_vocab(true).into_iter().map(|(t, id)| (id, t)).collect();
+        let mut tokens: Vec<(u32, String)> = tokenizer
+            .get_vocab(true)
+            .into_iter()
+            .map(|(t, id)| (id, t))
+            .collect();
         tokens.sort_unstable();
         let mut hash = blake3::Hasher::new();
         for (id, token) in &tokens {
@@ -48,7 +51,10 @@ impl Vocabulary {
             hash.update(token.as_bytes());
         }
         let rows = tokens.last().map_or(0, |(id, _)| *id as usize + 1);
-        Vocabulary { hash: hash.finalize().to_hex().to_string(), rows }
+        Vocabulary {
+            hash: hash.finalize().to_hex().to_string(),
+            rows,
+        }
     }
 }
 
@@ -71,7 +77,10 @@ impl ChatTokenizer {
         // A tokenizer.json may ask for truncation or padding. Here only the pair encoder limits
         // lengths.
         parts.tokenizer.with_padding(None);
-        parts.tokenizer.with_truncation(None).map_err(|e| wrong(path, e.to_string()))?;
+        parts
+            .tokenizer
+            .with_truncation(None)
+            .map_err(|e| wrong(path, e.to_string()))?;
         let id = |token: Option<String>| {
             token.and_then(|t| parts.tokenizer.token_to_id(&t).map(|id| (t, id)))
         };
@@ -111,7 +120,10 @@ impl ChatTokenizer {
         // The library panics at some malformed tokenizer files.
         let encoding = guarded(|| self.tokenizer.encode_fast(text, add_special_tokens))
             .map_err(|e| wrong(&self.path, e))?;
-        Ok(encoding.map_err(|e| wrong(&self.path, e.to_string()))?.get_ids().to_vec())
+        Ok(encoding
+            .map_err(|e| wrong(&self.path, e.to_string()))?
+            .get_ids()
+            .to_vec())
     }
 
     /// Decodes token ids to text, including special tokens.
@@ -263,13 +275,17 @@ impl Templates {
     /// Returns the template that transformers chooses: `tool_use` for dialogues with tools if there
     /// is one, else `default`.
     fn find(&self, with_tools: bool) -> Result<&ChatTemplate, String> {
-        let chosen = self.tool_use.as_ref().filter(|_| with_tools).or(self.default.as_ref());
+        let chosen = self
+            .tool_use
+            .as_ref()
+            .filter(|_| with_tools)
+            .or(self.default.as_ref());
         match chosen {
             Some(template) => template.compiled.as_ref().map_err(Clone::clone),
-            None if self.names.is_empty() => {
-                Err("this model has none: use plain-text prompts and completions, or a chat model"
-                    .to_owned())
-            }
+            None if self.names.is_empty() => Err(
+                "this model has none: use plain-text prompts and completions, or a chat model"
+                    .to_owned(),
+            ),
             None => Err(format!(
                 "this model has templates named {} and none named {DEFAULT:?}: \
                  use plain-text prompts and completions",

@@ -53,14 +53,20 @@ impl WeightFiles {
             Directory::Gguf(d) => d.open(&self.path).map(FileFormat::Gguf),
         };
         let digests = Digesting::Expected(self.digests.clone());
-        Ok(Weights { digests, ..Weights::new(kind.map_err(unreadable_again)?, &self.path) })
+        Ok(Weights {
+            digests,
+            ..Weights::new(kind.map_err(unreadable_again)?, &self.path)
+        })
     }
 }
 
 /// Turns an I/O error into [`ModelError::Changed`]: the file was readable the first time.
 fn unreadable_again(e: ModelError) -> ModelError {
     match e {
-        ModelError::Io { path, source } => ModelError::Changed { path, reason: source.to_string() },
+        ModelError::Io { path, source } => ModelError::Changed {
+            path,
+            reason: source.to_string(),
+        },
         e => e,
     }
 }
@@ -98,7 +104,10 @@ impl Weights {
     /// # Errors
     /// Returns an error that names the file if there is neither, or one is truncated or malformed.
     pub fn open_folder(folder: &Path) -> Result<Self, ModelError> {
-        Ok(Self::new(FileFormat::Safetensors(SafetensorsWeights::open_folder(folder)?), folder))
+        Ok(Self::new(
+            FileFormat::Safetensors(SafetensorsWeights::open_folder(folder)?),
+            folder,
+        ))
     }
 
     /// Opens one safetensors file.
@@ -106,7 +115,10 @@ impl Weights {
     /// # Errors
     /// As [`Weights::open_folder`].
     pub fn open_safetensors(file: &Path) -> Result<Self, ModelError> {
-        Ok(Self::new(FileFormat::Safetensors(SafetensorsWeights::open(&[file.to_owned()])?), file))
+        Ok(Self::new(
+            FileFormat::Safetensors(SafetensorsWeights::open(&[file.to_owned()])?),
+            file,
+        ))
     }
 
     pub(super) fn from_gguf(weights: GgufWeights, path: &Path) -> Self {
@@ -145,8 +157,10 @@ impl Weights {
             Digesting::Off | Digesting::Recorded(_) => tensor?,
         };
         let name = || param.name().to_owned();
-        let tensor = tensor
-            .ok_or_else(|| ModelError::MissingTensor { name: name(), path: self.path.clone() })?;
+        let tensor = tensor.ok_or_else(|| ModelError::MissingTensor {
+            name: name(),
+            path: self.path.clone(),
+        })?;
         if tensor.dims() != param.shape {
             return Err(ModelError::ShapeMismatch {
                 name: name(),
@@ -178,7 +192,10 @@ impl Weights {
                 }
                 let expected = expected.map_or_else(|| "none".to_owned(), |hash| hash.to_string());
                 let reason = format!("tensor '{name}' had the hash {expected}, it has {found} now");
-                Err(ModelError::Changed { path: file.to_owned(), reason })
+                Err(ModelError::Changed {
+                    path: file.to_owned(),
+                    reason,
+                })
             }
         }
     }
@@ -193,23 +210,31 @@ impl Weights {
     pub fn check_names(&self, config: &ModelConfig) -> Result<(), ModelError> {
         let params = params::params(&config.spec);
         let (stored, called_for): (Vec<&str>, BTreeSet<&str>) = match &self.kind {
-            FileFormat::Safetensors(w) => {
-                (w.names().collect(), params.iter().map(|p| p.hf.name.as_str()).collect())
-            }
-            FileFormat::Gguf(w) => {
-                (w.names().collect(), params.iter().map(|p| p.gguf.name.as_str()).collect())
-            }
+            FileFormat::Safetensors(w) => (
+                w.names().collect(),
+                params.iter().map(|p| p.hf.name.as_str()).collect(),
+            ),
+            FileFormat::Gguf(w) => (
+                w.names().collect(),
+                params.iter().map(|p| p.gguf.name.as_str()).collect(),
+            ),
         };
         let mut unexpected: Vec<&str> = stored
             .into_iter()
             .filter(|name| !called_for.contains(*name) && !is_harmless(name))
             .collect();
         unexpected.sort_unstable();
-        let in_layers: Vec<&&str> =
-            unexpected.iter().filter(|name| params::is_in_block(name)).collect();
+        let in_layers: Vec<&&str> = unexpected
+            .iter()
+            .filter(|name| params::is_in_block(name))
+            .collect();
         if let Some(first) = in_layers.first() {
             let (name, others) = ((**first).to_owned(), in_layers.len() - 1);
-            return Err(ModelError::UnexpectedTensor { name, path: self.path.clone(), others });
+            return Err(ModelError::UnexpectedTensor {
+                name,
+                path: self.path.clone(),
+                others,
+            });
         }
         if let Some(first) = unexpected.first() {
             tracing::warn!(
@@ -226,8 +251,13 @@ impl Weights {
     /// their scales are stored in f16 and f16 rounds less than bf16.
     pub fn element_type(&self) -> ElementType {
         let tensors = self.stored();
-        let count =
-            |dtype| tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.elements).sum::<usize>();
+        let count = |dtype| {
+            tensors
+                .iter()
+                .filter(|t| t.dtype == dtype)
+                .map(|t| t.elements)
+                .sum::<usize>()
+        };
         let mut best = ElementType::F32;
         for dtype in ElementType::ALL {
             if count(dtype) > count(best) {
@@ -264,12 +294,19 @@ impl Weights {
         };
         let digests = match &self.digests {
             Digesting::Off => Arc::default(),
-            Digesting::Recorded(digests) => {
-                Arc::new(digests.lock().unwrap_or_else(PoisonError::into_inner).clone())
-            }
+            Digesting::Recorded(digests) => Arc::new(
+                digests
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .clone(),
+            ),
             Digesting::Expected(digests) => digests.clone(),
         };
-        WeightFiles { path: self.path.clone(), directory, digests }
+        WeightFiles {
+            path: self.path.clone(),
+            directory,
+            digests,
+        }
     }
 
     /// Returns the BLAKE3 hash of the files' contents, in hex. It is computed once.

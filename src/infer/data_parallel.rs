@@ -30,8 +30,11 @@ pub(crate) fn over_devices<T: Send, R: Send>(
     let own = shares.next().unwrap_or_default();
     let run = &run;
     let mut results = std::thread::scope(|threads| {
-        let helpers_with_rows =
-            policy.helpers.iter().zip(shares).filter(|(_, share)| !share.is_empty());
+        let helpers_with_rows = policy
+            .helpers
+            .iter()
+            .zip(shares)
+            .filter(|(_, share)| !share.is_empty());
         let helpers: Vec<_> = helpers_with_rows
             .map(|(device, share)| {
                 threads.spawn(move || run(&policy.on(device), share, &mut || {}))
@@ -39,7 +42,9 @@ pub(crate) fn over_devices<T: Send, R: Send>(
             .collect();
         let mut results = run(policy, own, yield_point);
         for helper in helpers {
-            let theirs = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let theirs = helper
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             results = results.and_then(|mut all| theirs.map(|more| all.extend(more)).map(|()| all));
         }
         results
@@ -67,7 +72,11 @@ mod tests {
             "max_position_embeddings": 8, "rms_norm_eps": 1e-5}"#;
         let config = ModelConfig::from_hf_json(json, Path::new("config.json")).unwrap();
         let parameters = Parameters::build(&config, |param| {
-            Tensor::zeros(param.shape.as_slice(), candle_core::DType::F32, &Device::Cpu)
+            Tensor::zeros(
+                param.shape.as_slice(),
+                candle_core::DType::F32,
+                &Device::Cpu,
+            )
         })
         .unwrap();
         Policy {
@@ -94,15 +103,26 @@ mod tests {
                 Ok(2 * row)
             },
         );
-        assert_eq!(doubled.unwrap(), (0..8).map(|row| 2 * row).collect::<Vec<_>>());
+        assert_eq!(
+            doubled.unwrap(),
+            (0..8).map(|row| 2 * row).collect::<Vec<_>>()
+        );
         assert_eq!(yields, 3, "rows 0, 3 and 6");
         let failed = over_devices(&policy, (0..8).collect(), &mut || {}, |_, row, _| {
-            if row == 4 { candle_core::bail!("row 4") } else { Ok(()) }
+            if row == 4 {
+                candle_core::bail!("row 4")
+            } else {
+                Ok(())
+            }
         });
         assert!(failed.unwrap_err().to_string().contains("row 4"));
         let panicked = crate::model::guard::guarded(|| {
             over_devices(&policy, vec![0, 1], &mut || {}, |_, row, _| {
-                if row == 1 { panic!("on a helper") } else { Ok(()) }
+                if row == 1 {
+                    panic!("on a helper")
+                } else {
+                    Ok(())
+                }
             })
         });
         assert!(panicked.is_err());

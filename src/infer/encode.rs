@@ -168,13 +168,19 @@ impl<'a> PairEncoder<'a> {
 
     /// Returns the encoder with the date that chat templates print.
     pub fn with_date(self, date: DateTime) -> Self {
-        PairEncoder { date: Some(date), ..self }
+        PairEncoder {
+            date: Some(date),
+            ..self
+        }
     }
 
     /// Returns the encoder for a model with `vocab_size` rows in its embedding. Tokens with
     /// ids from `vocab_size` on are then rejected.
     pub fn with_vocab_size(self, vocab_size: usize) -> Self {
-        PairEncoder { vocab_size: Some(vocab_size), ..self }
+        PairEncoder {
+            vocab_size: Some(vocab_size),
+            ..self
+        }
     }
 
     /// Returns true if the tokenizer has an end-of-sequence token. It is then the last token of
@@ -220,8 +226,9 @@ impl<'a> PairEncoder<'a> {
         };
         let merged = row.arguments.over(self.arguments);
         let encoder = self.with_arguments(&merged);
-        let (pair, cut) =
-            encoder.pair_with_cut(&row.prompt, &row.chosen, &row.rejected).map_err(issue)?;
+        let (pair, cut) = encoder
+            .pair_with_cut(&row.prompt, &row.chosen, &row.rejected)
+            .map_err(issue)?;
         let tail = match cut.as_slice() {
             [] => None,
             cut => Some(
@@ -230,7 +237,15 @@ impl<'a> PairEncoder<'a> {
                     .map_err(|e| issue(e.into()))?,
             ),
         };
-        Ok((EncodedPair { row: row.row, id: row.id.clone(), weight: row.weight, ..pair }, tail))
+        Ok((
+            EncodedPair {
+                row: row.row,
+                id: row.id.clone(),
+                weight: row.weight,
+                ..pair
+            },
+            tail,
+        ))
     }
 
     /// Encodes a prompt with two answers, the chosen one first.
@@ -301,8 +316,11 @@ impl<'a> PairEncoder<'a> {
         prompt: &Text,
         answers: &[Text],
     ) -> Result<Vec<EncodedCompletion>, EncodeError> {
-        let answers: Vec<_> =
-            answers.iter().enumerate().map(|(i, answer)| (Part::Answer(i), answer)).collect();
+        let answers: Vec<_> = answers
+            .iter()
+            .enumerate()
+            .map(|(i, answer)| (Part::Answer(i), answer))
+            .collect();
         Ok(self.encode(prompt, &answers)?.completions)
     }
 
@@ -384,16 +402,19 @@ impl<'a> PairEncoder<'a> {
             kwargs,
             date: self.date,
         };
-        Ok(self
-            .tokenizer
-            .encode(&self.tokenizer.apply_chat_template(messages, &options)?, false)?)
+        Ok(self.tokenizer.encode(
+            &self.tokenizer.apply_chat_template(messages, &options)?,
+            false,
+        )?)
     }
 
     /// Returns the tokens of a plain text. BOS is added if the tokenizer does so, unless the text
     /// already starts with BOS.
     fn encode_plain(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
-        let starts_with_bos =
-            self.tokenizer.bos_token().is_some_and(|bos| !bos.is_empty() && text.starts_with(bos));
+        let starts_with_bos = self
+            .tokenizer
+            .bos_token()
+            .is_some_and(|bos| !bos.is_empty() && text.starts_with(bos));
         Ok(self.tokenizer.encode(text, !starts_with_bos)?)
     }
 
@@ -418,7 +439,10 @@ impl<'a> PairEncoder<'a> {
         let (from, to, split) = match self.truncation {
             _ if !truncated => (0, n, shared),
             Truncation::KeepStart if shared >= max => {
-                return Err(EncodeError::PromptFillsMaxLength { tokens: shared, max_length: max });
+                return Err(EncodeError::PromptFillsMaxLength {
+                    tokens: shared,
+                    max_length: max,
+                });
             }
             Truncation::KeepStart => (0, max, shared),
             // At least one token of context must remain. If the answer alone fills max_length, its
@@ -435,7 +459,9 @@ impl<'a> PairEncoder<'a> {
     }
 
     fn check_vocabulary(&self, at: Part, ids: &[u32]) -> Result<(), EncodeError> {
-        let Some(vocab_size) = self.vocab_size else { return Ok(()) };
+        let Some(vocab_size) = self.vocab_size else {
+            return Ok(());
+        };
         let Some(id) = ids.iter().copied().find(|id| *id as usize >= vocab_size) else {
             return Ok(());
         };

@@ -64,7 +64,9 @@ fn pack_into_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Ve
     let order = order_by_prompt(items);
     let mut tokens_left = sizes(items, &order).iter().sum::<usize>();
     let needed = tokens_left.div_ceil(row_tokens).max(1);
-    let mut rows_left = needed.next_multiple_of(multiple).min(items.len().max(needed));
+    let mut rows_left = needed
+        .next_multiple_of(multiple)
+        .min(items.len().max(needed));
     let mut rows = Vec::new();
     let (mut members, mut tokens): (Vec<usize>, usize) = (Vec::new(), 0);
     for &i in &order {
@@ -78,7 +80,10 @@ fn pack_into_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Ve
         if !members.is_empty() && over {
             rows.push(pack_items(items, std::mem::take(&mut members)));
             tokens_left = tokens_left.saturating_sub(tokens);
-            rows_left = rows_left.saturating_sub(1).max(tokens_left.div_ceil(row_tokens)).max(1);
+            rows_left = rows_left
+                .saturating_sub(1)
+                .max(tokens_left.div_ceil(row_tokens))
+                .max(1);
             tokens = 0;
         }
         tokens += added_tokens(items, &members, i);
@@ -215,7 +220,11 @@ mod tests {
 
     #[test]
     fn items_with_one_prompt_share_it() {
-        let items = [item(1, 3, &[2, 1]), item(2, 2, &[1, 1]), item(1, 3, &[1, 4])];
+        let items = [
+            item(1, 3, &[2, 1]),
+            item(2, 2, &[1, 1]),
+            item(1, 3, &[1, 4]),
+        ];
         let rows = pack_rows(&borrowed(&items), 100);
         assert_eq!(rows.len(), 1);
         assert_eq!(rows[0].items, [0, 2, 1]);
@@ -242,7 +251,10 @@ mod tests {
         // Five rows on four devices would leave three devices idle half of the time.
         let eight = sizes(16, 24, 4);
         assert_eq!(eight.len(), 8, "{eight:?}");
-        assert!(eight.iter().max().unwrap() - eight.iter().min().unwrap() <= 7, "{eight:?}");
+        assert!(
+            eight.iter().max().unwrap() - eight.iter().min().unwrap() <= 7,
+            "{eight:?}"
+        );
         // There are never more rows than items.
         assert_eq!(sizes(3, 1000, 4).len(), 3);
         assert_eq!(sizes(8, 1000, 1).len(), 1);

@@ -55,7 +55,10 @@ impl EncodedPair {
                     prompt: self.prompt.clone(),
                     completions: vec![self.chosen.clone()],
                 },
-                SequenceGroup { prompt: p.clone(), completions: vec![self.rejected.clone()] },
+                SequenceGroup {
+                    prompt: p.clone(),
+                    completions: vec![self.rejected.clone()],
+                },
             ],
         }
     }
@@ -91,7 +94,12 @@ pub fn digest(train: &[EncodedPair], eval: &[EncodedPair]) -> String {
             // A length precedes each part, so that different pairs never give the same bytes. A
             // prompt has at least one token, so an empty one can stand for the shared prompt.
             let rejected_prompt = pair.rejected_prompt.as_deref().unwrap_or_default();
-            for ids in [&pair.prompt[..], &pair.chosen[..], rejected_prompt, &pair.rejected[..]] {
+            for ids in [
+                &pair.prompt[..],
+                &pair.chosen[..],
+                rejected_prompt,
+                &pair.rejected[..],
+            ] {
                 bytes.extend((ids.len() as u64).to_le_bytes());
                 bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
             }
@@ -111,8 +119,13 @@ pub fn split_rows(
 ) -> (Vec<EncodedPair>, Vec<EncodedPair>) {
     let rows: Vec<&[EncodedPair]> = pairs.chunk_by(|a, b| a.row == b.row).collect();
     let (train, eval) = split(rows.len(), fraction, seed);
-    let of_rows =
-        |chosen: Vec<usize>| chosen.into_iter().flat_map(|row| rows[row]).cloned().collect();
+    let of_rows = |chosen: Vec<usize>| {
+        chosen
+            .into_iter()
+            .flat_map(|row| rows[row])
+            .cloned()
+            .collect()
+    };
     (of_rows(train), of_rows(eval))
 }
 
@@ -165,7 +178,10 @@ mod tests {
             assert!(differing[i + 1..].iter().all(|b| a != b), "{i}");
         }
         // Row number and id only name a pair and do not affect the digest.
-        assert_eq!(changed(&|pair| (pair.row, pair.id) = (7, Some("x".into()))), differing[0]);
+        assert_eq!(
+            changed(&|pair| (pair.row, pair.id) = (7, Some("x".into()))),
+            differing[0]
+        );
         let mut swapped = all.clone();
         swapped[0].weight = 2.0;
         let in_order = digest(&swapped, &[]);
@@ -181,17 +197,25 @@ mod tests {
             let (kept, held_out) = split(rows.len(), 0.3, seed);
             let expected =
                 |indices: Vec<usize>| indices.into_iter().map(|i| rows[i]).collect::<Vec<_>>();
-            assert_eq!((numbers(&train), numbers(&eval)), (expected(kept), expected(held_out)));
+            assert_eq!(
+                (numbers(&train), numbers(&eval)),
+                (expected(kept), expected(held_out))
+            );
         }
     }
 
     #[test]
     fn the_pairs_of_a_row_fall_on_one_side() {
-        let rows: Vec<u64> = (1..=20).flat_map(|row| vec![row; 1 + row as usize % 4]).collect();
+        let rows: Vec<u64> = (1..=20)
+            .flat_map(|row| vec![row; 1 + row as usize % 4])
+            .collect();
         for seed in 0..20 {
             let (train, eval) = split_rows(&pairs(&rows), 0.25, seed);
             let (train, eval) = (numbers(&train), numbers(&eval));
-            assert!(eval.iter().all(|row| !train.contains(row)), "{train:?} {eval:?}");
+            assert!(
+                eval.iter().all(|row| !train.contains(row)),
+                "{train:?} {eval:?}"
+            );
             let mut held_out = eval.clone();
             held_out.dedup();
             assert_eq!(held_out.len(), 5);

@@ -105,7 +105,9 @@ impl ReferenceCache {
         let wanted: Vec<&[SequenceGroup]> = missing.iter().map(|i| items[*i]).collect();
         let mut new = Vec::with_capacity(missing.len());
         for (i, logps) in
-            missing.into_iter().zip(score_all(reference, &wanted, row_tokens, yield_point)?)
+            missing
+                .into_iter()
+                .zip(score_all(reference, &wanted, row_tokens, yield_point)?)
         {
             let logps = Arc::new(logps);
             new.push((keys[i], logps.clone()));
@@ -147,7 +149,9 @@ impl CacheState {
             return;
         }
         while self.tokens + size > self.limit {
-            let Some(oldest) = self.order.pop_front() else { break };
+            let Some(oldest) = self.order.pop_front() else {
+                break;
+            };
             if let Some(evicted) = self.entries.remove(&oldest) {
                 self.tokens -= evicted.iter().map(Vec::len).sum::<usize>();
             }
@@ -211,7 +215,13 @@ impl CacheFile {
             }
         }
         write.commit()?;
-        Ok(CacheFile { database, limit, tokens, next_sequence, last_sync: Instant::now() })
+        Ok(CacheFile {
+            database,
+            limit,
+            tokens,
+            next_sequence,
+            last_sync: Instant::now(),
+        })
     }
 
     /// Returns the log-probs stored under `key`. Returns `None` if there is no entry or it cannot
@@ -231,7 +241,11 @@ impl CacheFile {
         let mut write = self.database.begin_write()?;
         let sync = self.last_sync.elapsed() > SYNC_INTERVAL;
         // This fails only if savepoints are in use; the cache uses none.
-        let _ = write.set_durability(if sync { Durability::Immediate } else { Durability::None });
+        let _ = write.set_durability(if sync {
+            Durability::Immediate
+        } else {
+            Durability::None
+        });
         {
             let (mut entries, mut order) = (write.open_table(ENTRIES)?, write.open_table(ORDER)?);
             for (key, logps) in new {
@@ -245,7 +259,9 @@ impl CacheFile {
                 self.tokens += tokens;
             }
             while self.tokens > self.limit {
-                let Some(oldest) = order.pop_first()? else { break };
+                let Some(oldest) = order.pop_first()? else {
+                    break;
+                };
                 let (key, tokens) = oldest.1.value();
                 entries.remove(key)?;
                 self.tokens -= tokens;
@@ -265,7 +281,9 @@ fn encode(logps: &Logps) -> Vec<u8> {
     let lengths = std::iter::once(logps.len())
         .chain(logps.iter().map(Vec::len))
         .flat_map(|n| (n as u32).to_le_bytes());
-    lengths.chain(logps.iter().flatten().flat_map(|x| x.to_le_bytes())).collect()
+    lengths
+        .chain(logps.iter().flatten().flat_map(|x| x.to_le_bytes()))
+        .collect()
 }
 
 /// Reads the format of [`encode`]. Returns `None` if the bytes are damaged.
@@ -294,8 +312,12 @@ mod tests {
     fn what_was_written_is_read_after_a_restart_bit_for_bit_and_the_oldest_leave() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("cache.redb");
-        let entry =
-            |n: u8| (key(n), Arc::new(vec![vec![-0.1 * n as f32, f32::MIN_POSITIVE], vec![-3.5]]));
+        let entry = |n: u8| {
+            (
+                key(n),
+                Arc::new(vec![vec![-0.1 * n as f32, f32::MIN_POSITIVE], vec![-3.5]]),
+            )
+        };
         let mut file = CacheFile::open(&path, 9).unwrap();
         for n in 1..=4 {
             file.insert(&[entry(n)]).unwrap();

@@ -19,7 +19,9 @@ pub type Logps = Vec<Vec<f32>>;
 /// # Errors
 /// Fails if the device fails or has no memory left, as do the other functions of this file.
 pub fn score(policy: &Policy, groups: &[SequenceGroup]) -> Result<Logps> {
-    Ok(score_all(policy, &[groups], usize::MAX, &mut || {})?.pop().unwrap_or_default())
+    Ok(score_all(policy, &[groups], usize::MAX, &mut || {})?
+        .pop()
+        .unwrap_or_default())
 }
 
 /// Scores items together in rows of at most `row_tokens` tokens, on all devices of the policy. A
@@ -36,9 +38,12 @@ pub fn score_all(
     let pass = |policy: &Policy, packed: &PackedRow, yield_point: &mut dyn FnMut()| {
         policy.log_probs(packed.row.clone(), yield_point)
     };
-    for (packed, logps) in
-        rows.iter().zip(over_devices(policy, rows.iter().collect(), yield_point, pass)?)
-    {
+    for (packed, logps) in rows.iter().zip(over_devices(
+        policy,
+        rows.iter().collect(),
+        yield_point,
+        pass,
+    )?) {
         assign_log_probs(packed, &logps, &mut all);
     }
     Ok(all)
@@ -52,7 +57,9 @@ pub fn score_shared(
     row_tokens: usize,
     yield_point: &mut dyn FnMut(),
 ) -> Result<Vec<Logps>> {
-    let Some(base) = policies.first().map(Policy::base) else { return Ok(Vec::new()) };
+    let Some(base) = policies.first().map(Policy::base) else {
+        return Ok(Vec::new());
+    };
     let mut all = vec![Logps::new(); items.len()];
     for packed in pack_owned_rows(items, row_tokens) {
         let adapters = packed.owners.iter().filter_map(|(tokens, owner)| {

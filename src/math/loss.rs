@@ -56,7 +56,15 @@ pub struct BatchSize {
 /// still over the number of pairs.
 pub fn batch_loss(config: &DpoConfig, pairs: &[PairLogps], scale: f64) -> BatchLoss {
     let chosen_tokens = pairs.iter().map(|p| p.policy_chosen.len()).sum();
-    partial_loss(config, pairs, BatchSize { pairs: pairs.len(), chosen_tokens }, scale)
+    partial_loss(
+        config,
+        pairs,
+        BatchSize {
+            pairs: pairs.len(),
+            chosen_tokens,
+        },
+        scale,
+    )
 }
 
 /// Returns the contribution of some `pairs` to the mean loss of a micro-batch of size `whole`, with
@@ -104,9 +112,15 @@ pub fn partial_loss(
         }
     }
 
-    let per_token =
-        if whole.chosen_tokens > 0 { nll_factor / whole.chosen_tokens as f64 } else { 0.0 };
-    let mut out = BatchLoss { loss: total, ..BatchLoss::default() };
+    let per_token = if whole.chosen_tokens > 0 {
+        nll_factor / whole.chosen_tokens as f64
+    } else {
+        0.0
+    };
+    let mut out = BatchLoss {
+        loss: total,
+        ..BatchLoss::default()
+    };
     for (i, p) in pairs.iter().enumerate() {
         let nll_slope = -per_token * weights[i];
         if nll_factor > 0.0 {
@@ -116,10 +130,16 @@ pub fn partial_loss(
         let token = |t: usize, slope: f64, constant: f64| {
             (scale * (slope * token_weight(config, t, shared) + constant)) as f32
         };
-        out.grad_chosen
-            .push((0..p.policy_chosen.len()).map(|t| token(t, slopes[i].0, nll_slope)).collect());
-        out.grad_rejected
-            .push((0..p.policy_rejected.len()).map(|t| token(t, slopes[i].1, 0.0)).collect());
+        out.grad_chosen.push(
+            (0..p.policy_chosen.len())
+                .map(|t| token(t, slopes[i].0, nll_slope))
+                .collect(),
+        );
+        out.grad_rejected.push(
+            (0..p.policy_rejected.len())
+                .map(|t| token(t, slopes[i].1, 0.0))
+                .collect(),
+        );
     }
     out
 }
@@ -136,7 +156,10 @@ fn token_weight(config: &DpoConfig, token: usize, shared: usize) -> f64 {
 fn sums(config: &DpoConfig, p: &PairLogps) -> Sums {
     let shared = p.policy_chosen.len().min(p.policy_rejected.len());
     let sum = |xs: &[f32]| {
-        xs.iter().enumerate().map(|(t, x)| *x as f64 * token_weight(config, t, shared)).sum::<f64>()
+        xs.iter()
+            .enumerate()
+            .map(|(t, x)| *x as f64 * token_weight(config, t, shared))
+            .sum::<f64>()
     };
     let reference = p.reference.filter(|_| !config.reference_free);
     Sums {
@@ -153,7 +176,11 @@ fn sums(config: &DpoConfig, p: &PairLogps) -> Sums {
 /// exp(mean_t[log p_t − log Σ_v p_v²]).
 fn wpo_weight(p: &PairLogps) -> f64 {
     let mean = |logps: &[f32], p2: &[f32]| {
-        logps.iter().zip(p2).map(|(a, b)| *a as f64 - *b as f64).sum::<f64>()
+        logps
+            .iter()
+            .zip(p2)
+            .map(|(a, b)| *a as f64 - *b as f64)
+            .sum::<f64>()
             / logps.len().max(1) as f64
     };
     match p.wpo {

@@ -50,7 +50,10 @@ impl PairObservation {
             metrics.extend([
                 ("rewards_normalized/chosen", chosen),
                 ("rewards_normalized/rejected", rejected),
-                ("rewards_normalized/accuracies", f64::from(chosen > rejected)),
+                (
+                    "rewards_normalized/accuracies",
+                    f64::from(chosen > rejected),
+                ),
                 ("rewards_normalized/margins", chosen - rejected),
             ]);
         }
@@ -70,7 +73,9 @@ pub fn add_pairs(sums: &mut Metrics, pairs: &[PairObservation]) {
 pub fn micro_batch(loss: f64, pairs: &[PairObservation]) -> Metrics {
     let mut metrics = Metrics::new();
     add_pairs(&mut metrics, pairs);
-    metrics.values_mut().for_each(|sum| *sum /= pairs.len().max(1) as f64);
+    metrics
+        .values_mut()
+        .for_each(|sum| *sum /= pairs.len().max(1) as f64);
     metrics.insert("loss".into(), loss);
     metrics.extend(tokens(pairs));
     metrics
@@ -81,7 +86,13 @@ pub fn tokens(pairs: &[PairObservation]) -> Metrics {
     let sum_and_count = |side: &dyn Fn(&PairObservation) -> &[TokenStats],
                          f: &dyn Fn(&TokenStats) -> f64| {
         let n: usize = pairs.iter().map(|p| side(p).len()).sum();
-        (pairs.iter().flat_map(|p| side(p).iter().map(f)).sum::<f64>(), n)
+        (
+            pairs
+                .iter()
+                .flat_map(|p| side(p).iter().map(f))
+                .sum::<f64>(),
+            n,
+        )
     };
     let ratio = |(sum, n): (f64, usize)| if n > 0 { sum / n as f64 } else { 0.0 };
     let (logits_chosen, logits_rejected) = (
@@ -97,9 +108,15 @@ pub fn tokens(pairs: &[PairObservation]) -> Metrics {
         ("logits/rejected", ratio(logits_rejected)),
         (
             "entropy",
-            ratio((entropy_chosen.0 + entropy_rejected.0, entropy_chosen.1 + entropy_rejected.1)),
+            ratio((
+                entropy_chosen.0 + entropy_rejected.0,
+                entropy_chosen.1 + entropy_rejected.1,
+            )),
         ),
-        ("mean_token_accuracy", ratio(sum_and_count(&|p| &p.chosen, &|t| f64::from(t.is_argmax)))),
+        (
+            "mean_token_accuracy",
+            ratio(sum_and_count(&|p| &p.chosen, &|t| f64::from(t.is_argmax))),
+        ),
     ]
     .into_iter()
     .map(|(k, v)| (k.to_owned(), v))
@@ -165,7 +182,10 @@ impl Average {
     pub fn take(&mut self) -> Metrics {
         let n = self.count.max(1) as f64;
         self.count = 0;
-        std::mem::take(&mut self.sums).into_iter().map(|(k, v)| (k, v / n)).collect()
+        std::mem::take(&mut self.sums)
+            .into_iter()
+            .map(|(k, v)| (k, v / n))
+            .collect()
     }
 }
 
@@ -200,7 +220,10 @@ mod tests {
         assert_eq!(m["entropy"], 11.0 / 8.0);
         assert_eq!(m["rewards/accuracies"], 0.5, "a tie is not a win");
         assert_eq!(m["rewards/margins"], 1.0);
-        assert!(m.keys().all(|name| !name.starts_with("rewards_normalized/")));
+        assert!(
+            m.keys()
+                .all(|name| !name.starts_with("rewards_normalized/"))
+        );
     }
 
     #[test]
@@ -214,11 +237,17 @@ mod tests {
         let m = micro_batch(0.0, &[longer.clone(), longer]);
         assert_eq!((m["rewards/margins"], m["rewards/accuracies"]), (-1.0, 0.0));
         assert_eq!(
-            (m["rewards_normalized/margins"], m["rewards_normalized/accuracies"]),
+            (
+                m["rewards_normalized/margins"],
+                m["rewards_normalized/accuracies"]
+            ),
             (1.0, 1.0)
         );
         assert_eq!(
-            (m["rewards_normalized/chosen"], m["rewards_normalized/rejected"]),
+            (
+                m["rewards_normalized/chosen"],
+                m["rewards_normalized/rejected"]
+            ),
             (-1.0, -2.0)
         );
     }

@@ -59,7 +59,9 @@ fn permutation(n: usize, seed: u64, purpose: &str) -> Vec<u32> {
 pub fn kaiming_uniform(seed: u64, purpose: &str, n: usize, fan_in: usize) -> Vec<f32> {
     let mut rng = generator(seed, purpose);
     let bound = 1.0 / (fan_in.max(1) as f32).sqrt();
-    (0..n).map(|_| ((rng.next_u32() >> 8) as f32 / 8_388_608.0 - 1.0) * bound).collect()
+    (0..n)
+        .map(|_| ((rng.next_u32() >> 8) as f32 / 8_388_608.0 - 1.0) * bound)
+        .collect()
 }
 
 #[cfg(test)]

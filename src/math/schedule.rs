@@ -25,16 +25,30 @@ mod tests {
     use super::*;
 
     fn rates(kind: ScheduleKind, warmup: u64) -> Vec<f64> {
-        (0..6).map(|k| (learning_rate(kind, 1.0, warmup, 5, k) * 1e6).round() / 1e6).collect()
+        (0..6)
+            .map(|k| (learning_rate(kind, 1.0, warmup, 5, k) * 1e6).round() / 1e6)
+            .collect()
     }
 
     /// The expected values are the LambdaLR factors of transformers for 5 training steps.
     #[test]
     fn equals_transformers_lambda_schedules() {
-        assert_eq!(rates(ScheduleKind::Constant, 2), [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]);
-        assert_eq!(rates(ScheduleKind::Linear, 0), [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]);
-        assert_eq!(rates(ScheduleKind::Linear, 1), [0.0, 1.0, 0.75, 0.5, 0.25, 0.0]);
-        assert_eq!(rates(ScheduleKind::Cosine, 1), [0.0, 1.0, 0.853553, 0.5, 0.146447, 0.0]);
+        assert_eq!(
+            rates(ScheduleKind::Constant, 2),
+            [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
+        );
+        assert_eq!(
+            rates(ScheduleKind::Linear, 0),
+            [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+        );
+        assert_eq!(
+            rates(ScheduleKind::Linear, 1),
+            [0.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+        );
+        assert_eq!(
+            rates(ScheduleKind::Cosine, 1),
+            [0.0, 1.0, 0.853553, 0.5, 0.146447, 0.0]
+        );
         assert_eq!(
             rates(ScheduleKind::CosineWithFloor { min_ratio: 0.1 }, 1),
             [0.0, 1.0, 0.868198, 0.55, 0.231802, 0.1]

@@ -22,7 +22,11 @@ pub struct AnswerLogps {
 impl AnswerLogps {
     /// Sums the log-probs of an answer's tokens.
     pub fn new(policy: &[f32], reference: Option<&[f32]>) -> Self {
-        AnswerLogps { policy: total(policy), reference: reference.map(total), tokens: policy.len() }
+        AnswerLogps {
+            policy: total(policy),
+            reference: reference.map(total),
+            tokens: policy.len(),
+        }
     }
 }
 

@@ -46,7 +46,11 @@ impl LoraTable {
             .enumerate()
             .map(|(i, update)| ((update.block, update.linear), i))
             .collect();
-        Arc::new(LoraTable { num_blocks: model.spec.blocks.len(), updates, index })
+        Arc::new(LoraTable {
+            num_blocks: model.spec.blocks.len(),
+            updates,
+            index,
+        })
     }
 }
 
@@ -72,9 +76,18 @@ impl Adapter {
         mut get: impl FnMut(&LoraTensor) -> Result<Tensor, E>,
     ) -> Result<Self, E> {
         let table = LoraTable::of(model, config);
-        let update = |spec: &LoraSpec| Ok::<_, E>(LowRank { a: get(&spec.a)?, b: get(&spec.b)? });
+        let update = |spec: &LoraSpec| {
+            Ok::<_, E>(LowRank {
+                a: get(&spec.a)?,
+                b: get(&spec.b)?,
+            })
+        };
         let updates = table.updates.iter().map(update).collect::<Result<_, E>>()?;
-        Ok(Adapter { config: config.clone(), table, updates })
+        Ok(Adapter {
+            config: config.clone(),
+            table,
+            updates,
+        })
     }
 
     /// Returns the number of decoder blocks of the model that the adapter was made for.
@@ -84,7 +97,10 @@ impl Adapter {
 
     /// Returns the update of a linear layer, or `None` if the layer has none.
     pub fn get(&self, block: usize, linear: Linear) -> Option<&LowRank> {
-        self.table.index.get(&(block, linear)).map(|i| &self.updates[*i])
+        self.table
+            .index
+            .get(&(block, linear))
+            .map(|i| &self.updates[*i])
     }
 
     /// Returns the adapter with every tensor replaced by `f(row of the table, tensor)`: block by
@@ -94,19 +110,39 @@ impl Adapter {
         mut f: impl FnMut(&LoraTensor, &Tensor) -> Result<Tensor, E>,
     ) -> Result<Self, E> {
         let mapped = |(spec, low_rank): (&LoraSpec, &LowRank)| {
-            Ok::<_, E>(LowRank { a: f(&spec.a, &low_rank.a)?, b: f(&spec.b, &low_rank.b)? })
+            Ok::<_, E>(LowRank {
+                a: f(&spec.a, &low_rank.a)?,
+                b: f(&spec.b, &low_rank.b)?,
+            })
         };
-        let updates =
-            self.table.updates.iter().zip(&self.updates).map(mapped).collect::<Result<_, E>>()?;
-        Ok(Adapter { config: self.config.clone(), table: self.table.clone(), updates })
+        let updates = self
+            .table
+            .updates
+            .iter()
+            .zip(&self.updates)
+            .map(mapped)
+            .collect::<Result<_, E>>()?;
+        Ok(Adapter {
+            config: self.config.clone(),
+            table: self.table.clone(),
+            updates,
+        })
     }
 
     /// Returns every tensor with its PEFT name.
     pub fn named(&self) -> Vec<(String, Tensor)> {
         let both = |(spec, low_rank): (&LoraSpec, &LowRank)| {
-            [(spec.a.name.clone(), low_rank.a.clone()), (spec.b.name.clone(), low_rank.b.clone())]
+            [
+                (spec.a.name.clone(), low_rank.a.clone()),
+                (spec.b.name.clone(), low_rank.b.clone()),
+            ]
         };
-        self.table.updates.iter().zip(&self.updates).flat_map(both).collect()
+        self.table
+            .updates
+            .iter()
+            .zip(&self.updates)
+            .flat_map(both)
+            .collect()
     }
 
     /// Returns the adapter with the same storage, detached from candle's autograd graph.

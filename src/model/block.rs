@@ -83,22 +83,41 @@ pub fn block_forward<B: Backend>(
     block.rotate(&mut qkv, Direction::Forward)?;
     let attended = block.attention(&qkv)?;
     let input = save_tape.then(|| B::copy(x)).transpose()?;
-    let u_output =
-        block.add_to_stream(LinearGroup::Output, &block.attention_operand(&attended.output), x)?;
+    let u_output = block.add_to_stream(
+        LinearGroup::Output,
+        &block.attention_operand(&attended.output),
+        x,
+    )?;
     drop(n);
 
     // Feed-forward part.
     let space = block.new_gate_up()?;
     let n = block.norm(StreamNorm::FeedForward, x)?;
-    let Gated { y, gate_up, low_rank: u_gate_up } = block.feed_forward(space, n, save_tape)?;
+    let Gated {
+        y,
+        gate_up,
+        low_rank: u_gate_up,
+    } = block.feed_forward(space, n, save_tape)?;
     let middle = save_tape.then(|| B::copy(x)).transpose()?;
     let u_down = block.add_to_stream(LinearGroup::Down, &y, x)?;
 
     Ok(match (input, middle, gate_up) {
         (Some(x), Some(middle), Some(gate_up)) => {
-            let low_rank =
-                PerGroup { qkv: u_qkv, output: u_output, gate_up: u_gate_up, down: u_down };
-            Some(BlockTape { x, qkv, before_norm, attended, middle, gate_up, low_rank })
+            let low_rank = PerGroup {
+                qkv: u_qkv,
+                output: u_output,
+                gate_up: u_gate_up,
+                down: u_down,
+            };
+            Some(BlockTape {
+                x,
+                qkv,
+                before_norm,
+                attended,
+                middle,
+                gate_up,
+                low_rank,
+            })
         }
         _ => None,
     })
@@ -117,8 +136,21 @@ pub fn block_backward<B: Backend>(
     gradients: &mut B::Gradients,
 ) -> Result<()> {
     let attention = attention_of(block.spec());
-    let BlockTape { x, qkv, before_norm, attended, middle, gate_up, low_rank } = tape;
-    let PerGroup { qkv: u_qkv, output: u_output, gate_up: u_gate_up, down: u_down } = low_rank;
+    let BlockTape {
+        x,
+        qkv,
+        before_norm,
+        attended,
+        middle,
+        gate_up,
+        low_rank,
+    } = tape;
+    let PerGroup {
+        qkv: u_qkv,
+        output: u_output,
+        gate_up: u_gate_up,
+        down: u_down,
+    } = low_rank;
 
     // Feed-forward part.
     let d_gate_up = block.feed_forward_backward(gate_up, &u_down, gx, gradients)?;

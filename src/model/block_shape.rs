@@ -29,7 +29,12 @@ impl BlockShape {
         let BlockSpec {
             mixer: Mixer::Attention(attention),
             mixer_norms: _,
-            feed_forward: FeedForward::Gated { width: feed_forward, activation: _, bias: _ },
+            feed_forward:
+                FeedForward::Gated {
+                    width: feed_forward,
+                    activation: _,
+                    bias: _,
+                },
             feed_forward_norms: _,
         } = *block;
         let qk_norm = match attention.qk_norm {

@@ -41,11 +41,18 @@ impl ModelConfig {
     pub fn canonical(&self) -> String {
         let spec = &self.spec;
         let (frequencies, factor) = spec.ropes[0].bits(spec.head_dim());
-        let windows: Vec<usize> =
-            spec.blocks.iter().map(|block| block.attention().window.unwrap_or(0)).collect();
+        let windows: Vec<usize> = spec
+            .blocks
+            .iter()
+            .map(|block| block.attention().window.unwrap_or(0))
+            .collect();
         let block = &spec.blocks[0];
         let attention = block.attention();
-        let FeedForward::Gated { width, activation: _, bias } = block.feed_forward;
+        let FeedForward::Gated {
+            width,
+            activation: _,
+            bias,
+        } = block.feed_forward;
         let mut fields = vec![
             json!(["architecture", self.architecture.as_str()]),
             json!(["vocab_size", spec.vocab_size]),
@@ -98,7 +105,13 @@ impl ModelConfig {
         let spec = (family.spec)(&fields.with_defaults(&defaults))?;
         let bos_token_id = fields.token_ids("bos_token_id")?.first().copied();
         let eos_token_ids = fields.token_ids("eos_token_id")?;
-        Ok(ModelConfig { architecture, spec, bos_token_id, eos_token_ids, hf_json: json })
+        Ok(ModelConfig {
+            architecture,
+            spec,
+            bos_token_id,
+            eos_token_ids,
+            hf_json: json,
+        })
     }
 
     /// Returns the number of parameters. A tied embedding is counted once.
@@ -110,9 +123,16 @@ impl ModelConfig {
 /// Returns the configuration of the language model inside a multimodal model, in the form of the
 /// config.json that it would have on its own. Other configurations are returned unchanged.
 fn text_config(mut json: Value) -> Value {
-    let family = json.get("model_type").and_then(Value::as_str).and_then(Architecture::of_text_in);
-    let stored = family.and_then(|_| json.get_mut("text_config")).map(Value::take);
-    let Some(Value::Object(mut text)) = stored else { return json };
+    let family = json
+        .get("model_type")
+        .and_then(Value::as_str)
+        .and_then(Architecture::of_text_in);
+    let stored = family
+        .and_then(|_| json.get_mut("text_config"))
+        .map(Value::take);
+    let Some(Value::Object(mut text)) = stored else {
+        return json;
+    };
     for key in [
         "bos_token_id",
         "eos_token_id",
@@ -127,7 +147,10 @@ fn text_config(mut json: Value) -> Value {
     }
     if let Some(family) = family {
         text.insert("model_type".to_owned(), json!(family.as_str()));
-        text.insert("architectures".to_owned(), json!([family.family().causal_lm_class]));
+        text.insert(
+            "architectures".to_owned(),
+            json!([family.family().causal_lm_class]),
+        );
     }
     Value::Object(text)
 }

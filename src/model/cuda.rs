@@ -204,7 +204,11 @@ impl Cuda {
         let policy = self.open_policy(policy, row)?;
         let on_device = DeviceRow::new(&self.gpu, row)?;
         pass::log_probs(
-            &OpenRow { policy: &policy, source: row.row(), row: &on_device },
+            &OpenRow {
+                policy: &policy,
+                source: row.row(),
+                row: &on_device,
+            },
             yield_point,
         )
     }
@@ -220,11 +224,18 @@ impl Cuda {
         let policy = self.open_policy(policy, row)?;
         let on_device = DeviceRow::new(&self.gpu, row)?;
         let tape = pass::forward(
-            &OpenRow { policy: &policy, source: row.row(), row: &on_device },
+            &OpenRow {
+                policy: &policy,
+                source: row.row(),
+                row: &on_device,
+            },
             save,
             yield_point,
         )?;
-        Ok(DeviceTape { row: on_device, tape })
+        Ok(DeviceTape {
+            row: on_device,
+            tape,
+        })
     }
 
     /// Runs the row backward, given `upstream` = ∂loss/∂log p `[N]`, and accumulates the gradients
@@ -242,8 +253,15 @@ impl Cuda {
             return Ok(());
         }
         let policy = self.open_policy(policy, row)?;
-        let DeviceTape { row: on_device, tape } = tape;
-        let row = OpenRow { policy: &policy, source: row.row(), row: &on_device };
+        let DeviceTape {
+            row: on_device,
+            tape,
+        } = tape;
+        let row = OpenRow {
+            policy: &policy,
+            source: row.row(),
+            row: &on_device,
+        };
         pass::backward(&row, tape, upstream, gradients, yield_point)
     }
 }

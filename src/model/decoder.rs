@@ -49,12 +49,19 @@ impl Policy {
 
     /// Returns the base model without the adapter.
     pub fn base(&self) -> Policy {
-        Policy { adapter: None, ..self.clone() }
+        Policy {
+            adapter: None,
+            ..self.clone()
+        }
     }
 
     /// Returns the policy on `device` alone, without helpers.
     pub fn on(&self, device: &ComputeDevice) -> Policy {
-        Policy { device: device.clone(), helpers: Arc::default(), ..self.clone() }
+        Policy {
+            device: device.clone(),
+            helpers: Arc::default(),
+            ..self.clone()
+        }
     }
 
     /// Iterates over the policy's own device, then its helpers.
@@ -64,7 +71,10 @@ impl Policy {
 
     /// Returns the policy with another precision of the matrix multiplications.
     pub fn with_precision(&self, precision: Precision) -> Policy {
-        Policy { precision, ..self.clone() }
+        Policy {
+            precision,
+            ..self.clone()
+        }
     }
 
     /// Returns true if both policies have the same base weights and the same precision. The
@@ -103,8 +113,11 @@ impl Policy {
     /// Fails if a token id is outside the model's vocabulary.
     pub fn prepare(&self, row: Arc<Row>) -> Result<PreparedRow> {
         let vocabulary = self.config.spec.vocab_size;
-        if let Some(bad) =
-            row.ids.iter().chain(row.targets.iter()).find(|id| **id as usize >= vocabulary)
+        if let Some(bad) = row
+            .ids
+            .iter()
+            .chain(row.targets.iter())
+            .find(|id| **id as usize >= vocabulary)
         {
             bail!("token id {bad} is outside the model's vocabulary of {vocabulary}");
         }
@@ -143,7 +156,10 @@ impl Policy {
         if self.adapter.is_some() && !adapters.is_empty() {
             bail!("adapters on parts of a row need a base model without an adapter");
         }
-        let row = PreparedRow { adapters, ..self.prepare(row)? };
+        let row = PreparedRow {
+            adapters,
+            ..self.prepare(row)?
+        };
         self.log_probs_of(row, yield_point)
     }
 

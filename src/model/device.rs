@@ -37,7 +37,11 @@ impl DeviceChoice {
             "cpu" => Some(DeviceChoice::Cpu),
             "auto" => Some(DeviceChoice::Auto),
             "cuda" => Some(DeviceChoice::Cuda(0)),
-            _ => text.strip_prefix("cuda:")?.parse().ok().map(DeviceChoice::Cuda),
+            _ => text
+                .strip_prefix("cuda:")?
+                .parse()
+                .ok()
+                .map(DeviceChoice::Cuda),
         }
     }
 
@@ -45,8 +49,10 @@ impl DeviceChoice {
     /// only once, and GPUs cannot be combined with the CPU: the score of a pair would depend on the
     /// device that happened to be free.
     pub fn parse_list(text: &str) -> Option<Vec<Self>> {
-        let all: Vec<Self> =
-            text.split(',').map(|one| Self::parse(one.trim())).collect::<Option<_>>()?;
+        let all: Vec<Self> = text
+            .split(',')
+            .map(|one| Self::parse(one.trim()))
+            .collect::<Option<_>>()?;
         let cpus = all.iter().filter(|d| **d == DeviceChoice::Cpu).count();
         let gpus: std::collections::HashSet<_> = all
             .iter()
@@ -90,12 +96,21 @@ impl ComputeDevice {
     }
 
     fn cuda(ordinal: usize) -> Result<Self, String> {
-        Cuda::open(ordinal).map(ComputeDevice::Cuda).map_err(|e| e.to_string())
+        Cuda::open(ordinal)
+            .map(ComputeDevice::Cuda)
+            .map_err(|e| e.to_string())
     }
 
     fn all() -> Vec<Self> {
-        let found: Vec<Self> = Cuda::open_all().into_iter().map(ComputeDevice::Cuda).collect();
-        if found.is_empty() { vec![ComputeDevice::Cpu] } else { found }
+        let found: Vec<Self> = Cuda::open_all()
+            .into_iter()
+            .map(ComputeDevice::Cuda)
+            .collect();
+        if found.is_empty() {
+            vec![ComputeDevice::Cpu]
+        } else {
+            found
+        }
     }
 
     /// Returns a name for everything about the device that affects rounding. On the CPU, GEMMs use
@@ -199,14 +214,24 @@ mod tests {
             assert_eq!(DeviceChoice::parse(wrong), None, "{wrong}");
         }
         let all = |text| DeviceChoice::parse_list(text).map(|all| all.len());
-        for (text, devices) in
-            [("cpu", 1), ("auto", 1), ("cuda:0,cuda:2", 2), ("cuda, cuda:1", 2), ("cpu,cpu", 2)]
-        {
+        for (text, devices) in [
+            ("cpu", 1),
+            ("auto", 1),
+            ("cuda:0,cuda:2", 2),
+            ("cuda, cuda:1", 2),
+            ("cpu,cpu", 2),
+        ] {
             assert_eq!(all(text), Some(devices), "{text}");
         }
-        for wrong in
-            ["", "cpu,", "cpu,cuda:0", "auto,cpu", "cuda:0,auto", "auto,auto", "cuda,cuda:0"]
-        {
+        for wrong in [
+            "",
+            "cpu,",
+            "cpu,cuda:0",
+            "auto,cpu",
+            "cuda:0,auto",
+            "auto,auto",
+            "cuda,cuda:0",
+        ] {
             assert_eq!(all(wrong), None, "{wrong}");
         }
     }

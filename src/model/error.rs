@@ -137,12 +137,19 @@ pub enum ModelError {
 }
 
 fn and_others(others: usize) -> String {
-    if others == 0 { String::new() } else { format!(" (and {others} others)") }
+    if others == 0 {
+        String::new()
+    } else {
+        format!(" (and {others} others)")
+    }
 }
 
 /// Returns the last part of a path. Clients are shown only this part.
 pub fn last_part(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 impl ModelError {
@@ -177,11 +184,17 @@ impl ModelError {
 
     /// Returns a function for `map_err` that makes a [`ModelError::Io`] about `path`.
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError + '_ {
-        move |source| ModelError::Io { path: path.to_owned(), source }
+        move |source| ModelError::Io {
+            path: path.to_owned(),
+            source,
+        }
     }
 
     /// Makes a [`ModelError::CorruptWeights`] about `path`.
     pub(crate) fn corrupt(path: &Path, reason: impl Into<String>) -> ModelError {
-        ModelError::CorruptWeights { path: path.to_owned(), reason: reason.into() }
+        ModelError::CorruptWeights {
+            path: path.to_owned(),
+            reason: reason.into(),
+        }
     }
 }

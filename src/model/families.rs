@@ -24,8 +24,12 @@ pub enum Architecture {
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 4] =
-        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
+    pub const ALL: [Architecture; 4] = [
+        Architecture::Llama,
+        Architecture::Mistral,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+    ];
 
     /// Returns the family's `model_type` in config.json.
     pub fn as_str(self) -> &'static str {
@@ -40,7 +44,9 @@ impl Architecture {
     /// Returns the family of the language model inside a multimodal model of this `model_type`.
     /// Multimodal models store the language model's configuration in `text_config`.
     pub(super) fn of_text_in(model_type: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|a| a.family().text_in == Some(model_type))
+        Self::ALL
+            .into_iter()
+            .find(|a| a.family().text_in == Some(model_type))
     }
 
     /// Returns the class of transformers that loads a model of the family.

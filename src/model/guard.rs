@@ -14,7 +14,10 @@ fn describe(panic: &(dyn Any + Send)) -> String {
         .downcast_ref::<&str>()
         .map(|s| s.to_string())
         .or_else(|| panic.downcast_ref::<String>().cloned());
-    format!("it panicked: {}", text.unwrap_or_else(|| "no message".into()))
+    format!(
+        "it panicked: {}",
+        text.unwrap_or_else(|| "no message".into())
+    )
 }
 
 #[cfg(test)]
@@ -24,6 +27,9 @@ mod tests {
     #[test]
     fn a_panic_is_a_failure_with_its_message() {
         assert_eq!(guarded(|| 3), Ok(3));
-        assert_eq!(guarded(|| -> u8 { panic!("row {}", 7) }), Err("it panicked: row 7".into()));
+        assert_eq!(
+            guarded(|| -> u8 { panic!("row {}", 7) }),
+            Err("it panicked: row 7".into())
+        );
     }
 }

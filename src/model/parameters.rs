@@ -99,8 +99,16 @@ struct ParamTable {
 impl ParamTable {
     fn of(config: &ModelConfig) -> Arc<Self> {
         let params = params(&config.spec);
-        let index = params.iter().enumerate().map(|(i, param)| (param.id, i)).collect();
-        Arc::new(ParamTable { num_blocks: config.spec.blocks.len(), params, index })
+        let index = params
+            .iter()
+            .enumerate()
+            .map(|(i, param)| (param.id, i))
+            .collect();
+        Arc::new(ParamTable {
+            num_blocks: config.spec.blocks.len(),
+            params,
+            index,
+        })
     }
 }
 
@@ -206,10 +214,13 @@ impl Parameters {
 
     /// Iterates over the RMSNorms of a block.
     pub fn norms(&self, block: usize) -> impl Iterator<Item = BlockParam> {
-        self.table.params.iter().filter_map(move |param| match param.id {
-            ParamId::Block(index, norm) if index == block && norm.is_norm() => Some(norm),
-            _ => None,
-        })
+        self.table
+            .params
+            .iter()
+            .filter_map(move |param| match param.id {
+                ParamId::Block(index, norm) if index == block && norm.is_norm() => Some(norm),
+                _ => None,
+            })
     }
 
     /// Returns the factors of an RMSNorm.
@@ -218,7 +229,11 @@ impl Parameters {
     /// Fails if the model has no norm with this id, or the stored weight is not f32.
     pub fn norm(&self, id: ParamId) -> candle_core::Result<NormFactors<'_>> {
         let weight = TensorRead::of(self.vector(id)?)?;
-        let adds_one = self.table.index.get(&id).is_some_and(|i| self.table.params[*i].adds_one);
+        let adds_one = self
+            .table
+            .index
+            .get(&id)
+            .is_some_and(|i| self.table.params[*i].adds_one);
         Ok(match adds_one {
             false => NormFactors::Stored(weight),
             true => NormFactors::PlusOne(weight.f32()?.iter().map(|w| 1.0 + w).collect()),
@@ -232,12 +247,19 @@ impl Parameters {
     pub fn linear(&self, block: usize, linear: Linear) -> candle_core::Result<Projection<'_>> {
         let weight = self.matrix(ParamId::Block(block, BlockParam::Weight(linear)))?;
         let bias = ParamId::Block(block, BlockParam::Bias(linear));
-        Ok(Projection { weight, bias: self.has(bias).then(|| self.vector(bias)).transpose()? })
+        Ok(Projection {
+            weight,
+            bias: self.has(bias).then(|| self.vector(bias)).transpose()?,
+        })
     }
 
     /// Returns the id of the head's tensor. It is the embedding's if the two are tied.
     pub fn head_id(&self) -> ParamId {
-        if self.has(ParamId::Head) { ParamId::Head } else { ParamId::Embedding }
+        if self.has(ParamId::Head) {
+            ParamId::Head
+        } else {
+            ParamId::Embedding
+        }
     }
 
     /// Returns the head `[V, C]`.
@@ -261,12 +283,17 @@ impl Parameters {
             Ok::<_, E>(Value::new(param, f(param, &value.tensor())?)?)
         };
         let values = self.iter().map(replaced).collect::<Result<_, E>>()?;
-        Ok(Parameters { table: self.table.clone(), values })
+        Ok(Parameters {
+            table: self.table.clone(),
+            values,
+        })
     }
 
     /// Returns every tensor with its name, in the table's order.
     pub fn named(&self) -> Vec<(String, Tensor)> {
-        self.iter().map(|(param, value)| (param.name().to_owned(), value.tensor())).collect()
+        self.iter()
+            .map(|(param, value)| (param.name().to_owned(), value.tensor()))
+            .collect()
     }
 
     /// Returns a function that looks up the tensor of a row of the table. That function returns

@@ -173,13 +173,34 @@ struct Module {
     gguf: &'static str,
 }
 
-const EMBEDDING: Module = Module { hf: "model.embed_tokens", gguf: "token_embd" };
-const NORM: Module = Module { hf: "model.norm", gguf: "output_norm" };
-const HEAD: Module = Module { hf: "lm_head", gguf: "output" };
-const INPUT_NORM: Module = Module { hf: "input_layernorm", gguf: "attn_norm" };
-const FEED_FORWARD_NORM: Module = Module { hf: "post_attention_layernorm", gguf: "ffn_norm" };
-const QUERY_NORM: Module = Module { hf: "self_attn.q_norm", gguf: "attn_q_norm" };
-const KEY_NORM: Module = Module { hf: "self_attn.k_norm", gguf: "attn_k_norm" };
+const EMBEDDING: Module = Module {
+    hf: "model.embed_tokens",
+    gguf: "token_embd",
+};
+const NORM: Module = Module {
+    hf: "model.norm",
+    gguf: "output_norm",
+};
+const HEAD: Module = Module {
+    hf: "lm_head",
+    gguf: "output",
+};
+const INPUT_NORM: Module = Module {
+    hf: "input_layernorm",
+    gguf: "attn_norm",
+};
+const FEED_FORWARD_NORM: Module = Module {
+    hf: "post_attention_layernorm",
+    gguf: "ffn_norm",
+};
+const QUERY_NORM: Module = Module {
+    hf: "self_attn.q_norm",
+    gguf: "attn_q_norm",
+};
+const KEY_NORM: Module = Module {
+    hf: "self_attn.k_norm",
+    gguf: "attn_k_norm",
+};
 
 /// Prefixes of the names of a block's tensors. The block's index follows.
 const HF_BLOCKS: &str = "model.layers.";
@@ -342,7 +363,11 @@ pub fn lora_layers(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraLayer> {
         if let (true, ParamId::Block(block, BlockParam::Weight(linear)), &[out, input]) =
             (is_wanted, row.id, row.shape)
         {
-            layers.push(LoraLayer { block, linear, shape: [out, input] });
+            layers.push(LoraLayer {
+                block,
+                linear,
+                shape: [out, input],
+            });
         }
     });
     layers
@@ -350,7 +375,11 @@ pub fn lora_layers(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraLayer> {
 
 /// Returns the low-rank updates of an adapter with the targets of `config`, block by block.
 pub fn lora_params(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraSpec> {
-    let update = |LoraLayer { block, linear, shape: [out, input] }| {
+    let update = |LoraLayer {
+                      block,
+                      linear,
+                      shape: [out, input],
+                  }| {
         let tensor = |param, which: &str, shape| LoraTensor {
             id: ParamId::Block(block, param),
             name: peft_name(block, linear, which),
@@ -378,7 +407,10 @@ pub fn gguf_head() -> String {
 
 /// Returns the name of a linear layer's bias in GGUF files.
 pub fn gguf_bias(block: usize, linear: Linear) -> String {
-    format!("{GGUF_BLOCKS}{block}.{}", file_name(linear.module().gguf, ParamRole::Bias))
+    format!(
+        "{GGUF_BLOCKS}{block}.{}",
+        file_name(linear.module().gguf, ParamRole::Bias)
+    )
 }
 
 /// Returns PEFT's name of the factor A of a linear layer.
@@ -387,7 +419,10 @@ pub fn peft_example(block: usize, linear: Linear) -> String {
 }
 
 fn peft_name(block: usize, linear: Linear, which: &str) -> String {
-    format!("{PEFT_MODEL}{HF_BLOCKS}{block}.{}.{which}.weight", linear.module().hf)
+    format!(
+        "{PEFT_MODEL}{HF_BLOCKS}{block}.{}.{which}.weight",
+        linear.module().hf
+    )
 }
 
 /// Returns true if the name of a stored tensor, in either format, is that of a tensor of a decoder
@@ -439,15 +474,20 @@ impl TableRow<'_> {
 
     fn named(&self) -> ParamSpec {
         let (hf, gguf) = match self.id {
-            ParamId::Block(index, _) => {
-                (format!("{HF_BLOCKS}{index}."), format!("{GGUF_BLOCKS}{index}."))
-            }
+            ParamId::Block(index, _) => (
+                format!("{HF_BLOCKS}{index}."),
+                format!("{GGUF_BLOCKS}{index}."),
+            ),
             ParamId::Embedding | ParamId::Norm | ParamId::Head => (String::new(), String::new()),
         };
         ParamSpec {
             id: self.id,
-            hf: FileTensor { name: hf + &file_name(self.module.hf, self.role) },
-            gguf: FileTensor { name: gguf + &file_name(self.module.gguf, self.role) },
+            hf: FileTensor {
+                name: hf + &file_name(self.module.hf, self.role),
+            },
+            gguf: FileTensor {
+                name: gguf + &file_name(self.module.gguf, self.role),
+            },
             shape: self.shape.to_vec(),
             role: self.role,
             lora_target: self.lora_target(),
@@ -460,14 +500,27 @@ impl TableRow<'_> {
 /// Calls `visit` with every row of the table, in order.
 fn each_row(spec: &ModelSpec, visit: impl FnMut(TableRow<'_>)) {
     let width = spec.hidden_size;
-    let mut rows = Rows { visit, norms_add_one: spec.norms_add_one };
-    rows.push(ParamId::Embedding, EMBEDDING, ParamRole::Matrix, &[spec.vocab_size, width]);
+    let mut rows = Rows {
+        visit,
+        norms_add_one: spec.norms_add_one,
+    };
+    rows.push(
+        ParamId::Embedding,
+        EMBEDDING,
+        ParamRole::Matrix,
+        &[spec.vocab_size, width],
+    );
     for (index, block) in spec.blocks.iter().enumerate() {
         rows.block(index, block, width);
     }
     rows.push(ParamId::Norm, NORM, ParamRole::Norm, &[width]);
     if !spec.tie_word_embeddings {
-        rows.push(ParamId::Head, HEAD, ParamRole::Matrix, &[spec.vocab_size, width]);
+        rows.push(
+            ParamId::Head,
+            HEAD,
+            ParamRole::Matrix,
+            &[spec.vocab_size, width],
+        );
     }
 }
 
@@ -480,7 +533,14 @@ struct Rows<F> {
 impl<F: FnMut(TableRow<'_>)> Rows<F> {
     fn push(&mut self, id: ParamId, module: Module, role: ParamRole, shape: &[usize]) {
         let adds_one = role == ParamRole::Norm && self.norms_add_one;
-        (self.visit)(TableRow { id, module, role, shape, rotated_heads: None, adds_one });
+        (self.visit)(TableRow {
+            id,
+            module,
+            role,
+            shape,
+            rotated_heads: None,
+            adds_one,
+        });
     }
 
     fn block(&mut self, index: usize, block: &BlockSpec, width: usize) {
@@ -494,7 +554,11 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
             Norms::Pre => self.norm(index, BlockParam::FeedForwardNorm, FEED_FORWARD_NORM, width),
         }
         match block.feed_forward {
-            FeedForward::Gated { width: inner, activation: _, bias } => {
+            FeedForward::Gated {
+                width: inner,
+                activation: _,
+                bias,
+            } => {
                 for (linear, shape) in [
                     (Linear::Gate, [inner, width]),
                     (Linear::Up, [inner, width]),
@@ -509,10 +573,28 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
     fn attention(&mut self, index: usize, attention: &AttentionSpec, width: usize) {
         let (q, kv) = (attention.query_width(), attention.kv_width());
         let bias = attention.qkv_bias;
-        self.linear(index, Linear::Query, [q, width], bias, Some(attention.heads));
-        self.linear(index, Linear::Key, [kv, width], bias, Some(attention.kv_heads));
+        self.linear(
+            index,
+            Linear::Query,
+            [q, width],
+            bias,
+            Some(attention.heads),
+        );
+        self.linear(
+            index,
+            Linear::Key,
+            [kv, width],
+            bias,
+            Some(attention.kv_heads),
+        );
         self.linear(index, Linear::Value, [kv, width], bias, None);
-        self.linear(index, Linear::Output, [width, q], attention.output_bias, None);
+        self.linear(
+            index,
+            Linear::Output,
+            [width, q],
+            attention.output_bias,
+            None,
+        );
         match attention.qk_norm {
             QkNorm::Absent => {}
             QkNorm::PerHead => {
@@ -523,7 +605,12 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
     }
 
     fn norm(&mut self, index: usize, param: BlockParam, module: Module, width: usize) {
-        self.push(ParamId::Block(index, param), module, ParamRole::Norm, &[width]);
+        self.push(
+            ParamId::Block(index, param),
+            module,
+            ParamRole::Norm,
+            &[width],
+        );
     }
 
     /// Adds the weight of a linear layer with `shape` `[out, in]` and, if it has one, its bias.

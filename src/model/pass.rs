@@ -61,7 +61,11 @@ pub fn forward<B: Backend, R: RowOps<B>>(
 ) -> Result<Tape<B>> {
     let (x, blocks) = blocks_forward(row, save, yield_point)?;
     let (output, head) = row.head(&x, save)?;
-    Ok(Tape { blocks, head, output })
+    Ok(Tape {
+        blocks,
+        head,
+        output,
+    })
 }
 
 /// Embeds the row and runs the blocks. Returns the last block's output `[T, C]` and the saved
@@ -75,9 +79,14 @@ fn blocks_forward<B: Backend, R: RowOps<B>>(
     let mut saved = Vec::with_capacity(row.num_blocks());
     for index in 0..row.num_blocks() {
         yield_point();
-        let input = (save == SavePolicy::BlockInputs).then(|| B::copy(&x)).transpose()?;
+        let input = (save == SavePolicy::BlockInputs)
+            .then(|| B::copy(&x))
+            .transpose()?;
         let tape = block_forward(&row.block(index)?, &mut x, save == SavePolicy::Tapes)?;
-        saved.extend(tape.map(|tape| Saved::Tape(Box::new(tape))).or(input.map(Saved::Input)));
+        saved.extend(
+            tape.map(|tape| Saved::Tape(Box::new(tape)))
+                .or(input.map(Saved::Input)),
+        );
     }
     Ok((x, saved))
 }
@@ -94,7 +103,11 @@ pub fn backward<B: Backend, R: RowOps<B>>(
     gradients: &mut B::Gradients,
     yield_point: &mut dyn FnMut(),
 ) -> Result<()> {
-    let Tape { blocks, head, output } = tape;
+    let Tape {
+        blocks,
+        head,
+        output,
+    } = tape;
     if blocks.len() != row.num_blocks() {
         bail!("the row was run forward without a tape");
     }

@@ -63,7 +63,10 @@ impl RopeConfig {
     /// hashed exactly.
     pub fn bits(&self, head_dim: usize) -> (Vec<u32>, u32) {
         let (frequencies, factor) = self.inv_freq(head_dim);
-        (frequencies.into_iter().map(f32::to_bits).collect(), factor.to_bits())
+        (
+            frequencies.into_iter().map(f32::to_bits).collect(),
+            factor.to_bits(),
+        )
     }
 
     /// Returns the inverse frequencies `[head_dim / 2]` and the factor on cos and sin. The values
@@ -133,7 +136,10 @@ impl RopeConfig {
                         }
                         _ => yarn_mscale(factor, 1.0),
                     });
-                (plain.into_iter().enumerate().map(blend).collect(), attention as f32)
+                (
+                    plain.into_iter().enumerate().map(blend).collect(),
+                    attention as f32,
+                )
             }
         }
     }
@@ -141,7 +147,11 @@ impl RopeConfig {
 
 /// √(1/t) of YaRN (arXiv:2309.00071, eq. 22), with the factor `mscale` that transformers adds.
 fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+    if factor <= 1.0 {
+        1.0
+    } else {
+        0.1 * mscale * factor.ln() + 1.0
+    }
 }
 
 /// Linear ramp between the extrapolated and the interpolated dimensions (1 − γ of YaRN): 0 for

@@ -34,7 +34,11 @@ pub struct PreparedRow {
 impl PreparedRow {
     /// Returns a row without adapters on parts of it.
     pub(super) fn new(row: Arc<Row>, ropes: Vec<RopeTable>) -> Self {
-        PreparedRow { row, ropes, adapters: Vec::new() }
+        PreparedRow {
+            row,
+            ropes,
+            adapters: Vec::new(),
+        }
     }
 
     /// Returns the packed row.

@@ -126,13 +126,19 @@ impl ModelSpec {
     /// the first block.
     pub fn distinctions(&self) -> Vec<Value> {
         let mut found = Vec::new();
-        let Some(block) = self.blocks.first() else { return found };
+        let Some(block) = self.blocks.first() else {
+            return found;
+        };
         let attention = block.attention();
         match block.feed_forward {
-            FeedForward::Gated { activation: ActivationFunction::Silu, .. } => {}
-            FeedForward::Gated { activation: ActivationFunction::GeluTanh, .. } => {
-                found.push(json!(["activation", "gelu_tanh"]))
-            }
+            FeedForward::Gated {
+                activation: ActivationFunction::Silu,
+                ..
+            } => {}
+            FeedForward::Gated {
+                activation: ActivationFunction::GeluTanh,
+                ..
+            } => found.push(json!(["activation", "gelu_tanh"])),
         }
         if attention.scale != 1.0 / (attention.head_dim as f32).sqrt() {
             found.push(json!(["attention_scale", attention.scale.to_bits()]));
@@ -144,10 +150,15 @@ impl ModelSpec {
             found.push(json!(["embedding_scale", self.embedding_scale.to_bits()]));
         }
         if self.ropes.len() > 1 {
-            let ropes: Vec<(Vec<u32>, u32)> =
-                self.ropes[1..].iter().map(|rope| rope.bits(self.head_dim())).collect();
-            let of_blocks: Vec<usize> =
-                self.blocks.iter().map(|block| block.attention().rope).collect();
+            let ropes: Vec<(Vec<u32>, u32)> = self.ropes[1..]
+                .iter()
+                .map(|rope| rope.bits(self.head_dim()))
+                .collect();
+            let of_blocks: Vec<usize> = self
+                .blocks
+                .iter()
+                .map(|block| block.attention().rope)
+                .collect();
             found.push(json!(["other_ropes", ropes, of_blocks]));
         }
         found
@@ -192,8 +203,21 @@ impl BlockSpec {
 impl AttentionSpec {
     /// Returns the heads in the form that the kernels take.
     pub fn as_heads(&self) -> Heads {
-        let AttentionSpec { heads: query, kv_heads: key, head_dim: dim, window, scale, .. } = *self;
-        Heads { query, key, dim, window, scale }
+        let AttentionSpec {
+            heads: query,
+            kv_heads: key,
+            head_dim: dim,
+            window,
+            scale,
+            ..
+        } = *self;
+        Heads {
+            query,
+            key,
+            dim,
+            window,
+            scale,
+        }
     }
 
     /// Returns H·D, the width of the queries and of attention's output.

@@ -39,7 +39,11 @@ impl WeightMatrix {
             DType::BF16 => WeightStorage::Bf16(tensor),
             other => bail!("a weight must be f32 or bf16, but its type is {other:?}"),
         };
-        Ok(WeightMatrix { storage, rows, columns })
+        Ok(WeightMatrix {
+            storage,
+            rows,
+            columns,
+        })
     }
 
     /// Returns the number of rows: the outputs of a linear layer or the tokens of the vocabulary.
@@ -72,9 +76,10 @@ impl WeightMatrix {
     /// Fails if the tensor is not contiguous, or not on the CPU.
     pub fn read(&self) -> Result<WeightRead<'_>> {
         match &self.storage {
-            WeightStorage::F32(tensor) | WeightStorage::Bf16(tensor) => {
-                Ok(WeightRead { values: TensorRead::of(tensor)?, columns: self.columns })
-            }
+            WeightStorage::F32(tensor) | WeightStorage::Bf16(tensor) => Ok(WeightRead {
+                values: TensorRead::of(tensor)?,
+                columns: self.columns,
+            }),
         }
     }
 

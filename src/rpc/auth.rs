@@ -62,7 +62,10 @@ impl<S> Layer<S> for AuthLayer {
     type Service = Auth<S>;
 
     fn layer(&self, inner: S) -> Auth<S> {
-        Auth { inner, layer: self.clone() }
+        Auth {
+            inner,
+            layer: self.clone(),
+        }
     }
 }
 
@@ -101,8 +104,10 @@ where
                 Err(e) => {
                     metrics::counter!("bradley_refused_total").increment(1);
                     if layer.log.try_log() {
-                        let peer =
-                            request.extensions().get::<Peer>().map(|p| p.address.to_string());
+                        let peer = request
+                            .extensions()
+                            .get::<Peer>()
+                            .map(|p| p.address.to_string());
                         tracing::warn!(target: AUDIT, peer, reason = %e, "refused");
                     }
                     Ok(status(e).into_http())
@@ -116,7 +121,10 @@ async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Cal
     if !layer.required || path == HEALTH_CHECK_METHOD {
         return Ok(Caller::unrestricted());
     }
-    let token = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(bearer);
+    let token = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|v| v.to_str().ok())
+        .and_then(bearer);
     let Some(token) = token else {
         let message =
             "this server needs a token: send the metadata \"authorization: Bearer TOKEN\""
@@ -175,14 +183,20 @@ mod tests {
 
     #[test]
     fn every_service_has_its_role() {
-        assert_eq!(required_role("/bradley.v1.ScoringService/ScorePairs"), Some(Role::Score));
+        assert_eq!(
+            required_role("/bradley.v1.ScoringService/ScorePairs"),
+            Some(Role::Score)
+        );
         assert_eq!(
             required_role("/bradley.v1.TrainingService/CreateTrainingJob"),
             Some(Role::Submit)
         );
         assert_eq!(required_role("/bradley.v1.ModelService/ListModels"), None);
         assert_eq!(required_role("/bradley.v1.Unheard/Of"), Some(Role::Admin));
-        assert_eq!(required_role("bradley.v1.ScoringServiceX/Y"), Some(Role::Admin));
+        assert_eq!(
+            required_role("bradley.v1.ScoringServiceX/Y"),
+            Some(Role::Admin)
+        );
     }
 
     #[test]

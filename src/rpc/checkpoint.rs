@@ -38,8 +38,11 @@ impl CheckpointService for Checkpoints {
     ) -> Result<Response<pb::Checkpoint>, Status> {
         let (caller, r) = split_caller(request)?;
         let (job, which) = parse(&r.name)?;
-        let (checkpoint, base) =
-            self.0.get_checkpoint(&caller, job, which).await.map_err(status)?;
+        let (checkpoint, base) = self
+            .0
+            .get_checkpoint(&caller, job, which)
+            .await
+            .map_err(status)?;
         Ok(Response::new(convert(checkpoint, base)))
     }
 
@@ -48,8 +51,11 @@ impl CheckpointService for Checkpoints {
         request: Request<pb::ListCheckpointsRequest>,
     ) -> Result<Response<pb::ListCheckpointsResponse>, Status> {
         let (caller, r) = split_caller(request)?;
-        let (all, base) =
-            self.0.list_checkpoints(&caller, job_id("parent", &r.parent)?).await.map_err(status)?;
+        let (all, base) = self
+            .0
+            .list_checkpoints(&caller, job_id("parent", &r.parent)?)
+            .await
+            .map_err(status)?;
         let checkpoints = all.into_iter().map(|c| convert(c, base.clone())).collect();
         Ok(Response::new(pb::ListCheckpointsResponse { checkpoints }))
     }
@@ -65,7 +71,10 @@ impl CheckpointService for Checkpoints {
                 "must name a step, because latest and best may change before the deletion",
             ));
         };
-        self.0.delete_checkpoint(&caller, job, step).await.map_err(status)?;
+        self.0
+            .delete_checkpoint(&caller, job, step)
+            .await
+            .map_err(status)?;
         Ok(Response::new(pb::DeleteCheckpointResponse {}))
     }
 
@@ -81,7 +90,10 @@ impl CheckpointService for Checkpoints {
             .await
             .map_err(status)?;
         let files = export.files.into_iter().map(file).collect();
-        Ok(Response::new(pb::ExportCheckpointResponse { path: export.location, files }))
+        Ok(Response::new(pb::ExportCheckpointResponse {
+            path: export.location,
+            files,
+        }))
     }
 
     type DownloadCheckpointStream = ReceiverStream<Result<pb::DownloadCheckpointResponse, Status>>;
@@ -163,10 +175,16 @@ fn wanted(given: i32, dtype: &str) -> Result<ExportRequest, Status> {
     let dtype = match dtype {
         "" => None,
         name => Some(ElementType::parse(name).ok_or_else(|| {
-            invalid("dtype", format!("is {}: it must be f32, bf16, f16 or empty", quoted(name)))
+            invalid(
+                "dtype",
+                format!("is {}: it must be f32, bf16, f16 or empty", quoted(name)),
+            )
         })?),
     };
-    Ok(ExportRequest { format: format(given)?, dtype })
+    Ok(ExportRequest {
+        format: format(given)?,
+        dtype,
+    })
 }
 
 fn format(given: i32) -> Result<Option<ExportFormat>, Status> {
@@ -174,14 +192,19 @@ fn format(given: i32) -> Result<Option<ExportFormat>, Status> {
         Ok(pb::ExportFormat::Unspecified) => Ok(None),
         Ok(pb::ExportFormat::Adapter) => Ok(Some(ExportFormat::Adapter)),
         Ok(pb::ExportFormat::Merged) => Ok(Some(ExportFormat::Merged)),
-        Err(_) => {
-            Err(invalid("format", format!("is {given}: it must be ADAPTER (1) or MERGED (2)")))
-        }
+        Err(_) => Err(invalid(
+            "format",
+            format!("is {given}: it must be ADAPTER (1) or MERGED (2)"),
+        )),
     }
 }
 
 fn file(f: ExportedFile) -> pb::ExportedFile {
-    pb::ExportedFile { path: f.path, size_bytes: f.size_bytes, content_hash: f.content_hash }
+    pb::ExportedFile {
+        path: f.path,
+        size_bytes: f.size_bytes,
+        content_hash: f.content_hash,
+    }
 }
 
 fn convert(c: Checkpoint, base: Option<ModelIdentity>) -> pb::Checkpoint {

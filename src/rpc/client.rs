@@ -124,13 +124,18 @@ pub struct Target {
 impl Target {
     /// Returns a target without TLS and token.
     pub fn plain(address: impl Into<String>) -> Self {
-        Target { address: address.into(), ..Target::default() }
+        Target {
+            address: address.into(),
+            ..Target::default()
+        }
     }
 
     fn tls(&self) -> ClientResult<ClientTlsConfig> {
         let read = |path: &Path| {
-            std::fs::read(path)
-                .map_err(|source| ClientError::File { path: path.display().to_string(), source })
+            std::fs::read(path).map_err(|source| ClientError::File {
+                path: path.display().to_string(),
+                source,
+            })
         };
         let mut config = match &self.tls_ca {
             Some(ca) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?)),
@@ -153,7 +158,9 @@ impl Interceptor for Bearer {
         mut request: tonic::Request<()>,
     ) -> std::result::Result<tonic::Request<()>, Status> {
         if let Some(token) = &self.0 {
-            request.metadata_mut().insert("authorization", token.clone());
+            request
+                .metadata_mut()
+                .insert("authorization", token.clone());
         }
         Ok(request)
     }
@@ -177,8 +184,10 @@ impl Client {
     /// or key cannot be read, [`ClientError::Protocol`] if the token is malformed.
     pub async fn connect(target: &Target, timeout: Duration) -> ClientResult<Self> {
         let address = &target.address;
-        let unreachable =
-            |reason: String| ClientError::Unreachable { address: address.clone(), reason };
+        let unreachable = |reason: String| ClientError::Unreachable {
+            address: address.clone(),
+            reason,
+        };
         let mut bearer = Bearer(None);
         if let Some(token) = &target.token {
             let mut value: MetadataValue<Ascii> =
@@ -191,14 +200,18 @@ impl Client {
         let mut endpoint =
             Endpoint::from_shared(address.clone()).map_err(|e| unreachable(e.to_string()))?;
         if address.starts_with("https:") {
-            endpoint =
-                endpoint.tls_config(target.tls()?).map_err(|e| unreachable(root_cause(&e)))?;
+            endpoint = endpoint
+                .tls_config(target.tls()?)
+                .map_err(|e| unreachable(root_cause(&e)))?;
         }
         let endpoint = endpoint
             .connect_timeout(timeout)
             .http2_keep_alive_interval(Duration::from_secs(30))
             .keep_alive_while_idle(true);
-        let channel = endpoint.connect().await.map_err(|e| unreachable(root_cause(&e)))?;
+        let channel = endpoint
+            .connect()
+            .await
+            .map_err(|e| unreachable(root_cause(&e)))?;
         Ok(Client { channel, bearer })
     }
 
@@ -239,7 +252,9 @@ impl Client {
     pub async fn health(&self) -> ClientResult<bool> {
         let mut client = tonic_health::pb::health_client::HealthClient::new(self.channel.clone());
         let answer = client
-            .check(tonic_health::pb::HealthCheckRequest { service: String::new() })
+            .check(tonic_health::pb::HealthCheckRequest {
+                service: String::new(),
+            })
             .await?
             .into_inner();
         Ok(answer.status == tonic_health::pb::health_check_response::ServingStatus::Serving as i32)
@@ -256,13 +271,18 @@ impl Client {
         metadata: pb::UploadMetadata,
         mut sent: impl FnMut(u64) + Send + 'static,
     ) -> ClientResult<pb::Dataset> {
-        let failed = |source| ClientError::File { path: path.display().to_string(), source };
+        let failed = |source| ClientError::File {
+            path: path.display().to_string(),
+            source,
+        };
         let mut file = tokio::fs::File::open(path).await.map_err(failed)?;
         let (sender, receiver) = mpsc::channel(4);
         let message = |part| pb::UploadDatasetRequest { part: Some(part) };
         let read = tokio::spawn(async move {
             if sender
-                .send(message(pb::upload_dataset_request::Part::Metadata(metadata)))
+                .send(message(pb::upload_dataset_request::Part::Metadata(
+                    metadata,
+                )))
                 .await
                 .is_err()
             {
@@ -287,8 +307,11 @@ impl Client {
                 sent(total);
             }
         });
-        let dataset =
-            self.datasets().upload_dataset(ReceiverStream::new(receiver)).await?.into_inner();
+        let dataset = self
+            .datasets()
+            .upload_dataset(ReceiverStream::new(receiver))
+            .await?
+            .into_inner();
         match read.await {
             Ok(Ok(())) => Ok(dataset),
             Ok(Err(e)) => Err(failed(e)),
@@ -310,8 +333,10 @@ impl Client {
     ) -> ClientResult<u64> {
         let (mut cursor, mut failures) = (after, 0);
         loop {
-            let request =
-                pb::StreamTrainingEventsRequest { parent: job.to_owned(), after_sequence: cursor };
+            let request = pb::StreamTrainingEventsRequest {
+                parent: job.to_owned(),
+                after_sequence: cursor,
+            };
             let error = match self.training().stream_training_events(request).await {
                 Ok(stream) => {
                     let mut stream = stream.into_inner();
@@ -372,10 +397,18 @@ impl Client {
         out: &Path,
     ) -> ClientResult<Vec<String>> {
         use pb::download_checkpoint_response::Part;
-        let mut stream = self.checkpoints().download_checkpoint(request).await?.into_inner();
-        let failed =
-            |path: &Path, source| ClientError::File { path: path.display().to_string(), source };
-        tokio::fs::create_dir_all(out).await.map_err(|e| failed(out, e))?;
+        let mut stream = self
+            .checkpoints()
+            .download_checkpoint(request)
+            .await?
+            .into_inner();
+        let failed = |path: &Path, source| ClientError::File {
+            path: path.display().to_string(),
+            source,
+        };
+        tokio::fs::create_dir_all(out)
+            .await
+            .map_err(|e| failed(out, e))?;
         let (mut names, mut open) = (Vec::new(), None);
         while let Some(message) = stream.message().await? {
             match message.part {
@@ -388,10 +421,14 @@ impl Client {
                     }
                     let path = out.join(&file.path);
                     if let Some(folder) = path.parent() {
-                        tokio::fs::create_dir_all(folder).await.map_err(|e| failed(folder, e))?;
+                        tokio::fs::create_dir_all(folder)
+                            .await
+                            .map_err(|e| failed(folder, e))?;
                     }
                     open = Some((
-                        tokio::fs::File::create(&path).await.map_err(|e| failed(&path, e))?,
+                        tokio::fs::File::create(&path)
+                            .await
+                            .map_err(|e| failed(&path, e))?,
                         path,
                     ));
                     names.push(file.path);

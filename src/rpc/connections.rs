@@ -70,7 +70,10 @@ impl Activity {
 
     /// Restarts the idle time. It is used for calls that are not counted.
     pub fn touch(&self) {
-        *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *self
+            .idle_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
     /// Returns a token that is cancelled when the connection must be closed.
@@ -83,7 +86,12 @@ impl Activity {
         if self.calls.load(Ordering::Acquire) > 0 {
             return None;
         }
-        Some(self.idle_since.lock().unwrap_or_else(PoisonError::into_inner).elapsed())
+        Some(
+            self.idle_since
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .elapsed(),
+        )
     }
 }
 
@@ -114,7 +122,9 @@ impl Connections {
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(SWEEP_INTERVAL).await;
-                let Some(connections) = swept.upgrade() else { return };
+                let Some(connections) = swept.upgrade() else {
+                    return;
+                };
                 connections.close_idle(MAX_IDLE);
             }
         });
@@ -130,10 +140,17 @@ impl Connections {
     pub async fn place(self: &Arc<Self>) -> Place {
         loop {
             if let Ok(permit) = self.places.clone().try_acquire_owned() {
-                let (id, activity) =
-                    (self.next.fetch_add(1, Ordering::Relaxed), Arc::new(Activity::new()));
+                let (id, activity) = (
+                    self.next.fetch_add(1, Ordering::Relaxed),
+                    Arc::new(Activity::new()),
+                );
                 self.lock().insert(id, activity.clone());
-                return Place { activity, id, connections: self.clone(), _permit: permit };
+                return Place {
+                    activity,
+                    id,
+                    connections: self.clone(),
+                    _permit: permit,
+                };
             }
             self.close_idlest();
             tokio::time::sleep(RETRY_INTERVAL).await;
@@ -142,10 +159,13 @@ impl Connections {
 
     fn close_idlest(&self) {
         let open = self.lock();
-        let closable =
-            open.values().filter(|a| !a.close.is_cancelled()).filter_map(|a| Some((a.idle()?, a)));
-        if let Some((_, idlest)) =
-            closable.filter(|(idle, _)| *idle >= MIN_IDLE).max_by_key(|(idle, _)| *idle)
+        let closable = open
+            .values()
+            .filter(|a| !a.close.is_cancelled())
+            .filter_map(|a| Some((a.idle()?, a)));
+        if let Some((_, idlest)) = closable
+            .filter(|(idle, _)| *idle >= MIN_IDLE)
+            .max_by_key(|(idle, _)| *idle)
         {
             idlest.close.cancel();
         }

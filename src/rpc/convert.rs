@@ -26,8 +26,18 @@ pub(super) fn timestamp(ms: Millis) -> prost_types::Timestamp {
 
 /// Converts a base model's content hashes.
 pub(super) fn identity(identity: ModelIdentity) -> pb::ModelIdentity {
-    let ModelIdentity { weights, config, tokenizer, chat_template } = identity;
-    pb::ModelIdentity { weights, config, tokenizer, chat_template }
+    let ModelIdentity {
+        weights,
+        config,
+        tokenizer,
+        chat_template,
+    } = identity;
+    pb::ModelIdentity {
+        weights,
+        config,
+        tokenizer,
+        chat_template,
+    }
 }
 
 /// Makes the error for one bad field.
@@ -50,14 +60,20 @@ pub(super) fn page_size(given: i32, default: usize) -> Result<usize, Status> {
 /// Returns the id in `trainingJobs/{id}`.
 pub(super) fn job_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
     names::parse_job(name).ok_or_else(|| {
-        invalid(field, format!("is {}: it must look like trainingJobs/ID", quoted(name)))
+        invalid(
+            field,
+            format!("is {}: it must look like trainingJobs/ID", quoted(name)),
+        )
     })
 }
 
 /// Returns the id in `datasets/{id}`.
 pub(super) fn dataset_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
     names::parse_dataset(name).ok_or_else(|| {
-        invalid(field, format!("is {}: it must look like datasets/ID", quoted(name)))
+        invalid(
+            field,
+            format!("is {}: it must look like datasets/ID", quoted(name)),
+        )
     })
 }
 

@@ -23,18 +23,25 @@ impl DatasetService for Datasets {
     ) -> Result<Response<pb::Dataset>, Status> {
         let (caller, mut stream) = split_caller(request)?;
         let Some(Part::Metadata(meta)) = stream.message().await?.and_then(|m| m.part) else {
-            return Err(incomplete("the first message of an upload must be metadata"));
+            return Err(incomplete(
+                "the first message of an upload must be metadata",
+            ));
         };
-        let mut upload =
-            self.0.begin_upload(&caller, convert::upload_meta(meta)?).await.map_err(status)?;
+        let mut upload = self
+            .0
+            .begin_upload(&caller, convert::upload_meta(meta)?)
+            .await
+            .map_err(status)?;
         while let Some(message) = stream.message().await? {
             match message.part {
                 Some(Part::Chunk(bytes)) if bytes.len() <= MAX_CHUNK => {
                     upload.write(&bytes).await.map_err(status)?
                 }
                 Some(Part::Chunk(bytes)) => {
-                    let description =
-                        format!("has {} bytes: send chunks of at most {MAX_CHUNK}", bytes.len());
+                    let description = format!(
+                        "has {} bytes: send chunks of at most {MAX_CHUNK}",
+                        bytes.len()
+                    );
                     return Err(status(ServiceError::invalid("chunk", description)));
                 }
                 _ => {
@@ -53,8 +60,11 @@ impl DatasetService for Datasets {
         request: Request<pb::GetDatasetRequest>,
     ) -> Result<Response<pb::Dataset>, Status> {
         let (caller, r) = split_caller(request)?;
-        let dataset =
-            self.0.get_dataset(&caller, dataset_id("name", &r.name)?).await.map_err(status)?;
+        let dataset = self
+            .0
+            .get_dataset(&caller, dataset_id("name", &r.name)?)
+            .await
+            .map_err(status)?;
         Ok(Response::new(convert::dataset(dataset, true)))
     }
 
@@ -68,7 +78,11 @@ impl DatasetService for Datasets {
             .list_datasets(&caller, page_size(r.page_size, 50)?, &r.page_token)
             .await
             .map_err(status)?;
-        let datasets = page.items.into_iter().map(|d| convert::dataset(d, false)).collect();
+        let datasets = page
+            .items
+            .into_iter()
+            .map(|d| convert::dataset(d, false))
+            .collect();
         Ok(Response::new(pb::ListDatasetsResponse {
             datasets,
             next_page_token: page.next_page_token,
@@ -80,7 +94,10 @@ impl DatasetService for Datasets {
         request: Request<pb::DeleteDatasetRequest>,
     ) -> Result<Response<pb::DeleteDatasetResponse>, Status> {
         let (caller, r) = split_caller(request)?;
-        self.0.delete_dataset(&caller, dataset_id("name", &r.name)?).await.map_err(status)?;
+        self.0
+            .delete_dataset(&caller, dataset_id("name", &r.name)?)
+            .await
+            .map_err(status)?;
         Ok(Response::new(pb::DeleteDatasetResponse {}))
     }
 }

@@ -121,19 +121,35 @@ impl fmt::Debug for Tls {
 }
 
 fn at(path: &Path, e: impl fmt::Display) -> TlsError {
-    TlsError { path: path.to_owned(), reason: e.to_string() }
+    TlsError {
+        path: path.to_owned(),
+        reason: e.to_string(),
+    }
 }
 
 fn contents(files: &TlsFiles) -> Result<Vec<Vec<u8>>, TlsError> {
-    let paths = [Some(&files.certificate), Some(&files.key), files.client_ca.as_ref()];
-    paths.into_iter().flatten().map(|p| std::fs::read(p).map_err(|e| at(p, e))).collect()
+    let paths = [
+        Some(&files.certificate),
+        Some(&files.key),
+        files.client_ca.as_ref(),
+    ];
+    paths
+        .into_iter()
+        .flatten()
+        .map(|p| std::fs::read(p).map_err(|e| at(p, e)))
+        .collect()
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let all: Result<Vec<_>, _> =
-        CertificateDer::pem_file_iter(path).map_err(|e| at(path, e))?.collect();
+    let all: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path)
+        .map_err(|e| at(path, e))?
+        .collect();
     let all = all.map_err(|e| at(path, e))?;
-    if all.is_empty() { Err(at(path, "it holds no PEM certificate")) } else { Ok(all) }
+    if all.is_empty() {
+        Err(at(path, "it holds no PEM certificate"))
+    } else {
+        Ok(all)
+    }
 }
 
 fn configure(files: &TlsFiles) -> Result<ServerConfig, TlsError> {
@@ -148,11 +164,15 @@ fn configure(files: &TlsFiles) -> Result<ServerConfig, TlsError> {
                 roots.add(authority).map_err(|e| at(path, e))?;
             }
             builder.with_client_cert_verifier(
-                WebPkiClientVerifier::builder(Arc::new(roots)).build().map_err(|e| at(path, e))?,
+                WebPkiClientVerifier::builder(Arc::new(roots))
+                    .build()
+                    .map_err(|e| at(path, e))?,
             )
         }
     };
-    let mut config = builder.with_single_cert(chain, key).map_err(|e| at(&files.certificate, e))?;
+    let mut config = builder
+        .with_single_cert(chain, key)
+        .map_err(|e| at(&files.certificate, e))?;
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(config)
 }
@@ -193,7 +213,11 @@ pub(super) fn incoming(
                 () = sender.closed() => return,
             };
             let Some(tls) = &tls else {
-                if sender.send(Ok(Connection::new(Io::Plain(stream), peer, place))).await.is_err() {
+                if sender
+                    .send(Ok(Connection::new(Io::Plain(stream), peer, place)))
+                    .await
+                    .is_err()
+                {
                     return;
                 }
                 continue;
@@ -236,7 +260,10 @@ pub(super) struct HttpListener {
 impl HttpListener {
     /// Accepts at most `limit` connections at the same time.
     pub fn new(listener: TcpListener, limit: usize) -> Self {
-        HttpListener { listener, connections: Connections::new(limit) }
+        HttpListener {
+            listener,
+            connections: Connections::new(limit),
+        }
     }
 }
 
@@ -314,7 +341,10 @@ impl Connected for Connection {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        Peer { address: self.peer, activity: self.place.activity.clone() }
+        Peer {
+            address: self.peer,
+            activity: self.place.activity.clone(),
+        }
     }
 }
 
@@ -396,9 +426,15 @@ mod tests {
     async fn connected() -> (Arc<Connections>, Connection, TcpStream) {
         let connections = Connections::new(1);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap())
+            .await
+            .unwrap();
         let (stream, peer, place) = accept(&listener, &connections).await;
-        (connections, Connection::new(Io::Plain(stream), peer, place), client)
+        (
+            connections,
+            Connection::new(Io::Plain(stream), peer, place),
+            client,
+        )
     }
 
     /// Asserts that a dropped connection has freed its place.
@@ -426,7 +462,10 @@ mod tests {
         written.recv().await.unwrap();
         closing.cancel();
         let ended = tokio::time::timeout(Duration::from_secs(10), writing).await;
-        assert_eq!(ended.expect("the writer is woken").unwrap(), io::ErrorKind::BrokenPipe);
+        assert_eq!(
+            ended.expect("the writer is woken").unwrap(),
+            io::ErrorKind::BrokenPipe
+        );
         assert_free(&connections).await;
         drop(client);
     }
@@ -442,7 +481,11 @@ mod tests {
         assert_eq!(flushed.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         let wrote = connection.write(b"after").await;
         assert_eq!(wrote.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
-        assert_eq!(connection.read(&mut [0; 8]).await.unwrap(), 0, "as if the client had left");
+        assert_eq!(
+            connection.read(&mut [0; 8]).await.unwrap(),
+            0,
+            "as if the client had left"
+        );
         connection.shutdown().await.unwrap();
         drop(connection);
         assert_free(&connections).await;

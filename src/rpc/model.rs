@@ -23,7 +23,10 @@ impl ModelService for Models {
     ) -> Result<Response<pb::Model>, Status> {
         let r = request.into_inner();
         let id = names::parse_model(&r.name).ok_or_else(|| {
-            invalid("name", format!("is {}: it must look like models/ID", quoted(&r.name)))
+            invalid(
+                "name",
+                format!("is {}: it must look like models/ID", quoted(&r.name)),
+            )
         })?;
         Ok(Response::new(convert(self.0.model(id).map_err(status)?)))
     }

@@ -97,9 +97,10 @@ where
             };
             let code = match &mut result {
                 Ok(response) => {
-                    for (name, value) in
-                        [(REQUEST_ID, Some(&id)), (trace::TRACEPARENT, traceparent.as_ref())]
-                    {
+                    for (name, value) in [
+                        (REQUEST_ID, Some(&id)),
+                        (trace::TRACEPARENT, traceparent.as_ref()),
+                    ] {
                         if let Some(value) = value.and_then(|v| HeaderValue::from_str(v).ok()) {
                             response.headers_mut().insert(name, value);
                         }
@@ -165,7 +166,11 @@ struct ObservedCall {
 
 impl ObservedCall {
     fn new(method: &'static str) -> Self {
-        ObservedCall { method, start: Instant::now(), code: Code::Cancelled }
+        ObservedCall {
+            method,
+            start: Instant::now(),
+            code: Code::Cancelled,
+        }
     }
 
     /// Sets the call's code. This is a method so that the future captures the whole struct, with
@@ -195,7 +200,11 @@ impl Drop for ObservedCall {
 /// Makes the call's span, in the caller's trace if it sent one. Logs show the trace's id even if no
 /// spans are exported.
 fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
-    let caller = trace::parse(headers.get(trace::TRACEPARENT).and_then(|v| v.to_str().ok()));
+    let caller = trace::parse(
+        headers
+            .get(trace::TRACEPARENT)
+            .and_then(|v| v.to_str().ok()),
+    );
     let name = method.trim_start_matches('/');
     let span = tracing::info_span!(
         "rpc",
@@ -259,7 +268,10 @@ pub(super) fn known(path: &str) -> &'static str {
 
 /// Paths `/package.Service/Method` of all methods that are served.
 static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
-    let sets = [pb::FILE_DESCRIPTOR_SET, tonic_health::pb::FILE_DESCRIPTOR_SET];
+    let sets = [
+        pb::FILE_DESCRIPTOR_SET,
+        tonic_health::pb::FILE_DESCRIPTOR_SET,
+    ];
     let files = sets
         .iter()
         .filter_map(|bytes| prost_types::FileDescriptorSet::decode(*bytes).ok())
@@ -269,7 +281,10 @@ static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
             let package = file.package().to_owned();
             file.service.into_iter().flat_map(move |service| {
                 let name = format!("/{package}.{}", service.name());
-                service.method.into_iter().map(move |m| format!("{name}/{}", m.name()))
+                service
+                    .method
+                    .into_iter()
+                    .map(move |m| format!("{name}/{}", m.name()))
             })
         })
         .collect();
@@ -307,7 +322,10 @@ mod tests {
         assert_eq!(left("2S"), Some(Duration::from_millis(1997)));
         assert_eq!(left("50m"), Some(Duration::from_millis(47)));
         assert_eq!(left("1n"), Some(Duration::ZERO));
-        assert_eq!(left("1H"), Some(Duration::from_secs(3600) - DEADLINE_MARGIN));
+        assert_eq!(
+            left("1H"),
+            Some(Duration::from_secs(3600) - DEADLINE_MARGIN)
+        );
         for wrong in ["", "S", "1x", "123456789S", "é"] {
             assert_eq!(left(wrong), None, "{wrong:?}");
         }

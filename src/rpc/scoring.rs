@@ -49,7 +49,11 @@ impl ScoringService for ScoringRpc {
                 format!("has {} pairs: send 1 to {MAX_PAIRS}", r.pairs.len()),
             )));
         }
-        let session = self.scoring.session(&caller, options).await.map_err(status)?;
+        let session = self
+            .scoring
+            .session(&caller, options)
+            .await
+            .map_err(status)?;
         // The tasks are dropped with this call, so that pairs are not scored for a client that has
         // left.
         let mut tasks = JoinSet::new();
@@ -61,7 +65,9 @@ impl ScoringService for ScoringRpc {
         }
         while let Some(done) = tasks.join_next().await {
             match done.map_err(|e| {
-                status(ServiceError::internal(format!("a scoring task failed: {e}")))
+                status(ServiceError::internal(format!(
+                    "a scoring task failed: {e}"
+                )))
             })? {
                 // The whole call fails, so that a client or a gateway can repeat it at another
                 // replica without looking into the results.
@@ -72,9 +78,9 @@ impl ScoringService for ScoringRpc {
         if results.iter().all(|(_, r)| {
             matches!(
                 r,
-                Some(
-                    Err(ServiceError::Unavailable { .. } | ServiceError::ResourceExhausted { .. })
-                )
+                Some(Err(
+                    ServiceError::Unavailable { .. } | ServiceError::ResourceExhausted { .. }
+                ))
             )
         }) && let Some((_, Some(Err(e)))) = results.pop()
         {
@@ -107,10 +113,16 @@ impl ScoringService for ScoringRpc {
     ) -> Result<Response<Self::StreamScorePairsStream>, Status> {
         let (caller, mut requests) = split_caller(request)?;
         let Some(Part::Options(options)) = requests.message().await?.and_then(|m| m.part) else {
-            return Err(incomplete("the first message of a scoring stream must be options"));
+            return Err(incomplete(
+                "the first message of a scoring stream must be options",
+            ));
         };
         let (options, per_token) = convert::options(Some(options))?;
-        let session = self.scoring.session(&caller, options).await.map_err(status)?;
+        let session = self
+            .scoring
+            .session(&caller, options)
+            .await
+            .map_err(status)?;
         let (answers, receiver) = mpsc::channel(BUFFER);
         let tokens = self.tokens.clone();
         let followed = async move {
@@ -144,7 +156,11 @@ impl ScoringService for ScoringRpc {
         for (i, c) in r.completions.into_iter().enumerate() {
             completions.push(convert::text(&format!("completions[{i}]"), Some(c)).map_err(status)?);
         }
-        let session = self.scoring.session(&caller, options).await.map_err(status)?;
+        let session = self
+            .scoring
+            .session(&caller, options)
+            .await
+            .map_err(status)?;
         let scored = session
             .admit_completions(prompt, completions)
             .await
@@ -162,7 +178,10 @@ impl ScoringService for ScoringRpc {
                     }
                     Err(e) => pb::completion_result::Result::Error(message(e)),
                 };
-                pb::CompletionResult { result: Some(result), probability: answer.probability }
+                pb::CompletionResult {
+                    result: Some(result),
+                    probability: answer.probability,
+                }
             })
             .collect();
         Ok(Response::new(pb::ScoreCompletionsResponse {
@@ -189,7 +208,10 @@ fn pair_result(id: String, scored: Scored, per_token: bool) -> pb::PairResult {
         Ok(s) => pb::pair_result::Result::Score(convert::pair_score(s, per_token)),
         Err(e) => pb::pair_result::Result::Error(message(e)),
     };
-    pb::PairResult { id, result: Some(result) }
+    pb::PairResult {
+        id,
+        result: Some(result),
+    }
 }
 
 type Answers = mpsc::Sender<Result<pb::StreamScorePairsResponse, Status>>;

@@ -29,8 +29,18 @@ const MAX_NAME: usize = 300;
 /// Maps an error to its status: code, message, and BadRequest, ErrorInfo, RetryInfo or ResourceInfo
 /// details.
 pub fn status(e: ServiceError) -> Status {
-    let has_list = matches!(e, ServiceError::InvalidArgument(_) | ServiceError::NotFound { .. });
-    let mut message = cut(e.to_string(), if has_list { MAX_MESSAGE.0 } else { MAX_MESSAGE.1 });
+    let has_list = matches!(
+        e,
+        ServiceError::InvalidArgument(_) | ServiceError::NotFound { .. }
+    );
+    let mut message = cut(
+        e.to_string(),
+        if has_list {
+            MAX_MESSAGE.0
+        } else {
+            MAX_MESSAGE.1
+        },
+    );
     let mut details = ErrorDetails::new();
     let (code, reason) = match &e {
         ServiceError::InvalidArgument(v) => {
@@ -46,7 +56,11 @@ pub fn status(e: ServiceError) -> Status {
         ServiceError::FailedPrecondition { reason, .. } => (Code::FailedPrecondition, *reason),
         ServiceError::AlreadyExists { .. } => (Code::AlreadyExists, Reason::RequestIdReused),
         ServiceError::Aborted { reason, .. } => (Code::Aborted, *reason),
-        ServiceError::Unavailable { reason, retry_after, .. } => {
+        ServiceError::Unavailable {
+            reason,
+            retry_after,
+            ..
+        } => {
             details.set_retry_info(Some(*retry_after));
             (Code::Unavailable, *reason)
         }
@@ -93,7 +107,11 @@ fn add_violations(details: &mut ErrorDetails, violations: &Violations) {
 /// Returns the size of a character in the header, in bytes. Some characters are percent-encoded,
 /// which takes three bytes for each of theirs.
 fn header_bytes(c: char) -> usize {
-    if c.is_ascii_graphic() && !"\"#%<>`?{}".contains(c) { 1 } else { 3 * c.len_utf8() }
+    if c.is_ascii_graphic() && !"\"#%<>`?{}".contains(c) {
+        1
+    } else {
+        3 * c.len_utf8()
+    }
 }
 
 /// Shortens a message to `limit` bytes in the header.
@@ -152,7 +170,11 @@ pub fn explained(headers: &HeaderMap) -> Option<Status> {
         "the request cannot be read as its protobuf message ({}): check it against the protos",
         given.message()
     );
-    Some(Status::with_error_details(Code::InvalidArgument, message, details))
+    Some(Status::with_error_details(
+        Code::InvalidArgument,
+        message,
+        details,
+    ))
 }
 
 /// Returns the status for a stream with missing or unexpected messages.
@@ -175,29 +197,45 @@ mod tests {
                 Code::InvalidArgument,
                 "INVALID_ARGUMENT",
             ),
-            (ServiceError::not_found("job", "trainingJobs/x"), Code::NotFound, "NOT_FOUND"),
             (
-                ServiceError::PermissionDenied { message: "m".into() },
+                ServiceError::not_found("job", "trainingJobs/x"),
+                Code::NotFound,
+                "NOT_FOUND",
+            ),
+            (
+                ServiceError::PermissionDenied {
+                    message: "m".into(),
+                },
                 Code::PermissionDenied,
                 "PERMISSION_DENIED",
             ),
             (
-                ServiceError::Unauthenticated { message: "m".into() },
+                ServiceError::Unauthenticated {
+                    message: "m".into(),
+                },
                 Code::Unauthenticated,
                 "UNAUTHENTICATED",
             ),
             (
-                ServiceError::FailedPrecondition { reason: Reason::InUse, message: "m".into() },
+                ServiceError::FailedPrecondition {
+                    reason: Reason::InUse,
+                    message: "m".into(),
+                },
                 Code::FailedPrecondition,
                 "IN_USE",
             ),
             (
-                ServiceError::AlreadyExists { message: "m".into() },
+                ServiceError::AlreadyExists {
+                    message: "m".into(),
+                },
                 Code::AlreadyExists,
                 "REQUEST_ID_REUSED",
             ),
             (
-                ServiceError::Aborted { reason: Reason::EtagStale, message: "m".into() },
+                ServiceError::Aborted {
+                    reason: Reason::EtagStale,
+                    message: "m".into(),
+                },
                 Code::Aborted,
                 "ETAG_STALE",
             ),
@@ -219,19 +257,31 @@ mod tests {
                 "OUT_OF_MEMORY",
             ),
             (
-                ServiceError::OutOfRange { message: "m".into() },
+                ServiceError::OutOfRange {
+                    message: "m".into(),
+                },
                 Code::OutOfRange,
                 "CURSOR_OUT_OF_RANGE",
             ),
-            (ServiceError::DeadlineExceeded, Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+            (
+                ServiceError::DeadlineExceeded,
+                Code::DeadlineExceeded,
+                "DEADLINE_EXCEEDED",
+            ),
             (ServiceError::internal("m"), Code::Internal, "INTERNAL"),
         ];
         for (e, code, reason) in cases {
             let s = status(e);
             assert_eq!(s.code(), code);
             let info = s.get_details_error_info().unwrap();
-            assert_eq!((info.reason.as_str(), info.domain.as_str()), (reason, DOMAIN));
-            assert_eq!(s.get_details_retry_info().is_some(), code == Code::Unavailable);
+            assert_eq!(
+                (info.reason.as_str(), info.domain.as_str()),
+                (reason, DOMAIN)
+            );
+            assert_eq!(
+                s.get_details_retry_info().is_some(),
+                code == Code::Unavailable
+            );
         }
     }
 
@@ -256,7 +306,10 @@ mod tests {
             assert!(on_the_wire(&s) <= 4096, "{} bytes", on_the_wire(&s));
             let listed = s.get_details_bad_request().unwrap().field_violations;
             let left_out = 1000 - (listed.len() - 1);
-            assert_eq!(listed.last().unwrap().description, format!("and {left_out} more"));
+            assert_eq!(
+                listed.last().unwrap().description,
+                format!("and {left_out} more")
+            );
             for e in [
                 ServiceError::not_found("job", text.repeat(100_000)),
                 ServiceError::FailedPrecondition {

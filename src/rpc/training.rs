@@ -43,7 +43,11 @@ impl TrainingService for Training {
         request: Request<pb::GetTrainingJobRequest>,
     ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = split_caller(request)?;
-        let job = self.0.get_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
+        let job = self
+            .0
+            .get_job(&caller, job_id("name", &r.name)?)
+            .await
+            .map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
 
@@ -53,7 +57,11 @@ impl TrainingService for Training {
     ) -> Result<Response<pb::ListTrainingJobsResponse>, Status> {
         let (caller, r) = split_caller(request)?;
         let (states, size) = (convert::states(&r.states)?, page_size(r.page_size, 50)?);
-        let page = self.0.list_jobs(&caller, &states, size, &r.page_token).await.map_err(status)?;
+        let page = self
+            .0
+            .list_jobs(&caller, &states, size, &r.page_token)
+            .await
+            .map_err(status)?;
         let training_jobs = page.items.into_iter().map(convert::job).collect();
         Ok(Response::new(pb::ListTrainingJobsResponse {
             training_jobs,
@@ -67,7 +75,11 @@ impl TrainingService for Training {
     ) -> Result<Response<pb::EstimateTrainingJobResponse>, Status> {
         let (caller, r) = split_caller(request)?;
         let request = convert::job_request(r.training_job.ok_or_else(no_job)?)?;
-        let estimate = self.0.estimate_job(&caller, request).await.map_err(status)?;
+        let estimate = self
+            .0
+            .estimate_job(&caller, request)
+            .await
+            .map_err(status)?;
         Ok(Response::new(convert::estimate(estimate)))
     }
 
@@ -77,10 +89,17 @@ impl TrainingService for Training {
     ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = split_caller(request)?;
         let job = r.training_job.unwrap_or_default();
-        let (id, etag) = (job_id("training_job.name", &job.name)?.to_owned(), job.etag.clone());
+        let (id, etag) = (
+            job_id("training_job.name", &job.name)?.to_owned(),
+            job.etag.clone(),
+        );
         let changes = convert::changes(job, r.update_mask)?;
         let etag = (!etag.is_empty()).then_some(etag.as_str());
-        let job = self.0.update_job(&caller, &id, etag, changes).await.map_err(status)?;
+        let job = self
+            .0
+            .update_job(&caller, &id, etag, changes)
+            .await
+            .map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
 
@@ -89,7 +108,11 @@ impl TrainingService for Training {
         request: Request<pb::PauseTrainingJobRequest>,
     ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = split_caller(request)?;
-        let job = self.0.pause_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
+        let job = self
+            .0
+            .pause_job(&caller, job_id("name", &r.name)?)
+            .await
+            .map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
 
@@ -98,7 +121,11 @@ impl TrainingService for Training {
         request: Request<pb::ResumeTrainingJobRequest>,
     ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = split_caller(request)?;
-        let job = self.0.resume_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
+        let job = self
+            .0
+            .resume_job(&caller, job_id("name", &r.name)?)
+            .await
+            .map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
 
@@ -107,7 +134,11 @@ impl TrainingService for Training {
         request: Request<pb::CancelTrainingJobRequest>,
     ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = split_caller(request)?;
-        let job = self.0.cancel_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
+        let job = self
+            .0
+            .cancel_job(&caller, job_id("name", &r.name)?)
+            .await
+            .map_err(status)?;
         Ok(Response::new(convert::job(job)))
     }
 
@@ -116,7 +147,10 @@ impl TrainingService for Training {
         request: Request<pb::DeleteTrainingJobRequest>,
     ) -> Result<Response<pb::DeleteTrainingJobResponse>, Status> {
         let (caller, r) = split_caller(request)?;
-        self.0.delete_job(&caller, job_id("name", &r.name)?).await.map_err(status)?;
+        self.0
+            .delete_job(&caller, job_id("name", &r.name)?)
+            .await
+            .map_err(status)?;
         Ok(Response::new(pb::DeleteTrainingJobResponse {}))
     }
 
@@ -126,10 +160,16 @@ impl TrainingService for Training {
     ) -> Result<Response<pb::ListTrainingEventsResponse>, Status> {
         let (caller, r) = split_caller(request)?;
         let (id, size) = (job_id("parent", &r.parent)?, page_size(r.page_size, 100)?);
-        let (events, more) =
-            self.0.list_events(&caller, id, r.after_sequence, size).await.map_err(status)?;
+        let (events, more) = self
+            .0
+            .list_events(&caller, id, r.after_sequence, size)
+            .await
+            .map_err(status)?;
         let events = events.into_iter().map(|e| convert::event(id, e)).collect();
-        Ok(Response::new(pb::ListTrainingEventsResponse { events, more }))
+        Ok(Response::new(pb::ListTrainingEventsResponse {
+            events,
+            more,
+        }))
     }
 
     type StreamTrainingEventsStream = EventStream;
@@ -140,7 +180,11 @@ impl TrainingService for Training {
     ) -> Result<Response<EventStream>, Status> {
         let (caller, r) = split_caller(request)?;
         let id = job_id("parent", &r.parent)?.to_owned();
-        let events = self.0.stream_events(&caller, &id, r.after_sequence).await.map_err(status)?;
+        let events = self
+            .0
+            .stream_events(&caller, &id, r.after_sequence)
+            .await
+            .map_err(status)?;
         let stream = events.map(move |e| e.map(|e| convert::event(&id, e)).map_err(status));
         Ok(Response::new(Box::pin(stream)))
     }

@@ -143,9 +143,16 @@ impl Artifacts {
         };
         remove(&artifacts.temporary_folder())?;
         let mut empty = true;
-        for dir in [artifacts.temporary_folder(), root.join("datasets"), root.join("jobs")] {
+        for dir in [
+            artifacts.temporary_folder(),
+            root.join("datasets"),
+            root.join("jobs"),
+        ] {
             fs::create_dir_all(&dir).map_err(|e| failed(&dir, e))?;
-            empty &= fs::read_dir(&dir).map_err(|e| failed(&dir, e))?.next().is_none();
+            empty &= fs::read_dir(&dir)
+                .map_err(|e| failed(&dir, e))?
+                .next()
+                .is_none();
         }
         if artifacts.remote.is_some() && empty {
             let marker = root.join(COPIES_ONLY_MARKER);
@@ -156,7 +163,10 @@ impl Artifacts {
 
     /// Holds the lock on the data directory as long as any clone of these artifacts exists.
     pub(super) fn with_lock(self, lock: File) -> Self {
-        Artifacts { _lock: Some(Arc::new(lock)), ..self }
+        Artifacts {
+            _lock: Some(Arc::new(lock)),
+            ..self
+        }
     }
 
     /// Returns true if the data directory is a cache of an object store.
@@ -188,7 +198,10 @@ impl Artifacts {
     /// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) if it is another store.
     pub async fn identify(&self, store: &Store) -> Result<()> {
         let wrong = |message: String| {
-            Err(ServiceError::FailedPrecondition { reason: Reason::WrongArtifactStore, message })
+            Err(ServiceError::FailedPrecondition {
+                reason: Reason::WrongArtifactStore,
+                message,
+            })
         };
         let known = store.property(ARTIFACT_STORE).await?;
         let Some(remote) = &self.remote else {
@@ -232,7 +245,11 @@ impl Artifacts {
                 // their identities.
                 let identity = match found {
                     Some(found) => found,
-                    None => remote.create_identity(&uuid::Uuid::now_v7().to_string()).await?,
+                    None => {
+                        remote
+                            .create_identity(&uuid::Uuid::now_v7().to_string())
+                            .await?
+                    }
                 };
                 let chosen = store.set_property_once(ARTIFACT_STORE, &identity).await?;
                 if chosen != identity {
@@ -278,7 +295,8 @@ impl Artifacts {
     /// Returns a new path for unfinished files, on the same file system as the final ones, so that
     /// a rename is atomic.
     pub fn temporary(&self) -> PathBuf {
-        self.temporary_folder().join(uuid::Uuid::now_v7().to_string())
+        self.temporary_folder()
+            .join(uuid::Uuid::now_v7().to_string())
     }
 
     /// Returns the path of a dataset's file in the data directory.
@@ -335,7 +353,9 @@ impl Artifacts {
     /// `Internal` if the file system fails.
     pub async fn drop_local_checkpoint(&self, job: &str, step: u64) -> Result<()> {
         self.mark_unverified(job, step);
-        let mut paths: Vec<PathBuf> = exports_keys(job, step).map(|key| self.root.join(key)).into();
+        let mut paths: Vec<PathBuf> = exports_keys(job, step)
+            .map(|key| self.root.join(key))
+            .into();
         paths.push(self.checkpoint(job, step));
         blocking(move || paths.iter().try_for_each(|p| remove(p))).await?
     }
@@ -349,7 +369,9 @@ impl Artifacts {
         blocking(move || {
             let names = |folder: &PathBuf| -> Result<Vec<String>> {
                 let entries = fs::read_dir(folder).map_err(|e| failed(folder, e))?;
-                Ok(entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect())
+                Ok(entries
+                    .filter_map(|e| e.ok()?.file_name().into_string().ok())
+                    .collect())
             };
             Ok((names(&folders[0])?, names(&folders[1])?))
         })
@@ -358,12 +380,22 @@ impl Artifacts {
 
     /// Returns the time since the last change of a job's folder, or `None` if it does not exist.
     pub fn job_age(&self, id: &str) -> Option<Duration> {
-        fs::metadata(self.job(id)).ok()?.modified().ok()?.elapsed().ok()
+        fs::metadata(self.job(id))
+            .ok()?
+            .modified()
+            .ok()?
+            .elapsed()
+            .ok()
     }
 
     /// Returns the time since the last change of a dataset's file, or `None` if it does not exist.
     pub fn dataset_age(&self, id: &str) -> Option<Duration> {
-        fs::metadata(self.dataset(id)).ok()?.modified().ok()?.elapsed().ok()
+        fs::metadata(self.dataset(id))
+            .ok()?
+            .modified()
+            .ok()?
+            .elapsed()
+            .ok()
     }
 
     /// Removes the local files of a job.
@@ -417,7 +449,9 @@ impl Artifacts {
     /// # Errors
     /// `Unavailable` if the object store does not answer or is not the database's.
     pub async fn upload_dataset(&self, id: &str) -> Result<()> {
-        let Some(remote) = &self.remote else { return Ok(()) };
+        let Some(remote) = &self.remote else {
+            return Ok(());
+        };
         self.check_store().await?;
         remote.put_file(&self.dataset(id), &dataset_key(id)).await
     }
@@ -430,8 +464,11 @@ impl Artifacts {
     /// `FailedPrecondition`: `ARTIFACT_MISSING` if the authoritative copy is missing,
     /// `DATASET_CHANGED` if it has other content.
     pub async fn fetch_dataset(&self, dataset: &Dataset, expected: &str) -> Result<PathBuf> {
-        let (path, expected, id) =
-            (self.dataset(&dataset.id), expected.to_owned(), dataset.id.clone());
+        let (path, expected, id) = (
+            self.dataset(&dataset.id),
+            expected.to_owned(),
+            dataset.id.clone(),
+        );
         let local = path.clone();
         let found = blocking(move || hash_if_present(&local)).await?;
         if matches!(&found, Ok(Some(hash)) if *hash == expected) {
@@ -455,9 +492,11 @@ impl Artifacts {
         if let Err(e) = remote.get_file(&dataset_key(&id), &temporary.0).await {
             return Err(match e {
                 // If the store is another one or not mounted, a missing object means nothing.
-                ServiceError::NotFound { .. } => {
-                    self.check_store().await.err().unwrap_or_else(|| self.dataset_missing(&id))
-                }
+                ServiceError::NotFound { .. } => self
+                    .check_store()
+                    .await
+                    .err()
+                    .unwrap_or_else(|| self.dataset_missing(&id)),
                 e => e,
             });
         }
@@ -480,12 +519,19 @@ impl Artifacts {
              dataset again and create the job anew",
             self.location_name()
         );
-        ServiceError::FailedPrecondition { reason: Reason::ArtifactMissing, message }
+        ServiceError::FailedPrecondition {
+            reason: Reason::ArtifactMissing,
+            message,
+        }
     }
 
     /// Returns the name of the authoritative store, for messages.
     fn location_name(&self) -> &'static str {
-        if self.is_copy() { "the artifact store" } else { "the data directory" }
+        if self.is_copy() {
+            "the artifact store"
+        } else {
+            "the data directory"
+        }
     }
 
     /// Converts the error for a missing object to `ARTIFACT_MISSING`, or to `Unavailable` if the
@@ -508,7 +554,10 @@ impl Artifacts {
              they belong to",
             self.location_name()
         );
-        ServiceError::FailedPrecondition { reason: Reason::ArtifactMissing, message }
+        ServiceError::FailedPrecondition {
+            reason: Reason::ArtifactMissing,
+            message,
+        }
     }
 
     /// Converts the error of reading a checkpoint: it is damaged, missing, of another version of
@@ -558,7 +607,9 @@ impl Artifacts {
         .await??;
         if let Some(remote) = &self.remote {
             self.check_store().await?;
-            remote.put_folder(&self.init_adapter(job), &init_adapter_key(job), "").await?;
+            remote
+                .put_folder(&self.init_adapter(job), &init_adapter_key(job), "")
+                .await?;
         }
         Ok(hash)
     }
@@ -569,10 +620,15 @@ impl Artifacts {
     /// # Errors
     /// `FailedPrecondition` (`ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) if it is lost or changed.
     pub async fn fetch_init_adapter(&self, job: &str, expected: &str) -> Result<PathBuf> {
-        let (dir, name) = (self.init_adapter(job), format!("trainingJobs/{job}'s init_adapter"));
+        let (dir, name) = (
+            self.init_adapter(job),
+            format!("trainingJobs/{job}'s init_adapter"),
+        );
         let known = || self.verified.lock().unwrap_or_else(PoisonError::into_inner);
         if known().contains(&dir)
-            && tokio::fs::try_exists(dir.join(peft::WEIGHTS_FILE)).await.unwrap_or(false)
+            && tokio::fs::try_exists(dir.join(peft::WEIGHTS_FILE))
+                .await
+                .unwrap_or(false)
         {
             return Ok(dir);
         }
@@ -584,7 +640,10 @@ impl Artifacts {
                 "the stored files of {name} were changed: their hash is {found}, the job was made \
                  with {expected}"
             );
-            ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message }
+            ServiceError::FailedPrecondition {
+                reason: Reason::ArtifactDamaged,
+                message,
+            }
         };
         match (found, &self.remote) {
             (Ok(found), _) if found == expected => {
@@ -595,10 +654,15 @@ impl Artifacts {
             (Err(_), None) => return Err(self.missing(&name)),
             (_, Some(_)) => {}
         }
-        let Some(remote) = &self.remote else { return Ok(dir) };
+        let Some(remote) = &self.remote else {
+            return Ok(dir);
+        };
         let temporary = Temporary(self.temporary());
         fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
-        if let Err(e) = remote.get_folder(&init_adapter_key(job), &temporary.0).await {
+        if let Err(e) = remote
+            .get_folder(&init_adapter_key(job), &temporary.0)
+            .await
+        {
             return Err(self.explain_missing(e, &name).await);
         }
         let fetched = temporary.0.clone();
@@ -623,7 +687,9 @@ impl Artifacts {
     /// # Errors
     /// `Unavailable` if the object store does not answer or is not the database's.
     pub async fn upload_checkpoint(&self, job: &str, step: u64, digest: &str) -> Result<()> {
-        let Some(remote) = &self.remote else { return Ok(()) };
+        let Some(remote) = &self.remote else {
+            return Ok(());
+        };
         self.check_store().await?;
         remote
             .put_folder(
@@ -656,8 +722,9 @@ impl Artifacts {
         };
         let temporary = Temporary(self.temporary());
         fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
-        if let Err(e) =
-            remote.get_folder(&checkpoint_key(&c.job, c.step, &c.digest), &temporary.0).await
+        if let Err(e) = remote
+            .get_folder(&checkpoint_key(&c.job, c.step, &c.digest), &temporary.0)
+            .await
         {
             return Err(self.explain_missing(e, &name).await);
         }
@@ -682,8 +749,11 @@ impl Artifacts {
     /// changed state file proves damage, because it lists the other files. Missing files prove
     /// nothing: the data directory may be a partly restored or a different one.
     async fn local_failure(&self, c: &Checkpoint, name: String) -> Result<ServiceError> {
-        let (dir, expected, artifacts) =
-            (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
+        let (dir, expected, artifacts) = (
+            self.checkpoint(&c.job, c.step),
+            c.digest.clone(),
+            self.clone(),
+        );
         blocking(move || match checkpoint::digest(&dir) {
             Ok(found) if !expected.is_empty() && found != expected => {
                 damaged(&name, format!("{} has changed", checkpoint::STATE_FILE))
@@ -702,8 +772,11 @@ impl Artifacts {
     /// the same step with another digest, left by a worker that lost its lease, is not this
     /// checkpoint.
     async fn is_local(&self, c: &Checkpoint) -> Result<bool> {
-        let (dir, expected, artifacts) =
-            (self.checkpoint(&c.job, c.step), c.digest.clone(), self.clone());
+        let (dir, expected, artifacts) = (
+            self.checkpoint(&c.job, c.step),
+            c.digest.clone(),
+            self.clone(),
+        );
         let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
         blocking(move || {
             match checkpoint::digest(&dir) {
@@ -714,7 +787,12 @@ impl Artifacts {
                 _ => return Ok(false),
             }
             // Every file is checked once per process.
-            let known = || artifacts.verified.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = || {
+                artifacts
+                    .verified
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+            };
             if known().contains(&dir) {
                 return Ok(true);
             }
@@ -747,19 +825,25 @@ impl Artifacts {
         files: &[ExportedFile],
     ) -> Result<String> {
         let (path, key) = (self.export(job, step, name), export_key(job, step, name));
-        let Some(remote) = &self.remote else { return Ok(key) };
+        let Some(remote) = &self.remote else {
+            return Ok(key);
+        };
         self.check_store().await?;
         let stored = remote.folder(&key).await?;
         let absent = |stored: &BTreeMap<String, u64>, file: &ExportedFile| {
             stored.get(&file.path) != Some(&file.size_bytes)
         };
         for file in files.iter().filter(|file| absent(&stored, file)) {
-            remote.put_file(&path.join(&file.path), &format!("{key}/{}", file.path)).await?;
+            remote
+                .put_file(&path.join(&file.path), &format!("{key}/{}", file.path))
+                .await?;
         }
         let stored = remote.folder(&key).await?;
         if let Some(file) = files.iter().find(|file| absent(&stored, file)) {
-            let message =
-                format!("{} is not in the artifact store yet: ask for the export again", file.path);
+            let message = format!(
+                "{} is not in the artifact store yet: ask for the export again",
+                file.path
+            );
             return Err(ServiceError::Unavailable {
                 reason: Reason::ArtifactsUnavailable,
                 message,
@@ -794,7 +878,9 @@ fn sync(path: &Path) -> Result<()> {
             }
         }
     }
-    File::open(path).and_then(|f| f.sync_all()).map_err(|e| failed(path, e))
+    File::open(path)
+        .and_then(|f| f.sync_all())
+        .map_err(|e| failed(path, e))
 }
 
 /// Lists the plain files below a folder with their sizes and hashes, sorted by path. Symbolic links
@@ -813,13 +899,19 @@ fn describe_below(dir: &Path, prefix: &str, files: &mut Vec<ExportedFile>) -> Re
     for entry in fs::read_dir(dir).map_err(|e| failed(dir, e))? {
         let entry = entry.map_err(|e| failed(dir, e))?;
         let kind = entry.file_type().map_err(|e| failed(dir, e))?;
-        let (path, name) =
-            (entry.path(), format!("{prefix}{}", entry.file_name().to_string_lossy()));
+        let (path, name) = (
+            entry.path(),
+            format!("{prefix}{}", entry.file_name().to_string_lossy()),
+        );
         if kind.is_dir() {
             describe_below(&path, &format!("{name}/"), files)?;
         } else if kind.is_file() {
             let (size_bytes, content_hash) = hash_file(&path)?;
-            files.push(ExportedFile { path: name, size_bytes, content_hash });
+            files.push(ExportedFile {
+                path: name,
+                size_bytes,
+                content_hash,
+            });
         }
     }
     Ok(())
@@ -832,7 +924,10 @@ fn dataset_changed(id: &str, found: &str, expected: &str) -> ServiceError {
         "the file of datasets/{id} has the content hash {found}, but the job was created with \
          {expected}: restore it, or upload it again and make a new job"
     );
-    ServiceError::FailedPrecondition { reason: Reason::DatasetChanged, message }
+    ServiceError::FailedPrecondition {
+        reason: Reason::DatasetChanged,
+        message,
+    }
 }
 
 /// Returns the BLAKE3 hash of a file, or `None` if it does not exist.
@@ -896,7 +991,11 @@ pub fn hash_files(dir: &Path, names: &[&str]) -> Result<String> {
 }
 
 fn remove(path: &Path) -> Result<()> {
-    let result = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    let result = if path.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
     match result {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed(path, e)),
         _ => Ok(()),

@@ -114,15 +114,31 @@ impl BackgroundTasks {
         let (jobs, datasets) = self.artifacts.local().await?;
         for id in jobs {
             // A job that is being created has a copy of its adapter before it has a row.
-            let old = self.artifacts.job_age(&id).is_some_and(|age| age > MIN_SWEEP_AGE);
-            if old && matches!(self.store.job(&id).await, Err(ServiceError::NotFound { .. })) {
+            let old = self
+                .artifacts
+                .job_age(&id)
+                .is_some_and(|age| age > MIN_SWEEP_AGE);
+            if old
+                && matches!(
+                    self.store.job(&id).await,
+                    Err(ServiceError::NotFound { .. })
+                )
+            {
                 self.artifacts.drop_local_job(&id).await?;
             }
         }
         for id in datasets {
             // A dataset that is being uploaded has no row yet.
-            let old = self.artifacts.dataset_age(&id).is_some_and(|age| age > MIN_SWEEP_AGE);
-            if old && matches!(self.store.dataset(&id).await, Err(ServiceError::NotFound { .. })) {
+            let old = self
+                .artifacts
+                .dataset_age(&id)
+                .is_some_and(|age| age > MIN_SWEEP_AGE);
+            if old
+                && matches!(
+                    self.store.dataset(&id).await,
+                    Err(ServiceError::NotFound { .. })
+                )
+            {
                 self.artifacts.drop_local_dataset(&id).await?;
             }
         }
@@ -173,7 +189,10 @@ impl BackgroundTasks {
     /// Deletes the next expired jobs. Each round continues where the last one ended, so that jobs
     /// that cannot be deleted do not block the others.
     async fn expire(&self, after: &mut Expired) -> Result<()> {
-        let (jobs, next) = self.store.expired_jobs(*after, MAX_DELETIONS_PER_ROUND).await?;
+        let (jobs, next) = self
+            .store
+            .expired_jobs(*after, MAX_DELETIONS_PER_ROUND)
+            .await?;
         *after = next;
         for job in jobs {
             match self.jobs.delete_expired(&job).await {

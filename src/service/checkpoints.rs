@@ -53,7 +53,10 @@ impl CheckpointService {
         which: CheckpointRef,
     ) -> Result<(Checkpoint, Option<ModelIdentity>)> {
         let owner = own_job(&self.store, caller, job).await?;
-        Ok((self.policies.find_checkpoint(job, which).await?, pinned_base(owner)))
+        Ok((
+            self.policies.find_checkpoint(job, which).await?,
+            pinned_base(owner),
+        ))
     }
 
     /// Returns a job's checkpoints, oldest first, and the base model they were trained on if the
@@ -77,22 +80,41 @@ impl CheckpointService {
     /// another job needs it.
     pub async fn delete_checkpoint(&self, caller: &Caller, job: &str, step: u64) -> Result<()> {
         let state = own_job(&self.store, caller, job).await?.state;
-        let checkpoint = self.policies.find_checkpoint(job, CheckpointRef::Step(step)).await?;
-        let newest = self.policies.find_checkpoint(job, CheckpointRef::Latest).await?.step;
+        let checkpoint = self
+            .policies
+            .find_checkpoint(job, CheckpointRef::Step(step))
+            .await?;
+        let newest = self
+            .policies
+            .find_checkpoint(job, CheckpointRef::Latest)
+            .await?
+            .step;
         if !state.is_final() && newest == step && !self.is_unreadable(state, &checkpoint).await {
             let message = format!(
                 "trainingJobs/{job} is {} and would continue from step {step}: delete it when the \
                  job has ended",
                 state.name()
             );
-            return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
+            return Err(ServiceError::FailedPrecondition {
+                reason: Reason::InUse,
+                message,
+            });
         }
-        let needed = Needed::Weights { job, step: Some(step) };
-        self.store.delete_checkpoint(job, step, |users| check(caller, users, needed)).await?;
+        let needed = Needed::Weights {
+            job,
+            step: Some(step),
+        };
+        self.store
+            .delete_checkpoint(job, step, |users| check(caller, users, needed))
+            .await?;
         remove_checkpoint_files(&self.engine, &self.artifacts, &checkpoint).await;
         self.runs.forget_postponed(job);
         self.runs.wake();
-        audit(caller, "delete", &format!("trainingJobs/{job}/checkpoints/{step}"));
+        audit(
+            caller,
+            "delete",
+            &format!("trainingJobs/{job}/checkpoints/{step}"),
+        );
         Ok(())
     }
 
@@ -136,7 +158,10 @@ impl CheckpointService {
                 "trainingJobs/{} is a full fine-tune and has no adapter: export it MERGED",
                 job.id
             );
-            return Err(ServiceError::FailedPrecondition { reason: Reason::NoAdapter, message });
+            return Err(ServiceError::FailedPrecondition {
+                reason: Reason::NoAdapter,
+                message,
+            });
         }
         let (id, step) = (job.id.clone(), checkpoint.step);
         let (name, contents) = match format {
@@ -157,7 +182,10 @@ impl CheckpointService {
                     Some(dtype) => dtype,
                     None => self.engine.element_type(&model)?,
                 };
-                (ExportName::Merged(dtype), ExportContents::Merged { weights, dtype })
+                (
+                    ExportName::Merged(dtype),
+                    ExportContents::Merged { weights, dtype },
+                )
             }
         };
         let (artifacts, engine, job_id) = (self.artifacts.clone(), self.engine.clone(), id.clone());
@@ -179,9 +207,20 @@ impl CheckpointService {
             Ok::<_, ServiceError>((describe(&target)?, target))
         })
         .await??;
-        let location = self.artifacts.upload_export(&id, step, name, &files).await?;
-        audit(caller, "export", &format!("trainingJobs/{id}/checkpoints/{step}"));
-        Ok(Export { files, path, location })
+        let location = self
+            .artifacts
+            .upload_export(&id, step, name, &files)
+            .await?;
+        audit(
+            caller,
+            "export",
+            &format!("trainingJobs/{id}/checkpoints/{step}"),
+        );
+        Ok(Export {
+            files,
+            path,
+            location,
+        })
     }
 
     /// Returns the contents of an adapter export. The adapter's files are copied, which needs no
@@ -194,16 +233,28 @@ impl CheckpointService {
     ) -> Result<(ExportName, ExportContents)> {
         let folder = self.artifacts.fetch_checkpoint(checkpoint).await?;
         let model = self.policies.base_model(job).await?;
-        let served =
-            self.policies.check_base(job).ok().and_then(|()| self.engine.model(&model).ok());
+        let served = self
+            .policies
+            .check_base(job)
+            .ok()
+            .and_then(|()| self.engine.model(&model).ok());
         Ok(match served {
             Some(info) => (
                 ExportName::Adapter,
-                ExportContents::Adapter { folder, base: Some(info.base), model },
+                ExportContents::Adapter {
+                    folder,
+                    base: Some(info.base),
+                    model,
+                },
             ),
-            None => {
-                (ExportName::AdapterAlone, ExportContents::Adapter { folder, base: None, model })
-            }
+            None => (
+                ExportName::AdapterAlone,
+                ExportContents::Adapter {
+                    folder,
+                    base: None,
+                    model,
+                },
+            ),
         })
     }
 }
@@ -238,8 +289,15 @@ fn write(engine: &Engine, contents: &ExportContents, out: &Path) -> Result<()> {
         ExportContents::Merged { weights, dtype } => {
             Ok(engine.export_merged(weights, *dtype, out)?)
         }
-        ExportContents::Adapter { folder, base, model } => {
-            let (from, to) = (folder.join(peft::WEIGHTS_FILE), out.join(peft::WEIGHTS_FILE));
+        ExportContents::Adapter {
+            folder,
+            base,
+            model,
+        } => {
+            let (from, to) = (
+                folder.join(peft::WEIGHTS_FILE),
+                out.join(peft::WEIGHTS_FILE),
+            );
             std::fs::copy(&from, &to).map_err(|e| failed(&from, e))?;
             let (from, to) = (folder.join(peft::CONFIG_FILE), out.join(peft::CONFIG_FILE));
             let config = std::fs::read(&from).map_err(|e| failed(&from, e))?;

@@ -98,7 +98,9 @@ impl DatasetService {
         page_size: usize,
         page_token: &str,
     ) -> Result<Page<Dataset>> {
-        self.store.datasets(caller.visible_owner(), page_size, page_token).await
+        self.store
+            .datasets(caller.visible_owner(), page_size, page_token)
+            .await
     }
 
     /// Deletes a dataset.
@@ -108,7 +110,9 @@ impl DatasetService {
     pub async fn delete_dataset(&self, caller: &Caller, id: &str) -> Result<()> {
         own_dataset(&self.store, caller, id).await?;
         self.artifacts.check_store().await?;
-        self.store.delete_dataset(id, |users| check(caller, users, Needed::Dataset(id))).await?;
+        self.store
+            .delete_dataset(id, |users| check(caller, users, Needed::Dataset(id)))
+            .await?;
         audit(caller, "delete", &format!("datasets/{id}"));
         self.artifacts.remove_dataset(id).await
     }
@@ -145,13 +149,16 @@ impl DatasetService {
             }
         }
         let checked = match meta.model.as_deref() {
-            Some(model) => {
-                Some((self.engine.tokenizer(model)?, self.engine.model(model)?.vocab_size))
-            }
+            Some(model) => Some((
+                self.engine.tokenizer(model)?,
+                self.engine.model(model)?.vocab_size,
+            )),
             None => None,
         };
         let temporary = Temporary(self.artifacts.temporary());
-        let file = File::create_new(&temporary.0).await.map_err(|e| failed(&temporary.0, e))?;
+        let file = File::create_new(&temporary.0)
+            .await
+            .map_err(|e| failed(&temporary.0, e))?;
         let (service, owner) = (self.clone(), caller.owner.clone());
         Ok(DatasetUpload {
             service,
@@ -188,7 +195,10 @@ impl DatasetUpload {
             self.start.extend(bytes.iter().take(4 - self.start.len()));
         }
         self.hash.update(bytes);
-        self.file.write_all(bytes).await.map_err(|e| failed(&self.temporary.0, e))
+        self.file
+            .write_all(bytes)
+            .await
+            .map_err(|e| failed(&self.temporary.0, e))
     }
 
     /// Validates and stores the dataset. When this returns, the dataset survives a crash.
@@ -196,10 +206,19 @@ impl DatasetUpload {
     /// # Errors
     /// `InvalidArgument` with the first findings if no row can be used.
     pub async fn finish(mut self) -> Result<Dataset> {
-        self.file.flush().await.map_err(|e| failed(&self.temporary.0, e))?;
-        let format = self.meta.format.unwrap_or_else(|| detect_format(&self.start));
-        let (path, checked, max_length) =
-            (self.temporary.0.clone(), self.checked.clone(), self.meta.max_length);
+        self.file
+            .flush()
+            .await
+            .map_err(|e| failed(&self.temporary.0, e))?;
+        let format = self
+            .meta
+            .format
+            .unwrap_or_else(|| detect_format(&self.start));
+        let (path, checked, max_length) = (
+            self.temporary.0.clone(),
+            self.checked.clone(),
+            self.meta.max_length,
+        );
         let date = self.service.template_date.of(None);
         let permit = self.service.slow_tasks.acquire().await?;
         let limit = self.service.limits.max_text_bytes;
@@ -214,10 +233,15 @@ impl DatasetUpload {
         })
         .await??;
         if report.valid_rows == 0 && report.pairs == 0 {
-            return Err(ServiceError::invalid("chunk", no_usable_row_message(&report)));
+            return Err(ServiceError::invalid(
+                "chunk",
+                no_usable_row_message(&report),
+            ));
         }
         let id = uuid::Uuid::now_v7().to_string();
-        let DatasetService { store, artifacts, .. } = &self.service;
+        let DatasetService {
+            store, artifacts, ..
+        } = &self.service;
         let (path, target) = (self.temporary.0.clone(), artifacts.dataset(&id));
         // Removes the file again unless the row is stored.
         let uncommitted = Temporary(target.clone());
@@ -270,7 +294,19 @@ fn no_usable_row_message(report: &ValidationReport) -> String {
         .issues
         .iter()
         .take(5)
-        .map(|i| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message))
+        .map(|i| {
+            format!(
+                "row {}, {} {}: {}",
+                i.row,
+                i.field,
+                i.reason.name(),
+                i.message
+            )
+        })
         .collect();
-    format!("none of the {} rows can be used; {}", report.rows, first.join("; "))
+    format!(
+        "none of the {} rows can be used; {}",
+        report.rows,
+        first.join("; ")
+    )
 }

@@ -104,17 +104,28 @@ impl ServiceError {
 
     /// Returns the error for a missing resource.
     pub fn not_found(kind: &'static str, name: impl Into<String>) -> Self {
-        ServiceError::NotFound { kind, name: name.into() }
+        ServiceError::NotFound {
+            kind,
+            name: name.into(),
+        }
     }
 
     /// Returns the error for a defect or a broken disk.
     pub fn internal(message: impl std::fmt::Display) -> Self {
-        ServiceError::Internal { message: message.to_string() }
+        ServiceError::Internal {
+            message: message.to_string(),
+        }
     }
 
     /// Returns true if the error says that the server is shutting down.
     pub fn is_draining(&self) -> bool {
-        matches!(self, ServiceError::Unavailable { reason: Reason::Draining, .. })
+        matches!(
+            self,
+            ServiceError::Unavailable {
+                reason: Reason::Draining,
+                ..
+            }
+        )
     }
 
     /// Returns the error for a server that is shutting down.
@@ -169,9 +180,9 @@ fn may_succeed_later(e: &sqlx::Error) -> bool {
                     || matches!(code, "25006" | "25P03")
             }
             // SQLite result codes: 5 busy, 6 locked, 10 I/O error, 13 full, 14 cannot open.
-            Some(code) => {
-                code.parse::<i32>().is_ok_and(|c| matches!(c & 0xff, 5 | 6 | 10 | 13 | 14))
-            }
+            Some(code) => code
+                .parse::<i32>()
+                .is_ok_and(|c| matches!(c & 0xff, 5 | 6 | 10 | 13 | 14)),
             None => false,
         },
         _ => false,
@@ -195,25 +206,31 @@ impl From<EngineError> for ServiceError {
             EngineError::UnknownModel(name) => {
                 ServiceError::not_found("model", format!("models/{name}"))
             }
-            EngineError::QueueFull { retry_after, .. } => {
-                ServiceError::Unavailable { reason: Reason::QueueFull, message, retry_after }
-            }
+            EngineError::QueueFull { retry_after, .. } => ServiceError::Unavailable {
+                reason: Reason::QueueFull,
+                message,
+                retry_after,
+            },
             EngineError::RowTooLong { .. } => ServiceError::invalid("pairs", message),
-            EngineError::NotResident(_) => {
-                ServiceError::FailedPrecondition { reason: Reason::NotRunning, message }
-            }
+            EngineError::NotResident(_) => ServiceError::FailedPrecondition {
+                reason: Reason::NotRunning,
+                message,
+            },
             EngineError::Draining => ServiceError::draining(),
             EngineError::OutOfMemory { .. }
             | EngineError::NoRoom { .. }
-            | EngineError::DeviceFull(_) => {
-                ServiceError::ResourceExhausted { reason: Reason::OutOfMemory, message }
-            }
-            EngineError::FilesChanged(_) => {
-                ServiceError::FailedPrecondition { reason: Reason::ModelFilesChanged, message }
-            }
-            EngineError::Weights(_) => {
-                ServiceError::FailedPrecondition { reason: Reason::WeightsUnusable, message }
-            }
+            | EngineError::DeviceFull(_) => ServiceError::ResourceExhausted {
+                reason: Reason::OutOfMemory,
+                message,
+            },
+            EngineError::FilesChanged(_) => ServiceError::FailedPrecondition {
+                reason: Reason::ModelFilesChanged,
+                message,
+            },
+            EngineError::Weights(_) => ServiceError::FailedPrecondition {
+                reason: Reason::WeightsUnusable,
+                message,
+            },
             EngineError::Device(_) => ServiceError::Internal { message },
         }
     }

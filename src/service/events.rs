@@ -34,12 +34,21 @@ pub(super) struct EventFeed {
 impl EventFeed {
     /// Creates a feed without followers.
     pub fn new(store: Store, tokens: TokenService, shutdown: Shutdown) -> Self {
-        EventFeed { followed: Arc::default(), store, tokens, shutdown }
+        EventFeed {
+            followed: Arc::default(),
+            store,
+            tokens,
+            shutdown,
+        }
     }
 
     /// Tells the followers of `job` that events up to `sequence` are stored.
     pub fn notify(&self, job: &str, sequence: u64) {
-        if let Some(sender) = self.followed.lock().unwrap_or_else(PoisonError::into_inner).get(job)
+        if let Some(sender) = self
+            .followed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(job)
         {
             // Notifications may arrive out of order; the newest sequence never decreases.
             sender.send_if_modified(|newest| {
@@ -63,7 +72,10 @@ impl EventFeed {
     fn follow(&self, job: &str) -> watch::Receiver<u64> {
         let mut followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner);
         followed.retain(|_, sender| sender.receiver_count() > 0);
-        followed.entry(job.to_owned()).or_insert_with(|| watch::channel(0).0).subscribe()
+        followed
+            .entry(job.to_owned())
+            .or_insert_with(|| watch::channel(0).0)
+            .subscribe()
     }
 
     /// Returns a stream of all events after the sequence number `after`: first the stored ones,
@@ -72,8 +84,11 @@ impl EventFeed {
     /// ends when the caller's token becomes invalid.
     pub fn stream(&self, caller: Caller, job: String, after: u64) -> ReceiverStream<Result<Event>> {
         let (sender, receiver) = mpsc::channel(STREAM_BUFFER_EVENTS);
-        let (tokens, store, mut draining) =
-            (self.tokens.clone(), self.store.clone(), self.shutdown.subscribe());
+        let (tokens, store, mut draining) = (
+            self.tokens.clone(),
+            self.store.clone(),
+            self.shutdown.subscribe(),
+        );
         // Subscribe before the first read, so that an event stored in between is noticed.
         let mut changes = self.follow(&job);
         tokio::spawn(async move {

@@ -62,7 +62,10 @@ fn weights_of(user: &Job) -> impl Iterator<Item = &PolicyName> {
     let needs_policy =
         unfinished || request.model.is_none() || (has_reference && request.reference.is_none());
     let policy = Some(&request.policy).filter(|_| needs_policy);
-    let reference = request.reference.as_ref().filter(|_| unfinished || has_reference);
+    let reference = request
+        .reference
+        .as_ref()
+        .filter(|_| unfinished || has_reference);
     policy.into_iter().chain(reference)
 }
 
@@ -77,7 +80,10 @@ pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Resul
             "a job that this version of the server cannot read needs it: use the version that \
              wrote the job"
                 .to_owned();
-        return Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message });
+        return Err(ServiceError::FailedPrecondition {
+            reason: Reason::InUse,
+            message,
+        });
     }
     let Some(user) = users.jobs.iter().find(|user| needed.is_needed_by(user)) else {
         return Ok(());
@@ -101,5 +107,8 @@ pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Resul
         ),
         false => format!("another client's job needs {what}: try again later"),
     };
-    Err(ServiceError::FailedPrecondition { reason: Reason::InUse, message })
+    Err(ServiceError::FailedPrecondition {
+        reason: Reason::InUse,
+        message,
+    })
 }

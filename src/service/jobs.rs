@@ -56,7 +56,9 @@ impl JobService {
         request_id: Option<String>,
         validate_only: bool,
     ) -> Result<Job> {
-        self.creator.create_job(caller, request, request_id, validate_only).await
+        self.creator
+            .create_job(caller, request, request_id, validate_only)
+            .await
     }
 
     /// Estimates the cost of a job without creating it.
@@ -89,7 +91,9 @@ impl JobService {
         page_size: usize,
         page_token: &str,
     ) -> Result<Page<Job>> {
-        self.store.jobs(caller.visible_owner(), states, page_size, page_token).await
+        self.store
+            .jobs(caller.visible_owner(), states, page_size, page_token)
+            .await
     }
 
     /// Returns at most `limit` events after the sequence number `after`, and `true` if there are

@@ -30,6 +30,10 @@ impl Limiter {
     /// # Errors
     /// `Unavailable` if the limiter is closed.
     pub async fn acquire_many(&self, permits: u32) -> Result<OwnedSemaphorePermit> {
-        self.0.clone().acquire_many_owned(permits).await.map_err(|_| ServiceError::draining())
+        self.0
+            .clone()
+            .acquire_many_owned(permits)
+            .await
+            .map_err(|_| ServiceError::draining())
     }
 }

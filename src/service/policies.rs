@@ -54,7 +54,12 @@ impl PolicyResolver {
             PolicyName::Model(id) => {
                 self.engine.model(id)?;
                 let weights = WeightsRef::Base { model: id.clone() };
-                Ok(Resolved { weights, model: id.clone(), job: None, version: name.to_string() })
+                Ok(Resolved {
+                    weights,
+                    model: id.clone(),
+                    job: None,
+                    version: name.to_string(),
+                })
             }
             PolicyName::Checkpoint { job, which } => {
                 let job = self.store.job(job).await?;
@@ -66,7 +71,9 @@ impl PolicyResolver {
                     && job.state == JobState::Running
                     && self.runs.get(&job.id).is_some()
                 {
-                    let weights = WeightsRef::Live { job: job.id.clone() };
+                    let weights = WeightsRef::Live {
+                        job: job.id.clone(),
+                    };
                     return Ok(Resolved {
                         weights,
                         model,
@@ -99,8 +106,13 @@ impl PolicyResolver {
     /// The errors of [`PolicyResolver::check_base`], for the reference's base model.
     pub(super) async fn check_reference(&self, job: &Job) -> Result<()> {
         let request = &job.request;
-        let pinned = request.pins.as_ref().and_then(|pins| pins.reference_base.as_ref());
-        let (Some(pinned), Some(name)) = (pinned, &request.reference) else { return Ok(()) };
+        let pinned = request
+            .pins
+            .as_ref()
+            .and_then(|pins| pins.reference_base.as_ref());
+        let (Some(pinned), Some(name)) = (pinned, &request.reference) else {
+            return Ok(());
+        };
         self.check_identity(
             job,
             "with a reference on",
@@ -134,7 +146,9 @@ impl PolicyResolver {
             }
             Err(e) => return Err(e.into()),
         };
-        let Some(difference) = pinned.difference(&served) else { return Ok(()) };
+        let Some(difference) = pinned.difference(&served) else {
+            return Ok(());
+        };
         let (part, (before, now)) = (difference.part, difference.hashes);
         let message = format!(
             "trainingJobs/{} was made {role} models/{model} whose {part} has the hash {}, the \
@@ -143,7 +157,10 @@ impl PolicyResolver {
             or_none(before),
             or_none(now)
         );
-        Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message })
+        Err(ServiceError::FailedPrecondition {
+            reason: Reason::ModelChanged,
+            message,
+        })
     }
 
     /// Checks that the reference can score token ids of the policy's tokenizer: ids must mean the
@@ -161,7 +178,10 @@ impl PolicyResolver {
         if policy == reference {
             return Ok(());
         }
-        let (ours, theirs) = (self.engine.tokenizer(policy)?, self.engine.tokenizer(reference)?);
+        let (ours, theirs) = (
+            self.engine.tokenizer(policy)?,
+            self.engine.tokenizer(reference)?,
+        );
         if !ours.has_vocabulary_of(&theirs) {
             let message = format!(
                 "is on models/{reference} whose tokenizer has the hash {}, the policy is on \
@@ -172,8 +192,10 @@ impl PolicyResolver {
             );
             return Err(ServiceError::invalid(field, message));
         }
-        let (reference_rows, policy_rows) =
-            (self.engine.model(reference)?.vocab_size, self.engine.model(policy)?.vocab_size);
+        let (reference_rows, policy_rows) = (
+            self.engine.model(reference)?.vocab_size,
+            self.engine.model(policy)?.vocab_size,
+        );
         if reference_rows < ours.vocabulary_rows().min(policy_rows) {
             let message = format!(
                 "is on models/{reference}, which has embeddings for {reference_rows} tokens; \
@@ -208,11 +230,24 @@ impl PolicyResolver {
             checkpoint.digest
         };
         let weights = match checkpoint.adapter {
-            true => WeightsRef::Adapter { model: model.clone(), dir, content },
-            false => WeightsRef::Full { model: model.clone(), dir, content },
+            true => WeightsRef::Adapter {
+                model: model.clone(),
+                dir,
+                content,
+            },
+            false => WeightsRef::Full {
+                model: model.clone(),
+                dir,
+                content,
+            },
         };
         let version = format!("trainingJobs/{}/checkpoints/{}", job.id, checkpoint.step);
-        Ok(Resolved { weights, model, job: Some(job), version })
+        Ok(Resolved {
+            weights,
+            model,
+            job: Some(job),
+            version,
+        })
     }
 
     /// Returns the row of a checkpoint.
@@ -294,7 +329,10 @@ impl PolicyResolver {
         match name {
             PolicyName::Checkpoint { job, which } => {
                 let step = self.find_checkpoint(job, *which).await?.step;
-                Ok(PolicyName::Checkpoint { job: job.clone(), which: CheckpointRef::Step(step) })
+                Ok(PolicyName::Checkpoint {
+                    job: job.clone(),
+                    which: CheckpointRef::Step(step),
+                })
             }
             model => Ok(model.clone()),
         }
@@ -316,13 +354,20 @@ impl PolicyResolver {
             Some(name) => self.digest(name).await?,
             None => None,
         };
-        Ok(ContentPins { policy, reference, dataset, eval_dataset })
+        Ok(ContentPins {
+            policy,
+            reference,
+            dataset,
+            eval_dataset,
+        })
     }
 
     /// Returns the digest of a checkpoint; `None` for a base model, and for a checkpoint of a
     /// version without digests.
     async fn digest(&self, name: &PolicyName) -> Result<Option<String>> {
-        let PolicyName::Checkpoint { job, which } = name else { return Ok(None) };
+        let PolicyName::Checkpoint { job, which } = name else {
+            return Ok(None);
+        };
         let digest = self.find_checkpoint(job, *which).await?.digest;
         Ok((!digest.is_empty()).then_some(digest))
     }
@@ -341,15 +386,27 @@ impl PolicyResolver {
             && let Some(name) = &lora.init_adapter
         {
             let (dir, content) = self.init_adapter(job, name).await?;
-            start.weights = WeightsRef::Adapter { model: model.clone(), dir, content };
+            start.weights = WeightsRef::Adapter {
+                model: model.clone(),
+                dir,
+                content,
+            };
         }
         Ok(start)
     }
 
     /// Returns the folder of the adapter that a job starts from, and its hash.
     async fn init_adapter(&self, job: &Job, name: &str) -> Result<(PathBuf, String)> {
-        if let Some(hash) = job.request.pins.as_ref().and_then(|pins| pins.init_adapter.clone()) {
-            return Ok((self.artifacts.fetch_init_adapter(&job.id, &hash).await?, hash));
+        if let Some(hash) = job
+            .request
+            .pins
+            .as_ref()
+            .and_then(|pins| pins.init_adapter.clone())
+        {
+            return Ok((
+                self.artifacts.fetch_init_adapter(&job.id, &hash).await?,
+                hash,
+            ));
         }
         // A job of version 0.1 has no copy of the adapter. Its adapter name is the path of the
         // folder.
@@ -367,7 +424,12 @@ impl PolicyResolver {
     /// created with.
     pub(super) async fn reference_weights(&self, job: &Job) -> Result<Option<Resolved>> {
         self.check_base(job)?;
-        if !job.request.spec.dpo.has_reference(job.request.reference.is_some()) {
+        if !job
+            .request
+            .spec
+            .dpo
+            .has_reference(job.request.reference.is_some())
+        {
             return Ok(None);
         }
         self.check_reference(job).await?;
@@ -390,7 +452,9 @@ impl PolicyResolver {
     /// `FailedPrecondition` (`NO_REFERENCE`) if the checkpoint lacks the reference file that it
     /// should have.
     pub(super) async fn default_reference(&self, policy: &Resolved) -> Result<Option<Resolved>> {
-        let Some(job) = &policy.job else { return Ok(Some(policy.clone())) };
+        let Some(job) = &policy.job else {
+            return Ok(Some(policy.clone()));
+        };
         if job.request.spec.dpo.reference_sync.is_none() {
             return self.reference_weights(job).await;
         }
@@ -402,7 +466,12 @@ impl PolicyResolver {
                 ..policy.clone()
             }));
         }
-        let WeightsRef::Full { model, dir, content } = policy.weights.clone() else {
+        let WeightsRef::Full {
+            model,
+            dir,
+            content,
+        } = policy.weights.clone()
+        else {
             return Err(ServiceError::internal(format!(
                 "{} has a moving reference but is not a full checkpoint",
                 policy.version
@@ -415,10 +484,17 @@ impl PolicyResolver {
                  e.g. models/{model}, or another checkpoint",
                 policy.version
             );
-            return Err(ServiceError::FailedPrecondition { reason: Reason::NoReference, message });
+            return Err(ServiceError::FailedPrecondition {
+                reason: Reason::NoReference,
+                message,
+            });
         }
         Ok(Some(Resolved {
-            weights: WeightsRef::StoredReference { model, dir, content },
+            weights: WeightsRef::StoredReference {
+                model,
+                dir,
+                content,
+            },
             version,
             ..policy.clone()
         }))
@@ -435,12 +511,19 @@ fn check_content(
     pinned: impl Fn(&ContentPins) -> Option<&String>,
     found: &Resolved,
 ) -> Result<()> {
-    let contents = job.request.pins.as_ref().and_then(|pins| pins.contents.as_ref());
+    let contents = job
+        .request
+        .pins
+        .as_ref()
+        .and_then(|pins| pins.contents.as_ref());
     let (WeightsRef::Adapter { content, .. } | WeightsRef::Full { content, .. }) = &found.weights
     else {
         return Ok(());
     };
-    let Some(pinned) = contents.and_then(pinned).filter(|pinned| *pinned != content) else {
+    let Some(pinned) = contents
+        .and_then(pinned)
+        .filter(|pinned| *pinned != content)
+    else {
         return Ok(());
     };
     let message = format!(
@@ -448,7 +531,10 @@ fn check_content(
          restore the checkpoint that the job was made with",
         job.id, found.version
     );
-    Err(ServiceError::FailedPrecondition { reason: Reason::ModelChanged, message })
+    Err(ServiceError::FailedPrecondition {
+        reason: Reason::ModelChanged,
+        message,
+    })
 }
 
 /// Returns the hash, or `none` for a part that a model does not have.

@@ -36,7 +36,9 @@ pub struct Remote {
 impl std::fmt::Debug for Remote {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // The store itself is left out, because it would print credentials.
-        f.debug_struct("Remote").field("url", &self.url).finish_non_exhaustive()
+        f.debug_struct("Remote")
+            .field("url", &self.url)
+            .finish_non_exhaustive()
     }
 }
 
@@ -52,11 +54,15 @@ impl Remote {
             ServiceError::invalid("artifact_url", format!("{url:?} cannot be used: {e}"))
         };
         let parsed = reqwest::Url::parse(url).map_err(|e| wrong(&e))?;
-        let vendor = options.iter().map(|(k, v)| (k.to_ascii_lowercase(), v.clone()));
+        let vendor = options
+            .iter()
+            .map(|(k, v)| (k.to_ascii_lowercase(), v.clone()));
         let (mut store, prefix) =
             object_store::parse_url_opts(&parsed, vendor).map_err(|e| wrong(&e))?;
         if parsed.scheme() == "file" {
-            let folder = parsed.to_file_path().map_err(|()| wrong(&"it names no folder"))?;
+            let folder = parsed
+                .to_file_path()
+                .map_err(|()| wrong(&"it names no folder"))?;
             if is_new {
                 std::fs::create_dir_all(&folder).map_err(|e| wrong(&e))?;
             } else if !folder.is_dir() {
@@ -69,7 +75,11 @@ impl Remote {
             }
             store = Box::new(LocalFileSystem::new().with_fsync(true));
         }
-        Ok(Remote { store: Arc::from(store), prefix, url: url.trim_end_matches('/').to_owned() })
+        Ok(Remote {
+            store: Arc::from(store),
+            prefix,
+            url: url.trim_end_matches('/').to_owned(),
+        })
     }
 
     /// Returns the identity of the store; `None` if it has none yet.
@@ -79,7 +89,10 @@ impl Remote {
     pub async fn identity(&self) -> Result<Option<String>> {
         match self.store.get(&self.key(IDENTITY_KEY)).await {
             Ok(found) => {
-                let bytes = found.bytes().await.map_err(|e| unavailable(IDENTITY_KEY, &e))?;
+                let bytes = found
+                    .bytes()
+                    .await
+                    .map_err(|e| unavailable(IDENTITY_KEY, &e))?;
                 Ok(Some(String::from_utf8_lossy(&bytes).trim().to_owned()))
             }
             Err(object_store::Error::NotFound { .. }) => Ok(None),
@@ -95,7 +108,11 @@ impl Remote {
     pub async fn create_identity(&self, identity: &str) -> Result<String> {
         use object_store::Error::{AlreadyExists, NotImplemented, NotSupported, Precondition};
         let (key, bytes) = (self.key(IDENTITY_KEY), identity.as_bytes().to_vec());
-        match self.store.put_opts(&key, bytes.clone().into(), PutMode::Create.into()).await {
+        match self
+            .store
+            .put_opts(&key, bytes.clone().into(), PutMode::Create.into())
+            .await
+        {
             Ok(_) | Err(AlreadyExists { .. } | Precondition { .. }) => {}
             // A store without conditional writes: the last write wins, and all processes read that
             // one below.
@@ -109,7 +126,10 @@ impl Remote {
         }
         let found = self.identity().await?;
         found.ok_or_else(|| {
-            unavailable_because(IDENTITY_KEY, "the object that was just written cannot be read")
+            unavailable_because(
+                IDENTITY_KEY,
+                "the object that was just written cannot be read",
+            )
         })
     }
 
@@ -133,7 +153,10 @@ impl Remote {
     }
 
     fn key(&self, name: &str) -> Key {
-        self.prefix.parts().chain(Key::from(name).parts().collect::<Vec<_>>()).collect()
+        self.prefix
+            .parts()
+            .chain(Key::from(name).parts().collect::<Vec<_>>())
+            .collect()
     }
 
     /// Uploads a file atomically: it becomes visible as a whole or not at all.
@@ -141,16 +164,27 @@ impl Remote {
     /// # Errors
     /// `Unavailable` if the store does not answer; `Internal` if the file cannot be read.
     pub async fn put_file(&self, from: &Path, name: &str) -> Result<()> {
-        let mut file = tokio::fs::File::open(from).await.map_err(|e| failed(from, e))?;
+        let mut file = tokio::fs::File::open(from)
+            .await
+            .map_err(|e| failed(from, e))?;
         let size = file.metadata().await.map_err(|e| failed(from, e))?.len() as usize;
         let key = self.key(name);
         if size <= PART_BYTES {
             let mut bytes = Vec::with_capacity(size);
-            file.read_to_end(&mut bytes).await.map_err(|e| failed(from, e))?;
-            self.store.put(&key, bytes.into()).await.map_err(|e| unavailable(name, &e))?;
+            file.read_to_end(&mut bytes)
+                .await
+                .map_err(|e| failed(from, e))?;
+            self.store
+                .put(&key, bytes.into())
+                .await
+                .map_err(|e| unavailable(name, &e))?;
             return Ok(());
         }
-        let upload = self.store.put_multipart(&key).await.map_err(|e| unavailable(name, &e))?;
+        let upload = self
+            .store
+            .put_multipart(&key)
+            .await
+            .map_err(|e| unavailable(name, &e))?;
         let mut parts = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
         let mut buffer = vec![0; 1 << 20];
         loop {
@@ -178,15 +212,23 @@ impl Remote {
     /// The errors of [`Remote::put_file`].
     pub async fn put_folder(&self, from: &Path, name: &str, last: &str) -> Result<()> {
         let mut names = Vec::new();
-        let mut entries = tokio::fs::read_dir(from).await.map_err(|e| failed(from, e))?;
+        let mut entries = tokio::fs::read_dir(from)
+            .await
+            .map_err(|e| failed(from, e))?;
         while let Some(entry) = entries.next_entry().await.map_err(|e| failed(from, e))? {
-            if entry.file_type().await.map_err(|e| failed(from, e))?.is_file() {
+            if entry
+                .file_type()
+                .await
+                .map_err(|e| failed(from, e))?
+                .is_file()
+            {
                 names.push(entry.file_name().to_string_lossy().into_owned());
             }
         }
         names.sort_by_key(|n| n == last);
         for file in names {
-            self.put_file(&from.join(&file), &format!("{name}/{file}")).await?;
+            self.put_file(&from.join(&file), &format!("{name}/{file}"))
+                .await?;
         }
         Ok(())
     }
@@ -196,10 +238,15 @@ impl Remote {
     /// # Errors
     /// `NotFound` if the object does not exist; `Unavailable` if the store does not answer.
     pub async fn get_file(&self, name: &str, to: &Path) -> Result<()> {
-        let found =
-            self.store.get(&self.key(name)).await.map_err(|e| missing_or_unavailable(name, &e))?;
+        let found = self
+            .store
+            .get(&self.key(name))
+            .await
+            .map_err(|e| missing_or_unavailable(name, &e))?;
         let mut bytes = found.into_stream();
-        let mut file = tokio::fs::File::create(to).await.map_err(|e| failed(to, e))?;
+        let mut file = tokio::fs::File::create(to)
+            .await
+            .map_err(|e| failed(to, e))?;
         while let Some(chunk) = bytes.next().await {
             file.write_all(&chunk.map_err(|e| unavailable(name, &e))?)
                 .await
@@ -223,7 +270,8 @@ impl Remote {
         }
         for object in listed.objects {
             if let Some(file) = object.location.filename() {
-                self.get_file(&format!("{name}/{file}"), &to.join(file)).await?;
+                self.get_file(&format!("{name}/{file}"), &to.join(file))
+                    .await?;
             }
         }
         Ok(())
@@ -252,7 +300,10 @@ impl Remote {
     /// `Unavailable` if the store does not answer.
     pub async fn remove(&self, name: &str) -> Result<()> {
         let key = self.key(name);
-        let locations = self.store.list(Some(&key)).map(|object| object.map(|o| o.location));
+        let locations = self
+            .store
+            .list(Some(&key))
+            .map(|object| object.map(|o| o.location));
         let mut all: Vec<Key> = Vec::new();
         tokio::pin!(locations);
         while let Some(location) = locations.next().await {
@@ -330,7 +381,10 @@ mod tests {
     async fn two_servers_that_find_no_identity_agree_on_one() {
         let dir = tempfile::tempdir().unwrap();
         let (a, b) = (folder_store(dir.path()), folder_store(dir.path()));
-        assert_eq!((a.identity().await.unwrap(), b.identity().await.unwrap()), (None, None));
+        assert_eq!(
+            (a.identity().await.unwrap(), b.identity().await.unwrap()),
+            (None, None)
+        );
         let (of_a, of_b) = tokio::join!(a.create_identity("a"), b.create_identity("b"));
         let chosen = of_a.unwrap();
         assert_eq!(of_b.unwrap(), chosen);

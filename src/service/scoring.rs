@@ -216,9 +216,19 @@ impl ScoringService {
         shutdown: Shutdown,
         template_date: TemplateDate,
     ) -> Self {
-        let (tokenizers, texts) =
-            (Limiter::new(MAX_TOKENIZING_REQUESTS), Limiter::new(TEXT_BUDGET_KIB));
-        ScoringService { policies, engine, quota, tokenizers, texts, shutdown, template_date }
+        let (tokenizers, texts) = (
+            Limiter::new(MAX_TOKENIZING_REQUESTS),
+            Limiter::new(TEXT_BUDGET_KIB),
+        );
+        ScoringService {
+            policies,
+            engine,
+            quota,
+            tokenizers,
+            texts,
+            shutdown,
+            template_date,
+        }
     }
 
     /// Resolves the options of a scoring request.
@@ -245,7 +255,10 @@ impl ScoringService {
                 format!("is {n}: it must lie in 2..=1048576"),
             ));
         }
-        for name in [Some(&options.policy), options.reference.as_ref()].into_iter().flatten() {
+        for name in [Some(&options.policy), options.reference.as_ref()]
+            .into_iter()
+            .flatten()
+        {
             check_weights(&self.policies.store, caller, name).await?;
         }
         let policy = self.policies.resolve(&options.policy).await?;
@@ -261,12 +274,20 @@ impl ScoringService {
             return Err(ServiceError::invalid("options.reference", message));
         }
         if let Some(r) = &reference {
-            self.policies.check_tokenizers("options.reference", &policy.model, &r.model)?;
+            self.policies
+                .check_tokenizers("options.reference", &policy.model, &r.model)?;
         }
         let spec = policy.job.as_ref().map(|j| &j.request.spec);
-        let job_arguments = policy.job.as_ref().map(|j| j.template_arguments()).unwrap_or_default();
+        let job_arguments = policy
+            .job
+            .as_ref()
+            .map(|j| j.template_arguments())
+            .unwrap_or_default();
         let mut warnings = Vec::new();
-        if reference.as_ref().is_some_and(|r| r.weights == policy.weights) {
+        if reference
+            .as_ref()
+            .is_some_and(|r| r.weights == policy.weights)
+        {
             warnings.push(SAME_WEIGHTS.to_owned());
         }
         let has_moving_reference = spec.is_some_and(|s| s.dpo.reference_sync.is_some());
@@ -287,7 +308,10 @@ impl ScoringService {
                 .normalization
                 .or(spec.map(|s| s.dpo.reward_normalization()))
                 .unwrap_or(Normalization::Sum),
-            max_length: options.max_length.or(spec.map(|s| s.batch.max_length)).unwrap_or(1024),
+            max_length: options
+                .max_length
+                .or(spec.map(|s| s.batch.max_length))
+                .unwrap_or(1024),
             truncation: spec.map_or(Truncation::KeepStart, |s| s.batch.truncation),
             service: self.clone(),
             owner: caller.owner.clone(),
@@ -326,9 +350,18 @@ impl ScoringSession {
     /// `InvalidArgument` if the text has more than 16 MiB.
     pub async fn reserve(&self, pair: PairToScore) -> Result<ReservedPair> {
         let room = self
-            .reserve_text("pair", pair.arguments.bytes(), &pair.prompt, &[&pair.a, &pair.b])
+            .reserve_text(
+                "pair",
+                pair.arguments.bytes(),
+                &pair.prompt,
+                &[&pair.a, &pair.b],
+            )
             .await?;
-        Ok(ReservedPair { session: self.clone(), pair, room })
+        Ok(ReservedPair {
+            session: self.clone(),
+            pair,
+            room,
+        })
     }
 
     /// Admits a pair for scoring.
@@ -350,7 +383,12 @@ impl ScoringSession {
         completions: Vec<Text>,
     ) -> Result<AdmittedCompletions> {
         let room = self
-            .reserve_text("completions", 0, &prompt, &completions.iter().collect::<Vec<_>>())
+            .reserve_text(
+                "completions",
+                0,
+                &prompt,
+                &completions.iter().collect::<Vec<_>>(),
+            )
             .await?;
         let lacks_dialogue = self.lacks_dialogue(&prompt);
         let encode =
@@ -380,7 +418,10 @@ impl ScoringSession {
         if lacks_dialogue {
             return Err(needs_dialogue("options.tools"));
         }
-        Ok(AdmittedCompletions { errors, row: Some(self.admitted(encoded, room)?) })
+        Ok(AdmittedCompletions {
+            errors,
+            row: Some(self.admitted(encoded, room)?),
+        })
     }
 
     /// Returns true if the request has tools but the prompt is plain text, which no chat template
@@ -414,7 +455,10 @@ impl ScoringSession {
             );
             return Err(ServiceError::invalid(field, message));
         }
-        self.service.texts.acquire_many(bytes.div_ceil(1024) as u32).await
+        self.service
+            .texts
+            .acquire_many(bytes.div_ceil(1024) as u32)
+            .await
     }
 
     /// Runs `encode` on a blocking thread.
@@ -423,8 +467,11 @@ impl ScoringSession {
         arguments: Arc<TemplateArguments>,
         encode: impl FnOnce(PairEncoder<'_>) -> T + Send + 'static,
     ) -> Result<T> {
-        let (session, permit, caller) =
-            (self.clone(), self.service.tokenizers.acquire().await?, trace::current());
+        let (session, permit, caller) = (
+            self.clone(),
+            self.service.tokenizers.acquire().await?,
+            trace::current(),
+        );
         blocking(move || {
             // The permit is held until the work is done, even if the caller has disconnected.
             let _permit = permit;
@@ -437,7 +484,13 @@ impl ScoringSession {
             let encoded = encode(encoder);
             let took = start.elapsed();
             metrics::histogram!("bradley_scoring_tokenize_seconds").record(took.as_secs_f64());
-            trace::record("scoring.tokenize", &caller, SystemTime::now() - took, took, Vec::new());
+            trace::record(
+                "scoring.tokenize",
+                &caller,
+                SystemTime::now() - took,
+                took,
+                Vec::new(),
+            );
             encoded
         })
         .await
@@ -449,9 +502,17 @@ impl ScoringSession {
         encoded: Vec<EncodedCompletion>,
         room: OwnedSemaphorePermit,
     ) -> Result<Admitted> {
-        let item = ScoreItem { groups: group(&encoded) };
+        let item = ScoreItem {
+            groups: group(&encoded),
+        };
         let quota = self.service.quota.take(&self.owner, item.tokens())?;
-        Ok(Admitted { session: self.clone(), encoded, item, _quota: quota, _room: room })
+        Ok(Admitted {
+            session: self.clone(),
+            encoded,
+            item,
+            _quota: quota,
+            _room: room,
+        })
     }
 
     /// Scores a row. If the job of a live policy has ended meanwhile, its latest checkpoint is
@@ -459,7 +520,10 @@ impl ScoringSession {
     async fn score(&self, item: ScoreItem) -> Result<ScoredItem> {
         let (engine, policies) = (&self.service.engine, &self.service.policies);
         let reference = self.reference.as_ref().map(|r| &r.weights);
-        match engine.score(&self.policy.weights, reference, item.clone()).await {
+        match engine
+            .score(&self.policy.weights, reference, item.clone())
+            .await
+        {
             // The job ended between the start of the request and now. Its latest checkpoint has the
             // weights that it trained last.
             Err(EngineError::NotResident(_)) => {
@@ -470,13 +534,18 @@ impl ScoringSession {
                     .resolve_stored(job, self.policy.model.clone(), CheckpointRef::Latest)
                     .await?;
                 let stored_reference = match reference {
-                    Some(WeightsRef::LiveReference { .. }) => {
-                        policies.default_reference(&stored).await?.map(|r| r.weights)
-                    }
+                    Some(WeightsRef::LiveReference { .. }) => policies
+                        .default_reference(&stored)
+                        .await?
+                        .map(|r| r.weights),
                     _ => None,
                 };
                 Ok(engine
-                    .score(&stored.weights, stored_reference.as_ref().or(reference), item)
+                    .score(
+                        &stored.weights,
+                        stored_reference.as_ref().or(reference),
+                        item,
+                    )
                     .await?)
             }
             scored => Ok(scored?),
@@ -515,13 +584,25 @@ impl ReservedPair {
     /// `InvalidArgument` if the pair cannot be encoded; `ResourceExhausted` if the client has too
     /// many tokens in the queue.
     pub async fn admit(self) -> Result<AdmittedPair> {
-        let ReservedPair { session, pair: PairToScore { prompt, a, b, arguments: own }, room } =
-            self;
+        let ReservedPair {
+            session,
+            pair:
+                PairToScore {
+                    prompt,
+                    a,
+                    b,
+                    arguments: own,
+                },
+            room,
+        } = self;
         if let Text::Plain(_) = prompt
             && !own.is_empty()
         {
-            let field =
-                if own.tools.is_some() { "pair.tools" } else { "pair.chat_template_kwargs" };
+            let field = if own.tools.is_some() {
+                "pair.tools"
+            } else {
+                "pair.chat_template_kwargs"
+            };
             return Err(needs_dialogue(field));
         }
         let arguments = match own.is_empty() {
@@ -559,11 +640,19 @@ impl AdmittedPair {
         };
         let mut sides = scored.into_iter();
         let (Some(a), Some(b)) = (sides.next(), sides.next()) else {
-            return Err(ServiceError::internal("a pair came back with fewer than two sides"));
+            return Err(ServiceError::internal(
+                "a pair came back with fewer than two sides",
+            ));
         };
         metrics::counter!("bradley_scored_pairs_total").increment(1);
         let margin = a.reward - b.reward;
-        Ok(ScoredPair { probability: preference_probability(margin), margin, a, b, policy_version })
+        Ok(ScoredPair {
+            probability: preference_probability(margin),
+            margin,
+            a,
+            b,
+            policy_version,
+        })
     }
 }
 
@@ -586,7 +675,13 @@ impl Admitted {
     /// Returns the scores of the row's answers, and the step at which a live policy scored them.
     async fn score(self) -> Result<(Vec<ScoredCompletion>, Option<u64>)> {
         // The bindings hold quota and budget until the row is scored.
-        let Admitted { session, encoded, item, _quota, _room } = self;
+        let Admitted {
+            session,
+            encoded,
+            item,
+            _quota,
+            _room,
+        } = self;
         let scored = session.score(item).await?;
         let live_step = scored.live_step;
         Ok((session.describe(encoded, scored), live_step))
@@ -595,10 +690,17 @@ impl Admitted {
 
 /// Merges scores and errors in the order of the answers, and ranks the scored ones.
 fn ranked(errors: Vec<Option<ServiceError>>, scored: Vec<ScoredCompletion>) -> RankedCompletions {
-    let with_score: Vec<usize> =
-        errors.iter().enumerate().filter(|(_, e)| e.is_none()).map(|(i, _)| i).collect();
+    let with_score: Vec<usize> = errors
+        .iter()
+        .enumerate()
+        .filter(|(_, e)| e.is_none())
+        .map(|(i, _)| i)
+        .collect();
     let rewards: Vec<f64> = scored.iter().map(|s| s.reward).collect();
-    let ranking = ranking(&rewards).into_iter().map(|i| with_score[i]).collect();
+    let ranking = ranking(&rewards)
+        .into_iter()
+        .map(|i| with_score[i])
+        .collect();
     let mut scored = scored.into_iter().zip(best_of(&rewards));
     let missing_score = || (Err(ServiceError::internal("unscored")), 0.0);
     let answers = errors.into_iter().map(|error| {
@@ -606,11 +708,16 @@ fn ranked(errors: Vec<Option<ServiceError>>, scored: Vec<ScoredCompletion>) -> R
             Some(e) => (Err(e), 0.0),
             None => scored
                 .next()
-                .map_or_else(missing_score, |(score, probability)| (Ok(score), probability)),
+                .map_or_else(missing_score, |(score, probability)| {
+                    (Ok(score), probability)
+                }),
         };
         RankedCompletion { score, probability }
     });
-    RankedCompletions { answers: answers.collect(), ranking }
+    RankedCompletions {
+        answers: answers.collect(),
+        ranking,
+    }
 }
 
 fn needs_dialogue(field: &str) -> ServiceError {

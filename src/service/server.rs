@@ -86,7 +86,12 @@ impl Server {
                  previous one"
             );
         }
-        for task in self.background.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for task in self
+            .background
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .drain(..)
+        {
             task.abort();
         }
         self.store.close().await;

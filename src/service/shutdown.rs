@@ -33,7 +33,11 @@ impl Shutdown {
     /// `Unavailable` (`DRAINING`) if it is shutting down; the client may retry with another
     /// replica.
     pub fn refuse_new_work(&self) -> Result<()> {
-        if self.has_begun() { Err(ServiceError::draining()) } else { Ok(()) }
+        if self.has_begun() {
+            Err(ServiceError::draining())
+        } else {
+            Ok(())
+        }
     }
 
     /// Returns a receiver that is notified when the shutdown begins.

@@ -120,7 +120,11 @@ pub struct StoreOptions {
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        StoreOptions { database_url: None, events_kept: 1_000_000, lease: Duration::from_secs(30) }
+        StoreOptions {
+            database_url: None,
+            events_kept: 1_000_000,
+            lease: Duration::from_secs(30),
+        }
     }
 }
 
@@ -174,7 +178,10 @@ impl Store {
             Dialect::Postgres => (POSTGRES_CONNECTIONS, POSTGRES_CONNECTIONS),
         };
         let cannot_open = |e| ServiceError::internal(format!("the database cannot be opened: {e}"));
-        let writer = pool(writers).connect_with(connect.clone()).await.map_err(cannot_open)?;
+        let writer = pool(writers)
+            .connect_with(connect.clone())
+            .await
+            .map_err(cannot_open)?;
         let mut migrations = match dialect {
             Dialect::Sqlite => sqlx::migrate!("src/service/migrations/sqlite"),
             Dialect::Postgres => sqlx::migrate!("src/service/migrations/postgres"),
@@ -191,7 +198,10 @@ impl Store {
             dialect,
             url,
             writer,
-            readers: pool(readers).connect_with(connect).await.map_err(cannot_open)?,
+            readers: pool(readers)
+                .connect_with(connect)
+                .await
+                .map_err(cannot_open)?,
             events_kept: options.events_kept.clamp(1, i64::MAX as u64) as i64,
             lease: options.lease,
             replica: uuid::Uuid::now_v7().to_string(),
@@ -240,16 +250,24 @@ impl Store {
             let is_end = found.len() < wanted;
             for row in found {
                 bytes += row.bytes();
-                if let Some(last) = rows.last().filter(|_| rows.len() >= size || bytes > PAGE_BYTES)
+                if let Some(last) = rows
+                    .last()
+                    .filter(|_| rows.len() >= size || bytes > PAGE_BYTES)
                 {
                     let next_page_token = R::seq(last).to_string();
-                    return Ok(Page { items: readable(rows), next_page_token });
+                    return Ok(Page {
+                        items: readable(rows),
+                        next_page_token,
+                    });
                 }
                 before = R::seq(&row);
                 rows.push(row);
             }
             if is_end {
-                return Ok(Page { items: readable(rows), next_page_token: String::new() });
+                return Ok(Page {
+                    items: readable(rows),
+                    next_page_token: String::new(),
+                });
             }
         }
     }
@@ -284,7 +302,9 @@ async fn configure(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Re
             "lock_timeout = '5s'",
             "statement_timeout = '60s'",
         ] {
-            sqlx::query(AssertSqlSafe(format!("SET {setting}"))).execute(&mut *connection).await?;
+            sqlx::query(AssertSqlSafe(format!("SET {setting}")))
+                .execute(&mut *connection)
+                .await?;
         }
         // Commits must reach the disk, whatever the default of the database is. A stricter setting
         // is left unchanged.
@@ -326,7 +346,10 @@ fn parse_token(token: &str) -> Result<i64> {
         t => t.parse().map_err(|_| {
             ServiceError::invalid(
                 "page_token",
-                format!("{} is not a page token of this list: start again without it", quoted(t)),
+                format!(
+                    "{} is not a page token of this list: start again without it",
+                    quoted(t)
+                ),
             )
         }),
     }

@@ -6,20 +6,31 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 use crate::domain::job::JobState;
 
 /// Upper bounds of duration histograms, in seconds.
-const DURATION_BUCKETS: [f64; 14] =
-    [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
+const DURATION_BUCKETS: [f64; 14] = [
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0,
+];
 /// Upper bounds of token-count histograms.
-const TOKEN_BUCKETS: [f64; 10] =
-    [32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+const TOKEN_BUCKETS: [f64; 10] = [
+    32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0,
+];
 /// Upper bounds of histograms of items per batch.
 const ITEM_BUCKETS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 
 /// Counters without labels. They are registered with the value 0 at the start: Prometheus computes
 /// an increase only for a series that already exists.
 const PLAIN_COUNTERS: [(&str, &str); 12] = [
-    ("bradley_refused_total", "Calls refused for their bearer token or its roles."),
-    ("bradley_tls_reloads_total", "Times that changed TLS certificates were loaded."),
-    ("bradley_scoring_rejected_total", "Scoring items refused because the queue was full."),
+    (
+        "bradley_refused_total",
+        "Calls refused for their bearer token or its roles.",
+    ),
+    (
+        "bradley_tls_reloads_total",
+        "Times that changed TLS certificates were loaded.",
+    ),
+    (
+        "bradley_scoring_rejected_total",
+        "Scoring items refused because the queue was full.",
+    ),
     (
         "bradley_scoring_abandoned_total",
         "Scoring items dropped before they ran, because their clients had left.",
@@ -29,21 +40,36 @@ const PLAIN_COUNTERS: [(&str, &str); 12] = [
         "Tokens scored; a prompt counts once for all answers of its item.",
     ),
     ("bradley_scored_pairs_total", "Preference pairs scored."),
-    ("bradley_reference_cache_hits_total", "Sequences with reference log-probs in the cache."),
+    (
+        "bradley_reference_cache_hits_total",
+        "Sequences with reference log-probs in the cache.",
+    ),
     (
         "bradley_reference_cache_misses_total",
         "Sequences with reference log-probs that had to be computed.",
     ),
     ("bradley_training_steps_total", "Optimizer steps taken."),
-    ("bradley_training_tokens_total", "Tokens trained on; each sequence counts its prompt."),
-    ("bradley_training_pairs_total", "Preference pairs trained on."),
-    ("bradley_jobs_recovered_total", "Jobs requeued because their worker was gone."),
+    (
+        "bradley_training_tokens_total",
+        "Tokens trained on; each sequence counts its prompt.",
+    ),
+    (
+        "bradley_training_pairs_total",
+        "Preference pairs trained on.",
+    ),
+    (
+        "bradley_jobs_recovered_total",
+        "Jobs requeued because their worker was gone.",
+    ),
 ];
 
 /// Counters with labels; their series appear when they are first incremented, except for those that
 /// [`install`] registers.
 const COUNTERS: [(&str, &str); 5] = [
-    ("bradley_jobs_ended_total", "Jobs that this process moved to a final state, by state."),
+    (
+        "bradley_jobs_ended_total",
+        "Jobs that this process moved to a final state, by state.",
+    ),
     (
         "bradley_jobs_waiting_total",
         "Times that a job was requeued because an input was missing, by reason.",
@@ -66,15 +92,27 @@ const GAUGES: [(&str, &str); 14] = [
     ("bradley_build_info", "1; the version is a label."),
     ("bradley_connections", "Open connections to the gRPC port."),
     ("bradley_event_streams", "Open streams of training events."),
-    ("bradley_scoring_queue_tokens", "Tokens in the scoring queue."),
+    (
+        "bradley_scoring_queue_tokens",
+        "Tokens in the scoring queue.",
+    ),
     ("bradley_scoring_queue_items", "Items in the scoring queue."),
-    ("bradley_scoring_queue_limit_tokens", "Maximum number of tokens in the scoring queue."),
-    ("bradley_resident_policies", "Adapters and full weights in memory, without the base models."),
+    (
+        "bradley_scoring_queue_limit_tokens",
+        "Maximum number of tokens in the scoring queue.",
+    ),
+    (
+        "bradley_resident_policies",
+        "Adapters and full weights in memory, without the base models.",
+    ),
     (
         "bradley_device_free_bytes",
         "GPU memory in bytes that is free or cached for the next passes.",
     ),
-    ("bradley_device_memory_bytes", "Total memory of a GPU in bytes."),
+    (
+        "bradley_device_memory_bytes",
+        "Total memory of a GPU in bytes.",
+    ),
     (
         "bradley_memory_limit_bytes",
         "Limit on the estimated host memory of models and jobs, in bytes.",
@@ -83,7 +121,10 @@ const GAUGES: [(&str, &str); 14] = [
         "bradley_device_memory_limit_bytes",
         "Limit on the estimated memory of models and a job on a GPU, in bytes.",
     ),
-    ("bradley_jobs", "Jobs in the database, by state; every replica shows the same."),
+    (
+        "bradley_jobs",
+        "Jobs in the database, by state; every replica shows the same.",
+    ),
     ("bradley_store_up", "1 when the database answers."),
     (
         "bradley_unreadable_jobs",
@@ -92,10 +133,22 @@ const GAUGES: [(&str, &str); 14] = [
 ];
 
 const HISTOGRAMS: [(&str, &str); 10] = [
-    ("bradley_request_seconds", "Time from a call's arrival to the head of its answer, by method."),
-    ("bradley_scoring_queue_seconds", "Time that an item waited for the device."),
-    ("bradley_scoring_tokenize_seconds", "Time to render and tokenise an item."),
-    ("bradley_scoring_compute_seconds", "Device time of a scoring batch."),
+    (
+        "bradley_request_seconds",
+        "Time from a call's arrival to the head of its answer, by method.",
+    ),
+    (
+        "bradley_scoring_queue_seconds",
+        "Time that an item waited for the device.",
+    ),
+    (
+        "bradley_scoring_tokenize_seconds",
+        "Time to render and tokenise an item.",
+    ),
+    (
+        "bradley_scoring_compute_seconds",
+        "Device time of a scoring batch.",
+    ),
     ("bradley_scoring_batch_tokens", "Tokens per scoring batch."),
     ("bradley_scoring_batch_items", "Items per scoring batch."),
     (
@@ -110,7 +163,10 @@ const HISTOGRAMS: [(&str, &str); 10] = [
         "bradley_checkpoint_seconds",
         "Time to write a checkpoint to disk and to upload it to the artifact store, by phase.",
     ),
-    ("bradley_event_lag_seconds", "Time from the creation of a training event until it is stored."),
+    (
+        "bradley_event_lag_seconds",
+        "Time from the creation of a training event until it is stored.",
+    ),
 ];
 
 /// Installs the metrics recorder of the process and describes every metric.
@@ -140,9 +196,15 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
     for state in JobState::ALL.into_iter().filter(|s| s.is_final()) {
         counter!("bradley_jobs_ended_total", "state" => state.name()).increment(0);
     }
-    COUNTERS.iter().for_each(|(name, help)| describe_counter!(*name, *help));
-    GAUGES.iter().for_each(|(name, help)| describe_gauge!(*name, *help));
-    HISTOGRAMS.iter().for_each(|(name, help)| describe_histogram!(*name, *help));
+    COUNTERS
+        .iter()
+        .for_each(|(name, help)| describe_counter!(*name, *help));
+    GAUGES
+        .iter()
+        .for_each(|(name, help)| describe_gauge!(*name, *help));
+    HISTOGRAMS
+        .iter()
+        .for_each(|(name, help)| describe_histogram!(*name, *help));
     metrics::gauge!("bradley_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     Ok(handle)
 }
@@ -162,8 +224,10 @@ mod tests {
                 used(&path, found);
             } else if !path.ends_with("telemetry/metrics.rs") {
                 let source = std::fs::read_to_string(&path).unwrap_or_default();
-                let names =
-                    source.split("\"bradley_").skip(1).filter_map(|rest| rest.split_once('"'));
+                let names = source
+                    .split("\"bradley_")
+                    .skip(1)
+                    .filter_map(|rest| rest.split_once('"'));
                 found.extend(names.map(|(name, _)| format!("bradley_{name}")));
             }
         }
@@ -172,7 +236,10 @@ mod tests {
     #[test]
     fn every_metric_is_described_and_every_description_is_of_a_metric() {
         let mut found = BTreeSet::from(["bradley_build_info".to_owned()]);
-        used(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
+        used(
+            &Path::new(env!("CARGO_MANIFEST_DIR")).join("src"),
+            &mut found,
+        );
         // The gauges of a training run are described in `rpc`, where they are written.
         found.retain(|name| {
             !["loss", "margin", "accuracy", "progress_ratio"]

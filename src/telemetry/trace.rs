@@ -24,8 +24,10 @@ pub fn current() -> Context {
 /// Parses a `traceparent`; returns an empty context if it is absent or not valid W3C Trace Context.
 /// `tracestate` is ignored: it may be long, and every span would carry it.
 pub fn parse(traceparent: Option<&str>) -> Context {
-    let fields: HashMap<String, String> =
-        traceparent.map(|t| (TRACEPARENT.to_owned(), t.to_owned())).into_iter().collect();
+    let fields: HashMap<String, String> = traceparent
+        .map(|t| (TRACEPARENT.to_owned(), t.to_owned()))
+        .into_iter()
+        .collect();
     TraceContextPropagator::new().extract_with_context(&Context::new(), &fields)
 }
 
@@ -39,7 +41,9 @@ pub fn format(context: &Context) -> Option<String> {
 /// Returns the trace id, for log lines.
 pub fn id(context: &Context) -> Option<String> {
     let span = context.span();
-    span.span_context().is_valid().then(|| span.span_context().trace_id().to_string())
+    span.span_context()
+        .is_valid()
+        .then(|| span.span_context().trace_id().to_string())
 }
 
 /// Records a finished child span of `parent` that began at `start` and lasted `took`. Returns its
@@ -68,7 +72,9 @@ pub fn shared<'a>(
     took: Duration,
     about: Vec<KeyValue>,
 ) -> Option<SpanContext> {
-    let linked = callers.map(|c| c.span().span_context().clone()).filter(SpanContext::is_sampled);
+    let linked = callers
+        .map(|c| c.span().span_context().clone())
+        .filter(SpanContext::is_sampled);
     let links: Vec<Link> = linked.map(|c| Link::new(c, Vec::new(), 0)).collect();
     (!links.is_empty()).then(|| emit(name, &Context::new(), start, took, about, links))
 }
@@ -83,7 +89,14 @@ pub fn linked(
     to: &SpanContext,
 ) {
     if parent.span().span_context().is_sampled() {
-        emit(name, parent, start, took, Vec::new(), vec![Link::new(to.clone(), Vec::new(), 0)]);
+        emit(
+            name,
+            parent,
+            start,
+            took,
+            Vec::new(),
+            vec![Link::new(to.clone(), Vec::new(), 0)],
+        );
     }
 }
 
@@ -114,7 +127,10 @@ mod tests {
     fn a_traceparent_is_read_and_written_and_nonsense_is_none() {
         let context = parse(Some(PARENT));
         assert_eq!(format(&context).as_deref(), Some(PARENT));
-        assert_eq!(id(&context).as_deref(), Some("0af7651916cd43dd8448eb211c80319c"));
+        assert_eq!(
+            id(&context).as_deref(),
+            Some("0af7651916cd43dd8448eb211c80319c")
+        );
         for wrong in [
             None,
             Some(""),
@@ -128,8 +144,19 @@ mod tests {
 
     #[test]
     fn what_is_not_recorded_costs_no_span() {
-        let unsampled = parse(Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"));
-        assert!(record("x", &unsampled, SystemTime::now(), Duration::ZERO, Vec::new()).is_none());
+        let unsampled = parse(Some(
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00",
+        ));
+        assert!(
+            record(
+                "x",
+                &unsampled,
+                SystemTime::now(),
+                Duration::ZERO,
+                Vec::new()
+            )
+            .is_none()
+        );
         assert!(
             shared(
                 "x",

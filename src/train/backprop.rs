@@ -43,9 +43,12 @@ pub fn forward(
             save,
             yield_point,
         )?)),
-        ComputeDevice::Cuda(cuda) => {
-            BackendTape::Cuda(Box::new(cuda.forward(policy.view(), &row, save, yield_point)?))
-        }
+        ComputeDevice::Cuda(cuda) => BackendTape::Cuda(Box::new(cuda.forward(
+            policy.view(),
+            &row,
+            save,
+            yield_point,
+        )?)),
     };
     Ok(RowTape { row, tape })
 }

@@ -176,7 +176,8 @@ impl CheckpointError {
             CheckpointError::Model(e) => return e.for_clients(),
             CheckpointError::Candle(e) => return e.to_string(),
         };
-        self.to_string().replace(&path.display().to_string(), &last_part(path))
+        self.to_string()
+            .replace(&path.display().to_string(), &last_part(path))
     }
 
     /// Returns true if a file is missing (as opposed to damaged).
@@ -202,7 +203,10 @@ impl CheckpointError {
 }
 
 fn io_at(path: &Path) -> impl FnOnce(io::Error) -> CheckpointError + '_ {
-    move |source| CheckpointError::Io { path: path.to_owned(), source }
+    move |source| CheckpointError::Io {
+        path: path.to_owned(),
+        source,
+    }
 }
 
 /// Writes `<folder>/<step>` atomically and returns its size in bytes. After it has returned, the
@@ -240,13 +244,18 @@ fn write(temporary: &Path, contents: &CheckpointContents) -> Result<(), Checkpoi
     }
     peft::save_tensors(&temporary.join(OPTIMIZER_FILE), &moments(contents)?)?;
     if let Some(reference) = contents.reference {
-        peft::save_tensors(&temporary.join(REFERENCE_FILE), &reference.parameters.named())?;
+        peft::save_tensors(
+            &temporary.join(REFERENCE_FILE),
+            &reference.parameters.named(),
+        )?;
     }
     let mut files = BTreeMap::new();
     for name in file_names(temporary)? {
         let path = temporary.join(&name);
         files.insert(name, checksum(&path)?);
-        File::open(&path).and_then(|f| f.sync_all()).map_err(io_at(&path))?;
+        File::open(&path)
+            .and_then(|f| f.sync_all())
+            .map_err(io_at(&path))?;
     }
     let state = StateFile {
         version: FORMAT_VERSION,
@@ -259,9 +268,14 @@ fn write(temporary: &Path, contents: &CheckpointContents) -> Result<(), Checkpoi
         files,
     };
     let path = temporary.join(STATE_FILE);
-    fs::write(&path, serde_json::to_vec_pretty(&state).map_err(|e| damaged(&path, e.to_string()))?)
+    fs::write(
+        &path,
+        serde_json::to_vec_pretty(&state).map_err(|e| damaged(&path, e.to_string()))?,
+    )
+    .map_err(io_at(&path))?;
+    File::open(&path)
+        .and_then(|f| f.sync_all())
         .map_err(io_at(&path))?;
-    File::open(&path).and_then(|f| f.sync_all()).map_err(io_at(&path))?;
     sync_folder(temporary)
 }
 
@@ -281,9 +295,10 @@ fn save_full(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Result<(
 fn moments(contents: &CheckpointContents) -> Result<Vec<(String, Tensor)>, CheckpointError> {
     let mut all = Vec::new();
     for (i, t) in contents.policy.trainables.iter().enumerate() {
-        for (prefix, values) in
-            [("m", &contents.optimizer.first[i]), ("v", &contents.optimizer.second[i])]
-        {
+        for (prefix, values) in [
+            ("m", &contents.optimizer.first[i]),
+            ("v", &contents.optimizer.second[i]),
+        ] {
             all.push((
                 format!("{prefix}.{}", t.name),
                 Tensor::from_slice(values, t.var.shape(), &Device::Cpu)?,
@@ -316,11 +331,18 @@ pub fn restore(
     optimizer: &mut AdamW,
 ) -> Result<Restored, CheckpointError> {
     let file = verify(dir)?;
-    if let Some(Difference { part, hashes }) =
-        file.base.as_ref().and_then(|pinned| pinned.difference(base))
+    if let Some(Difference { part, hashes }) = file
+        .base
+        .as_ref()
+        .and_then(|pinned| pinned.difference(base))
     {
         let (pinned, found) = (hashes.0.to_owned(), hashes.1.to_owned());
-        return Err(CheckpointError::OtherModel { path: dir.to_owned(), part, pinned, found });
+        return Err(CheckpointError::OtherModel {
+            path: dir.to_owned(),
+            part,
+            pinned,
+            found,
+        });
     }
     if file.adapter != policy.is_lora() {
         return Err(damaged(
@@ -347,7 +369,11 @@ pub fn restore(
         true => Some(load(&dir.join(REFERENCE_FILE))?.into_iter().collect()),
         false => None,
     };
-    Ok(Restored { state: file.state, metrics: file.metrics, reference })
+    Ok(Restored {
+        state: file.state,
+        metrics: file.metrics,
+        reference,
+    })
 }
 
 type Tensors = std::collections::HashMap<String, Tensor>;
@@ -366,7 +392,11 @@ fn fetch(
         Some(t) if t.shape() == shape && t.dtype() == DType::F32 => Ok(t.clone()),
         Some(t) => Err(damaged(
             dir,
-            format!("tensor {name} is {:?} {:?}, expected f32 {shape:?}", t.dtype(), t.shape()),
+            format!(
+                "tensor {name} is {:?} {:?}, expected f32 {shape:?}",
+                t.dtype(),
+                t.shape()
+            ),
         )),
         None => Err(damaged(dir, format!("tensor {name} is missing"))),
     }
@@ -422,7 +452,10 @@ fn read_state(dir: &Path) -> Result<StateFile, CheckpointError> {
     let unreadable = |e: serde_json::Error| damaged(dir, format!("{STATE_FILE}: {e}"));
     let Versioned { version } = serde_json::from_slice(&text).map_err(unreadable)?;
     if version != FORMAT_VERSION {
-        return Err(CheckpointError::Version { path: dir.to_owned(), found: version });
+        return Err(CheckpointError::Version {
+            path: dir.to_owned(),
+            found: version,
+        });
     }
     serde_json::from_slice(&text).map_err(unreadable)
 }
@@ -435,12 +468,18 @@ fn read_state(dir: &Path) -> Result<StateFile, CheckpointError> {
 pub fn steps(folder: &Path) -> Result<Vec<u64>, CheckpointError> {
     match fs::metadata(folder) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        _ => Ok(file_names(folder)?.iter().filter_map(|name| name.parse().ok()).collect()),
+        _ => Ok(file_names(folder)?
+            .iter()
+            .filter_map(|name| name.parse().ok())
+            .collect()),
     }
 }
 
 fn damaged(path: &Path, reason: String) -> CheckpointError {
-    CheckpointError::Damaged { path: path.to_owned(), reason }
+    CheckpointError::Damaged {
+        path: path.to_owned(),
+        reason,
+    }
 }
 
 fn checksum(path: &Path) -> Result<String, CheckpointError> {
@@ -453,7 +492,13 @@ fn checksum(path: &Path) -> Result<String, CheckpointError> {
 fn file_names(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(io_at(dir))? {
-        names.push(entry.map_err(io_at(dir))?.file_name().to_string_lossy().into_owned());
+        names.push(
+            entry
+                .map_err(io_at(dir))?
+                .file_name()
+                .to_string_lossy()
+                .into_owned(),
+        );
     }
     names.sort();
     Ok(names)
@@ -468,7 +513,9 @@ fn size(dir: &Path) -> Result<u64, CheckpointError> {
 }
 
 fn sync_folder(dir: &Path) -> Result<(), CheckpointError> {
-    File::open(dir).and_then(|f| f.sync_all()).map_err(io_at(dir))
+    File::open(dir)
+        .and_then(|f| f.sync_all())
+        .map_err(io_at(dir))
 }
 
 fn remove_if_present(dir: &Path) -> Result<(), CheckpointError> {

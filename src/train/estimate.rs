@@ -34,7 +34,11 @@ pub enum MemoryKind {
 impl MemoryKind {
     /// Returns the memory in which a device's passes store activations.
     pub fn of(device: &ComputeDevice) -> Self {
-        if device.memory().is_some() { MemoryKind::Gpu } else { MemoryKind::Host }
+        if device.memory().is_some() {
+            MemoryKind::Gpu
+        } else {
+            MemoryKind::Host
+        }
     }
 }
 
@@ -54,13 +58,19 @@ impl Lengths {
         let mut lengths: Vec<usize> = pairs.iter().map(EncodedPair::packed_tokens).collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));
         let micro_batch = lengths.iter().take(batch_size).sum();
-        Lengths { longest: lengths.first().copied().unwrap_or(0), micro_batch }
+        Lengths {
+            longest: lengths.first().copied().unwrap_or(0),
+            micro_batch,
+        }
     }
 
     /// Returns the lengths of a single pair, which gives the minimum for runs with pairs of this
     /// length.
     pub fn one(longest: usize) -> Self {
-        Lengths { longest, micro_batch: longest }
+        Lengths {
+            longest,
+            micro_batch: longest,
+        }
     }
 
     /// Returns the larger of each value, for micro-batches that come from either set.
@@ -104,7 +114,10 @@ pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
         Method::Full => config.parameter_count() as u64,
         Method::Lora(lora) => {
             let of_layer = |layer: &LoraLayer| lora.rank * layer.shape.iter().sum::<usize>();
-            lora_layers(&config.spec, lora).iter().map(of_layer).sum::<usize>() as u64
+            lora_layers(&config.spec, lora)
+                .iter()
+                .map(of_layer)
+                .sum::<usize>() as u64
         }
     }
 }
@@ -112,7 +125,9 @@ pub fn trainable_parameters(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
 /// Returns the sum of LoRA ranks over the linear layers of a block, for the block with the largest
 /// sum.
 fn ranks(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
-    let Method::Lora(lora) = &spec.method else { return 0 };
+    let Method::Lora(lora) = &spec.method else {
+        return 0;
+    };
     let mut of_block = vec![0; config.spec.blocks.len()];
     lora_layers(&config.spec, lora)
         .iter()
@@ -131,11 +146,18 @@ struct SavedActivations {
 impl SavedActivations {
     fn new(save: SavePolicy, layers: u64, tape: u64, input: u64) -> Self {
         match save {
-            SavePolicy::Tapes => SavedActivations { of_row: layers * tape, of_last_row: 0 },
-            SavePolicy::BlockInputs => {
-                SavedActivations { of_row: layers * input, of_last_row: tape }
-            }
-            SavePolicy::Nothing => SavedActivations { of_row: 0, of_last_row: 0 },
+            SavePolicy::Tapes => SavedActivations {
+                of_row: layers * tape,
+                of_last_row: 0,
+            },
+            SavePolicy::BlockInputs => SavedActivations {
+                of_row: layers * input,
+                of_last_row: tape,
+            },
+            SavePolicy::Nothing => SavedActivations {
+                of_row: 0,
+                of_last_row: 0,
+            },
         }
     }
 }
@@ -170,14 +192,20 @@ pub fn estimate(
     let tape = max_over_blocks(&blocks, |block| tape_floats(block, gate_up, ranks));
     let input = max_over_blocks(&blocks, input_floats);
     let backward = max_over_blocks(&blocks, |block| backward_floats(block, gate_up));
-    let SavedActivations { of_row, of_last_row } =
-        SavedActivations::new(save, blocks.len() as u64, tape, input);
+    let SavedActivations {
+        of_row,
+        of_last_row,
+    } = SavedActivations::new(save, blocks.len() as u64, tape, input);
     let scores = max_over_blocks(&blocks, |block| {
         score_bytes(kernel, block.heads.query, t as usize, lengths.longest)
     });
     // The head is trained, so its probabilities are saved. There are many such rows if the loss
     // compares pairs, but at most one for each pair.
-    let rows = if spec.dpo.compares_pairs() { spec.batch.batch_size as u64 } else { 1 };
+    let rows = if spec.dpo.compares_pairs() {
+        spec.batch.batch_size as u64
+    } else {
+        1
+    };
     let head = match (&spec.method, save) {
         (Method::Full, SavePolicy::Tapes) => {
             saved_bytes(rows, saved, config.spec.vocab_size as u64)
@@ -188,12 +216,22 @@ pub fn estimate(
     let activations = F32 * (saved * of_row + t * (of_last_row + workspace)) + scores + head;
     // The CPU computes with one set of gradients, like one GPU.
     let training_state = on_host(config, spec, 1);
-    Estimate { training_state, activations, save, row_tokens }
+    Estimate {
+        training_state,
+        activations,
+        save,
+        row_tokens,
+    }
 }
 
 /// Returns the shape of each block.
 fn shapes(config: &ModelConfig) -> Vec<BlockShape> {
-    config.spec.blocks.iter().map(|block| BlockShape::of(config.spec.hidden_size, block)).collect()
+    config
+        .spec
+        .blocks
+        .iter()
+        .map(|block| BlockShape::of(config.spec.hidden_size, block))
+        .collect()
 }
 
 /// Returns the largest `size` over the blocks.
@@ -203,7 +241,11 @@ fn max_over_blocks(blocks: &[BlockShape], size: impl Fn(&BlockShape) -> usize) -
 
 /// Returns the bytes of a GEMM operand's element.
 fn element(spec: &TrainingSpec) -> usize {
-    if spec.precision == Some(Precision::Bf16) { size_of::<half::bf16>() } else { size_of::<f32>() }
+    if spec.precision == Some(Precision::Bf16) {
+        size_of::<half::bf16>()
+    } else {
+        size_of::<f32>()
+    }
 }
 
 /// Returns the host memory in bytes of a run on `devices` GPUs: master weights, both moments, and
@@ -225,19 +267,29 @@ fn on_gpu(
     save: SavePolicy,
     row_tokens: usize,
 ) -> Estimate {
-    let (hidden, bytes, ranks) =
-        (config.spec.hidden_size, element(spec), ranks(config, spec) as usize);
+    let (hidden, bytes, ranks) = (
+        config.spec.hidden_size,
+        element(spec),
+        ranks(config, spec) as usize,
+    );
     let blocks = shapes(config);
     let tape = max_over_blocks(&blocks, |block| block.tape_bytes(bytes, ranks));
     let input = max_over_blocks(&blocks, BlockShape::input_bytes);
-    let SavedActivations { of_row, of_last_row } =
-        SavedActivations::new(save, blocks.len() as u64, tape, input);
+    let SavedActivations {
+        of_row,
+        of_last_row,
+    } = SavedActivations::new(save, blocks.len() as u64, tape, input);
     let workspace = max_over_blocks(&blocks, |block| block.backward_bytes(bytes))
         .max(head_bytes(hidden, bytes) as u64);
     let activations = (saved * of_row + t * (of_last_row + workspace)) * GPU_FRAGMENTATION.0
         / GPU_FRAGMENTATION.1;
     let training_state = trained_bytes(bytes) as u64 * trainable_parameters(config, spec);
-    Estimate { training_state, activations, save, row_tokens }
+    Estimate {
+        training_state,
+        activations,
+        save,
+        row_tokens,
+    }
 }
 
 /// Returns the activation bytes of scoring a row of `tokens` tokens, which may interrupt a run.
@@ -292,7 +344,10 @@ mod tests {
 
     /// Returns the lengths of pairs that are all equally long.
     fn uniform(length: usize, spec: &TrainingSpec) -> Lengths {
-        Lengths { longest: length, micro_batch: length * spec.batch.batch_size }
+        Lengths {
+            longest: length,
+            micro_batch: length * spec.batch.batch_size,
+        }
     }
 
     fn pair(tokens: usize) -> EncodedPair {
@@ -312,11 +367,34 @@ mod tests {
     #[test]
     fn a_micro_batch_is_at_most_the_longest_pairs_together() {
         let pairs: Vec<EncodedPair> = [10, 900, 20, 30, 1000, 5].map(pair).into();
-        assert_eq!(Lengths::of(&pairs, 3), Lengths { longest: 1000, micro_batch: 1930 });
-        assert_eq!(Lengths::of(&pairs, 100), Lengths { longest: 1000, micro_batch: 1965 });
-        assert_eq!(Lengths::of(&[], 3), Lengths { longest: 0, micro_batch: 0 });
         assert_eq!(
-            Lengths::of(&pairs, 2).max(Lengths { longest: 1, micro_batch: 5000 }).micro_batch,
+            Lengths::of(&pairs, 3),
+            Lengths {
+                longest: 1000,
+                micro_batch: 1930
+            }
+        );
+        assert_eq!(
+            Lengths::of(&pairs, 100),
+            Lengths {
+                longest: 1000,
+                micro_batch: 1965
+            }
+        );
+        assert_eq!(
+            Lengths::of(&[], 3),
+            Lengths {
+                longest: 0,
+                micro_batch: 0
+            }
+        );
+        assert_eq!(
+            Lengths::of(&pairs, 2)
+                .max(Lengths {
+                    longest: 1,
+                    micro_batch: 5000
+                })
+                .micro_batch,
             5000
         );
     }
@@ -326,20 +404,30 @@ mod tests {
         let (config, mut spec) = (config(), TrainingSpec::default());
         spec.batch.batch_size = 16;
         spec.dpo.losses[0].loss = LossType::Aot;
-        let mixed: Vec<EncodedPair> =
-            (0..64).map(|i| pair(if i == 0 { 2048 } else { 128 })).collect();
+        let mixed: Vec<EncodedPair> = (0..64)
+            .map(|i| pair(if i == 0 { 2048 } else { 128 }))
+            .collect();
         let lengths = Lengths::of(&mixed, spec.batch.batch_size);
         for memory in [MemoryKind::Host, MemoryKind::Gpu] {
             let of =
                 |lengths, save| estimate(&config, &spec, lengths, save, 1024, memory).activations;
-            let (all_long, bound) =
-                (of(uniform(2048, &spec), SavePolicy::Tapes), of(lengths, SavePolicy::Tapes));
+            let (all_long, bound) = (
+                of(uniform(2048, &spec), SavePolicy::Tapes),
+                of(lengths, SavePolicy::Tapes),
+            );
             assert!(bound < all_long / 5, "{memory:?}: {bound} of {all_long}");
             // The bound is not below what the rows of the worst micro-batch save, which is as much
             // as one row with all their tokens.
             let tokens = 2048 + 15 * 128;
-            let saved_by =
-                |tokens| of(Lengths { longest: 2048, micro_batch: tokens }, SavePolicy::Tapes);
+            let saved_by = |tokens| {
+                of(
+                    Lengths {
+                        longest: 2048,
+                        micro_batch: tokens,
+                    },
+                    SavePolicy::Tapes,
+                )
+            };
             assert!(
                 bound >= saved_by(tokens) && saved_by(tokens) > saved_by(tokens - 128),
                 "{memory:?}"
@@ -354,8 +442,15 @@ mod tests {
         spec.batch.batch_size = 16;
         spec.dpo.losses[0].loss = LossType::Aot;
         let of = |config: &ModelConfig| {
-            estimate(config, &spec, uniform(1100, &spec), SavePolicy::Tapes, 2048, MemoryKind::Host)
-                .activations
+            estimate(
+                config,
+                &spec,
+                uniform(1100, &spec),
+                SavePolicy::Tapes,
+                2048,
+                MemoryKind::Host,
+            )
+            .activations
         };
         let vocabulary = config.spec.vocab_size as u64;
         let with_words = of(&config);
@@ -369,7 +464,14 @@ mod tests {
     fn a_gpu_holds_neither_masters_nor_moments_and_bf16_takes_half() {
         let (config, mut spec) = (config(), TrainingSpec::default());
         let of = |spec: &TrainingSpec, memory| {
-            estimate(&config, spec, uniform(300, spec), SavePolicy::Tapes, 1024, memory)
+            estimate(
+                &config,
+                spec,
+                uniform(300, spec),
+                SavePolicy::Tapes,
+                1024,
+                memory,
+            )
         };
         assert!(
             of(&spec, MemoryKind::Gpu).training_state < of(&spec, MemoryKind::Host).training_state
@@ -388,8 +490,10 @@ mod tests {
             let of = |spec: &TrainingSpec, save| {
                 estimate(&config, spec, uniform(1024, spec), save, 1024, memory).activations
             };
-            let (one, one_recomputed) =
-                (of(&spec, SavePolicy::Tapes), of(&spec, SavePolicy::BlockInputs));
+            let (one, one_recomputed) = (
+                of(&spec, SavePolicy::Tapes),
+                of(&spec, SavePolicy::BlockInputs),
+            );
             let mut aot = spec.clone();
             aot.dpo.losses[0].loss = LossType::Aot;
             assert!(
@@ -413,8 +517,14 @@ mod tests {
         save: SavePolicy,
         memory: MemoryKind,
     ) -> (u64, u64) {
-        let estimate =
-            estimate(config, spec, uniform(length, spec), save, spec.batch.row_tokens, memory);
+        let estimate = estimate(
+            config,
+            spec,
+            uniform(length, spec),
+            save,
+            spec.batch.row_tokens,
+            memory,
+        );
         (estimate.training_state, estimate.activations)
     }
 
@@ -441,28 +551,54 @@ mod tests {
             needs(&small, &lora, 300, SavePolicy::Tapes, MemoryKind::Gpu),
             (39_075_840, 849_153_536)
         );
-        let total =
-            estimate(&small, &lora, uniform(300, &lora), SavePolicy::Tapes, 1024, MemoryKind::Host)
-                .total();
+        let total = estimate(
+            &small,
+            &lora,
+            uniform(300, &lora),
+            SavePolicy::Tapes,
+            1024,
+            MemoryKind::Host,
+        )
+        .total();
         assert_eq!(
             total - thread_pool::threads() as u64 * (2 << 20),
             (92 << 20) + 78_151_680 + 780_951_552
         );
 
-        let lora_bf16 =
-            TrainingSpec { precision: Some(Precision::Bf16), ..TrainingSpec::default() };
+        let lora_bf16 = TrainingSpec {
+            precision: Some(Precision::Bf16),
+            ..TrainingSpec::default()
+        };
         let activations = by_kernel(399_944_000, 309_512_000);
         assert_eq!(
-            needs(&small, &lora_bf16, 2000, SavePolicy::BlockInputs, MemoryKind::Host),
+            needs(
+                &small,
+                &lora_bf16,
+                2000,
+                SavePolicy::BlockInputs,
+                MemoryKind::Host
+            ),
             (78_151_680, activations)
         );
         assert_eq!(
-            needs(&small, &lora_bf16, 2000, SavePolicy::BlockInputs, MemoryKind::Gpu),
+            needs(
+                &small,
+                &lora_bf16,
+                2000,
+                SavePolicy::BlockInputs,
+                MemoryKind::Gpu
+            ),
             (29_306_880, 300_840_500)
         );
         let activations = by_kernel(62_062_592, 50_331_648);
         assert_eq!(
-            needs(&normed, &lora_bf16, 300, SavePolicy::Tapes, MemoryKind::Host),
+            needs(
+                &normed,
+                &lora_bf16,
+                300,
+                SavePolicy::Tapes,
+                MemoryKind::Host
+            ),
             (2_785_280, activations)
         );
         assert_eq!(
@@ -470,16 +606,34 @@ mod tests {
             (1_044_480, 78_475_264)
         );
 
-        let full = TrainingSpec { method: Method::Full, ..TrainingSpec::default() };
+        let full = TrainingSpec {
+            method: Method::Full,
+            ..TrainingSpec::default()
+        };
         assert_eq!(
-            needs(&normed, &full, 300, SavePolicy::BlockInputs, MemoryKind::Host),
+            needs(
+                &normed,
+                &full,
+                300,
+                SavePolicy::BlockInputs,
+                MemoryKind::Host
+            ),
             (19_064_832, 34_750_464)
         );
         assert_eq!(
-            needs(&normed, &full, 300, SavePolicy::BlockInputs, MemoryKind::Gpu),
+            needs(
+                &normed,
+                &full,
+                300,
+                SavePolicy::BlockInputs,
+                MemoryKind::Gpu
+            ),
             (9_532_416, 85_525_504)
         );
-        let full_bf16 = TrainingSpec { precision: Some(Precision::Bf16), ..full.clone() };
+        let full_bf16 = TrainingSpec {
+            precision: Some(Precision::Bf16),
+            ..full.clone()
+        };
         assert_eq!(
             needs(&small, &full_bf16, 300, SavePolicy::Tapes, MemoryKind::Host),
             (2_152_240_128, by_kernel(968_515_584, 955_097_088))
@@ -501,7 +655,10 @@ mod tests {
             (1_076_120_064, 13_108_296_352)
         );
 
-        assert_eq!((scoring(&small, 1024), scoring(&normed, 1024)), (29_884_416, 6_815_744));
+        assert_eq!(
+            (scoring(&small, 1024), scoring(&normed, 1024)),
+            (29_884_416, 6_815_744)
+        );
         assert_eq!(
             (on_host(&small, &lora, 1), on_host(&small, &lora, 3)),
             (16 * 4_884_480, 24 * 4_884_480)
@@ -511,10 +668,26 @@ mod tests {
     #[test]
     fn less_memory_means_shorter_rows_then_recomputation_then_a_refusal() {
         let (config, spec) = (config(), TrainingSpec::default());
-        let all = plan(&config, &spec, uniform(300, &spec), u64::MAX, MemoryKind::Host).unwrap();
-        assert_eq!((all.save, all.row_tokens), (SavePolicy::Tapes, spec.batch.row_tokens));
-        let less =
-            plan(&config, &spec, uniform(300, &spec), all.total() - 1, MemoryKind::Host).unwrap();
+        let all = plan(
+            &config,
+            &spec,
+            uniform(300, &spec),
+            u64::MAX,
+            MemoryKind::Host,
+        )
+        .unwrap();
+        assert_eq!(
+            (all.save, all.row_tokens),
+            (SavePolicy::Tapes, spec.batch.row_tokens)
+        );
+        let less = plan(
+            &config,
+            &spec,
+            uniform(300, &spec),
+            all.total() - 1,
+            MemoryKind::Host,
+        )
+        .unwrap();
         assert!(
             less.save == SavePolicy::Tapes
                 && less.row_tokens < all.row_tokens
@@ -522,12 +695,26 @@ mod tests {
         );
         let least = plan(&config, &spec, uniform(300, &spec), 0, MemoryKind::Host).unwrap_err();
         assert_eq!(
-            plan(&config, &spec, uniform(300, &spec), least.total(), MemoryKind::Host).unwrap(),
+            plan(
+                &config,
+                &spec,
+                uniform(300, &spec),
+                least.total(),
+                MemoryKind::Host
+            )
+            .unwrap(),
             least
         );
         assert_eq!(least.save, SavePolicy::BlockInputs);
         assert!(
-            plan(&config, &spec, uniform(300, &spec), least.total() - 1, MemoryKind::Host).is_err()
+            plan(
+                &config,
+                &spec,
+                uniform(300, &spec),
+                least.total() - 1,
+                MemoryKind::Host
+            )
+            .is_err()
         );
     }
 }

@@ -69,7 +69,11 @@ fn sides<'a>(row: &PackedRow, tape: &'a RowTape) -> Vec<Sides<'a>> {
             stats: [stats_chosen, stats_rejected],
         }
     };
-    row.items.iter().zip(&row.completions).map(of_pair).collect()
+    row.items
+        .iter()
+        .zip(&row.completions)
+        .map(of_pair)
+        .collect()
 }
 
 impl MicroBatch<'_> {
@@ -102,7 +106,11 @@ impl MicroBatch<'_> {
         let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
         let devices = self.policy.devices().count();
         let rows = pack_rows_for_devices(&items, self.row_tokens, devices);
-        let at_once = if self.dpo.compares_pairs() { rows.len().max(1) } else { devices };
+        let at_once = if self.dpo.compares_pairs() {
+            rows.len().max(1)
+        } else {
+            devices
+        };
         let mut loss = 0.0;
         let mut observations = vec![PairObservation::default(); self.pairs.len()];
         for rows in rows.chunks(at_once) {
@@ -145,8 +153,11 @@ impl MicroBatch<'_> {
         scale: f64,
         observations: &mut [PairObservation],
     ) -> (f64, Vec<Vec<f32>>) {
-        let all: Vec<Sides> =
-            rows.iter().zip(tapes).flat_map(|(row, tape)| sides(row, tape)).collect();
+        let all: Vec<Sides> = rows
+            .iter()
+            .zip(tapes)
+            .flat_map(|(row, tape)| sides(row, tape))
+            .collect();
         let inputs: Vec<PairLogps> = all
             .iter()
             .map(|s| PairLogps {
@@ -156,7 +167,10 @@ impl MicroBatch<'_> {
                     .references
                     .map(|r| (r[s.pair][0].as_slice(), r[s.pair][1].as_slice())),
                 weight: self.pairs[s.pair].weight,
-                wpo: self.dpo.wpo.then_some((s.squares[0].as_slice(), s.squares[1].as_slice())),
+                wpo: self
+                    .dpo
+                    .wpo
+                    .then_some((s.squares[0].as_slice(), s.squares[1].as_slice())),
             })
             .collect();
         let whole = BatchSize {
@@ -164,8 +178,10 @@ impl MicroBatch<'_> {
             chosen_tokens: self.pairs.iter().map(|p| p.chosen.len()).sum(),
         };
         let loss = partial_loss(self.dpo, &inputs, whole, scale);
-        let mut upstream: Vec<Vec<f32>> =
-            rows.iter().map(|r| vec![0f32; r.row.targets.len()]).collect();
+        let mut upstream: Vec<Vec<f32>> = rows
+            .iter()
+            .map(|r| vec![0f32; r.row.targets.len()])
+            .collect();
         let places = rows
             .iter()
             .enumerate()
@@ -176,11 +192,17 @@ impl MicroBatch<'_> {
         }
         for s in all {
             let answer = |side: usize| {
-                AnswerLogps::new(s.logps[side], self.references.map(|r| r[s.pair][side].as_slice()))
+                AnswerLogps::new(
+                    s.logps[side],
+                    self.references.map(|r| r[s.pair][side].as_slice()),
+                )
             };
             let (w, l) = (answer(0), answer(1));
             let rewards = |normalization| {
-                (reward(self.dpo.beta, normalization, w), reward(self.dpo.beta, normalization, l))
+                (
+                    reward(self.dpo.beta, normalization, w),
+                    reward(self.dpo.beta, normalization, l),
+                )
             };
             let (reward_chosen, reward_rejected) = rewards(self.dpo.logged_normalization());
             let trains_means = self.dpo.reward_normalization() == Normalization::Mean;

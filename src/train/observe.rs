@@ -83,6 +83,7 @@ impl EvaluationSums {
     /// Returns the means, with the prefix `eval_`.
     pub fn finish(self) -> Metrics {
         let sums = self.of_pairs.into_iter().chain(self.of_batches);
-        sums.map(|(name, sum)| (format!("eval_{name}"), sum / self.pairs.max(1.0))).collect()
+        sums.map(|(name, sum)| (format!("eval_{name}"), sum / self.pairs.max(1.0)))
+            .collect()
     }
 }

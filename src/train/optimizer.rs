@@ -45,8 +45,15 @@ impl AdamW {
     pub fn new(sizes: impl IntoIterator<Item = usize>) -> Self {
         let first: Vec<Vec<f32>> = sizes.into_iter().map(|n| vec![0f32; n]).collect();
         let second: Vec<Vec<f32>> = first.iter().map(|m| vec![0f32; m.len()]).collect();
-        first.iter().chain(&second).for_each(|moments| large_pages(moments));
-        AdamW { updates: 0, first, second }
+        first
+            .iter()
+            .chain(&second)
+            .for_each(|moments| large_pages(moments));
+        AdamW {
+            updates: 0,
+            first,
+            second,
+        }
     }
 
     /// Returns the bytes of both moments of `trained` parameters.
@@ -80,7 +87,11 @@ impl AdamW {
                 clip: clip as f32,
             };
             let state = Mutex::new((&mut self.first[i][..], &mut self.second[i][..]));
-            var.inplace_op1(&Update { step, grad: &grads[i], state })?;
+            var.inplace_op1(&Update {
+                step,
+                grad: &grads[i],
+                state,
+            })?;
         }
         Ok(())
     }
@@ -104,7 +115,11 @@ impl InplaceOp1 for Update<'_> {
         };
         let values = &mut values[start..end];
         if values.len() != self.grad.len() {
-            bail!("adamw: {} gradients for {} values", self.grad.len(), values.len());
+            bail!(
+                "adamw: {} gradients for {} values",
+                self.grad.len(),
+                values.len()
+            );
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let (m, v) = &mut *state;
@@ -136,7 +151,10 @@ mod tests {
     /// Three steps computed by hand from the definition, in f64.
     #[test]
     fn follows_the_definition() {
-        let config = OptimizerConfig { weight_decay: 0.1, ..OptimizerConfig::default() };
+        let config = OptimizerConfig {
+            weight_decay: 0.1,
+            ..OptimizerConfig::default()
+        };
         let start = [0.5f64, -1.25, 3.0];
         let grads = [[0.1f64, -0.2, 0.3], [0.4, 0.0, -0.1], [-0.3, 0.2, 0.05]];
         let var = Var::from_tensor(
@@ -147,7 +165,14 @@ mod tests {
         let (mut p, mut m, mut v) = (start, [0f64; 3], [0f64; 3]);
         for (k, g) in grads.iter().enumerate() {
             let lr = 0.01 * (k + 1) as f64;
-            adam.step(&config, lr, 0.5, &[(&var, true)], &[g.map(|x| x as f32).to_vec()]).unwrap();
+            adam.step(
+                &config,
+                lr,
+                0.5,
+                &[(&var, true)],
+                &[g.map(|x| x as f32).to_vec()],
+            )
+            .unwrap();
             for i in 0..3 {
                 let g = g[i] * 0.5;
                 p[i] *= 1.0 - lr * 0.1;
@@ -160,7 +185,12 @@ mod tests {
         }
         let got: Vec<f32> = var.to_vec1().unwrap();
         for i in 0..3 {
-            assert!((got[i] as f64 - p[i]).abs() < 1e-6, "{} vs {}", got[i], p[i]);
+            assert!(
+                (got[i] as f64 - p[i]).abs() < 1e-6,
+                "{} vs {}",
+                got[i],
+                p[i]
+            );
         }
     }
 }

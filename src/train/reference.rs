@@ -33,16 +33,21 @@ pub enum Reference {
 impl Reference {
     /// Returns a moving reference that starts as `policy`.
     pub fn moving_from(policy: Policy, run: &str) -> Self {
-        Reference::Moving { policy, identity: format!("{run}#0"), run: run.to_owned() }
+        Reference::Moving {
+            policy,
+            identity: format!("{run}#0"),
+            run: run.to_owned(),
+        }
     }
 
     /// Returns the current weights and their identity.
     pub fn weights(&self) -> Option<(&Policy, &str)> {
         match self {
             Reference::None => None,
-            Reference::Frozen { policy, identity } | Reference::Moving { policy, identity, .. } => {
-                Some((policy, identity))
-            }
+            Reference::Frozen { policy, identity }
+            | Reference::Moving {
+                policy, identity, ..
+            } => Some((policy, identity)),
         }
     }
 
@@ -59,16 +64,26 @@ impl Reference {
     /// # Errors
     /// Fails if the reference does not move or a tensor operation fails.
     pub fn sync(&mut self, policy: &Policy, alpha: f64, count: u64) -> Result<()> {
-        let Reference::Moving { policy: reference, identity, run } = self else {
+        let Reference::Moving {
+            policy: reference,
+            identity,
+            run,
+        } = self
+        else {
             bail!("reference_sync needs a moving reference");
         };
         let mixed =
-            reference.parameters.map(|param, old| match policy.parameters.get(param.id) {
-                Some(new) => (new * alpha)? + (old * (1.0 - alpha))?,
-                None => {
-                    bail!("the policy has no tensor {}, but its reference has one", param.name())
-                }
-            })?;
+            reference
+                .parameters
+                .map(|param, old| match policy.parameters.get(param.id) {
+                    Some(new) => (new * alpha)? + (old * (1.0 - alpha))?,
+                    None => {
+                        bail!(
+                            "the policy has no tensor {}, but its reference has one",
+                            param.name()
+                        )
+                    }
+                })?;
         reference.parameters = Arc::new(mixed);
         *identity = format!("{run}#{count}");
         Ok(())
@@ -79,12 +94,24 @@ impl Reference {
     /// # Errors
     /// Fails if a tensor is missing or has another shape.
     pub fn restore(&mut self, tensors: Vec<(String, Tensor)>, count: u64) -> Result<()> {
-        let Reference::Moving { policy, identity, run } = self else { return Ok(()) };
+        let Reference::Moving {
+            policy,
+            identity,
+            run,
+        } = self
+        else {
+            return Ok(());
+        };
         let stored: std::collections::HashMap<String, Tensor> = tensors.into_iter().collect();
-        let restored = policy.parameters.map(|param, t| match stored.get(param.name()) {
-            Some(s) if s.shape() == t.shape() => Ok(s.clone()),
-            _ => bail!("the stored reference has no tensor {} of the expected shape", param.name()),
-        })?;
+        let restored = policy
+            .parameters
+            .map(|param, t| match stored.get(param.name()) {
+                Some(s) if s.shape() == t.shape() => Ok(s.clone()),
+                _ => bail!(
+                    "the stored reference has no tensor {} of the expected shape",
+                    param.name()
+                ),
+            })?;
         policy.parameters = Arc::new(restored);
         *identity = format!("{run}#{count}");
         Ok(())

@@ -16,7 +16,11 @@ use crate::domain::dataset::{DatasetFormat, RowIssue};
 
 /// Returns the format of a file: Parquet if it starts with `PAR1`, else JSONL.
 pub fn detect_format(first_bytes: &[u8]) -> DatasetFormat {
-    if first_bytes.starts_with(b"PAR1") { DatasetFormat::Parquet } else { DatasetFormat::Jsonl }
+    if first_bytes.starts_with(b"PAR1") {
+        DatasetFormat::Parquet
+    } else {
+        DatasetFormat::Jsonl
+    }
 }
 
 /// Reads a trusted file. Use [`apart::for_each_row`] for uploaded Parquet files.
@@ -35,7 +39,10 @@ fn numbered(
     records: impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + 'static,
 ) -> RowReader {
     Box::new(
-        records.enumerate().map(|(i, fields)| Ok((i as u64 + 1, fields?))).flat_map(shapes::pairs),
+        records
+            .enumerate()
+            .map(|(i, fields)| Ok((i as u64 + 1, fields?)))
+            .flat_map(shapes::pairs),
     )
 }
 

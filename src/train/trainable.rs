@@ -51,7 +51,11 @@ impl TrainablePolicy {
             trainables.push(trainable);
             Ok::<_, candle_core::Error>(shared)
         })?;
-        let policy = Policy { adapter: Some(Arc::new(adapter)), precision, ..base.clone() };
+        let policy = Policy {
+            adapter: Some(Arc::new(adapter)),
+            precision,
+            ..base.clone()
+        };
         Ok(Self::over(policy, trainables))
     }
 
@@ -67,14 +71,26 @@ impl TrainablePolicy {
             Ok::<_, candle_core::Error>(shared)
         })?;
         trainables.sort_by_key(|t| order(t.id));
-        let policy =
-            Policy { parameters: Arc::new(parameters), adapter: None, precision, ..start.clone() };
+        let policy = Policy {
+            parameters: Arc::new(parameters),
+            adapter: None,
+            precision,
+            ..start.clone()
+        };
         Ok(Self::over(policy, trainables))
     }
 
     fn over(policy: Policy, trainables: Vec<Trainable>) -> Self {
-        let index = trainables.iter().enumerate().map(|(i, t)| (t.id, i)).collect();
-        TrainablePolicy { policy, trainables, index }
+        let index = trainables
+            .iter()
+            .enumerate()
+            .map(|(i, t)| (t.id, i))
+            .collect();
+        TrainablePolicy {
+            policy,
+            trainables,
+            index,
+        }
     }
 
     /// Returns the number of trainable parameters.
@@ -97,7 +113,15 @@ impl TrainablePolicy {
 fn track(id: ParamId, name: &str, decay: bool, t: &Tensor) -> Result<(Trainable, Tensor)> {
     let var = Var::from_tensor(&t.detach().to_dtype(candle_core::DType::F32)?.contiguous()?)?;
     let shared = var.as_detached_tensor();
-    Ok((Trainable { id, name: name.to_owned(), var, decay }, shared))
+    Ok((
+        Trainable {
+            id,
+            name: name.to_owned(),
+            var,
+            decay,
+        },
+        shared,
+    ))
 }
 
 /// Returns the sort key of a tensor in full fine-tuning: the order of the parameter table, but with
@@ -124,10 +148,17 @@ pub struct StepGradients {
 impl StepGradients {
     /// Returns gradients of zero.
     pub fn zeros(policy: &TrainablePolicy) -> Self {
-        let values: Vec<Vec<f32>> =
-            policy.trainables.iter().map(|t| vec![0f32; t.var.elem_count()]).collect();
+        let values: Vec<Vec<f32>> = policy
+            .trainables
+            .iter()
+            .map(|t| vec![0f32; t.var.elem_count()])
+            .collect();
         values.iter().for_each(|v| large_pages(v));
-        StepGradients { values, index: policy.index.clone(), device: None }
+        StepGradients {
+            values,
+            index: policy.index.clone(),
+            device: None,
+        }
     }
 
     /// Returns the bytes of the gradients of `trained` parameters.
@@ -168,7 +199,10 @@ impl StepGradients {
         other.collect()?;
         let theirs = &other.values;
         thread_pool::chunks(&mut self.values, 1, |i, ours| {
-            ours[0].iter_mut().zip(&theirs[i]).for_each(|(sum, g)| *sum += g)
+            ours[0]
+                .iter_mut()
+                .zip(&theirs[i])
+                .for_each(|(sum, g)| *sum += g)
         });
         Ok(())
     }
@@ -179,10 +213,16 @@ impl StepGradients {
         policy: &Policy,
         pass: impl FnOnce(&Cuda, &mut GradientBuffers) -> Result<()>,
     ) -> Result<()> {
-        let ComputeDevice::Cuda(cuda) = &policy.device else { bail!("the policy is not on a GPU") };
+        let ComputeDevice::Cuda(cuda) = &policy.device else {
+            bail!("the policy is not on a GPU")
+        };
         if self.device.is_none() {
             self.device = Some(
-                cuda.gradients(self.index.iter().map(|(id, i)| (*id, self.values[*i].len())))?,
+                cuda.gradients(
+                    self.index
+                        .iter()
+                        .map(|(id, i)| (*id, self.values[*i].len())),
+                )?,
             );
         }
         match &mut self.device {
@@ -200,7 +240,10 @@ impl StepGradients {
     /// fixed order.
     pub fn norm(&self) -> f64 {
         let squares: Vec<f64> = thread_pool::map(self.values.len(), |i| {
-            self.values[i].chunks(1 << 14).map(|c| square_sum(c) as f64).sum()
+            self.values[i]
+                .chunks(1 << 14)
+                .map(|c| square_sum(c) as f64)
+                .sum()
         });
         squares.iter().sum::<f64>().sqrt()
     }

@@ -226,12 +226,19 @@ impl Trainer {
         );
         let plan = plan.map_err(|leanest| {
             let needed_mib = leanest.total().div_ceil(1 << 20);
-            TrainError::NoPlan { needed_mib, available_mib: memory >> 20 }
+            TrainError::NoPlan {
+                needed_mib,
+                available_mib: memory >> 20,
+            }
         })?;
         let total_steps = spec.batch.total_steps(train.len());
         let first_step = state.step;
         let mut trainer = Trainer {
-            gradients: policy.policy.devices().map(|_| StepGradients::zeros(&policy)).collect(),
+            gradients: policy
+                .policy
+                .devices()
+                .map(|_| StepGradients::zeros(&policy))
+                .collect(),
             order: (u64::MAX, Vec::new()),
             before_step: Default::default(),
             step_started: Instant::now(),
@@ -332,7 +339,11 @@ impl Trainer {
             Phase::Evaluate { next } => self.evaluate_unit(next, host)?,
             Phase::Save { best } => self.save_unit(best, host)?,
         }
-        Ok(if matches!(self.phase, Phase::Done) { Status::Finished } else { Status::Working })
+        Ok(if matches!(self.phase, Phase::Done) {
+            Status::Finished
+        } else {
+            Status::Working
+        })
     }
 
     /// Writes a checkpoint of the last completed step, unless it exists. Used when the server
@@ -393,9 +404,15 @@ impl Trainer {
                 "the checkpoint of step {} cannot be written, the run waits until it can: {why}",
                 self.state.step
             );
-            (host.emit)(RunEvent::Log { severity: "warning", message });
+            (host.emit)(RunEvent::Log {
+                severity: "warning",
+                message,
+            });
         }
-        self.unsaved = Some(Unsaved { since, next: now + SAVE_RETRY_DELAY });
+        self.unsaved = Some(Unsaved {
+            since,
+            next: now + SAVE_RETRY_DELAY,
+        });
         Ok(())
     }
 
@@ -418,7 +435,10 @@ impl Trainer {
             return Ok(());
         }
         self.update()?;
-        observe::step(self.step_started.elapsed(), self.state.tokens - self.before_step.0);
+        observe::step(
+            self.step_started.elapsed(),
+            self.state.tokens - self.before_step.0,
+        );
         if self.state.micro_batch >= micro_batches {
             self.state.epoch += 1;
             self.state.micro_batch = 0;
@@ -442,7 +462,10 @@ impl Trainer {
             "{e}; going on with rows of {} tokens and activation checkpointing",
             self.plan.row_tokens
         );
-        (host.emit)(RunEvent::Log { severity: "warning", message });
+        (host.emit)(RunEvent::Log {
+            severity: "warning",
+            message,
+        });
         Ok(())
     }
 
@@ -488,34 +511,54 @@ impl Trainer {
             return Err(self.non_finite("loss", loss, &chosen));
         }
         self.state.window.add(metrics, scale);
-        self.state.tokens += pairs.iter().map(|p| p.sequence_tokens() as u64).sum::<u64>();
+        self.state.tokens += pairs
+            .iter()
+            .map(|p| p.sequence_tokens() as u64)
+            .sum::<u64>();
         metrics::counter!("bradley_training_pairs_total").increment(pairs.len() as u64);
         Ok(())
     }
 
     fn update(&mut self) -> Result<(), TrainError> {
-        let Some((gradients, others)) = self.gradients.split_first_mut() else { return Ok(()) };
+        let Some((gradients, others)) = self.gradients.split_first_mut() else {
+            return Ok(());
+        };
         gradients.collect()?;
-        others.iter_mut().try_for_each(|other| gradients.reduce(other))?;
+        others
+            .iter_mut()
+            .try_for_each(|other| gradients.reduce(other))?;
         let norm = gradients.norm();
         if !norm.is_finite() {
             let rows = self.batch_rows();
             return Err(self.non_finite("grad_norm", norm, &rows));
         }
         let o = &self.spec.optimizer;
-        let clip =
-            if o.max_grad_norm > 0.0 { clip_coefficient(norm, o.max_grad_norm) } else { 1.0 };
+        let clip = if o.max_grad_norm > 0.0 {
+            clip_coefficient(norm, o.max_grad_norm)
+        } else {
+            1.0
+        };
         let lr = self.learning_rate();
-        let vars: Vec<_> = self.policy.trainables.iter().map(|t| (&t.var, t.decay)).collect();
-        self.optimizer.step(o, lr, clip, &vars, self.gradients[0].values())?;
-        self.policy.policy.devices().for_each(|device| device.changed(self.policy.policy.view()));
+        let vars: Vec<_> = self
+            .policy
+            .trainables
+            .iter()
+            .map(|t| (&t.var, t.decay))
+            .collect();
+        self.optimizer
+            .step(o, lr, clip, &vars, self.gradients[0].values())?;
+        self.policy
+            .policy
+            .devices()
+            .for_each(|device| device.changed(self.policy.policy.view()));
         self.state.window.step(norm, lr);
         self.state.step += 1;
         if let Some(sync) = self.spec.dpo.reference_sync
             && self.state.step.is_multiple_of(sync.every_steps as u64)
         {
             self.state.reference_syncs += 1;
-            self.reference.sync(&self.policy.policy, sync.alpha, self.state.reference_syncs)?;
+            self.reference
+                .sync(&self.policy.policy, sync.alpha, self.state.reference_syncs)?;
         }
         Ok(())
     }
@@ -569,7 +612,11 @@ impl Trainer {
     }
 
     fn after_save(&self) -> Phase {
-        if self.is_over() { Phase::Done } else { Phase::Step { done: 0 } }
+        if self.is_over() {
+            Phase::Done
+        } else {
+            Phase::Step { done: 0 }
+        }
     }
 
     fn is_over(&self) -> bool {
@@ -646,8 +693,16 @@ fn references(
     row_tokens: usize,
     host: &mut RunContext,
 ) -> Result<Option<Vec<Arc<Logps>>>, TrainError> {
-    let Some((policy, identity)) = reference.weights() else { return Ok(None) };
+    let Some((policy, identity)) = reference.weights() else {
+        return Ok(None);
+    };
     let groups: Vec<Vec<SequenceGroup>> = pairs.iter().map(|p| p.groups()).collect();
     let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
-    Ok(Some(host.cache.score(policy, identity, &items, row_tokens, host.yield_point)?))
+    Ok(Some(host.cache.score(
+        policy,
+        identity,
+        &items,
+        row_tokens,
+        host.yield_point,
+    )?))
 }

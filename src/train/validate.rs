@@ -77,8 +77,15 @@ impl BadRows {
 
     /// Describes the first errors, one per line. The last line counts the remaining ones.
     pub fn lines(&self) -> Vec<String> {
-        let line =
-            |i: &RowIssue| format!("row {}, {} {}: {}", i.row, i.field, i.reason.name(), i.message);
+        let line = |i: &RowIssue| {
+            format!(
+                "row {}, {} {}: {}",
+                i.row,
+                i.field,
+                i.reason.name(),
+                i.message
+            )
+        };
         let mut lines: Vec<String> = self.listed.iter().map(line).collect();
         let others = self.errors - lines.len() as u64;
         if others > 0 {
@@ -101,7 +108,10 @@ pub fn validate_rows(
 ) -> Result<ValidationReport, DataError> {
     let mut left = limit;
     let (report, _) = scan(path, format, lengths, |row| {
-        let bytes: usize = [&row.prompt, &row.chosen, &row.rejected].map(Text::bytes).iter().sum();
+        let bytes: usize = [&row.prompt, &row.chosen, &row.rejected]
+            .map(Text::bytes)
+            .iter()
+            .sum();
         left = left
             .checked_sub((bytes + row.arguments.bytes()) as u64)
             .ok_or(DataError::TooLarge { limit })?;
@@ -155,16 +165,21 @@ fn scan(
         }
         let mut issues = check(&row);
         issues.extend(seen.check(&row));
-        if let (Some(encoder), true) =
-            (&lengths, issues.iter().all(|i| i.reason.severity() == Severity::Warning))
-        {
+        if let (Some(encoder), true) = (
+            &lengths,
+            issues
+                .iter()
+                .all(|i| i.reason.severity() == Severity::Warning),
+        ) {
             issues.extend(check_lengths(&row, encoder));
         }
         if warn_no_eos && matches!(row.chosen, Text::Plain(_)) {
             warn_no_eos = false;
             issues.push(issue(&row, "chosen", IssueReason::NoEos, NO_EOS));
         }
-        let usable = issues.iter().all(|i| i.reason.severity() == Severity::Warning);
+        let usable = issues
+            .iter()
+            .all(|i| i.reason.severity() == Severity::Warning);
         issues.into_iter().for_each(|i| tally.add(i));
         if usable {
             tally.pairs += 1;
@@ -223,7 +238,11 @@ impl Tally {
 
     fn read(&mut self, pair: &PreferenceRow) {
         if !self.has_shape {
-            *self.report.shapes.entry(pair.shape.name().to_owned()).or_default() += 1;
+            *self
+                .report
+                .shapes
+                .entry(pair.shape.name().to_owned())
+                .or_default() += 1;
         }
         self.has_shape = true;
         self.has_several |= pair.pair.is_some();
@@ -295,7 +314,9 @@ fn check(row: &PreferenceRow) -> Vec<RowIssue> {
             ));
         }
     }
-    let usable = issues.iter().all(|i| i.reason.severity() == Severity::Warning);
+    let usable = issues
+        .iter()
+        .all(|i| i.reason.severity() == Severity::Warning);
     if usable && row.chosen == row.rejected {
         issues.push(issue(
             row,
@@ -320,7 +341,10 @@ fn check_lengths(row: &PreferenceRow, encoder: &PairEncoder) -> Vec<RowIssue> {
         Err(problem) => return vec![problem],
     };
     let mut issues = Vec::new();
-    for (field, cut) in [("chosen", pair.chosen_truncated), ("rejected", pair.rejected_truncated)] {
+    for (field, cut) in [
+        ("chosen", pair.chosen_truncated),
+        ("rejected", pair.rejected_truncated),
+    ] {
         if cut {
             let message = format!("max_length cuts {field}: raise it to train on the whole answer");
             issues.push(issue(row, field, IssueReason::Truncated, message));
@@ -436,7 +460,10 @@ mod tests {
             r#"{"prompt":"","chosen":"x","rejected":"c"}"#,
             r#"not json"#,
         ]);
-        assert_eq!(loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(
+            loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>(),
+            [1, 2]
+        );
         let r = &loaded.report;
         assert_eq!((r.rows, r.valid_rows, r.bad_rows()), (7, 2, 5));
         for reason in [
@@ -449,7 +476,11 @@ mod tests {
         ] {
             assert_eq!(r.counts[reason], 1, "{reason}");
         }
-        assert!(r.issues.iter().any(|i| i.row == 3 && i.message.contains("row 1")));
+        assert!(
+            r.issues
+                .iter()
+                .any(|i| i.row == 3 && i.message.contains("row 1"))
+        );
         assert_eq!((r.shapes["preference"], r.pairs), (6, 0));
     }
 
@@ -464,7 +495,11 @@ mod tests {
         let rows: Vec<&str> = rows.iter().map(String::as_str).collect();
         let loaded = report(&rows);
         assert!(
-            loaded.report.issues.iter().all(|i| i.reason == IssueReason::DuplicatePair),
+            loaded
+                .report
+                .issues
+                .iter()
+                .all(|i| i.reason == IssueReason::DuplicatePair),
             "the report's list is full of warnings"
         );
         assert_eq!(loaded.bad.rows(), loaded.report.bad_rows());
@@ -480,7 +515,10 @@ mod tests {
 
         let mut both = loaded.bad.clone();
         both.extend(loaded.bad);
-        assert_eq!((both.rows(), both.lines().pop().unwrap().as_str()), (3000, "… and 5000 more"));
+        assert_eq!(
+            (both.rows(), both.lines().pop().unwrap().as_str()),
+            (3000, "… and 5000 more")
+        );
     }
 
     #[test]
@@ -504,9 +542,15 @@ mod tests {
         add(3, "rejected[1]", IssueReason::IdenticalAnswers);
         add(4, "chosen", IssueReason::Truncated);
         let (report, _) = tally.finish();
-        assert_eq!((report.rows, report.bad_rows(), report.bad_rows_of_any_job()), (4, 3, 2));
+        assert_eq!(
+            (report.rows, report.bad_rows(), report.bad_rows_of_any_job()),
+            (4, 3, 2)
+        );
         // A report as version 0.2.0 stored it.
-        let old = ValidationReport { unusable_rows: None, ..report };
+        let old = ValidationReport {
+            unusable_rows: None,
+            ..report
+        };
         assert_eq!(old.bad_rows_of_any_job(), 0);
     }
 
@@ -521,7 +565,10 @@ mod tests {
         ]);
         let mut bad = loaded.bad;
         assert_eq!(
-            (bad.rows(), loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>()),
+            (
+                bad.rows(),
+                loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>()
+            ),
             (4, vec![1, 2, 2, 3, 5])
         );
         // When they are tokenised, the usable pairs of some of these rows are too long.
@@ -549,15 +596,28 @@ mod tests {
         ]);
         let r = &loaded.report;
         assert_eq!((r.rows, r.valid_rows, r.bad_rows(), r.pairs), (6, 3, 3, 6));
-        assert_eq!(loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>(), [1, 1, 1, 2, 3, 5]);
-        let shapes: Vec<(&str, u64)> =
-            r.shapes.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
+        assert_eq!(
+            loaded.rows.iter().map(|r| r.row).collect::<Vec<_>>(),
+            [1, 1, 1, 2, 3, 5]
+        );
+        let shapes: Vec<(&str, u64)> = r
+            .shapes
+            .iter()
+            .map(|(name, rows)| (name.as_str(), *rows))
+            .collect();
         assert_eq!(
             shapes,
-            [("implicit_prompt_text", 1), ("preference", 1), ("several_rejected", 3)]
+            [
+                ("implicit_prompt_text", 1),
+                ("preference", 1),
+                ("several_rejected", 3)
+            ]
         );
-        let said: Vec<(u64, &str, IssueReason)> =
-            r.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason)).collect();
+        let said: Vec<(u64, &str, IssueReason)> = r
+            .issues
+            .iter()
+            .map(|i| (i.row, i.field.as_str(), i.reason))
+            .collect();
         let expected = [
             (3, "system", IssueReason::IgnoredField),
             (3, "", IssueReason::DuplicatePair),

@@ -43,12 +43,19 @@ fn start_limited(
     soft: u64,
     hard: u64,
 ) -> Server {
-    let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+    let limit = libc::rlimit {
+        rlim_cur: soft,
+        rlim_max: hard,
+    };
     Server::start_as(data_dir, &tiny(), &[], |command| {
         let set = move || {
             // SAFETY: the pointer is to a whole rlimit, which the closure owns.
             let done = unsafe { libc::setrlimit(resource, &raw const limit) };
-            if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+            if done == 0 {
+                Ok(())
+            } else {
+                Err(std::io::Error::last_os_error())
+            }
         };
         // SAFETY: setrlimit is a system call and nothing else: it may come between fork and exec.
         unsafe { command.pre_exec(set) };
@@ -67,26 +74,41 @@ fn start_of(text: &str) -> String {
 }
 
 fn refused<T>(answer: Result<T, Status>, code: Code) -> Status {
-    let Err(status) = answer else { panic!("the call is accepted, it should be {code:?}") };
+    let Err(status) = answer else {
+        panic!("the call is accepted, it should be {code:?}")
+    };
     assert_eq!(status.code(), code, "{}", start_of(status.message()));
     status
 }
 
 fn violations(status: &Status) -> Vec<FieldViolation> {
-    status.get_details_bad_request().map(|b| b.field_violations).unwrap_or_default()
+    status
+        .get_details_bad_request()
+        .map(|b| b.field_violations)
+        .unwrap_or_default()
 }
 
 fn creation(training_job: pb::TrainingJob) -> pb::CreateTrainingJobRequest {
-    pb::CreateTrainingJobRequest { training_job: Some(training_job), ..Default::default() }
+    pb::CreateTrainingJobRequest {
+        training_job: Some(training_job),
+        ..Default::default()
+    }
 }
 
 /// A job of two steps with this objective.
 fn job_with(dataset: &str, dpo: pb::DpoConfig) -> pb::TrainingJob {
-    pb::TrainingJob { dpo: Some(dpo), ..job(dataset, 2) }
+    pb::TrainingJob {
+        dpo: Some(dpo),
+        ..job(dataset, 2)
+    }
 }
 
 fn losses(names: impl IntoIterator<Item = impl Into<String>>) -> Vec<pb::WeightedLoss> {
-    let term = |loss_type| pb::WeightedLoss { loss_type, weight: None, label_smoothing: None };
+    let term = |loss_type| pb::WeightedLoss {
+        loss_type,
+        weight: None,
+        label_smoothing: None,
+    };
     names.into_iter().map(|name| term(name.into())).collect()
 }
 
@@ -95,7 +117,10 @@ fn losses(names: impl IntoIterator<Item = impl Into<String>>) -> Vec<pb::Weighte
 /// The most memory that a process has had, in KiB.
 fn peak_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the server lives");
-    let line = status.lines().find(|l| l.starts_with("VmHWM:")).expect("the server lives");
+    let line = status
+        .lines()
+        .find(|l| l.starts_with("VmHWM:"))
+        .expect("the server lives");
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
@@ -118,11 +143,19 @@ async fn refused_at_little_cost<T>(
     assert!((1..=3).contains(&found.len()), "{} violations", found.len());
     assert_eq!(found[0].field, field);
     let numbers = found[0].description.split(|c: char| !c.is_ascii_digit());
-    let allowed = numbers.filter_map(|n| n.parse::<u64>().ok()).find(|n| (1..=1000).contains(n));
-    assert!(allowed.is_some(), "the limit is not named: {}", found[0].description);
+    let allowed = numbers
+        .filter_map(|n| n.parse::<u64>().ok())
+        .find(|n| (1..=1000).contains(n));
+    assert!(
+        allowed.is_some(),
+        "the limit is not named: {}",
+        found[0].description
+    );
     assert!(soon("a health check", client.health()).await.unwrap());
     let models = pb::ListModelsRequest {};
-    soon("another client's call", other.models().list_models(models)).await.unwrap();
+    soon("another client's call", other.models().list_models(models))
+        .await
+        .unwrap();
     let peak = peak_kib(server.pid());
     assert!(peak < 1 << 20, "the server had {peak} KiB");
     found
@@ -132,7 +165,10 @@ async fn refused_at_little_cost<T>(
 async fn fifteen_million_states_get_one_violation_and_cost_no_memory() {
     let found = refused_at_little_cost("states", async |client| {
         let states = vec![0; 15_000_000];
-        let request = pb::ListTrainingJobsRequest { states, ..Default::default() };
+        let request = pb::ListTrainingJobsRequest {
+            states,
+            ..Default::default()
+        };
         client.training().list_training_jobs(request).await
     })
     .await;
@@ -143,8 +179,17 @@ async fn fifteen_million_states_get_one_violation_and_cost_no_memory() {
 async fn four_hundred_thousand_losses_are_refused_in_a_few_words() {
     refused_at_little_cost("training_job.dpo.losses", async |client| {
         let losses = vec![pb::WeightedLoss::default(); 400_000];
-        let wanted = job_with("datasets/x", pb::DpoConfig { losses, ..Default::default() });
-        client.training().create_training_job(creation(wanted)).await
+        let wanted = job_with(
+            "datasets/x",
+            pb::DpoConfig {
+                losses,
+                ..Default::default()
+            },
+        );
+        client
+            .training()
+            .create_training_job(creation(wanted))
+            .await
     })
     .await;
 }
@@ -153,9 +198,17 @@ async fn four_hundred_thousand_losses_are_refused_in_a_few_words() {
 async fn an_update_mask_of_half_a_million_paths_is_refused_in_a_few_words() {
     for path in ["x", "display_name"] {
         refused_at_little_cost("update_mask.paths", async |client| {
-            let update_mask = Some(prost_types::FieldMask { paths: vec![path.into(); 500_000] });
-            let named = pb::TrainingJob { name: "trainingJobs/x".into(), ..Default::default() };
-            let request = pb::UpdateTrainingJobRequest { training_job: Some(named), update_mask };
+            let update_mask = Some(prost_types::FieldMask {
+                paths: vec![path.into(); 500_000],
+            });
+            let named = pb::TrainingJob {
+                name: "trainingJobs/x".into(),
+                ..Default::default()
+            };
+            let request = pb::UpdateTrainingJobRequest {
+                training_job: Some(named),
+                update_mask,
+            };
             client.training().update_training_job(request).await
         })
         .await;
@@ -166,10 +219,19 @@ async fn an_update_mask_of_half_a_million_paths_is_refused_in_a_few_words() {
 async fn half_a_million_target_modules_are_refused_in_a_few_words() {
     refused_at_little_cost("training_job.lora.target_modules", async |client| {
         let target_modules = vec!["x".to_owned(); 500_000];
-        let lora = pb::LoraConfig { target_modules, ..Default::default() };
+        let lora = pb::LoraConfig {
+            target_modules,
+            ..Default::default()
+        };
         let method = Some(pb::training_job::Method::Lora(lora));
-        let wanted = pb::TrainingJob { method, ..job("datasets/x", 1) };
-        client.training().create_training_job(creation(wanted)).await
+        let wanted = pb::TrainingJob {
+            method,
+            ..job("datasets/x", 1)
+        };
+        client
+            .training()
+            .create_training_job(creation(wanted))
+            .await
     })
     .await;
 }
@@ -180,13 +242,20 @@ async fn half_a_million_target_modules_are_refused_in_a_few_words() {
 /// details as base64 without padding.
 fn header_bytes(status: &Status) -> usize {
     let is_plain = |b: &u8| b.is_ascii_graphic() && !b"\"#%<>`?{}".contains(b);
-    let message: usize = status.message().bytes().map(|b| if is_plain(&b) { 1 } else { 3 }).sum();
+    let message: usize = status
+        .message()
+        .bytes()
+        .map(|b| if is_plain(&b) { 1 } else { 3 })
+        .sum();
     message + (status.details().len() * 4).div_ceil(3)
 }
 
 /// N of the words "and N more" at the end of the violations or of the message.
 fn left_out(status: &Status) -> Option<usize> {
-    let last = violations(status).pop().map(|v| v.description).unwrap_or_default();
+    let last = violations(status)
+        .pop()
+        .map(|v| v.description)
+        .unwrap_or_default();
     [last.as_str(), status.message()].iter().find_map(|text| {
         let (_, rest) = text.rsplit_once("and ")?;
         rest.split_once(" more")?.0.parse().ok()
@@ -205,7 +274,10 @@ async fn errors_quote_little_of_what_a_client_sent() {
             losses: losses((0..n).map(|i| format!("{i}{}", text.repeat(5000)))),
             ..Default::default()
         };
-        let policy = pb::TrainingJob { policy: long.clone(), ..job("datasets/x", 1) };
+        let policy = pb::TrainingJob {
+            policy: long.clone(),
+            ..job("datasets/x", 1)
+        };
         let everything = pb::TrainingJob {
             policy: long.clone(),
             reference: long.clone(),
@@ -213,27 +285,73 @@ async fn errors_quote_little_of_what_a_client_sent() {
             ..job_with(&long, bad_losses(16))
         };
         let mut training = client.training();
-        let page = pb::ListTrainingJobsRequest { page_token: long.clone(), ..Default::default() };
-        let datasets = pb::ListDatasetsRequest { page_token: long.clone(), ..Default::default() };
-        let named = pb::GetDatasetRequest { name: format!("datasets/{long}") };
+        let page = pb::ListTrainingJobsRequest {
+            page_token: long.clone(),
+            ..Default::default()
+        };
+        let datasets = pb::ListDatasetsRequest {
+            page_token: long.clone(),
+            ..Default::default()
+        };
+        let named = pb::GetDatasetRequest {
+            name: format!("datasets/{long}"),
+        };
         let many = job_with("datasets/x", bad_losses(40));
         // Each with the number of its bad fields.
         let answers = [
-            ("a long policy", 1, training.create_training_job(creation(policy)).await.err()),
-            ("40 losses", 40, training.create_training_job(creation(many)).await.err()),
-            ("many fields", 20, training.create_training_job(creation(everything)).await.err()),
-            ("a job's page token", 1, training.list_training_jobs(page).await.err()),
-            ("a dataset's page token", 1, client.datasets().list_datasets(datasets).await.err()),
-            ("a dataset's name", 1, client.datasets().get_dataset(named).await.err()),
+            (
+                "a long policy",
+                1,
+                training.create_training_job(creation(policy)).await.err(),
+            ),
+            (
+                "40 losses",
+                40,
+                training.create_training_job(creation(many)).await.err(),
+            ),
+            (
+                "many fields",
+                20,
+                training
+                    .create_training_job(creation(everything))
+                    .await
+                    .err(),
+            ),
+            (
+                "a job's page token",
+                1,
+                training.list_training_jobs(page).await.err(),
+            ),
+            (
+                "a dataset's page token",
+                1,
+                client.datasets().list_datasets(datasets).await.err(),
+            ),
+            (
+                "a dataset's name",
+                1,
+                client.datasets().get_dataset(named).await.err(),
+            ),
         ];
         for (what, bad_fields, answer) in answers {
             let status = answer.unwrap_or_else(|| panic!("{what} is accepted"));
             let shown = start_of(status.message());
-            assert_eq!(status.code(), Code::InvalidArgument, "{what} of {text:?}: {shown}");
+            assert_eq!(
+                status.code(),
+                Code::InvalidArgument,
+                "{what} of {text:?}: {shown}"
+            );
             let size = header_bytes(&status);
-            assert!(size <= 4096, "{what} of {text:?}: {size} bytes of headers: {shown}");
+            assert!(
+                size <= 4096,
+                "{what} of {text:?}: {size} bytes of headers: {shown}"
+            );
             let found = violations(&status);
-            assert!((1..=50).contains(&found.len()), "{what}: {} violations", found.len());
+            assert!(
+                (1..=50).contains(&found.len()),
+                "{what}: {} violations",
+                found.len()
+            );
             // Too many losses may be one violation of the list.
             if found.iter().any(|v| v.field == "training_job.dpo.losses") {
                 continue;
@@ -258,8 +376,12 @@ pub async fn speak_http2(mut connection: TcpStream, frames: &[u8]) -> std::io::R
     const SETTINGS: u8 = 4;
     const PING: u8 = 6;
     const ACK: u8 = 1;
-    connection.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
-    connection.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).await?;
+    connection
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        .await?;
+    connection
+        .write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0])
+        .await?;
     connection.write_all(frames).await?;
     loop {
         let mut header = [0; 9];
@@ -272,9 +394,15 @@ pub async fn speak_http2(mut connection: TcpStream, frames: &[u8]) -> std::io::R
             continue;
         }
         match kind {
-            SETTINGS => connection.write_all(&[0, 0, 0, SETTINGS, ACK, 0, 0, 0, 0]).await?,
+            SETTINGS => {
+                connection
+                    .write_all(&[0, 0, 0, SETTINGS, ACK, 0, 0, 0, 0])
+                    .await?
+            }
             PING => {
-                connection.write_all(&[0, 0, 8, PING, ACK, 0, 0, 0, 0]).await?;
+                connection
+                    .write_all(&[0, 0, 8, PING, ACK, 0, 0, 0, 0])
+                    .await?;
                 connection.write_all(&payload).await?;
             }
             _ => {}
@@ -298,28 +426,40 @@ async fn flood(server: &Server, number: usize) -> JoinSet<std::io::Result<()>> {
     // Until the server has accepted what it will. Where it accepts no more, the system's queue
     // fills up, and the rest cannot connect.
     let (mut before, mut unchanged_since) = ((0, 0), Instant::now());
-    until("the end of new connections", Duration::from_secs(30), async || {
-        let now = (connected.load(Ordering::Relaxed), descriptors(server.pid()));
-        if now != before || now.0 == 0 {
-            (before, unchanged_since) = (now, Instant::now());
-        }
-        unchanged_since.elapsed() >= Duration::from_secs(1)
-    })
+    until(
+        "the end of new connections",
+        Duration::from_secs(30),
+        async || {
+            let now = (connected.load(Ordering::Relaxed), descriptors(server.pid()));
+            if now != before || now.0 == 0 {
+                (before, unchanged_since) = (now, Instant::now());
+            }
+            unchanged_since.elapsed() >= Duration::from_secs(1)
+        },
+    )
     .await;
     let connected = before.0;
-    assert!(connected >= number / 2, "{connected} of {number} connections could be opened");
+    assert!(
+        connected >= number / 2,
+        "{connected} of {number} connections could be opened"
+    );
     all
 }
 
 /// Returns the number of files that a process has open.
 fn descriptors(pid: u32) -> usize {
-    std::fs::read_dir(format!("/proc/{pid}/fd")).expect("the server lives").count()
+    std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .expect("the server lives")
+        .count()
 }
 
 /// The soft limit of a process's open files.
 fn soft_limit(pid: u32) -> u64 {
     let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
-    let line = limits.lines().find_map(|l| l.strip_prefix("Max open files")).unwrap();
+    let line = limits
+        .lines()
+        .find_map(|l| l.strip_prefix("Max open files"))
+        .unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
@@ -333,7 +473,9 @@ async fn http_get(address: &str, path: &str) -> std::io::Result<String> {
 }
 
 async fn assert_live(server: &Server) {
-    let answer = soon("GET /livez", http_get(&server.http, "/livez")).await.unwrap();
+    let answer = soon("GET /livez", http_get(&server.http, "/livez"))
+        .await
+        .unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
@@ -346,7 +488,9 @@ async fn paused_job(client: &Client, dataset: &str) -> String {
         Some(Event::StateChange(change)) => change.to() == pb::JobState::Paused,
         _ => false,
     };
-    soon("a pause", client.follow(&name, 0, |e| !is_paused(&e))).await.unwrap();
+    soon("a pause", client.follow(&name, 0, |e| !is_paused(&e)))
+        .await
+        .unwrap();
     name
 }
 
@@ -358,8 +502,16 @@ async fn four_hundred_idle_connections_take_no_descriptor_that_the_server_needs(
     let watcher = server.client().await;
     let dataset = upload(&watcher, "pairs.jsonl").await;
     let waiting = paused_job(&watcher, &dataset.name).await;
-    let request = pb::StreamTrainingEventsRequest { parent: waiting.clone(), after_sequence: 0 };
-    let mut events = watcher.training().stream_training_events(request).await.unwrap().into_inner();
+    let request = pb::StreamTrainingEventsRequest {
+        parent: waiting.clone(),
+        after_sequence: 0,
+    };
+    let mut events = watcher
+        .training()
+        .stream_training_events(request)
+        .await
+        .unwrap()
+        .into_inner();
     let followed = tokio::spawn(async move {
         let mut states = Vec::new();
         while let Some(event) = events.message().await? {
@@ -376,24 +528,41 @@ async fn four_hundred_idle_connections_take_no_descriptor_that_the_server_needs(
         let client = client.clone();
         async move {
             let file = golden("pairs.jsonl");
-            client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await
+            client
+                .upload_dataset(&file, pb::UploadMetadata::default(), |_| {})
+                .await
         }
     };
-    soon("an upload on an old connection", sent(&watcher)).await.unwrap();
+    soon("an upload on an old connection", sent(&watcher))
+        .await
+        .unwrap();
     let newcomer = soon("a new connection", server.client()).await;
     assert!(soon("a health check", newcomer.health()).await.unwrap());
     let dataset = soon("an upload", sent(&newcomer)).await.unwrap();
     let name = soon("a job's creation", submit(&newcomer, job(&dataset.name, 2))).await;
-    let ended = soon("a tiny job", finish(&newcomer, &name)).await.pop().and_then(|e| e.event);
-    let Some(Event::StateChange(change)) = ended else { panic!("{ended:?}") };
+    let ended = soon("a tiny job", finish(&newcomer, &name))
+        .await
+        .pop()
+        .and_then(|e| e.event);
+    let Some(Event::StateChange(change)) = ended else {
+        panic!("{ended:?}")
+    };
     assert_eq!(change.to(), pb::JobState::Succeeded, "{}", change.reason);
     assert_live(&server).await;
 
     // The stream was not closed: it is told of what happens now, once and to the end.
     assert!(!followed.is_finished(), "{:?}", followed.await);
     let cancel = pb::CancelTrainingJobRequest { name: waiting };
-    soon("a cancellation", newcomer.training().cancel_training_job(cancel)).await.unwrap();
-    let states = soon("the end of the stream", followed).await.unwrap().unwrap();
+    soon(
+        "a cancellation",
+        newcomer.training().cancel_training_job(cancel),
+    )
+    .await
+    .unwrap();
+    let states = soon("the end of the stream", followed)
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(states.last(), Some(&pb::JobState::Cancelled), "{states:?}");
     drop(flooding);
 }
@@ -421,9 +590,11 @@ async fn two_hundred_silent_connections_to_the_http_port_do_not_stop_probes() {
 async fn a_server_says_that_it_accepts_fewer_connections_than_it_is_set_to() {
     let dir = tempfile::tempdir().unwrap();
     let server = start_limited(dir.path(), libc::RLIMIT_NOFILE, 256, 256);
-    until("a log line about max_connections", Duration::from_secs(10), async || {
-        server.has_logged("max_connections")
-    })
+    until(
+        "a log line about max_connections",
+        Duration::from_secs(10),
+        async || server.has_logged("max_connections"),
+    )
     .await;
 }
 
@@ -458,7 +629,9 @@ fn write_parquet(file: &Path, schema: &str, columns: Vec<Column>) {
     let schema = Arc::new(parse_message_type(&format!("message rows {{ {schema} }}")).unwrap());
     let leaves = SchemaDescriptor::new(schema.clone());
     let properties = Arc::new(
-        WriterProperties::builder().set_compression(Compression::ZSTD(Default::default())).build(),
+        WriterProperties::builder()
+            .set_compression(Compression::ZSTD(Default::default()))
+            .build(),
     );
     let sink = std::fs::File::create(file).unwrap();
     let mut writer = SerializedFileWriter::new(sink, schema, properties).unwrap();
@@ -469,11 +642,15 @@ fn write_parquet(file: &Path, schema: &str, columns: Vec<Column>) {
         // An absent value is defined up to the level above it.
         macro_rules! write {
             ($kind:ty, $values:expr, $to:expr) => {{
-                let levels: Vec<i16> =
-                    $values.iter().map(|v| leaf.max_def_level() - i16::from(v.is_none())).collect();
+                let levels: Vec<i16> = $values
+                    .iter()
+                    .map(|v| leaf.max_def_level() - i16::from(v.is_none()))
+                    .collect();
                 let starts = vec![0; levels.len()];
                 let present: Vec<_> = $values.into_iter().flatten().map($to).collect();
-                out.typed::<$kind>().write_batch(&present, Some(&levels), Some(&starts)).unwrap();
+                out.typed::<$kind>()
+                    .write_batch(&present, Some(&levels), Some(&starts))
+                    .unwrap();
             }};
         }
         match column {
@@ -488,7 +665,9 @@ fn write_parquet(file: &Path, schema: &str, columns: Vec<Column>) {
 }
 
 async fn upload_file(client: &Client, file: &Path) -> Result<pb::Dataset, ClientError> {
-    client.upload_dataset(file, pb::UploadMetadata::default(), |_| {}).await
+    client
+        .upload_dataset(file, pb::UploadMetadata::default(), |_| {})
+        .await
 }
 
 /// A finding as (row, field, reason, whether it is an error).
@@ -496,7 +675,11 @@ type Finding<'a> = (u64, &'a str, &'a str, bool);
 
 fn findings(report: &pb::ValidationReport) -> BTreeSet<Finding<'_>> {
     let error = |i: &pb::RowIssue| i.severity() == pb::IssueSeverity::Error;
-    report.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason.as_str(), error(i))).collect()
+    report
+        .issues
+        .iter()
+        .map(|i| (i.row, i.field.as_str(), i.reason.as_str(), error(i)))
+        .collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -512,8 +695,15 @@ async fn findings_quote_little_of_a_row() {
     }
     let file = jsonl(dir.path(), &rows);
     let uploaded = upload_file(&client, &file).await.unwrap();
-    let request = pb::GetDatasetRequest { name: uploaded.name.clone() };
-    let got = client.datasets().get_dataset(request).await.unwrap().into_inner();
+    let request = pb::GetDatasetRequest {
+        name: uploaded.name.clone(),
+    };
+    let got = client
+        .datasets()
+        .get_dataset(request)
+        .await
+        .unwrap()
+        .into_inner();
     for dataset in [&uploaded, &got] {
         let report = dataset.report.as_ref().unwrap();
         assert_eq!((report.rows, report.valid_rows), (101, 1));
@@ -523,12 +713,24 @@ async fn findings_quote_little_of_a_row() {
         assert!(size < 1_000_000, "the dataset has {size} bytes");
         for i in &report.issues {
             let (id, message) = (i.id.chars().count(), i.message.chars().count());
-            assert!(id <= 400 && message <= 400, "{id} characters of id, {message} of message");
+            assert!(
+                id <= 400 && message <= 400,
+                "{id} characters of id, {message} of message"
+            );
         }
     }
     let request = pb::ListDatasetsRequest::default();
-    let listed = client.datasets().list_datasets(request).await.unwrap().into_inner();
-    assert!(listed.encoded_len() < 100_000, "the list has {} bytes", listed.encoded_len());
+    let listed = client
+        .datasets()
+        .list_datasets(request)
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(
+        listed.encoded_len() < 100_000,
+        "the list has {} bytes",
+        listed.encoded_len()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -536,11 +738,20 @@ async fn parquet_weights_that_are_no_finite_numbers_are_findings() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    let weights =
-        [Some(1.0), Some(f64::NAN), Some(f64::INFINITY), Some(f64::NEG_INFINITY), Some(2.0), None];
+    let weights = [
+        Some(1.0),
+        Some(f64::NAN),
+        Some(f64::INFINITY),
+        Some(f64::NEG_INFINITY),
+        Some(2.0),
+        None,
+    ];
     let columns = [
         ("double", Column::Double(weights.to_vec())),
-        ("float", Column::Float(weights.map(|w| w.map(|w| w as f32)).to_vec())),
+        (
+            "float",
+            Column::Float(weights.map(|w| w.map(|w| w as f32)).to_vec()),
+        ),
     ];
     for (kind, weights) in columns {
         let file = dir.path().join(kind);
@@ -549,12 +760,17 @@ async fn parquet_weights_that_are_no_finite_numbers_are_findings() {
              required binary rejected (UTF8); optional {kind} weight;"
         );
         let text = |texts: [&'static str; 6]| Column::Text(texts.map(Some).to_vec());
-        let columns =
-            vec![text(["1", "2", "3", "4", "5", "6"]), text(["a"; 6]), text(["b"; 6]), weights];
+        let columns = vec![
+            text(["1", "2", "3", "4", "5", "6"]),
+            text(["a"; 6]),
+            text(["b"; 6]),
+            weights,
+        ];
         write_parquet(&file, &schema, columns);
         let report = upload_file(&client, &file).await.unwrap().report.unwrap();
-        let expected: BTreeSet<Finding<'_>> =
-            [2, 3, 4].map(|row| (row, "weight", "invalid_weight", true)).into();
+        let expected: BTreeSet<Finding<'_>> = [2, 3, 4]
+            .map(|row| (row, "weight", "invalid_weight", true))
+            .into();
         assert_eq!(findings(&report), expected, "{kind}");
         assert_eq!((report.rows, report.valid_rows), (6, 3), "{kind}");
     }
@@ -624,7 +840,13 @@ async fn extra_fields_of_a_row_are_used_or_reported() {
     assert_eq!(findings(&report), expected, "{report:?}");
     assert_eq!((report.rows, report.valid_rows), (14, 11));
     // A column that is not used is listed once and counted in every row.
-    assert_eq!((report.counts["unsupported_field"], report.counts["ignored_field"]), (3, 3));
+    assert_eq!(
+        (
+            report.counts["unsupported_field"],
+            report.counts["ignored_field"]
+        ),
+        (3, 3)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -672,8 +894,11 @@ async fn extra_columns_of_a_parquet_row_are_used_or_reported() {
     let file = dir.path().join("rows.parquet");
     write_parquet(&file, &schema, columns);
     let report = upload_file(&client, &file).await.unwrap().report.unwrap();
-    let expected: BTreeSet<Finding<'_>> =
-        [(4, "images", "unsupported_field", true), (1, "system", "ignored_field", false)].into();
+    let expected: BTreeSet<Finding<'_>> = [
+        (4, "images", "unsupported_field", true),
+        (1, "system", "ignored_field", false),
+    ]
+    .into();
     assert_eq!(findings(&report), expected, "{report:?}");
     assert_eq!((report.rows, report.valid_rows), (7, 6));
     assert_eq!(report.counts["ignored_field"], 6, "{report:?}");
@@ -689,8 +914,15 @@ fn assert_violation<T>(answer: Result<T, Status>, field: &str) {
 
 /// Checks a job without starting it.
 async fn check(client: &Client, wanted: pb::TrainingJob) -> Result<pb::TrainingJob, Status> {
-    let request = pb::CreateTrainingJobRequest { validate_only: true, ..creation(wanted) };
-    client.training().create_training_job(request).await.map(|r| r.into_inner())
+    let request = pb::CreateTrainingJobRequest {
+        validate_only: true,
+        ..creation(wanted)
+    };
+    client
+        .training()
+        .create_training_job(request)
+        .await
+        .map(|r| r.into_inner())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -705,17 +937,26 @@ async fn sorted_losses_take_no_weighting() {
             use_weighting,
             ..Default::default()
         };
-        check(&client, job_with(&dataset, dpo(false))).await.unwrap();
+        check(&client, job_with(&dataset, dpo(false)))
+            .await
+            .unwrap();
         let answer = check(&client, job_with(&dataset, dpo(true))).await;
         assert_violation(answer, "training_job.dpo.use_weighting");
     }
-    let plain = pb::DpoConfig { use_weighting: true, ..Default::default() };
+    let plain = pb::DpoConfig {
+        use_weighting: true,
+        ..Default::default()
+    };
     check(&client, job_with(&dataset, plain)).await.unwrap();
 }
 
 /// Why a job is refused for its rows, when it is made or when it has read them.
 async fn refusal_of_rows(client: &Client, wanted: pb::TrainingJob) -> String {
-    let (reason, message) = match client.training().create_training_job(creation(wanted)).await {
+    let (reason, message) = match client
+        .training()
+        .create_training_job(creation(wanted))
+        .await
+    {
         Err(status) => {
             assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
             let info = status.get_details_error_info().unwrap();
@@ -725,7 +966,12 @@ async fn refusal_of_rows(client: &Client, wanted: pb::TrainingJob) -> String {
             let name = made.into_inner().name;
             finish(client, &name).await;
             let request = pb::GetTrainingJobRequest { name };
-            let ended = client.training().get_training_job(request).await.unwrap().into_inner();
+            let ended = client
+                .training()
+                .get_training_job(request)
+                .await
+                .unwrap()
+                .into_inner();
             assert_eq!(ended.state(), pb::JobState::Failed);
             let error = ended.error.unwrap();
             let status = Status::with_details(
@@ -733,7 +979,10 @@ async fn refusal_of_rows(client: &Client, wanted: pb::TrainingJob) -> String {
                 error.message.clone(),
                 error.encode_to_vec().into(),
             );
-            (status.get_details_error_info().unwrap().reason, error.message)
+            (
+                status.get_details_error_info().unwrap().reason,
+                error.message,
+            )
         }
     };
     assert_eq!(reason, "DATASET_INVALID", "{message}");
@@ -749,29 +998,45 @@ async fn sorted_losses_take_no_weighted_rows() {
         let prompt = format!("{i} {i}");
         json!({"prompt": prompt, "chosen": " 5 6", "rejected": " 7", "weight": weight})
     };
-    let file = jsonl(dir.path(), &[row(1, 1.0), row(2, 1.0), row(3, 2.0), row(4, 1.0)]);
+    let file = jsonl(
+        dir.path(),
+        &[row(1, 1.0), row(2, 1.0), row(3, 2.0), row(4, 1.0)],
+    );
     let weighted = upload_file(&client, &file).await.unwrap().name;
     let file = jsonl(dir.path(), &[row(1, 1.0), row(2, 1.0)]);
     let equal = upload_file(&client, &file).await.unwrap().name;
     for name in ["aot", "aot_unpaired"] {
         let wanted = |dataset: &str| {
-            let dpo = pb::DpoConfig { losses: losses([name]), ..Default::default() };
+            let dpo = pb::DpoConfig {
+                losses: losses([name]),
+                ..Default::default()
+            };
             job_with(dataset, dpo)
         };
         let message = refusal_of_rows(&client, wanted(&weighted)).await;
         // The message names the row, the problem and the remedy.
         assert!(message.contains("row 3"), "{message}");
-        assert!(message.contains("weight") && message.contains(name), "{message}");
-        let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted(&weighted)) };
+        assert!(
+            message.contains("weight") && message.contains(name),
+            "{message}"
+        );
+        let request = pb::EstimateTrainingJobRequest {
+            training_job: Some(wanted(&weighted)),
+        };
         let status = refused(
             client.training().estimate_training_job(request).await,
             Code::FailedPrecondition,
         );
-        assert_eq!(status.get_details_error_info().unwrap().reason, "DATASET_INVALID");
+        assert_eq!(
+            status.get_details_error_info().unwrap().reason,
+            "DATASET_INVALID"
+        );
         // Rows of equal weight are what these losses are made for.
         let name = submit(&client, wanted(&equal)).await;
         let last = finish(&client, &name).await.pop().and_then(|e| e.event);
-        let Some(Event::StateChange(change)) = last else { panic!("{last:?}") };
+        let Some(Event::StateChange(change)) = last else {
+            panic!("{last:?}")
+        };
         assert_eq!(change.to(), pb::JobState::Succeeded, "{}", change.reason);
     }
 }
@@ -785,11 +1050,17 @@ async fn a_reference_that_no_loss_reads_is_not_moved() {
     let moving = |names: &[&str]| {
         let dpo = pb::DpoConfig {
             losses: losses(names.iter().copied()),
-            reference_sync: Some(pb::ReferenceSync { alpha: Some(0.5), every_steps: Some(1) }),
+            reference_sync: Some(pb::ReferenceSync {
+                alpha: Some(0.5),
+                every_steps: Some(1),
+            }),
             ..Default::default()
         };
         let method = Some(pb::training_job::Method::Full(pb::FullConfig {}));
-        pb::TrainingJob { method, ..job_with(&dataset, dpo) }
+        pb::TrainingJob {
+            method,
+            ..job_with(&dataset, dpo)
+        }
     };
     for names in [&["simpo"][..], &["orpo"], &["sft"], &["simpo", "sft"]] {
         let answer = check(&client, moving(names)).await;
@@ -821,8 +1092,14 @@ fn train_checks_lengths_as_the_job_will_and_names_its_own_flags() {
         let prompt = format!("{i}{prompt}");
         json!({"prompt": prompt, "chosen": " 5", "rejected": " 7"})
     };
-    let rows =
-        [row(1, " 2"), row(2, &long), row(3, " 4"), row(4, " 5"), row(5, &long), row(6, " 7")];
+    let rows = [
+        row(1, " 2"),
+        row(2, &long),
+        row(3, " 4"),
+        row(4, " 5"),
+        row(5, &long),
+        row(6, " 7"),
+    ];
     let file = jsonl(dir.path(), &rows);
     let train = |more: &[&str]| {
         let file = file.to_str().unwrap();
@@ -846,7 +1123,10 @@ fn train_checks_lengths_as_the_job_will_and_names_its_own_flags() {
         let is_told = |line: &str| line.contains(row) && line.contains("prompt_fills_max_length");
         assert!(said.lines().any(is_told), "{row} is not named: {said}");
     }
-    assert!(said.contains("--skip-bad-rows") && said.contains("--max-length"), "{said}");
+    assert!(
+        said.contains("--skip-bad-rows") && said.contains("--max-length"),
+        "{said}"
+    );
     assert!(!said.contains("row_policy"), "{said}");
     assert!(matches!(code, Some(1 | 2)), "{code:?}: {said}");
 

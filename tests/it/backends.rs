@@ -40,12 +40,23 @@ impl Postgres {
         }
         let data = dir.path().join("data");
         let made = as_user(&bin.join("initdb"))
-            .args(["--auth=trust", "--username=bradley", "--encoding=UTF8", "--locale=C", "-D"])
+            .args([
+                "--auth=trust",
+                "--username=bradley",
+                "--encoding=UTF8",
+                "--locale=C",
+                "-D",
+            ])
             .arg(&data)
             .stdout(Stdio::null())
             .status();
         assert!(made.unwrap().success());
-        let mut postgres = Postgres { bin, dir, port: free_port(), child: None };
+        let mut postgres = Postgres {
+            bin,
+            dir,
+            port: free_port(),
+            child: None,
+        };
         postgres.resume();
         postgres
     }
@@ -65,12 +76,18 @@ impl Postgres {
             .unwrap();
         let said = String::from_utf8_lossy(&answer.stderr);
         assert!(answer.status.success(), "{statements}: {said}");
-        String::from_utf8(answer.stdout).unwrap().lines().map(str::to_owned).collect()
+        String::from_utf8(answer.stdout)
+            .unwrap()
+            .lines()
+            .map(str::to_owned)
+            .collect()
     }
 
     /// Ends it as a crash does.
     pub fn crash(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
         let data = self.dir.path().join("data");
         let _ = as_user(&self.bin.join("pg_ctl"))
             .args(["stop", "-m", "immediate", "-D"])
@@ -117,14 +134,23 @@ pub struct Shared {
 impl Shared {
     /// Starts the database.
     pub fn start() -> Self {
-        Shared { postgres: Postgres::start(), artifacts: tempfile::tempdir().unwrap() }
+        Shared {
+            postgres: Postgres::start(),
+            artifacts: tempfile::tempdir().unwrap(),
+        }
     }
 
     /// Starts a server on both, with a data folder of its own.
     pub fn replica(&self, data_dir: &Path, models: &str, flags: &[&str]) -> Server {
         let artifacts = format!("file://{}", self.artifacts.path().display());
-        let shared =
-            ["--database-url", &self.postgres.url(), "--artifact-url", &artifacts, "--lease", "6"];
+        let shared = [
+            "--database-url",
+            &self.postgres.url(),
+            "--artifact-url",
+            &artifacts,
+            "--lease",
+            "6",
+        ];
         Server::start_with(data_dir, models, &[&shared, flags].concat())
     }
 }
@@ -141,7 +167,14 @@ impl S3 {
         let python = needed("BRADLEY_TEST_PYTHON");
         let port = free_port();
         let child = Command::new(python)
-            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
+            .args([
+                "-m",
+                "moto.server",
+                "-H",
+                "127.0.0.1",
+                "-p",
+                &port.to_string(),
+            ])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -151,7 +184,8 @@ impl S3 {
             TcpStream::connect(("127.0.0.1", port)).is_ok()
         });
         until_blocking("the creation of the bucket", START_LIMIT, || {
-            s3.request("PUT", "/bradley").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200"))
+            s3.request("PUT", "/bradley")
+                .is_ok_and(|answer| answer.starts_with("HTTP/1.1 200"))
         });
         s3
     }
@@ -189,7 +223,9 @@ impl S3 {
 
     /// The keys below a prefix.
     pub fn keys(&self, prefix: &str) -> Vec<String> {
-        let answer = self.request("GET", &format!("/bradley?list-type=2&prefix={prefix}")).unwrap();
+        let answer = self
+            .request("GET", &format!("/bradley?list-type=2&prefix={prefix}"))
+            .unwrap();
         answer
             .split("<Key>")
             .skip(1)
@@ -278,8 +314,12 @@ fn serve(mut client: TcpStream, backend: u16, fault: &Arc<Mutex<Fault>>) {
             .write_all(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         return;
     }
-    let Ok(server) = TcpStream::connect(("127.0.0.1", backend)) else { return };
-    let (Ok(from_server), Ok(to_client)) = (server.try_clone(), client.try_clone()) else { return };
+    let Ok(server) = TcpStream::connect(("127.0.0.1", backend)) else {
+        return;
+    };
+    let (Ok(from_server), Ok(to_client)) = (server.try_clone(), client.try_clone()) else {
+        return;
+    };
     let shared = fault.clone();
     let back = std::thread::spawn(move || pump(from_server, to_client, &shared));
     pump(client, server, fault);
@@ -317,7 +357,9 @@ fn as_user(program: &Path) -> Command {
         return Command::new(program);
     }
     let mut command = Command::new("setpriv");
-    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]).arg(program);
+    command
+        .args(["--reuid=postgres", "--regid=postgres", "--clear-groups"])
+        .arg(program);
     command
 }
 

@@ -109,12 +109,24 @@ impl Fleet {
 
     fn restart(&mut self, i: usize) {
         let flags: Vec<&str> = self.flags.iter().map(String::as_str).collect();
-        let environment: Vec<(&str, &str)> =
-            self.environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
+        let environment: Vec<(&str, &str)> = self
+            .environment
+            .iter()
+            .map(|(k, v)| (*k, v.as_str()))
+            .collect();
         let models = format!("tiny={}", golden("models/llama").display());
-        self.servers[i] = Some(Server::start_in(&self.dirs[i], &models, &flags, &environment));
-        *self.addresses.lock().unwrap() =
-            self.servers.iter().flatten().map(|s| s.address.clone()).collect();
+        self.servers[i] = Some(Server::start_in(
+            &self.dirs[i],
+            &models,
+            &flags,
+            &environment,
+        ));
+        *self.addresses.lock().unwrap() = self
+            .servers
+            .iter()
+            .flatten()
+            .map(|s| s.address.clone())
+            .collect();
     }
 
     fn kill(&mut self, i: usize) {
@@ -148,7 +160,9 @@ async fn connect(addresses: &Mutex<Vec<String>>) -> Option<Client> {
 async fn follow(addresses: Arc<Mutex<Vec<String>>>, job: String) -> Vec<pb::TrainingEvent> {
     let mut seen: Vec<pb::TrainingEvent> = Vec::new();
     loop {
-        let Some(client) = connect(&addresses).await else { continue };
+        let Some(client) = connect(&addresses).await else {
+            continue;
+        };
         let request = pb::StreamTrainingEventsRequest {
             parent: job.clone(),
             after_sequence: seen.len() as u64,
@@ -164,7 +178,11 @@ async fn follow(addresses: Arc<Mutex<Vec<String>>>, job: String) -> Vec<pb::Trai
         while let Ok(Ok(Some(event))) =
             tokio::time::timeout(Duration::from_secs(4), stream.message()).await
         {
-            assert_eq!(event.sequence, seen.len() as u64 + 1, "an event is lost or comes twice");
+            assert_eq!(
+                event.sequence,
+                seen.len() as u64 + 1,
+                "an event is lost or comes twice"
+            );
             let over = matches!(&event.event, Some(pb::training_event::Event::StateChange(s)) if is_final(s.to()));
             seen.push(event);
             if over {
@@ -175,19 +193,26 @@ async fn follow(addresses: Arc<Mutex<Vec<String>>>, job: String) -> Vec<pb::Trai
 }
 
 fn is_final(state: pb::JobState) -> bool {
-    matches!(state, pb::JobState::Succeeded | pb::JobState::Failed | pb::JobState::Cancelled)
+    matches!(
+        state,
+        pb::JobState::Succeeded | pb::JobState::Failed | pb::JobState::Cancelled
+    )
 }
 
 /// Lets a fault last for `time`, or until the job that is followed is over.
 async fn lasts<T>(time: Duration, following: &tokio::task::JoinHandle<T>) {
-    let over = until("the end of the job", LIMIT, async || following.is_finished());
+    let over = until("the end of the job", LIMIT, async || {
+        following.is_finished()
+    });
     let _ = tokio::time::timeout(time, over).await;
 }
 
 /// Creates a job, again and again under one request_id until it is acknowledged.
 async fn create(addresses: Arc<Mutex<Vec<String>>>, dataset: String, request_id: String) -> String {
     loop {
-        let Some(client) = connect(&addresses).await else { continue };
+        let Some(client) = connect(&addresses).await else {
+            continue;
+        };
         let job = Some(checkpointing(&dataset, STEPS));
         let request = pb::CreateTrainingJobRequest {
             training_job: job,
@@ -241,22 +266,38 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         if self.mounted {
-            let _ = Command::new("umount").arg("-l").arg(self.folder.path()).status();
+            let _ = Command::new("umount")
+                .arg("-l")
+                .arg(self.folder.path())
+                .status();
         }
     }
 }
 
 /// Damages the newest checkpoint below a data directory, of one job.
 fn damage(dir: &Path, job: &str, rng: &mut StdRng) -> bool {
-    let folder = dir.join("jobs").join(job.trim_start_matches("trainingJobs/")).join("checkpoints");
+    let folder = dir
+        .join("jobs")
+        .join(job.trim_start_matches("trainingJobs/"))
+        .join("checkpoints");
     let steps = std::fs::read_dir(&folder)
         .into_iter()
         .flatten()
         .filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u64>().ok());
-    let Some(newest) = steps.max() else { return false };
-    let files = ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"];
-    let file = folder.join(newest.to_string()).join(files[rng.random_range(0..files.len())]);
-    let Ok(mut bytes) = std::fs::read(&file) else { return false };
+    let Some(newest) = steps.max() else {
+        return false;
+    };
+    let files = [
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    ];
+    let file = folder
+        .join(newest.to_string())
+        .join(files[rng.random_range(0..files.len())]);
+    let Ok(mut bytes) = std::fs::read(&file) else {
+        return false;
+    };
     let at = rng.random_range(0..bytes.len());
     bytes[at] ^= 1 << rng.random_range(0..8);
     std::fs::write(&file, bytes).is_ok()
@@ -277,25 +318,36 @@ impl Campaign {
         let clustered = number.is_multiple_of(2);
         let kinds = if clustered { &CLUSTER[..] } else { &SINGLE[..] };
         let only = std::env::var("BRADLEY_TEST_FAULT").ok();
-        let named = kinds.iter().find(|d| only.as_deref() == Some(format!("{d:?}").as_str()));
+        let named = kinds
+            .iter()
+            .find(|d| only.as_deref() == Some(format!("{d:?}").as_str()));
         let mut disturbance = named.copied().unwrap_or(kinds[number / 2 % kinds.len()]);
         if disturbance == Disturbance::DiskFull && !self.disk.mounted {
             disturbance = Disturbance::KillInTraining;
         }
         *self.tally.rounds.entry(disturbance).or_default() += 1;
-        let fleet = if clustered { &mut self.cluster } else { &mut self.single };
+        let fleet = if clustered {
+            &mut self.cluster
+        } else {
+            &mut self.single
+        };
         let dataset = datasets[usize::from(!clustered)].clone();
         let victim = rng.random_range(0..fleet.servers.len());
 
-        let creation =
-            tokio::spawn(create(fleet.addresses.clone(), dataset, format!("round-{number}")));
+        let creation = tokio::spawn(create(
+            fleet.addresses.clone(),
+            dataset,
+            format!("round-{number}"),
+        ));
         if disturbance == Disturbance::KillInCreate {
             tokio::time::sleep(Duration::from_micros(rng.random_range(0..8000))).await;
             fleet.kill(victim);
             fleet.restart(victim);
         }
-        let job =
-            tokio::time::timeout(LIMIT, creation).await.expect("the job is acknowledged").unwrap();
+        let job = tokio::time::timeout(LIMIT, creation)
+            .await
+            .expect("the job is acknowledged")
+            .unwrap();
         self.tally.jobs_acknowledged += 1;
         let following = tokio::spawn(follow(fleet.addresses.clone(), job.clone()));
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..900))).await;
@@ -313,7 +365,10 @@ impl Campaign {
                         display_name: "campaign".into(),
                         ..Default::default()
                     };
-                    client.upload_dataset(&golden("pairs.jsonl"), metadata, |_| {}).await.ok()
+                    client
+                        .upload_dataset(&golden("pairs.jsonl"), metadata, |_| {})
+                        .await
+                        .ok()
                 });
                 tokio::time::sleep(Duration::from_micros(rng.random_range(0..80_000))).await;
                 fleet.kill(victim);
@@ -336,7 +391,10 @@ impl Campaign {
                 }
             }
             Disturbance::Drain => {
-                fleet.servers[victim].take().unwrap().terminate(Duration::from_secs(40));
+                fleet.servers[victim]
+                    .take()
+                    .unwrap()
+                    .terminate(Duration::from_secs(40));
                 fleet.restart(victim);
             }
             Disturbance::Freeze => {
@@ -372,8 +430,12 @@ impl Campaign {
             }
         }
         let Ok(delivered) = tokio::time::timeout(LIMIT, following).await else {
-            let died: Vec<_> =
-                fleet.servers.iter_mut().flatten().map(Server::exit_status).collect();
+            let died: Vec<_> = fleet
+                .servers
+                .iter_mut()
+                .flatten()
+                .map(Server::exit_status)
+                .collect();
             panic!(
                 "round {number}, {disturbance:?}: {job} does not end; servers that ended: {died:?}"
             );
@@ -389,11 +451,25 @@ impl Campaign {
         delivered: Vec<pb::TrainingEvent>,
         disturbance: Disturbance,
     ) {
-        let fleet = if clustered { &self.cluster } else { &self.single };
+        let fleet = if clustered {
+            &self.cluster
+        } else {
+            &self.single
+        };
         let client = fleet.client().await;
         let request = pb::GetTrainingJobRequest { name: job.into() };
-        let stored = client.training().get_training_job(request).await.unwrap().into_inner();
-        assert_eq!(stored.state(), pb::JobState::Succeeded, "{disturbance:?}: {:?}", stored.error);
+        let stored = client
+            .training()
+            .get_training_job(request)
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!(
+            stored.state(),
+            pb::JobState::Succeeded,
+            "{disturbance:?}: {:?}",
+            stored.error
+        );
         self.tally.jobs_present += 1;
         let mut persisted = Vec::new();
         loop {
@@ -403,7 +479,12 @@ impl Campaign {
                 after_sequence,
                 page_size: 1000,
             };
-            let page = client.training().list_training_events(request).await.unwrap().into_inner();
+            let page = client
+                .training()
+                .list_training_events(request)
+                .await
+                .unwrap()
+                .into_inner();
             persisted.extend(page.events);
             if !page.more {
                 break;
@@ -416,8 +497,15 @@ impl Campaign {
             "{disturbance:?}: what was delivered is not what is stored"
         );
         check_history(&persisted);
-        assert_eq!(losses(&persisted), self.expected.0, "{disturbance:?}: other losses");
-        assert!(adapter(&client, job).await == self.expected.1, "{disturbance:?}: other weights");
+        assert_eq!(
+            losses(&persisted),
+            self.expected.0,
+            "{disturbance:?}: other losses"
+        );
+        assert!(
+            adapter(&client, job).await == self.expected.1,
+            "{disturbance:?}: other weights"
+        );
         self.tally.weights_equal += 1;
         let gone = |e: &&pb::TrainingEvent| matches!(&e.event, Some(pb::training_event::Event::StateChange(s)) if s.reason.contains("worker is gone"));
         self.tally.workers_replaced += persisted.iter().filter(gone).count();
@@ -429,9 +517,14 @@ impl Campaign {
 async fn nothing_is_lost_or_done_twice_whatever_fails() {
     let (postgres, s3) = (Postgres::start(), S3::start());
     let number = |variable: &str, default: usize| {
-        std::env::var(variable).ok().map_or(default, |v| v.parse().unwrap())
+        std::env::var(variable)
+            .ok()
+            .map_or(default, |v| v.parse().unwrap())
     };
-    let (rounds, seed) = (number("BRADLEY_TEST_CAMPAIGN", ROUNDS), number("BRADLEY_TEST_SEED", 1));
+    let (rounds, seed) = (
+        number("BRADLEY_TEST_CAMPAIGN", ROUNDS),
+        number("BRADLEY_TEST_SEED", 1),
+    );
     let mut rng = StdRng::seed_from_u64(seed as u64);
     let proxy = Proxy::start(s3.port());
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
@@ -450,15 +543,25 @@ async fn nothing_is_lost_or_done_twice_whatever_fails() {
         flags,
         s3.environment_at(proxy.port()),
     );
-    let single =
-        Fleet::start(vec![disk.folder.path().to_owned()], strings(&["--lease", LEASE]), Vec::new());
+    let single = Fleet::start(
+        vec![disk.folder.path().to_owned()],
+        strings(&["--lease", LEASE]),
+        Vec::new(),
+    );
     let mut datasets = [String::new(), String::new()];
     for (fleet, dataset) in [&cluster, &single].into_iter().zip(&mut datasets) {
         *dataset = upload(&fleet.client().await, "pairs.jsonl").await.name;
     }
     let expected = undisturbed(STEPS).await;
-    let mut campaign =
-        Campaign { cluster, single, postgres, proxy, disk, expected, tally: Tally::default() };
+    let mut campaign = Campaign {
+        cluster,
+        single,
+        postgres,
+        proxy,
+        disk,
+        expected,
+        tally: Tally::default(),
+    };
     let start = Instant::now();
     for number in 0..rounds {
         campaign.round(number, &datasets, &mut rng).await;
@@ -468,7 +571,9 @@ async fn nothing_is_lost_or_done_twice_whatever_fails() {
         "| fault campaign | seed {seed}, {rounds} rounds, {} s |\n|---|---|",
         start.elapsed().as_secs()
     );
-    t.rounds.iter().for_each(|(disturbance, n)| println!("| rounds with {disturbance:?} | {n} |"));
+    t.rounds
+        .iter()
+        .for_each(|(disturbance, n)| println!("| rounds with {disturbance:?} | {n} |"));
     println!(
         "| jobs acknowledged, present and succeeded | {}, {} |",
         t.jobs_acknowledged, t.jobs_present
@@ -477,9 +582,18 @@ async fn nothing_is_lost_or_done_twice_whatever_fails() {
         "| uploads acknowledged, present | {}, {} |",
         t.uploads_acknowledged, t.uploads_present
     );
-    println!("| events delivered, persisted | {}, {} |", t.events_delivered, t.events_persisted);
-    println!("| workers replaced, jobs executed twice | {}, 0 |", t.workers_replaced);
-    println!("| final weights equal to an undisturbed run's | {} of {} |", t.weights_equal, rounds);
+    println!(
+        "| events delivered, persisted | {}, {} |",
+        t.events_delivered, t.events_persisted
+    );
+    println!(
+        "| workers replaced, jobs executed twice | {}, 0 |",
+        t.workers_replaced
+    );
+    println!(
+        "| final weights equal to an undisturbed run's | {} of {} |",
+        t.weights_equal, rounds
+    );
     assert_eq!(
         (t.jobs_present, t.weights_equal, t.uploads_present),
         (rounds, rounds, t.uploads_acknowledged)

@@ -31,8 +31,10 @@ fn base64(bytes: &[u8]) -> String {
 
 fn run(command: &mut Command) -> String {
     let output = command.output().unwrap();
-    let (out, err) =
-        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
     assert!(output.status.success(), "{command:?}\n{out}\n{err}");
     out.into_owned()
 }
@@ -96,14 +98,26 @@ fn opentelemetrys_client_and_sink_see_one_trace_for_a_score_and_for_a_job() {
     // The exporter's own variable: spans are sent after 200 ms instead of 5 s.
     let flags = ["--otlp-endpoint", &endpoint];
     let models = format!("tiny={}", golden("models/llama").display());
-    let server =
-        Server::start_in(dir.path(), &models, &flags, &[("OTEL_BSP_SCHEDULE_DELAY", "200")]);
-    writeln!(client.stdin.take().unwrap(), "{}", server.address.trim_start_matches("http://"))
-        .unwrap();
+    let server = Server::start_in(
+        dir.path(),
+        &models,
+        &flags,
+        &[("OTEL_BSP_SCHEDULE_DELAY", "200")],
+    );
+    writeln!(
+        client.stdin.take().unwrap(),
+        "{}",
+        server.address.trim_start_matches("http://")
+    )
+    .unwrap();
     let output = client.wait_with_output().unwrap();
     let mut rest = String::new();
     said.read_to_string(&mut rest).unwrap();
-    assert!(output.status.success(), "{rest}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{rest}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(rest.contains("score:") && rest.contains("job:"), "{rest}");
     println!("{rest}");
 }
@@ -120,9 +134,11 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
         serde_json::from_str(&out).unwrap_or_else(|e| panic!("{method}: {e}: {out}"))
     };
     let listed = run(Command::new(&grpcurl).args(["-plaintext", &address, "list"]));
-    for service in
-        ["bradley.v1.TrainingService", "bradley.v1.ScoringService", "grpc.health.v1.Health"]
-    {
+    for service in [
+        "bradley.v1.TrainingService",
+        "bradley.v1.ScoringService",
+        "grpc.health.v1.Health",
+    ] {
         assert!(listed.contains(service), "{listed}");
     }
     let described = run(Command::new(&grpcurl).args([
@@ -132,9 +148,15 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
         "bradley.v1.PairScore",
     ]));
     assert!(described.contains("double probability"), "{described}");
-    assert_eq!(call("grpc.health.v1.Health/Check", "{}")["status"], "SERVING");
     assert_eq!(
-        call("bradley.v1.ModelService/GetModel", r#"{"name":"models/tiny"}"#)["architecture"],
+        call("grpc.health.v1.Health/Check", "{}")["status"],
+        "SERVING"
+    );
+    assert_eq!(
+        call(
+            "bradley.v1.ModelService/GetModel",
+            r#"{"name":"models/tiny"}"#
+        )["architecture"],
         "llama"
     );
 
@@ -152,7 +174,10 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
     let body = serde_json::json!({"training_job": {
         "policy": "models/tiny", "dataset": dataset, "lora": {"rank": 4}, "batch": {"batch_size": 2, "max_length": 256, "max_steps": 3},
         "optimizer": {"learning_rate": 0.01}}});
-    let name = call("bradley.v1.TrainingService/CreateTrainingJob", &body.to_string())["name"]
+    let name = call(
+        "bradley.v1.TrainingService/CreateTrainingJob",
+        &body.to_string(),
+    )["name"]
         .as_str()
         .unwrap()
         .to_owned();
@@ -187,7 +212,12 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
     let body = serde_json::json!({"options": {"policy": format!("{name}/checkpoints/latest")}, "pairs": [
         {"id": "x", "prompt": text("user", "Name a colour."), "a": text("assistant", "Blue."), "b": text("assistant", "It depends.")}]});
     let score = call("bradley.v1.ScoringService/ScorePairs", &body.to_string());
-    assert!(score["results"][0]["score"]["probability"].as_f64().is_some(), "{score}");
+    assert!(
+        score["results"][0]["score"]["probability"]
+            .as_f64()
+            .is_some(),
+        "{score}"
+    );
     let body = serde_json::json!({"name": format!("{name}/checkpoints/latest")}).to_string();
     let files = run(Command::new(&grpcurl).args([
         "-plaintext",
@@ -196,7 +226,10 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
         &address,
         "bradley.v1.CheckpointService/DownloadCheckpoint",
     ]));
-    assert!(files.contains("adapter_model.safetensors") && files.contains("\"chunk\""), "{files}");
+    assert!(
+        files.contains("adapter_model.safetensors") && files.contains("\"chunk\""),
+        "{files}"
+    );
     let refused = Command::new(&grpcurl)
         .args([
             "-plaintext",
@@ -232,9 +265,21 @@ async fn reflection_v1_answers_too() {
         .await
         .unwrap()
         .into_inner();
-    let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
-    let MessageResponse::ListServicesResponse(list) = answer else { panic!("{answer:?}") };
-    assert!(list.service.iter().any(|s| s.name == "bradley.v1.ScoringService"));
+    let answer = answers
+        .message()
+        .await
+        .unwrap()
+        .unwrap()
+        .message_response
+        .unwrap();
+    let MessageResponse::ListServicesResponse(list) = answer else {
+        panic!("{answer:?}")
+    };
+    assert!(
+        list.service
+            .iter()
+            .any(|s| s.name == "bradley.v1.ScoringService")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -73,34 +73,86 @@ fn from_a_file_of_pairs_to_an_adapter() {
     let latest = format!("{name}/checkpoints/latest");
     let table = succeed(&server, &["score", "--policy", &latest, "--data", pairs]);
     assert!(table.contains("accuracy 100.0%"), "{table}");
-    let lines =
-        succeed(&server, &["score", "--policy", &latest, "--data", pairs, "--output", "json"]);
-    let scores: Vec<serde_json::Value> =
-        lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let lines = succeed(
+        &server,
+        &[
+            "score", "--policy", &latest, "--data", pairs, "--output", "json",
+        ],
+    );
+    let scores: Vec<serde_json::Value> = lines
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
     assert!(scores.len() == 6 && scores.iter().all(|s| s["probability"].as_f64() > Some(0.5)));
 
     let out = dir.path().join("adapter");
-    let files =
-        json(&server, &["checkpoints", "download", &latest, "--out", out.to_str().unwrap()]);
+    let files = json(
+        &server,
+        &[
+            "checkpoints",
+            "download",
+            &latest,
+            "--out",
+            out.to_str().unwrap(),
+        ],
+    );
     // The adapter's two files, and the tokenizer's.
     assert_eq!(files.as_array().unwrap().len(), 5, "{files}");
     assert!(
         out.join("adapter_config.json").is_file()
             && out.join("adapter_model.safetensors").is_file()
     );
-    let export = json(&server, &["checkpoints", "export", &latest, "--format", "merged"]);
+    let export = json(
+        &server,
+        &["checkpoints", "export", &latest, "--format", "merged"],
+    );
     let folder = export["path"].as_str().unwrap();
-    assert!(folder.starts_with("jobs/") && folder.ends_with("/exports/12/merged-f32"), "{folder}");
-    assert!(server.data_dir.join(folder).join("model.safetensors").is_file());
-    let export =
-        json(&server, &["checkpoints", "export", &latest, "--format", "merged", "--dtype", "bf16"]);
-    assert!(export["path"].as_str().unwrap().ends_with("/exports/12/merged-bf16"), "{export}");
+    assert!(
+        folder.starts_with("jobs/") && folder.ends_with("/exports/12/merged-f32"),
+        "{folder}"
+    );
+    assert!(
+        server
+            .data_dir
+            .join(folder)
+            .join("model.safetensors")
+            .is_file()
+    );
+    let export = json(
+        &server,
+        &[
+            "checkpoints",
+            "export",
+            &latest,
+            "--format",
+            "merged",
+            "--dtype",
+            "bf16",
+        ],
+    );
+    assert!(
+        export["path"]
+            .as_str()
+            .unwrap()
+            .ends_with("/exports/12/merged-bf16"),
+        "{export}"
+    );
 
     let events = succeed(&server, &["watch", &name, "--output", "json"]);
-    assert!(events.lines().all(|l| serde_json::from_str::<serde_json::Value>(l).is_ok()));
-    let dataset = json(&server, &["datasets", "list"])[0]["name"].as_str().unwrap().to_owned();
+    assert!(
+        events
+            .lines()
+            .all(|l| serde_json::from_str::<serde_json::Value>(l).is_ok())
+    );
+    let dataset = json(&server, &["datasets", "list"])[0]["name"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     assert_eq!(json(&server, &["datasets", "get", &dataset])["rows"], 6);
-    assert_eq!(json(&server, &["models", "list"])[0]["architecture"], "llama");
+    assert_eq!(
+        json(&server, &["models", "list"])[0]["architecture"],
+        "llama"
+    );
     succeed(&server, &["health", "--server", &server.address]);
     succeed(&server, &["jobs", "delete", &name]);
     succeed(&server, &["datasets", "delete", &dataset]);
@@ -115,16 +167,28 @@ fn exit_codes_tell_scripts_what_went_wrong() {
         |server: Option<&Server>, args: &[&str]| bradley(server, args).status.code().unwrap();
     assert_eq!(code(None, &["serve"]), 2, "no model is named");
     assert_eq!(code(None, &["serve", "--models", "/nonexistent"]), 1);
-    assert_eq!(code(None, &["jobs", "list", "--server", "http://127.0.0.1:1"]), 3);
+    assert_eq!(
+        code(None, &["jobs", "list", "--server", "http://127.0.0.1:1"]),
+        3
+    );
     assert_eq!(code(Some(&server), &["jobs", "get", "none"]), 2);
     assert_eq!(
-        code(Some(&server), &["score", "--policy", "models/tiny", "--data", "/nonexistent"]),
+        code(
+            Some(&server),
+            &["score", "--policy", "models/tiny", "--data", "/nonexistent"]
+        ),
         1
     );
     assert_eq!(
         code(
             Some(&server),
-            &["train", "--data", golden("pairs.jsonl").to_str().unwrap(), "--beta", "-1"]
+            &[
+                "train",
+                "--data",
+                golden("pairs.jsonl").to_str().unwrap(),
+                "--beta",
+                "-1"
+            ]
         ),
         2
     );
@@ -139,5 +203,9 @@ fn exit_codes_tell_scripts_what_went_wrong() {
         "256",
         "--watch",
     ];
-    assert_eq!(code(Some(&server), &diverging), 1, "a failed job is a failure");
+    assert_eq!(
+        code(Some(&server), &diverging),
+        1,
+        "a failed job is a failure"
+    );
 }

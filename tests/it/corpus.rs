@@ -33,7 +33,12 @@ fn assert_outcomes(target: &str, is_taken: impl Fn(&Path) -> bool) {
             Some("refused") => false,
             _ => panic!("{}: name it NAME.ok or NAME.refused", file.display()),
         };
-        assert_eq!(is_taken(&file), expected, "{} is not what its name says", file.display());
+        assert_eq!(
+            is_taken(&file),
+            expected,
+            "{} is not what its name says",
+            file.display()
+        );
         files += 1;
     }
     assert!(files > 0, "no files of {target}");
@@ -76,7 +81,11 @@ fn settings() {
     assert_outcomes("settings", |file| {
         text(file).parse().is_ok_and(|table| {
             let file = Some(("bradley.toml".into(), table));
-            Settings::resolve(&Sources { file, ..Sources::default() }).is_ok()
+            Settings::resolve(&Sources {
+                file,
+                ..Sources::default()
+            })
+            .is_ok()
         })
     });
 }
@@ -103,7 +112,9 @@ fn tokenizers() {
 
 #[test]
 fn model_configurations() {
-    assert_outcomes("model_config", |file| ModelConfig::from_hf_json(&text(file), file).is_ok());
+    assert_outcomes("model_config", |file| {
+        ModelConfig::from_hf_json(&text(file), file).is_ok()
+    });
 }
 
 #[test]

@@ -10,7 +10,10 @@ use crate::server::{Server, finish, job, state, submit, upload};
 
 fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
     let mut wanted = job(dataset, steps);
-    wanted.run = Some(pb::RunConfig { save_steps: Some(5), ..Default::default() });
+    wanted.run = Some(pb::RunConfig {
+        save_steps: Some(5),
+        ..Default::default()
+    });
     wanted
 }
 
@@ -26,7 +29,10 @@ async fn events_until(
         seen.push(e);
         !stop
     });
-    tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
+    tokio::time::timeout(Duration::from_secs(60), follow)
+        .await
+        .expect("events come")
+        .unwrap();
     seen
 }
 
@@ -50,7 +56,10 @@ fn losses(events: &[pb::TrainingEvent]) -> std::collections::BTreeMap<u64, u64> 
 }
 
 fn folder_of(data_dir: &Path, name: &str) -> PathBuf {
-    data_dir.join("jobs").join(name.trim_start_matches("trainingJobs/")).join("checkpoints")
+    data_dir
+        .join("jobs")
+        .join(name.trim_start_matches("trainingJobs/"))
+        .join("checkpoints")
 }
 
 /// A whole checkpoint folder whose row was never stored, as a kill between the two leaves it.
@@ -60,7 +69,10 @@ fn leave_unacknowledged(data_dir: &Path, name: &str, step: u64) {
         .unwrap()
         .filter_map(|e| e.unwrap().file_name().to_str()?.parse::<u64>().ok());
     let newest = steps.max().expect("a checkpoint was written");
-    let (from, to) = (folder.join(newest.to_string()), folder.join(step.to_string()));
+    let (from, to) = (
+        folder.join(newest.to_string()),
+        folder.join(step.to_string()),
+    );
     std::fs::create_dir(&to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -96,7 +108,9 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
     let all = finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
     assert!(
-        all.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1),
+        all.iter()
+            .enumerate()
+            .all(|(i, e)| e.sequence == i as u64 + 1),
         "sequences have no gap"
     );
     for e in &delivered {
@@ -154,9 +168,16 @@ async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
     let open = {
         let (client, name) = (client.clone(), name.clone());
         tokio::spawn(async move {
-            let request = pb::StreamTrainingEventsRequest { parent: name, after_sequence: 0 };
-            let mut stream =
-                client.training().stream_training_events(request).await.unwrap().into_inner();
+            let request = pb::StreamTrainingEventsRequest {
+                parent: name,
+                after_sequence: 0,
+            };
+            let mut stream = client
+                .training()
+                .stream_training_events(request)
+                .await
+                .unwrap()
+                .into_inner();
             loop {
                 match stream.message().await {
                     Ok(Some(_)) => {}
@@ -179,7 +200,11 @@ async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
     let client = server.client().await;
     let all = finish(&client, &name).await;
     let steps: Vec<u64> = all.iter().filter_map(step_of).collect();
-    assert_eq!(steps, (1..=400).collect::<Vec<_>>(), "no step is lost or repeated");
+    assert_eq!(
+        steps,
+        (1..=400).collect::<Vec<_>>(),
+        "no step is lost or repeated"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -222,15 +247,31 @@ async fn a_run_that_diverges_fails_and_poisons_nothing() {
         ..Default::default()
     });
     wild.evaluation = Some(pb::training_job::Evaluation::EvalFraction(0.3));
-    wild.run = Some(pb::RunConfig { eval_steps: Some(1), ..Default::default() });
+    wild.run = Some(pb::RunConfig {
+        eval_steps: Some(1),
+        ..Default::default()
+    });
     let name = submit(&client, wild).await;
     finish(&client, &name).await;
     let request = pb::GetTrainingJobRequest { name: name.clone() };
-    let failed = client.training().get_training_job(request.clone()).await.unwrap().into_inner();
+    let failed = client
+        .training()
+        .get_training_job(request.clone())
+        .await
+        .unwrap()
+        .into_inner();
     assert_eq!(failed.state(), pb::JobState::Failed);
     server.kill();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    assert_eq!(client.training().get_training_job(request).await.unwrap().into_inner(), failed);
+    assert_eq!(
+        client
+            .training()
+            .get_training_job(request)
+            .await
+            .unwrap()
+            .into_inner(),
+        failed
+    );
     finish(&client, &submit(&client, job(&dataset.name, 2)).await).await;
 }

@@ -73,8 +73,12 @@ fn random(shape: &str, seed: u64) -> Policy {
     let config = ModelConfig::from_hf_json(&json, Path::new("config.json")).unwrap();
     let parameters = Parameters::build(&config, |param| {
         let (name, shape) = (param.name(), param.shape.as_slice());
-        let mut values =
-            kaiming_uniform(seed, name, shape.iter().product(), shape[shape.len() - 1].min(160));
+        let mut values = kaiming_uniform(
+            seed,
+            name,
+            shape.iter().product(),
+            shape[shape.len() - 1].min(160),
+        );
         match (shape.len(), name.contains("norm")) {
             (1, true) => values.iter_mut().for_each(|x| *x += 1.0),
             // Scores that differ: the gradient of an even attention is what rounding leaves.
@@ -96,13 +100,19 @@ fn random(shape: &str, seed: u64) -> Policy {
 /// Two pairs, three answers to one prompt, and a prompt that is longer than a tile.
 fn row() -> PackedRow {
     let ids = |n: usize, seed: usize| {
-        (0..n).map(|i| ((i * 31 + seed * 17) % 300) as u32).collect::<Vec<u32>>()
+        (0..n)
+            .map(|i| ((i * 31 + seed * 17) % 300) as u32)
+            .collect::<Vec<u32>>()
     };
     let group = |prompt, answers: &[usize]| SequenceGroup {
         prompt: ids(prompt, prompt),
         completions: answers.iter().map(|n| ids(*n, n + prompt)).collect(),
     };
-    let groups = [group(70, &[5, 66]), group(3, &[1, 4, 9]), group(130, &[30, 2])];
+    let groups = [
+        group(70, &[5, 66]),
+        group(3, &[1, 4, 9]),
+        group(130, &[30, 2]),
+    ];
     pack(&groups.iter().map(std::slice::from_ref).collect::<Vec<_>>())
 }
 
@@ -131,7 +141,9 @@ fn passes(
 ) -> (Vec<f32>, Vec<Vec<f32>>) {
     let tape = forward(&policy.policy, row.row.clone(), keep, &mut || {}).unwrap();
     let logps = tape.log_probs().to_vec();
-    let upstream: Vec<f32> = (0..logps.len()).map(|i| ((i % 7) as f32 + 1.0) / 40.0).collect();
+    let upstream: Vec<f32> = (0..logps.len())
+        .map(|i| ((i % 7) as f32 + 1.0) / 40.0)
+        .collect();
     let mut gradients = StepGradients::zeros(policy);
     backward(&policy.policy, tape, &upstream, &mut gradients, &mut || {}).unwrap();
     gradients.collect().unwrap();
@@ -155,8 +167,14 @@ fn a_gpu_computes_what_the_cpu_computes() {
     let row = row();
     for (name, shape) in SHAPES {
         let base = random(shape, 1);
-        let on_cpu = Policy { parameters: Arc::new(rounded(&base.parameters)), ..base };
-        let on_gpu = Policy { device: device(), ..on_cpu.clone() };
+        let on_cpu = Policy {
+            parameters: Arc::new(rounded(&base.parameters)),
+            ..base
+        };
+        let on_gpu = Policy {
+            device: device(),
+            ..on_cpu.clone()
+        };
         let adapter = adapter(&on_cpu);
         // In bf16 a tensor's gradient may be what rounding leaves of numbers that cancel, on the
         // CPU too: there all gradients are compared together.
@@ -188,7 +206,11 @@ fn a_gpu_computes_what_the_cpu_computes() {
                     .filter(|_| precision == Precision::F32)
                 {
                     let off = distance(g, w);
-                    assert!(off < gradient, "{what}: the gradient of {} is off by {off:e}", t.name);
+                    assert!(
+                        off < gradient,
+                        "{what}: the gradient of {} is off by {off:e}",
+                        t.name
+                    );
                 }
                 let again = passes(&policy, &row, SavePolicy::BlockInputs);
                 assert!(
@@ -205,11 +227,19 @@ fn a_gpu_computes_what_the_cpu_computes() {
 #[ignore = "needs a GPU or the emulator (BRADLEY_TEST_DEVICE)"]
 fn the_arithmetic_names_each_device_and_the_version_of_cublas() {
     gpu_name();
-    let ComputeDevice::Cuda(cuda) = device() else { panic!("{:?} is no GPU", device()) };
+    let ComputeDevice::Cuda(cuda) = device() else {
+        panic!("{:?} is no GPU", device())
+    };
     let name = cuda.gpu().name();
     let on_cpu = random(SHAPES[0].1, 1);
-    let on_gpu = Policy { device: device(), ..on_cpu.clone() };
-    let helped = Policy { helpers: Arc::new([device()]), ..on_cpu.clone() };
+    let on_gpu = Policy {
+        device: device(),
+        ..on_cpu.clone()
+    };
+    let helped = Policy {
+        helpers: Arc::new([device()]),
+        ..on_cpu.clone()
+    };
     let [cpu, gpu, both] = [&on_cpu, &on_gpu, &helped].map(Policy::arithmetic);
     assert!(gpu.contains(name), "{gpu}");
     let version: Vec<char> = gpu
@@ -220,7 +250,10 @@ fn the_arithmetic_names_each_device_and_the_version_of_cublas() {
         .take_while(|c| !c.is_whitespace())
         .collect();
     assert!(version.first().is_some_and(char::is_ascii_digit), "{gpu}");
-    assert!(![&gpu, &both].contains(&&cpu) && gpu != both, "{cpu}; {gpu}; {both}");
+    assert!(
+        ![&gpu, &both].contains(&&cpu) && gpu != both,
+        "{cpu}; {gpu}; {both}"
+    );
     for device in [&cpu, &gpu] {
         let name = device.trim_end_matches(on_cpu.precision.name()).trim();
         assert!(both.contains(name), "{both} does not name {name}");
@@ -229,7 +262,8 @@ fn the_arithmetic_names_each_device_and_the_version_of_cublas() {
 
 /// Weights that are exact in bf16, so that both precisions start from the same.
 fn rounded(p: &Parameters) -> Parameters {
-    p.map(|_, t| t.to_dtype(DType::BF16)?.to_dtype(DType::F32)).unwrap()
+    p.map(|_, t| t.to_dtype(DType::BF16)?.to_dtype(DType::F32))
+        .unwrap()
 }
 
 /// The losses of a job's steps.
@@ -249,9 +283,12 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
     let models = format!("tiny={}", golden("models/llama").display());
     // With mapped memory, too, which a GPU has and the emulator only when asked; and with work that
     // is done only when something waits for it.
-    for (device, mapping, late) in
-        [("cpu", "0", "0"), (&name, "0", "0"), (&name, "1", "0"), (&name, "1", "1")]
-    {
+    for (device, mapping, late) in [
+        ("cpu", "0", "0"),
+        (&name, "0", "0"),
+        (&name, "1", "0"),
+        (&name, "1", "1"),
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let environment = [("EMULATE_MAPPING", mapping), ("EMULATE_LATE", late)];
         let server = Server::start_in(dir.path(), &models, &["--device", device], &environment);
@@ -268,17 +305,28 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
         let job = submit(&client, job(&dataset.name, 8)).await;
         let losses = losses(&finish(&client, &job).await);
         assert_eq!(losses.len(), 8);
-        let results = score(&client, &format!("{job}/checkpoints/latest"), pairs()).await.results;
+        let results = score(&client, &format!("{job}/checkpoints/latest"), pairs())
+            .await
+            .results;
         let gauge = format!("bradley_device_free_bytes{{device=\"{device}\"}}");
         assert_eq!(
             server.metrics().contains(&gauge),
             device != "cpu",
             "the GPU's memory is a metric"
         );
-        outcomes.push((losses, results.iter().map(|r| scored(r).margin).collect::<Vec<_>>()));
+        outcomes.push((
+            losses,
+            results.iter().map(|r| scored(r).margin).collect::<Vec<_>>(),
+        ));
     }
     for (i, (cpu, gpu)) in outcomes[0].0.iter().zip(&outcomes[1].0).enumerate() {
-        assert_close(&format!("the loss of step {}", i + 1), *gpu, *cpu, 1e-3, 0.1);
+        assert_close(
+            &format!("the loss of step {}", i + 1),
+            *gpu,
+            *cpu,
+            1e-3,
+            0.1,
+        );
     }
     for (cpu, gpu) in outcomes[0].1.iter().zip(&outcomes[1].1) {
         assert_close("a margin after training", *gpu, *cpu, 1e-2, 0.1);
@@ -295,8 +343,11 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
     let models = format!("tiny={}", golden("models/llama").display());
     // Nobody reads what the client's connection says while the test waits for the server: the call
     // stays open for as long as it may.
-    let mut server =
-        Server::start_with(dir.path(), &models, &["--device", &device, "--drain-timeout", "1"]);
+    let mut server = Server::start_with(
+        dir.path(),
+        &models,
+        &["--device", &device, "--drain-timeout", "1"],
+    );
     let client = server.client().await;
     score(&client, "models/tiny", pairs()).await;
     // Many pairs, each new; the caller leaves while they are computed. A server at work must end,
@@ -309,16 +360,24 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
                 if let Some(pb::text::Form::Chat(list)) =
                     p.prompt.as_mut().and_then(|t| t.form.as_mut())
                 {
-                    list.messages.iter_mut().for_each(|m| m.content += &format!(" {call} {i}"));
+                    list.messages
+                        .iter_mut()
+                        .for_each(|m| m.content += &format!(" {call} {i}"));
                 }
-                pb::Pair { id: format!("{}-{call}-{i}", p.id), ..p }
+                pb::Pair {
+                    id: format!("{}-{call}-{i}", p.id),
+                    ..p
+                }
             })
         };
         score(&client, "models/tiny", (0..20).flat_map(other).collect())
     };
     let all = async { tokio::join!(many(0), many(1), many(2), many(3)) };
     let left = tokio::time::timeout(Duration::from_millis(500), all).await;
-    assert!(server.terminate(Duration::from_secs(60)).success(), "after {left:?}");
+    assert!(
+        server.terminate(Duration::from_secs(60)).success(),
+        "after {left:?}"
+    );
 }
 
 /// A folder with a model of that shape and the tiny Llama's tokenizer.
@@ -327,7 +386,11 @@ fn model_folder(shape: &str) -> tempfile::TempDir {
     let policy = random(shape, 1);
     let config = serde_json::to_vec(&policy.config.hf_json).unwrap();
     std::fs::write(folder.path().join("config.json"), config).unwrap();
-    save_tensors(&folder.path().join("model.safetensors"), &policy.parameters.named()).unwrap();
+    save_tensors(
+        &folder.path().join("model.safetensors"),
+        &policy.parameters.named(),
+    )
+    .unwrap();
     for file in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(golden("models/llama").join(file), folder.path().join(file)).unwrap();
     }
@@ -337,9 +400,14 @@ fn model_folder(shape: &str) -> tempfile::TempDir {
 fn start_engine(folder: &Path, change: impl FnOnce(&mut EngineOptions)) -> Result<(), String> {
     let model = load_model(Some("m"), folder.to_str().unwrap(), &HubOptions::default()).unwrap();
     let device = DeviceChoice::parse(&gpu_name().unwrap()).unwrap();
-    let mut options = EngineOptions { devices: vec![device], ..EngineOptions::default() };
+    let mut options = EngineOptions {
+        devices: vec![device],
+        ..EngineOptions::default()
+    };
     change(&mut options);
-    engine::start(vec![model], options).map(|engine| engine.drain()).map_err(|e| e.to_string())
+    engine::start(vec![model], options)
+        .map(|engine| engine.drain())
+        .map_err(|e| e.to_string())
 }
 
 #[test]
@@ -352,8 +420,14 @@ fn a_model_whose_heads_are_too_wide_for_the_kernels_is_refused() {
         )
     };
     let refused = start_engine(model_folder(&shape(512)).path(), |_| {}).unwrap_err();
-    assert!(refused.contains("head_dim is 512") && refused.contains("--device cpu"), "{refused}");
-    assert_eq!(start_engine(model_folder(&shape(256)).path(), |_| {}), Ok(()));
+    assert!(
+        refused.contains("head_dim is 512") && refused.contains("--device cpu"),
+        "{refused}"
+    );
+    assert_eq!(
+        start_engine(model_folder(&shape(256)).path(), |_| {}),
+        Ok(())
+    );
 }
 
 #[test]
@@ -362,14 +436,22 @@ fn a_gpu_has_a_memory_limit_of_its_own() {
     gpu_name();
     let folder = model_folder(SHAPES[0].1);
     // The container's memory says nothing about the GPU's.
-    assert_eq!(start_engine(folder.path(), |options| options.memory_limit = Some(1)), Ok(()));
-    let refused =
-        start_engine(folder.path(), |options| options.device_memory_limit = Some(1)).unwrap_err();
+    assert_eq!(
+        start_engine(folder.path(), |options| options.memory_limit = Some(1)),
+        Ok(())
+    );
+    let refused = start_engine(folder.path(), |options| {
+        options.device_memory_limit = Some(1)
+    })
+    .unwrap_err();
     assert!(refused.contains("raise device_memory_limit"), "{refused}");
 }
 
 #[test]
 fn a_device_that_is_not_there_is_an_error_that_says_so() {
     let error = ComputeDevice::open(bradley::model::device::DeviceChoice::Cuda(99)).unwrap_err();
-    assert!(error.contains("driver") || error.contains("no GPU 99"), "{error}");
+    assert!(
+        error.contains("driver") || error.contains("no GPU 99"),
+        "{error}"
+    );
 }

@@ -22,14 +22,19 @@ use crate::support::golden;
 const MESSAGES: &str = "(LIST) { repeated group list { required group element { optional binary role (UTF8); optional binary content (UTF8); } } }";
 
 async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError> {
-    server.client().await.upload_dataset(file, pb::UploadMetadata::default(), |_| {}).await
+    server
+        .client()
+        .await
+        .upload_dataset(file, pb::UploadMetadata::default(), |_| {})
+        .await
 }
 
 /// Writes a good record, then one whose lists have `messages` messages without text. Parquet stores
 /// them as runs of levels, a few bytes for any number of messages.
 fn endless_messages(path: &Path, messages: usize) {
-    let schema =
-        ["prompt", "chosen", "rejected"].map(|c| format!("required group {c} {MESSAGES}")).concat();
+    let schema = ["prompt", "chosen", "rejected"]
+        .map(|c| format!("required group {c} {MESSAGES}"))
+        .concat();
     let schema = Arc::new(parse_message_type(&format!("message pairs {{ {schema} }}")).unwrap());
     let properties = WriterProperties::builder()
         .set_compression(Compression::SNAPPY)
@@ -45,7 +50,10 @@ fn endless_messages(path: &Path, messages: usize) {
     let mut texts = ["user", "Q", "assistant", "yes", "assistant", "no"].into_iter();
     while let Some(mut column) = group.next_column().unwrap() {
         let text = ByteArray::from(texts.next().unwrap());
-        column.typed::<ByteArrayType>().write_batch(&[text], Some(&[2]), Some(&[0])).unwrap();
+        column
+            .typed::<ByteArrayType>()
+            .write_batch(&[text], Some(&[2]), Some(&[0]))
+            .unwrap();
         column.close().unwrap();
     }
     group.close().unwrap();
@@ -66,7 +74,9 @@ fn endless_messages(path: &Path, messages: usize) {
 async fn parquet_is_decoded_beside_the_server_and_trained_on() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
-    let dataset = upload(&server, &golden("parquet/plain-zstd")).await.unwrap();
+    let dataset = upload(&server, &golden("parquet/plain-zstd"))
+        .await
+        .unwrap();
     assert_eq!(dataset.format(), pb::DatasetFormat::Parquet);
     let report = dataset.report.unwrap();
     assert!(report.valid_rows > 0, "{report:?}");
@@ -94,11 +104,16 @@ async fn a_small_parquet_file_that_wants_gigabytes_is_refused_and_costs_the_serv
     endless_messages(&file, 100_000);
     let report = upload(&server, &file).await.unwrap().report.unwrap();
     assert_eq!((report.rows, report.valid_rows), (2, 1), "{report:?}");
-    assert!(report.issues[0].message.contains("100000 messages"), "{report:?}");
+    assert!(
+        report.issues[0].message.contains("100000 messages"),
+        "{report:?}"
+    );
     let grown = resident_kib(server.pid()).saturating_sub(before);
     assert!(grown < 64 << 10, "the server grew by {grown} KiB");
     // It still reads what can be read.
-    upload(&server, &golden("parquet/plain-none")).await.unwrap();
+    upload(&server, &golden("parquet/plain-none"))
+        .await
+        .unwrap();
 }
 
 /// The goldens hold what a fuzzer found: an assertion, and a page that names 2.5 billion values.
@@ -133,7 +148,10 @@ async fn damaged_parquet_files_get_an_answer() {
             Err(e) => panic!("{e}"),
         }
     }
-    assert!(taken >= 3 && refused >= 10, "{taken} taken, {refused} refused");
+    assert!(
+        taken >= 3 && refused >= 10,
+        "{taken} taken, {refused} refused"
+    );
     let grown = resident_kib(server.pid()).saturating_sub(before);
     assert!(grown < 64 << 10, "the server grew by {grown} KiB");
 }

@@ -22,8 +22,14 @@ const TWO_EMULATED: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2")]);
 
 /// The same with memory as GPUs have it, and with work that is done only when something waits for
 /// it.
-const TWO_EMULATED_LATE: Devices =
-    ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2"), ("EMULATE_MAPPING", "1"), ("EMULATE_LATE", "1")]);
+const TWO_EMULATED_LATE: Devices = (
+    "cuda:0,cuda:1",
+    &[
+        ("EMULATE_DEVICES", "2"),
+        ("EMULATE_MAPPING", "1"),
+        ("EMULATE_LATE", "1"),
+    ],
+);
 
 /// Returns two devices of each kind that is available.
 fn kinds() -> Vec<Devices> {
@@ -56,11 +62,19 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
         assert_eq!(models[0].device, devices.0);
         let dataset = upload(&client, "pairs.jsonl").await;
         let endless = |rate| {
-            let optimizer =
-                Some(pb::OptimizerConfig { learning_rate: Some(rate), ..Default::default() });
-            pb::TrainingJob { optimizer, ..job(&dataset.name, 100_000) }
+            let optimizer = Some(pb::OptimizerConfig {
+                learning_rate: Some(rate),
+                ..Default::default()
+            });
+            pb::TrainingJob {
+                optimizer,
+                ..job(&dataset.name, 100_000)
+            }
         };
-        let jobs = [submit(&client, endless(1e-2)).await, submit(&client, endless(1e-20)).await];
+        let jobs = [
+            submit(&client, endless(1e-2)).await,
+            submit(&client, endless(1e-20)).await,
+        ];
         // A third one waits: there are two devices.
         let third = submit(&client, job(&dataset.name, 2)).await;
         until("both run", PATIENCE, async || {
@@ -72,12 +86,16 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
         // The weights that learn are scored by the worker that trains them, those that stand still
         // by the other; so is a base model, by either.
         until("the first one has learnt", PATIENCE, async || {
-            let results =
-                score(&client, &format!("{}/checkpoints/latest", jobs[0]), pairs()).await.results;
+            let results = score(&client, &format!("{}/checkpoints/latest", jobs[0]), pairs())
+                .await
+                .results;
             results.iter().any(|r| scored(r).margin.abs() > 1e-3)
         })
         .await;
-        for policy in [format!("{}/checkpoints/latest", jobs[1]), "models/tiny".into()] {
+        for policy in [
+            format!("{}/checkpoints/latest", jobs[1]),
+            "models/tiny".into(),
+        ] {
             let results = score(&client, &policy, pairs()).await.results;
             assert!(
                 results.iter().all(|r| scored(r).margin.abs() < 1e-6),
@@ -94,12 +112,18 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
         assert_eq!(of_each.len(), 2, "{of_each:?}");
         client
             .training()
-            .cancel_training_job(pb::CancelTrainingJobRequest { name: jobs[0].clone() })
+            .cancel_training_job(pb::CancelTrainingJobRequest {
+                name: jobs[0].clone(),
+            })
             .await
             .unwrap();
         finish(&client, &third).await;
         assert_eq!(state(&client, &third).await, pb::JobState::Succeeded);
-        assert_eq!(state(&client, &jobs[1]).await, pb::JobState::Running, "its device is its own");
+        assert_eq!(
+            state(&client, &jobs[1]).await,
+            pb::JobState::Running,
+            "its device is its own"
+        );
         assert!(server.terminate(Duration::from_secs(60)).success());
     }
 }
@@ -110,16 +134,24 @@ async fn a_job_of_a_higher_priority_takes_the_place_of_the_lowest() {
     let server = start(dir.path(), ("cpu,cpu", &[]), &[]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
-    let with = |priority, steps| pb::TrainingJob { priority, ..job(&dataset.name, steps) };
-    let (low, middle) =
-        (submit(&client, with(0, 100_000)).await, submit(&client, with(1, 100_000)).await);
+    let with = |priority, steps| pb::TrainingJob {
+        priority,
+        ..job(&dataset.name, steps)
+    };
+    let (low, middle) = (
+        submit(&client, with(0, 100_000)).await,
+        submit(&client, with(1, 100_000)).await,
+    );
     until("both run", PATIENCE, async || {
         state(&client, &low).await == pb::JobState::Running
             && state(&client, &middle).await == pb::JobState::Running
     })
     .await;
     let high = submit(&client, with(2, 100_000)).await;
-    until("it runs", PATIENCE, async || state(&client, &high).await == pb::JobState::Running).await;
+    until("it runs", PATIENCE, async || {
+        state(&client, &high).await == pb::JobState::Running
+    })
+    .await;
     until("the lowest waits", PATIENCE, async || {
         state(&client, &low).await == pb::JobState::Queued
     })
@@ -143,8 +175,13 @@ async fn learnt(devices: Devices, more: &[&str]) -> (Vec<[f64; 2]>, Vec<f64>) {
         Some(Event::StepMetrics(s)) => Some([s.metrics["loss"], s.metrics["grad_norm"]]),
         _ => None,
     };
-    let results = score(&client, &format!("{name}/checkpoints/latest"), pairs()).await.results;
-    (events.iter().filter_map(step).collect(), results.iter().map(|r| scored(r).margin).collect())
+    let results = score(&client, &format!("{name}/checkpoints/latest"), pairs())
+        .await
+        .results;
+    (
+        events.iter().filter_map(step).collect(),
+        results.iter().map(|r| scored(r).margin).collect(),
+    )
 }
 
 #[tokio::test]
@@ -155,7 +192,13 @@ async fn a_run_on_two_devices_learns_what_it_learns_on_one_and_repeats_bit_for_b
         assert_eq!((alone.0.len(), both.0.len()), (8, 8));
         // The first step's losses see the same weights; sums of gradients have another order.
         for (i, (one, two)) in alone.0.iter().zip(&both.0).enumerate() {
-            assert_close(&format!("the loss of step {}", i + 1), two[0], one[0], 1e-4, 0.1);
+            assert_close(
+                &format!("the loss of step {}", i + 1),
+                two[0],
+                one[0],
+                1e-4,
+                0.1,
+            );
             assert_close(
                 &format!("the gradient's norm in step {}", i + 1),
                 two[1],
@@ -167,22 +210,44 @@ async fn a_run_on_two_devices_learns_what_it_learns_on_one_and_repeats_bit_for_b
         for (one, two) in alone.1.iter().zip(&both.1) {
             assert_close("a margin after training", *two, *one, 1e-3, 0.1);
         }
-        assert_ne!(alone.0, both.0, "two devices add up in another order: were there two?");
-        assert_eq!(both, learnt(devices, &["--data-parallel", "2"]).await, "{}", devices.0);
+        assert_ne!(
+            alone.0, both.0,
+            "two devices add up in another order: were there two?"
+        );
+        assert_eq!(
+            both,
+            learnt(devices, &["--data-parallel", "2"]).await,
+            "{}",
+            devices.0
+        );
     }
 }
 
 #[tokio::test]
 async fn a_server_starts_without_a_device_that_is_missing_only_when_told_to() {
     let model = bradley::formats::loader::load_model;
-    let load =
-        || model(Some("m"), golden("models/llama").to_str().unwrap(), &Default::default()).unwrap();
+    let load = || {
+        model(
+            Some("m"),
+            golden("models/llama").to_str().unwrap(),
+            &Default::default(),
+        )
+        .unwrap()
+    };
     let missing = DeviceChoice::parse("cuda:97").unwrap();
-    let here = if device().name() == "cpu" { DeviceChoice::Cpu } else { DeviceChoice::Cuda(0) };
+    let here = if device().name() == "cpu" {
+        DeviceChoice::Cpu
+    } else {
+        DeviceChoice::Cuda(0)
+    };
     let start = |devices: Vec<DeviceChoice>, skip_missing_devices| {
         engine::start(
             vec![load()],
-            EngineOptions { devices, skip_missing_devices, ..EngineOptions::default() },
+            EngineOptions {
+                devices,
+                skip_missing_devices,
+                ..EngineOptions::default()
+            },
         )
     };
     let refused = start(vec![here, missing], false).err().unwrap().to_string();
@@ -199,7 +264,15 @@ async fn a_server_starts_without_a_device_that_is_missing_only_when_told_to() {
 fn devices_that_do_not_go_together_are_refused() {
     for wrong in ["cpu,cuda:0", "cuda:0,cuda:0", "auto,cpu"] {
         let out = std::process::Command::new(crate::support::binary())
-            .args(["serve", "--models", "m=nowhere", "--device", wrong, "--listen", "127.0.0.1:0"])
+            .args([
+                "serve",
+                "--models",
+                "m=nowhere",
+                "--device",
+                wrong,
+                "--listen",
+                "127.0.0.1:0",
+            ])
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&out.stderr);

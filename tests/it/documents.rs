@@ -51,13 +51,20 @@ fn prose(text: &str) -> Vec<&str> {
 fn links(line: &str) -> Vec<&str> {
     let outside_of_code = line.split('`').step_by(2);
     let after_links = outside_of_code.flat_map(|part| part.split("](").skip(1));
-    after_links.filter_map(|rest| Some(rest.split_once(')')?.0)).collect()
+    after_links
+        .filter_map(|rest| Some(rest.split_once(')')?.0))
+        .collect()
 }
 
 /// Returns the anchor that GitHub gives a heading.
 fn anchor_of(heading: &str) -> String {
     let is_part = |c: &char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
-    heading.to_lowercase().chars().filter(is_part).collect::<String>().replace(' ', "-")
+    heading
+        .to_lowercase()
+        .chars()
+        .filter(is_part)
+        .collect::<String>()
+        .replace(' ', "-")
 }
 
 /// Returns what is wrong with a link of a document, or `None` if it leads somewhere. Addresses of
@@ -78,7 +85,9 @@ fn broken_link(document: &Path, link: &str) -> Option<String> {
         return None;
     }
     let text = fs::read_to_string(&target).unwrap();
-    let headings = prose(&text).into_iter().filter(|line| line.starts_with('#'));
+    let headings = prose(&text)
+        .into_iter()
+        .filter(|line| line.starts_with('#'));
     let mut anchors = headings.map(|line| anchor_of(line.trim_start_matches('#').trim()));
     match anchors.any(|known| known == anchor) {
         true => None,
@@ -107,7 +116,11 @@ fn path_exists(path: &str) -> bool {
 fn problems(document: &Path, text: &str) -> Vec<String> {
     let mut found = Vec::new();
     for line in prose(text) {
-        found.extend(links(line).into_iter().filter_map(|link| broken_link(document, link)));
+        found.extend(
+            links(line)
+                .into_iter()
+                .filter_map(|link| broken_link(document, link)),
+        );
         let paths = line.split('`').skip(1).step_by(2).filter_map(named_path);
         for path in paths.filter(|path| !path_exists(path)) {
             found.push(format!("`{path}` does not exist"));
@@ -119,14 +132,27 @@ fn problems(document: &Path, text: &str) -> Vec<String> {
 #[test]
 fn links_and_paths_of_the_documents_lead_somewhere() {
     let documents = documents();
-    assert!(documents.len() > 20, "only {} documents seen: the scan is broken", documents.len());
+    assert!(
+        documents.len() > 20,
+        "only {} documents seen: the scan is broken",
+        documents.len()
+    );
     let mut found = Vec::new();
     for document in documents {
         let text = fs::read_to_string(&document).unwrap();
         let name = document.strip_prefix(root()).unwrap().display().to_string();
-        found.extend(problems(&document, &text).into_iter().map(|p| format!("{name}: {p}")));
+        found.extend(
+            problems(&document, &text)
+                .into_iter()
+                .map(|p| format!("{name}: {p}")),
+        );
     }
-    assert!(found.is_empty(), "{} problems:\n{}", found.len(), found.join("\n"));
+    assert!(
+        found.is_empty(),
+        "{} problems:\n{}",
+        found.len(),
+        found.join("\n")
+    );
 }
 
 #[test]
@@ -156,6 +182,9 @@ fn every_decision_is_listed() {
     for entry in fs::read_dir(&folder).unwrap() {
         let name = entry.unwrap().file_name().to_string_lossy().into_owned();
         let listed = index.contains(&format!("]({name})"));
-        assert!(listed || name == "README.md", "docs/decisions/README.md does not list {name}");
+        assert!(
+            listed || name == "README.md",
+            "docs/decisions/README.md does not list {name}"
+        );
     }
 }

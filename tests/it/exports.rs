@@ -27,7 +27,12 @@ fn copy_model(name: &str, folder: &Path) {
 
 async fn get(client: &Client, name: &str) -> pb::TrainingJob {
     let request = pb::GetTrainingJobRequest { name: name.into() };
-    client.training().get_training_job(request).await.unwrap().into_inner()
+    client
+        .training()
+        .get_training_job(request)
+        .await
+        .unwrap()
+        .into_inner()
 }
 
 /// Follows a job that must succeed; returns the bits of each step's metrics.
@@ -36,8 +41,11 @@ async fn steps(client: &Client, name: &str) -> Vec<Vec<(String, u64)>> {
     let ended = get(client, name).await;
     assert_eq!(ended.state(), pb::JobState::Succeeded, "{:?}", ended.error);
     let bits = |s: pb::StepMetrics| {
-        let mut all: Vec<(String, u64)> =
-            s.metrics.into_iter().map(|(k, v)| (k, v.to_bits())).collect();
+        let mut all: Vec<(String, u64)> = s
+            .metrics
+            .into_iter()
+            .map(|(k, v)| (k, v.to_bits()))
+            .collect();
         all.sort();
         all
     };
@@ -69,7 +77,10 @@ async fn download(
 fn full(dataset: &str, steps: u64) -> pb::TrainingJob {
     pb::TrainingJob {
         method: Some(pb::training_job::Method::Full(pb::FullConfig {})),
-        optimizer: Some(pb::OptimizerConfig { learning_rate: Some(1e-5), ..Default::default() }),
+        optimizer: Some(pb::OptimizerConfig {
+            learning_rate: Some(1e-5),
+            ..Default::default()
+        }),
         precision: "f32".into(),
         ..job(dataset, steps)
     }
@@ -100,19 +111,32 @@ async fn a_full_fine_tune_in_f32_is_the_same_on_a_bf16_server_bit_for_bit() {
         let first = submit(client, full(dataset, 12)).await;
         trained.push(steps(client, &first).await);
         // A new job that starts from the checkpoint starts from its f32 tensors.
-        let second =
-            pb::TrainingJob { policy: format!("{first}/checkpoints/latest"), ..full(dataset, 3) };
+        let second = pb::TrainingJob {
+            policy: format!("{first}/checkpoints/latest"),
+            ..full(dataset, 3)
+        };
         let second = submit(client, second).await;
         continued.push(steps(client, &second).await);
-        let adapter = pb::TrainingJob { precision: "f32".into(), ..job(dataset, 4) };
+        let adapter = pb::TrainingJob {
+            precision: "f32".into(),
+            ..job(dataset, 4)
+        };
         lora.push(steps(client, &submit(client, adapter).await).await);
         // The export is the checkpoint, tensor by tensor.
-        let out =
-            download(client, &second, pb::ExportFormat::Merged, "", server.data_dir.join("out"))
-                .await;
+        let out = download(
+            client,
+            &second,
+            pb::ExportFormat::Merged,
+            "",
+            server.data_dir.join("out"),
+        )
+        .await;
         let id = second.trim_start_matches("trainingJobs/");
-        let checkpoint =
-            server.data_dir.join("jobs").join(id).join("checkpoints/3/model.safetensors");
+        let checkpoint = server
+            .data_dir
+            .join("jobs")
+            .join(id)
+            .join("checkpoints/3/model.safetensors");
         let weights = std::fs::read(out.join("model.safetensors")).unwrap();
         assert!(
             weights == std::fs::read(checkpoint).unwrap(),
@@ -143,7 +167,10 @@ async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
     let original = std::fs::read(&weights).unwrap();
     let mut changed = original.clone();
     *changed.last_mut().unwrap() ^= 1;
-    for (contents, expected) in [(Some(&changed), "had the hash"), (None, "model.safetensors")] {
+    for (contents, expected) in [
+        (Some(&changed), "had the hash"),
+        (None, "model.safetensors"),
+    ] {
         match contents {
             // In its place: the same file has other content.
             Some(bytes) => std::fs::write(&weights, bytes).unwrap(),
@@ -174,15 +201,26 @@ async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
             format: pb::ExportFormat::Merged.into(),
             ..Default::default()
         };
-        let refused = client.checkpoints().export_checkpoint(merged.clone()).await.unwrap_err();
+        let refused = client
+            .checkpoints()
+            .export_checkpoint(merged.clone())
+            .await
+            .unwrap_err();
         assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
-        assert_eq!(refused.get_details_error_info().unwrap().reason, "MODEL_FILES_CHANGED");
+        assert_eq!(
+            refused.get_details_error_info().unwrap().reason,
+            "MODEL_FILES_CHANGED"
+        );
         waits(&client, &name, "MODEL_FILES_CHANGED").await;
         // It goes on by itself.
         std::fs::write(&weights, &original).unwrap();
         assert_eq!(steps(&client, &name).await.len(), 2);
         assert_eq!(get(&client, &name).await.error, None);
-        client.checkpoints().export_checkpoint(merged).await.unwrap();
+        client
+            .checkpoints()
+            .export_checkpoint(merged)
+            .await
+            .unwrap();
     }
 }
 
@@ -203,15 +241,32 @@ async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
     let server = Server::start_with(dir.path(), &format!("some-base={}", base.display()), &[]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let name =
-        submit(&client, pb::TrainingJob { policy: "models/some-base".into(), ..job(&dataset, 8) })
-            .await;
+    let name = submit(
+        &client,
+        pb::TrainingJob {
+            policy: "models/some-base".into(),
+            ..job(&dataset, 8)
+        },
+    )
+    .await;
     steps(&client, &name).await;
 
-    let merged =
-        download(&client, &name, pb::ExportFormat::Merged, "", place.path().join("merged")).await;
-    let adapter =
-        download(&client, &name, pb::ExportFormat::Adapter, "", place.path().join("adapter")).await;
+    let merged = download(
+        &client,
+        &name,
+        pb::ExportFormat::Merged,
+        "",
+        place.path().join("merged"),
+    )
+    .await;
+    let adapter = download(
+        &client,
+        &name,
+        pb::ExportFormat::Adapter,
+        "",
+        place.path().join("adapter"),
+    )
+    .await;
     let served = score(&client, &format!("{name}/checkpoints/latest"), pairs()).await;
     let text = |t: &Text| match t {
         Text::Chat(messages) => json!(messages),
@@ -239,8 +294,10 @@ async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
         .env("HF_HUB_OFFLINE", "1")
         .output()
         .unwrap();
-    let (said, errors) =
-        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (said, errors) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
     assert!(output.status.success(), "{said}\n{errors}");
     let number = |what: &str| -> f64 {
         let line = said
@@ -259,7 +316,10 @@ async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
     assert!(said.contains("generate stops at 9"), "{said}");
 
     // The folder is a model of its own: what is served from it is what was exported.
-    let (again, model) = (tempfile::tempdir().unwrap(), format!("merged={}", merged.display()));
+    let (again, model) = (
+        tempfile::tempdir().unwrap(),
+        format!("merged={}", merged.display()),
+    );
     let other = Server::start_with(again.path(), &model, &[]);
     let from_merged = score(&other.client().await, "models/merged", pairs()).await;
     for (m, w) in from_merged.results.iter().zip(&served.results) {
@@ -279,9 +339,12 @@ async fn an_export_is_made_in_the_element_type_that_is_asked_for() {
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, job(&dataset, 2)).await;
     steps(&client, &name).await;
-    for (dtype, torch) in
-        [("f32", "float32"), ("bf16", "bfloat16"), ("f16", "float16"), ("", "float32")]
-    {
+    for (dtype, torch) in [
+        ("f32", "float32"),
+        ("bf16", "bfloat16"),
+        ("f16", "float16"),
+        ("", "float32"),
+    ] {
         let out = download(
             &client,
             &name,
@@ -303,7 +366,11 @@ async fn an_export_is_made_in_the_element_type_that_is_asked_for() {
             format: format.into(),
             dtype: dtype.into(),
         };
-        client.checkpoints().export_checkpoint(request).await.map(|r| r.into_inner())
+        client
+            .checkpoints()
+            .export_checkpoint(request)
+            .await
+            .map(|r| r.into_inner())
     };
     for (format, dtype) in [
         (pb::ExportFormat::Merged, "int8"),
@@ -311,21 +378,33 @@ async fn an_export_is_made_in_the_element_type_that_is_asked_for() {
         (pb::ExportFormat::Unspecified, "f32"),
     ] {
         let e = ask(format, dtype).await.unwrap_err();
-        assert!(e.code() == Code::InvalidArgument && e.message().contains("dtype"), "{e}");
+        assert!(
+            e.code() == Code::InvalidArgument && e.message().contains("dtype"),
+            "{e}"
+        );
     }
     // Deleting the checkpoint takes its exports along.
     let folder = ask(pb::ExportFormat::Merged, "f16").await.unwrap().path;
     let exports = server.data_dir.join(&folder).parent().unwrap().to_owned();
     assert!(exports.is_dir());
-    let request = pb::DeleteCheckpointRequest { name: format!("{name}/checkpoints/2") };
-    client.checkpoints().delete_checkpoint(request).await.unwrap();
+    let request = pb::DeleteCheckpointRequest {
+        name: format!("{name}/checkpoints/2"),
+    };
+    client
+        .checkpoints()
+        .delete_checkpoint(request)
+        .await
+        .unwrap();
     assert!(!exports.exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_answer_names_a_folder_of_the_server() {
-    let (dir, adapters, models) =
-        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (dir, adapters, models) = (
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+    );
     let folder = models.path().join("tiny");
     copy_model("llama", &folder);
     let flags = ["--adapter-dir", adapters.path().to_str().unwrap()];
@@ -338,22 +417,44 @@ async fn no_answer_names_a_folder_of_the_server() {
             assert!(!text.contains(path.as_str()), "{what}: {text}");
         }
     };
-    let listed =
-        client.models().list_models(pb::ListModelsRequest {}).await.unwrap().into_inner().models;
+    let listed = client
+        .models()
+        .list_models(pb::ListModelsRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .models;
     assert_eq!(listed[0].source, "tiny");
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, job(&dataset, 2)).await;
     steps(&client, &name).await;
     let latest = format!("{name}/checkpoints/latest");
 
-    let request = pb::ExportCheckpointRequest { name: latest.clone(), ..Default::default() };
-    let export = client.checkpoints().export_checkpoint(request).await.unwrap().into_inner();
+    let request = pb::ExportCheckpointRequest {
+        name: latest.clone(),
+        ..Default::default()
+    };
+    let export = client
+        .checkpoints()
+        .export_checkpoint(request)
+        .await
+        .unwrap()
+        .into_inner();
     told("an export", &format!("{export:?}"));
-    let out =
-        download(&client, &name, pb::ExportFormat::Adapter, "", adapters.path().join("mine")).await;
+    let out = download(
+        &client,
+        &name,
+        pb::ExportFormat::Adapter,
+        "",
+        adapters.path().join("mine"),
+    )
+    .await;
     let config = std::fs::read_to_string(out.join("adapter_config.json")).unwrap();
     told("adapter_config.json", &config);
-    assert!(config.contains(r#""base_model_name_or_path": "tiny""#), "{config}");
+    assert!(
+        config.contains(r#""base_model_name_or_path": "tiny""#),
+        "{config}"
+    );
 
     // An adapter that cannot be used, and one without weights.
     std::fs::write(
@@ -362,14 +463,23 @@ async fn no_answer_names_a_folder_of_the_server() {
     )
     .unwrap();
     let mut wanted = job(&dataset, 1);
-    let lora = pb::LoraConfig { rank: Some(4), init_adapter: "mine".into(), ..Default::default() };
+    let lora = pb::LoraConfig {
+        rank: Some(4),
+        init_adapter: "mine".into(),
+        ..Default::default()
+    };
     wanted.method = Some(pb::training_job::Method::Lora(lora));
     let refused = async || {
         let request = pb::CreateTrainingJobRequest {
             training_job: Some(wanted.clone()),
             ..Default::default()
         };
-        client.training().create_training_job(request).await.unwrap_err().to_string()
+        client
+            .training()
+            .create_training_job(request)
+            .await
+            .unwrap_err()
+            .to_string()
     };
     let unusable = refused().await;
     assert!(unusable.contains("use_dora is true"), "{unusable}");
@@ -380,18 +490,33 @@ async fn no_answer_names_a_folder_of_the_server() {
     // A checkpoint whose weights are gone.
     let id = name.trim_start_matches("trainingJobs/");
     std::fs::remove_file(
-        dir.path().join("jobs").join(id).join("checkpoints/2/adapter_model.safetensors"),
+        dir.path()
+            .join("jobs")
+            .join(id)
+            .join("checkpoints/2/adapter_model.safetensors"),
     )
     .unwrap();
-    let options = Some(pb::ScoringOptions { policy: latest.clone(), ..Default::default() });
-    let scored =
-        client.scoring().score_pairs(pb::ScorePairsRequest { options, pairs: pairs() }).await;
+    let options = Some(pb::ScoringOptions {
+        policy: latest.clone(),
+        ..Default::default()
+    });
+    let scored = client
+        .scoring()
+        .score_pairs(pb::ScorePairsRequest {
+            options,
+            pairs: pairs(),
+        })
+        .await;
     told("scoring with a damaged checkpoint", &format!("{scored:?}"));
     let merged = pb::ExportCheckpointRequest {
         name: latest,
         format: pb::ExportFormat::Merged.into(),
         ..Default::default()
     };
-    let refused = client.checkpoints().export_checkpoint(merged).await.unwrap_err();
+    let refused = client
+        .checkpoints()
+        .export_checkpoint(merged)
+        .await
+        .unwrap_err();
     told("an export of a damaged checkpoint", &format!("{refused:?}"));
 }

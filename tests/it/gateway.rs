@@ -40,7 +40,9 @@ impl Envoy {
         let descriptors = dir.path().join("bradley.pb");
         let files = ["training", "dataset", "checkpoint", "scoring", "model"]
             .map(|f| format!("bradley/v1/{f}.proto"));
-        let files = files.into_iter().chain(["google/rpc/error_details.proto".to_owned()]);
+        let files = files
+            .into_iter()
+            .chain(["google/rpc/error_details.proto".to_owned()]);
         let made = Command::new(python)
             .args(["-m", "grpc_tools.protoc", "--include_imports"])
             .arg(format!("-I{}", repository().join("proto").display()))
@@ -69,7 +71,13 @@ impl Envoy {
         let child = Command::new(program)
             .arg("-c")
             .arg(dir.path().join("envoy.yaml"))
-            .args(["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "error"])
+            .args([
+                "--use-dynamic-base-id",
+                "--concurrency",
+                "1",
+                "--log-level",
+                "error",
+            ])
             .spawn()
             .unwrap();
         let envoy = Envoy { child, dir, port };
@@ -86,21 +94,26 @@ impl Envoy {
 
     async fn client(&self) -> Client {
         let target = Target::plain(format!("http://127.0.0.1:{}", self.port));
-        Client::connect(&target, Duration::from_secs(10)).await.unwrap()
+        Client::connect(&target, Duration::from_secs(10))
+            .await
+            .unwrap()
     }
 
     /// Sends a request to the REST side; returns the status and the body.
     fn rest(&self, method: &str, path: &str, body: &str) -> (u16, serde_json::Value) {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
         let head = format!(
             "{method} {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\nconnection: close\r\n"
         );
         write!(stream, "{head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
-        let (head, body) =
-            answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{method} {path}: {answer:?}"));
+        let (head, body) = answer
+            .split_once("\r\n\r\n")
+            .unwrap_or_else(|| panic!("{method} {path}: {answer:?}"));
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
         // Chunks, if any, are of one line each: their sizes stand between.
         let text = match head.to_lowercase().contains("transfer-encoding: chunked") {
@@ -108,7 +121,10 @@ impl Envoy {
             false => body.to_owned(),
         };
         // Answers of Envoy itself are not JSON.
-        (status, serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text)))
+        (
+            status,
+            serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text)),
+        )
     }
 }
 
@@ -138,7 +154,10 @@ fn discover(dir: &Path, replicas: &[&Server]) {
 }
 
 fn done(state: pb::JobState) -> bool {
-    matches!(state, pb::JobState::Succeeded | pb::JobState::Failed | pb::JobState::Cancelled)
+    matches!(
+        state,
+        pb::JobState::Succeeded | pb::JobState::Failed | pb::JobState::Cancelled
+    )
 }
 
 /// Clients that score without a pause and count.
@@ -150,12 +169,19 @@ struct Load {
 
 impl Load {
     async fn start(envoy: &Envoy, clients: usize) -> Self {
-        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (stop, answered) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicUsize::new(0)),
+        );
         let expected = score(&envoy.client().await, "models/tiny", pairs()).await;
         let mut tasks = Vec::new();
         for _ in 0..clients {
-            let (client, stop, answered, expected) =
-                (envoy.client().await, stop.clone(), answered.clone(), expected.clone());
+            let (client, stop, answered, expected) = (
+                envoy.client().await,
+                stop.clone(),
+                answered.clone(),
+                expected.clone(),
+            );
             tasks.push(tokio::spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
                     // It fails the test by a panic when the call fails.
@@ -167,7 +193,11 @@ impl Load {
                 }
             }));
         }
-        Load { stop, answered, clients: tasks }
+        Load {
+            stop,
+            answered,
+            clients: tasks,
+        }
     }
 
     fn answered(&self) -> usize {
@@ -177,7 +207,10 @@ impl Load {
     /// Waits until `n` further requests were answered.
     async fn more(&self, n: usize) {
         let before = self.answered();
-        until("an answer to every request", PATIENCE, async || self.answered() >= before + n).await;
+        until("an answer to every request", PATIENCE, async || {
+            self.answered() >= before + n
+        })
+        .await;
     }
 
     async fn end(self) -> usize {
@@ -195,11 +228,22 @@ async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
     let postgres = Postgres::start();
     let (expected, weights) = undisturbed(1500).await;
     let shared = tempfile::tempdir().unwrap();
-    let (database, artifacts) = (postgres.url(), format!("file://{}", shared.path().display()));
+    let (database, artifacts) = (
+        postgres.url(),
+        format!("file://{}", shared.path().display()),
+    );
     let models = format!("tiny={}", golden("models/llama").display());
-    let flags = ["--database-url", &database, "--artifact-url", &artifacts, "--lease", "3"];
-    let folders: Vec<PathBuf> =
-        (0..4).map(|i| shared.path().join(format!("replica-{i}"))).collect();
+    let flags = [
+        "--database-url",
+        &database,
+        "--artifact-url",
+        &artifacts,
+        "--lease",
+        "3",
+    ];
+    let folders: Vec<PathBuf> = (0..4)
+        .map(|i| shared.path().join(format!("replica-{i}")))
+        .collect();
     let start = |i: usize| Server::start_with(&folders[i], &models, &flags);
     let mut replicas = vec![start(0), start(1)];
     let envoy = Envoy::start(&replicas.iter().collect::<Vec<_>>());
@@ -214,7 +258,10 @@ async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
         let added = start(next);
         envoy.discover(&[&replicas[0], &replicas[1], &added]);
         load.more(100).await;
-        assert!(!done(state(&client, &name).await), "the job runs while replicas are replaced");
+        assert!(
+            !done(state(&client, &name).await),
+            "the job runs while replicas are replaced"
+        );
         let mut old = replicas.remove(0);
         envoy.discover(&[&replicas[0], &added]);
         assert!(tokio::task::block_in_place(|| old.terminate(Duration::from_secs(40))).success());
@@ -258,15 +305,26 @@ async fn rest_with_json_is_the_same_service() {
         serde_json::json!([text("assistant", "Blue."), text("assistant", "It depends.")]);
     let body = serde_json::json!({"options": {"policy": "models/tiny"}, "prompt": text("user", "Name a colour."), "completions": completions});
     let (status, ranked) = envoy.rest("POST", "/v1/scoring:scoreCompletions", &body.to_string());
-    assert_eq!((status, ranked["results"].as_array().map(Vec::len)), (200, Some(2)), "{ranked}");
+    assert_eq!(
+        (status, ranked["results"].as_array().map(Vec::len)),
+        (200, Some(2)),
+        "{ranked}"
+    );
 
     // Errors keep their reasons and fields.
     let (status, missing) = envoy.rest("GET", "/v1/models/none", "");
-    assert_eq!((status, missing["code"].as_i64()), (404, Some(5)), "{missing}");
+    assert_eq!(
+        (status, missing["code"].as_i64()),
+        (404, Some(5)),
+        "{missing}"
+    );
     let wrong = serde_json::json!({"options": {"policy": "models/tiny", "beta": -1}, "pairs": []});
     let (status, wrong) = envoy.rest("POST", "/v1/scoring:scorePairs", &wrong.to_string());
     assert_eq!(status, 400, "{wrong}");
-    assert!(wrong["details"].to_string().contains("fieldViolations"), "{wrong}");
+    assert!(
+        wrong["details"].to_string().contains("fieldViolations"),
+        "{wrong}"
+    );
     let (status, _) = envoy.rest("GET", "/v1/nothing", "");
     assert_eq!(status, 404);
 }
@@ -297,18 +355,26 @@ async fn a_client_with_the_service_config_does_not_notice_that_a_replica_stops()
     // Both are used.
     for server in [&stopping, &staying] {
         let scored = || {
-            server
-                .metrics()
-                .lines()
-                .find_map(|l| l.strip_prefix("bradley_scored_pairs_total ")?.parse::<u64>().ok())
+            server.metrics().lines().find_map(|l| {
+                l.strip_prefix("bradley_scored_pairs_total ")?
+                    .parse::<u64>()
+                    .ok()
+            })
         };
-        until("the use of a replica", PATIENCE, async || scored().is_some_and(|n| n >= 10)).await;
+        until("the use of a replica", PATIENCE, async || {
+            scored().is_some_and(|n| n >= 10)
+        })
+        .await;
     }
     assert!(tokio::task::block_in_place(|| stopping.terminate(Duration::from_secs(40))).success());
     tokio::time::sleep(Duration::from_millis(500)).await;
     drop(client.stdin.take());
     let output = client.wait_with_output().unwrap();
     said.read_to_string(&mut line).unwrap();
-    assert!(output.status.success(), "{line}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{line}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(line.contains("none failed"), "{line}");
 }

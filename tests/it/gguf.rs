@@ -45,7 +45,9 @@ fn gguf_name(name: &str) -> String {
         ("mlp.up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
     ];
-    named.iter().fold(name.to_owned(), |n, (from, to)| n.replace(from, to))
+    named
+        .iter()
+        .fold(name.to_owned(), |n, (from, to)| n.replace(from, to))
 }
 
 /// Writes a golden model as GGUF with matrices in `dtype` where their rows are whole blocks.
@@ -81,8 +83,9 @@ fn convert_as(
     let architecture = if name == "mistral" { "llama" } else { name };
     let number = |k: &str| config[k].as_u64().unwrap() as u32;
     let heads = number("num_attention_heads") as usize;
-    let head_dim =
-        config["head_dim"].as_u64().map_or(number("hidden_size") / heads as u32, |d| d as u32);
+    let head_dim = config["head_dim"]
+        .as_u64()
+        .map_or(number("hidden_size") / heads as u32, |d| d as u32);
 
     let mut vocabulary: Vec<(String, u64)> = tokenizer["model"]["vocab"]
         .as_object()
@@ -92,14 +95,26 @@ fn convert_as(
         .collect();
     vocabulary.sort_by_key(|(_, id)| *id);
     let special = |token: &str| {
-        tokenizer["added_tokens"].as_array().unwrap().iter().any(|a| a["content"] == token)
+        tokenizer["added_tokens"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|a| a["content"] == token)
     };
-    let types =
-        vocabulary.iter().map(|(t, _)| Value::I32(if special(t) { 3 } else { 1 })).collect();
+    let types = vocabulary
+        .iter()
+        .map(|(t, _)| Value::I32(if special(t) { 3 } else { 1 }))
+        .collect();
     let merges = tokenizer["model"]["merges"].as_array().unwrap();
     let merges = merges
         .iter()
-        .map(|m| Value::String(format!("{} {}", m[0].as_str().unwrap(), m[1].as_str().unwrap())))
+        .map(|m| {
+            Value::String(format!(
+                "{} {}",
+                m[0].as_str().unwrap(),
+                m[1].as_str().unwrap()
+            ))
+        })
         .collect();
     let id = |key: &str| {
         let token = settings[key].as_str().unwrap();
@@ -109,14 +124,26 @@ fn convert_as(
         std::fs::read_to_string(golden(&format!("models/{name}/chat_template.jinja"))).unwrap();
     let key = |suffix: &str| format!("{architecture}.{suffix}");
     let mut metadata = vec![
-        ("general.architecture".into(), Value::String(architecture.into())),
+        (
+            "general.architecture".into(),
+            Value::String(architecture.into()),
+        ),
         ("general.name".into(), Value::String(format!("tiny {name}"))),
         (key("block_count"), Value::U32(number("num_hidden_layers"))),
-        (key("context_length"), Value::U32(number("max_position_embeddings"))),
+        (
+            key("context_length"),
+            Value::U32(number("max_position_embeddings")),
+        ),
         (key("embedding_length"), Value::U32(number("hidden_size"))),
-        (key("feed_forward_length"), Value::U32(number("intermediate_size"))),
+        (
+            key("feed_forward_length"),
+            Value::U32(number("intermediate_size")),
+        ),
         (key("attention.head_count"), Value::U32(heads as u32)),
-        (key("attention.head_count_kv"), Value::U32(number("num_key_value_heads"))),
+        (
+            key("attention.head_count_kv"),
+            Value::U32(number("num_key_value_heads")),
+        ),
         (key("attention.key_length"), Value::U32(head_dim)),
         (key("attention.value_length"), Value::U32(head_dim)),
         (key("rope.dimension_count"), Value::U32(head_dim)),
@@ -126,20 +153,35 @@ fn convert_as(
         ("tokenizer.ggml.pre".into(), Value::String("gpt-2".into())),
         (
             "tokenizer.ggml.tokens".into(),
-            Value::Array(vocabulary.iter().map(|(t, _)| Value::String(t.clone())).collect()),
+            Value::Array(
+                vocabulary
+                    .iter()
+                    .map(|(t, _)| Value::String(t.clone()))
+                    .collect(),
+            ),
         ),
         ("tokenizer.ggml.token_type".into(), Value::Array(types)),
         ("tokenizer.ggml.merges".into(), Value::Array(merges)),
         ("tokenizer.ggml.bos_token_id".into(), id("bos_token")),
         ("tokenizer.ggml.eos_token_id".into(), id("eos_token")),
-        ("tokenizer.ggml.add_bos_token".into(), Value::Bool(name == "mistral")),
+        (
+            "tokenizer.ggml.add_bos_token".into(),
+            Value::Bool(name == "mistral"),
+        ),
         ("tokenizer.chat_template".into(), Value::String(template)),
     ];
     if name == "mistral" {
-        metadata.push((key("attention.sliding_window"), Value::U32(number("sliding_window"))));
+        metadata.push((
+            key("attention.sliding_window"),
+            Value::U32(number("sliding_window")),
+        ));
     }
     metadata.retain(|(key, _)| other.iter().all(|(name, _)| name != key));
-    metadata.extend(other.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+    metadata.extend(
+        other
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), value.clone())),
+    );
     let stored: Vec<(String, QTensor)> = tensors(&format!("models/{name}/model.safetensors"))
         .into_iter()
         .map(|(n, t)| {
@@ -159,12 +201,22 @@ fn convert_as(
         })
         .collect();
     let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    let more: Vec<(&str, QTensor)> =
-        more.iter().map(|(n, t)| (*n, QTensor::quantize(t, GgmlDType::F32).unwrap())).collect();
+    let more: Vec<(&str, QTensor)> = more
+        .iter()
+        .map(|(n, t)| (*n, QTensor::quantize(t, GgmlDType::F32).unwrap()))
+        .collect();
     let more = more.iter().map(|(n, t)| (*n, t));
-    let stored: Vec<(&str, &QTensor)> =
-        stored.iter().map(|(n, t)| (n.as_str(), t)).chain(more).collect();
-    write(&mut BufWriter::new(std::fs::File::create(out).unwrap()), &metadata, &stored).unwrap();
+    let stored: Vec<(&str, &QTensor)> = stored
+        .iter()
+        .map(|(n, t)| (n.as_str(), t))
+        .chain(more)
+        .collect();
+    write(
+        &mut BufWriter::new(std::fs::File::create(out).unwrap()),
+        &metadata,
+        &stored,
+    )
+    .unwrap();
 }
 
 #[test]
@@ -224,12 +276,22 @@ fn the_end_of_a_turn_stops_generation_beside_the_end_of_a_text() {
         save_companions(out.path(), &model.config, &model.tokenizer, |_| true).unwrap();
         let text = std::fs::read(out.path().join("generation_config.json")).unwrap();
         let saved: serde_json::Value = serde_json::from_slice(&text).unwrap();
-        let wanted = if stops.len() == 1 { json!(stops[0]) } else { json!(stops) };
+        let wanted = if stops.len() == 1 {
+            json!(stops[0])
+        } else {
+            json!(stops)
+        };
         assert_eq!(saved["eos_token_id"], wanted);
         // Dialogues end as the template ends them, whatever the tokenizer's eos_token is.
-        if metadata.iter().all(|(key, _)| *key != "tokenizer.chat_template") {
+        if metadata
+            .iter()
+            .all(|(key, _)| *key != "tokenizer.chat_template")
+        {
             let rows = rows("pairs.jsonl");
-            assert_eq!(encode(&rows, &model.tokenizer, 256), encode(&rows, &original, 256));
+            assert_eq!(
+                encode(&rows, &model.tokenizer, 256),
+                encode(&rows, &original, 256)
+            );
         }
     }
 }
@@ -254,7 +316,10 @@ fn quantised_models_stay_close() {
         let (model, _) =
             policy(load_model(None, file.to_str().unwrap(), &Default::default()).unwrap());
         let got: f32 = score(&model, &pair.groups()).unwrap()[0].iter().sum();
-        assert!((got - want).abs() < tolerance * want.abs(), "{dtype:?}: {got} vs {want}");
+        assert!(
+            (got - want).abs() < tolerance * want.abs(),
+            "{dtype:?}: {got} vs {want}"
+        );
     }
 }
 
@@ -297,7 +362,12 @@ fn tensors_that_the_metadata_does_not_call_for_are_refused_by_name() {
         e.contains("'blk.1.attn_q.bias' (and 1 others)") && e.contains(file.to_str().unwrap()),
         "{e}"
     );
-    let e = load(&[("blk.7.attn_norm.weight", some())]).unwrap_err().to_string();
-    assert!(e.contains("'blk.7.attn_norm.weight' belongs to a decoder layer"), "{e}");
+    let e = load(&[("blk.7.attn_norm.weight", some())])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        e.contains("'blk.7.attn_norm.weight' belongs to a decoder layer"),
+        "{e}"
+    );
     load(&[("blk.0.attn_rot_embd", some()), ("something.else", some())]).unwrap();
 }

@@ -12,10 +12,15 @@ use crate::support::{assert_close, encode, json, rows, tiny};
 fn config(settings: &Value) -> DpoConfig {
     let number = |k: &str| settings.get(k).and_then(Value::as_f64);
     let d = DpoConfig::default();
-    let names: Vec<&str> =
-        settings["loss_type"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
-    let weights: Vec<f64> =
-        settings.get("loss_weights").map_or(vec![1.0; names.len()], crate::support::numbers);
+    let names: Vec<&str> = settings["loss_type"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|v| v.as_str().unwrap())
+        .collect();
+    let weights: Vec<f64> = settings
+        .get("loss_weights")
+        .map_or(vec![1.0; names.len()], crate::support::numbers);
     DpoConfig {
         losses: names
             .iter()
@@ -27,9 +32,14 @@ fn config(settings: &Value) -> DpoConfig {
             None => Divergence::ReverseKl,
             Some("forward_kl") => Divergence::ForwardKl,
             Some("js_divergence") => Divergence::JensenShannon,
-            Some(_) => Divergence::Alpha { alpha: number("f_alpha_divergence_coef").unwrap() },
+            Some(_) => Divergence::Alpha {
+                alpha: number("f_alpha_divergence_coef").unwrap(),
+            },
         },
-        wpo: settings.get("use_weighting").and_then(Value::as_bool).unwrap_or(false),
+        wpo: settings
+            .get("use_weighting")
+            .and_then(Value::as_bool)
+            .unwrap_or(false),
         ld_alpha: number("ld_alpha"),
         ..d
     }
@@ -39,7 +49,11 @@ fn config(settings: &Value) -> DpoConfig {
 fn term(name: &str, weight: f64, smoothing: Option<f64>) -> WeightedLoss {
     let label_smoothing =
         smoothing.filter(|_| ["exo_pair", "robust", "aot", "aot_unpaired"].contains(&name));
-    WeightedLoss { loss: LossType::parse(name).unwrap(), weight, label_smoothing }
+    WeightedLoss {
+        loss: LossType::parse(name).unwrap(),
+        weight,
+        label_smoothing,
+    }
 }
 
 #[test]
@@ -105,10 +119,15 @@ fn every_loss_has_trls_value_gradient_norm_and_metrics() {
 #[test]
 fn losses_that_trl_dropped_follow_their_papers() {
     let floats = |v: &Value| -> Vec<f32> {
-        crate::support::numbers(v).into_iter().map(|x| x as f32).collect()
+        crate::support::numbers(v)
+            .into_iter()
+            .map(|x| x as f32)
+            .collect()
     };
     for case in json("formulas.json").as_array().unwrap() {
-        let (name, number) = (case["name"].as_str().unwrap(), |k: &str| case[k].as_f64().unwrap());
+        let (name, number) = (case["name"].as_str().unwrap(), |k: &str| {
+            case[k].as_f64().unwrap()
+        });
         let loss = match name {
             "simpo" => LossType::Simpo,
             "orpo" => LossType::Orpo,
@@ -146,10 +165,18 @@ fn losses_that_trl_dropped_follow_their_papers() {
         let got = batch_loss(&config, &inputs, 1.0);
         assert_close(name, got.loss, number("loss"), 1e-12, 1.0);
         for (i, [.., gw, gl]) in pairs.iter().enumerate() {
-            for (g, w) in
-                got.grad_chosen[i].iter().chain(&got.grad_rejected[i]).zip(gw.iter().chain(gl))
+            for (g, w) in got.grad_chosen[i]
+                .iter()
+                .chain(&got.grad_rejected[i])
+                .zip(gw.iter().chain(gl))
             {
-                assert_close(&format!("{name} gradient"), *g as f64, *w as f64, 1e-6, 1e-3);
+                assert_close(
+                    &format!("{name} gradient"),
+                    *g as f64,
+                    *w as f64,
+                    1e-6,
+                    1e-3,
+                );
             }
         }
     }

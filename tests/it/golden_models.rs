@@ -40,9 +40,10 @@ fn log_probs_are_those_of_transformers() {
                 );
                 for (i, side) in ["chosen", "rejected"].into_iter().enumerate() {
                     let what = format!("{name} {:?} {side}", row.id);
-                    for (got, want) in
-                        [(&p[i], &e[side]["policy"]["logps"]), (&r[i], &e[side]["reference"])]
-                    {
+                    for (got, want) in [
+                        (&p[i], &e[side]["policy"]["logps"]),
+                        (&r[i], &e[side]["reference"]),
+                    ] {
                         let want = numbers(want);
                         assert_eq!(got.len(), want.len(), "{what}");
                         for (g, w) in got.iter().zip(want) {
@@ -70,7 +71,13 @@ fn rope_scalings_are_those_of_transformers() {
         for (g, w) in inv_freq.iter().zip(want) {
             assert_close(&kind, *g as f64, w, 1e-6, 1e-12);
         }
-        assert_close(&kind, factor as f64, case["attention_factor"].as_f64().unwrap(), 1e-6, 1e-12);
+        assert_close(
+            &kind,
+            factor as f64,
+            case["attention_factor"].as_f64().unwrap(),
+            1e-6,
+            1e-12,
+        );
     }
 }
 
@@ -79,7 +86,10 @@ fn sharded_and_bf16_weights_load() {
     let (whole, tokenizer) = tiny("llama");
     let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
     let want = score(&whole, &pairs[0].groups()).unwrap();
-    assert_eq!(score(&tiny("llama-sharded").0, &pairs[0].groups()).unwrap(), want);
+    assert_eq!(
+        score(&tiny("llama-sharded").0, &pairs[0].groups()).unwrap(),
+        want
+    );
     let bf16 = score(&tiny("llama-bf16").0, &pairs[0].groups()).unwrap();
     for (g, w) in bf16[0].iter().zip(&want[0]) {
         assert_close("bf16 weights", *g as f64, *w as f64, 0.05, 1.0);
@@ -93,12 +103,19 @@ fn token_statistics_are_those_of_transformers() {
         let (model, tokenizer) = tiny(name);
         let rows = rows("pairs.jsonl");
         for (row, pair) in rows.iter().zip(encode(&rows, &tokenizer, 256)) {
-            let tape =
-                forward(&model, pack(&[&pair.groups()]).row, SavePolicy::Nothing, &mut || {})
-                    .unwrap();
+            let tape = forward(
+                &model,
+                pack(&[&pair.groups()]).row,
+                SavePolicy::Nothing,
+                &mut || {},
+            )
+            .unwrap();
             let e = &expected[name][row.id.as_deref().unwrap()]["chosen"]["policy"];
-            let (means, entropies, p2) =
-                (numbers(&e["mean_logits"]), numbers(&e["entropy"]), numbers(&e["log_sum_p2"]));
+            let (means, entropies, p2) = (
+                numbers(&e["mean_logits"]),
+                numbers(&e["entropy"]),
+                numbers(&e["log_sum_p2"]),
+            );
             for (t, d) in tape.distributions()[..pair.chosen.len()].iter().enumerate() {
                 let what = format!("{name} {:?} token {t}", row.id);
                 assert_close(&what, d.mean_logit as f64, means[t], 1e-4, 0.1);
@@ -119,7 +136,11 @@ fn gradients(
 ) -> Vec<(String, Tensor)> {
     let groups: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
     let row = pack(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>());
-    let keep = if checkpointing { SavePolicy::BlockInputs } else { SavePolicy::Tapes };
+    let keep = if checkpointing {
+        SavePolicy::BlockInputs
+    } else {
+        SavePolicy::Tapes
+    };
     let tape = forward(&policy.policy, row.row.clone(), keep, &mut || {}).unwrap();
     let side = |i: usize, s: usize| &tape.log_probs()[row.completions[i][s].clone()];
     let inputs: Vec<PairLogps> = (0..pairs.len())
@@ -142,7 +163,12 @@ fn gradients(
     total.collect().unwrap();
     let trainables = policy.trainables.iter().zip(total.values());
     trainables
-        .map(|(t, g)| (t.name.clone(), Tensor::from_slice(g, t.var.shape(), &Device::Cpu).unwrap()))
+        .map(|(t, g)| {
+            (
+                t.name.clone(),
+                Tensor::from_slice(g, t.var.shape(), &Device::Cpu).unwrap(),
+            )
+        })
         .collect()
 }
 
@@ -151,8 +177,10 @@ fn every_weights_gradient_is_torchs() {
     for name in MODELS {
         let ((model, tokenizer), (reference, _)) = (tiny(name), tiny(&format!("{name}-ref")));
         let pairs = encode(&rows("pairs.jsonl")[..2], &tokenizer, 256);
-        let references: Vec<_> =
-            pairs.iter().map(|p| score(&reference, &p.groups()).unwrap()).collect();
+        let references: Vec<_> = pairs
+            .iter()
+            .map(|p| score(&reference, &p.groups()).unwrap())
+            .collect();
         let policy = TrainablePolicy::full(&model, Precision::F32).unwrap();
         let expected = tensors(&format!("grads_{name}.safetensors"));
         for checkpointing in [false, true] {
@@ -178,7 +206,10 @@ fn every_adapter_gradient_is_torchs_and_peft_adapters_load() {
         for (row, pair) in rows.iter().zip(&pairs) {
             let got = score(&policy.policy, &pair.groups()).unwrap();
             for (i, side) in ["chosen", "rejected"].into_iter().enumerate() {
-                for (g, w) in got[i].iter().zip(numbers(&logps[row.id.as_deref().unwrap()][side])) {
+                for (g, w) in got[i]
+                    .iter()
+                    .zip(numbers(&logps[row.id.as_deref().unwrap()][side]))
+                {
                     assert_close(
                         &format!("{name} {side} with its adapter"),
                         *g as f64,
@@ -189,8 +220,10 @@ fn every_adapter_gradient_is_torchs_and_peft_adapters_load() {
                 }
             }
         }
-        let references: Vec<_> =
-            pairs[..2].iter().map(|p| score(&model, &p.groups()).unwrap()).collect();
+        let references: Vec<_> = pairs[..2]
+            .iter()
+            .map(|p| score(&model, &p.groups()).unwrap())
+            .collect();
         let expected = tensors(&format!("adapters/{name}/grads.safetensors"));
         for checkpointing in [false, true] {
             let got = gradients(&policy, &pairs[..2], &references, checkpointing);
@@ -207,8 +240,10 @@ fn every_adapter_gradient_is_torchs_and_peft_adapters_load() {
 fn checkpointing_changes_no_bit() {
     let (model, tokenizer) = tiny("qwen3");
     let pairs = encode(&rows("pairs.jsonl")[..3], &tokenizer, 256);
-    let references: Vec<_> =
-        pairs.iter().map(|p| score(&tiny("qwen3-ref").0, &p.groups()).unwrap()).collect();
+    let references: Vec<_> = pairs
+        .iter()
+        .map(|p| score(&tiny("qwen3-ref").0, &p.groups()).unwrap())
+        .collect();
     let policy = TrainablePolicy::full(&model, Precision::F32).unwrap();
     let (kept, recomputed) = (
         gradients(&policy, &pairs, &references, false),
@@ -245,7 +280,11 @@ fn bf16_log_probs_are_within_a_percent_of_f32() {
 
 /// The same numbers, but for what rounding an operand differently makes of them.
 fn assert_near(what: &str, got: &[f32], want: &[f32], precision: Precision) {
-    let tolerance = if precision == Precision::Bf16 { 0.02 } else { LOGP };
+    let tolerance = if precision == Precision::Bf16 {
+        0.02
+    } else {
+        LOGP
+    };
     got.iter()
         .zip(want)
         .for_each(|(g, w)| assert_close(what, *g as f64, *w as f64, tolerance, 1.0));
@@ -254,8 +293,9 @@ fn assert_near(what: &str, got: &[f32], want: &[f32], precision: Precision) {
 #[test]
 fn packed_rows_equal_separate_sequences() {
     let exact = is_batch_invariant();
-    for (name, precision) in
-        MODELS.into_iter().flat_map(|m| [(m, Precision::F32), (m, Precision::Bf16)])
+    for (name, precision) in MODELS
+        .into_iter()
+        .flat_map(|m| [(m, Precision::F32), (m, Precision::Bf16)])
     {
         let (model, tokenizer) = tiny(name);
         let model = model.with_precision(precision);
@@ -283,8 +323,9 @@ fn packed_rows_equal_separate_sequences() {
 
 #[test]
 fn adapters_that_share_rows_score_as_each_alone_bit_for_bit() {
-    for (name, precision) in
-        MODELS.into_iter().flat_map(|m| [(m, Precision::F32), (m, Precision::Bf16)])
+    for (name, precision) in MODELS
+        .into_iter()
+        .flat_map(|m| [(m, Precision::F32), (m, Precision::Bf16)])
     {
         let (base, tokenizer) = tiny(name);
         let base = base.with_precision(precision);
@@ -300,15 +341,20 @@ fn adapters_that_share_rows_score_as_each_alone_bit_for_bit() {
                 Tensor::from_vec(values, &tensor.shape, &Device::Cpu)
             };
             let adapter = Adapter::build(&base.config, &config, random).unwrap();
-            Policy { adapter: Some(Arc::new(adapter)), ..base.clone() }
+            Policy {
+                adapter: Some(Arc::new(adapter)),
+                ..base.clone()
+            }
         };
         let policies = [
             base.clone(),
             with(4, &TARGET_MODULES, 1),
             with(20, &["q_proj", "v_proj", "down_proj"], 2),
         ];
-        let groups: Vec<_> =
-            encode(&rows("pairs.jsonl"), &tokenizer, 256).iter().map(EncodedPair::groups).collect();
+        let groups: Vec<_> = encode(&rows("pairs.jsonl"), &tokenizer, 256)
+            .iter()
+            .map(EncodedPair::groups)
+            .collect();
         // Every policy scores every pair: the same prompts under several adapters in one row.
         let items: Vec<Owned> = groups
             .iter()
@@ -330,7 +376,10 @@ fn adapters_that_share_rows_score_as_each_alone_bit_for_bit() {
                         .for_each(|(got, want)| assert_near(&what, got, want, precision));
                 }
             }
-            assert_ne!(together[0], together[1], "{name}: the adapters do something");
+            assert_ne!(
+                together[0], together[1],
+                "{name}: the adapters do something"
+            );
         }
     }
 }
@@ -361,12 +410,18 @@ fn a_damaged_or_foreign_file_is_an_error_that_names_it() {
     }
     let dir = folder.path().join("other-shape");
     copy("models/llama", &dir);
-    std::fs::copy(golden("models/qwen3/model.safetensors"), dir.join("model.safetensors")).unwrap();
+    std::fs::copy(
+        golden("models/qwen3/model.safetensors"),
+        dir.join("model.safetensors"),
+    )
+    .unwrap();
     let e = load(&dir).unwrap_err().to_string();
     assert!(e.contains("shape") || e.contains("no tensor"), "{e}");
 
     let (model, _) = policy(open("qwen3"));
-    let e = peft::load(&golden("adapters/llama"), &model.config).unwrap_err().to_string();
+    let e = peft::load(&golden("adapters/llama"), &model.config)
+        .unwrap_err()
+        .to_string();
     assert!(e.contains("shape") || e.contains("adapter"), "{e}");
     let dir = folder.path().join("adapter");
     copy("adapters/llama", &dir);

@@ -37,12 +37,16 @@ fn dialogues_render_as_transformers_renders_them() {
                 panic!("a chat row")
             };
             assert_eq!(
-                tokenizer.apply_chat_template(prompt, &RenderOptions::new(true)).unwrap(),
+                tokenizer
+                    .apply_chat_template(prompt, &RenderOptions::new(true))
+                    .unwrap(),
                 e["text"].as_str().unwrap()
             );
             let whole: Vec<_> = prompt.iter().chain(chosen).cloned().collect();
             assert_eq!(
-                tokenizer.apply_chat_template(&whole, &RenderOptions::new(false)).unwrap(),
+                tokenizer
+                    .apply_chat_template(&whole, &RenderOptions::new(false))
+                    .unwrap(),
                 e["whole"].as_str().unwrap()
             );
         }

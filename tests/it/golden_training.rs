@@ -42,8 +42,10 @@ impl Run {
         pairs: Vec<EncodedPair>,
         spec: TrainingSpec,
     ) -> Self {
-        let reference =
-            Reference::Frozen { policy: reference.clone(), identity: "reference".into() };
+        let reference = Reference::Frozen {
+            policy: reference.clone(),
+            identity: "reference".into(),
+        };
         Run {
             policy: TrainablePolicy::full(model, Precision::F32).unwrap(),
             reference,
@@ -63,7 +65,10 @@ impl Run {
         spec: TrainingSpec,
     ) -> Self {
         let adapter = peft::load(&golden(adapter), &model.config).unwrap();
-        let reference = Reference::Frozen { policy: model.clone(), identity: "base".into() };
+        let reference = Reference::Frozen {
+            policy: model.clone(),
+            identity: "base".into(),
+        };
         Run {
             policy: TrainablePolicy::lora(model, &adapter, model.precision).unwrap(),
             reference,
@@ -174,9 +179,12 @@ fn trajectories_are_trls() {
                 pairs,
                 spec(&golden["settings"], Method::Lora(LoraConfig::default())),
             )),
-            false => {
-                train(Run::full(&model, &model, pairs, spec(&golden["settings"], Method::Full)))
-            }
+            false => train(Run::full(
+                &model,
+                &model,
+                pairs,
+                spec(&golden["settings"], Method::Full),
+            )),
         };
         let want = golden["steps"].as_array().unwrap();
         assert_eq!(got.len(), want.len(), "{name}");
@@ -184,7 +192,11 @@ fn trajectories_are_trls() {
             for (metric, value) in want.as_object().unwrap() {
                 let value = value.as_f64().unwrap();
                 let what = format!("{name} step {} {metric}", k + 1);
-                let tolerance = if metric == "loss" || metric == "grad_norm" { 1e-4 } else { 1e-3 };
+                let tolerance = if metric == "loss" || metric == "grad_norm" {
+                    1e-4
+                } else {
+                    1e-3
+                };
                 assert_close(&what, got[metric.as_str()], value, tolerance, 1e-2);
             }
         }
@@ -194,7 +206,10 @@ fn trajectories_are_trls() {
 fn shuffled(steps: u64) -> TrainingSpec {
     TrainingSpec {
         method: Method::Lora(LoraConfig::default()),
-        optimizer: OptimizerConfig { learning_rate: 1e-2, ..Default::default() },
+        optimizer: OptimizerConfig {
+            learning_rate: 1e-2,
+            ..Default::default()
+        },
         batch: BatchConfig {
             batch_size: 2,
             gradient_accumulation_steps: 2,
@@ -203,13 +218,19 @@ fn shuffled(steps: u64) -> TrainingSpec {
             row_tokens: 150,
             ..Default::default()
         },
-        run: RunConfig { save_steps: 2, eval_steps: 3, ..Default::default() },
+        run: RunConfig {
+            save_steps: 2,
+            eval_steps: 3,
+            ..Default::default()
+        },
         ..Default::default()
     }
 }
 
 fn bits(all: &[Metrics]) -> Vec<Vec<(String, u64)>> {
-    all.iter().map(|m| m.iter().map(|(k, v)| (k.clone(), v.to_bits())).collect()).collect()
+    all.iter()
+        .map(|m| m.iter().map(|(k, v)| (k.clone(), v.to_bits())).collect())
+        .collect()
 }
 
 #[test]
@@ -249,7 +270,12 @@ fn scoring_between_the_blocks_of_a_pass_changes_neither_the_run_nor_the_scores()
     let disturbed = events_with(make(), &mut |live, cache| {
         calls += 1;
         assert_eq!(score(&model, &groups).unwrap(), other);
-        assert_eq!(*cache.score(&model, "base", &[&groups], 512, &mut || {}).unwrap()[0], other);
+        assert_eq!(
+            *cache
+                .score(&model, "base", &[&groups], 512, &mut || {})
+                .unwrap()[0],
+            other
+        );
         let now = score(live, &groups).unwrap();
         same += usize::from(now == last);
         last = now;
@@ -276,7 +302,11 @@ fn a_continued_run_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
     let undisturbed = steps(&events(whole));
     for step in [4, 6] {
         let continued = train(make(Some(folder.join(step.to_string()))));
-        assert_eq!(bits(&continued), bits(&undisturbed[step..]), "from step {step}");
+        assert_eq!(
+            bits(&continued),
+            bits(&undisturbed[step..]),
+            "from step {step}"
+        );
     }
     // A damaged checkpoint is noticed.
     let file = folder.join("4/adapter_model.safetensors");
@@ -327,8 +357,15 @@ fn a_checkpoint_knows_its_pairs_and_how_many_of_their_tokens_were_used() {
         let (recorded, state) = checkpoint::progress(&folder.join(step.to_string())).unwrap();
         assert_eq!(recorded, Some(digest(&pairs, &eval)), "step {step}");
         assert!(state.step == step && state.tokens > 0);
-        assert_eq!(tokens_until(&spec, &pairs, &state), state.tokens, "step {step}");
-        assert!(tokens_until(&spec, &longer, &state) > state.tokens, "step {step}");
+        assert_eq!(
+            tokens_until(&spec, &pairs, &state),
+            state.tokens,
+            "step {step}"
+        );
+        assert!(
+            tokens_until(&spec, &longer, &state) > state.tokens,
+            "step {step}"
+        );
     }
     std::fs::remove_dir_all(folder).unwrap();
 }
@@ -348,8 +385,15 @@ fn evaluation_finds_the_best_checkpoint_and_early_stopping_ends_the_run() {
             ..p.clone()
         })
         .collect();
-    spec.run = RunConfig { eval_steps: 1, early_stopping_patience: 3, ..Default::default() };
-    let run = Run { eval: wrong, ..Run::lora(&model, "adapters/llama-start", pairs, spec) };
+    spec.run = RunConfig {
+        eval_steps: 1,
+        early_stopping_patience: 3,
+        ..Default::default()
+    };
+    let run = Run {
+        eval: wrong,
+        ..Run::lora(&model, "adapters/llama-start", pairs, spec)
+    };
     let folder = run.folder.clone();
     let all = events(run);
     assert!(
@@ -357,11 +401,20 @@ fn evaluation_finds_the_best_checkpoint_and_early_stopping_ends_the_run() {
             |e| matches!(e, RunEvent::Log { message, .. } if message.contains("stopped early"))
         )
     );
-    let evaluations = all.iter().filter(|e| matches!(e, RunEvent::Eval { .. })).count();
+    let evaluations = all
+        .iter()
+        .filter(|e| matches!(e, RunEvent::Eval { .. }))
+        .count();
     assert!(evaluations < 40, "{evaluations}");
-    let best = all.iter().filter(|e| matches!(e, RunEvent::Checkpoint { best: true, .. })).count();
+    let best = all
+        .iter()
+        .filter(|e| matches!(e, RunEvent::Checkpoint { best: true, .. }))
+        .count();
     assert!(best >= 1);
-    assert!(matches!(all.last(), Some(RunEvent::Checkpoint { .. }) | Some(RunEvent::Log { .. })));
+    assert!(matches!(
+        all.last(),
+        Some(RunEvent::Checkpoint { .. }) | Some(RunEvent::Log { .. })
+    ));
     std::fs::remove_dir_all(folder).unwrap();
 }
 
@@ -385,6 +438,9 @@ fn a_run_without_memory_for_its_leanest_plan_does_not_start() {
         memory: 1 << 20,
     });
     let e = result.err().unwrap();
-    assert!(e.is_out_of_memory() && e.to_string().contains("1 MiB are left for it"), "{e}");
+    assert!(
+        e.is_out_of_memory() && e.to_string().contains("1 MiB are left for it"),
+        "{e}"
+    );
     std::fs::remove_dir_all(folder).unwrap();
 }

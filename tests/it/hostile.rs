@@ -19,7 +19,10 @@ use crate::server::{Server, job, pairs, score, scored, upload};
 use crate::support::golden;
 
 pub fn times() -> usize {
-    std::env::var("BRADLEY_TEST_HOSTILE").ok().and_then(|n| n.parse().ok()).unwrap_or(100)
+    std::env::var("BRADLEY_TEST_HOSTILE")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(100)
 }
 
 /// Messages as the bytes they are.
@@ -91,7 +94,10 @@ pub fn check(what: &str, e: &Status) {
         e.code(),
         e.message()
     );
-    assert!(!matches!(e.code(), Code::Internal | Code::Unknown | Code::Cancelled), "{what}: {e}");
+    assert!(
+        !matches!(e.code(), Code::Internal | Code::Unknown | Code::Cancelled),
+        "{what}: {e}"
+    );
 }
 
 /// A process's memory.
@@ -117,7 +123,10 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
     let before = score(&client, "models/tiny", pairs()).await;
     let mut rng = StdRng::seed_from_u64(11);
 
-    let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
+    let options = Some(pb::ScoringOptions {
+        policy: "models/tiny".into(),
+        ..Default::default()
+    });
     let chat = pairs()[0].prompt.clone();
     let seeds: Vec<(&str, Vec<u8>)> = vec![
         // Only checked, never started: what a mutated job would train is not the question.
@@ -132,7 +141,10 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
         ),
         (
             "TrainingService/GetTrainingJob",
-            pb::GetTrainingJobRequest { name: "trainingJobs/x".into() }.encode_to_vec(),
+            pb::GetTrainingJobRequest {
+                name: "trainingJobs/x".into(),
+            }
+            .encode_to_vec(),
         ),
         (
             "TrainingService/ListTrainingJobs",
@@ -165,17 +177,25 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
         ),
         (
             "DatasetService/GetDataset",
-            pb::GetDatasetRequest { name: dataset.name.clone() }.encode_to_vec(),
+            pb::GetDatasetRequest {
+                name: dataset.name.clone(),
+            }
+            .encode_to_vec(),
         ),
         (
             "CheckpointService/GetCheckpoint",
-            pb::GetCheckpointRequest { name: "trainingJobs/x/checkpoints/1".into() }
-                .encode_to_vec(),
+            pb::GetCheckpointRequest {
+                name: "trainingJobs/x/checkpoints/1".into(),
+            }
+            .encode_to_vec(),
         ),
         (
             "ScoringService/ScorePairs",
-            pb::ScorePairsRequest { options: options.clone(), pairs: pairs()[..1].to_vec() }
-                .encode_to_vec(),
+            pb::ScorePairsRequest {
+                options: options.clone(),
+                pairs: pairs()[..1].to_vec(),
+            }
+            .encode_to_vec(),
         ),
         (
             "ScoringService/ScoreCompletions",
@@ -196,7 +216,9 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
     for round in 0..times() {
         for (method, seed) in &seeds {
             let body = if rng.random_range(0..8) == 0 {
-                (0..rng.random_range(0..200)).map(|_| rng.random()).collect()
+                (0..rng.random_range(0..200))
+                    .map(|_| rng.random())
+                    .collect()
             } else {
                 mutate(&mut rng, seed)
             };
@@ -235,7 +257,10 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
         std::fs::write(&file, body).unwrap();
         let sent = client.upload_dataset(
             &file,
-            pb::UploadMetadata { model: "models/tiny".into(), ..Default::default() },
+            pb::UploadMetadata {
+                model: "models/tiny".into(),
+                ..Default::default()
+            },
             |_| {},
         );
         match tokio::time::timeout(Duration::from_secs(30), sent)
@@ -258,9 +283,13 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
     let address = server.address.trim_start_matches("http://").to_owned();
     for _ in 0..times() / 10 {
         let mut connection = std::net::TcpStream::connect(&address).unwrap();
-        let bytes: Vec<u8> = (0..rng.random_range(1..2000)).map(|_| rng.random()).collect();
+        let bytes: Vec<u8> = (0..rng.random_range(1..2000))
+            .map(|_| rng.random())
+            .collect();
         let _ = connection.write_all(&bytes);
-        connection.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        connection
+            .set_read_timeout(Some(Duration::from_millis(20)))
+            .unwrap();
         let _ = connection.read(&mut [0; 64]);
     }
 

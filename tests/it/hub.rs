@@ -43,7 +43,10 @@ impl Hub {
     }
 
     fn counts(&self) -> (usize, usize) {
-        (self.listed.load(Ordering::Relaxed), self.served.load(Ordering::Relaxed))
+        (
+            self.listed.load(Ordering::Relaxed),
+            self.served.load(Ordering::Relaxed),
+        )
     }
 
     /// Serves it; its address.
@@ -77,15 +80,23 @@ async fn info(
     if !authorised(&headers) {
         return StatusCode::UNAUTHORIZED.into_response();
     }
-    let Some(commit) = hub.commit(&revision) else { return StatusCode::NOT_FOUND.into_response() };
+    let Some(commit) = hub.commit(&revision) else {
+        return StatusCode::NOT_FOUND.into_response();
+    };
     hub.listed.fetch_add(1, Ordering::Relaxed);
-    let siblings: Vec<_> =
-        names().into_iter().map(|f| serde_json::json!({"rfilename": f})).collect();
-    serde_json::json!({"sha": commit, "siblings": siblings}).to_string().into_response()
+    let siblings: Vec<_> = names()
+        .into_iter()
+        .map(|f| serde_json::json!({"rfilename": f}))
+        .collect();
+    serde_json::json!({"sha": commit, "siblings": siblings})
+        .to_string()
+        .into_response()
 }
 
 fn authorised(headers: &HeaderMap) -> bool {
-    headers.get("authorization").is_some_and(|v| v == &format!("Bearer {TOKEN}"))
+    headers
+        .get("authorization")
+        .is_some_and(|v| v == &format!("Bearer {TOKEN}"))
 }
 
 async fn file(
@@ -96,15 +107,25 @@ async fn file(
     if !authorised(&headers) {
         return StatusCode::UNAUTHORIZED.into_response();
     }
-    let Some(commit) = hub.commit(&revision) else { return StatusCode::NOT_FOUND.into_response() };
-    if hub.broken.lock().unwrap().is_some_and(|broken| broken == name) {
+    let Some(commit) = hub.commit(&revision) else {
+        return StatusCode::NOT_FOUND.into_response();
+    };
+    if hub
+        .broken
+        .lock()
+        .unwrap()
+        .is_some_and(|broken| broken == name)
+    {
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     }
     let Ok(bytes) = std::fs::read(golden("models/llama").join(&name)) else {
         return StatusCode::NOT_FOUND.into_response();
     };
     // A client asks for the size first.
-    if headers.get("range").is_none_or(|range| range != "bytes=0-0") {
+    if headers
+        .get("range")
+        .is_none_or(|range| range != "bytes=0-0")
+    {
         hub.served.fetch_add(1, Ordering::Relaxed);
     }
     let total = bytes.len();
@@ -114,7 +135,10 @@ async fn file(
         .and_then(|v| v.strip_prefix("bytes="))
         .and_then(|v| v.split_once('-'));
     let (from, to) = match range {
-        Some((a, b)) => (a.parse().unwrap(), b.parse().unwrap_or(total - 1).min(total - 1)),
+        Some((a, b)) => (
+            a.parse().unwrap(),
+            b.parse().unwrap_or(total - 1).min(total - 1),
+        ),
         None => (0, total - 1),
     };
     let headers = [
@@ -123,7 +147,12 @@ async fn file(
         ("content-range", format!("bytes {from}-{to}/{total}")),
         ("accept-ranges", "bytes".to_owned()),
     ];
-    (StatusCode::PARTIAL_CONTENT, headers, bytes[from..=to].to_vec()).into_response()
+    (
+        StatusCode::PARTIAL_CONTENT,
+        headers,
+        bytes[from..=to].to_vec(),
+    )
+        .into_response()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,21 +169,45 @@ async fn a_model_comes_from_the_hub_once_and_then_from_the_cache() {
     let open =
         |hub: HubOptions| tokio::task::spawn_blocking(move || load_model(None, "tiny/llama", &hub));
 
-    let e = open(HubOptions { token: None, ..hub.clone() }).await.unwrap().unwrap_err().to_string();
+    let e = open(HubOptions {
+        token: None,
+        ..hub.clone()
+    })
+    .await
+    .unwrap()
+    .unwrap_err()
+    .to_string();
     assert!(e.contains("tiny/llama") && e.contains("401"), "{e}");
     let model = open(hub.clone()).await.unwrap().unwrap();
-    assert_eq!((model.id.as_str(), model.config.spec.blocks.len()), ("llama", 3));
+    assert_eq!(
+        (model.id.as_str(), model.config.spec.blocks.len()),
+        ("llama", 3)
+    );
     let before = served.counts();
     assert!(before.0 > 0 && before.1 > 0);
-    open(HubOptions { offline: true, ..hub.clone() }).await.unwrap().unwrap();
+    open(HubOptions {
+        offline: true,
+        ..hub.clone()
+    })
+    .await
+    .unwrap()
+    .unwrap();
     open(hub.clone()).await.unwrap().unwrap();
-    assert_eq!(served.counts(), before, "the second time comes from the cache");
+    assert_eq!(
+        served.counts(),
+        before,
+        "the second time comes from the cache"
+    );
     let elsewhere = tempfile::tempdir().unwrap();
-    let e = open(HubOptions { offline: true, cache_dir: Some(elsewhere.path().into()), ..hub })
-        .await
-        .unwrap()
-        .unwrap_err()
-        .to_string();
+    let e = open(HubOptions {
+        offline: true,
+        cache_dir: Some(elsewhere.path().into()),
+        ..hub
+    })
+    .await
+    .unwrap()
+    .unwrap_err()
+    .to_string();
     assert!(e.contains("offline"), "{e}");
 }
 
@@ -169,10 +222,16 @@ async fn an_interrupted_download_is_taken_up_again() {
         cache_dir: Some(cache.path().into()),
         offline: false,
     };
-    let offline = HubOptions { offline: true, ..hub.clone() };
+    let offline = HubOptions {
+        offline: true,
+        ..hub.clone()
+    };
     let open =
         |hub: HubOptions| tokio::task::spawn_blocking(move || load_model(None, "tiny/llama", &hub));
-    let snapshot = cache.path().join("models--tiny--llama/snapshots").join(COMMIT);
+    let snapshot = cache
+        .path()
+        .join("models--tiny--llama/snapshots")
+        .join(COMMIT);
     // The last file that the model needs: everything without which it cannot be opened is there.
     *server.broken.lock().unwrap() = Some("tokenizer_config.json");
     let e = open(hub.clone()).await.unwrap().unwrap_err().to_string();
@@ -182,9 +241,18 @@ async fn an_interrupted_download_is_taken_up_again() {
             && !snapshot.join("tokenizer_config.json").exists()
     );
     let e = open(hub.clone()).await.unwrap().unwrap_err().to_string();
-    assert!(e.contains("did not end") && e.contains("HF_HUB_OFFLINE=1"), "{e}");
     assert!(
-        open(offline.clone()).await.unwrap().unwrap().tokenizer.eos_token().is_none(),
+        e.contains("did not end") && e.contains("HF_HUB_OFFLINE=1"),
+        "{e}"
+    );
+    assert!(
+        open(offline.clone())
+            .await
+            .unwrap()
+            .unwrap()
+            .tokenizer
+            .eos_token()
+            .is_none(),
         "the cache as it is"
     );
 
@@ -205,7 +273,11 @@ async fn an_interrupted_download_is_taken_up_again() {
         "files of one commit only"
     );
     open(hub.clone()).await.unwrap().unwrap();
-    assert_eq!(server.counts(), (before.0 + 1, before.1 + 1), "and the model is complete");
+    assert_eq!(
+        server.counts(),
+        (before.0 + 1, before.1 + 1),
+        "and the model is complete"
+    );
 
     // A cache of another program, which keeps no list: the hub is asked once.
     let lists = || {
@@ -225,5 +297,12 @@ async fn an_interrupted_download_is_taken_up_again() {
 
     // A file that the list names and that is gone.
     std::fs::remove_file(snapshot.join("chat_template.jinja")).unwrap();
-    assert!(open(hub).await.unwrap().unwrap().tokenizer.has_chat_template());
+    assert!(
+        open(hub)
+            .await
+            .unwrap()
+            .unwrap()
+            .tokenizer
+            .has_chat_template()
+    );
 }

@@ -72,8 +72,10 @@ fn imports_run_down_the_layers() {
         "only {imports} imports seen in {} files: the scan is broken",
         sources.len()
     );
-    let breaches: Vec<String> =
-        sources.iter().flat_map(|(file, source)| breaches(file, source)).collect();
+    let breaches: Vec<String> = sources
+        .iter()
+        .flat_map(|(file, source)| breaches(file, source))
+        .collect();
     assert!(
         breaches.is_empty(),
         "{} breaches of the architecture (ARCHITECTURE.md says why):\n{}",
@@ -112,8 +114,9 @@ fn names_of_tensors_stand_in_one_table() {
             !lines_with(name, |file| file == TABLE).is_empty(),
             "{name} is not in {TABLE}: the scan is broken"
         );
-        let elsewhere =
-            lines_with(name, |file| file != TABLE && file != DOMAIN && !file.ends_with("tests.rs"));
+        let elsewhere = lines_with(name, |file| {
+            file != TABLE && file != DOMAIN && !file.ends_with("tests.rs")
+        });
         assert!(
             elsewhere.is_empty(),
             "only src/{TABLE} spells the names of tensors: {elsewhere:#?}"
@@ -146,7 +149,10 @@ fn functions_have_at_most_seven_parameters() {
         ("Cargo.toml", "too_many_arguments = \"deny\""),
     ] {
         let text = fs::read_to_string(root.join(file)).unwrap();
-        assert!(text.lines().any(|line| line.trim() == setting), "{file} lacks `{setting}`");
+        assert!(
+            text.lines().any(|line| line.trim() == setting),
+            "{file} lacks `{setting}`"
+        );
     }
     let exceptions = lines_with("too_many_arguments", |_| true);
     assert!(
@@ -159,10 +165,18 @@ fn functions_have_at_most_seven_parameters() {
 #[test]
 fn kernels_are_launched_from_one_file() {
     let launches = lines_with("gpu.launch(", is_for_cuda);
-    let (typed, raw): (Vec<String>, Vec<String>) =
-        launches.into_iter().partition(|line| line.starts_with("compute/cuda/ops.rs:"));
-    assert!(typed.len() > 20, "only {} launches seen: the scan is broken", typed.len());
-    assert!(raw.is_empty(), "add a typed function to compute/cuda/ops.rs instead: {raw:#?}");
+    let (typed, raw): (Vec<String>, Vec<String>) = launches
+        .into_iter()
+        .partition(|line| line.starts_with("compute/cuda/ops.rs:"));
+    assert!(
+        typed.len() > 20,
+        "only {} launches seen: the scan is broken",
+        typed.len()
+    );
+    assert!(
+        raw.is_empty(),
+        "add a typed function to compute/cuda/ops.rs instead: {raw:#?}"
+    );
 }
 
 /// The order of a block's steps stands in one file, the loop over the blocks in another, for all
@@ -186,21 +200,36 @@ fn a_block_and_the_loop_over_blocks_are_written_once() {
             "no `{call}` in {place}: the scan is broken"
         );
         let elsewhere = lines_with(call, |file| file != place);
-        assert!(elsewhere.is_empty(), "only {place} may have `{call}`: {elsewhere:#?}");
+        assert!(
+            elsewhere.is_empty(),
+            "only {place} may have `{call}`: {elsewhere:#?}"
+        );
     }
     for function in ["block_forward", "block_backward"] {
         let elsewhere = lines_with(function, |file| file != BLOCK && file != PASS);
-        assert!(elsewhere.is_empty(), "only {PASS} calls {function}: {elsewhere:#?}");
+        assert!(
+            elsewhere.is_empty(),
+            "only {PASS} calls {function}: {elsewhere:#?}"
+        );
     }
 }
 
 /// Lines of the chosen files that contain `text`, as `file:line: content`.
 fn lines_with(text: &str, chosen: impl Fn(&str) -> bool) -> Vec<String> {
     let in_file = |(file, source): &(String, String)| -> Vec<String> {
-        let numbered = source.lines().enumerate().filter(|(_, line)| line.contains(text));
-        numbered.map(|(i, line)| format!("{file}:{}: {}", i + 1, line.trim())).collect()
+        let numbered = source
+            .lines()
+            .enumerate()
+            .filter(|(_, line)| line.contains(text));
+        numbered
+            .map(|(i, line)| format!("{file}:{}: {}", i + 1, line.trim()))
+            .collect()
     };
-    sources().iter().filter(|(file, _)| chosen(file)).flat_map(in_file).collect()
+    sources()
+        .iter()
+        .filter(|(file, _)| chosen(file))
+        .flat_map(in_file)
+        .collect()
 }
 
 /// Returns a message for each breach, with the file and the line. `file` is relative to `src`.
@@ -228,11 +257,13 @@ fn breaches(file: &str, source: &str) -> Vec<String> {
                 environment(file, &path).or_else(|| thread(file, rank, &path))
             },
         ];
-        found.extend(
-            reasons.into_iter().flatten().map(|why| {
-                format!("src/{file}:{}: `{}` {why}", path.line, path.segments.join("::"))
-            }),
-        );
+        found.extend(reasons.into_iter().flatten().map(|why| {
+            format!(
+                "src/{file}:{}: `{}` {why}",
+                path.line,
+                path.segments.join("::")
+            )
+        }));
     }
     found
 }
@@ -241,7 +272,10 @@ fn breaches(file: &str, source: &str) -> Vec<String> {
 fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
     let target = resolve(module, path)?;
     // Anything at the root that is no layer belongs to the top, and so does a glob over the root.
-    let theirs = target.first().and_then(|name| layer_rank(name)).unwrap_or(LAYERS.len() - 1);
+    let theirs = target
+        .first()
+        .and_then(|name| layer_rank(name))
+        .unwrap_or(LAYERS.len() - 1);
     (theirs > own).then(|| {
         let above = target.first().filter(|n| layer_rank(n).is_some()).map_or("the crate's root", String::as_str);
         format!(
@@ -255,7 +289,10 @@ fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
 fn foreign(own: usize, path: &PathUse) -> Option<String> {
     let first = path.segments.first()?;
     let is = |name: &str| {
-        first == name || first.strip_prefix(name).is_some_and(|rest| rest.starts_with('_'))
+        first == name
+            || first
+                .strip_prefix(name)
+                .is_some_and(|rest| rest.starts_with('_'))
     };
     if (is("tonic") || is("prost")) && LAYERS[own] != "rpc" {
         return Some(
@@ -292,8 +329,10 @@ fn environment(file: &str, path: &PathUse) -> Option<String> {
 /// A thread started outside the engine and [`THREADED`].
 fn thread(file: &str, own: usize, path: &PathUse) -> Option<String> {
     const STARTS: [&str; 4] = ["spawn", "Builder", "scope", "*"];
-    let starts =
-        path.segments.windows(2).any(|w| w[0] == "thread" && STARTS.contains(&w[1].as_str()));
+    let starts = path
+        .segments
+        .windows(2)
+        .any(|w| w[0] == "thread" && STARTS.contains(&w[1].as_str()));
     (starts && LAYERS[own] != "engine" && !THREADED.contains(&file)).then(|| {
         format!(
             "starts a thread: only engine and {} do (rpc and cli use tokio)",
@@ -330,7 +369,11 @@ fn module_of(file: &str) -> Vec<String> {
         return Vec::new();
     }
     let path = file.strip_suffix(".rs").unwrap_or(file);
-    path.strip_suffix("/mod").unwrap_or(path).split('/').map(str::to_owned).collect()
+    path.strip_suffix("/mod")
+        .unwrap_or(path)
+        .split('/')
+        .map(str::to_owned)
+        .collect()
 }
 
 fn rank(module: &[String]) -> Option<usize> {
@@ -366,7 +409,10 @@ pub fn sources_with(extensions: &[&str]) -> Vec<(String, String)> {
             .collect::<Vec<_>>()
             .join("/")
     };
-    files.iter().map(|p| (relative(p), fs::read_to_string(p).unwrap())).collect()
+    files
+        .iter()
+        .map(|p| (relative(p), fs::read_to_string(p).unwrap()))
+        .collect()
 }
 
 fn walk(folder: &Path, extensions: &[&str], files: &mut Vec<PathBuf>) {
@@ -374,7 +420,10 @@ fn walk(folder: &Path, extensions: &[&str], files: &mut Vec<PathBuf>) {
         let path = entry.unwrap().path();
         if path.is_dir() {
             walk(&path, extensions, files);
-        } else if path.extension().is_some_and(|e| extensions.iter().any(|wanted| e == *wanted)) {
+        } else if path
+            .extension()
+            .is_some_and(|e| extensions.iter().any(|wanted| e == *wanted))
+        {
             files.push(path);
         }
     }
@@ -409,22 +458,34 @@ struct Import {
 /// Returns what the files import of each other, tests left out. `mod x;` is no import; `x::y` is
 /// one where `x` is a child module in a file of its own.
 fn imports(sources: &[(String, String)]) -> Vec<Import> {
-    let indices: HashMap<Vec<String>, usize> =
-        sources.iter().enumerate().map(|(i, (file, _))| (module_of(file), i)).collect();
+    let indices: HashMap<Vec<String>, usize> = sources
+        .iter()
+        .enumerate()
+        .map(|(i, (file, _))| (module_of(file), i))
+        .collect();
     let mut found = Vec::new();
     for (from, (file, source)) in sources.iter().enumerate() {
         let module = module_of(file);
         let is_test = |path: &PathUse| module.iter().chain(&path.inside).any(|m| m == "tests");
-        for path in paths(source).iter().filter(|p| !p.is_visibility && !is_test(p)) {
+        for path in paths(source)
+            .iter()
+            .filter(|p| !p.is_visibility && !is_test(p))
+        {
             let child = || {
                 relative(&module, path)
                     .filter(|target| indices.contains_key(&target[..=module.len()]))
             };
             let target = resolve(&module, path).or_else(child).unwrap_or_default();
             // The names after the file's own are items in it.
-            let to = (0..=target.len()).rev().find_map(|n| indices.get(&target[..n]).copied());
+            let to = (0..=target.len())
+                .rev()
+                .find_map(|n| indices.get(&target[..n]).copied());
             if let Some(to) = to.filter(|to| *to != from && !target.is_empty()) {
-                found.push(Import { from, to, line: path.line });
+                found.push(Import {
+                    from,
+                    to,
+                    line: path.line,
+                });
             }
         }
     }
@@ -440,15 +501,19 @@ fn relative(module: &[String], path: &PathUse) -> Option<Vec<String>> {
 /// Returns one line for each set of files that import each other, directly or through others.
 fn cycles(sources: &[(String, String)]) -> Vec<String> {
     let imports = imports(sources);
-    let reached: Vec<BTreeSet<usize>> =
-        (0..sources.len()).map(|file| reached_from(file, &imports)).collect();
+    let reached: Vec<BTreeSet<usize>> = (0..sources.len())
+        .map(|file| reached_from(file, &imports))
+        .collect();
     let (mut found, mut done) = (Vec::new(), BTreeSet::new());
     for file in 0..sources.len() {
         if !reached[file].contains(&file) || done.contains(&file) {
             continue;
         }
-        let tangled: BTreeSet<usize> =
-            reached[file].iter().copied().filter(|other| reached[*other].contains(&file)).collect();
+        let tangled: BTreeSet<usize> = reached[file]
+            .iter()
+            .copied()
+            .filter(|other| reached[*other].contains(&file))
+            .collect();
         found.push(format!(
             "{} ({} files import each other)",
             shortest_cycle(file, &imports, sources),
@@ -505,7 +570,11 @@ fn shortest_cycle(start: usize, imports: &[Import], sources: &[(String, String)]
 #[track_caller]
 fn assert_caught(file: &str, source: &str, expected: &[&str]) {
     let found = breaches(file, source);
-    assert_eq!(found.len(), expected.len(), "src/{file} with {source:?}: {found:#?}");
+    assert_eq!(
+        found.len(),
+        expected.len(),
+        "src/{file} with {source:?}: {found:#?}"
+    );
     for (breach, part) in found.iter().zip(expected) {
         assert!(breach.contains(part), "{breach:?} should say {part:?}");
     }
@@ -533,8 +602,16 @@ fn an_upward_import_is_caught_however_it_is_written() {
         "use super::super::service::store;",
         &["`super::super::service::store` runs up from engine to service"],
     );
-    assert_caught("engine/queue.rs", "use super::{super::{rpc::x, model::y}, api};", &["to rpc"]);
-    assert_caught("compute/cpu/mod.rs", "mod inner { use super::super::super::cli; }", &["to cli"]);
+    assert_caught(
+        "engine/queue.rs",
+        "use super::{super::{rpc::x, model::y}, api};",
+        &["to rpc"],
+    );
+    assert_caught(
+        "compute/cpu/mod.rs",
+        "mod inner { use super::super::super::cli; }",
+        &["to cli"],
+    );
     assert_caught(
         "model/config.rs",
         "use crate as root;\nuse crate::*;\nuse super::super::*;",
@@ -545,7 +622,11 @@ fn an_upward_import_is_caught_however_it_is_written() {
         "pub(in crate::train) fn f() { crate::run() }",
         &["to train", "the crate's root"],
     );
-    assert_caught("model/config.rs", "macro_rules! m { () => { $crate::rpc::f() } }", &["to rpc"]);
+    assert_caught(
+        "model/config.rs",
+        "macro_rules! m { () => { $crate::rpc::f() } }",
+        &["to rpc"],
+    );
     assert_caught(
         "service/mod.rs",
         "use ::bradley_x::y; use crate :: /* up */ rpc :: x;",
@@ -581,15 +662,31 @@ fn a_use_outside_its_only_layer_is_caught() {
         "use ::tonic::Status; pub use ::prost::Message;",
         &["only rpc", "only rpc"],
     );
-    assert_caught("train/trainer.rs", "use tokio::sync::mpsc;", &["train is synchronous"]);
-    assert_caught("rpc/scoring.rs", "let e = tonic::Status::internal(\"x\");", &["makes a status"]);
-    assert_caught("rpc/scoring.rs", "return Err(Status::new(Code::Ok, m));", &["makes a status"]);
+    assert_caught(
+        "train/trainer.rs",
+        "use tokio::sync::mpsc;",
+        &["train is synchronous"],
+    );
+    assert_caught(
+        "rpc/scoring.rs",
+        "let e = tonic::Status::internal(\"x\");",
+        &["makes a status"],
+    );
+    assert_caught(
+        "rpc/scoring.rs",
+        "return Err(Status::new(Code::Ok, m));",
+        &["makes a status"],
+    );
     assert_caught(
         "formats/source.rs",
         "let t = std::env::var(\"HF_TOKEN\");",
         &["touches the environment"],
     );
-    assert_caught("cli/demo.rs", "use std::env::{self, var_os};", &["touches the environment"]);
+    assert_caught(
+        "cli/demo.rs",
+        "use std::env::{self, var_os};",
+        &["touches the environment"],
+    );
     assert_caught(
         "service/runner.rs",
         "std::thread::spawn(|| ()); thread::Builder::new();",
@@ -604,8 +701,14 @@ fn legal_imports_pass() {
             "math/loss.rs",
             "use crate::domain::dpo; use super::metrics; pub(crate) mod x; pub(super) fn f() {}",
         ),
-        ("engine/queue/tests.rs", "use super::super::api; use super::*; std::thread::spawn(f);"),
-        ("compute/cpu.rs", "#[cfg(test)] mod tests { use super::*; use super::super::config; }"),
+        (
+            "engine/queue/tests.rs",
+            "use super::super::api; use super::*; std::thread::spawn(f);",
+        ),
+        (
+            "compute/cpu.rs",
+            "#[cfg(test)] mod tests { use super::*; use super::super::config; }",
+        ),
         (
             "compute/cpu.rs",
             "// use crate::rpc;\n/* crate::rpc /* crate::cli */ */ /// [`crate::rpc`]\nconst S: &str = \"crate::rpc::x\";",
@@ -622,7 +725,10 @@ fn legal_imports_pass() {
             "rpc.rs",
             "use tonic::transport::Server; use self::pb::x; pub use self::http::serve_http;",
         ),
-        ("rpc/status.rs", "Status::with_error_details(code, m, d); tonic::Code::Ok;"),
+        (
+            "rpc/status.rs",
+            "Status::with_error_details(code, m, d); tonic::Code::Ok;",
+        ),
         ("cli/settings.rs", "std::env::vars_os();"),
         (
             "cli/demo.rs",
@@ -637,8 +743,10 @@ fn legal_imports_pass() {
 /// `cycles` of fabricated files must say exactly this.
 #[track_caller]
 fn assert_cycles(files: &[(&str, &str)], expected: &[&str]) {
-    let sources: Vec<(String, String)> =
-        files.iter().map(|(file, source)| ((*file).to_owned(), (*source).to_owned())).collect();
+    let sources: Vec<(String, String)> = files
+        .iter()
+        .map(|(file, source)| ((*file).to_owned(), (*source).to_owned()))
+        .collect();
     assert_eq!(cycles(&sources), expected, "{files:#?}");
 }
 
@@ -693,13 +801,19 @@ fn an_import_cycle_is_caught_however_it_is_written() {
     // From an inline module, where `super` is the file itself.
     let inline = [
         ("math/a.rs", "mod x { use super::super::b; }"),
-        ("math/b.rs", "mod y { mod z { use super::super::super::a::X; } }"),
+        (
+            "math/b.rs",
+            "mod y { mod z { use super::super::super::a::X; } }",
+        ),
     ];
     assert_cycles(
         &inline,
         &["src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/a.rs (2 files import each other)"],
     );
-    let root = [("lib.rs", "pub mod cli;\npub use cli::X;"), ("cli/mod.rs", "use crate::Y;")];
+    let root = [
+        ("lib.rs", "pub mod cli;\npub use cli::X;"),
+        ("cli/mod.rs", "use crate::Y;"),
+    ];
     assert_cycles(
         &root,
         &["src/lib.rs:2 -> src/cli/mod.rs:1 -> src/lib.rs (2 files import each other)"],
@@ -730,7 +844,10 @@ fn imports_without_a_cycle_pass() {
         passes(&[("math/a.rs", source), ("math/b.rs", "use super::a;")]);
     }
     passes(&[
-        ("math/a.rs", "mod c;\nuse ::c::X;\nfn f() { ::c::g() }\nmod x { fn f() { c::g() } }"),
+        (
+            "math/a.rs",
+            "mod c;\nuse ::c::X;\nfn f() { ::c::g() }\nmod x { fn f() { c::g() } }",
+        ),
         ("math/a/c.rs", "use super::Y;"),
     ]);
     passes(&[
@@ -747,7 +864,9 @@ fn architecture() -> String {
 
 /// Returns what stands between backticks, line by line.
 fn quoted(text: &str) -> Vec<&str> {
-    text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)).collect()
+    text.lines()
+        .flat_map(|line| line.split('`').skip(1).step_by(2))
+        .collect()
 }
 
 /// Returns the quoted paths of Rust files that are neither in the repository nor under `src`.
@@ -757,7 +876,11 @@ fn missing_files(text: &str) -> Vec<&str> {
         word.contains('/') && word.ends_with(".rs") && !word.contains(['*', '{', ' '])
     };
     let exists = |path: &str| root.join(path).is_file() || root.join("src").join(path).is_file();
-    quoted(text).into_iter().filter(is_path).filter(|path| !exists(path)).collect()
+    quoted(text)
+        .into_iter()
+        .filter(is_path)
+        .filter(|path| !exists(path))
+        .collect()
 }
 
 #[test]
@@ -767,16 +890,27 @@ fn every_path_in_the_map_exists() {
         .into_iter()
         .filter(|word| word.contains('/') && word.ends_with(".rs"))
         .count();
-    assert!(paths > 20, "only {paths} paths seen in ARCHITECTURE.md: the scan is broken");
+    assert!(
+        paths > 20,
+        "only {paths} paths seen in ARCHITECTURE.md: the scan is broken"
+    );
     let missing = missing_files(&text);
-    assert!(missing.is_empty(), "ARCHITECTURE.md names files that do not exist: {missing:#?}");
+    assert!(
+        missing.is_empty(),
+        "ARCHITECTURE.md names files that do not exist: {missing:#?}"
+    );
     let text = "see `src/lib.rs`, `math/loss.rs` and `x.rs`, not `math/no_such_file.rs` or `src/no_such_file.rs`";
-    assert_eq!(missing_files(text), ["math/no_such_file.rs", "src/no_such_file.rs"]);
+    assert_eq!(
+        missing_files(text),
+        ["math/no_such_file.rs", "src/no_such_file.rs"]
+    );
 }
 
 /// The rows of the table of layers: the first cell's name, and what the second cell quotes.
 fn rows_of_the_table(text: &str) -> Vec<(&str, Vec<&str>)> {
-    let rows = text.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` |"));
+    let rows = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once("` |"));
     rows.map(|(name, cell)| (name, quoted(cell))).collect()
 }
 
@@ -806,12 +940,18 @@ fn the_table_of_layers_lists_every_module_and_no_other() {
     let rows = rows_of_the_table(&text);
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let layers = modules_in(&source, false);
-    let expected: BTreeSet<String> =
-        LAYERS.iter().chain(&["lib", "main"]).map(|name| (*name).to_owned()).collect();
+    let expected: BTreeSet<String> = LAYERS
+        .iter()
+        .chain(&["lib", "main"])
+        .map(|name| (*name).to_owned())
+        .collect();
     assert_eq!(layers, expected, "a folder of src is a layer");
     for layer in LAYERS {
         let of_layer = |name: &str| {
-            name == layer || name.strip_prefix(layer).is_some_and(|rest| rest.starts_with('/'))
+            name == layer
+                || name
+                    .strip_prefix(layer)
+                    .is_some_and(|rest| rest.starts_with('/'))
         };
         let listed: BTreeSet<&str> = rows
             .iter()
@@ -823,11 +963,16 @@ fn the_table_of_layers_lists_every_module_and_no_other() {
             .into_iter()
             .filter(|name| !listed.contains(name.as_str()))
             .collect();
-        assert!(unlisted.is_empty(), "the row of `{layer}` in ARCHITECTURE.md lacks {unlisted:?}");
+        assert!(
+            unlisted.is_empty(),
+            "the row of `{layer}` in ARCHITECTURE.md lacks {unlisted:?}"
+        );
         let below = modules_in(&folder, true);
         let is_name = |word: &&str| {
             !LAYERS.contains(word)
-                && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+                && word
+                    .chars()
+                    .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
         };
         let gone: Vec<&str> = listed
             .into_iter()

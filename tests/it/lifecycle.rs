@@ -19,7 +19,10 @@ const STEPS: u64 = 150;
 /// A job that saves every five steps.
 fn saving(dataset: &str) -> pb::TrainingJob {
     let mut wanted = job(dataset, STEPS);
-    wanted.run = Some(pb::RunConfig { save_steps: Some(5), ..Default::default() });
+    wanted.run = Some(pb::RunConfig {
+        save_steps: Some(5),
+        ..Default::default()
+    });
     wanted
 }
 
@@ -27,10 +30,15 @@ fn saving(dataset: &str) -> pb::TrainingJob {
 /// middle of them.
 fn spanning(dataset: &str) -> pb::TrainingJob {
     let mut wanted = saving(dataset);
-    wanted.run =
-        Some(pb::RunConfig { save_steps: Some(5), logging_steps: Some(3), ..Default::default() });
-    wanted.batch =
-        wanted.batch.map(|b| pb::BatchConfig { gradient_accumulation_steps: Some(3), ..b });
+    wanted.run = Some(pb::RunConfig {
+        save_steps: Some(5),
+        logging_steps: Some(3),
+        ..Default::default()
+    });
+    wanted.batch = wanted.batch.map(|b| pb::BatchConfig {
+        gradient_accumulation_steps: Some(3),
+        ..b
+    });
     wanted
 }
 
@@ -56,7 +64,10 @@ fn outcome(data_dir: &Path, name: &str, events: &[pb::TrainingEvent]) -> Outcome
     };
     let weights =
         std::fs::read(checkpoint(data_dir, name, STEPS).join("adapter_model.safetensors")).unwrap();
-    Outcome { losses: events.iter().filter_map(step).collect(), weights }
+    Outcome {
+        losses: events.iter().filter_map(step).collect(),
+        weights,
+    }
 }
 
 async fn undisturbed(wanted: impl Fn(&str) -> pb::TrainingJob) -> Outcome {
@@ -102,7 +113,10 @@ async fn a_paused_job_goes_on_bit_for_bit_also_on_another_server() {
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, spanning(&dataset.name)).await;
     until_event(&client, &name, |e| is_step(e, 7)).await;
-    assert_eq!(pause(&client, &name).await.unwrap().state(), pb::JobState::Pausing);
+    assert_eq!(
+        pause(&client, &name).await.unwrap().state(),
+        pb::JobState::Pausing
+    );
     until_event(&client, &name, |e| became(e, pb::JobState::Paused)).await;
     assert_eq!(
         pause(&client, &name).await.unwrap().state(),
@@ -117,23 +131,36 @@ async fn a_paused_job_goes_on_bit_for_bit_also_on_another_server() {
     let other = submit(&client, job(&dataset.name, 2)).await;
     finish(&client, &other).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Paused);
-    assert_eq!(resume(&client, &name).await.unwrap().state(), pb::JobState::Queued);
+    assert_eq!(
+        resume(&client, &name).await.unwrap().state(),
+        pb::JobState::Queued
+    );
     let events = finish(&client, &name).await;
     let steps: Vec<u64> = events
         .iter()
-        .filter_map(
-            |e| if let Some(Event::StepMetrics(s)) = &e.event { Some(s.step) } else { None },
-        )
+        .filter_map(|e| {
+            if let Some(Event::StepMetrics(s)) = &e.event {
+                Some(s.step)
+            } else {
+                None
+            }
+        })
         .collect();
     assert_eq!(
         steps,
         (3..=STEPS).step_by(3).collect::<Vec<_>>(),
         "no log line is lost or repeated"
     );
-    assert!(outcome(dir.path(), &name, &events) == wanted, "the same losses and weights");
+    assert!(
+        outcome(dir.path(), &name, &events) == wanted,
+        "the same losses and weights"
+    );
     let e = resume(&client, &name).await.unwrap_err();
     assert_eq!(
-        (e.code(), e.get_details_error_info().unwrap().reason.as_str()),
+        (
+            e.code(),
+            e.get_details_error_info().unwrap().reason.as_str()
+        ),
         (Code::FailedPrecondition, "NOT_PAUSED")
     );
 }
@@ -148,21 +175,42 @@ async fn a_job_of_a_higher_priority_goes_first_and_the_other_continues_bit_for_b
     let low = submit(&client, saving(&dataset.name)).await;
     until_event(&client, &low, |e| is_step(e, 3)).await;
     let same = submit(&client, job(&dataset.name, 2)).await;
-    let high = submit(&client, pb::TrainingJob { priority: 5, ..job(&dataset.name, 2) }).await;
+    let high = submit(
+        &client,
+        pb::TrainingJob {
+            priority: 5,
+            ..job(&dataset.name, 2)
+        },
+    )
+    .await;
     finish(&client, &high).await;
-    assert_ne!(state(&client, &low).await, pb::JobState::Succeeded, "it made room");
+    assert_ne!(
+        state(&client, &low).await,
+        pb::JobState::Succeeded,
+        "it made room"
+    );
     let events = finish(&client, &low).await;
     assert!(events.iter().any(
         |e| matches!(&e.event, Some(Event::StateChange(s)) if s.reason.contains("higher priority"))
     ));
-    assert!(outcome(dir.path(), &low, &events) == wanted, "the same losses and weights");
+    assert!(
+        outcome(dir.path(), &low, &events) == wanted,
+        "the same losses and weights"
+    );
     finish(&client, &same).await;
 
     let bad = pb::CreateTrainingJobRequest {
-        training_job: Some(pb::TrainingJob { priority: 1001, ..job(&dataset.name, 2) }),
+        training_job: Some(pb::TrainingJob {
+            priority: 1001,
+            ..job(&dataset.name, 2)
+        }),
         ..Default::default()
     };
-    let e = client.training().create_training_job(bad).await.unwrap_err();
+    let e = client
+        .training()
+        .create_training_job(bad)
+        .await
+        .unwrap_err();
     assert_eq!(
         e.get_details_bad_request().unwrap().field_violations[0].field,
         "training_job.priority"
@@ -175,18 +223,31 @@ async fn an_update_changes_what_its_mask_names_and_a_stale_etag_aborts_it() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
-    let name =
-        submit(&client, pb::TrainingJob { display_name: "first".into(), ..job(&dataset.name, 2) })
-            .await;
+    let name = submit(
+        &client,
+        pb::TrainingJob {
+            display_name: "first".into(),
+            ..job(&dataset.name, 2)
+        },
+    )
+    .await;
     finish(&client, &name).await;
     let update = async |job: pb::TrainingJob, paths: &[&str]| {
-        let update_mask =
-            Some(prost_types::FieldMask { paths: paths.iter().map(|p| p.to_string()).collect() });
+        let update_mask = Some(prost_types::FieldMask {
+            paths: paths.iter().map(|p| p.to_string()).collect(),
+        });
         let request = pb::UpdateTrainingJobRequest {
-            training_job: Some(pb::TrainingJob { name: name.clone(), ..job }),
+            training_job: Some(pb::TrainingJob {
+                name: name.clone(),
+                ..job
+            }),
             update_mask,
         };
-        client.training().update_training_job(request).await.map(|r| r.into_inner())
+        client
+            .training()
+            .update_training_job(request)
+            .await
+            .map(|r| r.into_inner())
     };
     let before = client
         .training()
@@ -202,11 +263,17 @@ async fn an_update_changes_what_its_mask_names_and_a_stale_etag_aborts_it() {
         ..Default::default()
     };
     let after = update(wanted.clone(), &["labels"]).await.unwrap();
-    assert_eq!((after.display_name.as_str(), &after.labels), ("first", &labels));
+    assert_eq!(
+        (after.display_name.as_str(), &after.labels),
+        ("first", &labels)
+    );
     assert_ne!(after.etag, before.etag);
     let e = update(wanted, &["labels"]).await.unwrap_err();
     assert_eq!(
-        (e.code(), e.get_details_error_info().unwrap().reason.as_str()),
+        (
+            e.code(),
+            e.get_details_error_info().unwrap().reason.as_str()
+        ),
         (Code::Aborted, "ETAG_STALE")
     );
     let e = update(Default::default(), &["seed"]).await.unwrap_err();
@@ -214,9 +281,15 @@ async fn an_update_changes_what_its_mask_names_and_a_stale_etag_aborts_it() {
         e.get_details_bad_request().unwrap().field_violations[0].field,
         "update_mask.paths[0]"
     );
-    let e = update(pb::TrainingJob { priority: -9999, ..Default::default() }, &["priority"])
-        .await
-        .unwrap_err();
+    let e = update(
+        pb::TrainingJob {
+            priority: -9999,
+            ..Default::default()
+        },
+        &["priority"],
+    )
+    .await
+    .unwrap_err();
     assert_eq!(
         e.get_details_bad_request().unwrap().field_violations[0].field,
         "training_job.priority"
@@ -237,8 +310,10 @@ async fn a_damaged_checkpoint_is_reported_and_the_one_before_is_used() {
     until_event(&client, &name, |e| became(e, pb::JobState::Paused)).await;
     server.kill();
     let steps = std::fs::read_dir(checkpoint(dir.path(), &name, 0).parent().unwrap()).unwrap();
-    let newest =
-        steps.filter_map(|e| e.unwrap().file_name().to_str()?.parse::<u64>().ok()).max().unwrap();
+    let newest = steps
+        .filter_map(|e| e.unwrap().file_name().to_str()?.parse::<u64>().ok())
+        .max()
+        .unwrap();
     for file in ["adapter_model.safetensors", "optimizer.safetensors"] {
         let file = checkpoint(dir.path(), &name, newest).join(file);
         let mut bytes = std::fs::read(&file).unwrap();
@@ -252,7 +327,10 @@ async fn a_damaged_checkpoint_is_reported_and_the_one_before_is_used() {
     let events = finish(&client, &name).await;
     let told = |e: &pb::TrainingEvent| matches!(&e.event, Some(Event::Log(l)) if l.message.contains("does not match its checksum"));
     assert!(events.iter().any(told), "the damage is reported");
-    assert!(outcome(dir.path(), &name, &events) == wanted, "the same losses and weights");
+    assert!(
+        outcome(dir.path(), &name, &events) == wanted,
+        "the same losses and weights"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -271,21 +349,38 @@ async fn an_expired_cursor_is_out_of_range_and_names_the_oldest_event() {
     })
     .await;
     let list = async |after_sequence| {
-        let request =
-            pb::ListTrainingEventsRequest { parent: name.clone(), after_sequence, page_size: 0 };
+        let request = pb::ListTrainingEventsRequest {
+            parent: name.clone(),
+            after_sequence,
+            page_size: 0,
+        };
         client.training().list_training_events(request).await
     };
     let e = list(0).await.unwrap_err();
     assert_eq!(e.code(), Code::OutOfRange, "{e}");
-    let after: u64 = e.message().rsplit("go on after ").next().unwrap().parse().unwrap();
+    let after: u64 = e
+        .message()
+        .rsplit("go on after ")
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap();
     let kept = list(after).await.unwrap().into_inner().events;
     assert_eq!(
         kept.iter().map(|e| e.sequence).collect::<Vec<_>>(),
         (after + 1..after + 11).collect::<Vec<_>>()
     );
-    let request = pb::StreamTrainingEventsRequest { parent: name.clone(), after_sequence: 0 };
+    let request = pb::StreamTrainingEventsRequest {
+        parent: name.clone(),
+        after_sequence: 0,
+    };
     assert_eq!(
-        client.training().stream_training_events(request).await.unwrap_err().code(),
+        client
+            .training()
+            .stream_training_events(request)
+            .await
+            .unwrap_err()
+            .code(),
         Code::OutOfRange
     );
 }
@@ -311,7 +406,14 @@ async fn random_commands_make_only_legal_transitions() {
             (0, _) | (_, None) if jobs.len() < 6 => {
                 let priority = (which * 4.0) as i32;
                 jobs.push(
-                    submit(&client, pb::TrainingJob { priority, ..job(&dataset.name, 25) }).await,
+                    submit(
+                        &client,
+                        pb::TrainingJob {
+                            priority,
+                            ..job(&dataset.name, 25)
+                        },
+                    )
+                    .await,
                 );
                 Ok(())
             }
@@ -346,18 +448,30 @@ async fn random_commands_make_only_legal_transitions() {
             if now == pb::JobState::Paused {
                 let _ = resume(&client, name).await;
             }
-            matches!(now, pb::JobState::Succeeded | pb::JobState::Cancelled | pb::JobState::Failed)
+            matches!(
+                now,
+                pb::JobState::Succeeded | pb::JobState::Cancelled | pb::JobState::Failed
+            )
         })
         .await;
         let mut last = None;
         for e in finish(&client, name).await {
-            let Some(Event::StateChange(change)) = e.event else { continue };
+            let Some(Event::StateChange(change)) = e.event else {
+                continue;
+            };
             let parse = |s: pb::JobState| {
-                JobState::parse(&s.as_str_name().trim_start_matches("JOB_STATE_").to_lowercase())
+                JobState::parse(
+                    &s.as_str_name()
+                        .trim_start_matches("JOB_STATE_")
+                        .to_lowercase(),
+                )
             };
             let (from, to) = (parse(change.from()), parse(change.to()).unwrap());
             assert_eq!(from, last, "{name}: changes follow each other");
-            assert!(from.is_none_or(|from| from.may_become(to)), "{name}: {from:?} to {to:?}");
+            assert!(
+                from.is_none_or(|from| from.may_become(to)),
+                "{name}: {from:?} to {to:?}"
+            );
             last = Some(to);
         }
         assert!(

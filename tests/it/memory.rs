@@ -45,7 +45,13 @@ struct Case {
 
 impl Case {
     fn to_json(&self) -> Value {
-        json!([self.model, self.full, self.recompute, self.pairs, self.lengths])
+        json!([
+            self.model,
+            self.full,
+            self.recompute,
+            self.pairs,
+            self.lengths
+        ])
     }
 
     fn from_json(case: &Value) -> Self {
@@ -70,7 +76,11 @@ impl Case {
     fn spec(&self) -> TrainingSpec {
         let row_tokens = self.pairs * self.lengths.iter().sum::<usize>();
         TrainingSpec {
-            method: if self.full { Method::Full } else { Method::Lora(lora()) },
+            method: if self.full {
+                Method::Full
+            } else {
+                Method::Lora(lora())
+            },
             precision: Some(Precision::F32),
             batch: BatchConfig {
                 batch_size: self.pairs,
@@ -90,7 +100,9 @@ impl Case {
     /// of its own.
     fn encoded(&self) -> Vec<EncodedPair> {
         let tokens = |seed: usize, n: usize| {
-            (0..n).map(|i| ((i * 31 + seed * 17 + i * i % 7) % 300) as u32).collect()
+            (0..n)
+                .map(|i| ((i * 31 + seed * 17 + i * i % 7) % 300) as u32)
+                .collect()
         };
         let [prompt, chosen, rejected] = self.lengths;
         let pair = |i: usize| EncodedPair {
@@ -116,48 +128,92 @@ impl Case {
 
 fn lora() -> LoraConfig {
     let target_modules = TARGET_MODULES.map(str::to_owned).to_vec();
-    LoraConfig { rank: 4, target_modules, ..LoraConfig::default() }
+    LoraConfig {
+        rank: 4,
+        target_modules,
+        ..LoraConfig::default()
+    }
 }
 
 #[test]
 fn the_state_of_training_is_as_large_as_planned() {
-    for (model, full) in MODELS.into_iter().flat_map(|model| [(model, false), (model, true)]) {
-        let case = Case { model, full, recompute: false, pairs: 1, lengths: [8, 4, 4] };
+    for (model, full) in MODELS
+        .into_iter()
+        .flat_map(|model| [(model, false), (model, true)])
+    {
+        let case = Case {
+            model,
+            full,
+            recompute: false,
+            pairs: 1,
+            lengths: [8, 4, 4],
+        };
         let base = tiny(model).0;
         let policy = case.policy(&base);
-        let sizes: Vec<usize> = policy.trainables.iter().map(|t| t.var.elem_count()).collect();
+        let sizes: Vec<usize> = policy
+            .trainables
+            .iter()
+            .map(|t| t.var.elem_count())
+            .collect();
         let moments = AdamW::new(sizes.clone());
         let gradients = StepGradients::zeros(&policy);
         let parts = [gradients.values(), &moments.first, &moments.second];
         let elements = |part: &[Vec<f32>]| part.iter().map(Vec::len).sum::<usize>();
         let numbers = sizes.iter().sum::<usize>() + parts.map(elements).iter().sum::<usize>();
         let lengths = Lengths::of(&case.encoded(), 1);
-        let planned =
-            plan(&base.config, &case.spec(), lengths, u64::MAX, MemoryKind::Host).unwrap();
-        assert_eq!(planned.training_state, 4 * numbers as u64, "{model}, full: {full}");
+        let planned = plan(
+            &base.config,
+            &case.spec(),
+            lengths,
+            u64::MAX,
+            MemoryKind::Host,
+        )
+        .unwrap();
+        assert_eq!(
+            planned.training_state,
+            4 * numbers as u64,
+            "{model}, full: {full}"
+        );
     }
 }
 
 /// Runs a case in a process of its own; returns the bytes that were planned and the peak.
 fn measured(case: &Case) -> (f64, f64) {
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "memory::a_run_takes_the_memory_that_is_planned", "--nocapture"])
+        .args([
+            "--exact",
+            "memory::a_run_takes_the_memory_that_is_planned",
+            "--nocapture",
+        ])
         .env(CASE, case.to_json().to_string())
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{}: {said}{errors}", case.to_json());
-    let line = said.lines().find_map(|line| line.split_once("measured: ")).unwrap().1;
+    assert!(
+        output.status.success(),
+        "{}: {said}{errors}",
+        case.to_json()
+    );
+    let line = said
+        .lines()
+        .find_map(|line| line.split_once("measured: "))
+        .unwrap()
+        .1;
     let figures: Value = serde_json::from_str(line).unwrap();
-    (figures["planned"].as_f64().unwrap(), figures["peak"].as_f64().unwrap())
+    (
+        figures["planned"].as_f64().unwrap(),
+        figures["peak"].as_f64().unwrap(),
+    )
 }
 
 /// Makes the run that the environment names and prints the bytes planned and taken. Returns false
 /// where it names none: this process is no child of [`measured`].
 #[allow(clippy::print_stdout)]
 fn measures_as_a_child() -> bool {
-    let Ok(case) = std::env::var(CASE) else { return false };
+    let Ok(case) = std::env::var(CASE) else {
+        return false;
+    };
     let case = Case::from_json(&serde_json::from_str(&case).unwrap());
     // Each thread has scores of a block to itself.
     thread_pool::set_threads(2);
@@ -166,11 +222,18 @@ fn measures_as_a_child() -> bool {
     // The base's weights are no part of a plan: on a GPU this sends them there.
     score(&base, &case.encoded()[0].groups()).unwrap();
     device().trim();
-    let peak = || device().peak_memory().unwrap_or(Buffer::peak_bytes() as u64);
+    let peak = || {
+        device()
+            .peak_memory()
+            .unwrap_or(Buffer::peak_bytes() as u64)
+    };
     let before = peak();
     let run = Run {
         policy: case.policy(&base),
-        reference: Reference::Frozen { policy: base.clone(), identity: "base".into() },
+        reference: Reference::Frozen {
+            policy: base.clone(),
+            identity: "base".into(),
+        },
         pairs: case.encoded(),
         eval: Vec::new(),
         spec: case.spec(),
@@ -179,7 +242,11 @@ fn measures_as_a_child() -> bool {
     };
     assert_eq!(train(run).len(), 1);
     // On the host the state of training is not in the arena.
-    let state = if device().memory().is_some() { planned.training_state } else { 0 };
+    let state = if device().memory().is_some() {
+        planned.training_state
+    } else {
+        0
+    };
     let figures = json!({"planned": planned.activations + state, "peak": peak() - before});
     println!("\nmeasured: {figures}");
     true
@@ -192,9 +259,18 @@ fn a_run_takes_the_memory_that_is_planned() {
         return;
     }
     let mut cases = Vec::new();
-    let case = |model, full, recompute, lengths| Case { model, full, recompute, pairs: 1, lengths };
+    let case = |model, full, recompute, lengths| Case {
+        model,
+        full,
+        recompute,
+        pairs: 1,
+        lengths,
+    };
     if device().name() == "cpu" {
-        for (model, full) in MODELS.into_iter().flat_map(|model| [(model, false), (model, true)]) {
+        for (model, full) in MODELS
+            .into_iter()
+            .flat_map(|model| [(model, false), (model, true)])
+        {
             cases.extend(
                 [false, true].map(|recompute| case(model, full, recompute, [700, 200, 124])),
             );
@@ -223,10 +299,19 @@ fn a_run_takes_the_memory_that_is_planned() {
 /// It takes the worst case. Only for the CPU: .ci/run leaves it out on a GPU.
 #[test]
 fn a_row_of_several_pairs_takes_no_more_than_planned() {
-    assert_eq!(device().name(), "cpu", "this test is for the CPU: unset BRADLEY_TEST_DEVICE");
+    assert_eq!(
+        device().name(),
+        "cpu",
+        "this test is for the CPU: unset BRADLEY_TEST_DEVICE"
+    );
     for full in [false, true] {
-        let case =
-            Case { model: "llama", full, recompute: false, pairs: 4, lengths: [128, 64, 64] };
+        let case = Case {
+            model: "llama",
+            full,
+            recompute: false,
+            pairs: 4,
+            lengths: [128, 64, 64],
+        };
         let (planned, peak) = measured(&case);
         let what = format!("{}: {planned} bytes planned, {peak} taken", case.to_json());
         assert!(peak <= planned && planned <= 2.0 * peak, "{what}");

@@ -30,18 +30,23 @@ fn load(folder: &Path) -> Result<(), String> {
 fn tensors_that_the_configuration_does_not_call_for_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     copy_model("llama", dir.path(), &["model.safetensors"]);
-    let with =
-        |names: &[&str]| {
-            let mut all = tensors("models/llama/model.safetensors");
-            all.extend(names.iter().map(|name| {
-                (name.to_string(), Tensor::ones(4, DType::F32, &Device::Cpu).unwrap())
-            }));
-            candle_core::safetensors::save(&all, dir.path().join("model.safetensors")).unwrap();
-            load(dir.path())
-        };
+    let with = |names: &[&str]| {
+        let mut all = tensors("models/llama/model.safetensors");
+        all.extend(names.iter().map(|name| {
+            (
+                name.to_string(),
+                Tensor::ones(4, DType::F32, &Device::Cpu).unwrap(),
+            )
+        }));
+        candle_core::safetensors::save(&all, dir.path().join("model.safetensors")).unwrap();
+        load(dir.path())
+    };
     with(&[]).unwrap();
-    let e = with(&["model.layers.1.self_attn.q_proj.bias", "model.layers.0.self_attn.q_proj.bias"])
-        .unwrap_err();
+    let e = with(&[
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_proj.bias",
+    ])
+    .unwrap_err();
     assert!(
         e.contains("'model.layers.0.self_attn.q_proj.bias' (and 1 others)")
             && e.contains("attention_bias"),
@@ -73,13 +78,23 @@ async fn a_tokenizer_without_an_end_of_sequence_is_warned_of() {
     settings["eos_token"] = "<|nowhere|>".into();
     std::fs::write(folder.join("tokenizer_config.json"), settings.to_string()).unwrap();
 
-    let models = format!("whole={},broken={}", golden("models/llama").display(), folder.display());
+    let models = format!(
+        "whole={},broken={}",
+        golden("models/llama").display(),
+        folder.display()
+    );
     let server = Server::start_with(dir.path(), &models, &[]);
     assert!(server.has_logged("no end-of-sequence token"));
     let client = server.client().await;
     let findings = async |file: &str, model: &str| {
-        let metadata = pb::UploadMetadata { model: model.into(), ..Default::default() };
-        let dataset = client.upload_dataset(&golden(file), metadata, |_| {}).await.unwrap();
+        let metadata = pb::UploadMetadata {
+            model: model.into(),
+            ..Default::default()
+        };
+        let dataset = client
+            .upload_dataset(&golden(file), metadata, |_| {})
+            .await
+            .unwrap();
         let report = dataset.report.unwrap();
         assert_eq!(report.valid_rows, report.rows);
         report
@@ -89,8 +104,16 @@ async fn a_tokenizer_without_an_end_of_sequence_is_warned_of() {
             .map(|i| (i.row, i.field, i.severity))
             .collect::<Vec<_>>()
     };
-    let warning = (1, "chosen".to_owned(), i32::from(pb::IssueSeverity::Warning));
-    assert_eq!(findings("plain.jsonl", "models/broken").await, [warning], "once for the file");
+    let warning = (
+        1,
+        "chosen".to_owned(),
+        i32::from(pb::IssueSeverity::Warning),
+    );
+    assert_eq!(
+        findings("plain.jsonl", "models/broken").await,
+        [warning],
+        "once for the file"
+    );
     assert!(findings("plain.jsonl", "models/whole").await.is_empty());
     assert!(
         findings("pairs.jsonl", "models/broken").await.is_empty(),

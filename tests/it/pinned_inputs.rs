@@ -23,32 +23,61 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 async fn get(client: &Client, name: &str) -> pb::TrainingJob {
     let request = pb::GetTrainingJobRequest { name: name.into() };
-    client.training().get_training_job(request).await.unwrap().into_inner()
+    client
+        .training()
+        .get_training_job(request)
+        .await
+        .unwrap()
+        .into_inner()
 }
 
 async fn create(client: &Client, wanted: pb::TrainingJob) -> Result<pb::TrainingJob, Status> {
-    let request = pb::CreateTrainingJobRequest { training_job: Some(wanted), ..Default::default() };
-    client.training().create_training_job(request).await.map(|r| r.into_inner())
+    let request = pb::CreateTrainingJobRequest {
+        training_job: Some(wanted),
+        ..Default::default()
+    };
+    client
+        .training()
+        .create_training_job(request)
+        .await
+        .map(|r| r.into_inner())
 }
 
 async fn delete(client: &Client, name: &str) -> Result<(), Status> {
     let request = pb::DeleteTrainingJobRequest { name: name.into() };
-    client.training().delete_training_job(request).await.map(|_| ())
+    client
+        .training()
+        .delete_training_job(request)
+        .await
+        .map(|_| ())
 }
 
 async fn delete_checkpoint(client: &Client, name: &str) -> Result<(), Status> {
     let request = pb::DeleteCheckpointRequest { name: name.into() };
-    client.checkpoints().delete_checkpoint(request).await.map(|_| ())
+    client
+        .checkpoints()
+        .delete_checkpoint(request)
+        .await
+        .map(|_| ())
 }
 
 async fn resume(client: &Client, name: &str) {
     let request = pb::ResumeTrainingJobRequest { name: name.into() };
-    client.training().resume_training_job(request).await.unwrap();
+    client
+        .training()
+        .resume_training_job(request)
+        .await
+        .unwrap();
 }
 
 /// Pauses a job after some steps.
 async fn pause(client: &Client, name: &str) {
-    until_event(client, name, |e| matches!(e, Event::StepMetrics(s) if s.step >= 3)).await;
+    until_event(
+        client,
+        name,
+        |e| matches!(e, Event::StepMetrics(s) if s.step >= 3),
+    )
+    .await;
     let request = pb::PauseTrainingJobRequest { name: name.into() };
     client.training().pause_training_job(request).await.unwrap();
     until_event(
@@ -78,7 +107,10 @@ fn reason(error: &tonic_types::Status) -> String {
         error.message.clone(),
         error.encode_to_vec().into(),
     );
-    status.get_details_error_info().map(|i| i.reason).unwrap_or_default()
+    status
+        .get_details_error_info()
+        .map(|i| i.reason)
+        .unwrap_or_default()
 }
 
 /// Waits until a job says why it cannot go on; returns its state and the reason.
@@ -107,13 +139,17 @@ async fn sql(data_dir: &Path, statement: &str) {
 }
 
 fn id(name: &str) -> &str {
-    name.trim_start_matches("trainingJobs/").trim_start_matches("datasets/")
+    name.trim_start_matches("trainingJobs/")
+        .trim_start_matches("datasets/")
 }
 
 // ---- the adapter that a job goes on with
 
 fn with_lora(lora: pb::LoraConfig, wanted: pb::TrainingJob) -> pb::TrainingJob {
-    pb::TrainingJob { method: Some(pb::training_job::Method::Lora(lora)), ..wanted }
+    pb::TrainingJob {
+        method: Some(pb::training_job::Method::Lora(lora)),
+        ..wanted
+    }
 }
 
 fn lora(shown: &pb::TrainingJob) -> pb::LoraConfig {
@@ -131,15 +167,45 @@ async fn goes_on_with_the_adapters_values(
     init_adapter: &str,
 ) {
     let with = |lora: pb::LoraConfig| {
-        with_lora(pb::LoraConfig { init_adapter: init_adapter.into(), ..lora }, wanted.clone())
+        with_lora(
+            pb::LoraConfig {
+                init_adapter: init_adapter.into(),
+                ..lora
+            },
+            wanted.clone(),
+        )
     };
     let targets = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
     let default = pb::LoraConfig::default;
     let refused = [
-        ("rank", pb::LoraConfig { rank: Some(8), ..default() }),
-        ("alpha", pb::LoraConfig { alpha: Some(8.0), ..default() }),
-        ("target_modules", pb::LoraConfig { target_modules: targets(&["q_proj"]), ..default() }),
-        ("use_rslora", pb::LoraConfig { use_rslora: true, ..default() }),
+        (
+            "rank",
+            pb::LoraConfig {
+                rank: Some(8),
+                ..default()
+            },
+        ),
+        (
+            "alpha",
+            pb::LoraConfig {
+                alpha: Some(8.0),
+                ..default()
+            },
+        ),
+        (
+            "target_modules",
+            pb::LoraConfig {
+                target_modules: targets(&["q_proj"]),
+                ..default()
+            },
+        ),
+        (
+            "use_rslora",
+            pb::LoraConfig {
+                use_rslora: true,
+                ..default()
+            },
+        ),
     ];
     for (field, lora) in refused {
         let status = create(client, with(lora)).await.unwrap_err();
@@ -176,16 +242,32 @@ async fn goes_on_with_the_adapters_values(
             .unwrap();
         let text = std::fs::read(folder.path().join("adapter_config.json")).unwrap();
         let config: serde_json::Value = serde_json::from_slice(&text).unwrap();
-        assert_eq!((config["r"].as_u64(), config["lora_alpha"].as_f64()), (Some(4), Some(6.0)));
+        assert_eq!(
+            (config["r"].as_u64(), config["lora_alpha"].as_f64()),
+            (Some(4), Some(6.0))
+        );
         // A client may make the same job again from what it is shown.
-        create(client, pb::TrainingJob { name: String::new(), ..shown }).await.unwrap();
+        create(
+            client,
+            pb::TrainingJob {
+                name: String::new(),
+                ..shown
+            },
+        )
+        .await
+        .unwrap();
     }
 }
 
 fn small_adapter(dataset: &str) -> pb::TrainingJob {
     let target_modules = vec!["q_proj".to_owned(), "v_proj".to_owned()];
     with_lora(
-        pb::LoraConfig { rank: Some(4), alpha: Some(6.0), target_modules, ..Default::default() },
+        pb::LoraConfig {
+            rank: Some(4),
+            alpha: Some(6.0),
+            target_modules,
+            ..Default::default()
+        },
         job(dataset, 2),
     )
 }
@@ -197,7 +279,10 @@ async fn a_job_from_a_checkpoint_has_its_rank_alpha_and_targets() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let first = succeed(&client, small_adapter(&dataset)).await;
-    let wanted = pb::TrainingJob { policy: latest(&first), ..job(&dataset, 2) };
+    let wanted = pb::TrainingJob {
+        policy: latest(&first),
+        ..job(&dataset, 2)
+    };
     goes_on_with_the_adapters_values(&client, wanted, "").await;
 }
 
@@ -214,18 +299,33 @@ async fn a_job_from_an_init_adapter_has_its_rank_alpha_and_targets() {
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let first = succeed(&client, small_adapter(&dataset)).await;
     let folder = adapters.path().join("x");
-    client.download_checkpoint(&latest(&first), pb::ExportFormat::Adapter, &folder).await.unwrap();
+    client
+        .download_checkpoint(&latest(&first), pb::ExportFormat::Adapter, &folder)
+        .await
+        .unwrap();
     goes_on_with_the_adapters_values(&client, job(&dataset, 2), "x").await;
     // One that cannot be read is refused before there is a job, without a path of the server's.
     std::fs::write(folder.join("adapter_config.json"), "{").unwrap();
     let broken = with_lora(
-        pb::LoraConfig { init_adapter: "x".into(), ..Default::default() },
+        pb::LoraConfig {
+            init_adapter: "x".into(),
+            ..Default::default()
+        },
         job(&dataset, 2),
     );
     let status = create(&client, broken).await.unwrap_err();
-    let violation = status.get_details_bad_request().unwrap().field_violations.remove(0);
+    let violation = status
+        .get_details_bad_request()
+        .unwrap()
+        .field_violations
+        .remove(0);
     assert_eq!(violation.field, "training_job.lora.init_adapter");
-    assert!(!violation.description.contains(adapters.path().to_str().unwrap()), "{violation:?}");
+    assert!(
+        !violation
+            .description
+            .contains(adapters.path().to_str().unwrap()),
+        "{violation:?}"
+    );
 }
 
 // ---- identities
@@ -245,17 +345,33 @@ async fn models_jobs_and_checkpoints_show_what_they_are_by_content() {
         .remove(0);
     let identity = model.identity.unwrap();
     let is_hash = |hash: &str| hash.len() == 64 && hash.bytes().all(|b| b.is_ascii_hexdigit());
-    for part in [&identity.weights, &identity.config, &identity.tokenizer, &identity.chat_template]
-    {
+    for part in [
+        &identity.weights,
+        &identity.config,
+        &identity.tokenizer,
+        &identity.chat_template,
+    ] {
         assert!(is_hash(part), "{identity:?}");
     }
     assert_eq!(identity.weights, model.fingerprint);
     let dataset = upload(&client, "pairs.jsonl").await;
-    let evaluation = Some(pb::training_job::Evaluation::EvalDataset(dataset.name.clone()));
-    let first = succeed(&client, pb::TrainingJob { evaluation, ..job(&dataset.name, 2) }).await;
+    let evaluation = Some(pb::training_job::Evaluation::EvalDataset(
+        dataset.name.clone(),
+    ));
+    let first = succeed(
+        &client,
+        pb::TrainingJob {
+            evaluation,
+            ..job(&dataset.name, 2)
+        },
+    )
+    .await;
     let pins = get(&client, &first).await.pins.unwrap();
     assert_eq!(pins.base.as_ref(), Some(&identity));
-    assert_eq!((&pins.dataset, &pins.eval_dataset), (&dataset.content_hash, &dataset.content_hash));
+    assert_eq!(
+        (&pins.dataset, &pins.eval_dataset),
+        (&dataset.content_hash, &dataset.content_hash)
+    );
     assert_eq!((pins.policy.as_str(), pins.reference.as_str()), ("", ""));
     let other = succeed(&client, job(&dataset.name, 2)).await;
     let second = pb::TrainingJob {
@@ -270,12 +386,32 @@ async fn models_jobs_and_checkpoints_show_what_they_are_by_content() {
         "{pins:?}"
     );
     assert_eq!(pins.eval_dataset, "");
-    let request = pb::ListCheckpointsRequest { parent: second.clone() };
-    let listed =
-        client.checkpoints().list_checkpoints(request).await.unwrap().into_inner().checkpoints;
-    let request = pb::GetCheckpointRequest { name: latest(&second) };
-    let one = client.checkpoints().get_checkpoint(request).await.unwrap().into_inner();
-    assert!(listed.iter().chain([&one]).all(|c| c.base.as_ref() == Some(&identity)), "{listed:?}");
+    let request = pb::ListCheckpointsRequest {
+        parent: second.clone(),
+    };
+    let listed = client
+        .checkpoints()
+        .list_checkpoints(request)
+        .await
+        .unwrap()
+        .into_inner()
+        .checkpoints;
+    let request = pb::GetCheckpointRequest {
+        name: latest(&second),
+    };
+    let one = client
+        .checkpoints()
+        .get_checkpoint(request)
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(
+        listed
+            .iter()
+            .chain([&one])
+            .all(|c| c.base.as_ref() == Some(&identity)),
+        "{listed:?}"
+    );
 }
 
 /// A server with a paused job whose policy and reference are checkpoints of other jobs.
@@ -296,10 +432,15 @@ impl Paused {
         let dir = tempfile::tempdir().unwrap();
         let server = Server::start(dir.path());
         let client = server.client().await;
-        let dataset =
-            client.upload_dataset(rows, pb::UploadMetadata::default(), |_| {}).await.unwrap().name;
-        let (policy, reference) =
-            (succeed(&client, job(&dataset, 2)).await, succeed(&client, job(&dataset, 3)).await);
+        let dataset = client
+            .upload_dataset(rows, pb::UploadMetadata::default(), |_| {})
+            .await
+            .unwrap()
+            .name;
+        let (policy, reference) = (
+            succeed(&client, job(&dataset, 2)).await,
+            succeed(&client, job(&dataset, 3)).await,
+        );
         let wanted = pb::TrainingJob {
             policy: latest(&policy),
             reference: latest(&reference),
@@ -307,7 +448,13 @@ impl Paused {
         };
         let job = submit(&client, wanted).await;
         pause(&client, &job).await;
-        Paused { dir, server, client, dataset, job }
+        Paused {
+            dir,
+            server,
+            client,
+            dataset,
+            job,
+        }
     }
 
     /// Runs a statement while the server is stopped.
@@ -361,8 +508,14 @@ impl Paused {
             page_size: 1000,
             ..Default::default()
         };
-        let events =
-            self.client.training().list_training_events(request).await.unwrap().into_inner().events;
+        let events = self
+            .client
+            .training()
+            .list_training_events(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .events;
         let warning = |e: pb::TrainingEvent| match e.event {
             Some(Event::Log(l)) if l.severity == "warning" => Some(l.message),
             _ => None,
@@ -376,7 +529,11 @@ async fn a_job_does_not_go_on_with_another_policy_or_reference() {
     for (part, remedy) in [("policy", "policy"), ("reference", "reference")] {
         let mut it = Paused::start().await;
         let pins = get(&it.client, &it.job).await.pins.unwrap();
-        let pinned = if part == "policy" { pins.policy } else { pins.reference };
+        let pinned = if part == "policy" {
+            pins.policy
+        } else {
+            pins.reference
+        };
         let (job, other) = (id(&it.job).to_owned(), "0".repeat(64));
         // As if the checkpoint had other content than when the job was made.
         it.restart_after(&format!(
@@ -407,13 +564,22 @@ async fn a_job_does_not_go_on_with_another_policy_or_reference() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_does_not_go_on_with_another_dataset() {
     let it = Paused::start().await;
-    let files =
-        std::fs::read_dir(it.dir.path().join("datasets")).unwrap().map(|e| e.unwrap().path());
-    let files: Vec<PathBuf> =
-        files.filter(|f| f.to_string_lossy().contains(id(&it.dataset))).collect();
-    let [file] = files.as_slice() else { panic!("{files:?}") };
+    let files = std::fs::read_dir(it.dir.path().join("datasets"))
+        .unwrap()
+        .map(|e| e.unwrap().path());
+    let files: Vec<PathBuf> = files
+        .filter(|f| f.to_string_lossy().contains(id(&it.dataset)))
+        .collect();
+    let [file] = files.as_slice() else {
+        panic!("{files:?}")
+    };
     let file = if file.is_dir() {
-        std::fs::read_dir(file).unwrap().next().unwrap().unwrap().path()
+        std::fs::read_dir(file)
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap()
+            .path()
     } else {
         file.clone()
     };
@@ -435,13 +601,25 @@ async fn a_job_does_not_go_on_with_another_dataset() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_waits_for_the_file_of_its_dataset() {
     let it = Paused::start().await;
-    let (file, away) =
-        (it.dir.path().join("datasets").join(id(&it.dataset)), it.dir.path().join("away"));
+    let (file, away) = (
+        it.dir.path().join("datasets").join(id(&it.dataset)),
+        it.dir.path().join("away"),
+    );
     std::fs::rename(&file, &away).unwrap();
-    let request = pb::EstimateTrainingJobRequest { training_job: Some(job(&it.dataset, 2)) };
-    let status = it.client.training().estimate_training_job(request).await.unwrap_err();
+    let request = pb::EstimateTrainingJobRequest {
+        training_job: Some(job(&it.dataset, 2)),
+    };
+    let status = it
+        .client
+        .training()
+        .estimate_training_job(request)
+        .await
+        .unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
-    assert_eq!(status.get_details_error_info().unwrap().reason, "ARTIFACT_MISSING");
+    assert_eq!(
+        status.get_details_error_info().unwrap().reason,
+        "ARTIFACT_MISSING"
+    );
     let says = |word: &str| status.message().contains(word);
     assert!(
         says(&it.dataset) && says("data directory") && says("upload the dataset again"),
@@ -463,7 +641,8 @@ async fn a_job_does_not_go_on_with_other_tokens() {
     let mut it = Paused::start().await;
     // As if this version made other pairs of the rows than the one that began the job.
     let other = "0".repeat(64);
-    it.restart_with(|state| state["pairs"] = other.clone().into()).await;
+    it.restart_with(|state| state["pairs"] = other.clone().into())
+        .await;
     resume(&it.client, &it.job).await;
     it.is_refused_for_its_rows(&[&other]).await;
     // Version 0.2.0 recorded no pairs, only how many tokens it had used.
@@ -485,10 +664,18 @@ async fn a_job_of_version_0_2_0_does_not_go_on_with_keys_that_it_did_not_use() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("rows.jsonl");
     let text = std::fs::read_to_string(golden("pairs.jsonl")).unwrap();
-    let mut rows: Vec<serde_json::Value> =
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let mut rows: Vec<serde_json::Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
     rows[3]["prompt"][0]["name"] = "Ada".into();
-    std::fs::write(&file, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
+    std::fs::write(
+        &file,
+        rows.iter()
+            .map(|row| format!("{row}\n"))
+            .collect::<String>(),
+    )
+    .unwrap();
     let mut it = Paused::on(&file).await;
     let pairs = std::cell::RefCell::new(serde_json::Value::Null);
     it.restart_with(|state| {
@@ -496,9 +683,11 @@ async fn a_job_of_version_0_2_0_does_not_go_on_with_keys_that_it_did_not_use() {
     })
     .await;
     resume(&it.client, &it.job).await;
-    it.is_refused_for_its_rows(&["0.2.0", "prompt[0].name of row 4", &it.dataset]).await;
+    it.is_refused_for_its_rows(&["0.2.0", "prompt[0].name of row 4", &it.dataset])
+        .await;
     // A checkpoint of this version says that the run began with them.
-    it.restart_with(|state| state["pairs"] = pairs.borrow().clone()).await;
+    it.restart_with(|state| state["pairs"] = pairs.borrow().clone())
+        .await;
     finish(&it.client, &it.job).await;
     assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
 }
@@ -520,7 +709,10 @@ async fn a_job_without_pins_is_pinned_at_its_next_start() {
         finish(&it.client, &it.job).await;
         assert_eq!(get(&it.client, &it.job).await.pins, pins);
         let told = it.warnings().await;
-        assert!(told.len() == 1 && told[0].contains("is pinned now"), "{told:?}");
+        assert!(
+            told.len() == 1 && told[0].contains("is pinned now"),
+            "{told:?}"
+        );
         assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
     }
 }
@@ -533,9 +725,15 @@ async fn the_reference_of_an_ended_job_is_kept_while_the_job_has_checkpoints() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let named = |first: &str| pb::TrainingJob { reference: latest(first), ..job(&dataset, 2) };
+    let named = |first: &str| pb::TrainingJob {
+        reference: latest(first),
+        ..job(&dataset, 2)
+    };
     // Without a name the reference is what the policy starts from.
-    let implied = |first: &str| pb::TrainingJob { policy: latest(first), ..job(&dataset, 2) };
+    let implied = |first: &str| pb::TrainingJob {
+        policy: latest(first),
+        ..job(&dataset, 2)
+    };
     let users: [&dyn Fn(&str) -> pb::TrainingJob; 2] = [&named, &implied];
     for user in users {
         let first = succeed(&client, job(&dataset, 2)).await;
@@ -549,21 +747,34 @@ async fn the_reference_of_an_ended_job_is_kept_while_the_job_has_checkpoints() {
             let status = refused.unwrap_err();
             assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
             assert_eq!(status.get_details_error_info().unwrap().reason, "IN_USE");
-            assert!(status.message().contains(&second), "the user is not named: {status}");
+            assert!(
+                status.message().contains(&second),
+                "the user is not named: {status}"
+            );
         }
-        assert_eq!(score(&client, &latest(&second), pairs()).await.results, before.results);
+        assert_eq!(
+            score(&client, &latest(&second), pairs()).await.results,
+            before.results
+        );
         delete(&client, &second).await.unwrap();
         delete(&client, &first).await.unwrap();
     }
     // A job that was only continued, or whose user has no checkpoint, is not needed.
     let first = succeed(&client, job(&dataset, 2)).await;
-    let second =
-        succeed(&client, pb::TrainingJob { reference: "models/tiny".into(), ..implied(&first) })
-            .await;
+    let second = succeed(
+        &client,
+        pb::TrainingJob {
+            reference: "models/tiny".into(),
+            ..implied(&first)
+        },
+    )
+    .await;
     delete(&client, &first).await.unwrap();
     score(&client, &latest(&second), pairs()).await;
     let first = succeed(&client, job(&dataset, 2)).await;
     let second = succeed(&client, named(&first)).await;
-    delete_checkpoint(&client, &format!("{second}/checkpoints/2")).await.unwrap();
+    delete_checkpoint(&client, &format!("{second}/checkpoints/2"))
+        .await
+        .unwrap();
     delete(&client, &first).await.unwrap();
 }

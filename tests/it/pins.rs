@@ -44,23 +44,42 @@ impl Adapters {
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await.name;
         let first = submit(&client, job(&dataset, 2)).await;
-        let second = pb::TrainingJob { seed: Some(7), ..job(&dataset, 6) };
+        let second = pb::TrainingJob {
+            seed: Some(7),
+            ..job(&dataset, 6)
+        };
         let second = submit(&client, second).await;
         let elsewhere = tempfile::tempdir().unwrap();
-        for (name, folder) in
-            [(&first, adapters.path().join("x")), (&second, elsewhere.path().into())]
-        {
+        for (name, folder) in [
+            (&first, adapters.path().join("x")),
+            (&second, elsewhere.path().into()),
+        ] {
             succeed(&client, name).await;
             let format = pb::ExportFormat::Adapter;
-            client.download_checkpoint(&latest(name), format, &folder).await.unwrap();
+            client
+                .download_checkpoint(&latest(name), format, &folder)
+                .await
+                .unwrap();
         }
         let other = std::fs::read(elsewhere.path().join(WEIGHTS)).unwrap();
-        Adapters { start, data, adapters, server, client, dataset, other }
+        Adapters {
+            start,
+            data,
+            adapters,
+            server,
+            client,
+            dataset,
+            other,
+        }
     }
 
     fn serve(start: &Start, data: &Path, adapters: &Path) -> Server {
         let models = format!("tiny={}", golden("models/llama").display());
-        start(data, &models, &["--adapter-dir", adapters.to_str().unwrap()])
+        start(
+            data,
+            &models,
+            &["--adapter-dir", adapters.to_str().unwrap()],
+        )
     }
 
     /// Starts another server with the same adapter folder.
@@ -71,9 +90,16 @@ impl Adapters {
     /// A job that starts from `x`.
     pub fn job(&self, steps: u64) -> pb::TrainingJob {
         let init_adapter = "x".to_owned();
-        let lora = pb::LoraConfig { rank: Some(4), init_adapter, ..Default::default() };
+        let lora = pb::LoraConfig {
+            rank: Some(4),
+            init_adapter,
+            ..Default::default()
+        };
         let method = Some(pb::training_job::Method::Lora(lora));
-        pb::TrainingJob { method, ..job(&self.dataset, steps) }
+        pb::TrainingJob {
+            method,
+            ..job(&self.dataset, steps)
+        }
     }
 
     /// Puts other weights in the place of those of `x`.
@@ -103,7 +129,10 @@ async fn a_job_from_an_overwritten_adapter_is_measured_against_the_new_one() {
         let name = submit(&it.client, it.job(3)).await;
         let first = f64::from_bits(succeed(&it.client, &name).await[&1]);
         // Nothing is trained yet: the policy is its reference.
-        assert!((first - UNDECIDED).abs() < 1e-6, "overwritten: {overwritten}, loss {first}");
+        assert!(
+            (first - UNDECIDED).abs() < 1e-6,
+            "overwritten: {overwritten}, loss {first}"
+        );
     }
 }
 
@@ -118,10 +147,16 @@ async fn a_paused_job_goes_on_from_the_adapter_that_it_started_from() {
     it.restart().await;
     resume(&it.client, &name).await.unwrap();
     let losses = succeed(&it.client, &name).await;
-    assert_eq!(losses.keys().collect::<Vec<_>>(), wanted.keys().collect::<Vec<_>>());
+    assert_eq!(
+        losses.keys().collect::<Vec<_>>(),
+        wanted.keys().collect::<Vec<_>>()
+    );
     let apart = wanted.iter().find(|(step, loss)| losses[step] != **loss);
     let shown = apart.map(|(s, l)| (s, f64::from_bits(*l), f64::from_bits(losses[s])));
-    assert_eq!(shown, None, "the first step that is not the undisturbed run's");
+    assert_eq!(
+        shown, None,
+        "the first step that is not the undisturbed run's"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -144,20 +179,45 @@ async fn a_checkpoint_is_scored_against_the_adapter_that_its_job_started_from() 
     it.restart().await;
     let after = score(&it.client, &latest(&name), pairs()).await;
     for (a, b) in before.results.iter().zip(&after.results) {
-        assert_eq!(scored(a).margin.to_bits(), scored(b).margin.to_bits(), "{}", a.id);
+        assert_eq!(
+            scored(a).margin.to_bits(),
+            scored(b).margin.to_bits(),
+            "{}",
+            a.id
+        );
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_names_its_adapter_as_the_client_did() {
     let it = Adapters::start().await;
-    let request =
-        pb::CreateTrainingJobRequest { training_job: Some(it.job(1)), ..Default::default() };
-    let made = it.client.training().create_training_job(request).await.unwrap().into_inner();
+    let request = pb::CreateTrainingJobRequest {
+        training_job: Some(it.job(1)),
+        ..Default::default()
+    };
+    let made = it
+        .client
+        .training()
+        .create_training_job(request)
+        .await
+        .unwrap()
+        .into_inner();
     let list = pb::ListTrainingJobsRequest::default();
-    let mut listed = it.client.training().list_training_jobs(list).await.unwrap().into_inner();
-    for shown in [get(&it.client, &made.name).await, made, listed.training_jobs.remove(0)] {
-        let Some(pb::training_job::Method::Lora(lora)) = shown.method else { panic!("{shown:?}") };
+    let mut listed = it
+        .client
+        .training()
+        .list_training_jobs(list)
+        .await
+        .unwrap()
+        .into_inner();
+    for shown in [
+        get(&it.client, &made.name).await,
+        made,
+        listed.training_jobs.remove(0),
+    ] {
+        let Some(pb::training_job::Method::Lora(lora)) = shown.method else {
+            panic!("{shown:?}")
+        };
         assert_eq!(lora.init_adapter, "x");
     }
 }

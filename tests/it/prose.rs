@@ -18,8 +18,10 @@ const MIRROR: &str = "model/cuda/absent.rs";
 #[test]
 fn doc_comments_begin_with_a_sentence() {
     let sources = sources_with(&["rs"]);
-    let found: Vec<String> =
-        sources.iter().flat_map(|(file, source)| at_lines(file, riddles(source))).collect();
+    let found: Vec<String> = sources
+        .iter()
+        .flat_map(|(file, source)| at_lines(file, riddles(source)))
+        .collect();
     assert!(
         found.is_empty(),
         "{} doc comments begin with a noun clause; write a sentence (\"Returns …\") or name the \
@@ -32,8 +34,10 @@ fn doc_comments_begin_with_a_sentence() {
 #[test]
 fn few_lines_are_wider_than_100_columns() {
     let sources = sources_with(&["rs", "cu", "cuh"]);
-    let found: Vec<String> =
-        sources.iter().flat_map(|(file, source)| at_lines(file, wide_lines(source))).collect();
+    let found: Vec<String> = sources
+        .iter()
+        .flat_map(|(file, source)| at_lines(file, wide_lines(source)))
+        .collect();
     assert!(
         found.len() <= WIDE_LINES,
         "{} lines are wider than {COLUMNS} columns, {WIDE_LINES} may be:\n{}",
@@ -45,12 +49,22 @@ fn few_lines_are_wider_than_100_columns() {
 #[test]
 fn a_name_of_a_type_means_one_thing() {
     let mut places: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (file, source) in sources_with(&["rs"]).iter().filter(|(file, _)| file != MIRROR) {
+    for (file, source) in sources_with(&["rs"])
+        .iter()
+        .filter(|(file, _)| file != MIRROR)
+    {
         for (line, name) in types(source) {
-            places.entry(name).or_default().push(format!("src/{file}:{line}"));
+            places
+                .entry(name)
+                .or_default()
+                .push(format!("src/{file}:{line}"));
         }
     }
-    assert!(places.len() > 200, "only {} types seen: the scan is broken", places.len());
+    assert!(
+        places.len() > 200,
+        "only {} types seen: the scan is broken",
+        places.len()
+    );
     let found: Vec<String> = places
         .iter()
         .filter(|(_, places)| places.len() > 1)
@@ -65,7 +79,10 @@ fn a_name_of_a_type_means_one_thing() {
 }
 
 fn at_lines(file: &str, lines: Vec<(usize, String)>) -> Vec<String> {
-    lines.into_iter().map(|(line, text)| format!("src/{file}:{line}: {text}")).collect()
+    lines
+        .into_iter()
+        .map(|(line, text)| format!("src/{file}:{line}: {text}"))
+        .collect()
 }
 
 /// Returns the doc comments that begin with one of [`RIDDLES`], each with its line.
@@ -98,7 +115,8 @@ fn riddles(source: &str) -> Vec<(usize, String)> {
 fn wide_lines(source: &str) -> Vec<(usize, String)> {
     let numbered = source.lines().enumerate();
     let wide = numbered.filter(|(_, line)| line.chars().count() > COLUMNS);
-    wide.map(|(i, line)| (i + 1, line.trim().to_owned())).collect()
+    wide.map(|(i, line)| (i + 1, line.trim().to_owned()))
+        .collect()
 }
 
 /// The code between two braces.

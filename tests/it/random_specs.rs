@@ -84,7 +84,9 @@ impl Draw {
     /// weights in both precisions.
     fn weights(&mut self, n: usize, bound: f64, centre: f64) -> Vec<f32> {
         let rounded = |x: f64| bf16::from_f64(x).to_f32();
-        (0..n).map(|_| rounded(centre + self.number(-bound, bound))).collect()
+        (0..n)
+            .map(|_| rounded(centre + self.number(-bound, bound)))
+            .collect()
     }
 }
 
@@ -128,7 +130,9 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
         head_dim,
         scale: 1.0 / (head_dim as f32).sqrt(),
         rope: 0,
-        window: draw.flag().then(|| draw.pick(&[1, 2, 3, 7, 16, 33, 64, 70, 500])),
+        window: draw
+            .flag()
+            .then(|| draw.pick(&[1, 2, 3, 7, 16, 33, 64, 70, 500])),
         qk_norm: draw.pick(&[QkNorm::Absent, QkNorm::PerHead]),
         qkv_bias: draw.flag(),
         output_bias: draw.flag(),
@@ -208,12 +212,18 @@ fn random_groups(draw: &mut Draw, vocabulary: usize) -> Vec<SequenceGroup> {
             tokens(draw, length)
         });
         let completions = completions.collect();
-        groups.push(SequenceGroup { prompt, completions });
+        groups.push(SequenceGroup {
+            prompt,
+            completions,
+        });
     }
     if draw.flag() {
         let length = draw.within(1..=8);
         let completions = vec![tokens(draw, length)];
-        groups.push(SequenceGroup { prompt: groups[0].prompt.clone(), completions });
+        groups.push(SequenceGroup {
+            prompt: groups[0].prompt.clone(),
+            completions,
+        });
     }
     groups
 }
@@ -228,9 +238,11 @@ fn random_parameters(draw: &mut Draw, config: &ModelConfig) -> Parameters {
                 let inputs = param.shape[param.shape.len() - 1];
                 draw.weights(param.elements(), 1.7 / (inputs as f64).sqrt(), 0.0)
             }
-            ParamRole::Norm => {
-                draw.weights(param.elements(), 0.4, if param.adds_one { 0.0 } else { 1.0 })
-            }
+            ParamRole::Norm => draw.weights(
+                param.elements(),
+                0.4,
+                if param.adds_one { 0.0 } else { 1.0 },
+            ),
             ParamRole::Bias => draw.weights(param.elements(), 0.3, 0.0),
         };
         Tensor::from_vec(values, param.shape.as_slice(), &Device::Cpu)
@@ -291,7 +303,12 @@ impl Case {
         let parameters = random_parameters(&mut draw, &config);
         let adapter = draw.flag().then(|| random_adapter(&mut draw, &config));
         let row = pack(&groups.iter().map(std::slice::from_ref).collect::<Vec<_>>());
-        let upstream = row.row.targets.iter().map(|_| draw.number(-1.0, 1.0) as f32).collect();
+        let upstream = row
+            .row
+            .targets
+            .iter()
+            .map(|_| draw.number(-1.0, 1.0) as f32)
+            .collect();
         let keep = draw.pick(&[SavePolicy::Tapes, SavePolicy::BlockInputs]);
         let base = Policy {
             config: Arc::new(config),
@@ -301,7 +318,15 @@ impl Case {
             device: device(),
             helpers: Arc::default(),
         };
-        Case { base, adapter, groups, row, upstream, keep, draw }
+        Case {
+            base,
+            adapter,
+            groups,
+            row,
+            upstream,
+            keep,
+            draw,
+        }
     }
 
     /// Returns the policy that is trained. A frozen base is in the precision of the passes, as a
@@ -311,11 +336,16 @@ impl Case {
         let Some(adapter) = &self.adapter else {
             return TrainablePolicy::full(&base, precision).unwrap();
         };
-        let frozen = base.parameters.map(|param, tensor| match (param.role, precision) {
-            (ParamRole::Matrix, Precision::Bf16) => tensor.to_dtype(DType::BF16),
-            _ => Ok(tensor.clone()),
-        });
-        let base = Policy { parameters: Arc::new(frozen.unwrap()), ..base };
+        let frozen = base
+            .parameters
+            .map(|param, tensor| match (param.role, precision) {
+                (ParamRole::Matrix, Precision::Bf16) => tensor.to_dtype(DType::BF16),
+                _ => Ok(tensor.clone()),
+            });
+        let base = Policy {
+            parameters: Arc::new(frozen.unwrap()),
+            ..base
+        };
         TrainablePolicy::lora(&base, adapter, precision).unwrap()
     }
 
@@ -352,7 +382,10 @@ fn compute(case: &Case, policy: &TrainablePolicy) -> Computed {
     backward(&policy.policy, tape, &case.upstream, &mut sums, &mut || {}).unwrap();
     sums.collect().unwrap();
     let widened = |g: &Vec<f32>| g.iter().map(|x| *x as f64).collect();
-    Computed { log_probs, gradients: sums.values().iter().map(widened).collect() }
+    Computed {
+        log_probs,
+        gradients: sums.values().iter().map(widened).collect(),
+    }
 }
 
 /// The sum over a row's targets of upstream·log p, which the upstream gradients are derivatives
@@ -373,7 +406,10 @@ impl<'a> Objective<'a> {
             }
             states
         };
-        Objective { case, hidden: case.sequences().into_iter().map(states).collect() }
+        Objective {
+            case,
+            hidden: case.sequences().into_iter().map(states).collect(),
+        }
     }
 
     /// Returns its value when only the tensor `moved` has changed since [`Objective::new`].
@@ -393,7 +429,11 @@ impl<'a> Objective<'a> {
             }
             let log_probs = model.head(&x, prompt.len(), completion);
             let upstream = &self.case.upstream[range.clone()];
-            sum += log_probs.iter().zip(upstream).map(|(l, g)| l * *g as f64).sum::<f64>();
+            sum += log_probs
+                .iter()
+                .zip(upstream)
+                .map(|(l, g)| l * *g as f64)
+                .sum::<f64>();
         }
         sum
     }
@@ -416,11 +456,15 @@ fn norm(values: impl IntoIterator<Item = f64>) -> f64 {
 
 fn check(seed: u64) {
     let mut case = Case::new(seed);
-    let (spec, lora) = (&case.base.config.spec, case.adapter.as_ref().map(|a| a.config.clone()));
+    let (spec, lora) = (
+        &case.base.config.spec,
+        case.adapter.as_ref().map(|a| a.config.clone()),
+    );
     let layout = &case.row.row.layout.segments;
     let keep = case.keep;
-    let _told =
-        Told(format!("BRADLEY_TEST_SEED={seed}: {spec:#?}\n{lora:?}\n{layout:?}\n{keep:?}"));
+    let _told = Told(format!(
+        "BRADLEY_TEST_SEED={seed}: {spec:#?}\n{lora:?}\n{layout:?}\n{keep:?}"
+    ));
 
     let policies = [Precision::F32, Precision::Bf16].map(|precision| case.trainable(precision));
     let [exact, rounded] = policies.each_ref().map(|policy| compute(&case, policy));
@@ -431,18 +475,35 @@ fn check(seed: u64) {
         wanted[range].copy_from_slice(&model.log_probs(prompt, completion));
     }
     for (i, (got, want)) in exact.log_probs.iter().zip(&wanted).enumerate() {
-        assert_close(&format!("seed {seed}: log-prob {i}"), *got as f64, *want, LOGP_F32, 1.0);
+        assert_close(
+            &format!("seed {seed}: log-prob {i}"),
+            *got as f64,
+            *want,
+            LOGP_F32,
+            1.0,
+        );
     }
-    let off = rounded.log_probs.iter().zip(&wanted).map(|(got, want)| *got as f64 - want);
+    let off = rounded
+        .log_probs
+        .iter()
+        .zip(&wanted)
+        .map(|(got, want)| *got as f64 - want);
     let off = norm(off) / norm(wanted.iter().copied());
-    assert!(off < LOGP_BF16, "seed {seed}: in bf16 the log-probs are off by {off:e}");
+    assert!(
+        off < LOGP_BF16,
+        "seed {seed}: in bf16 the log-probs are off by {off:e}"
+    );
 
     // Each gradient along a random direction, whose elements have a variance of 1: an error of the
     // gradient shows up as about its own norm.
     let directions: Vec<Vec<f64>> = exact
         .gradients
         .iter()
-        .map(|g| (0..g.len()).map(|_| case.draw.number(-(3f64.sqrt()), 3f64.sqrt())).collect())
+        .map(|g| {
+            (0..g.len())
+                .map(|_| case.draw.number(-(3f64.sqrt()), 3f64.sqrt()))
+                .collect()
+        })
         .collect();
     let along = |gradient: &[f64], direction: &[f64]| -> f64 {
         gradient.iter().zip(direction).map(|(g, d)| g * d).sum()
@@ -464,19 +525,31 @@ fn check(seed: u64) {
         let scale = norm(exact.gradients[i].iter().copied()).max(SMALL_GRADIENT * all);
         let off = (got - want).abs();
         let what = format!("seed {seed}: the gradient of {name}: {got} is not {want}");
-        assert!(off <= GRADIENT_F32 * scale, "{what} within {GRADIENT_F32} of {scale}");
+        assert!(
+            off <= GRADIENT_F32 * scale,
+            "{what} within {GRADIENT_F32} of {scale}"
+        );
         off_in_bf16.push(along(&rounded.gradients[i], direction) - want);
     }
     let off = norm(off_in_bf16) / all;
-    assert!(off < GRADIENT_BF16, "seed {seed}: in bf16 the gradients are off by {off:e}");
+    assert!(
+        off < GRADIENT_BF16,
+        "seed {seed}: in bf16 the gradients are off by {off:e}"
+    );
 }
 
 fn seeds() -> Range<u64> {
     let number = |variable: &str, default: u64| {
-        std::env::var(variable).ok().map_or(default, |value| value.parse().unwrap())
+        std::env::var(variable)
+            .ok()
+            .map_or(default, |value| value.parse().unwrap())
     };
     let first = number("BRADLEY_TEST_SEED", FIRST_SEED);
-    let count = if device().name() == "cpu" { SEEDS.0 } else { SEEDS.1 };
+    let count = if device().name() == "cpu" {
+        SEEDS.0
+    } else {
+        SEEDS.1
+    };
     first..first + number("BRADLEY_TEST_SPECS", count)
 }
 
@@ -497,26 +570,53 @@ fn the_seeds_draw_every_variant() {
         blocks(case).iter().any(|block| is(block.attention()))
     };
     let scalings = |case: &Case, is: &dyn Fn(&RopeScaling) -> bool| {
-        case.base.config.spec.ropes.iter().any(|rope| is(&rope.scaling))
+        case.base
+            .config
+            .spec
+            .ropes
+            .iter()
+            .any(|rope| is(&rope.scaling))
     };
     any("a tied head", &|c| c.base.config.spec.tie_word_embeddings);
-    any("a head of its own", &|c| !c.base.config.spec.tie_word_embeddings);
-    any("two tiles of the vocabulary", &|c| c.base.config.spec.vocab_size > 512);
+    any("a head of its own", &|c| {
+        !c.base.config.spec.tie_word_embeddings
+    });
+    any("two tiles of the vocabulary", &|c| {
+        c.base.config.spec.vocab_size > 512
+    });
     any("an adapter", &|c| c.adapter.is_some());
     any("a full fine-tune", &|c| c.adapter.is_none());
     any("tapes", &|c| c.keep == SavePolicy::Tapes);
     any("recomputation", &|c| c.keep == SavePolicy::BlockInputs);
     any("no scaling", &|c| scalings(c, &|s| *s == RopeScaling::None));
-    any("linear", &|c| scalings(c, &|s| matches!(s, RopeScaling::Linear { .. })));
-    any("llama3", &|c| scalings(c, &|s| matches!(s, RopeScaling::Llama3 { .. })));
-    any("yarn", &|c| scalings(c, &|s| matches!(s, RopeScaling::Yarn { .. })));
-    any("grouped queries", &|c| attention(c, &|a| a.kv_heads > 1 && a.kv_heads < a.heads));
-    any("one key head for all", &|c| attention(c, &|a| a.kv_heads == 1 && a.heads > 1));
-    any("norms on queries and keys", &|c| attention(c, &|a| a.qk_norm == QkNorm::PerHead));
-    any("biases on queries", &|c| attention(c, &|a| a.qkv_bias && !a.output_bias));
-    any("a bias on the output", &|c| attention(c, &|a| a.output_bias && !a.qkv_bias));
+    any("linear", &|c| {
+        scalings(c, &|s| matches!(s, RopeScaling::Linear { .. }))
+    });
+    any("llama3", &|c| {
+        scalings(c, &|s| matches!(s, RopeScaling::Llama3 { .. }))
+    });
+    any("yarn", &|c| {
+        scalings(c, &|s| matches!(s, RopeScaling::Yarn { .. }))
+    });
+    any("grouped queries", &|c| {
+        attention(c, &|a| a.kv_heads > 1 && a.kv_heads < a.heads)
+    });
+    any("one key head for all", &|c| {
+        attention(c, &|a| a.kv_heads == 1 && a.heads > 1)
+    });
+    any("norms on queries and keys", &|c| {
+        attention(c, &|a| a.qk_norm == QkNorm::PerHead)
+    });
+    any("biases on queries", &|c| {
+        attention(c, &|a| a.qkv_bias && !a.output_bias)
+    });
+    any("a bias on the output", &|c| {
+        attention(c, &|a| a.output_bias && !a.qkv_bias)
+    });
     any("biases in the feed-forward part", &|c| {
-        blocks(c).iter().any(|b| matches!(b.feed_forward, FeedForward::Gated { bias: true, .. }))
+        blocks(c)
+            .iter()
+            .any(|b| matches!(b.feed_forward, FeedForward::Gated { bias: true, .. }))
     });
     any("blocks of which some have a window", &|c| {
         attention(c, &|a| a.window.is_some()) && attention(c, &|a| a.window.is_none())
@@ -525,9 +625,13 @@ fn the_seeds_draw_every_variant() {
         let longest = c.groups.iter().map(|g| g.prompt.len()).max().unwrap();
         attention(c, &|a| a.window.is_some_and(|window| window < longest))
     });
-    any("scaled embeddings", &|c| c.base.config.spec.embedding_scale != 1.0);
+    any("scaled embeddings", &|c| {
+        c.base.config.spec.embedding_scale != 1.0
+    });
     any("norms of 1 + w", &|c| c.base.config.spec.norms_add_one);
-    any("two rotations", &|c| attention(c, &|a| a.rope == 0) && attention(c, &|a| a.rope == 1));
+    any("two rotations", &|c| {
+        attention(c, &|a| a.rope == 0) && attention(c, &|a| a.rope == 1)
+    });
     any("scores of another scale", &|c| {
         attention(c, &|a| a.scale != 1.0 / (a.head_dim as f32).sqrt())
     });
@@ -538,11 +642,15 @@ fn the_seeds_draw_every_variant() {
         };
         any("an activation", &|c| blocks(c).iter().any(is));
     }
-    any("several completions of one prompt", &|c| c.groups.iter().any(|g| g.completions.len() > 1));
+    any("several completions of one prompt", &|c| {
+        c.groups.iter().any(|g| g.completions.len() > 1)
+    });
     any("a prompt that two items share", &|c| {
         c.groups.len() > 1 && c.groups.last().unwrap().prompt == c.groups[0].prompt
     });
-    any("more than a block of queries", &|c| c.groups[0].prompt.len() > 64);
+    any("more than a block of queries", &|c| {
+        c.groups[0].prompt.len() > 64
+    });
 }
 
 /// The reference itself, against transformers.

@@ -31,8 +31,10 @@ impl ReferenceModel {
     pub fn new(policy: &Policy) -> Self {
         let spec = policy.config.spec.clone();
         let value = |id| Some((id, numbers(&policy.parameters.get(id)?)));
-        let mut tensors: HashMap<ParamId, Vec<f64>> =
-            params(&spec).iter().filter_map(|param| value(param.id)).collect();
+        let mut tensors: HashMap<ParamId, Vec<f64>> = params(&spec)
+            .iter()
+            .filter_map(|param| value(param.id))
+            .collect();
         let adapter = policy.adapter.as_deref();
         for block in 0..spec.blocks.len() {
             for linear in Linear::ALL {
@@ -48,12 +50,25 @@ impl ReferenceModel {
                 }
             }
         }
-        let rotations = spec.ropes.iter().map(|rope| frequencies(rope, spec.head_dim())).collect();
+        let rotations = spec
+            .ropes
+            .iter()
+            .map(|rope| frequencies(rope, spec.head_dim()))
+            .collect();
         let lora_scale = adapter.map_or(1.0, |adapter| {
             let (alpha, rank) = (adapter.config.alpha, adapter.config.rank as f64);
-            if adapter.config.use_rslora { alpha / rank.sqrt() } else { alpha / rank }
+            if adapter.config.use_rslora {
+                alpha / rank.sqrt()
+            } else {
+                alpha / rank
+            }
         });
-        ReferenceModel { spec, tensors, lora_scale, rotations }
+        ReferenceModel {
+            spec,
+            tensors,
+            lora_scale,
+            rotations,
+        }
     }
 
     /// Returns the number of decoder blocks.
@@ -65,7 +80,10 @@ impl ReferenceModel {
     pub fn shift(&mut self, id: ParamId, direction: &[f64], step: f64) {
         let tensor = self.tensors.get_mut(&id).unwrap();
         assert_eq!(tensor.len(), direction.len());
-        tensor.iter_mut().zip(direction).for_each(|(weight, d)| *weight += step * d);
+        tensor
+            .iter_mut()
+            .zip(direction)
+            .for_each(|(weight, d)| *weight += step * d);
     }
 
     /// Returns log p of each token of `completion` behind `prompt`.
@@ -82,8 +100,12 @@ impl ReferenceModel {
         let (table, width) = (&self.tensors[&ParamId::Embedding], self.spec.hidden_size);
         let tokens = prompt.iter().chain(&completion[..completion.len() - 1]);
         let scale = f64::from(self.spec.embedding_scale);
-        let embedding =
-            |id: &u32| table[*id as usize * width..][..width].iter().map(|x| scale * x).collect();
+        let embedding = |id: &u32| {
+            table[*id as usize * width..][..width]
+                .iter()
+                .map(|x| scale * x)
+                .collect()
+        };
         tokens.map(embedding).collect()
     }
 
@@ -98,9 +120,10 @@ impl ReferenceModel {
             let n = self.norm(ParamId::Block(index, BlockParam::InputNorm), x);
             let mut query = self.linear(index, Linear::Query, &n);
             let mut key = self.linear(index, Linear::Key, &n);
-            for (vector, norm) in
-                [(&mut query, BlockParam::QueryNorm), (&mut key, BlockParam::KeyNorm)]
-            {
+            for (vector, norm) in [
+                (&mut query, BlockParam::QueryNorm),
+                (&mut key, BlockParam::KeyNorm),
+            ] {
                 for head in vector.chunks_mut(dim) {
                     if self.tensors.contains_key(&ParamId::Block(index, norm)) {
                         let normed = self.norm(ParamId::Block(index, norm), head);
@@ -117,7 +140,9 @@ impl ReferenceModel {
         let mut output = Hidden::new();
         for (i, x) in input.iter().enumerate() {
             // A window of w tokens holds the token itself and the w − 1 before it.
-            let first = attention.window.map_or(0, |window| (i + 1).saturating_sub(window));
+            let first = attention
+                .window
+                .map_or(0, |window| (i + 1).saturating_sub(window));
             let mut attended = Vec::with_capacity(heads * dim);
             for head in 0..heads {
                 let kv = head / (heads / kv_heads) * dim;
@@ -138,8 +163,11 @@ impl ReferenceModel {
             let n = self.norm(ParamId::Block(index, BlockParam::FeedForwardNorm), &y);
             let gate = self.linear(index, Linear::Gate, &n);
             let up = self.linear(index, Linear::Up, &n);
-            let inner: Vec<f64> =
-                gate.iter().zip(&up).map(|(g, u)| activate(activation, *g) * u).collect();
+            let inner: Vec<f64> = gate
+                .iter()
+                .zip(&up)
+                .map(|(g, u)| activate(activation, *g) * u)
+                .collect();
             add(&mut y, 1.0, &self.linear(index, Linear::Down, &inner));
             output.push(y);
         }
@@ -148,8 +176,10 @@ impl ReferenceModel {
 
     /// Returns log p of each token of the completion, from the last block's output.
     pub fn head(&self, hidden: &Hidden, prompt: usize, completion: &[u32]) -> Vec<f64> {
-        let head =
-            self.tensors.get(&ParamId::Head).unwrap_or_else(|| &self.tensors[&ParamId::Embedding]);
+        let head = self
+            .tensors
+            .get(&ParamId::Head)
+            .unwrap_or_else(|| &self.tensors[&ParamId::Embedding]);
         let predictors = hidden[prompt - 1..].iter().zip(completion);
         let log_prob = |(x, target): (&Vec<f64>, &u32)| {
             let logits = product(head, &self.norm(ParamId::Norm, x));
@@ -164,7 +194,10 @@ impl ReferenceModel {
     fn norm(&self, weight: ParamId, x: &[f64]) -> Vec<f64> {
         let one = if self.spec.norms_add_one { 1.0 } else { 0.0 };
         let rms = (dot(x, x) / x.len() as f64 + self.spec.rms_norm_eps).sqrt();
-        x.iter().zip(&self.tensors[&weight]).map(|(x, w)| x / rms * (one + w)).collect()
+        x.iter()
+            .zip(&self.tensors[&weight])
+            .map(|(x, w)| x / rms * (one + w))
+            .collect()
     }
 
     /// W·x + b + scale·B·(A·x).
@@ -174,9 +207,10 @@ impl ReferenceModel {
         if let Some(bias) = tensor(BlockParam::Bias(linear)) {
             add(&mut y, 1.0, bias);
         }
-        if let (Some(a), Some(b)) =
-            (tensor(BlockParam::LoraA(linear)), tensor(BlockParam::LoraB(linear)))
-        {
+        if let (Some(a), Some(b)) = (
+            tensor(BlockParam::LoraA(linear)),
+            tensor(BlockParam::LoraB(linear)),
+        ) {
             add(&mut y, self.lora_scale, &product(b, &product(a, x)));
         }
         y
@@ -252,20 +286,34 @@ fn frequencies(rope: &RopeConfig, dim: usize) -> (Vec<f64>, f64) {
                 let interpolated = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
                 interpolated * f / factor + (1.0 - interpolated) * f
             };
-            let of = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
+            let of = |m: f64| {
+                if factor <= 1.0 {
+                    1.0
+                } else {
+                    0.1 * m * factor.ln() + 1.0
+                }
+            };
             let default = match (mscale, mscale_all_dim) {
                 (Some(one), Some(all)) if one != 0.0 && all != 0.0 => of(one) / of(all),
                 _ => of(1.0),
             };
-            (plain.enumerate().map(scale).collect(), attention_factor.unwrap_or(default))
+            (
+                plain.enumerate().map(scale).collect(),
+                attention_factor.unwrap_or(default),
+            )
         }
     }
 }
 
 /// A tensor's elements.
 fn numbers(tensor: &Tensor) -> Vec<f64> {
-    let flat =
-        tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let flat = tensor
+        .to_dtype(DType::F32)
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .to_vec1::<f32>()
+        .unwrap();
     flat.into_iter().map(f64::from).collect()
 }
 

@@ -25,8 +25,9 @@ const STEPS: u64 = 120;
 
 /// The `--models` flag for golden models under their own names.
 fn models(names: &[&str]) -> String {
-    let named =
-        names.iter().map(|name| format!("{name}={}", golden(&format!("models/{name}")).display()));
+    let named = names
+        .iter()
+        .map(|name| format!("{name}={}", golden(&format!("models/{name}")).display()));
     named.collect::<Vec<_>>().join(",")
 }
 
@@ -42,18 +43,36 @@ async fn score_against(
         per_token_logprobs: true,
         ..Default::default()
     };
-    let request = pb::ScorePairsRequest { options: Some(options), pairs: pairs() };
-    client.scoring().score_pairs(request).await.map(|r| r.into_inner())
+    let request = pb::ScorePairsRequest {
+        options: Some(options),
+        pairs: pairs(),
+    };
+    client
+        .scoring()
+        .score_pairs(request)
+        .await
+        .map(|r| r.into_inner())
 }
 
 async fn create(client: &Client, job: pb::TrainingJob) -> Result<pb::TrainingJob, Status> {
-    let request = pb::CreateTrainingJobRequest { training_job: Some(job), ..Default::default() };
-    client.training().create_training_job(request).await.map(|r| r.into_inner())
+    let request = pb::CreateTrainingJobRequest {
+        training_job: Some(job),
+        ..Default::default()
+    };
+    client
+        .training()
+        .create_training_job(request)
+        .await
+        .map(|r| r.into_inner())
 }
 
 /// A LoRA job on one model against another.
 fn job_against(dataset: &str, steps: u64, policy: &str, reference: &str) -> pb::TrainingJob {
-    pb::TrainingJob { policy: policy.into(), reference: reference.into(), ..job(dataset, steps) }
+    pb::TrainingJob {
+        policy: policy.into(),
+        reference: reference.into(),
+        ..job(dataset, steps)
+    }
 }
 
 fn full() -> Option<pb::training_job::Method> {
@@ -62,7 +81,9 @@ fn full() -> Option<pb::training_job::Method> {
 
 /// Checks that an answer is a refusal of `field`; returns its message.
 fn refusal<T>(what: &str, answer: Result<T, Status>, field: &str) -> String {
-    let Err(status) = answer else { panic!("{what} is accepted") };
+    let Err(status) = answer else {
+        panic!("{what} is accepted")
+    };
     assert_eq!(status.code(), Code::InvalidArgument, "{what}: {status:?}");
     let violations = status.get_details_bad_request().unwrap().field_violations;
     assert_eq!(violations[0].field, field, "{what}");
@@ -74,17 +95,25 @@ fn refusal<T>(what: &str, answer: Result<T, Status>, field: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn scores_against_another_model_are_those_of_transformers() {
     let data = tempfile::tempdir().unwrap();
-    let server =
-        Server::start_with(data.path(), &models(&["llama", "llama-ref", "qwen2", "qwen3"]), &[]);
+    let server = Server::start_with(
+        data.path(),
+        &models(&["llama", "llama-ref", "qwen2", "qwen3"]),
+        &[],
+    );
     let client = server.client().await;
     for case in json("references.json").as_array().unwrap() {
         let name = |key: &str| format!("models/{}", case[key].as_str().unwrap());
-        let scores = score_against(&client, &name("policy"), &name("reference")).await.unwrap();
+        let scores = score_against(&client, &name("policy"), &name("reference"))
+            .await
+            .unwrap();
         assert_eq!(
             (scores.policy_version, scores.reference_version),
             (name("policy"), name("reference"))
         );
-        assert_eq!(scores.results.len(), case["scores"].as_object().unwrap().len());
+        assert_eq!(
+            scores.results.len(),
+            case["scores"].as_object().unwrap().len()
+        );
         for result in &scores.results {
             let (got, want) = (scored(result), &case["scores"][&result.id]);
             let mut margin = 0.0;
@@ -172,14 +201,19 @@ async fn training_against_another_model_tracks_trl_on_one_device_and_on_two() {
                     Some(Event::StepMetrics(step)) => Some(step.metrics),
                     _ => None,
                 });
-                let (got, want) =
-                    (steps.collect::<Vec<_>>(), case["runs"][kind]["steps"].as_array().unwrap());
+                let (got, want) = (
+                    steps.collect::<Vec<_>>(),
+                    case["runs"][kind]["steps"].as_array().unwrap(),
+                );
                 assert_eq!(got.len(), want.len());
                 for (k, (got, want)) in got.iter().zip(want).enumerate() {
                     for (metric, value) in want.as_object().unwrap() {
                         let what = format!("{} {kind} step {} {metric}", case["policy"], k + 1);
-                        let tolerance =
-                            if metric == "loss" || metric == "grad_norm" { 1e-4 } else { 1e-3 };
+                        let tolerance = if metric == "loss" || metric == "grad_norm" {
+                            1e-4
+                        } else {
+                            1e-3
+                        };
                         assert_close(&what, got[metric], value.as_f64().unwrap(), tolerance, 1e-2);
                     }
                 }
@@ -196,8 +230,10 @@ async fn a_running_jobs_margins_are_0_while_it_is_its_reference_whatever_its_pre
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await.name;
         // Steps of this size do not change a bit of any product.
-        let optimizer =
-            Some(pb::OptimizerConfig { learning_rate: Some(1e-35), ..Default::default() });
+        let optimizer = Some(pb::OptimizerConfig {
+            learning_rate: Some(1e-35),
+            ..Default::default()
+        });
         let still = pb::TrainingJob {
             policy: "models/llama".into(),
             precision: precision.into(),
@@ -222,13 +258,22 @@ async fn a_reference_with_another_tokenizer_is_refused() {
     let server = Server::start_with(data.path(), &models(&["llama", "qwen2"]), &[]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let on_other =
-        submit(&client, pb::TrainingJob { policy: "models/qwen2".into(), ..job(&dataset, 1) })
-            .await;
+    let on_other = submit(
+        &client,
+        pb::TrainingJob {
+            policy: "models/qwen2".into(),
+            ..job(&dataset, 1)
+        },
+    )
+    .await;
     succeed(&client, &on_other).await;
     for reference in ["models/qwen2".to_owned(), latest(&on_other)] {
         let scores = score_against(&client, "models/llama", &reference).await;
-        let made = create(&client, job_against(&dataset, 1, "models/llama", &reference)).await;
+        let made = create(
+            &client,
+            job_against(&dataset, 1, "models/llama", &reference),
+        )
+        .await;
         for message in [
             refusal("scoring", scores, "options.reference"),
             refusal("training", made, "training_job.reference"),
@@ -247,7 +292,11 @@ fn with_rows(name: &str, rows: usize) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     copy_files(&golden(&format!("models/{name}")), folder.path());
     let old = "\"vocab_size\": 320";
-    replace(folder.path().join("config.json"), old, &format!("\"vocab_size\": {rows}"));
+    replace(
+        folder.path().join("config.json"),
+        old,
+        &format!("\"vocab_size\": {rows}"),
+    );
     let file = folder.path().join("model.safetensors");
     let mut tensors: HashMap<String, Tensor> =
         candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
@@ -285,15 +334,24 @@ async fn a_reference_may_have_more_embeddings_than_tokens_but_not_fewer() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let scores = score_against(&client, "models/llama", "models/small").await;
-    let made = create(&client, job_against(&dataset, 1, "models/llama", "models/small")).await;
+    let made = create(
+        &client,
+        job_against(&dataset, 1, "models/llama", "models/small"),
+    )
+    .await;
     for message in [
         refusal("scoring", scores, "options.reference"),
         refusal("training", made, "training_job.reference"),
     ] {
-        assert!(message.contains("300") && message.contains("320"), "{message}");
+        assert!(
+            message.contains("300") && message.contains("320"),
+            "{message}"
+        );
     }
-    for (policy, reference) in [("models/llama", "models/large"), ("models/large", "models/llama")]
-    {
+    for (policy, reference) in [
+        ("models/llama", "models/large"),
+        ("models/large", "models/llama"),
+    ] {
         let scores = score_against(&client, policy, reference).await.unwrap();
         assert!(scores.results.iter().all(|r| scored(r).margin != 0.0));
         let name = submit(&client, job_against(&dataset, 2, policy, reference)).await;
@@ -304,19 +362,35 @@ async fn a_reference_may_have_more_embeddings_than_tokens_but_not_fewer() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reference_that_follows_the_policy_needs_its_shape() {
     let data = tempfile::tempdir().unwrap();
-    let server =
-        Server::start_with(data.path(), &models(&["llama", "llama-ref", "qwen2", "qwen3"]), &[]);
+    let server = Server::start_with(
+        data.path(),
+        &models(&["llama", "llama-ref", "qwen2", "qwen3"]),
+        &[],
+    );
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let following = |policy: &str, reference: &str| {
-        let reference_sync = Some(pb::ReferenceSync { alpha: Some(0.5), every_steps: Some(1) });
-        let dpo = Some(pb::DpoConfig { reference_sync, ..Default::default() });
-        pb::TrainingJob { method: full(), dpo, ..job_against(&dataset, 3, policy, reference) }
+        let reference_sync = Some(pb::ReferenceSync {
+            alpha: Some(0.5),
+            every_steps: Some(1),
+        });
+        let dpo = Some(pb::DpoConfig {
+            reference_sync,
+            ..Default::default()
+        });
+        pb::TrainingJob {
+            method: full(),
+            dpo,
+            ..job_against(&dataset, 3, policy, reference)
+        }
     };
     let made = create(&client, following("models/qwen2", "models/qwen3")).await;
     let message = refusal("training", made, "training_job.dpo.reference_sync");
     assert_eq!(hashes(&message).len(), 2, "{message}");
-    let name = create(&client, following("models/llama", "models/llama-ref")).await.unwrap().name;
+    let name = create(&client, following("models/llama", "models/llama-ref"))
+        .await
+        .unwrap()
+        .name;
     let losses = succeed(&client, &name).await;
     // The first loss is against the other model, not against the policy itself.
     let first = f64::from_bits(losses[&1]);
@@ -332,14 +406,27 @@ async fn a_reference_can_be_a_checkpoint_on_another_model() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     for method in [job(&dataset, 2).method, full()] {
-        let other = pb::TrainingJob { policy: "models/qwen3".into(), method, ..job(&dataset, 2) };
+        let other = pb::TrainingJob {
+            policy: "models/qwen3".into(),
+            method,
+            ..job(&dataset, 2)
+        };
         let other = submit(&client, other).await;
         succeed(&client, &other).await;
         let alone = score(&client, &latest(&other), pairs()).await;
-        let against = score_against(&client, "models/qwen2", &latest(&other)).await.unwrap();
+        let against = score_against(&client, "models/qwen2", &latest(&other))
+            .await
+            .unwrap();
         assert_eq!(against.reference_version, format!("{other}/checkpoints/2"));
-        let name = submit(&client, job_against(&dataset, 3, "models/qwen2", &latest(&other))).await;
-        assert_eq!(get(&client, &name).await.reference, against.reference_version);
+        let name = submit(
+            &client,
+            job_against(&dataset, 3, "models/qwen2", &latest(&other)),
+        )
+        .await;
+        assert_eq!(
+            get(&client, &name).await.reference,
+            against.reference_version
+        );
         succeed(&client, &name).await;
         // Without a reference in the request it is the job's.
         let own = score(&client, &latest(&name), pairs()).await;
@@ -348,14 +435,23 @@ async fn a_reference_can_be_a_checkpoint_on_another_model() {
         {
             let [alone, against, own] =
                 [alone, against, own].map(|r| scored(r).a.as_ref().unwrap());
-            assert_eq!(against.reference_token_logprobs, alone.policy_token_logprobs);
+            assert_eq!(
+                against.reference_token_logprobs,
+                alone.policy_token_logprobs
+            );
             assert_eq!(own.reference_token_logprobs, alone.policy_token_logprobs);
         }
     }
     let estimate = async |reference: &str| {
         let training_job = Some(job_against(&dataset, 3, "models/qwen2", reference));
         let request = pb::EstimateTrainingJobRequest { training_job };
-        client.training().estimate_training_job(request).await.unwrap().into_inner().memory_bytes
+        client
+            .training()
+            .estimate_training_job(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .memory_bytes
     };
     // Its heads are wider, so that its rows need more memory than the policy's.
     assert!(estimate("models/qwen3").await > estimate("").await);
@@ -382,8 +478,18 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     assert_eq!(before.reference_version, "models/b");
     let paused = submit(&client, against(STEPS)).await;
     pause(&client, &paused).await;
-    let saving = Some(pb::RunConfig { save_steps: Some(2), ..Default::default() });
-    let running = submit(&client, pb::TrainingJob { run: saving, ..against(100_000) }).await;
+    let saving = Some(pb::RunConfig {
+        save_steps: Some(2),
+        ..Default::default()
+    });
+    let running = submit(
+        &client,
+        pb::TrainingJob {
+            run: saving,
+            ..against(100_000)
+        },
+    )
+    .await;
     until_event(&client, &running, |e| is_step(e, 5)).await;
     let queued = submit(&client, against(2)).await;
     server.kill();
@@ -399,11 +505,20 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
         assert_waits(&client, waiting, "weights").await;
     }
     // Calls that do not need the old reference work, and new jobs get the new one.
-    score_against(&client, &latest(&undisturbed), "models/a").await.unwrap();
+    score_against(&client, &latest(&undisturbed), "models/a")
+        .await
+        .unwrap();
     let format = pb::ExportFormat::Merged.into();
-    let export =
-        pb::ExportCheckpointRequest { name: latest(&undisturbed), format, ..Default::default() };
-    client.checkpoints().export_checkpoint(export).await.unwrap();
+    let export = pb::ExportCheckpointRequest {
+        name: latest(&undisturbed),
+        format,
+        ..Default::default()
+    };
+    client
+        .checkpoints()
+        .export_checkpoint(export)
+        .await
+        .unwrap();
     let new = submit(&client, against(2)).await;
     let losses = succeed(&client, &new).await;
     assert_ne!(losses[&1], wanted[&1], "it is another reference");
@@ -416,7 +531,10 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     let Err(status) = score_against(&client, &latest(&undisturbed), "").await else {
         panic!("there is no models/b")
     };
-    let reason = status.get_details_error_info().map(|i| i.reason).unwrap_or_default();
+    let reason = status
+        .get_details_error_info()
+        .map(|i| i.reason)
+        .unwrap_or_default();
     assert_eq!(
         (status.code(), reason.as_str()),
         (Code::FailedPrecondition, "MODEL_CHANGED"),
@@ -432,9 +550,15 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
         assert_eq!(scored(a), scored(b), "the scores are what they were");
     }
     // The killed job goes on from its checkpoint by itself, then the one behind it.
-    let step = get(&client, &running).await.progress.unwrap_or_default().step;
+    let step = get(&client, &running)
+        .await
+        .progress
+        .unwrap_or_default()
+        .step;
     until_event(&client, &running, |e| is_step(e, step + 1)).await;
-    let cancel = pb::CancelTrainingJobRequest { name: running.clone() };
+    let cancel = pb::CancelTrainingJobRequest {
+        name: running.clone(),
+    };
     client.training().cancel_training_job(cancel).await.unwrap();
     assert_eq!(succeed(&client, &queued).await.len(), 2);
     resume(&client, &paused).await.unwrap();

@@ -19,7 +19,14 @@ use crate::wait::{holds_for, until};
 /// Starts a replica with short leases.
 fn replica(dir: &Path, postgres: &Postgres, s3: &S3) -> Server {
     let url = postgres.url();
-    let flags = ["--database-url", &url, "--artifact-url", "s3://bradley/runs", "--lease", "3"];
+    let flags = [
+        "--database-url",
+        &url,
+        "--artifact-url",
+        "s3://bradley/runs",
+        "--lease",
+        "3",
+    ];
     let environment = s3.environment();
     let environment: Vec<(&str, &str)> =
         environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
@@ -63,10 +70,16 @@ fn changes(events: &[pb::TrainingEvent]) -> Vec<(pb::JobState, String)> {
 /// Checks a job's events: no gap, one end, and steps that repeat only after a worker ended.
 pub fn check_history(events: &[pb::TrainingEvent]) {
     assert!(
-        events.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1),
+        events
+            .iter()
+            .enumerate()
+            .all(|(i, e)| e.sequence == i as u64 + 1),
         "sequences have no gap"
     );
-    let ends = changes(events).iter().filter(|(to, _)| *to == pb::JobState::Succeeded).count();
+    let ends = changes(events)
+        .iter()
+        .filter(|(to, _)| *to == pb::JobState::Succeeded)
+        .count();
     assert_eq!(ends, 1, "a job succeeds exactly once");
     let (mut last, mut restarted) = (0, false);
     for e in events {
@@ -88,7 +101,10 @@ pub fn check_history(events: &[pb::TrainingEvent]) {
 pub async fn adapter(client: &Client, job: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let name = format!("{job}/checkpoints/latest");
-    client.download_checkpoint(&name, pb::ExportFormat::Adapter, dir.path()).await.unwrap();
+    client
+        .download_checkpoint(&name, pb::ExportFormat::Adapter, dir.path())
+        .await
+        .unwrap();
     std::fs::read(dir.path().join("adapter_model.safetensors")).unwrap()
 }
 
@@ -131,14 +147,27 @@ async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed()
     let mut recovered = 0;
     for name in &jobs {
         let events = finish(&client_b, name).await;
-        assert_eq!(state(&client_b, name).await, pb::JobState::Succeeded, "{:?}", changes(&events));
+        assert_eq!(
+            state(&client_b, name).await,
+            pb::JobState::Succeeded,
+            "{:?}",
+            changes(&events)
+        );
         check_history(&events);
         assert_eq!(losses(&events), expected, "the same losses, bit for bit");
-        assert!(adapter(&client_b, name).await == weights, "the same weights, bit for bit");
-        recovered +=
-            changes(&events).iter().filter(|(_, reason)| reason.contains("worker is gone")).count();
+        assert!(
+            adapter(&client_b, name).await == weights,
+            "the same weights, bit for bit"
+        );
+        recovered += changes(&events)
+            .iter()
+            .filter(|(_, reason)| reason.contains("worker is gone"))
+            .count();
     }
-    assert!(recovered <= 1, "only the killed server's one job is taken over: {recovered}");
+    assert!(
+        recovered <= 1,
+        "only the killed server's one job is taken over: {recovered}"
+    );
     // Each of them scores on a replica that may not have trained it.
     let policy = format!("{}/checkpoints/latest", jobs[0]);
     assert!(
@@ -164,22 +193,35 @@ async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
     let b = replica(dir_b.path(), &postgres, &s3);
     let client_b = b.client().await;
     let follow = client_b.follow(&name, 0, |e| step_of(&e).is_none_or(|(step, _)| step < 25));
-    tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
+    tokio::time::timeout(Duration::from_secs(60), follow)
+        .await
+        .expect("events come")
+        .unwrap();
     signal(a.pid(), libc::SIGSTOP);
     let events = finish(&client_b, &name).await;
     signal(a.pid(), libc::SIGCONT);
     check_history(&events);
     assert!(
-        changes(&events).iter().any(|(_, reason)| reason.contains("worker is gone")),
+        changes(&events)
+            .iter()
+            .any(|(_, reason)| reason.contains("worker is gone")),
         "{:?}",
         changes(&events)
     );
     assert_eq!(losses(&events), expected);
     // The thawed one finds out, gives up, adds nothing, and goes on serving.
     let id = name.trim_start_matches("trainingJobs/");
-    until("the end of the thawed run", Duration::from_secs(60), async || !a.metrics().contains(id))
-        .await;
-    assert_eq!(finish(&client_a, &name).await, events, "nothing was written after the end");
+    until(
+        "the end of the thawed run",
+        Duration::from_secs(60),
+        async || !a.metrics().contains(id),
+    )
+    .await;
+    assert_eq!(
+        finish(&client_a, &name).await,
+        events,
+        "nothing was written after the end"
+    );
     assert!(
         adapter(&client_b, &name).await == weights && adapter(&client_a, &name).await == weights
     );
@@ -237,8 +279,11 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
         .delete_training_job(pb::DeleteTrainingJobRequest { name: name.clone() })
         .await
         .unwrap();
-    let gone =
-        client_a.training().get_training_job(pb::GetTrainingJobRequest { name }).await.unwrap_err();
+    let gone = client_a
+        .training()
+        .get_training_job(pb::GetTrainingJobRequest { name })
+        .await
+        .unwrap_err();
     assert_eq!(gone.code(), Code::NotFound);
     assert_eq!(s3.keys("runs/jobs"), Vec::<String>::new());
 }
@@ -255,7 +300,10 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
     let name = submit(&client, checkpointing(&dataset.name, 400)).await;
     let reaches = async |step: u64| {
         let follow = client.follow(&name, 0, |e| step_of(&e).is_none_or(|(s, _)| s < step));
-        tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
+        tokio::time::timeout(Duration::from_secs(60), follow)
+            .await
+            .expect("events come")
+            .unwrap();
     };
     reaches(15).await;
     // Scoring with a base model needs neither backend.
@@ -275,7 +323,12 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
         .unwrap_err();
     assert_eq!(away.code(), Code::Unavailable, "{away}");
     assert!(away.get_details_retry_info().is_some());
-    holds_for("scoring without PostgreSQL", Duration::from_secs(4), &scores).await;
+    holds_for(
+        "scoring without PostgreSQL",
+        Duration::from_secs(4),
+        &scores,
+    )
+    .await;
     postgres.resume();
     let events = finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
@@ -299,7 +352,10 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
         0,
         |e| !matches!(&e.event, Some(Event::CheckpointCreated(c)) if c.step >= 20),
     );
-    tokio::time::timeout(Duration::from_secs(60), follow).await.expect("events come").unwrap();
+    tokio::time::timeout(Duration::from_secs(60), follow)
+        .await
+        .expect("events come")
+        .unwrap();
     // A run that is killed may leave a folder that was not acknowledged yet; one that has paused,
     // none.
     client
@@ -320,12 +376,21 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
         .collect();
     steps.sort();
     // The newest acknowledged one is lost everywhere, the one before has a damaged copy here.
-    let keys = s3.keys(&format!("runs/jobs/{id}/checkpoints/{}/", steps[steps.len() - 1]));
-    assert!(keys.iter().any(|k| k.ends_with("adapter_model.safetensors")), "{keys:?}");
+    let keys = s3.keys(&format!(
+        "runs/jobs/{id}/checkpoints/{}/",
+        steps[steps.len() - 1]
+    ));
+    assert!(
+        keys.iter()
+            .any(|k| k.ends_with("adapter_model.safetensors")),
+        "{keys:?}"
+    );
     keys.iter().for_each(|key| s3.remove(key));
     std::fs::remove_dir_all(folder.join(steps[steps.len() - 1].to_string())).unwrap();
     std::fs::write(
-        folder.join(steps[steps.len() - 2].to_string()).join("optimizer.safetensors"),
+        folder
+            .join(steps[steps.len() - 2].to_string())
+            .join("optimizer.safetensors"),
         b"damage",
     )
     .unwrap();
@@ -347,7 +412,9 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
             .unwrap()
             .into_inner();
         job.state() == pb::JobState::Queued
-            && job.error.is_some_and(|e| e.message.contains("not in the artifact store"))
+            && job
+                .error
+                .is_some_and(|e| e.message.contains("not in the artifact store"))
     })
     .await;
     let lost = format!("{name}/checkpoints/{}", steps[steps.len() - 1]);
@@ -357,10 +424,17 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
         .await
         .unwrap();
     let events = finish(&client, &name).await;
-    assert_eq!(state(&client, &name).await, pb::JobState::Succeeded, "{:?}", changes(&events));
+    assert_eq!(
+        state(&client, &name).await,
+        pb::JobState::Succeeded,
+        "{:?}",
+        changes(&events)
+    );
     let from = format!("continues from step {}", steps[steps.len() - 2]);
     assert!(
-        changes(&events).iter().any(|(to, reason)| *to == pb::JobState::Running && *reason == from),
+        changes(&events)
+            .iter()
+            .any(|(to, reason)| *to == pb::JobState::Running && *reason == from),
         "{:?}",
         changes(&events)
     );
@@ -393,7 +467,9 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
     assert!(kept.len() >= 2, "{kept:?}");
     // The local copies are no loss.
     std::fs::remove_dir_all(
-        dir.path().join("jobs").join(first.trim_start_matches("trainingJobs/")),
+        dir.path()
+            .join("jobs")
+            .join(first.trim_start_matches("trainingJobs/")),
     )
     .unwrap();
     let mut second = checkpointing(&dataset.name, 10);
@@ -408,24 +484,46 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
         format: pb::ExportFormat::Adapter.into(),
         ..Default::default()
     };
-    let export = client.checkpoints().export_checkpoint(export).await.unwrap().into_inner();
-    let exported = shared.path().join(&export.path).join("adapter_model.safetensors");
-    assert!(export.path.starts_with("jobs/") && exported.is_file(), "{}", export.path);
+    let export = client
+        .checkpoints()
+        .export_checkpoint(export)
+        .await
+        .unwrap()
+        .into_inner();
+    let exported = shared
+        .path()
+        .join(&export.path)
+        .join("adapter_model.safetensors");
+    assert!(
+        export.path.starts_with("jobs/") && exported.is_file(),
+        "{}",
+        export.path
+    );
 
     // The job that a finished job was continued from may be deleted, unless it is also the
     // reference: the weights of the finished job stay usable.
     client
         .training()
-        .delete_training_job(pb::DeleteTrainingJobRequest { name: first.clone() })
+        .delete_training_job(pb::DeleteTrainingJobRequest {
+            name: first.clone(),
+        })
         .await
         .unwrap();
-    let objects =
-        |job: &str| walk(&shared.path().join("jobs").join(job.trim_start_matches("trainingJobs/")));
+    let objects = |job: &str| {
+        walk(
+            &shared
+                .path()
+                .join("jobs")
+                .join(job.trim_start_matches("trainingJobs/")),
+        )
+    };
     assert_eq!(objects(&first), 0);
     assert!(!adapter(&client, &second).await.is_empty());
     client
         .training()
-        .delete_training_job(pb::DeleteTrainingJobRequest { name: second.clone() })
+        .delete_training_job(pb::DeleteTrainingJobRequest {
+            name: second.clone(),
+        })
         .await
         .unwrap();
     assert_eq!(objects(&second), 0);
@@ -439,8 +537,13 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
 
 /// Files below a folder.
 fn walk(folder: &Path) -> usize {
-    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
-    entries.map(|e| e.unwrap().path()).map(|p| if p.is_dir() { walk(&p) } else { 1 }).sum()
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return 0;
+    };
+    entries
+        .map(|e| e.unwrap().path())
+        .map(|p| if p.is_dir() { walk(&p) } else { 1 })
+        .sum()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -448,7 +551,10 @@ fn walk(folder: &Path) -> usize {
 async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
     let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let (a, b) = (replica(dir_a.path(), &postgres, &s3), replica(dir_b.path(), &postgres, &s3));
+    let (a, b) = (
+        replica(dir_a.path(), &postgres, &s3),
+        replica(dir_b.path(), &postgres, &s3),
+    );
     let (client_a, client_b) = (a.client().await, b.client().await);
     let mut outcomes = [0, 0];
     for i in 0..24_u64 {
@@ -464,7 +570,9 @@ async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
         let delete = async {
             client_b
                 .datasets()
-                .delete_dataset(pb::DeleteDatasetRequest { name: dataset.clone() })
+                .delete_dataset(pb::DeleteDatasetRequest {
+                    name: dataset.clone(),
+                })
                 .await
         };
         match tokio::join!(create, delete) {

@@ -31,7 +31,10 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 const LONG_AGO: Duration = Duration::from_secs(7200);
 
 fn reason(status: &Status) -> String {
-    status.get_details_error_info().map(|info| info.reason).unwrap_or_default()
+    status
+        .get_details_error_info()
+        .map(|info| info.reason)
+        .unwrap_or_default()
 }
 
 /// Trains an adapter and puts it as `x` into the server's folder of adapters.
@@ -40,29 +43,56 @@ async fn train_adapter(client: &Client, dataset: &str, adapters: &Path) {
     finish(client, &name).await;
     let latest = format!("{name}/checkpoints/latest");
     let format = pb::ExportFormat::Adapter;
-    client.download_checkpoint(&latest, format, &adapters.join("x")).await.unwrap();
+    client
+        .download_checkpoint(&latest, format, &adapters.join("x"))
+        .await
+        .unwrap();
 }
 
 /// The request for a job that starts from the adapter `x`.
 fn from_adapter(dataset: &str, title: &str) -> pb::CreateTrainingJobRequest {
-    let lora = pb::LoraConfig { rank: Some(4), init_adapter: "x".into(), ..Default::default() };
+    let lora = pb::LoraConfig {
+        rank: Some(4),
+        init_adapter: "x".into(),
+        ..Default::default()
+    };
     let method = Some(pb::training_job::Method::Lora(lora));
-    let training_job =
-        Some(pb::TrainingJob { method, display_name: title.into(), ..job(dataset, 2) });
-    pb::CreateTrainingJobRequest { training_job, request_id: "once".into(), ..Default::default() }
+    let training_job = Some(pb::TrainingJob {
+        method,
+        display_name: title.into(),
+        ..job(dataset, 2)
+    });
+    pb::CreateTrainingJobRequest {
+        training_job,
+        request_id: "once".into(),
+        ..Default::default()
+    }
 }
 
 async fn create(
     client: &Client,
     request: pb::CreateTrainingJobRequest,
 ) -> Result<pb::TrainingJob, Status> {
-    client.training().create_training_job(request).await.map(|made| made.into_inner())
+    client
+        .training()
+        .create_training_job(request)
+        .await
+        .map(|made| made.into_inner())
 }
 
 async fn all_jobs(client: &Client) -> Vec<String> {
     let request = pb::ListTrainingJobsRequest::default();
-    let listed = client.training().list_training_jobs(request).await.unwrap().into_inner();
-    listed.training_jobs.into_iter().map(|job| job.name).collect()
+    let listed = client
+        .training()
+        .list_training_jobs(request)
+        .await
+        .unwrap()
+        .into_inner();
+    listed
+        .training_jobs
+        .into_iter()
+        .map(|job| job.name)
+        .collect()
 }
 
 // ---- answers that are lost
@@ -77,7 +107,10 @@ struct LosesCommit {
 impl LosesCommit {
     fn start(backend: u16, mark: &'static [u8]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let (port, lost) = (listener.local_addr().unwrap().port(), Arc::<AtomicBool>::default());
+        let (port, lost) = (
+            listener.local_addr().unwrap().port(),
+            Arc::<AtomicBool>::default(),
+        );
         let shared = lost.clone();
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
@@ -94,7 +127,9 @@ fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
 }
 
 fn relay(mut client: TcpStream, backend: u16, mark: &[u8], lost: &AtomicBool) {
-    let Ok(mut server) = TcpStream::connect(("127.0.0.1", backend)) else { return };
+    let Ok(mut server) = TcpStream::connect(("127.0.0.1", backend)) else {
+        return;
+    };
     let (mut answers, mut to_client) = (server.try_clone().unwrap(), client.try_clone().unwrap());
     let commits = Arc::<AtomicBool>::default();
     let committing = commits.clone();
@@ -106,7 +141,10 @@ fn relay(mut client: TcpStream, backend: u16, mark: &[u8], lost: &AtomicBool) {
                 break;
             }
         }
-        let _ = (answers.shutdown(Shutdown::Both), to_client.shutdown(Shutdown::Both));
+        let _ = (
+            answers.shutdown(Shutdown::Both),
+            to_client.shutdown(Shutdown::Both),
+        );
     });
     let (mut buffer, mut sent, mut is_marked) = (vec![0; 1 << 16], Vec::new(), false);
     while let Ok(n @ 1..) = client.read(&mut buffer) {
@@ -129,11 +167,20 @@ fn relay(mut client: TcpStream, backend: u16, mark: &[u8], lost: &AtomicBool) {
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
     let postgres = Postgres::start();
-    let (dir, share, adapters) =
-        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let port = postgres.url().split([':', '/']).find_map(|part| part.parse().ok()).unwrap();
+    let (dir, share, adapters) = (
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+    );
+    let port = postgres
+        .url()
+        .split([':', '/'])
+        .find_map(|part| part.parse().ok())
+        .unwrap();
     let proxy = LosesCommit::start(port, b"a lost answer");
-    let database = postgres.url().replace(&port.to_string(), &proxy.port.to_string());
+    let database = postgres
+        .url()
+        .replace(&port.to_string(), &proxy.port.to_string());
     let (artifacts, folder) = (url_of(share.path()), adapters.path().to_str().unwrap());
     let flags = [
         "--database-url",
@@ -157,10 +204,21 @@ async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
     // Nobody knows but the database.
     let stored = postgres.sql("SELECT id FROM jobs WHERE request LIKE '%a lost answer%'");
     assert_eq!(stored.len(), 1);
-    let made = create(&client, from_adapter(&dataset, "a lost answer")).await.unwrap();
-    assert_eq!(id(&made.name), stored[0], "the same request made another job");
+    let made = create(&client, from_adapter(&dataset, "a lost answer"))
+        .await
+        .unwrap();
+    assert_eq!(
+        id(&made.name),
+        stored[0],
+        "the same request made another job"
+    );
     assert_eq!(all_jobs(&client).await.len(), before + 1);
-    let copy = share.path().join("jobs").join(&stored[0]).join("init_adapter").join(WEIGHTS);
+    let copy = share
+        .path()
+        .join("jobs")
+        .join(&stored[0])
+        .join("init_adapter")
+        .join(WEIGHTS);
     let original = adapters.path().join("x").join(WEIGHTS);
     assert!(
         std::fs::read(copy).unwrap() == std::fs::read(original).unwrap(),
@@ -183,14 +241,27 @@ struct WithAdapter {
 impl WithAdapter {
     async fn start(flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let (dir, adapters) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let flags =
-            [&["--adapter-dir", adapters.path().to_str().unwrap(), "--lease", LEASE], flags]
-                .concat();
+        let flags = [
+            &[
+                "--adapter-dir",
+                adapters.path().to_str().unwrap(),
+                "--lease",
+                LEASE,
+            ],
+            flags,
+        ]
+        .concat();
         let server = Server::start_in(dir.path(), &models(), &flags, environment);
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await.name;
         train_adapter(&client, &dataset, adapters.path()).await;
-        WithAdapter { dir, adapters, client, dataset, _server: server }
+        WithAdapter {
+            dir,
+            adapters,
+            client,
+            dataset,
+            _server: server,
+        }
     }
 }
 
@@ -199,16 +270,29 @@ async fn a_repeated_request_copies_no_adapter() {
     let it = WithAdapter::start(&[], &[]).await;
     let request = from_adapter(&it.dataset, "repeated");
     let made = create(&it.client, request.clone()).await.unwrap();
-    let before = files(&it.dir.path().join("jobs").join(id(&made.name)).join("init_adapter"));
+    let before = files(
+        &it.dir
+            .path()
+            .join("jobs")
+            .join(id(&made.name))
+            .join("init_adapter"),
+    );
     assert_eq!(before.len(), 2, "{before:?}");
     // There is nothing left to copy.
     std::fs::remove_file(it.adapters.path().join("x").join(WEIGHTS)).unwrap();
     let again = create(&it.client, request.clone()).await.unwrap();
     assert_eq!(again.name, made.name);
-    let another = pb::CreateTrainingJobRequest { request_id: "twice".into(), ..request };
-    create(&it.client, another).await.expect_err("another request has to copy it");
+    let another = pb::CreateTrainingJobRequest {
+        request_id: "twice".into(),
+        ..request
+    };
+    create(&it.client, another)
+        .await
+        .expect_err("another request has to copy it");
     // Its folder is gone with it.
-    let folders = std::fs::read_dir(it.dir.path().join("jobs")).unwrap().count();
+    let folders = std::fs::read_dir(it.dir.path().join("jobs"))
+        .unwrap()
+        .count();
     assert_eq!(folders, all_jobs(&it.client).await.len());
 }
 
@@ -221,8 +305,12 @@ async fn an_adapter_whose_client_leaves_before_its_job_is_stored_is_removed() {
     let environment: Vec<_> = environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
     let it = WithAdapter::start(&["--artifact-url", "s3://bradley/runs"], &environment).await;
     let before = all_jobs(&it.client).await;
-    let copies =
-        || s3.keys("runs/jobs/").into_iter().filter(|key| key.contains("/init_adapter/")).count();
+    let copies = || {
+        s3.keys("runs/jobs/")
+            .into_iter()
+            .filter(|key| key.contains("/init_adapter/"))
+            .count()
+    };
     assert_eq!(copies(), 0);
 
     proxy.set(Fault::Slow(Duration::from_millis(500)));
@@ -234,14 +322,22 @@ async fn an_adapter_whose_client_leaves_before_its_job_is_stored_is_removed() {
     call.abort();
     proxy.set(Fault::None);
     until("the removal", LIMIT, async || copies() == 0).await;
-    assert_eq!(all_jobs(&it.client).await, before, "a job that nobody waits for is not made");
+    assert_eq!(
+        all_jobs(&it.client).await,
+        before,
+        "a job that nobody waits for is not made"
+    );
     until("the removal here", LIMIT, async || {
-        let folders = std::fs::read_dir(it.dir.path().join("jobs")).unwrap().count();
+        let folders = std::fs::read_dir(it.dir.path().join("jobs"))
+            .unwrap()
+            .count();
         folders == before.len()
     })
     .await;
     // The request was not used up.
-    let made = create(&it.client, from_adapter(&it.dataset, "left")).await.unwrap();
+    let made = create(&it.client, from_adapter(&it.dataset, "left"))
+        .await
+        .unwrap();
     finish(&it.client, &made.name).await;
     assert_eq!(state(&it.client, &made.name).await, pb::JobState::Succeeded);
 }
@@ -258,8 +354,10 @@ async fn a_job_waits_for_a_model_that_is_not_served_and_continues_with_it() {
     let mut server = serve(&both);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let wanted =
-        pb::TrainingJob { policy: "models/second".into(), ..checkpointing(&dataset, STEPS) };
+    let wanted = pb::TrainingJob {
+        policy: "models/second".into(),
+        ..checkpointing(&dataset, STEPS)
+    };
     let name = submit(&client, wanted).await;
     reaches(&client, &name, |e| is_step(e, 25)).await;
     server.kill();
@@ -279,7 +377,10 @@ async fn a_job_waits_for_a_model_that_is_not_served_and_continues_with_it() {
     let done = get(&client, &name).await;
     assert_eq!((done.state(), done.error), (pb::JobState::Succeeded, None));
     assert_eq!(losses(&told), *expected, "the same losses, bit for bit");
-    assert!(adapter(&client, &name).await == *weights, "the same weights, bit for bit");
+    assert!(
+        adapter(&client, &name).await == *weights,
+        "the same weights, bit for bit"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -302,7 +403,12 @@ async fn an_adapter_is_exported_though_its_base_model_has_changed() {
     let other = text.replace("\"rope_theta\": 10000.0", "\"rope_theta\": 20000.0");
     assert_ne!(other, text);
     std::fs::write(&config, other).unwrap();
-    let trained = dir.path().join("jobs").join(id(&name)).join("checkpoints/2").join(WEIGHTS);
+    let trained = dir
+        .path()
+        .join("jobs")
+        .join(id(&name))
+        .join("checkpoints/2")
+        .join(WEIGHTS);
     let trained = std::fs::read(trained).unwrap();
     for models in [models, format!("other={}", model.path().display())] {
         let server = Server::start_with(dir.path(), &models, &[]);
@@ -317,7 +423,11 @@ async fn an_adapter_is_exported_though_its_base_model_has_changed() {
             format,
             ..Default::default()
         };
-        let refused = client.checkpoints().export_checkpoint(request).await.unwrap_err();
+        let refused = client
+            .checkpoints()
+            .export_checkpoint(request)
+            .await
+            .unwrap_err();
         let found = (refused.code(), reason(&refused));
         assert_eq!(
             found,
@@ -365,7 +475,9 @@ async fn health_checks_without_an_end_keep_no_connection() {
         let client = server.client().await;
         assert!(client.health().await.unwrap());
     };
-    tokio::time::timeout(LIMIT, newcomer).await.expect("a connection makes room");
+    tokio::time::timeout(LIMIT, newcomer)
+        .await
+        .expect("a connection makes room");
     let closed = tokio::time::timeout(LIMIT, endless.join_next()).await;
     assert!(closed.expect("one of them is closed").is_some());
 }
@@ -404,7 +516,10 @@ async fn a_server_does_not_start_without_the_store_that_its_database_knows() {
     assert!(server.terminate(LIMIT).success());
     let identity = std::fs::read_to_string(share.path().join("bradley-store-id")).unwrap();
     let said = refused_start(dir.path(), &[]);
-    assert!(said.contains("artifact_url") && said.contains(identity.trim()), "{said}");
+    assert!(
+        said.contains("artifact_url") && said.contains(identity.trim()),
+        "{said}"
+    );
     let server = Server::start_with(dir.path(), &models(), &["--artifact-url", &artifacts]);
     another_succeeds(&server.client().await, &dataset).await;
 }
@@ -414,8 +529,11 @@ async fn a_server_does_not_start_without_the_store_that_its_database_knows() {
 async fn a_store_that_has_an_identity_is_taken_by_a_new_database() {
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     std::fs::write(share.path().join("bradley-store-id"), "begun").unwrap();
-    let server =
-        Server::start_with(dir.path(), &models(), &["--artifact-url", &url_of(share.path())]);
+    let server = Server::start_with(
+        dir.path(),
+        &models(),
+        &["--artifact-url", &url_of(share.path())],
+    );
     let client = server.client().await;
     another_succeeds(&client, &upload(&client, "pairs.jsonl").await.name).await;
     let identity = std::fs::read_to_string(share.path().join("bradley-store-id")).unwrap();
@@ -448,15 +566,29 @@ async fn a_job_with_a_setting_of_another_version_waits_for_it_with_its_dataset()
         (Code::FailedPrecondition, "JOB_UNREADABLE".into())
     );
     another_succeeds(&client, &upload(&client, "pairs.jsonl").await.name).await;
-    let request = pb::DeleteDatasetRequest { name: dataset.clone() };
+    let request = pb::DeleteDatasetRequest {
+        name: dataset.clone(),
+    };
     let refused = client.datasets().delete_dataset(request).await.unwrap_err();
-    assert_eq!((refused.code(), reason(&refused)), (Code::FailedPrecondition, "IN_USE".into()));
+    assert_eq!(
+        (refused.code(), reason(&refused)),
+        (Code::FailedPrecondition, "IN_USE".into())
+    );
     // The version that knows the setting finds everything that it needs.
     let known = "(request::jsonb #- '{spec,optimizer,from_the_future}')::text";
     postgres.sql(&format!("UPDATE jobs SET request = {known}, {of_job}"));
     let told = finish(&client, &name).await;
-    assert_eq!(state(&client, &name).await, pb::JobState::Succeeded, "{:?}", changes(&told));
-    assert_eq!(losses(&told), expected().await.0, "the same losses, bit for bit");
+    assert_eq!(
+        state(&client, &name).await,
+        pb::JobState::Succeeded,
+        "{:?}",
+        changes(&told)
+    );
+    assert_eq!(
+        losses(&told),
+        expected().await.0,
+        "the same losses, bit for bit"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -478,7 +610,9 @@ async fn expired_jobs_that_cannot_be_read_hold_up_no_others() {
         id(&name)
     ));
     until("the deletion", LIMIT, async || {
-        try_get(&client, &name).await.is_err_and(|e| e.code() == Code::NotFound)
+        try_get(&client, &name)
+            .await
+            .is_err_and(|e| e.code() == Code::NotFound)
     })
     .await;
     assert_eq!(
@@ -511,7 +645,14 @@ impl Local {
         let second = |e: &Event| matches!(e, Event::CheckpointCreated(c) if c.step >= 20);
         reaches(&client, &name, second).await;
         pause(&client, &name).await;
-        let mut local = Local { dir, server, client, dataset, name, steps: Vec::new() };
+        let mut local = Local {
+            dir,
+            server,
+            client,
+            dataset,
+            name,
+            steps: Vec::new(),
+        };
         local.steps = local.rows().await;
         assert!(local.steps.len() >= 2, "{:?}", local.steps);
         local
@@ -519,9 +660,16 @@ impl Local {
 
     /// The steps of the checkpoints that the database knows.
     async fn rows(&self) -> Vec<u64> {
-        let request = pb::ListCheckpointsRequest { parent: self.name.clone() };
-        let listed =
-            self.client.checkpoints().list_checkpoints(request).await.unwrap().into_inner();
+        let request = pb::ListCheckpointsRequest {
+            parent: self.name.clone(),
+        };
+        let listed = self
+            .client
+            .checkpoints()
+            .list_checkpoints(request)
+            .await
+            .unwrap()
+            .into_inner();
         listed.checkpoints.iter().map(|c| c.step).collect()
     }
 
@@ -530,7 +678,12 @@ impl Local {
     }
 
     fn folder(&self, step: u64) -> PathBuf {
-        self.dir.path().join("jobs").join(id(&self.name)).join("checkpoints").join(step.to_string())
+        self.dir
+            .path()
+            .join("jobs")
+            .join(id(&self.name))
+            .join("checkpoints")
+            .join(step.to_string())
     }
 
     async fn restart(&mut self) {
@@ -557,10 +710,16 @@ impl Local {
     async fn continues_from(&self, step: u64) {
         let told = finish(&self.client, &self.name).await;
         let changes = changes(&told);
-        assert_eq!(state(&self.client, &self.name).await, pb::JobState::Succeeded, "{changes:?}");
+        assert_eq!(
+            state(&self.client, &self.name).await,
+            pb::JobState::Succeeded,
+            "{changes:?}"
+        );
         let from = format!("continues from step {step}");
         assert!(
-            changes.iter().any(|(_, c)| c.to() == pb::JobState::Running && c.reason == from),
+            changes
+                .iter()
+                .any(|(_, c)| c.to() == pb::JobState::Running && c.reason == from),
             "not {from}: {changes:?}"
         );
         check_history(&told);
@@ -589,13 +748,26 @@ async fn a_job_without_a_store_continues_from_the_checkpoint_before_a_deleted_on
     let local = Local::new().await;
     let newest = local.newest();
     // The server has found it whole, and it goes in the server's lifetime.
-    score(&local.client, &format!("{}/checkpoints/{newest}", local.name), pairs()).await;
+    score(
+        &local.client,
+        &format!("{}/checkpoints/{newest}", local.name),
+        pairs(),
+    )
+    .await;
     std::fs::remove_file(local.folder(newest).join(WEIGHTS)).unwrap();
     local.waits().await;
-    let request =
-        pb::DeleteCheckpointRequest { name: format!("{}/checkpoints/{newest}", local.name) };
-    local.client.checkpoints().delete_checkpoint(request).await.unwrap();
-    local.continues_from(local.steps[local.steps.len() - 2]).await;
+    let request = pb::DeleteCheckpointRequest {
+        name: format!("{}/checkpoints/{newest}", local.name),
+    };
+    local
+        .client
+        .checkpoints()
+        .delete_checkpoint(request)
+        .await
+        .unwrap();
+    local
+        .continues_from(local.steps[local.steps.len() - 2])
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -610,7 +782,9 @@ async fn a_checkpoint_whose_list_of_files_has_changed_is_damaged_and_passed_over
     std::fs::write(&state, changed).unwrap();
     local.restart().await;
     resume(&local.client, &local.name).await;
-    local.continues_from(local.steps[local.steps.len() - 2]).await;
+    local
+        .continues_from(local.steps[local.steps.len() - 2])
+        .await;
     let told = events(&local.client, &local.name).await;
     let is_warning = |e: &pb::TrainingEvent| matches!(&e.event, Some(Event::Log(l)) if l.message.contains(&format!("checkpoint {newest} is removed")));
     assert!(told.iter().any(is_warning), "{told:?}");
@@ -623,7 +797,10 @@ fn write_aged(folder: &Path, file: &str, age: Duration) {
     std::fs::write(&path, b"{}").unwrap();
     let time = SystemTime::now() - age;
     for aged in [path.as_path(), folder] {
-        std::fs::File::open(aged).unwrap().set_modified(time).unwrap();
+        std::fs::File::open(aged)
+            .unwrap()
+            .set_modified(time)
+            .unwrap();
     }
 }
 
@@ -632,7 +809,11 @@ async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let artifacts = url_of(share.path());
     let serve = || {
-        Server::start_with(dir.path(), &models(), &["--artifact-url", &artifacts, "--lease", LEASE])
+        Server::start_with(
+            dir.path(),
+            &models(),
+            &["--artifact-url", &artifacts, "--lease", LEASE],
+        )
     };
     let mut server = serve();
     let client = server.client().await;
@@ -642,9 +823,16 @@ async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
     assert!(server.terminate(LIMIT).success());
 
     let (here, there) = (dir.path().join("jobs"), share.path().join("jobs"));
-    let (config, weights) = ("init_adapter/adapter_config.json", format!("init_adapter/{WEIGHTS}"));
+    let (config, weights) = (
+        "init_adapter/adapter_config.json",
+        format!("init_adapter/{WEIGHTS}"),
+    );
     let names = |kind: &str| (0..6).map(|i| format!("{i}-{kind}")).collect::<Vec<_>>();
-    for (kind, age) in [("old", LONG_AGO), ("fresh", Duration::ZERO), ("ran", LONG_AGO)] {
+    for (kind, age) in [
+        ("old", LONG_AGO),
+        ("fresh", Duration::ZERO),
+        ("ran", LONG_AGO),
+    ] {
         for name in names(kind) {
             for root in [&here, &there] {
                 write_aged(&root.join(&name), config, age);
@@ -653,7 +841,11 @@ async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
         }
     }
     for name in names("ran") {
-        write_aged(&there.join(name), "checkpoints/1/digest/trainer_state.json", LONG_AGO);
+        write_aged(
+            &there.join(name),
+            "checkpoints/1/digest/trainer_state.json",
+            LONG_AGO,
+        );
     }
     // A job that is known may be as old as it likes.
     write_aged(&there.join(id(&known)), config, LONG_AGO);
@@ -662,14 +854,25 @@ async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
 
     let server = serve();
     let left = |root: &Path, kind: &str| {
-        files(root).iter().filter(|p| p.display().to_string().contains(kind)).count()
+        files(root)
+            .iter()
+            .filter(|p| p.display().to_string().contains(kind))
+            .count()
     };
-    until("the sweep here", LIMIT, async || left(&here, "-old") == 0 && left(&here, "-ran") == 0)
-        .await;
+    until("the sweep here", LIMIT, async || {
+        left(&here, "-old") == 0 && left(&here, "-ran") == 0
+    })
+    .await;
     assert_eq!(files(&there), kept_there);
     assert_eq!(left(&here, "-fresh"), 12);
     let client = server.client().await;
     another_succeeds(&client, &dataset).await;
-    assert_eq!(files(&there).iter().filter(|p| kept_there.contains(p)).count(), kept_there.len());
+    assert_eq!(
+        files(&there)
+            .iter()
+            .filter(|p| kept_there.contains(p))
+            .count(),
+        kept_there.len()
+    );
     assert_eq!(left(&here, "-fresh"), 12);
 }

@@ -27,11 +27,18 @@ use crate::support::{assert_close, binary, encode, golden, json, rows, tiny};
 fn objective(loss: &str) -> pb::DpoConfig {
     // SimPO's usual β; the others have TRL's default.
     let beta = (loss == "simpo").then_some(2.0);
-    pb::DpoConfig { losses: vec![term(loss)], beta, ..Default::default() }
+    pb::DpoConfig {
+        losses: vec![term(loss)],
+        beta,
+        ..Default::default()
+    }
 }
 
 fn term(loss: &str) -> pb::WeightedLoss {
-    pb::WeightedLoss { loss_type: loss.into(), ..Default::default() }
+    pb::WeightedLoss {
+        loss_type: loss.into(),
+        ..Default::default()
+    }
 }
 
 /// A job on the golden rows that is evaluated on the same rows, in batches of 4 and 2, after its
@@ -39,7 +46,10 @@ fn term(loss: &str) -> pb::WeightedLoss {
 fn evaluated(dataset: &str, steps: u64, dpo: pb::DpoConfig) -> pb::TrainingJob {
     let wanted = job(dataset, steps);
     pb::TrainingJob {
-        batch: Some(pb::BatchConfig { batch_size: Some(4), ..wanted.batch.unwrap() }),
+        batch: Some(pb::BatchConfig {
+            batch_size: Some(4),
+            ..wanted.batch.unwrap()
+        }),
         evaluation: Some(pb::training_job::Evaluation::EvalDataset(dataset.into())),
         dpo: Some(dpo),
         ..wanted
@@ -63,8 +73,15 @@ async fn score_with(
     client: &Client,
     options: pb::ScoringOptions,
 ) -> Result<pb::ScorePairsResponse, Status> {
-    let request = pb::ScorePairsRequest { options: Some(options), pairs: pairs() };
-    client.scoring().score_pairs(request).await.map(|r| r.into_inner())
+    let request = pb::ScorePairsRequest {
+        options: Some(options),
+        pairs: pairs(),
+    };
+    client
+        .scoring()
+        .score_pairs(request)
+        .await
+        .map(|r| r.into_inner())
 }
 
 /// The mean over the rows, added up in their order as an evaluation does.
@@ -86,9 +103,21 @@ fn assert_evaluated(
 ) {
     let metric = |name: &str| evaluation[&format!("eval_{rewards}/{name}")];
     assert_eq!(mean(scores, |s| s.margin), metric("margins"), "{what}");
-    assert_eq!(mean(scores, |s| s.a.as_ref().unwrap().reward), metric("chosen"), "{what}");
-    assert_eq!(mean(scores, |s| s.b.as_ref().unwrap().reward), metric("rejected"), "{what}");
-    assert_eq!(mean(scores, |s| f64::from(s.margin > 0.0)), metric("accuracies"), "{what}");
+    assert_eq!(
+        mean(scores, |s| s.a.as_ref().unwrap().reward),
+        metric("chosen"),
+        "{what}"
+    );
+    assert_eq!(
+        mean(scores, |s| s.b.as_ref().unwrap().reward),
+        metric("rejected"),
+        "{what}"
+    );
+    assert_eq!(
+        mean(scores, |s| f64::from(s.margin > 0.0)),
+        metric("accuracies"),
+        "{what}"
+    );
     assert_ne!(metric("margins"), 0.0, "{what}");
 }
 
@@ -111,7 +140,11 @@ async fn served_rewards_are_those_of_the_evaluation_to_the_last_bit() {
         let served = score(&client, &policy, pairs()).await;
         assert_eq!(
             served.normalization(),
-            if is_mean { Normalization::Mean } else { Normalization::Sum },
+            if is_mean {
+                Normalization::Mean
+            } else {
+                Normalization::Sum
+            },
             "{loss}"
         );
         assert!(served.warnings.is_empty(), "{:?}", served.warnings);
@@ -119,10 +152,16 @@ async fn served_rewards_are_those_of_the_evaluation_to_the_last_bit() {
             loss,
             &served,
             &evaluation,
-            if is_mean { "rewards_normalized" } else { "rewards" },
+            if is_mean {
+                "rewards_normalized"
+            } else {
+                "rewards"
+            },
         );
         assert_eq!(
-            evaluation.keys().any(|name| name.starts_with("eval_rewards_normalized/")),
+            evaluation
+                .keys()
+                .any(|name| name.starts_with("eval_rewards_normalized/")),
             is_mean,
             "{loss}"
         );
@@ -142,7 +181,13 @@ async fn served_rewards_are_those_of_the_evaluation_to_the_last_bit() {
                 let expected = beta * (side.policy_logprob - side.reference_logprob) / tokens;
                 assert_close(loss, side.reward, expected, 1e-12, 1e-12);
             }
-            assert_close(loss, s.probability, 1.0 / (1.0 + (-s.margin).exp()), 1e-12, 1e-12);
+            assert_close(
+                loss,
+                s.probability,
+                1.0 / (1.0 + (-s.margin).exp()),
+                1e-12,
+                1e-12,
+            );
         }
 
         // The other normalization, when it is asked for: rewards/* are sums where TRL's trainer of
@@ -152,17 +197,25 @@ async fn served_rewards_are_those_of_the_evaluation_to_the_last_bit() {
             normalization: n.into(),
             ..Default::default()
         };
-        let sums = score_with(&client, options(Normalization::Sum)).await.unwrap();
+        let sums = score_with(&client, options(Normalization::Sum))
+            .await
+            .unwrap();
         assert_eq!(sums.normalization(), Normalization::Sum);
         if has_reference {
             assert_evaluated(loss, &sums, &evaluation, "rewards");
         }
-        let means = score_with(&client, options(Normalization::Mean)).await.unwrap();
+        let means = score_with(&client, options(Normalization::Mean))
+            .await
+            .unwrap();
         assert_eq!(means.normalization(), Normalization::Mean);
         if !has_reference {
             assert_evaluated(loss, &means, &evaluation, "rewards");
         }
-        assert_ne!(mean(&sums, |s| s.margin), mean(&means, |s| s.margin), "{loss}");
+        assert_ne!(
+            mean(&sums, |s| s.margin),
+            mean(&means, |s| s.margin),
+            "{loss}"
+        );
     }
 }
 
@@ -203,9 +256,19 @@ fn rewards_of_simpo_and_orpo_are_logged_as_trls_trainers_do() {
         });
         for (metric, want) in case["metrics"].as_object().unwrap() {
             let want = want.as_f64().unwrap();
-            assert_close(&format!("{name} {metric}"), steps[0][metric.as_str()], want, 1e-4, 1e-2);
+            assert_close(
+                &format!("{name} {metric}"),
+                steps[0][metric.as_str()],
+                want,
+                1e-4,
+                1e-2,
+            );
             let normalized = metric.replace("rewards/", "rewards_normalized/");
-            assert_eq!(steps[0][metric.as_str()], steps[0][&normalized], "{name} {metric}");
+            assert_eq!(
+                steps[0][metric.as_str()],
+                steps[0][&normalized],
+                "{name} {metric}"
+            );
         }
         if let Some(want) = case["loss"].as_f64() {
             assert_close(&format!("{name} loss"), steps[0]["loss"], want, 1e-4, 1e-2);
@@ -230,12 +293,18 @@ async fn an_sft_job_has_trls_metrics_rewards_included() {
         lr_scheduler_type: "constant".into(),
         ..Default::default()
     });
-    wanted.batch = Some(pb::BatchConfig { shuffle: Some(false), ..wanted.batch.unwrap() });
-    let name = submit(&client, wanted).await;
-    let logged = finish(&client, &name).await.into_iter().filter_map(|e| match e.event {
-        Some(Event::StepMetrics(s)) => Some(s.metrics),
-        _ => None,
+    wanted.batch = Some(pb::BatchConfig {
+        shuffle: Some(false),
+        ..wanted.batch.unwrap()
     });
+    let name = submit(&client, wanted).await;
+    let logged = finish(&client, &name)
+        .await
+        .into_iter()
+        .filter_map(|e| match e.event {
+            Some(Event::StepMetrics(s)) => Some(s.metrics),
+            _ => None,
+        });
     let logged: Vec<BTreeMap<String, f64>> = logged.collect();
     assert_eq!(logged.len(), steps.len());
     for (k, (got, want)) in logged.iter().zip(steps).enumerate() {
@@ -255,9 +324,11 @@ async fn a_named_reference_is_used_where_no_loss_reads_it() {
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let (first, _) = run(&client, evaluated(&dataset, 2, objective("sigmoid"))).await;
     let reference = format!("{first}/checkpoints/2");
-    for (loss, rewards) in
-        [("simpo", "rewards_normalized"), ("orpo", "rewards_normalized"), ("sft", "rewards")]
-    {
+    for (loss, rewards) in [
+        ("simpo", "rewards_normalized"),
+        ("orpo", "rewards_normalized"),
+        ("sft", "rewards"),
+    ] {
         let wanted = pb::TrainingJob {
             reference: reference.clone(),
             ..evaluated(&dataset, 3, objective(loss))
@@ -268,8 +339,14 @@ async fn a_named_reference_is_used_where_no_loss_reads_it() {
         assert_evaluated(loss, &served, &evaluation, rewards);
     }
     // A reference that the objective rules out is refused, not ignored.
-    let dpo = pb::DpoConfig { reference_free: true, ..Default::default() };
-    let wanted = pb::TrainingJob { reference, ..evaluated(&dataset, 3, dpo) };
+    let dpo = pb::DpoConfig {
+        reference_free: true,
+        ..Default::default()
+    };
+    let wanted = pb::TrainingJob {
+        reference,
+        ..evaluated(&dataset, 3, dpo)
+    };
     assert_violation(create(&client, wanted).await, "training_job.reference");
 }
 
@@ -280,21 +357,32 @@ async fn a_checkpoint_of_tr_dpo_is_scored_against_the_reference_that_it_holds() 
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let dpo = pb::DpoConfig {
-        reference_sync: Some(pb::ReferenceSync { alpha: Some(0.5), every_steps: Some(2) }),
+        reference_sync: Some(pb::ReferenceSync {
+            alpha: Some(0.5),
+            every_steps: Some(2),
+        }),
         ..Default::default()
     };
     let mut wanted = evaluated(&dataset, 5, dpo);
     wanted.method = Some(pb::training_job::Method::Full(pb::FullConfig {}));
-    wanted.optimizer =
-        Some(pb::OptimizerConfig { learning_rate: Some(1e-3), ..Default::default() });
-    wanted.run = Some(pb::RunConfig { save_steps: Some(2), ..Default::default() });
+    wanted.optimizer = Some(pb::OptimizerConfig {
+        learning_rate: Some(1e-3),
+        ..Default::default()
+    });
+    wanted.run = Some(pb::RunConfig {
+        save_steps: Some(2),
+        ..Default::default()
+    });
     let (name, evaluation) = run(&client, wanted).await;
     let policy = format!("{name}/checkpoints/5");
     let served = score(&client, &policy, pairs()).await;
     assert_eq!(served.reference_version, format!("{policy}/reference"));
     assert_evaluated("TR-DPO", &served, &evaluation, "rewards");
-    let options =
-        pb::ScoringOptions { policy, reference: "models/tiny".into(), ..Default::default() };
+    let options = pb::ScoringOptions {
+        policy,
+        reference: "models/tiny".into(),
+        ..Default::default()
+    };
     let against_start = score_with(&client, options).await.unwrap();
     assert_ne!(
         mean(&against_start, |s| s.margin),
@@ -315,10 +403,20 @@ async fn a_checkpoint_of_tr_dpo_is_scored_against_the_reference_that_it_holds() 
         .into_iter()
         .find(|path| path.parent().unwrap().ends_with("4"));
     std::fs::remove_file(folder.unwrap()).unwrap();
-    let status =
-        score_with(&client, pb::ScoringOptions { policy, ..Default::default() }).await.unwrap_err();
+    let status = score_with(
+        &client,
+        pb::ScoringOptions {
+            policy,
+            ..Default::default()
+        },
+    )
+    .await
+    .unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
-    assert_eq!(status.get_details_error_info().unwrap().reason, "NO_REFERENCE");
+    assert_eq!(
+        status.get_details_error_info().unwrap().reason,
+        "NO_REFERENCE"
+    );
     assert!(
         status.message().contains("reference.safetensors")
             && status.message().contains("name a reference"),
@@ -337,10 +435,16 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         let dataset = upload(&client, "pairs.jsonl").await.name;
         // After each step the reference is the policy, and only that step's is: margins against it
         // are 0. Checkpoints are of other steps.
-        let reference_sync = Some(pb::ReferenceSync { alpha: Some(1.0), every_steps: Some(1) });
+        let reference_sync = Some(pb::ReferenceSync {
+            alpha: Some(1.0),
+            every_steps: Some(1),
+        });
         let wanted = pb::TrainingJob {
             method: Some(pb::training_job::Method::Full(pb::FullConfig {})),
-            dpo: Some(pb::DpoConfig { reference_sync, ..Default::default() }),
+            dpo: Some(pb::DpoConfig {
+                reference_sync,
+                ..Default::default()
+            }),
             optimizer: Some(pb::OptimizerConfig {
                 learning_rate: Some(1e-3),
                 ..Default::default()
@@ -364,10 +468,21 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         };
         let ask = |part: Part| pb::StreamScorePairsRequest { part: Some(part) };
         let (messages, receiver) = tokio::sync::mpsc::channel(4);
-        messages.send(ask(Part::Options(options.clone()))).await.unwrap();
-        messages.send(ask(Part::Pair(pairs().remove(0)))).await.unwrap();
+        messages
+            .send(ask(Part::Options(options.clone())))
+            .await
+            .unwrap();
+        messages
+            .send(ask(Part::Pair(pairs().remove(0))))
+            .await
+            .unwrap();
         let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
-        let mut stream = client.scoring().stream_score_pairs(stream).await.unwrap().into_inner();
+        let mut stream = client
+            .scoring()
+            .stream_score_pairs(stream)
+            .await
+            .unwrap()
+            .into_inner();
         let answer = stream.message().await.unwrap().unwrap();
         assert!(
             answer.policy_version.starts_with(&format!("{policy}@")),
@@ -383,17 +498,29 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
 
         let served = score(&client, &policy, pairs()).await;
         assert_eq!(served.reference_version, format!("{policy}/reference"));
-        assert!(served.warnings.iter().any(|w| w.contains("TR-DPO")), "{:?}", served.warnings);
+        assert!(
+            served.warnings.iter().any(|w| w.contains("TR-DPO")),
+            "{:?}",
+            served.warnings
+        );
         for result in &served.results {
             assert_eq!(scored(result).margin, 0.0, "{precision}, {}", result.id);
         }
         // A reference that is named is the one that is used.
-        let against_start =
-            score_with(&client, pb::ScoringOptions { reference: "models/tiny".into(), ..options })
-                .await
-                .unwrap();
+        let against_start = score_with(
+            &client,
+            pb::ScoringOptions {
+                reference: "models/tiny".into(),
+                ..options
+            },
+        )
+        .await
+        .unwrap();
         assert!(
-            against_start.results.iter().any(|r| scored(r).margin != 0.0),
+            against_start
+                .results
+                .iter()
+                .any(|r| scored(r).margin != 0.0),
             "the policy has changed"
         );
         assert_eq!(state(&client, &name).await, pb::JobState::Running);
@@ -401,7 +528,10 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         // The stream was opened while the job ran. After the pause it scores with the checkpoint,
         // against the reference of the checkpoint.
         pause(&client, &name).await;
-        messages.send(ask(Part::Pair(pairs().remove(0)))).await.unwrap();
+        messages
+            .send(ask(Part::Pair(pairs().remove(0))))
+            .await
+            .unwrap();
         drop(messages);
         let answer = stream.message().await.unwrap().unwrap();
         let stored = score(&client, &policy, pairs()).await;
@@ -410,7 +540,11 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
                 && !stored.reference_version.contains("latest"),
             "{stored:?}"
         );
-        assert_eq!(scored(&answer.result.unwrap()), scored(&stored.results[0]), "{precision}");
+        assert_eq!(
+            scored(&answer.result.unwrap()),
+            scored(&stored.results[0]),
+            "{precision}"
+        );
         assert!(stream.message().await.unwrap().is_none());
     }
 }
@@ -434,9 +568,14 @@ async fn answers_say_that_policy_and_reference_are_the_same() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    let options = pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() };
+    let options = pb::ScoringOptions {
+        policy: "models/tiny".into(),
+        ..Default::default()
+    };
     let is_told = |warnings: &[String]| {
-        warnings.iter().any(|w| w.contains("the same weights") && w.contains("0.5"))
+        warnings
+            .iter()
+            .any(|w| w.contains("the same weights") && w.contains("0.5"))
     };
     let scores = score_with(&client, options.clone()).await.unwrap();
     assert!(is_told(&scores.warnings), "{:?}", scores.warnings);
@@ -450,17 +589,23 @@ async fn answers_say_that_policy_and_reference_are_the_same() {
         prompt: pair.prompt,
         completions,
     };
-    let answer = client.scoring().score_completions(request).await.unwrap().into_inner();
+    let answer = client
+        .scoring()
+        .score_completions(request)
+        .await
+        .unwrap()
+        .into_inner();
     assert!(is_told(&answer.warnings), "{:?}", answer.warnings);
     assert_eq!(answer.normalization(), Normalization::Sum);
 
     // A stream says it once.
     use pb::stream_score_pairs_request::Part;
-    let mut messages =
-        vec![pb::StreamScorePairsRequest { part: Some(Part::Options(options.clone())) }];
-    messages.extend(
-        pairs().into_iter().map(|p| pb::StreamScorePairsRequest { part: Some(Part::Pair(p)) }),
-    );
+    let mut messages = vec![pb::StreamScorePairsRequest {
+        part: Some(Part::Options(options.clone())),
+    }];
+    messages.extend(pairs().into_iter().map(|p| pb::StreamScorePairsRequest {
+        part: Some(Part::Pair(p)),
+    }));
     let mut stream = client
         .scoring()
         .stream_score_pairs(tokio_stream::iter(messages))
@@ -477,7 +622,10 @@ async fn answers_say_that_policy_and_reference_are_the_same() {
         "{warned:?}"
     );
 
-    let unknown = pb::ScoringOptions { normalization: 9, ..options };
+    let unknown = pb::ScoringOptions {
+        normalization: 9,
+        ..options
+    };
     assert_violation(score_with(&client, unknown).await, "options.normalization");
 }
 
@@ -487,13 +635,26 @@ async fn each_loss_of_a_mix_may_smooth_labels_on_its_own() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let smoothed =
-        |loss: &str, eps: f64| pb::WeightedLoss { label_smoothing: Some(eps), ..term(loss) };
+    let smoothed = |loss: &str, eps: f64| pb::WeightedLoss {
+        label_smoothing: Some(eps),
+        ..term(loss)
+    };
     let wanted = |losses: Vec<pb::WeightedLoss>| {
-        evaluated(&dataset, 1, pb::DpoConfig { losses, ..Default::default() })
+        evaluated(
+            &dataset,
+            1,
+            pb::DpoConfig {
+                losses,
+                ..Default::default()
+            },
+        )
     };
     // TRL's mix: exo_pair smooths, sigmoid does not.
-    let name = submit(&client, wanted(vec![smoothed("exo_pair", 1e-3), term("sigmoid")])).await;
+    let name = submit(
+        &client,
+        wanted(vec![smoothed("exo_pair", 1e-3), term("sigmoid")]),
+    )
+    .await;
     finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
     let stored = client
@@ -505,12 +666,24 @@ async fn each_loss_of_a_mix_may_smooth_labels_on_its_own() {
         .dpo
         .unwrap();
     assert_eq!(stored.losses[0].label_smoothing, Some(1e-3));
-    assert_eq!((stored.losses[1].label_smoothing, stored.label_smoothing), (None, Some(0.0)));
+    assert_eq!(
+        (stored.losses[1].label_smoothing, stored.label_smoothing),
+        (None, Some(0.0))
+    );
 
     for (term, field) in [
-        (smoothed("hinge", 0.1), "training_job.dpo.losses[0].label_smoothing"),
-        (smoothed("sigmoid", 0.5), "training_job.dpo.losses[0].label_smoothing"),
-        (smoothed("exo_pair", 0.0), "training_job.dpo.losses[0].label_smoothing"),
+        (
+            smoothed("hinge", 0.1),
+            "training_job.dpo.losses[0].label_smoothing",
+        ),
+        (
+            smoothed("sigmoid", 0.5),
+            "training_job.dpo.losses[0].label_smoothing",
+        ),
+        (
+            smoothed("exo_pair", 0.0),
+            "training_job.dpo.losses[0].label_smoothing",
+        ),
         (term("exo_pair"), "training_job.dpo.label_smoothing"),
     ] {
         assert_violation(create(&client, wanted(vec![term])).await, field);
@@ -518,8 +691,15 @@ async fn each_loss_of_a_mix_may_smooth_labels_on_its_own() {
 }
 
 async fn create(client: &Client, wanted: pb::TrainingJob) -> Result<(), Status> {
-    let request = pb::CreateTrainingJobRequest { training_job: Some(wanted), ..Default::default() };
-    client.training().create_training_job(request).await.map(|_| ())
+    let request = pb::CreateTrainingJobRequest {
+        training_job: Some(wanted),
+        ..Default::default()
+    };
+    client
+        .training()
+        .create_training_job(request)
+        .await
+        .map(|_| ())
 }
 
 fn assert_violation<T: std::fmt::Debug>(answer: Result<T, Status>, field: &str) {
@@ -553,13 +733,27 @@ fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
     let (model, tokenizer) = tiny("llama");
     let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
     let cut = |tokens: &[u32]| tokens[..2].to_vec();
-    let short_rejected: Vec<EncodedPair> =
-        pairs.iter().map(|p| EncodedPair { rejected: cut(&p.rejected), ..p.clone() }).collect();
-    let short_chosen: Vec<EncodedPair> =
-        pairs.iter().map(|p| EncodedPair { chosen: cut(&p.chosen), ..p.clone() }).collect();
+    let short_rejected: Vec<EncodedPair> = pairs
+        .iter()
+        .map(|p| EncodedPair {
+            rejected: cut(&p.rejected),
+            ..p.clone()
+        })
+        .collect();
+    let short_chosen: Vec<EncodedPair> = pairs
+        .iter()
+        .map(|p| EncodedPair {
+            chosen: cut(&p.chosen),
+            ..p.clone()
+        })
+        .collect();
     let wrong: Vec<EncodedPair> = pairs
         .iter()
-        .map(|p| EncodedPair { chosen: p.rejected.clone(), rejected: cut(&p.chosen), ..p.clone() })
+        .map(|p| EncodedPair {
+            chosen: p.rejected.clone(),
+            rejected: cut(&p.chosen),
+            ..p.clone()
+        })
         .collect();
     // Long answers that training prefers rule the sums, short ones that it does not prefer the
     // means.
@@ -568,8 +762,12 @@ fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
         rejected: cut(&p.chosen),
         ..p.clone()
     };
-    let mixed: Vec<EncodedPair> =
-        pairs.iter().take(1).cloned().chain(pairs.iter().map(short_and_wrong)).collect();
+    let mixed: Vec<EncodedPair> = pairs
+        .iter()
+        .take(1)
+        .cloned()
+        .chain(pairs.iter().map(short_and_wrong))
+        .collect();
     let mut differ = 0;
     for eval in [short_rejected, short_chosen, wrong, mixed] {
         let spec = TrainingSpec {
@@ -578,7 +776,10 @@ fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
                 ..DpoConfig::default()
             },
             method: Method::Lora(LoraConfig::default()),
-            optimizer: OptimizerConfig { learning_rate: 2e-2, ..Default::default() },
+            optimizer: OptimizerConfig {
+                learning_rate: 2e-2,
+                ..Default::default()
+            },
             batch: BatchConfig {
                 batch_size: 2,
                 max_length: 256,
@@ -592,7 +793,10 @@ fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
             },
             ..Default::default()
         };
-        let run = Run { eval, ..Run::lora(&model, "adapters/llama-start", pairs.clone(), spec) };
+        let run = Run {
+            eval,
+            ..Run::lora(&model, "adapters/llama-start", pairs.clone(), spec)
+        };
         let folder = run.folder.clone();
         let all = events(run);
         std::fs::remove_dir_all(folder).unwrap();
@@ -607,15 +811,23 @@ fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
         let best: Vec<u64> = all
             .iter()
             .filter_map(|e| match e {
-                RunEvent::Checkpoint { step, best: true, .. } => Some(*step),
+                RunEvent::Checkpoint {
+                    step, best: true, ..
+                } => Some(*step),
                 _ => None,
             })
             .collect();
-        let (sums, means) = (records(&margins("rewards")), records(&margins("rewards_normalized")));
+        let (sums, means) = (
+            records(&margins("rewards")),
+            records(&margins("rewards_normalized")),
+        );
         assert_eq!(best, means);
         differ += usize::from(sums != means);
     }
-    assert!(differ > 0, "sums and means choose alike: these rows show nothing");
+    assert!(
+        differ > 0,
+        "sums and means choose alike: these rows show nothing"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -628,7 +840,13 @@ async fn the_command_line_asks_for_a_normalization_and_says_which_was_used() {
     let file = golden("pairs.jsonl");
     let policy = format!("{name}/checkpoints/latest");
     let bradley = |policy: &str, more: &[&str]| {
-        let args = ["score", "--policy", policy, "--data", file.to_str().unwrap()];
+        let args = [
+            "score",
+            "--policy",
+            policy,
+            "--data",
+            file.to_str().unwrap(),
+        ];
         let done = Command::new(binary())
             .args(args)
             .args(more)
@@ -641,21 +859,33 @@ async fn the_command_line_asks_for_a_normalization_and_says_which_was_used() {
     };
     for (more, used, metric) in [
         (&[][..], "means", "eval_rewards_normalized/margins"),
-        (&["--normalization", "mean"], "means", "eval_rewards_normalized/margins"),
+        (
+            &["--normalization", "mean"],
+            "means",
+            "eval_rewards_normalized/margins",
+        ),
         (&["--normalization", "sum"], "sums", "eval_rewards/margins"),
     ] {
         let said = bradley(&policy, more);
-        assert!(said.contains(&format!("rewards are {used} over tokens")), "{said}");
-        assert!(said.contains(&format!("mean margin {:+.3}", evaluation[metric])), "{said}");
+        assert!(
+            said.contains(&format!("rewards are {used} over tokens")),
+            "{said}"
+        );
+        assert!(
+            said.contains(&format!("mean margin {:+.3}", evaluation[metric])),
+            "{said}"
+        );
     }
     let lines = bradley(&policy, &["--output", "json"]);
     assert!(
-        lines
-            .lines()
-            .all(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["normalization"]
-                == "mean"),
+        lines.lines().all(
+            |l| serde_json::from_str::<serde_json::Value>(l).unwrap()["normalization"] == "mean"
+        ),
         "{lines}"
     );
     let said = bradley("models/tiny", &[]);
-    assert!(said.contains("warning: policy and reference are the same weights"), "{said}");
+    assert!(
+        said.contains("warning: policy and reference are the same weights"),
+        "{said}"
+    );
 }

@@ -17,8 +17,15 @@ use crate::support::{golden, needed};
 use crate::wait::until;
 
 fn bradley(arguments: &[&str]) -> String {
-    let done = Command::new(crate::support::binary()).args(arguments).output().unwrap();
-    assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+    let done = Command::new(crate::support::binary())
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert!(
+        done.status.success(),
+        "{arguments:?}: {}",
+        String::from_utf8_lossy(&done.stderr)
+    );
     String::from_utf8(done.stdout).unwrap()
 }
 
@@ -38,12 +45,20 @@ fn token(data_dir: &Path, owner: &str, roles: &str) -> (String, String) {
         dir,
     ]);
     let made: serde_json::Value = serde_json::from_str(&made).unwrap();
-    (made["id"].as_str().unwrap().into(), made["token"].as_str().unwrap().into())
+    (
+        made["id"].as_str().unwrap().into(),
+        made["token"].as_str().unwrap().into(),
+    )
 }
 
 async fn client_with(server: &Server, token: &str) -> Client {
-    let target = Target { token: Some(token.into()), ..Target::plain(&server.address) };
-    Client::connect(&target, Duration::from_secs(10)).await.unwrap()
+    let target = Target {
+        token: Some(token.into()),
+        ..Target::plain(&server.address)
+    };
+    Client::connect(&target, Duration::from_secs(10))
+        .await
+        .unwrap()
 }
 
 async fn get(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
@@ -74,15 +89,35 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
 
     let nobody = server.client().await;
     assert!(nobody.health().await.unwrap(), "probes need no token");
-    let refused = nobody.models().list_models(pb::ListModelsRequest {}).await.unwrap_err();
+    let refused = nobody
+        .models()
+        .list_models(pb::ListModelsRequest {})
+        .await
+        .unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated);
-    assert_eq!(refused.get_details_error_info().unwrap().reason, "UNAUTHENTICATED");
+    assert_eq!(
+        refused.get_details_error_info().unwrap().reason,
+        "UNAUTHENTICATED"
+    );
     let mut forged = a_token.clone();
-    forged.replace_range(forged.len() - 1.., if a_token.ends_with('0') { "1" } else { "0" });
-    for wrong in [forged.as_str(), "brd_x_y", "x", &format!("brd_{a_id}_{}", "0".repeat(64))] {
+    forged.replace_range(
+        forged.len() - 1..,
+        if a_token.ends_with('0') { "1" } else { "0" },
+    );
+    for wrong in [
+        forged.as_str(),
+        "brd_x_y",
+        "x",
+        &format!("brd_{a_id}_{}", "0".repeat(64)),
+    ] {
         let client = client_with(&server, wrong).await;
         assert_eq!(
-            client.models().list_models(pb::ListModelsRequest {}).await.unwrap_err().code(),
+            client
+                .models()
+                .list_models(pb::ListModelsRequest {})
+                .await
+                .unwrap_err()
+                .code(),
             Code::Unauthenticated,
             "{wrong}"
         );
@@ -93,9 +128,14 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         );
     }
 
-    let (a, b) = (client_with(&server, &a_token).await, client_with(&server, &b_token).await);
-    let (scorer, admin) =
-        (client_with(&server, &scorer_token).await, client_with(&server, &admin_token).await);
+    let (a, b) = (
+        client_with(&server, &a_token).await,
+        client_with(&server, &b_token).await,
+    );
+    let (scorer, admin) = (
+        client_with(&server, &scorer_token).await,
+        client_with(&server, &admin_token).await,
+    );
     let dataset = upload(&a, "pairs.jsonl").await;
     let name = submit(&a, job(&dataset.name, 4)).await;
     finish(&a, &name).await;
@@ -104,7 +144,10 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     // Another owner's job looks like one that does not exist.
     let others = get(&b, &name).await.unwrap_err();
     let nothing = get(&b, "trainingJobs/none").await.unwrap_err();
-    assert_eq!((others.code(), nothing.code()), (Code::PermissionDenied, Code::PermissionDenied));
+    assert_eq!(
+        (others.code(), nothing.code()),
+        (Code::PermissionDenied, Code::PermissionDenied)
+    );
     assert_eq!(
         others.message().replace(&name, "X"),
         nothing.message().replace("trainingJobs/none", "X")
@@ -114,21 +157,40 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         ..Default::default()
     };
     assert_eq!(
-        b.training().create_training_job(theirs).await.unwrap_err().code(),
+        b.training()
+            .create_training_job(theirs)
+            .await
+            .unwrap_err()
+            .code(),
         Code::PermissionDenied,
         "another's dataset"
     );
     let policy = format!("{name}/checkpoints/latest");
-    let options = Some(pb::ScoringOptions { policy: policy.clone(), ..Default::default() });
-    let request = pb::ScorePairsRequest { options, pairs: pairs() };
+    let options = Some(pb::ScoringOptions {
+        policy: policy.clone(),
+        ..Default::default()
+    });
+    let request = pb::ScorePairsRequest {
+        options,
+        pairs: pairs(),
+    };
     assert_eq!(
-        scorer.scoring().score_pairs(request.clone()).await.unwrap_err().code(),
+        scorer
+            .scoring()
+            .score_pairs(request.clone())
+            .await
+            .unwrap_err()
+            .code(),
         Code::PermissionDenied,
         "another's checkpoint"
     );
     let deletion = pb::DeleteTrainingJobRequest { name: name.clone() };
     assert_eq!(
-        b.training().delete_training_job(deletion).await.unwrap_err().code(),
+        b.training()
+            .delete_training_job(deletion)
+            .await
+            .unwrap_err()
+            .code(),
         Code::PermissionDenied
     );
     let mut listed = Vec::new();
@@ -151,18 +213,32 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
 
     // Roles.
     assert!(score(&scorer, "models/tiny", pairs()).await.results.len() > 1);
-    assert_eq!(get(&scorer, &name).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(
+        get(&scorer, &name).await.unwrap_err().code(),
+        Code::PermissionDenied
+    );
     assert!(
         admin.scoring().score_pairs(request).await.is_ok(),
         "an administrator may do everything"
     );
     assert!(get(&admin, &name).await.is_ok());
-    assert_eq!(get(&admin, "trainingJobs/none").await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(
+        get(&admin, "trainingJobs/none").await.unwrap_err().code(),
+        Code::NotFound
+    );
 
     // A revoked token is refused within seconds, and what is open with it ends.
     let long = submit(&a, job(&dataset.name, 100_000)).await;
-    let request = pb::StreamTrainingEventsRequest { parent: long.clone(), after_sequence: 0 };
-    let mut open = a.training().stream_training_events(request).await.unwrap().into_inner();
+    let request = pb::StreamTrainingEventsRequest {
+        parent: long.clone(),
+        after_sequence: 0,
+    };
+    let mut open = a
+        .training()
+        .stream_training_events(request)
+        .await
+        .unwrap()
+        .into_inner();
     let ended = tokio::spawn(async move {
         loop {
             match open.message().await {
@@ -172,10 +248,22 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
             }
         }
     });
-    bradley(&["tokens", "revoke", &a_id, "--data-dir", dir.path().to_str().unwrap()]);
+    bradley(&[
+        "tokens",
+        "revoke",
+        &a_id,
+        "--data-dir",
+        dir.path().to_str().unwrap(),
+    ]);
     let limit = Duration::from_secs(15);
-    until("the refusal of a revoked token", limit, async || get(&a, &name).await.is_err()).await;
-    assert_eq!(get(&a, &name).await.unwrap_err().code(), Code::Unauthenticated);
+    until("the refusal of a revoked token", limit, async || {
+        get(&a, &name).await.is_err()
+    })
+    .await;
+    assert_eq!(
+        get(&a, &name).await.unwrap_err().code(),
+        Code::Unauthenticated
+    );
     let ended = tokio::time::timeout(Duration::from_secs(30), ended)
         .await
         .expect("the stream ends")
@@ -212,10 +300,15 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     let log = std::fs::read_to_string(&audit).unwrap();
     for file in ["bradley.db", "bradley.db-wal", "audit.jsonl"] {
         let bytes = std::fs::read(dir.path().join(file)).unwrap_or_default();
-        assert!(!bytes.windows(secret.len()).any(|w| w == secret), "{file} holds a secret");
+        assert!(
+            !bytes.windows(secret.len()).any(|w| w == secret),
+            "{file} holds a secret"
+        );
     }
-    let lines: Vec<serde_json::Value> =
-        log.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let lines: Vec<serde_json::Value> = log
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
     let done = |owner: &str, action: &str, resource: &str| {
         lines.iter().any(|l| {
             let f = &l["fields"];
@@ -225,7 +318,10 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
                 && l["span"]["request_id"].is_string()
         })
     };
-    assert!(done("team-a", "upload", &dataset.name) && done("team-a", "create", &name), "{log}");
+    assert!(
+        done("team-a", "upload", &dataset.name) && done("team-a", "create", &name),
+        "{log}"
+    );
     assert!(
         lines
             .iter()
@@ -237,8 +333,14 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_have_quotas_and_jobs_a_time_to_live() {
     let dir = tempfile::tempdir().unwrap();
-    let flags =
-        ["--max-jobs-per-client", "2", "--lease", "1", "--max-scoring-tokens-per-client", "64"];
+    let flags = [
+        "--max-jobs-per-client",
+        "2",
+        "--lease",
+        "1",
+        "--max-scoring-tokens-per-client",
+        "64",
+    ];
     let server = Server::start_with(dir.path(), &tiny(), &flags);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
@@ -248,43 +350,80 @@ async fn clients_have_quotas_and_jobs_a_time_to_live() {
         request_id: "r".into(),
         ..Default::default()
     };
-    let other =
-        client.training().create_training_job(again.clone()).await.unwrap().into_inner().name;
+    let other = client
+        .training()
+        .create_training_job(again.clone())
+        .await
+        .unwrap()
+        .into_inner()
+        .name;
     let third = pb::CreateTrainingJobRequest {
         training_job: Some(job(&dataset.name, 1)),
         ..Default::default()
     };
-    let refused = client.training().create_training_job(third).await.unwrap_err();
+    let refused = client
+        .training()
+        .create_training_job(third)
+        .await
+        .unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted);
-    assert_eq!(refused.get_details_error_info().unwrap().reason, "TOO_MANY_JOBS");
+    assert_eq!(
+        refused.get_details_error_info().unwrap().reason,
+        "TOO_MANY_JOBS"
+    );
     assert!(refused.get_details_quota_failure().is_some());
-    let same = client.training().create_training_job(again).await.unwrap().into_inner().name;
-    assert_eq!(same, other, "a repeated request makes no job and needs no quota");
+    let same = client
+        .training()
+        .create_training_job(again)
+        .await
+        .unwrap()
+        .into_inner()
+        .name;
+    assert_eq!(
+        same, other,
+        "a repeated request makes no job and needs no quota"
+    );
     client
         .training()
-        .cancel_training_job(pb::CancelTrainingJobRequest { name: other.clone() })
+        .cancel_training_job(pb::CancelTrainingJobRequest {
+            name: other.clone(),
+        })
         .await
         .unwrap();
     finish(&client, &other).await;
     let mut short_lived = job(&dataset.name, 1);
-    short_lived.ttl = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    short_lived.ttl = Some(prost_types::Duration {
+        seconds: 1,
+        nanos: 0,
+    });
     short_lived.priority = 1;
     let second = submit(&client, short_lived).await;
     // Its time to live over, a job is gone with its files.
-    let folder = dir.path().join("jobs").join(second.trim_start_matches("trainingJobs/"));
+    let folder = dir
+        .path()
+        .join("jobs")
+        .join(second.trim_start_matches("trainingJobs/"));
     // The files follow the row.
-    until("the deletion of an expired job", Duration::from_secs(60), async || {
-        get(&client, &second).await.is_err() && !folder.exists()
-    })
+    until(
+        "the deletion of an expired job",
+        Duration::from_secs(60),
+        async || get(&client, &second).await.is_err() && !folder.exists(),
+    )
     .await;
     assert!(get(&client, &long).await.is_ok());
 
     // Many pairs at once are more than the client's share of the queue.
     let many: Vec<pb::Pair> = (0..8).flat_map(|_| pairs()).collect();
-    let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
+    let options = Some(pb::ScoringOptions {
+        policy: "models/tiny".into(),
+        ..Default::default()
+    });
     let answer = client
         .scoring()
-        .score_pairs(pb::ScorePairsRequest { options, pairs: many })
+        .score_pairs(pb::ScorePairsRequest {
+            options,
+            pairs: many,
+        })
         .await
         .unwrap()
         .into_inner();
@@ -318,12 +457,16 @@ async fn jobs_of_one_priority_take_turns() {
     ];
     let mut runs = [0, 0];
     // Both come to the device more than once.
-    until("the second turn of both jobs", Duration::from_secs(60), async || {
-        for (name, runs) in jobs.iter().zip(&mut runs) {
-            *runs = started(&client, name).await;
-        }
-        runs.iter().all(|n| *n >= 2)
-    })
+    until(
+        "the second turn of both jobs",
+        Duration::from_secs(60),
+        async || {
+            for (name, runs) in jobs.iter().zip(&mut runs) {
+                *runs = started(&client, name).await;
+            }
+            runs.iter().all(|n| *n >= 2)
+        },
+    )
     .await;
     for name in &jobs {
         client
@@ -343,7 +486,12 @@ async fn started(client: &Client, name: &str) -> usize {
             after_sequence: after,
             page_size: 1000,
         };
-        let page = client.training().list_training_events(request).await.unwrap().into_inner();
+        let page = client
+            .training()
+            .list_training_events(request)
+            .await
+            .unwrap()
+            .into_inner();
         let running = |e: &&pb::TrainingEvent| matches!(&e.event, Some(pb::training_event::Event::StateChange(s)) if s.to() == pb::JobState::Running);
         n += page.events.iter().filter(running).count();
         after = page.events.last().map_or(after, |e| e.sequence);
@@ -367,8 +515,15 @@ async fn an_estimate_says_what_the_job_then_takes() {
         ..Default::default()
     });
     wanted.evaluation = Some(pb::training_job::Evaluation::EvalFraction(0.25));
-    let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted.clone()) };
-    let estimate = client.training().estimate_training_job(request).await.unwrap().into_inner();
+    let request = pb::EstimateTrainingJobRequest {
+        training_job: Some(wanted.clone()),
+    };
+    let estimate = client
+        .training()
+        .estimate_training_job(request)
+        .await
+        .unwrap()
+        .into_inner();
     let name = submit(&client, wanted).await;
     finish(&client, &name).await;
     let done = get(&client, &name).await.unwrap();
@@ -396,8 +551,11 @@ async fn an_estimate_says_what_the_job_then_takes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_adapter_to_start_from_lies_in_the_configured_folder() {
-    let (dir, adapters, outside) =
-        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (dir, adapters, outside) = (
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+    );
     let server = Server::start_with(
         dir.path(),
         &tiny(),
@@ -409,27 +567,48 @@ async fn an_adapter_to_start_from_lies_in_the_configured_folder() {
     finish(&client, &first).await;
     let name = format!("{first}/checkpoints/latest");
     for folder in [adapters.path().join("mine"), outside.path().join("theirs")] {
-        client.download_checkpoint(&name, pb::ExportFormat::Adapter, &folder).await.unwrap();
+        client
+            .download_checkpoint(&name, pb::ExportFormat::Adapter, &folder)
+            .await
+            .unwrap();
     }
     std::os::unix::fs::symlink(outside.path(), adapters.path().join("link")).unwrap();
     let from = |adapter: &str| {
         let mut wanted = job(&dataset.name, 1);
-        let lora =
-            pb::LoraConfig { rank: Some(4), init_adapter: adapter.into(), ..Default::default() };
+        let lora = pb::LoraConfig {
+            rank: Some(4),
+            init_adapter: adapter.into(),
+            ..Default::default()
+        };
         wanted.method = Some(pb::training_job::Method::Lora(lora));
-        pb::CreateTrainingJobRequest { training_job: Some(wanted), ..Default::default() }
+        pb::CreateTrainingJobRequest {
+            training_job: Some(wanted),
+            ..Default::default()
+        }
     };
     let theirs = outside.path().join("theirs");
     for bad in [
         theirs.to_str().unwrap(),
         "link/theirs",
-        &format!("../{}/theirs", outside.path().file_name().unwrap().to_str().unwrap()),
+        &format!(
+            "../{}/theirs",
+            outside.path().file_name().unwrap().to_str().unwrap()
+        ),
         "..",
     ] {
-        let refused = client.training().create_training_job(from(bad)).await.unwrap_err();
+        let refused = client
+            .training()
+            .create_training_job(from(bad))
+            .await
+            .unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument, "{bad}");
     }
-    let second = client.training().create_training_job(from("mine")).await.unwrap().into_inner();
+    let second = client
+        .training()
+        .create_training_job(from("mine"))
+        .await
+        .unwrap()
+        .into_inner();
     finish(&client, &second.name).await;
     assert_eq!(state(&client, &second.name).await, pb::JobState::Succeeded);
 }
@@ -502,13 +681,29 @@ async fn strangers_hold_no_place_and_make_up_no_names() {
         assert_eq!(refused.code(), Code::Unimplemented);
     }
     let metrics = http_get(&server.http, "/metrics").await;
-    assert!(metrics.contains("method=\"unknown\"") && !metrics.contains("Made"), "{metrics}");
+    assert!(
+        metrics.contains("method=\"unknown\"") && !metrics.contains("Made"),
+        "{metrics}"
+    );
 
     let metadata = pb::UploadMetadata::default();
-    let large = client.upload_dataset(&golden("pairs.jsonl"), metadata, |_| {}).await.unwrap_err();
-    let ClientError::Refused(large) = large else { panic!("{large}") };
-    assert_eq!(large.get_details_error_info().unwrap().reason, "DATASET_TOO_LARGE");
-    assert_eq!(std::fs::read_dir(dir.path().join("datasets")).unwrap().count(), 0);
+    let large = client
+        .upload_dataset(&golden("pairs.jsonl"), metadata, |_| {})
+        .await
+        .unwrap_err();
+    let ClientError::Refused(large) = large else {
+        panic!("{large}")
+    };
+    assert_eq!(
+        large.get_details_error_info().unwrap().reason,
+        "DATASET_TOO_LARGE"
+    );
+    assert_eq!(
+        std::fs::read_dir(dir.path().join("datasets"))
+            .unwrap()
+            .count(),
+        0
+    );
 }
 
 /// An authority of its own, and what it signs.
@@ -523,7 +718,10 @@ impl Authority {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let certificate = params.self_signed(&key).unwrap().pem();
-        Authority { certificate, issuer: Issuer::new(params, key) }
+        Authority {
+            certificate,
+            issuer: Issuer::new(params, key),
+        }
     }
 
     /// Certificate and key, PEM.
@@ -531,7 +729,10 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec!["localhost".into()]).unwrap();
         params.extended_key_usages = vec![usage];
-        (params.signed_by(&key, &self.issuer).unwrap().pem(), key.serialize_pem())
+        (
+            params.signed_by(&key, &self.issuer).unwrap().pem(),
+            key.serialize_pem(),
+        )
     }
 }
 
@@ -558,9 +759,20 @@ impl TlsServer {
         }
         let path = |name: &str| at(name).to_str().unwrap().to_owned();
         let (cert, key, ca) = (path("server.pem"), path("server.key"), path("clients.pem"));
-        let flags = ["--tls-cert", &cert, "--tls-key", &key, "--tls-client-ca", &ca];
+        let flags = [
+            "--tls-cert",
+            &cert,
+            "--tls-key",
+            &key,
+            "--tls-client-ca",
+            &ca,
+        ];
         let server = Server::start_with(data_dir.path(), &tiny(), &flags);
-        TlsServer { server, files, _data_dir: data_dir }
+        TlsServer {
+            server,
+            files,
+            _data_dir: data_dir,
+        }
     }
 
     fn port(&self) -> &str {
@@ -577,8 +789,11 @@ impl TlsServer {
 /// certificate, which clients trust.
 fn write_server_certificate(folder: &Path, authority: &Authority) {
     let (certificate, key) = authority.sign(ExtendedKeyUsagePurpose::ServerAuth);
-    let files =
-        [("server.pem", &certificate), ("server.key", &key), ("ca.pem", &authority.certificate)];
+    let files = [
+        ("server.pem", &certificate),
+        ("server.key", &key),
+        ("ca.pem", &authority.certificate),
+    ];
     for (name, text) in files {
         std::fs::write(folder.join(name), text).unwrap();
     }
@@ -596,7 +811,10 @@ async fn grpcurl_connects_with_a_client_certificate() {
         .arg(tls.file("client.pem"))
         .arg("-key")
         .arg(tls.file("client.key"))
-        .args([&format!("localhost:{}", tls.port()), "bradley.v1.ModelService/ListModels"])
+        .args([
+            &format!("localhost:{}", tls.port()),
+            "bradley.v1.ModelService/ListModels",
+        ])
         .output()
         .unwrap();
     assert!(
@@ -622,12 +840,18 @@ async fn tls_asks_for_certificates_and_takes_up_new_ones() {
                 .map(|name| (at(&format!("{name}.pem")), at(&format!("{name}.key")))),
         };
         let client = Client::connect(&target, Duration::from_secs(5)).await?;
-        client.models().list_models(pb::ListModelsRequest {}).await?;
+        client
+            .models()
+            .list_models(pb::ListModelsRequest {})
+            .await?;
         Ok::<Client, ClientError>(client)
     };
     let client = connect(Some("client")).await.unwrap();
     assert!(connect(None).await.is_err(), "without a certificate");
-    assert!(connect(Some("stranger")).await.is_err(), "with another authority's certificate");
+    assert!(
+        connect(Some("stranger")).await.is_err(),
+        "with another authority's certificate"
+    );
     let plain = Client::connect(&Target::plain(&tls.server.address), Duration::from_secs(5)).await;
     if let Ok(plain) = plain {
         assert!(plain.health().await.is_err(), "without TLS");
@@ -636,18 +860,26 @@ async fn tls_asks_for_certificates_and_takes_up_new_ones() {
     // Damaged files change nothing; new ones are taken up while old connections go on.
     let old = std::fs::read_to_string(at("server.pem")).unwrap();
     write("server.pem", "-----BEGIN CERTIFICATE-----\nnonsense");
-    until("the refusal of a damaged certificate", Duration::from_secs(30), async || {
-        tls.server.has_logged("the certificates in use stay")
-    })
+    until(
+        "the refusal of a damaged certificate",
+        Duration::from_secs(30),
+        async || tls.server.has_logged("the certificates in use stay"),
+    )
     .await;
     connect(Some("client")).await.unwrap();
     write("server.pem", &old);
     write_server_certificate(tls.files.path(), &Authority::new());
-    until("the use of the new certificate", Duration::from_secs(30), async || {
-        connect(Some("client")).await.is_ok()
-    })
+    until(
+        "the use of the new certificate",
+        Duration::from_secs(30),
+        async || connect(Some("client")).await.is_ok(),
+    )
     .await;
-    client.models().list_models(pb::ListModelsRequest {}).await.unwrap();
+    client
+        .models()
+        .list_models(pb::ListModelsRequest {})
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -655,18 +887,28 @@ async fn work_past_its_deadline_is_dropped_and_said_so() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
+    let options = Some(pb::ScoringOptions {
+        policy: "models/tiny".into(),
+        ..Default::default()
+    });
     let many: Vec<pb::Pair> = (0..40).flat_map(|_| pairs()).take(1024).collect();
-    let mut request = tonic::Request::new(pb::ScorePairsRequest { options, pairs: many });
-    request.metadata_mut().insert("grpc-timeout", "8m".parse().unwrap());
+    let mut request = tonic::Request::new(pb::ScorePairsRequest {
+        options,
+        pairs: many,
+    });
+    request
+        .metadata_mut()
+        .insert("grpc-timeout", "8m".parse().unwrap());
     // tonic's own channel keeps the deadline of what it sends, too, and may be first; this one only
     // carries it.
     let carrier = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
         .http2_only(true)
         .build_http();
     let origin = server.address.parse().unwrap();
-    let late =
-        ScoringServiceClient::with_origin(carrier, origin).score_pairs(request).await.unwrap_err();
+    let late = ScoringServiceClient::with_origin(carrier, origin)
+        .score_pairs(request)
+        .await
+        .unwrap_err();
     assert_eq!(late.code(), Code::DeadlineExceeded, "{late}");
     // The queue is empty soon after: nobody waits for those pairs.
     let start = Instant::now();
@@ -681,15 +923,19 @@ async fn a_call_that_its_client_gives_up_is_counted_as_cancelled() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let many: Vec<pb::Pair> = (0..40).flat_map(|_| pairs()).take(1024).collect();
-    until("the count of a cancelled call", Duration::from_secs(60), async || {
-        // Given up while it waits or is computed, or before it arrived: then it is tried again.
-        let _ = tokio::time::timeout(
-            Duration::from_millis(8),
-            score(&client, "models/tiny", many.clone()),
-        )
-        .await;
-        counted(&server, "ScorePairs", "Cancelled").await > 0
-    })
+    until(
+        "the count of a cancelled call",
+        Duration::from_secs(60),
+        async || {
+            // Given up while it waits or is computed, or before it arrived: then it is tried again.
+            let _ = tokio::time::timeout(
+                Duration::from_millis(8),
+                score(&client, "models/tiny", many.clone()),
+            )
+            .await;
+            counted(&server, "ScorePairs", "Cancelled").await > 0
+        },
+    )
     .await;
 }
 
@@ -699,7 +945,10 @@ async fn counted(server: &Server, method: &str, code: &str) -> u64 {
     let of = format!(
         "bradley_requests_total{{method=\"/bradley.v1.ScoringService/{method}\",code=\"{code}\"}} "
     );
-    metrics.lines().find_map(|l| l.strip_prefix(&of)).map_or(0, |n| n.parse().unwrap())
+    metrics
+        .lines()
+        .find_map(|l| l.strip_prefix(&of))
+        .map_or(0, |n| n.parse().unwrap())
 }
 
 async fn http_get(address: &str, path: &str) -> String {

@@ -33,7 +33,11 @@ pub struct Server {
 impl Server {
     /// Starts a server on the tiny Llama.
     pub fn start(data_dir: &Path) -> Self {
-        Self::start_with(data_dir, &format!("tiny={}", golden("models/llama").display()), &[])
+        Self::start_with(
+            data_dir,
+            &format!("tiny={}", golden("models/llama").display()),
+            &[],
+        )
     }
 
     /// Starts a server and waits until it serves.
@@ -101,8 +105,9 @@ impl Server {
                 }
             }
         });
-        let (address, http) =
-            addresses.recv_timeout(Duration::from_secs(120)).expect("the server starts");
+        let (address, http) = addresses
+            .recv_timeout(Duration::from_secs(120))
+            .expect("the server starts");
         Server {
             child,
             address: format!("http://{address}"),
@@ -124,19 +129,28 @@ impl Server {
 
     /// Returns whether it has logged a warning or an error that contains `text`.
     pub fn has_logged(&self, text: &str) -> bool {
-        self.log.lock().unwrap().iter().any(|line| line.contains(text))
+        self.log
+            .lock()
+            .unwrap()
+            .iter()
+            .any(|line| line.contains(text))
     }
 
     /// A connected client.
     pub async fn client(&self) -> Client {
-        Client::connect(&Target::plain(&self.address), Duration::from_secs(10)).await.unwrap()
+        Client::connect(&Target::plain(&self.address), Duration::from_secs(10))
+            .await
+            .unwrap()
     }
 
     /// Returns the answer of `/metrics`.
     pub fn metrics(&self) -> String {
         let mut connection = TcpStream::connect(&self.http).unwrap();
-        write!(connection, "GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
-            .unwrap();
+        write!(
+            connection,
+            "GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
+        )
+        .unwrap();
         let mut answer = String::new();
         connection.read_to_string(&mut answer).unwrap();
         answer
@@ -151,7 +165,10 @@ impl Server {
     /// SIGTERM; the exit status must come within `limit`.
     pub fn terminate(&mut self, limit: Duration) -> std::process::ExitStatus {
         // SAFETY: signals the child that this struct owns and has not reaped.
-        assert_eq!(unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) }, 0);
+        assert_eq!(
+            unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) },
+            0
+        );
         let mut status = None;
         until_blocking("the end after SIGTERM", limit, || {
             status = self.child.try_wait().unwrap();
@@ -183,8 +200,14 @@ pub fn free_port() -> u16 {
 
 /// Uploads a golden file.
 pub async fn upload(client: &Client, file: &str) -> pb::Dataset {
-    let metadata = pb::UploadMetadata { display_name: file.into(), ..Default::default() };
-    client.upload_dataset(&golden(file), metadata, |_| {}).await.unwrap()
+    let metadata = pb::UploadMetadata {
+        display_name: file.into(),
+        ..Default::default()
+    };
+    client
+        .upload_dataset(&golden(file), metadata, |_| {})
+        .await
+        .unwrap()
 }
 
 /// A LoRA job of `steps` steps on the tiny model.
@@ -197,7 +220,10 @@ pub fn job(dataset: &str, steps: u64) -> pb::TrainingJob {
             rank: Some(4),
             ..Default::default()
         })),
-        optimizer: Some(pb::OptimizerConfig { learning_rate: Some(1e-2), ..Default::default() }),
+        optimizer: Some(pb::OptimizerConfig {
+            learning_rate: Some(1e-2),
+            ..Default::default()
+        }),
         batch: Some(pb::BatchConfig {
             batch_size: Some(2),
             max_length: Some(256),
@@ -210,8 +236,17 @@ pub fn job(dataset: &str, steps: u64) -> pb::TrainingJob {
 
 /// Submits a job.
 pub async fn submit(client: &Client, job: pb::TrainingJob) -> String {
-    let request = pb::CreateTrainingJobRequest { training_job: Some(job), ..Default::default() };
-    client.training().create_training_job(request).await.unwrap().into_inner().name
+    let request = pb::CreateTrainingJobRequest {
+        training_job: Some(job),
+        ..Default::default()
+    };
+    client
+        .training()
+        .create_training_job(request)
+        .await
+        .unwrap()
+        .into_inner()
+        .name
 }
 
 /// Follows a job to its end; returns its events.
@@ -221,20 +256,31 @@ pub async fn finish(client: &Client, job: &str) -> Vec<pb::TrainingEvent> {
         events.push(e);
         true
     });
-    tokio::time::timeout(Duration::from_secs(120), all).await.expect("the job ends").unwrap();
+    tokio::time::timeout(Duration::from_secs(120), all)
+        .await
+        .expect("the job ends")
+        .unwrap();
     events
 }
 
 /// The state a job is in.
 pub async fn state(client: &Client, job: &str) -> pb::JobState {
     let request = pb::GetTrainingJobRequest { name: job.into() };
-    client.training().get_training_job(request).await.unwrap().into_inner().state()
+    client
+        .training()
+        .get_training_job(request)
+        .await
+        .unwrap()
+        .into_inner()
+        .state()
 }
 
 /// The golden chat rows as pairs to score.
 pub fn pairs() -> Vec<pb::Pair> {
     let text = |t: &bradley::domain::dataset::Text| {
-        let bradley::domain::dataset::Text::Chat(messages) = t else { panic!("a chat row") };
+        let bradley::domain::dataset::Text::Chat(messages) = t else {
+            panic!("a chat row")
+        };
         let messages = messages
             .iter()
             .map(|m| pb::Message {
@@ -243,7 +289,9 @@ pub fn pairs() -> Vec<pb::Pair> {
                 ..Default::default()
             })
             .collect();
-        Some(pb::Text { form: Some(pb::text::Form::Chat(pb::MessageList { messages })) })
+        Some(pb::Text {
+            form: Some(pb::text::Form::Chat(pb::MessageList { messages })),
+        })
     };
     let rows = crate::support::rows("pairs.jsonl");
     rows.iter()
@@ -266,7 +314,10 @@ pub async fn score(client: &Client, policy: &str, pairs: Vec<pb::Pair>) -> pb::S
     };
     client
         .scoring()
-        .score_pairs(pb::ScorePairsRequest { options: Some(options), pairs })
+        .score_pairs(pb::ScorePairsRequest {
+            options: Some(options),
+            pairs,
+        })
         .await
         .unwrap()
         .into_inner()
@@ -308,13 +359,22 @@ pub async fn pause(client: &Client, name: &str) {
 /// Resumes a job.
 pub async fn resume(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
     let request = pb::ResumeTrainingJobRequest { name: name.into() };
-    client.training().resume_training_job(request).await.map(|r| r.into_inner())
+    client
+        .training()
+        .resume_training_job(request)
+        .await
+        .map(|r| r.into_inner())
 }
 
 /// A job as it is now.
 pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
     let request = pb::GetTrainingJobRequest { name: name.into() };
-    client.training().get_training_job(request).await.unwrap().into_inner()
+    client
+        .training()
+        .get_training_job(request)
+        .await
+        .unwrap()
+        .into_inner()
 }
 
 /// Follows a job until it has succeeded; returns the bits of its losses by step.
@@ -338,14 +398,25 @@ pub fn latest(job: &str) -> String {
 fn assert_changed(what: &str, code: Code, reason: &str, message: &str, part: &str) {
     assert_eq!(code, Code::FailedPrecondition, "{what}: {message}");
     assert_eq!(reason, "MODEL_CHANGED", "{what}: {message}");
-    assert!(hashes(message).len() >= 2, "{what}: two hashes are expected: {message}");
-    assert!(message.to_lowercase().contains(part), "{what}: {part} is not named: {message}");
+    assert!(
+        hashes(message).len() >= 2,
+        "{what}: two hashes are expected: {message}"
+    );
+    assert!(
+        message.to_lowercase().contains(part),
+        "{what}: {part} is not named: {message}"
+    );
 }
 
 /// Checks that an answer is a refusal because `part` of a model changed.
 pub fn assert_refused<T>(what: &str, answer: Result<T, Status>, part: &str) {
-    let Err(status) = answer else { panic!("{what} is accepted although the {part} changed") };
-    let reason = status.get_details_error_info().map(|i| i.reason).unwrap_or_default();
+    let Err(status) = answer else {
+        panic!("{what} is accepted although the {part} changed")
+    };
+    let reason = status
+        .get_details_error_info()
+        .map(|i| i.reason)
+        .unwrap_or_default();
     assert_changed(what, status.code(), &reason, status.message(), part);
 }
 
@@ -357,8 +428,17 @@ pub async fn assert_waits(client: &Client, name: &str, part: &str) {
         if let (pb::JobState::Queued, Some(error)) = (shown.state(), &shown.error) {
             let details = error.encode_to_vec().into();
             let status = Status::with_details(error.code.into(), error.message.clone(), details);
-            let reason = status.get_details_error_info().map(|i| i.reason).unwrap_or_default();
-            assert_changed("a waiting job", status.code(), &reason, &error.message, part);
+            let reason = status
+                .get_details_error_info()
+                .map(|i| i.reason)
+                .unwrap_or_default();
+            assert_changed(
+                "a waiting job",
+                status.code(),
+                &reason,
+                &error.message,
+                part,
+            );
             return Ok(());
         }
         Err(format!("{:?}, {:?}", shown.state(), shown.error))
@@ -368,6 +448,15 @@ pub async fn assert_waits(client: &Client, name: &str, part: &str) {
 
 /// The events of a job.
 pub async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
-    let request = pb::ListTrainingEventsRequest { parent: name.into(), ..Default::default() };
-    client.training().list_training_events(request).await.unwrap().into_inner().events
+    let request = pb::ListTrainingEventsRequest {
+        parent: name.into(),
+        ..Default::default()
+    };
+    client
+        .training()
+        .list_training_events(request)
+        .await
+        .unwrap()
+        .into_inner()
+        .events
 }

@@ -20,7 +20,9 @@ async fn the_whole_cycle() {
     let dataset = upload(&client, "pairs.jsonl").await;
     assert_eq!(dataset.report.as_ref().unwrap().valid_rows, 6);
     let mut wanted = job(&dataset.name, 12);
-    wanted.evaluation = Some(pb::training_job::Evaluation::EvalDataset(dataset.name.clone()));
+    wanted.evaluation = Some(pb::training_job::Evaluation::EvalDataset(
+        dataset.name.clone(),
+    ));
     wanted.run = Some(pb::RunConfig {
         save_steps: Some(4),
         save_total_limit: Some(2),
@@ -30,7 +32,10 @@ async fn the_whole_cycle() {
     let name = submit(&client, wanted).await;
     let events = finish(&client, &name).await;
     assert!(
-        events.iter().enumerate().all(|(i, e)| e.sequence == i as u64 + 1),
+        events
+            .iter()
+            .enumerate()
+            .all(|(i, e)| e.sequence == i as u64 + 1),
         "sequences have no gap"
     );
     let losses: Vec<f64> = events
@@ -46,12 +51,18 @@ async fn the_whole_cycle() {
 
     let checkpoints = client
         .checkpoints()
-        .list_checkpoints(pb::ListCheckpointsRequest { parent: name.clone() })
+        .list_checkpoints(pb::ListCheckpointsRequest {
+            parent: name.clone(),
+        })
         .await
         .unwrap()
         .into_inner()
         .checkpoints;
-    let newest: Vec<u64> = checkpoints.iter().filter(|c| !c.best).map(|c| c.step).collect();
+    let newest: Vec<u64> = checkpoints
+        .iter()
+        .filter(|c| !c.best)
+        .map(|c| c.step)
+        .collect();
     assert!(
         newest.len() <= 2
             && checkpoints.iter().any(|c| c.step == 12)
@@ -60,9 +71,19 @@ async fn the_whole_cycle() {
     );
 
     let before = score(&client, "models/tiny", pairs()).await;
-    assert!(before.results.iter().all(|r| scored(r).margin == 0.0 && scored(r).probability == 0.5));
+    assert!(
+        before
+            .results
+            .iter()
+            .all(|r| scored(r).margin == 0.0 && scored(r).probability == 0.5)
+    );
     let after = score(&client, &format!("{name}/checkpoints/latest"), pairs()).await;
-    assert!(after.results.iter().all(|r| scored(r).margin > 0.0 && scored(r).probability > 0.5));
+    assert!(
+        after
+            .results
+            .iter()
+            .all(|r| scored(r).margin > 0.0 && scored(r).probability > 0.5)
+    );
     assert_eq!(after.policy_version, format!("{name}/checkpoints/12"));
     assert_eq!(after.reference_version, "models/tiny");
     let first = scored(&after.results[0]);
@@ -78,12 +99,19 @@ async fn the_whole_cycle() {
             .download_checkpoint(&format!("{name}/checkpoints/12"), format, &out)
             .await
             .unwrap();
-        assert!(names.iter().any(|n| n.ends_with(".safetensors")), "{names:?}");
+        assert!(
+            names.iter().any(|n| n.ends_with(".safetensors")),
+            "{names:?}"
+        );
     }
     // The merged model scores as the adapter does.
     let merged = dir.path().join("EXPORT_FORMAT_MERGED");
     let other_dir = tempfile::tempdir().unwrap();
-    let other = Server::start_with(other_dir.path(), &format!("merged={}", merged.display()), &[]);
+    let other = Server::start_with(
+        other_dir.path(),
+        &format!("merged={}", merged.display()),
+        &[],
+    );
     let from_merged = score(&other.client().await, "models/merged", pairs()).await;
     for (m, w) in from_merged.results.iter().zip(&after.results) {
         let (m, w) = (scored(m).a.clone().unwrap(), scored(w).a.clone().unwrap());
@@ -94,15 +122,20 @@ async fn the_whole_cycle() {
     let mut more = job(&dataset.name, 2);
     more.policy = format!("{name}/checkpoints/latest");
     let second = submit(&client, more).await;
-    let first_loss = finish(&client, &second).await.into_iter().find_map(|e| match e.event {
-        Some(pb::training_event::Event::StepMetrics(s)) => Some(s.metrics["loss"]),
-        _ => None,
-    });
+    let first_loss = finish(&client, &second)
+        .await
+        .into_iter()
+        .find_map(|e| match e.event {
+            Some(pb::training_event::Event::StepMetrics(s)) => Some(s.metrics["loss"]),
+            _ => None,
+        });
     // Exactly: policy and reference are the same weights, whatever rows their pairs are in.
     assert_eq!(first_loss.unwrap(), std::f64::consts::LN_2);
     client
         .training()
-        .delete_training_job(pb::DeleteTrainingJobRequest { name: second.clone() })
+        .delete_training_job(pb::DeleteTrainingJobRequest {
+            name: second.clone(),
+        })
         .await
         .unwrap();
     let gone = client
@@ -121,10 +154,15 @@ async fn a_full_fine_tune_trains_and_loads_again() {
     let dataset = upload(&client, "pairs.jsonl").await;
     let mut wanted = job(&dataset.name, 4);
     wanted.method = Some(pb::training_job::Method::Full(pb::FullConfig {}));
-    wanted.optimizer =
-        Some(pb::OptimizerConfig { learning_rate: Some(1e-3), ..Default::default() });
+    wanted.optimizer = Some(pb::OptimizerConfig {
+        learning_rate: Some(1e-3),
+        ..Default::default()
+    });
     wanted.dpo = Some(pb::DpoConfig {
-        reference_sync: Some(pb::ReferenceSync { alpha: Some(0.5), every_steps: Some(2) }),
+        reference_sync: Some(pb::ReferenceSync {
+            alpha: Some(0.5),
+            every_steps: Some(2),
+        }),
         ..Default::default()
     });
     let name = submit(&client, wanted).await;
@@ -161,7 +199,10 @@ async fn scores_do_not_depend_on_company(precision: &str) {
     let policy = format!("{name}/checkpoints/latest");
     let mut crowd: Vec<pb::Pair> = Vec::new();
     for copy in 0..11 {
-        crowd.extend(pairs().into_iter().map(|p| pb::Pair { id: format!("{}#{copy}", p.id), ..p }));
+        crowd.extend(pairs().into_iter().map(|p| pb::Pair {
+            id: format!("{}#{copy}", p.id),
+            ..p
+        }));
     }
     crowd.truncate(64);
     crowd.reverse();
@@ -190,12 +231,21 @@ async fn scores_do_not_depend_on_company(precision: &str) {
         )
     };
     for pair in pairs() {
-        let alone = bits(scored(&score(&client, &policy, vec![pair.clone()]).await.results[0]));
-        for r in together.iter().filter(|r| r.id.split('#').next() == Some(&pair.id)) {
+        let alone = bits(scored(
+            &score(&client, &policy, vec![pair.clone()]).await.results[0],
+        ));
+        for r in together
+            .iter()
+            .filter(|r| r.id.split('#').next() == Some(&pair.id))
+        {
             assert_eq!(bits(scored(r)), alone, "{}", r.id);
         }
         // Exchanged answers mirror the score.
-        let swapped = pb::Pair { a: pair.b.clone(), b: pair.a.clone(), ..pair.clone() };
+        let swapped = pb::Pair {
+            a: pair.b.clone(),
+            b: pair.a.clone(),
+            ..pair.clone()
+        };
         let mirrored = score(&client, &policy, vec![swapped]).await.results;
         assert_eq!(scored(&mirrored[0]).margin, -f64::from_bits(alone.1));
     }
@@ -220,7 +270,10 @@ async fn scores_do_not_depend_on_company(precision: &str) {
     let mut seen = 0;
     while let Some(answer) = stream.message().await.unwrap() {
         let result = answer.result.unwrap();
-        let same = together.iter().find(|r| r.id == format!("{}#0", result.id)).unwrap();
+        let same = together
+            .iter()
+            .find(|r| r.id == format!("{}#0", result.id))
+            .unwrap();
         assert_eq!(bits(scored(&result)), bits(scored(same)));
         seen += 1;
     }
@@ -234,7 +287,11 @@ async fn one_bad_pair_has_its_own_error_and_the_rest_is_scored() {
     let client = server.client().await;
     let mut batch = pairs();
     batch[1].b = None;
-    let plain = |s: &str| Some(pb::Text { form: Some(pb::text::Form::Plain(s.into())) });
+    let plain = |s: &str| {
+        Some(pb::Text {
+            form: Some(pb::text::Form::Plain(s.into())),
+        })
+    };
     batch[2].a = plain("mixed");
     batch[3] = pb::Pair {
         id: "long".into(),
@@ -259,13 +316,30 @@ async fn one_bad_pair_has_its_own_error_and_the_rest_is_scored() {
     let completions = vec![
         plain(" Paris.").unwrap(),
         plain(" 42").unwrap(),
-        pb::Text { form: Some(pb::text::Form::Chat(Default::default())) },
+        pb::Text {
+            form: Some(pb::text::Form::Chat(Default::default())),
+        },
     ];
-    let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
-    let request = pb::ScoreCompletionsRequest { options, prompt, completions };
-    let answer = client.scoring().score_completions(request).await.unwrap().into_inner();
+    let options = Some(pb::ScoringOptions {
+        policy: "models/tiny".into(),
+        ..Default::default()
+    });
+    let request = pb::ScoreCompletionsRequest {
+        options,
+        prompt,
+        completions,
+    };
+    let answer = client
+        .scoring()
+        .score_completions(request)
+        .await
+        .unwrap()
+        .into_inner();
     assert_eq!(answer.ranking.len(), 2);
-    assert!(matches!(answer.results[2].result, Some(pb::completion_result::Result::Error(_))));
+    assert!(matches!(
+        answer.results[2].result,
+        Some(pb::completion_result::Result::Error(_))
+    ));
     assert!((answer.results.iter().map(|r| r.probability).sum::<f64>() - 1.0).abs() < 1e-12);
 }
 
@@ -286,18 +360,41 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
         async move { client.training().create_training_job(request).await }
     };
     let fields = |s: &tonic::Status| -> Vec<String> {
-        s.get_details_bad_request().unwrap().field_violations.into_iter().map(|v| v.field).collect()
+        s.get_details_bad_request()
+            .unwrap()
+            .field_violations
+            .into_iter()
+            .map(|v| v.field)
+            .collect()
     };
     let mut bad = job("datasets/none", 1);
-    bad.dpo = Some(pb::DpoConfig { beta: Some(0.0), ..Default::default() });
-    bad.batch = Some(pb::BatchConfig { batch_size: Some(0), ..Default::default() });
+    bad.dpo = Some(pb::DpoConfig {
+        beta: Some(0.0),
+        ..Default::default()
+    });
+    bad.batch = Some(pb::BatchConfig {
+        batch_size: Some(0),
+        ..Default::default()
+    });
     let e = create(bad, "").await.unwrap_err();
     assert_eq!(e.code(), Code::InvalidArgument);
-    assert_eq!(fields(&e), ["training_job.dpo.beta", "training_job.batch.batch_size"]);
-    assert_eq!(create(job("datasets/none", 1), "").await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(
+        fields(&e),
+        ["training_job.dpo.beta", "training_job.batch.batch_size"]
+    );
+    assert_eq!(
+        create(job("datasets/none", 1), "")
+            .await
+            .unwrap_err()
+            .code(),
+        Code::NotFound
+    );
     let mut unknown = job(&dataset.name, 1);
     unknown.policy = "models/none".into();
-    assert_eq!(create(unknown, "").await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(
+        create(unknown, "").await.unwrap_err().code(),
+        Code::NotFound
+    );
     let mut huge = job(&dataset.name, 1);
     huge.batch = Some(pb::BatchConfig {
         batch_size: Some(4096),
@@ -306,15 +403,27 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
     });
     let e = create(huge, "").await.unwrap_err();
     assert_eq!(
-        (e.code(), e.get_details_error_info().unwrap().reason.as_str()),
+        (
+            e.code(),
+            e.get_details_error_info().unwrap().reason.as_str()
+        ),
         (Code::ResourceExhausted, "OUT_OF_MEMORY")
     );
 
-    let first = create(job(&dataset.name, 1), "once").await.unwrap().into_inner();
-    let again = create(job(&dataset.name, 1), "once").await.unwrap().into_inner();
+    let first = create(job(&dataset.name, 1), "once")
+        .await
+        .unwrap()
+        .into_inner();
+    let again = create(job(&dataset.name, 1), "once")
+        .await
+        .unwrap()
+        .into_inner();
     assert_eq!(first.name, again.name);
     assert_eq!(
-        create(job(&dataset.name, 2), "once").await.unwrap_err().code(),
+        create(job(&dataset.name, 2), "once")
+            .await
+            .unwrap_err()
+            .code(),
         Code::AlreadyExists
     );
     let checked = pb::CreateTrainingJobRequest {
@@ -322,18 +431,41 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
         validate_only: true,
         ..Default::default()
     };
-    assert_eq!(client.training().create_training_job(checked).await.unwrap().into_inner().name, "");
+    assert_eq!(
+        client
+            .training()
+            .create_training_job(checked)
+            .await
+            .unwrap()
+            .into_inner()
+            .name,
+        ""
+    );
 
     finish(&client, &first.name).await;
-    let cancel = pb::CancelTrainingJobRequest { name: first.name.clone() };
+    let cancel = pb::CancelTrainingJobRequest {
+        name: first.name.clone(),
+    };
     assert_eq!(
-        client.training().cancel_training_job(cancel).await.unwrap_err().code(),
+        client
+            .training()
+            .cancel_training_job(cancel)
+            .await
+            .unwrap_err()
+            .code(),
         Code::FailedPrecondition
     );
-    let cursor =
-        pb::StreamTrainingEventsRequest { parent: first.name.clone(), after_sequence: 1000 };
+    let cursor = pb::StreamTrainingEventsRequest {
+        parent: first.name.clone(),
+        after_sequence: 1000,
+    };
     assert_eq!(
-        client.training().stream_training_events(cursor).await.unwrap_err().code(),
+        client
+            .training()
+            .stream_training_events(cursor)
+            .await
+            .unwrap_err()
+            .code(),
         Code::OutOfRange
     );
     for name in ["trainingJobs/../x", "x", ""] {
@@ -353,10 +485,18 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
         .await
         .unwrap_err()
         .to_string();
-    assert!(e.contains("row 1") && e.contains("missing_field") && e.contains("row 2"), "{e}");
-    let chunk =
-        pb::UploadDatasetRequest { part: Some(pb::upload_dataset_request::Part::Chunk(vec![1])) };
-    let e = client.datasets().upload_dataset(tokio_stream::iter(vec![chunk])).await.unwrap_err();
+    assert!(
+        e.contains("row 1") && e.contains("missing_field") && e.contains("row 2"),
+        "{e}"
+    );
+    let chunk = pb::UploadDatasetRequest {
+        part: Some(pb::upload_dataset_request::Part::Chunk(vec![1])),
+    };
+    let e = client
+        .datasets()
+        .upload_dataset(tokio_stream::iter(vec![chunk]))
+        .await
+        .unwrap_err();
     assert_eq!(e.code(), Code::InvalidArgument);
 
     // A dataset with bad rows: refused, or skipped and listed.
@@ -366,11 +506,17 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
             + "{\"prompt\":\"a\",\"chosen\":\"b\",\"rejected\":\"b\"}\n",
     )
     .unwrap();
-    let mixed = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await.unwrap();
+    let mixed = client
+        .upload_dataset(&file, pb::UploadMetadata::default(), |_| {})
+        .await
+        .unwrap();
     assert_eq!(mixed.report.unwrap().counts["identical_answers"], 1);
     let e = create(job(&mixed.name, 1), "").await.unwrap_err();
     assert_eq!(
-        (e.code(), e.get_details_error_info().unwrap().reason.as_str()),
+        (
+            e.code(),
+            e.get_details_error_info().unwrap().reason.as_str()
+        ),
         (Code::FailedPrecondition, "DATASET_INVALID")
     );
     let mut skipping = job(&mixed.name, 1);
@@ -407,13 +553,20 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
         .into_inner();
     assert_eq!(failed.state(), pb::JobState::Failed);
     assert!(failed.error.unwrap().message.contains("rows ["));
-    let fine = create(job(&dataset.name, 1), "").await.unwrap().into_inner().name;
+    let fine = create(job(&dataset.name, 1), "")
+        .await
+        .unwrap()
+        .into_inner()
+        .name;
     finish(&client, &fine).await;
     assert_eq!(state(&client, &fine).await, pb::JobState::Succeeded);
 
     let page = client
         .training()
-        .list_training_jobs(pb::ListTrainingJobsRequest { page_size: 2, ..Default::default() })
+        .list_training_jobs(pb::ListTrainingJobsRequest {
+            page_size: 2,
+            ..Default::default()
+        })
         .await
         .unwrap()
         .into_inner();
@@ -424,7 +577,14 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
         states: vec![],
     };
     assert_eq!(
-        client.training().list_training_jobs(next).await.unwrap().into_inner().training_jobs.len(),
+        client
+            .training()
+            .list_training_jobs(next)
+            .await
+            .unwrap()
+            .into_inner()
+            .training_jobs
+            .len(),
         2
     );
     let failed = pb::ListTrainingJobsRequest {
@@ -451,15 +611,18 @@ async fn scoring_is_answered_while_a_job_trains_and_the_job_goes_on() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, job(&dataset.name, 3000)).await;
-    until("the start of the run", Duration::from_secs(60), async || {
-        state(&client, &name).await == pb::JobState::Running
-    })
+    until(
+        "the start of the run",
+        Duration::from_secs(60),
+        async || state(&client, &name).await == pb::JobState::Running,
+    )
     .await;
     let (mut steps, latest) = (Vec::new(), format!("{name}/checkpoints/latest"));
     for _ in 0..20 {
         let live = score(&client, &latest, pairs());
-        let live =
-            tokio::time::timeout(Duration::from_secs(30), live).await.expect("scoring is answered");
+        let live = tokio::time::timeout(Duration::from_secs(30), live)
+            .await
+            .expect("scoring is answered");
         assert_eq!(live.results.iter().map(scored).count(), 6);
         let j = client
             .training()
@@ -469,7 +632,10 @@ async fn scoring_is_answered_while_a_job_trains_and_the_job_goes_on() {
             .into_inner();
         steps.push(j.progress.unwrap().step);
     }
-    assert!(steps[19] > steps[0], "training goes on under scoring: {steps:?}");
+    assert!(
+        steps[19] > steps[0],
+        "training goes on under scoring: {steps:?}"
+    );
     client
         .training()
         .cancel_training_job(pb::CancelTrainingJobRequest { name: name.clone() })

@@ -14,25 +14,44 @@ use serde_json::{Value, json};
 use crate::server::{Server, finish, job, submit};
 
 async fn upload(client: &Client, file: &Path) -> pb::Dataset {
-    client.upload_dataset(file, pb::UploadMetadata::default(), |_| {}).await.unwrap()
+    client
+        .upload_dataset(file, pb::UploadMetadata::default(), |_| {})
+        .await
+        .unwrap()
 }
 
 async fn upload_rows(client: &Client, dir: &Path, rows: &[Value]) -> pb::Dataset {
     let file = dir.join("rows.jsonl");
-    std::fs::write(&file, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
+    std::fs::write(
+        &file,
+        rows.iter()
+            .map(|row| format!("{row}\n"))
+            .collect::<String>(),
+    )
+    .unwrap();
     upload(client, &file).await
 }
 
 fn shapes(report: &pb::ValidationReport) -> Vec<(&str, u64)> {
-    let mut shapes: Vec<(&str, u64)> =
-        report.shapes.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
+    let mut shapes: Vec<(&str, u64)> = report
+        .shapes
+        .iter()
+        .map(|(name, rows)| (name.as_str(), *rows))
+        .collect();
     shapes.sort_unstable();
     shapes
 }
 
 async fn estimate(client: &Client, wanted: pb::TrainingJob) -> pb::EstimateTrainingJobResponse {
-    let request = pb::EstimateTrainingJobRequest { training_job: Some(wanted) };
-    client.training().estimate_training_job(request).await.unwrap().into_inner()
+    let request = pb::EstimateTrainingJobRequest {
+        training_job: Some(wanted),
+    };
+    client
+        .training()
+        .estimate_training_job(request)
+        .await
+        .unwrap()
+        .into_inner()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -68,15 +87,28 @@ async fn a_file_may_mix_shapes_and_a_row_make_several_pairs() {
     assert_eq!(shapes(&report), expected);
     assert_eq!((report.rows, report.valid_rows, report.pairs), (20, 20, 48));
     // The scores of UltraFeedback's row are not used.
-    let mut unused: Vec<&str> = report.issues.iter().map(|issue| issue.field.as_str()).collect();
+    let mut unused: Vec<&str> = report
+        .issues
+        .iter()
+        .map(|issue| issue.field.as_str())
+        .collect();
     unused.sort_unstable();
     assert_eq!(
         (report.counts.len(), report.counts["ignored_field"], unused),
         (1, 2, vec!["score_chosen", "score_rejected"])
     );
-    let request = pb::GetDatasetRequest { name: dataset.name.clone() };
+    let request = pb::GetDatasetRequest {
+        name: dataset.name.clone(),
+    };
     assert_eq!(
-        client.datasets().get_dataset(request).await.unwrap().into_inner().report.unwrap(),
+        client
+            .datasets()
+            .get_dataset(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .report
+            .unwrap(),
         report
     );
 
@@ -117,12 +149,37 @@ async fn parquet_files_in_other_shapes_are_read() {
         (
             "openai_preference",
             &openai,
-            &[&["user"], &["Q"], &["assistant"], &["a"], &["assistant"], &["b"]],
+            &[
+                &["user"],
+                &["Q"],
+                &["assistant"],
+                &["a"],
+                &["assistant"],
+                &["b"],
+            ],
             0,
         ),
-        ("hh", texts, &[&["\n\nHuman: Hi\n\nAssistant: a"], &["\n\nHuman: Hi\n\nAssistant: b"]], 0),
-        ("implicit_prompt_text", texts, &[&["It is so"], &["It is not"]], 0),
-        ("several_rejected", several, &[&["Q"], &["a"], &["b", "c"]], 2),
+        (
+            "hh",
+            texts,
+            &[
+                &["\n\nHuman: Hi\n\nAssistant: a"],
+                &["\n\nHuman: Hi\n\nAssistant: b"],
+            ],
+            0,
+        ),
+        (
+            "implicit_prompt_text",
+            texts,
+            &[&["It is so"], &["It is not"]],
+            0,
+        ),
+        (
+            "several_rejected",
+            several,
+            &[&["Q"], &["a"], &["b", "c"]],
+            2,
+        ),
     ];
     for (shape, schema, columns, pairs) in cases {
         let file = dir.path().join(shape);
@@ -137,8 +194,12 @@ async fn parquet_files_in_other_shapes_are_read() {
         let mut group = writer.next_row_group().unwrap();
         let (mut columns, mut written) = (columns.iter(), 0);
         while let Some(mut column) = group.next_column().unwrap() {
-            let values: Vec<ByteArray> =
-                columns.next().unwrap().iter().map(|text| ByteArray::from(*text)).collect();
+            let values: Vec<ByteArray> = columns
+                .next()
+                .unwrap()
+                .iter()
+                .map(|text| ByteArray::from(*text))
+                .collect();
             let leaf = leaves.column(written);
             written += 1;
             let defined = vec![leaf.max_def_level(); values.len()];
@@ -153,7 +214,11 @@ async fn parquet_files_in_other_shapes_are_read() {
         writer.close().unwrap();
         let report = upload(&client, &file).await.report.unwrap();
         assert_eq!(shapes(&report), [(shape, 1)], "{report:?}");
-        assert_eq!((report.rows, report.valid_rows, report.pairs), (1, 1, pairs), "{report:?}");
+        assert_eq!(
+            (report.rows, report.valid_rows, report.pairs),
+            (1, 1, pairs),
+            "{report:?}"
+        );
     }
 }
 
@@ -184,7 +249,15 @@ async fn skipped_rows_are_listed_behind_any_number_of_warnings() {
         .unwrap()
         .into_inner();
     assert_eq!(done.state(), pb::JobState::Succeeded);
-    let rows: Vec<&str> =
-        done.skipped_rows.iter().map(|line| line.split(',').next().unwrap()).collect();
-    assert_eq!(rows, ["row 1002", "row 1003", "row 1004"], "{:?}", done.skipped_rows);
+    let rows: Vec<&str> = done
+        .skipped_rows
+        .iter()
+        .map(|line| line.split(',').next().unwrap())
+        .collect();
+    assert_eq!(
+        rows,
+        ["row 1002", "row 1003", "row 1004"],
+        "{:?}",
+        done.skipped_rows
+    );
 }

@@ -45,26 +45,46 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
     let (model, tokenizer) = policy(load_model(None, &file, &Default::default()).unwrap());
     let scratch = tempfile::tempdir().unwrap();
     let data = scratch.path().join("rows.jsonl");
-    let lines: Vec<String> =
-        golden["pairs"].as_array().unwrap().iter().map(|p| p["row"].to_string()).collect();
+    let lines: Vec<String> = golden["pairs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|p| p["row"].to_string())
+        .collect();
     std::fs::write(&data, lines.join("\n")).unwrap();
     let rows: Vec<_> =
         bradley::train::rows::read_rows(&data, bradley::domain::dataset::DatasetFormat::Jsonl)
             .unwrap()
             .map(|r| r.unwrap())
             .collect();
-    let (ours, mut pairs) = (std::env::var_os("BRADLEY_TEST_SMOLLM2_GOLDEN").is_none(), Vec::new());
+    let (ours, mut pairs) = (
+        std::env::var_os("BRADLEY_TEST_SMOLLM2_GOLDEN").is_none(),
+        Vec::new(),
+    );
 
-    for (i, (pair, want)) in
-        encode(&rows, &tokenizer, 256).iter().zip(golden["pairs"].as_array().unwrap()).enumerate()
+    for (i, (pair, want)) in encode(&rows, &tokenizer, 256)
+        .iter()
+        .zip(golden["pairs"].as_array().unwrap())
+        .enumerate()
     {
-        let Text::Chat(prompt) = &rows[i].prompt else { panic!("a chat row") };
+        let Text::Chat(prompt) = &rows[i].prompt else {
+            panic!("a chat row")
+        };
         assert_eq!(
-            tokenizer.apply_chat_template(prompt, &RenderOptions::new(true)).unwrap(),
+            tokenizer
+                .apply_chat_template(prompt, &RenderOptions::new(true))
+                .unwrap(),
             want["text"].as_str().unwrap()
         );
         let given = from_ids(want);
-        match (ours, pair == &EncodedPair { row: pair.row, id: pair.id.clone(), ..given.clone() }) {
+        match (
+            ours,
+            pair == &EncodedPair {
+                row: pair.row,
+                id: pair.id.clone(),
+                ..given.clone()
+            },
+        ) {
             (true, same) => assert!(same, "row {i}: other tokens than transformers"),
             // transformers ignores the GGUF's pre-tokenizer name and does not split digits off as
             // SmolLM2's own tokenizer does, so that blank lines before a digit come out
@@ -85,7 +105,13 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
         for (side, name) in ["chosen", "rejected"].into_iter().enumerate() {
             let want = numbers(&want[name]["logps"]);
             let total: f64 = got[side].iter().map(|x| *x as f64).sum();
-            assert_close(&format!("row {i} {name}"), total, want.iter().sum(), 1e-4, 1e-3);
+            assert_close(
+                &format!("row {i} {name}"),
+                total,
+                want.iter().sum(),
+                1e-4,
+                1e-3,
+            );
             let bf16: f64 = rounded[side].iter().map(|x| *x as f64).sum();
             assert_close(&format!("row {i} {name} in bf16"), bf16, total, 0.01, 1e-3);
             for (g, w) in got[side].iter().zip(want) {
@@ -114,11 +140,25 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
     let folder = run.folder.clone();
     let steps = train(run);
     assert!(!folder.exists());
-    for (k, (got, want)) in steps.iter().zip(golden["steps"].as_array().unwrap()).enumerate() {
-        for metric in
-            ["loss", "grad_norm", "rewards/margins", "logps/chosen", "entropy", "num_tokens"]
-        {
-            println!("step {} {metric}: {} (TRL {})", k + 1, got[metric], want[metric]);
+    for (k, (got, want)) in steps
+        .iter()
+        .zip(golden["steps"].as_array().unwrap())
+        .enumerate()
+    {
+        for metric in [
+            "loss",
+            "grad_norm",
+            "rewards/margins",
+            "logps/chosen",
+            "entropy",
+            "num_tokens",
+        ] {
+            println!(
+                "step {} {metric}: {} (TRL {})",
+                k + 1,
+                got[metric],
+                want[metric]
+            );
         }
         assert_close(
             &format!("step {} loss", k + 1),

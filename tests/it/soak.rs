@@ -54,7 +54,9 @@ impl Seen {
     fn refusal(&self, status: &tonic::Status) {
         let retry = status.get_details_retry_info().is_some()
             || status.get_details_quota_failure().is_some();
-        let reasoned = status.get_details_error_info().is_some_and(|i| !i.reason.is_empty());
+        let reasoned = status
+            .get_details_error_info()
+            .is_some_and(|i| !i.reason.is_empty());
         if matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) && retry && reasoned
         {
             self.refused.fetch_add(1, Ordering::Relaxed);
@@ -65,9 +67,14 @@ impl Seen {
 }
 
 fn request(n: usize) -> pb::ScorePairsRequest {
-    let options = Some(pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() });
+    let options = Some(pb::ScoringOptions {
+        policy: "models/tiny".into(),
+        ..Default::default()
+    });
     let all = pairs();
-    let pairs = (0..BATCH).map(|i| all[(n + i) % all.len()].clone()).collect();
+    let pairs = (0..BATCH)
+        .map(|i| all[(n + i) % all.len()].clone())
+        .collect();
     pb::ScorePairsRequest { options, pairs }
 }
 
@@ -96,7 +103,10 @@ async fn once(client: &Client, n: usize, seen: &Seen) {
             if scored > 0 {
                 seen.accepted.fetch_add(1, Ordering::Relaxed);
                 seen.pairs.fetch_add(scored, Ordering::Relaxed);
-                seen.latencies.lock().unwrap().push(start.elapsed().as_secs_f64());
+                seen.latencies
+                    .lock()
+                    .unwrap()
+                    .push(start.elapsed().as_secs_f64());
             }
         }
         Err(status) => seen.refusal(&status),
@@ -134,7 +144,10 @@ async fn slow(client: Client, until: Instant, seen: Arc<Seen>) {
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
         let writer = tokio::spawn(async move {
             let message = |part| pb::StreamScorePairsRequest { part: Some(part) };
-            let options = pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() };
+            let options = pb::ScoringOptions {
+                policy: "models/tiny".into(),
+                ..Default::default()
+            };
             let _ = sender.send(message(Part::Options(options))).await;
             for pair in pairs().into_iter().cycle().take(600) {
                 if sender.send(message(Part::Pair(pair))).await.is_err() {
@@ -187,11 +200,19 @@ async fn vanishing(address: String, seed: u64, until: Instant, seen: Arc<Seen>) 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
-    let seconds = std::env::var("BRADLEY_TEST_SOAK").ok().map_or(SHORT, |v| v.parse().unwrap());
+    let seconds = std::env::var("BRADLEY_TEST_SOAK")
+        .ok()
+        .map_or(SHORT, |v| v.parse().unwrap());
     let dir = tempfile::tempdir().unwrap();
     let queue = QUEUE_TOKENS.to_string();
-    let flags =
-        ["--queue-tokens", &queue, "--reference-cache-tokens", "0", "--events-kept", "2000"];
+    let flags = [
+        "--queue-tokens",
+        &queue,
+        "--reference-cache-tokens",
+        "0",
+        "--events-kept",
+        "2000",
+    ];
     let server = Server::start_with(
         dir.path(),
         &format!("tiny={}", golden("models/llama").display()),
@@ -231,13 +252,24 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
     let interval = Duration::from_secs_f64(STEADY as f64 / (2.0 * capacity));
     let mut clients = tokio::task::JoinSet::new();
     for id in 0..STEADY {
-        clients.spawn(steady(server.client().await, id, interval, until, seen.clone()));
+        clients.spawn(steady(
+            server.client().await,
+            id,
+            interval,
+            until,
+            seen.clone(),
+        ));
     }
     for _ in 0..SLOW {
         clients.spawn(slow(server.client().await, until, seen.clone()));
     }
     for id in 0..VANISHING {
-        clients.spawn(vanishing(server.address.clone(), id as u64, until, seen.clone()));
+        clients.spawn(vanishing(
+            server.address.clone(),
+            id as u64,
+            until,
+            seen.clone(),
+        ));
     }
     let mut memory = Vec::new();
     while Instant::now() < until {
@@ -274,7 +306,10 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
         count(&seen.pairs),
         count(&seen.pairs) as f64 / lasted
     );
-    println!("| refusals, each with its reason and a time | {} |", count(&seen.refused));
+    println!(
+        "| refusals, each with its reason and a time | {} |",
+        count(&seen.refused)
+    );
     println!(
         "| pairs streamed to slow clients, calls left without a word | {}, {} |",
         count(&seen.streamed),
@@ -293,7 +328,17 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
         memory.iter().max().unwrap() >> 10
     );
     println!("| other answers | {:?} |", seen.wrong.lock().unwrap());
-    assert!(seen.wrong.lock().unwrap().is_empty(), "{:?}", seen.wrong.lock().unwrap());
-    assert!(count(&seen.accepted) > 0 && count(&seen.refused) > 0, "the load is no overload");
-    assert!(late < early + early / 20 + (8 << 10), "memory grew from {early} to {late} KiB");
+    assert!(
+        seen.wrong.lock().unwrap().is_empty(),
+        "{:?}",
+        seen.wrong.lock().unwrap()
+    );
+    assert!(
+        count(&seen.accepted) > 0 && count(&seen.refused) > 0,
+        "the load is no overload"
+    );
+    assert!(
+        late < early + early / 20 + (8 << 10),
+        "memory grew from {early} to {late} KiB"
+    );
 }

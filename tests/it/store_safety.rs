@@ -43,14 +43,28 @@ pub fn url_of(root: &Path) -> String {
 /// Starts a replica whose artifacts are in a shared folder.
 pub fn replica(dir: &Path, postgres: &Postgres, root: &Path, more: &[&str]) -> Server {
     let (database, artifacts) = (postgres.url(), url_of(root));
-    let flags = ["--database-url", &database, "--artifact-url", &artifacts, "--lease", LEASE];
+    let flags = [
+        "--database-url",
+        &database,
+        "--artifact-url",
+        &artifacts,
+        "--lease",
+        LEASE,
+    ];
     Server::start_with(dir, &models(), &[&flags, more].concat())
 }
 
 /// Starts a replica whose artifacts are in S3, behind a proxy.
 fn replica_on_s3(dir: &Path, postgres: &Postgres, s3: &S3, proxy: &Proxy, more: &[&str]) -> Server {
     let (database, artifacts) = (postgres.url(), "s3://bradley/runs");
-    let flags = ["--database-url", &database, "--artifact-url", artifacts, "--lease", LEASE];
+    let flags = [
+        "--database-url",
+        &database,
+        "--artifact-url",
+        artifacts,
+        "--lease",
+        LEASE,
+    ];
     let environment = s3.environment_at(proxy.port());
     let environment: Vec<_> = environment.iter().map(|(k, v)| (*k, v.as_str())).collect();
     Server::start_in(dir, &models(), &[&flags, more].concat(), &environment)
@@ -61,14 +75,27 @@ fn refusal(dir: &Path, postgres: &Postgres, root: &Path) -> String {
     let (database, artifacts) = (postgres.url(), url_of(root));
     refused_start(
         dir,
-        &["--database-url", &database, "--artifact-url", &artifacts, "--lease", LEASE],
+        &[
+            "--database-url",
+            &database,
+            "--artifact-url",
+            &artifacts,
+            "--lease",
+            LEASE,
+        ],
     )
 }
 
 /// Starts a server that must refuse to serve, and returns what it says.
 pub fn refused_start(dir: &Path, flags: &[&str]) -> String {
     let mut child = Command::new(crate::support::binary())
-        .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"])
+        .args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--http-listen",
+            "127.0.0.1:0",
+        ])
         .args(["--log-format", "json", "--models", &models(), "--data-dir"])
         .arg(dir)
         .args(flags)
@@ -79,7 +106,10 @@ pub fn refused_start(dir: &Path, flags: &[&str]) -> String {
     let (sender, lines) = mpsc::channel();
     let errors = BufReader::new(child.stderr.take().unwrap());
     std::thread::spawn(move || {
-        errors.lines().map_while(Result::ok).for_each(|line| drop(sender.send(line)));
+        errors
+            .lines()
+            .map_while(Result::ok)
+            .for_each(|line| drop(sender.send(line)));
     });
     let mut said = String::new();
     // The channel closes when the process ends.
@@ -111,7 +141,11 @@ pub fn id(name: &str) -> &str {
 
 pub async fn try_get(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
     let request = pb::GetTrainingJobRequest { name: name.into() };
-    client.training().get_training_job(request).await.map(|r| r.into_inner())
+    client
+        .training()
+        .get_training_job(request)
+        .await
+        .map(|r| r.into_inner())
 }
 
 pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
@@ -121,23 +155,37 @@ pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
 pub async fn pause(client: &Client, name: &str) {
     let request = pb::PauseTrainingJobRequest { name: name.into() };
     client.training().pause_training_job(request).await.unwrap();
-    until("the pause", LIMIT, async || state(client, name).await == pb::JobState::Paused).await;
+    until("the pause", LIMIT, async || {
+        state(client, name).await == pb::JobState::Paused
+    })
+    .await;
 }
 
 pub async fn resume(client: &Client, name: &str) {
     let request = pb::ResumeTrainingJobRequest { name: name.into() };
-    client.training().resume_training_job(request).await.unwrap();
+    client
+        .training()
+        .resume_training_job(request)
+        .await
+        .unwrap();
 }
 
 pub async fn cancel(client: &Client, name: &str) {
     let request = pb::CancelTrainingJobRequest { name: name.into() };
-    client.training().cancel_training_job(request).await.unwrap();
+    client
+        .training()
+        .cancel_training_job(request)
+        .await
+        .unwrap();
 }
 
 /// Follows a job until an event satisfies `enough`.
 pub async fn reaches(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
     let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
-    tokio::time::timeout(LIMIT, follow).await.expect("the event comes").unwrap();
+    tokio::time::timeout(LIMIT, follow)
+        .await
+        .expect("the event comes")
+        .unwrap();
 }
 
 pub fn is_step(e: &Event, from: u64) -> bool {
@@ -149,9 +197,17 @@ pub async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
     let mut all: Vec<pb::TrainingEvent> = Vec::new();
     loop {
         let after_sequence = all.last().map_or(0, |e| e.sequence);
-        let request =
-            pb::ListTrainingEventsRequest { parent: name.into(), after_sequence, page_size: 1000 };
-        let page = client.training().list_training_events(request).await.unwrap().into_inner();
+        let request = pb::ListTrainingEventsRequest {
+            parent: name.into(),
+            after_sequence,
+            page_size: 1000,
+        };
+        let page = client
+            .training()
+            .list_training_events(request)
+            .await
+            .unwrap()
+            .into_inner();
         all.extend(page.events);
         if !page.more {
             return all;
@@ -164,7 +220,10 @@ pub fn changes(events: &[pb::TrainingEvent]) -> Vec<(i64, pb::StateChange)> {
     let change = |e: &pb::TrainingEvent| match &e.event {
         Some(Event::StateChange(s)) => {
             let time = e.time.unwrap();
-            Some((time.seconds * 1000 + i64::from(time.nanos) / 1_000_000, s.clone()))
+            Some((
+                time.seconds * 1000 + i64::from(time.nanos) / 1_000_000,
+                s.clone(),
+            ))
         }
         _ => None,
     };
@@ -201,7 +260,11 @@ pub async fn waits(client: &Client, name: &str, reason: &str) {
         }
         if matches!(job.state(), pb::JobState::Succeeded | pb::JobState::Failed) {
             let events = events(client, name).await;
-            panic!("it does not wait, it ended {:?}: {:?}", job.state(), reasons(&events));
+            panic!(
+                "it does not wait, it ended {:?}: {:?}",
+                job.state(),
+                reasons(&events)
+            );
         }
         Err(format!("{:?} {error:?}", job.state()))
     })
@@ -225,10 +288,13 @@ pub async fn expected() -> &'static (BTreeMap<u64, u64>, Vec<u8>) {
 
 /// The files below a folder.
 pub fn files(folder: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return Vec::new();
+    };
     let paths = entries.map(|e| e.unwrap().path());
-    let mut all: Vec<_> =
-        paths.flat_map(|p| if p.is_dir() { files(&p) } else { vec![p] }).collect();
+    let mut all: Vec<_> = paths
+        .flat_map(|p| if p.is_dir() { files(&p) } else { vec![p] })
+        .collect();
     all.sort();
     all
 }
@@ -266,18 +332,30 @@ impl Paused {
         reaches(&client, &name, second).await;
         pause(&client, &name).await;
         assert!(server.terminate(LIMIT).success());
-        Paused { postgres, share, dir, dataset, name }
+        Paused {
+            postgres,
+            share,
+            dir,
+            dataset,
+            name,
+        }
     }
 
     /// The folder of the job's checkpoints in the artifact store.
     fn stored(&self) -> PathBuf {
-        self.share.path().join("jobs").join(id(&self.name)).join("checkpoints")
+        self.share
+            .path()
+            .join("jobs")
+            .join(id(&self.name))
+            .join("checkpoints")
     }
 
     /// The copy of a checkpoint in the first server's data directory.
     fn copy(&self, step: u64) -> PathBuf {
         let jobs = self.dir.path().join("jobs");
-        jobs.join(id(&self.name)).join("checkpoints").join(step.to_string())
+        jobs.join(id(&self.name))
+            .join("checkpoints")
+            .join(step.to_string())
     }
 
     /// Rewrites a checkpoint's state file, its folder's name, its copy and its row.
@@ -290,7 +368,10 @@ impl Paused {
             std::fs::write(self.copy(step).join(checkpoint::STATE_FILE), state).unwrap();
         }
         let update = format!("UPDATE checkpoints SET digest = '{new}'");
-        self.postgres.sql(&format!("{update} WHERE job = '{}' AND step = {step}", id(&self.name)));
+        self.postgres.sql(&format!(
+            "{update} WHERE job = '{}' AND step = {step}",
+            id(&self.name)
+        ));
         new
     }
 
@@ -303,11 +384,17 @@ impl Paused {
         assert_eq!(done.error, None, "the error is gone with its cause");
         let from = format!("continues from step {step}");
         let continued = |c: &pb::StateChange| c.to() == pb::JobState::Running && c.reason == from;
-        assert!(changes.iter().any(|(_, c)| continued(c)), "not {from}: {changes:?}");
+        assert!(
+            changes.iter().any(|(_, c)| continued(c)),
+            "not {from}: {changes:?}"
+        );
         check_history(&events);
         let (expected, weights) = expected().await;
         assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
-        assert!(adapter(client, &self.name).await == *weights, "the same weights, bit for bit");
+        assert!(
+            adapter(client, &self.name).await == *weights,
+            "the same weights, bit for bit"
+        );
     }
 }
 
@@ -323,12 +410,23 @@ async fn another_format(has_copy: bool) {
         let original = std::fs::read_to_string(folder.join(checkpoint::STATE_FILE)).unwrap();
         let other = original.replacen("\"version\": 1", "\"version\": 2", 1);
         assert_ne!(other, original);
-        written.push((*step, paused.rewrite(*step, digest, other.as_bytes()), original));
+        written.push((
+            *step,
+            paused.rewrite(*step, digest, other.as_bytes()),
+            original,
+        ));
     }
-    let before = (checkpoint_rows(&paused.postgres, &paused.name), files(&paused.stored()));
+    let before = (
+        checkpoint_rows(&paused.postgres, &paused.name),
+        files(&paused.stored()),
+    );
 
     let fresh = tempfile::tempdir().unwrap();
-    let dir = if has_copy { paused.dir.path() } else { fresh.path() };
+    let dir = if has_copy {
+        paused.dir.path()
+    } else {
+        fresh.path()
+    };
     let server = replica(dir, &paused.postgres, paused.share.path(), &[]);
     let client = server.client().await;
     resume(&client, &paused.name).await;
@@ -346,8 +444,14 @@ async fn another_format(has_copy: bool) {
         refusals.len() >= 2
     })
     .await;
-    assert!(refusals[1] - refusals[0] >= 2500, "tried again too soon: {refusals:?}");
-    let after = (checkpoint_rows(&paused.postgres, &paused.name), files(&paused.stored()));
+    assert!(
+        refusals[1] - refusals[0] >= 2500,
+        "tried again too soon: {refusals:?}"
+    );
+    let after = (
+        checkpoint_rows(&paused.postgres, &paused.name),
+        files(&paused.stored()),
+    );
     assert_eq!(after, before, "nothing is removed");
 
     for (step, digest, original) in &written {
@@ -377,7 +481,10 @@ async fn a_job_waits_for_its_missing_checkpoint_and_goes_on_from_it() {
     let rows = checkpoint_rows(&paused.postgres, &paused.name);
     let newest = rows.last().unwrap().0;
     let (elsewhere, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let (here, away) = (paused.stored().join(newest.to_string()), elsewhere.path().join("away"));
+    let (here, away) = (
+        paused.stored().join(newest.to_string()),
+        elsewhere.path().join("away"),
+    );
     std::fs::rename(&here, &away).unwrap();
 
     let server = replica(dir.path(), &paused.postgres, paused.share.path(), &[]);
@@ -385,7 +492,11 @@ async fn a_job_waits_for_its_missing_checkpoint_and_goes_on_from_it() {
     resume(&client, &paused.name).await;
     waits(&client, &paused.name, "ARTIFACT_MISSING").await;
     another_succeeds(&client, &paused.dataset).await;
-    assert_eq!(checkpoint_rows(&paused.postgres, &paused.name), rows, "no row is removed");
+    assert_eq!(
+        checkpoint_rows(&paused.postgres, &paused.name),
+        rows,
+        "no row is removed"
+    );
 
     std::fs::rename(&away, &here).unwrap();
     paused.goes_on(&client, newest).await;
@@ -398,8 +509,10 @@ async fn a_job_waits_for_its_missing_dataset() {
     let (share, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut server = replica(dir.path(), &postgres, share.path(), &[]);
     let client = server.client().await;
-    let (present, missing) =
-        (upload(&client, "pairs.jsonl").await.name, upload(&client, "pairs.jsonl").await.name);
+    let (present, missing) = (
+        upload(&client, "pairs.jsonl").await.name,
+        upload(&client, "pairs.jsonl").await.name,
+    );
     assert!(server.terminate(LIMIT).success());
     let (elsewhere, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (here, away) = (share.path().join(&missing), elsewhere.path().join("away"));
@@ -430,7 +543,10 @@ async fn a_server_does_not_start_while_its_artifact_store_is_not_mounted() {
 
     std::fs::rename(&root, &away).unwrap();
     let said = refusal(dir.path(), &postgres, &root);
-    assert!(said.contains(root.to_str().unwrap()), "it does not name the folder: {said}");
+    assert!(
+        said.contains(root.to_str().unwrap()),
+        "it does not name the folder: {said}"
+    );
     assert!(!root.exists(), "the folder was created");
 
     std::fs::rename(&away, &root).unwrap();
@@ -453,9 +569,16 @@ async fn a_server_does_not_start_with_a_store_that_its_database_does_not_know() 
     let said = refusal(fresh.path(), &postgres, other.path());
     let names_it = said.contains(other.path().to_str().unwrap());
     assert!(names_it && said.contains("artifact store"), "{said}");
-    assert_eq!(std::fs::read_dir(other.path()).unwrap().count(), 0, "something was written");
+    assert_eq!(
+        std::fs::read_dir(other.path()).unwrap().count(),
+        0,
+        "something was written"
+    );
     assert_eq!(files(share.path()), before);
-    assert!(before.len() > 1, "the store has an identity beside its dataset: {before:?}");
+    assert!(
+        before.len() > 1,
+        "the store has an identity beside its dataset: {before:?}"
+    );
 
     let server = replica(dir.path(), &postgres, share.path(), &[]);
     another_succeeds(&server.client().await, &dataset).await;
@@ -471,8 +594,13 @@ async fn an_upload_into_an_unmounted_store_is_refused() {
     let server = replica(dir.path(), &postgres, &root, &[]);
     let client = server.client().await;
     let try_upload = async || {
-        let metadata = pb::UploadMetadata { display_name: "pairs".into(), ..Default::default() };
-        client.upload_dataset(&golden("pairs.jsonl"), metadata, |_| {}).await
+        let metadata = pb::UploadMetadata {
+            display_name: "pairs".into(),
+            ..Default::default()
+        };
+        client
+            .upload_dataset(&golden("pairs.jsonl"), metadata, |_| {})
+            .await
     };
     try_upload().await.unwrap();
 
@@ -483,11 +611,19 @@ async fn an_upload_into_an_unmounted_store_is_refused() {
         Err(ClientError::Refused(status)) => {
             let reason = status.get_details_error_info().unwrap().reason;
             let found = (status.code(), reason.as_str());
-            assert_eq!(found, (Code::Unavailable, "ARTIFACTS_UNAVAILABLE"), "{status}");
+            assert_eq!(
+                found,
+                (Code::Unavailable, "ARTIFACTS_UNAVAILABLE"),
+                "{status}"
+            );
         }
         other => panic!("the upload is not refused: {other:?}"),
     }
-    assert_eq!(files(&root), Vec::<PathBuf>::new(), "data below the mount point");
+    assert_eq!(
+        files(&root),
+        Vec::<PathBuf>::new(),
+        "data below the mount point"
+    );
 
     std::fs::remove_dir_all(&root).unwrap();
     std::fs::rename(&away, &root).unwrap();
@@ -523,20 +659,34 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
              request = jsonb_set(request::jsonb, '{ttl_ms}', '1')::text",
     );
     until("a deletion", LIMIT, async || objects(first) < of_first).await;
-    let update_mask = Some(FieldMask { paths: vec!["ttl".into()] });
-    let training_job = Some(pb::TrainingJob { name: kept.clone(), ..Default::default() });
-    let request = pb::UpdateTrainingJobRequest { training_job, update_mask };
+    let update_mask = Some(FieldMask {
+        paths: vec!["ttl".into()],
+    });
+    let training_job = Some(pb::TrainingJob {
+        name: kept.clone(),
+        ..Default::default()
+    });
+    let request = pb::UpdateTrainingJobRequest {
+        training_job,
+        update_mask,
+    };
     match client.training().update_training_job(request).await {
         Ok(answer) => assert_eq!(answer.into_inner().ttl, None),
         // Deletions that begin all at once refuse the change. Then it is not acknowledged.
         Err(status) => return assert_eq!(status.code(), Code::NotFound, "{status}"),
     }
     for name in jobs.iter().filter(|name| *name != kept) {
-        let gone = async || try_get(&client, name).await.is_err_and(|e| e.code() == Code::NotFound);
+        let gone = async || {
+            try_get(&client, name)
+                .await
+                .is_err_and(|e| e.code() == Code::NotFound)
+        };
         until("every other deletion", LIMIT, gone).await;
     }
     proxy.set(Fault::None);
-    let still = try_get(&client, kept).await.expect("the job whose ttl was cleared is there");
+    let still = try_get(&client, kept)
+        .await
+        .expect("the job whose ttl was cleared is there");
     assert_eq!((still.state(), still.ttl), (pb::JobState::Succeeded, None));
     assert_eq!(objects(kept), of_kept, "its objects are there");
     assert!(!adapter(&client, kept).await.is_empty());
@@ -546,8 +696,16 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
 
 async fn export(client: &Client, name: &str) -> Result<pb::ExportCheckpointResponse, Status> {
     let format = pb::ExportFormat::Adapter.into();
-    let request = pb::ExportCheckpointRequest { name: name.into(), format, ..Default::default() };
-    client.checkpoints().export_checkpoint(request).await.map(|r| r.into_inner())
+    let request = pb::ExportCheckpointRequest {
+        name: name.into(),
+        format,
+        ..Default::default()
+    };
+    client
+        .checkpoints()
+        .export_checkpoint(request)
+        .await
+        .map(|r| r.into_inner())
 }
 
 /// Asks for an export until there is one, and finds each of its files in the store.
@@ -560,11 +718,18 @@ async fn whole_export(client: &Client, name: &str, s3: &S3, when: &str) -> Vec<S
     })
     .await;
     let folder = format!("runs/{}", export.path);
-    let listed: Vec<_> = export.files.iter().map(|f| format!("{folder}/{}", f.path)).collect();
+    let listed: Vec<_> = export
+        .files
+        .iter()
+        .map(|f| format!("{folder}/{}", f.path))
+        .collect();
     let found = s3.keys(&format!("{folder}/"));
     assert!(listed.len() >= 2, "{listed:?}");
     let missing: Vec<_> = listed.iter().filter(|key| !found.contains(key)).collect();
-    assert!(missing.is_empty(), "{when}, OK for an export without {missing:?}");
+    assert!(
+        missing.is_empty(),
+        "{when}, OK for an export without {missing:?}"
+    );
     listed
 }
 
@@ -614,7 +779,13 @@ async fn an_export_that_lost_a_file_is_made_whole_again() {
         s3.remove(key);
         whole_export(&client_a, &name, &s3, "with a local folder").await;
         s3.remove(key);
-        whole_export(&client_b, &name, &s3, "with a local folder on another replica").await;
+        whole_export(
+            &client_b,
+            &name,
+            &s3,
+            "with a local folder on another replica",
+        )
+        .await;
     }
 }
 
@@ -642,7 +813,10 @@ async fn two_workers_with_the_same_token_never_write_both() {
          CREATE TABLE saved_events AS SELECT * FROM events WHERE job = '{}'",
         id(&name)
     ));
-    assert_eq!(postgres.sql("SELECT state, lease_token FROM saved_jobs"), ["queued|0"]);
+    assert_eq!(
+        postgres.sql("SELECT state, lease_token FROM saved_jobs"),
+        ["queued|0"]
+    );
     cancel(&client_a, &first).await;
     reaches(&client_a, &name, |e| is_step(e, 25)).await;
 
@@ -663,13 +837,28 @@ async fn two_workers_with_the_same_token_never_write_both() {
     signal(a.pid(), libc::SIGCONT);
 
     let events = finish(&client_b, &name).await;
-    assert_eq!(state(&client_b, &name).await, pb::JobState::Succeeded, "{:?}", changes(&events));
+    assert_eq!(
+        state(&client_b, &name).await,
+        pb::JobState::Succeeded,
+        "{:?}",
+        changes(&events)
+    );
     check_history(&events);
     assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
-    assert!(adapter(&client_b, &name).await == *weights, "the same weights, bit for bit");
+    assert!(
+        adapter(&client_b, &name).await == *weights,
+        "the same weights, bit for bit"
+    );
     // The first worker gives its run up, adds nothing, and goes on serving.
-    until("the end of the other run", LIMIT, async || !a.metrics().contains(id(&name))).await;
-    assert_eq!(finish(&client_a, &name).await, events, "nothing was written after the end");
+    until("the end of the other run", LIMIT, async || {
+        !a.metrics().contains(id(&name))
+    })
+    .await;
+    assert_eq!(
+        finish(&client_a, &name).await,
+        events,
+        "nothing was written after the end"
+    );
     another_succeeds(&client_a, &dataset).await;
 }
 
@@ -688,7 +877,10 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
     proxy.set(Fault::Slow(Duration::from_millis(300)));
     let name = submit(&client, checkpointing(&dataset, STEPS)).await;
     let checkpoints = format!("runs/jobs/{}/checkpoints/", id(&name));
-    until("an upload", LIMIT, async || !s3.keys(&checkpoints).is_empty()).await;
+    until("an upload", LIMIT, async || {
+        !s3.keys(&checkpoints).is_empty()
+    })
+    .await;
     postgres.sql(&format!(
         "UPDATE jobs SET lease_token = lease_token + 1, state = 'queued', lease_owner = NULL,
              lease_until = 0
@@ -698,10 +890,23 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
     let taken = Instant::now();
     // A change of the job makes the idle device look at the queue at once.
     let labels = BTreeMap::from([("taken".to_owned(), "over".to_owned())]);
-    let training_job = Some(pb::TrainingJob { name: name.clone(), labels, ..Default::default() });
-    let update_mask = Some(FieldMask { paths: vec!["labels".into()] });
-    let request = pb::UpdateTrainingJobRequest { training_job, update_mask };
-    client.training().update_training_job(request).await.unwrap();
+    let training_job = Some(pb::TrainingJob {
+        name: name.clone(),
+        labels,
+        ..Default::default()
+    });
+    let update_mask = Some(FieldMask {
+        paths: vec!["labels".into()],
+    });
+    let request = pb::UpdateTrainingJobRequest {
+        training_job,
+        update_mask,
+    };
+    client
+        .training()
+        .update_training_job(request)
+        .await
+        .unwrap();
 
     let nobody_died = |events: &[pb::TrainingEvent]| {
         let said = reasons(events);
@@ -716,10 +921,26 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
     proxy.set(Fault::None);
     let events = finish(&client, &name).await;
     nobody_died(&events);
-    assert_eq!(state(&client, &name).await, pb::JobState::Succeeded, "{:?}", reasons(&events));
+    assert_eq!(
+        state(&client, &name).await,
+        pb::JobState::Succeeded,
+        "{:?}",
+        reasons(&events)
+    );
     let claims = changes(&events);
-    let claims = claims.iter().filter(|(_, c)| c.to() == pb::JobState::Preparing).count();
-    assert_eq!(claims, 2, "the first run and its successor: {:?}", reasons(&events));
+    let claims = claims
+        .iter()
+        .filter(|(_, c)| c.to() == pb::JobState::Preparing)
+        .count();
+    assert_eq!(
+        claims,
+        2,
+        "the first run and its successor: {:?}",
+        reasons(&events)
+    );
     assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
-    assert!(adapter(&client, &name).await == *weights, "the same weights, bit for bit");
+    assert!(
+        adapter(&client, &name).await == *weights,
+        "the same weights, bit for bit"
+    );
 }

@@ -24,12 +24,18 @@ use crate::wait::{until, until_ok};
 /// An administrator's token.
 fn token(dir: &Path, postgres: &Postgres) -> String {
     let made = Command::new(crate::support::binary())
-        .args(["--output", "json", "tokens", "create", "--owner", "ops", "--roles", "admin"])
+        .args([
+            "--output", "json", "tokens", "create", "--owner", "ops", "--roles", "admin",
+        ])
         .args(["--database-url", &postgres.url(), "--data-dir"])
         .arg(dir)
         .output()
         .unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    assert!(
+        made.status.success(),
+        "{}",
+        String::from_utf8_lossy(&made.stderr)
+    );
     let made: serde_json::Value = serde_json::from_slice(&made.stdout).unwrap();
     made["token"].as_str().unwrap().to_owned()
 }
@@ -49,15 +55,23 @@ async fn retried<T>(call: impl AsyncFn() -> Result<T, Status>) -> T {
 async fn read_everything(client: &Client, job: &str, dataset: &str) {
     for _ in 0..4 {
         let jobs = retried(async || {
-            client.training().list_training_jobs(pb::ListTrainingJobsRequest::default()).await
+            client
+                .training()
+                .list_training_jobs(pb::ListTrainingJobsRequest::default())
+                .await
         });
         assert_eq!(jobs.await.into_inner().training_jobs.len(), 1);
         let datasets = retried(async || {
-            client.datasets().list_datasets(pb::ListDatasetsRequest::default()).await
+            client
+                .datasets()
+                .list_datasets(pb::ListDatasetsRequest::default())
+                .await
         });
         assert_eq!(datasets.await.into_inner().datasets.len(), 1);
         let one = retried(async || {
-            let request = pb::GetDatasetRequest { name: dataset.into() };
+            let request = pb::GetDatasetRequest {
+                name: dataset.into(),
+            };
             client.datasets().get_dataset(request).await
         });
         assert_eq!(one.await.into_inner().name, dataset);
@@ -68,7 +82,10 @@ async fn read_everything(client: &Client, job: &str, dataset: &str) {
         assert!(!checkpoints.await.into_inner().checkpoints.is_empty());
         let events = retried(async || {
             let parent = job.into();
-            let request = pb::ListTrainingEventsRequest { parent, ..Default::default() };
+            let request = pb::ListTrainingEventsRequest {
+                parent,
+                ..Default::default()
+            };
             client.training().list_training_events(request).await
         });
         assert!(!events.await.into_inner().events.is_empty());
@@ -83,22 +100,37 @@ async fn a_change_of_the_schema(statements: &str) {
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let token = Some(token(dir.path(), &postgres));
     let server = replica(dir.path(), &postgres, share.path(), &["--auth", "tokens"]);
-    let target = Target { token, ..Target::plain(&server.address) };
-    let client = Client::connect(&target, Duration::from_secs(10)).await.unwrap();
+    let target = Target {
+        token,
+        ..Target::plain(&server.address)
+    };
+    let client = Client::connect(&target, Duration::from_secs(10))
+        .await
+        .unwrap();
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, checkpointing(&dataset, STEPS)).await;
     reaches(&client, &name, |e| is_step(e, 12)).await;
     read_everything(&client, &name, &dataset).await;
 
-    let step = try_get(&client, &name).await.unwrap().progress.unwrap().step;
-    assert!(step + 20 < STEPS, "the job is too far for this test: step {step}");
+    let step = try_get(&client, &name)
+        .await
+        .unwrap()
+        .progress
+        .unwrap()
+        .step;
+    assert!(
+        step + 20 < STEPS,
+        "the job is too far for this test: step {step}"
+    );
     postgres.sql(statements);
     // The database is asked, because calls may fail for a reason of their own.
     let look = format!("SELECT state, error FROM jobs WHERE id = '{}'", id(&name));
     let mut row = String::new();
     until("the end of the job", LIMIT, async || {
         row = postgres.sql(&look).remove(0);
-        ["succeeded", "failed", "cancelled"].iter().any(|end| row.starts_with(end))
+        ["succeeded", "failed", "cancelled"]
+            .iter()
+            .any(|end| row.starts_with(end))
     })
     .await;
     assert_eq!(row, "succeeded|");
@@ -112,7 +144,9 @@ async fn a_change_of_the_schema(statements: &str) {
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_run_goes_on_when_every_table_gets_a_column() {
     let add = |table| format!("ALTER TABLE {table} ADD COLUMN x BIGINT;");
-    let all = ["checkpoints", "datasets", "tokens", "jobs", "events"].map(add).concat();
+    let all = ["checkpoints", "datasets", "tokens", "jobs", "events"]
+        .map(add)
+        .concat();
     a_change_of_the_schema(&all).await;
 }
 
@@ -135,24 +169,50 @@ async fn an_unreadable_job(change: &str) {
     let unreadable = submit(&client, job(&dataset, 100_000)).await;
     pause(&client, &unreadable).await;
     let update = "UPDATE jobs SET priority = 1000";
-    postgres.sql(&format!("{update}, {change} WHERE id = '{}'", id(&unreadable)));
+    postgres.sql(&format!(
+        "{update}, {change} WHERE id = '{}'",
+        id(&unreadable)
+    ));
 
     // Others are made, claimed, carried on, listed and cancelled.
     another_succeeds(&client, &dataset).await;
     let long = submit(&client, job(&dataset, 100_000)).await;
-    until("the run", LIMIT, async || state(&client, &long).await == pb::JobState::Running).await;
+    until("the run", LIMIT, async || {
+        state(&client, &long).await == pb::JobState::Running
+    })
+    .await;
     let list = pb::ListTrainingJobsRequest::default();
-    let jobs = client.training().list_training_jobs(list).await.unwrap().into_inner();
+    let jobs = client
+        .training()
+        .list_training_jobs(list)
+        .await
+        .unwrap()
+        .into_inner();
     let names: Vec<_> = jobs.training_jobs.iter().map(|j| j.name.as_str()).collect();
-    assert!(names.len() == 2 && names.contains(&long.as_str()), "{names:?}");
+    assert!(
+        names.len() == 2 && names.contains(&long.as_str()),
+        "{names:?}"
+    );
     cancel(&client, &long).await;
-    until("the end", LIMIT, async || state(&client, &long).await == pb::JobState::Cancelled).await;
+    until("the end", LIMIT, async || {
+        state(&client, &long).await == pb::JobState::Cancelled
+    })
+    .await;
 
     let refused = try_get(&client, &unreadable).await.unwrap_err();
     let reason = refused.get_details_error_info().map(|info| info.reason);
     let found = (refused.code(), reason.as_deref());
-    assert_eq!(found, (Code::FailedPrecondition, Some("JOB_UNREADABLE")), "{refused}");
-    let counted = || server.metrics().lines().any(|line| line == "bradley_unreadable_jobs 1");
+    assert_eq!(
+        found,
+        (Code::FailedPrecondition, Some("JOB_UNREADABLE")),
+        "{refused}"
+    );
+    let counted = || {
+        server
+            .metrics()
+            .lines()
+            .any(|line| line == "bradley_unreadable_jobs 1")
+    };
     until("the count of unreadable jobs", LIMIT, async || counted()).await;
 }
 
@@ -216,11 +276,17 @@ async fn datasets_are_listed_though_a_finding_has_a_character_that_the_database_
     let good = r#"{"prompt": "p", "chosen": "x", "rejected": "y"}"#;
     std::fs::write(&rows, format!("{bad}\n{good}\n")).unwrap();
     let metadata = pb::UploadMetadata::default();
-    let dataset = client.upload_dataset(&rows, metadata, |_| {}).await.unwrap();
+    let dataset = client
+        .upload_dataset(&rows, metadata, |_| {})
+        .await
+        .unwrap();
     assert_eq!(dataset.report.unwrap().issues[0].id, "a\u{fffd}b");
     // As version 0.1 stored it.
     let sql = r"UPDATE datasets SET report = REPLACE(report, 'a' || CHR(65533) || 'b', 'a\u0000b')";
     postgres.sql(sql);
-    let listed = client.datasets().list_datasets(pb::ListDatasetsRequest::default()).await;
+    let listed = client
+        .datasets()
+        .list_datasets(pb::ListDatasetsRequest::default())
+        .await;
     assert_eq!(listed.unwrap().into_inner().datasets.len(), 1);
 }

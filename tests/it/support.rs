@@ -25,7 +25,10 @@ pub const MODELS: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 /// A path below tests/goldens.
 pub fn golden(path: &str) -> PathBuf {
     // Tests start in the package's folder, wherever they were built.
-    std::env::current_dir().unwrap().join("tests/goldens").join(path)
+    std::env::current_dir()
+        .unwrap()
+        .join("tests/goldens")
+        .join(path)
 }
 
 /// A golden JSON file.
@@ -40,8 +43,12 @@ pub fn tensors(path: &str) -> HashMap<String, Tensor> {
 
 /// A tiny model's files.
 pub fn open(name: &str) -> LoadedModel {
-    load_model(None, golden(&format!("models/{name}")).to_str().unwrap(), &HubOptions::default())
-        .unwrap()
+    load_model(
+        None,
+        golden(&format!("models/{name}")).to_str().unwrap(),
+        &HubOptions::default(),
+    )
+    .unwrap()
 }
 
 /// A model's weights and tokenizer.
@@ -84,7 +91,10 @@ pub fn tiny(name: &str) -> (Policy, ChatTokenizer) {
 
 /// The rows of a golden JSONL file.
 pub fn rows(file: &str) -> Vec<PreferenceRow> {
-    read_rows(&golden(file), DatasetFormat::Jsonl).unwrap().map(|r| r.unwrap()).collect()
+    read_rows(&golden(file), DatasetFormat::Jsonl)
+        .unwrap()
+        .map(|r| r.unwrap())
+        .collect()
 }
 
 /// Rows as token ids.
@@ -94,17 +104,27 @@ pub fn encode(
     max_length: usize,
 ) -> Vec<EncodedPair> {
     let encoder = PairEncoder::new(tokenizer, max_length, Truncation::KeepStart);
-    rows.iter().map(|r| encoder.encode_row(r).unwrap()).collect()
+    rows.iter()
+        .map(|r| encoder.encode_row(r).unwrap())
+        .collect()
 }
 
 /// A JSON list of numbers.
 pub fn numbers(v: &Value) -> Vec<f64> {
-    v.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+    v.as_array()
+        .unwrap()
+        .iter()
+        .map(|x| x.as_f64().unwrap())
+        .collect()
 }
 
 /// A JSON list of token ids.
 pub fn ids(v: &Value) -> Vec<u32> {
-    v.as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
+    v.as_array()
+        .unwrap()
+        .iter()
+        .map(|x| x.as_u64().unwrap() as u32)
+        .collect()
 }
 
 /// |a − b| ≤ tolerance · max(|b|, floor).
@@ -177,5 +197,7 @@ pub fn copy_files(from: &Path, to: &Path) {
 /// have dashes around them.
 pub fn hashes(message: &str) -> BTreeSet<&str> {
     let words = message.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
-    words.filter(|w| w.len() >= 12 && w.bytes().all(|b| b.is_ascii_hexdigit())).collect()
+    words
+        .filter(|w| w.len() >= 12 && w.bytes().all(|b| b.is_ascii_hexdigit()))
+        .collect()
 }

@@ -28,13 +28,17 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn change(model: &Path, part: &str) {
     match part {
         "weights" => perturb_weights(model.join("model.safetensors")),
-        "config" => {
-            replace(model.join("config.json"), "\"rope_theta\": 10000.0", "\"rope_theta\": 20000.0")
-        }
+        "config" => replace(
+            model.join("config.json"),
+            "\"rope_theta\": 10000.0",
+            "\"rope_theta\": 20000.0",
+        ),
         // In the vocabulary and among the added tokens: the template's header gets other tokens.
-        "tokenizer" => {
-            replace(model.join("tokenizer.json"), "<|end_header_id|>", "<|end_of_header|>")
-        }
+        "tokenizer" => replace(
+            model.join("tokenizer.json"),
+            "<|end_header_id|>",
+            "<|end_of_header|>",
+        ),
         "chat template" => replace(
             model.join("chat_template.jinja"),
             "message['content'] | trim",
@@ -57,13 +61,27 @@ fn models(folder: &Path) -> String {
 
 async fn export(client: &Client, name: &str) -> Result<(), Status> {
     let format = pb::ExportFormat::Merged.into();
-    let request = pb::ExportCheckpointRequest { name: latest(name), format, ..Default::default() };
-    client.checkpoints().export_checkpoint(request).await.map(|_| ())
+    let request = pb::ExportCheckpointRequest {
+        name: latest(name),
+        format,
+        ..Default::default()
+    };
+    client
+        .checkpoints()
+        .export_checkpoint(request)
+        .await
+        .map(|_| ())
 }
 
 async fn score_checkpoint(client: &Client, name: &str) -> Result<(), Status> {
-    let options = Some(pb::ScoringOptions { policy: latest(name), ..Default::default() });
-    let request = pb::ScorePairsRequest { options, pairs: pairs() };
+    let options = Some(pb::ScoringOptions {
+        policy: latest(name),
+        ..Default::default()
+    });
+    let request = pb::ScorePairsRequest {
+        options,
+        pairs: pairs(),
+    };
     client.scoring().score_pairs(request).await.map(|_| ())
 }
 
@@ -88,7 +106,13 @@ impl Made {
         pause(client, &paused).await;
         let running = submit(client, job(&dataset, 100_000)).await;
         until_event(client, &running, |e| is_step(e, 1)).await;
-        Made { dataset, ended, paused, running, scores }
+        Made {
+            dataset,
+            ended,
+            paused,
+            running,
+            scores,
+        }
     }
 
     /// Makes a job that waits for the device.
@@ -115,8 +139,14 @@ impl Made {
 
     /// Ends the job that has, or wants, the device for long.
     async fn give_up_running(&self, client: &Client) {
-        let request = pb::CancelTrainingJobRequest { name: self.running.clone() };
-        client.training().cancel_training_job(request).await.unwrap();
+        let request = pb::CancelTrainingJobRequest {
+            name: self.running.clone(),
+        };
+        client
+            .training()
+            .cancel_training_job(request)
+            .await
+            .unwrap();
         finish(client, &self.running).await;
         assert_eq!(state(client, &self.running).await, pb::JobState::Cancelled);
     }
@@ -126,7 +156,11 @@ impl Made {
     async fn go_on(&self, client: &Client, queued: &[String]) {
         let scores = score(client, &latest(&self.ended), pairs()).await;
         for (before, after) in self.scores.results.iter().zip(&scores.results) {
-            assert_eq!(scored(before), scored(after), "the scores are what they were");
+            assert_eq!(
+                scored(before),
+                scored(after),
+                "the scores are what they were"
+            );
         }
         export(client, &self.ended).await.unwrap();
         for name in queued {
@@ -142,7 +176,9 @@ impl Made {
 async fn assert_never_ran(client: &Client, name: &str) {
     let told = events(client, name).await;
     let ran = |e: &pb::TrainingEvent| {
-        e.event.as_ref().is_some_and(|e| is_step(e, 0) || became(e, pb::JobState::Running))
+        e.event
+            .as_ref()
+            .is_some_and(|e| is_step(e, 0) || became(e, pb::JobState::Running))
     };
     assert!(!told.iter().any(ran), "{told:?}");
 }
@@ -219,7 +255,11 @@ async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
         assert_waits(&other, &waiting, part).await;
         let new = made.new_works(&other).await;
         // The first replica refuses checkpoints that the second one made.
-        assert_refused("scoring on the first replica", score_checkpoint(&client, &new).await, part);
+        assert_refused(
+            "scoring on the first replica",
+            score_checkpoint(&client, &new).await,
+            part,
+        );
         assert_never_ran(&client, &waiting).await;
         assert!(second.terminate(PATIENCE).success());
         queued.push(waiting);
@@ -251,7 +291,12 @@ async fn an_adapter_that_is_overwritten_between_replicas_changes_nothing_for_the
     assert!(it.server.terminate(PATIENCE).success());
     let after = score(&client, &latest(&undisturbed), pairs()).await;
     for (a, b) in before.results.iter().zip(&after.results) {
-        assert_eq!(scored(a).margin.to_bits(), scored(b).margin.to_bits(), "{}", a.id);
+        assert_eq!(
+            scored(a).margin.to_bits(),
+            scored(b).margin.to_bits(),
+            "{}",
+            a.id
+        );
     }
     resume(&client, &paused).await.unwrap();
     assert_eq!(

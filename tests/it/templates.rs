@@ -35,7 +35,10 @@ assistant:{% endif %}"#;
 fn model(dir: &Path, template: &str) -> PathBuf {
     let folder = dir.join("model");
     std::fs::create_dir_all(&folder).unwrap();
-    for file in std::fs::read_dir(golden("models/llama")).unwrap().map(|f| f.unwrap()) {
+    for file in std::fs::read_dir(golden("models/llama"))
+        .unwrap()
+        .map(|f| f.unwrap())
+    {
         std::fs::copy(file.path(), folder.join(file.file_name())).unwrap();
     }
     std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
@@ -50,13 +53,20 @@ fn serve(dir: &Path, template: &str, flags: &[&str]) -> Server {
 fn chat(messages: Value) -> Option<pb::Text> {
     let messages = messages.as_array().unwrap().iter();
     let messages = messages
-        .map(|m| pb::Message { fields_json: m.to_string(), ..Default::default() })
+        .map(|m| pb::Message {
+            fields_json: m.to_string(),
+            ..Default::default()
+        })
         .collect();
-    Some(pb::Text { form: Some(pb::text::Form::Chat(pb::MessageList { messages })) })
+    Some(pb::Text {
+        form: Some(pb::text::Form::Chat(pb::MessageList { messages })),
+    })
 }
 
 fn plain(text: &str) -> Option<pb::Text> {
-    Some(pb::Text { form: Some(pb::text::Form::Plain(text.into())) })
+    Some(pb::Text {
+        form: Some(pb::text::Form::Plain(text.into())),
+    })
 }
 
 fn structure(value: Value) -> bradley::rpc::client::ProtoStruct {
@@ -77,8 +87,14 @@ async fn score(
     options: pb::ScoringOptions,
     pair: pb::Pair,
 ) -> Result<pb::PairScore, Status> {
-    let options = pb::ScoringOptions { per_token_logprobs: true, ..options };
-    let request = pb::ScorePairsRequest { options: Some(options), pairs: vec![pair] };
+    let options = pb::ScoringOptions {
+        per_token_logprobs: true,
+        ..options
+    };
+    let request = pb::ScorePairsRequest {
+        options: Some(options),
+        pairs: vec![pair],
+    };
     let answer = client.scoring().score_pairs(request).await?.into_inner();
     match &answer.results[0].result {
         Some(pb::pair_result::Result::Error(e)) => {
@@ -94,14 +110,21 @@ async fn score(
 }
 
 fn tiny() -> pb::ScoringOptions {
-    pb::ScoringOptions { policy: "models/tiny".into(), ..Default::default() }
+    pb::ScoringOptions {
+        policy: "models/tiny".into(),
+        ..Default::default()
+    }
 }
 
 /// The fields that a refusal names.
 fn fields(status: &Status) -> Vec<String> {
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
     let details = status.get_details_bad_request();
-    details.into_iter().flat_map(|d| d.field_violations).map(|v| v.field).collect()
+    details
+        .into_iter()
+        .flat_map(|d| d.field_violations)
+        .map(|v| v.field)
+        .collect()
 }
 
 fn prompt_tokens(score: &pb::PairScore) -> u32 {
@@ -109,7 +132,9 @@ fn prompt_tokens(score: &pb::PairScore) -> u32 {
 }
 
 fn answer(score: &pb::PairScore, tokenizer: &ChatTokenizer) -> String {
-    tokenizer.decode(&score.a.as_ref().unwrap().token_ids).unwrap()
+    tokenizer
+        .decode(&score.a.as_ref().unwrap().token_ids)
+        .unwrap()
 }
 
 #[test]
@@ -166,7 +191,11 @@ print(json.dumps([datetime.date.today().isoformat(), out]))
         .env("HF_HUB_OFFLINE", "1")
         .output()
         .unwrap();
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert!(
+        done.status.success(),
+        "{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
     let text = String::from_utf8(done.stdout).unwrap();
     let (today, expected): (jiff::civil::Date, Vec<String>) =
         serde_json::from_str(text.lines().last().unwrap())
@@ -187,7 +216,11 @@ print(json.dumps([datetime.date.today().isoformat(), out]))
             kwargs: case["kwargs"].as_object().unwrap(),
             date: Some(today.at(0, 0, 0, 0)),
         };
-        assert_eq!(tokenizer.apply_chat_template(&messages, &options).unwrap(), expected, "{case}");
+        assert_eq!(
+            tokenizer.apply_chat_template(&messages, &options).unwrap(),
+            expected,
+            "{case}"
+        );
     }
 }
 
@@ -201,7 +234,10 @@ fn a_template_for_tools_is_used_where_there_are_tools() {
     let tokenizer = ChatTokenizer::from_folder(&folder).unwrap();
     let messages = [ChatMessage::new("user", "a")];
     let render = |tokenizer: &ChatTokenizer, tools: Option<Vec<Value>>| {
-        let options = RenderOptions { tools: tools.as_deref(), ..RenderOptions::new(true) };
+        let options = RenderOptions {
+            tools: tools.as_deref(),
+            ..RenderOptions::new(true)
+        };
         tokenizer.apply_chat_template(&messages, &options)
     };
     assert_eq!(render(&tokenizer, None).unwrap(), "default");
@@ -210,7 +246,10 @@ fn a_template_for_tools_is_used_where_there_are_tools() {
     // Files win over the configuration; without them its list of named templates is used.
     std::fs::remove_dir_all(&more).unwrap();
     let with_one = ChatTokenizer::from_folder(&folder).unwrap().template_hash();
-    assert_ne!(with_one, with_two, "dialogues with tools have other tokens without their template");
+    assert_ne!(
+        with_one, with_two,
+        "dialogues with tools have other tokens without their template"
+    );
     // As it was before there were templates of other names.
     assert_eq!(with_one, blake3::hash(b"default").to_hex().to_string());
     std::fs::remove_file(folder.join("chat_template.jinja")).unwrap();
@@ -221,7 +260,10 @@ fn a_template_for_tools_is_used_where_there_are_tools() {
     let tokenizer = ChatTokenizer::from_folder(&folder).unwrap();
     assert_eq!(render(&tokenizer, Some(vec![])).unwrap(), "named tools");
     let e = render(&tokenizer, None).unwrap_err().to_string();
-    assert!(e.contains("tool_use") && e.contains("none named \"default\""), "{e}");
+    assert!(
+        e.contains("tool_use") && e.contains("none named \"default\""),
+        "{e}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -229,11 +271,19 @@ async fn a_template_that_does_not_compile_leaves_plain_text() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), "{% for %}", &[]);
     let client = server.client().await;
-    let pair =
-        pb::Pair { prompt: plain("1 2"), a: plain(" 3"), b: plain(" 4"), ..Default::default() };
+    let pair = pb::Pair {
+        prompt: plain("1 2"),
+        a: plain(" 3"),
+        b: plain(" 4"),
+        ..Default::default()
+    };
     assert!(prompt_tokens(&score(&client, tiny(), pair).await.unwrap()) > 0);
     let refused = score(&client, tiny(), question()).await.unwrap_err();
-    assert!(refused.message().contains("does not compile"), "{}", refused.message());
+    assert!(
+        refused.message().contains("does not compile"),
+        "{}",
+        refused.message()
+    );
     let model = client
         .models()
         .list_models(pb::ListModelsRequest {})
@@ -259,22 +309,47 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
     });
     let own = json!({"chat_template_kwargs": {"style": "11111111"}, "tools": [{"name": "t"}]});
     let mut lines = [row.clone(), row];
-    lines[1].as_object_mut().unwrap().extend(own.as_object().unwrap().clone());
+    lines[1]
+        .as_object_mut()
+        .unwrap()
+        .extend(own.as_object().unwrap().clone());
     let file = dir.path().join("rows.jsonl");
-    std::fs::write(&file, lines.iter().map(|l| format!("{l}\n")).collect::<String>()).unwrap();
-    let dataset =
-        client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await.unwrap();
+    std::fs::write(
+        &file,
+        lines.iter().map(|l| format!("{l}\n")).collect::<String>(),
+    )
+    .unwrap();
+    let dataset = client
+        .upload_dataset(&file, pb::UploadMetadata::default(), |_| {})
+        .await
+        .unwrap();
     let report = dataset.report.unwrap();
-    assert_eq!((report.valid_rows, report.issues.len()), (2, 0), "{report:?}");
+    assert_eq!(
+        (report.valid_rows, report.issues.len()),
+        (2, 0),
+        "{report:?}"
+    );
 
-    let wanted = pb::TrainingJob { chat_template_kwargs: with("1 2 3"), ..job(&dataset.name, 1) };
+    let wanted = pb::TrainingJob {
+        chat_template_kwargs: with("1 2 3"),
+        ..job(&dataset.name, 1)
+    };
     let bad = pb::TrainingJob {
         chat_template_kwargs: Some(structure(json!({"messages": 1}))),
         ..wanted.clone()
     };
-    let request = pb::CreateTrainingJobRequest { training_job: Some(bad), ..Default::default() };
+    let request = pb::CreateTrainingJobRequest {
+        training_job: Some(bad),
+        ..Default::default()
+    };
     assert_eq!(
-        fields(&client.training().create_training_job(request).await.unwrap_err()),
+        fields(
+            &client
+                .training()
+                .create_training_job(request)
+                .await
+                .unwrap_err()
+        ),
         ["training_job.chat_template_kwargs"]
     );
     let name = submit(&client, wanted.clone()).await;
@@ -291,28 +366,51 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
     );
 
     let base = prompt_tokens(&score(&client, tiny(), question()).await.unwrap());
-    let checkpoint =
-        pb::ScoringOptions { policy: format!("{name}/checkpoints/latest"), ..Default::default() };
-    let by_job = score(&client, checkpoint.clone(), question()).await.unwrap();
-    let explicit = pb::ScoringOptions { chat_template_kwargs: with("1 2 3"), ..checkpoint.clone() };
+    let checkpoint = pb::ScoringOptions {
+        policy: format!("{name}/checkpoints/latest"),
+        ..Default::default()
+    };
+    let by_job = score(&client, checkpoint.clone(), question())
+        .await
+        .unwrap();
+    let explicit = pb::ScoringOptions {
+        chat_template_kwargs: with("1 2 3"),
+        ..checkpoint.clone()
+    };
     assert_eq!(score(&client, explicit, question()).await.unwrap(), by_job);
     assert!(prompt_tokens(&by_job) > base);
-    let longer =
-        pb::ScoringOptions { chat_template_kwargs: with("1 2 3 4 5 6"), ..checkpoint.clone() };
+    let longer = pb::ScoringOptions {
+        chat_template_kwargs: with("1 2 3 4 5 6"),
+        ..checkpoint.clone()
+    };
     let by_call = score(&client, longer.clone(), question()).await.unwrap();
     assert!(prompt_tokens(&by_call) > prompt_tokens(&by_job));
-    let pair = pb::Pair { chat_template_kwargs: with("1 2 3"), ..question() };
+    let pair = pb::Pair {
+        chat_template_kwargs: with("1 2 3"),
+        ..question()
+    };
     assert_eq!(score(&client, longer, pair).await.unwrap(), by_job);
 
     // A pair's tools in the order of their keys, which only JSON keeps.
     let tools_json = r#"[{"type": "function", "name": "t", "a": {"z": 1, "b": 2}}]"#;
-    let by_call = pb::ScoringOptions { tools_json: tools_json.into(), ..tiny() };
-    let by_pair = pb::Pair { tools_json: tools_json.into(), ..question() };
+    let by_call = pb::ScoringOptions {
+        tools_json: tools_json.into(),
+        ..tiny()
+    };
+    let by_pair = pb::Pair {
+        tools_json: tools_json.into(),
+        ..question()
+    };
     let with_tools = score(&client, by_call, question()).await.unwrap();
     assert!(prompt_tokens(&with_tools) > base);
-    assert_eq!(score(&client, tiny(), by_pair.clone()).await.unwrap(), with_tools);
+    assert_eq!(
+        score(&client, tiny(), by_pair.clone()).await.unwrap(),
+        with_tools
+    );
     let sorted = pb::Pair {
-        tools: vec![structure(json!({"type": "function", "name": "t", "a": {"z": 1, "b": 2}}))],
+        tools: vec![structure(
+            json!({"type": "function", "name": "t", "a": {"z": 1, "b": 2}}),
+        )],
         ..question()
     };
     let same = pb::Pair {
@@ -325,14 +423,36 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
     );
 
     // Refused by the name of the field.
-    let both = pb::Pair { tools: sorted.tools.clone(), ..by_pair };
-    assert_eq!(fields(&score(&client, tiny(), both).await.unwrap_err()), ["pair.tools_json"]);
-    let text =
-        pb::Pair { prompt: plain("1 2"), a: plain(" 3"), b: plain(" 4"), ..Default::default() };
-    let tools_for_text = pb::Pair { tools: sorted.tools.clone(), ..text.clone() };
-    assert_eq!(fields(&score(&client, tiny(), tools_for_text).await.unwrap_err()), ["pair.tools"]);
-    let options = pb::ScoringOptions { tools: sorted.tools.clone(), ..tiny() };
-    assert_eq!(fields(&score(&client, options, text).await.unwrap_err()), ["options.tools"]);
+    let both = pb::Pair {
+        tools: sorted.tools.clone(),
+        ..by_pair
+    };
+    assert_eq!(
+        fields(&score(&client, tiny(), both).await.unwrap_err()),
+        ["pair.tools_json"]
+    );
+    let text = pb::Pair {
+        prompt: plain("1 2"),
+        a: plain(" 3"),
+        b: plain(" 4"),
+        ..Default::default()
+    };
+    let tools_for_text = pb::Pair {
+        tools: sorted.tools.clone(),
+        ..text.clone()
+    };
+    assert_eq!(
+        fields(&score(&client, tiny(), tools_for_text).await.unwrap_err()),
+        ["pair.tools"]
+    );
+    let options = pb::ScoringOptions {
+        tools: sorted.tools.clone(),
+        ..tiny()
+    };
+    assert_eq!(
+        fields(&score(&client, options, text).await.unwrap_err()),
+        ["options.tools"]
+    );
     let options = pb::ScoringOptions {
         chat_template_kwargs: Some(structure(json!({"documents": []}))),
         ..tiny()
@@ -359,13 +479,27 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
     // A Struct has sorted keys, and no numbers but doubles: it would print {'a': 1, 'b': 1}.
     let text = r#"{"style":{"b":1.0,"a":1}}"#;
     let value: Value = serde_json::from_str(text).unwrap();
-    let by_call = pb::ScoringOptions { chat_template_kwargs_json: text.into(), ..tiny() };
+    let by_call = pb::ScoringOptions {
+        chat_template_kwargs_json: text.into(),
+        ..tiny()
+    };
     let expected = score(&client, by_call.clone(), question()).await.unwrap();
-    let by_pair = pb::Pair { chat_template_kwargs_json: text.into(), ..question() };
-    assert_eq!(score(&client, tiny(), by_pair.clone()).await.unwrap(), expected);
-    let by_struct =
-        pb::ScoringOptions { chat_template_kwargs: Some(structure(value.clone())), ..tiny() };
-    assert_ne!(score(&client, by_struct.clone(), question()).await.unwrap(), expected);
+    let by_pair = pb::Pair {
+        chat_template_kwargs_json: text.into(),
+        ..question()
+    };
+    assert_eq!(
+        score(&client, tiny(), by_pair.clone()).await.unwrap(),
+        expected
+    );
+    let by_struct = pb::ScoringOptions {
+        chat_template_kwargs: Some(structure(value.clone())),
+        ..tiny()
+    };
+    assert_ne!(
+        score(&client, by_struct.clone(), question()).await.unwrap(),
+        expected
+    );
 
     // The command line, with the arguments in a row and in a flag.
     let run = |arguments: &[&str]| {
@@ -376,7 +510,11 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
             .env_remove("BRADLEY_CONFIG")
             .output()
             .unwrap();
-        assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+        assert!(
+            done.status.success(),
+            "{arguments:?}: {}",
+            String::from_utf8_lossy(&done.stderr)
+        );
         String::from_utf8(done.stdout).unwrap()
     };
     let mut row = json!({
@@ -387,7 +525,15 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
     let file = dir.path().join("rows.jsonl");
     let path = file.to_str().unwrap();
     std::fs::write(&file, row.to_string()).unwrap();
-    let flags = ["score", "--policy", "models/tiny", "--data", path, "--output", "json"];
+    let flags = [
+        "score",
+        "--policy",
+        "models/tiny",
+        "--data",
+        path,
+        "--output",
+        "json",
+    ];
     let by_flag = run(&[&flags[..], &["--template-args", text]].concat());
     row["chat_template_kwargs"] = value.clone();
     std::fs::write(&file, row.to_string()).unwrap();
@@ -425,14 +571,20 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
         .training_jobs
         .remove(0);
     assert_eq!(
-        (made.chat_template_kwargs.clone(), made.chat_template_kwargs_json.as_str()),
+        (
+            made.chat_template_kwargs.clone(),
+            made.chat_template_kwargs_json.as_str()
+        ),
         (None, text)
     );
     let trained = pb::ScoringOptions {
         policy: format!("{}/checkpoints/latest", made.name),
         ..Default::default()
     };
-    let explicit = pb::ScoringOptions { chat_template_kwargs_json: text.into(), ..trained.clone() };
+    let explicit = pb::ScoringOptions {
+        chat_template_kwargs_json: text.into(),
+        ..trained.clone()
+    };
     assert_eq!(
         score(&client, trained, question()).await.unwrap(),
         score(&client, explicit, question()).await.unwrap()
@@ -447,14 +599,27 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
         fields(&score(&client, both, question()).await.unwrap_err()),
         ["options.chat_template_kwargs_json"]
     );
-    let both = pb::Pair { chat_template_kwargs: by_struct.chat_template_kwargs.clone(), ..by_pair };
+    let both = pb::Pair {
+        chat_template_kwargs: by_struct.chat_template_kwargs.clone(),
+        ..by_pair
+    };
     assert_eq!(
         fields(&score(&client, tiny(), both).await.unwrap_err()),
         ["pair.chat_template_kwargs_json"]
     );
-    let both = pb::TrainingJob { chat_template_kwargs: by_struct.chat_template_kwargs, ..made };
-    let request = pb::CreateTrainingJobRequest { training_job: Some(both), ..Default::default() };
-    let refused = client.training().create_training_job(request).await.unwrap_err();
+    let both = pb::TrainingJob {
+        chat_template_kwargs: by_struct.chat_template_kwargs,
+        ..made
+    };
+    let request = pb::CreateTrainingJobRequest {
+        training_job: Some(both),
+        ..Default::default()
+    };
+    let refused = client
+        .training()
+        .create_training_job(request)
+        .await
+        .unwrap_err();
     assert_eq!(fields(&refused), ["training_job.chat_template_kwargs_json"]);
 }
 
@@ -469,7 +634,11 @@ async fn completions_with_too_much_text_are_refused_by_their_field() {
         prompt: plain(&"1 ".repeat(40_000)),
         completions: (0..256).map(|_| plain(" 2").unwrap()).collect(),
     };
-    let refused = client.scoring().score_completions(request).await.unwrap_err();
+    let refused = client
+        .scoring()
+        .score_completions(request)
+        .await
+        .unwrap_err();
     assert_eq!(fields(&refused), ["completions"]);
 }
 
@@ -480,7 +649,9 @@ async fn a_message_over_grpc_is_the_message_of_a_row() {
     let client = server.client().await;
     let call = json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"a": 1, "b": [true, null, 2.5]}, "name": "f"}}]});
     let answer = |message: pb::Message| pb::Text {
-        form: Some(pb::text::Form::Chat(pb::MessageList { messages: vec![message] })),
+        form: Some(pb::text::Form::Chat(pb::MessageList {
+            messages: vec![message],
+        })),
     };
     let further = json!({"content": "", "tool_calls": call["tool_calls"]});
     // The keys of the Struct are sorted; here they are sorted in the row, too.
@@ -494,19 +665,40 @@ async fn a_message_over_grpc_is_the_message_of_a_row() {
         fields_json: further.to_string(),
         ..Default::default()
     };
-    let whole = pb::Message { fields_json: call.to_string(), ..Default::default() };
+    let whole = pb::Message {
+        fields_json: call.to_string(),
+        ..Default::default()
+    };
     let mut scores = Vec::new();
     for message in [by_struct.clone(), by_json.clone(), whole] {
         scores.push(
-            score(&client, tiny(), pb::Pair { a: Some(answer(message)), ..question() })
-                .await
-                .unwrap(),
+            score(
+                &client,
+                tiny(),
+                pb::Pair {
+                    a: Some(answer(message)),
+                    ..question()
+                },
+            )
+            .await
+            .unwrap(),
         );
     }
     assert_eq!((&scores[0], &scores[0]), (&scores[1], &scores[2]));
-    let both = pb::Message { fields: by_struct.fields, ..by_json };
-    let refused =
-        score(&client, tiny(), pb::Pair { a: Some(answer(both)), ..question() }).await.unwrap_err();
+    let both = pb::Message {
+        fields: by_struct.fields,
+        ..by_json
+    };
+    let refused = score(
+        &client,
+        tiny(),
+        pb::Pair {
+            a: Some(answer(both)),
+            ..question()
+        },
+    )
+    .await
+    .unwrap_err();
     assert_eq!(fields(&refused), ["pair.a.chat.messages[0].fields_json"]);
 }
 
@@ -530,8 +722,10 @@ async fn templates_print_the_date_of_the_job_or_of_the_setting() {
         "rejected": [{"role": "assistant", "content": "4 5"}],
     });
     std::fs::write(&file, format!("{row}\n")).unwrap();
-    let dataset =
-        client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {}).await.unwrap();
+    let dataset = client
+        .upload_dataset(&file, pb::UploadMetadata::default(), |_| {})
+        .await
+        .unwrap();
     let name = submit(&client, job(&dataset.name, 1)).await;
     finish(&client, &name).await;
     let stored = client
@@ -541,11 +735,17 @@ async fn templates_print_the_date_of_the_job_or_of_the_setting() {
         .unwrap()
         .into_inner();
     let created = jiff::Timestamp::from_second(stored.create_time.unwrap().seconds).unwrap();
-    let options =
-        pb::ScoringOptions { policy: format!("{name}/checkpoints/latest"), ..Default::default() };
+    let options = pb::ScoringOptions {
+        policy: format!("{name}/checkpoints/latest"),
+        ..Default::default()
+    };
     let by_job = score(&client, options, question()).await.unwrap();
     let expected = created.to_zoned(jiff::tz::TimeZone::UTC).date().to_string();
-    assert!(answer(&by_job, &tokenizer).contains(&expected), "{}", answer(&by_job, &tokenizer));
+    assert!(
+        answer(&by_job, &tokenizer).contains(&expected),
+        "{}",
+        answer(&by_job, &tokenizer)
+    );
 }
 
 /// The prompt ends with what an answer may or may not begin with.
@@ -559,11 +759,19 @@ async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_
     let text = |answer: &str| chat(json!([{"role": "assistant", "content": answer}])).unwrap();
     let complete = async |answers: &[&str]| {
         let request = pb::ScoreCompletionsRequest {
-            options: Some(pb::ScoringOptions { per_token_logprobs: true, ..tiny() }),
+            options: Some(pb::ScoringOptions {
+                per_token_logprobs: true,
+                ..tiny()
+            }),
             prompt: chat(json!([{"role": "user", "content": "1 2"}])),
             completions: answers.iter().map(|a| text(a)).collect(),
         };
-        let answer = client.scoring().score_completions(request).await.unwrap().into_inner();
+        let answer = client
+            .scoring()
+            .score_completions(request)
+            .await
+            .unwrap()
+            .into_inner();
         let scores = answer.results.into_iter().map(|r| match r.result {
             Some(pb::completion_result::Result::Score(s)) => s,
             other => panic!("{other:?}"),
@@ -571,12 +779,19 @@ async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_
         scores.collect::<Vec<_>>()
     };
     let (follows, departs) = (" 7 7 7 8 9", " 1 2");
-    let alone = [complete(&[follows]).await.remove(0), complete(&[departs]).await.remove(0)];
+    let alone = [
+        complete(&[follows]).await.remove(0),
+        complete(&[departs]).await.remove(0),
+    ];
     assert!(alone[0].prompt_tokens > alone[1].prompt_tokens, "{alone:?}");
     assert_eq!(complete(&[follows, departs]).await, alone);
 
     // A pair has the prefix that all three share, as in TRL.
-    let pair = pb::Pair { a: Some(text(follows)), b: Some(text(departs)), ..question() };
+    let pair = pb::Pair {
+        a: Some(text(follows)),
+        b: Some(text(departs)),
+        ..question()
+    };
     let both = score(&client, tiny(), pair).await.unwrap();
     assert_eq!(
         (both.a.unwrap().prompt_tokens, both.b.unwrap().prompt_tokens),
@@ -592,12 +807,30 @@ async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_
     };
     let file = dir.path().join("rows.jsonl");
     std::fs::write(&file, format!("{}\n{}\n", row(follows), row(departs))).unwrap();
-    let metadata = pb::UploadMetadata { model: "models/tiny".into(), ..Default::default() };
-    let report = client.upload_dataset(&file, metadata, |_| {}).await.unwrap().report.unwrap();
-    let found: Vec<_> =
-        report.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason.as_str())).collect();
-    assert_eq!((found, report.valid_rows), (vec![(2, "prompt", "prompt_cut")], 2));
-    assert!(report.issues[0].message.contains("7 7 7\""), "{}", report.issues[0].message);
+    let metadata = pb::UploadMetadata {
+        model: "models/tiny".into(),
+        ..Default::default()
+    };
+    let report = client
+        .upload_dataset(&file, metadata, |_| {})
+        .await
+        .unwrap()
+        .report
+        .unwrap();
+    let found: Vec<_> = report
+        .issues
+        .iter()
+        .map(|i| (i.row, i.field.as_str(), i.reason.as_str()))
+        .collect();
+    assert_eq!(
+        (found, report.valid_rows),
+        (vec![(2, "prompt", "prompt_cut")], 2)
+    );
+    assert!(
+        report.issues[0].message.contains("7 7 7\""),
+        "{}",
+        report.issues[0].message
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -609,8 +842,11 @@ async fn a_token_that_the_model_does_not_have_is_a_finding() {
     let more = json!({"id": 320, "content": "<extra>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
     tokenizer["added_tokens"].as_array_mut().unwrap().push(more);
     std::fs::write(&path, tokenizer.to_string()).unwrap();
-    let server =
-        Server::start_with(&dir.path().join("data"), &format!("tiny={}", folder.display()), &[]);
+    let server = Server::start_with(
+        &dir.path().join("data"),
+        &format!("tiny={}", folder.display()),
+        &[],
+    );
     let client = server.client().await;
 
     let pair = |a: &str| pb::Pair {
@@ -634,19 +870,34 @@ async fn a_token_that_the_model_does_not_have_is_a_finding() {
     ];
     let file = dir.path().join("rows.jsonl");
     std::fs::write(&file, rows.join("\n")).unwrap();
-    let metadata = pb::UploadMetadata { model: "models/tiny".into(), ..Default::default() };
-    let dataset = client.upload_dataset(&file, metadata, |_| {}).await.unwrap();
+    let metadata = pb::UploadMetadata {
+        model: "models/tiny".into(),
+        ..Default::default()
+    };
+    let dataset = client
+        .upload_dataset(&file, metadata, |_| {})
+        .await
+        .unwrap();
     let report = dataset.report.unwrap();
-    let found: Vec<_> =
-        report.issues.iter().map(|i| (i.row, i.field.as_str(), i.reason.as_str())).collect();
-    assert_eq!((found, report.valid_rows), (vec![(2, "prompt", "token_outside_vocabulary")], 1));
+    let found: Vec<_> = report
+        .issues
+        .iter()
+        .map(|i| (i.row, i.field.as_str(), i.reason.as_str()))
+        .collect();
+    assert_eq!(
+        (found, report.valid_rows),
+        (vec![(2, "prompt", "token_outside_vocabulary")], 1)
+    );
     // With the row left out the job trains; with it the job fails before its first step, and says
     // why.
-    let skipping =
-        pb::TrainingJob { row_policy: pb::RowPolicy::Skip.into(), ..job(&dataset.name, 1) };
-    for (wanted, expected) in
-        [(skipping, pb::JobState::Succeeded), (job(&dataset.name, 1), pb::JobState::Failed)]
-    {
+    let skipping = pb::TrainingJob {
+        row_policy: pb::RowPolicy::Skip.into(),
+        ..job(&dataset.name, 1)
+    };
+    for (wanted, expected) in [
+        (skipping, pb::JobState::Succeeded),
+        (job(&dataset.name, 1), pb::JobState::Failed),
+    ] {
         let name = submit(&client, wanted).await;
         finish(&client, &name).await;
         let done = client

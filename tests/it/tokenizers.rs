@@ -21,8 +21,15 @@ use crate::golden_training::{Run, train};
 use crate::support::{assert_close, encode, golden, ids, json, needed, policy, rows};
 
 /// The tokenizers of .ci/tokenizers.list.
-const TOKENIZERS: [&str; 7] =
-    ["deepseek_v3", "gemma3", "gptoss", "llama2", "llama3", "llama3_1", "qwen3"];
+const TOKENIZERS: [&str; 7] = [
+    "deepseek_v3",
+    "gemma3",
+    "gptoss",
+    "llama2",
+    "llama3",
+    "llama3_1",
+    "qwen3",
+];
 /// Texts, and dialogues, that each tokenizer is tried with at least.
 const MIN_CASES: usize = 40;
 /// Chat templates of TRL 1.16.
@@ -47,9 +54,17 @@ fn expected() -> &'static Expected {
         let python = needed("BRADLEY_TEST_PYTHON");
         let folder = tempfile::tempdir().unwrap();
         let script = golden("real_tokenizers.py");
-        let run =
-            Command::new(python).arg(script).arg(tokenizers).arg(folder.path()).output().unwrap();
-        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let run = Command::new(python)
+            .arg(script)
+            .arg(tokenizers)
+            .arg(folder.path())
+            .output()
+            .unwrap();
+        assert!(
+            run.status.success(),
+            "{}",
+            String::from_utf8_lossy(&run.stderr)
+        );
         let values =
             serde_json::from_slice(&std::fs::read(folder.path().join("expected.json")).unwrap())
                 .unwrap();
@@ -61,7 +76,10 @@ fn expected() -> &'static Expected {
 impl Expected {
     fn tokenizer(&self, name: &str) -> (ChatTokenizer, &Value) {
         let path: &Path = &self.folder.path().join(name);
-        (ChatTokenizer::from_folder(path).unwrap(), &self.values["tokenizers"][name])
+        (
+            ChatTokenizer::from_folder(path).unwrap(),
+            &self.values["tokenizers"][name],
+        )
     }
 }
 
@@ -93,7 +111,12 @@ impl<'a> Chat<'a> {
             .iter()
             .map(|m| ChatMessage::from_json(m.clone()).unwrap())
             .collect();
-        Chat { dialogue: text(&dialogue["name"]), messages, tools, expected }
+        Chat {
+            dialogue: text(&dialogue["name"]),
+            messages,
+            tools,
+            expected,
+        }
     }
 
     fn options(&self, date: &str) -> RenderOptions<'a> {
@@ -112,15 +135,25 @@ impl<'a> Chat<'a> {
             (Some(expected), Ok(rendered)) if expected == rendered => return None,
             (None, Err(_)) => return None,
             (Some(expected), Ok(rendered)) => {
-                let same =
-                    expected.chars().zip(rendered.chars()).take_while(|(a, b)| a == b).count();
-                let rest =
-                    |s: &str| s.chars().skip(same.saturating_sub(10)).take(60).collect::<String>();
+                let same = expected
+                    .chars()
+                    .zip(rendered.chars())
+                    .take_while(|(a, b)| a == b)
+                    .count();
+                let rest = |s: &str| {
+                    s.chars()
+                        .skip(same.saturating_sub(10))
+                        .take(60)
+                        .collect::<String>()
+                };
                 format!("{:?} is not {:?}", rest(rendered), rest(expected))
             }
             (Some(_), Err(error)) => format!("fails: {error}"),
             (None, Ok(_)) => {
-                format!("renders, where transformers raises {}", self.expected["error"])
+                format!(
+                    "renders, where transformers raises {}",
+                    self.expected["error"]
+                )
             }
         };
         let kwargs = &self.expected["kwargs"];
@@ -133,7 +166,11 @@ impl<'a> Chat<'a> {
 
 fn assert_none(differences: &[String], compared: usize) {
     let first: Vec<&String> = differences.iter().take(20).collect();
-    assert!(differences.is_empty(), "{} of {compared} differ: {first:#?}", differences.len());
+    assert!(
+        differences.is_empty(),
+        "{} of {compared} differ: {first:#?}",
+        differences.len()
+    );
 }
 
 #[test]
@@ -196,7 +233,11 @@ fn dialogues_have_transformers_tokens() {
                 }
             }
         }
-        assert!(accepted.len() >= MIN_CASES, "{name} accepts {}", accepted.len());
+        assert!(
+            accepted.len() >= MIN_CASES,
+            "{name} accepts {}",
+            accepted.len()
+        );
     }
     println!("{compared} dialogues compared");
     assert_none(&differences, compared);
@@ -209,21 +250,26 @@ fn every_template_of_trl_renders_as_in_jinja2() {
     let corpus = json("dialogues.json");
     let date = text(&expected.values["date"]);
     let special = expected.values["special_tokens"].as_object().unwrap();
-    let special: Vec<(String, String)> =
-        special.iter().map(|(name, token)| (name.clone(), text(token).to_owned())).collect();
+    let special: Vec<(String, String)> = special
+        .iter()
+        .map(|(name, token)| (name.clone(), text(token).to_owned()))
+        .collect();
     let templates = expected.values["templates"].as_object().unwrap();
     assert_eq!(templates.len(), TEMPLATES);
     let (mut compared, mut differences) = (0, Vec::new());
-    let mut unseen: BTreeSet<_> =
-        EXCEPTIONS.iter().map(|(template, dialogue, _)| (*template, *dialogue)).collect();
+    let mut unseen: BTreeSet<_> = EXCEPTIONS
+        .iter()
+        .map(|(template, dialogue, _)| (*template, *dialogue))
+        .collect();
     for (name, values) in templates {
         let template = ChatTemplate::new(text(&values["source"]), special.clone())
             .unwrap_or_else(|e| panic!("{name}: {e}"));
         for case in list(&values["chats"]) {
             compared += 1;
             let chat = Chat::new(&corpus, case);
-            let rendered =
-                template.render(&chat.messages, &chat.options(date)).map_err(|e| e.to_string());
+            let rendered = template
+                .render(&chat.messages, &chat.options(date))
+                .map_err(|e| e.to_string());
             let Some(difference) = chat.difference(rendered.as_deref().map_err(Clone::clone))
             else {
                 continue;
@@ -250,7 +296,10 @@ fn every_template_of_trl_renders_as_in_jinja2() {
 #[test]
 #[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with trl (BRADLEY_TEST_PYTHON)"]
 fn a_run_on_rows_with_tools_is_trls() {
-    let (tokenizers, python) = (needed("BRADLEY_TEST_TOKENIZERS"), needed("BRADLEY_TEST_PYTHON"));
+    let (tokenizers, python) = (
+        needed("BRADLEY_TEST_TOKENIZERS"),
+        needed("BRADLEY_TEST_PYTHON"),
+    );
     let folder = tempfile::tempdir().unwrap();
     let tokenizer = Path::new(&tokenizers).join("qwen3");
     let run = Command::new(python)
@@ -259,7 +308,11 @@ fn a_run_on_rows_with_tools_is_trls() {
         .arg(folder.path())
         .output()
         .unwrap();
-    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    assert!(
+        run.status.success(),
+        "{}",
+        String::from_utf8_lossy(&run.stderr)
+    );
     let expected: Value =
         serde_json::from_slice(&std::fs::read(folder.path().join("expected.json")).unwrap())
             .unwrap();
@@ -272,7 +325,12 @@ fn a_run_on_rows_with_tools_is_trls() {
     for (pair, want) in pairs.iter().zip(list(&expected["pairs"])) {
         assert_eq!(pair.prompt, ids(&want["prompt"]), "{:?} prompt", pair.id);
         assert_eq!(pair.chosen, ids(&want["chosen"]), "{:?} chosen", pair.id);
-        assert_eq!(pair.rejected, ids(&want["rejected"]), "{:?} rejected", pair.id);
+        assert_eq!(
+            pair.rejected,
+            ids(&want["rejected"]),
+            "{:?} rejected",
+            pair.id
+        );
     }
     let spec = TrainingSpec {
         method: Method::Full,

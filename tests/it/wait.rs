@@ -8,7 +8,14 @@ const INTERVAL: Duration = Duration::from_millis(50);
 
 /// Waits until `holds` returns true. Panics after `limit`; `what` names what did not happen.
 pub async fn until(what: &str, limit: Duration, mut holds: impl AsyncFnMut() -> bool) {
-    until_ok(what, limit, async || if holds().await { Ok(()) } else { Err(String::new()) }).await;
+    until_ok(what, limit, async || {
+        if holds().await {
+            Ok(())
+        } else {
+            Err(String::new())
+        }
+    })
+    .await;
 }
 
 /// Waits until `look` returns a value, and returns that. Panics after `limit`; the message has the
@@ -42,7 +49,11 @@ pub fn until_blocking(what: &str, limit: Duration, mut holds: impl FnMut() -> bo
 pub async fn holds_for(what: &str, time: Duration, mut holds: impl AsyncFnMut() -> bool) {
     let start = Instant::now();
     while start.elapsed() < time {
-        assert!(holds().await, "{what} ended after {:?}, before {time:?}", start.elapsed());
+        assert!(
+            holds().await,
+            "{what} ended after {:?}, before {time:?}",
+            start.elapsed()
+        );
         tokio::time::sleep(INTERVAL).await;
     }
 }

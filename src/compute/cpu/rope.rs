@@ -30,7 +30,11 @@ impl RopeTable {
                 sin.push(s * attention_factor);
             }
         }
-        RopeTable { cos: cos.into(), sin: sin.into(), half }
+        RopeTable {
+            cos: cos.into(),
+            sin: sin.into(),
+            half,
+        }
     }
 
     /// Returns the cos table and the sin table, `[T, D/2]` each.
@@ -53,13 +57,20 @@ pub enum Direction {
 /// elements.
 pub fn rotate(x: &mut [f32], stride: usize, heads: usize, table: &RopeTable, direction: Direction) {
     let half = table.half;
-    let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
+    let sign = if direction == Direction::Forward {
+        1.0
+    } else {
+        -1.0
+    };
     debug_assert!(x.len() / stride * half == table.cos.len() && heads * 2 * half <= stride);
     let rows = thread_pool::rows_per_task(x.len() / stride);
     thread_pool::chunks(x, rows * stride, |task, x| {
         for (r, row) in x.chunks_mut(stride).enumerate() {
             let t = task * rows + r;
-            let (cos, sin) = (&table.cos[t * half..][..half], &table.sin[t * half..][..half]);
+            let (cos, sin) = (
+                &table.cos[t * half..][..half],
+                &table.sin[t * half..][..half],
+            );
             dispatch(
                 #[inline(always)]
                 || {

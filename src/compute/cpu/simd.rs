@@ -124,7 +124,9 @@ pub(crate) fn max(xs: &[f32]) -> f32 {
             *a = if *x > *a { *x } else { *a };
         }
     }
-    acc.iter().chain(tail).fold(f32::NEG_INFINITY, |a, x| if *x > a { *x } else { a })
+    acc.iter()
+        .chain(tail)
+        .fold(f32::NEG_INFINITY, |a, x| if *x > a { *x } else { a })
 }
 
 /// Returns Σ aᵢ·bᵢ over the shorter length, in the order of [`sum`].

@@ -146,7 +146,11 @@ impl SavedGateUp {
     /// Returns the format for a tape. With a bf16 kernel and only an adapter to train, rounded
     /// values are enough.
     pub fn for_tape(kernel: Kernel, is_adapted: bool) -> Self {
-        if kernel.is_bf16() && is_adapted { SavedGateUp::Bf16 } else { SavedGateUp::F32 }
+        if kernel.is_bf16() && is_adapted {
+            SavedGateUp::Bf16
+        } else {
+            SavedGateUp::F32
+        }
     }
 
     /// Returns the memory saved per token, in f32 values, for F = `width`.
@@ -194,10 +198,19 @@ impl GatedTiles {
         (tokens, width): (usize, usize),
         format: SavedGateUp,
     ) -> Self {
-        assert!(width.is_multiple_of(NR), "gated: the width {width} is not a multiple of {NR}");
-        let mut saved = (format == SavedGateUp::F32)
-            .then(|| (Buffer::uninit(tokens * 2 * width), Shared(std::ptr::null_mut())));
-        saved.iter_mut().for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));
+        assert!(
+            width.is_multiple_of(NR),
+            "gated: the width {width} is not a multiple of {NR}"
+        );
+        let mut saved = (format == SavedGateUp::F32).then(|| {
+            (
+                Buffer::uninit(tokens * 2 * width),
+                Shared(std::ptr::null_mut()),
+            )
+        });
+        saved
+            .iter_mut()
+            .for_each(|(buffer, at)| *at = Shared(buffer.as_mut_ptr()));
         let rounded =
             (format == SavedGateUp::Bf16).then(|| TiledOperand::new(kernel, tokens, 2 * width));
         GatedTiles {
@@ -254,7 +267,10 @@ impl GatedTiles {
     /// Returns y and the saved `[gate | up]`, if requested.
     pub fn finish(self) -> (Operand<'static>, Option<GateUpTape>) {
         let rounded = self.rounded.map(|r| GateUpTape::Bf16(r.operand()));
-        (self.y.operand(), rounded.or(self.saved.map(|(buffer, _)| GateUpTape::F32(buffer))))
+        (
+            self.y.operand(),
+            rounded.or(self.saved.map(|(buffer, _)| GateUpTape::F32(buffer))),
+        )
     }
 }
 
@@ -285,7 +301,14 @@ impl<'a> GradientTiles<'a> {
     /// Allocates the outputs for the `[gate | up]` that [`GatedTiles`] saved, with F = `width`.
     pub fn new(saved: &'a Operand<'static>, activation: ActivationFunction, width: usize) -> Self {
         let tiled = || TiledOperand::new(saved.kernel(), saved.rows(), width);
-        GradientTiles { activation, saved, width, y: tiled(), gate: tiled(), up: tiled() }
+        GradientTiles {
+            activation,
+            saved,
+            width,
+            y: tiled(),
+            gate: tiled(),
+            up: tiled(),
+        }
     }
 
     /// Processes a tile of the upstream gradient (row stride [`NR`]).
@@ -322,8 +345,11 @@ impl<'a> GradientTiles<'a> {
                         );
                     }
                     let n = part.len() * NR;
-                    for (((y, a), b), g) in
-                        y[..n].iter_mut().zip(&mut gate[..n]).zip(&mut up[..n]).zip(g)
+                    for (((y, a), b), g) in y[..n]
+                        .iter_mut()
+                        .zip(&mut gate[..n])
+                        .zip(&mut up[..n])
+                        .zip(g)
                     {
                         let s = G::sigma(*a);
                         *y = *a * s * *b;

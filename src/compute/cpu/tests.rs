@@ -16,7 +16,9 @@ use crate::math::rng::kaiming_uniform;
 
 /// Returns the kernels that multiply in f32.
 fn kernels() -> impl Iterator<Item = Kernel> {
-    Kernel::available().into_iter().filter(|k| matches!(k, Kernel::Portable | Kernel::Avx512))
+    Kernel::available()
+        .into_iter()
+        .filter(|k| matches!(k, Kernel::Portable | Kernel::Avx512))
 }
 
 /// Returns values that are uniform in (−1, 1).
@@ -47,20 +49,32 @@ fn check_gradient(
     upstream: &[f32],
     f: impl Fn(&[f32]) -> Vec<f32>,
 ) {
-    let objective =
-        |x: &[f32]| -> f64 { f(x).iter().zip(upstream).map(|(y, u)| *y as f64 * *u as f64).sum() };
+    let objective = |x: &[f32]| -> f64 {
+        f(x).iter()
+            .zip(upstream)
+            .map(|(y, u)| *y as f64 * *u as f64)
+            .sum()
+    };
     for trial in 0..3 {
         let direction = random(x.len(), 1000 + trial);
         let eps = 1e-2f32;
         let moved = |sign: f32| {
             objective(
-                &x.iter().zip(&direction).map(|(x, d)| x + sign * eps * d).collect::<Vec<_>>(),
+                &x.iter()
+                    .zip(&direction)
+                    .map(|(x, d)| x + sign * eps * d)
+                    .collect::<Vec<_>>(),
             )
         };
         let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * eps as f64);
-        let terms = gradient.iter().zip(&direction).map(|(g, d)| *g as f64 * *d as f64);
-        let (analytic, scale) =
-            (terms.clone().sum::<f64>(), terms.map(|t| t * t).sum::<f64>().sqrt());
+        let terms = gradient
+            .iter()
+            .zip(&direction)
+            .map(|(g, d)| *g as f64 * *d as f64);
+        let (analytic, scale) = (
+            terms.clone().sum::<f64>(),
+            terms.map(|t| t * t).sum::<f64>().sqrt(),
+        );
         assert!(
             (numeric - analytic).abs() < 2e-3 * scale.max(1e-2) + 2e-3 * analytic.abs(),
             "{name}, trial {trial}: {numeric} vs {analytic}"
@@ -77,7 +91,10 @@ fn rms_norm_matches_its_formula_and_its_differences() {
         y
     };
     let t = matrix(&x, 24);
-    let rms = (t.sqr().unwrap().mean_keepdim(D::Minus1).unwrap() + 1e-5).unwrap().sqrt().unwrap();
+    let rms = (t.sqr().unwrap().mean_keepdim(D::Minus1).unwrap() + 1e-5)
+        .unwrap()
+        .sqrt()
+        .unwrap();
     let plain = t
         .broadcast_div(&rms)
         .unwrap()
@@ -92,7 +109,11 @@ fn rms_norm_matches_its_formula_and_its_differences() {
 
 #[test]
 fn head_norm_is_the_norm_of_every_head_and_leaves_the_rest_alone() {
-    let heads = HeadColumns { stride: 30, offset: 8, count: 2 };
+    let heads = HeadColumns {
+        stride: 30,
+        offset: 8,
+        count: 2,
+    };
     let (x, w, u) = (random(4 * 30, 4), random(8, 5), random(4 * 30, 6));
     let norm = |x: &[f32], w: &[f32]| {
         let mut y = x.to_vec();
@@ -150,7 +171,10 @@ fn gated_units_match_their_formulas_and_their_differences() {
             ActivationFunction::GeluTanh => gate.gelu().unwrap(),
         };
         let plain = (active * t.narrow(1, 40, 40).unwrap()).unwrap();
-        assert!(relative(&product(&x), &values(&plain)) < 1e-6, "{activation:?}");
+        assert!(
+            relative(&product(&x), &values(&plain)) < 1e-6,
+            "{activation:?}"
+        );
         let mut dx = x.clone();
         gated_backward(activation, &mut dx, 40, &u);
         check_gradient(&format!("{activation:?}"), &x, &dx, &u, product);
@@ -161,7 +185,9 @@ fn gated_units_match_their_formulas_and_their_differences() {
 fn the_ends_of_the_activations_are_finite() {
     for activation in ACTIVATIONS {
         // Seven gates, then seven values of up.
-        let x = [-1e4, -200.0, -30.0, 0.0, 30.0, 200.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0];
+        let x = [
+            -1e4, -200.0, -30.0, 0.0, 30.0, 200.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0,
+        ];
         let mut dx = x;
         gated_backward(activation, &mut dx, 7, &[1.0; 7]);
         assert!(dx.iter().all(|d| d.is_finite()), "{activation:?}: {dx:?}");
@@ -184,8 +210,10 @@ fn by_tiles<const P: usize>(
     let tokens = all[0].len() / width;
     for first in (0..tokens).step_by(37) {
         for column in (0..width).step_by(NR) {
-            let (rows, columns) =
-                (first..(first + 37).min(tokens), column..(column + NR).min(width));
+            let (rows, columns) = (
+                first..(first + 37).min(tokens),
+                column..(column + NR).min(width),
+            );
             let tile = |x: &[f32]| {
                 // Values beyond the columns are unspecified, here NaN.
                 let mut tile = vec![f32::NAN; rows.len() * NR];
@@ -201,25 +229,33 @@ fn by_tiles<const P: usize>(
 
 /// Returns the columns `from..from + F` of `[T, 2F]`.
 fn half(x: &[f32], width: usize, from: usize) -> Vec<f32> {
-    x.chunks(2 * width).flat_map(|row| row[from..from + width].to_vec()).collect()
+    x.chunks(2 * width)
+        .flat_map(|row| row[from..from + width].to_vec())
+        .collect()
 }
 
 #[test]
 fn gating_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
     let (tokens, width) = (45, 64);
-    let x: Vec<f32> = random(tokens * 2 * width, 4).iter().map(|x| 4.0 * x).collect();
+    let x: Vec<f32> = random(tokens * 2 * width, 4)
+        .iter()
+        .map(|x| 4.0 * x)
+        .collect();
     let (gate, up) = (half(&x, width, 0), half(&x, width, width));
     for kernel in Kernel::available() {
         let rounds = kernel.is_bf16();
         let bits = |operand: &Operand, width: usize| -> Vec<u32> {
             (0..tokens)
                 .flat_map(|i| match operand.view().elements {
-                    Elements::F32(v) => {
-                        v[i * width..][..width].iter().map(|x| x.to_bits()).collect::<Vec<_>>()
-                    }
-                    Elements::Bf16(_) => {
-                        operand.bf16_row(i).iter().map(|x| u32::from(x.to_bits())).collect()
-                    }
+                    Elements::F32(v) => v[i * width..][..width]
+                        .iter()
+                        .map(|x| x.to_bits())
+                        .collect::<Vec<_>>(),
+                    Elements::Bf16(_) => operand
+                        .bf16_row(i)
+                        .iter()
+                        .map(|x| u32::from(x.to_bits()))
+                        .collect(),
                 })
                 .collect()
         };
@@ -231,9 +267,13 @@ fn gating_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
         {
             let tiles = GatedTiles::new(kernel, activation, (tokens, width), format);
             // SAFETY: a single thread calls this, so no other task writes the part.
-            by_tiles([&gate, &up], width, |rows, columns, [gate, mut up]| unsafe {
-                tiles.take(rows, columns, &gate, &mut up)
-            });
+            by_tiles(
+                [&gate, &up],
+                width,
+                |rows, columns, [gate, mut up]| unsafe {
+                    tiles.take(rows, columns, &gate, &mut up)
+                },
+            );
             let (y, saved) = tiles.finish();
             assert_eq!(
                 bits(&y, width),
@@ -248,7 +288,11 @@ fn gating_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
                 (Some(GateUpTape::Bf16(saved)), SavedGateUp::Bf16) => {
                     let rounded =
                         Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
-                    assert_eq!(bits(&saved, 2 * width), bits(&rounded, 2 * width), "{kernel:?}");
+                    assert_eq!(
+                        bits(&saved, 2 * width),
+                        bits(&rounded, 2 * width),
+                        "{kernel:?}"
+                    );
                 }
                 _ => panic!("{kernel:?} saves something else for {format:?}"),
             }
@@ -269,13 +313,17 @@ fn a_gated_unit_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept()
             kernels.flat_map(|kernel| ACTIVATIONS.map(|activation| (kernel, activation)))
         {
             let bits = |operand: &Operand| {
-                (0..tokens).flat_map(|i| operand.bf16_row(i).to_vec()).collect::<Vec<_>>()
+                (0..tokens)
+                    .flat_map(|i| operand.bf16_row(i).to_vec())
+                    .collect::<Vec<_>>()
             };
             let saved = Operand::new(kernel, View::f32(&x, 2 * width), tokens, 2 * width, 1.0);
             let saved = Operand::owned(kernel, saved.view(), tokens, 2 * width);
             let tiles = GradientTiles::new(&saved, activation, width);
             // SAFETY: a single thread calls this, so no other task writes the part.
-            by_tiles([&u], width, |rows, columns, [g]| unsafe { tiles.take(rows, columns, &g) });
+            by_tiles([&u], width, |rows, columns, [g]| unsafe {
+                tiles.take(rows, columns, &g)
+            });
             let (y, [gate, up]) = tiles.finish();
             assert_eq!(
                 bits(&y),
@@ -288,7 +336,13 @@ fn a_gated_unit_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept()
                 let exact = half(&exact, width, from);
                 assert_eq!(
                     bits(&ours),
-                    bits(&Operand::new(kernel, View::f32(&exact, width), tokens, width, 1.0)),
+                    bits(&Operand::new(
+                        kernel,
+                        View::f32(&exact, width),
+                        tokens,
+                        width,
+                        1.0
+                    )),
                     "{kernel:?} {width}"
                 );
             }
@@ -304,7 +358,10 @@ fn plain_attention(qkv: &[f32], heads: Heads, layout: &RowLayout) -> Vec<f32> {
     for s in &layout.segments {
         for i in s.tokens.clone() {
             for j in s.prefix.clone().chain(s.tokens.start..i + 1) {
-                if heads.window.is_none_or(|w| (positions[i] - positions[j]) < w as u32) {
+                if heads
+                    .window
+                    .is_none_or(|w| (positions[i] - positions[j]) < w as u32)
+                {
                     mask[i * t + j] = 0.0;
                 }
             }
@@ -313,16 +370,33 @@ fn plain_attention(qkv: &[f32], heads: Heads, layout: &RowLayout) -> Vec<f32> {
     let (mask, qkv) = (matrix(&mask, t), matrix(qkv, heads.row()));
     let mut out = vec![0f32; t * heads.width()];
     for h in 0..heads.query {
-        let take =
-            |head: usize| qkv.narrow(1, head * heads.dim, heads.dim).unwrap().contiguous().unwrap();
+        let take = |head: usize| {
+            qkv.narrow(1, head * heads.dim, heads.dim)
+                .unwrap()
+                .contiguous()
+                .unwrap()
+        };
         let kv = h / (heads.query / heads.key);
-        let (q, k, v) = (take(h), take(heads.query + kv), take(heads.query + heads.key + kv));
+        let (q, k, v) = (
+            take(h),
+            take(heads.query + kv),
+            take(heads.query + heads.key + kv),
+        );
         let scores = ((q.matmul(&k.t().unwrap()).unwrap() * (1.0 / (heads.dim as f64).sqrt()))
             .unwrap()
             + &mask)
             .unwrap();
-        let e = scores.broadcast_sub(&scores.max_keepdim(1).unwrap()).unwrap().exp().unwrap();
-        let o = values(&e.broadcast_div(&e.sum_keepdim(1).unwrap()).unwrap().matmul(&v).unwrap());
+        let e = scores
+            .broadcast_sub(&scores.max_keepdim(1).unwrap())
+            .unwrap()
+            .exp()
+            .unwrap();
+        let o = values(
+            &e.broadcast_div(&e.sum_keepdim(1).unwrap())
+                .unwrap()
+                .matmul(&v)
+                .unwrap(),
+        );
         for i in 0..t {
             out[i * heads.width() + h * heads.dim..][..heads.dim]
                 .copy_from_slice(&o[i * heads.dim..][..heads.dim]);
@@ -332,8 +406,10 @@ fn plain_attention(qkv: &[f32], heads: Heads, layout: &RowLayout) -> Vec<f32> {
 }
 
 fn attend(kernel: Kernel, qkv: &[f32], heads: Heads, layout: &RowLayout) -> (Vec<f32>, Vec<f32>) {
-    let (mut out, mut lse) =
-        (vec![0f32; layout.tokens() * heads.width()], vec![0f32; layout.tokens() * heads.query]);
+    let (mut out, mut lse) = (
+        vec![0f32; layout.tokens() * heads.width()],
+        vec![0f32; layout.tokens() * heads.query],
+    );
     attention(kernel, qkv, heads, layout, &mut out, &mut lse);
     (out, lse)
 }
@@ -345,7 +421,13 @@ fn attention_equals_masked_attention_with_and_without_a_window() {
     layout.push_group(5, [1, 80]);
     for kernel in kernels() {
         for (window, dim) in [(None, 8), (Some(1), 8), (Some(9), 40), (Some(72), 8)] {
-            let heads = Heads { query: 4, key: 2, dim, window, scale: 1.0 / (dim as f32).sqrt() };
+            let heads = Heads {
+                query: 4,
+                key: 2,
+                dim,
+                window,
+                scale: 1.0 / (dim as f32).sqrt(),
+            };
             let qkv = random(layout.tokens() * heads.row(), 11);
             let error = relative(
                 &attend(kernel, &qkv, heads, &layout).0,
@@ -363,13 +445,21 @@ fn attention_gradients_match_differences() {
     layout.push_group(2, [66]);
     for kernel in kernels() {
         for (window, dim) in [(None, 4), (Some(3), 36)] {
-            let heads = Heads { query: 4, key: 2, dim, window, scale: 1.0 / (dim as f32).sqrt() };
+            let heads = Heads {
+                query: 4,
+                key: 2,
+                dim,
+                window,
+                scale: 1.0 / (dim as f32).sqrt(),
+            };
             let qkv = random(layout.tokens() * heads.row(), 14);
             let u = random(layout.tokens() * heads.width(), 15);
             let (out, lse) = attend(kernel, &qkv, heads, &layout);
             let mut dqkv = vec![f32::NAN; qkv.len()];
             attention_backward(kernel, &qkv, heads, &layout, (&out, &lse), &u, &mut dqkv);
-            check_gradient("attention", &qkv, &dqkv, &u, |x| attend(kernel, x, heads, &layout).0);
+            check_gradient("attention", &qkv, &dqkv, &u, |x| {
+                attend(kernel, x, heads, &layout).0
+            });
         }
     }
 }
@@ -378,7 +468,13 @@ fn attention_gradients_match_differences() {
 fn bf16_attention_stays_near_f32() {
     let mut layout = RowLayout::default();
     layout.push_group(40, [66, 3]);
-    let heads = Heads { query: 4, key: 2, dim: 16, window: None, scale: 0.25 };
+    let heads = Heads {
+        query: 4,
+        key: 2,
+        dim: 16,
+        window: None,
+        scale: 0.25,
+    };
     let qkv = random(layout.tokens() * heads.row(), 14);
     let u = random(layout.tokens() * heads.width(), 15);
     let run = |kernel| {
@@ -399,7 +495,11 @@ fn bf16_attention_stays_near_f32() {
     }
 }
 
-const PLAIN: HeadOptions = HeadOptions { distribution: true, gradient: false, trained: None };
+const PLAIN: HeadOptions = HeadOptions {
+    distribution: true,
+    gradient: false,
+    trained: None,
+};
 
 fn head_input<'a>(
     kernel: Kernel,
@@ -408,7 +508,12 @@ fn head_input<'a>(
     hidden: usize,
     targets: &'a [u32],
 ) -> HeadInput<'a> {
-    HeadInput { kernel, h, w: WeightView::new(Elements::F32(w), hidden), targets }
+    HeadInput {
+        kernel,
+        h,
+        w: WeightView::new(Elements::F32(w), hidden),
+        targets,
+    }
 }
 
 #[test]
@@ -417,9 +522,15 @@ fn log_probs_and_distributions_match_a_full_softmax() {
     let (rows, hidden, vocabulary) = (130, 8, 2100);
     let h: Vec<f32> = random(rows * hidden, 17).iter().map(|x| 3.0 * x).collect();
     let w = random(vocabulary * hidden, 18);
-    let targets: Vec<u32> = (0..rows as u32).map(|i| i * 397 % vocabulary as u32).collect();
+    let targets: Vec<u32> = (0..rows as u32)
+        .map(|i| i * 397 % vocabulary as u32)
+        .collect();
     let f64s = |v: &[f32]| matrix(v, hidden).to_dtype(DType::F64).unwrap();
-    let logits: Vec<Vec<f64>> = f64s(&h).matmul(&f64s(&w).t().unwrap()).unwrap().to_vec2().unwrap();
+    let logits: Vec<Vec<f64>> = f64s(&h)
+        .matmul(&f64s(&w).t().unwrap())
+        .unwrap()
+        .to_vec2()
+        .unwrap();
     for kernel in kernels() {
         let got = head(head_input(kernel, &h, &w, hidden, &targets), PLAIN);
         for (i, row) in logits.iter().enumerate() {
@@ -431,7 +542,11 @@ fn log_probs_and_distributions_match_a_full_softmax() {
                 (d.mean_logit as f64 - row.iter().sum::<f64>() / row.len() as f64).abs() < 1e-5
             );
             let entropy: f64 = -row.iter().map(|x| (x - lse).exp() * (x - lse)).sum::<f64>();
-            assert!((d.entropy as f64 - entropy).abs() < 2e-5, "{} vs {entropy}", d.entropy);
+            assert!(
+                (d.entropy as f64 - entropy).abs() < 2e-5,
+                "{} vs {entropy}",
+                d.entropy
+            );
             let p2: f64 = row.iter().map(|x| (2.0 * (x - lse)).exp()).sum();
             assert!((d.log_sum_p2 as f64 - p2.ln()).abs() < 1e-5);
             assert_eq!(d.is_argmax, row.iter().all(|x| *x <= row[y]));
@@ -449,7 +564,11 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
     for kernel in kernels() {
         // Save all probabilities, those of the first tiles, or none.
         let gradients = [MAX_SAVED_PROBABILITIES, rows * 1024, 0].map(|saved| {
-            let options = HeadOptions { distribution: false, gradient: true, trained: Some(saved) };
+            let options = HeadOptions {
+                distribution: false,
+                gradient: true,
+                trained: Some(saved),
+            };
             let mut out = head(head_input(kernel, &h, &w, hidden, &targets), options);
             let mut dw = vec![0f32; w.len()];
             head_weight_gradient(

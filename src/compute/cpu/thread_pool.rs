@@ -75,7 +75,11 @@ fn pool() -> &'static ThreadPool {
         let mut helpers = if wanted > 0 { wanted } else { cores } - 1;
         let mut started = 0;
         for i in 0..helpers {
-            if std::thread::Builder::new().name(format!("compute-{i}")).spawn(helper_main).is_ok() {
+            if std::thread::Builder::new()
+                .name(format!("compute-{i}"))
+                .spawn(helper_main)
+                .is_ok()
+            {
                 started += 1;
             }
         }
@@ -84,7 +88,10 @@ fn pool() -> &'static ThreadPool {
             helpers,
             caller: Mutex::new(()),
             state: AtomicU64::new(CLOSED),
-            current: std::cell::UnsafeCell::new(Loop { task: None, tasks: 0 }),
+            current: std::cell::UnsafeCell::new(Loop {
+                task: None,
+                tasks: 0,
+            }),
             next: AtomicUsize::new(0),
             helpers_done: AtomicUsize::new(0),
             panic: Mutex::new(None),
@@ -144,7 +151,10 @@ impl ThreadPool {
             // asleep, or this thread sees the loop.
             if !open(self.state.load(Ordering::SeqCst)) {
                 *sleeping += 1;
-                sleeping = self.wake.wait(sleeping).unwrap_or_else(PoisonError::into_inner);
+                sleeping = self
+                    .wake
+                    .wait(sleeping)
+                    .unwrap_or_else(PoisonError::into_inner);
                 *sleeping -= 1;
             }
         }
@@ -153,7 +163,13 @@ impl ThreadPool {
     fn run_tasks(&self) {
         // SAFETY: this thread has entered, and the caller waits for all who entered before it
         // changes the loop.
-        let Loop { task: Some(task), tasks } = (unsafe { &*self.current.get() }) else { return };
+        let Loop {
+            task: Some(task),
+            tasks,
+        } = (unsafe { &*self.current.get() })
+        else {
+            return;
+        };
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             loop {
                 let i = self.next.fetch_add(1, Ordering::Relaxed);
@@ -173,12 +189,19 @@ impl ThreadPool {
     /// Runs a loop and returns the payload of a task's panic, if there was one. Returns `None`
     /// without running anything if another loop is running.
     fn run(&self, tasks: usize, task: Task) -> Option<Option<Box<dyn Any + Send>>> {
-        let Ok(_turn) = self.caller.try_lock() else { return None };
+        let Ok(_turn) = self.caller.try_lock() else {
+            return None;
+        };
         // SAFETY: the reference is removed from `current` before this function returns, and by then
         // no helper is inside the loop.
         let task: Task<'static> = unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) };
         // SAFETY: the previous loop is closed and all its helpers have left.
-        unsafe { *self.current.get() = Loop { task: Some(task), tasks } };
+        unsafe {
+            *self.current.get() = Loop {
+                task: Some(task),
+                tasks,
+            }
+        };
         self.next.store(0, Ordering::Relaxed);
         self.helpers_done.store(0, Ordering::Relaxed);
         let number = self.state.load(Ordering::Relaxed) / NEXT_LOOP + 1;
@@ -193,11 +216,20 @@ impl ThreadPool {
         let mut spins = 0u32;
         while self.helpers_done.load(Ordering::Acquire) < entered {
             spins += 1;
-            if spins < 10_000 { std::hint::spin_loop() } else { std::thread::yield_now() }
+            if spins < 10_000 {
+                std::hint::spin_loop()
+            } else {
+                std::thread::yield_now()
+            }
         }
         // SAFETY: all helpers have left the loop.
         unsafe { (*self.current.get()).task = None };
-        Some(self.panic.lock().unwrap_or_else(PoisonError::into_inner).take())
+        Some(
+            self.panic
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        )
     }
 }
 
@@ -251,7 +283,9 @@ pub fn chunks<T: Send>(data: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T])
     let len = data.len();
     let parts = DisjointParts(data.as_mut_ptr());
     // SAFETY: every index is passed to one task only.
-    for_each(len.div_ceil(chunk.max(1)), |i| f(i, unsafe { parts.chunk(len, chunk, i) }));
+    for_each(len.div_ceil(chunk.max(1)), |i| {
+        f(i, unsafe { parts.chunk(len, chunk, i) })
+    });
 }
 
 /// Runs `f(i, a, b, c)` on all threads for the chunks of three slices of the same length.
@@ -270,7 +304,12 @@ pub fn chunks3<T: Send>(
     );
     // SAFETY: every index is passed to one task only.
     for_each(len.div_ceil(chunk.max(1)), |i| unsafe {
-        f(i, a.chunk(len, chunk, i), b.chunk(len, chunk, i), c.chunk(len, chunk, i))
+        f(
+            i,
+            a.chunk(len, chunk, i),
+            b.chunk(len, chunk, i),
+            c.chunk(len, chunk, i),
+        )
     });
 }
 

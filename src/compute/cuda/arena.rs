@@ -59,9 +59,17 @@ impl DeviceArena {
                 reason = ?e.0,
                 "cannot map GPU memory: each allocation comes from the driver"
             );
-            Source::Pieces { free: BTreeMap::new(), free_bytes: 0 }
+            Source::Pieces {
+                free: BTreeMap::new(),
+                free_bytes: 0,
+            }
         });
-        DeviceArena { source, live_bytes: 0, peak_bytes: 0, reserve }
+        DeviceArena {
+            source,
+            live_bytes: 0,
+            peak_bytes: 0,
+            reserve,
+        }
     }
 
     /// Allocates at least `bytes` bytes. Returns the address and the allocated size in bytes.
@@ -174,7 +182,9 @@ struct Mapped {
 impl Mapped {
     fn reserve(ordinal: usize, total: usize) -> Result<Self, DriverError> {
         // Reserving addresses costs nothing. Twice the memory leaves room for fragmentation.
-        let chunk = (total / MIN_CHUNKS).next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK);
+        let chunk = (total / MIN_CHUNKS)
+            .next_multiple_of(MIN_CHUNK)
+            .clamp(MIN_CHUNK, MAX_CHUNK);
         let reserved = (2 * total).next_multiple_of(chunk);
         let mut base = 0;
         // SAFETY: the call only writes the address to a local variable.
@@ -215,7 +225,9 @@ impl Mapped {
         if self.chunks[chunk].is_some() {
             return true;
         }
-        let Ok(handle) = self.create(self.address(chunk)) else { return false };
+        let Ok(handle) = self.create(self.address(chunk)) else {
+            return false;
+        };
         self.mapped += self.chunk;
         self.chunks[chunk] = Some(handle);
         // Another process may have allocated memory that was free before.
@@ -237,7 +249,9 @@ impl Mapped {
 
     /// Unmaps a chunk that is not in use and releases its memory.
     fn unmap(&mut self, chunk: usize) -> Result<(), DriverError> {
-        let Some(handle) = self.chunks[chunk] else { return Ok(()) };
+        let Some(handle) = self.chunks[chunk] else {
+            return Ok(());
+        };
         // SAFETY: the chunk is mapped at this address, and nobody uses it.
         unsafe {
             sys::cuMemUnmap(self.address(chunk), self.chunk).result()?;

@@ -84,7 +84,10 @@ pub struct Matrix {
 impl Matrix {
     /// Returns the transpose, without a copy.
     pub fn t(self) -> Self {
-        Matrix { transposed: !self.transposed, ..self }
+        Matrix {
+            transposed: !self.transposed,
+            ..self
+        }
     }
 
     /// Returns the matrix without its first `row` rows, counted after any transposition.
@@ -98,7 +101,10 @@ impl Matrix {
     }
 
     fn from(self, element: usize) -> Self {
-        Matrix { address: Address(self.address.0 + (element * self.kind.bytes()) as u64), ..self }
+        Matrix {
+            address: Address(self.address.0 + (element * self.kind.bytes()) as u64),
+            ..self
+        }
     }
 }
 
@@ -119,7 +125,13 @@ struct GemmPart {
 /// Splits a GEMM until no operand spans more than `limit` elements from its first to its last row.
 /// The halved dimension is the one that the rows of the too long operand correspond to in memory.
 fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -> Vec<GemmPart> {
-    let mut todo = vec![GemmPart { shape: [m, n, k], a, b, c, accumulate: false }];
+    let mut todo = vec![GemmPart {
+        shape: [m, n, k],
+        a,
+        b,
+        c,
+        accumulate: false,
+    }];
     let mut parts = Vec::new();
     while let Some(part) = todo.pop() {
         let [m, n, k] = part.shape;
@@ -135,7 +147,10 @@ fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -
                 c: part.c.rows_from(half),
                 ..part
             });
-            todo.push(GemmPart { shape: [half, n, k], ..part });
+            todo.push(GemmPart {
+                shape: [half, n, k],
+                ..part
+            });
         } else if long(rows_of_a, part.a) || (long(rows_of_b, part.b) && !part.b.transposed) {
             let half = k / 2;
             todo.push(GemmPart {
@@ -145,7 +160,10 @@ fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -
                 accumulate: true,
                 ..part
             });
-            todo.push(GemmPart { shape: [m, n, half], ..part });
+            todo.push(GemmPart {
+                shape: [m, n, half],
+                ..part
+            });
         } else if long(rows_of_b, part.b) {
             let half = n / 2;
             todo.push(GemmPart {
@@ -154,7 +172,10 @@ fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -
                 c: part.c.columns_from(half),
                 ..part
             });
-            todo.push(GemmPart { shape: [m, half, k], ..part });
+            todo.push(GemmPart {
+                shape: [m, half, k],
+                ..part
+            });
         } else {
             parts.push(part);
         }
@@ -163,7 +184,11 @@ fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -
 }
 
 fn failed(what: &str, e: DriverError) -> candle_core::Error {
-    let name = e.error_string().ok().and_then(|s| s.to_str().ok()).unwrap_or("unknown error");
+    let name = e
+        .error_string()
+        .ok()
+        .and_then(|s| s.to_str().ok())
+        .unwrap_or("unknown error");
     candle_core::Error::Msg(format!("CUDA: {what}: {name} ({:?})", e.0))
 }
 
@@ -205,7 +230,9 @@ impl Gpu {
         if major < 8 {
             bail!("{name} has compute capability {major}.{minor}; the kernels need 8.0 or newer");
         }
-        let stream = context.new_stream().map_err(|e| failed("creating a stream", e))?;
+        let stream = context
+            .new_stream()
+            .map_err(|e| failed("creating a stream", e))?;
         // SAFETY: the image is a NUL-terminated string.
         let module = unsafe { driver::module::load_data(kernels::image()?.as_ptr().cast()) }
             .map_err(|e| failed("compiling the kernels", e))?;
@@ -213,13 +240,22 @@ impl Gpu {
         let blas = Blas::start(&stream)?;
         let blas_version = blas.version()?;
         let blas = Mutex::new(blas);
-        let total = context.total_mem().map_err(|e| failed("reading its memory size", e))?;
+        let total = context
+            .total_mem()
+            .map_err(|e| failed("reading its memory size", e))?;
         let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
-        let can_map = context.attribute(maps).is_ok_and(|supported| supported != 0);
+        let can_map = context
+            .attribute(maps)
+            .is_ok_and(|supported| supported != 0);
         let arena = DeviceArena::open(ordinal, total, total / RESERVE_DIVISOR, can_map);
         let staging =
             Mutex::new(Staging::open().map_err(|e| failed("allocating page-locked memory", e))?);
-        tracing::info!(gpu = name, ordinal, capability = format!("{major}.{minor}"), "GPU opened");
+        tracing::info!(
+            gpu = name,
+            ordinal,
+            capability = format!("{major}.{minor}"),
+            "GPU opened"
+        );
         let (arena, lost) = (Mutex::new(arena), AtomicBool::new(false));
         let gpu = Arc::new(Gpu {
             context,
@@ -283,7 +319,9 @@ impl Gpu {
 
     /// Makes this GPU's context current on the calling thread.
     pub fn bind(&self) -> Result<()> {
-        self.context.bind_to_thread().map_err(|e| self.record_error("binding the GPU's context", e))
+        self.context
+            .bind_to_thread()
+            .map_err(|e| self.record_error("binding the GPU's context", e))
     }
 
     fn arena(&self) -> MutexGuard<'_, DeviceArena> {
@@ -296,12 +334,16 @@ impl Gpu {
         // The lock is taken first, so that nothing is freed between the wait and the trim.
         let mut arena = self.arena();
         self.synchronize()?;
-        arena.trim().map_err(|e| self.record_error("freeing memory", e))
+        arena
+            .trim()
+            .map_err(|e| self.record_error("freeing memory", e))
     }
 
     /// Waits until the stream has finished.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(|e| self.record_error("waiting for the GPU", e))
+        self.stream
+            .synchronize()
+            .map_err(|e| self.record_error("waiting for the GPU", e))
     }
 
     /// Allocates `len` elements with **unspecified contents**.
@@ -312,7 +354,13 @@ impl Gpu {
             Some(found) => found,
             None => self.allocate_after_trim(bytes)?,
         };
-        Ok(Memory { gpu: self.clone(), address, size, kind, len })
+        Ok(Memory {
+            gpu: self.clone(),
+            address,
+            size,
+            kind,
+            len,
+        })
     }
 
     /// Returns all free memory of the arena to the driver and tries to allocate once more.
@@ -432,7 +480,10 @@ impl Gpu {
         let a = self.upload(Kind::F32, &vec![value; N * N])?;
         let mut identity = vec![0f32; N * N];
         identity.iter_mut().step_by(N + 1).for_each(|x| *x = 1.0);
-        let (b, c) = (self.upload(Kind::F32, &identity)?, self.zeros(Kind::F32, N * N)?);
+        let (b, c) = (
+            self.upload(Kind::F32, &identity)?,
+            self.zeros(Kind::F32, N * N)?,
+        );
         self.matmul([N, N, N], a.matrix(N), b.matrix(N), c.matrix(N), 1.0, 0.0)?;
         let mut product = vec![0f32; N * N];
         self.download(&c, &mut product)?;
@@ -462,8 +513,10 @@ impl Gpu {
             return Ok(());
         }
         let mut slots: Vec<u64> = args.iter().map(|a| a.bits()).collect();
-        let mut pointers: Vec<*mut c_void> =
-            slots.iter_mut().map(|slot| std::ptr::from_mut(slot).cast()).collect();
+        let mut pointers: Vec<*mut c_void> = slots
+            .iter_mut()
+            .map(|slot| std::ptr::from_mut(slot).cast())
+            .collect();
         let ([x, y, z], stream) = (launch.grid, self.stream.cu_stream());
         // SAFETY: the kernel's module stays loaded. The arguments are in the kernel's order, each
         // at the start of 8 bytes (little-endian). They point to memory that stays until the stream
@@ -570,7 +623,10 @@ impl Drop for Gpu {
         if self.trim().is_err() {
             return;
         }
-        self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).close();
+        self.staging
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .close();
         let blas = self.blas.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: nothing uses these any more, because all memory holds a reference to the GPU.
         unsafe {
@@ -605,7 +661,9 @@ impl Blas {
         let mut version = 0;
         // SAFETY: the handle is valid, and the number is written before the call returns.
         let asked = unsafe { blas_sys::cublasGetVersion_v2(self.handle, &mut version) };
-        asked.result().map_err(|e| blas_failed("reading its version", e))?;
+        asked
+            .result()
+            .map_err(|e| blas_failed("reading its version", e))?;
         Ok(version)
     }
 }
@@ -670,7 +728,12 @@ impl Memory {
 
     /// Returns the memory from element `offset` on as a matrix with rows `stride` elements apart.
     pub fn matrix_at(&self, offset: usize, stride: usize) -> Matrix {
-        Matrix { address: self.at(offset), kind: self.kind, stride, transposed: false }
+        Matrix {
+            address: self.at(offset),
+            kind: self.kind,
+            stride,
+            transposed: false,
+        }
     }
 }
 
@@ -705,7 +768,12 @@ mod tests {
     use super::*;
 
     fn matrix(stride: usize) -> Matrix {
-        Matrix { address: Address(0), kind: Kind::F32, stride, transposed: false }
+        Matrix {
+            address: Address(0),
+            kind: Kind::F32,
+            stride,
+            transposed: false,
+        }
     }
 
     /// Computes the parts of a GEMM on the host. Addresses are offsets into the operands.
@@ -717,7 +785,11 @@ mod tests {
         limit: usize,
     ) -> (usize, Vec<f64>) {
         let at = |m: Matrix, row: usize, column: usize| {
-            let (row, column) = if m.transposed { (column, row) } else { (row, column) };
+            let (row, column) = if m.transposed {
+                (column, row)
+            } else {
+                (row, column)
+            };
             m.address.0 as usize / 4 + row * m.stride + column
         };
         // Elements that no part writes stay NaN, and so do elements that a part accumulates into
@@ -727,7 +799,9 @@ mod tests {
         for part in &parts {
             let [m, n, k] = part.shape;
             for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
-                let sum: f64 = (0..k).map(|l| a.1[at(part.a, i, l)] * b.1[at(part.b, l, j)]).sum();
+                let sum: f64 = (0..k)
+                    .map(|l| a.1[at(part.a, i, l)] * b.1[at(part.b, l, j)])
+                    .sum();
                 let to = &mut out[at(part.c, i, j)];
                 *to = if part.accumulate { *to + sum } else { sum };
             }
@@ -737,8 +811,11 @@ mod tests {
 
     #[test]
     fn products_of_long_operands_are_divided_and_give_the_same() {
-        let values =
-            |n: usize| (0..n).map(|i| ((i * 7919) % 23) as f64 - 11.0).collect::<Vec<f64>>();
+        let values = |n: usize| {
+            (0..n)
+                .map(|i| ((i * 7919) % 23) as f64 - 11.0)
+                .collect::<Vec<f64>>()
+        };
         let [m, n, k] = [37, 12, 29];
         for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
             let stored = |rows: usize, columns: usize, transposed: bool| match transposed {
@@ -753,9 +830,14 @@ mod tests {
             for limit in [50, 100, 300] {
                 let (parts, divided) = run(limit);
                 assert!(parts > 1);
-                let same =
-                    whole.iter().zip(&divided).all(|(x, y)| x == y || (x.is_nan() && y.is_nan()));
-                assert!(same, "a transposed {ta}, b transposed {tb}, at most {limit} elements");
+                let same = whole
+                    .iter()
+                    .zip(&divided)
+                    .all(|(x, y)| x == y || (x.is_nan() && y.is_nan()));
+                assert!(
+                    same,
+                    "a transposed {ta}, b transposed {tb}, at most {limit} elements"
+                );
             }
         }
     }

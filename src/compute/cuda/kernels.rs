@@ -116,7 +116,11 @@ impl Launch {
 
     /// Returns a launch of `x × y` blocks of `threads` threads.
     pub fn grid([x, y]: [usize; 2], threads: usize) -> Self {
-        Launch { grid: [x as u32, y as u32, 1], threads: (threads as u32, 1), shared: 0 }
+        Launch {
+            grid: [x as u32, y as u32, 1],
+            threads: (threads as u32, 1),
+            shared: 0,
+        }
     }
 
     /// Returns a launch for a grid-stride loop over `n` elements.
@@ -126,12 +130,18 @@ impl Launch {
 
     /// Returns a launch for `n` columns, 32 columns per block.
     pub fn columns(n: usize) -> Self {
-        Launch { threads: (32, 8), ..Launch::blocks(n.div_ceil(32)) }
+        Launch {
+            threads: (32, 8),
+            ..Launch::blocks(n.div_ceil(32))
+        }
     }
 
     /// Adds dynamic shared memory, in bytes.
     pub fn shared(self, bytes: usize) -> Self {
-        Launch { shared: bytes as u32, ..self }
+        Launch {
+            shared: bytes as u32,
+            ..self
+        }
     }
 }
 
@@ -160,8 +170,14 @@ const GENERIC: &[&str] = &[
     "attention_dkv",
 ];
 /// Kernels with fixed element types.
-const PLAIN: [&str; 6] =
-    ["gather_rows", "scatter_rows", "head_start", "head_rescale", "cast_bf16", "attention_sum"];
+const PLAIN: [&str; 6] = [
+    "gather_rows",
+    "scatter_rows",
+    "head_start",
+    "head_rescale",
+    "cast_bf16",
+    "attention_sum",
+];
 
 /// Pass of attention that a kernel computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,7 +194,12 @@ const TENSOR_CORE: [(AttentionPass, usize, &str, usize); 6] = [
     (AttentionPass::Forward, 64, "attention_mma_64", 32 << 10),
     (AttentionPass::Forward, 128, "attention_mma_128", 64 << 10),
     (AttentionPass::Queries, 64, "attention_dq_mma_64", 40 << 10),
-    (AttentionPass::Queries, 128, "attention_dq_mma_128", 80 << 10),
+    (
+        AttentionPass::Queries,
+        128,
+        "attention_dq_mma_128",
+        80 << 10,
+    ),
     (AttentionPass::Keys, 64, "attention_dkv_mma_64", 40 << 10),
     (AttentionPass::Keys, 128, "attention_dkv_mma_128", 80 << 10),
 ];
@@ -190,16 +211,23 @@ pub(super) fn tensor_core_kernel(
     dim: usize,
     pass: AttentionPass,
 ) -> Option<(&'static str, usize)> {
-    let found = TENSOR_CORE.iter().find(|(p, d, ..)| kind == Kind::Bf16 && *p == pass && *d == dim);
+    let found = TENSOR_CORE
+        .iter()
+        .find(|(p, d, ..)| kind == Kind::Bf16 && *p == pass && *d == dim);
     found.map(|(.., name, shared)| (*name, *shared))
 }
 
 /// Iterates over all kernels as (name, element type, bytes of dynamic shared memory).
 pub(super) fn all() -> impl Iterator<Item = (&'static str, Option<Kind>, usize)> {
-    let generic =
-        GENERIC.iter().flat_map(|&name| [Kind::F32, Kind::Bf16].map(|kind| (name, Some(kind), 0)));
-    let tensor_core = TENSOR_CORE.into_iter().map(|(.., name, shared)| (name, None, shared));
-    generic.chain(PLAIN.into_iter().map(|name| (name, None, 0))).chain(tensor_core)
+    let generic = GENERIC
+        .iter()
+        .flat_map(|&name| [Kind::F32, Kind::Bf16].map(|kind| (name, Some(kind), 0)));
+    let tensor_core = TENSOR_CORE
+        .into_iter()
+        .map(|(.., name, shared)| (name, None, shared));
+    generic
+        .chain(PLAIN.into_iter().map(|name| (name, None, 0)))
+        .chain(tensor_core)
 }
 
 /// Returns the PTX as a C string.

@@ -96,7 +96,12 @@ pub(crate) struct Columns<'a> {
 impl<'a> Columns<'a> {
     /// Returns all columns of a matrix with rows of `width` elements.
     pub fn all(matrix: &'a Memory, width: usize) -> Self {
-        Columns { matrix, stride: width, first: 0, count: width }
+        Columns {
+            matrix,
+            stride: width,
+            first: 0,
+            count: width,
+        }
     }
 
     /// Checks that the columns lie inside the matrix and returns the number of rows.
@@ -128,7 +133,12 @@ pub(crate) struct HeadLayout {
 impl HeadLayout {
     /// Checks that the heads lie inside the rows and returns the number of elements of the matrix.
     fn elements(&self, kernel: &str, operand: &str) -> Result<usize> {
-        check_columns(kernel, operand, self.first + self.heads * self.dim, self.stride)?;
+        check_columns(
+            kernel,
+            operand,
+            self.first + self.heads * self.dim,
+            self.stride,
+        )?;
         Ok(self.rows * self.stride)
     }
 
@@ -151,8 +161,17 @@ pub(crate) fn embed(
 ) -> Result<()> {
     let tokens = ids.len();
     count_rows("embed", "table", table.len(), width)?;
-    check("embed", &[("x", x, F32, tokens * width), ("ids", ids, F32, tokens)])?;
-    let args = [x.into(), table.into(), ids.into(), tokens.into(), width.into()];
+    check(
+        "embed",
+        &[("x", x, F32, tokens * width), ("ids", ids, F32, tokens)],
+    )?;
+    let args = [
+        x.into(),
+        table.into(),
+        ids.into(),
+        tokens.into(),
+        width.into(),
+    ];
     gpu.launch("embed", Some(table.kind()), Launch::blocks(tokens), &args)
 }
 
@@ -175,7 +194,13 @@ pub(crate) fn gather_rows(
             ("index", index, F32, rows),
         ],
     )?;
-    let args = [to.into(), from.into(), index.into(), rows.into(), width.into()];
+    let args = [
+        to.into(),
+        from.into(),
+        index.into(),
+        rows.into(),
+        width.into(),
+    ];
     gpu.launch("gather_rows", None, Launch::blocks(rows), &args)
 }
 
@@ -233,7 +258,11 @@ pub(crate) fn scale_rows(
     let (kind, rows) = (to.kind(), g.len());
     check(
         "scale_rows",
-        &[("to", to, kind, rows * width), ("from", from, F32, rows * width), ("g", g, F32, rows)],
+        &[
+            ("to", to, kind, rows * width),
+            ("from", from, F32, rows * width),
+            ("g", g, F32, rows),
+        ],
     )?;
     let args = [to.into(), from.into(), g.into(), rows.into(), width.into()];
     gpu.launch("scale_rows", Some(kind), Launch::blocks(rows), &args)
@@ -242,7 +271,10 @@ pub(crate) fn scale_rows(
 /// Rounds `from` to bf16.
 pub(crate) fn cast_bf16(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
     let len = from.len();
-    check("cast_bf16", &[("to", to, Bf16, len), ("from", from, F32, len)])?;
+    check(
+        "cast_bf16",
+        &[("to", to, Bf16, len), ("from", from, F32, len)],
+    )?;
     gpu.launch(
         "cast_bf16",
         None,
@@ -263,7 +295,13 @@ pub(crate) fn rope(
     heads: HeadLayout,
     direction: Direction,
 ) -> Result<()> {
-    let HeadLayout { rows, stride, first, heads: count, dim } = heads;
+    let HeadLayout {
+        rows,
+        stride,
+        first,
+        heads: count,
+        dim,
+    } = heads;
     if first != 0 {
         bail!("CUDA: rope: heads must start at column 0, not {first}");
     }
@@ -309,7 +347,12 @@ pub(crate) fn gated(
     let tokens = count_rows(kernel, "y", y.len(), width)?;
     check(kernel, &[("gate_up", gate_up, y.kind(), 2 * y.len())])?;
     let args = [y.into(), gate_up.into(), tokens.into(), width.into()];
-    gpu.launch(kernel, Some(y.kind()), Launch::strided(tokens * width), &args)
+    gpu.launch(
+        kernel,
+        Some(y.kind()),
+        Launch::strided(tokens * width),
+        &args,
+    )
 }
 
 /// Replaces gate_up by its gradient, given the gradient of y, `gy` `[T, width]`.
@@ -327,7 +370,12 @@ pub(crate) fn gated_backward(
     let tokens = count_rows(kernel, "gy", gy.len(), width)?;
     check(kernel, &[("gate_up", gate_up, gy.kind(), 2 * gy.len())])?;
     let args = [gate_up.into(), gy.into(), tokens.into(), width.into()];
-    gpu.launch(kernel, Some(gy.kind()), Launch::strided(tokens * width), &args)
+    gpu.launch(
+        kernel,
+        Some(gy.kind()),
+        Launch::strided(tokens * width),
+        &args,
+    )
 }
 
 /// Adds an f32 bias to every row of the given columns.
@@ -343,16 +391,31 @@ pub(crate) fn add_bias(gpu: &Gpu, y: Columns<'_>, bias: &Memory) -> Result<()> {
         y.stride.into(),
         add_to_y.into(),
     ];
-    gpu.launch("add_bias", Some(y.matrix.kind()), Launch::strided(rows * y.count), &args)
+    gpu.launch(
+        "add_bias",
+        Some(y.matrix.kind()),
+        Launch::strided(rows * y.count),
+        &args,
+    )
 }
 
 /// Adds column sums: out\[c\] += Σ_r g\[r, c\], with out in f32.
 pub(crate) fn column_sum(gpu: &Gpu, out: &Memory, g: Columns<'_>) -> Result<()> {
     let rows = g.rows("column_sum", "g")?;
     check("column_sum", &[("out", out, F32, g.count)])?;
-    let args =
-        [out.into(), g.matrix.at(g.first).into(), rows.into(), g.count.into(), g.stride.into()];
-    gpu.launch("column_sum", Some(g.matrix.kind()), Launch::columns(g.count), &args)
+    let args = [
+        out.into(),
+        g.matrix.at(g.first).into(),
+        rows.into(),
+        g.count.into(),
+        g.stride.into(),
+    ];
+    gpu.launch(
+        "column_sum",
+        Some(g.matrix.kind()),
+        Launch::columns(g.count),
+        &args,
+    )
 }
 
 // ----------------------------------------------------------------------------------------- norms
@@ -362,7 +425,14 @@ pub(crate) fn rms_norm(gpu: &Gpu, y: &Memory, x: &Memory, w: &Memory, eps: f32) 
     let (kind, width) = (y.kind(), w.len());
     let rows = count_rows("rms_norm", "y", y.len(), width)?;
     check("rms_norm", &[("x", x, F32, y.len()), ("w", w, F32, width)])?;
-    let args = [y.into(), x.into(), w.into(), rows.into(), width.into(), eps.into()];
+    let args = [
+        y.into(),
+        x.into(),
+        w.into(),
+        rows.into(),
+        width.into(),
+        eps.into(),
+    ];
     gpu.launch("rms_norm", Some(kind), Launch::blocks(rows), &args)
 }
 
@@ -452,10 +522,19 @@ pub(crate) fn head_norm(
     heads: HeadLayout,
     eps: f32,
 ) -> Result<()> {
-    let HeadLayout { rows, stride, first, heads: count, dim } = heads;
+    let HeadLayout {
+        rows,
+        stride,
+        first,
+        heads: count,
+        dim,
+    } = heads;
     check(
         "head_norm",
-        &[("x", x, x.kind(), heads.elements("head_norm", "x")?), ("w", w, F32, dim)],
+        &[
+            ("x", x, x.kind(), heads.elements("head_norm", "x")?),
+            ("w", w, F32, dim),
+        ],
     )?;
     let args = [
         x.into(),
@@ -491,15 +570,31 @@ pub(crate) fn head_norm_backward(
     n: HeadNormBackward<'_>,
     heads: HeadLayout,
 ) -> Result<()> {
-    let HeadLayout { rows, stride, first, heads: count, dim } = heads;
-    let (kind, len, parts) =
-        (n.g.kind(), heads.elements("head_norm_backward", "g")?, weight_partials(heads.items()));
+    let HeadLayout {
+        rows,
+        stride,
+        first,
+        heads: count,
+        dim,
+    } = heads;
+    let (kind, len, parts) = (
+        n.g.kind(),
+        heads.elements("head_norm_backward", "g")?,
+        weight_partials(heads.items()),
+    );
     check(
         "head_norm_backward",
-        &[("g", n.g, kind, len), ("before", n.before, kind, len), ("w", n.w, F32, dim)],
+        &[
+            ("g", n.g, kind, len),
+            ("before", n.before, kind, len),
+            ("w", n.w, F32, dim),
+        ],
     )?;
     if let Some(partial) = n.partial {
-        check("head_norm_backward", &[("partial", partial, F32, parts * dim)])?;
+        check(
+            "head_norm_backward",
+            &[("partial", partial, F32, parts * dim)],
+        )?;
     }
     let args = [
         n.g.into(),
@@ -514,7 +609,12 @@ pub(crate) fn head_norm_backward(
         n.eps.into(),
         ROWS_PER_PARTIAL.into(),
     ];
-    gpu.launch("head_norm_backward", Some(kind), Launch::grid([parts, 1], HEAD_THREADS), &args)
+    gpu.launch(
+        "head_norm_backward",
+        Some(kind),
+        Launch::grid([parts, 1], HEAD_THREADS),
+        &args,
+    )
 }
 
 // ------------------------------------------------------------------------------------------ head
@@ -524,7 +624,12 @@ pub(crate) fn head_norm_backward(
 pub(crate) fn head_start(gpu: &Gpu, state: &Memory) -> Result<()> {
     let rows = count_rows("head_start", "state", state.len(), SOFTMAX_STATE)?;
     check("head_start", &[("state", state, F32, state.len())])?;
-    gpu.launch("head_start", None, Launch::blocks(rows.div_ceil(256)), &[state.into(), rows.into()])
+    gpu.launch(
+        "head_start",
+        None,
+        Launch::blocks(rows.div_ceil(256)),
+        &[state.into(), rows.into()],
+    )
 }
 
 /// Tile of logits for tokens `first` to `first + width`, in rows of `stride` elements.
@@ -571,7 +676,12 @@ pub(crate) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
         "head_tile",
         &[
             ("state", h.state, F32, rows * SOFTMAX_STATE),
-            ("p", h.p, kind, if h.gradient { elements } else { h.p.len() }),
+            (
+                "p",
+                h.p,
+                kind,
+                if h.gradient { elements } else { h.p.len() },
+            ),
             ("scales", h.scales, F32, rows),
             ("targets", h.targets, F32, rows),
         ],
@@ -595,7 +705,10 @@ pub(crate) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
 /// Scales rows in place: d\[i, :\] *= scales\[i\], in f32.
 pub(crate) fn head_rescale(gpu: &Gpu, d: &Memory, scales: &Memory, width: usize) -> Result<()> {
     let rows = scales.len();
-    check("head_rescale", &[("d", d, F32, rows * width), ("scales", scales, F32, rows)])?;
+    check(
+        "head_rescale",
+        &[("d", d, F32, rows * width), ("scales", scales, F32, rows)],
+    )?;
     gpu.launch(
         "head_rescale",
         None,
@@ -629,8 +742,14 @@ pub(crate) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
             ("targets", h.targets, F32, rows),
         ],
     )?;
-    let args =
-        [h.d.into(), h.state.into(), h.w.into(), h.targets.into(), rows.into(), h.width.into()];
+    let args = [
+        h.d.into(),
+        h.state.into(),
+        h.w.into(),
+        h.targets.into(),
+        rows.into(),
+        h.width.into(),
+    ];
     gpu.launch("head_finish", Some(kind), Launch::blocks(rows), &args)
 }
 
@@ -700,7 +819,13 @@ impl AttentionTiles<'_> {
 
     /// Returns the arguments that all attention kernels have in common.
     fn arguments(&self) -> [Arg; 7] {
-        let Heads { query, key, dim, window, scale } = self.heads;
+        let Heads {
+            query,
+            key,
+            dim,
+            window,
+            scale,
+        } = self.heads;
         let (tiles, positions) = (self.tiles.into(), self.positions.into());
         [
             tiles,
@@ -771,7 +896,11 @@ pub(crate) fn attention(
             ("qkv", qkv, kind, tokens * heads.row()),
         ],
     )?;
-    let args = [[out.into(), lse.into(), qkv.into()].as_slice(), &over.arguments()].concat();
+    let args = [
+        [out.into(), lse.into(), qkv.into()].as_slice(),
+        &over.arguments(),
+    ]
+    .concat();
     over.launch(gpu, AttentionPass::Forward, kind, heads.query, &args)
 }
 
@@ -787,7 +916,10 @@ pub(crate) fn attention_delta(
     let tokens = count_rows("attention_delta", "out", out.len(), heads.width())?;
     check(
         "attention_delta",
-        &[("delta", delta, F32, tokens * heads.query), ("dout", dout, kind, out.len())],
+        &[
+            ("delta", delta, F32, tokens * heads.query),
+            ("dout", dout, kind, out.len()),
+        ],
     )?;
     let args = [
         delta.into(),
@@ -797,7 +929,10 @@ pub(crate) fn attention_delta(
         heads.query.into(),
         heads.dim.into(),
     ];
-    let grid = Launch::grid([(tokens * heads.query).div_ceil(HEADS_PER_BLOCK), 1], HEAD_THREADS);
+    let grid = Launch::grid(
+        [(tokens * heads.query).div_ceil(HEADS_PER_BLOCK), 1],
+        HEAD_THREADS,
+    );
     gpu.launch("attention_delta", Some(kind), grid, &args)
 }
 
@@ -847,8 +982,18 @@ pub(crate) fn attention_dq(
     a: AttentionBackward<'_>,
     over: AttentionTiles<'_>,
 ) -> Result<()> {
-    let args = [a.arguments("attention_dq", over)?.as_slice(), &over.arguments()].concat();
-    over.launch(gpu, AttentionPass::Queries, a.qkv.kind(), over.heads.query, &args)
+    let args = [
+        a.arguments("attention_dq", over)?.as_slice(),
+        &over.arguments(),
+    ]
+    .concat();
+    over.launch(
+        gpu,
+        AttentionPass::Queries,
+        a.qkv.kind(),
+        over.heads.query,
+        &args,
+    )
 }
 
 /// Computes the gradients of keys and values, over tiles of keys. If [`has_key_gradient_parts`] is
@@ -860,7 +1005,11 @@ pub(crate) fn attention_dkv(
     parts: Option<&Memory>,
 ) -> Result<()> {
     let (kind, heads) = (a.qkv.kind(), over.heads);
-    let mut args = [a.arguments("attention_dkv", over)?.as_slice(), &over.arguments()].concat();
+    let mut args = [
+        a.arguments("attention_dkv", over)?.as_slice(),
+        &over.arguments(),
+    ]
+    .concat();
     if parts.is_some() != has_key_gradient_parts(kind, heads) {
         bail!(
             "CUDA: attention_dkv: parts are given: {}, but {heads:?} in {kind:?} need the opposite",
@@ -868,7 +1017,10 @@ pub(crate) fn attention_dkv(
         );
     }
     if let Some(parts) = parts {
-        check("attention_dkv", &[("parts", parts, F32, 2 * over.tokens() * heads.width())])?;
+        check(
+            "attention_dkv",
+            &[("parts", parts, F32, 2 * over.tokens() * heads.width())],
+        )?;
     }
     if tensor_core_kernel(kind, heads.dim, AttentionPass::Keys).is_some() {
         args.push(optional(parts));
@@ -882,8 +1034,17 @@ pub(crate) fn attention_sum(gpu: &Gpu, dqkv: &Memory, parts: &Memory, heads: Hea
     let tokens = count_rows("attention_sum", "dqkv", dqkv.len(), heads.row())?;
     check(
         "attention_sum",
-        &[("dqkv", dqkv, Bf16, dqkv.len()), ("parts", parts, F32, 2 * tokens * heads.width())],
+        &[
+            ("dqkv", dqkv, Bf16, dqkv.len()),
+            ("parts", parts, F32, 2 * tokens * heads.width()),
+        ],
     )?;
-    let args = [dqkv.into(), parts.into(), heads.query.into(), heads.key.into(), heads.dim.into()];
+    let args = [
+        dqkv.into(),
+        parts.into(),
+        heads.query.into(),
+        heads.key.into(),
+        heads.dim.into(),
+    ];
     gpu.launch("attention_sum", None, Launch::blocks(tokens), &args)
 }

@@ -36,7 +36,11 @@ unsafe impl Send for Staging {}
 impl Staging {
     /// Allocates the slots. The GPU's context must be current.
     pub fn open() -> Result<Self, DriverError> {
-        let mut staging = Staging { slots: Vec::with_capacity(SLOTS), current: 0, used: 0 };
+        let mut staging = Staging {
+            slots: Vec::with_capacity(SLOTS),
+            current: 0,
+            used: 0,
+        };
         for _ in 0..SLOTS {
             // SAFETY: the context is current; `close` frees both.
             let memory = unsafe { driver::malloc_host(SLOT_BYTES, 0) }?;

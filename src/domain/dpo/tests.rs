@@ -2,7 +2,10 @@ use super::*;
 
 fn mix(losses: &[LossType]) -> DpoConfig {
     DpoConfig {
-        losses: losses.iter().map(|loss| WeightedLoss::new(*loss, 1.0)).collect(),
+        losses: losses
+            .iter()
+            .map(|loss| WeightedLoss::new(*loss, 1.0))
+            .collect(),
         ..DpoConfig::default()
     }
 }
@@ -42,15 +45,24 @@ fn a_reference_is_there_for_the_loss_for_metrics_or_because_it_is_named() {
     ] {
         assert_eq!(mix(losses).has_reference(false), unnamed, "{losses:?}");
         assert!(mix(losses).has_reference(true), "{losses:?}");
-        let free = DpoConfig { reference_free: true, ..mix(losses) };
-        assert!(!free.has_reference(true) && !free.has_reference(false), "{losses:?}");
+        let free = DpoConfig {
+            reference_free: true,
+            ..mix(losses)
+        };
+        assert!(
+            !free.has_reference(true) && !free.has_reference(false),
+            "{losses:?}"
+        );
     }
 }
 
 #[test]
 fn a_term_without_smoothing_of_its_own_is_stored_as_before() {
     let term = WeightedLoss::new(LossType::Sigmoid, 0.5);
-    assert_eq!(serde_json::to_string(&term).unwrap(), r#"{"loss":"sigmoid","weight":0.5}"#);
+    assert_eq!(
+        serde_json::to_string(&term).unwrap(),
+        r#"{"loss":"sigmoid","weight":0.5}"#
+    );
     assert_eq!(
         serde_json::from_str::<WeightedLoss>(r#"{"loss":"sigmoid","weight":0.5}"#).unwrap(),
         term

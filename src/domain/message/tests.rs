@@ -28,7 +28,10 @@ fn what_is_no_message_is_refused_by_its_path() {
         (json!({"role": "user"}), "content is missing"),
         (json!({"role": "user", "content": null}), "content is null"),
         (json!({"role": "user", "content": 3}), "content is a number"),
-        (json!({"role": "user", "content": ["a"]}), "content[0] is a string"),
+        (
+            json!({"role": "user", "content": ["a"]}),
+            "content[0] is a string",
+        ),
         (
             json!({
                 "role": "user",
@@ -40,7 +43,10 @@ fn what_is_no_message_is_refused_by_its_path() {
             json!({"role": "user", "content": [{"type": "x", "audio": "a.wav"}]}),
             "content[0].audio cannot be used",
         ),
-        (json!({"role": "user", "content": "a", "images": ["a.png"]}), "images cannot be used"),
+        (
+            json!({"role": "user", "content": "a", "images": ["a.png"]}),
+            "images cannot be used",
+        ),
     ] {
         let e = ChatMessage::from_json(value.clone()).unwrap_err();
         assert!(e.starts_with(expected), "{value}: {e}");
@@ -57,14 +63,36 @@ fn a_message_is_blank_when_it_says_nothing() {
     for (value, blank) in [
         (json!({"role": "user", "content": " \n"}), true),
         (json!({"role": "user", "content": " ", "name": "Ada"}), true),
-        (json!({"role": "user", "content": [{"type": "text", "text": " "}]}), true),
-        (json!({"role": "user", "content": [{"type": "text", "text": "a"}]}), false),
-        (json!({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}), false),
-        (json!({"role": "assistant", "content": "", "tool_calls": []}), true),
-        (json!({"role": "assistant", "content": "", "model": "gpt-4", "weight": 1}), true),
-        (json!({"role": "assistant", "content": "", "reasoning_content": "Hm."}), false),
+        (
+            json!({"role": "user", "content": [{"type": "text", "text": " "}]}),
+            true,
+        ),
+        (
+            json!({"role": "user", "content": [{"type": "text", "text": "a"}]}),
+            false,
+        ),
+        (
+            json!({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}),
+            false,
+        ),
+        (
+            json!({"role": "assistant", "content": "", "tool_calls": []}),
+            true,
+        ),
+        (
+            json!({"role": "assistant", "content": "", "model": "gpt-4", "weight": 1}),
+            true,
+        ),
+        (
+            json!({"role": "assistant", "content": "", "reasoning_content": "Hm."}),
+            false,
+        ),
     ] {
-        assert_eq!(ChatMessage::from_json(value.clone()).unwrap().is_blank(), blank, "{value}");
+        assert_eq!(
+            ChatMessage::from_json(value.clone()).unwrap().is_blank(),
+            blank,
+            "{value}"
+        );
     }
 }
 
@@ -72,11 +100,21 @@ fn a_message_is_blank_when_it_says_nothing() {
 fn tools_are_a_list_or_a_string_of_it() {
     let tools = json!([{"type": "function", "function": {"name": "f"}}]);
     let list = tools_from_json(tools.clone()).unwrap().unwrap();
-    assert_eq!(tools_from_json(Value::String(tools.to_string())).unwrap().unwrap(), list);
+    assert_eq!(
+        tools_from_json(Value::String(tools.to_string()))
+            .unwrap()
+            .unwrap(),
+        list
+    );
     assert_eq!(tools_from_json(Value::Null).unwrap(), None);
     assert_eq!(tools_from_json(json!("")).unwrap(), None);
     assert_eq!(tools_from_json(json!([])).unwrap(), Some(vec![]));
-    for bad in [json!({"a": 1}), json!("{\"a\": 1}"), json!("nonsense"), json!([1])] {
+    for bad in [
+        json!({"a": 1}),
+        json!("{\"a\": 1}"),
+        json!("nonsense"),
+        json!([1]),
+    ] {
         assert!(tools_from_json(bad.clone()).is_err(), "{bad}");
     }
     let many = vec![json!({}); MAX_TOOLS + 1];
@@ -108,8 +146,10 @@ fn arguments_that_are_given_nearer_win() {
         tools: Some(vec![json!({"a": 1})]),
         kwargs: Map::from_iter([("x".to_owned(), json!(1)), ("y".to_owned(), json!(2))]),
     };
-    let own =
-        TemplateArguments { tools: None, kwargs: Map::from_iter([("x".to_owned(), json!(3))]) };
+    let own = TemplateArguments {
+        tools: None,
+        kwargs: Map::from_iter([("x".to_owned(), json!(3))]),
+    };
     let merged = own.over(&below);
     assert_eq!(merged.tools, below.tools);
     assert_eq!(

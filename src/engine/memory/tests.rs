@@ -9,9 +9,16 @@ fn loaded_weights_have_the_room_that_runs_leave() {
     assert_eq!(room.bytes(), 100);
     room.reserve_for_run(30);
     // The run needs the same amount of every device in its group.
-    assert_eq!(Room::new(100, run, HostMemory::new(u64::MAX), 1).bytes(), 70);
+    assert_eq!(
+        Room::new(100, run, HostMemory::new(u64::MAX), 1).bytes(),
+        70
+    );
     host.set_in_use(400);
-    assert_eq!((host.left(), room.bytes()), (200, 50), "a quarter of the machine's memory");
+    assert_eq!(
+        (host.left(), room.bytes()),
+        (200, 50),
+        "a quarter of the machine's memory"
+    );
     assert!(host.allows(600) && !host.allows(601));
 }
 
@@ -42,8 +49,16 @@ fn the_lowest_limit_on_the_way_to_the_root_counts() {
 #[test]
 fn groups_of_version_1_have_their_limits_below_the_memory_controller() {
     let mount = tempfile::tempdir().unwrap();
-    write(mount.path(), "memory/docker/x/memory.limit_in_bytes", "2048\n");
-    write(mount.path(), "memory/memory.limit_in_bytes", "9223372036854771712\n");
+    write(
+        mount.path(),
+        "memory/docker/x/memory.limit_in_bytes",
+        "2048\n",
+    );
+    write(
+        mount.path(),
+        "memory/memory.limit_in_bytes",
+        "9223372036854771712\n",
+    );
     write(mount.path(), "cpu/docker/x/memory.limit_in_bytes", "1\n");
     let groups = "12:cpu,cpuacct:/docker/x\n11:memory:/docker/x\n0::/docker/x\n";
     assert_eq!(group_limit(mount.path(), groups), Some(2048));
@@ -51,5 +66,8 @@ fn groups_of_version_1_have_their_limits_below_the_memory_controller() {
 
 #[test]
 fn the_machines_memory_is_read_in_bytes() {
-    assert_eq!(memory_total("MemTotal:       16384 kB\nMemFree:  1 kB\n"), Some(16384 * 1024));
+    assert_eq!(
+        memory_total("MemTotal:       16384 kB\nMemFree:  1 kB\n"),
+        Some(16384 * 1024)
+    );
 }

@@ -22,17 +22,28 @@ use crate::train::trainer::TrainError;
 /// Length of the pairs in tokens.
 const TOKENS: usize = 64;
 
-const LENGTHS: Lengths = Lengths { longest: 64, micro_batch: 128 };
+const LENGTHS: Lengths = Lengths {
+    longest: 64,
+    micro_batch: 128,
+};
 
 /// Returns the models of a server with this precision: two are stored in f32, one in bf16.
 fn base_models(precision: Precision) -> BaseModels {
     let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models");
     let load = |(id, folder): (&str, &str)| {
-        load_model(Some(id), goldens.join(folder).to_str().unwrap(), &HubOptions::default())
-            .unwrap()
+        load_model(
+            Some(id),
+            goldens.join(folder).to_str().unwrap(),
+            &HubOptions::default(),
+        )
+        .unwrap()
     };
-    let models =
-        [("tiny", "llama"), ("other", "qwen2-ref"), ("stored_in_bf16", "llama-bf16")].map(load);
+    let models = [
+        ("tiny", "llama"),
+        ("other", "qwen2-ref"),
+        ("stored_in_bf16", "llama-bf16"),
+    ]
+    .map(load);
     BaseModels::load(models.into(), ComputeDevice::Cpu, "cpu", precision).unwrap()
 }
 
@@ -41,11 +52,19 @@ fn model(id: &str) -> WeightsRef {
 }
 
 fn full(id: &str) -> WeightsRef {
-    WeightsRef::Full { model: id.into(), dir: PathBuf::from("/checkpoint"), content: "hash".into() }
+    WeightsRef::Full {
+        model: id.into(),
+        dir: PathBuf::from("/checkpoint"),
+        content: "hash".into(),
+    }
 }
 
 fn spec(method: Method, precision: Precision) -> TrainingSpec {
-    TrainingSpec { method, precision: Some(precision), ..TrainingSpec::default() }
+    TrainingSpec {
+        method,
+        precision: Some(precision),
+        ..TrainingSpec::default()
+    }
 }
 
 fn lora(precision: Precision) -> TrainingSpec {
@@ -69,8 +88,14 @@ fn needs(
 fn weights_as_they_are_in_memory_are_not_copied() {
     let base_models = base_models(Precision::Bf16);
     let spec = lora(Precision::Bf16);
-    assert_eq!(needs(&base_models, "tiny", Some(&model("tiny")), &spec), (0, (0, 0)));
-    assert_eq!(needs(&base_models, "tiny", Some(&model("other")), &spec), (0, (0, 0)));
+    assert_eq!(
+        needs(&base_models, "tiny", Some(&model("tiny")), &spec),
+        (0, (0, 0))
+    );
+    assert_eq!(
+        needs(&base_models, "tiny", Some(&model("other")), &spec),
+        (0, (0, 0))
+    );
     assert_eq!(needs(&base_models, "tiny", None, &spec), (0, (0, 0)));
 }
 
@@ -78,8 +103,11 @@ fn weights_as_they_are_in_memory_are_not_copied() {
 fn weights_that_must_not_be_rounded_are_copied_of_each_model_once() {
     let base_models = base_models(Precision::Bf16);
     let parameters = |id: &str| base_models.get(id).unwrap().info.parameters;
-    let (tiny, other, stored) =
-        (parameters("tiny"), parameters("other"), parameters("stored_in_bf16"));
+    let (tiny, other, stored) = (
+        parameters("tiny"),
+        parameters("other"),
+        parameters("stored_in_bf16"),
+    );
     assert_ne!(tiny, other);
     let run = lora(Precision::F32);
     // The policy and the reference share frozen weights.
@@ -88,10 +116,18 @@ fn weights_that_must_not_be_rounded_are_copied_of_each_model_once() {
         (4 * tiny, (4 * tiny, 4 * tiny))
     );
     let both = 4 * (tiny + other);
-    assert_eq!(needs(&base_models, "tiny", Some(&model("other")), &run), (both, (both, both)));
+    assert_eq!(
+        needs(&base_models, "tiny", Some(&model("other")), &run),
+        (both, (both, both))
+    );
     // Weights stored in bf16 are never rounded, but a GPU still needs an f32 copy.
     assert_eq!(
-        needs(&base_models, "stored_in_bf16", Some(&model("stored_in_bf16")), &run),
+        needs(
+            &base_models,
+            "stored_in_bf16",
+            Some(&model("stored_in_bf16")),
+            &run
+        ),
         (0, (4 * stored, 0))
     );
     // The plan of full fine-tuning includes the policy's weights, but not those of a frozen
@@ -114,7 +150,10 @@ fn a_server_in_f32_copies_nothing_on_the_cpu_and_a_gpu_has_weights_in_each_preci
         (0, (2 * parameters("tiny"), 0))
     );
     let both = 2 * (parameters("tiny") + parameters("other"));
-    assert_eq!(needs(&base_models, "tiny", Some(&model("other")), &run), (0, (both, 0)));
+    assert_eq!(
+        needs(&base_models, "tiny", Some(&model("other")), &run),
+        (0, (both, 0))
+    );
 }
 
 #[test]
@@ -123,7 +162,10 @@ fn a_moving_reference_is_in_memory_twice_while_the_policy_is_mixed_in() {
         let base_models = base_models(server);
         let tiny = base_models.get("tiny").unwrap().info.parameters;
         let mut run = spec(Method::Full, server);
-        run.dpo.reference_sync = Some(ReferenceSync { alpha: 0.5, every_steps: 1 });
+        run.dpo.reference_sync = Some(ReferenceSync {
+            alpha: 0.5,
+            every_steps: 1,
+        });
         let on_gpu = weight_bytes(server) * tiny;
         for reference in [model("tiny"), full("tiny")] {
             assert_eq!(
@@ -155,7 +197,10 @@ fn a_full_checkpoint_as_the_reference_has_weights_of_its_own() {
     let mut run = spec(Method::Full, Precision::Bf16);
     run.dpo.losses[0].loss = LossType::Simpo;
     run.dpo.reference_free = true;
-    assert_eq!(needs(&base_models, "tiny", Some(&reference), &run), (0, (0, 0)));
+    assert_eq!(
+        needs(&base_models, "tiny", Some(&reference), &run),
+        (0, (0, 0))
+    );
 }
 
 #[test]
@@ -174,24 +219,54 @@ fn a_larger_reference_needs_more_activations_in_rows_as_long_as_the_runs() {
     let more = |run: &TrainingSpec, lengths| more_activations(&large, &small, run, lengths);
     let difference = |tokens| estimate::scoring(&large, tokens) - estimate::scoring(&small, tokens);
     run.batch.row_tokens = 100;
-    assert_eq!(more(&run, Lengths { longest: 300, micro_batch: 900 }), difference(300));
     assert_eq!(
-        more(&run, Lengths { longest: 30, micro_batch: 900 }),
+        more(
+            &run,
+            Lengths {
+                longest: 300,
+                micro_batch: 900
+            }
+        ),
+        difference(300)
+    );
+    assert_eq!(
+        more(
+            &run,
+            Lengths {
+                longest: 30,
+                micro_batch: 900
+            }
+        ),
         difference(100),
         "a row has several pairs"
     );
     assert_eq!(
-        more(&run, Lengths { longest: 30, micro_batch: 60 }),
+        more(
+            &run,
+            Lengths {
+                longest: 30,
+                micro_batch: 60
+            }
+        ),
         difference(60),
         "but not more than there are"
     );
-    assert_eq!(more_activations(&small, &large, &run, LENGTHS), 0, "the plan counts as much");
+    assert_eq!(
+        more_activations(&small, &large, &run, LENGTHS),
+        0,
+        "the plan counts as much"
+    );
 }
 
 /// Starts an engine on the CPU with a tiny model that is rounded in memory.
 fn engine(memory_limit: u64) -> Engine {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
-    let model = load_model(Some("tiny"), folder.to_str().unwrap(), &HubOptions::default()).unwrap();
+    let model = load_model(
+        Some("tiny"),
+        folder.to_str().unwrap(),
+        &HubOptions::default(),
+    )
+    .unwrap();
     let options = EngineOptions {
         memory_limit: Some(memory_limit),
         precision: Precision::Bf16,
@@ -203,12 +278,28 @@ fn engine(memory_limit: u64) -> Engine {
 /// Returns settings that allow only one plan, because their pairs fill a row: with a moving
 /// reference, with a frozen reference on unrounded weights, and without copies of weights.
 fn specs() -> Vec<TrainingSpec> {
-    let mut one = TrainingSpec { precision: Some(Precision::Bf16), ..TrainingSpec::default() };
+    let mut one = TrainingSpec {
+        precision: Some(Precision::Bf16),
+        ..TrainingSpec::default()
+    };
     one.batch.activation_checkpointing = ActivationCheckpointing::Off;
     (one.batch.row_tokens, one.batch.batch_size) = (TOKENS, 1);
-    let mut moving = TrainingSpec { method: Method::Full, ..one.clone() };
-    moving.dpo.reference_sync = Some(ReferenceSync { alpha: 0.5, every_steps: 1 });
-    vec![moving, TrainingSpec { precision: Some(Precision::F32), ..one.clone() }, one]
+    let mut moving = TrainingSpec {
+        method: Method::Full,
+        ..one.clone()
+    };
+    moving.dpo.reference_sync = Some(ReferenceSync {
+        alpha: 0.5,
+        every_steps: 1,
+    });
+    vec![
+        moving,
+        TrainingSpec {
+            precision: Some(Precision::F32),
+            ..one.clone()
+        },
+        one,
+    ]
 }
 
 fn run(spec: &TrainingSpec, checkpoints: &Path) -> (TrainingRun, mpsc::Receiver<Report>) {
@@ -234,11 +325,17 @@ fn a_run_starts_in_exactly_the_memory_that_its_estimate_names_and_is_refused_wit
     for spec in specs() {
         let folder = tempfile::tempdir().unwrap();
         let lengths = Lengths::one(TOKENS);
-        let (needed, _) =
-            engine(u64::MAX / 2).memory("tiny", Some(&base()), &spec, lengths).unwrap();
+        let (needed, _) = engine(u64::MAX / 2)
+            .memory("tiny", Some(&base()), &spec, lengths)
+            .unwrap();
 
         let enough = engine(needed);
-        assert_eq!(enough.memory("tiny", Some(&base()), &spec, lengths).unwrap(), (needed, needed));
+        assert_eq!(
+            enough
+                .memory("tiny", Some(&base()), &spec, lengths)
+                .unwrap(),
+            (needed, needed)
+        );
         enough.check("tiny", Some(&base()), &spec, lengths).unwrap();
         let (run_with_enough, mut told) = run(&spec, folder.path());
         let control = run_with_enough.control.clone();
@@ -271,19 +368,40 @@ fn a_plan_has_the_memory_that_copies_of_weights_leave() {
     let base_models = base_models(Precision::Bf16);
     let config = &base_models.get("tiny").unwrap().policy.config;
     let run = lora(Precision::F32);
-    assert_eq!(run.batch.activation_checkpointing, ActivationCheckpointing::Auto);
-    let extra = extra(&base_models, "tiny", Some(&model("tiny")), &run, LENGTHS, MemoryKind::Host)
-        .unwrap()
-        .device;
+    assert_eq!(
+        run.batch.activation_checkpointing,
+        ActivationCheckpointing::Auto
+    );
+    let extra = extra(
+        &base_models,
+        "tiny",
+        Some(&model("tiny")),
+        &run,
+        LENGTHS,
+        MemoryKind::Host,
+    )
+    .unwrap()
+    .device;
     let plan = |available| estimate::plan(config, &run, LENGTHS, available, MemoryKind::Host);
     let fastest = plan(u64::MAX).unwrap().total();
     let leanest = plan(0).unwrap_err().total();
     let memory = extra + fastest - 1;
-    assert!(leanest < fastest && fastest <= memory, "{leanest} {fastest} {extra}");
-    let needs = Needs { extra, minimum: extra + leanest, host: 0 };
+    assert!(
+        leanest < fastest && fastest <= memory,
+        "{leanest} {fastest} {extra}"
+    );
+    let needs = Needs {
+        extra,
+        minimum: extra + leanest,
+        host: 0,
+    };
     let chosen = plan(needs.left_for_plan(memory)).unwrap();
     assert!(extra + chosen.total() <= memory);
-    assert_eq!(plan(memory).unwrap().total(), fastest, "without the copy it would be this one");
+    assert_eq!(
+        plan(memory).unwrap().total(),
+        fastest,
+        "without the copy it would be this one"
+    );
     assert!(
         plan(needs.left_for_plan(needs.minimum)).is_ok()
             && plan(needs.left_for_plan(needs.minimum - 1)).is_err()
@@ -295,8 +413,12 @@ fn copies_of_weights_are_part_of_the_estimate() {
     let [moving, unrounded, plain] = specs().try_into().unwrap();
     let engine = engine(u64::MAX / 2);
     let parameters = engine.models()[0].parameters;
-    let extra =
-        |spec| engine.extra("tiny", Some(&base()), spec, Lengths::one(TOKENS)).unwrap().device;
+    let extra = |spec| {
+        engine
+            .extra("tiny", Some(&base()), spec, Lengths::one(TOKENS))
+            .unwrap()
+            .device
+    };
     assert_eq!(
         (extra(&moving), extra(&unrounded), extra(&plain)),
         (8 * parameters, 4 * parameters, 0)
@@ -307,8 +429,18 @@ fn copies_of_weights_are_part_of_the_estimate() {
 fn a_job_that_ran_out_of_memory_says_so() {
     let full = candle_core::Error::Cuda(Box::new(OutOfMemory("the GPU is out of memory".into())));
     let other = candle_core::Error::Msg("an illegal address".into());
-    let no_plan = TrainError::NoPlan { needed_mib: 2, available_mib: 1 };
+    let no_plan = TrainError::NoPlan {
+        needed_mib: 2,
+        available_mib: 1,
+    };
     let reasons =
         [TrainError::Tensor(full), no_plan, TrainError::Tensor(other)].map(|e| explain(&e).reason);
-    assert_eq!(reasons, [Reason::OutOfMemory, Reason::OutOfMemory, Reason::DeviceFailed]);
+    assert_eq!(
+        reasons,
+        [
+            Reason::OutOfMemory,
+            Reason::OutOfMemory,
+            Reason::DeviceFailed
+        ]
+    );
 }

@@ -7,12 +7,18 @@ use crate::engine::memory::HostMemory;
 use crate::engine::scoring::tests::base_models;
 
 fn golden(folder: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(folder)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/goldens")
+        .join(folder)
 }
 
 /// Returns the base model's own files as the full weights of checkpoint `i`.
 fn full(i: usize) -> WeightsRef {
-    WeightsRef::Full { model: "tiny".into(), dir: golden("models/llama"), content: i.to_string() }
+    WeightsRef::Full {
+        model: "tiny".into(),
+        dir: golden("models/llama"),
+        content: i.to_string(),
+    }
 }
 
 fn adapter() -> WeightsRef {
@@ -26,7 +32,12 @@ fn adapter() -> WeightsRef {
 /// Returns a cache with a limit of `bytes`. Its limit of 8 entries is never reached.
 fn policies(bytes: u64) -> PolicyCache {
     let mut policies = PolicyCache::new(8);
-    policies.limit_bytes(Room::new(bytes, Arc::default(), HostMemory::new(u64::MAX), 1));
+    policies.limit_bytes(Room::new(
+        bytes,
+        Arc::default(),
+        HostMemory::new(u64::MAX),
+        1,
+    ));
     policies
 }
 
@@ -71,11 +82,18 @@ fn weights_in_use_stay_and_what_has_no_room_beside_them_is_refused() {
     assert!(
         matches!(
             refused,
-            EngineError::NoRoom { needed_mib: 1, available_mib: 0, setting: "memory_limit" }
+            EngineError::NoRoom {
+                needed_mib: 1,
+                available_mib: 0,
+                setting: "memory_limit"
+            }
         ),
         "{refused:?}"
     );
-    assert!(refused.to_string().contains("raise memory_limit"), "{refused}");
+    assert!(
+        refused.to_string().contains("raise memory_limit"),
+        "{refused}"
+    );
     assert_eq!(contents(&policies), ["0", "1"]);
     drop(also_held);
     policies.get(&base_models, &full(2)).unwrap();
@@ -91,7 +109,10 @@ fn weights_in_use_stay_and_what_has_no_room_beside_them_is_refused() {
 fn what_is_larger_than_all_the_room_is_refused_and_a_run_has_the_room_that_it_was_granted() {
     let base_models = base_models(Precision::F32);
     let mut policies = policies(full_size(&base_models) - 1);
-    assert!(matches!(policies.get(&base_models, &full(0)), Err(EngineError::NoRoom { .. })));
+    assert!(matches!(
+        policies.get(&base_models, &full(0)),
+        Err(EngineError::NoRoom { .. })
+    ));
     assert!(policies.get_for_run(&base_models, &full(0)).is_ok());
 }
 
@@ -125,8 +146,14 @@ fn a_run_takes_the_room_of_weights_that_nothing_uses_and_gives_it_back() {
 fn adapters_are_counted_as_they_are_in_memory() {
     let base_models = base_models(Precision::F32);
     let policy = base_models.open(&adapter()).unwrap();
-    let elements: usize =
-        policy.adapter.as_ref().unwrap().named().iter().map(|(_, t)| t.elem_count()).sum();
+    let elements: usize = policy
+        .adapter
+        .as_ref()
+        .unwrap()
+        .named()
+        .iter()
+        .map(|(_, t)| t.elem_count())
+        .sum();
     let bytes = 4 * elements as u64;
     assert!(bytes > 0 && bytes < full_size(&base_models));
     assert!(policies(bytes).get(&base_models, &adapter()).is_ok());

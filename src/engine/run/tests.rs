@@ -9,8 +9,14 @@ use crate::engine::scoring::tests::{base, base_models, pair};
 use crate::train::estimate::{Lengths, MemoryKind, plan};
 
 fn run() -> TrainingRun {
-    let mut spec = TrainingSpec { method: Method::Full, ..Default::default() };
-    spec.dpo.reference_sync = Some(ReferenceSync { alpha: 0.5, every_steps: 1 });
+    let mut spec = TrainingSpec {
+        method: Method::Full,
+        ..Default::default()
+    };
+    spec.dpo.reference_sync = Some(ReferenceSync {
+        alpha: 0.5,
+        every_steps: 1,
+    });
     TrainingRun {
         job: "job".into(),
         model: "tiny".into(),
@@ -44,8 +50,13 @@ fn a_moving_reference_starts_from_unrounded_weights_on_every_server() {
             usize::from(stored == Precision::Bf16),
             "read where the ones in memory are rounded"
         );
-        let moving =
-            reference(&run(), &exact, &mut PolicyCache::new(1), Precision::F32, &Arc::default());
+        let moving = reference(
+            &run(),
+            &exact,
+            &mut PolicyCache::new(1),
+            Precision::F32,
+            &Arc::default(),
+        );
         moving.unwrap().weights().unwrap().1.to_owned()
     };
     assert_eq!(identity(Precision::F32), identity(Precision::Bf16));
@@ -56,7 +67,10 @@ fn a_moving_reference_starts_from_unrounded_weights_on_every_server() {
 fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
     let base_models = base_models(Precision::F32);
     let start = |memory| {
-        let mut run = TrainingRun { train: vec![pair(40); 3], ..run() };
+        let mut run = TrainingRun {
+            train: vec![pair(40); 3],
+            ..run()
+        };
         prepare(
             &mut run,
             &base_models,
@@ -68,10 +82,15 @@ fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
     };
     let (config, spec) = (&base_models.get("tiny").unwrap().policy.config, run().spec);
     let lengths = Lengths::of(&vec![pair(40); 3], spec.batch.batch_size);
-    let leanest = plan(config, &spec, lengths, 0, MemoryKind::Host).unwrap_err().total();
+    let leanest = plan(config, &spec, lengths, 0, MemoryKind::Host)
+        .unwrap_err()
+        .total();
     assert_eq!(start(leanest).unwrap().planned_bytes(), leanest);
-    let Err(EngineError::OutOfMemory { needed_mib, available_mib, remedy }) =
-        start(leanest - 1).map(|_| ())
+    let Err(EngineError::OutOfMemory {
+        needed_mib,
+        available_mib,
+        remedy,
+    }) = start(leanest - 1).map(|_| ())
     else {
         panic!("there is no plan");
     };
@@ -87,14 +106,30 @@ fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
 fn weights_of_a_runs_reference_are_kept_where_others_find_them() {
     let base_models = base_models(Precision::F32);
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
-    let checkpoint = WeightsRef::Full { model: "tiny".into(), dir, content: "hash".into() };
-    let mut frozen = TrainingRun { reference: Some(checkpoint), ..run() };
+    let checkpoint = WeightsRef::Full {
+        model: "tiny".into(),
+        dir,
+        content: "hash".into(),
+    };
+    let mut frozen = TrainingRun {
+        reference: Some(checkpoint),
+        ..run()
+    };
     frozen.spec.dpo.reference_sync = None;
     frozen.spec.precision = Some(Precision::Bf16);
-    let exact = ExactWeights { base_models: &base_models, read: ExactBases::new() };
+    let exact = ExactWeights {
+        base_models: &base_models,
+        read: ExactBases::new(),
+    };
     let mut policies = PolicyCache::new(1);
-    let reference =
-        reference(&frozen, &exact, &mut policies, Precision::Bf16, &Arc::default()).unwrap();
+    let reference = reference(
+        &frozen,
+        &exact,
+        &mut policies,
+        Precision::Bf16,
+        &Arc::default(),
+    )
+    .unwrap();
     policies.evict_unused();
     assert!(!policies.is_empty(), "the run has it");
     drop(reference);

@@ -18,12 +18,19 @@ const JOB: &str = "job";
 /// Returns a tiny model, as loaded by a server with this precision.
 pub(in crate::engine) fn base_models(precision: Precision) -> Arc<BaseModels> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
-    let model = load_model(Some("tiny"), folder.to_str().unwrap(), &HubOptions::default()).unwrap();
+    let model = load_model(
+        Some("tiny"),
+        folder.to_str().unwrap(),
+        &HubOptions::default(),
+    )
+    .unwrap();
     Arc::new(BaseModels::load(vec![model], ComputeDevice::Cpu, "cpu", precision).unwrap())
 }
 
 pub(in crate::engine) fn base() -> WeightsRef {
-    WeightsRef::Base { model: "tiny".into() }
+    WeightsRef::Base {
+        model: "tiny".into(),
+    }
 }
 
 /// Returns a pair of `tokens` packed tokens.
@@ -42,13 +49,21 @@ pub(in crate::engine) fn pair(tokens: usize) -> EncodedPair {
 }
 
 fn groups_of_a_pair() -> Vec<SequenceGroup> {
-    let completions = vec![(0..20).map(|i| 30 + i).collect(), (0..20).map(|i| 90 - i).collect()];
-    vec![SequenceGroup { prompt: (10..30).collect(), completions }]
+    let completions = vec![
+        (0..20).map(|i| 30 + i).collect(),
+        (0..20).map(|i| 90 - i).collect(),
+    ];
+    vec![SequenceGroup {
+        prompt: (10..30).collect(),
+        completions,
+    }]
 }
 
 fn entry(policy: WeightsRef) -> (Entry, oneshot::Receiver<Result<ScoredItem, EngineError>>) {
     let (reply, answer) = oneshot::channel();
-    let item = ScoreItem { groups: groups_of_a_pair() };
+    let item = ScoreItem {
+        groups: groups_of_a_pair(),
+    };
     let entry = Entry {
         item,
         policy,
@@ -66,7 +81,11 @@ fn is_cached(cache: &ReferenceCache, base_models: &BaseModels, precision: Precis
     let policy = base_models.open(&base()).unwrap().with_precision(precision);
     let (identity, groups) = (base_models.identity(&base()).unwrap(), groups_of_a_pair());
     let mut blocks = 0;
-    cache.score(&policy, &identity, &[&groups], ROW_TOKENS, &mut || blocks += 1).unwrap();
+    cache
+        .score(&policy, &identity, &[&groups], ROW_TOKENS, &mut || {
+            blocks += 1
+        })
+        .unwrap();
     blocks == 0
 }
 
@@ -75,7 +94,10 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
     let precisions = [Precision::F32, Precision::Bf16];
     for (server, job) in [precisions, [precisions[1], precisions[0]]].map(|[a, b]| (a, b)) {
         let base_models = base_models(server);
-        let options = EngineOptions { precision: server, ..Default::default() };
+        let options = EngineOptions {
+            precision: server,
+            ..Default::default()
+        };
         let mut scoring = PolicyScorer::new(
             0,
             Arc::new(ScoringQueue::new(1 << 20, 1)),
@@ -83,7 +105,12 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
             &options,
         );
         let policy = base_models.open(&base()).unwrap().with_precision(job);
-        let live = Live { job: JOB.into(), policy, reference: None, step: 0 };
+        let live = Live {
+            job: JOB.into(),
+            policy,
+            reference: None,
+            step: 0,
+        };
 
         let cache = ReferenceCache::new(1 << 20);
         let (of_job, mut answer) = entry(WeightsRef::Live { job: JOB.into() });
@@ -93,8 +120,14 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
             // The weights and the precision are those of the reference, so all bits are equal.
             assert_eq!(Some(completion.policy), completion.reference);
         }
-        assert!(is_cached(&cache, &base_models, job), "the reference is scored in {job:?}");
-        assert!(!is_cached(&cache, &base_models, server), "and not in {server:?}");
+        assert!(
+            is_cached(&cache, &base_models, job),
+            "the reference is scored in {job:?}"
+        );
+        assert!(
+            !is_cached(&cache, &base_models, server),
+            "and not in {server:?}"
+        );
 
         // Entries of one batch are each compared with the reference in their own precision.
         let cache = ReferenceCache::new(1 << 20);
@@ -107,7 +140,9 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
         // Another job's weights are not on this worker: scoring fails, and its reference is scored
         // in the server's precision.
         let cache = ReferenceCache::new(1 << 20);
-        let (of_other, mut answer) = entry(WeightsRef::Live { job: "other".into() });
+        let (of_other, mut answer) = entry(WeightsRef::Live {
+            job: "other".into(),
+        });
         scoring.score_batch(vec![of_other], &cache, Some(&live));
         assert!(answer.try_recv().unwrap().is_err());
         assert!(is_cached(&cache, &base_models, server) && !is_cached(&cache, &base_models, job));
@@ -120,7 +155,11 @@ fn scoring_with_a_checkpoint() -> (PolicyScorer, WeightsRef) {
     let queue = Arc::new(ScoringQueue::new(1 << 20, 1));
     let mut scoring = PolicyScorer::new(0, queue, base_models.clone(), &EngineOptions::default());
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
-    let checkpoint = WeightsRef::Full { model: "tiny".into(), dir, content: "hash".into() };
+    let checkpoint = WeightsRef::Full {
+        model: "tiny".into(),
+        dir,
+        content: "hash".into(),
+    };
     scoring.policies.get(&base_models, &checkpoint).unwrap();
     (scoring, checkpoint)
 }
@@ -149,7 +188,11 @@ fn a_pass_without_memory_is_repeated_once_without_the_weights_that_nothing_uses(
         Err(EngineError::DeviceFull("the GPU is out of memory".into()))
     });
     assert_eq!(calls.get(), 6, "together and each alone, each twice");
-    assert!(results.iter().all(|r| matches!(r, Some(Err(EngineError::DeviceFull(_))))));
+    assert!(
+        results
+            .iter()
+            .all(|r| matches!(r, Some(Err(EngineError::DeviceFull(_)))))
+    );
 }
 
 #[test]
@@ -174,8 +217,15 @@ fn other_errors_evict_nothing_and_weights_in_use_stay() {
 #[test]
 fn the_arithmetic_names_the_precision_and_each_kind_of_device_once() {
     let alone = base_models(Precision::F32).open(&base()).unwrap();
-    let helped = Policy { helpers: Arc::new([ComputeDevice::Cpu]), ..alone.clone() };
-    assert_eq!(alone.arithmetic(), helped.arithmetic(), "the helper computes alike");
+    let helped = Policy {
+        helpers: Arc::new([ComputeDevice::Cpu]),
+        ..alone.clone()
+    };
+    assert_eq!(
+        alone.arithmetic(),
+        helped.arithmetic(),
+        "the helper computes alike"
+    );
     let bf16 = alone.with_precision(Precision::Bf16);
     assert_ne!(alone.arithmetic(), bf16.arithmetic());
 }

@@ -35,12 +35,26 @@ fn copied_model() -> tempfile::TempDir {
 }
 
 fn engine(model: &Path, precision: Precision) -> Engine {
-    let model = load_model(Some("tiny"), model.to_str().unwrap(), &HubOptions::default()).unwrap();
-    start(vec![model], EngineOptions { precision, ..Default::default() }).unwrap()
+    let model = load_model(
+        Some("tiny"),
+        model.to_str().unwrap(),
+        &HubOptions::default(),
+    )
+    .unwrap();
+    start(
+        vec![model],
+        EngineOptions {
+            precision,
+            ..Default::default()
+        },
+    )
+    .unwrap()
 }
 
 fn base() -> WeightsRef {
-    WeightsRef::Base { model: "tiny".into() }
+    WeightsRef::Base {
+        model: "tiny".into(),
+    }
 }
 
 fn pair() -> EncodedPair {
@@ -66,7 +80,11 @@ fn run(method: Method, checkpoints: PathBuf) -> (TrainingRun, Receiver<Report>) 
     let (events, receiver) = channel(1);
     let spec = TrainingSpec {
         method,
-        batch: BatchConfig { batch_size: 1, max_steps: Some(10), ..Default::default() },
+        batch: BatchConfig {
+            batch_size: 1,
+            max_steps: Some(10),
+            ..Default::default()
+        },
         optimizer: OptimizerConfig {
             learning_rate: 1e-3,
             schedule: ScheduleKind::Constant,
@@ -117,7 +135,10 @@ async fn a_run_whose_models_files_are_gone_or_changed_has_not_begun() {
             message.contains("models/tiny") && message.contains("model.safetensors"),
             "{message}"
         );
-        assert!(!message.contains(model.path().to_str().unwrap()), "{message}");
+        assert!(
+            !message.contains(model.path().to_str().unwrap()),
+            "{message}"
+        );
     };
     for contents in [None, Some(&changed)] {
         match contents {
@@ -180,11 +201,18 @@ async fn the_device_scores_while_the_files_of_a_run_are_read() {
     // Stopping the run does not wait for the files either.
     control.cancel();
     let ended = next(&mut first_events).await;
-    assert!(matches!(ended, RunEvent::Ended(RunEnd::Cancelled)), "{ended:?}");
+    assert!(
+        matches!(ended, RunEvent::Ended(RunEnd::Cancelled)),
+        "{ended:?}"
+    );
     // The next run reads from the pipe and gets an empty file.
     let (second, mut second_events) = run(Method::Full, dir.path().join("2"));
     engine.train(second).unwrap();
-    let other_end = std::fs::OpenOptions::new().read(true).write(true).open(&weights).unwrap();
+    let other_end = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&weights)
+        .unwrap();
     match next(&mut second_events).await {
         RunEvent::Ended(RunEnd::InputMissing(e)) => assert_eq!(e.reason, Reason::ModelFilesChanged),
         other => panic!("{other:?}"),
@@ -200,15 +228,23 @@ async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
     let engine = engine(model.path(), Precision::F32);
     let (mut run, events) = run(Method::Full, dir.path().into());
     // After each step the reference equals the policy.
-    run.spec.dpo.reference_sync = Some(ReferenceSync { alpha: 1.0, every_steps: 1 });
+    run.spec.dpo.reference_sync = Some(ReferenceSync {
+        alpha: 1.0,
+        every_steps: 1,
+    });
     let control = run.control.clone();
     engine.train(run).unwrap();
-    let (policy, reference) =
-        (WeightsRef::Live { job: "job".into() }, WeightsRef::LiveReference { job: "job".into() });
+    let (policy, reference) = (
+        WeightsRef::Live { job: "job".into() },
+        WeightsRef::LiveReference { job: "job".into() },
+    );
     let began = Instant::now();
     let trained = loop {
         assert!(began.elapsed() < PATIENCE, "the run takes its first step");
-        match engine.score(&policy, Some(&reference), ScoreItem { groups: groups() }).await {
+        match engine
+            .score(&policy, Some(&reference), ScoreItem { groups: groups() })
+            .await
+        {
             Ok(scored) => {
                 for completion in &scored.completions {
                     assert_eq!(
@@ -227,8 +263,14 @@ async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
             Err(e) => panic!("{e}"),
         }
     };
-    let start = engine.score(&policy, Some(&base()), ScoreItem { groups: groups() }).await.unwrap();
-    assert_ne!(start.completions[0].reference, trained.completions[0].reference, "it has moved");
+    let start = engine
+        .score(&policy, Some(&base()), ScoreItem { groups: groups() })
+        .await
+        .unwrap();
+    assert_ne!(
+        start.completions[0].reference, trained.completions[0].reference,
+        "it has moved"
+    );
     assert_eq!(
         (start.live_step, &start.completions[0].policy),
         (Some(1), &trained.completions[0].policy)
@@ -238,7 +280,10 @@ async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
     drop(events);
     loop {
         assert!(began.elapsed() < PATIENCE, "the run ends");
-        match engine.score(&policy, Some(&reference), ScoreItem { groups: groups() }).await {
+        match engine
+            .score(&policy, Some(&reference), ScoreItem { groups: groups() })
+            .await
+        {
             Ok(_) => {}
             Err(EngineError::NotResident(job)) => break assert_eq!(job, "job"),
             Err(e) => panic!("{e}"),

@@ -32,14 +32,23 @@ pub(super) fn to_json(value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Va
         return Err(Error::from(ErrorKind::TooManyArguments));
     }
     let option = |name: &str| -> Result<Option<Value>, Error> {
-        let place = NAMES.iter().position(|n| *n == name).and_then(|i| positional.get(i));
+        let place = NAMES
+            .iter()
+            .position(|n| *n == name)
+            .and_then(|i| positional.get(i));
         let given: Option<Value> = options.get(name)?;
-        Ok(place.cloned().or(given).filter(|v| !v.is_none() && !v.is_undefined()))
+        Ok(place
+            .cloned()
+            .or(given)
+            .filter(|v| !v.is_none() && !v.is_undefined()))
     };
     let indent = option("indent")?.map(|v| indentation(&v)).transpose()?;
     let (item_separator, key_separator) = match option("separators")? {
         Some(pair) => both_separators(&pair)?,
-        None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
+        None => (
+            if indent.is_some() { "," } else { ", " }.to_owned(),
+            ": ".to_owned(),
+        ),
     };
     let style = Style {
         ensure_ascii: option("ensure_ascii")?.is_some_and(|v| v.is_true()),
@@ -59,18 +68,26 @@ fn indentation(value: &Value) -> Result<String, Error> {
         Some(text) => text.to_owned(),
         None => {
             let width = i64::try_from(value.clone())?.max(0);
-            " ".repeat(usize::try_from(width).unwrap_or(usize::MAX).min(MAX_INDENT + 1))
+            " ".repeat(
+                usize::try_from(width)
+                    .unwrap_or(usize::MAX)
+                    .min(MAX_INDENT + 1),
+            )
         }
     };
     if text.len() > MAX_INDENT {
-        return Err(refused(format!("tojson: indent is more than {MAX_INDENT} characters wide")));
+        return Err(refused(format!(
+            "tojson: indent is more than {MAX_INDENT} characters wide"
+        )));
     }
     Ok(text)
 }
 
 fn both_separators(pair: &Value) -> Result<(String, String), Error> {
-    let parts: Vec<String> =
-        pair.try_iter()?.filter_map(|part| part.as_str().map(str::to_owned)).collect();
+    let parts: Vec<String> = pair
+        .try_iter()?
+        .filter_map(|part| part.as_str().map(str::to_owned))
+        .collect();
     match <[String; 2]>::try_from(parts) {
         Ok([item, key]) => Ok((item, key)),
         Err(_) => Err(refused("tojson: separators must be two strings".into())),
@@ -85,7 +102,10 @@ impl Style {
             )));
         }
         if out.len() > MAX_JSON {
-            return Err(refused(format!("tojson: the text has more than {} MiB", MAX_JSON >> 20)));
+            return Err(refused(format!(
+                "tojson: the text has more than {} MiB",
+                MAX_JSON >> 20
+            )));
         }
         match value.kind() {
             ValueKind::None => out.push_str("null"),
@@ -211,7 +231,11 @@ pub(super) fn float(x: f64) -> String {
         }
         _ => {
             let plain = x.to_string();
-            if plain.contains('.') { plain } else { plain + ".0" }
+            if plain.contains('.') {
+                plain
+            } else {
+                plain + ".0"
+            }
         }
     }
 }

@@ -32,12 +32,16 @@ pub(super) fn install(environment: &mut Environment<'_>) {
                 fields.push((name, named.get::<Value>(name)?));
             }
             match (positional.is_empty(), fields.is_empty()) {
-                (false, false) => {
-                    Err(refused("format: arguments must be either all positional or all named"))
-                }
+                (false, false) => Err(refused(
+                    "format: arguments must be either all positional or all named",
+                )),
                 (_, false) => percent(state, &format, &Value::from_pairs(fields)),
                 (_, true) => {
-                    let values = Arguments { values: positional.to_vec(), next: 0, mapping: None };
+                    let values = Arguments {
+                        values: positional.to_vec(),
+                        next: 0,
+                        mapping: None,
+                    };
                     formatted(state, &format, values)
                 }
             }
@@ -48,12 +52,17 @@ pub(super) fn install(environment: &mut Environment<'_>) {
 /// Returns Python's `format % value`.
 fn percent(state: &State, format: &Value, value: &Value) -> Result<Value, Error> {
     let arguments = if value.is_tuple() {
-        Arguments { values: value.try_iter()?.collect(), next: 0, mapping: None }
+        Arguments {
+            values: value.try_iter()?.collect(),
+            next: 0,
+            mapping: None,
+        }
     } else {
         // As in Python, a value that supports access by key may stay unused.
-        let is_mapping =
-            matches!(value.kind(), ValueKind::Map | ValueKind::Seq | ValueKind::Undefined)
-                || (value.kind() == ValueKind::Iterable && value.len().is_some());
+        let is_mapping = matches!(
+            value.kind(),
+            ValueKind::Map | ValueKind::Seq | ValueKind::Undefined
+        ) || (value.kind() == ValueKind::Iterable && value.len().is_some());
         Arguments {
             values: vec![value.clone()],
             next: 0,
@@ -119,7 +128,9 @@ impl Arguments {
 
     fn finish(&self) -> Result<(), Error> {
         match self.next < self.values.len() && self.mapping.is_none() {
-            true => Err(refused("not all arguments converted during string formatting")),
+            true => Err(refused(
+                "not all arguments converted during string formatting",
+            )),
             false => Ok(()),
         }
     }
@@ -145,10 +156,13 @@ impl<'a> Field<'a> {
         let mut field = Field::default();
         let mut rest = text;
         if let Some(keyed) = rest.strip_prefix('(') {
-            let (key, after) =
-                keyed.split_once(')').ok_or_else(|| refused("incomplete format key"))?;
+            let (key, after) = keyed
+                .split_once(')')
+                .ok_or_else(|| refused("incomplete format key"))?;
             if key.contains('(') {
-                return Err(refused(format!("format: the key '{key}' has a parenthesis in it")));
+                return Err(refused(format!(
+                    "format: the key '{key}' has a parenthesis in it"
+                )));
             }
             (field.key, rest) = (Some(key), after);
         }
@@ -169,7 +183,10 @@ impl<'a> Field<'a> {
         }
         // Python accepts C's length modifiers and ignores them.
         rest = rest.strip_prefix(['h', 'l', 'L']).unwrap_or(rest);
-        field.conversion = rest.chars().next().ok_or_else(|| refused("incomplete format"))?;
+        field.conversion = rest
+            .chars()
+            .next()
+            .ok_or_else(|| refused("incomplete format"))?;
         let after = &rest[field.conversion.len_utf8()..];
         Ok((field, after))
     }
@@ -216,7 +233,12 @@ impl<'a> Field<'a> {
                 if self.conversion == 'F' {
                     digits.make_ascii_uppercase();
                 }
-                self.put_number(number.is_sign_negative() && !number.is_nan(), "", &digits, out);
+                self.put_number(
+                    number.is_sign_negative() && !number.is_nan(),
+                    "",
+                    &digits,
+                    out,
+                );
             }
             'e' | 'E' | 'g' | 'G' => {
                 let number = float(value).ok_or_else(|| self.wrong("a number", value))?;
@@ -232,7 +254,12 @@ impl<'a> Field<'a> {
                 if self.conversion.is_ascii_uppercase() {
                     digits.make_ascii_uppercase();
                 }
-                self.put_number(number.is_sign_negative() && !number.is_nan(), "", &digits, out);
+                self.put_number(
+                    number.is_sign_negative() && !number.is_nan(),
+                    "",
+                    &digits,
+                    out,
+                );
             }
             'c' => {
                 let written = match value.as_str() {
@@ -259,7 +286,11 @@ impl<'a> Field<'a> {
     }
 
     fn wrong(&self, wanted: &str, value: &Value) -> Error {
-        refused(format!("%{} format: {wanted} is required, not {}", self.conversion, value.kind()))
+        refused(format!(
+            "%{} format: {wanted} is required, not {}",
+            self.conversion,
+            value.kind()
+        ))
     }
 
     fn with_precision(&self, digits: &str) -> String {
@@ -268,7 +299,9 @@ impl<'a> Field<'a> {
     }
 
     fn put_text(&self, text: &str, out: &mut String) {
-        let end = self.precision.and_then(|precision| text.char_indices().nth(precision));
+        let end = self
+            .precision
+            .and_then(|precision| text.char_indices().nth(precision));
         let text = end.map_or(text, |(end, _)| &text[..end]);
         self.put(text, self.width.saturating_sub(text.chars().count()), out);
     }
@@ -280,9 +313,15 @@ impl<'a> Field<'a> {
             () if self.has_space => " ",
             () => "",
         };
-        let missing = self.width.saturating_sub(sign.len() + prefix.len() + digits.len());
+        let missing = self
+            .width
+            .saturating_sub(sign.len() + prefix.len() + digits.len());
         if self.has_zeros && !self.is_left {
-            self.put(&format!("{sign}{prefix}{}{digits}", "0".repeat(missing)), 0, out);
+            self.put(
+                &format!("{sign}{prefix}{}{digits}", "0".repeat(missing)),
+                0,
+                out,
+            );
         } else {
             self.put(&format!("{sign}{prefix}{digits}"), missing, out);
         }
@@ -290,27 +329,41 @@ impl<'a> Field<'a> {
 
     fn put(&self, text: &str, missing: usize, out: &mut String) {
         let padding = " ".repeat(missing);
-        let (before, after) =
-            if self.is_left { ("", padding.as_str()) } else { (padding.as_str(), "") };
+        let (before, after) = if self.is_left {
+            ("", padding.as_str())
+        } else {
+            (padding.as_str(), "")
+        };
         out.extend([before, text, after]);
     }
 }
 
 /// Reads a width or a precision; it is 0 if there are no digits.
 fn digits(text: &str) -> Result<(usize, &str), Error> {
-    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, rest) = text.split_at(end);
-    let number = if number.is_empty() { Some(0) } else { number.parse().ok() };
+    let number = if number.is_empty() {
+        Some(0)
+    } else {
+        number.parse().ok()
+    };
     match number.filter(|n| *n <= MAX_WIDTH) {
         Some(number) => Ok((number, rest)),
-        None => Err(refused(format!("format: a width or a precision is more than {MAX_WIDTH}"))),
+        None => Err(refused(format!(
+            "format: a width or a precision is more than {MAX_WIDTH}"
+        ))),
     }
 }
 
 /// Truncates a number to an integer. Returns true if it is negative, and its digits.
 fn whole(value: &Value) -> Option<(bool, String)> {
     if value.kind() == ValueKind::Number && !value.is_integer() {
-        let number = f64::try_from(value.clone()).ok().filter(|n| n.is_finite())?.trunc();
+        let number = f64::try_from(value.clone())
+            .ok()
+            .filter(|n| n.is_finite())?
+            .trunc();
         return Some((number < 0.0, format!("{:.0}", number.abs())));
     }
     let number = if value.kind() == ValueKind::Bool {
@@ -329,21 +382,32 @@ fn whole(value: &Value) -> Option<(bool, String)> {
 fn scientific(number: f64, precision: usize, keeps_point: bool) -> String {
     let written = format!("{number:.precision$e}");
     let (digits, exponent) = written.split_once('e').unwrap_or((&written, "0"));
-    let (sign, exponent) =
-        exponent.strip_prefix('-').map_or(('+', exponent), |positive| ('-', positive));
-    let point = if keeps_point && precision == 0 { "." } else { "" };
+    let (sign, exponent) = exponent
+        .strip_prefix('-')
+        .map_or(('+', exponent), |positive| ('-', positive));
+    let point = if keeps_point && precision == 0 {
+        "."
+    } else {
+        ""
+    };
     format!("{digits}{point}e{sign}{exponent:0>2}")
 }
 
 /// Writes a non-negative number with at most `significant` digits, as C's `%g` does.
 fn general(number: f64, significant: usize, keeps_zeros: bool) -> String {
     let written = format!("{number:.*e}", significant - 1);
-    let exponent: i32 =
-        written.split_once('e').and_then(|(_, exponent)| exponent.parse().ok()).unwrap_or_default();
+    let exponent: i32 = written
+        .split_once('e')
+        .and_then(|(_, exponent)| exponent.parse().ok())
+        .unwrap_or_default();
     let is_fixed = exponent >= -4 && exponent < significant as i32;
     let written = if is_fixed {
         let precision = (significant as i32 - 1 - exponent).max(0) as usize;
-        let point = if keeps_zeros && precision == 0 { "." } else { "" };
+        let point = if keeps_zeros && precision == 0 {
+            "."
+        } else {
+            ""
+        };
         format!("{number:.precision$}{point}")
     } else {
         scientific(number, significant - 1, keeps_zeros)
@@ -399,7 +463,10 @@ fn token(text: &str) -> (TemplateToken, usize) {
         c if c.is_alphanumeric() || c == '_' => (TemplateToken::Word, word_length(text)),
         '(' | '[' | '{' => (TemplateToken::Open, 1),
         ')' | ']' | '}' => (TemplateToken::Close, 1),
-        '*' | '/' => (TemplateToken::Times, if text[1..].starts_with(first) { 2 } else { 1 }),
+        '*' | '/' => (
+            TemplateToken::Times,
+            if text[1..].starts_with(first) { 2 } else { 1 },
+        ),
         '%' => (TemplateToken::Times, 1),
         other => (TemplateToken::Other, other.len_utf8()),
     }
@@ -469,8 +536,11 @@ pub(super) fn rewrite(source: &str) -> String {
 
 fn is_raw(tag: &str) -> bool {
     let name = tag.trim_start_matches(['-', '+']).trim_start();
-    name.strip_prefix("raw")
-        .is_some_and(|rest| rest.trim_start().trim_start_matches(['-', '+']).starts_with("%}"))
+    name.strip_prefix("raw").is_some_and(|rest| {
+        rest.trim_start()
+            .trim_start_matches(['-', '+'])
+            .starts_with("%}")
+    })
 }
 
 /// Finds the operators in the tag with content from `at`. Returns the position of the tag's end.
@@ -484,7 +554,12 @@ fn expression(
     let mut last = TemplateToken::Other;
     while at < source.len() {
         let rest = &source[at..];
-        if depth == 0 && rest.strip_prefix(['-', '+']).unwrap_or(rest).starts_with(end) {
+        if depth == 0
+            && rest
+                .strip_prefix(['-', '+'])
+                .unwrap_or(rest)
+                .starts_with(end)
+        {
             return at;
         }
         let (token, length) = token(rest);
@@ -516,12 +591,15 @@ fn operators(source: &str, at: usize, edits: &mut Vec<(usize, usize, String)>) {
     let mut end = at + literals(&source[at..]);
     loop {
         let operator = end + space(&source[end..]);
-        let Some(operand) =
-            source[operator..].strip_prefix('%').filter(|rest| !rest.starts_with('}'))
+        let Some(operand) = source[operator..]
+            .strip_prefix('%')
+            .filter(|rest| !rest.starts_with('}'))
         else {
             return;
         };
-        let Some(length) = operand_length(operand) else { return };
+        let Some(length) = operand_length(operand) else {
+            return;
+        };
         end = operator + 1 + length;
         edits.push((operator, operator + 1, format!("|{OPERATOR}(")));
         edits.push((end, end, ")".to_owned()));
@@ -547,7 +625,9 @@ fn operand_length(text: &str) -> Option<usize> {
     let mut at = unary_length(text)?;
     loop {
         let next = at + space(&text[at..]);
-        let Some(exponent) = text[next..].strip_prefix("**") else { return Some(at) };
+        let Some(exponent) = text[next..].strip_prefix("**") else {
+            return Some(at);
+        };
         at = next + 2 + unary_length(exponent)?;
     }
 }
@@ -562,7 +642,10 @@ fn unary_length(text: &str) -> Option<usize> {
     at += match token(rest) {
         (TemplateToken::Text, _) => literals(rest),
         (TemplateToken::Word, length)
-            if !matches!(&rest[..length], "not" | "is" | "in" | "if" | "else" | "and" | "or") =>
+            if !matches!(
+                &rest[..length],
+                "not" | "is" | "in" | "if" | "else" | "and" | "or"
+            ) =>
         {
             length
         }
@@ -579,7 +662,9 @@ fn unary_length(text: &str) -> Option<usize> {
             b'.' | b'|' => {
                 let name = 1 + space(&rest[1..]);
                 let name_text = rest.get(name..).filter(|rest| !rest.is_empty())?;
-                let (TemplateToken::Word, length) = token(name_text) else { return None };
+                let (TemplateToken::Word, length) = token(name_text) else {
+                    return None;
+                };
                 at = next + name + length;
             }
             // In jinja2 a test after the operand would be part of it.

@@ -18,12 +18,21 @@ const BYTES_PER_FUEL: usize = 64;
 pub(super) fn install(environment: &mut Environment<'_>) {
     environment.set_formatter(print);
     environment.set_unknown_method_callback(call_method);
-    environment.add_filter("string", |state: &State, value: Value| -> Result<Value, Error> {
-        if value.as_str().is_some() { Ok(value) } else { Ok(Value::from(text(state, &value)?)) }
-    });
+    environment.add_filter(
+        "string",
+        |state: &State, value: Value| -> Result<Value, Error> {
+            if value.as_str().is_some() {
+                Ok(value)
+            } else {
+                Ok(Value::from(text(state, &value)?))
+            }
+        },
+    );
     environment.add_filter("trim", trim);
     // Unlike in minijinja, None is not iterable. An undefined value is.
-    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
+    environment.add_test("iterable", |value: &Value| {
+        !value.is_none() && value.try_iter().is_ok()
+    });
     // Everything with a length and items is a sequence, including strings and mappings.
     environment.add_test("sequence", |value: &Value| {
         matches!(
@@ -64,7 +73,9 @@ pub(super) fn represent(
     out: &mut String,
 ) -> Result<(), Error> {
     if depth > MAX_DEPTH {
-        return Err(refused(format!("containers are nested more than {MAX_DEPTH} deep")));
+        return Err(refused(format!(
+            "containers are nested more than {MAX_DEPTH} deep"
+        )));
     }
     // Each value costs fuel, because containers may hold the same value many times.
     state.consume_fuel(1)?;
@@ -80,7 +91,11 @@ pub(super) fn represent(
             }
         }
         ValueKind::Seq | ValueKind::Iterable if value.len().is_some() => {
-            let (open, close) = if value.is_tuple() { ('(', ')') } else { ('[', ']') };
+            let (open, close) = if value.is_tuple() {
+                ('(', ')')
+            } else {
+                ('[', ']')
+            };
             out.push(open);
             for (i, item) in value.try_iter()?.enumerate() {
                 out.push_str(if i > 0 { ", " } else { "" });
@@ -108,7 +123,11 @@ pub(super) fn represent(
 
 fn represent_string(state: &State, text: &str, out: &mut String) -> Result<(), Error> {
     pay(state, text.len())?;
-    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    let quote = if text.contains('\'') && !text.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
     out.push(quote);
     for c in text.chars() {
         match c {
@@ -153,7 +172,11 @@ fn is_printable(c: char) -> bool {
 /// The filter `trim`, which converts any value to a string first.
 fn trim(state: &State, value: Value, characters: Option<String>) -> Result<Value, Error> {
     let stripped = strip(&text(state, &value)?, characters.as_deref(), true, true).to_owned();
-    Ok(if value.is_safe() { Value::from_safe_string(stripped) } else { Value::from(stripped) })
+    Ok(if value.is_safe() {
+        Value::from_safe_string(stripped)
+    } else {
+        Value::from(stripped)
+    })
 }
 
 /// Calls a Python method that minijinja lacks or for which it gives another result.
@@ -168,7 +191,9 @@ fn call_method(
         (None, ValueKind::Seq) if method == "index" => {
             let (item,): (&Value,) = from_args(args)?;
             let place = value.try_iter()?.position(|other| other == *item);
-            Some(Value::from(place.ok_or_else(|| refused("list.index(x): x not in list"))?))
+            Some(Value::from(
+                place.ok_or_else(|| refused("list.index(x): x not in list"))?,
+            ))
         }
         (None, ValueKind::Map) if method == "copy" => {
             let () = from_args(args)?;
@@ -199,10 +224,15 @@ fn string_method(
         "split" | "rsplit" => {
             let (separator, limit, named): (Option<Value>, Option<i64>, Kwargs) = from_args(args)?;
             let separator = separator.or(named.get("sep")?).filter(|s| !s.is_none());
-            let limit = limit.or(named.get("maxsplit")?).and_then(|n| usize::try_from(n).ok());
+            let limit = limit
+                .or(named.get("maxsplit")?)
+                .and_then(|n| usize::try_from(n).ok());
             named.assert_all_used()?;
             let separator = separator
-                .map(|s| s.to_str().ok_or_else(|| refused("split: the separator must be a string")))
+                .map(|s| {
+                    s.to_str()
+                        .ok_or_else(|| refused("split: the separator must be a string"))
+                })
                 .transpose()?;
             split(text, separator.as_deref(), limit, method == "rsplit")?
                 .into_iter()
@@ -213,14 +243,21 @@ fn string_method(
             let (keep_ends, named): (Option<bool>, Kwargs) = from_args(args)?;
             let keep_ends = keep_ends.or(named.get("keepends")?).unwrap_or(false);
             named.assert_all_used()?;
-            split_lines(text, keep_ends).into_iter().map(Value::from).collect()
+            split_lines(text, keep_ends)
+                .into_iter()
+                .map(Value::from)
+                .collect()
         }
         "partition" | "rpartition" => {
             let (separator,): (&str,) = from_args(args)?;
             let separator = Some(separator)
                 .filter(|s| !s.is_empty())
                 .ok_or_else(|| refused("empty separator"))?;
-            let parts = match (method, text.split_once(separator), text.rsplit_once(separator)) {
+            let parts = match (
+                method,
+                text.split_once(separator),
+                text.rsplit_once(separator),
+            ) {
                 ("partition", Some((before, after)), _)
                 | ("rpartition", _, Some((before, after))) => [before, separator, after],
                 ("partition", ..) => [text, "", ""],
@@ -238,7 +275,9 @@ fn string_method(
         }
         "index" => {
             let (part,): (&str,) = from_args(args)?;
-            let place = text.find(part).ok_or_else(|| refused("substring not found"))?;
+            let place = text
+                .find(part)
+                .ok_or_else(|| refused("substring not found"))?;
             Value::from(text[..place].chars().count())
         }
         "ljust" | "rjust" | "zfill" => {
@@ -266,8 +305,16 @@ fn is_space(c: char) -> bool {
 
 fn strip<'a>(text: &'a str, characters: Option<&str>, left: bool, right: bool) -> &'a str {
     let is_stripped = |c: char| characters.map_or_else(|| is_space(c), |set| set.contains(c));
-    let text = if left { text.trim_start_matches(is_stripped) } else { text };
-    if right { text.trim_end_matches(is_stripped) } else { text }
+    let text = if left {
+        text.trim_start_matches(is_stripped)
+    } else {
+        text
+    };
+    if right {
+        text.trim_end_matches(is_stripped)
+    } else {
+        text
+    }
 }
 
 fn split<'a>(
@@ -287,7 +334,11 @@ fn split<'a>(
             let mut parts = Vec::new();
             let mut rest = strip(text, None, !from_right, from_right);
             while !rest.is_empty() {
-                let gap = if from_right { rest.rfind(is_space) } else { rest.find(is_space) };
+                let gap = if from_right {
+                    rest.rfind(is_space)
+                } else {
+                    rest.find(is_space)
+                };
                 let Some(gap) = gap.filter(|_| parts.len() < limit) else {
                     parts.push(rest);
                     break;

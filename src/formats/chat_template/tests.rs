@@ -13,7 +13,9 @@ fn compile(source: &str) -> ChatTemplate {
 }
 
 fn plain(template: &ChatTemplate, messages: &[ChatMessage]) -> String {
-    template.render(messages, &RenderOptions::new(false)).unwrap()
+    template
+        .render(messages, &RenderOptions::new(false))
+        .unwrap()
 }
 
 #[test]
@@ -21,8 +23,13 @@ fn chatml_renders_with_and_without_a_generation_prompt() {
     let t = compile(
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     );
-    let prompt = t.render(&[say("user", "Hi")], &RenderOptions::new(true)).unwrap();
-    assert_eq!(prompt, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+    let prompt = t
+        .render(&[say("user", "Hi")], &RenderOptions::new(true))
+        .unwrap();
+    assert_eq!(
+        prompt,
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    );
     assert_eq!(
         plain(&t, &[say("user", "Hi"), say("assistant", "Yo")]),
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
@@ -41,14 +48,23 @@ fn blocks_are_trimmed_methods_work_and_special_tokens_are_variables() {
         "<s>[INST] a [/INST] y</s>"
     );
     let kwargs = Map::from_iter([("eos_token".to_owned(), json!("<end>"))]);
-    let options = RenderOptions { kwargs: &kwargs, ..RenderOptions::new(false) };
-    assert_eq!(t.render(&[say("assistant", "y")], &options).unwrap(), "<s> y<end>");
+    let options = RenderOptions {
+        kwargs: &kwargs,
+        ..RenderOptions::new(false)
+    };
+    assert_eq!(
+        t.render(&[say("assistant", "y")], &options).unwrap(),
+        "<s> y<end>"
+    );
 }
 
 #[test]
 fn a_template_can_refuse_and_cannot_hang() {
     let fails = |source: &str| {
-        compile(source).render(&[], &RenderOptions::new(false)).unwrap_err().to_string()
+        compile(source)
+            .render(&[], &RenderOptions::new(false))
+            .unwrap_err()
+            .to_string()
     };
     assert!(
         fails("{{ raise_exception('roles must alternate') }}").contains("roles must alternate")
@@ -65,7 +81,10 @@ fn a_template_can_refuse_and_cannot_hang() {
 #[test]
 fn tojson_is_pythons() {
     let t = compile("{{ messages | tojson }}");
-    assert_eq!(plain(&t, &[say("user", "é\"")]), r#"[{"role": "user", "content": "é\""}]"#);
+    assert_eq!(
+        plain(&t, &[say("user", "é\"")]),
+        r#"[{"role": "user", "content": "é\""}]"#
+    );
     let value = json!({"b": [1, 1.0, 1e16, 1e-5, 0.0001, -2.5], "a": {"é\u{7f}𝄞": null, "e": [], "o": {}}, "t": true, "s": "</\u{1}\n"});
     let kwargs = Map::from_iter([("x".to_owned(), value)]);
     // Expected texts are from json.dumps in Python 3.
@@ -84,7 +103,10 @@ fn tojson_is_pythons() {
         ),
     ] {
         let t = compile(&format!("{{{{ x | {filter} }}}}"));
-        let options = RenderOptions { kwargs: &kwargs, ..RenderOptions::new(false) };
+        let options = RenderOptions {
+            kwargs: &kwargs,
+            ..RenderOptions::new(false)
+        };
         assert_eq!(t.render(&[], &options).unwrap(), expected, "{filter}");
     }
 }
@@ -147,7 +169,10 @@ fn the_date_is_the_given_one_in_macros_too() {
         date: Some(jiff::civil::date(2025, 7, 4).at(9, 5, 0, 0)),
         ..RenderOptions::new(false)
     };
-    assert_eq!(t.render(&[], &options).unwrap(), "2025-07-04 09:05 04 Jul 2025");
+    assert_eq!(
+        t.render(&[], &options).unwrap(),
+        "2025-07-04 09:05 04 Jul 2025"
+    );
     assert_ne!(plain(&t, &[]), "2025-07-04 09:05 04 Jul 2025");
 }
 

@@ -12,7 +12,9 @@ use crate::formats::source::HubOptions;
 use crate::formats::weights::Weights;
 
 fn golden(path: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(path)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/goldens")
+        .join(path)
 }
 
 fn open(name: &str) -> LoadedModel {
@@ -31,7 +33,13 @@ fn save(
 }
 
 fn values(weights: &Weights, param: &ParamSpec) -> Vec<f32> {
-    weights.load(param, Precision::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    weights
+        .load(param, Precision::F32)
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .to_vec1()
+        .unwrap()
 }
 
 fn json_file(dir: &Path, name: &str) -> Value {
@@ -49,7 +57,10 @@ fn tensors_are_divided_as_huggingface_hub_divides_them() {
     };
     // The example of huggingface_hub's `split_state_dict_into_shards_factory`, with an additional
     // tensor above the limit.
-    assert_eq!(sizes(&[6, 6, 2, 6, 2, 2], 10), [vec![6], vec![6, 2], vec![6, 2, 2]]);
+    assert_eq!(
+        sizes(&[6, 6, 2, 6, 2, 2], 10),
+        [vec![6], vec![6, 2], vec![6, 2, 2]]
+    );
     assert_eq!(sizes(&[3, 20, 3, 3], 7), [vec![20], vec![3, 3], vec![3]]);
     assert_eq!(sizes(&[5, 5], 10), [vec![5, 5]]);
 }
@@ -57,7 +68,10 @@ fn tensors_are_divided_as_huggingface_hub_divides_them() {
 #[test]
 fn shards_hold_every_tensor_once_and_the_index_finds_them() {
     let (model, dir) = (open("models/llama"), tempfile::tempdir().unwrap());
-    let layout = Layout { dtype: ElementType::F32, shard_bytes: 20_000 };
+    let layout = Layout {
+        dtype: ElementType::F32,
+        shard_bytes: 20_000,
+    };
     save(dir.path(), &model, None, layout).unwrap();
     assert!(!dir.path().join(WEIGHTS_FILE).exists());
     let index = json_file(dir.path(), INDEX_FILE);
@@ -82,13 +96,21 @@ fn shards_hold_every_tensor_once_and_the_index_finds_them() {
     // The model itself reads them back.
     let again = Weights::open_folder(dir.path()).unwrap();
     for param in &table {
-        assert_eq!(values(&again, param), values(&model.weights, param), "{}", param.name());
+        assert_eq!(
+            values(&again, param),
+            values(&model.weights, param),
+            "{}",
+            param.name()
+        );
     }
 }
 
 #[test]
 fn the_element_type_is_that_of_most_numbers() {
-    assert_eq!(open("models/llama").weights.element_type(), ElementType::F32);
+    assert_eq!(
+        open("models/llama").weights.element_type(),
+        ElementType::F32
+    );
     let bf16 = open("models/llama-bf16");
     assert_eq!(bf16.weights.element_type(), ElementType::Bf16);
     assert!(bf16.weights.is_exact_in(Precision::Bf16));
@@ -99,7 +121,10 @@ fn the_element_type_is_that_of_most_numbers() {
 fn a_merge_is_rounded_once() {
     let (model, dir) = (open("models/llama"), tempfile::tempdir().unwrap());
     let adapter = peft::load(&golden("adapters/llama"), &model.config).unwrap();
-    let layout = Layout { dtype: ElementType::Bf16, shard_bytes: SHARD_BYTES };
+    let layout = Layout {
+        dtype: ElementType::Bf16,
+        shard_bytes: SHARD_BYTES,
+    };
     save(dir.path(), &model, Some(&adapter), layout).unwrap();
     let written = Weights::open_safetensors(&dir.path().join(WEIGHTS_FILE)).unwrap();
     assert_eq!(written.element_type(), ElementType::Bf16);
@@ -126,9 +151,16 @@ fn a_merge_is_rounded_once() {
             };
             let round = |x: f64| bf16::from_f64(x).to_f32();
             // The bf16 value nearest to the exact sum, or to the sum in f32.
-            let (want, slack) = (f64::from(*w) + added, 1e-6 * (f64::from(w.abs()) + added.abs()));
+            let (want, slack) = (
+                f64::from(*w) + added,
+                1e-6 * (f64::from(w.abs()) + added.abs()),
+            );
             let near = round(want - slack)..=round(want + slack);
-            assert!(near.contains(&got[i]), "{name}[{i}]: {} is not {want}", got[i]);
+            assert!(
+                near.contains(&got[i]),
+                "{name}[{i}]: {} is not {want}",
+                got[i]
+            );
             changed += usize::from(update.is_some());
             // Rounding the base first gives other numbers, so the test would detect it.
             otherwise +=
@@ -141,16 +173,39 @@ fn a_merge_is_rounded_once() {
 #[test]
 fn a_value_beyond_f16_is_refused_by_its_tensor() {
     let (model, dir) = (open("models/llama"), tempfile::tempdir().unwrap());
-    let layout = |dtype| Layout { dtype, shard_bytes: SHARD_BYTES };
+    let layout = |dtype| Layout {
+        dtype,
+        shard_bytes: SHARD_BYTES,
+    };
     let read = |param: &ParamSpec| -> Result<Tensor, ModelError> {
-        let value = if param.name() == "model.norm.weight" { 7e4f32 } else { 1.0 };
+        let value = if param.name() == "model.norm.weight" {
+            7e4f32
+        } else {
+            1.0
+        };
         Ok(Tensor::full(value, param.shape.as_slice(), &Device::Cpu)?)
     };
-    let e = save_merged(dir.path(), &model.config, None, layout(ElementType::F16), &read)
-        .unwrap_err()
-        .to_string();
-    assert!(e.contains("'model.norm.weight'") && e.contains("70000") && e.contains("bf16"), "{e}");
-    save_merged(dir.path(), &model.config, None, layout(ElementType::Bf16), &read).unwrap();
+    let e = save_merged(
+        dir.path(),
+        &model.config,
+        None,
+        layout(ElementType::F16),
+        &read,
+    )
+    .unwrap_err()
+    .to_string();
+    assert!(
+        e.contains("'model.norm.weight'") && e.contains("70000") && e.contains("bf16"),
+        "{e}"
+    );
+    save_merged(
+        dir.path(),
+        &model.config,
+        None,
+        layout(ElementType::Bf16),
+        &read,
+    )
+    .unwrap();
 }
 
 #[test]
@@ -159,14 +214,22 @@ fn config_json_keeps_every_key_and_says_the_element_type_where_it_did() {
     let with = |config: &mut ModelConfig, fields: &[(&str, &str)]| {
         let json = config.hf_json.as_object_mut().unwrap();
         json.retain(|key, _| key != "dtype" && key != "torch_dtype");
-        fields.iter().for_each(|(key, value)| drop(json.insert((*key).into(), json!(value))));
+        fields
+            .iter()
+            .for_each(|(key, value)| drop(json.insert((*key).into(), json!(value))));
         json.insert("a_key_of_its_own".into(), json!({"x": [1, 2]}));
         config_json(config, ElementType::Bf16)
     };
     let v5 = with(&mut config, &[("dtype", "float32")]);
-    assert_eq!((&v5["dtype"], v5.get("torch_dtype")), (&json!("bfloat16"), None));
+    assert_eq!(
+        (&v5["dtype"], v5.get("torch_dtype")),
+        (&json!("bfloat16"), None)
+    );
     let v4 = with(&mut config, &[("torch_dtype", "float32")]);
-    assert_eq!((&v4["torch_dtype"], v4.get("dtype")), (&json!("bfloat16"), None));
+    assert_eq!(
+        (&v4["torch_dtype"], v4.get("dtype")),
+        (&json!("bfloat16"), None)
+    );
     assert_eq!(with(&mut config, &[])["torch_dtype"], json!("bfloat16"));
     let (mut before, mut after) = (config.hf_json.clone(), v4.clone());
     for json in [&mut before, &mut after] {
@@ -181,8 +244,10 @@ fn companions_are_the_sources_own_files() {
     let mut given: HashMap<String, Vec<u8>> = HashMap::new();
     for entry in std::fs::read_dir(golden("models/llama")).unwrap() {
         let entry = entry.unwrap();
-        given
-            .insert(entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap());
+        given.insert(
+            entry.file_name().into_string().unwrap(),
+            std::fs::read(entry.path()).unwrap(),
+        );
     }
     for name in [
         "added_tokens.json",
@@ -193,7 +258,10 @@ fn companions_are_the_sources_own_files() {
     ] {
         given.insert(name.into(), b"{}".to_vec());
     }
-    given.insert("additional_chat_templates/rag.jinja".into(), b"{{ messages }}".to_vec());
+    given.insert(
+        "additional_chat_templates/rag.jinja".into(),
+        b"{{ messages }}".to_vec(),
+    );
     given.insert("README.md".into(), b"not wanted".to_vec());
     given.insert(
         "generation_config.json".into(),
@@ -203,21 +271,36 @@ fn companions_are_the_sources_own_files() {
     for (name, bytes) in &given {
         std::fs::write(source.path().join(name), bytes).unwrap();
     }
-    let model = load_model(None, source.path().to_str().unwrap(), &HubOptions::default()).unwrap();
+    let model = load_model(
+        None,
+        source.path().to_str().unwrap(),
+        &HubOptions::default(),
+    )
+    .unwrap();
     save_companions(out.path(), &model.config, &model.tokenizer, |_| true).unwrap();
-    for (name, bytes) in
-        given.iter().filter(|(name, _)| *name != "README.md" && *name != "config.json")
+    for (name, bytes) in given
+        .iter()
+        .filter(|(name, _)| *name != "README.md" && *name != "config.json")
     {
         if name.ends_with(".safetensors") {
             continue;
         }
-        assert_eq!(std::fs::read(out.path().join(name)).ok().as_ref(), Some(bytes), "{name}");
+        assert_eq!(
+            std::fs::read(out.path().join(name)).ok().as_ref(),
+            Some(bytes),
+            "{name}"
+        );
     }
     assert!(!out.path().join("README.md").exists());
 
     // Without one of its own, the configuration's tokens are written.
     std::fs::remove_file(source.path().join("generation_config.json")).unwrap();
-    let model = load_model(None, source.path().to_str().unwrap(), &HubOptions::default()).unwrap();
+    let model = load_model(
+        None,
+        source.path().to_str().unwrap(),
+        &HubOptions::default(),
+    )
+    .unwrap();
     save_companions(out.path(), &model.config, &model.tokenizer, |_| true).unwrap();
     assert_eq!(
         json_file(out.path(), GENERATION_CONFIG),
@@ -238,23 +321,34 @@ fn an_adapter_names_its_base_as_peft_loads_it() {
     ] {
         peft::save(dir.path(), &adapter, &base).unwrap();
         let config = json_file(dir.path(), peft::CONFIG_FILE);
-        assert_eq!((&config["base_model_name_or_path"], &config["revision"]), (&name, &revision));
+        assert_eq!(
+            (&config["base_model_name_or_path"], &config["revision"]),
+            (&name, &revision)
+        );
         // The written configuration can be read again.
         peft::load(dir.path(), &model.config).unwrap();
     }
     // Older versions wrote the source as it was typed.
     let stored = |name: &str| {
-        peft::base_of(&serde_json::to_vec(&json!({"base_model_name_or_path": name})).unwrap(), "id")
+        peft::base_of(
+            &serde_json::to_vec(&json!({"base_model_name_or_path": name})).unwrap(),
+            "id",
+        )
     };
     assert_eq!(stored("/srv/models/secret"), BaseName::from("id"));
     assert_eq!(stored("./models/x.gguf"), BaseName::from("id"));
     assert_eq!(
         stored("owner/name@v1"),
-        BaseName { name: "owner/name".into(), revision: Some("v1".into()) }
+        BaseName {
+            name: "owner/name".into(),
+            revision: Some("v1".into())
+        }
     );
-    let renamed =
-        peft::with_base(br#"{"r": 4, "base_model_name_or_path": "/srv"}"#, &BaseName::from("id"))
-            .unwrap();
+    let renamed = peft::with_base(
+        br#"{"r": 4, "base_model_name_or_path": "/srv"}"#,
+        &BaseName::from("id"),
+    )
+    .unwrap();
     assert_eq!(
         serde_json::from_slice::<Value>(&renamed).unwrap(),
         json!({"r": 4, "base_model_name_or_path": "id", "revision": null})

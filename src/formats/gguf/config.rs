@@ -34,7 +34,10 @@ impl ModelConfig {
         let stored = gguf
             .string("general.architecture")?
             .ok_or_else(|| gguf.invalid("general.architecture", "is missing"))?;
-        let name = gguf.string("general.name")?.unwrap_or_default().to_lowercase();
+        let name = gguf
+            .string("general.name")?
+            .unwrap_or_default()
+            .to_lowercase();
         let architecture = match stored {
             "llama" if name.contains("mistral") => Architecture::Mistral,
             "llama" => Architecture::Llama,
@@ -49,24 +52,30 @@ impl ModelConfig {
                 return Err(ModelError::Unsupported { what });
             }
         };
-        let keys = MetadataKeys { gguf, architecture: stored };
+        let keys = MetadataKeys {
+            gguf,
+            architecture: stored,
+        };
         if keys.integer("expert_count")?.is_some_and(|n| n > 0) {
             return Err(ModelError::Unsupported {
                 what: format!("{}: a mixture of experts", gguf.path.display()),
             });
         }
 
-        let (width, heads) =
-            (keys.required("embedding_length")?, keys.required("attention.head_count")?);
+        let (width, heads) = (
+            keys.required("embedding_length")?,
+            keys.required("attention.head_count")?,
+        );
         let rotated = keys.integer("rope.dimension_count")?;
         let head_dim = match keys.integer("attention.key_length")?.or(rotated) {
             Some(d) => d,
             None if heads > 0 => width / heads,
             None => return Err(gguf.invalid(&keys.key("attention.head_count"), "is 0")),
         };
-        for (key, what) in
-            [("rope.dimension_count", "rotate"), ("attention.value_length", "be as long as")]
-        {
+        for (key, what) in [
+            ("rope.dimension_count", "rotate"),
+            ("attention.value_length", "be as long as"),
+        ] {
             if keys.integer(key)?.is_some_and(|n| n != head_dim) {
                 return Err(gguf.invalid(
                     &keys.key(key),
@@ -75,17 +84,28 @@ impl ModelConfig {
             }
         }
         let embedding = gguf_embedding();
-        let embedding = gguf.tensor(&embedding).ok_or_else(|| missing(gguf, &embedding))?;
+        let embedding = gguf
+            .tensor(&embedding)
+            .ok_or_else(|| missing(gguf, &embedding))?;
         let has = |name: &str| gguf.tensor(name).is_some();
         let context = keys.required("context_length")?;
 
         let mut config = Map::new();
-        config.insert("architectures".into(), json!([architecture.causal_lm_class()]));
+        config.insert(
+            "architectures".into(),
+            json!([architecture.causal_lm_class()]),
+        );
         config.insert("model_type".into(), json!(architecture.as_str()));
         config.insert("vocab_size".into(), json!(embedding.shape.first()));
         config.insert("hidden_size".into(), json!(width));
-        config.insert("intermediate_size".into(), json!(keys.required("feed_forward_length")?));
-        config.insert("num_hidden_layers".into(), json!(keys.required("block_count")?));
+        config.insert(
+            "intermediate_size".into(),
+            json!(keys.required("feed_forward_length")?),
+        );
+        config.insert(
+            "num_hidden_layers".into(),
+            json!(keys.required("block_count")?),
+        );
         config.insert("num_attention_heads".into(), json!(heads));
         config.insert(
             "num_key_value_heads".into(),
@@ -96,14 +116,23 @@ impl ModelConfig {
         config.insert("max_position_embeddings".into(), json!(context));
         config.insert(
             "rms_norm_eps".into(),
-            json!(shortest(keys.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-6))),
+            json!(shortest(
+                keys.number("attention.layer_norm_rms_epsilon")?
+                    .unwrap_or(1e-6)
+            )),
         );
-        config.insert("attention_bias".into(), json!(has(&gguf_bias(0, Linear::Query))));
+        config.insert(
+            "attention_bias".into(),
+            json!(has(&gguf_bias(0, Linear::Query))),
+        );
         config.insert("mlp_bias".into(), json!(has(&gguf_bias(0, Linear::Gate))));
         config.insert("tie_word_embeddings".into(), json!(!has(&gguf_head())));
         let window = keys.integer("attention.sliding_window")?.filter(|n| *n > 0);
         config.insert("sliding_window".into(), json!(window));
-        config.insert("bos_token_id".into(), json!(gguf.integer("tokenizer.ggml.bos_token_id")?));
+        config.insert(
+            "bos_token_id".into(),
+            json!(gguf.integer("tokenizer.ggml.bos_token_id")?),
+        );
         config.insert("eos_token_id".into(), stop_tokens(gguf)?);
         let theta = shortest(keys.number("rope.freq_base")?.unwrap_or(10_000.0));
         config.insert("rope_theta".into(), json!(theta));
@@ -124,15 +153,24 @@ impl ModelConfig {
 /// with another token. An export must list that one, too, or generation would not stop after the
 /// answer. Many files have no metadata key for it, so it is also looked up in the chat template.
 fn stop_tokens(gguf: &Gguf) -> Result<Value, ModelError> {
-    let mut ids: Vec<u64> = gguf.integer("tokenizer.ggml.eos_token_id")?.into_iter().collect();
+    let mut ids: Vec<u64> = gguf
+        .integer("tokenizer.ggml.eos_token_id")?
+        .into_iter()
+        .collect();
     let template = gguf.string("tokenizer.chat_template")?.unwrap_or_default();
-    let printed: Vec<&str> =
-        TURN_ENDS.into_iter().filter(|token| template.contains(token)).collect();
+    let printed: Vec<&str> = TURN_ENDS
+        .into_iter()
+        .filter(|token| template.contains(token))
+        .collect();
     let tokens = gguf.strings("tokenizer.ggml.tokens")?.unwrap_or_default();
     // Some files mark an absent token by an id that is outside the vocabulary.
     let is_token = |id: &u64| *id < tokens.len() as u64;
     let ends = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
-    ids.extend(ends.iter().filter_map(|key| gguf.integer(key).ok().flatten()).filter(is_token));
+    ids.extend(
+        ends.iter()
+            .filter_map(|key| gguf.integer(key).ok().flatten())
+            .filter(is_token),
+    );
     ids.extend(
         tokens
             .iter()
@@ -165,7 +203,8 @@ impl MetadataKeys<'_> {
     }
 
     fn required(&self, suffix: &str) -> Result<u64, ModelError> {
-        self.integer(suffix)?.ok_or_else(|| self.gguf.invalid(&self.key(suffix), "is missing"))
+        self.integer(suffix)?
+            .ok_or_else(|| self.gguf.invalid(&self.key(suffix), "is missing"))
     }
 
     fn number(&self, suffix: &str) -> Result<Option<f64>, ModelError> {
@@ -181,7 +220,9 @@ fn scaling(
     head_dim: usize,
     freqs: Option<&[f32]>,
 ) -> Result<Option<Value>, ModelError> {
-    let factor = keys.number("rope.scaling.factor")?.or(keys.number("rope.scale_linear")?);
+    let factor = keys
+        .number("rope.scaling.factor")?
+        .or(keys.number("rope.scale_linear")?);
     match keys.gguf.string(&keys.key("rope.scaling.type"))? {
         None | Some("none") => {}
         Some("linear") => {
@@ -190,7 +231,9 @@ fn scaling(
                 .map(|factor| json!({"rope_type": "linear", "factor": factor})));
         }
         Some("yarn") => {
-            let original = keys.integer("rope.scaling.original_context_length")?.unwrap_or(context);
+            let original = keys
+                .integer("rope.scaling.original_context_length")?
+                .unwrap_or(context);
             return Ok(Some(json!({
                 "rope_type": "yarn",
                 "factor": factor,
@@ -214,10 +257,24 @@ fn scaling(
         high_freq_factor,
         original_max_position_embeddings,
     };
-    let plain = RopeConfig { theta, scaling: RopeScaling::None }.inv_freq(head_dim).0;
-    let scaled = RopeConfig { theta, scaling: scaled }.inv_freq(head_dim).0;
+    let plain = RopeConfig {
+        theta,
+        scaling: RopeScaling::None,
+    }
+    .inv_freq(head_dim)
+    .0;
+    let scaled = RopeConfig {
+        theta,
+        scaling: scaled,
+    }
+    .inv_freq(head_dim)
+    .0;
     let same = freqs.len() == plain.len()
-        && plain.iter().zip(&scaled).zip(freqs).all(|((p, s), f)| (p / f / s - 1.0).abs() < 1e-3);
+        && plain
+            .iter()
+            .zip(&scaled)
+            .zip(freqs)
+            .all(|((p, s), f)| (p / f / s - 1.0).abs() < 1e-3);
     if !same {
         return Err(keys.gguf.invalid(
             ROPE_FREQS,
@@ -234,7 +291,10 @@ fn scaling(
 }
 
 fn missing(gguf: &Gguf, name: &str) -> ModelError {
-    ModelError::MissingTensor { name: name.to_owned(), path: gguf.path.clone() }
+    ModelError::MissingTensor {
+        name: name.to_owned(),
+        path: gguf.path.clone(),
+    }
 }
 
 /// Returns the shortest decimal that rounds to the same f32. GGUF stores f32, so 1e-5 is read as

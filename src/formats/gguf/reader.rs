@@ -67,8 +67,12 @@ impl Gguf {
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
         let file = File::open(path).map_err(ModelError::io(path))?;
         let len = file.metadata().map_err(ModelError::io(path))?.len();
-        let mut reader =
-            Reader { inner: BufReader::with_capacity(1 << 18, &file), path, len, position: 0 };
+        let mut reader = Reader {
+            inner: BufReader::with_capacity(1 << 18, &file),
+            path,
+            len,
+            position: 0,
+        };
         if &reader.array::<4>("the magic number")? != MAGIC {
             return Err(ModelError::corrupt(
                 path,
@@ -118,7 +122,9 @@ impl Gguf {
         let mut tensors = BTreeMap::new();
         for (name, shape, kind, offset) in raw {
             let (dtype, bytes) = extent(path, &name, &shape, kind)?;
-            let end = data_start.checked_add(offset).and_then(|start| start.checked_add(bytes));
+            let end = data_start
+                .checked_add(offset)
+                .and_then(|start| start.checked_add(bytes));
             if end.is_none_or(|end| end > len) {
                 let reason = format!(
                     "tensor '{name}' needs {bytes} bytes at offset {offset} of the data; \
@@ -127,12 +133,25 @@ impl Gguf {
                 );
                 return Err(ModelError::corrupt(path, reason));
             }
-            let entry = TensorEntry { dtype, shape, offset: data_start + offset, bytes };
+            let entry = TensorEntry {
+                dtype,
+                shape,
+                offset: data_start + offset,
+                bytes,
+            };
             if tensors.insert(name.clone(), entry).is_some() {
-                return Err(ModelError::corrupt(path, format!("tensor '{name}' occurs twice")));
+                return Err(ModelError::corrupt(
+                    path,
+                    format!("tensor '{name}' occurs twice"),
+                ));
             }
         }
-        Ok(Gguf { path: path.to_owned(), file, metadata, tensors })
+        Ok(Gguf {
+            path: path.to_owned(),
+            file,
+            metadata,
+            tensors,
+        })
     }
 
     /// Opens a file again with the directory that was read before. The header is not read, so there
@@ -142,7 +161,12 @@ impl Gguf {
     /// [`ModelError::Io`] if the file cannot be opened.
     pub(crate) fn reopen(path: &Path, tensors: TensorEntries) -> Result<Self, ModelError> {
         let file = File::open(path).map_err(ModelError::io(path))?;
-        Ok(Gguf { path: path.to_owned(), file, metadata: BTreeMap::new(), tensors })
+        Ok(Gguf {
+            path: path.to_owned(),
+            file,
+            metadata: BTreeMap::new(),
+            tensors,
+        })
     }
 
     /// Returns a copy of the directory, for [`Gguf::reopen`].
@@ -180,7 +204,10 @@ impl Gguf {
         file.seek(SeekFrom::Start(entry.offset))
             .and_then(|_| file.read_exact(&mut bytes))
             .map_err(ModelError::io(&self.path))?;
-        Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        Ok(bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect())
     }
 
     /// Makes a [`ModelError::InvalidConfig`] about a metadata key.
@@ -280,7 +307,10 @@ fn extent(
     let elements = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
     let bytes = elements.and_then(|n| (n / block).checked_mul(dtype.type_size()));
     bytes.map(|bytes| (dtype, bytes as u64)).ok_or_else(|| {
-        ModelError::corrupt(path, format!("tensor '{name}' has the impossible shape {shape:?}"))
+        ModelError::corrupt(
+            path,
+            format!("tensor '{name}' has the impossible shape {shape:?}"),
+        )
     })
 }
 
@@ -342,7 +372,10 @@ impl Reader<'_> {
             let what = what.chars().take(120).collect::<String>();
             return Err(ModelError::corrupt(
                 self.path,
-                format!("{what} needs {bytes} bytes at offset {}, {left} are left", self.position),
+                format!(
+                    "{what} needs {bytes} bytes at offset {}, {left} are left",
+                    self.position
+                ),
             ));
         }
         Ok(())
@@ -350,7 +383,9 @@ impl Reader<'_> {
 
     fn fill(&mut self, buffer: &mut [u8], what: &str) -> Result<(), ModelError> {
         self.expect(buffer.len() as u64, what)?;
-        self.inner.read_exact(buffer).map_err(ModelError::io(self.path))?;
+        self.inner
+            .read_exact(buffer)
+            .map_err(ModelError::io(self.path))?;
         self.position += buffer.len() as u64;
         Ok(())
     }

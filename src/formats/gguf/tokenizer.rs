@@ -32,11 +32,15 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         return Err(ModelError::Unsupported { what });
     }
     let missing = |key: &str| gguf.invalid(key, "is missing");
-    let tokens =
-        gguf.strings("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
-    let merges =
-        gguf.strings("tokenizer.ggml.merges")?.ok_or_else(|| missing("tokenizer.ggml.merges"))?;
-    let types = gguf.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
+    let tokens = gguf
+        .strings("tokenizer.ggml.tokens")?
+        .ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
+    let merges = gguf
+        .strings("tokenizer.ggml.merges")?
+        .ok_or_else(|| missing("tokenizer.ggml.merges"))?;
+    let types = gguf
+        .integers("tokenizer.ggml.token_type")?
+        .unwrap_or_default();
     let pre = gguf.string("tokenizer.ggml.pre")?.unwrap_or("default");
     let pipeline = pipeline(pre).ok_or_else(|| ModelError::Unsupported {
         what: format!(
@@ -46,10 +50,15 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         ),
     })?;
     let token = |key: &str| -> Result<Option<String>, ModelError> {
-        let Some(id) = gguf.integer(key)? else { return Ok(None) };
+        let Some(id) = gguf.integer(key)? else {
+            return Ok(None);
+        };
         let found = usize::try_from(id).ok().and_then(|i| tokens.get(i));
         found.cloned().map(Some).ok_or_else(|| {
-            gguf.invalid(key, format!("is {id}, the vocabulary has {} tokens", tokens.len()))
+            gguf.invalid(
+                key,
+                format!("is {id}, the vocabulary has {} tokens", tokens.len()),
+            )
         })
     };
     let mut content = blake3::Hasher::new();
@@ -57,9 +66,14 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         content.update(&(text.len() as u64).to_le_bytes());
         content.update(text.as_bytes());
     }
-    let (bos, eos) = (token("tokenizer.ggml.bos_token_id")?, token("tokenizer.ggml.eos_token_id")?);
-    let (unk, pad) =
-        (token("tokenizer.ggml.unknown_token_id")?, token("tokenizer.ggml.padding_token_id")?);
+    let (bos, eos) = (
+        token("tokenizer.ggml.bos_token_id")?,
+        token("tokenizer.ggml.eos_token_id")?,
+    );
+    let (unk, pad) = (
+        token("tokenizer.ggml.unknown_token_id")?,
+        token("tokenizer.ggml.padding_token_id")?,
+    );
     let add_bos = gguf.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(false);
     content.update(format!("{types:?} {pre} {add_bos}").as_bytes());
 
@@ -80,12 +94,17 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
             })
         })
         .collect();
-    let vocab: serde_json::Map<String, Value> =
-        tokens.iter().enumerate().map(|(id, t)| (t.clone(), json!(id))).collect();
+    let vocab: serde_json::Map<String, Value> = tokens
+        .iter()
+        .enumerate()
+        .map(|(id, t)| (t.clone(), json!(id)))
+        .collect();
     let post_processor = match (&bos, add_bos) {
-        (Some(bos), true) => {
-            bos_processor(bos, gguf.integer("tokenizer.ggml.bos_token_id")?.unwrap_or_default())
-        }
+        (Some(bos), true) => bos_processor(
+            bos,
+            gguf.integer("tokenizer.ggml.bos_token_id")?
+                .unwrap_or_default(),
+        ),
         _ => Value::Null,
     };
     let description = json!({
@@ -111,17 +130,23 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let tokenizer = Tokenizer::from_bytes(&file).map_err(|e| wrong(&gguf.path, e.to_string()))?;
 
     let template = gguf.string("tokenizer.chat_template")?.map(str::to_owned);
-    let tool_use = gguf.string("tokenizer.chat_template.tool_use")?.map(str::to_owned);
+    let tool_use = gguf
+        .string("tokenizer.chat_template.tool_use")?
+        .map(str::to_owned);
     let named = [
         ("bos_token", bos.clone()),
         ("eos_token", eos.clone()),
         ("unk_token", unk),
         ("pad_token", pad),
     ];
-    let special_tokens: Vec<(String, String)> =
-        named.into_iter().filter_map(|(n, t)| Some((n.to_owned(), t?))).collect();
-    let mut config: serde_json::Map<String, Value> =
-        special_tokens.iter().map(|(n, t)| (n.clone(), json!(t))).collect();
+    let special_tokens: Vec<(String, String)> = named
+        .into_iter()
+        .filter_map(|(n, t)| Some((n.to_owned(), t?)))
+        .collect();
+    let mut config: serde_json::Map<String, Value> = special_tokens
+        .iter()
+        .map(|(n, t)| (n.clone(), json!(t)))
+        .collect();
     config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
     config.insert("clean_up_tokenization_spaces".into(), json!(false));
     let templates: Vec<(String, String)> = [(DEFAULT, template.clone()), (TOOL_USE, tool_use)]
@@ -129,13 +154,18 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         .filter_map(|(name, t)| Some((name.to_owned(), t?)))
         .collect();
     let named = |(name, template): &(String, String)| json!({"name": name, "template": template});
-    let stored =
-        if templates.len() > 1 { templates.iter().map(named).collect() } else { json!(template) };
+    let stored = if templates.len() > 1 {
+        templates.iter().map(named).collect()
+    } else {
+        json!(template)
+    };
     config.insert("chat_template".into(), stored);
     let config =
         serde_json::to_vec_pretty(&config).map_err(|e| wrong(&gguf.path, e.to_string()))?;
-    let files =
-        vec![("tokenizer.json".to_owned(), file), ("tokenizer_config.json".to_owned(), config)];
+    let files = vec![
+        ("tokenizer.json".to_owned(), file),
+        ("tokenizer_config.json".to_owned(), config),
+    ];
     Ok(Parts {
         tokenizer,
         bos_token: bos,
@@ -178,12 +208,14 @@ fn pipeline(pre: &str) -> Option<Pipeline> {
         "smollm" | "starcoder" | "codeshell" | "refact" => plain(
             json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, byte_level(true)]}),
         ),
-        "qwen2" | "deepseek-r1-qwen" => {
-            Pipeline { normalizer: json!({"type": "NFC"}), ..plain(split(QWEN2)) }
-        }
-        "llama-bpe" | "llama3" | "llama-v3" => {
-            Pipeline { ignore_merges: true, ..plain(split(LLAMA3)) }
-        }
+        "qwen2" | "deepseek-r1-qwen" => Pipeline {
+            normalizer: json!({"type": "NFC"}),
+            ..plain(split(QWEN2))
+        },
+        "llama-bpe" | "llama3" | "llama-v3" => Pipeline {
+            ignore_merges: true,
+            ..plain(split(LLAMA3))
+        },
         _ => return None,
     })
 }

@@ -36,14 +36,22 @@ impl GgufDirectory {
     /// that are there now.
     pub fn open(&self, path: &Path) -> Result<GgufWeights, ModelError> {
         let gguf = Gguf::reopen(path, self.tensors.clone())?;
-        Ok(GgufWeights { gguf, is_interleaved: self.is_interleaved, lock: Mutex::new(()) })
+        Ok(GgufWeights {
+            gguf,
+            is_interleaved: self.is_interleaved,
+            lock: Mutex::new(()),
+        })
     }
 }
 
 impl GgufWeights {
     pub fn new(gguf: Gguf, config: &ModelConfig) -> Self {
         let is_interleaved = config.architecture.is_interleaved_in_gguf();
-        GgufWeights { gguf, is_interleaved, lock: Mutex::new(()) }
+        GgufWeights {
+            gguf,
+            is_interleaved,
+            lock: Mutex::new(()),
+        }
     }
 
     /// Returns the names of the stored tensors, as llama.cpp spells them.
@@ -53,7 +61,10 @@ impl GgufWeights {
 
     /// Returns the directory with which the file can be opened again.
     pub(in crate::formats) fn directory(&self) -> GgufDirectory {
-        GgufDirectory { tensors: self.gguf.entries(), is_interleaved: self.is_interleaved }
+        GgufDirectory {
+            tensors: self.gguf.entries(),
+            is_interleaved: self.is_interleaved,
+        }
     }
 
     /// Reads a parameter's tensor as f32; `None` if the file does not have it. `check` gets the
@@ -62,7 +73,9 @@ impl GgufWeights {
     /// # Errors
     /// Returns an error if the bytes cannot be read or dequantised, or the error of `check`.
     pub fn load(&self, param: &ParamSpec, check: &Check) -> Result<Option<Tensor>, ModelError> {
-        let Some(entry) = self.gguf.tensor(&param.gguf.name) else { return Ok(None) };
+        let Some(entry) = self.gguf.tensor(&param.gguf.name) else {
+            return Ok(None);
+        };
         let tensor = self.dequantise(entry, check)?;
         match param.rotated_heads.filter(|_| self.is_interleaved) {
             Some(heads) => Ok(Some(deinterleave(&tensor, heads)?)),
@@ -74,13 +87,17 @@ impl GgufWeights {
         let path = &self.gguf.path;
         if entry.bytes == 0 {
             // For an empty tensor candle would make a slice from a dangling pointer.
-            return Err(ModelError::corrupt(path, "a tensor has no elements".to_owned()));
+            return Err(ModelError::corrupt(
+                path,
+                "a tensor has no elements".to_owned(),
+            ));
         }
         let mut bytes = vec![0u8; entry.bytes as usize];
         {
             let _guard = self.lock.lock();
             let mut file = &self.gguf.file;
-            file.seek(SeekFrom::Start(entry.offset)).map_err(ModelError::io(path))?;
+            file.seek(SeekFrom::Start(entry.offset))
+                .map_err(ModelError::io(path))?;
             file.read_exact(&mut bytes).map_err(ModelError::io(path))?;
         }
         check(path, &bytes)?;
@@ -97,7 +114,11 @@ impl GgufWeights {
                 GgmlDType::BF16 => ElementType::Bf16,
                 _ => ElementType::F16,
             };
-            StoredAs { dtype, dims: t.shape.len(), elements: t.shape.iter().product() }
+            StoredAs {
+                dtype,
+                dims: t.shape.len(),
+                elements: t.shape.iter().product(),
+            }
         };
         self.gguf.tensors().map(of).collect()
     }
@@ -121,7 +142,10 @@ fn deinterleave(t: &Tensor, heads: usize) -> Result<Tensor, ModelError> {
     }
     let half = rows / heads / 2;
     let width = t.elem_count() / rows;
-    Ok(t.reshape((heads, half, 2, width))?.transpose(1, 2)?.contiguous()?.reshape(t.shape())?)
+    Ok(t.reshape((heads, half, 2, width))?
+        .transpose(1, 2)?
+        .contiguous()?
+        .reshape(t.shape())?)
 }
 
 #[cfg(test)]
@@ -132,8 +156,12 @@ mod tests {
     fn de_interleaving_puts_pairs_back_into_halves() {
         // One head with D = 4: ggml stores the original rows in the order (0, 2, 1, 3).
         let stored = Tensor::from_vec(vec![0f32, 2.0, 1.0, 3.0], (4, 1), &Device::Cpu).unwrap();
-        let got: Vec<f32> =
-            deinterleave(&stored, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let got: Vec<f32> = deinterleave(&stored, 1)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1()
+            .unwrap();
         assert_eq!(got, [0.0, 1.0, 2.0, 3.0]);
     }
 }

@@ -64,8 +64,15 @@ impl SafetensorsDirectory {
             let file = File::open(path).map_err(ModelError::io(path))?;
             Ok((path.clone(), Contents::Read(file)))
         };
-        let files = self.paths.iter().map(open).collect::<Result<_, ModelError>>()?;
-        Ok(SafetensorsWeights { files, tensors: self.tensors.clone() })
+        let files = self
+            .paths
+            .iter()
+            .map(open)
+            .collect::<Result<_, ModelError>>()?;
+        Ok(SafetensorsWeights {
+            files,
+            tensors: self.tensors.clone(),
+        })
     }
 }
 
@@ -94,7 +101,11 @@ impl Stored {
                 ),
             ));
         }
-        Ok(Tensor::from_vec(values, self.shape.as_slice(), &Device::Cpu)?)
+        Ok(Tensor::from_vec(
+            values,
+            self.shape.as_slice(),
+            &Device::Cpu,
+        )?)
     }
 }
 
@@ -120,7 +131,10 @@ impl SafetensorsWeights {
             .and_then(Value::as_object)
             .ok_or_else(|| wrong("no object weight_map".into()))?;
         let names: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
-        if let Some(bad) = names.iter().find(|n| n.contains(['/', '\\']) || n.starts_with('.')) {
+        if let Some(bad) = names
+            .iter()
+            .find(|n| n.contains(['/', '\\']) || n.starts_with('.'))
+        {
             return Err(wrong(format!(
                 "weight_map names the file '{bad}', which is not in this folder"
             )));
@@ -156,12 +170,20 @@ impl SafetensorsWeights {
                 }
                 tensors.insert(
                     text_name(&name).into_owned(),
-                    Stored { file, dtype: info.dtype, shape: info.shape.clone(), bytes },
+                    Stored {
+                        file,
+                        dtype: info.dtype,
+                        shape: info.shape.clone(),
+                        bytes,
+                    },
                 );
             }
             files.push((path.clone(), Contents::Mapped(map)));
         }
-        Ok(SafetensorsWeights { files, tensors: Arc::new(tensors) })
+        Ok(SafetensorsWeights {
+            files,
+            tensors: Arc::new(tensors),
+        })
     }
 
     /// Returns the names of the stored tensors.
@@ -182,9 +204,13 @@ impl SafetensorsWeights {
         keep_bf16: bool,
         check: &Check,
     ) -> Result<Option<Tensor>, ModelError> {
-        let Some(stored) = self.tensors.get(name) else { return Ok(None) };
+        let Some(stored) = self.tensors.get(name) else {
+            return Ok(None);
+        };
         let (path, contents) = &self.files[stored.file];
-        let bytes = contents.bytes(stored.bytes.clone()).map_err(ModelError::io(path))?;
+        let bytes = contents
+            .bytes(stored.bytes.clone())
+            .map_err(ModelError::io(path))?;
         check(path, &bytes)?;
         let stored_bf16 = |b: &[u8]| bf16::from_le_bytes([b[0], b[1]]);
         let tensor = match stored.dtype {
@@ -199,7 +225,10 @@ impl SafetensorsWeights {
             Dtype::F16 => stored.tensor::<f32>(
                 name,
                 path,
-                bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+                bytes
+                    .chunks_exact(2)
+                    .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
+                    .collect(),
             ),
             Dtype::BF16 if keep_bf16 => {
                 stored.tensor::<bf16>(name, path, bytes.chunks_exact(2).map(stored_bf16).collect())
@@ -207,7 +236,10 @@ impl SafetensorsWeights {
             Dtype::BF16 => stored.tensor::<f32>(
                 name,
                 path,
-                bytes.chunks_exact(2).map(|b| stored_bf16(b).to_f32()).collect(),
+                bytes
+                    .chunks_exact(2)
+                    .map(|b| stored_bf16(b).to_f32())
+                    .collect(),
             ),
             other => Err(ModelError::Unsupported {
                 what: format!(
@@ -228,7 +260,11 @@ impl SafetensorsWeights {
                 Dtype::F16 => ElementType::F16,
                 _ => return None,
             };
-            Some(StoredAs { dtype, dims: t.shape.len(), elements: t.shape.iter().product() })
+            Some(StoredAs {
+                dtype,
+                dims: t.shape.len(),
+                elements: t.shape.iter().product(),
+            })
         };
         self.tensors.values().filter_map(of).collect()
     }

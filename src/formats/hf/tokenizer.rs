@@ -40,7 +40,9 @@ pub const EXTRA_FILES: [&str; 9] = [
 
 /// Returns true for `additional_chat_templates/NAME.jinja`.
 pub fn is_extra_template(file: &str) -> bool {
-    let name = file.strip_prefix(EXTRA_TEMPLATES).and_then(|rest| rest.strip_prefix('/'));
+    let name = file
+        .strip_prefix(EXTRA_TEMPLATES)
+        .and_then(|rest| rest.strip_prefix('/'));
     name.is_some_and(|name| {
         name.ends_with(".jinja") && !name.starts_with('.') && !name.contains(['/', '\\'])
     })
@@ -86,9 +88,15 @@ pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
         .map_err(|e| wrong(&path, e.to_string()))?;
     let special = object(SPECIAL, take(SPECIAL)?)?;
     let mut special_tokens = Vec::new();
-    for name in
-        ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"]
-    {
+    for name in [
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "pad_token",
+        "sep_token",
+        "cls_token",
+        "mask_token",
+    ] {
         if let Some(token) = token(&config, name).or_else(|| token(&special, name)) {
             special_tokens.push((name.to_owned(), token));
         }
@@ -114,7 +122,12 @@ pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
     for name in EXTRA_FILES {
         take(name)?;
     }
-    let find = |name: &str| special_tokens.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
+    let find = |name: &str| {
+        special_tokens
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, t)| t.clone())
+    };
     let mut content = blake3::Hasher::new();
     // The hash covers the file that decides the tokens, so another class or flag of the class
     // counts as another tokenizer.
@@ -134,7 +147,10 @@ pub(in crate::formats) fn read(folder: &Path) -> Result<Parts, ModelError> {
 fn model_type(folder: &Path) -> Option<String> {
     let bytes = std::fs::read(folder.join(MODEL_CONFIG)).ok()?;
     let config: Value = serde_json::from_slice(&bytes).ok()?;
-    config.get("model_type").and_then(Value::as_str).map(str::to_owned)
+    config
+        .get("model_type")
+        .and_then(Value::as_str)
+        .map(str::to_owned)
 }
 
 /// Returns the tokenizer.json that transformers makes from the file, or `None` if it uses the file
@@ -185,20 +201,28 @@ fn as_class(tokenizer: &[u8], config: &Value, model_type: Option<&str>) -> Optio
     let parts = file.as_object_mut()?;
     parts.insert("normalizer".to_owned(), Value::Null);
     parts.insert("pre_tokenizer".to_owned(), pre_tokenizer);
-    parts.insert("decoder".to_owned(), json!({"type": "Sequence", "decoders": decoders}));
+    parts.insert(
+        "decoder".to_owned(),
+        json!({"type": "Sequence", "decoders": decoders}),
+    );
     serde_json::to_vec(&file).ok()
 }
 
 /// Returns true if a pre-tokenizer or decoder is ByteLevel, alone or as a part of a sequence.
 fn has_byte_level(part: &Value) -> bool {
-    let parts = ["pretokenizers", "decoders"].iter().find_map(|key| part[*key].as_array());
+    let parts = ["pretokenizers", "decoders"]
+        .iter()
+        .find_map(|key| part[*key].as_array());
     part["type"] == "ByteLevel" || parts.is_some_and(|parts| parts.iter().any(has_byte_level))
 }
 
 /// Returns a special token, which is stored as a string or as an AddedToken object.
 fn token(config: &Value, name: &str) -> Option<String> {
     let value = config.get(name)?;
-    value.as_str().or_else(|| value.get("content").and_then(Value::as_str)).map(str::to_owned)
+    value
+        .as_str()
+        .or_else(|| value.get("content").and_then(Value::as_str))
+        .map(str::to_owned)
 }
 
 /// Returns the chat templates of tokenizer_config.json: one template, or a list of named ones.
@@ -232,7 +256,11 @@ fn more_templates(folder: &Path) -> Result<Vec<String>, ModelError> {
     let mut names = Vec::new();
     for entry in entries {
         let file = entry.map_err(ModelError::io(&path))?.file_name();
-        names.extend(file.to_str().and_then(|f| f.strip_suffix(".jinja")).map(str::to_owned));
+        names.extend(
+            file.to_str()
+                .and_then(|f| f.strip_suffix(".jinja"))
+                .map(str::to_owned),
+        );
     }
     names.sort();
     Ok(names)

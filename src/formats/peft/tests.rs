@@ -5,7 +5,9 @@ use serde_json::{Map, Value, json};
 use super::*;
 
 fn golden(path: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(path)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/goldens")
+        .join(path)
 }
 
 /// adapter_config.json as PEFT 0.21.2 writes it, with every field of its `LoraConfig`.
@@ -19,9 +21,16 @@ fn load_with(field: &str, value: &Value) -> Result<Adapter, String> {
     let dir = tempfile::tempdir().unwrap();
     let mut fields = written_by_peft();
     fields.insert(field.to_owned(), value.clone());
-    std::fs::write(dir.path().join(CONFIG_FILE), serde_json::to_vec(&fields).unwrap()).unwrap();
-    std::fs::copy(golden("adapters/llama").join(WEIGHTS_FILE), dir.path().join(WEIGHTS_FILE))
-        .unwrap();
+    std::fs::write(
+        dir.path().join(CONFIG_FILE),
+        serde_json::to_vec(&fields).unwrap(),
+    )
+    .unwrap();
+    std::fs::copy(
+        golden("adapters/llama").join(WEIGHTS_FILE),
+        dir.path().join(WEIGHTS_FILE),
+    )
+    .unwrap();
     let path = golden("models/llama/config.json");
     let model = ModelConfig::from_hf_json(&std::fs::read_to_string(&path).unwrap(), &path).unwrap();
     load(dir.path(), &model).map_err(|e| e.to_string())
@@ -86,9 +95,20 @@ fn a_field_that_changes_the_maths_is_refused_by_name_and_value() {
     }
     // Every field of the list has a case here.
     for (field, _) in OFF {
-        assert!(cases.iter().any(|(name, _)| *name == field), "{field} has no case");
+        assert!(
+            cases.iter().any(|(name, _)| *name == field),
+            "{field} has no case"
+        );
     }
-    for start in ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"] {
+    for start in [
+        "pissa",
+        "pissa_niter_4",
+        "olora",
+        "OLoRA",
+        "corda",
+        "loftq",
+        "lora_ga",
+    ] {
         let e = load_with("init_lora_weights", &json!(start)).unwrap_err();
         assert!(
             e.contains("PEFT changes the base model's weights when it loads the adapter"),

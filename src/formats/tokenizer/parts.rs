@@ -28,5 +28,8 @@ pub(in crate::formats) struct Parts {
 
 /// Makes the error for a tokenizer that cannot be used.
 pub(in crate::formats) fn wrong(path: &Path, reason: impl Into<String>) -> ModelError {
-    ModelError::Tokenizer { path: path.to_owned(), reason: reason.into() }
+    ModelError::Tokenizer {
+        path: path.to_owned(),
+        reason: reason.into(),
+    }
 }

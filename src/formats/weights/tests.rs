@@ -28,11 +28,16 @@ struct Case {
 }
 
 fn param(config: &ModelConfig, name: &str) -> ParamSpec {
-    params(&config.spec).into_iter().find(|param| param.name() == name).unwrap()
+    params(&config.spec)
+        .into_iter()
+        .find(|param| param.name() == name)
+        .unwrap()
 }
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/goldens/models")
+        .join(name)
 }
 
 /// Llama in four files; the last one's last tensor is changed.
@@ -42,20 +47,45 @@ fn safetensors() -> Case {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
     }
-    let model = load_model(None, folder.path().to_str().unwrap(), &HubOptions::default()).unwrap();
-    let FileFormat::Safetensors(stored) = &model.weights.kind else { panic!("it is safetensors") };
+    let model = load_model(
+        None,
+        folder.path().to_str().unwrap(),
+        &HubOptions::default(),
+    )
+    .unwrap();
+    let FileFormat::Safetensors(stored) = &model.weights.kind else {
+        panic!("it is safetensors")
+    };
     let (file, offset) = stored.place(NORM);
-    let names = params(&model.config.spec).iter().map(|param| param.name().to_owned()).collect();
-    Case { folder, config: model.config, weights: model.weights, file, name: NORM, offset, names }
+    let names = params(&model.config.spec)
+        .iter()
+        .map(|param| param.name().to_owned())
+        .collect();
+    Case {
+        folder,
+        config: model.config,
+        weights: model.weights,
+        file,
+        name: NORM,
+        offset,
+        names,
+    }
 }
 
 /// Two tensors of the same Llama as a GGUF file, one of them in llama.cpp's order of rows.
 fn gguf() -> Case {
     let folder = tempfile::tempdir().unwrap();
-    let model =
-        load_model(None, golden("llama").to_str().unwrap(), &HubOptions::default()).unwrap();
+    let model = load_model(
+        None,
+        golden("llama").to_str().unwrap(),
+        &HubOptions::default(),
+    )
+    .unwrap();
     let stored = |name: &str| {
-        let tensor = model.weights.load(&param(&model.config, name), Precision::F32).unwrap();
+        let tensor = model
+            .weights
+            .load(&param(&model.config, name), Precision::F32)
+            .unwrap();
         QTensor::quantize(&tensor, GgmlDType::F32).unwrap()
     };
     let (norm, queries) = (stored(NORM), stored(QUERIES));
@@ -64,7 +94,10 @@ fn gguf() -> Case {
     gguf_file::write(
         &mut writer,
         &[],
-        &[("output_norm.weight", &norm), ("blk.0.attn_q.weight", &queries)],
+        &[
+            ("output_norm.weight", &norm),
+            ("blk.0.attn_q.weight", &queries),
+        ],
     )
     .unwrap();
     writer.flush().unwrap();
@@ -72,26 +105,44 @@ fn gguf() -> Case {
     let offset = opened.tensor("output_norm.weight").unwrap().offset;
     let weights = Weights::from_gguf(GgufWeights::new(opened, &model.config), &file);
     let names = vec![NORM.to_owned(), QUERIES.to_owned()];
-    Case { folder, config: model.config, weights, file, name: NORM, offset, names }
+    Case {
+        folder,
+        config: model.config,
+        weights,
+        file,
+        name: NORM,
+        offset,
+        names,
+    }
 }
 
 impl Case {
     fn load(&self, weights: &Weights, name: &str) -> Result<Vec<f32>, ModelError> {
-        Ok(weights.load(&param(&self.config, name), Precision::F32)?.flatten_all()?.to_vec1()?)
+        Ok(weights
+            .load(&param(&self.config, name), Precision::F32)?
+            .flatten_all()?
+            .to_vec1()?)
     }
 
     fn load_all(&self, weights: &Weights) -> Vec<Vec<f32>> {
-        self.names.iter().map(|name| self.load(weights, name).unwrap()).collect()
+        self.names
+            .iter()
+            .map(|name| self.load(weights, name).unwrap())
+            .collect()
     }
 
     /// Loads everything as a server does that computes in bf16, and closes the files.
     fn close(&mut self) -> (WeightFiles, Vec<Vec<f32>>) {
-        let mut weights =
-            std::mem::replace(&mut self.weights, Weights::open_folder(&golden("llama")).unwrap());
+        let mut weights = std::mem::replace(
+            &mut self.weights,
+            Weights::open_folder(&golden("llama")).unwrap(),
+        );
         let wanted = self.load_all(&weights);
         weights.record_digests();
         for name in &self.names {
-            weights.load(&param(&self.config, name), Precision::Bf16).unwrap();
+            weights
+                .load(&param(&self.config, name), Precision::Bf16)
+                .unwrap();
         }
         (weights.files(), wanted)
     }
@@ -120,7 +171,10 @@ fn what_is_overwritten_while_it_is_read_is_not_used() {
         file.write_all(&1.5f32.to_le_bytes()).unwrap();
         for weights in [again, files.open().unwrap()] {
             let e = case.load(&weights, case.name).unwrap_err();
-            assert!(matches!(&e, ModelError::Changed { path, .. } if *path == case.file), "{e}");
+            assert!(
+                matches!(&e, ModelError::Changed { path, .. } if *path == case.file),
+                "{e}"
+            );
             assert!(e.to_string().contains(case.name), "{e}");
             // Only changes of tensors that are loaded are detected.
             assert_eq!(&case.load(&weights, QUERIES).unwrap(), before(QUERIES));
@@ -134,7 +188,12 @@ fn a_file_that_is_cut_off_or_gone_is_an_error_that_names_no_folder() {
         let (files, _) = case.close();
         let again = files.open().unwrap();
         // If the file were mapped, the process would be killed here.
-        OpenOptions::new().write(true).open(&case.file).unwrap().set_len(16).unwrap();
+        OpenOptions::new()
+            .write(true)
+            .open(&case.file)
+            .unwrap()
+            .set_len(16)
+            .unwrap();
         let cut_off = case.load(&again, case.name).unwrap_err();
         std::fs::remove_file(&case.file).unwrap();
         let gone = files.open().map(|_| ()).unwrap_err();

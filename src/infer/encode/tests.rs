@@ -8,7 +8,13 @@ use crate::formats::source::HubOptions;
 
 fn tokenizer() -> ChatTokenizer {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
-    load_model(Some("tiny"), folder.to_str().unwrap(), &HubOptions::default()).unwrap().tokenizer
+    load_model(
+        Some("tiny"),
+        folder.to_str().unwrap(),
+        &HubOptions::default(),
+    )
+    .unwrap()
+    .tokenizer
 }
 
 fn plain(text: &str) -> Text {
@@ -28,14 +34,18 @@ fn answers_beside_others_are_encoded_as_if_they_were_alone() {
     let together = encoder.encode_completions(&prompt, &answers);
     assert_eq!(together.len(), answers.len());
     for (answer, encoded) in answers.iter().zip(&together) {
-        let alone =
-            encoder.encode_completions(&prompt, std::slice::from_ref(answer)).pop().unwrap();
+        let alone = encoder
+            .encode_completions(&prompt, std::slice::from_ref(answer))
+            .pop()
+            .unwrap();
         match (encoded, alone) {
             (Ok(encoded), Ok(alone)) => {
                 assert_eq!(*encoded, alone);
                 // With a single answer both functions find the same common prefix.
                 assert_eq!(
-                    encoder.encode_together(&prompt, std::slice::from_ref(answer)).unwrap(),
+                    encoder
+                        .encode_together(&prompt, std::slice::from_ref(answer))
+                        .unwrap(),
                     [alone]
                 );
             }
@@ -52,12 +62,19 @@ fn an_error_names_its_part() {
     let tokenizer = tokenizer();
     let encoder = PairEncoder::new(&tokenizer, 32, Truncation::KeepStart);
     let chat = Text::Chat(vec![ChatMessage::new("assistant", "Paris.")]);
-    let e =
-        encoder.encode_together(&plain("Where?"), &[plain(" Paris."), chat.clone()]).unwrap_err();
+    let e = encoder
+        .encode_together(&plain("Where?"), &[plain(" Paris."), chat.clone()])
+        .unwrap_err();
     assert_eq!(e.part(), Part::Answer(1));
-    assert!(e.to_string().starts_with("completions[1] and the prompt"), "{e}");
+    assert!(
+        e.to_string().starts_with("completions[1] and the prompt"),
+        "{e}"
+    );
     assert_eq!(
-        encoder.encode_pair(&plain("Where?"), &chat, &plain("?")).unwrap_err().part(),
+        encoder
+            .encode_pair(&plain("Where?"), &chat, &plain("?"))
+            .unwrap_err()
+            .part(),
         Part::Chosen
     );
     // An error of the prompt is returned for every answer.
@@ -65,7 +82,10 @@ fn an_error_names_its_part() {
     let answers = [plain(" Here."), plain(" There.")];
     for encoded in encoder.encode_completions(&long, &answers) {
         let e = encoded.unwrap_err();
-        assert!(matches!(e, EncodeError::PromptFillsMaxLength { max_length: 32, .. }), "{e}");
+        assert!(
+            matches!(e, EncodeError::PromptFillsMaxLength { max_length: 32, .. }),
+            "{e}"
+        );
         assert_eq!(e.part(), Part::Prompt);
     }
 }

@@ -46,14 +46,20 @@ fn score(divergence: Divergence, lr: f64) -> (f64, f64) {
         Divergence::Alpha { alpha } => {
             let t = (alpha - 1.0) * lr;
             let e = t.min(MAX_EXPONENT).exp();
-            ((e - 1.0) / (alpha - 1.0), if t > MAX_EXPONENT { 0.0 } else { e })
+            (
+                (e - 1.0) / (alpha - 1.0),
+                if t > MAX_EXPONENT { 0.0 } else { e },
+            )
         }
     }
 }
 
 /// Returns −(1−ε)·log σ(z) − ε·log σ(−z) and its derivative with respect to z.
 fn smoothed(z: f64, eps: f64) -> (f64, f64) {
-    (-(1.0 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z), sigmoid(z) - (1.0 - eps))
+    (
+        -(1.0 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z),
+        sigmoid(z) - (1.0 - eps),
+    )
 }
 
 /// Returns a pair's loss and its slopes ∂/∂Σlog π_w and ∂/∂Σlog π_l. For losses over a whole batch
@@ -65,8 +71,10 @@ pub(super) fn value_and_slopes(
 ) -> (f64, f64, f64) {
     let (beta, eps) = (config.beta, config.smoothing(term));
     let (lr_w, lr_l) = (s.lr_w(), s.lr_l());
-    let ((s_w, ds_w), (s_l, ds_l)) =
-        (score(config.divergence, lr_w), score(config.divergence, lr_l));
+    let ((s_w, ds_w), (s_l, ds_l)) = (
+        score(config.divergence, lr_w),
+        score(config.divergence, lr_l),
+    );
     let delta = s_w - s_l;
     // Applies the chain rule to a loss that depends on δ only, given f(δ) and f'(δ).
     let of_delta = |(value, slope): (f64, f64)| (value, slope * ds_w, -slope * ds_l);
@@ -86,18 +94,29 @@ pub(super) fn value_and_slopes(
         }
         LossType::Ipo => {
             let gap = s_w / s.n_w - s_l / s.n_l - 1.0 / (2.0 * beta);
-            (gap * gap, 2.0 * gap * ds_w / s.n_w, -2.0 * gap * ds_l / s.n_l)
+            (
+                gap * gap,
+                2.0 * gap * ds_w / s.n_w,
+                -2.0 * gap * ds_l / s.n_l,
+            )
         }
         LossType::ExoPair => {
             let z = beta * delta;
             let (p, q) = (sigmoid(z), sigmoid(-z));
-            let (a, b) = (log_sigmoid(z) - (1.0 - eps).ln(), log_sigmoid(-z) - eps.ln());
+            let (a, b) = (
+                log_sigmoid(z) - (1.0 - eps).ln(),
+                log_sigmoid(-z) - eps.ln(),
+            );
             // d/dz [p·a + q·b] = p·q·(a − b) + p·q − q·p.
             of_delta((p * a + q * b, beta * p * q * (a - b)))
         }
         LossType::NcaPair => {
             let value = -log_sigmoid(r_w) - 0.5 * log_sigmoid(-r_w) - 0.5 * log_sigmoid(-r_l);
-            (value, beta * (-sigmoid(-r_w) + 0.5 * sigmoid(r_w)), beta * 0.5 * sigmoid(r_l))
+            (
+                value,
+                beta * (-sigmoid(-r_w) + 0.5 * sigmoid(r_w)),
+                beta * 0.5 * sigmoid(r_l),
+            )
         }
         LossType::Robust => {
             let z = beta * delta;
@@ -105,9 +124,11 @@ pub(super) fn value_and_slopes(
             let slope = (-(1.0 - eps) * sigmoid(-z) - eps * sigmoid(z)) / (1.0 - 2.0 * eps);
             of_delta((value, beta * slope))
         }
-        LossType::BcoPair => {
-            (-log_sigmoid(r_w) - log_sigmoid(-r_l), -beta * sigmoid(-r_w), beta * sigmoid(r_l))
-        }
+        LossType::BcoPair => (
+            -log_sigmoid(r_w) - log_sigmoid(-r_l),
+            -beta * sigmoid(-r_w),
+            beta * sigmoid(r_l),
+        ),
         LossType::SppoHard => {
             let (a, b) = (lr_w - 0.5 / beta, lr_l + 0.5 / beta);
             (a * a + b * b, 2.0 * a, 2.0 * b)
@@ -120,7 +141,11 @@ pub(super) fn value_and_slopes(
         LossType::ApoDown => {
             let z = beta * (lr_w - lr_l);
             let d = beta * sigmoid(z) * sigmoid(-z);
-            (sigmoid(r_w) + 1.0 - sigmoid(z), beta * sigmoid(r_w) * sigmoid(-r_w) - d, d)
+            (
+                sigmoid(r_w) + 1.0 - sigmoid(z),
+                beta * sigmoid(r_w) * sigmoid(-r_w) - d,
+                d,
+            )
         }
         LossType::Discopop => {
             let (z, tau) = (beta * delta, config.discopop_tau);
@@ -154,7 +179,11 @@ pub(super) fn value_and_slopes(
             let ((o_w, do_w), (o_l, do_l)) = (odds(s.policy_w / s.n_w), odds(s.policy_l / s.n_l));
             let z = o_w - o_l;
             let slope = -config.orpo_lambda * sigmoid(-z);
-            (-config.orpo_lambda * log_sigmoid(z), slope * do_w / s.n_w, -slope * do_l / s.n_l)
+            (
+                -config.orpo_lambda * log_sigmoid(z),
+                slope * do_w / s.n_w,
+                -slope * do_l / s.n_l,
+            )
         }
         LossType::Aot | LossType::AotUnpaired | LossType::Sft => (0.0, 0.0, 0.0),
     }
@@ -179,7 +208,10 @@ pub(super) fn sorted_transport(
     let beta = config.beta;
     let (upper, lower) = match term.loss {
         LossType::AotUnpaired => (order(&Sums::lr_w), order(&Sums::lr_l)),
-        _ => (order(&|s| s.policy_w - s.policy_l), order(&|s| s.reference_w - s.reference_l)),
+        _ => (
+            order(&|s| s.policy_w - s.policy_l),
+            order(&|s| s.reference_w - s.reference_l),
+        ),
     };
     for (k, (&i, &j)) in upper.iter().zip(&lower).enumerate() {
         let delta = match term.loss {

@@ -33,16 +33,27 @@ fn logps(n: std::ops::Range<usize>) -> impl Strategy<Value = Vec<f32>> {
 }
 
 fn pair() -> impl Strategy<Value = Pair> {
-    (logps(1..5), logps(1..5), logps(4..5), logps(4..5), 0.5f64..2.0).prop_map(
-        |(chosen, rejected, a, b, weight)| {
+    (
+        logps(1..5),
+        logps(1..5),
+        logps(4..5),
+        logps(4..5),
+        0.5f64..2.0,
+    )
+        .prop_map(|(chosen, rejected, a, b, weight)| {
             let reference = (a[..chosen.len()].to_vec(), b[..rejected.len()].to_vec());
             let p2 = (
                 chosen.iter().map(|x| x * 1.1).collect(),
                 rejected.iter().map(|x| x * 0.9).collect(),
             );
-            Pair { chosen, rejected, reference, p2, weight }
-        },
-    )
+            Pair {
+                chosen,
+                rejected,
+                reference,
+                p2,
+                weight,
+            }
+        })
 }
 
 fn config(loss: LossType) -> DpoConfig {
@@ -63,19 +74,32 @@ fn check(config: &DpoConfig, pairs: &mut [Pair]) {
     if config.wpo {
         frozen.wpo = false;
         let weights: Vec<f64> = view(pairs, config).iter().map(wpo_weight).collect();
-        pairs.iter_mut().zip(weights).for_each(|(p, w)| p.weight *= w);
+        pairs
+            .iter_mut()
+            .zip(weights)
+            .for_each(|(p, w)| p.weight *= w);
     }
     for i in 0..pairs.len() {
         for side in 0..2 {
-            let n = if side == 0 { pairs[i].chosen.len() } else { pairs[i].rejected.len() };
+            let n = if side == 0 {
+                pairs[i].chosen.len()
+            } else {
+                pairs[i].rejected.len()
+            };
             for t in 0..n {
                 let h = 1.0 / 2048.0; // exact in f32, so that the difference has f64 precision
                 let mut at = |d: f32| {
-                    let x =
-                        if side == 0 { &mut pairs[i].chosen[t] } else { &mut pairs[i].rejected[t] };
+                    let x = if side == 0 {
+                        &mut pairs[i].chosen[t]
+                    } else {
+                        &mut pairs[i].rejected[t]
+                    };
                     let old = *x;
                     *x += d;
-                    let moved = (*x as f64, batch_loss(&frozen, &view(pairs, &frozen), 1.0).loss);
+                    let moved = (
+                        *x as f64,
+                        batch_loss(&frozen, &view(pairs, &frozen), 1.0).loss,
+                    );
                     if side == 0 {
                         pairs[i].chosen[t] = old
                     } else {
@@ -168,7 +192,11 @@ fn fixed() -> Vec<Pair> {
         p2: (vec![-0.1; 2], vec![-0.2; 3]),
         weight: 1.0,
     };
-    vec![p(-1.0, -2.0, -1.5, -1.0), p(-3.0, -0.5, -0.5, -2.5), p(-0.25, -0.75, -1.25, -0.5)]
+    vec![
+        p(-1.0, -2.0, -1.5, -1.0),
+        p(-3.0, -0.5, -0.5, -2.5),
+        p(-0.25, -0.75, -1.25, -0.5),
+    ]
 }
 
 #[test]
@@ -206,17 +234,26 @@ fn an_undecided_policy_has_loss_ln_2() {
 fn a_mix_is_the_sum_of_its_parts() {
     let pairs = fixed();
     let loss = |losses: Vec<WeightedLoss>| {
-        let c = DpoConfig { losses, ..DpoConfig::default() };
+        let c = DpoConfig {
+            losses,
+            ..DpoConfig::default()
+        };
         batch_loss(&c, &view(&pairs, &c), 1.0).loss
     };
-    let (a, b) = (WeightedLoss::new(LossType::Sigmoid, 0.8), WeightedLoss::new(LossType::Sft, 0.3));
+    let (a, b) = (
+        WeightedLoss::new(LossType::Sigmoid, 0.8),
+        WeightedLoss::new(LossType::Sft, 0.3),
+    );
     assert!((loss(vec![a, b]) - loss(vec![a]) - loss(vec![b])).abs() < 1e-12);
 }
 
 #[test]
 fn enormous_margins_stay_finite() {
     for loss in LossType::ALL {
-        let c = DpoConfig { label_smoothing: 0.01, ..config(loss) };
+        let c = DpoConfig {
+            label_smoothing: 0.01,
+            ..config(loss)
+        };
         for (w, l) in [(-1e4f32, -1.0f32), (-1.0, -1e4)] {
             let p = PairLogps {
                 policy_chosen: &[w],
@@ -227,7 +264,10 @@ fn enormous_margins_stay_finite() {
             };
             let out = batch_loss(&c, &[p], 1.0);
             // The term e^(−βδ) of discopop is unbounded by definition.
-            assert!(out.loss.is_finite() || loss == LossType::Discopop, "{loss:?}");
+            assert!(
+                out.loss.is_finite() || loss == LossType::Discopop,
+                "{loss:?}"
+            );
         }
     }
 }
@@ -247,7 +287,10 @@ fn the_losses_that_use_label_smoothing_are_those_that_say_so() {
     let pairs = [pair(1.0), pair(0.5)];
     for loss in LossType::ALL {
         let of = |label_smoothing| {
-            let config = DpoConfig { label_smoothing, ..config(loss) };
+            let config = DpoConfig {
+                label_smoothing,
+                ..config(loss)
+            };
             batch_loss(&config, &view(&pairs, &config), 1.0).loss
         };
         assert_eq!(of(0.1) != of(0.2), loss.smooths_labels(), "{}", loss.name());

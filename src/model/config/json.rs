@@ -19,9 +19,15 @@ pub(in crate::model) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub(in crate::model) fn new(json: &'a Value, path: &'a Path) -> Result<Self, ModelError> {
-        let map =
-            json.as_object().ok_or_else(|| invalid(path, "(whole file)", "not a JSON object"))?;
-        Ok(Fields { map, defaults: None, path, prefix: String::new() })
+        let map = json
+            .as_object()
+            .ok_or_else(|| invalid(path, "(whole file)", "not a JSON object"))?;
+        Ok(Fields {
+            map,
+            defaults: None,
+            path,
+            prefix: String::new(),
+        })
     }
 
     /// Returns the same fields with `defaults` for those that are absent. A null in the file stays
@@ -31,7 +37,12 @@ impl<'a> Fields<'a> {
         'a: 'b,
     {
         let (defaults, prefix) = (defaults.as_object(), self.prefix.clone());
-        Fields { map: self.map, defaults, path: self.path, prefix }
+        Fields {
+            map: self.map,
+            defaults,
+            path: self.path,
+            prefix,
+        }
     }
 
     pub(in crate::model) fn path(&self) -> &Path {
@@ -45,7 +56,8 @@ impl<'a> Fields<'a> {
     /// Returns true if the field has a default. Families list a default for the fields that only
     /// some config classes have.
     pub(in crate::model) fn has_default(&self, field: &str) -> bool {
-        self.defaults.is_some_and(|defaults| defaults.contains_key(field))
+        self.defaults
+            .is_some_and(|defaults| defaults.contains_key(field))
     }
 
     /// Returns true if the field is absent or null.
@@ -93,12 +105,15 @@ impl<'a> Fields<'a> {
         &self,
         field: &str,
     ) -> Result<Option<Vec<&'a str>>, ModelError> {
-        self.read(field, "a list of strings", |v| v.as_array()?.iter().map(Value::as_str).collect())
+        self.read(field, "a list of strings", |v| {
+            v.as_array()?.iter().map(Value::as_str).collect()
+        })
     }
 
     /// Reads a required size from 1 to `max`.
     pub(in crate::model) fn size(&self, field: &str, max: usize) -> Result<usize, ModelError> {
-        self.optional_size(field, max)?.ok_or_else(|| self.invalid(field, "is missing"))
+        self.optional_size(field, max)?
+            .ok_or_else(|| self.invalid(field, "is missing"))
     }
 
     /// Reads a size from 1 to `max`. Returns `None` if it is absent or null.
@@ -108,7 +123,9 @@ impl<'a> Fields<'a> {
         max: usize,
     ) -> Result<Option<usize>, ModelError> {
         self.read(field, &format!("an integer from 1 to {max}"), |v| {
-            v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=max).contains(n))
+            v.as_u64()
+                .and_then(|n| usize::try_from(n).ok())
+                .filter(|n| (1..=max).contains(n))
         })
     }
 

@@ -12,7 +12,11 @@ pub(in crate::model) fn rope(
     max_position_embeddings: usize,
 ) -> Result<RopeConfig, ModelError> {
     // If both are present, `rope_scaling`, the older name, takes precedence as in transformers.
-    let key = if fields.is_null("rope_scaling") { "rope_parameters" } else { "rope_scaling" };
+    let key = if fields.is_null("rope_scaling") {
+        "rope_parameters"
+    } else {
+        "rope_scaling"
+    };
     rope_of(
         fields,
         fields.object(key)?,
@@ -29,10 +33,17 @@ pub(in crate::model) fn rope_of(
     theta: f64,
     max_position_embeddings: usize,
 ) -> Result<RopeConfig, ModelError> {
-    let theta =
-        nested.as_ref().map(|n| n.number("rope_theta")).transpose()?.flatten().unwrap_or(theta);
+    let theta = nested
+        .as_ref()
+        .map(|n| n.number("rope_theta"))
+        .transpose()?
+        .flatten()
+        .unwrap_or(theta);
     if !(theta > 1.0 && theta.is_finite()) {
-        return Err(fields.invalid("rope_theta", format!("is {theta}; must be a number above 1")));
+        return Err(fields.invalid(
+            "rope_theta",
+            format!("is {theta}; must be a number above 1"),
+        ));
     }
     for f in [Some(fields), nested.as_ref()].into_iter().flatten() {
         if f.number("partial_rotary_factor")?.is_some_and(|p| p != 1.0) {
@@ -42,7 +53,12 @@ pub(in crate::model) fn rope_of(
             ));
         }
     }
-    let Some(rope) = nested else { return Ok(RopeConfig { theta, scaling: RopeScaling::None }) };
+    let Some(rope) = nested else {
+        return Ok(RopeConfig {
+            theta,
+            scaling: RopeScaling::None,
+        });
+    };
 
     let kind = match rope.string("rope_type")? {
         Some(kind) => kind,
@@ -62,14 +78,16 @@ pub(in crate::model) fn rope_of(
         let name = "original_max_position_embeddings";
         match fields.optional_size(name, limits::POSITIONS)? {
             Some(outside) => Ok(outside),
-            None => {
-                Ok(rope.optional_size(name, limits::POSITIONS)?.unwrap_or(max_position_embeddings))
-            }
+            None => Ok(rope
+                .optional_size(name, limits::POSITIONS)?
+                .unwrap_or(max_position_embeddings)),
         }
     };
     let scaling = match kind {
         "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: factor("factor")? },
+        "linear" => RopeScaling::Linear {
+            factor: factor("factor")?,
+        },
         "llama3" => {
             let (low_freq_factor, high_freq_factor) =
                 (factor("low_freq_factor")?, factor("high_freq_factor")?);

@@ -1,41 +1,75 @@
 use super::*;
 
 fn golden(path: &str) -> Value {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(path);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/goldens")
+        .join(path);
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
 /// BLAKE3 hashes of [`ModelConfig::canonical`], computed by the version that had no [`ModelSpec`]
 /// yet. Jobs are pinned to these hashes, so they must never change.
 const IDENTITIES: [(&str, &str); 11] = [
-    ("llama, tied", "a1ce60e9825dde3acf374eb4cbe15450845129661ca9cf99c8986ed326600b76"),
-    ("llama with biases", "a7b959e8cde8c005ce73770243903932b8bb0b835ba3dea69f698f22d4e3f414"),
-    ("mistral", "11755a8ee315b3e3827108d610ad4b905e9c3b09ee120a744d94a1c0776f5a64"),
-    ("qwen2, tied", "b3e01258080162472b0e4dfda1985569cd0fc9467580d60b6a2cebed179086f4"),
-    ("qwen2 with windows", "802c0aee653def2d9093557936a62a05d8aac098ad3736a0f209ed7bd4714bdb"),
-    ("qwen3", "9ea068fda400bbf7ea369f25546480d739ee8260356fc337c6007a2ddd7f1235"),
-    ("qwen3 with biases, tied", "677507ff64ec7c2fd403bfedab5acea771beaf7abf2e32361c582cb944441919"),
-    ("models/llama", "071c4267dc8311b9ec490576cba7dfbf3c388dc147544001d7bfb8fe93da6109"),
-    ("models/mistral", "8cf97e0e45637beef47f08e1ce1707b4fcb21312da414076b00b2403d41f5a5c"),
-    ("models/qwen2", "dd8b0da33e56d8780357b85bc9ff64f39e38cc2958f39d51f5f93dc8ee275bd9"),
-    ("models/qwen3", "c12c3f103d1df3a3f12ccb973603cf3647807890b20ee8e5428b7aceaf8efa1d"),
+    (
+        "llama, tied",
+        "a1ce60e9825dde3acf374eb4cbe15450845129661ca9cf99c8986ed326600b76",
+    ),
+    (
+        "llama with biases",
+        "a7b959e8cde8c005ce73770243903932b8bb0b835ba3dea69f698f22d4e3f414",
+    ),
+    (
+        "mistral",
+        "11755a8ee315b3e3827108d610ad4b905e9c3b09ee120a744d94a1c0776f5a64",
+    ),
+    (
+        "qwen2, tied",
+        "b3e01258080162472b0e4dfda1985569cd0fc9467580d60b6a2cebed179086f4",
+    ),
+    (
+        "qwen2 with windows",
+        "802c0aee653def2d9093557936a62a05d8aac098ad3736a0f209ed7bd4714bdb",
+    ),
+    (
+        "qwen3",
+        "9ea068fda400bbf7ea369f25546480d739ee8260356fc337c6007a2ddd7f1235",
+    ),
+    (
+        "qwen3 with biases, tied",
+        "677507ff64ec7c2fd403bfedab5acea771beaf7abf2e32361c582cb944441919",
+    ),
+    (
+        "models/llama",
+        "071c4267dc8311b9ec490576cba7dfbf3c388dc147544001d7bfb8fe93da6109",
+    ),
+    (
+        "models/mistral",
+        "8cf97e0e45637beef47f08e1ce1707b4fcb21312da414076b00b2403d41f5a5c",
+    ),
+    (
+        "models/qwen2",
+        "dd8b0da33e56d8780357b85bc9ff64f39e38cc2958f39d51f5f93dc8ee275bd9",
+    ),
+    (
+        "models/qwen3",
+        "c12c3f103d1df3a3f12ccb973603cf3647807890b20ee8e5428b7aceaf8efa1d",
+    ),
 ];
 
 #[test]
 fn the_identity_of_a_configuration_stays_what_it_was() {
     let cases = golden("parameters.json");
     for (name, expected) in IDENTITIES {
-        let json =
-            match name.starts_with("models/") {
-                true => golden(&format!("{name}/config.json")),
-                false => cases
-                    .as_array()
-                    .unwrap()
-                    .iter()
-                    .find(|case| case["name"] == name)
-                    .unwrap()["config"]
-                    .clone(),
-            };
+        let json = match name.starts_with("models/") {
+            true => golden(&format!("{name}/config.json")),
+            false => cases
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|case| case["name"] == name)
+                .unwrap()["config"]
+                .clone(),
+        };
         let config =
             ModelConfig::from_hf_json(&json.to_string(), Path::new("config.json")).unwrap();
         let canonical = config.canonical();
@@ -54,7 +88,9 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
             "num_attention_heads": 64"#;
         let text =
             format!(r#"{{"model_type": "{model_type}", "hidden_size": 256, {sizes}{more}}}"#);
-        ModelConfig::from_hf_json(&text, Path::new("config.json")).unwrap().spec
+        ModelConfig::from_hf_json(&text, Path::new("config.json"))
+            .unwrap()
+            .spec
     };
     for (model_type, kv_heads, head_dim, positions, windows) in [
         ("llama", 64, 4, 2048, vec![None; 30]),
@@ -64,16 +100,25 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
     ] {
         let spec = read(model_type, "");
         let attention = spec.blocks[0].attention();
-        assert_eq!((attention.kv_heads, attention.head_dim), (kv_heads, head_dim), "{model_type}");
+        assert_eq!(
+            (attention.kv_heads, attention.head_dim),
+            (kv_heads, head_dim),
+            "{model_type}"
+        );
         assert_eq!(spec.max_position_embeddings, positions, "{model_type}");
         assert_eq!(
-            spec.blocks.iter().map(|b| b.attention().window).collect::<Vec<_>>(),
+            spec.blocks
+                .iter()
+                .map(|b| b.attention().window)
+                .collect::<Vec<_>>(),
             windows,
             "{model_type}"
         );
         // In every family null means the number of query heads.
         assert_eq!(
-            read(model_type, r#", "num_key_value_heads": null"#).blocks[0].attention().kv_heads,
+            read(model_type, r#", "num_key_value_heads": null"#).blocks[0]
+                .attention()
+                .kv_heads,
             64,
             "{model_type}"
         );
@@ -81,9 +126,11 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
     // Qwen uses its window only with `use_sliding_window`. The first `max_window_layers` layers, 28
     // by default, do not have it.
     let windows = |more: &str| -> Vec<Option<usize>> {
-        let blocks =
-            read("qwen2", &format!(r#", "use_sliding_window": true, "sliding_window": 16{more}"#))
-                .blocks;
+        let blocks = read(
+            "qwen2",
+            &format!(r#", "use_sliding_window": true, "sliding_window": 16{more}"#),
+        )
+        .blocks;
         blocks.iter().map(|b| b.attention().window).collect()
     };
     assert_eq!(windows(""), [vec![None; 28], vec![Some(16); 2]].concat());

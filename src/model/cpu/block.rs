@@ -48,12 +48,20 @@ pub struct CpuBlock<'a> {
 impl<'a> CpuBlock<'a> {
     /// Opens block `index` of a policy.
     pub fn open(policy: PolicyView<'a>, index: usize, row: &'a PreparedRow) -> Result<Self> {
-        let (spec, parameters, kernel) =
-            (policy.spec, &**policy.parameters, Kernel::best(policy.precision));
+        let (spec, parameters, kernel) = (
+            policy.spec,
+            &**policy.parameters,
+            Kernel::best(policy.precision),
+        );
         let BlockSpec {
             mixer: Mixer::Attention(attention),
             mixer_norms: _,
-            feed_forward: FeedForward::Gated { width, activation, bias: _ },
+            feed_forward:
+                FeedForward::Gated {
+                    width,
+                    activation,
+                    bias: _,
+                },
             feed_forward_norms: _,
         } = spec.blocks[index];
         let groups = |adapter: Option<&'a Adapter>| {
@@ -96,7 +104,10 @@ impl<'a> CpuBlock<'a> {
         y: &mut [f32],
         accumulate: bool,
     ) -> Result<Buffer> {
-        let u = self.groups.get(group).forward(x, self.tokens(), y, accumulate)?;
+        let u = self
+            .groups
+            .get(group)
+            .forward(x, self.tokens(), y, accumulate)?;
         for (rows, groups) in &self.parts {
             groups.get(group).add_low_rank(x, rows.clone(), y);
         }
@@ -108,10 +119,21 @@ impl<'a> CpuBlock<'a> {
         let h = &self.heads;
         let (stride, offset) = (h.row(), h.query * h.dim);
         let (queries, keys) = (
-            HeadColumns { stride, offset: 0, count: h.query },
-            HeadColumns { stride, offset, count: h.key },
+            HeadColumns {
+                stride,
+                offset: 0,
+                count: h.query,
+            },
+            HeadColumns {
+                stride,
+                offset,
+                count: h.key,
+            },
         );
-        [(queries, BlockParam::QueryNorm), (keys, BlockParam::KeyNorm)]
+        [
+            (queries, BlockParam::QueryNorm),
+            (keys, BlockParam::KeyNorm),
+        ]
     }
 }
 
@@ -129,7 +151,12 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     }
 
     fn norm(&self, norm: StreamNorm, x: &Buffer) -> Result<Operand<'static>> {
-        Ok(rms_norm_operand(self.kernel, x, self.factors(norm.weight())?.values()?, self.eps))
+        Ok(rms_norm_operand(
+            self.kernel,
+            x,
+            self.factors(norm.weight())?.values()?,
+            self.eps,
+        ))
     }
 
     fn attention_operand<'b>(&self, output: &'b Buffer) -> Operand<'b> {
@@ -164,16 +191,34 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
 
     fn rotate(&self, qkv: &mut Buffer, direction: Direction) -> Result<()> {
         let rope = &self.row.ropes[self.spec.attention().rope];
-        rotate(qkv, self.heads.row(), self.heads.query + self.heads.key, rope, direction);
+        rotate(
+            qkv,
+            self.heads.row(),
+            self.heads.query + self.heads.key,
+            rope,
+            direction,
+        );
         Ok(())
     }
 
     fn attention(&self, qkv: &Buffer) -> Result<Attended<CpuBackend>> {
         let (tokens, heads) = (self.tokens(), self.heads);
-        let (mut output, mut log_sum_exp) =
-            (Buffer::uninit(tokens * heads.width()), Buffer::uninit(tokens * heads.query));
-        attention(self.kernel, qkv, heads, &self.row.row().layout, &mut output, &mut log_sum_exp);
-        Ok(Attended { output, log_sum_exp })
+        let (mut output, mut log_sum_exp) = (
+            Buffer::uninit(tokens * heads.width()),
+            Buffer::uninit(tokens * heads.query),
+        );
+        attention(
+            self.kernel,
+            qkv,
+            heads,
+            &self.row.row().layout,
+            &mut output,
+            &mut log_sum_exp,
+        );
+        Ok(Attended {
+            output,
+            log_sum_exp,
+        })
     }
 
     /// With `save_tape`, saves `[gate | up]` in bf16 if the kernel rounds to bf16 and only an
@@ -199,7 +244,11 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
                     tiles.take(rows, columns, gate, up)
                 });
             let (y, gate_up) = tiles.finish();
-            return Ok(Gated { y, gate_up, low_rank });
+            return Ok(Gated {
+                y,
+                gate_up,
+                low_rank,
+            });
         }
         let mut gate_up = Buffer::uninit(tokens * 2 * width);
         let low_rank = self.run_group(LinearGroup::GateUp, &input, &mut gate_up, false)?;
@@ -214,7 +263,11 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
                 2 * width,
             ))),
         };
-        Ok(Gated { y, gate_up, low_rank })
+        Ok(Gated {
+            y,
+            gate_up,
+            low_rank,
+        })
     }
 
     fn feed_forward_backward(
@@ -320,7 +373,14 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         gradients: &mut CpuGradients,
     ) -> Result<()> {
         let slot = gradients.slot(ParamId::Block(self.index, norm.weight()));
-        rms_norm_backward(x, self.factors(norm.weight())?.values()?, g, self.eps, gx, slot);
+        rms_norm_backward(
+            x,
+            self.factors(norm.weight())?.values()?,
+            g,
+            self.eps,
+            gx,
+            slot,
+        );
         Ok(())
     }
 }

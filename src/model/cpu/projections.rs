@@ -92,7 +92,16 @@ impl<'a> CpuLinearGroup<'a> {
             }
         }
         let scale = adapter.map_or(1.0, |a| a.config.scale() as f32);
-        Ok(CpuLinearGroup { kernel, block, members, input, output, stacked_a, ranks, scale })
+        Ok(CpuLinearGroup {
+            kernel,
+            block,
+            members,
+            input,
+            output,
+            stacked_a,
+            ranks,
+            scale,
+        })
     }
 
     /// Returns Σout, the width of the joint output.
@@ -107,7 +116,9 @@ impl<'a> CpuLinearGroup<'a> {
 
     /// Returns the rank of a member; 0 without an adapter.
     fn rank(&self, m: &CpuLinear) -> usize {
-        m.low_rank.as_ref().map_or(0, |(a, _)| a.elements().len() / self.input)
+        m.low_rank
+            .as_ref()
+            .map_or(0, |(a, _)| a.elements().len() / self.input)
     }
 
     /// Computes the outputs `[T, Σout]` of the group for `x` `[T, in]`. Adds them to `y` if
@@ -147,7 +158,15 @@ impl<'a> CpuLinearGroup<'a> {
                         Threads::All,
                     );
                 }
-                None => matmul(tokens, m.out, &[weight], y, self.output, accumulate, Threads::All),
+                None => matmul(
+                    tokens,
+                    m.out,
+                    &[weight],
+                    y,
+                    self.output,
+                    accumulate,
+                    Threads::All,
+                ),
             }
         }
         Ok(u)
@@ -172,8 +191,11 @@ impl<'a> CpuLinearGroup<'a> {
         finish: impl Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync,
     ) -> Buffer {
         let u = self.low_rank_inputs(x, tokens);
-        let scaled: Vec<Operand> =
-            self.members.iter().map(|m| self.scaled(m, &u, tokens)).collect();
+        let scaled: Vec<Operand> = self
+            .members
+            .iter()
+            .map(|m| self.scaled(m, &u, tokens))
+            .collect();
         let terms = |p: usize| -> Vec<Term> {
             let m = &self.members[p];
             let weight = Term::new(x, m.weight.view().transposed());
@@ -184,7 +206,12 @@ impl<'a> CpuLinearGroup<'a> {
             std::iter::once(weight).chain(low_rank).collect()
         };
         let terms: [Vec<Term>; P] = std::array::from_fn(terms);
-        matmul_tiles(tokens, self.members[0].out, terms.each_ref().map(Vec::as_slice), finish);
+        matmul_tiles(
+            tokens,
+            self.members[0].out,
+            terms.each_ref().map(Vec::as_slice),
+            finish,
+        );
         u
     }
 
@@ -218,7 +245,15 @@ impl<'a> CpuLinearGroup<'a> {
         let mut u = Buffer::uninit(tokens * self.ranks);
         if self.ranks > 0 {
             let a = View::f32(&self.stacked_a, self.input).t();
-            matmul(tokens, self.ranks, &[Term::new(x, a)], &mut u, self.ranks, false, Threads::All);
+            matmul(
+                tokens,
+                self.ranks,
+                &[Term::new(x, a)],
+                &mut u,
+                self.ranks,
+                false,
+                Threads::All,
+            );
         }
         u
     }
@@ -271,7 +306,15 @@ impl<'a> CpuLinearGroup<'a> {
     ) -> Result<Buffer> {
         let mut dx = Buffer::uninit(tokens * self.input);
         let v = self.input_gradient(gs, tokens, |terms| {
-            matmul(tokens, self.input, terms, &mut dx, self.input, false, Threads::All)
+            matmul(
+                tokens,
+                self.input,
+                terms,
+                &mut dx,
+                self.input,
+                false,
+                Threads::All,
+            )
         });
         self.low_rank_gradients(x, u, gs, &v, tokens, sink);
         Ok(dx)
@@ -285,7 +328,9 @@ impl<'a> CpuLinearGroup<'a> {
         tokens: usize,
         finish: impl Fn(Range<usize>, Range<usize>, [&mut [f32]; 1]) + Sync,
     ) -> Buffer {
-        self.input_gradient(gs, tokens, |terms| matmul_tiles(tokens, self.input, [terms], finish))
+        self.input_gradient(gs, tokens, |terms| {
+            matmul_tiles(tokens, self.input, [terms], finish)
+        })
     }
 
     /// Calls `multiply` with the GEMM terms that add up to ∂loss/∂x. Returns v/s = g·B
@@ -313,8 +358,13 @@ impl<'a> CpuLinearGroup<'a> {
                 );
             }
         }
-        let scaled =
-            Operand::new(kernel, View::f32(&v, self.ranks.max(1)), tokens, self.ranks, self.scale);
+        let scaled = Operand::new(
+            kernel,
+            View::f32(&v, self.ranks.max(1)),
+            tokens,
+            self.ranks,
+            self.scale,
+        );
         let mut terms: Vec<Term> = self
             .members
             .iter()
@@ -344,8 +394,13 @@ impl<'a> CpuLinearGroup<'a> {
             return;
         }
         let kernel = self.kernel;
-        let transposed =
-            Operand::new(kernel, View::f32(v, self.ranks).t(), self.ranks, tokens, self.scale);
+        let transposed = Operand::new(
+            kernel,
+            View::f32(v, self.ranks).t(),
+            self.ranks,
+            tokens,
+            self.scale,
+        );
         let mut da = Buffer::uninit(self.ranks * self.input);
         matmul(
             self.ranks,
@@ -362,7 +417,9 @@ impl<'a> CpuLinearGroup<'a> {
                 continue;
             }
             if let Some(slot) = sink.slot(self.id(BlockParam::LoraA(m.linear))) {
-                slot.iter_mut().zip(&da[m.rank_column * self.input..]).for_each(|(s, d)| *s += d);
+                slot.iter_mut()
+                    .zip(&da[m.rank_column * self.input..])
+                    .for_each(|(s, d)| *s += d);
             }
             if let Some(slot) = sink.slot(self.id(BlockParam::LoraB(m.linear))) {
                 // Computes dBᵀ `[r, out]`, because GEMM is faster with the long side in the
@@ -387,7 +444,9 @@ impl<'a> CpuLinearGroup<'a> {
                 let width = m.out;
                 thread_pool::chunks(slot, rank * OUTPUTS_PER_TASK, |i, slots| {
                     for (slot, o) in slots.chunks_mut(rank).zip(i * OUTPUTS_PER_TASK..) {
-                        slot.iter_mut().enumerate().for_each(|(r, s)| *s += db[r * width + o]);
+                        slot.iter_mut()
+                            .enumerate()
+                            .for_each(|(r, s)| *s += db[r * width + o]);
                     }
                 });
             }

@@ -58,12 +58,27 @@ impl<'a> CpuRow<'a> {
             to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width])
         });
         let mut normed = Buffer::uninit(before_norm.len());
-        rms_norm(&before_norm, self.last_norm()?.values()?, self.eps(), &mut normed);
+        rms_norm(
+            &before_norm,
+            self.last_norm()?.values()?,
+            self.eps(),
+            &mut normed,
+        );
         let w = self.policy.parameters.head()?.read()?;
-        let input =
-            HeadInput { kernel: self.kernel(), h: &normed, w: w.view(), targets: &row.targets };
+        let input = HeadInput {
+            kernel: self.kernel(),
+            h: &normed,
+            w: w.view(),
+            targets: &row.targets,
+        };
         let output = head(input, options);
-        Ok((output, CpuHeadTape { before_norm, normed }))
+        Ok((
+            output,
+            CpuHeadTape {
+                before_norm,
+                normed,
+            },
+        ))
     }
 }
 
@@ -122,7 +137,11 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
         let trained = trained.filter(|_| self.policy.adapter.is_none());
         self.run_head(
             x,
-            HeadOptions { distribution: true, gradient: save != SavePolicy::Nothing, trained },
+            HeadOptions {
+                distribution: true,
+                gradient: save != SavePolicy::Nothing,
+                trained,
+            },
         )
     }
 
@@ -134,14 +153,21 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
         gradients: &mut CpuGradients,
     ) -> Result<Buffer> {
         let (width, row) = (self.width(), self.row.row());
-        let CpuHeadTape { before_norm, normed } = tape;
+        let CpuHeadTape {
+            before_norm,
+            normed,
+        } = tape;
         if output.gradient.len() != upstream.len() * width {
             bail!("the head saved no gradient: the row was run forward without a tape");
         }
         if let Some(slot) = gradients.slot(self.policy.parameters.head_id()) {
             let w = self.policy.parameters.head()?.read()?;
-            let input =
-                HeadInput { kernel: self.kernel(), h: &normed, w: w.view(), targets: &row.targets };
+            let input = HeadInput {
+                kernel: self.kernel(),
+                h: &normed,
+                w: w.view(),
+                targets: &row.targets,
+            };
             head_weight_gradient(input, &mut output, upstream, slot);
         }
         thread_pool::chunks(&mut output.gradient, width, |i, row| {
@@ -159,7 +185,10 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
         );
         let mut gx = Buffer::zeros(self.row.tokens() * width);
         for (from, &p) in dh.chunks(width).zip(&row.predictors) {
-            gx[p as usize * width..][..width].iter_mut().zip(from).for_each(|(x, d)| *x += d);
+            gx[p as usize * width..][..width]
+                .iter_mut()
+                .zip(from)
+                .for_each(|(x, d)| *x += d);
         }
         Ok(gx)
     }

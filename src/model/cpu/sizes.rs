@@ -52,7 +52,13 @@ mod tests {
 
     #[test]
     fn a_block_takes_what_its_operations_take_together() {
-        let heads = Heads { query: 9, key: 3, dim: 64, window: None, scale: 0.125 };
+        let heads = Heads {
+            query: 9,
+            key: 3,
+            dim: 64,
+            window: None,
+            scale: 0.125,
+        };
         let block = BlockShape {
             hidden: 576,
             feed_forward: 1536,
@@ -62,8 +68,16 @@ mod tests {
             gradient_streams: 1,
             forward_streams: 2,
         };
-        let (normed, narrow) =
-            (BlockShape { qk_norm: true, ..block }, BlockShape { feed_forward: 64, ..block });
+        let (normed, narrow) = (
+            BlockShape {
+                qk_norm: true,
+                ..block
+            },
+            BlockShape {
+                feed_forward: 64,
+                ..block
+            },
+        );
         // Two residuals; [q | k | v], output, log-sum-exps; [gate | up]; x·Aᵀ.
         assert_eq!(
             tape_floats(&block, SavedGateUp::F32, 112),
@@ -74,10 +88,16 @@ mod tests {
         assert_eq!((input_floats(&block), head_floats(576)), (576, 2304));
         // In the first case the feed-forward part is larger, in the narrow block attention.
         assert_eq!(
-            (backward_floats(&block, SavedGateUp::F32), backward_floats(&block, SavedGateUp::Bf16)),
+            (
+                backward_floats(&block, SavedGateUp::F32),
+                backward_floats(&block, SavedGateUp::Bf16)
+            ),
             (5376, 5184)
         );
         assert_eq!(backward_floats(&narrow, SavedGateUp::F32), 5184);
-        assert_eq!((forward_floats(&block), forward_floats(&narrow)), (7296, 3648));
+        assert_eq!(
+            (forward_floats(&block), forward_floats(&narrow)),
+            (7296, 3648)
+        );
     }
 }

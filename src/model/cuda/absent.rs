@@ -37,7 +37,9 @@ impl AbsentGpu {
     /// # Errors
     /// Always fails, because this build has no GPU support.
     pub fn open(_ordinal: usize) -> Result<Arc<Self>> {
-        Err(Error::Msg("this build has no GPU support: build it with --features cuda".into()))
+        Err(Error::Msg(
+            "this build has no GPU support: build it with --features cuda".into(),
+        ))
     }
 
     /// Returns an empty list.

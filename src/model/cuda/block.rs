@@ -79,13 +79,23 @@ impl CudaBlock<'_> {
     /// Returns the columns of the queries and of the keys in `[q | k | v]`, each with its norm.
     fn normed_heads(&self) -> [(HeadLayout, BlockParam); 2] {
         let h = self.shape.heads;
-        let (queries, keys) =
-            (self.head_columns(0, h.query), self.head_columns(h.query * h.dim, h.key));
-        [(queries, BlockParam::QueryNorm), (keys, BlockParam::KeyNorm)]
+        let (queries, keys) = (
+            self.head_columns(0, h.query),
+            self.head_columns(h.query * h.dim, h.key),
+        );
+        [
+            (queries, BlockParam::QueryNorm),
+            (keys, BlockParam::KeyNorm),
+        ]
     }
 
     fn over_row(&self) -> Attention<'_> {
-        Attention { gpu: self.gpu, kind: self.kind, shape: self.shape, row: self.row }
+        Attention {
+            gpu: self.gpu,
+            kind: self.kind,
+            shape: self.shape,
+            row: self.row,
+        }
     }
 
     fn activation(&self) -> ActivationFunction {
@@ -110,10 +120,18 @@ impl CudaBlock<'_> {
     ) -> Result<()> {
         let (gpu, dim) = (self.gpu, heads.dim);
         let parts = ops::weight_partials(heads.items());
-        let partial = slot.map(|_| gpu.uninit(Kind::F32, parts * dim)).transpose()?;
+        let partial = slot
+            .map(|_| gpu.uninit(Kind::F32, parts * dim))
+            .transpose()?;
         ops::head_norm_backward(
             gpu,
-            HeadNormBackward { g, partial: partial.as_ref(), before, w, eps: self.eps },
+            HeadNormBackward {
+                g,
+                partial: partial.as_ref(),
+                before,
+                w,
+                eps: self.eps,
+            },
             heads,
         )?;
         match (slot, &partial) {
@@ -129,15 +147,19 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
     }
 
     fn new_qkv(&self) -> Result<Memory> {
-        self.gpu.uninit(self.kind, self.row.tokens * self.shape.qkv())
+        self.gpu
+            .uninit(self.kind, self.row.tokens * self.shape.qkv())
     }
 
     fn new_gate_up(&self) -> Result<Memory> {
-        self.gpu.uninit(self.kind, self.row.tokens * self.shape.gate_up())
+        self.gpu
+            .uninit(self.kind, self.row.tokens * self.shape.gate_up())
     }
 
     fn norm(&self, norm: StreamNorm, x: &Memory) -> Result<CudaOperand<'static>> {
-        let n = self.gpu.uninit(self.kind, self.row.tokens * self.shape.hidden)?;
+        let n = self
+            .gpu
+            .uninit(self.kind, self.row.tokens * self.shape.hidden)?;
         ops::rms_norm(self.gpu, &n, x, self.weights.norm(norm.weight())?, self.eps)?;
         Ok(CudaOperand::Owned(n))
     }
@@ -172,8 +194,18 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
     }
 
     fn rotate(&self, qkv: &mut Memory, direction: Direction) -> Result<()> {
-        let (h, (cos, sin)) = (self.shape.heads, &self.row.ropes[self.spec.attention().rope]);
-        ops::rope(self.gpu, qkv, cos, sin, self.head_columns(0, h.query + h.key), direction)
+        let (h, (cos, sin)) = (
+            self.shape.heads,
+            &self.row.ropes[self.spec.attention().rope],
+        );
+        ops::rope(
+            self.gpu,
+            qkv,
+            cos,
+            sin,
+            self.head_columns(0, h.query + h.key),
+            direction,
+        )
     }
 
     fn attention(&self, qkv: &Memory) -> Result<Attended<CudaBackend>> {
@@ -189,7 +221,11 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         let low_rank = self.run_group(LinearGroup::GateUp, &input, &space, false)?;
         drop(input);
         let y = self.gated(&space)?;
-        Ok(Gated { y: CudaOperand::Owned(y), gate_up: Some(space), low_rank })
+        Ok(Gated {
+            y: CudaOperand::Owned(y),
+            gate_up: Some(space),
+            low_rank,
+        })
     }
 
     fn feed_forward_backward(
@@ -207,7 +243,13 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             OutputGradient::Stream(gx),
             gradients,
         )?;
-        ops::gated_backward(self.gpu, self.activation(), &gate_up, &gy, self.shape.feed_forward)?;
+        ops::gated_backward(
+            self.gpu,
+            self.activation(),
+            &gate_up,
+            &gy,
+            self.shape.feed_forward,
+        )?;
         Ok(gate_up)
     }
 
@@ -253,10 +295,12 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         dqkv: &mut Memory,
         gradients: &mut GradientBuffers,
     ) -> Result<()> {
-        self.normed_heads().into_iter().try_for_each(|(heads, norm)| {
-            let slot = gradients.slot(ParamId::Block(self.index, norm));
-            self.head_norm_backward(dqkv, before, self.weights.norm(norm)?, heads, slot)
-        })
+        self.normed_heads()
+            .into_iter()
+            .try_for_each(|(heads, norm)| {
+                let slot = gradients.slot(ParamId::Block(self.index, norm));
+                self.head_norm_backward(dqkv, before, self.weights.norm(norm)?, heads, slot)
+            })
     }
 
     fn norm_backward(
@@ -268,8 +312,14 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         gradients: &mut GradientBuffers,
     ) -> Result<()> {
         let slot = gradients.slot(ParamId::Block(self.index, norm.weight()));
-        NormBackward { x, w: self.weights.norm(norm.weight())?, g, eps: self.eps, slot }
-            .add_to(self.gpu, gx)
+        NormBackward {
+            x,
+            w: self.weights.norm(norm.weight())?,
+            g,
+            eps: self.eps,
+            slot,
+        }
+        .add_to(self.gpu, gx)
     }
 }
 
@@ -303,7 +353,17 @@ impl NormBackward<'_> {
         let width = w.len();
         let rows = x.len().checked_div(width).unwrap_or(0);
         let inverse = gpu.uninit(Kind::F32, rows)?;
-        ops::rms_norm_backward(gpu, RmsNormBackward { gx, inverse: &inverse, x, w, g, eps })?;
+        ops::rms_norm_backward(
+            gpu,
+            RmsNormBackward {
+                gx,
+                inverse: &inverse,
+                x,
+                w,
+                g,
+                eps,
+            },
+        )?;
         let Some(slot) = slot else { return Ok(()) };
         let partial = gpu.uninit(Kind::F32, ops::weight_partials(rows) * width)?;
         ops::rms_norm_weight(gpu, &partial, x, &inverse, g, width)?;

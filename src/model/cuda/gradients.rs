@@ -32,7 +32,10 @@ impl GradientBuffers {
             .into_iter()
             .map(|(id, len)| Ok((id, gpu.zeros(Kind::F32, len)?)))
             .collect::<Result<_>>()?;
-        Ok(GradientBuffers { gpu: gpu.clone(), slots })
+        Ok(GradientBuffers {
+            gpu: gpu.clone(),
+            slots,
+        })
     }
 
     pub(super) fn slot(&self, id: ParamId) -> Option<&Memory> {
@@ -50,7 +53,10 @@ impl GradientBuffers {
         self.gpu.bind()?;
         match self.slots.get(&id) {
             Some(memory) if memory.len() == to.len() => self.gpu.download(memory, to),
-            _ => bail!("the GPU has no gradient of {} elements for {id:?}", to.len()),
+            _ => bail!(
+                "the GPU has no gradient of {} elements for {id:?}",
+                to.len()
+            ),
         }
     }
 }

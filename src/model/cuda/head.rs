@@ -71,7 +71,10 @@ impl Head<'_> {
     ) -> Result<Passed> {
         let (gpu, kind, rows, hidden) = (self.gpu, self.kind, targets.len(), self.hidden);
         if rows == 0 {
-            return Ok(Passed { output: HeadOutput::default(), gradient: None });
+            return Ok(Passed {
+                output: HeadOutput::default(),
+                gradient: None,
+            });
         }
         let target_ids = &row.target_ids;
         let state = gpu.uninit(Kind::F32, rows * SOFTMAX_STATE)?;
@@ -87,7 +90,12 @@ impl Head<'_> {
                 state: &state,
                 p: &p,
                 scales: &scales,
-                tile: LogitTile { logits: &logits, stride: HEAD_TILE, first, width },
+                tile: LogitTile {
+                    logits: &logits,
+                    stride: HEAD_TILE,
+                    first,
+                    width,
+                },
                 targets: target_ids,
                 distribution: options.distribution,
                 gradient: options.gradient,
@@ -122,7 +130,10 @@ impl Head<'_> {
         let mut states = vec![0f32; rows * SOFTMAX_STATE];
         gpu.download(&state, &mut states)?;
         let output = self.describe(&states, targets, options);
-        Ok(Passed { output, gradient: options.gradient.then_some(gradient) })
+        Ok(Passed {
+            output,
+            gradient: options.gradient.then_some(gradient),
+        })
     }
 
     /// Converts the final softmax state of each row to log-probs and, if requested, statistics of
@@ -130,7 +141,9 @@ impl Head<'_> {
     fn describe(&self, states: &[f32], targets: &[u32], options: HeadOptions) -> HeadOutput {
         let mut output = HeadOutput::default();
         for (s, &target) in states.chunks(SOFTMAX_STATE).zip(targets) {
-            let [max, sum, weighted, squares, logits, of_target, argmax, _] = s else { continue };
+            let [max, sum, weighted, squares, logits, of_target, argmax, _] = s else {
+                continue;
+            };
             let lse = max + sum.ln();
             output.log_probs.push(of_target - lse);
             output.log_sum_exp.push(lse);
@@ -157,14 +170,27 @@ impl Head<'_> {
         dw: &Memory,
     ) -> Result<()> {
         let (gpu, rows, hidden) = (self.gpu, row.targets, self.hidden);
-        let (logits, errors) =
-            (gpu.uninit(Kind::F32, head_tile(rows))?, gpu.uninit(self.kind, head_tile(rows))?);
+        let (logits, errors) = (
+            gpu.uninit(Kind::F32, head_tile(rows))?,
+            gpu.uninit(self.kind, head_tile(rows))?,
+        );
         for (first, width) in self.tiles() {
             self.logits(h, rows, first, width, &logits)?;
-            let tile = LogitTile { logits: &logits, stride: HEAD_TILE, first, width };
+            let tile = LogitTile {
+                logits: &logits,
+                stride: HEAD_TILE,
+                first,
+                width,
+            };
             ops::head_errors(
                 gpu,
-                HeadErrors { errors: &errors, tile, lse, g, targets: &row.target_ids },
+                HeadErrors {
+                    errors: &errors,
+                    tile,
+                    lse,
+                    g,
+                    targets: &row.target_ids,
+                },
             )?;
             let to = dw.matrix_at(first * hidden, hidden);
             gpu.matmul(

@@ -47,7 +47,13 @@ impl OpenPolicy<'_> {
 
     fn head(&self) -> Head<'_> {
         let (hidden, vocabulary) = (self.hidden(), self.policy.spec.vocab_size);
-        Head { gpu: self.gpu, kind: self.kind, weight: self.weights.head(), hidden, vocabulary }
+        Head {
+            gpu: self.gpu,
+            kind: self.kind,
+            weight: self.weights.head(),
+            hidden,
+            vocabulary,
+        }
     }
 }
 
@@ -65,13 +71,17 @@ impl OpenRow<'_> {
     fn embedding_scales(&self) -> Result<Option<Memory>> {
         let OpenPolicy { gpu, policy, .. } = self.policy;
         let scale = policy.spec.embedding_scale_in(policy.precision);
-        (scale != 1.0).then(|| gpu.upload(Kind::F32, &vec![scale; self.row.tokens])).transpose()
+        (scale != 1.0)
+            .then(|| gpu.upload(Kind::F32, &vec![scale; self.row.tokens]))
+            .transpose()
     }
 
     /// Gathers the hidden states of the predictors and applies the last norm. Returns them before
     /// and after the norm, each `[N, C]`.
     fn last_norm(&self, x: &Memory) -> Result<(Memory, Memory)> {
-        let OpenPolicy { gpu, kind, weights, .. } = self.policy;
+        let OpenPolicy {
+            gpu, kind, weights, ..
+        } = self.policy;
         let (rows, width) = (self.row.targets, self.policy.hidden());
         let before = gpu.uninit(Kind::F32, rows * width)?;
         ops::gather_rows(gpu, &before, x, &self.row.predictors, width)?;
@@ -92,12 +102,22 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
     }
 
     fn block(&self, index: usize) -> Result<CudaBlock<'_>> {
-        let OpenPolicy { gpu, kind, policy, weights, adapter, parts } = self.policy;
+        let OpenPolicy {
+            gpu,
+            kind,
+            policy,
+            weights,
+            adapter,
+            parts,
+        } = self.policy;
         let spec = &policy.spec.blocks[index];
         let mut shape = BlockShape::of(self.policy.hidden(), spec);
         shape.heads.window = shape.heads.window.filter(|window| *window < NO_WINDOW);
-        let (weights, adapter, eps) =
-            (&weights.blocks[index], adapter.as_deref(), self.policy.eps());
+        let (weights, adapter, eps) = (
+            &weights.blocks[index],
+            adapter.as_deref(),
+            self.policy.eps(),
+        );
         Ok(CudaBlock {
             gpu,
             kind: *kind,
@@ -125,7 +145,9 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
 
     fn embed_backward(&self, gx: &Memory, gradients: &mut GradientBuffers) -> Result<()> {
         let (gpu, width) = (self.policy.gpu, self.policy.hidden());
-        let Some(slot) = gradients.slot(ParamId::Embedding) else { return Ok(()) };
+        let Some(slot) = gradients.slot(ParamId::Embedding) else {
+            return Ok(());
+        };
         let scatter = Scatter::new(gpu, &self.source.ids)?;
         match self.embedding_scales()? {
             Some(scales) => {
@@ -156,8 +178,17 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
             trained: None,
         };
         let passed =
-            self.policy.head().forward(&normed, self.row, &self.source.targets, options)?;
-        Ok((passed.output, CudaHeadTape { before_norm, normed, gradient: passed.gradient }))
+            self.policy
+                .head()
+                .forward(&normed, self.row, &self.source.targets, options)?;
+        Ok((
+            passed.output,
+            CudaHeadTape {
+                before_norm,
+                normed,
+                gradient: passed.gradient,
+            },
+        ))
     }
 
     fn head_backward(
@@ -167,15 +198,28 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
         upstream: &[f32],
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
-        let CudaHeadTape { before_norm, normed, gradient: Some(gradient) } = tape else {
+        let CudaHeadTape {
+            before_norm,
+            normed,
+            gradient: Some(gradient),
+        } = tape
+        else {
             bail!("the row was run forward without a tape");
         };
-        let OpenPolicy { gpu, kind, policy, weights, .. } = self.policy;
+        let OpenPolicy {
+            gpu,
+            kind,
+            policy,
+            weights,
+            ..
+        } = self.policy;
         let (width, rows) = (self.policy.hidden(), self.row.targets);
         let g = gpu.upload(Kind::F32, upstream)?;
         if let Some(slot) = gradients.slot(policy.parameters.head_id()) {
             let lse = gpu.upload(Kind::F32, &output.log_sum_exp)?;
-            self.policy.head().weight_gradient(&normed, self.row, &lse, &g, slot)?;
+            self.policy
+                .head()
+                .weight_gradient(&normed, self.row, &lse, &g, slot)?;
         }
         let scaled = gpu.uninit(*kind, rows * width)?;
         ops::scale_rows(gpu, &scaled, &gradient, &g, width)?;

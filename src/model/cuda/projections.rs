@@ -67,7 +67,12 @@ impl CudaLinearGroup<'_> {
             if let Some(bias) = &m.bias {
                 ops::add_bias(
                     gpu,
-                    Columns { matrix: y, stride: w.output, first: m.column, count: m.out },
+                    Columns {
+                        matrix: y,
+                        stride: w.output,
+                        first: m.column,
+                        count: m.out,
+                    },
                     bias,
                 )?;
             }
@@ -102,7 +107,9 @@ impl CudaLinearGroup<'_> {
             0.0,
         )?;
         for (m, b) in w.members.iter().zip(&adapter.group.b) {
-            let Some((b, rank, column)) = *b else { continue };
+            let Some((b, rank, column)) = *b else {
+                continue;
+            };
             let to = y.matrix_at(rows.start * w.output + m.column, w.output);
             gpu.matmul(
                 [tokens, m.out, rank],
@@ -120,7 +127,13 @@ impl CudaLinearGroup<'_> {
     /// ∂loss/∂x `[T, in]`.
     pub fn backward(&self, pass: GroupBackward<'_>, gradients: &GradientBuffers) -> Result<Memory> {
         let (w, gpu) = (self.weights, self.gpu);
-        let GroupBackward { block, tokens, x, u, g } = pass;
+        let GroupBackward {
+            block,
+            tokens,
+            x,
+            u,
+            g,
+        } = pass;
         let dx = gpu.uninit(self.kind, tokens * w.input)?;
         gpu.matmul(
             [tokens, w.input, w.output],
@@ -151,7 +164,12 @@ impl CudaLinearGroup<'_> {
                 ops::column_sum(
                     gpu,
                     slot,
-                    Columns { matrix: g, stride: w.output, first: m.column, count: m.out },
+                    Columns {
+                        matrix: g,
+                        stride: w.output,
+                        first: m.column,
+                        count: m.out,
+                    },
                 )?;
             }
         }
@@ -168,11 +186,19 @@ impl CudaLinearGroup<'_> {
         dx: &Memory,
         gradients: &GradientBuffers,
     ) -> Result<()> {
-        let GroupBackward { block, tokens, x, g, .. } = pass;
+        let GroupBackward {
+            block,
+            tokens,
+            x,
+            g,
+            ..
+        } = pass;
         let (w, gpu, ranks, scale) = (self.weights, self.gpu, adapter.group.ranks, adapter.scale);
         let v = gpu.uninit(self.kind, tokens * ranks)?;
         for (m, b) in w.members.iter().zip(&adapter.group.b) {
-            let Some((b, rank, column)) = *b else { continue };
+            let Some((b, rank, column)) = *b else {
+                continue;
+            };
             let (g_m, v_m) = (g.matrix_at(m.column, w.output), v.matrix_at(column, ranks));
             gpu.matmul(
                 [tokens, rank, m.out],

@@ -97,9 +97,13 @@ fn longest_first(tiles: &mut [[i32; TILE_ENTRY]], work: impl Fn(&[i32; TILE_ENTR
 
 /// Returns the tokens of the completions of `prompt`. They directly follow the prompt.
 fn dependents(layout: &RowLayout, prompt: &Range<usize>) -> Range<usize> {
-    let completions =
-        layout.segments.iter().filter(|s| !s.prefix.is_empty() && s.prefix == *prompt);
-    completions.fold(prompt.end..prompt.end, |all, s| all.start..all.end.max(s.tokens.end))
+    let completions = layout
+        .segments
+        .iter()
+        .filter(|s| !s.prefix.is_empty() && s.prefix == *prompt);
+    completions.fold(prompt.end..prompt.end, |all, s| {
+        all.start..all.end.max(s.tokens.end)
+    })
 }
 
 /// Scatter-add of rows in a fixed order of summation, so that results are reproducible.
@@ -127,13 +131,31 @@ impl Scatter {
         }
         offsets.push(order.len() as u32);
         let upload = |values: &[u32]| gpu.upload(Kind::F32, values);
-        Ok(Scatter { rows: upload(&rows)?, offsets: upload(&offsets)?, order: upload(&order)? })
+        Ok(Scatter {
+            rows: upload(&rows)?,
+            offsets: upload(&offsets)?,
+            order: upload(&order)?,
+        })
     }
 
     /// Adds each row of `from` to its destination row in `to`. Rows have `width` elements.
     pub fn add(&self, gpu: &Gpu, to: &Memory, from: &Memory, width: usize) -> Result<()> {
-        let Scatter { rows, offsets, order } = self;
-        ops::scatter_rows(gpu, ScatterRows { to, from, rows, offsets, order, width })
+        let Scatter {
+            rows,
+            offsets,
+            order,
+        } = self;
+        ops::scatter_rows(
+            gpu,
+            ScatterRows {
+                to,
+                from,
+                rows,
+                offsets,
+                order,
+                width,
+            },
+        )
     }
 }
 

@@ -38,7 +38,11 @@ impl BlockShape {
     /// On tensor cores each query head writes its own, and those of the heads that share a key head
     /// are summed afterwards. Returns 0 if no heads share keys.
     pub fn key_gradient_parts(&self) -> usize {
-        if self.heads.query > self.heads.key { 2 * self.heads.width() } else { 0 }
+        if self.heads.query > self.heads.key {
+            2 * self.heads.width()
+        } else {
+            0
+        }
     }
 
     /// Returns the bytes per token of a block's tape. `element` is the number of bytes of an
@@ -98,7 +102,13 @@ mod tests {
         BlockShape {
             hidden,
             feed_forward,
-            heads: Heads { query, key, dim, window: None, scale: 0.125 },
+            heads: Heads {
+                query,
+                key,
+                dim,
+                window: None,
+                scale: 0.125,
+            },
             qk_norm: false,
             saved_streams: 2,
             gradient_streams: 1,
@@ -111,19 +121,39 @@ mod tests {
         let small = shape(576, 1536, [9, 3, 64]);
         // f32: two residuals and 9 log-sum-exps; the others: [q | k | v], output, [gate | up],
         // x·Aᵀ.
-        assert_eq!(small.tape_bytes(4, 112), 4 * (2 * 576 + 9) + 4 * (960 + 576 + 3072 + 112));
+        assert_eq!(
+            small.tape_bytes(4, 112),
+            4 * (2 * 576 + 9) + 4 * (960 + 576 + 3072 + 112)
+        );
         assert_eq!(small.tape_bytes(2, 112), 14_084);
-        assert_eq!(BlockShape { qk_norm: true, ..small }.tape_bytes(4, 112), 27_364);
+        assert_eq!(
+            BlockShape {
+                qk_norm: true,
+                ..small
+            }
+            .tape_bytes(4, 112),
+            27_364
+        );
         assert_eq!(small.input_bytes(), 2304);
-        assert_eq!((small.backward_bytes(4), small.backward_bytes(2)), (19_200, 10_752));
+        assert_eq!(
+            (small.backward_bytes(4), small.backward_bytes(2)),
+            (19_200, 10_752)
+        );
         // With many query heads per key head, the partial gradients dominate.
         let shared = shape(64, 64, [8, 1, 64]);
         assert_eq!(
-            (shared.key_gradient_parts(), shared.backward_bytes(2), shared.backward_bytes(4)),
+            (
+                shared.key_gradient_parts(),
+                shared.backward_bytes(2),
+                shared.backward_bytes(4)
+            ),
             (1024, 6688, 12_032)
         );
         let unshared = shape(64, 64, [8, 8, 64]);
-        assert_eq!((unshared.key_gradient_parts(), unshared.backward_bytes(2)), (0, 11_520));
+        assert_eq!(
+            (unshared.key_gradient_parts(), unshared.backward_bytes(2)),
+            (0, 11_520)
+        );
         assert_eq!((head_bytes(576, 4), head_bytes(576, 2)), (74_752, 58_368));
         assert_eq!((trained_bytes(4), trained_bytes(2)), (8, 6));
     }

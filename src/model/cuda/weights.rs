@@ -83,7 +83,11 @@ impl DeviceWeights {
             blocks: (0..p.num_blocks()).map(block).collect::<Result<_>>()?,
             norm: factors(ParamId::Norm)?,
             head: match p.has(ParamId::Head) {
-                true => Some(upload_stacked(gpu, kind, &[p.matrix(ParamId::Head)?.read()?])?),
+                true => Some(upload_stacked(
+                    gpu,
+                    kind,
+                    &[p.matrix(ParamId::Head)?.read()?],
+                )?),
                 false => None,
             },
         })
@@ -108,12 +112,22 @@ impl GroupWeights {
             let p = parameters.linear(block, index)?;
             let (out, width) = (p.weight.rows(), p.weight.columns());
             let bias = p.bias.map(|b| upload_vector(gpu, b)).transpose()?;
-            members.push(CudaLinear { index, out, column: output, bias });
+            members.push(CudaLinear {
+                index,
+                out,
+                column: output,
+                bias,
+            });
             weights.push(p.weight.read()?);
             (output, input) = (output + out, width);
         }
         let weight = upload_stacked(gpu, kind, &weights)?;
-        Ok(GroupWeights { weight, members, input, output })
+        Ok(GroupWeights {
+            weight,
+            members,
+            input,
+            output,
+        })
     }
 }
 
@@ -264,7 +278,10 @@ impl<'a> Pieces<'a> {
 /// Uploads matrices to one buffer, stacked. A matrix that already has the element type of `kind` is
 /// copied directly from its storage.
 fn upload_stacked(gpu: &Arc<Gpu>, kind: Kind, matrices: &[WeightRead]) -> Result<Memory> {
-    let memory = gpu.uninit(kind, matrices.iter().map(|m| m.view().elements().len()).sum())?;
+    let memory = gpu.uninit(
+        kind,
+        matrices.iter().map(|m| m.view().elements().len()).sum(),
+    )?;
     let mut at = 0;
     for elements in matrices.iter().map(|m| m.view().elements()) {
         write_converted(gpu, kind, &memory, at, elements)?;
@@ -290,12 +307,16 @@ fn write_converted(
 ) -> Result<()> {
     match (kind, elements) {
         (Kind::F32, Elements::F32(v)) => gpu.write(memory, at, v),
-        (Kind::F32, Elements::Bf16(v)) => {
-            gpu.write(memory, at, &v.iter().map(|x| x.to_f32()).collect::<Vec<f32>>())
-        }
-        (Kind::Bf16, Elements::F32(v)) => {
-            gpu.write(memory, at, &v.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>())
-        }
+        (Kind::F32, Elements::Bf16(v)) => gpu.write(
+            memory,
+            at,
+            &v.iter().map(|x| x.to_f32()).collect::<Vec<f32>>(),
+        ),
+        (Kind::Bf16, Elements::F32(v)) => gpu.write(
+            memory,
+            at,
+            &v.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>(),
+        ),
         (Kind::Bf16, Elements::Bf16(v)) => gpu.write(memory, at, v),
     }
 }
@@ -310,7 +331,9 @@ type CachedCopy<H, D> = (Weak<H>, Kind, Arc<D>);
 
 impl<H, D> Default for Copies<H, D> {
     fn default() -> Self {
-        Copies { all: Mutex::default() }
+        Copies {
+            all: Mutex::default(),
+        }
     }
 }
 
@@ -322,8 +345,9 @@ impl<H, D> Copies<H, D> {
         all.retain(|(host, ..)| host.strong_count() > 0);
         // A weak reference prevents the reuse of the address, so equal pointers mean the same
         // object.
-        let found =
-            all.iter().find(|(h, k, _)| std::ptr::eq(h.as_ptr(), Arc::as_ptr(host)) && *k == kind);
+        let found = all
+            .iter()
+            .find(|(h, k, _)| std::ptr::eq(h.as_ptr(), Arc::as_ptr(host)) && *k == kind);
         if let Some((.., device)) = found {
             return Ok(device.clone());
         }

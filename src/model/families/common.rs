@@ -81,7 +81,9 @@ impl Common {
         let num_layers = fields.size("num_hidden_layers", limits::LAYERS)?;
         let heads = fields.size("num_attention_heads", limits::HEADS)?;
         // In every family null means the number of query heads.
-        let kv_heads = fields.optional_size("num_key_value_heads", limits::HEADS)?.unwrap_or(heads);
+        let kv_heads = fields
+            .optional_size("num_key_value_heads", limits::HEADS)?
+            .unwrap_or(heads);
         if heads % kv_heads != 0 {
             return Err(fields.invalid(
                 "num_key_value_heads",
@@ -94,8 +96,10 @@ impl Common {
             .ok_or_else(|| fields.invalid("max_position_embeddings", "is missing"))?;
         let rms_norm_eps = fields.number("rms_norm_eps")?.unwrap_or(1e-6);
         if !(rms_norm_eps > 0.0 && rms_norm_eps < 1.0) {
-            return Err(fields
-                .invalid("rms_norm_eps", format!("is {rms_norm_eps}; must be between 0 and 1")));
+            return Err(fields.invalid(
+                "rms_norm_eps",
+                format!("is {rms_norm_eps}; must be between 0 and 1"),
+            ));
         }
         Ok(Common {
             num_layers,
@@ -165,7 +169,11 @@ impl Common {
 fn activation(fields: &Fields<'_>) -> Result<ActivationFunction, ModelError> {
     // Config classes that have `hidden_activation` ignore `hidden_act`.
     let has_long_name = fields.has_default("hidden_activation");
-    let field = if has_long_name { "hidden_activation" } else { "hidden_act" };
+    let field = if has_long_name {
+        "hidden_activation"
+    } else {
+        "hidden_act"
+    };
     match fields.string(field)?.unwrap_or("silu") {
         "silu" | "swish" => Ok(ActivationFunction::Silu),
         "gelu_pytorch_tanh" => Ok(ActivationFunction::GeluTanh),
@@ -207,13 +215,19 @@ pub(super) fn windows_of_layers(
     common: &Common,
 ) -> Result<Vec<Option<usize>>, ModelError> {
     let num_layers = common.num_layers;
-    let window =
-        common.window.filter(|_| matches!(fields.flag("use_sliding_window"), Ok(Some(true))));
+    let window = common
+        .window
+        .filter(|_| matches!(fields.flag("use_sliding_window"), Ok(Some(true))));
     if let Some(slides) = sliding_layers(fields, num_layers)? {
-        return Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect());
+        return Ok(slides
+            .into_iter()
+            .map(|slides| window.filter(|_| slides))
+            .collect());
     }
     let first = fields.integer("max_window_layers")?.unwrap_or(28);
-    Ok((0..num_layers as u64).map(|layer| window.filter(|_| layer >= first)).collect())
+    Ok((0..num_layers as u64)
+        .map(|layer| window.filter(|_| layer >= first))
+        .collect())
 }
 
 /// Reads `layer_types`: for each layer, true if it has a sliding window. Returns `None` if the
@@ -222,11 +236,16 @@ pub(super) fn sliding_layers(
     fields: &Fields<'_>,
     num_layers: usize,
 ) -> Result<Option<Vec<bool>>, ModelError> {
-    let Some(types) = fields.strings("layer_types")? else { return Ok(None) };
+    let Some(types) = fields.strings("layer_types")? else {
+        return Ok(None);
+    };
     if types.len() != num_layers {
         return Err(fields.invalid(
             "layer_types",
-            format!("lists {} layers, num_hidden_layers is {num_layers}", types.len()),
+            format!(
+                "lists {} layers, num_hidden_layers is {num_layers}",
+                types.len()
+            ),
         ));
     }
     let slides = |kind: &&str| match *kind {

@@ -19,7 +19,11 @@ fn defaults() -> Value {
 fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(fields)?;
     let (qkv_bias, output_bias) = (common.attention_bias, common.attention_bias);
-    let block = common.block(AttentionSpec { qkv_bias, output_bias, ..common.attention() });
+    let block = common.block(AttentionSpec {
+        qkv_bias,
+        output_bias,
+        ..common.attention()
+    });
     let blocks = vec![block; common.num_layers];
     Ok(common.model(blocks))
 }

@@ -18,7 +18,10 @@ fn defaults() -> Value {
 
 fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(fields)?;
-    let block = common.block(AttentionSpec { window: common.window, ..common.attention() });
+    let block = common.block(AttentionSpec {
+        window: common.window,
+        ..common.attention()
+    });
     let blocks = vec![block; common.num_layers];
     Ok(common.model(blocks))
 }

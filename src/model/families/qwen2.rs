@@ -16,8 +16,13 @@ fn defaults() -> Value {
 fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(fields)?;
     let windows = windows_of_layers(fields, &common)?;
-    let block =
-        |window| common.block(AttentionSpec { window, qkv_bias: true, ..common.attention() });
+    let block = |window| {
+        common.block(AttentionSpec {
+            window,
+            qkv_bias: true,
+            ..common.attention()
+        })
+    };
     let blocks = windows.into_iter().map(block).collect();
     Ok(common.model(blocks))
 }

@@ -23,11 +23,20 @@ fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(fields)?;
     let windows = windows_of_layers(fields, &common)?;
     let (qkv_bias, output_bias) = (common.attention_bias, common.attention_bias);
-    let attention =
-        AttentionSpec { qk_norm: QkNorm::PerHead, qkv_bias, output_bias, ..common.attention() };
+    let attention = AttentionSpec {
+        qk_norm: QkNorm::PerHead,
+        qkv_bias,
+        output_bias,
+        ..common.attention()
+    };
     let blocks = windows
         .into_iter()
-        .map(|window| common.block(AttentionSpec { window, ..attention }))
+        .map(|window| {
+            common.block(AttentionSpec {
+                window,
+                ..attention
+            })
+        })
         .collect();
     Ok(common.model(blocks))
 }

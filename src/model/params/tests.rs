@@ -11,7 +11,9 @@ use crate::domain::training::TARGET_MODULES;
 use crate::model::config::ModelConfig;
 
 fn golden(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(path)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/goldens")
+        .join(path)
 }
 
 fn json(path: &Path) -> Value {
@@ -19,11 +21,18 @@ fn json(path: &Path) -> Value {
 }
 
 fn spec(config: &Value) -> ModelSpec {
-    ModelConfig::from_hf_json(&config.to_string(), Path::new("config.json")).unwrap().spec
+    ModelConfig::from_hf_json(&config.to_string(), Path::new("config.json"))
+        .unwrap()
+        .spec
 }
 
 fn shape(value: &Value) -> Vec<usize> {
-    value.as_array().unwrap().iter().map(|n| n.as_u64().unwrap() as usize).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|n| n.as_u64().unwrap() as usize)
+        .collect()
 }
 
 #[test]
@@ -39,17 +48,31 @@ fn every_family_has_the_parameters_that_other_tools_say() {
             .map(|p| {
                 (
                     text(&p["name"]),
-                    (text(&p["gguf"]), shape(&p["shape"]), p["decays"].as_bool().unwrap()),
+                    (
+                        text(&p["gguf"]),
+                        shape(&p["shape"]),
+                        p["decays"].as_bool().unwrap(),
+                    ),
                 )
             })
             .collect();
         let found: BTreeMap<String, (String, Vec<usize>, bool)> = table
             .iter()
-            .map(|p| (p.hf.name.clone(), (p.gguf.name.clone(), p.shape.clone(), p.decays())))
+            .map(|p| {
+                (
+                    p.hf.name.clone(),
+                    (p.gguf.name.clone(), p.shape.clone(), p.decays()),
+                )
+            })
             .collect();
         assert_eq!(found, wanted, "{}", case["name"]);
         // Names and ids are unique.
-        assert_eq!((table.len(), found.len()), (wanted.len(), wanted.len()), "{}", case["name"]);
+        assert_eq!(
+            (table.len(), found.len()),
+            (wanted.len(), wanted.len()),
+            "{}",
+            case["name"]
+        );
         assert_eq!(
             table.iter().map(ParamSpec::elements).sum::<usize>(),
             parameter_count(&spec(&case["config"])),
@@ -57,7 +80,11 @@ fn every_family_has_the_parameters_that_other_tools_say() {
             case["name"]
         );
         assert_eq!(
-            table.iter().map(|p| p.id).collect::<std::collections::HashSet<_>>().len(),
+            table
+                .iter()
+                .map(|p| p.id)
+                .collect::<std::collections::HashSet<_>>()
+                .len(),
             table.len(),
             "{}",
             case["name"]
@@ -74,16 +101,23 @@ fn adapters_have_the_tensors_that_peft_makes() {
             let targets = adapter["target_modules"].as_array().unwrap();
             let config = LoraConfig {
                 rank: adapter["rank"].as_u64().unwrap() as usize,
-                target_modules: targets.iter().map(|t| t.as_str().unwrap().to_owned()).collect(),
+                target_modules: targets
+                    .iter()
+                    .map(|t| t.as_str().unwrap().to_owned())
+                    .collect(),
                 ..LoraConfig::default()
             };
             let pairs = adapter["tensors"].as_array().unwrap();
-            let wanted: BTreeMap<&str, Vec<usize>> =
-                pairs.iter().map(|pair| (pair[0].as_str().unwrap(), shape(&pair[1]))).collect();
+            let wanted: BTreeMap<&str, Vec<usize>> = pairs
+                .iter()
+                .map(|pair| (pair[0].as_str().unwrap(), shape(&pair[1])))
+                .collect();
             let table = lora_params(&spec, &config);
             let tensors: Vec<&LoraTensor> = table.iter().flat_map(LoraSpec::tensors).collect();
-            let found: BTreeMap<&str, Vec<usize>> =
-                tensors.iter().map(|t| (t.name.as_str(), t.shape.to_vec())).collect();
+            let found: BTreeMap<&str, Vec<usize>> = tensors
+                .iter()
+                .map(|t| (t.name.as_str(), t.shape.to_vec()))
+                .collect();
             assert_eq!(found, wanted, "{}", case["name"]);
             assert_eq!(tensors.len(), wanted.len(), "{}", case["name"]);
             // The layers match the rows of the table that have a LoRA target.
@@ -91,8 +125,11 @@ fn adapters_have_the_tensors_that_peft_makes() {
                 p.lora_target
                     .is_some_and(|target| config.target_modules.iter().any(|t| t == target))
             };
-            let rows: Vec<ParamId> =
-                params(&spec).iter().filter(|p| says(p)).map(|p| p.id).collect();
+            let rows: Vec<ParamId> = params(&spec)
+                .iter()
+                .filter(|p| says(p))
+                .map(|p| p.id)
+                .collect();
             let weights: Vec<ParamId> = table
                 .iter()
                 .map(|u| ParamId::Block(u.block, BlockParam::Weight(u.linear)))
@@ -118,10 +155,15 @@ fn the_golden_models_files_hold_the_table() {
         let table = params(&spec(&json(&golden(&format!("models/{name}/config.json")))));
         let file = std::fs::read(golden(&format!("models/{name}/model.safetensors"))).unwrap();
         let (_, metadata) = safetensors::SafeTensors::read_metadata(&file).unwrap();
-        let stored: BTreeMap<String, Vec<usize>> =
-            metadata.tensors().into_iter().map(|(n, info)| (n, info.shape.clone())).collect();
-        let wanted: BTreeMap<String, Vec<usize>> =
-            table.iter().map(|p| (p.hf.name.clone(), p.shape.clone())).collect();
+        let stored: BTreeMap<String, Vec<usize>> = metadata
+            .tensors()
+            .into_iter()
+            .map(|(n, info)| (n, info.shape.clone()))
+            .collect();
+        let wanted: BTreeMap<String, Vec<usize>> = table
+            .iter()
+            .map(|p| (p.hf.name.clone(), p.shape.clone()))
+            .collect();
         assert_eq!(wanted, stored, "{name}");
     }
 }
@@ -151,8 +193,10 @@ fn the_order_is_that_of_a_forward_pass() {
     let table = params(&spec(&case["config"]));
     let names: Vec<&str> = table.iter().map(ParamSpec::name).collect();
     assert_eq!(names[0], "model.embed_tokens.weight");
-    let second: Vec<&str> =
-        names.iter().filter_map(|name| name.strip_prefix("model.layers.1.")).collect();
+    let second: Vec<&str> = names
+        .iter()
+        .filter_map(|name| name.strip_prefix("model.layers.1."))
+        .collect();
     let wanted = [
         "input_layernorm.weight",
         "self_attn.q_proj.weight",
@@ -172,12 +216,19 @@ fn the_order_is_that_of_a_forward_pass() {
     ];
     assert_eq!(second, wanted);
     assert_eq!(
-        names[1..1 + wanted.len()].iter().map(|n| &n[..15]).collect::<BTreeSet<_>>(),
+        names[1..1 + wanted.len()]
+            .iter()
+            .map(|n| &n[..15])
+            .collect::<BTreeSet<_>>(),
         BTreeSet::from(["model.layers.0."])
     );
     assert_eq!(*names.last().unwrap(), "model.norm.weight");
     let rotated: Vec<usize> = table[..12].iter().filter_map(|p| p.rotated_heads).collect();
-    assert_eq!(rotated, [4, 4, 2, 2], "the weights and biases of queries and keys");
+    assert_eq!(
+        rotated,
+        [4, 4, 2, 2],
+        "the weights and biases of queries and keys"
+    );
 }
 
 #[test]
@@ -188,7 +239,10 @@ fn names_outside_the_table_are_those_of_the_formats() {
     );
     assert_eq!(
         (gguf_bias(0, Linear::Query), gguf_bias(3, Linear::Gate)),
-        ("blk.0.attn_q.bias".to_owned(), "blk.3.ffn_gate.bias".to_owned())
+        (
+            "blk.0.attn_q.bias".to_owned(),
+            "blk.3.ffn_gate.bias".to_owned()
+        )
     );
     assert_eq!(
         peft_example(0, Linear::Query),
@@ -201,6 +255,14 @@ fn names_outside_the_table_are_those_of_the_formats() {
             && !is_in_block("output.weight")
     );
     let cases = json(&golden("parameters.json"));
-    let untied = cases.as_array().unwrap().iter().find(|case| case["name"] == "mistral").unwrap();
-    assert_eq!(params(&spec(&untied["config"])).last().unwrap().hf.name, HF_HEAD);
+    let untied = cases
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|case| case["name"] == "mistral")
+        .unwrap();
+    assert_eq!(
+        params(&spec(&untied["config"])).last().unwrap().hf.name,
+        HF_HEAD
+    );
 }

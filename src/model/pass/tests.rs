@@ -44,7 +44,10 @@ impl CountedPiece {
     fn new(ledger: &Rc<Ledger>, bytes: usize) -> Self {
         ledger.live.set(ledger.live.get() + bytes);
         ledger.peak.set(ledger.peak.get().max(ledger.live.get()));
-        CountedPiece { bytes, ledger: ledger.clone() }
+        CountedPiece {
+            bytes,
+            ledger: ledger.clone(),
+        }
     }
 }
 
@@ -103,7 +106,10 @@ impl CountingRow {
             },
             feed_forward_norms: Norms::Pre,
         };
-        CountingRow { blocks: vec![block; BLOCKS], ledger: Rc::default() }
+        CountingRow {
+            blocks: vec![block; BLOCKS],
+            ledger: Rc::default(),
+        }
     }
 
     fn shape(&self) -> BlockShape {
@@ -124,7 +130,11 @@ impl RowOps<Counting> for CountingRow {
     }
 
     fn block(&self, index: usize) -> Result<CountingBlock<'_>> {
-        Ok(CountingBlock { row: self, spec: &self.blocks[index], shape: self.shape() })
+        Ok(CountingBlock {
+            row: self,
+            spec: &self.blocks[index],
+            shape: self.shape(),
+        })
     }
 
     fn embed(&self) -> Result<CountedPiece> {
@@ -140,7 +150,13 @@ impl RowOps<Counting> for CountingRow {
     }
 
     fn head(&self, _x: &CountedPiece, _save: SavePolicy) -> Result<(HeadOutput, ())> {
-        Ok((HeadOutput { log_probs: vec![-1.0], ..HeadOutput::default() }, ()))
+        Ok((
+            HeadOutput {
+                log_probs: vec![-1.0],
+                ..HeadOutput::default()
+            },
+            (),
+        ))
     }
 
     fn head_backward(
@@ -216,7 +232,10 @@ impl BlockOps<Counting> for CountingBlock<'_> {
 
     fn attention(&self, _qkv: &CountedPiece) -> Result<Attended<Counting>> {
         let output = self.row.piece(ELEMENT * self.shape.attended());
-        Ok(Attended { output, log_sum_exp: self.row.piece(F32 * self.shape.log_sum_exps()) })
+        Ok(Attended {
+            output,
+            log_sum_exp: self.row.piece(F32 * self.shape.log_sum_exps()),
+        })
     }
 
     fn feed_forward(
@@ -228,7 +247,11 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         let low_rank = self.low_rank(LinearGroup::GateUp);
         drop(input);
         let y = Some(self.row.piece(ELEMENT * self.shape.feed_forward));
-        Ok(Gated { y, gate_up: Some(space), low_rank })
+        Ok(Gated {
+            y,
+            gate_up: Some(space),
+            low_rank,
+        })
     }
 
     fn feed_forward_backward(
@@ -254,7 +277,11 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         _g: OutputGradient<'_, Counting>,
         (): &mut (),
     ) -> Result<CountedPiece> {
-        let width = if group == LinearGroup::Output { self.shape.attended() } else { HIDDEN };
+        let width = if group == LinearGroup::Output {
+            self.shape.attended()
+        } else {
+            HIDDEN
+        };
         Ok(self.row.piece(ELEMENT * width))
     }
 
@@ -300,7 +327,11 @@ fn a_forward_pass_saves_what_the_formulas_for_its_memory_say() {
         ] {
             let mut yields = 0;
             let tape = forward(&row, save, &mut || yields += 1).unwrap();
-            assert_eq!(row.ledger.live.get(), BLOCKS * TOKENS * of_block, "{qk_norm:?} {save:?}");
+            assert_eq!(
+                row.ledger.live.get(),
+                BLOCKS * TOKENS * of_block,
+                "{qk_norm:?} {save:?}"
+            );
             assert_eq!(
                 (yields, tape.output().log_probs.len()),
                 (BLOCKS, 1),
@@ -354,5 +385,8 @@ fn log_probs_yield_before_every_block_and_hold_nothing() {
     let row = CountingRow::new(QkNorm::PerHead);
     let mut yields = 0;
     assert_eq!(log_probs(&row, &mut || yields += 1).unwrap(), [-1.0]);
-    assert_eq!((yields, row.ledger.runs.get(), row.ledger.live.get()), (BLOCKS, BLOCKS, 0));
+    assert_eq!(
+        (yields, row.ledger.runs.get(), row.ledger.live.get()),
+        (BLOCKS, BLOCKS, 0)
+    );
 }

@@ -19,7 +19,11 @@ fn matrix(values: &[f32], rows: usize, columns: usize, dtype: DType) -> WeightMa
 
 /// Returns the value that a matrix of a type stores for `x`.
 fn stored(x: f32, dtype: DType) -> f32 {
-    if dtype == DType::BF16 { bf16::from_f32(x).to_f32() } else { x }
+    if dtype == DType::BF16 {
+        bf16::from_f32(x).to_f32()
+    } else {
+        x
+    }
 }
 
 /// Packs a panel by its definition: for each lane of the depth, `NR` columns of B side by side.
@@ -30,7 +34,9 @@ fn panel(kernel: Kernel, k: usize, n: usize, at: impl Fn(usize, usize) -> f32) -
         Kernel::Avx512Bf16 | Kernel::Amx => pair(2 * p, j) | pair(2 * p + 1, j) << 16,
         Kernel::Portable | Kernel::Avx512 => bits(p, j).to_bits(),
     };
-    (0..kernel.depth(k) * NR).map(|i| unit(i / NR, i % NR)).collect()
+    (0..kernel.depth(k) * NR)
+        .map(|i| unit(i / NR, i % NR))
+        .collect()
 }
 
 proptest! {
@@ -122,14 +128,20 @@ fn a_matrix_says_its_shape_and_reads_its_rows() {
     let w = values("w", 6 * 5);
     for (dtype, bytes) in [(DType::F32, 120), (DType::BF16, 60)] {
         let matrix = matrix(&w, 6, 5, dtype);
-        assert_eq!((matrix.rows(), matrix.columns(), matrix.bytes()), (6, 5, bytes));
+        assert_eq!(
+            (matrix.rows(), matrix.columns(), matrix.bytes()),
+            (6, 5, bytes)
+        );
         let read = matrix.read().unwrap();
         assert_eq!((read.view().rows(), read.view().columns()), (6, 5));
         let mut row = [f32::NAN; 5];
         read.view().read_row(4, &mut row);
         let expected: Vec<f32> = w[20..25].iter().map(|x| stored(*x, dtype)).collect();
         assert_eq!(row.as_slice(), expected);
-        assert_eq!((matrix.tensor().dtype(), matrix.tensor().dims()), (dtype, [6, 5].as_slice()));
+        assert_eq!(
+            (matrix.tensor().dtype(), matrix.tensor().dims()),
+            (dtype, [6, 5].as_slice())
+        );
     }
     let view = WeightView::new(Elements::F32(&w), 5);
     assert_eq!((view.rows(), view.elements().len()), (6, 30));
@@ -139,7 +151,8 @@ fn a_matrix_says_its_shape_and_reads_its_rows() {
 fn a_matrix_shares_the_storage_of_its_tensor() {
     let var = Var::from_tensor(&Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap()).unwrap();
     let matrix = WeightMatrix::new(var.as_detached_tensor()).unwrap();
-    var.set(&Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap()).unwrap();
+    var.set(&Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap())
+        .unwrap();
     let mut row = [f32::NAN; 3];
     matrix.read().unwrap().view().read_row(1, &mut row);
     assert_eq!(row, [1.0; 3]);
@@ -151,8 +164,18 @@ fn what_is_no_matrix_of_floats_is_refused() {
     let vector = Tensor::zeros(5, DType::F32, &Device::Cpu).unwrap();
     assert!(WeightMatrix::new(vector).is_err());
     let integers = Tensor::zeros((2, 2), DType::U32, &Device::Cpu).unwrap();
-    assert!(WeightMatrix::new(integers).unwrap_err().to_string().contains("f32 or bf16"));
+    assert!(
+        WeightMatrix::new(integers)
+            .unwrap_err()
+            .to_string()
+            .contains("f32 or bf16")
+    );
     // The transpose of a tensor is a non-contiguous view of its storage.
     let tensor = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
-    assert!(WeightMatrix::new(tensor.t().unwrap()).unwrap().read().is_err());
+    assert!(
+        WeightMatrix::new(tensor.t().unwrap())
+            .unwrap()
+            .read()
+            .is_err()
+    );
 }

@@ -19,7 +19,10 @@ pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, S
         Err(_) => {
             bad.push(
                 "metadata.format",
-                format!("is {}: it must be JSONL (1), PARQUET (2) or 0 to guess", m.format),
+                format!(
+                    "is {}: it must be JSONL (1), PARQUET (2) or 0 to guess",
+                    m.format
+                ),
             );
             None
         }
@@ -31,14 +34,29 @@ pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, S
             None => {
                 bad.push(
                     "metadata.model",
-                    format!("is {}: it must be empty or look like models/ID", quoted(name)),
+                    format!(
+                        "is {}: it must be empty or look like models/ID",
+                        quoted(name)
+                    ),
                 );
                 None
             }
         },
     };
-    let max_length = if m.max_length == 0 { 1024 } else { m.max_length as usize };
-    finish(UploadMeta { display_name: m.display_name, format, model, max_length }, bad)
+    let max_length = if m.max_length == 0 {
+        1024
+    } else {
+        m.max_length as usize
+    };
+    finish(
+        UploadMeta {
+            display_name: m.display_name,
+            format,
+            model,
+            max_length,
+        },
+        bad,
+    )
 }
 
 /// Converts a dataset. `with_issues` includes the findings in its report.
@@ -62,7 +80,11 @@ fn report(r: ValidationReport, with_issues: bool) -> pb::ValidationReport {
         rows: r.rows,
         valid_rows: r.valid_rows,
         counts: r.counts,
-        issues: if with_issues { r.issues.into_iter().map(issue).collect() } else { Vec::new() },
+        issues: if with_issues {
+            r.issues.into_iter().map(issue).collect()
+        } else {
+            Vec::new()
+        },
         issues_truncated: r.issues_truncated,
         shapes: r.shapes,
         pairs: r.pairs,

@@ -25,7 +25,11 @@ pub(in crate::rpc) fn object(given: Struct) -> Result<Map<String, Value>, String
 
 fn fields(given: Struct, depth: usize) -> Result<Map<String, Value>, String> {
     // The map of a Struct is a BTreeMap, so its keys are sorted.
-    given.fields.into_iter().map(|(key, value)| Ok((key, json(value, depth)?))).collect()
+    given
+        .fields
+        .into_iter()
+        .map(|(key, value)| Ok((key, json(value, depth)?)))
+        .collect()
 }
 
 fn json(value: prost_types::Value, depth: usize) -> Result<Value, String> {
@@ -41,7 +45,10 @@ fn json(value: prost_types::Value, depth: usize) -> Result<Value, String> {
         Some(Kind::NumberValue(x)) => Value::Number(number(x)?),
         Some(Kind::StringValue(text)) => Value::String(text),
         Some(Kind::ListValue(list)) => Value::Array(
-            list.values.into_iter().map(|item| json(item, depth - 1)).collect::<Result<_, _>>()?,
+            list.values
+                .into_iter()
+                .map(|item| json(item, depth - 1))
+                .collect::<Result<_, _>>()?,
         ),
         Some(Kind::StructValue(given)) => Value::Object(fields(given, depth - 1)?),
     })
@@ -57,7 +64,12 @@ fn number(x: f64) -> Result<Number, String> {
 
 /// Converts a JSON object to a Struct.
 pub(in crate::rpc) fn to_struct(fields: &Map<String, Value>) -> Struct {
-    Struct { fields: fields.iter().map(|(key, value)| (key.clone(), to_value(value))).collect() }
+    Struct {
+        fields: fields
+            .iter()
+            .map(|(key, value)| (key.clone(), to_value(value)))
+            .collect(),
+    }
 }
 
 fn to_value(value: &Value) -> prost_types::Value {
@@ -66,9 +78,9 @@ fn to_value(value: &Value) -> prost_types::Value {
         Value::Bool(flag) => Kind::BoolValue(*flag),
         Value::Number(n) => Kind::NumberValue(n.as_f64().unwrap_or_default()),
         Value::String(text) => Kind::StringValue(text.clone()),
-        Value::Array(items) => {
-            Kind::ListValue(ListValue { values: items.iter().map(to_value).collect() })
-        }
+        Value::Array(items) => Kind::ListValue(ListValue {
+            values: items.iter().map(to_value).collect(),
+        }),
         Value::Object(fields) => Kind::StructValue(to_struct(fields)),
     };
     prost_types::Value { kind: Some(kind) }
@@ -140,8 +152,10 @@ pub(in crate::rpc) fn arguments(
             ));
         }
         (false, true) => {
-            let tools: Result<Vec<Value>, String> =
-                tools.into_iter().map(|tool| Ok(Value::Object(object(tool)?))).collect();
+            let tools: Result<Vec<Value>, String> = tools
+                .into_iter()
+                .map(|tool| Ok(Value::Object(object(tool)?)))
+                .collect();
             let tools = tools
                 .and_then(|tools| check_tools(&tools).map(|()| tools))
                 .map_err(|e| wrong("tools", e))?;
@@ -153,7 +167,10 @@ pub(in crate::rpc) fn arguments(
             tools_from_json(list).map_err(|e| wrong("tools_json", e))?
         }
     };
-    Ok(TemplateArguments { tools, kwargs: kwargs(place, given_kwargs, kwargs_json)? })
+    Ok(TemplateArguments {
+        tools,
+        kwargs: kwargs(place, given_kwargs, kwargs_json)?,
+    })
 }
 
 #[cfg(test)]

@@ -34,8 +34,11 @@ pub(in crate::rpc) fn options(
         parsed
     };
     let policy = name("options.policy", &o.policy);
-    let reference =
-        if o.reference.is_empty() { None } else { name("options.reference", &o.reference) };
+    let reference = if o.reference.is_empty() {
+        None
+    } else {
+        name("options.reference", &o.reference)
+    };
     let arguments = json::arguments(
         "options",
         o.tools,
@@ -59,11 +62,20 @@ pub(in crate::rpc) fn options(
             None
         }
     };
-    let Some(policy) = policy else { return Err(crate::rpc::status::bad_request(bad)) };
+    let Some(policy) = policy else {
+        return Err(crate::rpc::status::bad_request(bad));
+    };
     let max_length = o.max_length.map(|n| n as usize);
     finish(
         (
-            ScoreOptions { policy, reference, beta: o.beta, max_length, normalization, arguments },
+            ScoreOptions {
+                policy,
+                reference,
+                beta: o.beta,
+                max_length,
+                normalization,
+                arguments,
+            },
             o.per_token_logprobs,
         ),
         bad,
@@ -83,8 +95,10 @@ pub(in crate::rpc) fn text(field: &str, t: Option<pb::Text>) -> Result<Text, Ser
     match t.and_then(|t| t.form) {
         Some(pb::text::Form::Plain(s)) => Ok(Text::Plain(s)),
         Some(pb::text::Form::Chat(list)) if list.messages.len() > MAX_MESSAGES => {
-            let message =
-                format!("has {} messages: {MAX_MESSAGES} are the limit", list.messages.len());
+            let message = format!(
+                "has {} messages: {MAX_MESSAGES} are the limit",
+                list.messages.len()
+            );
             Err(ServiceError::invalid(field, message))
         }
         Some(pb::text::Form::Chat(list)) => {
@@ -95,7 +109,10 @@ pub(in crate::rpc) fn text(field: &str, t: Option<pb::Text>) -> Result<Text, Ser
                     .collect::<Result<_, _>>()?,
             ))
         }
-        None => Err(ServiceError::invalid(field, "is missing: set plain or chat")),
+        None => Err(ServiceError::invalid(
+            field,
+            "is missing: set plain or chat",
+        )),
     }
 }
 

@@ -69,7 +69,10 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     let mut dataset = |field: &str, name: &str| match names::parse_dataset(name) {
         Some(id) => id.to_owned(),
         None => {
-            bad.push(field, format!("is {}: it must look like datasets/ID", quoted(name)));
+            bad.push(
+                field,
+                format!("is {}: it must look like datasets/ID", quoted(name)),
+            );
             String::new()
         }
     };
@@ -128,10 +131,15 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     // The domain checks the ranges. Its findings are added to the same list, so that one answer has
     // all bad fields.
     spec.validate("training_job", &mut bad);
-    let Some(policy) = policy else { return finish_never(bad) };
+    let Some(policy) = policy else {
+        return finish_never(bad);
+    };
     let ttl_ms = ttl(job.ttl, &mut bad);
-    let kwargs =
-        json::kwargs("training_job", job.chat_template_kwargs, &job.chat_template_kwargs_json);
+    let kwargs = json::kwargs(
+        "training_job",
+        job.chat_template_kwargs,
+        &job.chat_template_kwargs_json,
+    );
     let chat_template_kwargs = kwargs.unwrap_or_else(|(field, reason)| {
         bad.push(field, reason);
         serde_json::Map::new()
@@ -165,7 +173,11 @@ fn ttl(given: Option<prost_types::Duration>, bad: &mut Violations) -> Option<u64
         _ => {
             bad.push(
                 "training_job.ttl",
-                format!("is {} s: it must lie between 0 and {} s", ttl.seconds, MAX_TTL.as_secs()),
+                format!(
+                    "is {} s: it must lie between 0 and {} s",
+                    ttl.seconds,
+                    MAX_TTL.as_secs()
+                ),
             );
             None
         }
@@ -188,7 +200,10 @@ pub(in crate::rpc) fn estimate(e: JobEstimate) -> pb::EstimateTrainingJobRespons
 }
 
 fn duration(seconds: f64) -> prost_types::Duration {
-    prost_types::Duration { seconds: seconds as i64, nanos: (seconds.fract() * 1e9) as i32 }
+    prost_types::Duration {
+        seconds: seconds as i64,
+        nanos: (seconds.fract() * 1e9) as i32,
+    }
 }
 
 /// Returns the fields of `job` that `mask` names. Without a mask these are all that may change.
@@ -205,10 +220,18 @@ pub(in crate::rpc) fn changes(
     if !bad.at_most("update_mask.paths", paths.len(), MAX_PATHS) {
         return finish_never(bad);
     }
-    for (i, path) in paths.iter().enumerate().filter(|(_, p)| !CHANGEABLE.contains(&p.as_str())) {
+    for (i, path) in paths
+        .iter()
+        .enumerate()
+        .filter(|(_, p)| !CHANGEABLE.contains(&p.as_str()))
+    {
         bad.push(
             format!("update_mask.paths[{i}]"),
-            format!("{} cannot be changed: use {}", quoted(path), CHANGEABLE.join(", ")),
+            format!(
+                "{} cannot be changed: use {}",
+                quoted(path),
+                CHANGEABLE.join(", ")
+            ),
         );
     }
     let named = |name: &str| paths.iter().any(|p| p == name);
@@ -229,7 +252,11 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     let d = DpoConfig::default();
     let mut losses = Vec::new();
     // A mix has each loss at most once. A longer list is refused without reading it.
-    let few = bad.at_most("training_job.dpo.losses", c.losses.len(), LossType::ALL.len());
+    let few = bad.at_most(
+        "training_job.dpo.losses",
+        c.losses.len(),
+        LossType::ALL.len(),
+    );
     if !few {
         c.losses.clear();
     }
@@ -244,7 +271,11 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
                 let known: Vec<&str> = LossType::ALL.iter().map(|l| l.name()).collect();
                 bad.push(
                     format!("training_job.dpo.losses[{i}].loss_type"),
-                    format!("{} is unknown: use {}", quoted(&l.loss_type), known.join(", ")),
+                    format!(
+                        "{} is unknown: use {}",
+                        quoted(&l.loss_type),
+                        known.join(", ")
+                    ),
                 );
             }
         }
@@ -253,7 +284,9 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
         "" | "reverse_kl" => Divergence::ReverseKl,
         "forward_kl" => Divergence::ForwardKl,
         "js_divergence" => Divergence::JensenShannon,
-        ALPHA_DIVERGENCE => Divergence::Alpha { alpha: c.f_alpha.unwrap_or(0.5) },
+        ALPHA_DIVERGENCE => Divergence::Alpha {
+            alpha: c.f_alpha.unwrap_or(0.5),
+        },
         other => {
             let message = format!(
                 "{} is unknown: use reverse_kl, forward_kl, js_divergence or alpha_divergence",
@@ -334,17 +367,20 @@ fn refuse_unused_schedule(c: &pb::OptimizerConfig, bad: &mut Violations) {
 
 fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> OptimizerConfig {
     let d = OptimizerConfig::default();
-    let default_rate =
-        if matches!(method, Method::Lora(_)) { LORA_LEARNING_RATE } else { d.learning_rate };
+    let default_rate = if matches!(method, Method::Lora(_)) {
+        LORA_LEARNING_RATE
+    } else {
+        d.learning_rate
+    };
     refuse_unused_schedule(&c, bad);
     let schedule = match c.lr_scheduler_type.as_str() {
         "" | "linear" => ScheduleKind::Linear,
         // The two differ only in whether a warm-up is allowed.
         CONSTANT | CONSTANT_WITH_WARMUP => ScheduleKind::Constant,
         "cosine" => ScheduleKind::Cosine,
-        name if FLOOR_SCHEDULES.contains(&name) => {
-            ScheduleKind::CosineWithFloor { min_ratio: c.min_lr_ratio.unwrap_or(0.1) }
-        }
+        name if FLOOR_SCHEDULES.contains(&name) => ScheduleKind::CosineWithFloor {
+            min_ratio: c.min_lr_ratio.unwrap_or(0.1),
+        },
         other => {
             let message = format!(
                 "{} is unknown: use constant, constant_with_warmup, linear, cosine or cosine_with_floor",
@@ -451,10 +487,14 @@ fn run(c: pb::RunConfig, bad: &mut Violations) -> RunConfig {
     };
     RunConfig {
         save_steps: c.save_steps.map_or(d.save_steps, u64::from),
-        save_total_limit: c.save_total_limit.map_or(d.save_total_limit, |n| n as usize),
+        save_total_limit: c
+            .save_total_limit
+            .map_or(d.save_total_limit, |n| n as usize),
         eval_steps: c.eval_steps.map_or(d.eval_steps, u64::from),
         logging_steps: c.logging_steps.map_or(d.logging_steps, u64::from),
-        early_stopping_patience: c.early_stopping_patience.unwrap_or(d.early_stopping_patience),
+        early_stopping_patience: c
+            .early_stopping_patience
+            .unwrap_or(d.early_stopping_patience),
         metric_for_best,
         eval_on_start: c.eval_on_start,
     }
@@ -473,22 +513,28 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
     let (chat_template_kwargs, chat_template_kwargs_json) =
         json::kwargs_fields(r.chat_template_kwargs);
     pb::TrainingJob {
-        name: if j.id.is_empty() { String::new() } else { format!("trainingJobs/{}", j.id) },
+        name: if j.id.is_empty() {
+            String::new()
+        } else {
+            format!("trainingJobs/{}", j.id)
+        },
         uid: j.id,
         etag,
         display_name: r.display_name,
         labels: r.labels,
         priority: r.priority,
         state: state(j.state).into(),
-        error: j.error.map(|e| job_error(code_of(&e.reason), e.reason.name(), e.message)),
+        error: j
+            .error
+            .map(|e| job_error(code_of(&e.reason), e.reason.name(), e.message)),
         policy: r.policy.to_string(),
         reference: r.reference.map(|p| p.to_string()).unwrap_or_default(),
         dataset: format!("datasets/{}", r.dataset),
         evaluation: match r.evaluation {
             Evaluation::None => None,
-            Evaluation::Dataset(id) => {
-                Some(pb::training_job::Evaluation::EvalDataset(format!("datasets/{id}")))
-            }
+            Evaluation::Dataset(id) => Some(pb::training_job::Evaluation::EvalDataset(format!(
+                "datasets/{id}"
+            ))),
             Evaluation::Fraction(f) => Some(pb::training_job::Evaluation::EvalFraction(f)),
         },
         dpo: Some(dpo_message(&r.spec.dpo)),
@@ -497,7 +543,10 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
         batch: Some(batch_message(&r.spec.batch)),
         run: Some(run_message(&r.spec.run)),
         seed: Some(r.spec.seed.0),
-        precision: r.spec.precision.map_or_else(String::new, |p| p.name().to_owned()),
+        precision: r
+            .spec
+            .precision
+            .map_or_else(String::new, |p| p.name().to_owned()),
         row_policy: match r.row_policy {
             RowPolicy::Reject => pb::RowPolicy::Reject.into(),
             RowPolicy::Skip => pb::RowPolicy::Skip.into(),
@@ -565,9 +614,10 @@ fn dpo_message(c: &DpoConfig) -> pb::DpoConfig {
         use_weighting: c.wpo,
         ld_alpha: c.ld_alpha,
         reference_free: c.reference_free,
-        reference_sync: c
-            .reference_sync
-            .map(|s| pb::ReferenceSync { alpha: Some(s.alpha), every_steps: Some(s.every_steps) }),
+        reference_sync: c.reference_sync.map(|s| pb::ReferenceSync {
+            alpha: Some(s.alpha),
+            every_steps: Some(s.every_steps),
+        }),
     }
 }
 
@@ -707,9 +757,15 @@ pub(in crate::rpc) fn event(job: &str, e: Event) -> pb::TrainingEvent {
             to: state(to).into(),
             reason,
         }),
-        EventKind::Step { step, progress: p, metrics } => {
-            P::StepMetrics(pb::StepMetrics { step, progress: Some(progress(p)), metrics })
-        }
+        EventKind::Step {
+            step,
+            progress: p,
+            metrics,
+        } => P::StepMetrics(pb::StepMetrics {
+            step,
+            progress: Some(progress(p)),
+            metrics,
+        }),
         EventKind::Eval { step, metrics } => P::EvalMetrics(pb::EvalMetrics { step, metrics }),
         EventKind::CheckpointCreated { step, best } => {
             P::CheckpointCreated(pb::CheckpointCreated {
@@ -720,7 +776,11 @@ pub(in crate::rpc) fn event(job: &str, e: Event) -> pb::TrainingEvent {
         }
         EventKind::Log { severity, message } => P::Log(pb::LogMessage { severity, message }),
     };
-    pb::TrainingEvent { sequence: e.sequence, time: Some(timestamp(e.time)), event: Some(event) }
+    pb::TrainingEvent {
+        sequence: e.sequence,
+        time: Some(timestamp(e.time)),
+        event: Some(event),
+    }
 }
 
 #[cfg(test)]

@@ -18,11 +18,17 @@ struct StoredDataset {
 
 impl StoredDataset {
     async fn new(has_store: bool) -> Self {
-        let (root, store) =
-            (tempfile::tempdir().unwrap(), has_store.then(|| tempfile::tempdir().unwrap()));
+        let (root, store) = (
+            tempfile::tempdir().unwrap(),
+            has_store.then(|| tempfile::tempdir().unwrap()),
+        );
         let open = |store: &TempDir| {
-            Remote::open(&format!("file://{}", store.path().display()), &BTreeMap::new(), true)
-                .unwrap()
+            Remote::open(
+                &format!("file://{}", store.path().display()),
+                &BTreeMap::new(),
+                true,
+            )
+            .unwrap()
         };
         let artifacts = Artifacts::open(root.path(), store.as_ref().map(open)).unwrap();
         let dataset = Dataset {
@@ -37,7 +43,12 @@ impl StoredDataset {
         };
         fs::write(artifacts.dataset("d"), ROWS).unwrap();
         artifacts.upload_dataset("d").await.unwrap();
-        StoredDataset { root, store, artifacts, dataset }
+        StoredDataset {
+            root,
+            store,
+            artifacts,
+            dataset,
+        }
     }
 
     fn here(&self) -> PathBuf {
@@ -49,14 +60,19 @@ impl StoredDataset {
     }
 
     async fn fetch(&self) -> Result<PathBuf> {
-        self.artifacts.fetch_dataset(&self.dataset, &self.dataset.content_hash).await
+        self.artifacts
+            .fetch_dataset(&self.dataset, &self.dataset.content_hash)
+            .await
     }
 
     /// Fetches the file, which must be refused, and returns the reason and the message.
     async fn refusal(&self) -> (Reason, String) {
         match self.fetch().await.unwrap_err() {
             ServiceError::FailedPrecondition { reason, message } => {
-                assert!(message.contains("datasets/d") && message.contains("upload"), "{message}");
+                assert!(
+                    message.contains("datasets/d") && message.contains("upload"),
+                    "{message}"
+                );
                 assert!(
                     !message.contains(&self.root.path().display().to_string()),
                     "it names a folder of the server: {message}"
@@ -79,7 +95,10 @@ async fn a_damaged_or_missing_copy_of_a_dataset_is_fetched_again() {
     for damage in damages {
         damage();
         let path = stored.fetch().await.unwrap();
-        assert_eq!((path.clone(), fs::read(path).unwrap()), (stored.here(), ROWS.to_vec()));
+        assert_eq!(
+            (path.clone(), fs::read(path).unwrap()),
+            (stored.here(), ROWS.to_vec())
+        );
     }
     // An intact local copy is used without the store.
     fs::remove_file(stored.stored()).unwrap();

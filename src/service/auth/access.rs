@@ -17,7 +17,10 @@ pub fn require(caller: &Caller, role: Role) -> Result<()> {
     if caller.may(role) {
         return Ok(());
     }
-    let message = format!("the token lacks the role {}: use one that has it", role.name());
+    let message = format!(
+        "the token lacks the role {}: use one that has it",
+        role.name()
+    );
     Err(ServiceError::PermissionDenied { message })
 }
 
@@ -48,7 +51,12 @@ fn check_visible<T>(
 /// `PermissionDenied` if the job does not exist or belongs to another client; `NotFound` for
 /// administrators.
 pub(in crate::service) async fn own_job(store: &Store, caller: &Caller, id: &str) -> Result<Job> {
-    check_visible(caller, store.job(id).await, |j| &j.owner, || format!("trainingJobs/{id}"))
+    check_visible(
+        caller,
+        store.job(id).await,
+        |j| &j.owner,
+        || format!("trainingJobs/{id}"),
+    )
 }
 
 /// Returns a dataset that the caller owns (any dataset for administrators).
@@ -61,7 +69,12 @@ pub(in crate::service) async fn own_dataset(
     caller: &Caller,
     id: &str,
 ) -> Result<Dataset> {
-    check_visible(caller, store.dataset(id).await, |d| &d.owner, || format!("datasets/{id}"))
+    check_visible(
+        caller,
+        store.dataset(id).await,
+        |d| &d.owner,
+        || format!("datasets/{id}"),
+    )
 }
 
 /// Checks that weights are a base model, which everyone may use, or belong to a job of the

@@ -25,7 +25,10 @@ pub(in crate::service) struct QuotaShare {
 impl ScoringQuota {
     /// Creates a quota that is unused.
     pub fn new(limit: Option<usize>) -> Self {
-        ScoringQuota { limit, in_queue: Arc::default() }
+        ScoringQuota {
+            limit,
+            in_queue: Arc::default(),
+        }
     }
 
     /// Takes `tokens` from a client's quota; returns `None` if there is no limit. A client without
@@ -35,7 +38,9 @@ impl ScoringQuota {
     /// # Errors
     /// `ResourceExhausted` if the client would have more queued tokens than the limit.
     pub fn take(&self, owner: &str, tokens: usize) -> Result<Option<QuotaShare>> {
-        let Some(limit) = self.limit else { return Ok(None) };
+        let Some(limit) = self.limit else {
+            return Ok(None);
+        };
         let mut all = self.in_queue.lock().unwrap_or_else(PoisonError::into_inner);
         let queued = all.get(owner).copied().unwrap_or(0);
         if queued > 0 && queued + tokens > limit {
@@ -43,16 +48,27 @@ impl ScoringQuota {
                 "{queued} of your tokens are waiting to be scored, {limit} are allowed: send more \
                  after some requests are answered"
             );
-            return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyTokens, message });
+            return Err(ServiceError::ResourceExhausted {
+                reason: Reason::TooManyTokens,
+                message,
+            });
         }
         *all.entry(owner.to_owned()).or_default() += tokens;
-        Ok(Some(QuotaShare { quota: self.clone(), owner: owner.to_owned(), tokens }))
+        Ok(Some(QuotaShare {
+            quota: self.clone(),
+            owner: owner.to_owned(),
+            tokens,
+        }))
     }
 }
 
 impl Drop for QuotaShare {
     fn drop(&mut self) {
-        let mut all = self.quota.in_queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self
+            .quota
+            .in_queue
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(queued) = all.get_mut(&self.owner) {
             *queued -= self.tokens;
             if *queued == 0 {
@@ -70,7 +86,10 @@ mod tests {
     fn a_client_has_its_share_and_no_more() {
         let quota = ScoringQuota::new(Some(100));
         let first = quota.take("a", 150).unwrap();
-        assert!(quota.take("a", 1).is_err(), "a large first request is let in, nothing beside it");
+        assert!(
+            quota.take("a", 1).is_err(),
+            "a large first request is let in, nothing beside it"
+        );
         let other = quota.take("b", 60).unwrap();
         assert!(quota.take("b", 41).is_err() && quota.take("b", 40).is_ok());
         drop((first, other));
@@ -78,6 +97,11 @@ mod tests {
             quota.in_queue.lock().unwrap().is_empty(),
             "no entry remains for a client without requests"
         );
-        assert!(ScoringQuota::new(None).take("a", usize::MAX).unwrap().is_none());
+        assert!(
+            ScoringQuota::new(None)
+                .take("a", usize::MAX)
+                .unwrap()
+                .is_none()
+        );
     }
 }

@@ -139,7 +139,9 @@ impl TokenService {
     /// Waits until the caller's token has been revoked or has expired, and returns the error for
     /// the calls that are still open. Never returns for a caller without a token.
     pub async fn until_invalid(&self, caller: &Caller) -> ServiceError {
-        let Some(id) = &caller.token else { return std::future::pending().await };
+        let Some(id) = &caller.token else {
+            return std::future::pending().await;
+        };
         loop {
             tokio::time::sleep(CACHE_TTL).await;
             match self.store.token(id).await {
@@ -161,8 +163,11 @@ impl TokenService {
     /// `Unauthenticated` if the token is unknown, expired or revoked. The error does not say which.
     pub async fn admit(&self, token: &str) -> Result<Caller> {
         let key = blake3::hash(token.as_bytes());
-        if let Some((caller, until)) =
-            self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&key)
+        if let Some((caller, until)) = self
+            .cache
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&key)
             && *until > Instant::now()
         {
             return Ok(caller.clone());
@@ -179,7 +184,11 @@ impl TokenService {
             return Err(refused());
         }
         let row = {
-            let _lookup = self.lookups.acquire().await.map_err(ServiceError::internal)?;
+            let _lookup = self
+                .lookups
+                .acquire()
+                .await
+                .map_err(ServiceError::internal)?;
             self.store.token(id).await?.ok_or_else(refused)?
         };
         // `blake3::Hash` compares in constant time.
@@ -190,7 +199,11 @@ impl TokenService {
             return Err(refused());
         }
         let token = described(row);
-        let caller = Caller { owner: token.owner, roles: token.roles, token: Some(token.id) };
+        let caller = Caller {
+            owner: token.owner,
+            roles: token.roles,
+            token: Some(token.id),
+        };
         let mut cached = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if cached.len() >= MAX_CACHED_TOKENS {
             let at = Instant::now();

@@ -49,10 +49,16 @@ impl JobCreator {
         let hash = serde_json::to_vec(&request)
             .map(|b| blake3::hash(&b).to_hex().to_string())
             .map_err(ServiceError::internal)?;
-        let request = self.validator.check_request(caller, request, request_id.as_deref()).await?;
+        let request = self
+            .validator
+            .check_request(caller, request, request_id.as_deref())
+            .await?;
         let job = draft(caller, request);
         if validate_only {
-            return Ok(Job { id: String::new(), ..job });
+            return Ok(Job {
+                id: String::new(),
+                ..job
+            });
         }
         let quota = self.max_jobs_per_client;
         // Runs in a separate task, which finishes even if the caller disconnects. Otherwise the
@@ -60,9 +66,14 @@ impl JobCreator {
         let (creator, caller, (sender, created)) =
             (self.clone(), caller.clone(), oneshot::channel());
         let creating = async move {
-            let creation =
-                Creation { request_id: request_id.as_deref(), request_hash: &hash, quota };
-            let created = creator.store_job(job, creation, || sender.is_closed()).await;
+            let creation = Creation {
+                request_id: request_id.as_deref(),
+                request_hash: &hash,
+                quota,
+            };
+            let created = creator
+                .store_job(job, creation, || sender.is_closed())
+                .await;
             if let Ok(job) = &created {
                 tracing::info!(job = job.id, state = job.state.name(), "job created");
                 audit(&caller, "create", &format!("trainingJobs/{}", job.id));
@@ -90,7 +101,10 @@ impl JobCreator {
         let is_stored = match &inserted {
             Ok(stored) => stored.id == job.id,
             // The insert may have succeeded although its answer was lost. Then the files must stay.
-            Err(_) => !matches!(self.store.job(&job.id).await, Err(ServiceError::NotFound { .. })),
+            Err(_) => !matches!(
+                self.store.job(&job.id).await,
+                Err(ServiceError::NotFound { .. })
+            ),
         };
         if !is_stored && names_adapter(&job) {
             // A failure is ignored. A copy in the data directory is removed by a later sweep; a
@@ -103,7 +117,10 @@ impl JobCreator {
     /// Copies the adapter that a new job starts from, if any, to the job's artifacts and pins its
     /// content hash. Nothing is copied if the same `request_id` has already created a job.
     async fn copy_init_adapter(&self, job: &mut Job, request_id: Option<&str>) -> Result<()> {
-        let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &job.request.spec.method
+        let Method::Lora(LoraConfig {
+            init_adapter: Some(name),
+            ..
+        }) = &job.request.spec.method
         else {
             return Ok(());
         };

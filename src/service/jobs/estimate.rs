@@ -84,7 +84,8 @@ impl JobEstimator {
         let size = spec.batch.batch_size;
         let lengths = Lengths::of(train, size).max(Lengths::of(eval, size));
         let (memory_bytes, memory_limit_bytes) =
-            self.engine.memory(&inputs.model, inputs.reference.as_ref(), spec, lengths)?;
+            self.engine
+                .memory(&inputs.model, inputs.reference.as_ref(), spec, lengths)?;
 
         let total_steps = spec.batch.total_steps(train.len());
         let epochs = total_steps as f64 / spec.batch.steps_per_epoch(train.len()).max(1) as f64;
@@ -99,7 +100,11 @@ impl JobEstimator {
         // Cost per token in units of a forward pass: 1 for the forward pass and 1 for the gradients
         // of the activations; full training adds 1 for the gradients of the weights. The reference
         // is computed once per pair and then cached.
-        let passes = if matches!(spec.method, Method::Full) { 3.0 } else { 2.0 };
+        let passes = if matches!(spec.method, Method::Full) {
+            3.0
+        } else {
+            2.0
+        };
         let reference = match &inputs.reference {
             Some(weights) => {
                 let model = weights.model().filter(|model| *model != inputs.model);
@@ -136,9 +141,13 @@ impl JobEstimator {
             tokens += pair.packed_tokens();
             groups.extend(pair.groups());
         }
-        let weights = WeightsRef::Base { model: model.to_owned() };
+        let weights = WeightsRef::Base {
+            model: model.to_owned(),
+        };
         let start = Instant::now();
-        self.engine.score(&weights, None, ScoreItem { groups }).await?;
+        self.engine
+            .score(&weights, None, ScoreItem { groups })
+            .await?;
         Ok(start.elapsed().as_secs_f64() / tokens.max(1) as f64)
     }
 }

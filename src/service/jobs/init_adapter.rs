@@ -55,8 +55,15 @@ impl InitAdapters {
 /// `InvalidArgument` if the client gave another value for one of them, or if the adapter cannot be
 /// read.
 pub(super) async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> Result<()> {
-    let JobRequest { spec, given_lora, policy, .. } = request;
-    let Method::Lora(lora) = &mut spec.method else { return Ok(()) };
+    let JobRequest {
+        spec,
+        given_lora,
+        policy,
+        ..
+    } = request;
+    let Method::Lora(lora) = &mut spec.method else {
+        return Ok(());
+    };
     let (field, adapter_name) = match &lora.init_adapter {
         Some(name) => (INIT_ADAPTER, format!("the init_adapter {}", quoted(name))),
         None => ("training_job.policy", format!("the adapter of {policy}")),
@@ -83,7 +90,13 @@ pub(super) async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> 
         }
     };
     let mut bad = Violations::default();
-    lora.adopt(&adapter, given_lora, &adapter_name, "training_job.lora", &mut bad);
+    lora.adopt(
+        &adapter,
+        given_lora,
+        &adapter_name,
+        "training_job.lora",
+        &mut bad,
+    );
     Ok(bad.into_result()?)
 }
 

@@ -56,15 +56,24 @@ impl InputLoader {
     /// cannot be used. `InvalidArgument` if no row is left to train on.
     pub async fn load(&self, job: &Job) -> Result<JobInputs> {
         let start = self.policies.start_weights(job).await?;
-        let reference = self.policies.reference_weights(job).await?.map(|r| r.weights);
+        let reference = self
+            .policies
+            .reference_weights(job)
+            .await?
+            .map(|r| r.weights);
         let tokenizer = self.engine.tokenizer(&start.model)?;
         let dataset = self.store.dataset(&job.request.dataset).await?;
         let eval_dataset = match &job.request.evaluation {
             Evaluation::Dataset(id) => Some(self.store.dataset(id).await?),
             _ => None,
         };
-        let (artifacts, pinned) =
-            (&self.artifacts, job.request.pins.as_ref().and_then(|pins| pins.contents.as_ref()));
+        let (artifacts, pinned) = (
+            &self.artifacts,
+            job.request
+                .pins
+                .as_ref()
+                .and_then(|pins| pins.contents.as_ref()),
+        );
         let expected = pinned.map_or(&dataset.content_hash, |contents| &contents.dataset);
         let file = artifacts.fetch_dataset(&dataset, expected).await?;
         let eval_file = match eval_dataset {
@@ -85,8 +94,11 @@ impl InputLoader {
             vocab_size: self.engine.model(&start.model)?.vocab_size,
         };
         let (train, eval, digest, new_since_0_2_0, skipped) = blocking(move || {
-            let EncodedDataset { pairs: mut train, bad: mut skipped, mut new_since_0_2_0 } =
-                encode_dataset(&file, &dataset, &context, &request)?;
+            let EncodedDataset {
+                pairs: mut train,
+                bad: mut skipped,
+                mut new_since_0_2_0,
+            } = encode_dataset(&file, &dataset, &context, &request)?;
             let mut eval = Vec::new();
             match (&request.evaluation, &eval_file) {
                 (_, Some((d, path))) => {
@@ -157,7 +169,10 @@ fn encode_dataset(
              again",
             dataset.id
         );
-        return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
+        return Err(ServiceError::FailedPrecondition {
+            reason: Reason::DatasetInvalid,
+            message,
+        });
     }
     if request.spec.dpo.compares_pairs()
         && let Some(row) = loaded.rows.iter().find(|row| row.weight != 1.0)
@@ -168,7 +183,10 @@ fn encode_dataset(
              rejected answers has its weight divided among them), or choose another loss",
             row.row, dataset.id, row.weight
         );
-        return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
+        return Err(ServiceError::FailedPrecondition {
+            reason: Reason::DatasetInvalid,
+            message,
+        });
     }
     let encoder = PairEncoder::new(
         &context.tokenizer,
@@ -199,10 +217,18 @@ fn encode_dataset(
             first.reason.name(),
             first.message
         );
-        return Err(ServiceError::FailedPrecondition { reason: Reason::DatasetInvalid, message });
+        return Err(ServiceError::FailedPrecondition {
+            reason: Reason::DatasetInvalid,
+            message,
+        });
     }
     let ignored_by_0_2_0 = |row: &PreferenceRow| {
-        Some(format!("{} of row {} of datasets/{}", row.new_since_0_2_0()?, row.row, dataset.id))
+        Some(format!(
+            "{} of row {} of datasets/{}",
+            row.new_since_0_2_0()?,
+            row.row,
+            dataset.id
+        ))
     };
     Ok(EncodedDataset {
         pairs,

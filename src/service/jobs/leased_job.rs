@@ -48,8 +48,14 @@ pub(in crate::service) type Gauge = (&'static str, f64);
 /// the run reports is shown, so that a run with normalized rewards shows those.
 const GAUGES: [(&str, &[&str]); 3] = [
     ("bradley_training_loss", &["loss"]),
-    ("bradley_training_margin", &["rewards_normalized/margins", "rewards/margins"]),
-    ("bradley_training_accuracy", &["rewards_normalized/accuracies", "rewards/accuracies"]),
+    (
+        "bradley_training_margin",
+        &["rewards_normalized/margins", "rewards/margins"],
+    ),
+    (
+        "bradley_training_accuracy",
+        &["rewards_normalized/accuracies", "rewards/accuracies"],
+    ),
 ];
 
 impl LeasedJob {
@@ -78,27 +84,40 @@ impl LeasedJob {
 
     /// Asks the run to write a checkpoint and go back to the queue. The first reason is recorded.
     pub(super) fn preempt(&self, why: Preemption) {
-        self.preemption.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+        self.preemption
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(why);
         self.control.drain();
     }
 
     /// Returns the reason for the preemption, if the run was preempted.
     pub(super) fn preemption(&self) -> Option<Preemption> {
-        *self.preemption.lock().unwrap_or_else(PoisonError::into_inner)
+        *self
+            .preemption
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sets the gauges of a logged step.
     pub fn set_gauges(&self, progress: &Progress, metrics: &Metrics) {
         let value = |names: &[&str]| names.iter().find_map(|name| metrics.get(*name)).copied();
-        let of_metrics = GAUGES.iter().filter_map(|(gauge, names)| Some((*gauge, value(names)?)));
+        let of_metrics = GAUGES
+            .iter()
+            .filter_map(|(gauge, names)| Some((*gauge, value(names)?)));
         let ratio = progress.step as f64 / progress.total_steps.max(1) as f64;
-        let all = of_metrics.chain([("bradley_training_progress_ratio", ratio)]).collect();
+        let all = of_metrics
+            .chain([("bradley_training_progress_ratio", ratio)])
+            .collect();
         *self.gauges.lock().unwrap_or_else(PoisonError::into_inner) = all;
     }
 
     /// Returns the gauges of the last logged step.
     pub fn gauges(&self) -> Vec<Gauge> {
-        self.gauges.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.gauges
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Stores a change of the job and notifies the followers of its events. Retries while the store
@@ -154,7 +173,9 @@ async fn retry<T, F: Future<Output = Result<T>> + Send>(
     loop {
         match f().await {
             Err(
-                ServiceError::Unavailable { reason, message, .. }
+                ServiceError::Unavailable {
+                    reason, message, ..
+                }
                 | ServiceError::ResourceExhausted { reason, message },
             ) if matches!(
                 reason,

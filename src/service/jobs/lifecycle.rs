@@ -60,12 +60,18 @@ impl JobService {
                         "trainingJobs/{id} has changed since etag {} was read: read it again",
                         quoted(etag.unwrap_or_default())
                     );
-                    return Err(ServiceError::Aborted { reason: Reason::EtagStale, message });
+                    return Err(ServiceError::Aborted {
+                        reason: Reason::EtagStale,
+                        message,
+                    });
                 }
                 let request = &mut job.request;
-                request.display_name =
-                    changes.display_name.unwrap_or(std::mem::take(&mut request.display_name));
-                request.labels = changes.labels.unwrap_or(std::mem::take(&mut request.labels));
+                request.display_name = changes
+                    .display_name
+                    .unwrap_or(std::mem::take(&mut request.display_name));
+                request.labels = changes
+                    .labels
+                    .unwrap_or(std::mem::take(&mut request.labels));
                 request.priority = changes.priority.unwrap_or(request.priority);
                 request.ttl_ms = changes.ttl_ms.unwrap_or(request.ttl_ms);
                 let mut bad = Violations::default();
@@ -88,12 +94,18 @@ impl JobService {
     /// `FailedPrecondition` if the job has ended or is being cancelled.
     pub async fn pause_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         own_job(&self.store, caller, id).await?;
-        self.move_job(caller, id, "pause", "paused by a client", |job| match job.state {
-            JobState::Queued => Ok(JobState::Paused),
-            JobState::Preparing | JobState::Running => Ok(JobState::Pausing),
-            JobState::Pausing | JobState::Paused => Ok(job.state),
-            JobState::Cancelling => Err(refused(job, Reason::Cancelling, "it will end soon")),
-            _ => Err(refused(job, Reason::AlreadyEnded, "there is nothing to pause")),
+        self.move_job(caller, id, "pause", "paused by a client", |job| {
+            match job.state {
+                JobState::Queued => Ok(JobState::Paused),
+                JobState::Preparing | JobState::Running => Ok(JobState::Pausing),
+                JobState::Pausing | JobState::Paused => Ok(job.state),
+                JobState::Cancelling => Err(refused(job, Reason::Cancelling, "it will end soon")),
+                _ => Err(refused(
+                    job,
+                    Reason::AlreadyEnded,
+                    "there is nothing to pause",
+                )),
+            }
         })
         .await
     }
@@ -109,14 +121,24 @@ impl JobService {
         self.policies.check_reference(&job).await?;
         self.runs.forget_postponed(id);
         let job = self
-            .move_job(caller, id, "resume", "resumed by a client", |job| match job.state {
-                JobState::Paused => Ok(JobState::Queued),
-                JobState::Queued => Ok(JobState::Queued),
-                JobState::Pausing => {
-                    Err(refused(job, Reason::Pausing, "resume it when it is paused"))
-                }
-                _ => Err(refused(job, Reason::NotPaused, "only a paused job can be resumed")),
-            })
+            .move_job(
+                caller,
+                id,
+                "resume",
+                "resumed by a client",
+                |job| match job.state {
+                    JobState::Paused => Ok(JobState::Queued),
+                    JobState::Queued => Ok(JobState::Queued),
+                    JobState::Pausing => {
+                        Err(refused(job, Reason::Pausing, "resume it when it is paused"))
+                    }
+                    _ => Err(refused(
+                        job,
+                        Reason::NotPaused,
+                        "only a paused job can be resumed",
+                    )),
+                },
+            )
             .await?;
         self.runs.wake();
         Ok(job)
@@ -128,13 +150,24 @@ impl JobService {
     /// `FailedPrecondition` if the job has already ended.
     pub async fn cancel_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         own_job(&self.store, caller, id).await?;
-        self.move_job(caller, id, "cancel", "cancelled by a client", |job| match job.state {
-            JobState::Queued | JobState::Paused => Ok(JobState::Cancelled),
-            JobState::Preparing | JobState::Running | JobState::Pausing | JobState::Cancelling => {
-                Ok(JobState::Cancelling)
-            }
-            _ => Err(refused(job, Reason::AlreadyEnded, "there is nothing to cancel")),
-        })
+        self.move_job(
+            caller,
+            id,
+            "cancel",
+            "cancelled by a client",
+            |job| match job.state {
+                JobState::Queued | JobState::Paused => Ok(JobState::Cancelled),
+                JobState::Preparing
+                | JobState::Running
+                | JobState::Pausing
+                | JobState::Cancelling => Ok(JobState::Cancelling),
+                _ => Err(refused(
+                    job,
+                    Reason::AlreadyEnded,
+                    "there is nothing to cancel",
+                )),
+            },
+        )
         .await
     }
 
@@ -161,7 +194,11 @@ impl JobService {
                 if to == JobState::Queued {
                     job.turn = now();
                 }
-                Ok(vec![EventKind::StateChange { from: Some(from), to, reason: reason.to_owned() }])
+                Ok(vec![EventKind::StateChange {
+                    from: Some(from),
+                    to,
+                    reason: reason.to_owned(),
+                }])
             })
             .await?;
         if ended {
@@ -198,7 +235,14 @@ impl JobService {
             if !job.state.is_final() {
                 return Err(refused(job, Reason::NotEnded, "cancel it first"));
             }
-            check(caller, users, Needed::Weights { job: id, step: None })
+            check(
+                caller,
+                users,
+                Needed::Weights {
+                    job: id,
+                    step: None,
+                },
+            )
         };
         // A job's files could not be found again once its row is deleted. So nothing is removed
         // while the artifact store is unavailable.

@@ -28,24 +28,40 @@ impl Postponed {
 
     fn postpone_at(&self, now: Instant, job: &str, first: Duration) {
         let mut pauses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let length =
-            pauses.get(job).map_or(first, |last| (last.length * 2).min(MAX_PAUSE.max(first)));
-        pauses.insert(job.to_owned(), Pause { until: now + length, length });
+        let length = pauses
+            .get(job)
+            .map_or(first, |last| (last.length * 2).min(MAX_PAUSE.max(first)));
+        pauses.insert(
+            job.to_owned(),
+            Pause {
+                until: now + length,
+                length,
+            },
+        );
     }
 
     /// Removes a job, so that it may be claimed at once and its next pause is `first` again.
     pub fn forget(&self, job: &str) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(job);
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(job);
     }
 
     /// Returns the ids of the jobs that are postponed now.
     pub fn jobs(&self) -> Vec<String> {
-        self.pauses_at(Instant::now()).into_iter().map(|(job, _)| job).collect()
+        self.pauses_at(Instant::now())
+            .into_iter()
+            .map(|(job, _)| job)
+            .collect()
     }
 
     /// Returns the earliest end of a pause; `None` if no job is postponed.
     pub fn next_due(&self) -> Option<Instant> {
-        self.pauses_at(Instant::now()).into_iter().map(|(_, until)| until).min()
+        self.pauses_at(Instant::now())
+            .into_iter()
+            .map(|(_, until)| until)
+            .min()
     }
 
     /// Returns the jobs that are postponed at `now`, each with the end of its pause.
@@ -71,7 +87,10 @@ mod tests {
         for seconds in [3, 6, 12] {
             postponed.postpone_at(now, "a", 3 * second);
             let until = now + seconds * second;
-            assert_eq!(postponed.pauses_at(until - second / 1000), [("a".to_owned(), until)]);
+            assert_eq!(
+                postponed.pauses_at(until - second / 1000),
+                [("a".to_owned(), until)]
+            );
             assert_eq!(postponed.pauses_at(until), []);
             now = until;
         }
@@ -81,6 +100,9 @@ mod tests {
         for _ in 0..20 {
             postponed.postpone_at(now, "a", 3 * second);
         }
-        assert_eq!(postponed.pauses_at(now), [("a".to_owned(), now + MAX_PAUSE)]);
+        assert_eq!(
+            postponed.pauses_at(now),
+            [("a".to_owned(), now + MAX_PAUSE)]
+        );
     }
 }

@@ -63,7 +63,11 @@ impl RunRegistry {
 
     /// Returns the ids of the other jobs that this process runs.
     pub fn others(&self, job: &str) -> Vec<String> {
-        self.leased().keys().filter(|id| *id != job).cloned().collect()
+        self.leased()
+            .keys()
+            .filter(|id| *id != job)
+            .cloned()
+            .collect()
     }
 
     pub fn add(&self, job: &Arc<LeasedJob>) {
@@ -74,7 +78,10 @@ impl RunRegistry {
     /// already run the job again.
     pub fn remove(&self, job: &Arc<LeasedJob>) {
         let mut all = self.leased();
-        if all.get(&job.lease.job).is_some_and(|entry| Arc::ptr_eq(entry, job)) {
+        if all
+            .get(&job.lease.job)
+            .is_some_and(|entry| Arc::ptr_eq(entry, job))
+        {
             all.remove(&job.lease.job);
         }
         drop(all);

@@ -37,29 +37,42 @@ pub(super) async fn newest_intact(
     leased: &LeasedJob,
 ) -> Result<Option<PathBuf>> {
     let job = &leased.lease.job;
-    let known = leased.retry_until_stopped(|| from.store.checkpoints(job)).await?;
+    let known = leased
+        .retry_until_stopped(|| from.store.checkpoints(job))
+        .await?;
     remove_folders_without_row(from, job, &known).await?;
     let folder = from.artifacts.checkpoints(job);
     blocking(move || std::fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))).await??;
     for c in known.iter().rev() {
-        let reason = match leased.retry_until_stopped(|| intact_folder(from.artifacts, c)).await {
+        let reason = match leased
+            .retry_until_stopped(|| intact_folder(from.artifacts, c))
+            .await
+        {
             Ok(dir) => return Ok(Some(dir)),
-            Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, message }) => {
-                message
-            }
+            Err(ServiceError::FailedPrecondition {
+                reason: Reason::ArtifactDamaged,
+                message,
+            }) => message,
             Err(e) => return Err(e),
         };
         // If the wrong artifact store is mounted, its contents prove no damage.
-        leased.retry_until_stopped(|| from.artifacts.check_store()).await?;
+        leased
+            .retry_until_stopped(|| from.artifacts.check_store())
+            .await?;
         tracing::warn!(job, step = c.step, reason, "damaged checkpoint");
         let message = format!(
             "checkpoint {} is removed, the run continues from the one before: {reason}",
             c.step
         );
         let log_removal = |_: &mut _| {
-            Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }])
+            Ok(vec![EventKind::Log {
+                severity: "warning".into(),
+                message: message.clone(),
+            }])
         };
-        leased.write(log_removal, RunWriteEffect::Remove(c.step)).await?;
+        leased
+            .write(log_removal, RunWriteEffect::Remove(c.step))
+            .await?;
         remove_checkpoint_files(from.engine, from.artifacts, c).await;
     }
     Ok(None)
@@ -121,7 +134,10 @@ pub(super) async fn check_pairs(
              wrote it finish the job, or cancel the job and create it again",
             state.step
         );
-        Err(ServiceError::FailedPrecondition { reason: Reason::RowsChanged, message })
+        Err(ServiceError::FailedPrecondition {
+            reason: Reason::RowsChanged,
+            message,
+        })
     })
     .await?
 }
@@ -135,11 +151,20 @@ async fn remove_folders_without_row(
     known: &[Checkpoint],
 ) -> Result<()> {
     let folder = from.artifacts.checkpoints(job);
-    let found =
-        blocking(move || checkpoint::steps(&folder)).await?.map_err(ServiceError::internal)?;
-    for step in found.into_iter().filter(|step| !known.iter().any(|row| row.step == *step)) {
-        tracing::info!(job, step, "checkpoint was not acknowledged: its folder is removed");
-        from.engine.evict_policy(&from.artifacts.checkpoint(job, step));
+    let found = blocking(move || checkpoint::steps(&folder))
+        .await?
+        .map_err(ServiceError::internal)?;
+    for step in found
+        .into_iter()
+        .filter(|step| !known.iter().any(|row| row.step == *step))
+    {
+        tracing::info!(
+            job,
+            step,
+            "checkpoint was not acknowledged: its folder is removed"
+        );
+        from.engine
+            .evict_policy(&from.artifacts.checkpoint(job, step));
         from.artifacts.drop_local_checkpoint(job, step).await?;
     }
     Ok(())
@@ -151,11 +176,10 @@ async fn intact_folder(artifacts: &Artifacts, c: &Checkpoint) -> Result<PathBuf>
     let dir = match artifacts.fetch_checkpoint(c).await {
         // Damage in transit is repaired by a second fetch. If that fails too, the object in the
         // store is damaged.
-        Err(ServiceError::FailedPrecondition { reason: Reason::ArtifactDamaged, .. })
-            if artifacts.is_copy() =>
-        {
-            artifacts.fetch_checkpoint(c).await?
-        }
+        Err(ServiceError::FailedPrecondition {
+            reason: Reason::ArtifactDamaged,
+            ..
+        }) if artifacts.is_copy() => artifacts.fetch_checkpoint(c).await?,
         fetched => fetched?,
     };
     match check_files(artifacts, dir.clone(), c).await {
@@ -176,5 +200,7 @@ async fn intact_folder(artifacts: &Artifacts, c: &Checkpoint) -> Result<PathBuf>
 
 async fn check_files(artifacts: &Artifacts, dir: PathBuf, c: &Checkpoint) -> Result<()> {
     let name = format!("trainingJobs/{}/checkpoints/{}", c.job, c.step);
-    blocking(move || checkpoint::check(&dir)).await?.map_err(|e| artifacts.unusable(&e, &name))
+    blocking(move || checkpoint::check(&dir))
+        .await?
+        .map_err(|e| artifacts.unusable(&e, &name))
 }

@@ -133,7 +133,11 @@ impl JobRunner {
     /// Runs a leased job until it ends or is requeued, and stores the outcome. Every lease that a
     /// runner takes is released here.
     async fn run_leased_job(&self, job: &Job, lease: Lease) {
-        let leased = Arc::new(LeasedJob::new(lease, self.store.clone(), self.events.clone()));
+        let leased = Arc::new(LeasedJob::new(
+            lease,
+            self.store.clone(),
+            self.events.clone(),
+        ));
         self.runs.add(&leased);
         // A drain that began just before the job was added to the registry must not be missed.
         if self.shutdown.has_begun() {
@@ -172,7 +176,11 @@ impl JobRunner {
             Err(lost) => Err(lost),
         };
         if let Err(e) = stored {
-            tracing::warn!(job = job.id, error = e, "the end of the run could not be stored");
+            tracing::warn!(
+                job = job.id,
+                error = e,
+                "the end of the run could not be stored"
+            );
         }
         self.runs.remove(&leased);
     }
@@ -180,9 +188,13 @@ impl JobRunner {
     /// Runs a job until it ends or is told to stop.
     async fn run(&self, job: &Job, leased: &LeasedJob) -> Result<RunEnd> {
         let pinned = match &job.request.pins {
-            Some(Pins { contents: Some(_), .. }) => job.clone(),
+            Some(Pins {
+                contents: Some(_), ..
+            }) => job.clone(),
             _ => {
-                let pinned = leased.retry_until_stopped(|| self.pin_content(job, leased)).await;
+                let pinned = leased
+                    .retry_until_stopped(|| self.pin_content(job, leased))
+                    .await;
                 if let Some(end) = stopped(leased.control.command()) {
                     return Ok(end);
                 }
@@ -247,13 +259,17 @@ impl JobRunner {
             artifacts: &self.artifacts,
             engine: &self.engine,
         };
-        let resume = leased.retry_until_stopped(|| newest_intact(source, leased)).await;
+        let resume = leased
+            .retry_until_stopped(|| newest_intact(source, leased))
+            .await;
         if let Some(end) = stopped(leased.control.command()) {
             return Ok(Err(end));
         }
         let resume = resume?;
         if let Some(dir) = &resume {
-            let state = leased.retry_until_stopped(|| progress(&self.artifacts, job, dir)).await;
+            let state = leased
+                .retry_until_stopped(|| progress(&self.artifacts, job, dir))
+                .await;
             if let Some(end) = stopped(leased.control.command()) {
                 return Ok(Err(end));
             }
@@ -275,8 +291,14 @@ impl JobRunner {
         // Other replicas and free devices get some time to claim a queued job before this run is
         // preempted for it.
         let others_may_claim = self.store.is_shared() || self.engine.concurrent_runs() > 1;
-        let (delay, mut woken) =
-            (if others_may_claim { PREEMPTION_DELAY } else { Duration::ZERO }, self.runs.woken());
+        let (delay, mut woken) = (
+            if others_may_claim {
+                PREEMPTION_DELAY
+            } else {
+                Duration::ZERO
+            },
+            self.runs.woken(),
+        );
         // A job may have been queued while this one was being prepared.
         woken.mark_changed();
         let mut check_at: Option<Instant> = None;
@@ -316,7 +338,10 @@ impl JobRunner {
             }
         }
         let message = "the device worker ended without reporting a result".to_owned();
-        Ok(RunEnd::Failed(JobError { reason: Reason::Internal.into(), message }))
+        Ok(RunEnd::Failed(JobError {
+            reason: Reason::Internal.into(),
+            message,
+        }))
     }
 
     /// Preempts the run if [`JobRunner::should_preempt`] gives a reason.
@@ -357,7 +382,12 @@ impl JobRunner {
                 }
             }
         }
-        tracing::info!(job = leased.lease.job, next = next.id, ?preemption, "the job is preempted");
+        tracing::info!(
+            job = leased.lease.job,
+            next = next.id,
+            ?preemption,
+            "the job is preempted"
+        );
         Ok(Some(preemption))
     }
 
@@ -383,12 +413,15 @@ impl JobRunner {
         };
         let pin = |j: &mut Job| {
             j.request.model.get_or_insert_with(|| model.clone());
-            let pins = j
-                .request
-                .pins
-                .get_or_insert_with(|| Pins { base: base.clone(), ..Pins::default() });
+            let pins = j.request.pins.get_or_insert_with(|| Pins {
+                base: base.clone(),
+                ..Pins::default()
+            });
             pins.contents.get_or_insert_with(|| contents.clone());
-            Ok(vec![EventKind::Log { severity: "warning".into(), message: message.clone() }])
+            Ok(vec![EventKind::Log {
+                severity: "warning".into(),
+                message: message.clone(),
+            }])
         };
         leased.write(pin, RunWriteEffect::Nothing).await
     }
@@ -396,7 +429,10 @@ impl JobRunner {
     /// Stores an event of the run, then notifies the followers of the job.
     async fn persist_event(&self, job: &Job, leased: &LeasedJob, event: RunEvent) -> Result<()> {
         match event {
-            RunEvent::Running { total_steps, from_step } => {
+            RunEvent::Running {
+                total_steps,
+                from_step,
+            } => {
                 let running = move |j: &mut Job| {
                     j.progress.total_steps = total_steps;
                     j.progress.step = from_step;
@@ -433,11 +469,20 @@ impl JobRunner {
             RunEvent::Eval { step, metrics } => {
                 let eval = |j: &mut Job| {
                     j.latest_metrics.extend(metrics.clone());
-                    Ok(vec![EventKind::Eval { step, metrics: metrics.clone() }])
+                    Ok(vec![EventKind::Eval {
+                        step,
+                        metrics: metrics.clone(),
+                    }])
                 };
                 leased.write(eval, RunWriteEffect::Nothing).await?;
             }
-            RunEvent::Checkpoint { step, best, adapter, size_bytes, metrics } => {
+            RunEvent::Checkpoint {
+                step,
+                best,
+                adapter,
+                size_bytes,
+                metrics,
+            } => {
                 let dir = self.artifacts.checkpoint(&job.id, step);
                 let digest = blocking(move || checkpoint::digest(&dir))
                     .await?
@@ -471,7 +516,10 @@ impl JobRunner {
             }
             RunEvent::Log { severity, message } => {
                 let log = |_: &mut Job| {
-                    Ok(vec![EventKind::Log { severity: severity.into(), message: message.clone() }])
+                    Ok(vec![EventKind::Log {
+                        severity: severity.into(),
+                        message: message.clone(),
+                    }])
                 };
                 leased.write(log, RunWriteEffect::Nothing).await?;
             }
@@ -483,9 +531,14 @@ impl JobRunner {
     /// Deletes old checkpoints beyond `save_total_limit`, except the best one.
     async fn delete_surplus_checkpoints(&self, job: &Job, leased: &LeasedJob) -> Result<()> {
         let all = retry_while_unavailable(|| self.store.checkpoints(&job.id)).await?;
-        let surplus = all.len().saturating_sub(job.request.spec.run.save_total_limit);
+        let surplus = all
+            .len()
+            .saturating_sub(job.request.spec.run.save_total_limit);
         for old in all.iter().take(surplus).filter(|c| !c.best) {
-            match leased.write(|_| Ok(Vec::new()), RunWriteEffect::Retire(old.step)).await {
+            match leased
+                .write(|_| Ok(Vec::new()), RunWriteEffect::Retire(old.step))
+                .await
+            {
                 Ok(_) => remove_checkpoint_files(&self.engine, &self.artifacts, old).await,
                 // Another job starts from this checkpoint or uses it as its reference.
                 Err(ServiceError::FailedPrecondition { .. }) => {}
@@ -536,7 +589,10 @@ fn failure(e: &ServiceError) -> JobError {
         }
         e => e.to_string(),
     };
-    JobError { reason: reason.into(), message }
+    JobError {
+        reason: reason.into(),
+        message,
+    }
 }
 
 /// Returns the end of a run that was told to stop, or `None` if it should go on.
@@ -558,24 +614,41 @@ fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, to
             let loss = metrics.get("loss").map(|loss| ("loss", *loss));
             (
                 "training.steps",
-                [Some(("step", progress.step as f64)), loss].into_iter().flatten().collect(),
+                [Some(("step", progress.step as f64)), loss]
+                    .into_iter()
+                    .flatten()
+                    .collect(),
             )
         }
         RunEvent::Eval { step, .. } => ("training.evaluate", vec![("step", *step as f64)]),
-        RunEvent::Checkpoint { step, size_bytes, .. } => {
-            ("training.checkpoint", vec![("step", *step as f64), ("bytes", *size_bytes as f64)])
-        }
+        RunEvent::Checkpoint {
+            step, size_bytes, ..
+        } => (
+            "training.checkpoint",
+            vec![("step", *step as f64), ("bytes", *size_bytes as f64)],
+        ),
         RunEvent::Log { .. } | RunEvent::Ended(_) => return,
     };
-    let about = about.into_iter().map(|(key, value)| KeyValue::new(key, value)).collect();
-    trace::record(name, context, SystemTime::now() - made.elapsed() - took, took, about);
+    let about = about
+        .into_iter()
+        .map(|(key, value)| KeyValue::new(key, value))
+        .collect();
+    trace::record(
+        name,
+        context,
+        SystemTime::now() - made.elapsed() - took,
+        took,
+        about,
+    );
 }
 
 async fn log_skipped_rows(leased: &LeasedJob, skipped: &BadRows) -> Result<()> {
     let listed = skipped.lines();
     let first = listed.first().map(String::as_str).unwrap_or_default();
-    let message =
-        format!("{} rows are left out, see skipped_rows; the first: {first}", skipped.rows());
+    let message = format!(
+        "{} rows are left out, see skipped_rows; the first: {first}",
+        skipped.rows()
+    );
     let note = |j: &mut Job| {
         // A resumed job has already logged the same rows.
         let known = j.skipped_rows == listed;
@@ -583,10 +656,16 @@ async fn log_skipped_rows(leased: &LeasedJob, skipped: &BadRows) -> Result<()> {
         Ok(if known {
             Vec::new()
         } else {
-            vec![EventKind::Log { severity: "warning".into(), message: message.clone() }]
+            vec![EventKind::Log {
+                severity: "warning".into(),
+                message: message.clone(),
+            }]
         })
     };
-    leased.write(note, RunWriteEffect::Nothing).await.map(|_| ())
+    leased
+        .write(note, RunWriteEffect::Nothing)
+        .await
+        .map(|_| ())
 }
 
 /// Stores the last change of state of a run and releases its lease.
@@ -603,8 +682,11 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
             _ if cancelling => (JobState::Cancelled, "cancelled by a client".to_owned()),
             End::Waits(e) | End::Run(RunEnd::InputMissing(e)) => {
                 job.error = Some(e.clone());
-                let to =
-                    if from == JobState::Pausing { JobState::Paused } else { JobState::Queued };
+                let to = if from == JobState::Pausing {
+                    JobState::Paused
+                } else {
+                    JobState::Queued
+                };
                 (to, format!("waits: {}", e.message))
             }
             End::Run(RunEnd::Succeeded) => (JobState::Succeeded, "all steps are taken".to_owned()),
@@ -613,7 +695,10 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
             }
             End::Run(RunEnd::Drained) if from == JobState::Pausing => (
                 JobState::Paused,
-                format!("paused by a client; continues from step {}", job.progress.step),
+                format!(
+                    "paused by a client; continues from step {}",
+                    job.progress.step
+                ),
             ),
             End::Run(RunEnd::Drained) => {
                 let why = match preemption {
@@ -624,14 +709,21 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
                         "its time slice is over"
                     }
                 };
-                (JobState::Queued, format!("{why}; continues from step {}", job.progress.step))
+                (
+                    JobState::Queued,
+                    format!("{why}; continues from step {}", job.progress.step),
+                )
             }
         };
         if from.is_final() {
             return Ok(Vec::new());
         }
         job.state = to;
-        Ok(vec![EventKind::StateChange { from: Some(from), to, reason }])
+        Ok(vec![EventKind::StateChange {
+            from: Some(from),
+            to,
+            reason,
+        }])
     };
     let job = leased.write(change, RunWriteEffect::Release).await?;
     if let End::Waits(error) = end {

@@ -26,7 +26,10 @@ pub(super) fn check_changeable(request: &JobRequest, bad: &mut Violations) {
         bad.push("training_job.display_name", "has more than 256 characters");
     }
     if request.labels.len() > 64
-        || request.labels.iter().any(|(k, v)| k.is_empty() || k.len() > 128 || v.len() > 128)
+        || request
+            .labels
+            .iter()
+            .any(|(k, v)| k.is_empty() || k.len() > 128 || v.len() > 128)
     {
         bad.push(
             "training_job.labels",
@@ -81,12 +84,18 @@ impl RequestValidator {
         request.spec.validate("training_job", &mut bad);
         check_changeable(&request, &mut bad);
         if request_id.is_some_and(|id| id.len() > 128 || id.contains('\0')) {
-            bad.push("request_id", "must have at most 128 characters, none of them NUL");
+            bad.push(
+                "request_id",
+                "must have at most 128 characters, none of them NUL",
+            );
         }
         if let Evaluation::Fraction(f) = request.evaluation
             && !(f > 0.0 && f < 1.0)
         {
-            bad.push("training_job.eval_fraction", format!("is {f}: it must lie between 0 and 1"));
+            bad.push(
+                "training_job.eval_fraction",
+                format!("is {f}: it must lie between 0 and 1"),
+            );
         }
         if request.evaluation == Evaluation::None && request.spec.run.early_stopping_patience > 0 {
             bad.push(
@@ -102,7 +111,10 @@ impl RequestValidator {
         }
         check_priority(caller, request.priority, self.max_client_priority, &mut bad);
         bad.into_result()?;
-        for name in [Some(&request.policy), request.reference.as_ref()].into_iter().flatten() {
+        for name in [Some(&request.policy), request.reference.as_ref()]
+            .into_iter()
+            .flatten()
+        {
             check_weights(&self.store, caller, name).await?;
         }
 
@@ -110,7 +122,10 @@ impl RequestValidator {
         request.policy = self.policies.pin(&request.policy).await?;
         let start = self.policies.resolve(&request.policy).await?;
         request.model = Some(start.model.clone());
-        let mut pins = Pins { base: self.engine.identity(&start.model)?, ..Pins::default() };
+        let mut pins = Pins {
+            base: self.engine.identity(&start.model)?,
+            ..Pins::default()
+        };
         if let (Method::Lora(_), WeightsRef::Full { .. }) = (&request.spec.method, &start.weights) {
             let message = "LoRA starts from a base model or from a LoRA checkpoint: export the \
                            full checkpoint merged and serve it as a model";
@@ -119,7 +134,11 @@ impl RequestValidator {
                 message: message.into(),
             });
         }
-        if let Method::Lora(LoraConfig { init_adapter: Some(name), .. }) = &request.spec.method {
+        if let Method::Lora(LoraConfig {
+            init_adapter: Some(name),
+            ..
+        }) = &request.spec.method
+        {
             let WeightsRef::Base { .. } = &start.weights else {
                 let message =
                     "the policy is a checkpoint with an adapter of its own: name one of the two";
@@ -151,7 +170,9 @@ impl RequestValidator {
             request.reference = Some(pinned);
             reference = resolved.weights;
         }
-        for id in [Some(&request.dataset), eval_dataset(&request.evaluation)].into_iter().flatten()
+        for id in [Some(&request.dataset), eval_dataset(&request.evaluation)]
+            .into_iter()
+            .flatten()
         {
             let dataset = own_dataset(&self.store, caller, id).await?;
             let bad_rows = dataset.report.bad_rows_of_any_job();
@@ -178,11 +199,17 @@ impl RequestValidator {
         request.pins = Some(pins);
         // Pinned, so that the job continues with the same precision on a server with other
         // settings.
-        request.spec.precision.get_or_insert(self.engine.precision());
+        request
+            .spec
+            .precision
+            .get_or_insert(self.engine.precision());
         // The size of a micro-batch is known only after the rows are tokenised. The engine checks
         // the actual lengths before the run; here the longest possible pair is assumed.
-        let reference =
-            request.spec.dpo.has_reference(request.reference.is_some()).then_some(&reference);
+        let reference = request
+            .spec
+            .dpo
+            .has_reference(request.reference.is_some())
+            .then_some(&reference);
         self.engine.check(
             &start.model,
             reference,
@@ -210,7 +237,10 @@ fn check_mixable(
          reference_sync",
         reference.config, policy.config
     );
-    Err(ServiceError::invalid("training_job.dpo.reference_sync", message))
+    Err(ServiceError::invalid(
+        "training_job.dpo.reference_sync",
+        message,
+    ))
 }
 
 fn eval_dataset(evaluation: &Evaluation) -> Option<&String> {

@@ -50,8 +50,10 @@ impl Store {
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn checkpoints(&self, job: &str) -> Result<Vec<Checkpoint>> {
         let select = format!("SELECT {CHECKPOINT} FROM checkpoints WHERE job = $1 ORDER BY step");
-        let rows: Vec<CheckpointRow> =
-            sqlx::query_as(AssertSqlSafe(select)).bind(job).fetch_all(&self.readers).await?;
+        let rows: Vec<CheckpointRow> = sqlx::query_as(AssertSqlSafe(select))
+            .bind(job)
+            .fetch_all(&self.readers)
+            .await?;
         rows.into_iter().map(Checkpoint::try_from).collect()
     }
 

@@ -38,9 +38,12 @@ impl Store {
     /// `NotFound` if it does not exist.
     pub async fn dataset(&self, id: &str) -> Result<Dataset> {
         let select = format!("SELECT {} FROM datasets WHERE id = $1", rows::dataset());
-        let row: Option<DatasetRow> =
-            sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?;
-        row.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?.try_into()
+        let row: Option<DatasetRow> = sqlx::query_as(AssertSqlSafe(select))
+            .bind(id)
+            .fetch_optional(&self.readers)
+            .await?;
+        row.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?
+            .try_into()
     }
 
     /// Returns a page of the datasets of `owner` (of everyone if `None`), newest first, without the
@@ -58,7 +61,8 @@ impl Store {
             "SELECT {} FROM datasets WHERE {PAGE_CONDITION}",
             rows::dataset_in_list(self.dialect)
         );
-        self.page::<DatasetRow, _>(&select, owner, page_size, page_token).await
+        self.page::<DatasetRow, _>(&select, owner, page_size, page_token)
+            .await
     }
 
     /// Returns the total size of an owner's datasets, in bytes.
@@ -69,7 +73,10 @@ impl Store {
         // The cast is needed because PostgreSQL's sum of BIGINT is NUMERIC.
         let sum =
             "SELECT CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT) FROM datasets WHERE owner = $1";
-        let bytes: i64 = sqlx::query_scalar(sum).bind(owner).fetch_one(&self.readers).await?;
+        let bytes: i64 = sqlx::query_scalar(sum)
+            .bind(owner)
+            .fetch_one(&self.readers)
+            .await?;
         Ok(bytes as u64)
     }
 
@@ -83,10 +90,19 @@ impl Store {
         refuse: impl FnOnce(&Users) -> Result<()>,
     ) -> Result<()> {
         let mut tx = self.writer.begin().await?;
-        let lock = format!("SELECT seq FROM datasets WHERE id = $1{}", self.dialect.for_update());
-        sqlx::query(AssertSqlSafe(lock)).bind(id).fetch_optional(&mut *tx).await?;
+        let lock = format!(
+            "SELECT seq FROM datasets WHERE id = $1{}",
+            self.dialect.for_update()
+        );
+        sqlx::query(AssertSqlSafe(lock))
+            .bind(id)
+            .fetch_optional(&mut *tx)
+            .await?;
         refuse(&self.unfinished_in(&mut tx).await?)?;
-        sqlx::query("DELETE FROM datasets WHERE id = $1").bind(id).execute(&mut *tx).await?;
+        sqlx::query("DELETE FROM datasets WHERE id = $1")
+            .bind(id)
+            .execute(&mut *tx)
+            .await?;
         Ok(tx.commit().await?)
     }
 }

@@ -45,7 +45,10 @@ pub struct Expired {
 impl Default for Expired {
     /// Returns the position before all expired jobs.
     fn default() -> Self {
-        Expired { time: Millis::MIN, seq: i64::MIN }
+        Expired {
+            time: Millis::MIN,
+            seq: i64::MIN,
+        }
     }
 }
 
@@ -107,8 +110,11 @@ impl Store {
             }
             return earlier.try_into();
         }
-        let created =
-            EventKind::StateChange { from: None, to: job.state, reason: "created".into() };
+        let created = EventKind::StateChange {
+            from: None,
+            to: job.state,
+            reason: "created".into(),
+        };
         let sequence = self.append(&mut tx, &job.id, &created).await?;
         self.announce(&mut tx, job, sequence).await?;
         tx.commit().await?;
@@ -123,14 +129,25 @@ impl Store {
             _ => None,
         };
         for id in [Some(&request.dataset), eval].into_iter().flatten() {
-            let select =
-                format!("SELECT seq FROM datasets WHERE id = $1{}", self.dialect.for_share());
-            let found =
-                sqlx::query(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
+            let select = format!(
+                "SELECT seq FROM datasets WHERE id = $1{}",
+                self.dialect.for_share()
+            );
+            let found = sqlx::query(AssertSqlSafe(select))
+                .bind(id)
+                .fetch_optional(&mut **tx)
+                .await?;
             found.ok_or_else(|| ServiceError::not_found("dataset", format!("datasets/{id}")))?;
         }
-        for name in [Some(&request.policy), request.reference.as_ref()].into_iter().flatten() {
-            if let PolicyName::Checkpoint { job, which: CheckpointRef::Step(step) } = name {
+        for name in [Some(&request.policy), request.reference.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            if let PolicyName::Checkpoint {
+                job,
+                which: CheckpointRef::Step(step),
+            } = name
+            {
                 let select = format!(
                     "SELECT step FROM checkpoints WHERE job = $1 AND step = $2{}",
                     self.dialect.for_share()
@@ -151,7 +168,9 @@ impl Store {
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn was_made(&self, owner: &str, request_id: Option<&str>) -> Result<bool> {
-        let Some(id) = request_id else { return Ok(false) };
+        let Some(id) = request_id else {
+            return Ok(false);
+        };
         let count = "SELECT COUNT(*) FROM jobs WHERE request_id = $1";
         let made: i64 = sqlx::query_scalar(count)
             .bind(format!("{owner}/{id}"))
@@ -192,14 +211,19 @@ impl Store {
             "SELECT COUNT(*) FROM jobs WHERE owner = $1 AND state IN ({})",
             state_list(|s| !s.is_final())
         );
-        let unfinished: i64 =
-            sqlx::query_scalar(AssertSqlSafe(count)).bind(owner).fetch_one(&mut **tx).await?;
+        let unfinished: i64 = sqlx::query_scalar(AssertSqlSafe(count))
+            .bind(owner)
+            .fetch_one(&mut **tx)
+            .await?;
         if unfinished as u64 >= quota {
             let message = format!(
                 "you have {unfinished} unfinished jobs, at most {quota} are allowed: wait for one \
                  or cancel one"
             );
-            return Err(ServiceError::ResourceExhausted { reason: Reason::TooManyJobs, message });
+            return Err(ServiceError::ResourceExhausted {
+                reason: Reason::TooManyJobs,
+                message,
+            });
         }
         Ok(())
     }
@@ -211,8 +235,10 @@ impl Store {
     /// of the server wrote it.
     pub async fn job(&self, id: &str) -> Result<Job> {
         let select = format!("SELECT {JOB} FROM jobs WHERE id = $1");
-        let row: Option<JobRow> =
-            sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?;
+        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select))
+            .bind(id)
+            .fetch_optional(&self.readers)
+            .await?;
         row.ok_or_else(|| missing(id))?.try_into()
     }
 
@@ -231,7 +257,8 @@ impl Store {
         let wanted = state_list(|s| states.is_empty() || states.contains(&s));
         let select =
             format!("SELECT {JOB} FROM jobs WHERE state IN ({wanted}) AND {PAGE_CONDITION}");
-        self.page::<JobRow, _>(&select, owner, page_size, page_token).await
+        self.page::<JobRow, _>(&select, owner, page_size, page_token)
+            .await
     }
 
     /// Returns the number of jobs per state, by the name of the state. States without jobs are
@@ -249,8 +276,9 @@ impl Store {
 
     /// Returns the jobs that are not in a final state, as the transaction sees them.
     pub(super) async fn unfinished_in(&self, tx: &mut Transaction<'_, Any>) -> Result<Users> {
-        let rows: Vec<JobRow> =
-            sqlx::query_as(AssertSqlSafe(select_unfinished())).fetch_all(&mut **tx).await?;
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select_unfinished()))
+            .fetch_all(&mut **tx)
+            .await?;
         let mut users = Users::default();
         users.add(rows);
         Ok(users)
@@ -304,7 +332,10 @@ impl Store {
             .fetch_all(&self.readers)
             .await?;
         let next = match rows.last() {
-            Some((_, time, seq)) if rows.len() == limit => Expired { time: *time, seq: *seq },
+            Some((_, time, seq)) if rows.len() == limit => Expired {
+                time: *time,
+                seq: *seq,
+            },
             _ => Expired::default(),
         };
         Ok((rows.into_iter().map(|(id, ..)| id).collect(), next))
@@ -328,7 +359,9 @@ impl Store {
             for id in &passed_over {
                 query = query.bind(id);
             }
-            let Some(row) = query.fetch_optional(&self.readers).await? else { return Ok(None) };
+            let Some(row) = query.fetch_optional(&self.readers).await? else {
+                return Ok(None);
+            };
             let id = row.id.clone();
             match Job::try_from(row) {
                 Ok(job) => return Ok(Some(job)),
@@ -347,10 +380,15 @@ impl Store {
             "SELECT {JOB} FROM jobs WHERE state NOT IN ({}) ORDER BY seq",
             state_list(JobState::is_final)
         );
-        let rows: Vec<JobRow> =
-            sqlx::query_as(AssertSqlSafe(select)).fetch_all(&self.readers).await?;
+        let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select))
+            .fetch_all(&self.readers)
+            .await?;
         let total = rows.len();
-        Ok(total - rows.into_iter().filter_map(|row| Job::try_from(row).ok()).count())
+        Ok(total
+            - rows
+                .into_iter()
+                .filter_map(|row| Job::try_from(row).ok())
+                .count())
     }
 
     /// Changes a job for a client and appends the events that `change` returns, in one transaction.
@@ -375,9 +413,14 @@ impl Store {
     /// # Errors
     /// `NotFound` if the job does not exist.
     pub(super) async fn lock_job(&self, tx: &mut Transaction<'_, Any>, id: &str) -> Result<JobRow> {
-        let select = format!("SELECT {JOB} FROM jobs WHERE id = $1{}", self.dialect.for_update());
-        let row: Option<JobRow> =
-            sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut **tx).await?;
+        let select = format!(
+            "SELECT {JOB} FROM jobs WHERE id = $1{}",
+            self.dialect.for_update()
+        );
+        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select))
+            .bind(id)
+            .fetch_optional(&mut **tx)
+            .await?;
         row.ok_or_else(|| missing(id))
     }
 
@@ -458,10 +501,15 @@ impl Store {
                 self.is_expired(),
                 self.dialect.for_update()
             ),
-            false => format!("SELECT {JOB} FROM jobs WHERE id = $1{}", self.dialect.for_update()),
+            false => format!(
+                "SELECT {JOB} FROM jobs WHERE id = $1{}",
+                self.dialect.for_update()
+            ),
         };
-        let row: Option<JobRow> =
-            sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&mut *tx).await?;
+        let row: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select))
+            .bind(id)
+            .fetch_optional(&mut *tx)
+            .await?;
         let job: Job = row.ok_or_else(|| missing(id))?.try_into()?;
         // The lock makes a transaction that creates a job with one of these checkpoints wait until
         // this one ends.
@@ -469,9 +517,15 @@ impl Store {
             "SELECT step FROM checkpoints WHERE job = $1 ORDER BY step{}",
             self.dialect.for_update()
         );
-        sqlx::query(AssertSqlSafe(lock)).bind(id).fetch_all(&mut *tx).await?;
+        sqlx::query(AssertSqlSafe(lock))
+            .bind(id)
+            .fetch_all(&mut *tx)
+            .await?;
         refuse(&job, &self.users_of_weights_in(&mut tx, id).await?)?;
-        sqlx::query("DELETE FROM jobs WHERE id = $1").bind(id).execute(&mut *tx).await?;
+        sqlx::query("DELETE FROM jobs WHERE id = $1")
+            .bind(id)
+            .execute(&mut *tx)
+            .await?;
         Ok(tx.commit().await?)
     }
 
@@ -489,8 +543,10 @@ impl Store {
         .bind(limit as i64)
         .fetch_all(&self.readers)
         .await?;
-        if let Some(oldest) =
-            rows.first().map(|r| r.sequence as u64).filter(|first| *first > after.saturating_add(1))
+        if let Some(oldest) = rows
+            .first()
+            .map(|r| r.sequence as u64)
+            .filter(|first| *first > after.saturating_add(1))
         {
             let message = format!(
                 "after_sequence is {after}, but the oldest stored event of trainingJobs/{job} is \
@@ -507,8 +563,10 @@ impl Store {
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn newest_sequence(&self, job: &str) -> Result<u64> {
-        let newest: i64 =
-            sqlx::query_scalar(SELECT_NEWEST).bind(job).fetch_one(&self.readers).await?;
+        let newest: i64 = sqlx::query_scalar(SELECT_NEWEST)
+            .bind(job)
+            .fetch_one(&self.readers)
+            .await?;
         Ok(newest as u64)
     }
 
@@ -520,7 +578,10 @@ impl Store {
         job: &str,
         event: &EventKind,
     ) -> Result<u64> {
-        let newest: i64 = sqlx::query_scalar(SELECT_NEWEST).bind(job).fetch_one(&mut **tx).await?;
+        let newest: i64 = sqlx::query_scalar(SELECT_NEWEST)
+            .bind(job)
+            .fetch_one(&mut **tx)
+            .await?;
         let sequence = newest + 1;
         sqlx::query("INSERT INTO events (job, sequence, time, body) VALUES ($1, $2, $3, $4)")
             .bind(job)

@@ -75,7 +75,9 @@ impl Store {
             for id in &passed_over {
                 query = query.bind(id);
             }
-            let Some(row) = query.fetch_optional(&mut *tx).await? else { return Ok(None) };
+            let Some(row) = query.fetch_optional(&mut *tx).await? else {
+                return Ok(None);
+            };
             let (id, token) = (row.id.clone(), row.lease_token + 1);
             match Job::try_from(row) {
                 Ok(job) => break (job, token),
@@ -110,7 +112,11 @@ impl Store {
             .execute(&mut *tx)
             .await?;
         tx.commit().await?;
-        let lease = Lease { job: job.id.clone(), token, owner };
+        let lease = Lease {
+            job: job.id.clone(),
+            token,
+            owner,
+        };
         Ok(Some((job, lease, sequence)))
     }
 
@@ -153,15 +159,23 @@ impl Store {
             || !(given_back || row.lease_owner.as_ref() == Some(&lease.owner))
         {
             let message = format!("trainingJobs/{} is run by another worker", lease.job);
-            return Err(ServiceError::Aborted { reason: Reason::LeaseLost, message });
+            return Err(ServiceError::Aborted {
+                reason: Reason::LeaseLost,
+                message,
+            });
         }
         if row.lease_writes >= number {
-            let newest: i64 =
-                sqlx::query_scalar(SELECT_NEWEST).bind(&lease.job).fetch_one(&mut *tx).await?;
+            let newest: i64 = sqlx::query_scalar(SELECT_NEWEST)
+                .bind(&lease.job)
+                .fetch_one(&mut *tx)
+                .await?;
             return Ok((row.try_into()?, newest as u64));
         }
         if let RunWriteEffect::Retire(step) = also {
-            let needed = Needed::Weights { job: &lease.job, step: Some(step) };
+            let needed = Needed::Weights {
+                job: &lease.job,
+                step: Some(step),
+            };
             self.lock_checkpoint(&mut tx, &lease.job, step).await?;
             check(
                 &Caller::unrestricted(),
@@ -177,12 +191,20 @@ impl Store {
             }
             _ => "UPDATE jobs SET lease_writes = $1 WHERE id = $2",
         };
-        sqlx::query(count_write).bind(number).bind(&lease.job).execute(&mut *tx).await?;
+        sqlx::query(count_write)
+            .bind(number)
+            .bind(&lease.job)
+            .execute(&mut *tx)
+            .await?;
         match also {
             RunWriteEffect::Add(checkpoint) => self.put_checkpoint(&mut tx, checkpoint).await?,
             RunWriteEffect::Remove(step) | RunWriteEffect::Retire(step) => {
                 let remove = "DELETE FROM checkpoints WHERE job = $1 AND step = $2";
-                sqlx::query(remove).bind(&lease.job).bind(step as i64).execute(&mut *tx).await?;
+                sqlx::query(remove)
+                    .bind(&lease.job)
+                    .bind(step as i64)
+                    .execute(&mut *tx)
+                    .await?;
             }
             RunWriteEffect::Nothing | RunWriteEffect::Release => {}
         }
@@ -270,7 +292,11 @@ impl Store {
                         ),
                     };
                     job.state = to;
-                    Ok(vec![EventKind::StateChange { from: Some(from), to, reason }])
+                    Ok(vec![EventKind::StateChange {
+                        from: Some(from),
+                        to,
+                        reason,
+                    }])
                 })
                 .await?;
             // The increased token prevents further writes of the old worker.

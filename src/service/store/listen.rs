@@ -34,9 +34,18 @@ impl Store {
         sequence: u64,
     ) -> Result<()> {
         if self.dialect == Dialect::Postgres {
-            let notice = format!("{} {} {sequence} {}", self.replica, job.id, job.state.name());
+            let notice = format!(
+                "{} {} {sequence} {}",
+                self.replica,
+                job.id,
+                job.state.name()
+            );
             let tell = "SELECT COUNT(*) FROM (SELECT pg_notify($1, $2)) AS told";
-            sqlx::query(tell).bind(NOTIFY_CHANNEL).bind(notice).execute(&mut **tx).await?;
+            sqlx::query(tell)
+                .bind(NOTIFY_CHANNEL)
+                .bind(notice)
+                .execute(&mut **tx)
+                .await?;
         }
         Ok(())
     }

@@ -13,7 +13,10 @@ impl Store {
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn property(&self, name: &str) -> Result<Option<String>> {
         let select = "SELECT value FROM properties WHERE name = $1";
-        Ok(sqlx::query_scalar(select).bind(name).fetch_optional(&self.readers).await?)
+        Ok(sqlx::query_scalar(select)
+            .bind(name)
+            .fetch_optional(&self.readers)
+            .await?)
     }
 
     /// Sets a property unless it already has a value. Returns the value that it has now, which may
@@ -24,9 +27,16 @@ impl Store {
     pub async fn set_property_once(&self, name: &str, value: &str) -> Result<String> {
         let insert =
             "INSERT INTO properties (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
-        sqlx::query(insert).bind(name).bind(value).execute(&self.writer).await?;
+        sqlx::query(insert)
+            .bind(name)
+            .bind(value)
+            .execute(&self.writer)
+            .await?;
         let select = "SELECT value FROM properties WHERE name = $1";
-        Ok(sqlx::query_scalar(select).bind(name).fetch_one(&self.writer).await?)
+        Ok(sqlx::query_scalar(select)
+            .bind(name)
+            .fetch_one(&self.writer)
+            .await?)
     }
 
     /// Returns true if the database has rows with files (datasets or checkpoints).

@@ -100,7 +100,10 @@ impl TryFrom<JobRow> for Job {
                  the version that wrote it",
                 r.id
             );
-            ServiceError::FailedPrecondition { reason: Reason::JobUnreadable, message }
+            ServiceError::FailedPrecondition {
+                reason: Reason::JobUnreadable,
+                message,
+            }
         };
         fn parsed<T: DeserializeOwned>(
             text: &str,
@@ -112,7 +115,11 @@ impl TryFrom<JobRow> for Job {
         Ok(Job {
             state: JobState::parse(&r.state).ok_or_else(|| unreadable("its state", &r.state))?,
             request: parsed(&r.request, "its request", &unreadable)?,
-            error: r.error.as_ref().map(|e| parsed(e, "its error", &unreadable)).transpose()?,
+            error: r
+                .error
+                .as_ref()
+                .map(|e| parsed(e, "its error", &unreadable))
+                .transpose()?,
             progress: parsed(&r.progress, "its progress", &unreadable)?,
             latest_metrics: parsed::<Finite>(&r.latest_metrics, "its metrics", &unreadable)?.0,
             skipped_rows: parsed(&r.skipped_rows, "its skipped rows", &unreadable)?,
@@ -139,7 +146,11 @@ impl TryFrom<EventRow> for Event {
     type Error = ServiceError;
 
     fn try_from(r: EventRow) -> Result<Event> {
-        Ok(Event { sequence: r.sequence as u64, time: r.time, kind: from_json(&r.body, "event")? })
+        Ok(Event {
+            sequence: r.sequence as u64,
+            time: r.time,
+            kind: from_json(&r.body, "event")?,
+        })
     }
 }
 

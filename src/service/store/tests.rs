@@ -20,11 +20,17 @@ const DATASET: &str = "0f0e0d0c";
 /// Opens a store with one dataset in a folder of its own.
 async fn open() -> (tempfile::TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path(), &StoreOptions::default()).await.unwrap();
+    let store = Store::open(dir.path(), &StoreOptions::default())
+        .await
+        .unwrap();
     let insert = "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, \
                   report, create_time, owner)
                   VALUES ($1, '', '\"jsonl\"', 0, '', '{}', 0, '')";
-    sqlx::query(insert).bind(DATASET).execute(&store.writer).await.unwrap();
+    sqlx::query(insert)
+        .bind(DATASET)
+        .execute(&store.writer)
+        .await
+        .unwrap();
     (dir, store)
 }
 
@@ -67,12 +73,19 @@ fn job(id: &str, request: JobRequest) -> Job {
 }
 
 async fn insert(store: &Store, job: &Job, request_id: Option<&str>) {
-    let creation = Creation { request_id, request_hash: "", quota: None };
+    let creation = Creation {
+        request_id,
+        request_hash: "",
+        quota: None,
+    };
     assert_eq!(store.insert_job(job, creation).await.unwrap().id, job.id);
 }
 
 async fn run(store: &Store, sql: &str) {
-    sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&store.writer).await.unwrap();
+    sqlx::query(AssertSqlSafe(sql.to_owned()))
+        .execute(&store.writer)
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -117,16 +130,29 @@ async fn expired_jobs_are_listed_page_by_page_though_none_of_them_is_deleted() {
         "UPDATE jobs SET state = 'succeeded', expire_time = CASE WHEN seq < 4 THEN 3 ELSE seq END",
     )
     .await;
-    run(&store, "UPDATE jobs SET expire_time = 9000000000000 WHERE id = 'job-6'").await;
+    run(
+        &store,
+        "UPDATE jobs SET expire_time = 9000000000000 WHERE id = 'job-6'",
+    )
+    .await;
     let (mut after, mut pages) = (Expired::default(), Vec::new());
     for _ in 0..4 {
         let (page, next) = store.expired_jobs(after, 2).await.unwrap();
         pages.push(page);
         after = next;
     }
-    let expected = [&["job-0", "job-1"][..], &["job-2", "job-3"], &["job-4", "job-5"], &[]];
+    let expected = [
+        &["job-0", "job-1"][..],
+        &["job-2", "job-3"],
+        &["job-4", "job-5"],
+        &[],
+    ];
     assert_eq!(pages, expected);
-    assert_eq!(after, Expired::default(), "after the last page it begins anew");
+    assert_eq!(
+        after,
+        Expired::default(),
+        "after the last page it begins anew"
+    );
     let (all, after) = store.expired_jobs(after, 100).await.unwrap();
     assert_eq!((all.len(), after), (6, Expired::default()));
 }
@@ -143,15 +169,25 @@ fn whole_request() -> JobRequest {
         init_adapter: Some("c".into()),
         ..Pins::default()
     });
-    whole.policy = PolicyName::Checkpoint { job: "first".into(), which: CheckpointRef::Step(3) };
-    whole.reference =
-        Some(PolicyName::Checkpoint { job: "other".into(), which: CheckpointRef::Step(4) });
+    whole.policy = PolicyName::Checkpoint {
+        job: "first".into(),
+        which: CheckpointRef::Step(3),
+    };
+    whole.reference = Some(PolicyName::Checkpoint {
+        job: "other".into(),
+        which: CheckpointRef::Step(4),
+    });
     whole.evaluation = Evaluation::Dataset("held-out".into());
     whole.spec.dpo.divergence = Divergence::Alpha { alpha: 0.5 };
-    whole.spec.dpo.reference_sync = Some(ReferenceSync { alpha: 0.5, every_steps: 2 });
+    whole.spec.dpo.reference_sync = Some(ReferenceSync {
+        alpha: 0.5,
+        every_steps: 2,
+    });
     whole.spec.optimizer.schedule = ScheduleKind::CosineWithFloor { min_ratio: 0.1 };
-    whole.spec.method =
-        Method::Lora(LoraConfig { init_adapter: Some("x".into()), ..LoraConfig::default() });
+    whole.spec.method = Method::Lora(LoraConfig {
+        init_adapter: Some("x".into()),
+        ..LoraConfig::default()
+    });
     whole.ttl_ms = Some(1);
     whole
 }
@@ -189,12 +225,20 @@ fn a_setting_that_this_version_does_not_know_makes_a_request_unreadable_wherever
         "/policy/checkpoint",
         "/spec/run",
     ];
-    assert!(expected.iter().all(|part| parts.iter().any(|found| found == part)), "{parts:?}");
+    assert!(
+        expected
+            .iter()
+            .all(|part| parts.iter().any(|found| found == part)),
+        "{parts:?}"
+    );
     for part in parts.iter().filter(|part| *part != "/labels") {
         let mut newer = whole.clone();
         newer.pointer_mut(part).unwrap()["from_the_future"] = 1.into();
         let read = serde_json::from_value::<JobRequest>(newer);
-        assert!(read.is_err(), "what {part} has besides is dropped in silence");
+        assert!(
+            read.is_err(),
+            "what {part} has besides is dropped in silence"
+        );
     }
 }
 
@@ -203,7 +247,11 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
     let (_dir, store) = open().await;
     for (first, step) in [("first", 3), ("other", 4)] {
         insert(&store, &job(first, request(0)), None).await;
-        run(&store, &format!("UPDATE jobs SET state = 'succeeded' WHERE id = '{first}'")).await;
+        run(
+            &store,
+            &format!("UPDATE jobs SET state = 'succeeded' WHERE id = '{first}'"),
+        )
+        .await;
         let row =
             format!("INSERT INTO checkpoints VALUES ('{first}', {step}, 0, 1, 1, '{{}}', 1, '')");
         run(&store, &row).await;
@@ -228,15 +276,30 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
     .await;
 
     let unreadable = |e: ServiceError| {
-        matches!(e, ServiceError::FailedPrecondition { reason: Reason::JobUnreadable, .. })
+        matches!(
+            e,
+            ServiceError::FailedPrecondition {
+                reason: Reason::JobUnreadable,
+                ..
+            }
+        )
     };
     assert!(unreadable(store.job("newer").await.unwrap_err()));
-    assert!(store.claim(&[]).await.unwrap().is_none(), "nobody runs it without the setting");
+    assert!(
+        store.claim(&[]).await.unwrap().is_none(),
+        "nobody runs it without the setting"
+    );
     assert_eq!(store.unreadable_jobs().await.unwrap(), 1);
 
     let in_use = |r: Result<()>| {
         assert!(
-            matches!(&r, Err(ServiceError::FailedPrecondition { reason: Reason::InUse, .. })),
+            matches!(
+                &r,
+                Err(ServiceError::FailedPrecondition {
+                    reason: Reason::InUse,
+                    ..
+                })
+            ),
             "{r:?}"
         )
     };
@@ -244,7 +307,9 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
     for dataset in [DATASET, "held-out"] {
         in_use(
             store
-                .delete_dataset(dataset, |users| check(&anyone, users, Needed::Dataset(dataset)))
+                .delete_dataset(dataset, |users| {
+                    check(&anyone, users, Needed::Dataset(dataset))
+                })
                 .await,
         );
     }
@@ -255,11 +320,17 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
                 .delete_checkpoint(job, step, |users| check(&anyone, users, needed(Some(step))))
                 .await,
         );
-        in_use(store.delete_job(job, false, |_, users| check(&anyone, users, needed(None))).await);
+        in_use(
+            store
+                .delete_job(job, false, |_, users| check(&anyone, users, needed(None)))
+                .await,
+        );
         assert_eq!(store.checkpoints(job).await.unwrap().len(), 1);
     }
     store
-        .delete_dataset("unused", |users| check(&anyone, users, Needed::Dataset("unused")))
+        .delete_dataset("unused", |users| {
+            check(&anyone, users, Needed::Dataset("unused"))
+        })
         .await
         .unwrap();
 }
@@ -269,12 +340,22 @@ async fn lists_are_paged_newest_first_and_by_owner() {
     let (_dir, store) = open().await;
     for i in 0..5 {
         let owner = if i == 2 { "b" } else { "a" };
-        insert(&store, &Job { owner: owner.into(), ..job(&format!("job-{i}"), request(0)) }, None)
-            .await;
+        insert(
+            &store,
+            &Job {
+                owner: owner.into(),
+                ..job(&format!("job-{i}"), request(0))
+            },
+            None,
+        )
+        .await;
     }
     let (mut token, mut pages) = (String::new(), Vec::new());
     loop {
-        let page = store.jobs(Some("a"), &[JobState::Queued], 2, &token).await.unwrap();
+        let page = store
+            .jobs(Some("a"), &[JobState::Queued], 2, &token)
+            .await
+            .unwrap();
         pages.push(page.items.into_iter().map(|job| job.id).collect::<Vec<_>>());
         token = page.next_page_token;
         if token.is_empty() {
@@ -283,8 +364,18 @@ async fn lists_are_paged_newest_first_and_by_owner() {
     }
     assert_eq!(pages, [["job-4", "job-3"], ["job-1", "job-0"]]);
     let everyone = store.jobs(None, &[], 5, "").await.unwrap();
-    assert_eq!((everyone.items.len(), everyone.next_page_token.as_str()), (5, ""));
-    assert!(store.jobs(None, &[JobState::Paused], 5, "").await.unwrap().items.is_empty());
+    assert_eq!(
+        (everyone.items.len(), everyone.next_page_token.as_str()),
+        (5, "")
+    );
+    assert!(
+        store
+            .jobs(None, &[JobState::Paused], 5, "")
+            .await
+            .unwrap()
+            .items
+            .is_empty()
+    );
     assert!(store.jobs(None, &[], 5, "x").await.is_err());
 }
 
@@ -296,8 +387,9 @@ async fn a_page_ends_before_its_rows_are_too_large_for_an_answer() {
         let mut request = request(0);
         // The fifth job alone is larger than a page.
         let texts = if i == 4 { 4 } else { 1 };
-        request.chat_template_kwargs =
-            (0..texts).map(|n| (format!("text{n}"), large.clone())).collect();
+        request.chat_template_kwargs = (0..texts)
+            .map(|n| (format!("text{n}"), large.clone()))
+            .collect();
         insert(&store, &job(&format!("job-{i}"), request), None).await;
     }
     let (mut token, mut pages) = (String::new(), Vec::new());

@@ -51,7 +51,10 @@ impl Store {
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn token(&self, id: &str) -> Result<Option<TokenRow>> {
         let select = format!("SELECT {TOKEN} FROM tokens WHERE id = $1");
-        Ok(sqlx::query_as(AssertSqlSafe(select)).bind(id).fetch_optional(&self.readers).await?)
+        Ok(sqlx::query_as(AssertSqlSafe(select))
+            .bind(id)
+            .fetch_optional(&self.readers)
+            .await?)
     }
 
     /// Returns all tokens, oldest first.
@@ -60,7 +63,9 @@ impl Store {
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn tokens(&self) -> Result<Vec<TokenRow>> {
         let select = format!("SELECT {TOKEN} FROM tokens ORDER BY create_time, id");
-        Ok(sqlx::query_as(AssertSqlSafe(select)).fetch_all(&self.readers).await?)
+        Ok(sqlx::query_as(AssertSqlSafe(select))
+            .fetch_all(&self.readers)
+            .await?)
     }
 
     /// Deletes a token. Returns false if it does not exist.
@@ -68,8 +73,10 @@ impl Store {
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn delete_token(&self, id: &str) -> Result<bool> {
-        let done =
-            sqlx::query("DELETE FROM tokens WHERE id = $1").bind(id).execute(&self.writer).await?;
+        let done = sqlx::query("DELETE FROM tokens WHERE id = $1")
+            .bind(id)
+            .execute(&self.writer)
+            .await?;
         Ok(done.rows_affected() > 0)
     }
 }

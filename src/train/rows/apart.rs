@@ -62,7 +62,10 @@ pub fn for_each_row(
             Line::Row(r) => row(Ok(r))?,
             Line::Issue(i) => row(Err(i))?,
             Line::Unusable(reason) => {
-                return Err(DataError::BadFile { path: path.to_owned(), reason });
+                return Err(DataError::BadFile {
+                    path: path.to_owned(),
+                    reason,
+                });
             }
             Line::End => return Ok(()),
         }
@@ -94,8 +97,10 @@ pub fn decode(path: &Path, out: impl Write) -> std::io::Result<()> {
                     row;
                 let line = row.map_or_else(Line::Issue, Line::Row);
                 if !write_line(&mut out, &line)? {
-                    let message =
-                        format!("the record has more than {} MiB: split it", MAX_LINE_BYTES >> 20);
+                    let message = format!(
+                        "the record has more than {} MiB: split it",
+                        MAX_LINE_BYTES >> 20
+                    );
                     write_line(
                         &mut out,
                         &Line::Issue(issue(number, "", IssueReason::InvalidType, message)),
@@ -127,7 +132,10 @@ struct Decoder {
 
 impl Decoder {
     fn start(path: &Path) -> Result<Self, DataError> {
-        let failed = |source| DataError::Io { path: path.to_owned(), source };
+        let failed = |source| DataError::Io {
+            path: path.to_owned(),
+            source,
+        };
         // Opened here first, because a file that cannot be opened is not a damaged file.
         std::fs::File::open(path).map_err(failed)?;
         // This path stays valid if the binary's file is replaced.
@@ -141,13 +149,21 @@ impl Decoder {
             .stderr(Stdio::null());
         let mut child = command.spawn().map_err(failed)?;
         match child.stdout.take() {
-            Some(out) => Ok(Self { child, lines: BufReader::with_capacity(1 << 16, out) }),
-            None => Err(failed(std::io::Error::other("the decoding process has no output"))),
+            Some(out) => Ok(Self {
+                child,
+                lines: BufReader::with_capacity(1 << 16, out),
+            }),
+            None => Err(failed(std::io::Error::other(
+                "the decoding process has no output",
+            ))),
         }
     }
 
     fn line(&mut self, path: &Path) -> Result<Line, DataError> {
-        let failed = |source| DataError::Io { path: path.to_owned(), source };
+        let failed = |source| DataError::Io {
+            path: path.to_owned(),
+            source,
+        };
         let mut line = Vec::new();
         (&mut self.lines)
             .take(MAX_LINE_BYTES as u64)
@@ -160,14 +176,19 @@ impl Decoder {
         // Its own limits end it with other signals: a failed allocation aborts, and SIGXCPU comes
         // before SIGKILL.
         if matches!(status.signal(), Some(libc::SIGKILL)) {
-            return Err(DataError::Interrupted { path: path.to_owned() });
+            return Err(DataError::Interrupted {
+                path: path.to_owned(),
+            });
         }
         let reason = format!(
             "decoding needs more than {} MiB of memory, or more time than a file of this size may \
              take, or fails ({status}): write the file again with smaller row groups, or use JSONL",
             MEMORY >> 20
         );
-        Err(DataError::BadFile { path: path.to_owned(), reason })
+        Err(DataError::BadFile {
+            path: path.to_owned(),
+            reason,
+        })
     }
 }
 

@@ -20,8 +20,15 @@ use crate::domain::dataset::{IssueReason, RowIssue};
 use crate::domain::message::without_nulls;
 use crate::model::guard::guarded;
 
-const COLUMNS: [&str; 7] =
-    ["prompt", "chosen", "rejected", "weight", "id", TOOLS_COLUMN, KWARGS_COLUMN];
+const COLUMNS: [&str; 7] = [
+    "prompt",
+    "chosen",
+    "rejected",
+    "weight",
+    "id",
+    TOOLS_COLUMN,
+    KWARGS_COLUMN,
+];
 
 /// Returns true if a column is decoded: the columns of a row, and columns that lead to a finding if
 /// they are not empty.
@@ -33,9 +40,14 @@ fn is_wanted(column: &str) -> bool {
 pub(super) fn decode(
     path: &Path,
 ) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<>, DataError> {
-    let file =
-        File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
-    let bad = |reason: String| DataError::BadFile { path: path.to_owned(), reason };
+    let file = File::open(path).map_err(|source| DataError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    let bad = |reason: String| DataError::BadFile {
+        path: path.to_owned(),
+        reason,
+    };
     // The library panics on some damaged files.
     let unreadable = |e: &dyn std::fmt::Display| bad(format!("not a readable Parquet file: {e}"));
     let reader = guarded(|| SerializedFileReader::new(file))
@@ -46,7 +58,11 @@ pub(super) fn decode(
     let is_openai = !names.contains(&"chosen")
         && !names.contains(&"rejected")
         && OPENAI_COLUMNS.iter().any(|column| names.contains(column));
-    let needed = if is_openai { &OPENAI_COLUMNS[..] } else { &["chosen", "rejected"] };
+    let needed = if is_openai {
+        &OPENAI_COLUMNS[..]
+    } else {
+        &["chosen", "rejected"]
+    };
     for needed in needed {
         if !names.contains(needed) {
             return Err(bad(format!(
@@ -57,43 +73,61 @@ pub(super) fn decode(
     }
     let is_wanted = |name: &str| is_wanted(name) || (is_openai && OPENAI_COLUMNS.contains(&name));
     // These columns are not decoded, only reported as not used.
-    let unknown: Vec<String> =
-        names.iter().filter(|name| !is_wanted(name)).map(|name| (*name).to_owned()).collect();
-    let wanted = schema.get_fields().iter().filter(|f| is_wanted(f.name())).cloned().collect();
+    let unknown: Vec<String> = names
+        .iter()
+        .filter(|name| !is_wanted(name))
+        .map(|name| (*name).to_owned())
+        .collect();
+    let wanted = schema
+        .get_fields()
+        .iter()
+        .filter(|f| is_wanted(f.name()))
+        .cloned()
+        .collect();
     let wanted = Type::group_type_builder(schema.name())
         .with_fields(wanted)
         .build()
         .map_err(|e| unreadable(&e))?;
     let rows = guarded(|| RowIter::from_file_into(Box::new(reader)).project(Some(wanted)));
-    let rows = rows.map_err(|e| unreadable(&e))?.map_err(|e| unreadable(&e))?;
-    Ok(Records { rows: Some(rows) }.enumerate().map(move |(i, record)| {
-        let row = i as u64 + 1;
-        let record = record.map_err(|e| {
-            issue(row, "", IssueReason::InvalidType, format!("the record cannot be decoded: {e}"))
-        })?;
-        let mut fields = Map::new();
-        for (name, field) in record.get_column_iter() {
-            if name == "weight"
-                && let Some(weight) = not_finite(field)
-            {
-                return Err(invalid_weight(row, &weight.to_string()));
-            }
-            let value = match to_json(field) {
-                Ok(value) => value,
-                // For example the bytes of an image. The value does not matter, because the column
-                // leads to a finding anyway.
-                Err(_) if !COLUMNS.contains(&name.as_str()) => Value::Bool(true),
-                Err(kind) => {
-                    let message = format!("{name} holds {kind}: use text or a list of messages");
-                    return Err(issue(row, name, IssueReason::InvalidType, message));
+    let rows = rows
+        .map_err(|e| unreadable(&e))?
+        .map_err(|e| unreadable(&e))?;
+    Ok(Records { rows: Some(rows) }
+        .enumerate()
+        .map(move |(i, record)| {
+            let row = i as u64 + 1;
+            let record = record.map_err(|e| {
+                issue(
+                    row,
+                    "",
+                    IssueReason::InvalidType,
+                    format!("the record cannot be decoded: {e}"),
+                )
+            })?;
+            let mut fields = Map::new();
+            for (name, field) in record.get_column_iter() {
+                if name == "weight"
+                    && let Some(weight) = not_finite(field)
+                {
+                    return Err(invalid_weight(row, &weight.to_string()));
                 }
-            };
-            // In a column of structs, a key that a row lacks is null if another row has it.
-            fields.insert(name.clone(), without_nulls(value));
-        }
-        fields.extend(unknown.iter().map(|name| (name.clone(), Value::Bool(true))));
-        Ok(fields)
-    }))
+                let value = match to_json(field) {
+                    Ok(value) => value,
+                    // For example the bytes of an image. The value does not matter, because the column
+                    // leads to a finding anyway.
+                    Err(_) if !COLUMNS.contains(&name.as_str()) => Value::Bool(true),
+                    Err(kind) => {
+                        let message =
+                            format!("{name} holds {kind}: use text or a list of messages");
+                        return Err(issue(row, name, IssueReason::InvalidType, message));
+                    }
+                };
+                // In a column of structs, a key that a row lacks is null if another row has it.
+                fields.insert(name.clone(), without_nulls(value));
+            }
+            fields.extend(unknown.iter().map(|name| (name.clone(), Value::Bool(true))));
+            Ok(fields)
+        }))
 }
 
 /// Iterator over records that ends at the first failure, because later data cannot be trusted.
@@ -133,7 +167,9 @@ fn to_json(field: &Field) -> Result<Value, String> {
         Field::Null => Value::Null,
         Field::Str(s) => Value::String(s.clone()),
         Field::Bytes(b) => Value::String(
-            b.as_utf8().map_err(|_| "bytes that are not UTF-8".to_owned())?.to_owned(),
+            b.as_utf8()
+                .map_err(|_| "bytes that are not UTF-8".to_owned())?
+                .to_owned(),
         ),
         Field::Bool(b) => Value::Bool(*b),
         Field::Byte(x) => Value::from(*x),
@@ -153,9 +189,12 @@ fn to_json(field: &Field) -> Result<Value, String> {
             }
             Value::Object(object)
         }
-        Field::ListInternal(list) => {
-            Value::Array(list.elements().iter().map(to_json).collect::<Result<_, _>>()?)
-        }
+        Field::ListInternal(list) => Value::Array(
+            list.elements()
+                .iter()
+                .map(to_json)
+                .collect::<Result<_, _>>()?,
+        ),
         other => return Err(format!("a value of an unexpected kind ({other})")),
     })
 }

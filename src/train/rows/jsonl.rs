@@ -12,9 +12,15 @@ use crate::domain::dataset::IssueReason;
 use crate::domain::message::kind;
 
 pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
-    let file =
-        File::open(path).map_err(|source| DataError::Io { path: path.to_owned(), source })?;
-    let lines = Lines { reader: BufReader::with_capacity(1 << 18, file), row: 0, failed: false };
+    let file = File::open(path).map_err(|source| DataError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    let lines = Lines {
+        reader: BufReader::with_capacity(1 << 18, file),
+        row: 0,
+        failed: false,
+    };
     Ok(Box::new(lines.flat_map(shapes::pairs)))
 }
 
@@ -33,8 +39,9 @@ impl Iterator for Lines {
                 return None;
             }
             let mut line = Vec::new();
-            let read =
-                (&mut self.reader).take(MAX_LINE_BYTES as u64 + 1).read_until(b'\n', &mut line);
+            let read = (&mut self.reader)
+                .take(MAX_LINE_BYTES as u64 + 1)
+                .read_until(b'\n', &mut line);
             match read {
                 Ok(0) => return None,
                 Ok(_) => self.row += 1,
@@ -105,7 +112,12 @@ fn parse(row: u64, line: &[u8]) -> Record {
         )
     })?;
     let value: Value = serde_json::from_str(text).map_err(|e| {
-        issue(row, "", IssueReason::InvalidJson, format!("not JSON (column {}): {e}", e.column()))
+        issue(
+            row,
+            "",
+            IssueReason::InvalidJson,
+            format!("not JSON (column {}): {e}", e.column()),
+        )
     })?;
     match value {
         Value::Object(fields) => Ok((row, fields)),

@@ -58,5 +58,11 @@ pub(super) fn issue(
     reason: IssueReason,
     message: impl Into<String>,
 ) -> RowIssue {
-    RowIssue { row, id: None, field: field.to_owned(), reason, message: message.into() }
+    RowIssue {
+        row,
+        id: None,
+        field: field.to_owned(),
+        reason,
+        message: message.into(),
+    }
 }

@@ -41,7 +41,10 @@ pub(super) fn from_fields(
             ));
         }
     };
-    let named = |i: RowIssue| RowIssue { id: id.clone(), ..i };
+    let named = |i: RowIssue| RowIssue {
+        id: id.clone(),
+        ..i
+    };
     let weight = match fields.remove("weight") {
         None | Some(Value::Null) => 1.0,
         Some(v) => v
@@ -49,7 +52,9 @@ pub(super) fn from_fields(
             .filter(|w| w.is_finite() && *w > 0.0)
             .ok_or_else(|| named(invalid_weight(row, &v.to_string())))?,
     };
-    if let Some(field) = MEDIA_COLUMNS.into_iter().find(|f| fields.get(*f).is_some_and(has_content))
+    if let Some(field) = MEDIA_COLUMNS
+        .into_iter()
+        .find(|f| fields.get(*f).is_some_and(has_content))
     {
         return Err(named(unsupported(row, field)));
     }
@@ -78,7 +83,12 @@ pub(super) fn from_fields(
         (None, ..) => {
             let message = "prompt is missing, and only two dialogues or two texts can be split \
                 into prompt and answer: add a prompt";
-            return Err(named(issue(row, "prompt", IssueReason::MissingField, message)));
+            return Err(named(issue(
+                row,
+                "prompt",
+                IssueReason::MissingField,
+                message,
+            )));
         }
     };
     let plain = |t: &Text| matches!(t, Text::Plain(_));
@@ -99,7 +109,12 @@ pub(super) fn from_fields(
         if arguments.tools.iter().flatten().next().is_some() {
             let message = "tools need a dialogue, because the chat template shows them to the \
                 model: make prompt, chosen and rejected lists of messages, or remove tools";
-            return Err(named(issue(row, TOOLS_COLUMN, IssueReason::UnsupportedField, message)));
+            return Err(named(issue(
+                row,
+                TOOLS_COLUMN,
+                IssueReason::UnsupportedField,
+                message,
+            )));
         }
         if !arguments.kwargs.is_empty() {
             ignored.push(KWARGS_COLUMN.to_owned());
@@ -111,7 +126,11 @@ pub(super) fn from_fields(
     let unknown = fields
         .iter()
         .filter(|(name, value)| !MEDIA_COLUMNS.contains(&name.as_str()) && has_content(value));
-    ignored.extend(unknown.take(MAX_IGNORED).map(|(name, _)| shortened(name, MAX_QUOTED_VALUE)));
+    ignored.extend(
+        unknown
+            .take(MAX_IGNORED)
+            .map(|(name, _)| shortened(name, MAX_QUOTED_VALUE)),
+    );
     Ok(PreferenceRow {
         row,
         id,
@@ -129,7 +148,12 @@ pub(super) fn from_fields(
 /// Takes a row's tools and template variables out of its columns.
 fn arguments(row: u64, fields: &mut Map<String, Value>) -> Result<TemplateArguments, RowIssue> {
     let wrong = |field: &str, reason: String| {
-        issue(row, field, IssueReason::InvalidType, format!("{field} {reason}"))
+        issue(
+            row,
+            field,
+            IssueReason::InvalidType,
+            format!("{field} {reason}"),
+        )
     };
     let tools = tools_from_json(fields.remove(TOOLS_COLUMN).unwrap_or_default())
         .map_err(|e| wrong(TOOLS_COLUMN, e))?;
@@ -178,16 +202,31 @@ fn split_dialogues(
     mut chosen: Vec<ChatMessage>,
     mut rejected: Vec<ChatMessage>,
 ) -> Result<(Text, Text, Text), RowIssue> {
-    let mut shared = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
+    let mut shared = chosen
+        .iter()
+        .zip(&rejected)
+        .take_while(|(a, b)| a == b)
+        .count();
     // Leave at least one message as the answer; validation then reports identical dialogues.
-    shared = shared.min(chosen.len().saturating_sub(1)).min(rejected.len().saturating_sub(1));
+    shared = shared
+        .min(chosen.len().saturating_sub(1))
+        .min(rejected.len().saturating_sub(1));
     if shared == 0 {
         let message = "the two dialogues share no first message, so there is no common prompt: \
             pair answers to the same prompt";
-        return Err(issue(row, "rejected", IssueReason::DifferentPrompts, message));
+        return Err(issue(
+            row,
+            "rejected",
+            IssueReason::DifferentPrompts,
+            message,
+        ));
     }
     let answers = (chosen.split_off(shared), rejected.split_off(shared));
-    Ok((Text::Chat(chosen), Text::Chat(answers.0), Text::Chat(answers.1)))
+    Ok((
+        Text::Chat(chosen),
+        Text::Chat(answers.0),
+        Text::Chat(answers.1),
+    ))
 }
 
 /// Converts a column into text or messages.
@@ -202,22 +241,25 @@ fn to_text(row: u64, field: &str, value: Value) -> Result<Text, RowIssue> {
         Value::Array(messages) => {
             let mut chat = Vec::with_capacity(messages.len());
             for (i, message) in messages.into_iter().enumerate() {
-                chat.push(ChatMessage::parse(message).map_err(|problem| match problem {
-                    MessageProblem::Media { path } => {
-                        unsupported(row, &format!("{field}[{i}].{path}"))
-                    }
-                    MessageProblem::Invalid { path, reason } if path.is_empty() => {
-                        wrong(format!("{field}[{i}] {reason}"))
-                    }
-                    MessageProblem::Invalid { path, reason } => {
-                        wrong(format!("{field}[{i}].{path} {reason}"))
-                    }
-                })?);
+                chat.push(
+                    ChatMessage::parse(message).map_err(|problem| match problem {
+                        MessageProblem::Media { path } => {
+                            unsupported(row, &format!("{field}[{i}].{path}"))
+                        }
+                        MessageProblem::Invalid { path, reason } if path.is_empty() => {
+                            wrong(format!("{field}[{i}] {reason}"))
+                        }
+                        MessageProblem::Invalid { path, reason } => {
+                            wrong(format!("{field}[{i}].{path} {reason}"))
+                        }
+                    })?,
+                );
             }
             Ok(Text::Chat(chat))
         }
-        other => {
-            Err(wrong(format!("{field} is {}: use a string or a list of messages", kind(&other))))
-        }
+        other => Err(wrong(format!(
+            "{field} is {}: use a string or a list of messages",
+            kind(&other)
+        ))),
     }
 }

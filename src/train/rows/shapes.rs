@@ -30,8 +30,11 @@ pub(super) const MAX_REJECTED: usize = 64;
 /// Column names of OpenAI's format.
 pub(super) const OPENAI_COLUMNS: [&str; 3] = ["input", "preferred_output", "non_preferred_output"];
 /// Pairs of our column name and OpenAI's.
-const OPENAI_NAMES: [(&str, &str); 3] =
-    [("prompt", "input.messages"), ("chosen", OPENAI_COLUMNS[1]), ("rejected", OPENAI_COLUMNS[2])];
+const OPENAI_NAMES: [(&str, &str); 3] = [
+    ("prompt", "input.messages"),
+    ("chosen", OPENAI_COLUMNS[1]),
+    ("rejected", OPENAI_COLUMNS[2]),
+];
 
 /// A row's number and columns, or the finding that it cannot be read.
 pub(super) type Record = Result<(u64, Map<String, Value>), RowIssue>;
@@ -111,16 +114,27 @@ impl Several {
         if !rejected.iter().all(Value::is_string) && !rejected.iter().all(Value::is_array) {
             let message =
                 "rejected mixes texts and lists of messages: use one form for all answers";
-            return Err(wrong("rejected", IssueReason::InvalidType, message.to_owned()));
+            return Err(wrong(
+                "rejected",
+                IssueReason::InvalidType,
+                message.to_owned(),
+            ));
         }
         let splits_dialogues = |text: &str| hh_messages(text).is_some();
         if is_absent(&fields, "prompt")
             && rejected.iter().any(Value::is_string)
-            && !fields.get("chosen").and_then(Value::as_str).is_some_and(splits_dialogues)
+            && !fields
+                .get("chosen")
+                .and_then(Value::as_str)
+                .is_some_and(splits_dialogues)
         {
             let message =
                 "prompt is missing: a row with several rejected answers in plain text needs one";
-            return Err(wrong("prompt", IssueReason::MissingField, message.to_owned()));
+            return Err(wrong(
+                "prompt",
+                IssueReason::MissingField,
+                message.to_owned(),
+            ));
         }
         let weight = match fields.get("weight") {
             None | Some(Value::Null) => Some(1.0),
@@ -130,24 +144,39 @@ impl Several {
         if let Some(weight) = weight.filter(|weight| *weight > 0.0) {
             fields.insert("weight".to_owned(), json!(weight / count as f64));
         }
-        Ok(Several { row, fields, rejected: rejected.into_iter(), id, count })
+        Ok(Several {
+            row,
+            fields,
+            rejected: rejected.into_iter(),
+            id,
+            count,
+        })
     }
 
     fn next(&mut self) -> Option<Result<PreferenceRow, RowIssue>> {
         let answer = self.rejected.next()?;
         let place = self.count - self.rejected.len();
         let is_last = place == self.count;
-        let mut fields =
-            if is_last { std::mem::take(&mut self.fields) } else { self.fields.clone() };
+        let mut fields = if is_last {
+            std::mem::take(&mut self.fields)
+        } else {
+            self.fields.clone()
+        };
         fields.insert("rejected".to_owned(), answer);
         if let (Some(id), true) = (&self.id, self.count > 1) {
             fields.insert("id".to_owned(), Value::String(format!("{id}#{place}")));
         }
         let pair = (self.count > 1).then_some(place as u32);
         let named = [("rejected", format!("rejected[{}]", place - 1))];
-        let named = named.each_ref().map(|(ours, theirs)| (*ours, theirs.as_str()));
+        let named = named
+            .each_ref()
+            .map(|(ours, theirs)| (*ours, theirs.as_str()));
         Some(match read(self.row, fields) {
-            Ok(row) => Ok(PreferenceRow { shape: RowShape::SeveralRejected, pair, ..row }),
+            Ok(row) => Ok(PreferenceRow {
+                shape: RowShape::SeveralRejected,
+                pair,
+                ..row
+            }),
             Err(issue) => Err(renamed(issue, &named)),
         })
     }
@@ -164,7 +193,9 @@ fn read(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIs
         pair => pair?,
     };
     if shape == RowShape::OpenaiPreference {
-        pair.ignored.iter_mut().for_each(|path| *path = renamed_path(path, &OPENAI_NAMES));
+        pair.ignored
+            .iter_mut()
+            .for_each(|path| *path = renamed_path(path, &OPENAI_NAMES));
     }
     pair.shape = shape;
     Ok(pair)
@@ -174,7 +205,11 @@ fn read(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIs
 /// stay unchanged, and the code that reads them reports the problem.
 fn normalise(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
     let has_answers = !is_absent(fields, "chosen") || !is_absent(fields, "rejected");
-    if !has_answers && OPENAI_COLUMNS.iter().any(|column| !is_absent(fields, column)) {
+    if !has_answers
+        && OPENAI_COLUMNS
+            .iter()
+            .any(|column| !is_absent(fields, column))
+    {
         return openai(row, fields);
     }
     let prompt = fields.get("prompt").filter(|prompt| !prompt.is_null());
@@ -183,7 +218,10 @@ fn normalise(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowI
         (None, Some(Value::String(chosen)), Some(Value::String(rejected))) => {
             let (shape, texts) = match (hh_messages(chosen), hh_messages(rejected)) {
                 (Some(chosen), Some(rejected)) => (RowShape::Hh, split_hh(row, chosen, rejected)?),
-                _ => (RowShape::ImplicitPromptText, split_texts(row, chosen, rejected)?),
+                _ => (
+                    RowShape::ImplicitPromptText,
+                    split_texts(row, chosen, rejected)?,
+                ),
             };
             for (column, text) in ["prompt", "chosen", "rejected"].into_iter().zip(texts) {
                 fields.insert(column.to_owned(), text);
@@ -223,7 +261,11 @@ fn renamed(issue: RowIssue, names: &[(&str, &str)]) -> RowIssue {
         Some(rest) if !issue.field.is_empty() => format!("{field}{rest}"),
         _ => issue.message,
     };
-    RowIssue { field, message, ..issue }
+    RowIssue {
+        field,
+        message,
+        ..issue
+    }
 }
 
 fn renamed_path(path: &str, names: &[(&str, &str)]) -> String {
@@ -257,9 +299,14 @@ fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssu
     };
     let mut texts = Map::new();
     for (ours, theirs) in OPENAI_NAMES {
-        let value =
-            if ours == "prompt" { input.get("messages").cloned() } else { fields.remove(theirs) };
-        let value = value.filter(|v| !v.is_null()).ok_or_else(|| missing(theirs))?;
+        let value = if ours == "prompt" {
+            input.get("messages").cloned()
+        } else {
+            fields.remove(theirs)
+        };
+        let value = value
+            .filter(|v| !v.is_null())
+            .ok_or_else(|| missing(theirs))?;
         texts.insert(ours.to_owned(), value);
     }
     for (column, value) in input {
@@ -326,15 +373,19 @@ fn hh_messages<'a>(text: &'a str) -> Option<Vec<(&'static str, &'a str)>> {
     let mut messages = Vec::new();
     let message = |role, content: &'a str| (role, content.strip_prefix(' ').unwrap_or(content));
     for (end, _) in text.match_indices('\n') {
-        if let Some((marker, next)) =
-            MARKERS.iter().find(|(marker, _)| text[end..].starts_with(marker))
+        if let Some((marker, next)) = MARKERS
+            .iter()
+            .find(|(marker, _)| text[end..].starts_with(marker))
         {
             messages.push(message(role, &text[start..end]));
             (role, start) = (next, end + marker.len());
         }
     }
     messages.push(message(role, &text[start..]));
-    messages.iter().any(|(role, _)| *role == ASSISTANT).then_some(messages)
+    messages
+        .iter()
+        .any(|(role, _)| *role == ASSISTANT)
+        .then_some(messages)
 }
 
 /// Splits two HH dialogues after the messages that they share, at a position where both continue
@@ -350,19 +401,35 @@ fn split_hh(
             return Err(issue(row, field, IssueReason::InvalidType, message));
         }
     }
-    let alike = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
+    let alike = chosen
+        .iter()
+        .zip(&rejected)
+        .take_while(|(a, b)| a == b)
+        .count();
     // Leave at least one message as the answer; validation then reports identical dialogues.
     let alike = alike.min(chosen.len() - 1).min(rejected.len() - 1);
     let both_answer = |at: &usize| chosen[*at].0 == ASSISTANT && rejected[*at].0 == ASSISTANT;
     let Some(end) = (1..=alike).rev().find(both_answer) else {
         let message = "the two dialogues share no first message, so there is no common prompt: \
             pair answers to the same prompt";
-        return Err(issue(row, "rejected", IssueReason::DifferentPrompts, message));
+        return Err(issue(
+            row,
+            "rejected",
+            IssueReason::DifferentPrompts,
+            message,
+        ));
     };
     let list = |messages: &[(&str, &str)]| {
-        messages.iter().map(|(role, content)| json!({"role": role, "content": content})).collect()
+        messages
+            .iter()
+            .map(|(role, content)| json!({"role": role, "content": content}))
+            .collect()
     };
-    Ok([list(&chosen[..end]), list(&chosen[end..]), list(&rejected[end..])])
+    Ok([
+        list(&chosen[..end]),
+        list(&chosen[end..]),
+        list(&rejected[end..]),
+    ])
 }
 
 #[cfg(test)]

@@ -16,7 +16,9 @@ use crate::domain::dataset::{ChatMessage, IssueReason, PreferenceRow, Text};
 fn jsonl(bytes: &[u8]) -> Vec<Result<PreferenceRow, RowIssue>> {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
-    read_rows(file.path(), DatasetFormat::Jsonl).unwrap().collect()
+    read_rows(file.path(), DatasetFormat::Jsonl)
+        .unwrap()
+        .collect()
 }
 
 fn reason(row: &Result<PreferenceRow, RowIssue>) -> IssueReason {
@@ -33,10 +35,19 @@ fn every_form_of_row_is_read() {
 "#,
     );
     let rows: Vec<PreferenceRow> = rows.into_iter().map(Result::unwrap).collect();
-    assert_eq!((rows[0].row, rows[0].weight, rows[0].id.as_deref()), (1, 2.0, Some("7")));
+    assert_eq!(
+        (rows[0].row, rows[0].weight, rows[0].id.as_deref()),
+        (1, 2.0, Some("7"))
+    );
     assert_eq!(rows[1].row, 3, "blank lines count as lines and not as rows");
-    assert_eq!(rows[2].prompt, Text::Chat(vec![ChatMessage::new("user", "Q")]));
-    assert_eq!(rows[2].rejected, Text::Chat(vec![ChatMessage::new("assistant", "b")]));
+    assert_eq!(
+        rows[2].prompt,
+        Text::Chat(vec![ChatMessage::new("user", "Q")])
+    );
+    assert_eq!(
+        rows[2].rejected,
+        Text::Chat(vec![ChatMessage::new("assistant", "b")])
+    );
 }
 
 #[test]
@@ -69,7 +80,10 @@ fn what_version_0_2_0_did_not_use_of_a_row_is_named() {
             None,
         ),
         (chat(hello, r#","tools":[{"name":"t"}]"#), Some("tools")),
-        (chat(hello, r#","chat_template_kwargs":{"a":1}"#), Some("chat_template_kwargs")),
+        (
+            chat(hello, r#","chat_template_kwargs":{"a":1}"#),
+            Some("chat_template_kwargs"),
+        ),
         (
             chat(
                 r#"{"role":"system","content":"S"},{"role":"user","content":"Hi","name":"x"}"#,
@@ -78,18 +92,27 @@ fn what_version_0_2_0_did_not_use_of_a_row_is_named() {
             Some("prompt[1].name"),
         ),
         (
-            chat(r#"{"role":"user","content":[{"type":"text","text":"Hi"}]}"#, ""),
+            chat(
+                r#"{"role":"user","content":[{"type":"text","text":"Hi"}]}"#,
+                "",
+            ),
             Some("prompt[0].content"),
         ),
         (
-            chat(r#"{"role":"user","content":"Hi","reasoning_content":"r"}"#, ""),
+            chat(
+                r#"{"role":"user","content":"Hi","reasoning_content":"r"}"#,
+                "",
+            ),
             Some("prompt[0].reasoning_content"),
         ),
         (
             r#"{"prompt":"2","chosen":"4","rejected":["5","6"]}"#.to_owned(),
             Some("several_rejected"),
         ),
-        (r#"{"chosen":"2 4","rejected":"2 5"}"#.to_owned(), Some("implicit_prompt_text")),
+        (
+            r#"{"chosen":"2 4","rejected":"2 5"}"#.to_owned(),
+            Some("implicit_prompt_text"),
+        ),
     ];
     for (line, expected) in cases {
         let row = jsonl(line.as_bytes()).remove(0).unwrap();
@@ -145,8 +168,9 @@ fn parquet_strings_and_message_lists_are_the_same_rows() {
         required group rejected (LIST) { repeated group list { required group element { required binary role (UTF8); required binary content (UTF8); } } }
         required double weight; }";
     let file = tempfile::NamedTempFile::new().unwrap();
-    let properties =
-        WriterProperties::builder().set_compression(parquet::basic::Compression::SNAPPY).build();
+    let properties = WriterProperties::builder()
+        .set_compression(parquet::basic::Compression::SNAPPY)
+        .build();
     let mut writer = SerializedFileWriter::new(
         file.reopen().unwrap(),
         Arc::new(parse_message_type(schema).unwrap()),
@@ -164,7 +188,10 @@ fn parquet_strings_and_message_lists_are_the_same_rows() {
                     .unwrap();
             }
             None => {
-                column.typed::<DoubleType>().write_batch(&[1.5], None, None).unwrap();
+                column
+                    .typed::<DoubleType>()
+                    .write_batch(&[1.5], None, None)
+                    .unwrap();
             }
         }
         column.close().unwrap();
@@ -174,18 +201,26 @@ fn parquet_strings_and_message_lists_are_the_same_rows() {
     let mut start = [0; 4];
     std::io::Read::read_exact(&mut std::fs::File::open(file.path()).unwrap(), &mut start).unwrap();
     assert_eq!(detect_format(&start), DatasetFormat::Parquet);
-    let rows: Vec<_> =
-        read_rows(file.path(), DatasetFormat::Parquet).unwrap().map(Result::unwrap).collect();
+    let rows: Vec<_> = read_rows(file.path(), DatasetFormat::Parquet)
+        .unwrap()
+        .map(Result::unwrap)
+        .collect();
     assert_eq!(rows.len(), 1);
     assert_eq!(rows[0].weight, 1.5);
-    assert_eq!(rows[0].chosen, Text::Chat(vec![ChatMessage::new("assistant", "yes")]));
+    assert_eq!(
+        rows[0].chosen,
+        Text::Chat(vec![ChatMessage::new("assistant", "yes")])
+    );
 }
 
 #[test]
 fn a_damaged_parquet_file_is_an_error_that_names_it() {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"PAR1 nothing else").unwrap();
-    let e = read_rows(file.path(), DatasetFormat::Parquet).err().unwrap().to_string();
+    let e = read_rows(file.path(), DatasetFormat::Parquet)
+        .err()
+        .unwrap()
+        .to_string();
     assert!(e.contains(&file.path().display().to_string()), "{e}");
 }
 

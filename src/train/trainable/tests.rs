@@ -15,9 +15,10 @@ fn policy() -> Policy {
         "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 8, "attention_bias": true}"#;
     let config = ModelConfig::from_hf_json(json, Path::new("config.json")).unwrap();
-    let parameters =
-        Parameters::build(&config, |p| Tensor::zeros(p.shape.as_slice(), DType::F32, &Device::Cpu))
-            .unwrap();
+    let parameters = Parameters::build(&config, |p| {
+        Tensor::zeros(p.shape.as_slice(), DType::F32, &Device::Cpu)
+    })
+    .unwrap();
     let (config, parameters) = (Arc::new(config), Arc::new(parameters));
     Policy {
         config,
@@ -74,15 +75,24 @@ fn an_adapter_is_listed_block_by_block_in_the_order_of_target_modules() {
     let base = policy();
     // The order in the configuration has no effect.
     let target_modules = vec!["down_proj".to_owned(), "q_proj".to_owned()];
-    let config = LoraConfig { rank: 2, target_modules, ..LoraConfig::default() };
+    let config = LoraConfig {
+        rank: 2,
+        target_modules,
+        ..LoraConfig::default()
+    };
     let adapter = Adapter::init(&base.config, &config, 1).unwrap();
     let trained = TrainablePolicy::lora(&base, &adapter, Precision::F32).unwrap();
-    let wanted = ["0.self_attn.q_proj", "0.mlp.down_proj", "1.self_attn.q_proj", "1.mlp.down_proj"]
-        .map(|module| {
-            ["A", "B"]
-                .map(|which| format!("base_model.model.model.layers.{module}.lora_{which}.weight"))
-        })
-        .concat();
+    let wanted = [
+        "0.self_attn.q_proj",
+        "0.mlp.down_proj",
+        "1.self_attn.q_proj",
+        "1.mlp.down_proj",
+    ]
+    .map(|module| {
+        ["A", "B"]
+            .map(|which| format!("base_model.model.model.layers.{module}.lora_{which}.weight"))
+    })
+    .concat();
     let names: Vec<&str> = trained.trainables.iter().map(|t| t.name.as_str()).collect();
     assert_eq!(names, wanted);
     assert!(trained.trainables.iter().all(|t| t.decay));

@@ -36,7 +36,10 @@ impl Trainer {
         self.state.evaluated = Some(self.state.step);
         let best = self.judge(&metrics);
         self.latest.extend(metrics.clone());
-        (host.emit)(RunEvent::Eval { step: self.state.step, metrics });
+        (host.emit)(RunEvent::Eval {
+            step: self.state.step,
+            metrics,
+        });
         self.phase = self.after_evaluation(best);
         if !best && self.is_over() && self.state.step < self.total_steps {
             let message = format!(
@@ -44,7 +47,10 @@ impl Trainer {
                 self.state.stale_evaluations,
                 self.best_metric()
             );
-            (host.emit)(RunEvent::Log { severity: "info", message });
+            (host.emit)(RunEvent::Log {
+                severity: "info",
+                message,
+            });
         }
         Ok(())
     }
@@ -69,7 +75,10 @@ impl Trainer {
 
     /// Returns the name of the evaluation metric that selects the best checkpoint.
     fn best_metric(&self) -> &'static str {
-        self.spec.run.metric_for_best.of(self.spec.dpo.reward_normalization())
+        self.spec
+            .run
+            .metric_for_best
+            .of(self.spec.dpo.reward_normalization())
     }
 
     /// Records the result of an evaluation after at least one step. Returns true if it is the best
@@ -77,14 +86,19 @@ impl Trainer {
     fn judge(&mut self, metrics: &Metrics) -> bool {
         let metric = self.spec.run.metric_for_best;
         let name = self.best_metric();
-        let Some(&value) = metrics.get(name) else { return false };
+        let Some(&value) = metrics.get(name) else {
+            return false;
+        };
         if self.state.step == 0 {
             return false;
         }
         // Version 0.2 did not store the metric's name, and always compared metrics of summed
         // log-ratios.
-        let compared =
-            if self.state.best_metric.is_empty() { metric.name() } else { &self.state.best_metric };
+        let compared = if self.state.best_metric.is_empty() {
+            metric.name()
+        } else {
+            &self.state.best_metric
+        };
         let best = self.state.best.filter(|_| compared == name);
         let better = best.is_none_or(|(old, _)| metric.improves(value, old));
         if better {

@@ -14,8 +14,9 @@ fuzz_target!(|data: &[u8]| {
     let lines = data.split(|b| *b == b'\n').count();
     if let Ok(rows) = read_rows(file.path(), DatasetFormat::Jsonl) {
         // A row may make several pairs, all with its number.
-        let numbers: BTreeSet<u64> =
-            rows.map(|row| row.map_or_else(|issue| issue.row, |pair| pair.row)).collect();
+        let numbers: BTreeSet<u64> = rows
+            .map(|row| row.map_or_else(|issue| issue.row, |pair| pair.row))
+            .collect();
         assert!(numbers.len() <= lines);
     }
 });

@@ -16,7 +16,10 @@ fn emulated_gpu_name() -> String {
     let name = gpu_name();
     let is_emulated =
         matches!(device(), ComputeDevice::Cuda(cuda) if cuda.gpu().name().contains("Emulated"));
-    assert!(is_emulated, "this test needs the emulator (tests/cuda/emulator), not the GPU {name}");
+    assert!(
+        is_emulated,
+        "this test needs the emulator (tests/cuda/emulator), not the GPU {name}"
+    );
     name
 }
 
@@ -54,15 +57,32 @@ async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_whe
         let logs: Vec<&str> = events
             .iter()
             .filter_map(|e| {
-                if let Some(Event::Log(l)) = &e.event { Some(l.message.as_str()) } else { None }
+                if let Some(Event::Log(l)) = &e.event {
+                    Some(l.message.as_str())
+                } else {
+                    None
+                }
             })
             .collect();
-        let shortened =
-            logs.iter().any(|l| l.contains("out of memory") && l.contains("going on with rows of"));
-        assert!(shortened || error == Some("freeing memory"), "{what}: {logs:?}");
+        let shortened = logs
+            .iter()
+            .any(|l| l.contains("out of memory") && l.contains("going on with rows of"));
+        assert!(
+            shortened || error == Some("freeing memory"),
+            "{what}: {logs:?}"
+        );
         let request = pb::GetTrainingJobRequest { name: job };
-        let ended = client.training().get_training_job(request).await.unwrap().into_inner();
-        let wanted = if error.is_none() { pb::JobState::Succeeded } else { pb::JobState::Failed };
+        let ended = client
+            .training()
+            .get_training_job(request)
+            .await
+            .unwrap()
+            .into_inner();
+        let wanted = if error.is_none() {
+            pb::JobState::Succeeded
+        } else {
+            pb::JobState::Failed
+        };
         assert_eq!(ended.state(), wanted, "{what}: {:?}", ended.error);
         assert_eq!(losses(&events).len() == 3, error.is_none(), "{what}");
         if let Some(error) = error {
@@ -87,22 +107,37 @@ async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let mut wanted = job(&dataset.name, 14);
-    wanted.run = Some(pb::RunConfig { save_steps: Some(2), ..Default::default() });
+    wanted.run = Some(pb::RunConfig {
+        save_steps: Some(2),
+        ..Default::default()
+    });
     let job = submit(&client, wanted).await;
-    until("the end of a server without its GPU", Duration::from_secs(60), async || {
-        server.exit_status().is_some()
-    })
+    until(
+        "the end of a server without its GPU",
+        Duration::from_secs(60),
+        async || server.exit_status().is_some(),
+    )
     .await;
     let server = Server::start_with(dir.path(), &models, &flags);
     let events = finish(&server.client().await, &job).await;
-    assert_eq!(state(&server.client().await, &job).await, pb::JobState::Succeeded);
+    assert_eq!(
+        state(&server.client().await, &job).await,
+        pb::JobState::Succeeded
+    );
     let steps: Vec<u64> = events
         .iter()
-        .filter_map(
-            |e| if let Some(Event::StepMetrics(s)) = &e.event { Some(s.step) } else { None },
-        )
+        .filter_map(|e| {
+            if let Some(Event::StepMetrics(s)) = &e.event {
+                Some(s.step)
+            } else {
+                None
+            }
+        })
         .collect();
-    assert!(steps.ends_with(&[13, 14]) && steps.contains(&1), "{steps:?}");
+    assert!(
+        steps.ends_with(&[13, 14]) && steps.contains(&1),
+        "{steps:?}"
+    );
 }
 
 #[test]
@@ -123,5 +158,8 @@ fn a_gpu_that_rounds_f32_products_is_refused() {
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&out.stderr);
-    assert!(!out.status.success() && said.contains("NVIDIA_TF32_OVERRIDE"), "{said}");
+    assert!(
+        !out.status.success() && said.contains("NVIDIA_TF32_OVERRIDE"),
+        "{said}"
+    );
 }

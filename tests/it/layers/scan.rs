@@ -180,7 +180,10 @@ pub fn tokens(source: &str) -> Vec<Token> {
             }
         }
         found.extend(text.map(|text| Token { text, line }));
-        line += chars[start..i.min(chars.len())].iter().filter(|c| **c == '\n').count();
+        line += chars[start..i.min(chars.len())]
+            .iter()
+            .filter(|c| **c == '\n')
+            .count();
     }
     found
 }

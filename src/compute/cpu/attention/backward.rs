@@ -42,8 +42,12 @@ pub fn attention_backward(
     assert!(dqkv.len() >= tokens * row);
     let all = blocks(layout);
     let packed = Packed {
-        keys: Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.key_at(kv)),
-        values: Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| heads.value_at(kv)),
+        keys: Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
+            heads.key_at(kv)
+        }),
+        values: Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
+            heads.value_at(kv)
+        }),
         key_rows: Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
             heads.key_at(kv)
         }),
@@ -89,7 +93,11 @@ pub fn attention_backward(
 /// attends to half of its pair's tokens; if several pairs share a prompt, to at most all of them.
 /// One `BLOCK` is added for the padding of blocks and panels.
 pub fn score_bytes(kernel: Kernel, heads: usize, tokens: usize, longest: usize) -> usize {
-    let element = if kernel.is_bf16() { size_of::<half::bf16>() } else { size_of::<f32>() };
+    let element = if kernel.is_bf16() {
+        size_of::<half::bf16>()
+    } else {
+        size_of::<f32>()
+    };
     let columns = (tokens / 2).min(longest) + BLOCK;
     2 * (tokens * columns * heads).min(MAX_SAVED_SCORES) * element
 }
@@ -147,7 +155,11 @@ impl Sweep<'_> {
                 (0..self.layout.segments[s].tokens.len().div_ceil(NR)).map(move |i| (s, i))
             })
             .flat_map(|(segment, index)| {
-                (0..self.heads.key).map(move |head| KeyPanel { segment, index, head })
+                (0..self.heads.key).map(move |head| KeyPanel {
+                    segment,
+                    index,
+                    head,
+                })
             })
             .collect();
         thread_pool::for_each(panels.len(), |i| {
@@ -160,9 +172,15 @@ impl Sweep<'_> {
         let (kernel, heads) = (self.kernel, self.heads);
         let (row, width, kv) = (heads.row(), heads.width(), head / (heads.query / heads.key));
         let (rows, columns) = (block.queries.len(), block.columns());
-        let (mut p, mut ds) = (Buffer::uninit(rows * columns), Buffer::uninit(rows * columns));
+        let (mut p, mut ds) = (
+            Buffer::uninit(rows * columns),
+            Buffer::uninit(rows * columns),
+        );
         let at = |t: usize| t * width + head * heads.dim;
-        let q = View::f32(&self.qkv[block.queries.start * row + head * heads.dim..], row);
+        let q = View::f32(
+            &self.qkv[block.queries.start * row + head * heads.dim..],
+            row,
+        );
         over_keys(
             &Operand::new(kernel, q, rows, heads.dim, 1.0),
             &self.packed.keys,
@@ -180,7 +198,10 @@ impl Sweep<'_> {
         );
         let [p, ds] = Operand::prepared_pair(kernel, [&mut p, &mut ds], columns, |i, p, ds| {
             let t = block.queries.start + i;
-            let (out, g) = (&self.out[at(t)..at(t) + heads.dim], &self.g[at(t)..at(t) + heads.dim]);
+            let (out, g) = (
+                &self.out[at(t)..at(t) + heads.dim],
+                &self.g[at(t)..at(t) + heads.dim],
+            );
             let lse = self.lse[t * heads.query + head];
             let visible = block.visible(i, heads.window);
             dispatch(
@@ -207,7 +228,10 @@ impl Sweep<'_> {
             let to = self.dqkv.at(block.queries.start * row + head * heads.dim);
             sum_over_keys(&ds, &self.packed.key_rows, kv, block, to, row);
         }
-        Transposed { p: p.transposed(), ds: ds.transposed() }
+        Transposed {
+            p: p.transposed(),
+            ds: ds.transposed(),
+        }
     }
 
     /// Computes dK and dV of a panel of keys, given Pᵀ and dSᵀ of each block of the round and head.
@@ -219,7 +243,11 @@ impl Sweep<'_> {
         key_panel: KeyPanel,
         accumulate: bool,
     ) {
-        let KeyPanel { segment, index: i, head: kv } = key_panel;
+        let KeyPanel {
+            segment,
+            index: i,
+            head: kv,
+        } = key_panel;
         let (kernel, heads) = (self.kernel, self.heads);
         let (row, group) = (heads.row(), heads.query / heads.key);
         let start = self.layout.segments[segment].tokens.start + i * NR;
@@ -294,7 +322,12 @@ impl Sweep<'_> {
                     self.kernel,
                     keys,
                     products,
-                    OutputTile { c: to, stride: row, columns: n, accumulate },
+                    OutputTile {
+                        c: to,
+                        stride: row,
+                        columns: n,
+                        accumulate,
+                    },
                 );
             }
         }

@@ -117,7 +117,9 @@ pub(super) fn blocks(layout: &RowLayout) -> Vec<QueryBlock> {
 /// prefix, if any, then the own segment.
 fn parts(block: &QueryBlock) -> impl Iterator<Item = (usize, usize, usize)> {
     let prefix = block.prefix.map(|p| (p, block.shared, 0));
-    prefix.into_iter().chain([(block.segment, block.own, block.shared_columns())])
+    prefix
+        .into_iter()
+        .chain([(block.segment, block.own, block.shared_columns())])
 }
 
 /// Computes `s[rows, columns] = A·B` over the key panels of a block; `a` is the queries' operand
@@ -128,12 +130,21 @@ pub(super) fn over_keys(a: &Operand, keys: &Keys, head: usize, block: &QueryBloc
     for (segment, count, first) in parts(block) {
         for i in 0..count.div_ceil(NR) {
             let (depth, panel) = keys.across(head, segment, i);
-            let top = if segment == block.segment { block.first_to_see(i) } else { 0 };
+            let top = if segment == block.segment {
+                block.first_to_see(i)
+            } else {
+                0
+            };
             // SAFETY: the panel's columns are inside the padded row of `s`; the operand has `rows`
             // rows.
             unsafe {
                 let c = s.as_mut_ptr().add(top * columns + first + i * NR);
-                let out = OutputTile { c, stride: columns, columns: NR, accumulate: false };
+                let out = OutputTile {
+                    c,
+                    stride: columns,
+                    columns: NR,
+                    accumulate: false,
+                };
                 panel_product(kernel, rows - top, &[a.product(top, 0, depth, panel)], out);
             }
         }
@@ -163,9 +174,17 @@ pub(super) unsafe fn sum_over_keys(
             let mut products = [Product::EMPTY; 2];
             let mut count = 0;
             for (segment, used, first) in parts(block) {
-                let used = if segment == block.segment { used - (rows - top - some) } else { used };
-                products[count] =
-                    a.product(top, first, kernel.depth(used), keys.units(head, segment, panel));
+                let used = if segment == block.segment {
+                    used - (rows - top - some)
+                } else {
+                    used
+                };
+                products[count] = a.product(
+                    top,
+                    first,
+                    kernel.depth(used),
+                    keys.units(head, segment, panel),
+                );
                 count += 1;
             }
             // SAFETY: guaranteed by the caller.

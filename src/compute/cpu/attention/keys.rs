@@ -33,7 +33,10 @@ impl Keys {
         for s in &layout.segments {
             first.push(places.len());
             places.extend(
-                s.tokens.clone().step_by(NR).map(|start| start..(start + NR).min(s.tokens.end)),
+                s.tokens
+                    .clone()
+                    .step_by(NR)
+                    .map(|start| start..(start + NR).min(s.tokens.end)),
             );
         }
         let panels = places.len();
@@ -43,7 +46,12 @@ impl Keys {
             let view = View::f32(&tokens[place.start * row + at(head)..], row).t();
             pack_panel(kernel, view, 0, dim, 0, place.len(), panel);
         });
-        Keys { units, depth, first, panels }
+        Keys {
+            units,
+            depth,
+            first,
+            panels,
+        }
     }
 
     /// Returns the depth and the units of a segment's `i`-th panel.

@@ -24,7 +24,11 @@ pub(super) fn available() -> bool {
         // that start later inherit the permission.
         there
             && unsafe {
-                libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
+                libc::syscall(
+                    libc::SYS_arch_prctl,
+                    ARCH_REQ_XCOMP_PERM,
+                    XFEATURE_XTILEDATA,
+                ) == 0
             }
     })
 }
@@ -52,7 +56,13 @@ const fn config() -> TileConfig {
         rows[i] = 16;
         i += 1;
     }
-    TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
+    TileConfig {
+        palette: 1,
+        start_row: 0,
+        reserved: [0; 14],
+        row_bytes,
+        rows,
+    }
 }
 
 static CONFIG: TileConfig = config();
@@ -96,7 +106,12 @@ pub(super) unsafe fn panel_product(m: usize, products: &[Product], out: OutputTi
 /// As [`panel_product`]; the tiles are configured.
 #[cfg(target_arch = "x86_64")]
 unsafe fn square((i, j): (usize, usize), m: usize, products: &[Product], out: OutputTile) {
-    let OutputTile { c, stride, columns: n, accumulate } = out;
+    let OutputTile {
+        c,
+        stride,
+        columns: n,
+        accumulate,
+    } = out;
     let (rows, cols) = ((m - i).min(2 * TILE), (n - j).min(2 * TILE));
     let whole = rows == 2 * TILE && cols == 2 * TILE;
     let mut edge = std::mem::MaybeUninit::<[f32; 4 * TILE * TILE]>::uninit();
@@ -104,14 +119,27 @@ unsafe fn square((i, j): (usize, usize), m: usize, products: &[Product], out: Ou
     // inside C is copied.
     unsafe {
         let corner = c.add(i * stride + j);
-        let (to, step) =
-            if whole { (corner, stride) } else { (edge.as_mut_ptr().cast(), 2 * TILE) };
+        let (to, step) = if whole {
+            (corner, stride)
+        } else {
+            (edge.as_mut_ptr().cast(), 2 * TILE)
+        };
         if accumulate && !whole {
             for r in 0..rows {
                 std::ptr::copy_nonoverlapping(corner.add(r * stride), to.add(r * step), cols);
             }
         }
-        tile_products(i, j, rows > TILE, products, OutputTile { c: to, stride: step, ..out });
+        tile_products(
+            i,
+            j,
+            rows > TILE,
+            products,
+            OutputTile {
+                c: to,
+                stride: step,
+                ..out
+            },
+        );
         if !whole {
             for r in 0..rows {
                 std::ptr::copy_nonoverlapping(to.add(r * step), corner.add(r * stride), cols);
@@ -125,7 +153,12 @@ unsafe fn square((i, j): (usize, usize), m: usize, products: &[Product], out: Ou
 #[cfg(target_arch = "x86_64")]
 unsafe fn tile_products(i: usize, j: usize, both: bool, products: &[Product], out: OutputTile) {
     use std::arch::asm;
-    let OutputTile { c, stride, accumulate, .. } = out;
+    let OutputTile {
+        c,
+        stride,
+        accumulate,
+        ..
+    } = out;
     let bytes = stride * 4;
     // SAFETY: guaranteed by the caller. Tile registers keep their values between the `asm!` blocks
     // because nothing else on this thread uses them.

@@ -40,7 +40,11 @@ impl Kernel {
         let is_fused = self != Kernel::Portable || x86::has_avx2();
         #[cfg(not(target_arch = "x86_64"))]
         let is_fused = false;
-        format!("{self:?} {}{}", std::env::consts::ARCH, if is_fused { " fused" } else { "" })
+        format!(
+            "{self:?} {}{}",
+            std::env::consts::ARCH,
+            if is_fused { " fused" } else { "" }
+        )
     }
 
     /// Returns the kernels that this processor supports.
@@ -97,7 +101,11 @@ impl Kernel {
 fn detect() -> (Kernel, Kernel) {
     let available = Kernel::available();
     let best = |preferred: &[Kernel]| {
-        preferred.iter().copied().find(|k| available.contains(k)).unwrap_or(Kernel::Portable)
+        preferred
+            .iter()
+            .copied()
+            .find(|k| available.contains(k))
+            .unwrap_or(Kernel::Portable)
     };
     let f32 = best(&[Kernel::Avx512]);
     (f32, best(&[Kernel::Amx, Kernel::Avx512Bf16, f32]))
@@ -147,12 +155,21 @@ fn pieces(p: &Product) -> impl Iterator<Item = Product> + use<> {
     let p = *p;
     let parts = p.depth.div_ceil(CHUNK_DEPTH);
     let cut = move |i: usize| {
-        if i == parts { p.depth } else { p.depth * i / parts / CHUNK_STEP * CHUNK_STEP }
+        if i == parts {
+            p.depth
+        } else {
+            p.depth * i / parts / CHUNK_STEP * CHUNK_STEP
+        }
     };
     (0..parts).map(move |i| {
         // SAFETY: both offsets stay inside the product.
         let (a, b) = unsafe { (p.a.add(cut(i)), p.b.add(cut(i) * NR)) };
-        Product { a, b, depth: cut(i + 1) - cut(i), ..p }
+        Product {
+            a,
+            b,
+            depth: cut(i + 1) - cut(i),
+            ..p
+        }
     })
 }
 
@@ -205,7 +222,12 @@ fn by_rows(m: usize, mut strip: impl FnMut(usize, usize)) {
 #[inline(always)]
 unsafe fn portable(rows: usize, first: usize, products: &[Product], out: OutputTile) {
     const W: usize = 16;
-    let OutputTile { c, stride, columns: n, accumulate } = out;
+    let OutputTile {
+        c,
+        stride,
+        columns: n,
+        accumulate,
+    } = out;
     for column in (0..n).step_by(W) {
         let width = W.min(n - column);
         let mut acc = [[0f32; W]; MR];
@@ -263,7 +285,12 @@ mod x86 {
         products: &[Product],
         out: OutputTile,
     ) {
-        let OutputTile { c, stride, columns: n, accumulate } = out;
+        let OutputTile {
+            c,
+            stride,
+            columns: n,
+            accumulate,
+        } = out;
         // SAFETY: guaranteed by the caller.
         unsafe {
             let c = c.add(first * stride);
@@ -297,7 +324,12 @@ mod x86 {
     /// As [`super::panel_product`]; the processor has AVX2 and FMA.
     #[inline]
     pub unsafe fn avx2(rows: usize, first: usize, products: &[Product], out: OutputTile) {
-        let OutputTile { c, stride, columns: n, accumulate } = out;
+        let OutputTile {
+            c,
+            stride,
+            columns: n,
+            accumulate,
+        } = out;
         let mut i = 0;
         while i < rows {
             let m = ROWS.min(rows - i);
@@ -410,7 +442,11 @@ mod x86 {
             }
             for (i, acc) in acc.iter().enumerate() {
                 let to = c.add(i * stride);
-                let target = if width < WIDTH { buffer.as_mut_ptr() } else { to };
+                let target = if width < WIDTH {
+                    buffer.as_mut_ptr()
+                } else {
+                    to
+                };
                 _mm256_storeu_ps(target, acc[0]);
                 _mm256_storeu_ps(target.add(8), acc[1]);
                 if width < WIDTH {
@@ -486,9 +522,11 @@ mod x86 {
         _mm512_castsi512_ps(row),
         acc
     ));
-    strip!(bf16_strip, "avx512f,avx512bw,avx512bf16", |acc, x, row| _mm512_dpbf16_ps(
-        acc,
-        std::mem::transmute::<__m512i, __m512bh>(x),
-        std::mem::transmute::<__m512i, __m512bh>(row)
-    ));
+    strip!(bf16_strip, "avx512f,avx512bw,avx512bf16", |acc, x, row| {
+        _mm512_dpbf16_ps(
+            acc,
+            std::mem::transmute::<__m512i, __m512bh>(x),
+            std::mem::transmute::<__m512i, __m512bh>(row),
+        )
+    });
 }

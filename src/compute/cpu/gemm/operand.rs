@@ -50,7 +50,10 @@ impl<'a> Operand<'a> {
     /// Returns the operand `scale·view` `[rows, cols]`. For f32 kernels, an unscaled row-major f32
     /// view is borrowed without a copy.
     pub fn new(kernel: Kernel, view: View<'a>, rows: usize, cols: usize, scale: f32) -> Self {
-        assert!(view.covers(rows, cols), "operand: the view is smaller than {rows}x{cols}");
+        assert!(
+            view.covers(rows, cols),
+            "operand: the view is smaller than {rows}x{cols}"
+        );
         if let (false, Elements::F32(values), 1, 1.0) =
             (kernel.is_bf16(), view.elements, view.col_stride, scale)
         {
@@ -65,13 +68,22 @@ impl<'a> Operand<'a> {
         let depth = kernel.depth(cols);
         let mut own = Buffer::uninit((rows + ROW_PADDING) * depth);
         let units = own.units_mut();
-        let lines =
-            if view.col_stride == 1 { (CHUNK / depth.max(1)).clamp(1, rows.max(1)) } else { 64 };
+        let lines = if view.col_stride == 1 {
+            (CHUNK / depth.max(1)).clamp(1, rows.max(1))
+        } else {
+            64
+        };
         let fill = |i: usize, part: &mut [u32]| {
             let first = i * lines;
             fill_rows(
                 kernel,
-                SourceRows { view, first, rows: (rows - first).min(lines), cols, scale },
+                SourceRows {
+                    view,
+                    first,
+                    rows: (rows - first).min(lines),
+                    cols,
+                    scale,
+                },
                 depth,
                 part,
             );
@@ -83,7 +95,13 @@ impl<'a> Operand<'a> {
                 .for_each(|(i, part)| fill(i, part)),
             false => thread_pool::chunks(&mut units[..rows * depth], lines * depth, fill),
         }
-        Operand { kernel, rows, cols, units: Units::Owned(own), stride: depth }
+        Operand {
+            kernel,
+            rows,
+            cols,
+            units: Units::Owned(own),
+            stride: depth,
+        }
     }
 
     /// Applies `prepare(i, row)` to each row of `values` in place and returns the operand `[rows,
@@ -112,8 +130,10 @@ impl<'a> Operand<'a> {
     ) -> [Self; 2] {
         let mut rounded =
             [first.len(), second.len()].map(|len| Rounded::new(kernel, len / cols, cols));
-        for (i, (x, y)) in
-            first.chunks_exact_mut(cols).zip(second.chunks_exact_mut(cols)).enumerate()
+        for (i, (x, y)) in first
+            .chunks_exact_mut(cols)
+            .zip(second.chunks_exact_mut(cols))
+            .enumerate()
         {
             prepare(i, x, y);
             rounded[0].write(i, x);
@@ -171,7 +191,11 @@ impl<'a> Operand<'a> {
 
     /// Returns one row of an operand for a bf16 kernel. Panics if the kernel is not bf16.
     pub fn bf16_row(&self, row: usize) -> &[bf16] {
-        assert!(self.kernel.is_bf16() && row < self.rows, "operand: row {row} of {}", self.rows);
+        assert!(
+            self.kernel.is_bf16() && row < self.rows,
+            "operand: row {row} of {}",
+            self.rows
+        );
         let units = &self.units.all()[row * self.stride..][..self.stride];
         // SAFETY: a unit is a pair of bf16 in the order of k, and every bit pattern is a valid
         // bf16.
@@ -192,7 +216,12 @@ impl<'a> Operand<'a> {
         let offset = row * self.stride + self.kernel.units(start);
         debug_assert!(panel.len() >= depth * NR);
         // SAFETY: row and start lie inside the matrix.
-        Product { a: unsafe { units.add(offset) }, stride: self.stride, b: panel.as_ptr(), depth }
+        Product {
+            a: unsafe { units.add(offset) },
+            stride: self.stride,
+            b: panel.as_ptr(),
+            depth,
+        }
     }
 }
 
@@ -213,7 +242,13 @@ impl Rounded {
         } else {
             Buffer::default()
         };
-        Rounded { kernel, rows, cols, depth, own }
+        Rounded {
+            kernel,
+            rows,
+            cols,
+            depth,
+            own,
+        }
     }
 
     fn write(&mut self, i: usize, row: &[f32]) {
@@ -228,10 +263,25 @@ impl Rounded {
 
     /// Returns the operand. For f32 kernels it borrows `values`.
     fn operand(self, values: &[f32]) -> Operand<'_> {
-        let Rounded { kernel, rows, cols, depth, own } = self;
-        let units =
-            if kernel.is_bf16() { Units::Owned(own) } else { Units::Borrowed(units_of(values)) };
-        Operand { kernel, rows, cols, units, stride: depth }
+        let Rounded {
+            kernel,
+            rows,
+            cols,
+            depth,
+            own,
+        } = self;
+        let units = if kernel.is_bf16() {
+            Units::Owned(own)
+        } else {
+            Units::Borrowed(units_of(values))
+        };
+        Operand {
+            kernel,
+            rows,
+            cols,
+            units,
+            stride: depth,
+        }
     }
 }
 
@@ -261,16 +311,31 @@ fn fill_rows(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u32]) 
 
 /// [`fill_rows`] for f32 kernels.
 fn fill_rows_f32(source: SourceRows, depth: usize, dst: &mut [u32]) {
-    let SourceRows { view, first, rows, cols, scale } = source;
+    let SourceRows {
+        view,
+        first,
+        rows,
+        cols,
+        scale,
+    } = source;
     if let (Elements::F32(v), 1) = (view.elements, view.row_stride) {
         let (start, stride) = (first, view.col_stride);
         let len = (cols - 1) * stride + rows;
         // SAFETY: `covers` was checked; f32 and u32 have the same layout.
         unsafe {
-            transpose(v[start..start + len].as_ptr().cast(), len, stride, cols, rows, dst, depth)
+            transpose(
+                v[start..start + len].as_ptr().cast(),
+                len,
+                stride,
+                cols,
+                rows,
+                dst,
+                depth,
+            )
         };
         if scale != 1.0 {
-            dst.iter_mut().for_each(|u| *u = (f32::from_bits(*u) * scale).to_bits());
+            dst.iter_mut()
+                .for_each(|u| *u = (f32::from_bits(*u) * scale).to_bits());
         }
         return;
     }
@@ -297,7 +362,13 @@ fn fill_rows_bf16(
     dst: &mut [u32],
     lines: &mut Vec<bf16>,
 ) {
-    let SourceRows { view, first, rows, cols, scale } = source;
+    let SourceRows {
+        view,
+        first,
+        rows,
+        cols,
+        scale,
+    } = source;
     let used = cols.div_ceil(2);
     if view.col_stride == 1 {
         for (i, row) in dst.chunks_mut(depth).enumerate().take(rows) {
@@ -352,9 +423,21 @@ fn fill_rows_bf16(
         interleave(kernel, low, Some(&high[..rows]), units);
     }
     // SAFETY: the buffer's own units.
-    unsafe { transpose(paired.units().as_ptr(), used * rows, rows, used, rows, dst, depth) };
+    unsafe {
+        transpose(
+            paired.units().as_ptr(),
+            used * rows,
+            rows,
+            used,
+            rows,
+            dst,
+            depth,
+        )
+    };
     if used < depth {
-        dst.chunks_mut(depth).take(rows).for_each(|row| row[used..].fill(0));
+        dst.chunks_mut(depth)
+            .take(rows)
+            .for_each(|row| row[used..].fill(0));
     }
 }
 
@@ -365,7 +448,10 @@ fn round_scaled(kernel: Kernel, src: &[f32], scale: f32, dst: &mut [bf16]) {
     let mut scaled = [0f32; 256];
     for (src, dst) in src.chunks(256).zip(dst.chunks_mut(256)) {
         let scaled = &mut scaled[..src.len()];
-        scaled.iter_mut().zip(src).for_each(|(to, from)| *to = from * scale);
+        scaled
+            .iter_mut()
+            .zip(src)
+            .for_each(|(to, from)| *to = from * scale);
         round(kernel, scaled, dst);
     }
 }
@@ -388,7 +474,13 @@ fn units_of(values: &[f32]) -> &[u32] {
 impl Operand<'static> {
     /// Returns the operand `[rows, cols]` with its padded rows of units in `own`.
     pub(super) fn of_buffer(kernel: Kernel, rows: usize, cols: usize, own: Buffer) -> Self {
-        Operand { kernel, rows, cols, units: Units::Owned(own), stride: kernel.depth(cols) }
+        Operand {
+            kernel,
+            rows,
+            cols,
+            units: Units::Owned(own),
+            stride: kernel.depth(cols),
+        }
     }
 
     /// Computes the operand `[rows, cols]` in parallel: `fill(i, row)` writes row i. For bf16
@@ -403,27 +495,44 @@ impl Operand<'static> {
         let mut own = Buffer::uninit((rows + ROW_PADDING) * depth);
         let lines = thread_pool::rows_per_task(rows);
         if kernel.is_bf16() {
-            thread_pool::chunks(&mut own.units_mut()[..rows * depth], lines * depth, |i, part| {
-                ROW.with_borrow_mut(|row| {
-                    row.resize(cols, 0.0);
-                    for (r, units) in part.chunks_mut(depth).enumerate() {
-                        fill(i * lines + r, row);
-                        round_row(kernel, row, units);
-                    }
-                });
-            });
+            thread_pool::chunks(
+                &mut own.units_mut()[..rows * depth],
+                lines * depth,
+                |i, part| {
+                    ROW.with_borrow_mut(|row| {
+                        row.resize(cols, 0.0);
+                        for (r, units) in part.chunks_mut(depth).enumerate() {
+                            fill(i * lines + r, row);
+                            round_row(kernel, row, units);
+                        }
+                    });
+                },
+            );
         } else {
             thread_pool::chunks(&mut own[..rows * depth], lines * depth, |i, part| {
-                part.chunks_mut(depth).enumerate().for_each(|(r, row)| fill(i * lines + r, row));
+                part.chunks_mut(depth)
+                    .enumerate()
+                    .for_each(|(r, row)| fill(i * lines + r, row));
             });
         }
-        Operand { kernel, rows, cols, units: Units::Owned(own), stride: depth }
+        Operand {
+            kernel,
+            rows,
+            cols,
+            units: Units::Owned(own),
+            stride: depth,
+        }
     }
 
     /// Returns the operand of a copy of `view` `[rows, cols]`, which may be dropped.
     pub(crate) fn owned(kernel: Kernel, view: View, rows: usize, cols: usize) -> Operand<'static> {
-        let Operand { kernel, rows, cols, units, stride } =
-            Operand::new(kernel, view, rows, cols, 1.0);
+        let Operand {
+            kernel,
+            rows,
+            cols,
+            units,
+            stride,
+        } = Operand::new(kernel, view, rows, cols, 1.0);
         let units = match units {
             Units::Owned(b) => Units::Owned(b),
             Units::Borrowed(units) => {
@@ -432,6 +541,12 @@ impl Operand<'static> {
                 Units::Owned(own)
             }
         };
-        Operand { kernel, rows, cols, units, stride }
+        Operand {
+            kernel,
+            rows,
+            cols,
+            units,
+            stride,
+        }
     }
 }

@@ -34,7 +34,11 @@ pub(crate) fn pack_panel(
     // True if the source is contiguous along k, false if along n. If it is contiguous along both, B
     // has one row or one column.
     let along_k = b.row_stride == 1 && (b.col_stride != 1 || k == 1);
-    let (lines, width, stride) = if along_k { (n, k, b.col_stride) } else { (k, n, b.row_stride) };
+    let (lines, width, stride) = if along_k {
+        (n, k, b.col_stride)
+    } else {
+        (k, n, b.row_stride)
+    };
     let end = start + (lines - 1) * stride + width;
     match (kernel.is_bf16(), b.elements) {
         (false, Elements::F32(v)) => lay_f32(&v[start..end], stride, along_k, k, n, dst),
@@ -106,7 +110,9 @@ pub(super) unsafe fn round_rows(
             round(kernel, &values[..width], &mut to[..width]);
             to[width..].fill(bf16::ZERO);
         } else {
-            to.iter_mut().zip(&values[..width]).for_each(|(unit, x)| *unit = x.to_bits());
+            to.iter_mut()
+                .zip(&values[..width])
+                .for_each(|(unit, x)| *unit = x.to_bits());
             to[width..].fill(0);
         }
     }
@@ -147,28 +153,60 @@ fn lay_bf16(
     if along_k && stride.is_multiple_of(2) {
         if pairs > 0 {
             // SAFETY: pairs of bf16 are read as unaligned u32 inside the slice.
-            unsafe { transpose(src.as_ptr().cast(), src.len() / 2, stride / 2, n, pairs, dst, NR) };
+            unsafe {
+                transpose(
+                    src.as_ptr().cast(),
+                    src.len() / 2,
+                    stride / 2,
+                    n,
+                    pairs,
+                    dst,
+                    NR,
+                )
+            };
             clear_columns(&mut dst[..pairs * NR], n);
         }
         if k % 2 == 1 {
             let last = &mut dst[pairs * NR..(pairs + 1) * NR];
             for (j, unit) in last.iter_mut().enumerate() {
-                *unit = if j < n { u32::from(src[j * stride + k - 1].to_bits()) } else { 0 };
+                *unit = if j < n {
+                    u32::from(src[j * stride + k - 1].to_bits())
+                } else {
+                    0
+                };
             }
         }
     } else if along_k {
-        let at =
-            |j: usize, i: usize| if i < k { u32::from(src[j * stride + i].to_bits()) } else { 0 };
+        let at = |j: usize, i: usize| {
+            if i < k {
+                u32::from(src[j * stride + i].to_bits())
+            } else {
+                0
+            }
+        };
         for (p, row) in dst.chunks_mut(NR).enumerate().take(k.div_ceil(2)) {
             for (j, unit) in row.iter_mut().enumerate() {
-                *unit = if j < n { at(j, 2 * p) | at(j, 2 * p + 1) << 16 } else { 0 };
+                *unit = if j < n {
+                    at(j, 2 * p) | at(j, 2 * p + 1) << 16
+                } else {
+                    0
+                };
             }
         }
     } else {
         let done = interleave_panel(kernel, src, stride, pairs, n, dst);
-        for (p, row) in dst.chunks_mut(NR).enumerate().take(k.div_ceil(2)).skip(done) {
+        for (p, row) in dst
+            .chunks_mut(NR)
+            .enumerate()
+            .take(k.div_ceil(2))
+            .skip(done)
+        {
             let low = &src[2 * p * stride..][..n];
-            let high = if 2 * p + 1 < k { Some(&src[(2 * p + 1) * stride..][..n]) } else { None };
+            let high = if 2 * p + 1 < k {
+                Some(&src[(2 * p + 1) * stride..][..n])
+            } else {
+                None
+            };
             interleave(kernel, low, high, &mut row[..n]);
             row[n..].fill(0);
         }
@@ -313,8 +351,13 @@ pub(super) fn transpose_pairs(
         }
         return;
     }
-    let at =
-        |r: usize, c: usize| if r < rows { u32::from(src[r * stride + c].to_bits()) } else { 0 };
+    let at = |r: usize, c: usize| {
+        if r < rows {
+            u32::from(src[r * stride + c].to_bits())
+        } else {
+            0
+        }
+    };
     for (c, line) in dst.chunks_mut(dst_stride).enumerate().take(cols) {
         line.iter_mut()
             .enumerate()
@@ -389,7 +432,11 @@ mod x86 {
         let n = low.len().min(high.len()).min(dst.len());
         let mut i = 0;
         while i < n {
-            let mask = if n - i >= 16 { u16::MAX } else { (1u16 << (n - i)) - 1 };
+            let mask = if n - i >= 16 {
+                u16::MAX
+            } else {
+                (1u16 << (n - i)) - 1
+            };
             // SAFETY: masked to the elements from i to n, which are inside all three.
             unsafe {
                 let l = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
@@ -429,8 +476,14 @@ mod x86 {
                 let ahead = low.wrapping_add(2 * AHEAD * stride);
                 _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
                 _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(stride).cast());
-                let (l, h) = (_mm512_loadu_si512(low.cast()), _mm512_loadu_si512(high.cast()));
-                _mm512_storeu_si512(dst.add(p * NR).cast(), _mm512_permutex2var_epi16(l, first, h));
+                let (l, h) = (
+                    _mm512_loadu_si512(low.cast()),
+                    _mm512_loadu_si512(high.cast()),
+                );
+                _mm512_storeu_si512(
+                    dst.add(p * NR).cast(),
+                    _mm512_permutex2var_epi16(l, first, h),
+                );
                 _mm512_storeu_si512(
                     dst.add(p * NR + NR / 2).cast(),
                     _mm512_permutex2var_epi16(l, second, h),
@@ -534,11 +587,17 @@ mod tests {
 
     #[test]
     fn transposing_pairs_puts_neighbouring_rows_side_by_side() {
-        for (rows, cols, beyond) in [(64, 32, 0), (33, 47, 3), (1, 5, 1), (64, 352, 0), (31, 16, 0)]
-        {
+        for (rows, cols, beyond) in [
+            (64, 32, 0),
+            (33, 47, 3),
+            (1, 5, 1),
+            (64, 352, 0),
+            (31, 16, 0),
+        ] {
             let (stride, depth) = (cols + 3, usize::div_ceil(rows, 2) + beyond);
-            let src: Vec<bf16> =
-                (0..rows * stride).map(|i| bf16::from_bits(i as u16 + 1)).collect();
+            let src: Vec<bf16> = (0..rows * stride)
+                .map(|i| bf16::from_bits(i as u16 + 1))
+                .collect();
             let mut dst = vec![u32::MAX; cols * depth];
             transpose_pairs(
                 &src[..(rows - 1) * stride + cols],
@@ -549,7 +608,11 @@ mod tests {
                 depth,
             );
             let at = |r: usize, c: usize| {
-                if r < rows { u32::from(src[r * stride + c].to_bits()) } else { 0 }
+                if r < rows {
+                    u32::from(src[r * stride + c].to_bits())
+                } else {
+                    0
+                }
             };
             for c in 0..cols {
                 for p in 0..depth {

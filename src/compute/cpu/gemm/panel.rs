@@ -33,6 +33,10 @@ pub(crate) struct OutputTile {
 }
 
 impl Product {
-    pub const EMPTY: Product =
-        Product { a: std::ptr::null(), stride: 0, b: std::ptr::null(), depth: 0 };
+    pub const EMPTY: Product = Product {
+        a: std::ptr::null(),
+        stride: 0,
+        b: std::ptr::null(),
+        depth: 0,
+    };
 }

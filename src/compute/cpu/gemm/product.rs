@@ -98,7 +98,11 @@ pub fn matmul(
         );
     }
     let work: usize = terms.iter().map(|t| m * n * t.a.cols).sum();
-    let threads = if work < MIN_PARALLEL_MULTIPLICATIONS { Threads::One } else { threads };
+    let threads = if work < MIN_PARALLEL_MULTIPLICATIONS {
+        Threads::One
+    } else {
+        threads
+    };
     if m <= NARROW_ROWS && kernel != Kernel::Amx && terms.iter().all(|t| t.b.has_contiguous_rows())
     {
         return by_slices(
@@ -133,7 +137,12 @@ pub(super) fn blocks<'a>(kernel: Kernel, terms: &[Term<'a>], most: usize) -> Vec
             }
             room -= depth;
             if let Some(block) = blocks.last_mut() {
-                block.push(Piece { term: *term, start, k, depth });
+                block.push(Piece {
+                    term: *term,
+                    start,
+                    k,
+                    depth,
+                });
             }
             start += k;
         }
@@ -186,7 +195,12 @@ impl BlockTask<'_> {
         unsafe {
             let c = self.out.at(rows.start * self.stride + column);
             let columns = NR.min(self.n - column);
-            let out = OutputTile { c, stride: self.stride, columns, accumulate: self.accumulate };
+            let out = OutputTile {
+                c,
+                stride: self.stride,
+                columns,
+                accumulate: self.accumulate,
+            };
             multiply(self.kernel, self.pieces, rows, units, out);
         }
     }
@@ -204,7 +218,12 @@ pub(super) fn pack_pieces(
     let mut at = 0;
     for p in pieces {
         let to = &mut units[at * NR..(at + p.depth) * NR];
-        p.term.b.pack(kernel, p.start..p.start + p.k, column..n.min(column + NR), to);
+        p.term.b.pack(
+            kernel,
+            p.start..p.start + p.k,
+            column..n.min(column + NR),
+            to,
+        );
         at += p.depth;
     }
 }
@@ -245,8 +264,16 @@ fn block_product(
     threads: Threads,
 ) {
     let depth: usize = pieces.iter().map(|p| p.depth).sum();
-    let task =
-        BlockTask { kernel, m, n, pieces, depth, out: Shared(c.as_mut_ptr()), stride, accumulate };
+    let task = BlockTask {
+        kernel,
+        m,
+        n,
+        pieces,
+        depth,
+        out: Shared(c.as_mut_ptr()),
+        stride,
+        accumulate,
+    };
     match threads {
         Threads::One => by_panels(&task, 0..n.div_ceil(NR)),
         Threads::All => by_groups(
@@ -271,7 +298,11 @@ fn by_slices(
     threads: Threads,
 ) {
     let panels = n.div_ceil(NR);
-    let tasks = if threads == Threads::All { panels.min(2 * thread_pool::threads()) } else { 1 };
+    let tasks = if threads == Threads::All {
+        panels.min(2 * thread_pool::threads())
+    } else {
+        1
+    };
     let out = Shared(c.as_mut_ptr());
     thread_pool::for_each(tasks, |i| {
         for (s, pieces) in slices.iter().enumerate() {
@@ -315,7 +346,11 @@ pub(super) fn by_groups(
 ) {
     let (threads, step) = (thread_pool::threads(), kernel.rows());
     let pass = (PASS_UNITS * NR / units.max(1) / step).max(1) * step;
-    let panels_per_pack = if m <= pass { 1 } else { (GROUP_UNITS / units).max(1) };
+    let panels_per_pack = if m <= pass {
+        1
+    } else {
+        (GROUP_UNITS / units).max(1)
+    };
     let groups = if m <= pass {
         8 * threads
     } else {
@@ -341,7 +376,10 @@ pub(super) fn by_groups(
         for first in group.clone().step_by(panels_per_pack) {
             let some = first..(first + panels_per_pack).min(group.end);
             for panel in some.clone() {
-                pack(panel, &mut packed.units_mut()[(panel - first) * units..][..units]);
+                pack(
+                    panel,
+                    &mut packed.units_mut()[(panel - first) * units..][..units],
+                );
             }
             for start in rows.clone().step_by(pass) {
                 for panel in some.clone() {

@@ -18,13 +18,21 @@ fn check(kernel: Kernel, m: usize, n: usize, k: usize, a_t: bool, b_t: bool, acc
     let (a, b) = (values("a", m * k), values("b", k * n));
     let start: Vec<f32> = values("c", m * (n + 3));
     let view = |v, rows: usize, cols: usize, t: bool| {
-        if t { View::f32(v, rows).t() } else { View::f32(v, cols) }
+        if t {
+            View::f32(v, rows).t()
+        } else {
+            View::f32(v, cols)
+        }
     };
     let operand = Operand::new(kernel, view(&a, m, k, a_t), m, k, 1.0);
     let mut c = start.clone();
     let term = Term::new(&operand, view(&b, k, n, b_t));
     matmul(m, n, &[term], &mut c, n + 3, accumulate, Threads::All);
-    let (a, b) = if kernel.is_bf16() { (rounded(&a), rounded(&b)) } else { (a, b) };
+    let (a, b) = if kernel.is_bf16() {
+        (rounded(&a), rounded(&b))
+    } else {
+        (a, b)
+    };
     for i in 0..m {
         for j in 0..n + 3 {
             let at = i * (n + 3) + j;
@@ -99,9 +107,23 @@ fn weights_in_bf16_are_exact(m: usize, n: usize, k: usize) {
     for kernel in Kernel::available() {
         let a = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
         for t in [false, true] {
-            let view = |e| if t { View::of(e, k).t() } else { View::of(e, n) };
+            let view = |e| {
+                if t {
+                    View::of(e, k).t()
+                } else {
+                    View::of(e, n)
+                }
+            };
             let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; m * n]);
-            matmul(m, n, &[Term::new(&a, view(Elements::F32(&b)))], &mut x, n, false, Threads::One);
+            matmul(
+                m,
+                n,
+                &[Term::new(&a, view(Elements::F32(&b)))],
+                &mut x,
+                n,
+                false,
+                Threads::One,
+            );
             matmul(
                 m,
                 n,
@@ -127,9 +149,19 @@ fn a_sum_of_products_is_one_product_over_the_joined_depth() {
             Operand::new(kernel, View::f32(&a[64..], k), m, 32, 1.0),
         );
         let (mut x, mut y) = (vec![0f32; m * n], vec![0f32; m * n]);
-        matmul(m, n, &[Term::new(&whole, View::f32(&b, n))], &mut x, n, false, Threads::All);
-        let terms =
-            [Term::new(&left, View::f32(&b, n)), Term::new(&right, View::f32(&b[64 * n..], n))];
+        matmul(
+            m,
+            n,
+            &[Term::new(&whole, View::f32(&b, n))],
+            &mut x,
+            n,
+            false,
+            Threads::All,
+        );
+        let terms = [
+            Term::new(&left, View::f32(&b, n)),
+            Term::new(&right, View::f32(&b[64 * n..], n)),
+        ];
         matmul(m, n, &terms, &mut y, n, false, Threads::All);
         assert_eq!(x, y, "{kernel:?}");
     }
@@ -142,14 +174,26 @@ fn an_operand_computed_row_by_row_is_the_one_of_the_whole_matrix_and_so_are_its_
     for kernel in Kernel::available() {
         let product = |a: &Operand, rows: usize| {
             let mut c = vec![0f32; rows * n];
-            matmul(rows, n, &[Term::new(a, View::f32(&b, n))], &mut c, n, false, Threads::All);
+            matmul(
+                rows,
+                n,
+                &[Term::new(a, View::f32(&b, n))],
+                &mut c,
+                n,
+                false,
+                Threads::All,
+            );
             c
         };
         let whole = product(&Operand::new(kernel, View::f32(&a, k), m, k, 1.0), m);
         let computed =
             Operand::computed(kernel, m, k, |i, row| row.copy_from_slice(&a[i * k..][..k]));
         assert_eq!(product(&computed, m), whole, "{kernel:?}");
-        assert_eq!(product(&computed.part(7..31), 24), whole[7 * n..31 * n], "{kernel:?}");
+        assert_eq!(
+            product(&computed.part(7..31), 24),
+            whole[7 * n..31 * n],
+            "{kernel:?}"
+        );
     }
 }
 
@@ -157,12 +201,28 @@ fn an_operand_computed_row_by_row_is_the_one_of_the_whole_matrix_and_so_are_its_
 fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_matrix() {
     let n = 40;
     for (m, k) in [(45, 71), (64, 352), (1, 2), (3, 64)] {
-        let (a, b, down) = (values("a", m * k), values("b", k * n), values("down", m * n));
-        let done: Vec<f32> = a.iter().enumerate().map(|(i, x)| x * (i / k + 1) as f32).collect();
+        let (a, b, down) = (
+            values("a", m * k),
+            values("b", k * n),
+            values("down", m * n),
+        );
+        let done: Vec<f32> = a
+            .iter()
+            .enumerate()
+            .map(|(i, x)| x * (i / k + 1) as f32)
+            .collect();
         for kernel in Kernel::available() {
             let product = |a: &Operand, rows: usize, b: &[f32]| {
                 let mut c = vec![0f32; rows * n];
-                matmul(rows, n, &[Term::new(a, View::f32(b, n))], &mut c, n, false, Threads::All);
+                matmul(
+                    rows,
+                    n,
+                    &[Term::new(a, View::f32(b, n))],
+                    &mut c,
+                    n,
+                    false,
+                    Threads::All,
+                );
                 c
             };
             let scale =
@@ -175,8 +235,11 @@ fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_mat
                     y.copy_from_slice(x);
                 });
             let whole = product(&Operand::new(kernel, View::f32(&done, k), m, k, 1.0), m, &b);
-            let transposed =
-                product(&Operand::new(kernel, View::f32(&done, k).t(), k, m, 1.0), k, &down);
+            let transposed = product(
+                &Operand::new(kernel, View::f32(&done, k).t(), k, m, 1.0),
+                k,
+                &down,
+            );
             for operand in [prepared, first, second] {
                 assert_eq!(product(&operand, m, &b), whole, "{kernel:?} {m}x{k}");
                 assert_eq!(
@@ -193,13 +256,26 @@ fn operands_prepared_in_place_and_their_transposes_are_those_of_the_finished_mat
 fn tiles_are_the_parts_of_whole_products() {
     // Few rows; many rows that are processed in several passes; depths of one and of several
     // blocks; a number of columns that is not a multiple of the panel width.
-    for (m, n, k) in [(3, 70, 40), (300, 160, 96), (140, 33, 2300), (600, 170, 500), (1, 512, 7)] {
-        let (a, b, c, d) =
-            (values("a", m * k), values("b", k * n), values("c", n * k), values("d", m * 6));
+    for (m, n, k) in [
+        (3, 70, 40),
+        (300, 160, 96),
+        (140, 33, 2300),
+        (600, 170, 500),
+        (1, 512, 7),
+    ] {
+        let (a, b, c, d) = (
+            values("a", m * k),
+            values("b", k * n),
+            values("c", n * k),
+            values("d", m * 6),
+        );
         for kernel in Kernel::available() {
             let operand = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
             let more = Operand::new(kernel, View::f32(&d, 6), m, 6, 0.5);
-            let first = [Term::new(&operand, View::f32(&b, n)), Term::new(&more, View::f32(&b, n))];
+            let first = [
+                Term::new(&operand, View::f32(&b, n)),
+                Term::new(&more, View::f32(&b, n)),
+            ];
             let second = [Term::new(&operand, View::f32(&c, k).t())];
             let whole = [&first[..], &second[..]].map(|terms| {
                 let mut y = vec![0f32; m * n];
@@ -215,7 +291,11 @@ fn tiles_are_the_parts_of_whole_products() {
                     }
                 }
             });
-            assert_eq!(parts.map(|y| y.into_inner().unwrap()), whole, "{kernel:?} {m}x{k}x{n}");
+            assert_eq!(
+                parts.map(|y| y.into_inner().unwrap()),
+                whole,
+                "{kernel:?} {m}x{k}x{n}"
+            );
         }
     }
 }

@@ -23,7 +23,9 @@ pub fn matmul_tiles<const P: usize>(
     products: [&[Term]; P],
     finish: impl Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync,
 ) {
-    let Some(first) = products.iter().find_map(|terms| terms.first()) else { return };
+    let Some(first) = products.iter().find_map(|terms| terms.first()) else {
+        return;
+    };
     if m == 0 || n == 0 {
         return;
     }
@@ -36,10 +38,19 @@ pub fn matmul_tiles<const P: usize>(
         );
     }
     let pieces = products.map(|terms| {
-        blocks(kernel, terms, usize::MAX / 2).into_iter().flatten().collect::<Vec<_>>()
+        blocks(kernel, terms, usize::MAX / 2)
+            .into_iter()
+            .flatten()
+            .collect::<Vec<_>>()
     });
     let depths = std::array::from_fn(|p| pieces[p].iter().map(|p| p.depth).sum());
-    let tiled = Tiles { kernel, n, pieces, depths, finish };
+    let tiled = Tiles {
+        kernel,
+        n,
+        pieces,
+        depths,
+        finish,
+    };
     let (panels, units) = (n.div_ceil(NR), depths.iter().sum::<usize>() * NR);
     by_groups(
         kernel,
@@ -83,7 +94,15 @@ impl<const P: usize, F: Fn(Range<usize>, Range<usize>, [&mut [f32]; P]) + Sync> 
             };
             // SAFETY: the tile has the rows, NR elements apart, and belongs to this task alone. The
             // operands of the pieces cover the rows, as the assertion in `matmul_tiles` checked.
-            unsafe { multiply(self.kernel, &self.pieces[p], rows.clone(), &units[at..], out) };
+            unsafe {
+                multiply(
+                    self.kernel,
+                    &self.pieces[p],
+                    rows.clone(),
+                    &units[at..],
+                    out,
+                )
+            };
             at += self.depths[p] * NR;
             scratch = more;
             tile
@@ -109,7 +128,14 @@ impl TiledOperand {
         let depth = kernel.depth(cols);
         let mut own = Buffer::uninit((rows + ROW_PADDING) * depth);
         let at = Shared(own.as_mut_ptr());
-        TiledOperand { kernel, rows, cols, depth, own, at }
+        TiledOperand {
+            kernel,
+            rows,
+            cols,
+            depth,
+            own,
+            at,
+        }
     }
 
     /// Writes the given rows of the `width` columns that start at `column`, a multiple of [`NR`],
@@ -133,8 +159,11 @@ impl TiledOperand {
         };
         // SAFETY: rows and columns lie inside the buffer; f32 and units have the same size; by the
         // caller, no other task writes this part.
-        let to = unsafe { self.at.at(rows.start * self.depth + self.kernel.units(column)) }
-            .cast::<u32>();
+        let to = unsafe {
+            self.at
+                .at(rows.start * self.depth + self.kernel.units(column))
+        }
+        .cast::<u32>();
         // SAFETY: as above.
         unsafe { round_rows(self.kernel, tile, rows.len(), width, to, self.depth, units) };
     }

@@ -37,17 +37,29 @@ pub struct View<'a> {
 impl<'a> View<'a> {
     /// Returns a row-major view of f32 values with rows `stride` elements apart.
     pub fn f32(values: &'a [f32], stride: usize) -> Self {
-        View { elements: Elements::F32(values), row_stride: stride, col_stride: 1 }
+        View {
+            elements: Elements::F32(values),
+            row_stride: stride,
+            col_stride: 1,
+        }
     }
 
     /// Returns a row-major view with rows `stride` elements apart.
     pub fn of(elements: Elements<'a>, stride: usize) -> Self {
-        View { elements, row_stride: stride, col_stride: 1 }
+        View {
+            elements,
+            row_stride: stride,
+            col_stride: 1,
+        }
     }
 
     /// Returns the transpose, without a copy.
     pub fn t(self) -> Self {
-        View { elements: self.elements, row_stride: self.col_stride, col_stride: self.row_stride }
+        View {
+            elements: self.elements,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+        }
     }
 
     /// Returns true if every element of a `rows × cols` matrix is inside the view.

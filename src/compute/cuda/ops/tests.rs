@@ -2,7 +2,13 @@ use std::sync::Arc;
 
 use super::*;
 
-const HEADS: Heads = Heads { query: 4, key: 2, dim: 64, window: None, scale: 0.125 };
+const HEADS: Heads = Heads {
+    query: 4,
+    key: 2,
+    dim: 64,
+    window: None,
+    scale: 0.125,
+};
 
 /// Opens the GPU that BRADLEY_TEST_DEVICE names (`cuda:N`, which may be the emulator).
 fn gpu() -> Arc<Gpu> {
@@ -19,7 +25,9 @@ fn gpu() -> Arc<Gpu> {
 /// Asserts that the launch failed with an error that contains all of these parts.
 #[track_caller]
 fn assert_refused(launched: Result<()>, parts: &[&str]) {
-    let error = launched.expect_err("the launch must be refused").to_string();
+    let error = launched
+        .expect_err("the launch must be refused")
+        .to_string();
     for part in parts {
         assert!(error.contains(part), "{error:?} should say {part:?}");
     }
@@ -45,11 +53,28 @@ fn an_operand_is_compared_by_kind_and_size() {
         );
     }
     assert!(check_columns("add_bias", "y", 8, 8).is_ok());
-    assert_refused(check_columns("add_bias", "y", 9, 8), &["add_bias", "column 9", "8 elements"]);
-    let heads = HeadLayout { rows: 3, stride: 512, first: 256, heads: 2, dim: 128 };
-    assert_eq!((heads.elements("head_norm", "x").unwrap(), heads.items()), (3 * 512, 6));
     assert_refused(
-        HeadLayout { first: 257, ..heads }.elements("head_norm", "x").map(drop),
+        check_columns("add_bias", "y", 9, 8),
+        &["add_bias", "column 9", "8 elements"],
+    );
+    let heads = HeadLayout {
+        rows: 3,
+        stride: 512,
+        first: 256,
+        heads: 2,
+        dim: 128,
+    };
+    assert_eq!(
+        (heads.elements("head_norm", "x").unwrap(), heads.items()),
+        (3 * 512, 6)
+    );
+    assert_refused(
+        HeadLayout {
+            first: 257,
+            ..heads
+        }
+        .elements("head_norm", "x")
+        .map(drop),
         &["head_norm", "column 513"],
     );
 }
@@ -109,7 +134,12 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
 
     // Columns in the middle of a matrix `[2, 3]`.
     let matrix = f32s(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
-    let middle = Columns { matrix: &matrix, stride: 3, first: 1, count: 1 };
+    let middle = Columns {
+        matrix: &matrix,
+        stride: 3,
+        first: 1,
+        count: 1,
+    };
     let sums = f32s(&[0.5]);
     column_sum(&gpu, &sums, middle).unwrap();
     assert_eq!(read(&sums), [7.5]);
@@ -125,14 +155,21 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
     );
 
     // Norms and the feed-forward part.
-    let (y, x, w) = (zeros(F32, 4), f32s(&[3.0, 3.0, -2.0, 2.0]), f32s(&[1.0, 2.0]));
+    let (y, x, w) = (
+        zeros(F32, 4),
+        f32s(&[3.0, 3.0, -2.0, 2.0]),
+        f32s(&[1.0, 2.0]),
+    );
     rms_norm(&gpu, &y, &x, &w, 0.0).unwrap();
     assert_eq!(read(&y), [1.0, 2.0, -1.0, 2.0]);
     assert_refused(
         rms_norm(&gpu, &zeros(F32, 2), &x, &w, 0.0),
         &["rms_norm", "x has 4 elements", "2"],
     );
-    assert_refused(rms_norm(&gpu, &y, &zeros(Bf16, 4), &w, 0.0), &["rms_norm", "x", "Bf16", "F32"]);
+    assert_refused(
+        rms_norm(&gpu, &y, &zeros(Bf16, 4), &w, 0.0),
+        &["rms_norm", "x", "Bf16", "F32"],
+    );
     let partial = zeros(F32, 2);
     rms_norm_weight(&gpu, &partial, &x, &f32s(&[1.0, 2.0]), &y, 2).unwrap();
     assert_eq!(read(&partial), [3.0 + 4.0, 6.0 + 8.0]);
@@ -155,9 +192,18 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
 
     // The head: one row, a tile of three of four columns.
     let logits = f32s(&[0.0, 1.0, 2.0, 9.0]);
-    let tile = LogitTile { logits: &logits, stride: 4, first: 5, width: 3 };
-    let (state, p, scales, targets) =
-        (zeros(F32, SOFTMAX_STATE), zeros(F32, 4), zeros(F32, 1), ints(&[6]));
+    let tile = LogitTile {
+        logits: &logits,
+        stride: 4,
+        first: 5,
+        width: 3,
+    };
+    let (state, p, scales, targets) = (
+        zeros(F32, SOFTMAX_STATE),
+        zeros(F32, 4),
+        zeros(F32, 1),
+        ints(&[6]),
+    );
     let head = |state, p, tile| HeadTile {
         state,
         p,
@@ -170,7 +216,10 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
     head_start(&gpu, &state).unwrap();
     head_tile(&gpu, head(&state, &p, tile)).unwrap();
     let softmax = read(&state);
-    assert_eq!((softmax[0], softmax[5], softmax[6].to_bits()), (2.0, 1.0, 7));
+    assert_eq!(
+        (softmax[0], softmax[5], softmax[6].to_bits()),
+        (2.0, 1.0, 7)
+    );
     assert_eq!(read(&p)[2], 1.0);
     assert_refused(
         head_tile(&gpu, head(&state, &scales, tile)),
@@ -184,13 +233,20 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
         head_tile(&gpu, head(&state, &p, LogitTile { width: 5, ..tile })),
         &["head_tile", "column 5"],
     );
-    assert_refused(head_start(&gpu, &p), &["head_start", "state has 4 elements"]);
+    assert_refused(
+        head_start(&gpu, &p),
+        &["head_start", "state has 4 elements"],
+    );
 
     // Attention: one token sees itself alone, so its output is its value.
     let qkv = f32s(&vec![0.25; HEADS.row()]);
     let (out, lse) = (zeros(F32, HEADS.width()), zeros(F32, HEADS.query));
     let (tiles, positions) = (ints(&[0, 1, 0, 0, 0]), ints(&[0]));
-    let over = AttentionTiles { heads: HEADS, tiles: &tiles, positions: &positions };
+    let over = AttentionTiles {
+        heads: HEADS,
+        tiles: &tiles,
+        positions: &positions,
+    };
     attention(&gpu, &out, &lse, &qkv, over).unwrap();
     assert!(read(&out).iter().all(|x| *x == 0.25), "{:?}", read(&out));
     assert_refused(
@@ -198,25 +254,64 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
         &["attention", "lse has 1 elements", "4"],
     );
     assert_refused(
-        attention(&gpu, &out, &lse, &qkv, AttentionTiles { tiles: &lse, ..over }),
+        attention(
+            &gpu,
+            &out,
+            &lse,
+            &qkv,
+            AttentionTiles {
+                tiles: &lse,
+                ..over
+            },
+        ),
         &["attention", "tiles has 4"],
     );
     let (dqkv, delta) = (zeros(F32, HEADS.row()), zeros(F32, HEADS.query));
-    let backward =
-        AttentionBackward { dqkv: &dqkv, qkv: &qkv, dout: &out, lse: &lse, delta: &delta };
+    let backward = AttentionBackward {
+        dqkv: &dqkv,
+        qkv: &qkv,
+        dout: &out,
+        lse: &lse,
+        delta: &delta,
+    };
     attention_delta(&gpu, &delta, &out, &out, HEADS).unwrap();
     assert_eq!(read(&delta), [64.0 * 0.0625; 4]);
     assert_refused(
-        attention_dq(&gpu, AttentionBackward { delta: &scales, ..backward }, over),
+        attention_dq(
+            &gpu,
+            AttentionBackward {
+                delta: &scales,
+                ..backward
+            },
+            over,
+        ),
         &["attention_dq", "delta has 1"],
     );
-    assert_refused(attention_dkv(&gpu, backward, over, Some(&qkv)), &["attention_dkv", "parts"]);
+    assert_refused(
+        attention_dkv(&gpu, backward, over, Some(&qkv)),
+        &["attention_dkv", "parts"],
+    );
     let key_tiles = ints(&[0, 1, 1, 1, 1]);
-    attention_dkv(&gpu, backward, AttentionTiles { tiles: &key_tiles, ..over }, None).unwrap();
+    attention_dkv(
+        &gpu,
+        backward,
+        AttentionTiles {
+            tiles: &key_tiles,
+            ..over
+        },
+        None,
+    )
+    .unwrap();
     // The value's gradient is that of the output, summed over the two heads that share it.
     let of_value = read(&dqkv)[HEADS.row() - 1];
     assert!((of_value - 0.5).abs() < 1e-5, "{of_value}");
-    let places = HeadLayout { rows: 1, stride: HEADS.row(), first: 0, heads: 6, dim: 64 };
+    let places = HeadLayout {
+        rows: 1,
+        stride: HEADS.row(),
+        first: 0,
+        heads: 6,
+        dim: 64,
+    };
     assert_refused(
         rope(&gpu, &dqkv, &lse, &lse, places, Direction::Forward),
         &["rope", "cos has 4 elements", "32"],

@@ -8,7 +8,10 @@ use crate::formats::chat_template::{ChatTemplate, RenderOptions};
 /// Renders a template with the variable `x`.
 fn render(source: &str) -> Result<String, String> {
     let kwargs = Map::from_iter([("x".to_owned(), json!({"y": 3}))]);
-    let options = RenderOptions { kwargs: &kwargs, ..RenderOptions::new(false) };
+    let options = RenderOptions {
+        kwargs: &kwargs,
+        ..RenderOptions::new(false)
+    };
     let template = ChatTemplate::new(source, vec![]).map_err(|e| e.to_string())?;
     template.render(&[], &options).map_err(|e| e.to_string())
 }
@@ -40,10 +43,22 @@ fn strings_are_formatted_as_in_python() {
             "'%d' % 170141183460469231731687303715884105727",
             "170141183460469231731687303715884105727",
         ),
-        ("'%03d|%-4d|%4d|%+d|% d|%+d' % (7, 7, 7, 7, 7, -7)", "007|7   |   7|+7| 7|-7"),
-        ("'%.3d|%05.3d|%-05d|%+05d|%+ d' % (7, 7, 7, 7, 7)", "007|00007|7    |+0007|+7"),
-        ("'%f %.2f %.0f %.0f %#.0f' % (1, 2.675, 0.5, 1.5, 2)", "1.000000 2.67 0 2 2."),
-        ("'%08.3f|%+.1f|%-8.2f|% .1f' % (-3.14159, 2, 1.005, 1)", "-003.142|+2.0|1.00    | 1.0"),
+        (
+            "'%03d|%-4d|%4d|%+d|% d|%+d' % (7, 7, 7, 7, 7, -7)",
+            "007|7   |   7|+7| 7|-7",
+        ),
+        (
+            "'%.3d|%05.3d|%-05d|%+05d|%+ d' % (7, 7, 7, 7, 7)",
+            "007|00007|7    |+0007|+7",
+        ),
+        (
+            "'%f %.2f %.0f %.0f %#.0f' % (1, 2.675, 0.5, 1.5, 2)",
+            "1.000000 2.67 0 2 2.",
+        ),
+        (
+            "'%08.3f|%+.1f|%-8.2f|% .1f' % (-3.14159, 2, 1.005, 1)",
+            "-003.142|+2.0|1.00    | 1.0",
+        ),
         ("'%.1f' % 0.25", "0.2"),
         ("'%.20f' % 0.1", "0.10000000000000000555"),
         ("'%f' % -0.0", "-0.000000"),
@@ -66,8 +81,14 @@ fn strings_are_formatted_as_in_python() {
             "'%.3g|%#.3g|%10.2g|%-10.2g|%+g|%010.3g' % (1234.5, 1.0, 3.14159, 2.5, 7, -0.5)",
             "1.23e+03|1.00|       3.1|2.5       |+7|-0000000.5",
         ),
-        ("'%G %E %g' % (1e-10, 1e100, 1e999)", "1E-10 1.000000E+100 inf"),
-        ("'%.0g %g %g' % (2.5, 123456, 1234567)", "2 123456 1.23457e+06"),
+        (
+            "'%G %E %g' % (1e-10, 1e100, 1e999)",
+            "1E-10 1.000000E+100 inf",
+        ),
+        (
+            "'%.0g %g %g' % (2.5, 123456, 1234567)",
+            "2 123456 1.23457e+06",
+        ),
         ("'%.17g' % 0.1", "0.10000000000000001"),
         ("'%e' % 0", "0.000000e+00"),
         ("'%c%c' % (65, 'é')", "Aé"),
@@ -145,7 +166,10 @@ fn what_python_refuses_is_refused() {
         "'%d' % 1e999",
     ];
     for expression in cases {
-        assert!(render(&format!("{{{{ {expression} }}}}")).is_err(), "{expression}");
+        assert!(
+            render(&format!("{{{{ {expression} }}}}")).is_err(),
+            "{expression}"
+        );
     }
 }
 
@@ -161,7 +185,10 @@ fn what_is_not_supported_is_refused_by_name() {
             "'%s' * 2 % (1, 2)",
             "formatting with % is supported only directly after a string literal",
         ),
-        ("('%s' ~ '!') % 1", "formatting with % is supported only directly after a string literal"),
+        (
+            "('%s' ~ '!') % 1",
+            "formatting with % is supported only directly after a string literal",
+        ),
         (
             "'%s' % 1 is string",
             "formatting with % is supported only directly after a string literal",
@@ -171,7 +198,11 @@ fn what_is_not_supported_is_refused_by_name() {
         let told = render(&format!("{{{{ {expression} }}}}")).unwrap_err();
         assert!(told.contains(reason), "{expression}: {told}");
     }
-    assert!(render("{% set f = '%s' %}{{ f % 1 }}").unwrap_err().contains("the filter format"));
+    assert!(
+        render("{% set f = '%s' %}{{ f % 1 }}")
+            .unwrap_err()
+            .contains("the filter format")
+    );
 }
 
 #[test]
@@ -180,7 +211,10 @@ fn only_operators_in_tags_are_rewritten() {
         "{% raw %}{{ '%s' % 1 }}{% endraw %}{# '%s' % 1 #}{% if '%s' % 1 == '1' %}\nyes {{ '%s' % 2 }}{%- endif -%} ",
         "{% set a='%s'%}{{ a }} '%s' % 3 {{ '}}' }}{{ '%s' % {'a':{'b':1}} }}"
     );
-    assert_eq!(render(source).as_deref(), Ok("{{ '%s' % 1 }}yes 2%s '%s' % 3 }}{'a': {'b': 1}}"));
+    assert_eq!(
+        render(source).as_deref(),
+        Ok("{{ '%s' % 1 }}yes 2%s '%s' % 3 }}{'a': {'b': 1}}")
+    );
     for unchanged in [
         "",
         "{",
@@ -196,15 +230,24 @@ fn only_operators_in_tags_are_rewritten() {
     ] {
         assert_eq!(rewrite(unchanged), unchanged);
     }
-    assert_eq!(rewrite("{{ 'é%s' % 'é' }}"), "{{ 'é%s' |__percent__( 'é') }}");
+    assert_eq!(
+        rewrite("{{ 'é%s' % 'é' }}"),
+        "{{ 'é%s' |__percent__( 'é') }}"
+    );
 }
 
 #[test]
 fn a_hostile_template_is_rewritten_in_time() {
     let n = 10_000;
-    let calls =
-        |source: &str| rewrite(&format!("{{{{ {source} }}}}")).matches("__percent__").count();
-    assert_eq!(calls(&format!("{}1{}", "'%s' % (".repeat(n), ")".repeat(n))), 151);
+    let calls = |source: &str| {
+        rewrite(&format!("{{{{ {source} }}}}"))
+            .matches("__percent__")
+            .count()
+    };
+    assert_eq!(
+        calls(&format!("{}1{}", "'%s' % (".repeat(n), ")".repeat(n))),
+        151
+    );
     assert_eq!(calls(&"'%s' % (".repeat(n)), 0);
     assert_eq!(calls(&format!("{}'%s' % 1", "(".repeat(n))), 0);
     assert_eq!(calls(&format!("{}1", "'%s' % ".repeat(n))), n);

@@ -19,8 +19,14 @@ fn expressions_render_as_in_python() {
         ("0.0001", "0.0001"),
         ("2.0", "2.0"),
         ("123456789.123", "123456789.123"),
-        ("[1e-7, 'a', none, true, {'k': 1.0}]", "[1e-07, 'a', None, True, {'k': 1.0}]"),
-        ("[\"it's\", 'a\"b', 'x\\n\\u00a0\\u200b']", "[\"it's\", 'a\"b', 'x\\n\\xa0\\u200b']"),
+        (
+            "[1e-7, 'a', none, true, {'k': 1.0}]",
+            "[1e-07, 'a', None, True, {'k': 1.0}]",
+        ),
+        (
+            "[\"it's\", 'a\"b', 'x\\n\\u00a0\\u200b']",
+            "[\"it's\", 'a\"b', 'x\\n\\xa0\\u200b']",
+        ),
         ("(1,)", "(1,)"),
         ("[undef]", "[Undefined]"),
         ("[1, 2, 3][1:]", "[2, 3]"),
@@ -51,12 +57,19 @@ fn expressions_render_as_in_python() {
         ("'abc'.removeprefix('a').removesuffix('c')", "b"),
         ("'éab'.index('b')", "2"),
         ("[1, 2].index(2)", "1"),
-        ("'-5'.zfill(4) ~ 'a'.rjust(3) ~ 'a'.ljust(3, '.')", "-005  aa.."),
+        (
+            "'-5'.zfill(4) ~ 'a'.rjust(3) ~ 'a'.ljust(3, '.')",
+            "-005  aa..",
+        ),
         ("{'a': 1}.copy()", "{'a': 1}"),
         ("'aXb'.upper()", "AXB"),
     ];
     for (expression, expected) in cases {
-        assert_eq!(render(&format!("{{{{ {expression} }}}}")).unwrap(), expected, "{expression}");
+        assert_eq!(
+            render(&format!("{{{{ {expression} }}}}")).unwrap(),
+            expected,
+            "{expression}"
+        );
     }
 }
 
@@ -69,7 +82,10 @@ fn what_python_refuses_is_refused() {
         "[1].index(2)",
         "'a'.split(seperator=',')",
     ] {
-        assert!(render(&format!("{{{{ {expression} }}}}")).is_err(), "{expression}");
+        assert!(
+            render(&format!("{{{{ {expression} }}}}")).is_err(),
+            "{expression}"
+        );
     }
 }
 

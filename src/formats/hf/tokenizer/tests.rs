@@ -25,7 +25,14 @@ fn sentencepiece() -> Value {
 /// Returns the ids of `text` with the class's tokenizer, or `None` if the file is used as it is.
 fn ids(file: &Value, config: &Value, model_type: Option<&str>, text: &str) -> Option<Vec<u32>> {
     let changed = as_class(file.to_string().as_bytes(), config, model_type)?;
-    Some(Tokenizer::from_bytes(changed).unwrap().encode(text, false).unwrap().get_ids().to_vec())
+    Some(
+        Tokenizer::from_bytes(changed)
+            .unwrap()
+            .encode(text, false)
+            .unwrap()
+            .get_ids()
+            .to_vec(),
+    )
 }
 
 /// The ids are transformers 5.23's LlamaTokenizer's, of the same vocabulary and merges.
@@ -48,7 +55,15 @@ fn other_classes_use_the_file_as_it_is() {
     let file = sentencepiece();
     let llama = json!({"tokenizer_class": "LlamaTokenizer"});
     assert_eq!(ids(&file, &llama, Some("mistral"), "a"), None);
-    assert_eq!(ids(&file, &json!({"tokenizer_class": "PreTrainedTokenizerFast"}), None, "a"), None);
+    assert_eq!(
+        ids(
+            &file,
+            &json!({"tokenizer_class": "PreTrainedTokenizerFast"}),
+            None,
+            "a"
+        ),
+        None
+    );
     assert_eq!(ids(&file, &json!({}), None, "a"), None);
     let mut byte_level = sentencepiece();
     byte_level["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [

@@ -5,7 +5,9 @@ use serde_json::json;
 use super::*;
 
 fn given(value: Value) -> Struct {
-    let Value::Object(fields) = value else { panic!("an object") };
+    let Value::Object(fields) = value else {
+        panic!("an object")
+    };
     to_struct(&fields)
 }
 
@@ -20,9 +22,15 @@ fn a_struct_is_json_with_sorted_keys_and_whole_numbers() {
     );
     let large = object(given(json!({"x": 1e300}))).unwrap();
     assert_eq!(large["x"], json!(1e300));
-    let infinite = prost_types::Value { kind: Some(Kind::NumberValue(f64::INFINITY)) };
+    let infinite = prost_types::Value {
+        kind: Some(Kind::NumberValue(f64::INFINITY)),
+    };
     assert!(
-        object(Struct { fields: [("x".into(), infinite)].into() }).unwrap_err().contains("inf")
+        object(Struct {
+            fields: [("x".into(), infinite)].into()
+        })
+        .unwrap_err()
+        .contains("inf")
     );
 }
 
@@ -51,16 +59,25 @@ fn tools_come_as_structs_or_as_json_but_not_as_both() {
     let both = arguments("pair", vec![given(tool)], text, None, "").unwrap_err();
     assert_eq!(both.0, "pair.tools_json");
     assert_eq!(
-        arguments("options", vec![], "{".into(), None, "").unwrap_err().0,
+        arguments("options", vec![], "{".into(), None, "")
+            .unwrap_err()
+            .0,
         "options.tools_json"
     );
     assert_eq!(
-        arguments("options", vec![], "{}".into(), None, "").unwrap_err().0,
+        arguments("options", vec![], "{}".into(), None, "")
+            .unwrap_err()
+            .0,
         "options.tools_json"
     );
-    let reserved =
-        arguments("options", vec![], String::new(), Some(given(json!({"messages": []}))), "")
-            .unwrap_err();
+    let reserved = arguments(
+        "options",
+        vec![],
+        String::new(),
+        Some(given(json!({"messages": []}))),
+        "",
+    )
+    .unwrap_err();
     assert_eq!(reserved.0, "options.chat_template_kwargs");
     assert_eq!(
         arguments("options", vec![], String::new(), None, "").unwrap(),
@@ -78,13 +95,19 @@ fn template_arguments_come_as_a_struct_or_as_json_but_not_as_both() {
         "the order of keys and the kinds of numbers are those of the text"
     );
     let from_struct = kwargs("options", Some(to_struct(&from_text)), "").unwrap();
-    assert_eq!(Value::Object(from_struct.clone()).to_string(), r#"{"a":{"c":2.5,"z":1},"b":1}"#);
+    assert_eq!(
+        Value::Object(from_struct.clone()).to_string(),
+        r#"{"a":{"c":2.5,"z":1},"b":1}"#
+    );
     // The returned fields convert to the same arguments again.
     for arguments in [from_text, from_struct, Map::new()] {
         let (given, json) = kwargs_fields(arguments.clone());
         assert!(given.is_none() || json.is_empty());
         let again = kwargs("training_job", given, &json).unwrap();
-        assert_eq!(Value::Object(again).to_string(), Value::Object(arguments).to_string());
+        assert_eq!(
+            Value::Object(again).to_string(),
+            Value::Object(arguments).to_string()
+        );
     }
     let mut deep = json!({"x": 1});
     for _ in 0..MAX_DEPTH + 8 {
@@ -107,7 +130,9 @@ fn template_arguments_come_as_a_struct_or_as_json_but_not_as_both() {
         assert_eq!(refused.unwrap_err().0, "pair.chat_template_kwargs_json");
     }
     assert_eq!(
-        arguments("pair", vec![], String::new(), None, text).unwrap().kwargs["b"],
+        arguments("pair", vec![], String::new(), None, text)
+            .unwrap()
+            .kwargs["b"],
         json!(1.0)
     );
 }

@@ -38,7 +38,10 @@ fn an_absent_field_has_its_default_and_a_job_survives_the_round_trip() {
         method: Some(pb::training_job::Method::Full(pb::FullConfig {})),
         ..minimal()
     };
-    assert_eq!(job_request(full).unwrap().spec.optimizer.learning_rate, 1e-6);
+    assert_eq!(
+        job_request(full).unwrap().spec.optimizer.learning_rate,
+        1e-6
+    );
     let message = job(stored(request.clone()));
     assert_eq!(message.create_time.unwrap().nanos, 123_000_000);
     assert_eq!(again(message), request);
@@ -46,7 +49,10 @@ fn an_absent_field_has_its_default_and_a_job_survives_the_round_trip() {
 
 /// Makes the request for a job like the returned one. It sets every field.
 fn again(shown: pb::TrainingJob) -> JobRequest {
-    JobRequest { given_lora: GivenLora::default(), ..job_request(shown).unwrap() }
+    JobRequest {
+        given_lora: GivenLora::default(),
+        ..job_request(shown).unwrap()
+    }
 }
 
 #[test]
@@ -115,7 +121,9 @@ fn every_bad_field_is_reported_at_once_under_its_proto_path() {
 
 /// Returns the paths of the fields for which a job is refused.
 fn refused_fields(job: pb::TrainingJob) -> Vec<String> {
-    let Err(status) = job_request(job) else { return Vec::new() };
+    let Err(status) = job_request(job) else {
+        return Vec::new();
+    };
     status
         .get_details_bad_request()
         .unwrap()
@@ -126,27 +134,66 @@ fn refused_fields(job: pb::TrainingJob) -> Vec<String> {
 }
 
 fn with_dpo(loss: &str, dpo: pb::DpoConfig) -> pb::TrainingJob {
-    let losses = vec![pb::WeightedLoss { loss_type: loss.into(), ..Default::default() }];
-    pb::TrainingJob { dpo: Some(pb::DpoConfig { losses, ..dpo }), ..minimal() }
+    let losses = vec![pb::WeightedLoss {
+        loss_type: loss.into(),
+        ..Default::default()
+    }];
+    pb::TrainingJob {
+        dpo: Some(pb::DpoConfig { losses, ..dpo }),
+        ..minimal()
+    }
 }
 
 fn with_optimizer(optimizer: pb::OptimizerConfig) -> pb::TrainingJob {
-    pb::TrainingJob { optimizer: Some(optimizer), ..minimal() }
+    pb::TrainingJob {
+        optimizer: Some(optimizer),
+        ..minimal()
+    }
 }
 
 #[test]
 fn a_setting_of_the_objective_without_effect_is_refused() {
     let default = pb::DpoConfig::default;
     let settings = [
-        ("f_alpha", pb::DpoConfig { f_alpha: Some(0.3), ..default() }),
-        ("simpo_gamma", pb::DpoConfig { simpo_gamma: Some(0.5), ..default() }),
-        ("orpo_lambda", pb::DpoConfig { orpo_lambda: Some(0.2), ..default() }),
-        ("discopop_tau", pb::DpoConfig { discopop_tau: Some(0.1), ..default() }),
+        (
+            "f_alpha",
+            pb::DpoConfig {
+                f_alpha: Some(0.3),
+                ..default()
+            },
+        ),
+        (
+            "simpo_gamma",
+            pb::DpoConfig {
+                simpo_gamma: Some(0.5),
+                ..default()
+            },
+        ),
+        (
+            "orpo_lambda",
+            pb::DpoConfig {
+                orpo_lambda: Some(0.2),
+                ..default()
+            },
+        ),
+        (
+            "discopop_tau",
+            pb::DpoConfig {
+                discopop_tau: Some(0.1),
+                ..default()
+            },
+        ),
     ];
     for (name, dpo) in settings {
-        assert_eq!(refused_fields(with_dpo("sigmoid", dpo)), [format!("training_job.dpo.{name}")]);
+        assert_eq!(
+            refused_fields(with_dpo("sigmoid", dpo)),
+            [format!("training_job.dpo.{name}")]
+        );
     }
-    let smoothed = pb::DpoConfig { label_smoothing: Some(0.1), ..default() };
+    let smoothed = pb::DpoConfig {
+        label_smoothing: Some(0.1),
+        ..default()
+    };
     for loss in [
         "hinge",
         "ipo",
@@ -171,15 +218,45 @@ fn a_setting_of_the_objective_without_effect_is_refused() {
 #[test]
 fn a_setting_of_the_objective_with_effect_is_accepted() {
     let default = pb::DpoConfig::default;
-    let alpha =
-        pb::DpoConfig { f_divergence: "alpha_divergence".into(), f_alpha: Some(0.3), ..default() };
-    let smoothed = || pb::DpoConfig { label_smoothing: Some(0.1), ..default() };
+    let alpha = pb::DpoConfig {
+        f_divergence: "alpha_divergence".into(),
+        f_alpha: Some(0.3),
+        ..default()
+    };
+    let smoothed = || pb::DpoConfig {
+        label_smoothing: Some(0.1),
+        ..default()
+    };
     let accepted = [
         ("sigmoid", alpha),
-        ("simpo", pb::DpoConfig { simpo_gamma: Some(0.3), ..default() }),
-        ("orpo", pb::DpoConfig { orpo_lambda: Some(0.2), ..default() }),
-        ("discopop", pb::DpoConfig { discopop_tau: Some(0.1), ..default() }),
-        ("hinge", pb::DpoConfig { label_smoothing: Some(0.0), ..default() }),
+        (
+            "simpo",
+            pb::DpoConfig {
+                simpo_gamma: Some(0.3),
+                ..default()
+            },
+        ),
+        (
+            "orpo",
+            pb::DpoConfig {
+                orpo_lambda: Some(0.2),
+                ..default()
+            },
+        ),
+        (
+            "discopop",
+            pb::DpoConfig {
+                discopop_tau: Some(0.1),
+                ..default()
+            },
+        ),
+        (
+            "hinge",
+            pb::DpoConfig {
+                label_smoothing: Some(0.0),
+                ..default()
+            },
+        ),
         ("sigmoid", smoothed()),
         ("exo_pair", smoothed()),
         ("robust", smoothed()),
@@ -199,13 +276,44 @@ fn a_setting_of_the_objective_with_effect_is_accepted() {
 fn a_setting_of_the_schedule_without_effect_is_refused() {
     let default = pb::OptimizerConfig::default;
     let refused = [
-        ("min_lr_ratio", "", pb::OptimizerConfig { min_lr_ratio: Some(0.1), ..default() }),
-        ("min_lr_ratio", "cosine", pb::OptimizerConfig { min_lr_ratio: Some(0.1), ..default() }),
-        ("warmup_steps", "constant", pb::OptimizerConfig { warmup_steps: Some(3), ..default() }),
-        ("warmup_ratio", "constant", pb::OptimizerConfig { warmup_ratio: Some(0.1), ..default() }),
+        (
+            "min_lr_ratio",
+            "",
+            pb::OptimizerConfig {
+                min_lr_ratio: Some(0.1),
+                ..default()
+            },
+        ),
+        (
+            "min_lr_ratio",
+            "cosine",
+            pb::OptimizerConfig {
+                min_lr_ratio: Some(0.1),
+                ..default()
+            },
+        ),
+        (
+            "warmup_steps",
+            "constant",
+            pb::OptimizerConfig {
+                warmup_steps: Some(3),
+                ..default()
+            },
+        ),
+        (
+            "warmup_ratio",
+            "constant",
+            pb::OptimizerConfig {
+                warmup_ratio: Some(0.1),
+                ..default()
+            },
+        ),
     ];
     for (name, schedule, optimizer) in refused {
-        let optimizer = pb::OptimizerConfig { lr_scheduler_type: schedule.into(), ..optimizer };
+        let optimizer = pb::OptimizerConfig {
+            lr_scheduler_type: schedule.into(),
+            ..optimizer
+        };
         assert_eq!(
             refused_fields(with_optimizer(optimizer)),
             [format!("training_job.optimizer.{name}")],
@@ -217,8 +325,15 @@ fn a_setting_of_the_schedule_without_effect_is_refused() {
         warmup_steps: Some(3),
         ..default()
     }));
-    let violations = status.unwrap_err().get_details_bad_request().unwrap().field_violations;
-    assert!(violations[0].description.contains("constant_with_warmup"), "{violations:?}");
+    let violations = status
+        .unwrap_err()
+        .get_details_bad_request()
+        .unwrap()
+        .field_violations;
+    assert!(
+        violations[0].description.contains("constant_with_warmup"),
+        "{violations:?}"
+    );
 }
 
 #[test]
@@ -228,23 +343,42 @@ fn a_constant_rate_after_a_warm_up_is_accepted_and_shown_by_its_name() {
         (
             "constant_with_warmup",
             "constant_with_warmup",
-            pb::OptimizerConfig { warmup_steps: Some(3), ..default() },
+            pb::OptimizerConfig {
+                warmup_steps: Some(3),
+                ..default()
+            },
         ),
         (
             "constant_with_warmup",
             "constant_with_warmup",
-            pb::OptimizerConfig { warmup_ratio: Some(0.1), ..default() },
+            pb::OptimizerConfig {
+                warmup_ratio: Some(0.1),
+                ..default()
+            },
         ),
-        ("constant", "constant", pb::OptimizerConfig { warmup_steps: Some(0), ..default() }),
+        (
+            "constant",
+            "constant",
+            pb::OptimizerConfig {
+                warmup_steps: Some(0),
+                ..default()
+            },
+        ),
         (
             "cosine_with_floor",
             "cosine_with_floor",
-            pb::OptimizerConfig { min_lr_ratio: Some(0.2), ..default() },
+            pb::OptimizerConfig {
+                min_lr_ratio: Some(0.2),
+                ..default()
+            },
         ),
         (
             "cosine_with_min_lr",
             "cosine_with_floor",
-            pb::OptimizerConfig { min_lr_ratio: Some(0.2), ..default() },
+            pb::OptimizerConfig {
+                min_lr_ratio: Some(0.2),
+                ..default()
+            },
         ),
     ];
     for (given, shown, optimizer) in accepted {
@@ -263,15 +397,26 @@ fn a_constant_rate_after_a_warm_up_is_accepted_and_shown_by_its_name() {
 #[test]
 fn a_stored_job_with_a_setting_without_effect_is_shown() {
     let mut request = job_request(minimal()).unwrap();
-    request.spec.dpo.losses =
-        vec![WeightedLoss { loss: LossType::Hinge, weight: 1.0, label_smoothing: None }];
-    (request.spec.dpo.label_smoothing, request.spec.dpo.simpo_gamma) = (0.1, 3.0);
-    (request.spec.optimizer.schedule, request.spec.optimizer.warmup) =
-        (ScheduleKind::Constant, Warmup::Steps(5));
+    request.spec.dpo.losses = vec![WeightedLoss {
+        loss: LossType::Hinge,
+        weight: 1.0,
+        label_smoothing: None,
+    }];
+    (
+        request.spec.dpo.label_smoothing,
+        request.spec.dpo.simpo_gamma,
+    ) = (0.1, 3.0);
+    (
+        request.spec.optimizer.schedule,
+        request.spec.optimizer.warmup,
+    ) = (ScheduleKind::Constant, Warmup::Steps(5));
     let read: JobRequest = serde_json::from_str(&serde_json::to_string(&request).unwrap()).unwrap();
     assert_eq!(read, request);
     let shown = job(stored(read));
-    assert_eq!(shown.optimizer.unwrap().lr_scheduler_type, "constant_with_warmup");
+    assert_eq!(
+        shown.optimizer.unwrap().lr_scheduler_type,
+        "constant_with_warmup"
+    );
     let dpo = shown.dpo.unwrap();
     assert_eq!((dpo.label_smoothing, dpo.simpo_gamma), (Some(0.1), None));
 }

@@ -11,7 +11,9 @@ fn all(rows: &[Value]) -> Vec<Result<PreferenceRow, RowIssue>> {
     for row in rows {
         writeln!(file, "{row}").unwrap();
     }
-    read_rows(file.path(), DatasetFormat::Jsonl).unwrap().collect()
+    read_rows(file.path(), DatasetFormat::Jsonl)
+        .unwrap()
+        .collect()
 }
 
 fn one(row: Value) -> PreferenceRow {
@@ -50,13 +52,21 @@ fn texts_without_a_prompt_are_split_as_trl_splits_them() {
         let first = |field: &str| row[field].as_str().unwrap().chars().next();
         // There is no common prompt. (TRL's index wraps around in this case.)
         if expected["prompt"] == "" || first("chosen") != first("rejected") {
-            assert_eq!(refusal(row.clone()).1, IssueReason::DifferentPrompts, "{case}");
+            assert_eq!(
+                refusal(row.clone()).1,
+                IssueReason::DifferentPrompts,
+                "{case}"
+            );
             refused += 1;
             continue;
         }
         let got = one(row.clone());
         let plain = |field: &str| Text::Plain(expected[field].as_str().unwrap().to_owned());
-        assert_eq!(texts(&got), [&plain("prompt"), &plain("chosen"), &plain("rejected")], "{case}");
+        assert_eq!(
+            texts(&got),
+            [&plain("prompt"), &plain("chosen"), &plain("rejected")],
+            "{case}"
+        );
         assert_eq!(got.shape, RowShape::ImplicitPromptText);
         split += 1;
     }
@@ -68,8 +78,15 @@ fn a_prompt_that_repeats_the_first_user_message_gives_way_to_the_dialogues() {
     for case in golden("dialogues") {
         let got = one(case["row"].clone());
         assert_eq!(got.shape, RowShape::Ultrafeedback);
-        for (field, text) in ["prompt", "chosen", "rejected"].into_iter().zip(texts(&got)) {
-            assert_eq!(serde_json::to_value(text).unwrap(), case["split"][field], "{case}");
+        for (field, text) in ["prompt", "chosen", "rejected"]
+            .into_iter()
+            .zip(texts(&got))
+        {
+            assert_eq!(
+                serde_json::to_value(text).unwrap(),
+                case["split"][field],
+                "{case}"
+            );
         }
         // Add the other columns of the dataset after which the shape is named.
         let mut row = case["row"].clone();
@@ -115,7 +132,10 @@ fn dialogues_and_plain_rows_keep_their_names() {
         RowShape::Preference
     );
     let (field, reason, message) = refusal(json!({"question": "Q", "response": "a"}));
-    assert_eq!((field.as_str(), reason), ("chosen", IssueReason::MissingField));
+    assert_eq!(
+        (field.as_str(), reason),
+        ("chosen", IssueReason::MissingField)
+    );
     assert!(
         message.contains("prompt, chosen and rejected") && message.contains("preferred_output"),
         "{message}"
@@ -137,17 +157,32 @@ fn openais_rows_are_read() {
         (got.shape, got.id.as_deref(), got.weight),
         (RowShape::OpenaiPreference, Some("7"), 1.0)
     );
-    assert_eq!(got.prompt, chat(&[("user", "Hello, how cold is San Francisco today?")]));
-    assert_eq!(got.chosen, chat(&[("assistant", "Today it is 13 °C there.")]));
-    assert_eq!(got.rejected, chat(&[("assistant", "It is not particularly cold.")]));
+    assert_eq!(
+        got.prompt,
+        chat(&[("user", "Hello, how cold is San Francisco today?")])
+    );
+    assert_eq!(
+        got.chosen,
+        chat(&[("assistant", "Today it is 13 °C there.")])
+    );
+    assert_eq!(
+        got.rejected,
+        chat(&[("assistant", "It is not particularly cold.")])
+    );
     assert!(got.ignored.is_empty());
 
     // Findings use the column names of the file.
     let mut missing = row.clone();
     missing["non_preferred_output"] = json!(null);
     let (field, reason, message) = refusal(missing);
-    assert_eq!((field.as_str(), reason), ("non_preferred_output", IssueReason::MissingField));
-    assert!(message.starts_with("non_preferred_output is missing"), "{message}");
+    assert_eq!(
+        (field.as_str(), reason),
+        ("non_preferred_output", IssueReason::MissingField)
+    );
+    assert!(
+        message.starts_with("non_preferred_output is missing"),
+        "{message}"
+    );
     let mut wrong = row.clone();
     wrong["preferred_output"] = json!(3);
     let (field, _, message) = refusal(wrong);
@@ -182,7 +217,16 @@ fn openais_tools_become_the_rows() {
     assert_eq!(normalise(1, fields).unwrap(), RowShape::OpenaiPreference);
     let mut names: Vec<&str> = fields.keys().map(String::as_str).collect();
     names.sort_unstable();
-    assert_eq!(names, ["chat_template_kwargs", "chosen", "prompt", "rejected", "tools"]);
+    assert_eq!(
+        names,
+        [
+            "chat_template_kwargs",
+            "chosen",
+            "prompt",
+            "rejected",
+            "tools"
+        ]
+    );
     assert_eq!(fields["tools"], tools);
 }
 
@@ -194,11 +238,18 @@ fn hh_dialogues_become_messages() {
         json!({"chosen": format!("{start} It is 4."), "rejected": format!("{start} It is\n\n5.")}),
     );
     assert_eq!(row.shape, RowShape::Hh);
-    let prompt =
-        chat(&[("user", "What is 2+2?"), ("assistant", "Do you mean the sum?"), ("user", "Yes.")]);
+    let prompt = chat(&[
+        ("user", "What is 2+2?"),
+        ("assistant", "Do you mean the sum?"),
+        ("user", "Yes."),
+    ]);
     assert_eq!(
         texts(&row),
-        [&prompt, &chat(&[("assistant", "It is 4.")]), &chat(&[("assistant", "It is\n\n5.")])]
+        [
+            &prompt,
+            &chat(&[("assistant", "It is 4.")]),
+            &chat(&[("assistant", "It is\n\n5.")])
+        ]
     );
 
     // If the human turns differ, the prompt ends before the last assistant turn that both dialogues
@@ -209,7 +260,10 @@ fn hh_dialogues_become_messages() {
         "rejected": format!("{start}\n\nHuman: B\n\nAssistant: b")
     }));
     assert_eq!(row.prompt, chat(&[("user", "Hi")]));
-    assert_eq!(row.rejected, chat(&[("assistant", "Hello"), ("user", "B"), ("assistant", "b")]));
+    assert_eq!(
+        row.rejected,
+        chat(&[("assistant", "Hello"), ("user", "B"), ("assistant", "b")])
+    );
 
     // There are three line breaks before a marker; the first one belongs to the text.
     let row = one(
@@ -224,13 +278,19 @@ fn hh_dialogues_become_messages() {
     // If there is a prompt column, the answers are plain text.
     let row =
         one(json!({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}));
-    assert_eq!((row.shape, row.chosen), (RowShape::Preference, Text::Plain(" a".into())));
+    assert_eq!(
+        (row.shape, row.chosen),
+        (RowShape::Preference, Text::Plain(" a".into()))
+    );
     let many = "\n\nHuman: x".repeat(MAX_MESSAGES);
     let (field, reason, _) = refusal(json!({
         "chosen": format!("{many}\n\nAssistant: a"),
         "rejected": "Human: x\n\nAssistant: b"
     }));
-    assert_eq!((field.as_str(), reason), ("chosen", IssueReason::InvalidType));
+    assert_eq!(
+        (field.as_str(), reason),
+        ("chosen", IssueReason::InvalidType)
+    );
 }
 
 #[test]
@@ -242,21 +302,41 @@ fn several_rejected_answers_share_the_rows_weight() {
         json!({"prompt": "P", "chosen": "a", "rejected": ["b"], "id": "single"}),
     ]);
     let rows: Vec<PreferenceRow> = rows.into_iter().map(Result::unwrap).collect();
-    assert_eq!(rows.iter().map(|r| r.row).collect::<Vec<_>>(), [1, 1, 1, 1, 2, 3]);
+    assert_eq!(
+        rows.iter().map(|r| r.row).collect::<Vec<_>>(),
+        [1, 1, 1, 1, 2, 3]
+    );
     let ids: Vec<Option<&str>> = rows.iter().map(|r| r.id.as_deref()).collect();
-    assert_eq!(ids, [Some("q#1"), Some("q#2"), Some("q#3"), Some("q#4"), None, Some("single")]);
+    assert_eq!(
+        ids,
+        [
+            Some("q#1"),
+            Some("q#2"),
+            Some("q#3"),
+            Some("q#4"),
+            None,
+            Some("single")
+        ]
+    );
     for (row, answer) in rows.iter().zip(["b", "c", "d", "e"]) {
         assert_eq!((row.weight, row.shape), (0.5, RowShape::SeveralRejected));
         assert_eq!(
             texts(row),
-            [&Text::Plain("Q".into()), &Text::Plain("a".into()), &Text::Plain(answer.into())]
+            [
+                &Text::Plain("Q".into()),
+                &Text::Plain("a".into()),
+                &Text::Plain(answer.into())
+            ]
         );
     }
     assert_eq!(
         rows.iter().map(|r| r.pair).collect::<Vec<_>>(),
         [Some(1), Some(2), Some(3), Some(4), None, None]
     );
-    assert_eq!((rows[5].weight, rows[5].shape), (1.0, RowShape::SeveralRejected));
+    assert_eq!(
+        (rows[5].weight, rows[5].shape),
+        (1.0, RowShape::SeveralRejected)
+    );
 }
 
 #[test]
@@ -277,8 +357,10 @@ fn several_rejected_dialogues_and_answers_of_messages() {
         json!({"chosen": "Human: Q\n\nAssistant: a", "rejected": ["Human: Q\n\nAssistant: b",
             "Human: Q\n\nAssistant: c"]}),
     ] {
-        let rows: Vec<PreferenceRow> =
-            all(std::slice::from_ref(&row)).into_iter().map(Result::unwrap).collect();
+        let rows: Vec<PreferenceRow> = all(std::slice::from_ref(&row))
+            .into_iter()
+            .map(Result::unwrap)
+            .collect();
         assert_eq!(rows.len(), 2, "{row}");
         for (got, answer) in rows.iter().zip(["b", "c"]) {
             assert_eq!(
@@ -297,15 +379,25 @@ fn a_list_of_answers_that_cannot_be_used_is_named() {
         |rejected: Value| json!({"id": "q", "prompt": "Q", "chosen": "a", "rejected": rejected});
     let (field, reason, message) =
         refusal(row(json!(["b", [{"role": "assistant", "content": "c"}]])));
-    assert_eq!((field.as_str(), reason), ("rejected", IssueReason::InvalidType));
+    assert_eq!(
+        (field.as_str(), reason),
+        ("rejected", IssueReason::InvalidType)
+    );
     assert!(message.contains("mixes"), "{message}");
-    assert_eq!(refusal(row(json!(vec!["b"; MAX_REJECTED + 1]))).1, IssueReason::InvalidType);
+    assert_eq!(
+        refusal(row(json!(vec!["b"; MAX_REJECTED + 1]))).1,
+        IssueReason::InvalidType
+    );
     let without_prompt = json!({"chosen": "Q a", "rejected": ["Q b", "Q c"]});
     assert_eq!(refusal(without_prompt).0, "prompt");
 
-    let rows =
-        all(&[row(json!([[{"role": "assistant", "content": "b"}], [{"role": "assistant"}]]))]);
-    let fields: Vec<&str> = rows.iter().map(|r| r.as_ref().unwrap_err().field.as_str()).collect();
+    let rows = all(&[row(
+        json!([[{"role": "assistant", "content": "b"}], [{"role": "assistant"}]]),
+    )]);
+    let fields: Vec<&str> = rows
+        .iter()
+        .map(|r| r.as_ref().unwrap_err().field.as_str())
+        .collect();
     assert_eq!(fields, ["rejected[0]", "rejected[1]"]);
     let mut weighed = row(json!(["b", "c"]));
     for weight in [json!(-1), json!(0), json!("heavy")] {
@@ -313,7 +405,11 @@ fn a_list_of_answers_that_cannot_be_used_is_named() {
         let rows = all(std::slice::from_ref(&weighed));
         let issue = rows[0].as_ref().unwrap_err();
         assert_eq!(issue.reason, IssueReason::InvalidWeight);
-        assert!(issue.message.contains(&weight.to_string()), "{}", issue.message);
+        assert!(
+            issue.message.contains(&weight.to_string()),
+            "{}",
+            issue.message
+        );
         assert_eq!(issue.id.as_deref(), Some("q#1"));
     }
 }
