@@ -18,7 +18,8 @@ static int failures = 0;
     } while (false)
 
 // Returns whether `run` aborts with a report that contains `text`.
-template <class F> static bool aborts_with(const char* text, F run) {
+template <class F>
+static bool aborts_with(const char* text, F run) {
     int ends[2];
     if (pipe(ends) != 0) {
         return false;
@@ -38,7 +39,8 @@ template <class F> static bool aborts_with(const char* text, F run) {
     close(ends[0]);
     int status = 0;
     waitpid(child, &status, 0);
-    const bool good = WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT && report.find(text) != std::string::npos;
+    const bool good = WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT &&
+                      report.find(text) != std::string::npos;
     if (!good) {
         fprintf(stderr, "expected \"%s\", got status %d: %s\n", text, status, report.c_str());
     }

@@ -1,4 +1,5 @@
-// Checks the attention kernels under the emulator against a double-precision reference with an explicit T × T softmax.
+// Checks the attention kernels under the emulator against a double-precision reference with an
+// explicit T × T softmax.
 //
 //     tests/cuda/run attention
 //
@@ -54,18 +55,22 @@ struct Layout {
                         dependent_end = other.end;
                     }
                 tiles.insert(tiles.end(), {start, end, s.start, s.prefix_start, s.prefix_end});
-                key_tiles.insert(key_tiles.end(), {start, end, s.end, dependent_start, dependent_end});
+                key_tiles.insert(key_tiles.end(),
+                                 {start, end, s.end, dependent_start, dependent_end});
             }
     }
 
-    // The mask from first principles: the own segment causally, the prefix in full, as far as the window reaches.
+    // The mask from first principles: the own segment causally, the prefix in full, as far as the
+    // window reaches.
     bool sees(int query, int key, int window) const {
         for (const Segment& s : segments) {
             if (query < s.start || query >= s.end) continue;
-            const bool own = key >= s.start && key <= query, prefix = key >= s.prefix_start && key < s.prefix_end;
+            const bool own = key >= s.start && key <= query,
+                       prefix = key >= s.prefix_start && key < s.prefix_end;
             if (!own && !prefix) return false;
             const int place_of_query = s.prefix_end - s.prefix_start + query - s.start;
-            const int place_of_key = own ? s.prefix_end - s.prefix_start + key - s.start : key - s.prefix_start;
+            const int place_of_key =
+                own ? s.prefix_end - s.prefix_start + key - s.start : key - s.prefix_start;
             return window == 0 || place_of_query - place_of_key < window;
         }
         return false;
@@ -78,16 +83,20 @@ struct Results {
     Numbers out, lse, dqkv;
 };
 
-Results reference(const Layout& layout, const Numbers& qkv, const Numbers& dout, int heads, int kv_heads, int dim, int window, double scale) {
+Results reference(const Layout& layout, const Numbers& qkv, const Numbers& dout, int heads,
+                  int kv_heads, int dim, int window, double scale) {
     const int tokens = layout.tokens, row = (heads + 2 * kv_heads) * dim, width = heads * dim;
-    Results r{Numbers(size_t(tokens) * width), Numbers(size_t(tokens) * heads), Numbers(size_t(tokens) * row)};
+    Results r{Numbers(size_t(tokens) * width), Numbers(size_t(tokens) * heads),
+              Numbers(size_t(tokens) * row)};
     for (int h = 0; h < heads; h++) {
-        const int kv = h / (heads / kv_heads), k_at = (heads + kv) * dim, v_at = (heads + kv_heads + kv) * dim;
+        const int kv = h / (heads / kv_heads), k_at = (heads + kv) * dim,
+                  v_at = (heads + kv_heads + kv) * dim;
         for (int i = 0; i < tokens; i++) {
             std::vector<int> keys;
             for (int j = 0; j < tokens; j++)
                 if (layout.sees(i, j, window)) keys.push_back(j);
-            const double *q = &qkv[size_t(i) * row + h * dim], *g = &dout[size_t(i) * width + h * dim];
+            const double *q = &qkv[size_t(i) * row + h * dim],
+                         *g = &dout[size_t(i) * width + h * dim];
             double* out = &r.out[size_t(i) * width + h * dim];
             Numbers p;
             double top = -INFINITY, total = 0;
@@ -102,7 +111,8 @@ Results reference(const Layout& layout, const Numbers& qkv, const Numbers& dout,
             double delta = 0;
             for (size_t n = 0; n < keys.size(); n++) {
                 p[n] /= total;
-                for (int d = 0; d < dim; d++) out[d] += p[n] * qkv[size_t(keys[n]) * row + v_at + d];
+                for (int d = 0; d < dim; d++)
+                    out[d] += p[n] * qkv[size_t(keys[n]) * row + v_at + d];
             }
             for (int d = 0; d < dim; d++) delta += out[d] * g[d];
             for (size_t n = 0; n < keys.size(); n++) {
@@ -131,13 +141,15 @@ void expect(bool right, const std::string& what) {
 }
 
 // The kernels of one type (and of one D, on tensor cores).
-// Where a search for races runs, each access is looked at: the windows change which tiles are visited, not how.
+// Where a search for races runs, each access is looked at: the windows change which tiles are
+// visited, not how.
 #ifdef EMULATE_RACES
 const char* const ORDERS[] = {"forward"};
 const std::vector<int> WINDOWS{70};
 #else
 const char* const ORDERS[] = {"forward", "reverse", "random:7"};
-// The last one is how some configurations say that there is no window: positions must not be added to it in 32 bits.
+// The last one is how some configurations say that there is no window: positions must not be added
+// to it in 32 bits.
 const std::vector<int> WINDOWS{0, 1, 5, 70, 2147483647};
 #endif
 
@@ -145,17 +157,34 @@ template <class T>
 struct Kernels {
     void (*forward)(T*, float*, const T*, const int*, const unsigned*, int, int, int, int, float);
     void (*delta)(float*, const T*, const T*, int, int, int);
-    void (*dq)(T*, const T*, const T*, const float*, const float*, const int*, const unsigned*, int, int, int, int, float);
-    void (*dkv)(T*, const T*, const T*, const float*, const float*, const int*, const unsigned*, int, int, int, int, float);
+    void (*dq)(T*, const T*, const T*, const float*, const float*, const int*, const unsigned*, int,
+               int, int, int, float);
+    void (*dkv)(T*, const T*, const T*, const float*, const float*, const int*, const unsigned*,
+                int, int, int, int, float);
     // In its place on tensor cores: a query head each.
-    void (*dkv_of_head)(T*, const T*, const T*, const float*, const float*, const int*, const unsigned*, int, int, int, int, float, float*);
+    void (*dkv_of_head)(T*, const T*, const T*, const float*, const float*, const int*,
+                        const unsigned*, int, int, int, int, float, float*);
     size_t forward_bytes, backward_bytes;
 };
 
-const Kernels<float> F32{attention_f32, attention_delta_f32, attention_dq_f32, attention_dkv_f32, nullptr, 0, 0};
-const Kernels<bf16> BF16{attention_bf16, attention_delta_bf16, attention_dq_bf16, attention_dkv_bf16, nullptr, 0, 0};
-const Kernels<bf16> MMA_64{attention_mma_64, attention_delta_bf16, attention_dq_mma_64, nullptr, attention_dkv_mma_64, 32768, 40960};
-const Kernels<bf16> MMA_128{attention_mma_128, attention_delta_bf16, attention_dq_mma_128, nullptr, attention_dkv_mma_128, 65536, 81920};
+const Kernels<float> F32{
+    attention_f32, attention_delta_f32, attention_dq_f32, attention_dkv_f32, nullptr, 0, 0};
+const Kernels<bf16> BF16{
+    attention_bf16, attention_delta_bf16, attention_dq_bf16, attention_dkv_bf16, nullptr, 0, 0};
+const Kernels<bf16> MMA_64{attention_mma_64,
+                           attention_delta_bf16,
+                           attention_dq_mma_64,
+                           nullptr,
+                           attention_dkv_mma_64,
+                           32768,
+                           40960};
+const Kernels<bf16> MMA_128{attention_mma_128,
+                            attention_delta_bf16,
+                            attention_dq_mma_128,
+                            nullptr,
+                            attention_dkv_mma_128,
+                            65536,
+                            81920};
 
 // Outputs of a kernel, and their bits.
 template <class T>
@@ -164,8 +193,11 @@ struct Outputs {
     std::vector<float> lse, delta;
 
     bool same(const Outputs& other) const {
-        const auto equal = [](const auto& a, const auto& b) { return memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0; };
-        return equal(out, other.out) && equal(dqkv, other.dqkv) && equal(lse, other.lse) && equal(delta, other.delta);
+        const auto equal = [](const auto& a, const auto& b) {
+            return memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+        };
+        return equal(out, other.out) && equal(dqkv, other.dqkv) && equal(lse, other.lse) &&
+               equal(delta, other.delta);
     }
 };
 
@@ -186,42 +218,54 @@ bool is_poison(const T& x) {
 }
 
 template <class T>
-Outputs<T> run(const Kernels<T>& kernels, const Layout& layout, const std::vector<T>& qkv, const std::vector<T>& dout, int heads, int kv_heads,
-               int dim, int window, float scale, const std::string& name) {
-    const int tokens = layout.tokens, row = (heads + 2 * kv_heads) * dim, width = heads * dim, rows = tokens + SPARE;
-    Outputs<T> o{poisoned<T>(size_t(rows) * width), poisoned<T>(size_t(rows) * row), poisoned<float>(size_t(rows) * heads),
-                 poisoned<float>(size_t(rows) * heads)};
+Outputs<T> run(const Kernels<T>& kernels, const Layout& layout, const std::vector<T>& qkv,
+               const std::vector<T>& dout, int heads, int kv_heads, int dim, int window,
+               float scale, const std::string& name) {
+    const int tokens = layout.tokens, row = (heads + 2 * kv_heads) * dim, width = heads * dim,
+              rows = tokens + SPARE;
+    Outputs<T> o{poisoned<T>(size_t(rows) * width), poisoned<T>(size_t(rows) * row),
+                 poisoned<float>(size_t(rows) * heads), poisoned<float>(size_t(rows) * heads)};
     const unsigned tiles = layout.tiles.size() / 5;
     const dim3 grid = kernels.dkv != nullptr ? dim3(tiles, heads) : dim3(heads, tiles);
     const unsigned* positions = layout.positions.data();
-    emulate::launch(kernels.forward, grid, 128, kernels.forward_bytes, o.out.data(), o.lse.data(), qkv.data(),
-                    layout.tiles.data(), positions, heads, kv_heads, dim, window, scale);
-    emulate::launch(kernels.delta, unsigned(tokens * heads + 3) / 4, 128, 0, o.delta.data(), o.out.data(), dout.data(), tokens, heads, dim);
-    emulate::launch(kernels.dq, grid, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(), dout.data(), o.lse.data(),
-                    o.delta.data(), layout.tiles.data(), positions, heads, kv_heads, dim, window, scale);
+    emulate::launch(kernels.forward, grid, 128, kernels.forward_bytes, o.out.data(), o.lse.data(),
+                    qkv.data(), layout.tiles.data(), positions, heads, kv_heads, dim, window,
+                    scale);
+    emulate::launch(kernels.delta, unsigned(tokens * heads + 3) / 4, 128, 0, o.delta.data(),
+                    o.out.data(), dout.data(), tokens, heads, dim);
+    emulate::launch(kernels.dq, grid, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(),
+                    dout.data(), o.lse.data(), o.delta.data(), layout.tiles.data(), positions,
+                    heads, kv_heads, dim, window, scale);
     for (size_t i = 0; i < o.dqkv.size(); i++)
-        if (int(i % row) >= width && !is_poison(o.dqkv[i])) return expect(false, name + ": dq wrote outside of its columns"), o;
+        if (int(i % row) >= width && !is_poison(o.dqkv[i]))
+            return expect(false, name + ": dq wrote outside of its columns"), o;
     const auto queries = o.dqkv;
     const auto untouched = [&](const auto& values, int columns, const char* what) {
         for (size_t i = size_t(tokens) * columns; i < values.size(); i++)
-            if (!is_poison(values[i])) return expect(false, name + ": wrote " + what + " after the last token");
+            if (!is_poison(values[i]))
+                return expect(false, name + ": wrote " + what + " after the last token");
     };
     if (kernels.dkv != nullptr) {
-        emulate::launch(kernels.dkv, {tiles, unsigned(kv_heads)}, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(), dout.data(),
-                        o.lse.data(), o.delta.data(), layout.key_tiles.data(), positions, heads, kv_heads, dim, window, scale);
+        emulate::launch(kernels.dkv, {tiles, unsigned(kv_heads)}, 128, kernels.backward_bytes,
+                        o.dqkv.data(), qkv.data(), dout.data(), o.lse.data(), o.delta.data(),
+                        layout.key_tiles.data(), positions, heads, kv_heads, dim, window, scale);
     } else {
         const bool shared = heads != kv_heads;
         auto parts = poisoned<float>(shared ? size_t(rows) * 2 * width : 0);
-        emulate::launch(kernels.dkv_of_head, grid, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(), dout.data(),
-                        o.lse.data(), o.delta.data(), layout.key_tiles.data(), positions, heads, kv_heads, dim, window, scale,
+        emulate::launch(kernels.dkv_of_head, grid, 128, kernels.backward_bytes, o.dqkv.data(),
+                        qkv.data(), dout.data(), o.lse.data(), o.delta.data(),
+                        layout.key_tiles.data(), positions, heads, kv_heads, dim, window, scale,
                         shared ? parts.data() : nullptr);
         if constexpr (std::is_same_v<T, bf16>)
             if (shared) {
-                expect(memcmp(o.dqkv.data(), queries.data(), queries.size() * sizeof(T)) == 0, name + ": dkv of a head wrote the sum's place");
+                expect(memcmp(o.dqkv.data(), queries.data(), queries.size() * sizeof(T)) == 0,
+                       name + ": dkv of a head wrote the sum's place");
                 untouched(parts, 2 * width, "parts");
                 const auto before = parts;
-                emulate::launch(attention_sum, unsigned(tokens), 256, 0, o.dqkv.data(), parts.data(), heads, kv_heads, dim);
-                expect(memcmp(parts.data(), before.data(), parts.size() * sizeof(float)) == 0, name + ": the sum wrote its parts");
+                emulate::launch(attention_sum, unsigned(tokens), 256, 0, o.dqkv.data(),
+                                parts.data(), heads, kv_heads, dim);
+                expect(memcmp(parts.data(), before.data(), parts.size() * sizeof(float)) == 0,
+                       name + ": the sum wrote its parts");
             }
     }
     for (size_t i = 0; i < o.dqkv.size(); i++)
@@ -252,15 +296,19 @@ double error(const std::vector<T>& values, const Numbers& right, int columns, in
 std::mt19937 generator(1);
 double worst[3][5];
 
-// `shift` moves all scores: queries get the one sign of a constant, keys the other if it is negative. The exponentials of the scores alone would
-// then vanish or overflow; a score's absolute error, and with it the relative one of the results, grows with it.
+// `shift` moves all scores: queries get the one sign of a constant, keys the other if it is
+// negative. The exponentials of the scores alone would then vanish or overflow; a score's absolute
+// error, and with it the relative one of the results, grows with it.
 template <class T>
-void check(const char* kind, int place, const Kernels<T>& kernels, const std::vector<Group>& groups, int heads, int kv_heads, int dim, int window,
-           float shift = 0) {
+void check(const char* kind, int place, const Kernels<T>& kernels, const std::vector<Group>& groups,
+           int heads, int kv_heads, int dim, int window, float shift = 0) {
     const Layout layout(groups);
     const int row = (heads + 2 * kv_heads) * dim, width = heads * dim;
-    const auto part = [](const char* label, int value) { return std::string(" ") + label + "=" + std::to_string(value); };
-    const std::string name = kind + part("T", layout.tokens) + part("H", heads) + part("K", kv_heads) + part("D", dim) + part("window", window) +
+    const auto part = [](const char* label, int value) {
+        return std::string(" ") + label + "=" + std::to_string(value);
+    };
+    const std::string name = kind + part("T", layout.tokens) + part("H", heads) +
+                             part("K", kv_heads) + part("D", dim) + part("window", window) +
                              (shift != 0 ? part("shift", int(shift)) : "");
     std::normal_distribution<float> normal;
     // A query's and a key's product is shifted by constant² · D · scale.
@@ -269,7 +317,9 @@ void check(const char* kind, int place, const Kernels<T>& kernels, const std::ve
         std::vector<T> values(size_t(layout.tokens) * columns);
         for (size_t i = 0; i < values.size(); i++) {
             const int column = columns == row ? i % row : row;
-            const float offset = column < width ? constant : column < width + kv_heads * dim ? std::copysign(constant, shift) : 0;
+            const float offset = column < width                    ? constant
+                                 : column < width + kv_heads * dim ? std::copysign(constant, shift)
+                                                                   : 0;
             values[i] = from_float<T>(normal(generator) + offset);
             numbers.push_back(to_float(values[i]));
         }
@@ -286,13 +336,18 @@ void check(const char* kind, int place, const Kernels<T>& kernels, const std::ve
         expect(o.same(next), name + ": order " + order + " gives other bits");
     }
     const Results r = reference(layout, exact_qkv, exact_dout, heads, kv_heads, dim, window, scale);
-    const double errors[5] = {error(o.out, r.out, width, 0, width), error(o.lse, r.lse, heads, 0, heads), error(o.dqkv, r.dqkv, row, 0, width),
-                              error(o.dqkv, r.dqkv, row, width, width + kv_heads * dim), error(o.dqkv, r.dqkv, row, width + kv_heads * dim, row)};
-    printf("%-52s out %.1e lse %.1e dq %.1e dk %.1e dv %.1e\n", name.c_str(), errors[0], errors[1], errors[2], errors[3], errors[4]);
+    const double errors[5] = {error(o.out, r.out, width, 0, width),
+                              error(o.lse, r.lse, heads, 0, heads),
+                              error(o.dqkv, r.dqkv, row, 0, width),
+                              error(o.dqkv, r.dqkv, row, width, width + kv_heads * dim),
+                              error(o.dqkv, r.dqkv, row, width + kv_heads * dim, row)};
+    printf("%-52s out %.1e lse %.1e dq %.1e dk %.1e dv %.1e\n", name.c_str(), errors[0], errors[1],
+           errors[2], errors[3], errors[4]);
     fflush(stdout);
     for (int i = 0; i < 5; i++) {
         if (shift == 0) worst[place][i] = std::max(worst[place][i], errors[i]);
-        expect(errors[i] <= (sizeof(T) == 2 ? 1e-2 : 1e-5) * (shift == 0 ? 1 : 10), name + ": error");
+        expect(errors[i] <= (sizeof(T) == 2 ? 1e-2 : 1e-5) * (shift == 0 ? 1 : 10),
+               name + ": error");
     }
 }
 
@@ -323,7 +378,8 @@ void mma() {
     // Windows that end where a tile does.
     check("mma", 2, MMA_64, {{64, {2}}}, 2, 1, 64, 65);
     check("mma", 2, MMA_64, {{189, {2}}}, 2, 1, 64, 127);
-    for (float shift : {-150.0f, 150.0f}) check("mma", 2, MMA_64, {{70, {3, 66}}}, 2, 1, 64, 0, shift);
+    for (float shift : {-150.0f, 150.0f})
+        check("mma", 2, MMA_64, {{70, {3, 66}}}, 2, 1, 64, 0, shift);
     check("mma", 2, MMA_128, ROW, 1, 1, 128, 0);
     check("mma", 2, MMA_128, ROW, 2, 2, 128, 5);
     for (int window : {0, 70}) check("mma", 2, MMA_128, ROW, 2, 1, 128, window);
@@ -340,7 +396,8 @@ int main(int count, char** arguments) {
     const char* kinds[] = {"f32", "bf16", "mma"};
     for (int place = 0; place < 3; place++) {
         const double* w = worst[place];
-        printf("worst %-6s out %.1e lse %.1e dq %.1e dk %.1e dv %.1e\n", kinds[place], w[0], w[1], w[2], w[3], w[4]);
+        printf("worst %-6s out %.1e lse %.1e dq %.1e dk %.1e dv %.1e\n", kinds[place], w[0], w[1],
+               w[2], w[3], w[4]);
     }
     printf(failed ? "attention: FAILED\n" : "attention: ok\n");
     return failed;

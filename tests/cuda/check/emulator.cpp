@@ -10,7 +10,8 @@
 static std::mt19937 generator(7);
 static float uniform() { return std::uniform_real_distribution<float>(-1, 1)(generator); }
 
-// --------------------------------------------------------------------------------------- shuffles, votes
+// --------------------------------------------------------------------------------------- shuffles,
+// votes
 
 KERNEL void shuffles(int* out) {
     const int lane = int(threadIdx.x);
@@ -30,7 +31,8 @@ KERNEL void shuffles(int* out) {
     } else {
         mine[8] = int(__shfl_xor_sync(half, lane + 0.25, 1) * 4);
     }
-    mine[9] = __syncthreads_count(lane % 2) * 4 + (__syncthreads_or(lane == 3) != 0) * 2 + (__syncthreads_and(lane > 0) != 0);
+    mine[9] = __syncthreads_count(lane % 2) * 4 + (__syncthreads_or(lane == 3) != 0) * 2 +
+              (__syncthreads_and(lane > 0) != 0);
 }
 static void test_shuffles() {
     std::vector<int> out(320);
@@ -50,7 +52,8 @@ static void test_shuffles() {
     }
 }
 
-// ------------------------------------------------------------------------------------------- reductions
+// -------------------------------------------------------------------------------------------
+// reductions
 
 KERNEL void reductions(float* out, const float* in) {
     const int i = flat_thread();
@@ -86,14 +89,16 @@ static void test_reductions() {
     }
 }
 
-// ------------------------------------------------------------------------- bf16, fragments, ldmatrix, copies
+// ------------------------------------------------------------------------- bf16, fragments,
+// ldmatrix, copies
 
 static void test_bf16() {
     CHECK(__bfloat16_as_ushort(from_float<bf16>(1.0f)) == 0x3F80);
-    CHECK(__bfloat16_as_ushort(from_float<bf16>(__uint_as_float(0x3F808000))) == 0x3F80);     // ties to even
+    CHECK(__bfloat16_as_ushort(from_float<bf16>(__uint_as_float(0x3F808000))) ==
+          0x3F80);  // ties to even
     CHECK(__bfloat16_as_ushort(from_float<bf16>(__uint_as_float(0x3F818000))) == 0x3F82);
     CHECK(__bfloat16_as_ushort(from_float<bf16>(__uint_as_float(0x3F808001))) == 0x3F81);
-    CHECK(__bfloat16_as_ushort(from_float<bf16>(3.4e38f)) == 0x7F80);                         // overflow: infinity
+    CHECK(__bfloat16_as_ushort(from_float<bf16>(3.4e38f)) == 0x7F80);  // overflow: infinity
     CHECK(std::isnan(to_float(from_float<bf16>(NAN))));
     CHECK(low_bf16(pack_bf16(1.5f, -2.0f)) == 1.5f && high_bf16(pack_bf16(1.5f, -2.0f)) == -2.0f);
 }
@@ -102,7 +107,7 @@ static void test_bf16() {
 // A by ldmatrix, B (k × n) by ldmatrix.trans.
 KERNEL void product(float* d, const bf16* a, const bf16* b) {
     SHARED(bf16, shared);
-    bf16 *a_tile = shared, *b_tile = shared + 256;      // 16 × 16 and 16 × 16, of which 16 × 8 twice
+    bf16 *a_tile = shared, *b_tile = shared + 256;  // 16 × 16 and 16 × 16, of which 16 × 8 twice
     const int lane = int(threadIdx.x), g = lane / 4, t = lane % 4;
     cp_async_16(a_tile + lane * 8, a + lane * 8, true);
     cp_async_16(b_tile + lane * 8, b + lane * 8, true);
@@ -121,7 +126,8 @@ KERNEL void product(float* d, const bf16* a, const bf16* b) {
         }
     }
 }
-// The same product from fragments that are read element by element, as the PTX manual describes them.
+// The same product from fragments that are read element by element, as the PTX manual describes
+// them.
 KERNEL void product_by_layout(float* d, const bf16* a, const bf16* b) {
     const int g = int(threadIdx.x) / 4, t = int(threadIdx.x) % 4;
     for (int n = 0; n < 2; ++n) {
@@ -166,7 +172,7 @@ KERNEL void matrices(uint32_t* out) {
     SHARED(uint16_t, shared);
     const int lane = int(threadIdx.x);
     for (int i = 0; i < 8; ++i) {
-        shared[lane * 8 + i] = uint16_t(lane * 8 + i);      // matrix lane / 8, row lane % 8, column i
+        shared[lane * 8 + i] = uint16_t(lane * 8 + i);  // matrix lane / 8, row lane % 8, column i
     }
     __syncwarp();
     uint32_t r[4];
@@ -199,10 +205,10 @@ KERNEL void copies(float* out, const float* in) {
         cp_async_16(shared + stage * 128 + at, in + stage * 128 + at, stage != 1);
         cp_async_commit();
     }
-    out[at] = shared[at];                       // not waited for: NaN
+    out[at] = shared[at];  // not waited for: NaN
     cp_async_wait<1>();
     out[at + 1] = shared[at] + shared[128 + at];
-    out[at + 2] = shared[256 + at];             // still NaN
+    out[at + 2] = shared[256 + at];  // still NaN
     cp_async_wait<0>();
     out[at + 3] = shared[256 + at];
 }
@@ -218,7 +224,8 @@ static void test_copies() {
     }
 }
 
-// ----------------------------------------------------------------------------------- poison, order, reports
+// ----------------------------------------------------------------------------------- poison,
+// order, reports
 
 KERNEL void stale(float* out) {
     __shared__ float fixed[4];
@@ -239,7 +246,8 @@ static void test_poison() {
     for (int i = 0; i < 10; ++i) {
         CHECK(std::isnan(memory[i]));
     }
-    CHECK(emulate::memory().contains(memory + 5, 20) && !emulate::memory().contains(memory + 5, 21));
+    CHECK(emulate::memory().contains(memory + 5, 20) &&
+          !emulate::memory().contains(memory + 5, 21));
     CHECK(emulate::memory().release(memory) && !emulate::memory().release(memory));
     setenv("EMULATE_MEMORY", "1000", 1);
     CHECK(emulate::memory().allocate(2000) == nullptr);
@@ -276,12 +284,12 @@ KERNEL void diverges(float* out, int kind) {
     const int i = int(threadIdx.x);
     float x = float(i);
     if (kind == 0 && i < 40) {
-        __syncthreads();            // the others end
+        __syncthreads();  // the others end
     } else if (kind == 1) {
         if (i % 2 == 0) {
             __syncthreads();
         } else {
-            __syncthreads();        // another barrier
+            __syncthreads();  // another barrier
         }
     } else if (kind == 2 && i < 8) {
         x = __shfl_xor_sync(FULL_WARP, x, 1);
@@ -290,7 +298,7 @@ KERNEL void diverges(float* out, int kind) {
     } else if (kind == 3) {
         __syncwarp();
     } else if (kind == 4) {
-        shared[16 + i / 63] = x;    // 64 bytes
+        shared[16 + i / 63] = x;  // 64 bytes
     } else if (kind == 5) {
         store_16(shared + 1, Vector<float>{});
     } else if (kind == 6) {
@@ -300,10 +308,12 @@ KERNEL void diverges(float* out, int kind) {
 }
 static void test_reports() {
     static float out[64];
-    const char* texts[] = {"divergent barrier", "divergent barrier", "has ended",         "divergent barrier",
-                           "past the 64 bytes", "not aligned",       "calls with mask"};
+    const char* texts[] = {"divergent barrier", "divergent barrier", "has ended",
+                           "divergent barrier", "past the 64 bytes", "not aligned",
+                           "calls with mask"};
     for (int kind = 0; kind < 7; ++kind) {
-        CHECK(aborts_with(texts[kind], [=] { emulate::launch("diverges", diverges, 1, 64, 64, out, kind); }));
+        CHECK(aborts_with(texts[kind],
+                          [=] { emulate::launch("diverges", diverges, 1, 64, 64, out, kind); }));
     }
     CHECK(aborts_with("in kernel diverges", [] { emulate::launch(diverges, 1, 64, 64, out, 0); }));
     const auto damage = [](int at) {

@@ -1,10 +1,10 @@
-// Checks the kernels of elementwise.cu, norm.cu and head.cu under the emulator against double-precision references that
-// are written from the definitions, not from the kernels.
+// Checks the kernels of elementwise.cu, norm.cu and head.cu under the emulator against
+// double-precision references that are written from the definitions, not from the kernels.
 //
 //     tests/cuda/run kernels
 //
-// Every case runs in three orders of the threads, whose results must be equal to the last bit, with arrays on 16-byte
-// boundaries and off them. Outputs start as NaN, and lie between guards.
+// Every case runs in three orders of the threads, whose results must be equal to the last bit, with
+// arrays on 16-byte boundaries and off them. Outputs start as NaN, and lie between guards.
 #include "elementwise.cu"
 #include "head.cu"
 #include "norm.cu"
@@ -17,9 +17,11 @@ namespace {
 
 const int ROWS[] = {1, 5, 67}, WIDTHS[] = {1, 3, 8, 33, 576, 770};
 
-// ---------------------------------------------------------------------------------------- elementwise.cu
+// ----------------------------------------------------------------------------------------
+// elementwise.cu
 
-template <class T> void moving_rows(int rows, int width, int grid) {
+template <class T>
+void moving_rows(int rows, int width, int grid) {
     const std::string shape = text({rows, width, grid});
     cases<T>("embed", shape, [&](Run& run) {
         auto table = run.random<T>(11 * width);
@@ -51,30 +53,35 @@ template <class T> void moving_rows(int rows, int width, int grid) {
         run.expect(to, want, 0);
     });
     cases<T>("scatter_rows", shape, [&](Run& run) {
-        // Rows of `from` sorted by id; ids 0..2·rows, of which about half appear, the first one very often.
+        // Rows of `from` sorted by id; ids 0..2·rows, of which about half appear, the first one
+        // very often.
         auto to = run.random<float>(2 * rows * width), from = run.random<float>(3 * rows * width);
         auto ids = run.below(3 * rows, 2 * rows), order = run.empty<unsigned>(3 * rows);
         for (int i = 0; i < rows; ++i) ids[3 * i] = ids[0];
         std::iota(order.data(), order.data() + 3 * rows, 0u);
-        std::stable_sort(order.data(), order.data() + 3 * rows, [&](unsigned a, unsigned b) { return ids[a] < ids[b]; });
+        std::stable_sort(order.data(), order.data() + 3 * rows,
+                         [&](unsigned a, unsigned b) { return ids[a] < ids[b]; });
         std::vector<unsigned> list, starts;
         for (int k = 0; k < 3 * rows; ++k)
-            if (k == 0 || ids[order[k]] != list.back()) list.push_back(ids[order[k]]), starts.push_back(k);
+            if (k == 0 || ids[order[k]] != list.back())
+                list.push_back(ids[order[k]]), starts.push_back(k);
         starts.push_back(3 * rows);
         Numbers want = to.values();
         for (int t = 0; t < 3 * rows; ++t)
             for (int c = 0; c < width; ++c) want[ids[t] * width + c] += from.at(t * width + c);
-        launch(scatter_rows, grid, 256, 0, to.data(), from.data(), list.data(), starts.data(), order.data(), int(list.size()), width);
+        launch(scatter_rows, grid, 256, 0, to.data(), from.data(), list.data(), starts.data(),
+               order.data(), int(list.size()), width);
         run.expect(to, want);
     });
 }
 
-template <class T> void element_wise(int rows, int width, int grid) {
+template <class T>
+void element_wise(int rows, int width, int grid) {
     const std::string shape = text({rows, width, grid});
     const auto sigma = [](double x) { return 1 / (1 + std::exp(-x)); };
     cases<T>("swiglu", shape, [&](Run& run) {
         auto in = run.random<T>(rows * 2 * width, 4);
-        in[0] = from_float<T>(-120.0f);     // e^120 is infinite in f32
+        in[0] = from_float<T>(-120.0f);  // e^120 is infinite in f32
         auto y = run.empty<T>(rows * width);
         launch(ENTRY(swiglu), grid, 256, 0, y.data(), in.data(), rows, width);
         Numbers want;
@@ -124,7 +131,8 @@ template <class T> void element_wise(int rows, int width, int grid) {
             for (int f = 0; f < width; ++f) {
                 double &gate = want[t * 2 * width + f], &up = want[(t * 2 + 1) * width + f];
                 const double g = gy.at(t * width + f), old = gate, th = inner(old);
-                const double slope = 0.5 * (1 + th) + 0.5 * old * (1 - th * th) * root * (1 + 3 * 0.044715 * old * old);
+                const double slope = 0.5 * (1 + th) + 0.5 * old * (1 - th * th) * root *
+                                                          (1 + 3 * 0.044715 * old * old);
                 gate = g * up * slope;
                 up = g * 0.5 * old * (1 + th);
             }
@@ -143,12 +151,14 @@ template <class T> void element_wise(int rows, int width, int grid) {
                         double& to = want[r * stride + c];
                         to = (keep ? to : 0) + bias.at(c);
                     }
-                launch(ENTRY(add_bias), grid, 256, 0, y.data(), bias.data(), rows, width, stride, keep);
+                launch(ENTRY(add_bias), grid, 256, 0, y.data(), bias.data(), rows, width, stride,
+                       keep);
                 run.expect(y, want);
             });
 }
 
-template <class T> void sum_columns(int rows, int width, int pad) {
+template <class T>
+void sum_columns(int rows, int width, int pad) {
     cases<T>("column_sum", text({rows, width, pad}), [&](Run& run) {
         const int stride = width + pad;
         auto g = run.random<T>(rows * stride);
@@ -156,7 +166,8 @@ template <class T> void sum_columns(int rows, int width, int pad) {
         Numbers want = out.values();
         for (int r = 0; r < rows; ++r)
             for (int c = 0; c < width; ++c) want[c] += g.at(r * stride + c);
-        launch(ENTRY(column_sum), groups(width, 32), dim3(32, 8), 0, out.data(), g.data(), rows, width, stride);
+        launch(ENTRY(column_sum), groups(width, 32), dim3(32, 8), 0, out.data(), g.data(), rows,
+               width, stride);
         run.expect(out, want);
     });
 }
@@ -176,7 +187,8 @@ void casts(int n, int grid) {
     });
 }
 
-template <class T> void rotary(int rows, int heads, int dim, int rest, int grid) {
+template <class T>
+void rotary(int rows, int heads, int dim, int rest, int grid) {
     for (float sign : {1.0f, -1.0f})
         cases<T>("rope", text({rows, heads, dim, rest, grid, int(sign)}), [&](Run& run) {
             const int stride = heads * dim + rest, half = dim / 2;
@@ -187,16 +199,19 @@ template <class T> void rotary(int rows, int heads, int dim, int rest, int grid)
                 for (int h = 0; h < heads; ++h)
                     for (int i = 0; i < half; ++i) {
                         double *a = &want[t * stride + h * dim + i], *b = a + half;
-                        const double c = cosine.at(t * half + i), s = sign * sine.at(t * half + i), old = *a;
+                        const double c = cosine.at(t * half + i), s = sign * sine.at(t * half + i),
+                                     old = *a;
                         *a = old * c - *b * s;
                         *b = *b * c + old * s;
                     }
-            launch(ENTRY(rope), grid, 256, 0, x.data(), cosine.data(), sine.data(), rows, stride, heads, dim, sign);
+            launch(ENTRY(rope), grid, 256, 0, x.data(), cosine.data(), sine.data(), rows, stride,
+                   heads, dim, sign);
             run.expect(x, want);
         });
 }
 
-// ----------------------------------------------------------------------------------------------- norm.cu
+// -----------------------------------------------------------------------------------------------
+// norm.cu
 
 constexpr float EPS = 1e-5f;
 
@@ -216,7 +231,8 @@ Numbers norm_gradient(const double* x, const double* w, const double* g, int wid
     return dx;
 }
 
-template <class T> void row_norms(int rows, int width) {
+template <class T>
+void row_norms(int rows, int width) {
     cases<T>("rms_norm", text({rows, width}), [&](Run& run) {
         auto x = run.random<float>(rows * width, 3), w = run.random<float>(width);
         auto y = run.empty<T>(rows * width);
@@ -231,11 +247,14 @@ template <class T> void row_norms(int rows, int width) {
     });
     for (int per_block : {1, 3, 64})
         cases<T>("rms_norm_backward", text({rows, width, per_block}), [&](Run& run) {
-            auto x = run.random<float>(rows * width, 3), w = run.random<float>(width), gx = run.random<float>(rows * width);
+            auto x = run.random<float>(rows * width, 3), w = run.random<float>(width),
+                 gx = run.random<float>(rows * width);
             auto g = run.random<T>(rows * width);
-            auto inverse = run.empty<float>(rows), partial = run.empty<float>(groups(rows, per_block) * width);
+            auto inverse = run.empty<float>(rows),
+                 partial = run.empty<float>(groups(rows, per_block) * width);
             auto dw = run.random<float>(width);
-            Numbers want = gx.values(), want_inverse, want_dw = dw.values(), want_partial(partial.n);
+            Numbers want = gx.values(), want_inverse, want_dw = dw.values(),
+                    want_partial(partial.n);
             const Numbers v = x.values(), weight = w.values(), up = g.values();
             for (int r = 0; r < rows; ++r) {
                 const double* row = &v[r * width];
@@ -248,10 +267,12 @@ template <class T> void row_norms(int rows, int width) {
                     want_dw[c] += of_weight;
                 }
             }
-            launch(ENTRY(rms_norm_backward), rows, 256, 0, gx.data(), inverse.data(), x.data(), w.data(), g.data(), rows, width, EPS);
-            launch(ENTRY(rms_norm_weight), dim3(groups(width, 256), groups(rows, per_block)), 256, 0, partial.data(), x.data(),
-                   inverse.data(), g.data(), rows, width, per_block);
-            launch(column_sum_f32, groups(width, 32), dim3(32, 8), 0, dw.data(), partial.data(), groups(rows, per_block), width, width);
+            launch(ENTRY(rms_norm_backward), rows, 256, 0, gx.data(), inverse.data(), x.data(),
+                   w.data(), g.data(), rows, width, EPS);
+            launch(ENTRY(rms_norm_weight), dim3(groups(width, 256), groups(rows, per_block)), 256,
+                   0, partial.data(), x.data(), inverse.data(), g.data(), rows, width, per_block);
+            launch(column_sum_f32, groups(width, 32), dim3(32, 8), 0, dw.data(), partial.data(),
+                   groups(rows, per_block), width, width);
             run.expect(gx, want);
             run.expect(inverse, want_inverse);
             run.expect(partial, want_partial);
@@ -259,7 +280,8 @@ template <class T> void row_norms(int rows, int width) {
         });
 }
 
-template <class T> void head_norms(int rows, int heads, int dim, int offset, int rest) {
+template <class T>
+void head_norms(int rows, int heads, int dim, int offset, int rest) {
     const int stride = offset + heads * dim + rest, items = rows * heads;
     const std::string shape = text({rows, heads, dim, offset, rest});
     const auto start = [&](int i) { return i / heads * stride + offset + i % heads * dim; };
@@ -272,10 +294,11 @@ template <class T> void head_norms(int rows, int heads, int dim, int offset, int
             const double inverse = inverse_of(&before[start(i)], dim);
             for (int c = 0; c < dim; ++c) want[start(i) + c] *= inverse * w.at(c);
         }
-        launch(ENTRY(head_norm), groups(items, 4), 128, 0, x.data(), w.data(), rows, stride, offset, heads, dim, EPS);
+        launch(ENTRY(head_norm), groups(items, 4), 128, 0, x.data(), w.data(), rows, stride, offset,
+               heads, dim, EPS);
         run.expect(x, want);
     });
-    for (int per_block : {0, 1, 7, 64})     // 0: 5 a block and no ∂w
+    for (int per_block : {0, 1, 7, 64})  // 0: 5 a block and no ∂w
         cases<T>("head_norm_backward", shape + text({per_block}), [&](Run& run) {
             const int share = per_block == 0 ? 5 : per_block, blocks = groups(items, share);
             auto x = run.random<T>(rows * stride, 3), g = run.random<T>(rows * stride);
@@ -291,117 +314,143 @@ template <class T> void head_norms(int rows, int heads, int dim, int offset, int
                     want_partial[i / share * dim + c] += up[start(i) + c] * head[c] * inverse;
                 }
             }
-            launch(ENTRY(head_norm_backward), blocks, 128, 0, g.data(), per_block == 0 ? nullptr : partial.data(), x.data(), w.data(),
-                   rows, stride, offset, heads, dim, EPS, share);
+            launch(ENTRY(head_norm_backward), blocks, 128, 0, g.data(),
+                   per_block == 0 ? nullptr : partial.data(), x.data(), w.data(), rows, stride,
+                   offset, heads, dim, EPS, share);
             // With D = 1 the gradient is 0 but for ε: x/|x| is constant.
             run.expect(g, want, std::is_same_v<T, bf16> ? 1e-2 : 1e-5, dim == 1 ? 1 : 1e-30);
             run.expect(partial, want_partial);
         });
 }
 
-// ----------------------------------------------------------------------------------------------- head.cu
+// -----------------------------------------------------------------------------------------------
+// head.cu
 
-// The whole head over `vocabulary` tokens in tiles, W [vocabulary, hidden] at random, logits at random (not h·W).
-// `rise`: what logits gain per token, to move the maximum on from tile to tile, or never (negative).
-template <class T> void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, int gradient, double rise) {
+// The whole head over `vocabulary` tokens in tiles, W [vocabulary, hidden] at random, logits at
+// random (not h·W). `rise`: what logits gain per token, to move the maximum on from tile to tile,
+// or never (negative).
+template <class T>
+void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, int gradient,
+                double rise) {
     const int hidden = 35, ld = tile + pad;
-    cases<T>("head", text({rows, vocabulary, tile, pad, distribution, gradient, int(rise * 1000)}), [&](Run& run) {
-        auto state = run.empty<float>(rows * 8), scales = run.empty<float>(rows), d = run.empty<float>(rows * hidden);
-        auto w = run.random<T>(vocabulary * hidden);
-        auto targets = run.below(rows, vocabulary);
-        std::normal_distribution<double> normal(0, 3);
-        // Multiples of 1/4: ties.
-        Numbers l(rows * vocabulary);
-        for (size_t i = 0; i < l.size(); ++i) l[i] = std::round(4 * (normal(run.engine) + rise * (i % vocabulary))) / 4;
-        launch(head_start, groups(rows, 256), 256, 0, state.data(), rows);
+    cases<T>(
+        "head", text({rows, vocabulary, tile, pad, distribution, gradient, int(rise * 1000)}),
+        [&](Run& run) {
+            auto state = run.empty<float>(rows * 8), scales = run.empty<float>(rows),
+                 d = run.empty<float>(rows * hidden);
+            auto w = run.random<T>(vocabulary * hidden);
+            auto targets = run.below(rows, vocabulary);
+            std::normal_distribution<double> normal(0, 3);
+            // Multiples of 1/4: ties.
+            Numbers l(rows * vocabulary);
+            for (size_t i = 0; i < l.size(); ++i)
+                l[i] = std::round(4 * (normal(run.engine) + rise * (i % vocabulary))) / 4;
+            launch(head_start, groups(rows, 256), 256, 0, state.data(), rows);
 
-        Numbers largest(rows, -INFINITY), sums(rows * hidden);
-        for (int first = 0; first < vocabulary; first += tile) {
-            const int width = std::min(tile, vocabulary - first);
-            const bool last = first + tile >= vocabulary;
-            auto logits = run.empty<float>((rows - 1) * ld + width);
-            auto p = run.empty<T>(logits.n);
-            Numbers want_p(logits.n, NAN), want_scales(rows, gradient ? 0 : NAN);
+            Numbers largest(rows, -INFINITY), sums(rows * hidden);
+            for (int first = 0; first < vocabulary; first += tile) {
+                const int width = std::min(tile, vocabulary - first);
+                const bool last = first + tile >= vocabulary;
+                auto logits = run.empty<float>((rows - 1) * ld + width);
+                auto p = run.empty<T>(logits.n);
+                Numbers want_p(logits.n, NAN), want_scales(rows, gradient ? 0 : NAN);
+                for (int i = 0; i < rows; ++i) {
+                    const double older = largest[i];
+                    for (int j = 0; j < width; ++j) {
+                        logits[i * ld + j] = float(l[i * vocabulary + first + j]);
+                        largest[i] = std::max(largest[i], l[i * vocabulary + first + j]);
+                    }
+                    for (int j = 0; gradient && j < width; ++j)
+                        want_p[i * ld + j] = std::exp(l[i * vocabulary + first + j] - largest[i]);
+                    if (gradient) want_scales[i] = std::exp(older - largest[i]);
+                }
+                // Every other tile in place, as the f32 head may.
+                bool in_place = false;
+                T* to = gradient ? p.data() : nullptr;
+                if constexpr (std::is_same_v<T, float>)
+                    if (gradient && first / tile % 2 == 1) to = logits.data(), in_place = true;
+                launch(ENTRY(head_tile), rows, 256, 0, state.data(), to,
+                       gradient ? scales.data() : nullptr, logits.data(), targets.data(), rows,
+                       width, ld, first, distribution, gradient);
+                if constexpr (std::is_same_v<T, float>)
+                    if (in_place) std::copy(logits.data(), logits.data() + logits.n, p.data());
+                run.expect(p, want_p);
+                run.expect(scales, want_scales);
+                if (!gradient) continue;
+                // The same as the GEMM of cuBLAS, with β = 0 in the first call.
+                if (first > 0)
+                    launch(head_rescale, rows, 256, 0, d.data(), scales.data(), rows, hidden);
+                for (int i = 0; i < rows; ++i)
+                    for (int c = 0; c < hidden; ++c) {
+                        double sum = first > 0 ? d.at(i * hidden + c) : 0;
+                        for (int j = 0; j < width; ++j)
+                            sum += p.at(i * ld + j) * w.at((first + j) * hidden + c);
+                        d[i * hidden + c] = float(sum);
+                    }
+                if (last)
+                    launch(ENTRY(head_finish), rows, 256, 0, d.data(), state.data(), w.data(),
+                           targets.data(), rows, hidden);
+            }
+
+            Numbers fields[7], want_d(d.n, gradient ? 0 : NAN), lse(rows);
             for (int i = 0; i < rows; ++i) {
-                const double older = largest[i];
-                for (int j = 0; j < width; ++j) {
-                    logits[i * ld + j] = float(l[i * vocabulary + first + j]);
-                    largest[i] = std::max(largest[i], l[i * vocabulary + first + j]);
+                const double* row = &l[i * vocabulary];
+                const double top = *std::max_element(row, row + vocabulary);
+                double total = 0, weighted = 0, squares = 0, plain = 0;
+                for (int v = 0; v < vocabulary; ++v) {
+                    const double e = std::exp(row[v] - top);
+                    total += e, weighted += (row[v] - top) * e, squares += e * e, plain += row[v];
                 }
-                for (int j = 0; gradient && j < width; ++j) want_p[i * ld + j] = std::exp(l[i * vocabulary + first + j] - largest[i]);
-                if (gradient) want_scales[i] = std::exp(older - largest[i]);
+                lse[i] = top + std::log(total);
+                const double all[] = {top,
+                                      total,
+                                      weighted,
+                                      squares,
+                                      plain,
+                                      row[targets[i]],
+                                      double(std::max_element(row, row + vocabulary) - row)};
+                for (int k = 0; k < 7; ++k)
+                    fields[k].push_back((k >= 2 && k <= 4) || k == 6 ? distribution ? all[k] : 0
+                                                                     : all[k]);
+                for (int v = 0; gradient && v < vocabulary; ++v) {
+                    const double error = (int(targets[i]) == v) - std::exp(row[v] - lse[i]);
+                    for (int c = 0; c < hidden; ++c)
+                        want_d[i * hidden + c] += error * w.at(v * hidden + c);
+                }
             }
-            // Every other tile in place, as the f32 head may.
-            bool in_place = false;
-            T* to = gradient ? p.data() : nullptr;
-            if constexpr (std::is_same_v<T, float>)
-                if (gradient && first / tile % 2 == 1) to = logits.data(), in_place = true;
-            launch(ENTRY(head_tile), rows, 256, 0, state.data(), to, gradient ? scales.data() : nullptr, logits.data(), targets.data(),
-                   rows, width, ld, first, distribution, gradient);
-            if constexpr (std::is_same_v<T, float>)
-                if (in_place) std::copy(logits.data(), logits.data() + logits.n, p.data());
-            run.expect(p, want_p);
-            run.expect(scales, want_scales);
-            if (!gradient) continue;
-            // The same as the GEMM of cuBLAS, with β = 0 in the first call.
-            if (first > 0) launch(head_rescale, rows, 256, 0, d.data(), scales.data(), rows, hidden);
-            for (int i = 0; i < rows; ++i)
-                for (int c = 0; c < hidden; ++c) {
-                    double sum = first > 0 ? d.at(i * hidden + c) : 0;
-                    for (int j = 0; j < width; ++j) sum += p.at(i * ld + j) * w.at((first + j) * hidden + c);
-                    d[i * hidden + c] = float(sum);
-                }
-            if (last) launch(ENTRY(head_finish), rows, 256, 0, d.data(), state.data(), w.data(), targets.data(), rows, hidden);
-        }
+            for (int k = 0; k < 7; ++k) {
+                auto field = run.empty<float>(rows);
+                for (int i = 0; i < rows; ++i)
+                    field[i] = k == 6 ? float(__float_as_uint(state[i * 8 + k])) : state[i * 8 + k];
+                run.expect(field, fields[k], k == 0 || k >= 5 ? 0 : 1e-5);
+            }
+            // Sums of p in bf16, where it is.
+            run.expect(d, want_d, std::is_same_v<T, bf16> ? 1e-2 : 1e-5);
 
-        Numbers fields[7], want_d(d.n, gradient ? 0 : NAN), lse(rows);
-        for (int i = 0; i < rows; ++i) {
-            const double* row = &l[i * vocabulary];
-            const double top = *std::max_element(row, row + vocabulary);
-            double total = 0, weighted = 0, squares = 0, plain = 0;
-            for (int v = 0; v < vocabulary; ++v) {
-                const double e = std::exp(row[v] - top);
-                total += e, weighted += (row[v] - top) * e, squares += e * e, plain += row[v];
+            if (!gradient) return;
+            auto lse_f32 = run.empty<float>(rows), g = run.random<float>(rows);
+            for (int i = 0; i < rows; ++i) lse_f32[i] = float(lse[i]);
+            for (int first = 0; first < vocabulary; first += tile) {
+                const int width = std::min(tile, vocabulary - first);
+                auto logits = run.empty<float>((rows - 1) * ld + width);
+                auto e = run.empty<T>(logits.n);
+                Numbers want(e.n, NAN);
+                for (int i = 0; i < rows; ++i)
+                    for (int j = 0; j < width; ++j) {
+                        const double x = l[i * vocabulary + first + j];
+                        logits[i * ld + j] = float(x);
+                        want[i * ld + j] = g.at(i) * ((int(targets[i]) == first + j) -
+                                                      std::exp(x - lse_f32.at(i)));
+                    }
+                launch(ENTRY(head_errors), rows, 256, 0, e.data(), logits.data(), lse_f32.data(),
+                       g.data(), targets.data(), rows, width, ld, first);
+                run.expect(e, want);
             }
-            lse[i] = top + std::log(total);
-            const double all[] = {top, total, weighted, squares, plain, row[targets[i]],
-                                  double(std::max_element(row, row + vocabulary) - row)};
-            for (int k = 0; k < 7; ++k) fields[k].push_back((k >= 2 && k <= 4) || k == 6 ? distribution ? all[k] : 0 : all[k]);
-            for (int v = 0; gradient && v < vocabulary; ++v) {
-                const double error = (int(targets[i]) == v) - std::exp(row[v] - lse[i]);
-                for (int c = 0; c < hidden; ++c) want_d[i * hidden + c] += error * w.at(v * hidden + c);
-            }
-        }
-        for (int k = 0; k < 7; ++k) {
-            auto field = run.empty<float>(rows);
-            for (int i = 0; i < rows; ++i) field[i] = k == 6 ? float(__float_as_uint(state[i * 8 + k])) : state[i * 8 + k];
-            run.expect(field, fields[k], k == 0 || k >= 5 ? 0 : 1e-5);
-        }
-        // Sums of p in bf16, where it is.
-        run.expect(d, want_d, std::is_same_v<T, bf16> ? 1e-2 : 1e-5);
-
-        if (!gradient) return;
-        auto lse_f32 = run.empty<float>(rows), g = run.random<float>(rows);
-        for (int i = 0; i < rows; ++i) lse_f32[i] = float(lse[i]);
-        for (int first = 0; first < vocabulary; first += tile) {
-            const int width = std::min(tile, vocabulary - first);
-            auto logits = run.empty<float>((rows - 1) * ld + width);
-            auto e = run.empty<T>(logits.n);
-            Numbers want(e.n, NAN);
-            for (int i = 0; i < rows; ++i)
-                for (int j = 0; j < width; ++j) {
-                    const double x = l[i * vocabulary + first + j];
-                    logits[i * ld + j] = float(x);
-                    want[i * ld + j] = g.at(i) * ((int(targets[i]) == first + j) - std::exp(x - lse_f32.at(i)));
-                }
-            launch(ENTRY(head_errors), rows, 256, 0, e.data(), logits.data(), lse_f32.data(), g.data(), targets.data(), rows, width, ld,
-                   first);
-            run.expect(e, want);
-        }
-    });
+        });
 }
 
-template <class T> void all() {
+template <class T>
+void all() {
     for (int rows : ROWS)
         for (int width : WIDTHS) {
             for (int grid : {1, rows}) {
@@ -423,14 +472,19 @@ template <class T> void all() {
                 for (int rest : {0, 16, 7}) rotary<T>(rows, heads, dim, rest, rest == 0 ? 1 : rows);
     for (int rows : ROWS)
         for (int dim : {1, 33, 64, 66, 128, 250, 256})
-            for (int offset : {0, 64, 5}) head_norms<T>(rows, offset == 0 ? 1 : 3, dim, offset, offset == 5 ? 3 : 2 * offset);
+            for (int offset : {0, 64, 5})
+                head_norms<T>(rows, offset == 0 ? 1 : 3, dim, offset, offset == 5 ? 3 : 2 * offset);
     for (int rows : ROWS)
         for (int vocabulary : {1, 3, 33, 576, 770})
             for (int tile : {1, 33, 256, 1024})
                 for (int options : {0, 1, 2, 3}) {
-                    if (groups(vocabulary, tile) > 8 || (rows == 67 && groups(vocabulary, tile) > 3)) continue;
-                    whole_head<T>(rows, vocabulary, tile, tile == 256 ? 8 : 3, options & 1, options >> 1, 0.01);
-                    if (rows == 5 && options == 3) whole_head<T>(rows, vocabulary, tile, 0, options & 1, options >> 1, -0.01);
+                    if (groups(vocabulary, tile) > 8 ||
+                        (rows == 67 && groups(vocabulary, tile) > 3))
+                        continue;
+                    whole_head<T>(rows, vocabulary, tile, tile == 256 ? 8 : 3, options & 1,
+                                  options >> 1, 0.01);
+                    if (rows == 5 && options == 3)
+                        whole_head<T>(rows, vocabulary, tile, 0, options & 1, options >> 1, -0.01);
                 }
 }
 
@@ -442,7 +496,8 @@ int main(int count, char** arguments) {
     all<bf16>();
     for (int n : {1, 3, 8, 33, 770, 67 * 769})
         for (int grid : {1, 3, 400}) casts(n, grid);
-    for (const auto& [kernel, error] : errors) printf("%-28s largest error %.2e\n", kernel.c_str(), error);
+    for (const auto& [kernel, error] : errors)
+        printf("%-28s largest error %.2e\n", kernel.c_str(), error);
     printf("%d failed\n", failures);
     return failures != 0;
 }

@@ -4,7 +4,8 @@
 #include "aborts.h"
 
 // Each thread reads what its neighbour wrote.
-template <bool BARRIER> __device__ void neighbours(int* out) {
+template <bool BARRIER>
+__device__ void neighbours(int* out) {
     __shared__ int values[64];
     values[threadIdx.x] = int(threadIdx.x);
     if (BARRIER) __syncthreads();
@@ -28,8 +29,10 @@ KERNEL void in_a_warp(int* out, int how) {
     __shared__ int values[64];
     const unsigned t = threadIdx.x, other = how == 1 ? (t + 32) % 64 : t ^ 1;
     values[t] = int(t);
-    if (how == 2) __shfl_sync(FULL_WARP, int(t), 0);
-    else __syncwarp();
+    if (how == 2)
+        __shfl_sync(FULL_WARP, int(t), 0);
+    else
+        __syncwarp();
     out[t] = values[other];
 }
 

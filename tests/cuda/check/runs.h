@@ -1,4 +1,5 @@
-// Helpers of the checks of kernels: arrays between guards, comparison with a reference, runs in several orders.
+// Helpers of the checks of kernels: arrays between guards, comparison with a reference, runs in
+// several orders.
 #pragma once
 
 #include "common.cuh"
@@ -21,14 +22,17 @@ const char* const ORDERS[] = {"forward"};
 const char* const ORDERS[] = {"forward", "reverse", "random:7"};
 #endif
 
-// n elements of T between guards, all bytes 0xFF (NaN) at first, `shift` elements behind a 16-byte boundary.
-template <class T> struct Array {
+// n elements of T between guards, all bytes 0xFF (NaN) at first, `shift` elements behind a 16-byte
+// boundary.
+template <class T>
+struct Array {
     static constexpr size_t GUARD = 64;
     size_t n, start;
     std::vector<unsigned char> bytes;
 
     Array(size_t n, int shift) : n(n), bytes(n * sizeof(T) + 3 * GUARD, 0xFF) {
-        start = GUARD + (16 - (reinterpret_cast<size_t>(bytes.data()) + GUARD) % 16) % 16 + shift * sizeof(T);
+        start = GUARD + (16 - (reinterpret_cast<size_t>(bytes.data()) + GUARD) % 16) % 16 +
+                shift * sizeof(T);
         for (size_t i = 0; i < bytes.size(); ++i)
             if (i < start || i >= start + n * sizeof(T)) bytes[i] = 0xA5;
     }
@@ -58,10 +62,14 @@ struct Run {
     std::mt19937 engine;
     int shift;
     std::string kernel, label;
-    std::vector<uint32_t> bits;     // of all results
+    std::vector<uint32_t> bits;  // of all results
 
-    template <class T> Array<T> empty(size_t n) { return Array<T>(n, shift); }
-    template <class T> Array<T> random(size_t n, double deviation = 1) {
+    template <class T>
+    Array<T> empty(size_t n) {
+        return Array<T>(n, shift);
+    }
+    template <class T>
+    Array<T> random(size_t n, double deviation = 1) {
         Array<T> a(n, shift);
         std::normal_distribution<float> normal(0, deviation);
         for (size_t i = 0; i < n; ++i) a[i] = from_float<T>(normal(engine));
@@ -76,10 +84,12 @@ struct Run {
         ++failures;
         printf("FAILED %s: %s\n", label.c_str(), what.c_str());
     }
-    // The error of an element is taken relative to the largest of it, the root mean square of the wanted ones, and `terms`,
-    // the size of what cancels in them. NaN is wanted where nothing may be written.
+    // The error of an element is taken relative to the largest of it, the root mean square of the
+    // wanted ones, and `terms`, the size of what cancels in them. NaN is wanted where nothing may
+    // be written.
     template <class T>
-    void expect(Array<T>& got, const Numbers& want, double tolerance = std::is_same_v<T, bf16> ? 1e-2 : 1e-5, double terms = 1e-30) {
+    void expect(Array<T>& got, const Numbers& want,
+                double tolerance = std::is_same_v<T, bf16> ? 1e-2 : 1e-5, double terms = 1e-30) {
         double squares = 0, count = 0;
         for (double w : want)
             if (!std::isnan(w)) squares += w * w, count += 1;
@@ -88,11 +98,14 @@ struct Run {
         for (size_t i = 0; i < want.size(); ++i) {
             bits.push_back(__float_as_uint(to_float(got[i])));
             const double g = got.at(i), w = want[i];
-            const double error = std::isnan(w) != std::isnan(g) ? INFINITY : std::isnan(w) || g == w ? 0
-                                 : std::abs(g - w) / std::max(std::abs(w), typical);
+            const double error = std::isnan(w) != std::isnan(g) ? INFINITY
+                                 : std::isnan(w) || g == w
+                                     ? 0
+                                     : std::abs(g - w) / std::max(std::abs(w), typical);
             largest = std::max(largest, error);
             if (!(error <= tolerance)) {
-                fail("element " + std::to_string(i) + " is " + std::to_string(g) + ", not " + std::to_string(w));
+                fail("element " + std::to_string(i) + " is " + std::to_string(g) + ", not " +
+                     std::to_string(w));
                 break;
             }
         }
@@ -103,14 +116,20 @@ struct Run {
 std::string only;
 
 // Runs `body` in every order and alignment.
-template <class T> void cases(const std::string& kernel, const std::string& shape, const std::function<void(Run&)>& body) {
+template <class T>
+void cases(const std::string& kernel, const std::string& shape,
+           const std::function<void(Run&)>& body) {
     const std::string name = kernel + (std::is_same_v<T, float> ? " f32" : " bf16");
     if (name.find(only) == std::string::npos) return;
     for (int shift : {0, 1}) {
         std::vector<uint32_t> first;
         for (const char* order : ORDERS) {
             setenv("EMULATE_ORDER", order, 1);
-            Run run{std::mt19937(1 + shape.size()), shift, name, name + " " + shape + " shift " + std::to_string(shift) + " " + order, {}};
+            Run run{std::mt19937(1 + shape.size()),
+                    shift,
+                    name,
+                    name + " " + shape + " shift " + std::to_string(shift) + " " + order,
+                    {}};
             body(run);
             if (order == ORDERS[0]) first = run.bits;
             if (run.bits != first) run.fail("depends on the order of the threads");
@@ -118,10 +137,12 @@ template <class T> void cases(const std::string& kernel, const std::string& shap
     }
 }
 
-#define ENTRY(name)                                                                                                    \
-    [] {                                                                                                               \
-        if constexpr (std::is_same_v<T, float>) return &name##_f32;                                                    \
-        else return &name##_bf16;                                                                                      \
+#define ENTRY(name)                             \
+    [] {                                        \
+        if constexpr (std::is_same_v<T, float>) \
+            return &name##_f32;                 \
+        else                                    \
+            return &name##_bf16;                \
     }()
 
 std::string text(std::initializer_list<int> numbers) {

@@ -1,9 +1,10 @@
 // A stand-in for the CUDA driver library that runs the compiled-in kernels on the CPU.
 //
-// Every call is done when it returns, unless EMULATE_LATE=1: then copies, kernels and products wait in their device's
-// queue until something waits for them, as they may on a GPU, and read their sources only then. All streams of a device
-// are one. Modules are not compiled from their image: it only has to name the kernels that are asked for, if it is PTX.
-// EMULATE_RELEASE_FAILS=1: memory is released, and the call says that it failed.
+// Every call is done when it returns, unless EMULATE_LATE=1: then copies, kernels and products wait
+// in their device's queue until something waits for them, as they may on a GPU, and read their
+// sources only then. All streams of a device are one. Modules are not compiled from their image: it
+// only has to name the kernels that are asked for, if it is PTX. EMULATE_RELEASE_FAILS=1: memory is
+// released, and the call says that it failed.
 #include "registry.h"
 
 #include <pthread.h>
@@ -48,26 +49,31 @@ constexpr ErrorText ERRORS[] = {
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
 };
 
-constexpr int TARGET = 80;      // compute capability 8.0
+constexpr int TARGET = 80;  // compute capability 8.0
 constexpr size_t SHARED_BY_DEFAULT = 48 * 1024;
 
 struct Attribute {
     int key, value;
 };
 constexpr Attribute ATTRIBUTES[] = {
-    {1, 1024},                          // threads per block
-    {2, 1024}, {3, 1024}, {4, 64},      // block dimensions
-    {5, 0x7fffffff}, {6, 65535}, {7, 65535},    // grid dimensions
-    {8, int(SHARED_BY_DEFAULT)},        // shared memory per block
-    {10, 32},                           // warp size
-    {12, 65536},                        // registers per block
-    {13, 1410000},                      // clock, kHz
-    {16, 108},                          // multiprocessors
-    {38, 40 << 20},                     // L2 cache, bytes
-    {75, TARGET / 10}, {76, TARGET % 10},
-    {81, int(emulate::MOST_SHARED) + 1024},     // shared memory per multiprocessor
-    {97, int(emulate::MOST_SHARED)},            // shared memory per block, when asked for
-    {115, 0},                           // memory pools
+    {1, 1024},  // threads per block
+    {2, 1024},
+    {3, 1024},
+    {4, 64},  // block dimensions
+    {5, 0x7fffffff},
+    {6, 65535},
+    {7, 65535},                   // grid dimensions
+    {8, int(SHARED_BY_DEFAULT)},  // shared memory per block
+    {10, 32},                     // warp size
+    {12, 65536},                  // registers per block
+    {13, 1410000},                // clock, kHz
+    {16, 108},                    // multiprocessors
+    {38, 40 << 20},               // L2 cache, bytes
+    {75, TARGET / 10},
+    {76, TARGET % 10},
+    {81, int(emulate::MOST_SHARED) + 1024},  // shared memory per multiprocessor
+    {97, int(emulate::MOST_SHARED)},         // shared memory per block, when asked for
+    {115, 0},                                // memory pools
 };
 
 struct Function {
@@ -75,7 +81,7 @@ struct Function {
     size_t dynamic_shared;
 };
 struct Module {
-    std::string text;       // of the PTX; empty for other images
+    std::string text;  // of the PTX; empty for other images
     std::vector<std::unique_ptr<Function>> functions;
 };
 struct Event {
@@ -119,7 +125,8 @@ bool has_entry(const std::string& ptx, const std::string& name) {
     return false;
 }
 
-// NVIDIA's libraries are taken down by the process's exit handlers: who calls them meanwhile finds freed memory.
+// NVIDIA's libraries are taken down by the process's exit handlers: who calls them meanwhile finds
+// freed memory.
 std::atomic<bool> taken_down{false};
 struct TakeDown {
     ~TakeDown() { taken_down = true; }
@@ -181,7 +188,8 @@ Result set(void* to, size_t pattern, size_t size, size_t n) {
     }
     return defer([=] {
         for (size_t i = 0; i < n; ++i) {
-            memcpy(static_cast<char*>(to) + i * size, &pattern, size);      // little-endian: the low bytes
+            memcpy(static_cast<char*>(to) + i * size, &pattern,
+                   size);  // little-endian: the low bytes
         }
         return SUCCESS;
     });
@@ -208,7 +216,8 @@ Result then_wait(Result result) { return result == SUCCESS ? wait() : result; }
 
 }  // namespace
 
-// ----------------------------------------------------------------------------------- device and context
+// ----------------------------------------------------------------------------------- device and
+// context
 
 EXPORT Result cuInit(unsigned) { return SUCCESS; }
 EXPORT Result cuDriverGetVersion(int* version) {
@@ -285,7 +294,8 @@ EXPORT Result cuCtxGetCurrent(Context** context) {
 }
 EXPORT Result cuCtxSynchronize() { return wait(); }
 
-// --------------------------------------------------------------------------------------------- memory
+// ---------------------------------------------------------------------------------------------
+// memory
 
 EXPORT Result cuMemGetInfo_v2(size_t* available, size_t* total) {
     if (no_context()) {
@@ -309,26 +319,35 @@ EXPORT Result cuMemFree_v2(void* pointer) {
     if (no_context()) {
         return INVALID_CONTEXT;
     }
-    finish();       // as the driver does
+    finish();  // as the driver does
     return pointer == nullptr || memory().release(pointer) ? SUCCESS : INVALID_VALUE;
 }
-EXPORT Result cuMemAllocAsync(void** pointer, size_t bytes, Stream*) { return cuMemAlloc_v2(pointer, bytes); }
+EXPORT Result cuMemAllocAsync(void** pointer, size_t bytes, Stream*) {
+    return cuMemAlloc_v2(pointer, bytes);
+}
 EXPORT Result cuMemFreeAsync(void* pointer, Stream*) { return cuMemFree_v2(pointer); }
-EXPORT Result cuMemAddressReserve(void** pointer, size_t bytes, size_t alignment, void*, unsigned long long) {
-    auto* start = static_cast<char*>(mmap(nullptr, bytes + alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+EXPORT Result cuMemAddressReserve(void** pointer, size_t bytes, size_t alignment, void*,
+                                  unsigned long long) {
+    auto* start = static_cast<char*>(mmap(nullptr, bytes + alignment, PROT_NONE,
+                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (start == MAP_FAILED) {
         return OUT_OF_MEMORY;
     }
     *pointer = start + (alignment - reinterpret_cast<size_t>(start) % alignment) % alignment;
     return SUCCESS;
 }
-EXPORT Result cuMemAddressFree(void* pointer, size_t bytes) { return munmap(pointer, bytes) == 0 ? SUCCESS : INVALID_VALUE; }
-// CUmemAllocationProp; a handle is its memory's size, and the device in the lowest bits, for sizes are multiples of large pages.
+EXPORT Result cuMemAddressFree(void* pointer, size_t bytes) {
+    return munmap(pointer, bytes) == 0 ? SUCCESS : INVALID_VALUE;
+}
+// CUmemAllocationProp; a handle is its memory's size, and the device in the lowest bits, for sizes
+// are multiples of large pages.
 struct Properties {
     int type, handle_types, location_type, device;
 };
-EXPORT Result cuMemCreate(size_t* handle, size_t bytes, const Properties* properties, unsigned long long) {
-    if (bytes % emulate::MOST_DEVICES != 0 || properties->device < 0 || properties->device >= emulate::device_count()) {
+EXPORT Result cuMemCreate(size_t* handle, size_t bytes, const Properties* properties,
+                          unsigned long long) {
+    if (bytes % emulate::MOST_DEVICES != 0 || properties->device < 0 ||
+        properties->device >= emulate::device_count()) {
         return INVALID_VALUE;
     }
     *handle = bytes + size_t(properties->device);
@@ -339,12 +358,17 @@ EXPORT Result cuMemRelease(size_t handle) {
     memory().destroy(handle - device, int(device));
     return is_set("EMULATE_RELEASE_FAILS") ? INVALID_VALUE : SUCCESS;
 }
-EXPORT Result cuMemMap(void* pointer, size_t bytes, size_t offset, size_t handle, unsigned long long) {
+EXPORT Result cuMemMap(void* pointer, size_t bytes, size_t offset, size_t handle,
+                       unsigned long long) {
     const size_t device = handle % emulate::MOST_DEVICES;
-    return offset == 0 && bytes == handle - device && memory().map(pointer, bytes, int(device)) ? SUCCESS : INVALID_VALUE;
+    return offset == 0 && bytes == handle - device && memory().map(pointer, bytes, int(device))
+               ? SUCCESS
+               : INVALID_VALUE;
 }
 EXPORT Result cuMemSetAccess(void*, size_t, const void*, size_t) { return SUCCESS; }
-EXPORT Result cuMemUnmap(void* pointer, size_t bytes) { return memory().unmap(pointer, bytes) ? SUCCESS : INVALID_VALUE; }
+EXPORT Result cuMemUnmap(void* pointer, size_t bytes) {
+    return memory().unmap(pointer, bytes) ? SUCCESS : INVALID_VALUE;
+}
 EXPORT Result cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
     *pointer = malloc(bytes);
     return *pointer == nullptr ? OUT_OF_MEMORY : SUCCESS;
@@ -353,13 +377,27 @@ EXPORT Result cuMemFreeHost(void* pointer) {
     free(pointer);
     return SUCCESS;
 }
-EXPORT Result cuMemsetD8_v2(void* to, unsigned char value, size_t n) { return then_wait(set(to, value, 1, n)); }
-EXPORT Result cuMemsetD8Async(void* to, unsigned char value, size_t n, Stream*) { return set(to, value, 1, n); }
-EXPORT Result cuMemsetD32_v2(void* to, unsigned value, size_t n) { return then_wait(set(to, value, 4, n)); }
-EXPORT Result cuMemsetD32Async(void* to, unsigned value, size_t n, Stream*) { return set(to, value, 4, n); }
-EXPORT Result cuMemcpyHtoD_v2(void* to, const void* from, size_t n) { return then_wait(copy(to, true, from, false, n)); }
-EXPORT Result cuMemcpyDtoH_v2(void* to, const void* from, size_t n) { return then_wait(copy(to, false, from, true, n)); }
-EXPORT Result cuMemcpyDtoD_v2(void* to, const void* from, size_t n) { return then_wait(copy(to, true, from, true, n)); }
+EXPORT Result cuMemsetD8_v2(void* to, unsigned char value, size_t n) {
+    return then_wait(set(to, value, 1, n));
+}
+EXPORT Result cuMemsetD8Async(void* to, unsigned char value, size_t n, Stream*) {
+    return set(to, value, 1, n);
+}
+EXPORT Result cuMemsetD32_v2(void* to, unsigned value, size_t n) {
+    return then_wait(set(to, value, 4, n));
+}
+EXPORT Result cuMemsetD32Async(void* to, unsigned value, size_t n, Stream*) {
+    return set(to, value, 4, n);
+}
+EXPORT Result cuMemcpyHtoD_v2(void* to, const void* from, size_t n) {
+    return then_wait(copy(to, true, from, false, n));
+}
+EXPORT Result cuMemcpyDtoH_v2(void* to, const void* from, size_t n) {
+    return then_wait(copy(to, false, from, true, n));
+}
+EXPORT Result cuMemcpyDtoD_v2(void* to, const void* from, size_t n) {
+    return then_wait(copy(to, true, from, true, n));
+}
 EXPORT Result cuMemcpyHtoDAsync_v2(void* to, const void* from, size_t n, Stream*) {
     return copy(to, true, from, false, n);
 }
@@ -370,7 +408,8 @@ EXPORT Result cuMemcpyDtoDAsync_v2(void* to, const void* from, size_t n, Stream*
     return copy(to, true, from, true, n);
 }
 
-// -------------------------------------------------------------------------------- streams and events
+// -------------------------------------------------------------------------------- streams and
+// events
 
 EXPORT Result cuStreamCreate(Stream** stream, unsigned) {
     *stream = new Stream;
@@ -389,7 +428,7 @@ EXPORT Result cuLaunchHostFunc(Stream*, void (*function)(void*), void* data) {
     });
 }
 EXPORT Result cuEventCreate(Event** event, unsigned flags) {
-    *event = new Event{(flags & 2) == 0, false, {}};        // 2: CU_EVENT_DISABLE_TIMING
+    *event = new Event{(flags & 2) == 0, false, {}};  // 2: CU_EVENT_DISABLE_TIMING
     return SUCCESS;
 }
 EXPORT Result cuEventDestroy_v2(Event* event) {
@@ -411,7 +450,8 @@ EXPORT Result cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* en
     return SUCCESS;
 }
 
-// --------------------------------------------------------------------------------- modules and launches
+// --------------------------------------------------------------------------------- modules and
+// launches
 
 EXPORT Result cuModuleLoadData(Module** module, const char* image) {
     if (no_context()) {
@@ -420,7 +460,7 @@ EXPORT Result cuModuleLoadData(Module** module, const char* image) {
     *module = new Module;
     const unsigned char first = (unsigned char)image[0];
     if (first == 0x7F || first >= 0x80 || strstr(image, ".version") == nullptr) {
-        return SUCCESS;     // an ELF image, a fat binary or no PTX at all
+        return SUCCESS;  // an ELF image, a fat binary or no PTX at all
     }
     (*module)->text = image;
     const char* target = strstr(image, ".target sm_");
@@ -466,17 +506,18 @@ static bool lost() {
     static std::atomic<long long> launches{0};
     return text != nullptr && ++launches > atoll(text);
 }
-EXPORT Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                             unsigned block_y, unsigned block_z, unsigned shared, Stream*, void** parameters,
-                             void** extra) {
+EXPORT Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                             unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
+                             Stream*, void** parameters, void** extra) {
     check_still_there();
     if (no_context()) {
         return INVALID_CONTEXT;
     }
     const auto threads = (unsigned long long)block_x * block_y * block_z;
-    const bool grid_fits = grid_x != 0 && grid_y != 0 && grid_z != 0 && grid_x <= 0x7fffffff && grid_y <= 65535 &&
-                           grid_z <= 65535;
-    const bool block_fits = threads != 0 && threads <= 1024 && block_x <= 1024 && block_y <= 1024 && block_z <= 64;
+    const bool grid_fits = grid_x != 0 && grid_y != 0 && grid_z != 0 && grid_x <= 0x7fffffff &&
+                           grid_y <= 65535 && grid_z <= 65535;
+    const bool block_fits =
+        threads != 0 && threads <= 1024 && block_x <= 1024 && block_y <= 1024 && block_z <= 64;
     if (!grid_fits || !block_fits || shared > function->dynamic_shared || extra != nullptr) {
         return INVALID_VALUE;
     }
@@ -484,7 +525,8 @@ EXPORT Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_
         return ILLEGAL_ADDRESS;
     }
     const emulate::Kernel& kernel = *function->kernel;
-    auto run = kernel.prepare(kernel.name, dim3(grid_x, grid_y, grid_z), dim3(block_x, block_y, block_z), shared, parameters);
+    auto run = kernel.prepare(kernel.name, dim3(grid_x, grid_y, grid_z),
+                              dim3(block_x, block_y, block_z), shared, parameters);
     return defer([&kernel, run = std::move(run)] {
         run();
         memory().check_after(kernel.name);
@@ -492,9 +534,12 @@ EXPORT Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_
     });
 }
 
-// --------------------------------------------------------------- for the emulated cuBLAS, not part of CUDA
+// --------------------------------------------------------------- for the emulated cuBLAS, not part
+// of CUDA
 
-EXPORT int emulate_contains(const void* pointer, size_t bytes) { return memory().contains(pointer, bytes); }
+EXPORT int emulate_contains(const void* pointer, size_t bytes) {
+    return memory().contains(pointer, bytes);
+}
 EXPORT void emulate_defer(void (*work)(void*), void* data) {
     defer([=] {
         work(data);

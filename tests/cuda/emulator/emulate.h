@@ -1,7 +1,8 @@
-// The part of CUDA C++ that the kernels use, for a C++17 compiler. See scheduler.h for how threads run.
+// The part of CUDA C++ that the kernels use, for a C++17 compiler. See scheduler.h for how threads
+// run.
 //
-// Floating point is that of the host: exact operations agree with a device, the fast approximations (__expf, ...)
-// are the accurate functions here.
+// Floating point is that of the host: exact operations agree with a device, the fast approximations
+// (__expf, ...) are the accurate functions here.
 #pragma once
 
 #include "scheduler.h"
@@ -9,7 +10,7 @@
 #include <cassert>
 #include <cmath>
 
-#define __global__ __attribute__((used))      // the build script looks for this
+#define __global__ __attribute__((used))  // the build script looks for this
 #define __device__
 #define __host__
 #define __constant__ static const
@@ -24,16 +25,17 @@
 #define gridDim (emulate::here.grid_dim)
 constexpr int warpSize = 32;
 
-#define EMULATE_VECTORS(type, name)                                                                     \
-    struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                            \
-    struct alignas(4 * sizeof(type)) name##4 { type x, y, z, w; };                                      \
-    inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                    \
+#define EMULATE_VECTORS(type, name)                                  \
+    struct alignas(2 * sizeof(type)) name##2 { type x, y; };         \
+    struct alignas(4 * sizeof(type)) name##4 { type x, y, z, w; };   \
+    inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
     inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 EMULATE_VECTORS(float, float)
 EMULATE_VECTORS(int, int)
 EMULATE_VECTORS(unsigned, uint)
 
-// ------------------------------------------------------------------------------------------------- bf16
+// -------------------------------------------------------------------------------------------------
+// bf16
 
 // Bits only: as on a device, kernels convert by name.
 struct __nv_bfloat16 {
@@ -63,7 +65,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     return {(unsigned short)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
 
-// ---------------------------------------------------------------------------------------------- arithmetic
+// ----------------------------------------------------------------------------------------------
+// arithmetic
 
 // Macros, because the C library declares functions of some of these names.
 #define __expf(x) expf(x)
@@ -85,8 +88,8 @@ inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 
-#define EMULATE_MIN_MAX(type)                                                                           \
-    inline type min(type x, type y) { return y < x ? y : x; }                                           \
+#define EMULATE_MIN_MAX(type)                                 \
+    inline type min(type x, type y) { return y < x ? y : x; } \
     inline type max(type x, type y) { return x < y ? y : x; }
 EMULATE_MIN_MAX(int)
 EMULATE_MIN_MAX(unsigned)
@@ -101,8 +104,12 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-template <class T> inline T __ldg(const T* p) { return *p; }
-template <class T> inline T atomicAdd(T* p, T x) {
+template <class T>
+inline T __ldg(const T* p) {
+    return *p;
+}
+template <class T>
+inline T atomicAdd(T* p, T x) {
     static_assert(!std::is_floating_point<T>::value, "float atomics add in any order");
     return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
 }
@@ -110,7 +117,8 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() {}
 [[noreturn]] inline void __trap() { emulate::fail("trap"); }
 
-// ------------------------------------------------------------------------------- barriers, shuffles, votes
+// ------------------------------------------------------------------------------- barriers,
+// shuffles, votes
 
 namespace emulate {
 
@@ -128,7 +136,7 @@ struct Shuffle {
 };
 inline void exchange(void* const* arguments, unsigned mask) {
     uint64_t values[WARP];
-    memset(values, POISON, sizeof values);      // what a lane outside the mask would give
+    memset(values, POISON, sizeof values);  // what a lane outside the mask would give
     for (unsigned set = mask; set != 0; set &= set - 1) {
         const unsigned lane = __builtin_ctz(set);
         values[lane] = static_cast<Shuffle*>(arguments[lane])->value;
@@ -148,7 +156,8 @@ inline void vote(void* const* arguments, unsigned mask) {
         *static_cast<unsigned*>(arguments[__builtin_ctz(set)]) = result;
     }
 }
-template <class T> T shuffle(const char* operation, unsigned mask, T value, unsigned source) {
+template <class T>
+T shuffle(const char* operation, unsigned mask, T value, unsigned source) {
     static_assert(sizeof(T) <= 8, "shuffles move 4 or 8 bytes");
     Shuffle shuffle{source, 0};
     memcpy(&shuffle.value, &value, sizeof value);
@@ -163,13 +172,16 @@ inline int lane() { return int(here.worker->number() % WARP); }
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     emulate::here.worker->wait_in_block(0, {file, line});
 }
-inline int __syncthreads_count(int x, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+inline int __syncthreads_count(int x, const char* file = __builtin_FILE(),
+                               int line = __builtin_LINE()) {
     return emulate::here.worker->wait_in_block(x != 0, {file, line});
 }
-inline int __syncthreads_or(int x, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+inline int __syncthreads_or(int x, const char* file = __builtin_FILE(),
+                            int line = __builtin_LINE()) {
     return emulate::here.worker->wait_in_block(x != 0, {file, line}) > 0;
 }
-inline int __syncthreads_and(int x, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+inline int __syncthreads_and(int x, const char* file = __builtin_FILE(),
+                             int line = __builtin_LINE()) {
     return emulate::here.worker->wait_in_block(x == 0, {file, line}) == 0;
 }
 
@@ -184,22 +196,30 @@ inline unsigned __ballot_sync(unsigned mask, int x) {
 inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
 inline int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, x == 0) == 0; }
 
-// `width` (a power of two) splits the warp in segments; a source outside the caller's segment is the caller itself.
-template <class T> T __shfl_sync(unsigned mask, T x, int source, int width = 32) {
+// `width` (a power of two) splits the warp in segments; a source outside the caller's segment is
+// the caller itself.
+template <class T>
+T __shfl_sync(unsigned mask, T x, int source, int width = 32) {
     const int first = emulate::lane() & ~(width - 1);
     return emulate::shuffle("__shfl_sync", mask, x, unsigned(first | (source & (width - 1))));
 }
-template <class T> T __shfl_xor_sync(unsigned mask, T x, int flip, int width = 32) {
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int flip, int width = 32) {
     const int lane = emulate::lane(), end = (lane & ~(width - 1)) + width;
-    return emulate::shuffle("__shfl_xor_sync", mask, x, unsigned((lane ^ flip) < end ? lane ^ flip : lane));
+    return emulate::shuffle("__shfl_xor_sync", mask, x,
+                            unsigned((lane ^ flip) < end ? lane ^ flip : lane));
 }
-template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width = 32) {
+template <class T>
+T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width = 32) {
     const int lane = emulate::lane(), end = (lane & ~(width - 1)) + width;
-    return emulate::shuffle("__shfl_down_sync", mask, x, unsigned(lane + int(delta) < end ? lane + int(delta) : lane));
+    return emulate::shuffle("__shfl_down_sync", mask, x,
+                            unsigned(lane + int(delta) < end ? lane + int(delta) : lane));
 }
-template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned delta, int width = 32) {
+template <class T>
+T __shfl_up_sync(unsigned mask, T x, unsigned delta, int width = 32) {
     const int lane = emulate::lane(), first = lane & ~(width - 1);
-    return emulate::shuffle("__shfl_up_sync", mask, x, unsigned(lane - int(delta) >= first ? lane - int(delta) : lane));
+    return emulate::shuffle("__shfl_up_sync", mask, x,
+                            unsigned(lane - int(delta) >= first ? lane - int(delta) : lane));
 }
 
 #include "tensor.h"

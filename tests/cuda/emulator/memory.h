@@ -1,6 +1,7 @@
-// Device memory of the emulator: filled with NaN when it is new and when it is freed, between guard zones that are
-// checked after every kernel and at every release, within a limit (EMULATE_MEMORY, in bytes). Memory that is mapped
-// (EMULATE_MAPPING=1) has no guard zones; what is not mapped cannot be touched. With EMULATE_DEVICES=n there are n devices: the limit is of each, and memory
+// Device memory of the emulator: filled with NaN when it is new and when it is freed, between guard
+// zones that are checked after every kernel and at every release, within a limit (EMULATE_MEMORY,
+// in bytes). Memory that is mapped (EMULATE_MAPPING=1) has no guard zones; what is not mapped
+// cannot be touched. With EMULATE_DEVICES=n there are n devices: the limit is of each, and memory
 // is found only by a thread that has its device's context.
 #pragma once
 
@@ -90,7 +91,8 @@ class Memory {
     bool map(void* pointer, size_t bytes, int device) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto start = reinterpret_cast<size_t>(pointer);
-        if (!mapped_.emplace(start, Piece{bytes, device}).second || mprotect(pointer, bytes, PROT_READ | PROT_WRITE) != 0) {
+        if (!mapped_.emplace(start, Piece{bytes, device}).second ||
+            mprotect(pointer, bytes, PROT_READ | PROT_WRITE) != 0) {
             return false;
         }
         memset(pointer, POISON, bytes);
@@ -103,10 +105,12 @@ class Memory {
             return false;
         }
         mapped_.erase(found);
-        return madvise(pointer, bytes, MADV_DONTNEED) == 0 && mprotect(pointer, bytes, PROT_NONE) == 0;
+        return madvise(pointer, bytes, MADV_DONTNEED) == 0 &&
+               mprotect(pointer, bytes, PROT_NONE) == 0;
     }
 
-    // Returns whether [pointer, pointer + bytes) lies in one live allocation of the current device, or is mapped there.
+    // Returns whether [pointer, pointer + bytes) lies in one live allocation of the current device,
+    // or is mapped there.
     bool contains(const void* pointer, size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto address = reinterpret_cast<size_t>(pointer);
@@ -118,10 +122,12 @@ class Memory {
             return false;
         }
         const auto& [start, piece] = *--after;
-        return piece.device == current_device() && address - start <= piece.bytes && bytes <= piece.bytes - (address - start);
+        return piece.device == current_device() && address - start <= piece.bytes &&
+               bytes <= piece.bytes - (address - start);
     }
 
-    // To be called after every operation on the device, with its name: reports damaged guard zones and aborts.
+    // To be called after every operation on the device, with its name: reports damaged guard zones
+    // and aborts.
     void check_after(const char* operation) {
         std::lock_guard<std::mutex> lock(mutex_);
         recent_[count_++ % RECENT] = operation;
@@ -173,12 +179,12 @@ class Memory {
         for (size_t i = count_ > RECENT ? count_ - RECENT : 0; i < count_; ++i) {
             names += " " + recent_[i % RECENT];
         }
-        fail("device memory of %zu bytes was written to %zu bytes %s; last operations:%s", bytes, distance, where,
-             names.c_str());
+        fail("device memory of %zu bytes was written to %zu bytes %s; last operations:%s", bytes,
+             distance, where, names.c_str());
     }
 
     std::mutex mutex_;
-    std::map<size_t, Piece> live_;     // by start
+    std::map<size_t, Piece> live_;  // by start
     std::map<size_t, Piece> mapped_;
     size_t used_[MOST_DEVICES] = {};
     std::string recent_[RECENT];

@@ -1,4 +1,5 @@
-// Takes the place of the thread sanitizer's library: the calls that a compiler puts before each access of memory. Not compiled with that sanitizer.
+// Takes the place of the thread sanitizer's library: the calls that a compiler puts before each
+// access of memory. Not compiled with that sanitizer.
 #include "scheduler.h"
 
 namespace emulate {
@@ -11,8 +12,9 @@ void note_access(const void* address, size_t bytes, bool write) {
     size_t at;
     if (p >= worker->shared && p < worker->shared + worker->launch->shared) {
         at = size_t(p - worker->shared);
-    } else if (p >= worker->variables.begin && p < worker->variables.end && (p < own || p >= own + sizeof(Here))) {
-        at = worker->launch->shared + size_t(p - worker->variables.begin);      // __shared__ variables
+    } else if (p >= worker->variables.begin && p < worker->variables.end &&
+               (p < own || p >= own + sizeof(Here))) {
+        at = worker->launch->shared + size_t(p - worker->variables.begin);  // __shared__ variables
     } else {
         return;
     }
@@ -20,8 +22,11 @@ void note_access(const void* address, size_t bytes, bool write) {
     const int other = worker->races.access(thread, at, bytes, write);
     if (other >= 0) {
         const bool dynamic = at < worker->launch->shared;
-        fail("race: %s of thread %u and an access of thread %d, no barrier between, %zu bytes at %zu of the %s shared memory",
-             write ? "a write" : "a read", thread, other, bytes, dynamic ? at : at - worker->launch->shared, dynamic ? "dynamic" : "static");
+        fail(
+            "race: %s of thread %u and an access of thread %d, no barrier between, %zu bytes at "
+            "%zu of the %s shared memory",
+            write ? "a write" : "a read", thread, other, bytes,
+            dynamic ? at : at - worker->launch->shared, dynamic ? "dynamic" : "static");
     }
 }
 
@@ -37,12 +42,12 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-#define ACCESSES(bytes)                                                                    \
-    void __tsan_read##bytes(void* p) { note_access(p, bytes, false); }                     \
-    void __tsan_write##bytes(void* p) { note_access(p, bytes, true); }                     \
-    void __tsan_volatile_read##bytes(void* p) { note_access(p, bytes, false); }            \
-    void __tsan_volatile_write##bytes(void* p) { note_access(p, bytes, true); }            \
-    void __tsan_unaligned_read##bytes(void* p) { note_access(p, bytes, false); }           \
+#define ACCESSES(bytes)                                                          \
+    void __tsan_read##bytes(void* p) { note_access(p, bytes, false); }           \
+    void __tsan_write##bytes(void* p) { note_access(p, bytes, true); }           \
+    void __tsan_volatile_read##bytes(void* p) { note_access(p, bytes, false); }  \
+    void __tsan_volatile_write##bytes(void* p) { note_access(p, bytes, true); }  \
+    void __tsan_unaligned_read##bytes(void* p) { note_access(p, bytes, false); } \
     void __tsan_unaligned_write##bytes(void* p) { note_access(p, bytes, true); }
 ACCESSES(1)
 ACCESSES(2)
@@ -53,14 +58,25 @@ void __tsan_read_range(void* p, unsigned long n) { note_access(p, n, false); }
 void __tsan_write_range(void* p, unsigned long n) { note_access(p, n, true); }
 
 // Atomic operations never race with each other; the kernels have none in shared memory.
-#define ATOMICS(bits, type)                                                                                                       \
-    type __tsan_atomic##bits##_load(const volatile type* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }                 \
-    void __tsan_atomic##bits##_store(volatile type* p, type x, int) { __atomic_store_n(p, x, __ATOMIC_SEQ_CST); }                 \
-    type __tsan_atomic##bits##_exchange(volatile type* p, type x, int) { return __atomic_exchange_n(p, x, __ATOMIC_SEQ_CST); }    \
-    type __tsan_atomic##bits##_fetch_add(volatile type* p, type x, int) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }    \
-    type __tsan_atomic##bits##_fetch_sub(volatile type* p, type x, int) { return __atomic_fetch_sub(p, x, __ATOMIC_SEQ_CST); }    \
-    int __tsan_atomic##bits##_compare_exchange_strong(volatile type* p, type* was, type x, int, int) {                            \
-        return __atomic_compare_exchange_n(p, was, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                                 \
+#define ATOMICS(bits, type)                                                                       \
+    type __tsan_atomic##bits##_load(const volatile type* p, int) {                                \
+        return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                              \
+    }                                                                                             \
+    void __tsan_atomic##bits##_store(volatile type* p, type x, int) {                             \
+        __atomic_store_n(p, x, __ATOMIC_SEQ_CST);                                                 \
+    }                                                                                             \
+    type __tsan_atomic##bits##_exchange(volatile type* p, type x, int) {                          \
+        return __atomic_exchange_n(p, x, __ATOMIC_SEQ_CST);                                       \
+    }                                                                                             \
+    type __tsan_atomic##bits##_fetch_add(volatile type* p, type x, int) {                         \
+        return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST);                                        \
+    }                                                                                             \
+    type __tsan_atomic##bits##_fetch_sub(volatile type* p, type x, int) {                         \
+        return __atomic_fetch_sub(p, x, __ATOMIC_SEQ_CST);                                        \
+    }                                                                                             \
+    int __tsan_atomic##bits##_compare_exchange_strong(volatile type* p, type* was, type x, int,   \
+                                                      int) {                                      \
+        return __atomic_compare_exchange_n(p, was, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
     }
 ATOMICS(8, unsigned char)
 ATOMICS(32, unsigned)

@@ -1,6 +1,8 @@
-// Races in shared memory: two threads of a block touch it without a barrier between, and one of them writes. With EMULATE_RACES defined and the kernels
-// compiled with -fsanitize=thread every access is a call of races.cpp, which takes that sanitizer's place; copies and matrix loads are noted where they are
-// emulated. __syncthreads orders a block's threads, __syncwarp a warp's; shuffles, votes and tensor-core operations order nothing.
+// Races in shared memory: two threads of a block touch it without a barrier between, and one of
+// them writes. With EMULATE_RACES defined and the kernels compiled with -fsanitize=thread every
+// access is a call of races.cpp, which takes that sanitizer's place; copies and matrix loads are
+// noted where they are emulated. __syncthreads orders a block's threads, __syncwarp a warp's;
+// shuffles, votes and tensor-core operations order nothing.
 #pragma once
 
 #include <cstddef>
@@ -23,12 +25,14 @@ class Races {
     void block_barrier() { between_barriers_ += 1; }
     void warp_barrier(unsigned warp) { between_syncwarps_[warp] += 1; }
 
-    // Thread `thread` reads or writes bytes from `at` on. Returns another thread whose access it races with, or -1.
+    // Thread `thread` reads or writes bytes from `at` on. Returns another thread whose access it
+    // races with, or -1.
     int access(unsigned thread, size_t at, size_t bytes, bool write) {
         const unsigned own = thread / 32, lane = 1u << thread % 32;
         current_ = own;
         int other = -1;
-        for (size_t g = at / GRANULE; g * GRANULE < at + bytes && (g + 1) * warps_ <= cells_.size(); ++g) {
+        for (size_t g = at / GRANULE; g * GRANULE < at + bytes && (g + 1) * warps_ <= cells_.size();
+             ++g) {
             Cell* of_warps = &cells_[g * warps_];
             for (unsigned w = 0; w < warps_; ++w) {
                 unsigned lanes = lanes_of(of_warps[w].writes, w);
@@ -37,9 +41,12 @@ class Races {
                 if (lanes != 0) other = int(w * 32 + unsigned(__builtin_ctz(lanes)));
             }
             Accesses& mine = write ? of_warps[own].writes : of_warps[own].reads;
-            if (mine.between_barriers != between_barriers_ || mine.between_syncwarps != between_syncwarps_[own]) {
-                // The warp's accesses before its last __syncwarp are ordered before this one for the warp itself, but not for other warps.
-                const unsigned before = mine.between_barriers == between_barriers_ ? mine.earlier | mine.lanes : 0;
+            if (mine.between_barriers != between_barriers_ ||
+                mine.between_syncwarps != between_syncwarps_[own]) {
+                // The warp's accesses before its last __syncwarp are ordered before this one for
+                // the warp itself, but not for other warps.
+                const unsigned before =
+                    mine.between_barriers == between_barriers_ ? mine.earlier | mine.lanes : 0;
                 mine = Accesses{between_barriers_, between_syncwarps_[own], 0, before};
             }
             mine.lanes |= lane;
@@ -48,10 +55,10 @@ class Races {
     }
 
   private:
-    static constexpr size_t GRANULE = 2;    // bytes; the kernels have nothing smaller
+    static constexpr size_t GRANULE = 2;  // bytes; the kernels have nothing smaller
     struct Accesses {
         unsigned between_barriers = 0, between_syncwarps = 0;
-        unsigned lanes = 0, earlier = 0;    // since the last __syncwarp, and before it
+        unsigned lanes = 0, earlier = 0;  // since the last __syncwarp, and before it
     };
     struct Cell {
         Accesses reads, writes;
@@ -60,7 +67,9 @@ class Races {
     // The lanes of warp w whose accesses are not ordered before the current one, of warp `current`.
     unsigned lanes_of(const Accesses& of, unsigned w) const {
         if (of.between_barriers != between_barriers_) return 0;
-        return w != current_ ? of.lanes | of.earlier : of.between_syncwarps == between_syncwarps_[w] ? of.lanes : 0;
+        return w != current_                                   ? of.lanes | of.earlier
+               : of.between_syncwarps == between_syncwarps_[w] ? of.lanes
+                                                               : 0;
     }
 
     unsigned warps_ = 0, between_barriers_ = 1, current_ = 0;

@@ -1,4 +1,5 @@
-// All kernels, and the table of their names. The build script writes names.inc: a line KERNEL_NAME(name) for each.
+// All kernels, and the table of their names. The build script writes names.inc: a line
+// KERNEL_NAME(name) for each.
 #include "registry.h"
 
 #include "all.cu"

@@ -9,14 +9,17 @@ namespace emulate {
 
 struct Kernel {
     const char* name;
-    // Takes the arguments as cuLaunchKernel gets them, as pointers to the values, which it copies; the result runs the kernel.
-    std::function<void()> (*prepare)(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters);
+    // Takes the arguments as cuLaunchKernel gets them, as pointers to the values, which it copies;
+    // the result runs the kernel.
+    std::function<void()> (*prepare)(const char* name, dim3 grid, dim3 block, size_t shared,
+                                     void** parameters);
 };
 
 const Kernel* find_kernel(const char* name);
 
 // A pointer must be null or lie in live device memory, with the alignment of its type.
-template <class T> void check_argument(const char* name, size_t index, T value) {
+template <class T>
+void check_argument(const char* name, size_t index, T value) {
     if constexpr (std::is_pointer<T>::value) {
         if (value != nullptr && !memory().contains(value, 0)) {
             fail("argument %zu of %s is not in device memory: %p", index, name, (const void*)value);
@@ -27,14 +30,17 @@ template <class T> void check_argument(const char* name, size_t index, T value) 
     }
 }
 
-template <auto KERNEL_FUNCTION> struct Entry;
-template <class... P, void (*KERNEL_FUNCTION)(P...)> struct Entry<KERNEL_FUNCTION> {
-    static std::function<void()> prepare(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters) {
+template <auto KERNEL_FUNCTION>
+struct Entry;
+template <class... P, void (*KERNEL_FUNCTION)(P...)>
+struct Entry<KERNEL_FUNCTION> {
+    static std::function<void()> prepare(const char* name, dim3 grid, dim3 block, size_t shared,
+                                         void** parameters) {
         return prepare(name, grid, block, shared, parameters, std::index_sequence_for<P...>());
     }
     template <size_t... I>
-    static std::function<void()> prepare(const char* name, dim3 grid, dim3 block, size_t shared, void** parameters,
-                                         std::index_sequence<I...>) {
+    static std::function<void()> prepare(const char* name, dim3 grid, dim3 block, size_t shared,
+                                         void** parameters, std::index_sequence<I...>) {
         (check_argument(name, I, *static_cast<P*>(parameters[I])), ...);
         return [=, arguments = std::tuple<P...>(*static_cast<P*>(parameters[I])...)] {
             launch(name, KERNEL_FUNCTION, grid, block, shared, std::get<I>(arguments)...);

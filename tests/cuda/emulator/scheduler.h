@@ -1,10 +1,11 @@
 // Runs the threads of a CUDA block as fibers of one OS thread.
 //
-// A fiber runs until it needs the others: at a block barrier, or at an operation of its warp (shuffle, vote,
-// mma, ...). A warp operation is carried out once, by the scheduler, when all lanes named by its mask wait at it;
-// their operands and results lie on their stacks. EMULATE_ORDER (forward, reverse, random:SEED) sets the order of
-// lanes, warps and blocks, so that a result that depends on timing changes with it; EMULATE_THREADS (default 1)
-// spreads blocks over OS threads. Barriers that can never complete abort with a report.
+// A fiber runs until it needs the others: at a block barrier, or at an operation of its warp
+// (shuffle, vote, mma, ...). A warp operation is carried out once, by the scheduler, when all lanes
+// named by its mask wait at it; their operands and results lie on their stacks. EMULATE_ORDER
+// (forward, reverse, random:SEED) sets the order of lanes, warps and blocks, so that a result that
+// depends on timing changes with it; EMULATE_THREADS (default 1) spreads blocks over OS threads.
+// Barriers that can never complete abort with a report.
 #pragma once
 
 #include "order.h"
@@ -35,7 +36,8 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Saves the callee-saved registers, stores the stack pointer in *save and goes on with the stack `to`.
+// Saves the callee-saved registers, stores the stack pointer in *save and goes on with the stack
+// `to`.
 extern "C" void emulate_switch(void** save, void* to);
 asm(R"(
     .section .text.emulate_switch,"axG",@progbits,emulate_switch,comdat
@@ -66,15 +68,16 @@ namespace emulate {
 
 constexpr unsigned WARP = 32;
 constexpr unsigned MOST_THREADS = 1024;
-constexpr size_t MOST_SHARED = 163 * 1024;      // of compute capability 8.0
+constexpr size_t MOST_SHARED = 163 * 1024;  // of compute capability 8.0
 constexpr size_t STACK = 256 * 1024;
 constexpr size_t GUARD = 256;
-constexpr unsigned char POISON = 0xFF;      // NaN as float and as bf16
+constexpr unsigned char POISON = 0xFF;  // NaN as float and as bf16
 constexpr unsigned char GUARD_BYTE = 0xA5;
 
 struct Worker;
 
-// Where the calling fiber is. The only thread-local state of the emulator, zero at first: see Worker::poison.
+// Where the calling fiber is. The only thread-local state of the emulator, zero at first: see
+// Worker::poison.
 struct Here {
     uint3 thread, block, block_dim, grid_dim;
     Worker* worker;
@@ -94,20 +97,20 @@ inline void nothing(void* const*, unsigned) {}
 
 struct Copy {
     void* to;
-    const void* from;   // null: zeros
+    const void* from;  // null: zeros
     unsigned group;
 };
 
 struct Fiber {
     void* stack_pointer;
     uint3 index;
-    Combine combine;            // what it waits for, in its warp
+    Combine combine;  // what it waits for, in its warp
     const char* operation;
     unsigned mask;
     void* argument;
-    Place place;                // the block barrier it waits at
+    Place place;  // the block barrier it waits at
     int* predicate;
-    std::vector<Copy> copies;   // asynchronous copies not carried out yet
+    std::vector<Copy> copies;  // asynchronous copies not carried out yet
     unsigned group;
 };
 
@@ -123,7 +126,7 @@ struct Launch {
     void (*run)(void*);
     void* data;
     std::atomic<unsigned long long> next{0};
-    std::vector<unsigned> order;    // of blocks, if random
+    std::vector<unsigned> order;  // of blocks, if random
 };
 
 struct Range {
@@ -132,7 +135,7 @@ struct Range {
 
 // The calling thread's copy of the thread-local variables of the module that this code is part of.
 inline Range thread_local_range() {
-    here.worker = nullptr;      // makes the copy, if this is the thread's first access
+    here.worker = nullptr;  // makes the copy, if this is the thread's first access
     auto* self = reinterpret_cast<unsigned char*>(&here);
     Range range{self, self};
     dl_iterate_phdr(
@@ -141,7 +144,8 @@ inline Range thread_local_range() {
             auto* begin = static_cast<unsigned char*>(info->dlpi_tls_data);
             for (int i = 0; i < info->dlpi_phnum && begin != nullptr; ++i) {
                 const auto& header = info->dlpi_phdr[i];
-                if (header.p_type == PT_TLS && begin <= range->begin && range->begin < begin + header.p_memsz) {
+                if (header.p_type == PT_TLS && begin <= range->begin &&
+                    range->begin < begin + header.p_memsz) {
                     *range = Range{begin, begin + header.p_memsz};
                     return 1;
                 }
@@ -163,13 +167,14 @@ struct Worker {
     WarpState warps[MOST_THREADS / WARP] = {};
     unsigned threads = 0;
     Fiber* current = nullptr;
-    void* scheduler = nullptr;      // its stack pointer while a fiber runs
+    void* scheduler = nullptr;  // its stack pointer while a fiber runs
     Launch* launch = nullptr;
     Order order;
     unsigned char* stacks;
-    std::vector<unsigned char> shared_memory = std::vector<unsigned char>(MOST_SHARED + 2 * GUARD + 128);
+    std::vector<unsigned char> shared_memory =
+        std::vector<unsigned char>(MOST_SHARED + 2 * GUARD + 128);
     unsigned char* shared = nullptr;
-    Range variables = {};           // __shared__ ones
+    Range variables = {};  // __shared__ ones
 #ifdef EMULATE_RACES
     Races races;
 #endif
@@ -189,8 +194,9 @@ struct Worker {
         shared = reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
     }
 
-    // Shared memory starts every block with NaN: dynamic memory between guard zones, and `__shared__` variables,
-    // which are thread-local variables of this module. So other thread-local variables do not survive a launch.
+    // Shared memory starts every block with NaN: dynamic memory between guard zones, and
+    // `__shared__` variables, which are thread-local variables of this module. So other
+    // thread-local variables do not survive a launch.
     void poison() {
         memset(shared - GUARD, GUARD_BYTE, GUARD);
         memset(shared, POISON, launch->shared);
@@ -206,7 +212,8 @@ struct Worker {
                 fail("write %zu bytes before the dynamic shared memory", i + 1);
             }
             if (shared[launch->shared + i] != GUARD_BYTE) {
-                fail("write %zu bytes past the %zu bytes of dynamic shared memory", i, launch->shared);
+                fail("write %zu bytes past the %zu bytes of dynamic shared memory", i,
+                     launch->shared);
             }
         }
     }
@@ -219,11 +226,12 @@ struct Worker {
             fiber.index = uint3{t % size.x, t / size.x % size.y, t / size.x / size.y};
             fiber.copies.clear();
             fiber.group = 0;
-            // Stacks start at different offsets, for they would share the same cache sets otherwise.
+            // Stacks start at different offsets, for they would share the same cache sets
+            // otherwise.
             auto* top = reinterpret_cast<void**>(stacks + (t + 1) * STACK - t % 64 * 192);
-            *--top = nullptr;                                           // no caller
-            *--top = reinterpret_cast<void*>(&emulate_enter);           // where the first switch returns to
-            fiber.stack_pointer = top - 6;                              // six registers of any value
+            *--top = nullptr;                                  // no caller
+            *--top = reinterpret_cast<void*>(&emulate_enter);  // where the first switch returns to
+            fiber.stack_pointer = top - 6;                     // six registers of any value
         }
         for (unsigned w = 0; w * WARP < threads; ++w) {
             const unsigned left = threads - w * WARP;
@@ -242,7 +250,8 @@ struct Worker {
         poison();
         start_fibers();
 #ifdef EMULATE_RACES
-        races.begin(launch->shared + size_t(variables.end - variables.begin), (threads + WARP - 1) / WARP);
+        races.begin(launch->shared + size_t(variables.end - variables.begin),
+                    (threads + WARP - 1) / WARP);
 #endif
         for (;;) {
             unsigned ready = 0;
@@ -259,7 +268,8 @@ struct Worker {
         here.worker = nullptr;
     }
 
-    // Runs every ready lane up to where it waits, then the operations that all their lanes have reached.
+    // Runs every ready lane up to where it waits, then the operations that all their lanes have
+    // reached.
     void step(unsigned w) {
         WarpState& warp = warps[w];
         for (unsigned todo = warp.ready; todo != 0;) {
@@ -344,9 +354,10 @@ struct Worker {
             } else if (warp.in_warp >> t % WARP & 1) {
                 snprintf(text, sizeof text, "waits at %s, mask %08x", fiber.operation, fiber.mask);
             } else {
-                snprintf(text, sizeof text, "waits at the barrier %s:%d", fiber.place.file, fiber.place.line);
+                snprintf(text, sizeof text, "waits at the barrier %s:%d", fiber.place.file,
+                         fiber.place.line);
             }
-            if (previous != text) {     // one line for each run of threads
+            if (previous != text) {  // one line for each run of threads
                 fprintf(stderr, "emulator: from thread %u on: %s\n", t, text);
                 previous = text;
             }
@@ -366,7 +377,8 @@ struct Worker {
             fail("%s: lane %u calls with mask %08x", operation, lane, mask);
         }
         if (mask & warp.done) {
-            fail("%s: mask %08x names threads that have ended (%08x)", operation, mask, mask & warp.done);
+            fail("%s: mask %08x names threads that have ended (%08x)", operation, mask,
+                 mask & warp.done);
         }
         current->combine = combine;
         current->operation = operation;
@@ -426,7 +438,8 @@ inline void fail(const char* format, ...) {
     va_end(arguments);
     if (here.worker != nullptr && here.worker->launch != nullptr) {
         const uint3 b = here.block, t = here.thread;
-        fprintf(stderr, "\nemulator: in kernel %s, block (%u, %u, %u)", here.worker->launch->name, b.x, b.y, b.z);
+        fprintf(stderr, "\nemulator: in kernel %s, block (%u, %u, %u)", here.worker->launch->name,
+                b.x, b.y, b.z);
         if (here.worker->current != nullptr) {
             fprintf(stderr, ", thread (%u, %u, %u)", t.x, t.y, t.z);
         }
@@ -443,8 +456,8 @@ inline void run_grid(Launch& launch) {
     const auto threads = (unsigned long long)launch.block.x * launch.block.y * launch.block.z;
     const auto blocks = (unsigned long long)launch.grid.x * launch.grid.y * launch.grid.z;
     if (threads == 0 || threads > MOST_THREADS || blocks == 0 || launch.shared > MOST_SHARED) {
-        fail("%s: a launch of %llu blocks of %llu threads, %zu bytes of shared memory", launch.name, blocks, threads,
-             launch.shared);
+        fail("%s: a launch of %llu blocks of %llu threads, %zu bytes of shared memory", launch.name,
+             blocks, threads, launch.shared);
     }
     std::lock_guard<std::mutex> lock(launching);
     Order order = Order::from_environment();
@@ -470,7 +483,8 @@ inline void run_grid(Launch& launch) {
     }
 }
 
-template <class... P> struct Call {
+template <class... P>
+struct Call {
     void (*kernel)(P...);
     std::tuple<P...> arguments;
     static void run(void* call) {
@@ -479,9 +493,11 @@ template <class... P> struct Call {
     }
 };
 
-// Runs a kernel and returns when it is done: emulate::launch("name", kernel, grid, block, shared_bytes, args...).
+// Runs a kernel and returns when it is done: emulate::launch("name", kernel, grid, block,
+// shared_bytes, args...).
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
+            A... arguments) {
     Call<P...> call{kernel, std::tuple<P...>(static_cast<P>(arguments)...)};
     Launch launch;
     launch.name = name;
@@ -496,7 +512,8 @@ template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {
     Dl_info info = {};
     dladdr(reinterpret_cast<void*>(kernel), &info);
-    launch(info.dli_sname == nullptr ? "?" : info.dli_sname, kernel, grid, block, shared, arguments...);
+    launch(info.dli_sname == nullptr ? "?" : info.dli_sname, kernel, grid, block, shared,
+           arguments...);
 }
 
 }  // namespace emulate

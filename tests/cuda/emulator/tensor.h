@@ -23,7 +23,8 @@ inline void mma_of_warp(void* const* arguments, unsigned mask) {
     for (unsigned lane = 0; lane < WARP; ++lane) {
         const auto* of = static_cast<const Mma*>(arguments[lane]);
         const unsigned g = lane / 4, t = lane % 4;
-        for (unsigned i = 0; i < 8; ++i) {      // register i / 2: odd ones 8 rows down, the last two 8 columns right
+        for (unsigned i = 0; i < 8;
+             ++i) {  // register i / 2: odd ones 8 rows down, the last two 8 columns right
             a[g + i / 2 % 2 * 8][t * 2 + i % 2 + i / 4 * 8] = half_of(of->a[i / 2], i % 2);
         }
         for (unsigned i = 0; i < 4; ++i) {
@@ -38,7 +39,8 @@ inline void mma_of_warp(void* const* arguments, unsigned mask) {
             }
         }
         for (unsigned col = 0; col < 8; ++col) {
-            static_cast<const Mma*>(arguments[row % 8 * 4 + col / 2])->d[row / 8 * 2 + col % 2] += sum[col];
+            static_cast<const Mma*>(arguments[row % 8 * 4 + col / 2])->d[row / 8 * 2 + col % 2] +=
+                sum[col];
         }
     }
 }
@@ -51,7 +53,8 @@ struct Ldmatrix {
     uint32_t* r;
     const void* address;
 };
-template <bool TRANSPOSED> void ldmatrix_of_warp(void* const* arguments, unsigned mask) {
+template <bool TRANSPOSED>
+void ldmatrix_of_warp(void* const* arguments, unsigned mask) {
     check_whole_warp("ldmatrix", mask);
     for (unsigned m = 0; m < 4; ++m) {
         uint16_t matrix[8][8];
@@ -66,15 +69,16 @@ template <bool TRANSPOSED> void ldmatrix_of_warp(void* const* arguments, unsigne
         }
     }
 }
-template <bool TRANSPOSED> void ldmatrix_x4(uint32_t (&r)[4], const void* address) {
+template <bool TRANSPOSED>
+void ldmatrix_x4(uint32_t (&r)[4], const void* address) {
     check_aligned(address, 16);
     note_access(address, 16, false);
     Ldmatrix argument{r, address};
     here.worker->wait_in_warp(&ldmatrix_of_warp<TRANSPOSED>, "ldmatrix", ~0u, &argument);
 }
 
-// The bytes move as late as they may, when the thread waits for them. Until then the target holds NaN, so that a
-// read without a wait, or a target that others still read, shows.
+// The bytes move as late as they may, when the thread waits for them. Until then the target holds
+// NaN, so that a read without a wait, or a target that others still read, shows.
 inline void cp_async_16(void* to, const void* from, bool valid) {
     check_aligned(to, 16);
     check_aligned(from, 16);

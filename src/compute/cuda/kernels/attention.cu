@@ -59,15 +59,18 @@ __device__ __forceinline__ void clear(Result& result) {
 
 // sum[own, column] += Σ_k a[k][own]·b[k][column] over k < N.
 template <int N>
-__device__ __forceinline__ void multiply(Block& sum, const float (*a)[PITCH], const float (*b)[PITCH]) {
+__device__ __forceinline__ void multiply(Block& sum, const float (*a)[PITCH],
+                                         const float (*b)[PITCH]) {
     const int row = thread_row(), column = thread_column();
 #pragma unroll 4
     for (int k = 0; k < N; k++) {
-        const Vector<float> low = load_16(&a[k][row]), high = load_16(&a[k][row + 4]), right = load_16(&b[k][column]);
+        const Vector<float> low = load_16(&a[k][row]), high = load_16(&a[k][row + 4]),
+                            right = load_16(&b[k][column]);
 #pragma unroll
         for (int r = 0; r < 8; r++)
 #pragma unroll
-            for (int c = 0; c < 4; c++) sum[r][c] += (r < 4 ? low.v[r % 4] : high.v[r % 4]) * right.v[c];
+            for (int c = 0; c < 4; c++)
+                sum[r][c] += (r < 4 ? low.v[r % 4] : high.v[r % 4]) * right.v[c];
     }
 }
 
@@ -77,7 +80,9 @@ template <class T>
 __device__ void load_transposed(float (*to)[PITCH], const Rows<T>& rows, int first, int dim) {
     for (int e = threadIdx.x; e < TILE * DEPTH; e += THREADS) {
         const int i = e / DEPTH, d = e % DEPTH;
-        to[d][i] = i < rows.count && first + d < dim ? to_float(rows.at[i * rows.stride + first + d]) : 0.0f;
+        to[d][i] = i < rows.count && first + d < dim
+                       ? to_float(rows.at[i * rows.stride + first + d])
+                       : 0.0f;
     }
 }
 
@@ -86,13 +91,16 @@ template <class T>
 __device__ void load_rows(float (*to)[PITCH], const Rows<T>& rows, int first, int dim) {
     for (int e = threadIdx.x; e < TILE * TILE; e += THREADS) {
         const int i = e / TILE, d = e % TILE;
-        to[i][d] = i < rows.count && first + d < dim ? to_float(rows.at[i * rows.stride + first + d]) : 0.0f;
+        to[i][d] = i < rows.count && first + d < dim
+                       ? to_float(rows.at[i * rows.stride + first + d])
+                       : 0.0f;
     }
 }
 
 // product[own, other] = own·otherᵀ over all of D.
 template <class T>
-__device__ __forceinline__ void scores(Block& product, Panel& work, const Rows<T>& own, const Rows<T>& other, int dim) {
+__device__ __forceinline__ void scores(Block& product, Panel& work, const Rows<T>& own,
+                                       const Rows<T>& other, int dim) {
     clear(product);
     for (int first = 0; first < dim; first += DEPTH) {
         __syncthreads();
@@ -114,7 +122,8 @@ __device__ __forceinline__ void store_transposed(Panel& to, const Block& product
 
 // sum[own, d] += Σ_other weights[other][own]·other[d] for the columns d from `first` on.
 template <class T>
-__device__ __forceinline__ void accumulate(Result& sum, const Panel& weights, Panel& work, const Rows<T>& other, int first, int dim) {
+__device__ __forceinline__ void accumulate(Result& sum, const Panel& weights, Panel& work,
+                                           const Rows<T>& other, int first, int dim) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
         const int column = first + part * TILE;
@@ -128,7 +137,8 @@ __device__ __forceinline__ void accumulate(Result& sum, const Panel& weights, Pa
 }
 
 template <class T>
-__device__ __forceinline__ void store(T* to, size_t stride, int count, const Result& sum, int first, int dim) {
+__device__ __forceinline__ void store(T* to, size_t stride, int count, const Result& sum, int first,
+                                      int dim) {
     const int row = thread_row();
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
@@ -137,7 +147,8 @@ __device__ __forceinline__ void store(T* to, size_t stride, int count, const Res
 #pragma unroll
             for (int c = 0; c < 4; c++) {
                 const int d = first + part * TILE + thread_column() + c;
-                if (row + r < count && d < dim) to[(row + r) * stride + d] = from_float<T>(sum[part][r][c]);
+                if (row + r < count && d < dim)
+                    to[(row + r) * stride + d] = from_float<T>(sum[part][r][c]);
             }
 }
 
@@ -152,11 +163,13 @@ __device__ __forceinline__ float over_columns(float x, Op op) {
 // [(tiles, H); 128] 34 KiB static shared memory. out is [T, H·D]; lse is [T, H], the natural
 // logarithm of Σ_j e^(scale·q·k_j).
 template <class T>
-__device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, const unsigned* positions, Shape shape, int window, float scale) {
+__device__ void attention(T* out, float* lse, const T* qkv, const int* tiles,
+                          const unsigned* positions, Shape shape, int window, float scale) {
     __shared__ Panel work, weights;
     const Queries queries(tiles + 5 * blockIdx.x, positions, window);
     const int head = blockIdx.y, kv = head / shape.group(), dim = shape.dim;
-    const int start = queries.tile.start, count = queries.tile.size(), row = thread_row(), column = thread_column();
+    const int start = queries.tile.start, count = queries.tile.size(), row = thread_row(),
+              column = thread_column();
     const Rows<T> q{qkv + start * shape.row() + size_t(head) * dim, shape.row(), count};
     for (int first = 0; first < dim; first += COLUMNS) {
         float top[8], total[8];
@@ -167,8 +180,10 @@ __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, co
         for (int n = 0; n < queries.keys.tiles; n++) {
             const Range keys = queries.keys.tile(n);
             const int position_shift = shift(positions, start) - shift(positions, keys.start);
-            const Rows<T> k{qkv + keys.start * shape.row() + shape.key_column(kv), shape.row(), keys.size()};
-            const Rows<T> v{qkv + keys.start * shape.row() + shape.value_column(kv), shape.row(), keys.size()};
+            const Rows<T> k{qkv + keys.start * shape.row() + shape.key_column(kv), shape.row(),
+                            keys.size()};
+            const Rows<T> v{qkv + keys.start * shape.row() + shape.value_column(kv), shape.row(),
+                            keys.size()};
             Block s;
             scores(s, work, q, k, dim);
 #pragma unroll
@@ -208,38 +223,46 @@ __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles, co
             for (int part = 0; part < PARTS; part++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) sum[part][r][c] *= inverse;
-            if (first == 0 && column == 0 && row + r < count) lse[size_t(start + row + r) * shape.heads + head] = top[r] + logf(total[r]);
+            if (first == 0 && column == 0 && row + r < count)
+                lse[size_t(start + row + r) * shape.heads + head] = top[r] + logf(total[r]);
         }
-        store(out + start * shape.width() + size_t(head) * dim, shape.width(), count, sum, first, dim);
+        store(out + start * shape.width() + size_t(head) * dim, shape.width(), count, sum, first,
+              dim);
     }
 }
 
 INSTANTIATE(attention,
-            (T* out, float* lse, const T* qkv, const int* tiles, const unsigned* positions, int heads, int kv_heads, int dim, int window,
-             float scale),
+            (T * out, float* lse, const T* qkv, const int* tiles, const unsigned* positions,
+             int heads, int kv_heads, int dim, int window, float scale),
             (out, lse, qkv, tiles, positions, {heads, kv_heads, dim}, limit(window), scale))
 
 // [⌈T·H/4⌉; 128] delta[t, h] = Σ_d out·dout, one warp per token and head.
 template <class T>
-__device__ void attention_delta(float* delta, const T* out, const T* dout, int tokens, int heads, int dim) {
+__device__ void attention_delta(float* delta, const T* out, const T* dout, int tokens, int heads,
+                                int dim) {
     const size_t item = size_t(blockIdx.x) * 4 + threadIdx.x / 32;
     if (item >= size_t(tokens) * heads) return;
     float sum = 0.0f;
-    for (int d = threadIdx.x % 32; d < dim; d += 32) sum += to_float(out[item * dim + d]) * to_float(dout[item * dim + d]);
+    for (int d = threadIdx.x % 32; d < dim; d += 32)
+        sum += to_float(out[item * dim + d]) * to_float(dout[item * dim + d]);
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) delta[item] = sum;
 }
 
-INSTANTIATE(attention_delta, (float* delta, const T* out, const T* dout, int tokens, int heads, int dim), (delta, out, dout, tokens, heads, dim))
+INSTANTIATE(attention_delta,
+            (float* delta, const T* out, const T* dout, int tokens, int heads, int dim),
+            (delta, out, dout, tokens, heads, dim))
 
 // [(tiles, H); 128] 34 KiB static shared memory. Writes the q columns of dqkv.
 template <class T>
-__device__ void attention_dq(T* dqkv, const T* qkv, const T* dout, const float* lse, const float* delta, const int* tiles,
-                             const unsigned* positions, Shape shape, int window, float scale) {
+__device__ void attention_dq(T* dqkv, const T* qkv, const T* dout, const float* lse,
+                             const float* delta, const int* tiles, const unsigned* positions,
+                             Shape shape, int window, float scale) {
     __shared__ Panel work, weights;
     const Queries queries(tiles + 5 * blockIdx.x, positions, window);
     const int head = blockIdx.y, kv = head / shape.group(), dim = shape.dim;
-    const int start = queries.tile.start, count = queries.tile.size(), row = thread_row(), column = thread_column();
+    const int start = queries.tile.start, count = queries.tile.size(), row = thread_row(),
+              column = thread_column();
     const Rows<T> q{qkv + start * shape.row() + size_t(head) * dim, shape.row(), count};
     const Rows<T> g{dout + start * shape.width() + size_t(head) * dim, shape.width(), count};
     float own_lse[8], own_delta[8];
@@ -255,8 +278,10 @@ __device__ void attention_dq(T* dqkv, const T* qkv, const T* dout, const float* 
         for (int n = 0; n < queries.keys.tiles; n++) {
             const Range keys = queries.keys.tile(n);
             const int position_shift = shift(positions, start) - shift(positions, keys.start);
-            const Rows<T> k{qkv + keys.start * shape.row() + shape.key_column(kv), shape.row(), keys.size()};
-            const Rows<T> v{qkv + keys.start * shape.row() + shape.value_column(kv), shape.row(), keys.size()};
+            const Rows<T> k{qkv + keys.start * shape.row() + shape.key_column(kv), shape.row(),
+                            keys.size()};
+            const Rows<T> v{qkv + keys.start * shape.row() + shape.value_column(kv), shape.row(),
+                            keys.size()};
             Block s, dp;
             scores(s, work, q, k, dim);
             scores(dp, work, g, v, dim);
@@ -277,21 +302,25 @@ __device__ void attention_dq(T* dqkv, const T* qkv, const T* dout, const float* 
 }
 
 INSTANTIATE(attention_dq,
-            (T* dqkv, const T* qkv, const T* dout, const float* lse, const float* delta, const int* tiles, const unsigned* positions, int heads,
-             int kv_heads, int dim, int window, float scale),
-            (dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, dim}, limit(window), scale))
+            (T * dqkv, const T* qkv, const T* dout, const float* lse, const float* delta,
+             const int* tiles, const unsigned* positions, int heads, int kv_heads, int dim,
+             int window, float scale),
+            (dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, dim}, limit(window),
+             scale))
 
 // [(key tiles, K); 128] 34.75 KiB static shared memory. Writes the k and v columns of dqkv, summed
 // over the query heads of the group, in order.
 template <class T>
-__device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float* lse, const float* delta, const int* tiles,
-                              const unsigned* positions, Shape shape, int window, float scale) {
+__device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float* lse,
+                              const float* delta, const int* tiles, const unsigned* positions,
+                              Shape shape, int window, float scale) {
     __shared__ Panel work, weights;
     __shared__ float other_lse[TILE], other_delta[TILE];
     __shared__ int other_position[TILE];
     const Keys keys(tiles + 5 * blockIdx.x, positions, window);
     const int kv = blockIdx.y, dim = shape.dim;
-    const int start = keys.tile.start, count = keys.tile.size(), row = thread_row(), column = thread_column();
+    const int start = keys.tile.start, count = keys.tile.size(), row = thread_row(),
+              column = thread_column();
     const int own_shift = shift(positions, start);
     const Rows<T> k{qkv + start * shape.row() + shape.key_column(kv), shape.row(), count};
     const Rows<T> v{qkv + start * shape.row() + shape.value_column(kv), shape.row(), count};
@@ -302,15 +331,19 @@ __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float*
         for (int head = kv * shape.group(); head < (kv + 1) * shape.group(); head++) {
             for (int n = 0; (n = keys.next(n, positions, window)) < keys.queries.tiles; n++) {
                 const Range others = keys.queries.tile(n);
-                const Rows<T> q{qkv + others.start * shape.row() + size_t(head) * dim, shape.row(), others.size()};
-                const Rows<T> g{dout + others.start * shape.width() + size_t(head) * dim, shape.width(), others.size()};
+                const Rows<T> q{qkv + others.start * shape.row() + size_t(head) * dim, shape.row(),
+                                others.size()};
+                const Rows<T> g{dout + others.start * shape.width() + size_t(head) * dim,
+                                shape.width(), others.size()};
                 // The last GEMM of the previous tile reads none of these. A row that does not exist
                 // gets P = 0.
                 if (threadIdx.x < TILE) {
                     const int i = others.start + threadIdx.x;
                     const bool inside = i < others.end;
-                    other_lse[threadIdx.x] = inside ? lse[size_t(i) * shape.heads + head] : INFINITY;
-                    other_delta[threadIdx.x] = inside ? delta[size_t(i) * shape.heads + head] : 0.0f;
+                    other_lse[threadIdx.x] =
+                        inside ? lse[size_t(i) * shape.heads + head] : INFINITY;
+                    other_delta[threadIdx.x] =
+                        inside ? delta[size_t(i) * shape.heads + head] : 0.0f;
                     other_position[threadIdx.x] = inside ? int(positions[i]) : 0;
                 }
                 Block p, ds;
@@ -320,7 +353,8 @@ __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float*
 #pragma unroll
                     for (int c = 0; c < 4; c++) {
                         const int i = others.start + column + c, j = start + row + r;
-                        const bool seen = j <= i && other_position[column + c] - (j + own_shift) < window;
+                        const bool seen =
+                            j <= i && other_position[column + c] - (j + own_shift) < window;
                         p[r][c] = seen ? expf(p[r][c] * scale - other_lse[column + c]) : 0.0f;
                     }
                 store_transposed(weights, p);
@@ -329,20 +363,25 @@ __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float*
 #pragma unroll
                 for (int r = 0; r < 8; r++)
 #pragma unroll
-                    for (int c = 0; c < 4; c++) ds[r][c] = p[r][c] * (ds[r][c] - other_delta[column + c]) * scale;
+                    for (int c = 0; c < 4; c++)
+                        ds[r][c] = p[r][c] * (ds[r][c] - other_delta[column + c]) * scale;
                 store_transposed(weights, ds);
                 accumulate(dk, weights, work, q, first, dim);
             }
         }
-        store(dqkv + start * shape.row() + shape.key_column(kv), shape.row(), count, dk, first, dim);
-        store(dqkv + start * shape.row() + shape.value_column(kv), shape.row(), count, dv, first, dim);
+        store(dqkv + start * shape.row() + shape.key_column(kv), shape.row(), count, dk, first,
+              dim);
+        store(dqkv + start * shape.row() + shape.value_column(kv), shape.row(), count, dv, first,
+              dim);
     }
 }
 
 INSTANTIATE(attention_dkv,
-            (T* dqkv, const T* qkv, const T* dout, const float* lse, const float* delta, const int* key_tiles, const unsigned* positions, int heads,
-             int kv_heads, int dim, int window, float scale),
-            (dqkv, qkv, dout, lse, delta, key_tiles, positions, {heads, kv_heads, dim}, limit(window), scale))
+            (T * dqkv, const T* qkv, const T* dout, const float* lse, const float* delta,
+             const int* key_tiles, const unsigned* positions, int heads, int kv_heads, int dim,
+             int window, float scale),
+            (dqkv, qkv, dout, lse, delta, key_tiles, positions, {heads, kv_heads, dim},
+             limit(window), scale))
 
 }  // namespace attn
 

@@ -17,7 +17,9 @@ constexpr int NO_WINDOW = 1 << 30;
 
 // Converts the kernels' window argument, where 0 means no window. The result is at most NO_WINDOW,
 // so that adding a position does not overflow.
-__device__ __forceinline__ int limit(int window) { return window <= 0 || window > NO_WINDOW ? NO_WINDOW : window; }
+__device__ __forceinline__ int limit(int window) {
+    return window <= 0 || window > NO_WINDOW ? NO_WINDOW : window;
+}
 
 struct Range {
     int start, end;
@@ -44,11 +46,14 @@ struct Walk {
 };
 
 // Position minus index of a token. It is the same for all tokens of a segment.
-__device__ __forceinline__ int shift(const unsigned* positions, int token) { return int(positions[token]) - token; }
+__device__ __forceinline__ int shift(const unsigned* positions, int token) {
+    return int(positions[token]) - token;
+}
 
 // The part of `keys` (of one segment) that is inside the window of a query at `position` or of
 // later queries.
-__device__ __forceinline__ Range within_window(Range keys, int position, const unsigned* positions, int window) {
+__device__ __forceinline__ Range within_window(Range keys, int position, const unsigned* positions,
+                                               int window) {
     if (keys.size() <= 0) return {keys.start, keys.start};
     const int first = position - window + 1 - shift(positions, keys.start);
     return {min(max(first, keys.start), keys.end), keys.end};
@@ -79,12 +84,14 @@ struct Keys {
     __device__ Keys(const int* entry, const unsigned* positions, int window)
         : tile{entry[0], entry[1]},
           last_position(int(positions[entry[1] - 1])),
-          queries({entry[0], min(entry[2], entry[1] - 1 + window)}, dependent(entry, positions, window)) {}
+          queries({entry[0], min(entry[2], entry[1] - 1 + window)},
+                  dependent(entry, positions, window)) {}
 
     // All completions start at the same position, so either each first query attends to the tile's
     // last key or none does.
     __device__ static Range dependent(const int* entry, const unsigned* positions, int window) {
-        const bool none = entry[3] >= entry[4] || int(positions[entry[3]]) - int(positions[entry[1] - 1]) >= window;
+        const bool none = entry[3] >= entry[4] ||
+                          int(positions[entry[3]]) - int(positions[entry[1] - 1]) >= window;
         return none ? Range{entry[3], entry[3]} : Range{entry[3], entry[4]};
     }
 
@@ -96,8 +103,10 @@ struct Keys {
         for (; n < queries.tiles; n++) {
             const Range q = queries.tile(n);
             int nearest = NO_WINDOW;
-            for (int i = q.start + int(threadIdx.x % 32); i < q.end; i += 32) nearest = min(nearest, int(positions[i]));
-            for (int offset = 16; offset > 0; offset /= 2) nearest = min(nearest, __shfl_xor_sync(FULL_WARP, nearest, offset));
+            for (int i = q.start + int(threadIdx.x % 32); i < q.end; i += 32)
+                nearest = min(nearest, int(positions[i]));
+            for (int offset = 16; offset > 0; offset /= 2)
+                nearest = min(nearest, __shfl_xor_sync(FULL_WARP, nearest, offset));
             if (nearest - last_position < window) break;
         }
         return n;

@@ -7,8 +7,8 @@
 //
 // Fragments of a warp, lane = 4·g + t (PTX ISA, mma.m16n8k16):
 //   result c (16 × 8)   c0 c1: row g, columns 2t 2t+1;  c2 c3: row g + 8
-//   left a (16 × 16)    a0: row g, columns 2t 2t+1;  a1: row g + 8;  a2, a3: the same for columns 8 + 2t
-//   right b (16 × 8)    b0: rows 2t 2t+1, column g;  b1: rows 8 + 2t
+//   left a (16 × 16)    a0: row g, columns 2t 2t+1;  a1: row g + 8;  a2, a3: the same for columns 8
+//   + 2t right b (16 × 8)    b0: rows 2t 2t+1, column g;  b1: rows 8 + 2t
 // Two neighbouring results therefore form a left fragment without moving values between lanes.
 #include "attention_mma.cuh"
 #include "elements.cuh"
@@ -18,27 +18,33 @@ namespace attn {
 // Masks the scores of a warp's 16 queries, from `row` on, with key tile n: -∞ if a key comes later,
 // is outside the window or is beyond the end of the tile.
 template <int N>
-__device__ __forceinline__ void mask_scores(Sums<N>& s, const Queries& queries, int n, const unsigned* positions, int row, int lane, int window) {
+__device__ __forceinline__ void mask_scores(Sums<N>& s, const Queries& queries, int n,
+                                            const unsigned* positions, int row, int lane,
+                                            int window) {
     const Range keys = queries.keys.tile(n);
-    const int start = queries.tile.start, position_shift = shift(positions, start) - shift(positions, keys.start);
+    const int start = queries.tile.start,
+              position_shift = shift(positions, start) - shift(positions, keys.start);
     if (all_seen(queries.tile, keys, position_shift, window)) return;
 #pragma unroll
     for (int b = 0; b < N; b++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const int i = start + row + lane / 4 + e / 2 * 8, j = keys.start + b * 8 + lane % 4 * 2 + e % 2;
+            const int i = start + row + lane / 4 + e / 2 * 8,
+                      j = keys.start + b * 8 + lane % 4 * 2 + e % 2;
             if (j >= keys.end || j > i || i - j + position_shift >= window) s[b][e] = -INFINITY;
         }
 }
 
 template <int D>
-__device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* qkv, const int* tiles, const unsigned* positions, Shape shape,
-                                            int window, float scale) {
+__device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* qkv,
+                                            const int* tiles, const unsigned* positions,
+                                            Shape shape, int window, float scale) {
     constexpr int N = TILE / 8;
     SHARED(bf16, shared);
     // Shared memory: two tiles of keys, two of values.
     const Queries queries(tiles + 5 * blockIdx.y, positions, window);
-    const int head = blockIdx.x, kv = head / shape.group(), start = queries.tile.start, count = queries.tile.size();
+    const int head = blockIdx.x, kv = head / shape.group(), start = queries.tile.start,
+              count = queries.tile.size();
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const size_t stride = shape.row();
     const auto fetch = [&](int n) {
@@ -88,10 +94,12 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
         for (int half = 0; half < 2; half++) {
             float highest = -INFINITY;
 #pragma unroll
-            for (int b = 0; b < N; b++) highest = fmaxf(highest, fmaxf(s[b][half * 2], s[b][half * 2 + 1]));
+            for (int b = 0; b < N; b++)
+                highest = fmaxf(highest, fmaxf(s[b][half * 2], s[b][half * 2 + 1]));
             highest = fmaxf(top[half], row_max(highest) * scale2);
             // All keys of a row's first tiles may be masked.
-            const float base = highest == -INFINITY ? 0.0f : highest, factor = power_of_2(top[half] - base);
+            const float base = highest == -INFINITY ? 0.0f : highest,
+                        factor = power_of_2(top[half] - base);
             top[half] = highest;
             float sum_of_tile = 0.0f;
 #pragma unroll
@@ -104,7 +112,8 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
             // Each lane accumulates the sum of its own columns.
             total[half] = total[half] * factor + sum_of_tile;
 #pragma unroll
-            for (int b = 0; b < D / 8; b++) sum[b][half * 2] *= factor, sum[b][half * 2 + 1] *= factor;
+            for (int b = 0; b < D / 8; b++)
+                sum[b][half * 2] *= factor, sum[b][half * 2 + 1] *= factor;
         }
         uint32_t p[N / 2][4];
         pack<N>(p, s);
@@ -114,25 +123,31 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
     for (int half = 0; half < 2; half++) {
         total[half] = row_sum(total[half]);
         const int i = row + lane / 4 + half * 8;
-        if (lane % 4 == 0 && i < count) lse[size_t(start + i) * shape.heads + head] = top[half] * LN2 + logf(total[half]);
+        if (lane % 4 == 0 && i < count)
+            lse[size_t(start + i) * shape.heads + head] = top[half] * LN2 + logf(total[half]);
     }
-    store<D>(out + start * shape.width() + size_t(head) * D, shape.width(), row, count, sum, 1.0f / total[0], 1.0f / total[1]);
+    store<D>(out + start * shape.width() + size_t(head) * D, shape.width(), row, count, sum,
+             1.0f / total[0], 1.0f / total[1]);
 }
 
 template <int D>
-__device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
-                                                     const int* tiles, const unsigned* positions, Shape shape, int window, float scale) {
+__device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv, const bf16* dout,
+                                                     const float* lse, const float* delta,
+                                                     const int* tiles, const unsigned* positions,
+                                                     Shape shape, int window, float scale) {
     constexpr int N = TILE / 8;
     SHARED(bf16, shared);
     // Shared memory: Q, dO, V, two tiles of keys.
     const Tile<D> q(shared, 0), g(shared, 1), v(shared, 2);
     const Queries queries(tiles + 5 * blockIdx.y, positions, window);
-    const int head = blockIdx.x, kv = head / shape.group(), start = queries.tile.start, count = queries.tile.size();
+    const int head = blockIdx.x, kv = head / shape.group(), start = queries.tile.start,
+              count = queries.tile.size();
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const size_t stride = shape.row();
     const auto fetch_keys = [&](int n) {
         const Range keys = queries.keys.tile(n);
-        Tile<D>(shared, 3 + n % 2).fetch(qkv + keys.start * stride + shape.key_column(kv), stride, keys.size());
+        Tile<D>(shared, 3 + n % 2)
+            .fetch(qkv + keys.start * stride + shape.key_column(kv), stride, keys.size());
     };
     const auto fetch_values = [&](int n) {
         const Range keys = queries.keys.tile(n);
@@ -174,7 +189,9 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
 #pragma unroll
         for (int b = 0; b < N; b++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) s[b][e] = power_of_2(s[b][e] * scale2 - own_lse[e / 2]) * (dp[b][e] - own_delta[e / 2]);
+            for (int e = 0; e < 4; e++)
+                s[b][e] =
+                    power_of_2(s[b][e] * scale2 - own_lse[e / 2]) * (dp[b][e] - own_delta[e / 2]);
         uint32_t ds[N / 2][4];
         pack<N>(ds, s);
         accumulate<D, N / 2>(sum, ds, k, 0);
@@ -185,8 +202,11 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
 // Computes the gradients for one query head. If several query heads share these keys and values,
 // the result goes to `parts` [T, 2K, H/K, D], from which attention_sum computes the gradients.
 template <int D>
-__device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
-                                                  const int* tiles, const unsigned* positions, Shape shape, int window, float scale, float* parts) {
+__device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, const bf16* dout,
+                                                  const float* lse, const float* delta,
+                                                  const int* tiles, const unsigned* positions,
+                                                  Shape shape, int window, float scale,
+                                                  float* parts) {
     constexpr int N = TILE / 8;
     // Values of a tile of queries. Those of the next tile are written while the current delta is
     // still read.
@@ -197,17 +217,20 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
     const Tile<D> k(shared, 0), v(shared, 1), g(shared, 2);
     const Keys keys(tiles + 5 * blockIdx.y, positions, window);
     const int head = blockIdx.x, kv = head / shape.group();
-    const int start = keys.tile.start, count = keys.tile.size(), own_shift = shift(positions, start);
+    const int start = keys.tile.start, count = keys.tile.size(),
+              own_shift = shift(positions, start);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const size_t stride = shape.row();
     const float scale2 = scale * LOG2E;
     const auto fetch_queries = [&](int n, int buffer) {
         const Range others = keys.queries.tile(n);
-        Tile<D>(shared, 3 + buffer).fetch(qkv + others.start * stride + size_t(head) * D, stride, others.size());
+        Tile<D>(shared, 3 + buffer)
+            .fetch(qkv + others.start * stride + size_t(head) * D, stride, others.size());
     };
     const auto fetch_upstream = [&](int n) {
         const Range others = keys.queries.tile(n);
-        g.fetch(dout + others.start * shape.width() + size_t(head) * D, shape.width(), others.size());
+        g.fetch(dout + others.start * shape.width() + size_t(head) * D, shape.width(),
+                others.size());
     };
     // Half of the threads load a tile's lse and positions, the others its delta.
     const int carried_row = threadIdx.x % TILE;
@@ -259,15 +282,18 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
             for (int b = 0; b < N; b++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const int column = b * 8 + lane % 4 * 2 + e % 2, j = start + row + lane / 4 + e / 2 * 8;
+                    const int column = b * 8 + lane % 4 * 2 + e % 2,
+                              j = start + row + lane / 4 + e / 2 * 8;
                     const int position_shift = other_position[column] - (j + own_shift);
-                    if ((j > others.start + column) | (position_shift >= window)) s[b][e] = -INFINITY;
+                    if ((j > others.start + column) | (position_shift >= window))
+                        s[b][e] = -INFINITY;
                 }
         }
 #pragma unroll
         for (int b = 0; b < N; b++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) s[b][e] = power_of_2(s[b][e] * scale2 - other_lse[b * 8 + lane % 4 * 2 + e % 2]);
+            for (int e = 0; e < 4; e++)
+                s[b][e] = power_of_2(s[b][e] * scale2 - other_lse[b * 8 + lane % 4 * 2 + e % 2]);
         uint32_t weights[N / 2][4];
         pack<N>(weights, s);
         accumulate<D, N / 2>(dv, weights, g, 0);
@@ -281,7 +307,8 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
 #pragma unroll
         for (int b = 0; b < N; b++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) s[b][e] *= dp[b][e] - other_delta[buffer][b * 8 + lane % 4 * 2 + e % 2];
+            for (int e = 0; e < 4; e++)
+                s[b][e] *= dp[b][e] - other_delta[buffer][b * 8 + lane % 4 * 2 + e % 2];
         pack<N>(weights, s);
         accumulate<D, N / 2>(dk, weights, q, 0);
         if (more) write_row_values(buffer ^ 1);
@@ -308,42 +335,59 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
 
 // Forward pass [(H, tiles); 128]. Dynamic shared memory: 4 tiles, i.e. 32768 bytes for D = 64,
 // 65536 for D = 128.
-KERNEL void attention_mma_64(bf16* out, float* lse, const bf16* qkv, const int* tiles, const unsigned* positions, int heads, int kv_heads,
-                             int /*dim*/, int window, float scale) {
-    attn::forward_mma<64>(out, lse, qkv, tiles, positions, {heads, kv_heads, 64}, attn::limit(window), scale);
+KERNEL void attention_mma_64(bf16* out, float* lse, const bf16* qkv, const int* tiles,
+                             const unsigned* positions, int heads, int kv_heads, int /*dim*/,
+                             int window, float scale) {
+    attn::forward_mma<64>(out, lse, qkv, tiles, positions, {heads, kv_heads, 64},
+                          attn::limit(window), scale);
 }
 
-KERNEL void attention_mma_128(bf16* out, float* lse, const bf16* qkv, const int* tiles, const unsigned* positions, int heads, int kv_heads,
-                              int /*dim*/, int window, float scale) {
-    attn::forward_mma<128>(out, lse, qkv, tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale);
+KERNEL void attention_mma_128(bf16* out, float* lse, const bf16* qkv, const int* tiles,
+                              const unsigned* positions, int heads, int kv_heads, int /*dim*/,
+                              int window, float scale) {
+    attn::forward_mma<128>(out, lse, qkv, tiles, positions, {heads, kv_heads, 128},
+                           attn::limit(window), scale);
 }
 
 // Gradients of the queries [(H, tiles); 128]. Dynamic shared memory: 5 tiles, i.e. 40960 bytes for
 // D = 64, 81920 for D = 128.
-KERNEL __launch_bounds__(128, 3) void attention_dq_mma_64(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
-                                                          const int* tiles, const unsigned* positions, int heads, int kv_heads, int /*dim*/,
-                                                          int window, float scale) {
-    attn::backward_queries_mma<64>(dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, 64}, attn::limit(window), scale);
+KERNEL __launch_bounds__(128, 3) void attention_dq_mma_64(bf16* dqkv, const bf16* qkv,
+                                                          const bf16* dout, const float* lse,
+                                                          const float* delta, const int* tiles,
+                                                          const unsigned* positions, int heads,
+                                                          int kv_heads, int /*dim*/, int window,
+                                                          float scale) {
+    attn::backward_queries_mma<64>(dqkv, qkv, dout, lse, delta, tiles, positions,
+                                   {heads, kv_heads, 64}, attn::limit(window), scale);
 }
 
-KERNEL void attention_dq_mma_128(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta, const int* tiles,
-                                 const unsigned* positions, int heads, int kv_heads, int /*dim*/, int window, float scale) {
-    attn::backward_queries_mma<128>(dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale);
+KERNEL void attention_dq_mma_128(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse,
+                                 const float* delta, const int* tiles, const unsigned* positions,
+                                 int heads, int kv_heads, int /*dim*/, int window, float scale) {
+    attn::backward_queries_mma<128>(dqkv, qkv, dout, lse, delta, tiles, positions,
+                                    {heads, kv_heads, 128}, attn::limit(window), scale);
 }
 
 // Gradients of keys and values [(H, key tiles); 128]. Dynamic shared memory: 5 tiles, i.e. 40960
 // bytes for D = 64, 81920 for D = 128; with 1024 bytes of static shared memory, two blocks fit the
 // 164 KiB of an A100. With H = K, `parts` is null and dqkv is written; otherwise `parts` is
 // written, for attention_sum.
-KERNEL __launch_bounds__(128, 3) void attention_dkv_mma_64(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,
-                                                           const int* key_tiles, const unsigned* positions, int heads, int kv_heads,
-                                                           int /*dim*/, int window, float scale, float* parts) {
-    attn::backward_keys_mma<64>(dqkv, qkv, dout, lse, delta, key_tiles, positions, {heads, kv_heads, 64}, attn::limit(window), scale, parts);
+KERNEL __launch_bounds__(128, 3) void attention_dkv_mma_64(bf16* dqkv, const bf16* qkv,
+                                                           const bf16* dout, const float* lse,
+                                                           const float* delta, const int* key_tiles,
+                                                           const unsigned* positions, int heads,
+                                                           int kv_heads, int /*dim*/, int window,
+                                                           float scale, float* parts) {
+    attn::backward_keys_mma<64>(dqkv, qkv, dout, lse, delta, key_tiles, positions,
+                                {heads, kv_heads, 64}, attn::limit(window), scale, parts);
 }
 
-KERNEL void attention_dkv_mma_128(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta, const int* key_tiles,
-                                  const unsigned* positions, int heads, int kv_heads, int /*dim*/, int window, float scale, float* parts) {
-    attn::backward_keys_mma<128>(dqkv, qkv, dout, lse, delta, key_tiles, positions, {heads, kv_heads, 128}, attn::limit(window), scale, parts);
+KERNEL void attention_dkv_mma_128(bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse,
+                                  const float* delta, const int* key_tiles,
+                                  const unsigned* positions, int heads, int kv_heads, int /*dim*/,
+                                  int window, float scale, float* parts) {
+    attn::backward_keys_mma<128>(dqkv, qkv, dout, lse, delta, key_tiles, positions,
+                                 {heads, kv_heads, 128}, attn::limit(window), scale, parts);
 }
 
 // [T; 256] Writes the k and v columns of dqkv: `parts` [T, 2K, H/K, D] summed over the query heads

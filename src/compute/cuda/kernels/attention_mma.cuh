@@ -39,7 +39,8 @@ struct Tile {
     bf16* shared;
     int start;
 
-    __device__ __forceinline__ Tile(bf16* shared, int number) : shared(shared), start(number * TILE * D) {}
+    __device__ __forceinline__ Tile(bf16* shared, int number)
+        : shared(shared), start(number * TILE * D) {}
 
     // Starts copying `count` rows; the other rows become zero.
     __device__ __forceinline__ void fetch(const bf16* from, size_t stride, int count) const {
@@ -49,7 +50,8 @@ struct Tile {
         for (int step = 0; step < TILE; step += STEP) {
             const int row = step + threadIdx.x / CHUNKS;
             const bool inside = row < count;
-            cp_async_16(shared + start + row * D + (c ^ (row & 7)) * 8, from + (inside ? row : 0) * stride + c * 8, inside);
+            cp_async_16(shared + start + row * D + (c ^ (row & 7)) * 8,
+                        from + (inside ? row : 0) * stride + c * 8, inside);
         }
     }
 
@@ -69,7 +71,8 @@ struct Tile {
 
     // Loads two fragments of the transpose [D, 64] as a right operand: its rows `column`…+15 with
     // columns `row`…+7, and with columns `row` + 8…+15.
-    __device__ __forceinline__ void right_transposed(uint32_t (&one)[2], uint32_t (&two)[2], int row, int column) const {
+    __device__ __forceinline__ void right_transposed(uint32_t (&one)[2], uint32_t (&two)[2],
+                                                     int row, int column) const {
         const int lane = threadIdx.x % 32;
         uint32_t r[4];
         ldmatrix_x4(r, chunk(lane % 8 + lane / 16 * 8, lane / 8 % 2, column) + row * D);
@@ -78,7 +81,8 @@ struct Tile {
 
     // Loads two fragments as a right operand [64, D]: rows `row`…+15 with columns `column`…+7, and
     // with columns `column` + 8…+15.
-    __device__ __forceinline__ void right(uint32_t (&one)[2], uint32_t (&two)[2], int row, int column) const {
+    __device__ __forceinline__ void right(uint32_t (&one)[2], uint32_t (&two)[2], int row,
+                                          int column) const {
         const int lane = threadIdx.x % 32;
         uint32_t r[4];
         ldmatrix_x4_trans(r, chunk(lane % 16, lane / 16, column) + row * D);
@@ -89,7 +93,8 @@ struct Tile {
 // Computes sums[own, other] = own·otherᵀ over D, for 16 own rows and 8N rows of the other tile from
 // `first` on.
 template <int D, int N>
-__device__ __forceinline__ void scores(Sums<N>& sums, const Tile<D>& own, int row, const Tile<D>& other, int first) {
+__device__ __forceinline__ void scores(Sums<N>& sums, const Tile<D>& own, int row,
+                                       const Tile<D>& other, int first) {
     clear_sums<N>(sums);
 #pragma unroll
     for (int column = 0; column < D; column += 16) {
@@ -108,7 +113,8 @@ __device__ __forceinline__ void scores(Sums<N>& sums, const Tile<D>& own, int ro
 // Computes sums[own, d] += Σ_other weights[own, other]·other[d], over 16N rows of the other tile
 // from `first` on.
 template <int D, int N>
-__device__ __forceinline__ void accumulate(Sums<D / 8>& sums, const uint32_t (&weights)[N][4], const Tile<D>& other, int first) {
+__device__ __forceinline__ void accumulate(Sums<D / 8>& sums, const uint32_t (&weights)[N][4],
+                                           const Tile<D>& other, int first) {
 #pragma unroll
     for (int k = 0; k < N; k++)
 #pragma unroll
@@ -136,18 +142,28 @@ struct alignas(8) Pair {
     float one, two;
 };
 
-__device__ __forceinline__ void store_pair(bf16* to, float one, float two) { *reinterpret_cast<uint32_t*>(to) = pack_bf16(one, two); }
-__device__ __forceinline__ void store_pair(float* to, float one, float two) { *reinterpret_cast<Pair*>(to) = {one, two}; }
+__device__ __forceinline__ void store_pair(bf16* to, float one, float two) {
+    *reinterpret_cast<uint32_t*>(to) = pack_bf16(one, two);
+}
+__device__ __forceinline__ void store_pair(float* to, float one, float two) {
+    *reinterpret_cast<Pair*>(to) = {one, two};
+}
 
 // Writes the 16 rows of a warp. Only rows below `count` exist.
 template <int D, class T>
-__device__ __forceinline__ void store(T* to, size_t stride, int row, int count, const Sums<D / 8>& sums, float factor_low, float factor_high) {
+__device__ __forceinline__ void store(T* to, size_t stride, int row, int count,
+                                      const Sums<D / 8>& sums, float factor_low,
+                                      float factor_high) {
     const int lane = threadIdx.x % 32, low = row + lane / 4, high = low + 8;
 #pragma unroll
     for (int n = 0; n < D / 8; n++) {
         const int column = n * 8 + lane % 4 * 2;
-        if (low < count) store_pair(to + low * stride + column, sums[n][0] * factor_low, sums[n][1] * factor_low);
-        if (high < count) store_pair(to + high * stride + column, sums[n][2] * factor_high, sums[n][3] * factor_high);
+        if (low < count)
+            store_pair(to + low * stride + column, sums[n][0] * factor_low,
+                       sums[n][1] * factor_low);
+        if (high < count)
+            store_pair(to + high * stride + column, sums[n][2] * factor_high,
+                       sums[n][3] * factor_high);
     }
 }
 
@@ -163,8 +179,10 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 
 // True if every query of the block attends to every key of the tile.
-__device__ __forceinline__ bool all_seen(Range queries, Range keys, int position_shift, int window) {
-    return keys.size() == TILE && keys.end - 1 <= queries.start && queries.end - 1 - keys.start + position_shift < window;
+__device__ __forceinline__ bool all_seen(Range queries, Range keys, int position_shift,
+                                         int window) {
+    return keys.size() == TILE && keys.end - 1 <= queries.start &&
+           queries.end - 1 - keys.start + position_shift < window;
 }
 
 }  // namespace attn

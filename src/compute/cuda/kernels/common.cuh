@@ -19,35 +19,44 @@ using bf16 = __nv_bfloat16;
 #define KERNEL extern "C" __global__
 
 // Entry points name_f32 and name_bf16 of a device function `template <class T> void name(...)`:
-//     INSTANTIATE(swiglu, (T* y, const T* gate_up, int tokens, int width), (y, gate_up, tokens, width))
-#define INSTANTIATE_ONE(name, suffix, type, parameters, arguments)              \
-    namespace name##_in_##suffix {                                              \
-    using T = type;                                                             \
-    KERNEL void name##_##suffix parameters { name<T> arguments; }               \
-    }                                                                           \
+//     INSTANTIATE(swiglu, (T* y, const T* gate_up, int tokens, int width), (y, gate_up, tokens,
+//     width))
+#define INSTANTIATE_ONE(name, suffix, type, parameters, arguments)    \
+    namespace name##_in_##suffix {                                    \
+        using T = type;                                               \
+        KERNEL void name##_##suffix parameters { name<T> arguments; } \
+    }                                                                 \
     using name##_in_##suffix::name##_##suffix;
-#define INSTANTIATE(name, parameters, arguments)                                \
-    INSTANTIATE_ONE(name, f32, float, parameters, arguments)                    \
+#define INSTANTIATE(name, parameters, arguments)             \
+    INSTANTIATE_ONE(name, f32, float, parameters, arguments) \
     INSTANTIATE_ONE(name, bf16, bf16, parameters, arguments)
 
 // The block's dynamic shared memory, 16-byte aligned, as `type* name`.
 #ifdef BRADLEY_EMULATE
 #define SHARED(type, name) type* name = reinterpret_cast<type*>(emulate::dynamic_shared())
 #else
-#define SHARED(type, name)                                                      \
-    extern __shared__ __align__(16) unsigned char dynamic_shared[];             \
+#define SHARED(type, name)                                          \
+    extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
     type* name = reinterpret_cast<type*>(dynamic_shared)
 #endif
 
-// ---------------------------------------------------------------------------------------------- numbers
+// ----------------------------------------------------------------------------------------------
+// numbers
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 
 // Rounds to the nearest value of T, ties to even.
-template <class T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
+    return __float2bfloat16_rn(x);
+}
 
 // Packs two bf16 into one register, with `low` in the lower half (the lower address, the lower
 // column of a fragment).
@@ -64,9 +73,12 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 }
 // Unpack one half of a pair. A bf16 is the upper half of a float.
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float high_bf16(uint32_t pair) {
+    return __uint_as_float(pair & 0xffff0000u);
+}
 
-// ------------------------------------------------------------------------------------------- reductions
+// -------------------------------------------------------------------------------------------
+// reductions
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
 
@@ -78,7 +90,8 @@ struct Max {
 };
 
 // Butterfly reduction: every lane ends with the same bits, because op is commutative.
-template <class Op> __device__ __forceinline__ float warp_reduce(float x, Op op) {
+template <class Op>
+__device__ __forceinline__ float warp_reduce(float x, Op op) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
         x = op(x, __shfl_xor_sync(FULL_WARP, x, offset));
@@ -94,7 +107,8 @@ __device__ __forceinline__ int flat_threads() { return int(blockDim.x * blockDim
 // Reduces over a whole block. The block must be a multiple of 32 threads, and all of them must
 // call. Every thread gets the result. The warps' values are combined from warp 0 up. The first
 // barrier makes it safe to call the function again at once.
-template <class Op> __device__ __forceinline__ float block_reduce(float x, Op op) {
+template <class Op>
+__device__ __forceinline__ float block_reduce(float x, Op op) {
     __shared__ float of_warp[32];
     x = warp_reduce(x, op);
     __syncthreads();
@@ -114,51 +128,60 @@ __device__ __forceinline__ float warp_max(float x) { return warp_reduce(x, Max()
 __device__ __forceinline__ float block_sum(float x) { return block_reduce(x, Sum()); }
 __device__ __forceinline__ float block_max(float x) { return block_reduce(x, Max()); }
 
-// -------------------------------------------------------------------------------------- 16-byte accesses
+// -------------------------------------------------------------------------------------- 16-byte
+// accesses
 
 // The number of T that fit in 16 bytes: 4 floats or 8 bf16.
-template <class T> struct alignas(16) Vector {
+template <class T>
+struct alignas(16) Vector {
     static constexpr int N = 16 / int(sizeof(T));
     T v[N];
 };
 
-__device__ __forceinline__ bool is_aligned_16(const void* p) { return (reinterpret_cast<size_t>(p) & 15) == 0; }
+__device__ __forceinline__ bool is_aligned_16(const void* p) {
+    return (reinterpret_cast<size_t>(p) & 15) == 0;
+}
 
 // True if rows of `stride` elements, starting at p, are all 16-byte aligned.
-template <class T> __device__ __forceinline__ bool rows_aligned_16(const T* p, long long stride) {
+template <class T>
+__device__ __forceinline__ bool rows_aligned_16(const T* p, long long stride) {
     return is_aligned_16(p) && stride * (long long)sizeof(T) % 16 == 0;
 }
 
 // The address must be 16-byte aligned. A misaligned one faults on a GPU and in the emulator.
-template <class T> __device__ __forceinline__ Vector<T> load_16(const T* p) {
+template <class T>
+__device__ __forceinline__ Vector<T> load_16(const T* p) {
 #ifdef BRADLEY_EMULATE
     emulate::check_aligned(p, 16);
 #endif
     return *reinterpret_cast<const Vector<T>*>(p);
 }
-template <class T> __device__ __forceinline__ void store_16(T* p, const Vector<T>& x) {
+template <class T>
+__device__ __forceinline__ void store_16(T* p, const Vector<T>& x) {
 #ifdef BRADLEY_EMULATE
     emulate::check_aligned(p, 16);
 #endif
     *reinterpret_cast<Vector<T>*>(p) = x;
 }
 
-// ------------------------------------------------------------------------------ tensor cores, async copies
-// In the layouts below, l is the lane of a warp, g = l / 4, t = l % 4. A register holds two bf16,
-// the lower half first.
+// ------------------------------------------------------------------------------ tensor cores,
+// async copies In the layouts below, l is the lane of a warp, g = l / 4, t = l % 4. A register
+// holds two bf16, the lower half first.
 
 // d += a · b of a 16×16 by a 16×8 matrix of bf16, summed in f32.
 //   a[0]: A[g, 2t..2t+1]   a[1]: A[g+8, 2t..]   a[2]: A[g, 2t+8..]   a[3]: A[g+8, 2t+8..]
 //   b[0]: B[2t..2t+1, g]   b[1]: B[2t+8.., g]
 //   d[0], d[1]: D[g, 2t..2t+1]   d[2], d[3]: D[g+8, 2t..2t+1]
-__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2]) {
 #ifdef BRADLEY_EMULATE
     emulate::mma_m16n8k16_bf16(d, a, b);
 #else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
@@ -199,8 +222,8 @@ __device__ __forceinline__ void cp_async_16(void* smem, const void* global, bool
 #ifdef BRADLEY_EMULATE
     emulate::cp_async_16(smem, global, valid);
 #else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(smem)), "l"(global),
-                 "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(smem)),
+                 "l"(global), "r"(valid ? 16 : 0)
                  : "memory");
 #endif
 }
@@ -213,7 +236,8 @@ __device__ __forceinline__ void cp_async_commit() {
 #endif
 }
 // Waits until at most the newest N groups of this thread are still in flight.
-template <int N> __device__ __forceinline__ void cp_async_wait() {
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
 #ifdef BRADLEY_EMULATE
     emulate::cp_async_wait(N);
 #else

@@ -5,13 +5,15 @@
 #include "common.cuh"
 
 // A width that is known at compile time.
-template <int N> struct Width {
+template <int N>
+struct Width {
     static constexpr int value = N;
 };
 
 // Calls body(Width<W>()). W is the number of T in 16 bytes if `wide`, otherwise 1. `wide` must be
 // the same for all threads. Floats beside bf16 are accessed as two times 16 bytes.
-template <class T, class Body> __device__ __forceinline__ void by_width(bool wide, Body body) {
+template <class T, class Body>
+__device__ __forceinline__ void by_width(bool wide, Body body) {
     if (wide) {
         body(Width<Vector<T>::N>());
     } else {
@@ -20,7 +22,8 @@ template <class T, class Body> __device__ __forceinline__ void by_width(bool wid
 }
 
 // Loads W elements from `from` on. For W > 1, `from` must be 16-byte aligned.
-template <int W, class T> __device__ __forceinline__ void load(float (&to)[W], const T* from) {
+template <int W, class T>
+__device__ __forceinline__ void load(float (&to)[W], const T* from) {
     if constexpr (W == 1) {
         to[0] = to_float(*from);
     } else {
@@ -37,7 +40,8 @@ template <int W, class T> __device__ __forceinline__ void load(float (&to)[W], c
 }
 
 // Stores W elements at `to`, rounded to T. For W > 1, `to` must be 16-byte aligned.
-template <int W, class T> __device__ __forceinline__ void store(T* to, const float (&from)[W]) {
+template <int W, class T>
+__device__ __forceinline__ void store(T* to, const float (&from)[W]) {
     if constexpr (W == 1) {
         *to = from_float<T>(from[0]);
     } else {
@@ -55,11 +59,13 @@ template <int W, class T> __device__ __forceinline__ void store(T* to, const flo
 }
 
 // Index of this thread in a one-dimensional grid, and the number of all threads in the grid.
-__device__ __forceinline__ long long grid_thread() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ long long grid_thread() {
+    return (long long)blockIdx.x * blockDim.x + threadIdx.x;
+}
 __device__ __forceinline__ long long grid_threads() { return (long long)gridDim.x * blockDim.x; }
 
-// Grid-stride loop over the cells of a table with `width` columns, one cell per thread and step. Any
-// grid covers the table, and neighbouring lanes of a warp get neighbouring cells. Only the
+// Grid-stride loop over the cells of a table with `width` columns, one cell per thread and step.
+// Any grid covers the table, and neighbouring lanes of a warp get neighbouring cells. Only the
 // constructor divides.
 //     for (Cells at(columns); at.row < rows; at.next()) { ... at.row, at.column ... }
 struct Cells {
@@ -86,7 +92,7 @@ struct Cells {
         }
     }
 
-private:
+  private:
     int columns;
     long long row_step;
     int column_step;

@@ -6,11 +6,13 @@
 // exit at once.
 #include "elements.cuh"
 
-// ------------------------------------------------------------------------------------------- moving rows
+// -------------------------------------------------------------------------------------------
+// moving rows
 
 // x[t, :] = table[ids[t], :].   [any, e.g. tokens; 256]
 template <class T>
-__device__ __forceinline__ void embed(float* x, const T* table, const unsigned* ids, int tokens, int width) {
+__device__ __forceinline__ void embed(float* x, const T* table, const unsigned* ids, int tokens,
+                                      int width) {
     by_width<T>(rows_aligned_16(x, width) && rows_aligned_16(table, width), [&](auto w) {
         constexpr int W = decltype(w)::value;
         for (Cells at(width / W); at.row < tokens; at.next()) {
@@ -20,7 +22,8 @@ __device__ __forceinline__ void embed(float* x, const T* table, const unsigned* 
         }
     });
 }
-INSTANTIATE(embed, (float* x, const T* table, const unsigned* ids, int tokens, int width), (x, table, ids, tokens, width))
+INSTANTIATE(embed, (float* x, const T* table, const unsigned* ids, int tokens, int width),
+            (x, table, ids, tokens, width))
 
 // to[i, :] = from[index[i], :].   [any, e.g. n; 256]
 KERNEL void gather_rows(float* to, const float* from, const unsigned* index, int n, int width) {
@@ -29,8 +32,8 @@ KERNEL void gather_rows(float* to, const float* from, const unsigned* index, int
 
 // to[rows[i], :] += Σ from[order[k], :] over k in offsets[i]..offsets[i+1], added in this order.
 // The rows are distinct, so no two threads share an element.   [any, e.g. unique; 256]
-KERNEL void scatter_rows(float* to, const float* from, const unsigned* rows, const unsigned* offsets,
-                         const unsigned* order, int unique, int width) {
+KERNEL void scatter_rows(float* to, const float* from, const unsigned* rows,
+                         const unsigned* offsets, const unsigned* order, int unique, int width) {
     by_width<float>(rows_aligned_16(to, width) && rows_aligned_16(from, width), [&](auto w) {
         constexpr int W = decltype(w)::value;
         for (Cells at(width / W); at.row < unique; at.next()) {
@@ -55,7 +58,8 @@ KERNEL void scatter_rows(float* to, const float* from, const unsigned* rows, con
 
 // to[i, :] = g[i] · from[i, :].   [any, e.g. rows; 256]
 template <class T>
-__device__ __forceinline__ void scale_rows(T* to, const float* from, const float* g, int rows, int width) {
+__device__ __forceinline__ void scale_rows(T* to, const float* from, const float* g, int rows,
+                                           int width) {
     by_width<T>(rows_aligned_16(to, width) && rows_aligned_16(from, width), [&](auto w) {
         constexpr int W = decltype(w)::value;
         for (Cells at(width / W); at.row < rows; at.next()) {
@@ -70,9 +74,11 @@ __device__ __forceinline__ void scale_rows(T* to, const float* from, const float
         }
     });
 }
-INSTANTIATE(scale_rows, (T* to, const float* from, const float* g, int rows, int width), (to, from, g, rows, width))
+INSTANTIATE(scale_rows, (T * to, const float* from, const float* g, int rows, int width),
+            (to, from, g, rows, width))
 
-// ------------------------------------------------------------------------------------------------- casts
+// -------------------------------------------------------------------------------------------------
+// casts
 
 // to[i] = from[i], rounded to To. `Wide` is the narrower of the two types; 16 bytes of it are
 // processed at a time.
@@ -95,19 +101,20 @@ KERNEL void cast_bf16(bf16* to, const float* from, long long n) { cast<bf16>(to,
 // [any; 256]
 KERNEL void cast_f32(float* to, const bf16* from, long long n) { cast<bf16>(to, from, n); }
 
-// -------------------------------------------------------------------------------------- rotary positions
+// -------------------------------------------------------------------------------------- rotary
+// positions
 
 // Rotates the first `heads` heads of every row in place, i in 0..D/2:
 //     (x_i, x_{i+D/2}) = (x_i·cos_i − x_{i+D/2}·s_i, x_{i+D/2}·cos_i + x_i·s_i),  s = sign·sin,
 // with cos and sin [tokens, D/2]. sign = −1 rotates back, which maps the gradient of the output to
 // that of the input.   [any, e.g. tokens; 256]
 template <class T>
-__device__ __forceinline__ void rope(T* qkv, const float* cos, const float* sin, int tokens, int stride, int heads, int dim,
-                                     float sign) {
+__device__ __forceinline__ void rope(T* qkv, const float* cos, const float* sin, int tokens,
+                                     int stride, int heads, int dim, float sign) {
     const int half = dim / 2;
     // If D/2 elements are a multiple of 16 bytes, then so is the start of every head.
-    const bool wide = rows_aligned_16(qkv, stride) && rows_aligned_16(qkv, half) && rows_aligned_16(cos, half) &&
-                      rows_aligned_16(sin, half);
+    const bool wide = rows_aligned_16(qkv, stride) && rows_aligned_16(qkv, half) &&
+                      rows_aligned_16(cos, half) && rows_aligned_16(sin, half);
     by_width<T>(wide, [&](auto w) {
         constexpr int W = decltype(w)::value;
         const int per_head = half / W;
@@ -130,10 +137,13 @@ __device__ __forceinline__ void rope(T* qkv, const float* cos, const float* sin,
         }
     });
 }
-INSTANTIATE(rope, (T* qkv, const float* cos, const float* sin, int tokens, int stride, int heads, int dim, float sign),
+INSTANTIATE(rope,
+            (T * qkv, const float* cos, const float* sin, int tokens, int stride, int heads,
+             int dim, float sign),
             (qkv, cos, sin, tokens, stride, heads, dim, sign))
 
-// ------------------------------------------------------------------------------------ gated linear units
+// ------------------------------------------------------------------------------------ gated linear
+// units
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -141,19 +151,24 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-
 // x·u'·(1 − s).
 struct Silu {
     static __device__ __forceinline__ float sigma(float x) { return sigmoid(x); }
-    static __device__ __forceinline__ float derivative(float x, float s) { return 1.0f + x * (1.0f - s); }
+    static __device__ __forceinline__ float derivative(float x, float s) {
+        return 1.0f + x * (1.0f - s);
+    }
 };
 // GELU with its tanh approximation: u = 2·√(2/π)·(x + 0.044715·x³).
 struct GeluTanh {
     static constexpr float SCALE = 1.5957692f, CUBE = 0.044715f;
-    static __device__ __forceinline__ float sigma(float x) { return sigmoid(SCALE * (x + CUBE * x * x * x)); }
+    static __device__ __forceinline__ float sigma(float x) {
+        return sigmoid(SCALE * (x + CUBE * x * x * x));
+    }
     static __device__ __forceinline__ float derivative(float x, float s) {
         return 1.0f + x * (1.0f - s) * (SCALE * (1.0f + 3.0f * CUBE * x * x));
     }
 };
 
 // y[t, f] = activation(gate)·up, with gate_up [tokens, 2·width] = [gate | up].   [any; 256]
-template <class Activation, class T> __device__ __forceinline__ void gated(T* y, const T* gate_up, int tokens, int width) {
+template <class Activation, class T>
+__device__ __forceinline__ void gated(T* y, const T* gate_up, int tokens, int width) {
     by_width<T>(rows_aligned_16(y, width) && rows_aligned_16(gate_up, width), [&](auto w) {
         constexpr int W = decltype(w)::value;
         for (Cells at(width / W); at.row < tokens; at.next()) {
@@ -169,14 +184,16 @@ template <class Activation, class T> __device__ __forceinline__ void gated(T* y,
         }
     });
 }
-template <class T> __device__ __forceinline__ void swiglu(T* y, const T* gate_up, int tokens, int width) {
+template <class T>
+__device__ __forceinline__ void swiglu(T* y, const T* gate_up, int tokens, int width) {
     gated<Silu>(y, gate_up, tokens, width);
 }
-template <class T> __device__ __forceinline__ void geglu(T* y, const T* gate_up, int tokens, int width) {
+template <class T>
+__device__ __forceinline__ void geglu(T* y, const T* gate_up, int tokens, int width) {
     gated<GeluTanh>(y, gate_up, tokens, width);
 }
-INSTANTIATE(swiglu, (T* y, const T* gate_up, int tokens, int width), (y, gate_up, tokens, width))
-INSTANTIATE(geglu, (T* y, const T* gate_up, int tokens, int width), (y, gate_up, tokens, width))
+INSTANTIATE(swiglu, (T * y, const T* gate_up, int tokens, int width), (y, gate_up, tokens, width))
+INSTANTIATE(geglu, (T * y, const T* gate_up, int tokens, int width), (y, gate_up, tokens, width))
 
 // Replaces [gate | up] by its gradient for the upstream gradient gy; with s = σ(u(gate)):
 //     ∂gate = gy·up·s·(1 + gate·u'·(1 − s)),  ∂up = gy·gate·s.   [any; 256]
@@ -201,20 +218,26 @@ __device__ __forceinline__ void gated_backward(T* gate_up, const T* gy, int toke
         }
     });
 }
-template <class T> __device__ __forceinline__ void swiglu_backward(T* gate_up, const T* gy, int tokens, int width) {
+template <class T>
+__device__ __forceinline__ void swiglu_backward(T* gate_up, const T* gy, int tokens, int width) {
     gated_backward<Silu>(gate_up, gy, tokens, width);
 }
-template <class T> __device__ __forceinline__ void geglu_backward(T* gate_up, const T* gy, int tokens, int width) {
+template <class T>
+__device__ __forceinline__ void geglu_backward(T* gate_up, const T* gy, int tokens, int width) {
     gated_backward<GeluTanh>(gate_up, gy, tokens, width);
 }
-INSTANTIATE(swiglu_backward, (T* gate_up, const T* gy, int tokens, int width), (gate_up, gy, tokens, width))
-INSTANTIATE(geglu_backward, (T* gate_up, const T* gy, int tokens, int width), (gate_up, gy, tokens, width))
+INSTANTIATE(swiglu_backward, (T * gate_up, const T* gy, int tokens, int width),
+            (gate_up, gy, tokens, width))
+INSTANTIATE(geglu_backward, (T * gate_up, const T* gy, int tokens, int width),
+            (gate_up, gy, tokens, width))
 
-// --------------------------------------------------------------------------------- biases, sums of columns
+// --------------------------------------------------------------------------------- biases, sums of
+// columns
 
 // y[r, c] = (accumulate ? y[r, c] : 0) + bias[c]. Without `accumulate`, y is not read.   [any; 256]
 template <class T>
-__device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int cols, int stride, int accumulate) {
+__device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int cols, int stride,
+                                         int accumulate) {
     const bool wide = rows_aligned_16(y, stride) && rows_aligned_16(y, cols) && is_aligned_16(bias);
     by_width<T>(wide, [&](auto w) {
         constexpr int W = decltype(w)::value;
@@ -234,13 +257,14 @@ __device__ __forceinline__ void add_bias(T* y, const float* bias, int rows, int 
         }
     });
 }
-INSTANTIATE(add_bias, (T* y, const float* bias, int rows, int cols, int stride, int accumulate),
+INSTANTIATE(add_bias, (T * y, const float* bias, int rows, int cols, int stride, int accumulate),
             (y, bias, rows, cols, stride, accumulate))
 
 // out[c] += Σ_r g[r, c]. Thread (x, y) adds the rows y + 8k of column x in four sums, by k mod 4:
 // more loads are in flight and rounding errors are smaller. Then the partial sums of the block are
 // added from y = 0 up.   [ceil(cols / 32); (32, 8)]
-template <class T> __device__ __forceinline__ void column_sum(float* out, const T* g, int rows, int cols, int stride) {
+template <class T>
+__device__ __forceinline__ void column_sum(float* out, const T* g, int rows, int cols, int stride) {
     constexpr int COLUMNS = 32, ROWS = 8, SUMS = 4;
     __shared__ float parts[ROWS][COLUMNS];
     const int c = blockIdx.x * COLUMNS + threadIdx.x;
@@ -266,4 +290,5 @@ template <class T> __device__ __forceinline__ void column_sum(float* out, const 
         out[c] += sum;
     }
 }
-INSTANTIATE(column_sum, (float* out, const T* g, int rows, int cols, int stride), (out, g, rows, cols, stride))
+INSTANTIATE(column_sum, (float* out, const T* g, int rows, int cols, int stride),
+            (out, g, rows, cols, stride))

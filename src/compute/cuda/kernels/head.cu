@@ -35,8 +35,9 @@ KERNEL void head_start(float* state, int rows) {
 // with leading dimension ld too, and scales[i] is the factor for sums over earlier tiles (0 for the
 // first tile). p may alias the logits.   [rows; 256]
 template <class T>
-__device__ __forceinline__ void head_tile(float* state, T* p, float* scales, const float* logits, const unsigned* targets,
-                                          int rows, int width, int ld, int first, int distribution, int gradient) {
+__device__ __forceinline__ void head_tile(float* state, T* p, float* scales, const float* logits,
+                                          const unsigned* targets, int rows, int width, int ld,
+                                          int first, int distribution, int gradient) {
     const long long start = (long long)blockIdx.x * ld;
     float* const s = state + (long long)blockIdx.x * STATE;
     const float old = s[MAXIMUM];
@@ -45,7 +46,8 @@ __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, con
     const unsigned target = targets[blockIdx.x] - unsigned(first);
     const bool has_target = threadIdx.x == 0 && target < unsigned(width);
     const float of_target = has_target ? logits[start + target] : 0.0f;
-    const bool wide = rows_aligned_16(logits, ld) && width % Vector<T>::N == 0 && (!gradient || rows_aligned_16(p, ld));
+    const bool wide = rows_aligned_16(logits, ld) && width % Vector<T>::N == 0 &&
+                      (!gradient || rows_aligned_16(p, ld));
     by_width<T>(wide, [&](auto w) {
         constexpr int W = decltype(w)::value;
         float top = -INFINITY, logit_sum = 0.0f;
@@ -101,7 +103,8 @@ __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, con
         const float step = old - max;
         const float scale = !larger ? 1.0f : old == -INFINITY ? 0.0f : expf(step);
         if (distribution) {
-            const float older = larger && scale > 0.0f ? scale * (s[WEIGHTED] + step * s[TOTAL]) : s[WEIGHTED];
+            const float older =
+                larger && scale > 0.0f ? scale * (s[WEIGHTED] + step * s[TOTAL]) : s[WEIGHTED];
             s[WEIGHTED] = older + weighted;
             s[SQUARES] = s[SQUARES] * scale * scale + squares;
             s[LOGITS] += logit_sum;
@@ -120,8 +123,8 @@ __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, con
     });
 }
 INSTANTIATE(head_tile,
-            (float* state, T* p, float* scales, const float* logits, const unsigned* targets, int rows, int width, int ld,
-             int first, int distribution, int gradient),
+            (float* state, T* p, float* scales, const float* logits, const unsigned* targets,
+             int rows, int width, int ld, int first, int distribution, int gradient),
             (state, p, scales, logits, targets, rows, width, ld, first, distribution, gradient))
 
 // d[i, :] *= scales[i]. Most rows keep their maximum; a scale of 1 is skipped.   [rows; 256]
@@ -147,8 +150,8 @@ KERNEL void head_rescale(float* d, const float* scales, int rows, int width) {
 
 // d = ∂log p/∂h: d[i, :] = W[y_i, :] − d[i, :] / Σ e^(l − max).   [rows; 256]
 template <class T>
-__device__ __forceinline__ void head_finish(float* d, const float* state, const T* w, const unsigned* targets, int rows,
-                                            int width) {
+__device__ __forceinline__ void head_finish(float* d, const float* state, const T* w,
+                                            const unsigned* targets, int rows, int width) {
     const float inverse = 1.0f / state[(long long)blockIdx.x * STATE + TOTAL];
     float* const row = d + (long long)blockIdx.x * width;
     const T* const of_target = w + (long long)targets[blockIdx.x] * width;
@@ -166,18 +169,22 @@ __device__ __forceinline__ void head_finish(float* d, const float* state, const 
         }
     });
 }
-INSTANTIATE(head_finish, (float* d, const float* state, const T* w, const unsigned* targets, int rows, int width),
+INSTANTIATE(head_finish,
+            (float* d, const float* state, const T* w, const unsigned* targets, int rows,
+             int width),
             (d, state, w, targets, rows, width))
 
 // ∂loss/∂logits of a tile, for ∂W = eᵀ·h: e[i, j] = g_i·(1{first + j = y_i} − e^(l − lse_i)), with
 // leading dimension ld like the logits. e may alias the logits.   [rows; 256]
 template <class T>
-__device__ __forceinline__ void head_errors(T* e, const float* logits, const float* lse, const float* g,
-                                            const unsigned* targets, int rows, int width, int ld, int first) {
+__device__ __forceinline__ void head_errors(T* e, const float* logits, const float* lse,
+                                            const float* g, const unsigned* targets, int rows,
+                                            int width, int ld, int first) {
     const long long start = (long long)blockIdx.x * ld;
     const float of_row = g[blockIdx.x], log_sum = lse[blockIdx.x];
     const unsigned target = targets[blockIdx.x] - unsigned(first);
-    const bool wide = rows_aligned_16(logits, ld) && rows_aligned_16(e, ld) && width % Vector<T>::N == 0;
+    const bool wide =
+        rows_aligned_16(logits, ld) && rows_aligned_16(e, ld) && width % Vector<T>::N == 0;
     by_width<T>(wide, [&](auto elements) {
         constexpr int W = decltype(elements)::value;
         for (int c = threadIdx.x * W; c < width; c += blockDim.x * W) {
@@ -192,6 +199,6 @@ __device__ __forceinline__ void head_errors(T* e, const float* logits, const flo
     });
 }
 INSTANTIATE(head_errors,
-            (T* e, const float* logits, const float* lse, const float* g, const unsigned* targets, int rows, int width, int ld,
-             int first),
+            (T * e, const float* logits, const float* lse, const float* g, const unsigned* targets,
+             int rows, int width, int ld, int first),
             (e, logits, lse, g, targets, rows, width, ld, first))

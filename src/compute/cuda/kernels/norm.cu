@@ -7,12 +7,14 @@ __device__ __forceinline__ float inverse_rms(float squares, int width, float eps
     return 1.0f / sqrtf(squares / float(width) + eps);
 }
 
-// ------------------------------------------------------------------------------------------------- rows
-// One block per row. After the reduction a thread reads the same few KB again, from the L1 cache.
+// -------------------------------------------------------------------------------------------------
+// rows One block per row. After the reduction a thread reads the same few KB again, from the L1
+// cache.
 
 // y = the norm of each row of x.   [rows; 256]
 template <class T>
-__device__ __forceinline__ void rms_norm(T* y, const float* x, const float* w, int rows, int width, float eps) {
+__device__ __forceinline__ void rms_norm(T* y, const float* x, const float* w, int rows, int width,
+                                         float eps) {
     const long long start = (long long)blockIdx.x * width;
     const bool wide = rows_aligned_16(y, width) && rows_aligned_16(x, width) && is_aligned_16(w);
     by_width<T>(wide, [&](auto elements) {
@@ -39,15 +41,18 @@ __device__ __forceinline__ void rms_norm(T* y, const float* x, const float* w, i
         }
     });
 }
-INSTANTIATE(rms_norm, (T* y, const float* x, const float* w, int rows, int width, float eps), (y, x, w, rows, width, eps))
+INSTANTIATE(rms_norm, (T * y, const float* x, const float* w, int rows, int width, float eps),
+            (y, x, w, rows, width, eps))
 
 // With r = 1/rms of the row: gx += r·(g⊙w − x·r²·mean(g⊙w⊙x)). Writes inverse[row] = r for
 // rms_norm_weight.   [rows; 256]
 template <class T>
-__device__ __forceinline__ void rms_norm_backward(float* gx, float* inverse, const float* x, const float* w, const T* g,
-                                                  int rows, int width, float eps) {
+__device__ __forceinline__ void rms_norm_backward(float* gx, float* inverse, const float* x,
+                                                  const float* w, const T* g, int rows, int width,
+                                                  float eps) {
     const long long start = (long long)blockIdx.x * width;
-    const bool wide = rows_aligned_16(gx, width) && rows_aligned_16(x, width) && is_aligned_16(w) && rows_aligned_16(g, width);
+    const bool wide = rows_aligned_16(gx, width) && rows_aligned_16(x, width) && is_aligned_16(w) &&
+                      rows_aligned_16(g, width);
     by_width<T>(wide, [&](auto elements) {
         constexpr int W = decltype(elements)::value;
         float squares = 0.0f, products = 0.0f;
@@ -82,14 +87,16 @@ __device__ __forceinline__ void rms_norm_backward(float* gx, float* inverse, con
     });
 }
 INSTANTIATE(rms_norm_backward,
-            (float* gx, float* inverse, const float* x, const float* w, const T* g, int rows, int width, float eps),
+            (float* gx, float* inverse, const float* x, const float* w, const T* g, int rows,
+             int width, float eps),
             (gx, inverse, x, w, g, rows, width, eps))
 
 // partial[b, c] = Σ g·x·inverse of column c over the rows from b·rows_per_block on, one thread per
 // column. column_sum_f32 adds the partials to ∂w.   [(ceil(width / 256), ceil(rows /
 // rows_per_block)); 256]
 template <class T>
-__device__ __forceinline__ void rms_norm_weight(float* partial, const float* x, const float* inverse, const T* g, int rows,
+__device__ __forceinline__ void rms_norm_weight(float* partial, const float* x,
+                                                const float* inverse, const T* g, int rows,
                                                 int width, int rows_per_block) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= width) {
@@ -106,22 +113,25 @@ __device__ __forceinline__ void rms_norm_weight(float* partial, const float* x, 
     partial[(long long)blockIdx.y * width + c] = sum;
 }
 INSTANTIATE(rms_norm_weight,
-            (float* partial, const float* x, const float* inverse, const T* g, int rows, int width, int rows_per_block),
+            (float* partial, const float* x, const float* inverse, const T* g, int rows, int width,
+             int rows_per_block),
             (partial, x, inverse, g, rows, width, rows_per_block))
 
-// ------------------------------------------------------------------------------------------------- heads
-// One warp per head of a row, which it holds in registers. Item i is head i mod `heads` of row i /
-// heads. D ≤ MAX_DIM, as in attention.
+// -------------------------------------------------------------------------------------------------
+// heads One warp per head of a row, which it holds in registers. Item i is head i mod `heads` of
+// row i / heads. D ≤ MAX_DIM, as in attention.
 
 constexpr int MAX_DIM = 256, HEAD_WARPS = 4;
 
 // A head in a warp's registers: lane l holds its elements (k·32 + l)·W + j, and zeros beyond D.
-template <int W> struct HeadRegisters {
+template <int W>
+struct HeadRegisters {
     static constexpr int PARTS = MAX_DIM / (32 * W);
     float v[PARTS][W] = {};
 
     // Calls f(k, c) for each part k of this lane; c is the first element of the part.
-    template <class F> static __device__ __forceinline__ void parts(int dim, F f) {
+    template <class F>
+    static __device__ __forceinline__ void parts(int dim, F f) {
 #pragma unroll
         for (int k = 0; k < PARTS; ++k) {
             const int c = (k * 32 + threadIdx.x % 32) * W;
@@ -131,31 +141,35 @@ template <int W> struct HeadRegisters {
         }
     }
 
-    template <class T> __device__ __forceinline__ void read(const T* from, int dim) {
+    template <class T>
+    __device__ __forceinline__ void read(const T* from, int dim) {
         parts(dim, [&](int k, int c) { load(v[k], from + c); });
     }
 
-    template <class T> __device__ __forceinline__ void write(T* to, int dim) const {
+    template <class T>
+    __device__ __forceinline__ void write(T* to, int dim) const {
         parts(dim, [&](int k, int c) { store(to + c, v[k]); });
     }
 };
 
 // Start of item i's head.
-__device__ __forceinline__ long long head_start_of(long long item, int stride, int offset, int heads, int dim) {
+__device__ __forceinline__ long long head_start_of(long long item, int stride, int offset,
+                                                   int heads, int dim) {
     const long long row = (unsigned long long)item / (unsigned)heads;
     return row * stride + offset + (item - row * heads) * dim;
 }
 
 // True if all heads start and end on 16-byte boundaries.
-template <class T> __device__ __forceinline__ bool heads_aligned_16(const T* x, int stride, int offset, int dim) {
+template <class T>
+__device__ __forceinline__ bool heads_aligned_16(const T* x, int stride, int offset, int dim) {
     return rows_aligned_16(x, stride) && rows_aligned_16(x, dim) && is_aligned_16(x + offset);
 }
 
 // Applies RMSNorm to every head in place. Head h of row r starts at r·stride + offset + h·D.
 // [ceil(rows·heads / 4); 128]
 template <class T>
-__device__ __forceinline__ void head_norm(T* qkv, const float* w, int rows, int stride, int offset, int heads, int dim,
-                                          float eps) {
+__device__ __forceinline__ void head_norm(T* qkv, const float* w, int rows, int stride, int offset,
+                                          int heads, int dim, float eps) {
     const long long item = (long long)blockIdx.x * HEAD_WARPS + threadIdx.x / 32;
     if (item >= (long long)rows * heads) {
         return;
@@ -180,7 +194,9 @@ __device__ __forceinline__ void head_norm(T* qkv, const float* w, int rows, int 
         x.write(head, dim);
     });
 }
-INSTANTIATE(head_norm, (T* qkv, const float* w, int rows, int stride, int offset, int heads, int dim, float eps),
+INSTANTIATE(head_norm,
+            (T * qkv, const float* w, int rows, int stride, int offset, int heads, int dim,
+             float eps),
             (qkv, w, rows, stride, offset, heads, dim, eps))
 
 // Replaces the upstream gradient g of head_norm's output by the gradient of its input `before` (in
@@ -188,13 +204,15 @@ INSTANTIATE(head_norm, (T* qkv, const float* w, int rows, int stride, int offset
 // :] = Σ g⊙x·r over the `per_block` items of block b, which its warps process in turn;
 // column_sum_f32 adds the partials to ∂w.   [ceil(rows·heads / per_block); 128]
 template <class T>
-__device__ __forceinline__ void head_norm_backward(T* g, float* partial, const T* before, const float* w, int rows, int stride,
-                                                   int offset, int heads, int dim, float eps, int per_block) {
+__device__ __forceinline__ void head_norm_backward(T* g, float* partial, const T* before,
+                                                   const float* w, int rows, int stride, int offset,
+                                                   int heads, int dim, float eps, int per_block) {
     alignas(16) __shared__ float sums[HEAD_WARPS][MAX_DIM];
     const int warp = threadIdx.x / 32;
     const long long items = (long long)rows * heads, first = (long long)blockIdx.x * per_block;
     const long long end = first + per_block < items ? first + per_block : items;
-    const bool wide = heads_aligned_16(g, stride, offset, dim) && heads_aligned_16(before, stride, offset, dim) && is_aligned_16(w);
+    const bool wide = heads_aligned_16(g, stride, offset, dim) &&
+                      heads_aligned_16(before, stride, offset, dim) && is_aligned_16(w);
     by_width<T>(wide, [&](auto elements) {
         constexpr int W = decltype(elements)::value;
         using Registers = HeadRegisters<W>;
@@ -229,10 +247,11 @@ __device__ __forceinline__ void head_norm_backward(T* g, float* partial, const T
     }
     __syncthreads();
     for (int c = threadIdx.x; c < dim; c += blockDim.x) {
-        partial[(long long)blockIdx.x * dim + c] = (sums[0][c] + sums[1][c]) + (sums[2][c] + sums[3][c]);
+        partial[(long long)blockIdx.x * dim + c] =
+            (sums[0][c] + sums[1][c]) + (sums[2][c] + sums[3][c]);
     }
 }
 INSTANTIATE(head_norm_backward,
-            (T* g, float* partial, const T* before, const float* w, int rows, int stride, int offset, int heads, int dim,
-             float eps, int per_block),
+            (T * g, float* partial, const T* before, const float* w, int rows, int stride,
+             int offset, int heads, int dim, float eps, int per_block),
             (g, partial, before, w, rows, stride, offset, heads, dim, eps, per_block))
