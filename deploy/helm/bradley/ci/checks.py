@@ -92,9 +92,10 @@ def settings():
     """The server's settings and their help, from its source."""
     source = (ROOT / "src/cli/settings.rs").read_text()
     table = re.search(r"pub const SETTINGS.*?= &\[(.*?)\n\];", source, re.S).group(1)
-    found = re.findall(r'\(\s*"([a-z0-9_]+)",\s*"(?:[^"\\]|\\.)*",\s*"((?:[^"\\]|\\.)*)",?\s*\)', table)
+    found = re.findall(r'\(\s*"([a-z0-9_]+)",\s*"(?:[^"\\]|\\.)*",\s*"((?:[^"\\]|\\.)*)",?\s*\)', table, re.S)
     assert len(found) == table.count('("') + len(re.findall(r'\(\n\s*"', table)) and len(found) > 30, "the table of settings is not understood"
-    return {name: help.replace('\\"', '"') for name, help in found}
+    # A backslash at the end of a line joins it with the next, without the blanks between.
+    return {name: re.sub(r"\\\n\s*", "", help).replace('\\"', '"') for name, help in found}
 
 
 def documented():
