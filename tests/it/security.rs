@@ -863,7 +863,10 @@ async fn tls_asks_for_certificates_and_takes_up_new_ones() {
     until(
         "the refusal of a damaged certificate",
         Duration::from_secs(30),
-        async || tls.server.has_logged("the certificates in use stay"),
+        async || {
+            tls.server
+                .has_logged("the current certificates stay in use")
+        },
     )
     .await;
     connect(Some("client")).await.unwrap();

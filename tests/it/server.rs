@@ -165,10 +165,8 @@ impl Server {
     /// SIGTERM; the exit status must come within `limit`.
     pub fn terminate(&mut self, limit: Duration) -> std::process::ExitStatus {
         // SAFETY: signals the child that this struct owns and has not reaped.
-        assert_eq!(
-            unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) },
-            0
-        );
+        let sent = unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
+        assert_eq!(sent, 0);
         let mut status = None;
         until_blocking("the end after SIGTERM", limit, || {
             status = self.child.try_wait().unwrap();

@@ -282,8 +282,8 @@ impl<T> DisjointParts<T> {
 pub fn chunks<T: Send>(data: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let len = data.len();
     let parts = DisjointParts(data.as_mut_ptr());
-    // SAFETY: every index is passed to one task only.
     for_each(len.div_ceil(chunk.max(1)), |i| {
+        // SAFETY: every index is passed to one task only.
         f(i, unsafe { parts.chunk(len, chunk, i) })
     });
 }

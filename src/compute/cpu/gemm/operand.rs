@@ -215,8 +215,8 @@ impl<'a> Operand<'a> {
         let units = self.units.all().as_ptr();
         let offset = row * self.stride + self.kernel.units(start);
         debug_assert!(panel.len() >= depth * NR);
-        // SAFETY: row and start lie inside the matrix.
         Product {
+            // SAFETY: row and start lie inside the matrix.
             a: unsafe { units.add(offset) },
             stride: self.stride,
             b: panel.as_ptr(),
