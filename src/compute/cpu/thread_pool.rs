@@ -180,7 +180,7 @@ impl ThreadPool {
             }
         }));
         if let Err(panic) = outcome {
-            // The remaining tasks are skipped.
+            // Tasks that have not started are skipped.
             self.next.store(usize::MAX / 2, Ordering::Relaxed);
             *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
         }

@@ -12,12 +12,14 @@ use crate::compute::cpu::thread_pool;
 use half::bf16;
 
 thread_local! {
+    /// Two rounded lines of k, before they are interleaved into pairs.
     static BF16_LINES: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
     /// One row in f32, before it is rounded.
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Number of elements that one task converts.
+/// Number of units that one task converts from a row-major source; from another source it converts
+/// 64 rows. A matrix of fewer elements than this is converted by the calling thread alone.
 const CHUNK: usize = 1 << 15;
 
 /// A matrix A `[rows, cols]`, prepared once as the left operand of any number of GEMMs.
@@ -209,8 +211,8 @@ impl<'a> Operand<'a> {
         self.kernel
     }
 
-    /// Pairs the rows from `row` on and the columns from `start` on (even for bf16 kernels) with a
-    /// packed panel of B.
+    /// Pairs the rows from `row` on and the columns from `start` on with a packed panel of B. For
+    /// bf16 kernels, `start` must be even.
     pub(crate) fn product(&self, row: usize, start: usize, depth: usize, panel: &[u32]) -> Product {
         let units = self.units.all().as_ptr();
         let offset = row * self.stride + self.kernel.units(start);
@@ -301,6 +303,7 @@ struct SourceRows<'a> {
 
 /// Converts rows into `dst` `[rows, depth]`. `depth` is in units, padding included.
 fn fill_rows(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u32]) {
+    // A new element type does not compile here: the functions below must then handle it.
     let (Elements::F32(_) | Elements::Bf16(_)) = source.view.elements;
     if kernel.is_bf16() {
         BF16_LINES.with_borrow_mut(|lines| fill_rows_bf16(kernel, source, depth, dst, lines));
@@ -524,7 +527,7 @@ impl Operand<'static> {
         }
     }
 
-    /// Returns the operand of a copy of `view` `[rows, cols]`, which may be dropped.
+    /// Returns the operand of a copy of `view` `[rows, cols]`. It does not borrow from the view.
     pub(crate) fn owned(kernel: Kernel, view: View, rows: usize, cols: usize) -> Operand<'static> {
         let Operand {
             kernel,

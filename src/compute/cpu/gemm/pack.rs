@@ -307,8 +307,9 @@ pub(super) unsafe fn transpose(
     }
 }
 
-/// Transposes pairs of rows for bf16 kernels: `dst[c·dst_stride + p] = src[2p·stride + c] | src[(2p
-/// + 1)·stride + c] << 16` for c < cols and 2p < rows. The rest of each output row becomes 0.
+/// Transposes pairs of rows for bf16 kernels, for c < cols and 2p < rows:
+/// `dst[c·dst_stride + p] = src[2p·stride + c] | src[(2p + 1)·stride + c] << 16`.
+/// The rest of each output row becomes 0.
 pub(super) fn transpose_pairs(
     src: &[bf16],
     stride: usize,
@@ -460,8 +461,8 @@ mod x86 {
     /// `src` is valid for the rows and `dst` for `pairs` times [`NR`] units.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     pub unsafe fn interleave_panel(src: *const bf16, stride: usize, pairs: usize, dst: *mut u32) {
-        // Index vectors for the permutation: element j of the first row, then of the second row,
-        // for j from 0 and from 16.
+        // Indices for the permutation. Each pair selects element j of the lower row and element j
+        // of the upper row (index 32 + j): j = 0…15 in `first`, j = 16…31 in `second`.
         let counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         let first = _mm512_add_epi32(
             _mm512_mullo_epi32(counted, _mm512_set1_epi32(0x1_0001)),
