@@ -248,7 +248,7 @@ impl<'a> PairEncoder<'a> {
         ))
     }
 
-    /// Encodes a prompt with two answers, the chosen one first.
+    /// Encodes a prompt with two answers: `a` is the chosen one, `b` the rejected one.
     ///
     /// # Errors
     /// Returns the reason why the prompt or an answer cannot be encoded.
@@ -425,6 +425,8 @@ impl<'a> PairEncoder<'a> {
         }
     }
 
+    /// Splits the tokens of prompt + answer after the first `shared` ones, truncates them to
+    /// `max_length` and checks their ids.
     fn split_and_truncate(
         &self,
         at: Part,

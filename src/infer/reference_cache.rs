@@ -16,8 +16,8 @@ use crate::model::decoder::Policy;
 /// Version of the kernels' order of operations. Increase it when that order changes: results then
 /// differ in the last bits, and older entries must not be found any more.
 const NUMERICS_VERSION: u32 = 1;
-/// Time after which a write to the cache file is synced to disk. A crash loses at most the entries
-/// of this period; they are only computed again.
+/// A write to the cache file is synced to disk if the last sync is longer ago than this. A crash
+/// thus loses at most the entries written during this time after a sync; they are computed again.
 const SYNC_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Cache of reference log-probs, keyed by content. The log-probs of a fixed model never change, so

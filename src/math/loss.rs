@@ -6,8 +6,9 @@
 //! smoothing.
 //!
 //! Every loss is a function of four sums (Σ log π and Σ log π_ref of both answers) and of the token
-//! counts. The gradient of a token is therefore `∂loss/∂(Σ log π)`. The terms that are means over
-//! tokens (sft, rpo, orpo's NLL) add a constant to the gradient of each chosen token.
+//! counts. The gradient of a token is therefore `∂loss/∂(Σ log π)`, times the token's weight in the
+//! sum if LD-DPO weights tokens. The terms that are means over tokens (sft, rpo, orpo's NLL) add a
+//! constant to the gradient of each chosen token.
 
 mod pairwise;
 #[cfg(test)]
