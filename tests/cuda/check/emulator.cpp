@@ -10,8 +10,8 @@
 static std::mt19937 generator(7);
 static float uniform() { return std::uniform_real_distribution<float>(-1, 1)(generator); }
 
-// --------------------------------------------------------------------------------------- shuffles,
-// votes
+// -------------------------------------------------------------------------------------------------
+// shuffles, votes
 
 KERNEL void shuffles(int* out) {
     const int lane = int(threadIdx.x);
@@ -89,8 +89,8 @@ static void test_reductions() {
     }
 }
 
-// ------------------------------------------------------------------------- bf16, fragments,
-// ldmatrix, copies
+// -------------------------------------------------------------------------------------------------
+// bf16, fragments, ldmatrix, copies
 
 static void test_bf16() {
     CHECK(__bfloat16_as_ushort(from_float<bf16>(1.0f)) == 0x3F80);
@@ -224,8 +224,8 @@ static void test_copies() {
     }
 }
 
-// ----------------------------------------------------------------------------------- poison,
-// order, reports
+// -------------------------------------------------------------------------------------------------
+// poison, order, reports
 
 KERNEL void stale(float* out) {
     __shared__ float fixed[4];

@@ -140,19 +140,19 @@ void element_wise(int rows, int width, int grid) {
         run.expect(in, want);
     });
     for (int pad : {0, 8, 5})
-        for (int keep : {0, 1})
-            cases<T>("add_bias", shape + text({pad, keep}), [&](Run& run) {
+        for (int accumulate : {0, 1})
+            cases<T>("add_bias", shape + text({pad, accumulate}), [&](Run& run) {
                 const int stride = width + pad;
-                auto y = keep ? run.random<T>(rows * stride) : run.empty<T>(rows * stride);
+                auto y = accumulate ? run.random<T>(rows * stride) : run.empty<T>(rows * stride);
                 auto bias = run.random<float>(width);
                 Numbers want = y.values();
                 for (int r = 0; r < rows; ++r)
                     for (int c = 0; c < width; ++c) {
                         double& to = want[r * stride + c];
-                        to = (keep ? to : 0) + bias.at(c);
+                        to = (accumulate ? to : 0) + bias.at(c);
                     }
                 launch(ENTRY(add_bias), grid, 256, 0, y.data(), bias.data(), rows, width, stride,
-                       keep);
+                       accumulate);
                 run.expect(y, want);
             });
 }
@@ -326,9 +326,9 @@ void head_norms(int rows, int heads, int dim, int offset, int rest) {
 // -----------------------------------------------------------------------------------------------
 // head.cu
 
-// The whole head over `vocabulary` tokens in tiles, W [vocabulary, hidden] at random, logits at
-// random (not h·W). `rise`: what logits gain per token, to move the maximum on from tile to tile,
-// or never (negative).
+// Checks the whole head over `vocabulary` tokens in tiles, with random W [vocabulary, hidden] and
+// random logits (not h·W). `rise` is added to the logits per token: if it is positive, later tiles
+// have larger maxima; if it is negative, the first tile has the largest.
 template <class T>
 void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, int gradient,
                 double rise) {

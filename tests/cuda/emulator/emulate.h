@@ -117,8 +117,8 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() {}
 [[noreturn]] inline void __trap() { emulate::fail("trap"); }
 
-// ------------------------------------------------------------------------------- barriers,
-// shuffles, votes
+// ----------------------------------------------------------------------------------------------
+// barriers, shuffles, votes
 
 namespace emulate {
 
@@ -136,7 +136,7 @@ struct Shuffle {
 };
 inline void exchange(void* const* arguments, unsigned mask) {
     uint64_t values[WARP];
-    memset(values, POISON, sizeof values);  // what a lane outside the mask would give
+    memset(values, POISON, sizeof values);  // for lanes outside the mask
     for (unsigned set = mask; set != 0; set &= set - 1) {
         const unsigned lane = __builtin_ctz(set);
         values[lane] = static_cast<Shuffle*>(arguments[lane])->value;
