@@ -3,7 +3,8 @@
 //
 //     tests/cuda/run attention
 //
-// Every case is run in three orders of the threads, whose results must be equal to the last bit.
+// Every case runs in three orders of the threads, whose results must be equal to the last bit. The
+// search for races runs in one order.
 #include "attention.cu"
 #include "attention_mma.cu"
 
@@ -186,7 +187,7 @@ const Kernels<bf16> MMA_128{attention_mma_128,
                             65536,
                             81920};
 
-// Outputs of a kernel, and their bits.
+// Outputs of the kernels. `same` compares them bit for bit.
 template <class T>
 struct Outputs {
     std::vector<T> out, dqkv;
@@ -311,7 +312,7 @@ void check(const char* kind, int place, const Kernels<T>& kernels, const std::ve
                              part("K", kv_heads) + part("D", dim) + part("window", window) +
                              (shift != 0 ? part("shift", int(shift)) : "");
     std::normal_distribution<float> normal;
-    // A query's and a key's product is shifted by constant² · D · scale.
+    // The score of a query and a key is shifted by ±constant² · D · scale, which is `shift`.
     const float constant = std::sqrt(std::fabs(shift) / std::sqrt(float(dim)));
     const auto random = [&](int columns, Numbers& numbers) {
         std::vector<T> values(size_t(layout.tokens) * columns);
@@ -371,7 +372,7 @@ void simt() {
 
 void mma() {
     for (int window : WINDOWS) check("mma", 2, MMA_64, ROW, 2, 1, 64, window);
-    // A key head for each query head, for which there is no sum.
+    // As many key heads as query heads, so that attention_sum is not needed.
     for (int window : {0, 70}) check("mma", 2, MMA_64, ROW, 2, 2, 64, window);
     check("mma", 2, MMA_64, {{65, {2, 70}}}, 9, 3, 64, 0);
     check("mma", 2, MMA_64, {{1, {}}}, 4, 4, 64, 0);

@@ -24,7 +24,7 @@ KERNEL void shuffles(int* out) {
     mine[5] = __shfl_down_sync(FULL_WARP, lane, 2, 4);
     mine[6] = int(__ballot_sync(FULL_WARP, lane % 3 == 0));
     mine[7] = __any_sync(FULL_WARP, lane == 9) + 2 * __all_sync(FULL_WARP, lane < 31);
-    // Halves of a warp on their own ways, with doubles.
+    // The halves of a warp take different branches, with doubles.
     const unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
     if (lane < 16) {
         mine[8] = int(__shfl_xor_sync(half, lane + 0.5, 8) * 2);

@@ -36,7 +36,7 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Saves the callee-saved registers, stores the stack pointer in *save and goes on with the stack
+// Saves the callee-saved registers, stores the stack pointer in *save and continues on the stack
 // `to`.
 extern "C" void emulate_switch(void** save, void* to);
 asm(R"(
@@ -268,8 +268,8 @@ struct Worker {
         here.worker = nullptr;
     }
 
-    // Runs every ready lane up to where it waits, then the operations that all their lanes have
-    // reached.
+    // Runs every ready lane of a warp until it waits. Then carries out the warp operations at which
+    // all lanes of the operation's mask wait.
     void step(unsigned w) {
         WarpState& warp = warps[w];
         for (unsigned todo = warp.ready; todo != 0;) {
@@ -449,7 +449,7 @@ inline void fail(const char* format, ...) {
     abort();
 }
 
-// Workers are made once, for their stacks, and one launch runs at a time.
+// Workers are reused, because making their stacks takes time. One launch runs at a time.
 inline std::mutex launching;
 inline std::vector<std::unique_ptr<Worker>> workers;
 

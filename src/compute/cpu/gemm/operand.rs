@@ -114,7 +114,7 @@ impl<'a> Operand<'a> {
         cols: usize,
         mut prepare: impl FnMut(usize, &mut [f32]),
     ) -> Self {
-        let mut rounded = Rounded::new(kernel, values.len() / cols, cols);
+        let mut rounded = OperandRows::new(kernel, values.len() / cols, cols);
         for (i, row) in values.chunks_exact_mut(cols).enumerate() {
             prepare(i, row);
             rounded.write(i, row);
@@ -131,7 +131,7 @@ impl<'a> Operand<'a> {
         mut prepare: impl FnMut(usize, &mut [f32], &mut [f32]),
     ) -> [Self; 2] {
         let mut rounded =
-            [first.len(), second.len()].map(|len| Rounded::new(kernel, len / cols, cols));
+            [first.len(), second.len()].map(|len| OperandRows::new(kernel, len / cols, cols));
         for (i, (x, y)) in first
             .chunks_exact_mut(cols)
             .zip(second.chunks_exact_mut(cols))
@@ -227,8 +227,9 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// Builder of an operand row by row. Rows are rounded if the kernel is bf16.
-struct Rounded {
+/// Builder of an operand from finished rows. For bf16 kernels it holds the rounded rows; for f32
+/// kernels it holds nothing, and the operand borrows the values.
+struct OperandRows {
     kernel: Kernel,
     rows: usize,
     cols: usize,
@@ -236,7 +237,7 @@ struct Rounded {
     own: Buffer,
 }
 
-impl Rounded {
+impl OperandRows {
     fn new(kernel: Kernel, rows: usize, cols: usize) -> Self {
         let depth = kernel.depth(cols);
         let own = if kernel.is_bf16() {
@@ -244,7 +245,7 @@ impl Rounded {
         } else {
             Buffer::default()
         };
-        Rounded {
+        OperandRows {
             kernel,
             rows,
             cols,
@@ -263,9 +264,9 @@ impl Rounded {
         }
     }
 
-    /// Returns the operand. For f32 kernels it borrows `values`.
+    /// Returns the operand with all rows, given the values that were written.
     fn operand(self, values: &[f32]) -> Operand<'_> {
-        let Rounded {
+        let OperandRows {
             kernel,
             rows,
             cols,

@@ -288,9 +288,8 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
                 for (int e = 0; e < 4; e++) {
                     const int column = b * 8 + lane % 4 * 2 + e % 2,
                               j = start + row + lane / 4 + e / 2 * 8;
-                    const int position_shift = other_position[column] - (j + own_shift);
-                    if ((j > others.start + column) | (position_shift >= window))
-                        s[b][e] = -INFINITY;
+                    const int distance = other_position[column] - (j + own_shift);
+                    if ((j > others.start + column) | (distance >= window)) s[b][e] = -INFINITY;
                 }
         }
 #pragma unroll
