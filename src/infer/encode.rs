@@ -324,6 +324,7 @@ impl<'a> PairEncoder<'a> {
         Ok(self.encode(prompt, &answers)?.completions)
     }
 
+    /// Encodes one answer to a prompt with the tokens `prompt_ids`, independent of other answers.
     fn encode_alone(
         &self,
         prompt: &Text,
@@ -418,6 +419,7 @@ impl<'a> PairEncoder<'a> {
         Ok(self.tokenizer.encode(text, !starts_with_bos)?)
     }
 
+    /// Returns the tokenizer's EOS if it has one and the answer lacks it, otherwise an empty text.
     fn missing_eos(&self, answer: &str) -> &str {
         match self.tokenizer.eos_token() {
             Some(eos) if !answer.ends_with(eos) => eos,

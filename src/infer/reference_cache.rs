@@ -119,6 +119,7 @@ impl ReferenceCache {
 }
 
 impl CacheState {
+    /// Looks an entry up in memory, then on disk. An entry from disk is also put in memory.
     fn get(&mut self, key: &[u8; 32]) -> Option<Arc<Logps>> {
         if let Some(hit) = self.entries.get(key) {
             return Some(hit.clone());
@@ -128,6 +129,7 @@ impl CacheState {
         Some(logps)
     }
 
+    /// Stores new entries in memory and on disk. After a failed write the file is no longer used.
     fn store(&mut self, new: Vec<([u8; 32], Arc<Logps>)>) {
         for (key, logps) in &new {
             self.insert(*key, logps.clone());
@@ -143,6 +145,8 @@ impl CacheState {
         }
     }
 
+    /// Puts an entry in memory, unless it alone exceeds the limit. Evicts the oldest entries if there
+    /// is no room.
     fn insert(&mut self, key: [u8; 32], logps: Arc<Logps>) {
         let size = logps.iter().map(Vec::len).sum::<usize>();
         if size > self.limit || self.entries.contains_key(&key) {
@@ -234,6 +238,7 @@ impl CacheFile {
         read().ok().flatten()
     }
 
+    /// Writes new entries in one transaction and removes the oldest ones until the limit is kept.
     fn insert(&mut self, new: &[([u8; 32], Arc<Logps>)]) -> RedbResult<()> {
         if new.is_empty() {
             return Ok(());

@@ -154,6 +154,7 @@ fn token_weight(config: &DpoConfig, token: usize, shared: usize) -> f64 {
     }
 }
 
+/// Sums the log-probs of a pair's answers, with the weights of LD-DPO.
 fn sums(config: &DpoConfig, p: &PairLogps) -> Sums {
     let shared = p.policy_chosen.len().min(p.policy_rejected.len());
     let sum = |xs: &[f32]| {

@@ -160,6 +160,7 @@ impl ThreadPool {
         }
     }
 
+    /// Takes tasks of the running loop, one after the other, until none is left.
     fn run_tasks(&self) {
         // SAFETY: this thread has entered, and the caller waits for all who entered before it
         // changes the loop.

@@ -3,7 +3,7 @@
 //!
 //! Each function takes the operands by name, derives the numbers of rows and blocks from their
 //! sizes, checks that the operands fit each other and starts the kernel. Only this file knows the
-//! argument order, the grid and the number of threads of a kernel.
+//! argument order of a kernel and chooses its grid and threads ([`Launch`]).
 //!
 //! An operand of the wrong size is an error that names the kernel, the operand and both sizes.
 //! Without the check the kernel would read or write another buffer's memory. Sizes are in elements.

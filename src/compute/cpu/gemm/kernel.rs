@@ -174,7 +174,7 @@ fn pieces(p: &Product) -> impl Iterator<Item = Product> + use<> {
     })
 }
 
-/// Adds one chunk to C with the kernel's instructions.
+/// Computes one chunk of the sum with the kernel's instructions.
 ///
 /// # Safety
 /// As [`panel_product`].

@@ -254,6 +254,7 @@ pub(super) unsafe fn multiply(
     }
 }
 
+/// Multiplies one block of the sum and writes it to `c`, or adds it with `accumulate`.
 fn block_product(
     kernel: Kernel,
     (m, n): (usize, usize),
