@@ -145,8 +145,8 @@ impl CacheState {
         }
     }
 
-    /// Puts an entry in memory, unless it alone exceeds the limit. Evicts the oldest entries if there
-    /// is no room.
+    /// Puts an entry in memory, unless it alone exceeds the limit. Evicts the oldest entries to make
+    /// room.
     fn insert(&mut self, key: [u8; 32], logps: Arc<Logps>) {
         let size = logps.iter().map(Vec::len).sum::<usize>();
         if size > self.limit || self.entries.contains_key(&key) {

@@ -57,7 +57,7 @@ int failures = 0;
 // Largest error of each kernel.
 std::map<std::string, double> errors;
 
-// One launch or a few, in one order of threads, with one alignment.
+// A check of one launch or a few, in one order of threads and with one alignment of the arrays.
 struct Run {
     std::mt19937 engine;
     int shift;
