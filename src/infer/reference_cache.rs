@@ -145,8 +145,8 @@ impl CacheState {
         }
     }
 
-    /// Puts an entry in memory, unless it alone exceeds the limit. Evicts the oldest entries to make
-    /// room.
+    /// Puts an entry in memory and evicts the oldest ones to make room. An entry that alone exceeds
+    /// the limit is left out.
     fn insert(&mut self, key: [u8; 32], logps: Arc<Logps>) {
         let size = logps.iter().map(Vec::len).sum::<usize>();
         if size > self.limit || self.entries.contains_key(&key) {
