@@ -12,9 +12,9 @@ use std::ops::Range;
 /// Consecutive tokens that attend causally to each other and to every token of `prefix`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Positions of its tokens in the packed row.
+    /// Indices of its tokens in the packed row.
     pub tokens: Range<usize>,
-    /// Positions of the prompt that this completion continues; empty for a prompt.
+    /// Indices of the tokens of the prompt that this completion continues; empty for a prompt.
     pub prefix: Range<usize>,
 }
 

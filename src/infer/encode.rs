@@ -248,7 +248,7 @@ impl<'a> PairEncoder<'a> {
         ))
     }
 
-    /// Encodes a prompt with two answers, the chosen one first.
+    /// Encodes a prompt with two answers: `a` is the chosen one, `b` the rejected one.
     ///
     /// # Errors
     /// Returns the reason why the prompt or an answer cannot be encoded.
@@ -324,6 +324,7 @@ impl<'a> PairEncoder<'a> {
         Ok(self.encode(prompt, &answers)?.completions)
     }
 
+    /// Encodes one answer to a prompt with the tokens `prompt_ids`, independent of other answers.
     fn encode_alone(
         &self,
         prompt: &Text,
@@ -418,6 +419,7 @@ impl<'a> PairEncoder<'a> {
         Ok(self.tokenizer.encode(text, !starts_with_bos)?)
     }
 
+    /// Returns the tokenizer's EOS if it has one and the answer lacks it, otherwise an empty text.
     fn missing_eos(&self, answer: &str) -> &str {
         match self.tokenizer.eos_token() {
             Some(eos) if !answer.ends_with(eos) => eos,
@@ -425,6 +427,8 @@ impl<'a> PairEncoder<'a> {
         }
     }
 
+    /// Splits the tokens of prompt + answer after the first `shared` ones, truncates them to
+    /// `max_length` and checks their ids.
     fn split_and_truncate(
         &self,
         at: Part,

@@ -141,6 +141,7 @@ fn added_tokens(items: &[Owned], members: &[usize], i: usize) -> usize {
 /// A completion: index of its item in `members`, its index within the item, its tokens.
 type Answer<'a> = (usize, usize, &'a [u32]);
 
+/// Packs the items with the indices `members` into one row, each prompt of an owner once.
 fn pack_items(items: &[Owned], members: Vec<usize>) -> PackedRow {
     let mut prompts: Vec<(usize, &[u32], Vec<Answer>)> = Vec::new();
     let mut known: HashMap<(usize, &[u32]), usize> = HashMap::new();

@@ -109,9 +109,9 @@ pub fn digest(train: &[EncodedPair], eval: &[EncodedPair]) -> String {
     hash.finalize().to_hex().to_string()
 }
 
-/// Splits pairs into a training and an evaluation set. The evaluation set gets `⌈fraction·rows⌉`
-/// rows, and both sets keep the order of `pairs`. The pairs of one row, which are adjacent, always
-/// go to the same set. Otherwise a prompt with several rejected answers could be in both sets.
+/// Splits pairs by their rows into a training and an evaluation set, with [`split`]. Both sets are
+/// in the order of `pairs`. The pairs of one row, which are adjacent, always go to the same set.
+/// Otherwise a prompt with several rejected answers could be in both sets.
 pub fn split_rows(
     pairs: &[EncodedPair],
     fraction: f64,

@@ -16,8 +16,8 @@ use crate::model::decoder::Policy;
 /// Version of the kernels' order of operations. Increase it when that order changes: results then
 /// differ in the last bits, and older entries must not be found any more.
 const NUMERICS_VERSION: u32 = 1;
-/// Time after which a write to the cache file is synced to disk. A crash loses at most the entries
-/// of this period; they are only computed again.
+/// A write to the cache file is synced to disk if the last sync is longer ago than this. A crash
+/// thus loses at most the entries written during this time after a sync; they are computed again.
 const SYNC_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Cache of reference log-probs, keyed by content. The log-probs of a fixed model never change, so
@@ -119,6 +119,7 @@ impl ReferenceCache {
 }
 
 impl CacheState {
+    /// Looks an entry up in memory, then on disk. An entry from disk is also put in memory.
     fn get(&mut self, key: &[u8; 32]) -> Option<Arc<Logps>> {
         if let Some(hit) = self.entries.get(key) {
             return Some(hit.clone());
@@ -128,6 +129,7 @@ impl CacheState {
         Some(logps)
     }
 
+    /// Stores new entries in memory and on disk. After a failed write the file is no longer used.
     fn store(&mut self, new: Vec<([u8; 32], Arc<Logps>)>) {
         for (key, logps) in &new {
             self.insert(*key, logps.clone());
@@ -143,6 +145,8 @@ impl CacheState {
         }
     }
 
+    /// Puts an entry in memory and evicts the oldest ones to make room. An entry that alone exceeds
+    /// the limit is left out.
     fn insert(&mut self, key: [u8; 32], logps: Arc<Logps>) {
         let size = logps.iter().map(Vec::len).sum::<usize>();
         if size > self.limit || self.entries.contains_key(&key) {
@@ -234,6 +238,7 @@ impl CacheFile {
         read().ok().flatten()
     }
 
+    /// Writes new entries in one transaction and removes the oldest ones until the limit is kept.
     fn insert(&mut self, new: &[([u8; 32], Arc<Logps>)]) -> RedbResult<()> {
         if new.is_empty() {
             return Ok(());

@@ -6,8 +6,9 @@
 //! smoothing.
 //!
 //! Every loss is a function of four sums (Σ log π and Σ log π_ref of both answers) and of the token
-//! counts. The gradient of a token is therefore `∂loss/∂(Σ log π)`. The terms that are means over
-//! tokens (sft, rpo, orpo's NLL) add a constant to the gradient of each chosen token.
+//! counts. The gradient of a token is therefore `∂loss/∂(Σ log π)`, times the token's weight in the
+//! sum if LD-DPO weights tokens. The terms that are means over tokens (sft, rpo, orpo's NLL) add a
+//! constant to the gradient of each chosen token.
 
 mod pairwise;
 #[cfg(test)]
@@ -153,6 +154,7 @@ fn token_weight(config: &DpoConfig, token: usize, shared: usize) -> f64 {
     }
 }
 
+/// Sums the log-probs of a pair's answers, with the weights of LD-DPO.
 fn sums(config: &DpoConfig, p: &PairLogps) -> Sums {
     let shared = p.policy_chosen.len().min(p.policy_rejected.len());
     let sum = |xs: &[f32]| {

@@ -1,4 +1,4 @@
-//! The training metrics of TRL, under TRL's names.
+//! The training metrics of TRL, under TRL's names, and `rewards_normalized/*`, which are ours.
 
 use serde::{Deserialize, Serialize};
 

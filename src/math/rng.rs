@@ -78,10 +78,10 @@ mod tests {
         assert_eq!(a, (0..50).collect::<Vec<_>>());
     }
 
-    /// Checks the length of an order and the range of the draws. The values themselves must not
-    /// change: that would change the results of every existing run.
+    /// Does not compare the values with constants. They must not change all the same: that would
+    /// change the results of every existing run.
     #[test]
-    fn the_order_is_pinned() {
+    fn an_order_has_its_length_and_draws_have_their_range() {
         assert_eq!(epoch_order(6, 42, 0).len(), 6);
         let draws = kaiming_uniform(1, "x", 1000, 16);
         assert!(draws.iter().all(|d| d.abs() <= 0.25));

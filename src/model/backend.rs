@@ -93,9 +93,9 @@ pub trait Backend: Sized {
     /// Fails if the device fails or has no memory left.
     fn copy(x: &Self::Activation) -> Result<Self::Activation>;
 
-    /// Marks a value as no longer read. A GPU frees its memory at once. The CPU frees it only when
-    /// the result is dropped. Until then the arena cannot place a saved activation there, so the
-    /// memory stays available for the next temporary of the same size.
+    /// Marks a value as no longer read. A GPU frees its memory at once. The CPU holds the memory
+    /// until the result is dropped: otherwise the arena could place a saved activation there, and
+    /// the next temporary of the same size would take new memory.
     fn retire<T>(value: T) -> Self::Retired<T>;
 }
 
@@ -171,8 +171,8 @@ pub trait RowOps<B: Backend> {
     ) -> Result<B::Activation>;
 }
 
-/// A block opened for a pass over one row, with the policy's adapter applied. In passes without a
-/// tape, parts of the row may have adapters of their own as well.
+/// A block opened for a pass over one row, with the policy's adapter applied. If the policy has
+/// none, parts of the row may have adapters of their own in passes without a tape.
 ///
 /// The functions fail in the same cases as those of [`RowOps`]. Each backward function accumulates
 /// the gradients of those of its parameters that are trained.

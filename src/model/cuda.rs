@@ -1,11 +1,12 @@
 //! The decoder's passes on an NVIDIA GPU: implements the operations that [`super::pass`] needs.
 //!
 //! Weights are copied to the device when they are first used. Matrices and activations are in the
-//! pass's precision. The residual stream, sums, norms, softmax, losses and accumulated gradients
-//! are f32. Master weights and the optimizer stay on the host: gradients are downloaded once per
-//! step, and changed weights are uploaded once per step. Within a pass the host waits for the
-//! device only to read the log-probs of a row. GEMMs are those of cuBLAS, all other kernels are in
-//! `compute/cuda/kernels/*.cu`.
+//! pass's precision. The residual stream, sums, norms, softmax and accumulated gradients are f32.
+//! The loss, the master weights and the optimizer stay on the host: gradients are downloaded once
+//! per step, and changed weights are uploaded once per step. Within a pass the host waits for the
+//! device to read the log-probs of a row. Otherwise it waits only if device memory runs out, or if
+//! an upload has filled all slots of the staging memory. GEMMs are those of cuBLAS, all other
+//! kernels are in `compute/cuda/kernels/*.cu`.
 
 mod attention;
 mod backend;
@@ -64,8 +65,9 @@ impl DeviceTape {
     }
 }
 
-/// Width of the widest supported attention head, in elements. The kernels that norm and rotate
-/// queries and keys hold a head in the registers of one warp (`MAX_DIM` in norm.cu).
+/// Width of the widest supported attention head, in elements. The kernels that norm queries and
+/// keys hold a head in the registers of one warp (`MAX_DIM` in norm.cu), and attention is tested up
+/// to this width.
 const MAX_HEAD_DIM: usize = 256;
 
 impl Cuda {

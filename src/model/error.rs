@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-/// An error of the model layer. Its message names the file and, where there is one, the remedy.
+/// An error of the model layer. Its message names the file, if one is concerned, and the remedy, if
+/// there is one.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {

@@ -26,8 +26,8 @@ pub struct PreparedRow {
     pub(super) row: Arc<Row>,
     /// Rotary tables in the order of [`super::spec::ModelSpec::ropes`].
     pub(super) ropes: Vec<RopeTable>,
-    /// Adapters on parts of the row, in addition to the policy's own. Only passes without a tape
-    /// may have them.
+    /// Adapters on parts of the row, for a policy without an adapter of its own. Only passes
+    /// without a tape may have them.
     pub(super) adapters: Vec<(Range<usize>, Arc<Adapter>)>,
 }
 

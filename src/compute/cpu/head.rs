@@ -2,8 +2,8 @@
 //! V]` never exist as a whole.
 //!
 //! log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. The maximum, the sum and ∂log p/∂h = W_y − Σ_v p_v·W_v
-//! are accumulated over the tiles and rescaled whenever a larger logit appears (the online softmax
-//! of arXiv:2205.14135).
+//! are accumulated over the tiles and rescaled whenever a larger logit appears (online softmax,
+//! arXiv:1805.02867).
 
 use super::buffer::Buffer;
 use super::gemm::{
@@ -83,8 +83,8 @@ pub struct HeadOutput {
     pub saved: SavedExponentials,
 }
 
-/// Saved probabilities of the first tiles of the vocabulary, each up to one factor per row and
-/// tile.
+/// Saved exponentials of the first tiles of the vocabulary. A factor for each row and tile turns
+/// them into probabilities.
 #[derive(Debug, Default)]
 pub struct SavedExponentials {
     /// e^(l − m) `[saved tiles, N, TILE]`, where m is the row's largest logit up to and including
@@ -105,8 +105,9 @@ impl SavedExponentials {
     }
 }
 
-/// Returns the size in bytes of the saved probabilities for `rows` rows with `predictors`
-/// predictors in all. Each row's head saves at most [`MAX_SAVED_PROBABILITIES`] values.
+/// Returns the size in bytes of the saved probabilities for `rows` packed rows that have
+/// `predictors` predictors (tokens that predict a completion token) in all. The head saves at most
+/// [`MAX_SAVED_PROBABILITIES`] values of each packed row.
 pub fn saved_bytes(rows: u64, predictors: u64, vocabulary: u64) -> u64 {
     size_of::<f32>() as u64
         * (predictors * vocabulary).min(rows.saturating_mul(MAX_SAVED_PROBABILITIES as u64))
@@ -417,7 +418,9 @@ struct Tile<'a> {
     hidden: usize,
     /// Depth of ⟨h, W_v⟩ in units.
     depth: usize,
+    /// W packed for ⟨h, W_v⟩: panels of tokens.
     across: &'a [u32],
+    /// W packed for Σ p_v·W_v: panels of hidden columns. Empty without gradients.
     along: &'a [u32],
 }
 

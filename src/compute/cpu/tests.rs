@@ -1,5 +1,5 @@
-//! Compares each kernel's gradient with central finite differences, and its value with a plain
-//! version in candle's own operations.
+//! Compares each kernel's gradient with central finite differences, and its value with its formula,
+//! mostly in candle's own operations.
 
 use candle_core::{D, DType, Device, Tensor};
 
@@ -235,7 +235,7 @@ fn half(x: &[f32], width: usize, from: usize) -> Vec<f32> {
 }
 
 #[test]
-fn gating_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
+fn gating_by_tiles_gives_the_same_values_and_saves_its_input() {
     let (tokens, width) = (45, 64);
     let x: Vec<f32> = random(tokens * 2 * width, 4)
         .iter()
@@ -301,7 +301,7 @@ fn gating_by_tiles_gives_the_same_product_and_keeps_what_went_in() {
 }
 
 #[test]
-fn a_gated_unit_that_keeps_its_input_rounded_has_the_gradients_of_what_it_kept() {
+fn a_gated_unit_that_saves_its_input_rounded_has_the_gradients_of_what_it_saved() {
     for (tokens, width) in [(13, 41), (45, 64)] {
         let x: Vec<f32> = random(tokens * 2 * width, 4)
             .iter()

@@ -160,6 +160,7 @@ impl ThreadPool {
         }
     }
 
+    /// Takes tasks of the running loop, one after the other, until none is left.
     fn run_tasks(&self) {
         // SAFETY: this thread has entered, and the caller waits for all who entered before it
         // changes the loop.
@@ -180,7 +181,7 @@ impl ThreadPool {
             }
         }));
         if let Err(panic) = outcome {
-            // The remaining tasks are skipped.
+            // Tasks that have not started are skipped.
             self.next.store(usize::MAX / 2, Ordering::Relaxed);
             *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
         }

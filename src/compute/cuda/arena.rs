@@ -18,8 +18,8 @@ const MAX_CHUNK: usize = 32 << 20;
 /// Minimum size in bytes of a chunk: the page size in which devices map memory.
 const MIN_CHUNK: usize = 2 << 20;
 
-/// Minimum number of chunks per device, so that a small device (a MIG slice) does not lose much
-/// memory to a partly used chunk.
+/// A chunk is one part in this many of the device's memory, rounded up to a multiple of
+/// [`MIN_CHUNK`]. A small device (a MIG slice) thus loses little memory to a partly used chunk.
 const MIN_CHUNKS: usize = 512;
 
 /// Every address and size is a multiple of this many bytes.
@@ -143,8 +143,8 @@ impl DeviceArena {
     }
 }
 
-/// Rounds a size up by at most an eighth, so that rows of about the same length can reuse each
-/// other's memory.
+/// Rounds a size up to at least 4 KiB, and beyond that by at most an eighth, so that rows of about
+/// the same length can reuse each other's memory.
 fn size_class(bytes: usize) -> usize {
     let bytes = bytes.max(4096);
     bytes.next_multiple_of(1 << (bytes.ilog2() - 3))

@@ -123,7 +123,8 @@ struct GemmPart {
 }
 
 /// Splits a GEMM until no operand spans more than `limit` elements from its first to its last row.
-/// The halved dimension is the one that the rows of the too long operand correspond to in memory.
+/// To shorten an operand, it halves the dimension (m, n or k) that counts the operand's rows in
+/// memory.
 fn parts([m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, limit: usize) -> Vec<GemmPart> {
     let mut todo = vec![GemmPart {
         shape: [m, n, k],
@@ -204,8 +205,9 @@ impl Gpu {
     /// Opens GPU `ordinal`, compiles the kernels for it and starts cuBLAS.
     ///
     /// # Errors
-    /// Fails if there is no driver, no cuBLAS or no such GPU, or if the GPU's compute capability is
-    /// below 8.0, which the kernels need.
+    /// Fails if there is no driver, no cuBLAS or no such GPU, if the GPU's compute capability is
+    /// below 8.0, which the kernels need, if f32 GEMMs are rounded to TF32, and if a call of the
+    /// driver or of cuBLAS fails.
     pub fn open(ordinal: usize) -> Result<Arc<Self>> {
         // SAFETY: loading a library runs its initialisers, and these are NVIDIA's.
         if !unsafe { driver_sys::is_culib_present() } {
@@ -558,6 +560,7 @@ impl Gpu {
         Ok(())
     }
 
+    /// Calls cuBLAS for one part of [`Gpu::matmul`].
     fn multiply(
         &self,
         [m, n, k]: [usize; 3],

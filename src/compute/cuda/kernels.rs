@@ -217,7 +217,8 @@ pub(super) fn tensor_core_kernel(
     found.map(|(.., name, shared)| (*name, *shared))
 }
 
-/// Iterates over all kernels as (name, element type, bytes of dynamic shared memory).
+/// Iterates over the kernels that the program launches, as (name, element type, bytes of dynamic
+/// shared memory).
 pub(super) fn all() -> impl Iterator<Item = (&'static str, Option<Kind>, usize)> {
     let generic = GENERIC
         .iter()

@@ -1,8 +1,9 @@
-//! Typed launches of the kernels in `kernels/*.cu`, one function per kernel.
+//! Typed launches of the kernels in `kernels/*.cu`, one function per operation. If several kernels
+//! compute an operation (SwiGLU or GEGLU, generic or on tensor cores), the function picks one.
 //!
 //! Each function takes the operands by name, derives the numbers of rows and blocks from their
 //! sizes, checks that the operands fit each other and starts the kernel. Only this file knows the
-//! argument order, the grid and the number of threads of a kernel.
+//! argument order of a kernel and chooses its grid and threads ([`Launch`]).
 //!
 //! An operand of the wrong size is an error that names the kernel, the operand and both sizes.
 //! Without the check the kernel would read or write another buffer's memory. Sizes are in elements.
@@ -1012,7 +1013,7 @@ pub(crate) fn attention_dkv(
     .concat();
     if parts.is_some() != has_key_gradient_parts(kind, heads) {
         bail!(
-            "CUDA: attention_dkv: parts are given: {}, but {heads:?} in {kind:?} need the opposite",
+            "CUDA: attention_dkv: parts given: {}, but {heads:?} in {kind:?} need the opposite",
             parts.is_some()
         );
     }

@@ -62,8 +62,9 @@ fn smoothed(z: f64, eps: f64) -> (f64, f64) {
     )
 }
 
-/// Returns a pair's loss and its slopes ∂/∂Σlog π_w and ∂/∂Σlog π_l. For losses over a whole batch
-/// (aot, aot_unpaired, sft) it returns zeros, and orpo does not include its NLL term.
+/// Returns a pair's loss and its slopes ∂/∂Σlog π_w and ∂/∂Σlog π_l. It returns zeros for the
+/// losses that the caller computes: aot and aot_unpaired, which compare pairs, and sft, a mean over
+/// tokens. The result for orpo does not include its NLL term.
 pub(super) fn value_and_slopes(
     config: &DpoConfig,
     term: &WeightedLoss,

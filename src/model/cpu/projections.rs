@@ -453,6 +453,7 @@ impl<'a> CpuLinearGroup<'a> {
         }
     }
 
+    /// Accumulates the gradients of the weights and biases in `sink`, if they are trained.
     fn weight_gradients(&self, x: &Operand, g: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
         for m in &self.members {
             if let Some(slot) = sink.slot(self.id(BlockParam::Weight(m.linear))) {

@@ -89,7 +89,7 @@ impl CudaBlock<'_> {
         ]
     }
 
-    fn over_row(&self) -> Attention<'_> {
+    fn attention_of_row(&self) -> Attention<'_> {
         Attention {
             gpu: self.gpu,
             kind: self.kind,
@@ -209,7 +209,7 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
     }
 
     fn attention(&self, qkv: &Memory) -> Result<Attended<CudaBackend>> {
-        self.over_row().forward(qkv)
+        self.attention_of_row().forward(qkv)
     }
 
     fn feed_forward(
@@ -286,7 +286,7 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         attended: &Attended<CudaBackend>,
         g: &Memory,
     ) -> Result<Memory> {
-        self.over_row().backward(qkv, attended, g)
+        self.attention_of_row().backward(qkv, attended, g)
     }
 
     fn head_norms_backward(

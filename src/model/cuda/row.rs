@@ -61,6 +61,7 @@ impl DeviceRow {
     }
 }
 
+/// Returns the entries of [`DeviceRow::tiles`], those with the most work first.
 fn query_tiles(layout: &RowLayout) -> Vec<[i32; TILE_ENTRY]> {
     let mut all = Vec::new();
     for s in &layout.segments {
@@ -75,6 +76,7 @@ fn query_tiles(layout: &RowLayout) -> Vec<[i32; TILE_ENTRY]> {
     all
 }
 
+/// Returns the entries of [`DeviceRow::key_tiles`], those with the most work first.
 fn key_tiles(layout: &RowLayout) -> Vec<[i32; TILE_ENTRY]> {
     let mut all = Vec::new();
     for s in &layout.segments {

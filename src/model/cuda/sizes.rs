@@ -1,8 +1,8 @@
 //! Sizes of the buffers that a pass allocates on a GPU, and their sums.
 //!
-//! The passes allocate with these functions, and `train/estimate.rs` estimates the memory of a run
-//! with the same functions, so that the two stay consistent. This file is also compiled without the
-//! feature `cuda`, so that every build computes the same estimate.
+//! The passes take the widths of their buffers from this file, and `train/estimate.rs` estimates
+//! the memory of a run from the same widths, so that the two stay consistent. This file is also
+//! compiled without the feature `cuda`, so that every build computes the same estimate.
 
 pub use crate::model::block_shape::BlockShape;
 

@@ -226,11 +226,14 @@ impl<'a> Pieces<'a> {
         self.len
     }
 
+    /// Appends a matrix to the layout.
     fn place(&mut self, t: &'a Tensor) {
         self.placed.push((self.len, t));
         self.len += t.elem_count();
     }
 
+    /// Places the matrices of a group: first the A of all members, aligned and without gaps in
+    /// between, so that they form one stacked matrix, then each B at an aligned offset.
     fn group(
         &mut self,
         adapter: &'a Adapter,
@@ -257,6 +260,7 @@ impl<'a> Pieces<'a> {
         Ok(GroupAdapter { a, b, ranks })
     }
 
+    /// Copies the matrices to one buffer, converted to the element type `kind`.
     fn gather(&self, kind: Kind) -> Result<Gathered> {
         let mut all = match kind {
             Kind::F32 => Gathered::F32(vec![0.0; self.len]),
@@ -298,6 +302,7 @@ fn upload_vector(gpu: &Arc<Gpu>, t: &Tensor) -> Result<Memory> {
     Ok(memory)
 }
 
+/// Writes `elements` to `memory` from offset `at` on, converted to the element type `kind`.
 fn write_converted(
     gpu: &Arc<Gpu>,
     kind: Kind,

@@ -184,6 +184,7 @@ fn activation(fields: &Fields<'_>) -> Result<ActivationFunction, ModelError> {
     }
 }
 
+/// Reads `head_dim`. The default is that of the config class, else hidden_size / heads.
 fn head_dim(fields: &Fields<'_>, hidden_size: usize, heads: usize) -> Result<usize, ModelError> {
     let head_dim = match fields.size_or_default("head_dim", limits::HEAD_DIM)? {
         Some(n) => n,

@@ -3,7 +3,8 @@
 //
 //     tests/cuda/run attention
 //
-// Every case is run in three orders of the threads, whose results must be equal to the last bit.
+// Every case runs in three orders of the threads, whose results must be equal to the last bit. The
+// search for races runs in one order.
 #include "attention.cu"
 #include "attention_mma.cu"
 
@@ -60,8 +61,8 @@ struct Layout {
             }
     }
 
-    // The mask from first principles: the own segment causally, the prefix in full, as far as the
-    // window reaches.
+    // Returns whether a query attends to a key, by the definition of the mask: its own segment up
+    // to itself and the whole prefix, as far as the window reaches.
     bool sees(int query, int key, int window) const {
         for (const Segment& s : segments) {
             if (query < s.start || query >= s.end) continue;
@@ -140,9 +141,8 @@ void expect(bool right, const std::string& what) {
     failed = true;
 }
 
-// The kernels of one type (and of one D, on tensor cores).
-// Where a search for races runs, each access is looked at: the windows change which tiles are
-// visited, not how.
+// One order and one window are enough to look for races, which is slow: a race is found in any
+// order, and windows only change which tiles are visited.
 #ifdef EMULATE_RACES
 const char* const ORDERS[] = {"forward"};
 const std::vector<int> WINDOWS{70};
@@ -153,6 +153,7 @@ const char* const ORDERS[] = {"forward", "reverse", "random:7"};
 const std::vector<int> WINDOWS{0, 1, 5, 70, 2147483647};
 #endif
 
+// The kernels of one type, and on tensor cores of one D.
 template <class T>
 struct Kernels {
     void (*forward)(T*, float*, const T*, const int*, const unsigned*, int, int, int, int, float);
@@ -161,7 +162,7 @@ struct Kernels {
                int, int, int, float);
     void (*dkv)(T*, const T*, const T*, const float*, const float*, const int*, const unsigned*,
                 int, int, int, int, float);
-    // In its place on tensor cores: a query head each.
+    // Takes the place of `dkv` on tensor cores. A block computes the part of one query head.
     void (*dkv_of_head)(T*, const T*, const T*, const float*, const float*, const int*,
                         const unsigned*, int, int, int, int, float, float*);
     size_t forward_bytes, backward_bytes;
@@ -186,7 +187,7 @@ const Kernels<bf16> MMA_128{attention_mma_128,
                             65536,
                             81920};
 
-// Outputs of a kernel, and their bits.
+// Outputs of the kernels. `same` compares them bit for bit.
 template <class T>
 struct Outputs {
     std::vector<T> out, dqkv;
@@ -296,9 +297,9 @@ double error(const std::vector<T>& values, const Numbers& right, int columns, in
 std::mt19937 generator(1);
 double worst[3][5];
 
-// `shift` moves all scores: queries get the one sign of a constant, keys the other if it is
-// negative. The exponentials of the scores alone would then vanish or overflow; a score's absolute
-// error, and with it the relative one of the results, grows with it.
+// Compares the kernels with the reference. `shift` is added to all scores, by a constant in the
+// queries and one in the keys, so that e^score alone would vanish or overflow. The absolute error
+// of a score, and with it the relative error of the results, grows with `shift`.
 template <class T>
 void check(const char* kind, int place, const Kernels<T>& kernels, const std::vector<Group>& groups,
            int heads, int kv_heads, int dim, int window, float shift = 0) {
@@ -311,7 +312,7 @@ void check(const char* kind, int place, const Kernels<T>& kernels, const std::ve
                              part("K", kv_heads) + part("D", dim) + part("window", window) +
                              (shift != 0 ? part("shift", int(shift)) : "");
     std::normal_distribution<float> normal;
-    // A query's and a key's product is shifted by constant² · D · scale.
+    // The score of a query and a key is shifted by ±constant² · D · scale, which is `shift`.
     const float constant = std::sqrt(std::fabs(shift) / std::sqrt(float(dim)));
     const auto random = [&](int columns, Numbers& numbers) {
         std::vector<T> values(size_t(layout.tokens) * columns);
@@ -371,7 +372,7 @@ void simt() {
 
 void mma() {
     for (int window : WINDOWS) check("mma", 2, MMA_64, ROW, 2, 1, 64, window);
-    // A key head for each query head, for which there is no sum.
+    // As many key heads as query heads, so that attention_sum is not needed.
     for (int window : {0, 70}) check("mma", 2, MMA_64, ROW, 2, 2, 64, window);
     check("mma", 2, MMA_64, {{65, {2, 70}}}, 9, 3, 64, 0);
     check("mma", 2, MMA_64, {{1, {}}}, 4, 4, 64, 0);

@@ -10,8 +10,8 @@
 static std::mt19937 generator(7);
 static float uniform() { return std::uniform_real_distribution<float>(-1, 1)(generator); }
 
-// --------------------------------------------------------------------------------------- shuffles,
-// votes
+// -------------------------------------------------------------------------------------------------
+// shuffles, votes
 
 KERNEL void shuffles(int* out) {
     const int lane = int(threadIdx.x);
@@ -24,7 +24,7 @@ KERNEL void shuffles(int* out) {
     mine[5] = __shfl_down_sync(FULL_WARP, lane, 2, 4);
     mine[6] = int(__ballot_sync(FULL_WARP, lane % 3 == 0));
     mine[7] = __any_sync(FULL_WARP, lane == 9) + 2 * __all_sync(FULL_WARP, lane < 31);
-    // Halves of a warp on their own ways, with doubles.
+    // The halves of a warp take different branches, with doubles.
     const unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
     if (lane < 16) {
         mine[8] = int(__shfl_xor_sync(half, lane + 0.5, 8) * 2);
@@ -89,8 +89,8 @@ static void test_reductions() {
     }
 }
 
-// ------------------------------------------------------------------------- bf16, fragments,
-// ldmatrix, copies
+// -------------------------------------------------------------------------------------------------
+// bf16, fragments, ldmatrix, copies
 
 static void test_bf16() {
     CHECK(__bfloat16_as_ushort(from_float<bf16>(1.0f)) == 0x3F80);
@@ -224,8 +224,8 @@ static void test_copies() {
     }
 }
 
-// ----------------------------------------------------------------------------------- poison,
-// order, reports
+// -------------------------------------------------------------------------------------------------
+// poison, order, reports
 
 KERNEL void stale(float* out) {
     __shared__ float fixed[4];

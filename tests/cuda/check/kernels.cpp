@@ -4,7 +4,8 @@
 //     tests/cuda/run kernels
 //
 // Every case runs in three orders of the threads, whose results must be equal to the last bit, with
-// arrays on 16-byte boundaries and off them. Outputs start as NaN, and lie between guards.
+// arrays on 16-byte boundaries and off them. The search for races runs in one order. Outputs start
+// as NaN, and lie between guards.
 #include "elementwise.cu"
 #include "head.cu"
 #include "norm.cu"
@@ -140,19 +141,19 @@ void element_wise(int rows, int width, int grid) {
         run.expect(in, want);
     });
     for (int pad : {0, 8, 5})
-        for (int keep : {0, 1})
-            cases<T>("add_bias", shape + text({pad, keep}), [&](Run& run) {
+        for (int accumulate : {0, 1})
+            cases<T>("add_bias", shape + text({pad, accumulate}), [&](Run& run) {
                 const int stride = width + pad;
-                auto y = keep ? run.random<T>(rows * stride) : run.empty<T>(rows * stride);
+                auto y = accumulate ? run.random<T>(rows * stride) : run.empty<T>(rows * stride);
                 auto bias = run.random<float>(width);
                 Numbers want = y.values();
                 for (int r = 0; r < rows; ++r)
                     for (int c = 0; c < width; ++c) {
                         double& to = want[r * stride + c];
-                        to = (keep ? to : 0) + bias.at(c);
+                        to = (accumulate ? to : 0) + bias.at(c);
                     }
                 launch(ENTRY(add_bias), grid, 256, 0, y.data(), bias.data(), rows, width, stride,
-                       keep);
+                       accumulate);
                 run.expect(y, want);
             });
 }
@@ -298,7 +299,7 @@ void head_norms(int rows, int heads, int dim, int offset, int rest) {
                heads, dim, EPS);
         run.expect(x, want);
     });
-    for (int per_block : {0, 1, 7, 64})  // 0: 5 a block and no ∂w
+    for (int per_block : {0, 1, 7, 64})  // 0: 5 items per block, without ∂w
         cases<T>("head_norm_backward", shape + text({per_block}), [&](Run& run) {
             const int share = per_block == 0 ? 5 : per_block, blocks = groups(items, share);
             auto x = run.random<T>(rows * stride, 3), g = run.random<T>(rows * stride);
@@ -326,9 +327,9 @@ void head_norms(int rows, int heads, int dim, int offset, int rest) {
 // -----------------------------------------------------------------------------------------------
 // head.cu
 
-// The whole head over `vocabulary` tokens in tiles, W [vocabulary, hidden] at random, logits at
-// random (not h·W). `rise`: what logits gain per token, to move the maximum on from tile to tile,
-// or never (negative).
+// Checks the whole head over `vocabulary` tokens in tiles, with random W [vocabulary, hidden] and
+// random logits (not h·W). `rise` is added to the logits per token: if it is positive, later tiles
+// tend to have larger maxima; if it is negative, earlier ones.
 template <class T>
 void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, int gradient,
                 double rise) {
@@ -341,7 +342,7 @@ void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, i
             auto w = run.random<T>(vocabulary * hidden);
             auto targets = run.below(rows, vocabulary);
             std::normal_distribution<double> normal(0, 3);
-            // Multiples of 1/4: ties.
+            // Multiples of 1/4, so that there are ties.
             Numbers l(rows * vocabulary);
             for (size_t i = 0; i < l.size(); ++i)
                 l[i] = std::round(4 * (normal(run.engine) + rise * (i % vocabulary))) / 4;
@@ -364,7 +365,7 @@ void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, i
                         want_p[i * ld + j] = std::exp(l[i * vocabulary + first + j] - largest[i]);
                     if (gradient) want_scales[i] = std::exp(older - largest[i]);
                 }
-                // Every other tile in place, as the f32 head may.
+                // Every second tile is written in place: in f32, p may alias the logits.
                 bool in_place = false;
                 T* to = gradient ? p.data() : nullptr;
                 if constexpr (std::is_same_v<T, float>)
@@ -377,7 +378,7 @@ void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, i
                 run.expect(p, want_p);
                 run.expect(scales, want_scales);
                 if (!gradient) continue;
-                // The same as the GEMM of cuBLAS, with β = 0 in the first call.
+                // Does what the GEMM of cuBLAS does, with β = 0 for the first tile.
                 if (first > 0)
                     launch(head_rescale, rows, 256, 0, d.data(), scales.data(), rows, hidden);
                 for (int i = 0; i < rows; ++i)
@@ -424,7 +425,7 @@ void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, i
                     field[i] = k == 6 ? float(__float_as_uint(state[i * 8 + k])) : state[i * 8 + k];
                 run.expect(field, fields[k], k == 0 || k >= 5 ? 0 : 1e-5);
             }
-            // Sums of p in bf16, where it is.
+            // With T = bf16, d is a sum over p that was rounded to bf16.
             run.expect(d, want_d, std::is_same_v<T, bf16> ? 1e-2 : 1e-5);
 
             if (!gradient) return;

@@ -14,7 +14,7 @@ __device__ void neighbours(int* out) {
 KERNEL void with_barrier(int* out) { neighbours<true>(out); }
 KERNEL void without_barrier(int* out) { neighbours<false>(out); }
 
-// Read by all, then overwritten: the second barrier is what matters.
+// All threads read, then overwrite: without the second barrier this is a race.
 KERNEL void overwritten(int* out, int barrier) {
     SHARED(int, values);
     values[threadIdx.x] = int(threadIdx.x);
@@ -44,7 +44,7 @@ KERNEL void same_place(int* out) {
     out[threadIdx.x] = value;
 }
 
-// Bytes that come later: others may read them after the wait and a barrier.
+// Asynchronous copies: other threads may read the bytes after the wait and a barrier.
 KERNEL void copied(const int* from, int* out, int barrier) {
     SHARED(int, values);
     if (threadIdx.x < 16) cp_async_16(values + threadIdx.x * 4, from + threadIdx.x * 4, true);

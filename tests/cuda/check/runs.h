@@ -15,15 +15,15 @@ namespace {
 
 using Numbers = std::vector<double>;
 
-// Races show whatever the order, and the search for them is slow.
+// A race is found in any order, and looking for races is slow, so one order is enough then.
 #ifdef EMULATE_RACES
 const char* const ORDERS[] = {"forward"};
 #else
 const char* const ORDERS[] = {"forward", "reverse", "random:7"};
 #endif
 
-// n elements of T between guards, all bytes 0xFF (NaN) at first, `shift` elements behind a 16-byte
-// boundary.
+// n elements of T between guards. They start `shift` elements after a 16-byte boundary, and all
+// their bytes are 0xFF (NaN) at first.
 template <class T>
 struct Array {
     static constexpr size_t GUARD = 64;
@@ -57,7 +57,7 @@ int failures = 0;
 // Largest error of each kernel.
 std::map<std::string, double> errors;
 
-// One launch or a few, in one order of threads, with one alignment.
+// A check of one launch or a few, in one order of threads and with one alignment of the arrays.
 struct Run {
     std::mt19937 engine;
     int shift;
@@ -84,9 +84,9 @@ struct Run {
         ++failures;
         printf("FAILED %s: %s\n", label.c_str(), what.c_str());
     }
-    // The error of an element is taken relative to the largest of it, the root mean square of the
-    // wanted ones, and `terms`, the size of what cancels in them. NaN is wanted where nothing may
-    // be written.
+    // Compares results with the wanted ones. The error of an element is divided by the largest of
+    // three values: the wanted element, the root mean square of all wanted elements, and `terms`,
+    // the size of the terms that cancel in them. NaN is wanted where nothing may be written.
     template <class T>
     void expect(Array<T>& got, const Numbers& want,
                 double tolerance = std::is_same_v<T, bf16> ? 1e-2 : 1e-5, double terms = 1e-30) {

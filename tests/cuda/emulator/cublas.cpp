@@ -1,6 +1,6 @@
-// A stand-in for the cuBLAS library: matrix products on the CPU, with the checks of the original.
-// Matrices are column-major. Products are summed in f32, over k from 0 up. EMULATE_TF32=1 rounds
-// the operands of f32 products to TF32, as NVIDIA_TF32_OVERRIDE may make cuBLAS do.
+// A stand-in for the cuBLAS library: GEMMs on the CPU, with the checks of the original. Matrices
+// are column-major. Sums are in f32, over k from 0 up. If EMULATE_TF32 is set, the operands of f32
+// GEMMs are rounded to TF32, as NVIDIA_TF32_OVERRIDE may make cuBLAS do.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -53,7 +53,7 @@ const Driver& driver() {
     return driver;
 }
 
-// Does the work when the device comes to it.
+// Puts the work in the queue of the device.
 void defer(std::function<void()> work) {
     driver().defer(
         [](void* data) {
@@ -92,7 +92,7 @@ void store(void* to, Type type, size_t at, float x) {
     }
 }
 size_t size_of(Type type) { return type == R_32F ? 4 : 2; }
-// From the first to the last element of a matrix.
+// Returns the bytes from the first to the last element of a column-major matrix.
 size_t extent(size_t rows, size_t columns, int ld, Type type) {
     return rows == 0 || columns == 0 ? 0 : ((columns - 1) * size_t(ld) + rows) * size_of(type);
 }
@@ -112,8 +112,8 @@ void need_device(const char* name, const void* data, size_t bytes) {
     }
 }
 
-// The matrix op(X) of `rows` × `columns`, as rows · stride_row + columns · stride_column says, in
-// f32.
+// Writes the matrix op(X) of `rows` × `columns` to `to` in f32: element (r, c) goes to
+// r · to_row + c · to_column. Rounds off the lowest `drop` bits of each value.
 void unpack(std::vector<float>& to, const Matrix& x, size_t offset, bool transposed, size_t rows,
             size_t columns, size_t to_row, size_t to_column, int drop) {
     for (size_t c = 0; c < columns; ++c) {
@@ -174,9 +174,9 @@ Status product(Handle* handle, Operation op_a, Operation op_b, int m, int n, int
                                      : extent(depth, columns, b.ld, b.type));
             need_device("C", static_cast<const char*>(c.data) + at_c * size_of(c.type),
                         extent(rows, columns, c.ld, c.type));
-            unpack(left, a, at_a, transposed_a, rows, depth, 1, rows, drop);  // left[l · m + row]
-            unpack(right, b, at_b, transposed_b, depth, columns, 1, depth,
-                   drop);  // right[column · k + l]
+            // left[l · m + row], right[column · k + l]
+            unpack(left, a, at_a, transposed_a, rows, depth, 1, rows, drop);
+            unpack(right, b, at_b, transposed_b, depth, columns, 1, depth, drop);
             for (size_t column = 0; column < columns; ++column) {
                 std::fill(sums.begin(), sums.end(), 0.0f);
                 for (size_t l = 0; l < depth; ++l) {

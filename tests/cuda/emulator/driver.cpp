@@ -1,10 +1,10 @@
 // A stand-in for the CUDA driver library that runs the compiled-in kernels on the CPU.
 //
-// Every call is done when it returns, unless EMULATE_LATE=1: then copies, kernels and products wait
-// in their device's queue until something waits for them, as they may on a GPU, and read their
-// sources only then. All streams of a device are one. Modules are not compiled from their image: it
-// only has to name the kernels that are asked for, if it is PTX. EMULATE_RELEASE_FAILS=1: memory is
-// released, and the call says that it failed.
+// Every call is done when it returns. With EMULATE_LATE=1, copies, memsets, kernels and GEMMs stay
+// in their device's queue until the host waits for the device, as they may on a GPU, and read their
+// sources only then. All streams of a device are one. Modules are not compiled from their image; if
+// it is PTX, it must name the kernels that are looked up. With EMULATE_RELEASE_FAILS=1,
+// cuMemRelease releases the memory but returns an error.
 #include "registry.h"
 
 #include <pthread.h>
@@ -91,7 +91,7 @@ struct Event {
 struct Stream {};
 struct Context {};
 
-// One a device.
+// One context per device.
 Context contexts[emulate::MOST_DEVICES];
 
 // Not thread_local: launches overwrite thread-local variables with NaN.
@@ -125,8 +125,8 @@ bool has_entry(const std::string& ptx, const std::string& name) {
     return false;
 }
 
-// NVIDIA's libraries are taken down by the process's exit handlers: who calls them meanwhile finds
-// freed memory.
+// The exit handlers of the process free the memory of NVIDIA's libraries. A call after that would
+// read freed memory, so here it ends the process with an error.
 std::atomic<bool> taken_down{false};
 struct TakeDown {
     ~TakeDown() { taken_down = true; }
@@ -163,7 +163,7 @@ Result defer(std::function<Result()> work) {
     mine.waiting.push_back(std::move(work));
     return SUCCESS;
 }
-// Does what waits, in order. A failure is told by every later wait.
+// Does the waiting work, in order. After a failure, every later wait returns that failure.
 Result finish() {
     Queue& mine = queue();
     std::lock_guard<std::recursive_mutex> lock(mine.mutex);
@@ -187,15 +187,15 @@ Result set(void* to, size_t pattern, size_t size, size_t n) {
         return INVALID_VALUE;
     }
     return defer([=] {
+        // Little-endian: the first bytes of `pattern` are its low bytes.
         for (size_t i = 0; i < n; ++i) {
-            memcpy(static_cast<char*>(to) + i * size, &pattern,
-                   size);  // little-endian: the low bytes
+            memcpy(static_cast<char*>(to) + i * size, &pattern, size);
         }
         return SUCCESS;
     });
 }
 
-// Only the addresses said to be on the device must be device memory.
+// Copies n bytes. An address that is said to be on the device must be in device memory.
 Result copy(void* to, bool to_device, const void* from, bool from_device, size_t n) {
     check_still_there();
     if (no_context()) {
@@ -216,8 +216,8 @@ Result then_wait(Result result) { return result == SUCCESS ? wait() : result; }
 
 }  // namespace
 
-// ----------------------------------------------------------------------------------- device and
-// context
+// -------------------------------------------------------------------------------------------------
+// device and context
 
 EXPORT Result cuInit(unsigned) { return SUCCESS; }
 EXPORT Result cuDriverGetVersion(int* version) {
@@ -339,8 +339,8 @@ EXPORT Result cuMemAddressReserve(void** pointer, size_t bytes, size_t alignment
 EXPORT Result cuMemAddressFree(void* pointer, size_t bytes) {
     return munmap(pointer, bytes) == 0 ? SUCCESS : INVALID_VALUE;
 }
-// CUmemAllocationProp; a handle is its memory's size, and the device in the lowest bits, for sizes
-// are multiples of large pages.
+// CUmemAllocationProp. A handle is the size of its memory plus the number of the device, which fits
+// in the lowest bits because sizes are multiples of large pages.
 struct Properties {
     int type, handle_types, location_type, device;
 };
@@ -408,8 +408,8 @@ EXPORT Result cuMemcpyDtoDAsync_v2(void* to, const void* from, size_t n, Stream*
     return copy(to, true, from, true, n);
 }
 
-// -------------------------------------------------------------------------------- streams and
-// events
+// -------------------------------------------------------------------------------------------------
+// streams and events
 
 EXPORT Result cuStreamCreate(Stream** stream, unsigned) {
     *stream = new Stream;
@@ -450,8 +450,8 @@ EXPORT Result cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* en
     return SUCCESS;
 }
 
-// --------------------------------------------------------------------------------- modules and
-// launches
+// -------------------------------------------------------------------------------------------------
+// modules and launches
 
 EXPORT Result cuModuleLoadData(Module** module, const char* image) {
     if (no_context()) {
@@ -534,8 +534,8 @@ EXPORT Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_
     });
 }
 
-// --------------------------------------------------------------- for the emulated cuBLAS, not part
-// of CUDA
+// -------------------------------------------------------------------------------------------------
+// for the emulated cuBLAS, not part of CUDA
 
 EXPORT int emulate_contains(const void* pointer, size_t bytes) {
     return memory().contains(pointer, bytes);

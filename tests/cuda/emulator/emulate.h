@@ -37,7 +37,7 @@ EMULATE_VECTORS(unsigned, uint)
 // -------------------------------------------------------------------------------------------------
 // bf16
 
-// Bits only: as on a device, kernels convert by name.
+// Has no conversion operators: as on a device, kernels call conversion functions.
 struct __nv_bfloat16 {
     unsigned short bits;
 };
@@ -56,7 +56,7 @@ inline int __float_as_int(float x) { return int(__float_as_uint(x)); }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short x) { return {x}; }
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
-// To nearest, ties to even; every NaN becomes 0x7FFF, as on a device.
+// Rounds to nearest, ties to even. Every NaN becomes 0x7FFF, as on a device.
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     const unsigned bits = __float_as_uint(x);
     if (x != x) {
@@ -117,8 +117,8 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() {}
 [[noreturn]] inline void __trap() { emulate::fail("trap"); }
 
-// ------------------------------------------------------------------------------- barriers,
-// shuffles, votes
+// ----------------------------------------------------------------------------------------------
+// barriers, shuffles, votes
 
 namespace emulate {
 
@@ -136,7 +136,7 @@ struct Shuffle {
 };
 inline void exchange(void* const* arguments, unsigned mask) {
     uint64_t values[WARP];
-    memset(values, POISON, sizeof values);  // what a lane outside the mask would give
+    memset(values, POISON, sizeof values);  // for lanes outside the mask
     for (unsigned set = mask; set != 0; set &= set - 1) {
         const unsigned lane = __builtin_ctz(set);
         values[lane] = static_cast<Shuffle*>(arguments[lane])->value;

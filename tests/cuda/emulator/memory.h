@@ -1,8 +1,8 @@
-// Device memory of the emulator: filled with NaN when it is new and when it is freed, between guard
-// zones that are checked after every kernel and at every release, within a limit (EMULATE_MEMORY,
-// in bytes). Memory that is mapped (EMULATE_MAPPING=1) has no guard zones; what is not mapped
-// cannot be touched. With EMULATE_DEVICES=n there are n devices: the limit is of each, and memory
-// is found only by a thread that has its device's context.
+// Device memory of the emulator. It is filled with NaN when it is allocated and when it is freed.
+// Guard zones around every allocation are checked after every kernel and when it is released.
+// EMULATE_MEMORY limits the bytes of a device. Memory that is mapped (EMULATE_MAPPING=1) has no
+// guard zones, but addresses that are not mapped cannot be accessed. With EMULATE_DEVICES=n there
+// are n devices, and a thread finds only the memory of the device whose context it has.
 #pragma once
 
 #include "scheduler.h"
@@ -21,7 +21,7 @@ inline int device_count() {
     const char* text = getenv("EMULATE_DEVICES");
     return text == nullptr ? 1 : std::min(std::max(atoi(text), 0), MOST_DEVICES);
 }
-// Of the calling thread's context; the driver puts its own in place.
+// Returns the device of the calling thread's context. The emulated driver replaces this function.
 inline int (*current_device)() = [] { return 0; };
 
 class Memory {
@@ -35,7 +35,7 @@ class Memory {
         return used_[current_device()];
     }
 
-    // Null if that would exceed the limit.
+    // Returns null if the allocation would exceed the limit.
     void* allocate(size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex_);
         const size_t whole = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
@@ -56,7 +56,7 @@ class Memory {
         return data;
     }
 
-    // False if `pointer` is not the start of live memory.
+    // Returns false if `pointer` is not the start of live memory.
     bool release(void* pointer) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto found = live_.find(reinterpret_cast<size_t>(pointer));
@@ -74,7 +74,7 @@ class Memory {
         return true;
     }
 
-    // Counts a device's memory that will be mapped; false if that would exceed the limit.
+    // Counts memory of a device that will be mapped. Returns false if it would exceed the limit.
     bool create(size_t bytes, int device) {
         std::lock_guard<std::mutex> lock(mutex_);
         if (used_[device] + bytes > limit()) {
@@ -87,7 +87,7 @@ class Memory {
         std::lock_guard<std::mutex> lock(mutex_);
         used_[device] -= bytes;
     }
-    // Of reserved addresses; false if some of them are mapped already.
+    // Maps memory to reserved addresses. Returns false if memory is mapped at `pointer` already.
     bool map(void* pointer, size_t bytes, int device) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto start = reinterpret_cast<size_t>(pointer);
@@ -126,8 +126,8 @@ class Memory {
                bytes <= piece.bytes - (address - start);
     }
 
-    // To be called after every operation on the device, with its name: reports damaged guard zones
-    // and aborts.
+    // Aborts with a report if a guard zone is damaged. It is called after every operation on the
+    // device, with the operation's name.
     void check_after(const char* operation) {
         std::lock_guard<std::mutex> lock(mutex_);
         recent_[count_++ % RECENT] = operation;
@@ -150,7 +150,7 @@ class Memory {
             if (of.device != current_device() || address < start || address >= start + of.bytes) {
                 return false;
             }
-            // On to the piece that borders on this one.
+            // The rest must lie in the piece that starts where this one ends.
             address = start + of.bytes;
             if (address >= end) {
                 return true;

@@ -38,7 +38,7 @@ struct Order {
         z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
         return unsigned(((z ^ (z >> 31)) >> 32) % below);
     }
-    // A member of a non-empty set.
+    // Returns the next member of a non-empty set, given as bits.
     unsigned choose(unsigned set) {
         if (kind == FORWARD) {
             return __builtin_ctz(set);

@@ -1,5 +1,5 @@
-// Takes the place of the thread sanitizer's library: the calls that a compiler puts before each
-// access of memory. Not compiled with that sanitizer.
+// Replaces the library of the thread sanitizer: defines the functions that a compiler calls before
+// each memory access. This file itself is not compiled with the sanitizer.
 #include "scheduler.h"
 
 namespace emulate {

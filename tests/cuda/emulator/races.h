@@ -1,8 +1,9 @@
-// Races in shared memory: two threads of a block touch it without a barrier between, and one of
-// them writes. With EMULATE_RACES defined and the kernels compiled with -fsanitize=thread every
-// access is a call of races.cpp, which takes that sanitizer's place; copies and matrix loads are
-// noted where they are emulated. __syncthreads orders a block's threads, __syncwarp a warp's;
-// shuffles, votes and tensor-core operations order nothing.
+// Finds races in shared memory: two threads of a block access the same bytes without a barrier in
+// between, and one of them writes. With EMULATE_RACES defined and the kernels compiled with
+// -fsanitize=thread, every access calls a function of races.cpp, which replaces the sanitizer's
+// library. Asynchronous copies and matrix loads are recorded where they are emulated.
+// __syncthreads orders the threads of a block, __syncwarp those of a warp. Shuffles, votes and
+// tensor-core operations order nothing.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +16,7 @@ namespace emulate {
 
 class Races {
   public:
-    // A block begins, with so many bytes of shared memory.
+    // Starts a block of `warps` warps with `bytes` bytes of shared memory.
     void begin(size_t bytes, unsigned warps) {
         warps_ = warps;
         cells_.assign((bytes + GRANULE - 1) / GRANULE * warps, Cell{});
@@ -25,8 +26,8 @@ class Races {
     void block_barrier() { between_barriers_ += 1; }
     void warp_barrier(unsigned warp) { between_syncwarps_[warp] += 1; }
 
-    // Thread `thread` reads or writes bytes from `at` on. Returns another thread whose access it
-    // races with, or -1.
+    // Records that a thread reads or writes bytes from `at` on. Returns another thread whose access
+    // it races with, or -1.
     int access(unsigned thread, size_t at, size_t bytes, bool write) {
         const unsigned own = thread / 32, lane = 1u << thread % 32;
         current_ = own;
@@ -56,6 +57,8 @@ class Races {
 
   private:
     static constexpr size_t GRANULE = 2;  // bytes; the kernels have nothing smaller
+    // The accesses of a warp. They count only if both numbers are those of the current period: the
+    // numbers of __syncthreads of the block, and of __syncwarp of the warp, that came before.
     struct Accesses {
         unsigned between_barriers = 0, between_syncwarps = 0;
         unsigned lanes = 0, earlier = 0;  // since the last __syncwarp, and before it
@@ -77,7 +80,7 @@ class Races {
     std::vector<Cell> cells_;
 };
 
-// The calling fiber touches memory; only shared memory is looked at.
+// Records an access of the calling fiber and aborts if it is a race. Only shared memory is checked.
 void note_access(const void* address, size_t bytes, bool write);
 
 #else

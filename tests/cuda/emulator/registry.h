@@ -9,15 +9,15 @@ namespace emulate {
 
 struct Kernel {
     const char* name;
-    // Takes the arguments as cuLaunchKernel gets them, as pointers to the values, which it copies;
-    // the result runs the kernel.
+    // Copies the arguments and returns a function that runs the kernel with them. `parameters` are
+    // pointers to the values, as in cuLaunchKernel.
     std::function<void()> (*prepare)(const char* name, dim3 grid, dim3 block, size_t shared,
                                      void** parameters);
 };
 
 const Kernel* find_kernel(const char* name);
 
-// A pointer must be null or lie in live device memory, with the alignment of its type.
+// Aborts unless a pointer is null or lies in live device memory, with the alignment of its type.
 template <class T>
 void check_argument(const char* name, size_t index, T value) {
     if constexpr (std::is_pointer<T>::value) {

@@ -36,7 +36,7 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Saves the callee-saved registers, stores the stack pointer in *save and goes on with the stack
+// Saves the callee-saved registers, stores the stack pointer in *save and continues on the stack
 // `to`.
 extern "C" void emulate_switch(void** save, void* to);
 asm(R"(
@@ -92,7 +92,7 @@ struct Place {
 
 // A warp operation: `arguments[lane]` for the lanes in `mask`.
 using Combine = void (*)(void* const* arguments, unsigned mask);
-// __syncwarp's.
+// The operation of __syncwarp.
 inline void nothing(void* const*, unsigned) {}
 
 struct Copy {
@@ -161,7 +161,7 @@ inline Range thread_local_range() {
 
 extern "C" inline void emulate_enter();
 
-// One OS thread's means to run blocks, one after the other.
+// The fibers, stacks and shared memory with which one OS thread runs blocks, one after the other.
 struct Worker {
     Fiber fibers[MOST_THREADS] = {};
     WarpState warps[MOST_THREADS / WARP] = {};
@@ -194,16 +194,16 @@ struct Worker {
         shared = reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
     }
 
-    // Shared memory starts every block with NaN: dynamic memory between guard zones, and
-    // `__shared__` variables, which are thread-local variables of this module. So other
-    // thread-local variables do not survive a launch.
+    // Fills the shared memory of a block with NaN: the dynamic memory, between guard zones, and the
+    // `__shared__` variables, which are thread-local variables of this module. This overwrites all
+    // thread-local variables of the module but `here`.
     void poison() {
         memset(shared - GUARD, GUARD_BYTE, GUARD);
         memset(shared, POISON, launch->shared);
         memset(shared + launch->shared, GUARD_BYTE, GUARD);
-        auto* keep = reinterpret_cast<unsigned char*>(&here);
-        memset(variables.begin, POISON, keep - variables.begin);
-        memset(keep + sizeof(Here), POISON, variables.end - (keep + sizeof(Here)));
+        auto* own = reinterpret_cast<unsigned char*>(&here);
+        memset(variables.begin, POISON, own - variables.begin);
+        memset(own + sizeof(Here), POISON, variables.end - (own + sizeof(Here)));
     }
 
     void check_shared_guards() const {
@@ -226,7 +226,7 @@ struct Worker {
             fiber.index = uint3{t % size.x, t / size.x % size.y, t / size.x / size.y};
             fiber.copies.clear();
             fiber.group = 0;
-            // Stacks start at different offsets, for they would share the same cache sets
+            // Stacks start at different offsets, because they would share the same cache sets
             // otherwise.
             auto* top = reinterpret_cast<void**>(stacks + (t + 1) * STACK - t % 64 * 192);
             *--top = nullptr;                                  // no caller
@@ -268,8 +268,8 @@ struct Worker {
         here.worker = nullptr;
     }
 
-    // Runs every ready lane up to where it waits, then the operations that all their lanes have
-    // reached.
+    // Runs every ready lane of a warp until it waits. Then carries out the warp operations at which
+    // all lanes of the operation's mask wait.
     void step(unsigned w) {
         WarpState& warp = warps[w];
         for (unsigned todo = warp.ready; todo != 0;) {
@@ -309,7 +309,8 @@ struct Worker {
         }
     }
 
-    // Called when no fiber can go on. False when all have ended.
+    // Called when no fiber can continue. Lets the block pass its barrier. Returns false if all
+    // fibers have ended.
     bool pass_block_barrier() {
         unsigned waiting = 0, done = 0;
         int count = 0;
@@ -365,7 +366,7 @@ struct Worker {
         fail("divergent barrier: no thread can go on");
     }
 
-    // Called by a fiber: back to the scheduler.
+    // Switches from the calling fiber to the scheduler.
     void suspend() { emulate_switch(&current->stack_pointer, scheduler); }
 
     unsigned number() const { return unsigned(current - fibers); }
@@ -448,7 +449,7 @@ inline void fail(const char* format, ...) {
     abort();
 }
 
-// Workers are made once, for their stacks, and one launch runs at a time.
+// Workers are reused, because making their stacks takes time. One launch runs at a time.
 inline std::mutex launching;
 inline std::vector<std::unique_ptr<Worker>> workers;
 

@@ -23,8 +23,8 @@ inline void mma_of_warp(void* const* arguments, unsigned mask) {
     for (unsigned lane = 0; lane < WARP; ++lane) {
         const auto* of = static_cast<const Mma*>(arguments[lane]);
         const unsigned g = lane / 4, t = lane % 4;
-        for (unsigned i = 0; i < 8;
-             ++i) {  // register i / 2: odd ones 8 rows down, the last two 8 columns right
+        // Value i is in register i / 2: odd registers 8 rows down, the last two 8 columns right.
+        for (unsigned i = 0; i < 8; ++i) {
             a[g + i / 2 % 2 * 8][t * 2 + i % 2 + i / 4 * 8] = half_of(of->a[i / 2], i % 2);
         }
         for (unsigned i = 0; i < 4; ++i) {
@@ -77,8 +77,8 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* address) {
     here.worker->wait_in_warp(&ldmatrix_of_warp<TRANSPOSED>, "ldmatrix", ~0u, &argument);
 }
 
-// The bytes move as late as they may, when the thread waits for them. Until then the target holds
-// NaN, so that a read without a wait, or a target that others still read, shows.
+// Moves the bytes as late as possible: when the thread waits for them. Until then the target holds
+// NaN. A read without a wait, and a copy to a target that others still read, therefore give NaN.
 inline void cp_async_16(void* to, const void* from, bool valid) {
     check_aligned(to, 16);
     check_aligned(from, 16);

@@ -1,8 +1,10 @@
-"""How near the GPU's limits each kernel runs: counters.py COUNTERS.csv
+"""Prints how near the GPU's limits each kernel runs: counters.py COUNTERS.csv
 
-COUNTERS.csv is what `ncu --section SpeedOfLight --metrics dram__bytes.sum --csv --page raw` writes. Per kernel: launches, time, bytes that crossed the GPU's
-memory, their rate, and the shares of the peak (memory's, then the multiprocessors') that the hardware counted; the larger one is the roof it runs under. The
-table is markdown.
+COUNTERS.csv is the output of
+`ncu --section SpeedOfLight --metrics dram__bytes.sum --csv --page raw`.
+The table (markdown) has for each kernel the launches, the time, the rate of the GPU's memory, and
+the shares of the peak of the memory and of the multiprocessors that the hardware counted. The
+larger share is the one that limits the kernel.
 """
 
 import csv

@@ -1,6 +1,7 @@
-"""Where a trace's time went: roofline.py TRACE.tsv [--steps N] [--skip N] [--ordered K]
+"""Prints how the time of a trace is divided:
+roofline.py TRACE.tsv [--steps N] [--skip N] [--ordered K]
 
-TRACE.tsv is what trace.cpp writes; it may be compressed (.gz, .xz). The tables are markdown.
+TRACE.tsv is the output of trace.cpp; it may be compressed (.gz, .xz). The tables are markdown.
 """
 
 import argparse
@@ -19,7 +20,8 @@ Record = namedtuple("Record", "kind name start end stream grid block shared regi
 
 
 def short(name):
-    """Names of extern "C" kernels stay; of others go the result's type, the arguments, and what is after 60 characters."""
+    """Returns the name of an extern "C" kernel as it is, and others without their result's type and
+    arguments, at most 60 characters of them."""
     if re.fullmatch(r"\w+", name) and not BLAS.search(name):
         return name
     name = re.sub(r"\([\w: ]+\)(?=-?\d)", "", name.removeprefix("void ").replace("(anonymous namespace)::", ""))    # (type)1 is 1
@@ -27,7 +29,7 @@ def short(name):
 
 
 def read(path):
-    """The records by their start, and what is to be said of them."""
+    """Returns the records, sorted by their start, and the remarks about them."""
     opener = gzip.open if path.endswith(".gz") else lzma.open if path.endswith(".xz") else open
     records, remarks, untimed, broken = [], [], 0, 0
     with opener(path, "rt", encoding="utf-8", errors="replace") as lines:
@@ -52,7 +54,8 @@ def read(path):
 
 
 def idle(records):
-    """For each record the time before it in which nothing ran (below zero: it overlaps with earlier ones)."""
+    """Returns for each record the idle time before it in ns (negative if it overlaps with earlier
+    ones), and the end of the last record."""
     until, gaps = records[0].start, []
     for record in records:
         gaps.append(record.start - until)
@@ -61,7 +64,7 @@ def idle(records):
 
 
 def most(values):
-    """The most frequent value, and how many others there are."""
+    """Returns the most frequent value and the number of other values as text."""
     (first, _), *others = Counter(values).most_common()
     return f"{first} (+{len(others)})" if others else str(first)
 

@@ -1,9 +1,13 @@
-"""Each kernel's distance from the GPU's roof: roofs.py TRACE.tsv --shape 8b --bandwidth 4800 --flops 989 [--gflop G --seen S]
+"""Compares each kernel with the GPU's bandwidth and arithmetic:
+roofs.py TRACE.tsv --shape 8b --bandwidth 4800 --flops 989 [--gflop G --seen S]
 
-TRACE.tsv is what trace.cpp writes of LoRA steps in bf16 on a model of benches/gpu.py's shapes; --bandwidth in GB/s, --flops in TFLOP/s (the data sheet's,
-say). What a kernel must move is counted from its shape: every input once, every output once; the row's length is the grid of the last `embed`. --gflop is the
-sum of the figure that offline.rs prints, --seen the pairs of tokens that attention compares in one pass, over all steps of the trace: with both, attention's
-and the products' arithmetic is known too. The larger share of a peak is the roof that the kernel runs under. The table is markdown.
+TRACE.tsv is the output of trace.cpp for LoRA steps in bf16 on a model with a shape of
+benches/gpu.py. --bandwidth is in GB/s and --flops in TFLOP/s, from the data sheet for example. The
+bytes that a kernel must move are counted from its shape, every input and every output once; the
+length of the row is the grid of the last `embed`. --gflop is the sum of the figure that offline.rs
+prints. --seen is the number of pairs of tokens that attention compares in one pass, summed over all
+steps of the trace. With both, the arithmetic of attention and of the GEMMs is known, too. The
+larger share of a peak is the one that limits the kernel. The table is markdown.
 """
 
 import argparse
@@ -26,7 +30,7 @@ width, row = heads * dim, (heads + 2 * keys) * dim
 
 
 def moved(name, grid, tokens):
-    """Bytes, or None where they depend on more than the shape."""
+    """Returns the bytes that a launch moves, or None if they do not depend on the shape alone."""
     kind, per = name.removesuffix("_bf16"), {
         "embed": hidden * (2 + 4),
         "rms_norm": hidden * (4 + 2),
@@ -47,10 +51,12 @@ def moved(name, grid, tokens):
     return rows * per[kind]
 
 
-# Multiplications and additions for each two tokens that are compared, in units of a head's width, over all steps: S and O; S, dP and dQ; S, dP, dV and dK.
+# Multiplications and additions per pair of tokens that are compared and element of a head's width,
+# in a step. Forward pass: S and O, computed twice (policy and reference). Backward pass: S, dP and
+# dQ; S, dP, dV and dK.
 products = {f"attention_mma_{dim}": 2 * 2 * 2, f"attention_dq_mma_{dim}": 2 * 3, f"attention_dkv_mma_{dim}": 2 * 4}
 arithmetic = {name: n * width * layers * args.seen for name, n in products.items()}
-# offline.rs counts attention as 4.5 passes forward.
+# offline.rs counts the attention of a step as 4.5 forward passes.
 arithmetic["products (cuBLAS)"] = args.gflop * 1e9 - 4.5 * 4 * width * layers * args.seen if args.gflop and args.seen else 0
 
 records, _ = read(args.trace)

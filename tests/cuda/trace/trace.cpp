@@ -1,13 +1,14 @@
 // A profiler that the CUDA driver loads into a program when the program calls cuInit: one line for
 // each kernel, copy and memset on the GPU.
 //
-//   CUDA_INJECTION64_PATH=/path/to/libbradley_trace.so BRADLEY_TRACE=trace.tsv
-//   [BRADLEY_TRACE_SKIP=N] PROGRAM
+//   export CUDA_INJECTION64_PATH=/path/to/libbradley_trace.so
+//   BRADLEY_TRACE=trace.tsv [BRADLEY_TRACE_SKIP=N] PROGRAM
 //
-// A line is, with tabs between: kernel|memcpy|memset, name, start and end in ns, stream, grid x y
-// z, block x y z, bytes of dynamic shared memory, registers per thread, bytes, kind of copy. A line
-// that starts with # is a remark. Records come in the order of their delivery: sort them by their
-// start. BRADLEY_TRACE_SKIP leaves out all that is delivered before N kernels have been.
+// The fields of a line are separated by tabs: kernel|memcpy|memset, name, start and end in ns,
+// stream, grid (3 fields), block (3 fields), bytes of dynamic shared memory, registers per thread,
+// bytes, kind of copy. A line that starts with # is a remark. Records are in the order of their
+// delivery: sort them by their start. With BRADLEY_TRACE_SKIP=N, records are left out until N
+// kernels have been delivered.
 #include <cupti.h>
 #include <cxxabi.h>
 #include <pthread.h>
@@ -50,7 +51,7 @@ bool check(const char* what, CUptiResult result) {
     return false;
 }
 
-// CUPTI is told to expect zeros, which fresh pages are.
+// Gives CUPTI a buffer of fresh pages. These are zero, as start() has told CUPTI.
 void CUPTIAPI requested(uint8_t** buffer, size_t* size, size_t* max_records) {
     void* pages = mmap(nullptr, BUFFER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     *buffer = pages == MAP_FAILED ? nullptr : static_cast<uint8_t*>(pages);
@@ -92,7 +93,7 @@ void write(FILE* to, const CUpti_Activity* record) {
     }
 }
 
-// No lock is held while CUPTI is called.
+// Writes the records of a full buffer to the file. No lock is held while CUPTI is called.
 void CUPTIAPI completed(CUcontext context, uint32_t stream, uint8_t* buffer, size_t size,
                         size_t valid) {
     char* lines = nullptr;
@@ -116,7 +117,7 @@ void CUPTIAPI completed(CUcontext context, uint32_t stream, uint8_t* buffer, siz
     free(lines);
 }
 
-// False when the time is over.
+// Returns false if the time is over.
 bool wait(pthread_cond_t* condition, const timespec& until) {
     return pthread_cond_clockwait(condition, &flush_lock, CLOCK_MONOTONIC, &until) == 0;
 }
@@ -161,7 +162,8 @@ bool flush(int seconds, bool last) {
     return in_time;
 }
 
-// Before an unload: kernels' names may be the module's, and their times the context's.
+// Called before a module or a context is unloaded. Flushes, because a record's name may be in the
+// module's memory, and its times need the context.
 void CUPTIAPI called(void*, CUpti_CallbackDomain domain, CUpti_CallbackId, const void* data) {
     static std::atomic<bool> stuck;
     if (domain != CUPTI_CB_DOMAIN_DRIVER_API ||

@@ -89,9 +89,9 @@ pub fn attention_backward(
 }
 
 /// Estimates the size in bytes of P and dS that [`attention_backward`] saves between its two
-/// sweeps, for a row of `tokens` tokens in which the longest pair has `longest`. On average a query
-/// attends to half of its pair's tokens; if several pairs share a prompt, to at most all of them.
-/// One `BLOCK` is added for the padding of blocks and panels.
+/// sweeps, for a row of `tokens` tokens in which the longest pair has `longest`. A query attends on
+/// average to at most half of the row's tokens, and to no more than `longest`. One `BLOCK` is added
+/// for the padding of blocks and panels.
 pub fn score_bytes(kernel: Kernel, heads: usize, tokens: usize, longest: usize) -> usize {
     let element = if kernel.is_bf16() {
         size_of::<half::bf16>()
@@ -102,9 +102,13 @@ pub fn score_bytes(kernel: Kernel, heads: usize, tokens: usize, longest: usize) 
     2 * (tokens * columns * heads).min(MAX_SAVED_SCORES) * element
 }
 
+/// Packed keys and values that the first sweep reads.
 struct Packed {
+    /// For S = Q·Kᵀ.
     keys: Keys,
+    /// For dP = dO·Vᵀ.
     values: Keys,
+    /// For dQ = scale·dS·K.
     key_rows: Along,
 }
 
@@ -301,6 +305,8 @@ impl Sweep<'_> {
         }
     }
 
+    /// Writes the sum of the products to `to`, or adds it to `to` with `accumulate`.
+    ///
     /// # Safety
     /// `to` is valid for `keys` rows of `n` elements and no other thread touches them.
     unsafe fn write(

@@ -89,6 +89,7 @@ impl QueryBlock {
     }
 }
 
+/// Divides every segment into blocks of at most [`BLOCK`] queries.
 pub(super) fn blocks(layout: &RowLayout) -> Vec<QueryBlock> {
     let mut blocks = Vec::new();
     for (index, s) in layout.segments.iter().enumerate() {

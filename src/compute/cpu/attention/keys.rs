@@ -6,7 +6,8 @@ use crate::compute::cpu::gemm::{Kernel, NR, View, pack_panel};
 use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
 
-/// Packed for GEMMs over D: Bᵀ `[D, keys]`. A panel is [`NR`] keys of one segment.
+/// Keys (or values) packed for GEMMs whose depth is D: B `[D, keys]`. A panel is [`NR`] keys of one
+/// segment.
 pub(super) struct Keys {
     units: Buffer,
     depth: usize,
@@ -61,7 +62,8 @@ impl Keys {
     }
 }
 
-/// Packed for GEMMs over tokens: B `[tokens of a stretch, D]`. A panel is [`NR`] columns of D.
+/// Rows of tokens packed for GEMMs whose depth is a stretch, a range of tokens: B `[tokens of the
+/// stretch, D]`. A panel is [`NR`] columns of D.
 pub(super) struct Along {
     units: Buffer,
     dim: usize,

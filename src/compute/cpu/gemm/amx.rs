@@ -9,7 +9,8 @@ use super::panel::{NR, OutputTile, Product};
 /// Rows and columns of a tile of C.
 const TILE: usize = 16;
 
-/// Returns true if the processor has AMX with bf16 and the kernel lets this process use it.
+/// Returns true if the processor has AMX with bf16 and the operating system lets this process use
+/// it.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) fn available() -> bool {
     use std::sync::OnceLock;
@@ -73,6 +74,8 @@ thread_local! {
     static CONFIGURED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
+/// Computes `m` rows of C, as [`super::kernel::panel_product`] does.
+///
 /// # Safety
 /// As [`super::kernel::panel_product`], with [`super::panel::ROW_PADDING`] readable rows after the
 /// last. [`available`] must have returned true.
@@ -148,8 +151,10 @@ unsafe fn square((i, j): (usize, usize), m: usize, products: &[Product], out: Ou
     }
 }
 
+/// Computes 32 × 32 elements of C into `out`, or only the upper 16 × 32 if `both` is false.
+///
 /// # Safety
-/// As [`square`]; `out` is valid for 32 × 32 elements, or for 16 × 32 if `both` is false.
+/// As [`square`]; `out` is valid for these elements.
 #[cfg(target_arch = "x86_64")]
 unsafe fn tile_products(i: usize, j: usize, both: bool, products: &[Product], out: OutputTile) {
     use std::arch::asm;

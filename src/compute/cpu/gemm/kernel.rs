@@ -33,8 +33,8 @@ impl Kernel {
         }
     }
 
-    /// Returns the name of the kernel and the properties of this processor that determine its
-    /// rounding. The portable kernel uses fused multiply-add only if the processor has it.
+    /// Returns the name of the kernel and the architecture, and "fused" if the kernel runs with the
+    /// processor's FMA instructions. Results are comparable bit for bit only if this text is equal.
     pub fn arithmetic(self) -> String {
         #[cfg(target_arch = "x86_64")]
         let is_fused = self != Kernel::Portable || x86::has_avx2();
@@ -117,7 +117,8 @@ const CHUNK_DEPTH: usize = 288;
 const CHUNK_STEP: usize = 16;
 /// Maximum number of products in a chunk.
 const CHUNK_PRODUCTS: usize = 8;
-/// Number of rows of C whose accumulators are in registers at a time.
+/// Number of rows of C whose accumulators the 512-bit kernels hold in registers at a time. The AVX2
+/// kernel divides them further.
 const MR: usize = 14;
 
 /// Computes `m` rows of C as Σ products, or adds to C if `out.accumulate` is set. The depth is
@@ -173,6 +174,8 @@ fn pieces(p: &Product) -> impl Iterator<Item = Product> + use<> {
     })
 }
 
+/// Computes one chunk of the sum with the kernel's instructions.
+///
 /// # Safety
 /// As [`panel_product`].
 unsafe fn chunk_product(kernel: Kernel, m: usize, products: &[Product], out: OutputTile) {
@@ -207,6 +210,7 @@ unsafe fn chunk_product(kernel: Kernel, m: usize, products: &[Product], out: Out
     });
 }
 
+/// Calls `strip(rows, first)` for strips of at most [`MR`] rows.
 #[inline(always)]
 fn by_rows(m: usize, mut strip: impl FnMut(usize, usize)) {
     let mut i = 0;
@@ -217,6 +221,8 @@ fn by_rows(m: usize, mut strip: impl FnMut(usize, usize)) {
     }
 }
 
+/// Computes `rows` rows of C from row `first` on, in plain Rust.
+///
 /// # Safety
 /// As [`panel_product`].
 #[inline(always)]
@@ -275,6 +281,8 @@ mod x86 {
     /// Prefetch distance in B, in units of depth.
     const AHEAD: usize = 8;
 
+    /// Computes `rows` rows of C from row `first` on, with 512-bit vectors.
+    ///
     /// # Safety
     /// As [`super::panel_product`]; the processor has the kernel's instructions.
     #[inline]
@@ -320,6 +328,8 @@ mod x86 {
     /// Columns at a time: two 256-bit vectors.
     const WIDTH: usize = 16;
 
+    /// Computes `rows` rows of C from row `first` on, with 256-bit vectors.
+    ///
     /// # Safety
     /// As [`super::panel_product`]; the processor has AVX2 and FMA.
     #[inline]

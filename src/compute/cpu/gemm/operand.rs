@@ -12,12 +12,14 @@ use crate::compute::cpu::thread_pool;
 use half::bf16;
 
 thread_local! {
+    /// Two rounded lines of k, before they are interleaved into pairs.
     static BF16_LINES: RefCell<Vec<bf16>> = const { RefCell::new(Vec::new()) };
     /// One row in f32, before it is rounded.
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Number of elements that one task converts.
+/// Number of units that one task converts from a row-major source; from another source it converts
+/// 64 rows. A matrix of fewer elements than this is converted by the calling thread alone.
 const CHUNK: usize = 1 << 15;
 
 /// A matrix A `[rows, cols]`, prepared once as the left operand of any number of GEMMs.
@@ -112,7 +114,7 @@ impl<'a> Operand<'a> {
         cols: usize,
         mut prepare: impl FnMut(usize, &mut [f32]),
     ) -> Self {
-        let mut rounded = Rounded::new(kernel, values.len() / cols, cols);
+        let mut rounded = OperandRows::new(kernel, values.len() / cols, cols);
         for (i, row) in values.chunks_exact_mut(cols).enumerate() {
             prepare(i, row);
             rounded.write(i, row);
@@ -129,7 +131,7 @@ impl<'a> Operand<'a> {
         mut prepare: impl FnMut(usize, &mut [f32], &mut [f32]),
     ) -> [Self; 2] {
         let mut rounded =
-            [first.len(), second.len()].map(|len| Rounded::new(kernel, len / cols, cols));
+            [first.len(), second.len()].map(|len| OperandRows::new(kernel, len / cols, cols));
         for (i, (x, y)) in first
             .chunks_exact_mut(cols)
             .zip(second.chunks_exact_mut(cols))
@@ -209,8 +211,8 @@ impl<'a> Operand<'a> {
         self.kernel
     }
 
-    /// Pairs the rows from `row` on and the columns from `start` on (even for bf16 kernels) with a
-    /// packed panel of B.
+    /// Pairs the rows from `row` on and the columns from `start` on with a packed panel of B. For
+    /// bf16 kernels, `start` must be even.
     pub(crate) fn product(&self, row: usize, start: usize, depth: usize, panel: &[u32]) -> Product {
         let units = self.units.all().as_ptr();
         let offset = row * self.stride + self.kernel.units(start);
@@ -225,8 +227,9 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// Builder of an operand row by row. Rows are rounded if the kernel is bf16.
-struct Rounded {
+/// Builder of an operand from finished rows. For bf16 kernels it holds the rounded rows; for f32
+/// kernels it holds nothing, and the operand borrows the values.
+struct OperandRows {
     kernel: Kernel,
     rows: usize,
     cols: usize,
@@ -234,7 +237,7 @@ struct Rounded {
     own: Buffer,
 }
 
-impl Rounded {
+impl OperandRows {
     fn new(kernel: Kernel, rows: usize, cols: usize) -> Self {
         let depth = kernel.depth(cols);
         let own = if kernel.is_bf16() {
@@ -242,7 +245,7 @@ impl Rounded {
         } else {
             Buffer::default()
         };
-        Rounded {
+        OperandRows {
             kernel,
             rows,
             cols,
@@ -261,9 +264,9 @@ impl Rounded {
         }
     }
 
-    /// Returns the operand. For f32 kernels it borrows `values`.
+    /// Returns the operand with all rows, given the values that were written.
     fn operand(self, values: &[f32]) -> Operand<'_> {
-        let Rounded {
+        let OperandRows {
             kernel,
             rows,
             cols,
@@ -301,6 +304,7 @@ struct SourceRows<'a> {
 
 /// Converts rows into `dst` `[rows, depth]`. `depth` is in units, padding included.
 fn fill_rows(kernel: Kernel, source: SourceRows, depth: usize, dst: &mut [u32]) {
+    // A new element type does not compile here: the functions below must then handle it.
     let (Elements::F32(_) | Elements::Bf16(_)) = source.view.elements;
     if kernel.is_bf16() {
         BF16_LINES.with_borrow_mut(|lines| fill_rows_bf16(kernel, source, depth, dst, lines));
@@ -524,7 +528,7 @@ impl Operand<'static> {
         }
     }
 
-    /// Returns the operand of a copy of `view` `[rows, cols]`, which may be dropped.
+    /// Returns the operand of a copy of `view` `[rows, cols]`. It does not borrow from the view.
     pub(crate) fn owned(kernel: Kernel, view: View, rows: usize, cols: usize) -> Operand<'static> {
         let Operand {
             kernel,

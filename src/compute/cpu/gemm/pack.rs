@@ -41,21 +41,21 @@ pub(crate) fn pack_panel(
     };
     let end = start + (lines - 1) * stride + width;
     match (kernel.is_bf16(), b.elements) {
-        (false, Elements::F32(v)) => lay_f32(&v[start..end], stride, along_k, k, n, dst),
-        (true, Elements::Bf16(v)) => lay_bf16(kernel, &v[start..end], stride, along_k, k, n, dst),
+        (false, Elements::F32(v)) => pack_f32(&v[start..end], stride, along_k, k, n, dst),
+        (true, Elements::Bf16(v)) => pack_bf16(kernel, &v[start..end], stride, along_k, k, n, dst),
         (false, Elements::Bf16(v)) => F32.with_borrow_mut(|line| {
             line.resize(lines * width, 0.0);
             for (to, from) in line.chunks_mut(width).zip(v[start..end].chunks(stride)) {
                 from[..width].convert_to_f32_slice(to);
             }
-            lay_f32(line, width, along_k, k, n, dst);
+            pack_f32(line, width, along_k, k, n, dst);
         }),
         (true, Elements::F32(v)) => BF16.with_borrow_mut(|line| {
             line.resize(lines * width, bf16::ZERO);
             for (to, from) in line.chunks_mut(width).zip(v[start..end].chunks(stride)) {
                 round(kernel, &from[..width], to);
             }
-            lay_bf16(kernel, line, width, along_k, k, n, dst);
+            pack_bf16(kernel, line, width, along_k, k, n, dst);
         }),
     }
 }
@@ -118,7 +118,8 @@ pub(super) unsafe fn round_rows(
     }
 }
 
-fn lay_f32(src: &[f32], stride: usize, along_k: bool, k: usize, n: usize, dst: &mut [u32]) {
+/// Packs f32 lines that lie `stride` elements apart: n lines along k, or k lines along n.
+fn pack_f32(src: &[f32], stride: usize, along_k: bool, k: usize, n: usize, dst: &mut [u32]) {
     // SAFETY: same size and alignment, and every bit pattern is valid for both.
     let src: &[u32] = unsafe { std::slice::from_raw_parts(src.as_ptr().cast(), src.len()) };
     if along_k {
@@ -140,7 +141,8 @@ fn lay_f32(src: &[f32], stride: usize, along_k: bool, k: usize, n: usize, dst: &
     dst[k * NR..].fill(0);
 }
 
-fn lay_bf16(
+/// Packs bf16 lines as [`pack_f32`] does, two neighbouring k in a unit.
+fn pack_bf16(
     kernel: Kernel,
     src: &[bf16],
     stride: usize,
@@ -214,6 +216,7 @@ fn lay_bf16(
     dst[k.div_ceil(2) * NR..].fill(0);
 }
 
+/// Sets the columns from `n` on to zero.
 fn clear_columns(dst: &mut [u32], n: usize) {
     if n < NR {
         dst.chunks_mut(NR).for_each(|row| row[n..].fill(0));
@@ -307,8 +310,9 @@ pub(super) unsafe fn transpose(
     }
 }
 
-/// Transposes pairs of rows for bf16 kernels: `dst[c·dst_stride + p] = src[2p·stride + c] | src[(2p
-/// + 1)·stride + c] << 16` for c < cols and 2p < rows. The rest of each output row becomes 0.
+/// Transposes pairs of rows for bf16 kernels, for c < cols and 2p < rows:
+/// `dst[c·dst_stride + p] = src[2p·stride + c] | src[(2p + 1)·stride + c] << 16`.
+/// The rest of each output row becomes 0.
 pub(super) fn transpose_pairs(
     src: &[bf16],
     stride: usize,
@@ -460,8 +464,8 @@ mod x86 {
     /// `src` is valid for the rows and `dst` for `pairs` times [`NR`] units.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     pub unsafe fn interleave_panel(src: *const bf16, stride: usize, pairs: usize, dst: *mut u32) {
-        // Index vectors for the permutation: element j of the first row, then of the second row,
-        // for j from 0 and from 16.
+        // Indices for the permutation. Each pair selects element j of the lower row and element j
+        // of the upper row (index 32 + j): j = 0…15 in `first`, j = 16…31 in `second`.
         let counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         let first = _mm512_add_epi32(
             _mm512_mullo_epi32(counted, _mm512_set1_epi32(0x1_0001)),

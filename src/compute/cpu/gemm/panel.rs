@@ -1,9 +1,12 @@
 //! Operands and output of the inner kernels: a panel of B, rows of A and a tile of C.
+//!
+//! A unit is 4 bytes: one f32, or the bf16 of two neighbouring k. Depth is the extent along k, in
+//! units.
 
 /// Number of columns in a panel of B.
 pub const NR: usize = 32;
-/// Number of readable rows that must follow the last row of A, so that tile kernels need no edge
-/// case.
+/// Number of readable rows that must follow the last row of A for bf16 kernels, so that the AMX
+/// kernel needs no edge case. A for f32 kernels may be borrowed and has no such rows.
 pub(crate) const ROW_PADDING: usize = 16;
 
 /// Rows of A and the packed panel of B that they are multiplied with.

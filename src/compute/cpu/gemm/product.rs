@@ -19,7 +19,7 @@ const PASS_UNITS: usize = 1 << 17;
 /// Minimum number of rows that are worth a task of their own.
 const MIN_CUT_ROWS: usize = 32;
 /// For at most this many rows of A, the GEMM is bound by reading B. B's rows are then read in
-/// order, in slices of [`SLICE_DEPTH`] units.
+/// order, in slices of [`SLICE_DEPTH`] units, if they are contiguous and the kernel is not AMX.
 const NARROW_ROWS: usize = 64;
 const SLICE_DEPTH: usize = 64;
 /// Number of multiplications below which starting threads costs more than it saves.
@@ -254,6 +254,7 @@ pub(super) unsafe fn multiply(
     }
 }
 
+/// Multiplies one block of the sum and writes it to `c`, or adds it with `accumulate`.
 fn block_product(
     kernel: Kernel,
     (m, n): (usize, usize),

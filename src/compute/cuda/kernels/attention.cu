@@ -1,15 +1,17 @@
 // Attention over the segments of a packed row on CUDA cores, for any even head dimension up to 256.
 // Accumulation is in f32. No T×T matrix exists.
 //
-// Forward pass, per tile of 64 queries and head: S = scale·Q·Kᵀ one tile of keys at a time, P =
-// softmax(S) as an online softmax (running maximum and sum of each row), O = P·V. The backward pass
-// recomputes P = e^(S − lse): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − delta), dQ = scale·dS·K, dK =
-// scale·dSᵀ·Q.
+// Forward pass, per tile of 64 queries and head: S = scale·Q·Kᵀ one tile of keys at a time,
+// P = softmax(S) as an online softmax (running maximum and sum of each row), O = P·V. The backward
+// pass recomputes P = e^(S − lse): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − delta), dQ = scale·dS·K,
+// dK = scale·dSᵀ·Q.
 //
 // A block has 128 threads, thread (ty, tx) of 8 × 16. "Own" are the 64 rows that the block writes,
 // "others" the 64 rows of the tile that it processes. For a 64 × 64 GEMM each thread computes 8 own
-// rows and 4 columns. Wider results consist of two of these. Beyond D = 128 the work is done in two
-// rounds because the registers hold no more.
+// rows and 4 columns. A result of up to 128 columns consists of two of these. A wider one is
+// computed in several rounds of 128 columns, because the registers hold no more.
+//
+// The start of a kernel's comment gives its launch as [blocks; threads].
 #include "attention.cuh"
 
 namespace attn {
@@ -136,6 +138,7 @@ __device__ __forceinline__ void accumulate(Result& sum, const Panel& weights, Pa
     }
 }
 
+// Writes a result to the columns from `first` on of the `count` own rows, `stride` elements apart.
 template <class T>
 __device__ __forceinline__ void store(T* to, size_t stride, int count, const Result& sum, int first,
                                       int dim) {

@@ -7,8 +7,9 @@
 //
 // Fragments of a warp, lane = 4·g + t (PTX ISA, mma.m16n8k16):
 //   result c (16 × 8)   c0 c1: row g, columns 2t 2t+1;  c2 c3: row g + 8
-//   left a (16 × 16)    a0: row g, columns 2t 2t+1;  a1: row g + 8;  a2, a3: the same for columns 8
-//   + 2t right b (16 × 8)    b0: rows 2t 2t+1, column g;  b1: rows 8 + 2t
+//   left a (16 × 16)    a0: row g, columns 2t 2t+1;  a1: row g + 8;
+//                       a2 a3: the same rows, columns 8+2t 9+2t
+//   right b (16 × 8)    b0: rows 2t 2t+1, column g;  b1: rows 8+2t 9+2t
 // Two neighbouring results therefore form a left fragment without moving values between lanes.
 #include "attention_mma.cuh"
 #include "elements.cuh"
@@ -35,6 +36,7 @@ __device__ __forceinline__ void mask_scores(Sums<N>& s, const Queries& queries, 
         }
 }
 
+// Computes the output and the log-sum-exps of a tile of queries for one head.
 template <int D>
 __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* qkv,
                                             const int* tiles, const unsigned* positions,
@@ -68,7 +70,7 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
     const float scale2 = scale * LOG2E;
     Sums<D / 8> sum;
     clear_sums<D / 8>(sum);
-    // For the two rows of a lane; the maximum is in units of log 2.
+    // Of the two rows of a lane. The maximum is that of the scores times log2(e).
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
     for (int n = 0; n < queries.keys.tiles; n++) {
         // After this barrier, tile n has arrived and all warps have finished with the previous
@@ -130,6 +132,7 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
              1.0f / total[0], 1.0f / total[1]);
 }
 
+// Computes the gradients of a tile of queries for one head.
 template <int D>
 __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv, const bf16* dout,
                                                      const float* lse, const float* delta,
@@ -199,8 +202,9 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
     store<D>(dqkv + start * stride + size_t(head) * D, stride, row, count, sum, scale, scale);
 }
 
-// Computes the gradients for one query head. If several query heads share these keys and values,
-// the result goes to `parts` [T, 2K, H/K, D], from which attention_sum computes the gradients.
+// Computes the gradients of a tile of keys and values from one query head. If several query heads
+// share these keys and values, the result goes to `parts` [T, 2K, H/K, D], from which attention_sum
+// computes the gradients.
 template <int D>
 __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, const bf16* dout,
                                                   const float* lse, const float* delta,
@@ -284,9 +288,8 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
                 for (int e = 0; e < 4; e++) {
                     const int column = b * 8 + lane % 4 * 2 + e % 2,
                               j = start + row + lane / 4 + e / 2 * 8;
-                    const int position_shift = other_position[column] - (j + own_shift);
-                    if ((j > others.start + column) | (position_shift >= window))
-                        s[b][e] = -INFINITY;
+                    const int distance = other_position[column] - (j + own_shift);
+                    if ((j > others.start + column) | (distance >= window)) s[b][e] = -INFINITY;
                 }
         }
 #pragma unroll
@@ -328,10 +331,10 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
 
 }  // namespace attn
 
-// All heads of a tile run before the next tile: the host lists the longest tiles first, so that
-// only short ones are left at the end. The backward kernels for D = 64 are limited to the registers
-// of 3 blocks per multiprocessor. If dynamic shared memory exceeds 48 KiB,
-// CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES must be set.
+// The head is the fast dimension of the grid, so all heads of a tile run before the next tile. The
+// host lists the longest tiles first, so that only short ones are left at the end. The backward
+// kernels for D = 64 are limited to the registers of 3 blocks per multiprocessor. If dynamic shared
+// memory exceeds 48 KiB, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES must be set.
 
 // Forward pass [(H, tiles); 128]. Dynamic shared memory: 4 tiles, i.e. 32768 bytes for D = 64,
 // 65536 for D = 128.

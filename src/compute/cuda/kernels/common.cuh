@@ -19,8 +19,8 @@ using bf16 = __nv_bfloat16;
 #define KERNEL extern "C" __global__
 
 // Entry points name_f32 and name_bf16 of a device function `template <class T> void name(...)`:
-//     INSTANTIATE(swiglu, (T* y, const T* gate_up, int tokens, int width), (y, gate_up, tokens,
-//     width))
+//     INSTANTIATE(swiglu, (T* y, const T* gate_up, int tokens, int width),
+//                 (y, gate_up, tokens, width))
 #define INSTANTIATE_ONE(name, suffix, type, parameters, arguments)    \
     namespace name##_in_##suffix {                                    \
         using T = type;                                               \
@@ -128,10 +128,10 @@ __device__ __forceinline__ float warp_max(float x) { return warp_reduce(x, Max()
 __device__ __forceinline__ float block_sum(float x) { return block_reduce(x, Sum()); }
 __device__ __forceinline__ float block_max(float x) { return block_reduce(x, Max()); }
 
-// -------------------------------------------------------------------------------------- 16-byte
-// accesses
+// ----------------------------------------------------------------------------------------------
+// 16-byte accesses
 
-// The number of T that fit in 16 bytes: 4 floats or 8 bf16.
+// 16 bytes of T: N = 4 floats or N = 8 bf16.
 template <class T>
 struct alignas(16) Vector {
     static constexpr int N = 16 / int(sizeof(T));
@@ -164,9 +164,11 @@ __device__ __forceinline__ void store_16(T* p, const Vector<T>& x) {
     *reinterpret_cast<Vector<T>*>(p) = x;
 }
 
-// ------------------------------------------------------------------------------ tensor cores,
-// async copies In the layouts below, l is the lane of a warp, g = l / 4, t = l % 4. A register
-// holds two bf16, the lower half first.
+// ----------------------------------------------------------------------------------------------
+// tensor cores, async copies
+//
+// In the layouts below, l is the lane of a warp, g = l / 4, t = l % 4. A register holds two bf16,
+// the lower half first.
 
 // d += a · b of a 16×16 by a 16×8 matrix of bf16, summed in f32.
 //   a[0]: A[g, 2t..2t+1]   a[1]: A[g+8, 2t..]   a[2]: A[g, 2t+8..]   a[3]: A[g+8, 2t+8..]

@@ -1,9 +1,9 @@
 // Kernels without a reduction over a row: moving rows, rotary embedding, SwiGLU, biases, casts; and
 // column sums.
 //
-// The end of a comment gives the launch as [blocks; threads]. "any": the threads run a grid-stride
-// loop, so every grid is correct. One thread per cell of 16 bytes is best; threads without a cell
-// exit at once.
+// The end of a kernel's comment gives its launch as [blocks; threads]. With "any" blocks, the
+// threads run a grid-stride loop, so that every grid is correct. It is fastest with one thread per
+// cell of 16 bytes; threads without a cell exit at once.
 #include "elements.cuh"
 
 // -------------------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ KERNEL void cast_bf16(bf16* to, const float* from, long long n) { cast<bf16>(to,
 // [any; 256]
 KERNEL void cast_f32(float* to, const bf16* from, long long n) { cast<bf16>(to, from, n); }
 
-// -------------------------------------------------------------------------------------- rotary
-// positions
+// -------------------------------------------------------------------------------------------------
+// rotary positions
 
 // Rotates the first `heads` heads of every row in place, i in 0..D/2:
 //     (x_i, x_{i+D/2}) = (x_i·cos_i − x_{i+D/2}·s_i, x_{i+D/2}·cos_i + x_i·s_i),  s = sign·sin,
@@ -142,13 +142,13 @@ INSTANTIATE(rope,
              int dim, float sign),
             (qkv, cos, sin, tokens, stride, heads, dim, sign))
 
-// ------------------------------------------------------------------------------------ gated linear
-// units
+// -------------------------------------------------------------------------------------------------
+// gated linear units
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// Activations x·σ(u(x)). Each has σ(u), and, given s = σ(u), the derivative divided by s: 1 +
-// x·u'·(1 − s).
+// Activations x·σ(u(x)). `sigma` is σ(u). `derivative` is that of the activation divided by
+// s = σ(u): 1 + x·u'·(1 − s).
 struct Silu {
     static __device__ __forceinline__ float sigma(float x) { return sigmoid(x); }
     static __device__ __forceinline__ float derivative(float x, float s) {
@@ -231,8 +231,8 @@ INSTANTIATE(swiglu_backward, (T * gate_up, const T* gy, int tokens, int width),
 INSTANTIATE(geglu_backward, (T * gate_up, const T* gy, int tokens, int width),
             (gate_up, gy, tokens, width))
 
-// --------------------------------------------------------------------------------- biases, sums of
-// columns
+// -------------------------------------------------------------------------------------------------
+// biases, sums of columns
 
 // y[r, c] = (accumulate ? y[r, c] : 0) + bias[c]. Without `accumulate`, y is not read.   [any; 256]
 template <class T>

@@ -1,9 +1,9 @@
 // LM head, log-softmax and gather, one tile of the vocabulary after the other. The logits [N, V]
 // never exist as a whole.
 //
-// log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. cuBLAS computes a tile of logits and accumulates Σ
-// p_v·W_v. These kernels update the maximum, the sums and ∂log p/∂h = W_y − Σ_v p_v·W_v and rescale
-// them whenever a larger logit appears (the online softmax of arXiv:2205.14135).
+// log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. cuBLAS computes a tile of logits and accumulates
+// Σ_v p_v·W_v. These kernels update the maximum, the sums and ∂log p/∂h = W_y − Σ_v p_v·W_v, and
+// rescale them whenever a larger logit appears (online softmax, arXiv:1805.02867).
 #include "elements.cuh"
 
 // State of a row's online softmax: indices of the floats in state[row, 8].
@@ -30,10 +30,10 @@ KERNEL void head_start(float* state, int rows) {
     }
 }
 
-// Adds the logits of the tokens first..first + width, [rows, ld], to the state. WEIGHTED, SQUARES,
-// LOGITS and ARGMAX are updated only if `distribution`. With `gradient`, p[i, j] = e^(l − max),
-// with leading dimension ld too, and scales[i] is the factor for sums over earlier tiles (0 for the
-// first tile). p may alias the logits.   [rows; 256]
+// Adds the logits of the tokens first..first + width to the state. Rows of the logits lie ld
+// elements apart. WEIGHTED, SQUARES, LOGITS and ARGMAX are updated only if `distribution`. With
+// `gradient`, writes p[i, j] = e^(l − max), in the layout of the logits, and scales[i], the factor
+// for sums over earlier tiles (0 for the first tile). p may alias the logits.   [rows; 256]
 template <class T>
 __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, const float* logits,
                                           const unsigned* targets, int rows, int width, int ld,
@@ -174,8 +174,8 @@ INSTANTIATE(head_finish,
              int width),
             (d, state, w, targets, rows, width))
 
-// ∂loss/∂logits of a tile, for ∂W = eᵀ·h: e[i, j] = g_i·(1{first + j = y_i} − e^(l − lse_i)), with
-// leading dimension ld like the logits. e may alias the logits.   [rows; 256]
+// ∂loss/∂logits of a tile, for ∂W = eᵀ·h: e[i, j] = g_i·(1{first + j = y_i} − e^(l − lse_i)), in
+// the layout of the logits. e may alias the logits.   [rows; 256]
 template <class T>
 __device__ __forceinline__ void head_errors(T* e, const float* logits, const float* lse,
                                             const float* g, const unsigned* targets, int rows,

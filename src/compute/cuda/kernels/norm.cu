@@ -2,14 +2,15 @@
 // heads.
 #include "elements.cuh"
 
-// 1 / √(mean(x²) + ε).
+// Returns 1 / √(mean(x²) + ε), given squares = Σ x².
 __device__ __forceinline__ float inverse_rms(float squares, int width, float eps) {
     return 1.0f / sqrtf(squares / float(width) + eps);
 }
 
 // -------------------------------------------------------------------------------------------------
-// rows One block per row. After the reduction a thread reads the same few KB again, from the L1
-// cache.
+// rows
+//
+// One block per row. After the reduction a thread reads its elements again, from the L1 cache.
 
 // y = the norm of each row of x.   [rows; 256]
 template <class T>
@@ -118,8 +119,10 @@ INSTANTIATE(rms_norm_weight,
             (partial, x, inverse, g, rows, width, rows_per_block))
 
 // -------------------------------------------------------------------------------------------------
-// heads One warp per head of a row, which it holds in registers. Item i is head i mod `heads` of
-// row i / heads. D ≤ MAX_DIM, as in attention.
+// heads
+//
+// One warp per head of a row, which it holds in registers. Item i is head i mod `heads` of row
+// i / heads. D ≤ MAX_DIM: the host refuses wider heads (`MAX_HEAD_DIM` in src/model/cuda.rs).
 
 constexpr int MAX_DIM = 256, HEAD_WARPS = 4;
 
