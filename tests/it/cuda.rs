@@ -399,7 +399,7 @@ fn model_folder(shape: &str) -> tempfile::TempDir {
 
 fn start_engine(folder: &Path, change: impl FnOnce(&mut EngineOptions)) -> Result<(), String> {
     let model = load_model(Some("m"), folder.to_str().unwrap(), &HubOptions::default()).unwrap();
-    let device = DeviceChoice::parse(&gpu_name().unwrap()).unwrap();
+    let device = DeviceChoice::parse(&gpu_name()).unwrap();
     let mut options = EngineOptions {
         devices: vec![device],
         ..EngineOptions::default()
