@@ -94,8 +94,8 @@ impl Drop for WorkerEndGuard {
 /// Loads the models' weights and starts one worker for each device.
 ///
 /// # Errors
-/// Fails if a device is not available, a tensor cannot be read, or the weights do not fit the
-/// memory limit.
+/// Fails if a device is not available, its kernels do not support a model's head size, a tensor
+/// cannot be read, the weights do not fit the memory limit, or a thread cannot be started.
 pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
     let bytes = policy_cache::weight_bytes(options.precision);
     let needed: u64 = models
@@ -238,7 +238,8 @@ fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(
 
 /// Opens the devices and returns each with the memory in bytes that the estimate may reach on it.
 /// If the devices were chosen automatically, those that cannot hold the `needed` bytes are left
-/// out.
+/// out. With `skip_missing_devices`, so are those that cannot be opened. If no device remains, the
+/// last error is returned.
 fn open_devices(
     options: &EngineOptions,
     models: &[LoadedModel],
@@ -387,7 +388,8 @@ impl Engine {
     /// Performs the memory checks of [`Engine::train`] for pairs of these lengths.
     ///
     /// # Errors
-    /// `OutOfMemory` if the run does not fit, and the errors of unknown models.
+    /// `OutOfMemory` if the run does not fit; `UnknownModel` if the server does not have a model
+    /// that the run names.
     pub fn check(
         &self,
         model: &str,
@@ -601,7 +603,7 @@ impl Engine {
     /// progress is stopped separately, through its [`RunControl`](api::RunControl).
     pub fn drain(&self) {
         for run in self.shared.queue.drain() {
-            // The channel has not been used, so there is room for one event.
+            // At most one log message was sent before, so there is room for this event.
             let _ = run.events.try_send(RunEvent::Ended(RunEnd::Drained).into());
         }
     }

@@ -123,7 +123,7 @@ async fn next(events: &mut Receiver<Report>) -> RunEvent {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_whose_models_files_are_gone_or_changed_has_not_begun() {
+async fn a_run_whose_models_files_are_gone_or_changed_ends_with_its_input_missing() {
     let (model, dir) = (copied_model(), tempfile::tempdir().unwrap());
     let engine = engine(model.path(), Precision::Bf16);
     let weights = model.path().join(export::WEIGHTS_FILE);
