@@ -561,8 +561,8 @@ impl PolicyCache {
         self.all.retain(CachedPolicy::is_in_use);
     }
 
-    /// Evicts the weights that were loaded from the deleted folder `gone` or below, even if they are
-    /// in use. The folder may later have other content.
+    /// Evicts the weights that were loaded from the deleted folder `gone` or below, even if they
+    /// are in use. The folder may later have other content.
     pub fn evict(&mut self, gone: &Path) {
         self.all.retain(|r| match &r.weights {
             WeightsRef::Adapter { dir, .. }

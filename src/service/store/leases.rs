@@ -1,6 +1,6 @@
-//! Leases of jobs. A lease has a fencing token, a number that is larger for each new lease of a job.
-//! A worker that was cut off finds its token outdated and can write nothing more, whatever its clock
-//! says. The database's clock decides when a lease expires.
+//! Leases of jobs. A lease has a fencing token: a number that is larger for each new lease of a
+//! job. A worker that was cut off finds its token outdated and can write nothing more, whatever its
+//! clock says. The database's clock decides when a lease expires.
 
 use std::time::Duration;
 
@@ -213,9 +213,9 @@ impl Store {
     }
 
     /// Reclaims the jobs of dead workers: they are requeued, or paused or cancelled if that was
-    /// requested. A job that loses its worker again after [`MAX_RECLAIMS`] losses without progress
-    /// fails. With `all`, every lease counts as expired, because this is the only process.
-    /// Returns the jobs with their newest sequence numbers.
+    /// requested. A job that loses its worker too often without progress fails (`WORKER_LOST`). With
+    /// `all`, every lease counts as expired, because this is the only process. Returns the jobs with
+    /// their newest sequence numbers.
     ///
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
