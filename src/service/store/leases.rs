@@ -213,9 +213,9 @@ impl Store {
     }
 
     /// Reclaims the jobs of dead workers: they are requeued, or paused or cancelled if that was
-    /// requested. A job that loses its worker too often without progress fails (`WORKER_LOST`). With
-    /// `all`, every lease counts as expired, because this is the only process. Returns the jobs with
-    /// their newest sequence numbers.
+    /// requested. A job that loses its worker too often without progress fails (`WORKER_LOST`).
+    /// With `all`, every lease counts as expired, because this is the only process. Returns the
+    /// jobs with their newest sequence numbers.
     ///
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
