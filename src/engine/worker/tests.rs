@@ -1,5 +1,5 @@
-//! Tests of an engine on the CPU. Nobody reads the events of its runs, so a run blocks at the point
-//! where it reports.
+//! Tests of an engine on the CPU. The event channel of a run has room for one event, so a run
+//! blocks at the next event until the test reads one.
 
 use std::path::{Path, PathBuf};
 
