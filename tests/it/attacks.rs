@@ -482,7 +482,7 @@ async fn assert_live(server: &Server) {
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
-/// A job that a client has paused: its event stream stays open and has no events.
+/// Creates a job and pauses it: its event stream stays open and has no events.
 async fn paused_job(client: &Client, dataset: &str) -> String {
     let name = submit(client, job(dataset, 100_000)).await;
     let request = pb::PauseTrainingJobRequest { name: name.clone() };

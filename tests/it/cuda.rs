@@ -42,7 +42,7 @@ fn gpu_name() -> String {
     name
 }
 
-/// Returns shapes that reach every kernel: heads of 64 and of 128 dimensions, norms on queries and
+/// Shapes that reach every kernel: heads of 64 and of 128 dimensions, norms on queries and
 /// keys, biases, a window that limits attention, one that does not, and an untied head.
 const SHAPES: [(&str, &str); 5] = [
     (
@@ -139,9 +139,9 @@ fn adapter(policy: &Policy) -> Adapter {
 fn passes(
     policy: &TrainablePolicy,
     row: &PackedRow,
-    keep: SavePolicy,
+    save: SavePolicy,
 ) -> (Vec<f32>, Vec<Vec<f32>>) {
-    let tape = forward(&policy.policy, row.row.clone(), keep, &mut || {}).unwrap();
+    let tape = forward(&policy.policy, row.row.clone(), save, &mut || {}).unwrap();
     let logps = tape.log_probs().to_vec();
     let upstream: Vec<f32> = (0..logps.len())
         .map(|i| ((i % 7) as f32 + 1.0) / 40.0)

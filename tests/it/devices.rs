@@ -20,8 +20,8 @@ type Devices = (&'static str, &'static [(&'static str, &'static str)]);
 
 const TWO_EMULATED: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2")]);
 
-/// Returns the same with memory as GPUs have it, and with kernels that run only when something
-/// waits for them.
+/// The same with memory as GPUs have it, and with kernels that run only when something waits for
+/// them.
 const TWO_EMULATED_LATE: Devices = (
     "cuda:0,cuda:1",
     &[

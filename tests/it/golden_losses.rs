@@ -45,7 +45,7 @@ fn config(settings: &Value) -> DpoConfig {
     }
 }
 
-/// TRL smooths fewer losses than Bradley; here each term has its own smoothing.
+/// Returns a term with smoothing only for losses that TRL smooths, which are fewer than here.
 fn term(name: &str, weight: f64, smoothing: Option<f64>) -> WeightedLoss {
     let label_smoothing =
         smoothing.filter(|_| ["exo_pair", "robust", "aot", "aot_unpaired"].contains(&name));

@@ -136,12 +136,12 @@ fn gradients(
 ) -> Vec<(String, Tensor)> {
     let groups: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
     let row = pack(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>());
-    let keep = if checkpointing {
+    let save = if checkpointing {
         SavePolicy::BlockInputs
     } else {
         SavePolicy::Tapes
     };
-    let tape = forward(&policy.policy, row.row.clone(), keep, &mut || {}).unwrap();
+    let tape = forward(&policy.policy, row.row.clone(), save, &mut || {}).unwrap();
     let side = |i: usize, s: usize| &tape.log_probs()[row.completions[i][s].clone()];
     let inputs: Vec<PairLogps> = (0..pairs.len())
         .map(|i| PairLogps {

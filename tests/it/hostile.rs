@@ -25,7 +25,7 @@ pub fn times() -> usize {
         .unwrap_or(100)
 }
 
-/// Encodes messages as raw bytes, without knowing their type.
+/// gRPC codec whose messages are raw bytes.
 #[derive(Clone, Copy, Default)]
 struct Raw;
 

@@ -62,7 +62,7 @@ impl Hub {
     }
 }
 
-/// Files in the order in which the hub lists them.
+/// Returns the files in the order in which the hub lists them.
 fn names() -> Vec<String> {
     let files = std::fs::read_dir(golden("models/llama"))
         .unwrap()

@@ -858,7 +858,7 @@ fn imports_without_a_cycle_pass() {
     ]);
 }
 
-/// The page with the map of the modules.
+/// Returns the page with the map of the modules.
 fn architecture() -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("ARCHITECTURE.md")).unwrap()
 }

@@ -50,8 +50,7 @@ fn checkpoint(data_dir: &Path, name: &str, step: u64) -> PathBuf {
         .join(step.to_string())
 }
 
-/// Returns the losses by step and the final weights of a run, which must not depend on
-/// interruptions.
+/// Losses by step and final weights of a run, which must not depend on interruptions.
 #[derive(PartialEq)]
 struct Outcome {
     losses: BTreeMap<u64, u64>,
@@ -395,7 +394,7 @@ async fn random_commands_make_only_legal_transitions() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let mut jobs: Vec<String> = Vec::new();
-    // Returns uniform numbers in 0..1 from a fixed seed.
+    // Uniform numbers in 0..1 from a fixed seed.
     let draws: Vec<f64> = kaiming_uniform(7, "lifecycle", 200, 1)
         .into_iter()
         .map(|x| (f64::from(x) + 1.0) / 2.0)

@@ -159,8 +159,8 @@ fn lora(shown: &pb::TrainingJob) -> pb::LoraConfig {
     lora
 }
 
-/// A job that continues with an adapter of rank 4, α 6 and two targets: values that are not named
-/// are taken from the adapter, other values are refused.
+/// Checks jobs that continue with an adapter of rank 4, α 6 and two targets: values that are not
+/// named are taken from the adapter, other values are refused.
 async fn goes_on_with_the_adapters_values(
     client: &Client,
     wanted: pb::TrainingJob,

@@ -19,7 +19,7 @@ pub const UNDECIDED: f64 = std::f64::consts::LN_2;
 
 const WEIGHTS: &str = "adapter_model.safetensors";
 
-/// Starts a server with a data folder, models and flags.
+/// Function that starts a server with a data folder, models and flags.
 type Start = Box<dyn Fn(&Path, &str, &[&str]) -> Server>;
 
 /// A server whose adapter folder holds one adapter, `x`, and the weights of another adapter.

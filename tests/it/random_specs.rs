@@ -283,7 +283,7 @@ struct Case {
     row: PackedRow,
     /// ∂loss/∂log p of each of the row's targets.
     upstream: Vec<f32>,
-    keep: SavePolicy,
+    save: SavePolicy,
     /// Generator for later draws.
     draw: Draw,
 }
@@ -310,7 +310,7 @@ impl Case {
             .iter()
             .map(|_| draw.number(-1.0, 1.0) as f32)
             .collect();
-        let keep = draw.pick(&[SavePolicy::Tapes, SavePolicy::BlockInputs]);
+        let save = draw.pick(&[SavePolicy::Tapes, SavePolicy::BlockInputs]);
         let base = Policy {
             config: Arc::new(config),
             parameters: Arc::new(parameters),
@@ -325,7 +325,7 @@ impl Case {
             groups,
             row,
             upstream,
-            keep,
+            save,
             draw,
         }
     }
@@ -373,7 +373,7 @@ struct Computed {
 /// Runs a row forward and backward, and checks that scoring gives the same log-probs as training.
 fn compute(case: &Case, policy: &TrainablePolicy) -> Computed {
     let row = &case.row.row;
-    let tape = forward(&policy.policy, row.clone(), case.keep, &mut || {}).unwrap();
+    let tape = forward(&policy.policy, row.clone(), case.save, &mut || {}).unwrap();
     let log_probs = tape.log_probs().to_vec();
     let scored = policy.policy.log_probs(row.clone(), &mut || {}).unwrap();
     assert_eq!(scored.len(), log_probs.len());
@@ -440,7 +440,7 @@ impl<'a> Objective<'a> {
     }
 }
 
-/// Prints the case when a check fails or the program panics.
+/// Description of the case, printed on drop when a check fails or the program panics.
 struct Told(String);
 
 impl Drop for Told {
@@ -462,9 +462,9 @@ fn check(seed: u64) {
         case.adapter.as_ref().map(|a| a.config.clone()),
     );
     let layout = &case.row.row.layout.segments;
-    let keep = case.keep;
+    let save = case.save;
     let _told = Told(format!(
-        "BRADLEY_TEST_SEED={seed}: {spec:#?}\n{lora:?}\n{layout:?}\n{keep:?}"
+        "BRADLEY_TEST_SEED={seed}: {spec:#?}\n{lora:?}\n{layout:?}\n{save:?}"
     ));
 
     let policies = [Precision::F32, Precision::Bf16].map(|precision| case.trainable(precision));
@@ -588,8 +588,8 @@ fn the_seeds_draw_every_variant() {
     });
     any("an adapter", &|c| c.adapter.is_some());
     any("a full fine-tune", &|c| c.adapter.is_none());
-    any("tapes", &|c| c.keep == SavePolicy::Tapes);
-    any("recomputation", &|c| c.keep == SavePolicy::BlockInputs);
+    any("tapes", &|c| c.save == SavePolicy::Tapes);
+    any("recomputation", &|c| c.save == SavePolicy::BlockInputs);
     any("no scaling", &|c| scalings(c, &|s| *s == RopeScaling::None));
     any("linear", &|c| {
         scalings(c, &|s| matches!(s, RopeScaling::Linear { .. }))

@@ -457,7 +457,7 @@ async fn a_reference_can_be_a_checkpoint_on_another_model() {
     assert!(estimate("models/qwen3").await > estimate("").await);
 }
 
-/// A server on a Llama `a` and on a copy of another one, `b`.
+/// Starts a server on a Llama `a` and on a copy of another one, `b`.
 fn serve(data: &Path, b: &Path) -> Server {
     let names = format!("a={},b={}", golden("models/llama").display(), b.display());
     Server::start_with(data, &names, &["--lease", "2"])
