@@ -416,7 +416,7 @@ impl Trainer {
         Ok(())
     }
 
-    /// Computes one micro-batch, and takes the optimizer step after the last one of its group.
+    /// Computes one micro-batch, and takes the optimizer step after the step's last one.
     fn step_unit(&mut self, done: usize, context: &mut RunContext) -> Result<(), TrainError> {
         let (micro_batches, group) = self.micro_batch_counts();
         if done == 0 {

@@ -57,7 +57,7 @@ use crate::train::checkpoint;
 use crate::train::validate::BadRows;
 
 /// Maximum number of events between the device and the store. When the channel is full, the run
-/// waits, and the device worker only scores.
+/// waits.
 const EVENT_CHANNEL_CAPACITY: usize = 64;
 /// Delay after the queue could not be read.
 const STORE_RETRY: Duration = Duration::from_secs(1);
