@@ -94,29 +94,29 @@ impl Drop for WorkerEndGuard {
 /// Loads the models' weights and starts one worker for each device.
 ///
 /// # Errors
-/// Fails if a device is not available, a tensor cannot be read, or the weights do not fit the
-/// memory limit.
+/// Fails if a device is not available, its kernels do not support a model's head size, a tensor
+/// cannot be read, the weights do not fit the memory limit, or a thread cannot be started.
 pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine, EngineError> {
     let bytes = policy_cache::weight_bytes(options.precision);
     let needed: u64 = models
         .iter()
         .map(|m| m.config.parameter_count() as u64 * bytes)
         .sum();
-    let places = open_devices(&options, &models, needed)?;
-    let names: Vec<String> = places.iter().map(|(device, _)| device.name()).collect();
+    let devices = open_devices(&options, &models, needed)?;
+    let names: Vec<String> = devices.iter().map(|(device, _)| device.name()).collect();
     tracing::info!(devices = names.join(","), "computing on these devices");
     let loaded = BaseModels::load(
         models,
-        places[0].0.clone(),
+        devices[0].0.clone(),
         &names.join(","),
         options.precision,
     )?;
-    let all: Vec<Arc<BaseModels>> = places
+    let all: Vec<Arc<BaseModels>> = devices
         .iter()
         .map(|(device, _)| Arc::new(loaded.on(device.clone())))
         .collect();
     // Runs on GPUs share the host memory. On the CPU each worker has a fixed part of it.
-    let on_gpu = places.iter().any(|(device, _)| device.memory().is_some());
+    let on_gpu = devices.iter().any(|(device, _)| device.memory().is_some());
     let host = if on_gpu {
         memory::host_limit(&options).saturating_sub(loaded.on_host())
     } else {
@@ -146,7 +146,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
             run_bytes = Arc::default();
         }
         let training = i.is_multiple_of(group).then(|| {
-            let members = &places[i..(i + group).min(places.len())];
+            let members = &devices[i..(i + group).min(devices.len())];
             // A run needs the same amount on each device, so the smallest one decides.
             let least = members
                 .iter()
@@ -168,10 +168,10 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         let label = label(&names, i);
         if base_models.device().memory().is_some() {
             metrics::gauge!("bradley_device_memory_limit_bytes", "device" => label.clone())
-                .set(places[i].1 as f64);
+                .set(devices[i].1 as f64);
         }
         let room = Room::new(
-            places[i].1.saturating_sub(base_models.needed()),
+            devices[i].1.saturating_sub(base_models.needed()),
             run_bytes.clone(),
             queue.host_memory().clone(),
             all.len(),
@@ -238,13 +238,14 @@ fn refuse_wide_heads(models: &[LoadedModel], device: &ComputeDevice) -> Result<(
 
 /// Opens the devices and returns each with the memory in bytes that the estimate may reach on it.
 /// If the devices were chosen automatically, those that cannot hold the `needed` bytes are left
-/// out.
+/// out. With `skip_missing_devices`, so are those that cannot be opened. If no device remains, the
+/// last error is returned.
 fn open_devices(
     options: &EngineOptions,
     models: &[LoadedModel],
     needed: u64,
 ) -> Result<Vec<(ComputeDevice, u64)>, EngineError> {
-    let (mut places, mut left_out) = (Vec::new(), None);
+    let (mut devices, mut left_out) = (Vec::new(), None);
     for choice in &options.devices {
         let opened = match ComputeDevice::open_all(*choice)
             .map_err(|e| EngineError::Device(format!("{choice}: {e}")))
@@ -264,7 +265,7 @@ fn open_devices(
             refuse_wide_heads(models, &device)?;
             let available = memory::limit(options, &device);
             if needed <= available {
-                places.push((device, available));
+                devices.push((device, available));
                 continue;
             }
             let setting = if device.memory().is_some() {
@@ -288,19 +289,19 @@ fn open_devices(
             left_out = Some(e);
         }
     }
-    if places.is_empty()
+    if devices.is_empty()
         && let Some(e) = left_out
     {
         return Err(e);
     }
     // Workers on the CPU share the machine's memory and the weights in it.
-    if places.iter().all(|(device, _)| device.memory().is_none()) {
-        let workers = places.len().max(1) as u64;
-        places.iter_mut().for_each(|(_, available)| {
+    if devices.iter().all(|(device, _)| device.memory().is_none()) {
+        let workers = devices.len().max(1) as u64;
+        devices.iter_mut().for_each(|(_, available)| {
             *available = needed + available.saturating_sub(needed) / workers
         });
     }
-    Ok(places)
+    Ok(devices)
 }
 
 impl Engine {
@@ -387,7 +388,8 @@ impl Engine {
     /// Performs the memory checks of [`Engine::train`] for pairs of these lengths.
     ///
     /// # Errors
-    /// `OutOfMemory` if the run does not fit, and the errors of unknown models.
+    /// `OutOfMemory` if the run does not fit; `UnknownModel` if the server does not have a model
+    /// that the run names.
     pub fn check(
         &self,
         model: &str,
@@ -601,7 +603,7 @@ impl Engine {
     /// progress is stopped separately, through its [`RunControl`](api::RunControl).
     pub fn drain(&self) {
         for run in self.shared.queue.drain() {
-            // The channel has not been used, so there is room for one event.
+            // At most one log message was sent before, so there is room for this event.
             let _ = run.events.try_send(RunEvent::Ended(RunEnd::Drained).into());
         }
     }

@@ -1,4 +1,4 @@
-//! Telemetry of the process: trace spans, gauges, and the description of every metric.
+//! Telemetry of the process: trace spans, gauges, and the help texts of the metrics.
 
 pub mod gauge_guard;
 pub mod metrics;

@@ -3,7 +3,7 @@
 /// Permission that a token grants. Roles are independent, except that `Admin` includes the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
-    /// Upload datasets, create jobs and manage the caller's own.
+    /// Upload datasets, create jobs, and manage the caller's own datasets and jobs.
     Submit,
     /// Score pairs and completions.
     Score,

@@ -176,13 +176,14 @@ pub enum IssueReason {
     UnsupportedField,
     /// A column is not used (a warning).
     IgnoredField,
-    /// `prompt`, `chosen` or `rejected` is absent.
+    /// `prompt`, `chosen` or `rejected` is absent, or `prompt` is empty.
     MissingField,
     /// An answer has no text.
     EmptyCompletion,
     /// `chosen` equals `rejected`.
     IdenticalAnswers,
-    /// The prompt is implicit, but the two dialogues share no first message.
+    /// The prompt is implicit, but the two dialogues share no first message, or the two texts have
+    /// no common beginning.
     DifferentPrompts,
     /// The prompt leaves no room for an answer token in `max_length`.
     PromptFillsMaxLength,
@@ -238,7 +239,8 @@ impl IssueReason {
         }
     }
 
-    /// Returns true if each job has to check this with its own model and max_length.
+    /// Returns true if the finding depends on a job's model and `max_length`, so that each job must
+    /// check its rows for it.
     pub fn depends_on_job(self) -> bool {
         matches!(
             self,

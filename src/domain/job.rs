@@ -58,7 +58,7 @@ pub enum JobState {
     Running,
     /// A pause was requested; the run has not stopped yet.
     Pausing,
-    /// Stopped with a checkpoint until a client resumes it.
+    /// Stopped until a client resumes it. It then continues from its newest checkpoint, if any.
     Paused,
     /// A cancel was requested; the run has not stopped yet.
     Cancelling,
@@ -153,8 +153,8 @@ pub enum Evaluation {
     Fraction(f64),
 }
 
-/// The client's request, fixed when the job is created. Only title, labels and priority may change
-/// later.
+/// The client's request, fixed when the job is created. Only title, labels, priority and time to
+/// live may change later.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JobRequest {
@@ -232,7 +232,8 @@ pub struct Job {
     pub request: JobRequest,
     /// Current state.
     pub state: JobState,
-    /// Error that ended the job. For a queued job, the reason why it was requeued.
+    /// Error that ended the job. For a queued or paused job, the reason why its last run could not
+    /// start: a missing input.
     pub error: Option<JobError>,
     /// Progress of the training.
     pub progress: Progress,
@@ -246,8 +247,8 @@ pub struct Job {
     pub start_time: Option<Millis>,
     /// Time at which the job reached a final state.
     pub end_time: Option<Millis>,
-    /// Time since which the job waits for a device. Among jobs of the same priority the earliest
-    /// goes first.
+    /// Rank in the queue: among jobs of the same priority the earliest time goes first. It is the
+    /// time of creation, or of the last resumption by a client or end of a time slice.
     pub turn: Millis,
     /// Trace of the call that created the job, as a W3C `traceparent`.
     pub trace: Option<String>,

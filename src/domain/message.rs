@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// Maximum number of messages in one text. Each message has at least one token, so a longer text
-/// would not fit any row.
+/// would not fit a row of the default maximum length.
 pub const MAX_MESSAGES: usize = 16384;
 /// Maximum number of tools in one row, job or scoring call.
 pub const MAX_TOOLS: usize = 1024;

@@ -106,9 +106,7 @@ pub fn parse_model(name: &str) -> Option<&str> {
     id_after(name, "models/")
 }
 
-/// Returns the job and the checkpoint in `trainingJobs/{id}/checkpoints/{step
-/// latest
-/// best}`.
+/// Returns the job and the checkpoint in `trainingJobs/{id}/checkpoints/{step|latest|best}`.
 pub fn parse_checkpoint(name: &str) -> Option<(&str, CheckpointRef)> {
     let (job, which) = name
         .strip_prefix("trainingJobs/")?

@@ -411,7 +411,8 @@ impl BestMetric {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
-    /// Optimizer steps between checkpoints; 0 writes only the final one.
+    /// Optimizer steps between checkpoints; 0 writes none in between. The final checkpoint and each
+    /// new best one are always written.
     pub save_steps: u64,
     /// Number of newest checkpoints that are not deleted, besides the best one.
     pub save_total_limit: usize,

@@ -106,8 +106,8 @@ impl WeightsRef {
     }
 }
 
-/// Sequences that are scored together in one row, e.g. a pair. The result never depends on other
-/// items in the batch.
+/// Sequences that are scored in the same row, e.g. the two of a pair. The result never depends on
+/// other items in the batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoreItem {
     /// Groups of completions with a common prompt. A pair is one group with two completions, or two
@@ -205,8 +205,8 @@ pub struct TrainingRun {
     pub model: String,
     /// Weights that the policy starts from; never `Live`.
     pub start: WeightsRef,
-    /// Frozen reference, possibly on another base model. `None` if the objective has no reference;
-    /// never `Live`.
+    /// Weights of the reference, possibly on another base model; a moving reference (TR-DPO) starts
+    /// from them. `None` if the objective has no reference; never `Live`.
     pub reference: Option<WeightsRef>,
     /// Hyper-parameters of the run.
     pub spec: TrainingSpec,

@@ -25,7 +25,7 @@ pub(super) struct FairShare {
     share: f64,
     /// Seconds of training that must pass before scoring may continue; below 0 it is credit.
     debt: f64,
-    /// Time since which training has had the device without interruption.
+    /// Start of the training time that has not paid off debt yet.
     training_since: Instant,
     /// Time that scoring took since [`FairShare::start`].
     scored: Duration,

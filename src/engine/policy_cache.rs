@@ -21,7 +21,8 @@ use crate::model::params::ParamSpec;
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate;
 
-/// Tokens in a row that several items share. Longer rows would only need more memory.
+/// Maximum tokens of a scoring row that several items share; a longer item gets a row of its own.
+/// Longer rows would only need more memory.
 pub(super) const ROW_TOKENS: usize = 2048;
 
 /// A base model in memory, shared by all policies on it.
@@ -67,7 +68,7 @@ impl BaseModels {
         devices: &str,
         precision: Precision,
     ) -> Result<Self, EngineError> {
-        let (mut base_models, mut order) = (HashMap::new(), Vec::new());
+        let (mut by_id, mut order) = (HashMap::new(), Vec::new());
         for mut model in models {
             let is_exact = model.weights.is_exact_in(precision);
             if !is_exact {
@@ -90,7 +91,7 @@ impl BaseModels {
                 helpers: Arc::default(),
             };
             let tokenizer = Arc::new(model.tokenizer);
-            base_models.insert(
+            by_id.insert(
                 model.id,
                 Base {
                     info,
@@ -103,7 +104,7 @@ impl BaseModels {
             );
         }
         Ok(BaseModels {
-            by_id: base_models,
+            by_id,
             order,
             precision,
             device,
@@ -372,7 +373,7 @@ pub(super) fn load_full(
 }
 
 /// Entry of the cache.
-struct Resident {
+struct CachedPolicy {
     weights: WeightsRef,
     policy: Policy,
     bytes: u64,
@@ -380,7 +381,7 @@ struct Resident {
     of_run: bool,
 }
 
-impl Resident {
+impl CachedPolicy {
     /// Returns true if other code holds these weights, so that evicting them would free no memory.
     fn is_in_use(&self) -> bool {
         match &self.policy.adapter {
@@ -401,7 +402,7 @@ pub(super) struct PolicyCache {
     limit: usize,
     room: Room,
     /// Most recently used last.
-    all: Vec<Resident>,
+    all: Vec<CachedPolicy>,
 }
 
 impl PolicyCache {
@@ -471,7 +472,7 @@ impl PolicyCache {
                         (policy, bytes)
                     }
                 };
-                Resident {
+                CachedPolicy {
                     weights: weights.clone(),
                     policy,
                     bytes,
@@ -526,7 +527,7 @@ impl PolicyCache {
     }
 
     fn counted_bytes(&self) -> u64 {
-        self.all.iter().map(Resident::counted_bytes).sum()
+        self.all.iter().map(CachedPolicy::counted_bytes).sum()
     }
 
     /// Evicts the least recently used weights that are not in use. Returns false if there are none.
@@ -557,10 +558,11 @@ impl PolicyCache {
 
     /// Evicts all weights that are not in use.
     pub fn evict_unused(&mut self) {
-        self.all.retain(Resident::is_in_use);
+        self.all.retain(CachedPolicy::is_in_use);
     }
 
-    /// Evicts weights whose files are gone, even if they are in use.
+    /// Evicts the weights that were loaded from the deleted folder `gone` or below, even if they
+    /// are in use. The folder may later have other content.
     pub fn evict(&mut self, gone: &Path) {
         self.all.retain(|r| match &r.weights {
             WeightsRef::Adapter { dir, .. }

@@ -64,7 +64,7 @@ impl Waiting {
             self.needs.host.div_ceil(1 << 20),
             left >> 20
         );
-        // Nothing has been sent yet, so there is room for one event.
+        // This is the run's first event, so there is room for it in the channel.
         let _ = self.run.events.try_send(
             RunEvent::Log {
                 severity: "info",
@@ -176,8 +176,8 @@ impl<W: WorkItem> Queue<W> {
     /// Adds an item to the queue.
     ///
     /// # Errors
-    /// `Draining`, or `QueueFull` if the item exceeds the limit. A single item in an empty queue is
-    /// always accepted.
+    /// `Draining`, or `QueueFull` if the queued tokens would exceed the limit with this item. An
+    /// item for an empty queue is always accepted.
     pub fn push(&self, entry: W) -> Result<(), EngineError> {
         let mut inner = self.lock();
         if inner.draining {
@@ -621,7 +621,7 @@ mod tests {
     }
 
     /// Makes an idle worker known to the queue. A scoring item prevents the request from waiting.
-    fn looks(queue: &Queue<Entry>, seeker: Seeker) {
+    fn make_known(queue: &Queue<Entry>, seeker: Seeker) {
         let (item, _waits) = entry(1);
         queue.push(item).unwrap();
         assert!(matches!(queue.next(seeker, true, 100), Work::Score(_)));
@@ -639,8 +639,8 @@ mod tests {
         };
         // The first worker has more free memory now, but a lower limit for a run.
         let (small, large) = (idle(0, 90, 50), idle(1, 70, 70));
-        looks(&queue, small);
-        looks(&queue, large);
+        make_known(&queue, small);
+        make_known(&queue, large);
         let needs = |minimum| Needs {
             minimum,
             ..Needs::default()
@@ -693,7 +693,7 @@ mod tests {
         );
         assert_eq!(queue.host_memory().left(), 40);
         // The other worker starts neither the second run nor one behind it.
-        looks(&queue, idle(1));
+        make_known(&queue, idle(1));
         for _ in 0..2 {
             assert!(queue.next_run(&mut queue.lock(), 1).is_none());
         }
@@ -709,9 +709,9 @@ mod tests {
         assert!(
             matches!(queue.next(idle(1), true, 100), Work::Begin(run, _) if run.job == "cancelled")
         );
-        looks(&queue, idle(1));
+        make_known(&queue, idle(1));
         // The first run has ended: its worker asks for work without a job.
-        looks(&queue, idle(0));
+        make_known(&queue, idle(0));
         assert_eq!(queue.host_memory().left(), 100);
         assert!(matches!(
             queue.next(idle(0), true, 100),
@@ -744,11 +744,11 @@ mod tests {
         queue.add_handle();
         assert_wakes_to_evict(&queue, || queue.request_fit_check());
         assert!(queue.take_must_fit(1) && !queue.take_must_fit(1));
-        assert!(queue.take_must_fit(0), "every worker looks");
+        assert!(queue.take_must_fit(0), "every worker checks");
     }
 
     #[test]
-    fn an_idle_worker_wakes_up_to_forget_weights() {
+    fn an_idle_worker_wakes_up_to_evict_weights_of_a_folder() {
         let queue = Queue::<Entry>::new(10, 2);
         queue.add_handle();
         assert_wakes_to_evict(&queue, || queue.evict(Path::new("/gone")));
@@ -757,7 +757,7 @@ mod tests {
         queue.push(item).unwrap();
         assert!(
             matches!(queue.next(IDLE, true, 100), Work::Score(_)),
-            "who has work does that first: it forgets before it computes"
+            "a worker with work does that first: it evicts before it computes"
         );
         assert!(matches!(queue.next(IDLE, true, 100), Work::Evict));
     }

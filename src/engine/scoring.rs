@@ -28,8 +28,8 @@ pub(super) struct Live {
     pub policy: Policy,
     /// Reference as the run uses it. A run in f32 on a bf16 server has unrounded reference weights.
     pub reference: Option<LiveReference>,
-    /// Optimizer steps that the policy has taken. A moving reference is the one after this step,
-    /// too.
+    /// Optimizer steps that the policy has taken. `reference` has the state after this step as well
+    /// if it moves (TR-DPO).
     pub step: u64,
 }
 
@@ -125,15 +125,16 @@ impl PolicyScorer {
             let start = Instant::now();
             self.fair_share.pay(start);
             if let Err(panic) = guarded(|| self.score_batch(batch, cache, Some(live))) {
-                // The callers learn that their requests were dropped; the run continues.
+                // The batch and its reply channels are dropped, so its callers get `Draining` and
+                // may retry. The run continues.
                 tracing::error!(panic, "a scoring batch failed");
             }
             self.fair_share.resume(start, Instant::now());
         }
     }
 
-    /// Evicts weights whose folder is gone or gets new content, and weights that do not fit beside
-    /// the runs in progress.
+    /// Evicts weights whose folder was deleted, and weights that do not fit beside the runs in
+    /// progress.
     pub fn evict_requested(&mut self) {
         if self.queue.take_must_fit(self.worker) {
             self.policies.fit();
@@ -162,30 +163,31 @@ impl PolicyScorer {
                 Vec::new(),
             );
         }
-        let mut references = vec_of_none(batch.len());
+        let mut reference_logps = vec_of_none(batch.len());
         let precision = |e: &Entry| self.precision(e, live);
         for members in groups(&batch, |e| {
             e.reference.as_ref().map(|weights| (weights, precision(e)))
         }) {
-            self.pass(&batch, members, &mut references, |scoring, entries| {
-                scoring.references(entries, cache, live)
+            self.pass(&batch, members, &mut reference_logps, |scoring, entries| {
+                scoring.score_references(entries, cache, live)
             });
         }
         // A model that is scored against itself needs only one pass.
-        let own = |e: &'_ Entry| e.reference.as_ref() != Some(&e.policy);
-        let mut policies = vec_of_none(batch.len());
+        let needs_own_pass = |e: &'_ Entry| e.reference.as_ref() != Some(&e.policy);
+        let mut policy_logps = vec_of_none(batch.len());
         for members in self.clusters(
-            groups(&batch, |e| own(e).then_some(&e.policy)),
+            groups(&batch, |e| needs_own_pass(e).then_some(&e.policy)),
             &batch,
             live,
         ) {
-            self.pass(&batch, members, &mut policies, |scoring, entries| {
-                scoring.policies(entries, live)
+            self.pass(&batch, members, &mut policy_logps, |scoring, entries| {
+                scoring.score_policies(entries, live)
             });
         }
         // Recorded before the answers, because a caller's span must end after the spans inside it.
         trace_batch(&batch, began, start.elapsed(), tokens);
-        for ((entry, reference), policy) in batch.into_iter().zip(references).zip(policies) {
+        for ((entry, reference), policy) in batch.into_iter().zip(reference_logps).zip(policy_logps)
+        {
             let live_step = matches!(entry.policy, WeightsRef::Live { .. })
                 .then(|| live.map(|l| l.step))
                 .flatten();
@@ -259,7 +261,7 @@ impl PolicyScorer {
 
     /// Returns the log-probs under the reference. All entries name the same reference and are
     /// scored in the same precision.
-    fn references(
+    fn score_references(
         &mut self,
         entries: &[&Entry],
         cache: &ReferenceCache,
@@ -292,7 +294,7 @@ impl PolicyScorer {
     }
 
     /// Returns the log-probs of one cluster's entries, each under its own policy.
-    fn policies(
+    fn score_policies(
         &mut self,
         entries: &[&Entry],
         live: Option<&Live>,

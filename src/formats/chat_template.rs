@@ -96,7 +96,7 @@ impl ChatTemplate {
         })
     }
 
-    /// The template's text.
+    /// Returns the template's text.
     pub fn source(&self) -> &str {
         &self.source
     }

@@ -130,7 +130,7 @@ fn map_weights(path: &Path) -> Result<memmap2::Mmap, ModelError> {
 /// Reads an adapter that was made for a model with this configuration.
 ///
 /// # Errors
-/// As [`config`]. Also returns an error if a tensor is missing, has another shape, is not finite,
+/// The errors of [`config`]. Also fails if a tensor is missing, has another shape, is not finite,
 /// or belongs to no projection of the model.
 pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
     let wrong = |reason: String| ModelError::Adapter {

@@ -113,7 +113,7 @@ impl Weights {
     /// Opens one safetensors file.
     ///
     /// # Errors
-    /// As [`Weights::open_folder`].
+    /// The errors of [`Weights::open_folder`].
     pub fn open_safetensors(file: &Path) -> Result<Self, ModelError> {
         Ok(Self::new(
             FileFormat::Safetensors(SafetensorsWeights::open(&[file.to_owned()])?),

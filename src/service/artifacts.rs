@@ -63,6 +63,7 @@ pub struct Artifacts {
     store_identity: Arc<OnceLock<String>>,
     /// Folders whose files this process has verified completely.
     verified: Arc<Mutex<HashSet<PathBuf>>>,
+    /// Lock that lets only one checkpoint or adapter be fetched from the object store at a time.
     fetching: Arc<tokio::sync::Mutex<()>>,
     /// Lock on the data directory. Other processes cannot take it while any clone exists.
     _lock: Option<Arc<File>>,
@@ -128,7 +129,8 @@ const OLD_EXPORTS: [&str; 2] = ["adapter", "merged"];
 
 impl Artifacts {
     /// Creates the folders of the data directory and removes what interrupted uploads and exports
-    /// left.
+    /// left. If an object store is configured and the directory has no datasets and jobs, it is
+    /// marked as one that has only copies.
     ///
     /// # Errors
     /// `Internal` or `ResourceExhausted` if the file system fails.
@@ -704,8 +706,8 @@ impl Artifacts {
     ///
     /// # Errors
     /// `FailedPrecondition`: `ARTIFACT_DAMAGED` if its files are proven to differ from those that
-    /// were written, `ARTIFACT_MISSING` if the authoritative copy is missing (now),
-    /// `CHECKPOINT_FORMAT` if another version of the server wrote it.
+    /// were written, `ARTIFACT_MISSING` if the authoritative copy is missing, which may be
+    /// temporary, `CHECKPOINT_FORMAT` if another version of the server wrote it.
     pub async fn fetch_checkpoint(&self, c: &Checkpoint) -> Result<PathBuf> {
         let dir = self.checkpoint(&c.job, c.step);
         if self.is_local(c).await? {

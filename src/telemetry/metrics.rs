@@ -1,4 +1,5 @@
-//! Metrics recorder, and the help text that `/metrics` shows for each metric.
+//! Metrics recorder, and the help texts that `/metrics` shows. The gauges of training runs are not
+//! in the recorder: `rpc` writes them with their help text.
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
@@ -169,7 +170,7 @@ const HISTOGRAMS: [(&str, &str); 10] = [
     ),
 ];
 
-/// Installs the metrics recorder of the process and describes every metric.
+/// Installs the metrics recorder of the process and describes every metric in it.
 ///
 /// # Errors
 /// Fails if a recorder is already installed.

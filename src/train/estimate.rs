@@ -199,8 +199,8 @@ pub fn estimate(
     let scores = max_over_blocks(&blocks, |block| {
         score_bytes(kernel, block.heads.query, t as usize, lengths.longest)
     });
-    // The head is trained, so its probabilities are saved. There are many such rows if the loss
-    // compares pairs, but at most one for each pair.
+    // Full fine-tuning trains the head and saves its probabilities for every row in memory: for one
+    // row, or for at most one row per pair if the loss compares pairs.
     let rows = if spec.dpo.compares_pairs() {
         spec.batch.batch_size as u64
     } else {
@@ -309,14 +309,14 @@ pub fn plan(
     available: u64,
     memory: MemoryKind,
 ) -> Result<Estimate, Estimate> {
-    let policies: &[SavePolicy] = match spec.batch.activation_checkpointing {
+    let save_policies: &[SavePolicy] = match spec.batch.activation_checkpointing {
         ActivationCheckpointing::On => &[SavePolicy::BlockInputs],
         ActivationCheckpointing::Off => &[SavePolicy::Tapes],
         ActivationCheckpointing::Auto => &[SavePolicy::Tapes, SavePolicy::BlockInputs],
     };
     let wanted = spec.batch.row_tokens;
-    let mut last = estimate(config, spec, lengths, policies[0], wanted, memory);
-    for &save in policies {
+    let mut last = estimate(config, spec, lengths, save_policies[0], wanted, memory);
+    for &save in save_policies {
         // Try shorter rows before recomputation, because they cost less time.
         for row_tokens in [wanted, wanted / 2, lengths.longest.min(wanted)] {
             last = estimate(config, spec, lengths, save, row_tokens.max(1), memory);
@@ -436,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trained_head_keeps_its_probabilities_of_every_held_row() {
+    fn a_trained_head_saves_its_probabilities_for_every_row_in_memory() {
         let (mut config, mut spec) = (config(), TrainingSpec::default());
         spec.method = Method::Full;
         spec.batch.batch_size = 16;

@@ -2,8 +2,9 @@
 
 use crate::domain::job::{JobError, Metrics, Progress};
 
-/// Event of a run. `Running` comes first and `Ended` last, each once; the trainer itself emits the
-/// other events.
+/// Event of a run. Each run reports `Ended` once, as its last event. A run that starts reports
+/// `Running` once, before its steps; only a `Log` of the engine's queue may come earlier. All other
+/// events come from the trainer.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RunEvent {
     /// The weights are loaded and the steps start.
@@ -58,7 +59,8 @@ pub enum RunEnd {
     Succeeded,
     /// A client cancelled it.
     Cancelled,
-    /// Stopped with a checkpoint; the job is continued later.
+    /// Stopped on request, after an attempt to write a checkpoint if the run had started. The job
+    /// continues later from its newest checkpoint.
     Drained,
     /// The run failed.
     Failed(JobError),

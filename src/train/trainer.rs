@@ -332,12 +332,12 @@ impl Trainer {
     ///
     /// # Errors
     /// Fails if the run cannot continue.
-    pub fn advance(&mut self, host: &mut RunContext) -> Result<Status, TrainError> {
+    pub fn advance(&mut self, context: &mut RunContext) -> Result<Status, TrainError> {
         match self.phase {
             Phase::Done => return Ok(Status::Finished),
-            Phase::Step { done } => self.step_unit(done, host)?,
-            Phase::Evaluate { next } => self.evaluate_unit(next, host)?,
-            Phase::Save { best } => self.save_unit(best, host)?,
+            Phase::Step { done } => self.step_unit(done, context)?,
+            Phase::Evaluate { next } => self.evaluate_unit(next, context)?,
+            Phase::Save { best } => self.save_unit(best, context)?,
         }
         Ok(if matches!(self.phase, Phase::Done) {
             Status::Finished
@@ -381,13 +381,13 @@ impl Trainer {
 
     /// Writes a checkpoint. If that fails, e.g. because the disk is full, the run waits and tries
     /// again for up to [`SAVE_RETRY_PERIOD`], in order not to lose the steps.
-    fn save_unit(&mut self, best: bool, host: &mut RunContext) -> Result<(), TrainError> {
+    fn save_unit(&mut self, best: bool, context: &mut RunContext) -> Result<(), TrainError> {
         if self.unsaved.is_some_and(|u| u.next > Instant::now()) {
-            (host.yield_point)();
+            (context.yield_point)();
             std::thread::sleep(SAVE_WAIT_SLEEP);
             return Ok(());
         }
-        let Err(e) = self.save(best, host.emit) else {
+        let Err(e) = self.save(best, context.emit) else {
             self.unsaved = None;
             self.phase = self.after_save();
             return Ok(());
@@ -404,7 +404,7 @@ impl Trainer {
                 "the checkpoint of step {} cannot be written, the run waits until it can: {why}",
                 self.state.step
             );
-            (host.emit)(RunEvent::Log {
+            (context.emit)(RunEvent::Log {
                 severity: "warning",
                 message,
             });
@@ -416,17 +416,16 @@ impl Trainer {
         Ok(())
     }
 
-    // One micro-batch, and the update after the step's last one.
-
-    fn step_unit(&mut self, done: usize, host: &mut RunContext) -> Result<(), TrainError> {
+    /// Computes one micro-batch, and takes the optimizer step after the step's last one.
+    fn step_unit(&mut self, done: usize, context: &mut RunContext) -> Result<(), TrainError> {
         let (micro_batches, group) = self.micro_batch_counts();
         if done == 0 {
             self.clear()?;
             self.before_step = (self.state.tokens, self.state.window.clone());
             self.step_started = Instant::now();
         }
-        if let Err(e) = self.micro_batch(1.0 / group as f64, host) {
-            self.shorten(e, host)?;
+        if let Err(e) = self.micro_batch(1.0 / group as f64, context) {
+            self.shorten(e, context)?;
             return self.rewind(done);
         }
         self.state.micro_batch += 1;
@@ -443,13 +442,13 @@ impl Trainer {
             self.state.epoch += 1;
             self.state.micro_batch = 0;
         }
-        self.after_update(host.emit);
+        self.after_update(context.emit);
         Ok(())
     }
 
     /// Handles the first out-of-memory error: halves the rows and turns on recomputation. Returns
     /// any other error, and a second one.
-    fn shorten(&mut self, e: TrainError, host: &mut RunContext) -> Result<(), TrainError> {
+    fn shorten(&mut self, e: TrainError, context: &mut RunContext) -> Result<(), TrainError> {
         if !e.is_out_of_memory() || std::mem::replace(&mut self.shortened, true) {
             return Err(e);
         }
@@ -462,7 +461,7 @@ impl Trainer {
             "{e}; going on with rows of {} tokens and activation checkpointing",
             self.plan.row_tokens
         );
-        (host.emit)(RunEvent::Log {
+        (context.emit)(RunEvent::Log {
             severity: "warning",
             message,
         });
@@ -493,11 +492,11 @@ impl Trainer {
             .collect()
     }
 
-    fn micro_batch(&mut self, scale: f64, host: &mut RunContext) -> Result<(), TrainError> {
+    fn micro_batch(&mut self, scale: f64, context: &mut RunContext) -> Result<(), TrainError> {
         let chosen = self.batch_rows();
         let pairs: Vec<&EncodedPair> = chosen.iter().map(|i| &self.train[*i]).collect();
         let row_tokens = self.plan.row_tokens;
-        let references = references(&self.reference, &pairs, row_tokens, host)?;
+        let references = references(&self.reference, &pairs, row_tokens, context)?;
         let batch = MicroBatch {
             dpo: &self.spec.dpo,
             policy: &self.policy.policy,
@@ -505,8 +504,12 @@ impl Trainer {
             references: references.as_deref(),
             row_tokens,
         };
-        let (loss, metrics) =
-            batch.train(self.plan.save, scale, &mut self.gradients, host.yield_point)?;
+        let (loss, metrics) = batch.train(
+            self.plan.save,
+            scale,
+            &mut self.gradients,
+            context.yield_point,
+        )?;
         if !loss.is_finite() {
             return Err(self.non_finite("loss", loss, &chosen));
         }
@@ -691,18 +694,18 @@ fn references(
     reference: &Reference,
     pairs: &[&EncodedPair],
     row_tokens: usize,
-    host: &mut RunContext,
+    context: &mut RunContext,
 ) -> Result<Option<Vec<Arc<Logps>>>, TrainError> {
     let Some((policy, identity)) = reference.weights() else {
         return Ok(None);
     };
     let groups: Vec<Vec<SequenceGroup>> = pairs.iter().map(|p| p.groups()).collect();
     let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
-    Ok(Some(host.cache.score(
+    Ok(Some(context.cache.score(
         policy,
         identity,
         &items,
         row_tokens,
-        host.yield_point,
+        context.yield_point,
     )?))
 }

@@ -120,7 +120,7 @@ pub fn validate_rows(
     Ok(report)
 }
 
-/// Returns the usable rows, and a report about the others.
+/// Returns the usable rows, and a report about all rows.
 ///
 /// # Errors
 /// Fails if the file cannot be read.
@@ -522,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn findings_that_depend_on_the_job_are_no_rows() {
+    fn rows_are_unusable_for_any_job_only_if_a_finding_does_not_depend_on_the_job() {
         let mut tally = Tally::default();
         let mut add = |row: u64, field: &str, reason: IssueReason| {
             tally.enter(row);

@@ -1,5 +1,5 @@
 //! Requests, files and connections that cost a server far more than they cost their sender, and
-//! settings and rows whose meaning would otherwise get lost without a word.
+//! settings and rows whose meaning could be lost silently.
 
 use std::collections::BTreeSet;
 use std::os::unix::process::CommandExt as _;
@@ -29,14 +29,14 @@ use crate::server::{Server, finish, job, submit, upload};
 use crate::support::golden;
 use crate::wait::until;
 
-/// Time that a call may take while a server is under attack.
+/// Maximum time of a call while a server is under attack.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn tiny() -> String {
     format!("tiny={}", golden("models/llama").display())
 }
 
-/// Starts a server on the tiny Llama with limits of a resource of its process.
+/// Starts a server on the tiny Llama with limits on one resource of its process.
 fn start_limited(
     data_dir: &Path,
     resource: libc::__rlimit_resource_t,
@@ -49,7 +49,7 @@ fn start_limited(
     };
     Server::start_as(data_dir, &tiny(), &[], |command| {
         let set = move || {
-            // SAFETY: the pointer is to a whole rlimit, which the closure owns.
+            // SAFETY: the pointer is to a complete rlimit, which the closure owns.
             let done = unsafe { libc::setrlimit(resource, &raw const limit) };
             if done == 0 {
                 Ok(())
@@ -57,18 +57,20 @@ fn start_limited(
                 Err(std::io::Error::last_os_error())
             }
         };
-        // SAFETY: setrlimit is a system call and nothing else: it may come between fork and exec.
+        // SAFETY: the closure only makes the system call setrlimit, which is allowed between fork
+        // and exec.
         unsafe { command.pre_exec(set) };
     })
 }
 
-/// Waits for what must not hang.
+/// Waits for a future and fails the test if it takes too long.
 async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
     let done = tokio::time::timeout(PATIENCE, work).await;
     done.unwrap_or_else(|_| panic!("{what} takes more than {PATIENCE:?}"))
 }
 
-/// The first 300 characters: some answers of a server that fails these tests have gigabytes.
+/// Returns the first 300 characters. Some answers of a server that fails these tests have
+/// gigabytes.
 fn start_of(text: &str) -> String {
     text.chars().take(300).collect()
 }
@@ -95,7 +97,7 @@ fn creation(training_job: pb::TrainingJob) -> pb::CreateTrainingJobRequest {
     }
 }
 
-/// A job of two steps with this objective.
+/// Returns a job of two steps with this objective.
 fn job_with(dataset: &str, dpo: pb::DpoConfig) -> pb::TrainingJob {
     pb::TrainingJob {
         dpo: Some(dpo),
@@ -112,9 +114,9 @@ fn losses(names: impl IntoIterator<Item = impl Into<String>>) -> Vec<pb::Weighte
     names.into_iter().map(|name| term(name.into())).collect()
 }
 
-// ---- repeated fields without end
+// ---- repeated fields without a limit
 
-/// The most memory that a process has had, in KiB.
+/// Returns the peak memory of a process, in KiB.
 fn peak_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the server lives");
     let line = status
@@ -124,8 +126,8 @@ fn peak_kib(pid: u32) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// Sends one request with far too many elements to a server that may have 8 GiB. The answer must
-/// be short and about `field`, and neither the server nor its other clients may notice the call.
+/// Sends one request with far too many elements to a server that may have 8 GiB. The answer must be
+/// short and name `field`, and neither the server nor its other clients may be affected.
 async fn refused_at_little_cost<T>(
     field: &str,
     call: impl AsyncFnOnce(&Client) -> Result<T, Status>,
@@ -238,8 +240,8 @@ async fn half_a_million_target_modules_are_refused_in_a_few_words() {
 
 // ---- errors that repeat a client's own text
 
-/// The bytes of a status in an answer's headers: its message percent-encoded as tonic does it, its
-/// details as base64 without padding.
+/// Returns the size in bytes of a status in an answer's headers: its message percent-encoded as
+/// tonic does it, its details as base64 without padding.
 fn header_bytes(status: &Status) -> usize {
     let is_plain = |b: &u8| b.is_ascii_graphic() && !b"\"#%<>`?{}".contains(b);
     let message: usize = status
@@ -250,7 +252,7 @@ fn header_bytes(status: &Status) -> usize {
     message + (status.details().len() * 4).div_ceil(3)
 }
 
-/// N of the words "and N more" at the end of the violations or of the message.
+/// Returns the number N in "and N more" at the end of the violations or of the message.
 fn left_out(status: &Status) -> Option<usize> {
     let last = violations(status)
         .pop()
@@ -267,7 +269,8 @@ async fn errors_quote_little_of_what_a_client_sent() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    // Percent-encoding makes three bytes of a space, and an escaped quotation of the last one ten.
+    // Percent-encoding turns a space into three bytes, and an escaped quotation of the last one
+    // into ten.
     for text in ["x", " ", "%", "é", "\"", "\u{10ffff}"] {
         let long = text.repeat(100_000);
         let bad_losses = |n: usize| pb::DpoConfig {
@@ -297,7 +300,7 @@ async fn errors_quote_little_of_what_a_client_sent() {
             name: format!("datasets/{long}"),
         };
         let many = job_with("datasets/x", bad_losses(40));
-        // Each with the number of its bad fields.
+        // Each case has the number of its invalid fields.
         let answers = [
             (
                 "a long policy",
@@ -352,7 +355,7 @@ async fn errors_quote_little_of_what_a_client_sent() {
                 "{what}: {} violations",
                 found.len()
             );
-            // Too many losses may be one violation of the list.
+            // Too many losses may be reported as one violation of the list.
             if found.iter().any(|v| v.field == "training_job.dpo.losses") {
                 continue;
             }
@@ -365,13 +368,13 @@ async fn errors_quote_little_of_what_a_client_sent() {
 
 // ---- connections
 
-/// Speaks HTTP/2 as a client has to, so that no keep-alive finds the connection dead, but never
-/// makes a call. Ends when the server closes it.
+/// Speaks HTTP/2 as a client must, so that no keep-alive finds the connection dead, but never makes
+/// a call. Ends when the server closes the connection.
 async fn idle_http2(connection: TcpStream) -> std::io::Result<()> {
     speak_http2(connection, &[]).await
 }
 
-/// The same after some frames that open calls.
+/// Does the same after sending some frames that open calls.
 pub async fn speak_http2(mut connection: TcpStream, frames: &[u8]) -> std::io::Result<()> {
     const SETTINGS: u8 = 4;
     const PING: u8 = 6;
@@ -410,7 +413,7 @@ pub async fn speak_http2(mut connection: TcpStream, frames: &[u8]) -> std::io::R
     }
 }
 
-/// Opens `number` of them; they live as long as the set.
+/// Opens `number` of these connections; they live as long as the set.
 async fn flood(server: &Server, number: usize) -> JoinSet<std::io::Result<()>> {
     let address = server.address.trim_start_matches("http://").to_owned();
     let connected = Arc::new(AtomicUsize::new(0));
@@ -423,8 +426,8 @@ async fn flood(server: &Server, number: usize) -> JoinSet<std::io::Result<()>> {
             idle_http2(connection).await
         });
     }
-    // Until the server has accepted what it will. Where it accepts no more, the system's queue
-    // fills up, and the rest cannot connect.
+    // Until the server has accepted as many as it accepts. Where it accepts no more, the system's
+    // queue fills up, and the rest cannot connect.
     let (mut before, mut unchanged_since) = ((0, 0), Instant::now());
     until(
         "the end of new connections",
@@ -453,7 +456,7 @@ fn descriptors(pid: u32) -> usize {
         .count()
 }
 
-/// The soft limit of a process's open files.
+/// Returns the soft limit on a process's open files.
 fn soft_limit(pid: u32) -> u64 {
     let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let line = limits
@@ -479,7 +482,7 @@ async fn assert_live(server: &Server) {
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
-/// A job that a client has paused: its event stream stays open, without an event.
+/// Creates a job and pauses it: its event stream stays open and has no events.
 async fn paused_job(client: &Client, dataset: &str) -> String {
     let name = submit(client, job(dataset, 100_000)).await;
     let request = pb::PauseTrainingJobRequest { name: name.clone() };
@@ -498,7 +501,7 @@ async fn paused_job(client: &Client, dataset: &str) -> String {
 async fn four_hundred_idle_connections_take_no_descriptor_that_the_server_needs() {
     let dir = tempfile::tempdir().unwrap();
     let server = start_limited(dir.path(), libc::RLIMIT_NOFILE, 256, 256);
-    // It watches a job that waits, on a connection of its own.
+    // It watches a waiting job on a connection of its own.
     let watcher = server.client().await;
     let dataset = upload(&watcher, "pairs.jsonl").await;
     let waiting = paused_job(&watcher, &dataset.name).await;
@@ -550,7 +553,7 @@ async fn four_hundred_idle_connections_take_no_descriptor_that_the_server_needs(
     assert_eq!(change.to(), pb::JobState::Succeeded, "{}", change.reason);
     assert_live(&server).await;
 
-    // The stream was not closed: it is told of what happens now, once and to the end.
+    // The stream was not closed: it still delivers new events, each once, until the job ends.
     assert!(!followed.is_finished(), "{:?}", followed.await);
     let cancel = pb::CancelTrainingJobRequest { name: waiting };
     soon(
@@ -615,8 +618,8 @@ fn jsonl(dir: &Path, rows: &[serde_json::Value]) -> PathBuf {
     file
 }
 
-/// The values of a Parquet column: one for each row, absent or not. A column of messages has one
-/// message a row.
+/// Values of a Parquet column: one for each row, possibly absent. A column of messages has one
+/// message per row.
 enum Column {
     Text(Vec<Option<&'static str>>),
     Double(Vec<Option<f64>>),
@@ -639,7 +642,7 @@ fn write_parquet(file: &Path, schema: &str, columns: Vec<Column>) {
     for (i, column) in columns.into_iter().enumerate() {
         let leaf = leaves.column(i);
         let mut out = group.next_column().unwrap().unwrap();
-        // An absent value is defined up to the level above it.
+        // An absent value is defined only up to the level above it.
         macro_rules! write {
             ($kind:ty, $values:expr, $to:expr) => {{
                 let levels: Vec<i16> = $values
@@ -670,7 +673,7 @@ async fn upload_file(client: &Client, file: &Path) -> Result<pb::Dataset, Client
         .await
 }
 
-/// A finding as (row, field, reason, whether it is an error).
+/// A finding as (row, field, reason, true if it is an error).
 type Finding<'a> = (u64, &'a str, &'a str, bool);
 
 fn findings(report: &pb::ValidationReport) -> BTreeSet<Finding<'_>> {
@@ -782,7 +785,7 @@ async fn extra_fields_of_a_row_are_used_or_reported() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let mut rows = Vec::new();
-    // A chat row, which `change` adds something to.
+    // `change` adds a key to a chat row.
     let mut add = |change: &dyn Fn(&mut serde_json::Value)| {
         let mut row = json!({
             "prompt": [{"role": "user", "content": format!("Question {}?", rows.len())}],
@@ -802,7 +805,7 @@ async fn extra_fields_of_a_row_are_used_or_reported() {
     add(&|row| row["rejected"][0]["thinking"] = json!("Hm."));
     add(&|row| row["prompt"][0]["name"] = json!("Ada"));
     add(&|row| row["system"] = json!("Be brief."));
-    // Empty values are no information that could be lost.
+    // Empty values have no information that could be lost.
     add(&|row| {
         for column in ["tools", "images", "chat_template_kwargs", "system"] {
             row[column] = json!(null);
@@ -823,7 +826,7 @@ async fn extra_fields_of_a_row_are_used_or_reported() {
         row["chosen"][0]["content"] = json!([{"type": "image_url", "image_url": {"url": "a.png"}}])
     });
     add(&|row| row["system"] = json!("Be long."));
-    // Only dialogues have tools.
+    // Only dialogues can have tools.
     rows.push(json!({"prompt": "1 2", "chosen": " 3", "rejected": " 4", "tools": tools}));
     rows.push(json!({"prompt": "2 3", "chosen": " 4", "rejected": " 5", "chat_template_kwargs": {"a": 1}}));
     let file = jsonl(dir.path(), &rows);
@@ -839,7 +842,7 @@ async fn extra_fields_of_a_row_are_used_or_reported() {
     .into();
     assert_eq!(findings(&report), expected, "{report:?}");
     assert_eq!((report.rows, report.valid_rows), (14, 11));
-    // A column that is not used is listed once and counted in every row.
+    // An unused column is listed once and counted in every row.
     assert_eq!(
         (
             report.counts["unsupported_field"],
@@ -872,7 +875,7 @@ async fn extra_columns_of_a_parquet_row_are_used_or_reported() {
     );
     const ROWS: usize = 7;
     let every = |text: &'static str| Column::Text(vec![Some(text); ROWS]);
-    // A text in one row, from 1, and none in the others.
+    // Row number `i` from 1 has a text, the others have none.
     let one = |row: usize, text: &'static str| {
         Column::Text((1..=ROWS).map(|r| (r == row).then_some(text)).collect())
     };
@@ -904,7 +907,7 @@ async fn extra_columns_of_a_parquet_row_are_used_or_reported() {
     assert_eq!(report.counts["ignored_field"], 6, "{report:?}");
 }
 
-// ---- objectives that cannot mean what they say
+// ---- objectives with contradictory settings
 
 fn assert_violation<T>(answer: Result<T, Status>, field: &str) {
     let status = refused(answer, Code::InvalidArgument);
@@ -950,7 +953,8 @@ async fn sorted_losses_take_no_weighting() {
     check(&client, job_with(&dataset, plain)).await.unwrap();
 }
 
-/// Why a job is refused for its rows, when it is made or when it has read them.
+/// Returns the reason why a job is refused for its rows, when it is created or after it has read
+/// them.
 async fn refusal_of_rows(client: &Client, wanted: pb::TrainingJob) -> String {
     let (reason, message) = match client
         .training()
@@ -1031,7 +1035,7 @@ async fn sorted_losses_take_no_weighted_rows() {
             status.get_details_error_info().unwrap().reason,
             "DATASET_INVALID"
         );
-        // Rows of equal weight are what these losses are made for.
+        // These losses are made for rows of equal weight.
         let name = submit(&client, wanted(&equal)).await;
         let last = finish(&client, &name).await.pop().and_then(|e| e.event);
         let Some(Event::StateChange(change)) = last else {
@@ -1066,11 +1070,11 @@ async fn a_reference_that_no_loss_reads_is_not_moved() {
         let answer = check(&client, moving(names)).await;
         assert_violation(answer, "training_job.dpo.reference_sync");
     }
-    // One loss that reads it is enough.
+    // One loss that uses it is enough.
     check(&client, moving(&["sft", "sigmoid"])).await.unwrap();
 }
 
-// ---- the command line's own words
+// ---- messages of the command line
 
 fn bradley(server: &Server, args: &[&str]) -> (Option<i32>, String) {
     let done: Output = std::process::Command::new(crate::support::binary())

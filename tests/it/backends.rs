@@ -11,10 +11,10 @@ use crate::server::{Server, free_port};
 use crate::support::needed;
 use crate::wait::until_blocking;
 
-/// Time that a backend has to start.
+/// Maximum time for a backend to start.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
-/// PostgreSQL with an empty database; gone when dropped.
+/// PostgreSQL with an empty database; it is stopped and removed on drop.
 pub struct Postgres {
     bin: PathBuf,
     dir: tempfile::TempDir,
@@ -61,7 +61,7 @@ impl Postgres {
         postgres
     }
 
-    /// The database's URL.
+    /// Returns the database's URL.
     pub fn url(&self) -> String {
         format!("postgres://bradley@127.0.0.1:{}/postgres", self.port)
     }
@@ -83,7 +83,7 @@ impl Postgres {
             .collect()
     }
 
-    /// Ends it as a crash does.
+    /// Kills it, as a crash would.
     pub fn crash(&mut self) {
         let Some(mut child) = self.child.take() else {
             return;
@@ -98,7 +98,7 @@ impl Postgres {
         let _ = child.wait();
     }
 
-    /// Starts it (again) and waits until it answers.
+    /// Starts it, or starts it again, and waits until it answers.
     pub fn resume(&mut self) {
         let child = as_user(&self.bin.join("postgres"))
             .arg("-D")
@@ -140,7 +140,7 @@ impl Shared {
         }
     }
 
-    /// Starts a server on both, with a data folder of its own.
+    /// Starts a server on both backends, with a data folder of its own.
     pub fn replica(&self, data_dir: &Path, models: &str, flags: &[&str]) -> Server {
         let artifacts = format!("file://{}", self.artifacts.path().display());
         let shared = [
@@ -190,7 +190,7 @@ impl S3 {
         s3
     }
 
-    /// Its port.
+    /// Returns its port.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -200,7 +200,7 @@ impl S3 {
         self.environment_at(self.port)
     }
 
-    /// The same through a proxy.
+    /// Returns the same environment for a server that uses this S3 through a proxy.
     pub fn environment_at(&self, port: u16) -> Vec<(&'static str, String)> {
         vec![
             ("AWS_ENDPOINT", format!("http://127.0.0.1:{port}")),
@@ -211,17 +211,17 @@ impl S3 {
         ]
     }
 
-    /// It answers nothing until [`S3::thaw`].
+    /// Freezes it: it answers nothing until [`S3::thaw`].
     pub fn freeze(&self) {
         signal(self.child.id(), libc::SIGSTOP);
     }
 
-    /// It answers again.
+    /// Makes it answer again.
     pub fn thaw(&self) {
         signal(self.child.id(), libc::SIGCONT);
     }
 
-    /// The keys below a prefix.
+    /// Returns the keys below a prefix.
     pub fn keys(&self, prefix: &str) -> Vec<String> {
         let answer = self
             .request("GET", &format!("/bradley?list-type=2&prefix={prefix}"))
@@ -234,7 +234,7 @@ impl S3 {
             .collect()
     }
 
-    /// Removes an object, as an accident does.
+    /// Removes an object, as an accident would.
     pub fn remove(&self, key: &str) {
         self.request("DELETE", &format!("/bradley/{key}")).unwrap();
     }
@@ -262,24 +262,24 @@ impl Drop for S3 {
 /// Fault that a [`Proxy`] causes on its connections.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fault {
-    /// Nothing.
+    /// No fault.
     None,
-    /// Answers 503 itself.
+    /// The proxy answers 503 itself.
     Error,
-    /// Waits before it passes anything on.
+    /// The proxy waits before it passes anything on.
     Slow(Duration),
-    /// Closes connections, open ones too.
+    /// The proxy closes connections, including open ones.
     Reset,
 }
 
-/// A TCP proxy in front of a backend that can misbehave.
+/// A TCP proxy in front of a backend that can cause faults.
 pub struct Proxy {
     port: u16,
     fault: Arc<Mutex<Fault>>,
 }
 
 impl Proxy {
-    /// Starts one before a port of this machine; its threads end with the process.
+    /// Starts a proxy for a port of this machine; its threads end with the process.
     pub fn start(backend: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let proxy = Proxy {
@@ -296,12 +296,12 @@ impl Proxy {
         proxy
     }
 
-    /// Its port.
+    /// Returns its port.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Misbehaves from now on.
+    /// Causes this fault from now on.
     pub fn set(&self, fault: Fault) {
         *self.fault.lock().unwrap() = fault;
     }
@@ -326,7 +326,7 @@ fn serve(mut client: TcpStream, backend: u16, fault: &Arc<Mutex<Fault>>) {
     let _ = back.join();
 }
 
-/// Passes bytes on until one side ends, or the proxy misbehaves.
+/// Passes bytes on until one side ends or the proxy causes a fault.
 fn pump(mut from: TcpStream, mut to: TcpStream, fault: &Mutex<Fault>) {
     let mut buffer = vec![0; 65536];
     loop {

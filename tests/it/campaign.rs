@@ -1,12 +1,12 @@
-//! A campaign of faults, seeded: every round disturbs a job in one way at a random moment, then
+//! A seeded campaign of faults: every round disturbs a job in one way at a random moment, then
 //! compares it with an undisturbed run.
 //!
 //!   BRADLEY_TEST_CAMPAIGN=200 BRADLEY_TEST_SEED=7 [BRADLEY_TEST_FAULT=DiskFull] cargo test --test
 //!   it campaign -- --nocapture
 //!
 //! Rounds alternate between two replicas on PostgreSQL and S3, and one server on SQLite and a
-//! folder (a small file system of its own, where the test may mount one). The table at the end is
-//! the result; every line of it is asserted round by round.
+//! folder (on a small file system of its own if the test may mount one). The table at the end shows
+//! the result; each of its lines is asserted in every round.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -25,13 +25,13 @@ use crate::server::{Server, upload};
 use crate::support::golden;
 use crate::wait::until;
 
-/// Steps of a round's job: about a second.
+/// Steps of a round's job, which take about a second.
 const STEPS: u64 = 150;
-/// Seconds of a lease.
+/// Duration of a lease in seconds.
 const LEASE: &str = "2";
-/// Rounds without BRADLEY_TEST_CAMPAIGN: each fault about once.
+/// Number of rounds without BRADLEY_TEST_CAMPAIGN: about one per fault.
 const ROUNDS: usize = 14;
-/// Time that a round's job may take.
+/// Maximum time of a round's job.
 const LIMIT: Duration = Duration::from_secs(90);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -81,7 +81,7 @@ struct Tally {
     weights_equal: usize,
 }
 
-/// Servers that come and go; where they are now is known to whoever follows.
+/// Servers that come and go. Followers always use the current addresses.
 struct Fleet {
     servers: Vec<Option<Server>>,
     dirs: Vec<PathBuf>,
@@ -156,7 +156,7 @@ async fn connect(addresses: &Mutex<Vec<String>>) -> Option<Client> {
     }
 }
 
-/// Follows a job through every fault; each event must come once and in order.
+/// Follows a job through every fault. Each event must come once and in order.
 async fn follow(addresses: Arc<Mutex<Vec<String>>>, job: String) -> Vec<pb::TrainingEvent> {
     let mut seen: Vec<pb::TrainingEvent> = Vec::new();
     loop {
@@ -174,7 +174,7 @@ async fn follow(addresses: Arc<Mutex<Vec<String>>>, job: String) -> Vec<pb::Trai
         .await;
         let Ok(Ok(stream)) = asked else { continue };
         let mut stream = stream.into_inner();
-        // A frozen server says nothing: go on with another.
+        // A frozen server does not answer: continue with another one.
         while let Ok(Ok(Some(event))) =
             tokio::time::timeout(Duration::from_secs(4), stream.message()).await
         {
@@ -199,7 +199,7 @@ fn is_final(state: pb::JobState) -> bool {
     )
 }
 
-/// Lets a fault last for `time`, or until the job that is followed is over.
+/// Lets a fault last for `time`, or until the followed job is over.
 async fn lasts<T>(time: Duration, following: &tokio::task::JoinHandle<T>) {
     let over = until("the end of the job", LIMIT, async || {
         following.is_finished()
@@ -207,7 +207,7 @@ async fn lasts<T>(time: Duration, following: &tokio::task::JoinHandle<T>) {
     let _ = tokio::time::timeout(time, over).await;
 }
 
-/// Creates a job, again and again under one request_id until it is acknowledged.
+/// Creates a job, with repeated calls under one request_id until one is acknowledged.
 async fn create(addresses: Arc<Mutex<Vec<String>>>, dataset: String, request_id: String) -> String {
     loop {
         let Some(client) = connect(&addresses).await else {
@@ -232,7 +232,7 @@ async fn create(addresses: Arc<Mutex<Vec<String>>>, dataset: String, request_id:
     }
 }
 
-/// A small file system; a plain folder where none may be mounted.
+/// A small file system, or a plain folder if none may be mounted.
 struct Disk {
     folder: tempfile::TempDir,
     mounted: bool,
@@ -249,7 +249,7 @@ impl Disk {
         Disk { folder, mounted }
     }
 
-    /// Leaves no byte free.
+    /// Fills the file system completely.
     fn fill(&self) {
         use std::io::Write;
         let mut file = std::fs::File::create(self.folder.path().join("filler")).unwrap();
@@ -274,7 +274,7 @@ impl Drop for Disk {
     }
 }
 
-/// Damages the newest checkpoint below a data directory, of one job.
+/// Damages the newest checkpoint of one job below a data directory.
 fn damage(dir: &Path, job: &str, rng: &mut StdRng) -> bool {
     let folder = dir
         .join("jobs")
@@ -376,7 +376,7 @@ impl Campaign {
                 fleet.restart(victim);
                 if let Some(dataset) = uploaded {
                     self.tally.uploads_acknowledged += 1;
-                    // Its row and its file are there, on whichever replica.
+                    // Its row and its file exist, on either replica.
                     let request = pb::EstimateTrainingJobRequest {
                         training_job: Some(checkpointing(&dataset.name, 2)),
                     };
@@ -400,7 +400,7 @@ impl Campaign {
             Disturbance::Freeze => {
                 let pid = fleet.servers[victim].as_ref().unwrap().pid();
                 signal(pid, libc::SIGSTOP);
-                // Past its lease, as often as not.
+                // Half of the time it stays frozen for longer than its lease.
                 lasts(Duration::from_secs(1) + 2 * pause, &following).await;
                 signal(pid, libc::SIGCONT);
             }

@@ -1,4 +1,4 @@
-//! Clients written by others: grpcurl through reflection, Python's grpcio with the protos, peft
+//! Clients of other projects: grpcurl through reflection, Python's grpcio with the protos, peft
 //! with the adapter, OpenTelemetry's SDK.
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,7 +12,7 @@ fn protos() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("proto")
 }
 
-/// Standard base64 with padding.
+/// Encodes bytes as standard base64 with padding.
 fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut out = String::new();
@@ -95,7 +95,7 @@ fn opentelemetrys_client_and_sink_see_one_trace_for_a_score_and_for_a_job() {
     said.read_line(&mut port).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let endpoint = format!("http://127.0.0.1:{}", port.trim());
-    // The exporter's own variable: spans are sent after 200 ms instead of 5 s.
+    // Variable of the exporter: spans are sent after 200 ms instead of 5 s.
     let flags = ["--otlp-endpoint", &endpoint];
     let models = format!("tiny={}", golden("models/llama").display());
     let server = Server::start_in(
@@ -160,7 +160,7 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
         "llama"
     );
 
-    // A client stream is JSON messages one after the other; bytes are base64.
+    // grpcurl takes a client stream as one JSON message after the other; bytes are base64.
     let file = std::fs::read(golden("pairs.jsonl")).unwrap();
     let mut body = serde_json::json!({"metadata": {"display_name": "by grpcurl"}}).to_string();
     for piece in file.chunks(999) {
@@ -193,7 +193,7 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
         streamed.contains("JOB_STATE_SUCCEEDED") && streamed.contains("rewards/margins"),
         "{streamed}"
     );
-    // Taken up again by cursor: the rest and nothing else.
+    // Continued from a cursor: only the remaining events.
     let all = streamed.matches("\"sequence\"").count();
     let body = serde_json::json!({"parent": name, "after_sequence": 3}).to_string();
     let rest = run(Command::new(&grpcurl).args([

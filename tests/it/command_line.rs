@@ -1,5 +1,5 @@
-//! The command line as a script uses it: exit codes, JSON, and the way from a file of pairs to an
-//! adapter.
+//! The command line as a script uses it: exit codes, JSON output, and the steps from a file of
+//! pairs to an adapter.
 
 use std::process::{Command, Output};
 
@@ -96,7 +96,7 @@ fn from_a_file_of_pairs_to_an_adapter() {
             out.to_str().unwrap(),
         ],
     );
-    // The adapter's two files, and the tokenizer's.
+    // The two files of the adapter, and the tokenizer's files.
     assert_eq!(files.as_array().unwrap().len(), 5, "{files}");
     assert!(
         out.join("adapter_config.json").is_file()

@@ -1,5 +1,5 @@
-//! The saved corpus of the fuzzers, with the inputs that they found, given to each parser. The name
-//! of each file says what its parser must do: NAME.ok is taken, NAME.refused is an error.
+//! Gives each parser its fuzzers' saved corpus, which includes the inputs that they found. The name
+//! of each file says what the parser must do: accept NAME.ok, return an error for NAME.refused.
 //! Neither may panic.
 
 use std::path::{Path, PathBuf};
@@ -21,8 +21,8 @@ fn corpus() -> PathBuf {
     golden("../fuzz/corpus")
 }
 
-/// Checks that `is_taken` is true of the files of a target that are named `.ok`, and false of those
-/// that are named `.refused`.
+/// Checks that `is_taken` returns true for a target's files named `.ok`, and false for those named
+/// `.refused`.
 #[track_caller]
 fn assert_outcomes(target: &str, is_taken: impl Fn(&Path) -> bool) {
     let mut files = 0;
@@ -70,7 +70,7 @@ fn every_target_is_tested_here() {
 
 #[test]
 fn rows() {
-    // Taken: at least one row can be read.
+    // A file is accepted if at least one row can be read.
     assert_outcomes("rows", |file| {
         read_rows(file, DatasetFormat::Jsonl).is_ok_and(|rows| rows.take(1000).any(|r| r.is_ok()))
     });

@@ -17,7 +17,7 @@ fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
     wanted
 }
 
-/// Every event so far, once `enough` says so.
+/// Returns the events so far as soon as `enough` returns true for them.
 async fn events_until(
     client: &bradley::rpc::client::Client,
     name: &str,
@@ -62,7 +62,7 @@ fn folder_of(data_dir: &Path, name: &str) -> PathBuf {
         .join("checkpoints")
 }
 
-/// A whole checkpoint folder whose row was never stored, as a kill between the two leaves it.
+/// Creates a complete checkpoint folder without a row, as a kill between the two leaves it.
 fn leave_unacknowledged(data_dir: &Path, name: &str, step: u64) {
     let folder = folder_of(data_dir, name);
     let steps = std::fs::read_dir(&folder)
@@ -120,7 +120,7 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
             "what was delivered is still there, unchanged"
         );
     }
-    // After each restart at most the steps since a multiple of five are taken again.
+    // After each restart at most the steps since the last multiple of five are repeated.
     let mut last = 0;
     for e in &all {
         if let Some(step) = step_of(e) {

@@ -1,6 +1,7 @@
-//! The passes on a GPU against those on the CPU, on models that are wide enough for the tensor
-//! cores' kernels. BRADLEY_TEST_DEVICE=cuda:N names the GPU; with tests/cuda/emulator's libraries
-//! in LD_LIBRARY_PATH it is this machine's processor. The golden tests run on that device too.
+//! Compares passes on a GPU with passes on the CPU, on models that are wide enough for the tensor
+//! cores' kernels. BRADLEY_TEST_DEVICE=cuda:N names the GPU; with the libraries of
+//! tests/cuda/emulator in LD_LIBRARY_PATH it is emulated on this machine's processor. The golden
+//! tests run on that device, too.
 
 mod emulator;
 
@@ -41,8 +42,8 @@ fn gpu_name() -> String {
     name
 }
 
-/// Shapes that reach every kernel: heads of 64 and of 128, norms on queries and keys, biases, a
-/// window, one that is no limit, a head of its own.
+/// Shapes that reach every kernel: heads of 64 and of 128 dimensions, norms on queries and
+/// keys, biases, a window that limits attention, one that does not, and an untied head.
 const SHAPES: [(&str, &str); 5] = [
     (
         "llama",
@@ -81,7 +82,7 @@ fn random(shape: &str, seed: u64) -> Policy {
         );
         match (shape.len(), name.contains("norm")) {
             (1, true) => values.iter_mut().for_each(|x| *x += 1.0),
-            // Scores that differ: the gradient of an even attention is what rounding leaves.
+            // Makes scores differ: the gradient of uniform attention consists of rounding errors.
             (2, _) => values.iter_mut().for_each(|x| *x *= 1.7),
             _ => {}
         }
@@ -97,7 +98,7 @@ fn random(shape: &str, seed: u64) -> Policy {
     }
 }
 
-/// Two pairs, three answers to one prompt, and a prompt that is longer than a tile.
+/// Returns two pairs, three answers to one prompt, and a prompt that is longer than a tile.
 fn row() -> PackedRow {
     let ids = |n: usize, seed: usize| {
         (0..n)
@@ -122,7 +123,8 @@ fn adapter(policy: &Policy) -> Adapter {
         target_modules: TARGET_MODULES.map(str::to_owned).to_vec(),
         ..LoraConfig::default()
     };
-    // Small, as while it trains: a large random update makes gradients of what rounding leaves.
+    // Small updates, as in training: a large random one makes gradients that are mostly rounding
+    // errors.
     let values = |tensor: &LoraTensor| {
         let values = kaiming_uniform(7, &tensor.name, tensor.elements(), tensor.shape[1])
             .iter()
@@ -133,13 +135,13 @@ fn adapter(policy: &Policy) -> Adapter {
     Adapter::build(&policy.config, &config, values).unwrap()
 }
 
-/// Log-probs and gradients for an upstream gradient that differs from token to token.
+/// Returns log-probs and gradients for an upstream gradient that differs from token to token.
 fn passes(
     policy: &TrainablePolicy,
     row: &PackedRow,
-    keep: SavePolicy,
+    save: SavePolicy,
 ) -> (Vec<f32>, Vec<Vec<f32>>) {
-    let tape = forward(&policy.policy, row.row.clone(), keep, &mut || {}).unwrap();
+    let tape = forward(&policy.policy, row.row.clone(), save, &mut || {}).unwrap();
     let logps = tape.log_probs().to_vec();
     let upstream: Vec<f32> = (0..logps.len())
         .map(|i| ((i % 7) as f32 + 1.0) / 40.0)
@@ -150,7 +152,7 @@ fn passes(
     (logps, gradients.values().to_vec())
 }
 
-/// ‖a − b‖ / ‖b‖.
+/// Returns ‖a − b‖ / ‖b‖.
 fn distance(a: &[f32], b: &[f32]) -> f64 {
     let (mut difference, mut norm) = (0f64, 0f64);
     for (x, y) in a.iter().zip(b) {
@@ -176,8 +178,8 @@ fn a_gpu_computes_what_the_cpu_computes() {
             ..on_cpu.clone()
         };
         let adapter = adapter(&on_cpu);
-        // In bf16 a tensor's gradient may be what rounding leaves of numbers that cancel, on the
-        // CPU too: there all gradients are compared together.
+        // In bf16 a tensor's gradient may be the rounding error of numbers that cancel, on the CPU
+        // too: there all gradients are compared together.
         for (precision, logp, gradient) in
             [(Precision::F32, 1e-5, 1e-4), (Precision::Bf16, 1e-2, 5e-2)]
         {
@@ -222,7 +224,7 @@ fn a_gpu_computes_what_the_cpu_computes() {
     }
 }
 
-/// Log-probs in the reference cache are of all devices that computed them.
+/// The reference cache distinguishes log-probs by the devices and the cuBLAS that computed them.
 #[test]
 #[ignore = "needs a GPU or the emulator (BRADLEY_TEST_DEVICE)"]
 fn the_arithmetic_names_each_device_and_the_version_of_cublas() {
@@ -260,13 +262,14 @@ fn the_arithmetic_names_each_device_and_the_version_of_cublas() {
     }
 }
 
-/// Weights that are exact in bf16, so that both precisions start from the same.
+/// Returns weights that bf16 represents exactly, so that both precisions start from the same
+/// values.
 fn rounded(p: &Parameters) -> Parameters {
     p.map(|_, t| t.to_dtype(DType::BF16)?.to_dtype(DType::F32))
         .unwrap()
 }
 
-/// The losses of a job's steps.
+/// Returns the losses of a job's steps.
 fn losses(events: &[pb::TrainingEvent]) -> Vec<f64> {
     let loss = |e: &pb::TrainingEvent| match &e.event {
         Some(Event::StepMetrics(s)) => Some(s.metrics["loss"]),
@@ -281,8 +284,8 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
     let name = gpu_name();
     let mut outcomes = Vec::new();
     let models = format!("tiny={}", golden("models/llama").display());
-    // With mapped memory, too, which a GPU has and the emulator only when asked; and with work that
-    // is done only when something waits for it.
+    // Also with mapped memory, which a GPU has and the emulator has only when asked, and with
+    // kernels that run only when something waits for them.
     for (device, mapping, late) in [
         ("cpu", "0", "0"),
         (&name, "0", "0"),
@@ -341,8 +344,8 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
     let device = gpu_name();
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
-    // Nobody reads what the client's connection says while the test waits for the server: the call
-    // stays open for as long as it may.
+    // Nobody reads from the client's connection while the test waits for the server, so the call
+    // may stay open.
     let mut server = Server::start_with(
         dir.path(),
         &models,
@@ -350,11 +353,11 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
     );
     let client = server.client().await;
     score(&client, "models/tiny", pairs()).await;
-    // Many pairs, each new; the caller leaves while they are computed. A server at work must end,
-    // and with success; that it waits for its device shows only by chance: the emulator ends the
-    // process with another status when its libraries are called in the moment of the exit.
+    // Many new pairs; the caller leaves while they are computed. A busy server must still end, with
+    // exit status 0. Whether it waits for its device shows only by chance: the emulator ends the
+    // process with another status if its libraries are called during the exit.
     let many = |call: usize| {
-        // Other prompts, so that nothing is known from before.
+        // Other prompts, so that nothing is cached from before.
         let other = move |i: usize| {
             pairs().into_iter().map(move |mut p| {
                 if let Some(pb::text::Form::Chat(list)) =
@@ -380,7 +383,7 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
     );
 }
 
-/// A folder with a model of that shape and the tiny Llama's tokenizer.
+/// Writes a folder with a model of that shape and the tiny Llama's tokenizer.
 fn model_folder(shape: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let policy = random(shape, 1);
@@ -435,7 +438,7 @@ fn a_model_whose_heads_are_too_wide_for_the_kernels_is_refused() {
 fn a_gpu_has_a_memory_limit_of_its_own() {
     gpu_name();
     let folder = model_folder(SHAPES[0].1);
-    // The container's memory says nothing about the GPU's.
+    // The memory limit of the container does not apply to the GPU's memory.
     assert_eq!(
         start_engine(folder.path(), |options| options.memory_limit = Some(1)),
         Ok(())

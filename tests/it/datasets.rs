@@ -1,5 +1,5 @@
-//! Parquet files through a server: decoded by a process of their own, so that what one costs is
-//! never the server's.
+//! Parquet files through a server. They are decoded in a separate process, so a file's cost never
+//! falls on the server.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError
 }
 
 /// Writes a good record, then one whose lists have `messages` messages without text. Parquet stores
-/// them as runs of levels, a few bytes for any number of messages.
+/// these as runs of levels, in a few bytes for any number of messages.
 fn endless_messages(path: &Path, messages: usize) {
     let schema = ["prompt", "chosen", "rejected"]
         .map(|c| format!("required group {c} {MESSAGES}"))
@@ -100,7 +100,8 @@ async fn a_small_parquet_file_that_wants_gigabytes_is_refused_and_costs_the_serv
             && refused.contains("use JSONL"),
         "{refused}"
     );
-    // One that can be decoded costs no more: its good record is kept, the other is a finding.
+    // A file that can be decoded costs no more: its good record is used, the other one is a
+    // finding.
     endless_messages(&file, 100_000);
     let report = upload(&server, &file).await.unwrap().report.unwrap();
     assert_eq!((report.rows, report.valid_rows), (2, 1), "{report:?}");
@@ -110,14 +111,14 @@ async fn a_small_parquet_file_that_wants_gigabytes_is_refused_and_costs_the_serv
     );
     let grown = resident_kib(server.pid()).saturating_sub(before);
     assert!(grown < 64 << 10, "the server grew by {grown} KiB");
-    // It still reads what can be read.
+    // The server still reads valid files.
     upload(&server, &golden("parquet/plain-none"))
         .await
         .unwrap();
 }
 
-/// The goldens hold what a fuzzer found: an assertion, and a page that names 2.5 billion values.
-/// More of the kind is made here.
+/// The golden files are from a fuzzer: one triggers an assertion, one has a page that claims 2.5
+/// billion values. This test generates more files of this kind.
 #[tokio::test(flavor = "multi_thread")]
 async fn damaged_parquet_files_get_an_answer() {
     let dir = tempfile::tempdir().unwrap();

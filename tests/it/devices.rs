@@ -1,6 +1,6 @@
 //! Several devices in one process: a run on each, or one run on all. `cpu,cpu` is two workers on
-//! this machine's cores; in the CUDA build with the emulator's libraries
-//! (BRADLEY_TEST_DEVICE=cuda:N) two emulated GPUs, whose memory no other device can touch.
+//! this machine's cores. In the CUDA build with the emulator's libraries
+//! (BRADLEY_TEST_DEVICE=cuda:N) there are two emulated GPUs; neither can access the other's memory.
 
 use std::time::Duration;
 
@@ -12,16 +12,16 @@ use crate::server::{Server, finish, job, pairs, score, scored, state, submit, up
 use crate::support::{assert_close, device, golden};
 use crate::wait::until;
 
-/// Time that a job has to reach a state.
+/// Maximum time for a job to reach a state.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// Value of `--device`, and the environment of a server that has these.
+/// Value of `--device`, and the environment of a server with these devices.
 type Devices = (&'static str, &'static [(&'static str, &'static str)]);
 
 const TWO_EMULATED: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2")]);
 
-/// The same with memory as GPUs have it, and with work that is done only when something waits for
-/// it.
+/// The same with memory as GPUs have it, and with kernels that run only when something waits for
+/// them.
 const TWO_EMULATED_LATE: Devices = (
     "cuda:0,cuda:1",
     &[
@@ -75,7 +75,7 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
             submit(&client, endless(1e-2)).await,
             submit(&client, endless(1e-20)).await,
         ];
-        // A third one waits: there are two devices.
+        // A third job waits, because there are two devices.
         let third = submit(&client, job(&dataset.name, 2)).await;
         until("both run", PATIENCE, async || {
             state(&client, &jobs[0]).await == pb::JobState::Running
@@ -83,8 +83,8 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
         })
         .await;
         assert_eq!(state(&client, &third).await, pb::JobState::Queued);
-        // The weights that learn are scored by the worker that trains them, those that stand still
-        // by the other; so is a base model, by either.
+        // Weights in training are scored by the worker that trains them. Fixed weights are scored
+        // by the other worker, and a base model by either.
         until("the first one has learnt", PATIENCE, async || {
             let results = score(&client, &format!("{}/checkpoints/latest", jobs[0]), pairs())
                 .await
@@ -102,8 +102,8 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
                 "{policy} learns nothing"
             );
         }
-        // Each device's units are counted apart: an alert compares the devices that train with the
-        // jobs that run.
+        // Each device's units are counted separately: an alert compares the devices that train with
+        // the running jobs.
         let metrics = server.metrics();
         let training = metrics
             .lines()
@@ -159,7 +159,8 @@ async fn a_job_of_a_higher_priority_takes_the_place_of_the_lowest() {
     assert_eq!(state(&client, &middle).await, pb::JobState::Running);
 }
 
-/// The losses and gradient norms of 8 steps in rows of at most 48 tokens, and margins after them.
+/// Returns the losses and gradient norms of 8 steps in rows of at most 48 tokens, and the margins
+/// after them.
 async fn learnt(devices: Devices, more: &[&str]) -> (Vec<[f64; 2]>, Vec<f64>) {
     let dir = tempfile::tempdir().unwrap();
     let server = start(dir.path(), devices, more);
@@ -190,7 +191,8 @@ async fn a_run_on_two_devices_learns_what_it_learns_on_one_and_repeats_bit_for_b
         let alone = learnt((devices.0.split(',').next().unwrap(), devices.1), &[]).await;
         let both = learnt(devices, &["--data-parallel", "2"]).await;
         assert_eq!((alone.0.len(), both.0.len()), (8, 8));
-        // The first step's losses see the same weights; sums of gradients have another order.
+        // In the first step all runs have the same weights; only sums of gradients have another
+        // order.
         for (i, (one, two)) in alone.0.iter().zip(&both.0).enumerate() {
             assert_close(
                 &format!("the loss of step {}", i + 1),
@@ -255,7 +257,7 @@ async fn a_server_starts_without_a_device_that_is_missing_only_when_told_to() {
     let started = start(vec![here, missing], true).unwrap();
     assert_eq!(started.models()[0].device, here.to_string());
     started.drain();
-    // Not one device is left.
+    // No device is left at all.
     let refused = start(vec![missing], true).err().unwrap().to_string();
     assert!(refused.contains("cuda:97"), "{refused}");
 }

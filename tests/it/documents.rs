@@ -1,4 +1,4 @@
-//! Links and paths in the documents lead somewhere.
+//! Checks that links and paths in the documents lead to existing targets.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! Exports as users load them, and the precision that full weights keep on their way.
+//! Exports as users load them, and the f32 precision of full weights in every step.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -35,7 +35,7 @@ async fn get(client: &Client, name: &str) -> pb::TrainingJob {
         .into_inner()
 }
 
-/// Follows a job that must succeed; returns the bits of each step's metrics.
+/// Follows a job that must succeed, and returns the bits of each step's metrics.
 async fn steps(client: &Client, name: &str) -> Vec<Vec<(String, u64)>> {
     let events = finish(client, name).await;
     let ended = get(client, name).await;
@@ -72,7 +72,7 @@ async fn download(
     out
 }
 
-/// A full fine-tune whose passes are in f32, with a learning rate at which bf16 would lose most
+/// Returns a full fine-tune with passes in f32, and a learning rate at which bf16 would lose most
 /// changes.
 fn full(dataset: &str, steps: u64) -> pb::TrainingJob {
     pb::TrainingJob {
@@ -86,7 +86,7 @@ fn full(dataset: &str, steps: u64) -> pb::TrainingJob {
     }
 }
 
-/// Two servers on the same files, which keep frozen weights in f32 and in bf16.
+/// Starts two servers on the same files: one has frozen weights in f32, the other in bf16.
 async fn two_precisions(dir: &Path) -> [(Server, Client, String); 2] {
     assert!(
         !open("llama").weights.is_exact_in(Precision::Bf16),
@@ -172,7 +172,7 @@ async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
         (None, "model.safetensors"),
     ] {
         match contents {
-            // In its place: the same file has other content.
+            // Replaced by the same file with other content.
             Some(bytes) => std::fs::write(&weights, bytes).unwrap(),
             None => std::fs::remove_file(&weights).unwrap(),
         }
@@ -186,8 +186,8 @@ async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
             "{error}"
         );
         assert!(!error.contains(models.path().to_str().unwrap()), "{error}");
-        // A run in bf16 LoRA needs nothing but what is in memory, and gets its turn; its merged
-        // export needs the files.
+        // A LoRA run in bf16 needs only the weights in memory, so it runs; its merged export needs
+        // the files.
         let other = submit(&client, job(&dataset, 2)).await;
         steps(&client, &other).await;
         let metrics = server.metrics();
@@ -212,7 +212,7 @@ async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
             "MODEL_FILES_CHANGED"
         );
         waits(&client, &name, "MODEL_FILES_CHANGED").await;
-        // It goes on by itself.
+        // It continues by itself.
         std::fs::write(&weights, &original).unwrap();
         assert_eq!(steps(&client, &name).await.len(), 2);
         assert_eq!(get(&client, &name).await.error, None);
@@ -229,7 +229,7 @@ async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
 async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
     let python = needed("BRADLEY_TEST_PYTHON");
     let (dir, place) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    // Users find the base under the name that the adapter gives. Another token ends its answers
+    // Users find the base under the name that the adapter gives. The answers end with another token
     // than config.json says.
     let base = place.path().join("some-base");
     copy_model("llama-bf16", &base);
@@ -309,13 +309,13 @@ async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
     println!("{said}");
     // PEFT adds the same adapter to the same base: only the order of f32 sums differs.
     assert!(number("peft ") < 1e-4, "{said}");
-    // The merge rounds each changed weight to bf16 once, by at most 2^-8 of it. The errors of a
-    // product's terms are independent and mostly cancel, so that log-probs stay within that unit.
-    // The base without its adapter is far beyond it.
+    // The merge rounds each changed weight to bf16 once, by at most 2^-8 of its value. The rounding
+    // errors in a matrix multiplication are independent and mostly cancel, so log-probs stay within
+    // that bound. The base without its adapter is far outside of it.
     assert!(number("merged ") < 2f64.powi(-8), "{said}");
     assert!(said.contains("generate stops at 9"), "{said}");
 
-    // The folder is a model of its own: what is served from it is what was exported.
+    // The folder is a complete model: serving it gives what was exported.
     let (again, model) = (
         tempfile::tempdir().unwrap(),
         format!("merged={}", merged.display()),
@@ -383,7 +383,7 @@ async fn an_export_is_made_in_the_element_type_that_is_asked_for() {
             "{e}"
         );
     }
-    // Deleting the checkpoint takes its exports along.
+    // Deleting the checkpoint also deletes its exports.
     let folder = ask(pb::ExportFormat::Merged, "f16").await.unwrap().path;
     let exports = server.data_dir.join(&folder).parent().unwrap().to_owned();
     assert!(exports.is_dir());
@@ -456,7 +456,7 @@ async fn no_answer_names_a_folder_of_the_server() {
         "{config}"
     );
 
-    // An adapter that cannot be used, and one without weights.
+    // An adapter that cannot be used, and an adapter without weights.
     std::fs::write(
         out.join("adapter_config.json"),
         config.replace(r#""use_dora": false"#, r#""use_dora": true"#),
@@ -487,7 +487,7 @@ async fn no_answer_names_a_folder_of_the_server() {
     std::fs::remove_file(out.join("adapter_model.safetensors")).unwrap();
     told("an adapter without weights", &refused().await);
 
-    // A checkpoint whose weights are gone.
+    // A checkpoint without its weights.
     let id = name.trim_start_matches("trainingJobs/");
     std::fs::remove_file(
         dir.path()

@@ -1,5 +1,5 @@
-//! Replicas behind a balancer, as a rollout replaces them: Envoy with deploy/gateway/envoy.yaml,
-//! and a client that balances by itself.
+//! Replicas behind a load balancer during a rollout: Envoy with deploy/gateway/envoy.yaml, and a
+//! client that balances by itself.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -19,14 +19,14 @@ use crate::server::{Server, finish, free_port, pairs, score, scored, state, subm
 use crate::support::{golden, needed};
 use crate::wait::{until, until_blocking};
 
-/// Time that Envoy has to start, and requests have to be answered.
+/// Maximum time for Envoy to start and for requests to be answered.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Envoy; it finds replicas in a file, as it would ask a cluster.
+/// Envoy. It reads the addresses of the replicas from a file instead of asking a cluster.
 struct Envoy {
     child: Child,
     dir: tempfile::TempDir,
@@ -87,7 +87,7 @@ impl Envoy {
         envoy
     }
 
-    /// The replicas are these from now on.
+    /// Replaces the list of replicas.
     fn discover(&self, replicas: &[&Server]) {
         discover(self.dir.path(), replicas);
     }
@@ -115,7 +115,7 @@ impl Envoy {
             .split_once("\r\n\r\n")
             .unwrap_or_else(|| panic!("{method} {path}: {answer:?}"));
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        // Chunks, if any, are of one line each: their sizes stand between.
+        // Chunks, if any, have one line each, between lines with their sizes.
         let text = match head.to_lowercase().contains("transfer-encoding: chunked") {
             true => body.split("\r\n").skip(1).step_by(2).collect::<String>(),
             false => body.to_owned(),
@@ -135,7 +135,7 @@ impl Drop for Envoy {
     }
 }
 
-/// Writes the file by a rename: it is read when it appears.
+/// Writes the file by a rename, because Envoy reads it as soon as it appears.
 fn discover(dir: &Path, replicas: &[&Server]) {
     let endpoint = |s: &&Server| {
         let port = s.address.rsplit(':').next().unwrap();
@@ -160,7 +160,7 @@ fn done(state: pb::JobState) -> bool {
     )
 }
 
-/// Clients that score without a pause and count.
+/// Clients that score without a pause and count the answers.
 struct Load {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicUsize>,
@@ -184,7 +184,7 @@ impl Load {
             );
             tasks.push(tokio::spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
-                    // It fails the test by a panic when the call fails.
+                    // A failed call panics here, which fails the test.
                     let got = score(&client, "models/tiny", pairs()).await;
                     for (a, b) in got.results.iter().zip(&expected.results) {
                         assert_eq!(scored(a), scored(b), "the same numbers from every replica");
@@ -204,7 +204,7 @@ impl Load {
         self.answered.load(Ordering::Relaxed)
     }
 
-    /// Waits until `n` further requests were answered.
+    /// Waits until `n` more requests have been answered.
     async fn more(&self, n: usize) {
         let before = self.answered();
         until("an answer to every request", PATIENCE, async || {
@@ -250,11 +250,11 @@ async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
     let client = envoy.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, checkpointing(&dataset.name, 1500)).await;
-    // Many calls at once are refused by a replica that stops.
+    // A replica that stops refuses many calls at the same time.
     let load = Load::start(&envoy, 24).await;
     load.more(100).await;
     for next in [2, 3] {
-        // A new replica first; then the old one is told to stop while calls are on their way to it.
+        // Adds a new replica first, then stops the old one while calls are on their way to it.
         let added = start(next);
         envoy.discover(&[&replicas[0], &replicas[1], &added]);
         load.more(100).await;
@@ -311,7 +311,7 @@ async fn rest_with_json_is_the_same_service() {
         "{ranked}"
     );
 
-    // Errors keep their reasons and fields.
+    // Errors have their reasons and fields.
     let (status, missing) = envoy.rest("GET", "/v1/models/none", "");
     assert_eq!(
         (status, missing["code"].as_i64()),
@@ -352,7 +352,7 @@ async fn a_client_with_the_service_config_does_not_notice_that_a_replica_stops()
     let mut line = String::new();
     said.read_line(&mut line).unwrap();
     assert_eq!(line.trim(), "started");
-    // Both are used.
+    // Both replicas are used.
     for server in [&stopping, &staying] {
         let scored = || {
             server.metrics().lines().find_map(|l| {

@@ -1,5 +1,5 @@
-//! GGUF files, written here from the golden models as llama.cpp's converter would: the same model
-//! must come back.
+//! GGUF files that this test writes from the golden models as llama.cpp's converter would. Reading
+//! one must give the same model.
 
 use std::io::BufWriter;
 use std::path::Path;
@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::support::{MODELS, encode, golden, policy, rows, tensors, tiny};
 
-/// llama.cpp's order of Q and K rows: per head, halves interleaved.
+/// Returns Q and K rows in llama.cpp's order: per head, the two halves interleaved.
 fn interleave(t: &Tensor, heads: usize) -> Tensor {
     let (rows, width) = t.dims2().unwrap();
     t.reshape((heads, 2, rows / heads / 2, width))
@@ -50,17 +50,17 @@ fn gguf_name(name: &str) -> String {
         .fold(name.to_owned(), |n, (from, to)| n.replace(from, to))
 }
 
-/// Writes a golden model as GGUF with matrices in `dtype` where their rows are whole blocks.
+/// Writes a golden model as GGUF, with the matrices whose rows are whole blocks in `dtype`.
 fn convert(name: &str, out: &Path, dtype: GgmlDType) {
     convert_with(name, out, dtype, &[]);
 }
 
-/// The same with further tensors, by llama.cpp's names.
+/// Does the same with further tensors, under llama.cpp's names.
 fn convert_with(name: &str, out: &Path, dtype: GgmlDType, more: &[(&str, Tensor)]) {
     convert_as(name, out, dtype, more, &[]);
 }
 
-/// The same with other metadata: keys that the converter has get these values.
+/// Does the same with other metadata; keys that the converter writes too get these values.
 fn convert_as(
     name: &str,
     out: &Path,
@@ -243,7 +243,7 @@ fn a_converted_model_is_the_same_model() {
     }
 }
 
-/// The `eos_token_id` of such a file ends a text; another token ends a turn, as in files of Llama
+/// The `eos_token_id` of such a file ends a text. Another token ends a turn, as in files of Llama
 /// 3.
 #[test]
 fn the_end_of_a_turn_stops_generation_beside_the_end_of_a_text() {
@@ -270,7 +270,7 @@ fn the_end_of_a_turn_stops_generation_beside_the_end_of_a_text() {
         convert_as("qwen2", &file, GgmlDType::F32, &[], &metadata);
         let model = load_model(None, file.to_str().unwrap(), &Default::default()).unwrap();
         assert_eq!(model.config.eos_token_ids, stops, "{metadata:?}");
-        // As in the Hugging Face tokenizer that the file was made from.
+        // Same as in the Hugging Face tokenizer that the file was made from.
         assert_eq!(model.tokenizer.eos_id(), Some(end_of_text));
         let out = tempfile::tempdir().unwrap();
         save_companions(out.path(), &model.config, &model.tokenizer, |_| true).unwrap();
@@ -282,7 +282,7 @@ fn the_end_of_a_turn_stops_generation_beside_the_end_of_a_text() {
             json!(stops)
         };
         assert_eq!(saved["eos_token_id"], wanted);
-        // Dialogues end as the template ends them, whatever the tokenizer's eos_token is.
+        // Dialogues end as the template ends them, independently of the tokenizer's eos_token.
         if metadata
             .iter()
             .all(|(key, _)| *key != "tokenizer.chat_template")
@@ -335,8 +335,8 @@ fn a_truncated_or_hostile_file_is_an_error_that_names_it() {
         let e = load().unwrap_err().to_string();
         assert!(e.contains("damaged.gguf"), "{cut}: {e}");
     }
-    // Every byte of the counts and the first entries, turned around: an error or the same model,
-    // never a panic or an endless allocation.
+    // Inverts every byte of the counts and the first entries: the result must be an error or the
+    // same model, never a panic or an endless allocation.
     for at in 4..400 {
         let mut changed = bytes.clone();
         changed[at] ^= 0xff;
@@ -354,7 +354,7 @@ fn tensors_that_the_metadata_does_not_call_for_are_refused_by_name() {
         convert_with("llama", &file, GgmlDType::F32, more);
         load_model(None, file.to_str().unwrap(), &Default::default())
     };
-    // The first block has no bias, from which the others' absence follows.
+    // The first block has no bias, so the others are expected to have none.
     let e = load(&[("blk.1.attn_q.bias", some()), ("blk.2.attn_q.bias", some())])
         .unwrap_err()
         .to_string();

@@ -1,4 +1,4 @@
-//! Every loss, divergence and weighting of TRL, from TRL's own code: value, gradient norm and
+//! Compares every loss, divergence and weighting with TRL's own code: value, gradient norm and
 //! metrics.
 
 use bradley::domain::dpo::{Divergence, DpoConfig, LossType, WeightedLoss};
@@ -45,7 +45,7 @@ fn config(settings: &Value) -> DpoConfig {
     }
 }
 
-/// TRL smooths fewer losses than Bradley can: each term has its own.
+/// Returns a term with smoothing only for losses that TRL smooths, which are fewer than here.
 fn term(name: &str, weight: f64, smoothing: Option<f64>) -> WeightedLoss {
     let label_smoothing =
         smoothing.filter(|_| ["exo_pair", "robust", "aot", "aot_unpaired"].contains(&name));
@@ -98,8 +98,8 @@ fn every_loss_has_trls_value_gradient_norm_and_metrics() {
             1e-3,
         );
         for (name, want) in case["metrics"].as_object().unwrap() {
-            // TRL's rewards and logps are of the LD-weighted sums; ours are of the plain sums,
-            // which are what is served.
+            // TRL's rewards and logps are those of the LD-weighted sums. Ours are those of the
+            // plain sums, which are also the served scores.
             if dpo.ld_alpha.is_some()
                 && (name.starts_with("rewards/") || name.starts_with("logps/"))
             {

@@ -1,4 +1,4 @@
-//! Log-probs and gradients of every architecture, against transformers and TRL.
+//! Compares log-probs and gradients of every architecture with transformers and TRL.
 
 use std::sync::Arc;
 
@@ -127,7 +127,7 @@ fn token_statistics_are_those_of_transformers() {
     }
 }
 
-/// Gradients of the mean sigmoid loss over `pairs`, one packed row.
+/// Returns gradients of the mean sigmoid loss over `pairs`, in one packed row.
 fn gradients(
     policy: &TrainablePolicy,
     pairs: &[EncodedPair],
@@ -136,12 +136,12 @@ fn gradients(
 ) -> Vec<(String, Tensor)> {
     let groups: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
     let row = pack(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>());
-    let keep = if checkpointing {
+    let save = if checkpointing {
         SavePolicy::BlockInputs
     } else {
         SavePolicy::Tapes
     };
-    let tape = forward(&policy.policy, row.row.clone(), keep, &mut || {}).unwrap();
+    let tape = forward(&policy.policy, row.row.clone(), save, &mut || {}).unwrap();
     let side = |i: usize, s: usize| &tape.log_probs()[row.completions[i][s].clone()];
     let inputs: Vec<PairLogps> = (0..pairs.len())
         .map(|i| PairLogps {
@@ -278,7 +278,7 @@ fn bf16_log_probs_are_within_a_percent_of_f32() {
     }
 }
 
-/// The same numbers, but for what rounding an operand differently makes of them.
+/// Compares the same numbers with a tolerance for the different rounding of operands.
 fn assert_near(what: &str, got: &[f32], want: &[f32], precision: Precision) {
     let tolerance = if precision == Precision::Bf16 {
         0.02

@@ -1,4 +1,4 @@
-//! Tokenisation and chat rendering, token for token as TRL and transformers.
+//! Compares tokens and rendered chats with TRL and transformers, token for token.
 
 use bradley::domain::dataset::Text;
 use bradley::domain::training::Truncation;

@@ -1,4 +1,4 @@
-//! Whole training runs, step by step as TRL takes them; determinism and continuation.
+//! Compares whole training runs with TRL, step by step; tests determinism and continuation.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use bradley::train::trainer::{Status, Trainer, TrainerInput, tokens_until};
 
 use crate::support::{assert_close, encode, golden, json, open, rows, tiny};
 
-/// A run to make.
+/// Description of a run.
 pub struct Run {
     pub policy: TrainablePolicy,
     pub reference: Reference,
@@ -35,7 +35,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// A full fine-tune of `model` against a frozen `reference`.
+    /// Returns a full fine-tune of `model` with a frozen `reference`.
     pub fn full(
         model: &Policy,
         reference: &Policy,
@@ -57,7 +57,7 @@ impl Run {
         }
     }
 
-    /// A LoRA run from a stored adapter against the base.
+    /// Returns a LoRA run from a stored adapter, with the base as the reference.
     pub fn lora(
         model: &Policy,
         adapter: &str,
@@ -87,13 +87,13 @@ fn scratch() -> PathBuf {
     dir
 }
 
-/// Makes the run and returns every event.
+/// Executes the run and returns its events.
 pub fn events(run: Run) -> Vec<RunEvent> {
     events_with(run, &mut |_, _| {})
 }
 
-/// Makes the run; `pause(weights, cache)` is called between the blocks of every pass.
-fn events_with(run: Run, pause: &mut dyn FnMut(&Policy, &ReferenceCache)) -> Vec<RunEvent> {
+/// Executes the run, and calls `yield_point(weights, cache)` between the blocks of every pass.
+fn events_with(run: Run, yield_point: &mut dyn FnMut(&Policy, &ReferenceCache)) -> Vec<RunEvent> {
     let input = TrainerInput {
         spec: run.spec,
         policy: run.policy,
@@ -111,16 +111,16 @@ fn events_with(run: Run, pause: &mut dyn FnMut(&Policy, &ReferenceCache)) -> Vec
     let cache = ReferenceCache::new(1 << 20);
     let mut events = Vec::new();
     let live = trainer.live_policy();
-    let mut host = RunContext {
+    let mut context = RunContext {
         cache: &cache,
-        yield_point: &mut || pause(&live, &cache),
+        yield_point: &mut || yield_point(&live, &cache),
         emit: &mut |e| events.push(e),
     };
-    while trainer.advance(&mut host).unwrap() == Status::Working {}
+    while trainer.advance(&mut context).unwrap() == Status::Working {}
     events
 }
 
-/// Makes the run, removes its folder, and returns the metrics of each step.
+/// Executes the run, removes its folder, and returns the metrics of each step.
 pub fn train(run: Run) -> Vec<Metrics> {
     let folder = run.folder.clone();
     let steps = steps(&events(run));
@@ -265,7 +265,7 @@ fn scoring_between_the_blocks_of_a_pass_changes_neither_the_run_nor_the_scores()
     };
     let undisturbed = bits(&train(make()));
     let (mut calls, mut same) = (0, 0);
-    // Scores by the run's own weights must not change within a step.
+    // Scores under the run's own weights must not change within a step.
     let mut last = Vec::new();
     let disturbed = events_with(make(), &mut |live, cache| {
         calls += 1;
@@ -284,7 +284,7 @@ fn scoring_between_the_blocks_of_a_pass_changes_neither_the_run_nor_the_scores()
     let blocks = model.num_blocks();
     assert!(
         calls > 3 * 2 * 2 * blocks && calls % blocks == 0,
-        "{calls} pauses in passes over {blocks} blocks"
+        "{calls} calls in passes over {blocks} blocks"
     );
     assert_eq!(calls - same, 4, "the weights of the start and of each step");
 }
@@ -375,8 +375,8 @@ fn evaluation_finds_the_best_checkpoint_and_early_stopping_ends_the_run() {
     let (model, tokenizer) = tiny("llama");
     let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
     let mut spec = shuffled(40);
-    // The evaluation pairs are the training pairs the wrong way round: learning can only make them
-    // worse.
+    // The evaluation pairs are the training pairs with the answers swapped, so that training can
+    // only make them worse.
     let wrong: Vec<EncodedPair> = pairs
         .iter()
         .map(|p| EncodedPair {

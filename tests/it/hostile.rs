@@ -1,8 +1,8 @@
-//! Requests and files that nobody should send: generated and mutated by a seed. Each gets an answer
-//! with a reason; the server stays what it was.
+//! Requests and files that nobody should send, generated and mutated from a seed. Each gets an
+//! answer with a reason, and the server continues to work.
 //!
-//! `BRADLEY_TEST_HOSTILE` is how many of each kind (default 100); the hostile round of a release
-//! takes 3000.
+//! `BRADLEY_TEST_HOSTILE` is the number of cases of each kind (default 100). The hostile round of a
+//! release uses 3000.
 
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -25,7 +25,7 @@ pub fn times() -> usize {
         .unwrap_or(100)
 }
 
-/// Messages as the bytes they are.
+/// gRPC codec whose messages are raw bytes.
 #[derive(Clone, Copy, Default)]
 struct Raw;
 
@@ -65,7 +65,7 @@ impl Decoder for Raw {
     }
 }
 
-/// Some bytes changed, cut, doubled or put in.
+/// Changes, cuts, doubles or inserts some bytes.
 pub fn mutate(rng: &mut StdRng, bytes: &[u8]) -> Vec<u8> {
     let mut out = bytes.to_vec();
     for _ in 0..rng.random_range(1..6) {
@@ -85,7 +85,7 @@ pub fn mutate(rng: &mut StdRng, bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-/// An error must say why in a word, and never be ours.
+/// Checks that an error has a reason and is not an internal one.
 pub fn check(what: &str, e: &Status) {
     let reason = e.get_details_error_info().map(|i| i.reason);
     assert!(
@@ -100,7 +100,7 @@ pub fn check(what: &str, e: &Status) {
     );
 }
 
-/// A process's memory.
+/// Returns the memory of a process.
 pub fn resident_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     status
@@ -129,7 +129,7 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
     });
     let chat = pairs()[0].prompt.clone();
     let seeds: Vec<(&str, Vec<u8>)> = vec![
-        // Only checked, never started: what a mutated job would train is not the question.
+        // Such jobs are only validated, never started: it does not matter what they would train.
         (
             "TrainingService/CreateTrainingJob",
             pb::CreateTrainingJobRequest {
@@ -222,7 +222,7 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
             } else {
                 mutate(&mut rng, seed)
             };
-            // Mutating may make it real: a job that would be started is only checked.
+            // A mutation may give a valid job: a job that would be started is only validated.
             if *method == "TrainingService/CreateTrainingJob"
                 && pb::CreateTrainingJobRequest::decode(body.as_slice())
                     .is_ok_and(|r| !r.validate_only)
@@ -245,7 +245,7 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
         }
     }
 
-    // Files: rows, and what is no row.
+    // Files with rows, and files with anything else.
     let jsonl = std::fs::read(golden("pairs.jsonl")).unwrap();
     let file = dir.path().join("hostile");
     for i in 0..times() {

@@ -1,5 +1,5 @@
-//! The Hugging Face hub's protocol, spoken by a server on loopback: download with a token, the
-//! cache, offline mode.
+//! The Hugging Face hub's protocol, served on loopback: download with a token, the cache, offline
+//! mode.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -21,18 +21,18 @@ const NEXT_COMMIT: &str = "1111111111111111111111111111111111111111";
 /// A hub with one repository of two commits.
 #[derive(Default)]
 struct Hub {
-    /// Files that were sent.
+    /// Files that the hub has sent.
     served: AtomicUsize,
-    /// Times that the list of files was asked for.
+    /// Number of requests for the list of files.
     listed: AtomicUsize,
-    /// A file that cannot be had now.
+    /// A file that the hub cannot send at the moment.
     broken: Mutex<Option<&'static str>>,
     /// True once the branch has moved to the second commit.
     has_moved: AtomicBool,
 }
 
 impl Hub {
-    /// The commit of a revision.
+    /// Returns the commit of a revision.
     fn commit(&self, revision: &str) -> Option<&'static str> {
         match revision {
             "main" if self.has_moved.load(Ordering::Relaxed) => Some(NEXT_COMMIT),
@@ -49,7 +49,7 @@ impl Hub {
         )
     }
 
-    /// Serves it; its address.
+    /// Serves the hub and returns its address.
     async fn serve(self: &Arc<Self>) -> String {
         let router = Router::new()
             .route("/api/models/tiny/llama/revision/{revision}", get(info))
@@ -62,7 +62,7 @@ impl Hub {
     }
 }
 
-/// In the order in which the hub lists files.
+/// Returns the files in the order in which the hub lists them.
 fn names() -> Vec<String> {
     let files = std::fs::read_dir(golden("models/llama"))
         .unwrap()
@@ -232,7 +232,8 @@ async fn an_interrupted_download_is_taken_up_again() {
         .path()
         .join("models--tiny--llama/snapshots")
         .join(COMMIT);
-    // The last file that the model needs: everything without which it cannot be opened is there.
+    // The download failed at the last file: everything without which the model cannot be opened is
+    // there.
     *server.broken.lock().unwrap() = Some("tokenizer_config.json");
     let e = open(hub.clone()).await.unwrap().unwrap_err().to_string();
     assert!(e.contains("500"), "{e}");
@@ -256,7 +257,7 @@ async fn an_interrupted_download_is_taken_up_again() {
         "the cache as it is"
     );
 
-    // It goes on at its own commit, though the branch has moved.
+    // The download continues at its own commit, although the branch has moved.
     *server.broken.lock().unwrap() = None;
     server.has_moved.store(true, Ordering::Relaxed);
     let before = server.counts();
@@ -279,7 +280,7 @@ async fn an_interrupted_download_is_taken_up_again() {
         "and the model is complete"
     );
 
-    // A cache of another program, which keeps no list: the hub is asked once.
+    // A cache of another program has no list of files, so the hub is asked once.
     let lists = || {
         snapshot
             .read_dir()
@@ -295,7 +296,7 @@ async fn an_interrupted_download_is_taken_up_again() {
     open(hub.clone()).await.unwrap().unwrap();
     assert_eq!(server.counts(), (before.0 + 2, before.1 + 1));
 
-    // A file that the list names and that is gone.
+    // A listed file is gone.
     std::fs::remove_file(snapshot.join("chat_template.jinja")).unwrap();
     assert!(
         open(hub)

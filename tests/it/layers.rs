@@ -1,7 +1,6 @@
-//! Holds the architecture in place: imports run down the layers only and not in cycles, and what
-//! belongs to one layer (protobuf, the environment, threads, statuses) stays there. The rules are
-//! read off the source text, so that a breach is found in code that this platform does not even
-//! compile.
+//! Checks the architecture: imports go down the layers only and not in cycles, and what belongs to
+//! one layer (protobuf, the environment, threads, statuses) stays there. The rules are checked on
+//! the source text, so that a breach is also found in code that this platform does not compile.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use self::scan::{PathUse, paths};
 
-/// Lowest first: a layer may import itself and what stands before it.
+/// Layers, lowest first. A layer may import itself and those before it.
 const LAYERS: [&str; 12] = [
     "domain",
     "telemetry",
@@ -28,12 +27,12 @@ const LAYERS: [&str; 12] = [
     "rpc",
     "cli",
 ];
-/// They tie the layers together.
+/// Files that connect all layers.
 const EXEMPT: [&str; 2] = ["lib.rs", "main.rs"];
-/// The compute threads, and those of a run's other devices.
+/// Files that start threads: the compute threads, and those of a run's other devices.
 const THREADED: [&str; 2] = ["compute/cpu/thread_pool.rs", "infer/data_parallel.rs"];
 
-/// Functions that make a gRPC status.
+/// Functions that create a gRPC status.
 const STATUS_CONSTRUCTORS: [&str; 22] = [
     "new",
     "ok",
@@ -102,12 +101,12 @@ const TENSOR_NAMES: [&str; 14] = [
     "ffn_",
 ];
 
-/// The names of tensors stand in one table.
+/// The names of tensors are in one table only.
 #[test]
 fn names_of_tensors_stand_in_one_table() {
     const TABLE: &str = "model/params.rs";
-    // The legal values of `target_modules` stand below the model; a unit test compares them with
-    // the table.
+    // The legal values of `target_modules` are in a lower layer than the model; a unit test
+    // compares them with the table.
     const DOMAIN: &str = "domain/training.rs";
     for name in TENSOR_NAMES {
         assert!(
@@ -124,14 +123,15 @@ fn names_of_tensors_stand_in_one_table() {
     }
 }
 
-/// Returns whether a file is compiled with the feature `cuda` only: kernels, and the model on a GPU.
+/// Returns true if a file is compiled with the feature `cuda` only: kernels, and the model on a
+/// GPU.
 fn is_for_cuda(file: &str) -> bool {
     ["compute", "model"].iter().any(|layer| {
         file == format!("{layer}/cuda.rs") || file.starts_with(&format!("{layer}/cuda/"))
     })
 }
 
-/// The device's folders are the only places that are compiled in two ways: everything else calls
+/// The device's folders are the only places with two variants of code: everything else calls
 /// methods that exist in both builds.
 #[test]
 fn the_feature_cuda_is_asked_for_once_outside_its_folders() {
@@ -161,7 +161,7 @@ fn functions_have_at_most_seven_parameters() {
     );
 }
 
-/// Kernels are started by the typed functions of one file, which check their operands.
+/// Kernels are started only by the typed functions of one file, which check their operands.
 #[test]
 fn kernels_are_launched_from_one_file() {
     let launches = lines_with("gpu.launch(", is_for_cuda);
@@ -179,7 +179,7 @@ fn kernels_are_launched_from_one_file() {
     );
 }
 
-/// The order of a block's steps stands in one file, the loop over the blocks in another, for all
+/// The order of a block's steps is in one file and the loop over the blocks in another, for all
 /// devices.
 #[test]
 fn a_block_and_the_loop_over_blocks_are_written_once() {
@@ -214,7 +214,7 @@ fn a_block_and_the_loop_over_blocks_are_written_once() {
     }
 }
 
-/// Lines of the chosen files that contain `text`, as `file:line: content`.
+/// Returns the lines of the chosen files that contain `text`, as `file:line: content`.
 fn lines_with(text: &str, chosen: impl Fn(&str) -> bool) -> Vec<String> {
     let in_file = |(file, source): &(String, String)| -> Vec<String> {
         let numbered = source
@@ -268,7 +268,7 @@ fn breaches(file: &str, source: &str) -> Vec<String> {
     found
 }
 
-/// An import from a higher layer, however it is written: `crate::`, a group, or enough `super::`.
+/// Finds imports from a higher layer in any form: `crate::`, a group, or enough `super::`.
 fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
     let target = resolve(module, path)?;
     // Anything at the root that is no layer belongs to the top, and so does a glob over the root.
@@ -285,7 +285,7 @@ fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
     })
 }
 
-/// Protobuf and gRPC outside rpc, and the async runtime below the engine.
+/// Finds protobuf and gRPC outside of rpc, and the async runtime below the engine.
 fn foreign(own: usize, path: &PathUse) -> Option<String> {
     let first = path.segments.first()?;
     let is = |name: &str| {
@@ -304,7 +304,7 @@ fn foreign(own: usize, path: &PathUse) -> Option<String> {
         .then(|| format!("{} is synchronous: async begins at the engine", LAYERS[own]))
 }
 
-/// A gRPC status made anywhere but in the one mapping.
+/// Finds a gRPC status that is created outside of the one mapping.
 fn status(file: &str, path: &PathUse) -> Option<String> {
     let makes = path
         .segments
@@ -314,7 +314,7 @@ fn status(file: &str, path: &PathUse) -> Option<String> {
         .then(|| "makes a status: only rpc/status.rs does, from a typed error".into())
 }
 
-/// The environment read anywhere but in the settings.
+/// Finds reads of the environment outside of the settings.
 fn environment(file: &str, path: &PathUse) -> Option<String> {
     const READS: [&str; 6] = ["var", "var_os", "vars", "vars_os", "set_var", "remove_var"];
     let uses = path
@@ -326,7 +326,7 @@ fn environment(file: &str, path: &PathUse) -> Option<String> {
         .then(|| "touches the environment: only cli/settings does; take it as an argument".into())
 }
 
-/// A thread started outside the engine and [`THREADED`].
+/// Finds threads that are started outside of the engine and [`THREADED`].
 fn thread(file: &str, own: usize, path: &PathUse) -> Option<String> {
     const STARTS: [&str; 4] = ["spawn", "Builder", "scope", "*"];
     let starts = path
@@ -341,7 +341,8 @@ fn thread(file: &str, own: usize, path: &PathUse) -> Option<String> {
     })
 }
 
-/// The path from the crate's root, or `None` where it names no module of this crate for certain.
+/// Returns the path from the crate's root, or `None` if it is not certain that it names a module of
+/// this crate.
 fn resolve(module: &[String], path: &PathUse) -> Option<Vec<String>> {
     let (first, rest) = path.segments.split_first()?;
     // Alone it is a visibility, `pub(super)`, or the value `self`.
@@ -363,7 +364,7 @@ fn resolve(module: &[String], path: &PathUse) -> Option<Vec<String>> {
     Some(at)
 }
 
-/// The module that a file under `src` is; `lib.rs` is the root.
+/// Returns the module of a file under `src`; `lib.rs` is the root.
 fn module_of(file: &str) -> Vec<String> {
     if file == "lib.rs" {
         return Vec::new();
@@ -455,8 +456,8 @@ struct Import {
     line: usize,
 }
 
-/// Returns what the files import of each other, tests left out. `mod x;` is no import; `x::y` is
-/// one where `x` is a child module in a file of its own.
+/// Returns the imports among the files, without tests. `mod x;` is not an import; `x::y` is one if
+/// `x` is a child module in a file of its own.
 fn imports(sources: &[(String, String)]) -> Vec<Import> {
     let indices: HashMap<Vec<String>, usize> = sources
         .iter()
@@ -524,8 +525,8 @@ fn cycles(sources: &[(String, String)]) -> Vec<String> {
     found
 }
 
-/// Returns the files that `file` imports, directly or through others; itself only if it is in a
-/// cycle.
+/// Returns the files that `file` imports, directly or through others. It contains `file` only if
+/// this is in a cycle.
 fn reached_from(file: usize, imports: &[Import]) -> BTreeSet<usize> {
     let (mut reached, mut waiting) = (BTreeSet::new(), vec![file]);
     while let Some(from) = waiting.pop() {
@@ -540,7 +541,7 @@ fn reached_from(file: usize, imports: &[Import]) -> BTreeSet<usize> {
     reached
 }
 
-/// Returns the shortest way of imports from a file in a cycle back to itself, each with its line.
+/// Returns the shortest chain of imports from a file in a cycle back to itself, each with its line.
 fn shortest_cycle(start: usize, imports: &[Import], sources: &[(String, String)]) -> String {
     // For each file that has been reached, the import that did.
     let mut by: HashMap<usize, &Import> = HashMap::new();
@@ -566,7 +567,7 @@ fn shortest_cycle(start: usize, imports: &[Import], sources: &[(String, String)]
     }
 }
 
-/// `breaches` of a fabricated file must name each of these.
+/// Checks that `breaches` of a fabricated file name each of these.
 #[track_caller]
 fn assert_caught(file: &str, source: &str, expected: &[&str]) {
     let found = breaches(file, source);
@@ -740,7 +741,7 @@ fn legal_imports_pass() {
     }
 }
 
-/// `cycles` of fabricated files must say exactly this.
+/// Checks that `cycles` of fabricated files are exactly these.
 #[track_caller]
 fn assert_cycles(files: &[(&str, &str)], expected: &[&str]) {
     let sources: Vec<(String, String)> = files
@@ -857,12 +858,12 @@ fn imports_without_a_cycle_pass() {
     ]);
 }
 
-/// The map of the modules.
+/// Returns the page with the map of the modules.
 fn architecture() -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("ARCHITECTURE.md")).unwrap()
 }
 
-/// Returns what stands between backticks, line by line.
+/// Returns the texts between backticks, line by line.
 fn quoted(text: &str) -> Vec<&str> {
     text.lines()
         .flat_map(|line| line.split('`').skip(1).step_by(2))
@@ -906,7 +907,8 @@ fn every_path_in_the_map_exists() {
     );
 }
 
-/// The rows of the table of layers: the first cell's name, and what the second cell quotes.
+/// Returns the rows of the table of layers: the name in the first cell, and the quoted names in the
+/// second one.
 fn rows_of_the_table(text: &str) -> Vec<(&str, Vec<&str>)> {
     let rows = text
         .lines()

@@ -16,7 +16,7 @@ use crate::wait::until;
 
 const STEPS: u64 = 150;
 
-/// A job that saves every five steps.
+/// Returns a job that saves every five steps.
 fn saving(dataset: &str) -> pb::TrainingJob {
     let mut wanted = job(dataset, STEPS);
     wanted.run = Some(pb::RunConfig {
@@ -26,8 +26,8 @@ fn saving(dataset: &str) -> pb::TrainingJob {
     wanted
 }
 
-/// A job whose log lines and steps span several units of work, so that a pause falls into the
-/// middle of them.
+/// Returns a job whose logged steps span several units of work, so that a pause can fall between
+/// them.
 fn spanning(dataset: &str) -> pb::TrainingJob {
     let mut wanted = saving(dataset);
     wanted.run = Some(pb::RunConfig {
@@ -50,7 +50,7 @@ fn checkpoint(data_dir: &Path, name: &str, step: u64) -> PathBuf {
         .join(step.to_string())
 }
 
-/// The losses by step and the final weights of a run: what must not depend on what happened to it.
+/// Losses by step and final weights of a run, which must not depend on interruptions.
 #[derive(PartialEq)]
 struct Outcome {
     losses: BTreeMap<u64, u64>,
@@ -124,7 +124,7 @@ async fn a_paused_job_goes_on_bit_for_bit_also_on_another_server() {
         "pausing twice changes nothing"
     );
 
-    // It stays paused across a restart, while others run.
+    // It stays paused across a restart, while other jobs run.
     server.kill();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -305,7 +305,7 @@ async fn a_damaged_checkpoint_is_reported_and_the_one_before_is_used() {
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, saving(&dataset.name)).await;
     until_event(&client, &name, |e| is_step(e, 13)).await;
-    // The checkpoint of a paused job is stored.
+    // The checkpoint of the paused job is stored.
     pause(&client, &name).await.unwrap();
     until_event(&client, &name, |e| became(e, pb::JobState::Paused)).await;
     server.kill();
@@ -385,8 +385,8 @@ async fn an_expired_cursor_is_out_of_range_and_names_the_oldest_event() {
     );
 }
 
-/// Whatever clients ask for in whatever order: every transition is legal, every refusal says so,
-/// and nothing hangs.
+/// Clients request changes in a random order: every transition is legal, every refusal has a
+/// reason, and nothing hangs.
 #[tokio::test(flavor = "multi_thread")]
 async fn random_commands_make_only_legal_transitions() {
     let dir = tempfile::tempdir().unwrap();
@@ -394,7 +394,7 @@ async fn random_commands_make_only_legal_transitions() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let mut jobs: Vec<String> = Vec::new();
-    // Uniform in 0..1, by a fixed seed.
+    // Uniform numbers in 0..1 from a fixed seed.
     let draws: Vec<f64> = kaiming_uniform(7, "lifecycle", 200, 1)
         .into_iter()
         .map(|x| (f64::from(x) + 1.0) / 2.0)
@@ -442,7 +442,7 @@ async fn random_commands_make_only_legal_transitions() {
         }
     }
     for name in &jobs {
-        // Paused ones go on; the others end by themselves.
+        // Paused jobs are resumed; the others end by themselves.
         until("the end of a job", Duration::from_secs(60), async || {
             let now = state(&client, name).await;
             if now == pb::JobState::Paused {

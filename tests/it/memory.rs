@@ -1,10 +1,11 @@
-//! The memory that a run is planned with (`train/estimate.rs`), against what the run takes.
+//! Compares the memory that a run is planned with (`train/estimate.rs`) with the memory that it
+//! uses.
 //!
-//! Each part of a plan is compared with the memory that it plans. The state of training lies in
-//! vectors: the first test adds up their sizes. Activations lie in the arena of
-//! `compute/cpu/buffer.rs`, or on the GPU. Both record the peak of the whole process, so each run
-//! gets a process of its own. A plan's two constants, for the program and for packed panels, are
-//! left out: they are larger than everything else of a tiny model.
+//! Each part of a plan is compared separately. The training state lies in vectors: the first test
+//! adds up their sizes. Activations lie in the arena of `compute/cpu/buffer.rs`, or on the GPU.
+//! Both record the peak of the whole process, so each run gets a process of its own. A plan's two
+//! constants, for the program and for packed panels, are left out: they are larger than everything
+//! else of a tiny model.
 
 use std::process::Command;
 
@@ -27,9 +28,9 @@ use serde_json::{Value, json};
 use crate::golden_training::{Run, train};
 use crate::support::{MODELS, device, tiny};
 
-/// Largest difference between a plan and the peak, as a part of the peak.
+/// Largest allowed difference between a plan and the peak, as a fraction of the peak.
 const TOLERANCE: f64 = 0.2;
-/// Names the run that a process is to make, as JSON.
+/// Environment variable with the run that a child process should make, as JSON.
 const CASE: &str = "BRADLEY_TEST_MEMORY_CASE";
 
 /// A run of one step on one micro-batch.
@@ -39,7 +40,7 @@ struct Case {
     recompute: bool,
     /// Number of pairs in the row.
     pairs: usize,
-    /// Tokens of the prompt, of chosen and of rejected of each pair.
+    /// Number of tokens in the prompt, the chosen and the rejected answer of each pair.
     lengths: [usize; 3],
 }
 
@@ -177,7 +178,7 @@ fn the_state_of_training_is_as_large_as_planned() {
     }
 }
 
-/// Runs a case in a process of its own; returns the bytes that were planned and the peak.
+/// Runs a case in a process of its own, and returns the planned bytes and the peak.
 fn measured(case: &Case) -> (f64, f64) {
     let output = Command::new(std::env::current_exe().unwrap())
         .args([
@@ -207,19 +208,19 @@ fn measured(case: &Case) -> (f64, f64) {
     )
 }
 
-/// Makes the run that the environment names and prints the bytes planned and taken. Returns false
-/// where it names none: this process is no child of [`measured`].
+/// Makes the run that the environment names, and prints the planned and the used bytes. Returns
+/// false if it names none, because this process is not a child of [`measured`].
 #[allow(clippy::print_stdout)]
 fn measures_as_a_child() -> bool {
     let Ok(case) = std::env::var(CASE) else {
         return false;
     };
     let case = Case::from_json(&serde_json::from_str(&case).unwrap());
-    // Each thread has scores of a block to itself.
+    // Each thread has its own scores of a block.
     thread_pool::set_threads(2);
     let base = tiny(case.model).0;
     let planned = case.plan(&base);
-    // The base's weights are no part of a plan: on a GPU this sends them there.
+    // The base's weights are not part of a plan; on a GPU this call uploads them.
     score(&base, &case.encoded()[0].groups()).unwrap();
     device().trim();
     let peak = || {
@@ -241,7 +242,7 @@ fn measures_as_a_child() -> bool {
         folder: tempfile::tempdir().unwrap().keep(),
     };
     assert_eq!(train(run).len(), 1);
-    // On the host the state of training is not in the arena.
+    // On the CPU the training state is not in the arena.
     let state = if device().memory().is_some() {
         planned.training_state
     } else {
@@ -254,7 +255,7 @@ fn measures_as_a_child() -> bool {
 
 #[test]
 fn a_run_takes_the_memory_that_is_planned() {
-    // Every run has a process of its own, which is this test again.
+    // Every run has a process of its own, which executes this test again.
     if measures_as_a_child() {
         return;
     }
@@ -275,10 +276,10 @@ fn a_run_takes_the_memory_that_is_planned() {
                 [false, true].map(|recompute| case(model, full, recompute, [700, 200, 124])),
             );
         }
-        // Its backward pass through attention goes in rounds.
+        // Its backward pass computes attention in several rounds.
         cases.push(case("llama", false, true, [3000, 600, 496]));
     } else {
-        // A GPU's plan takes every token to be one whose probability is wanted.
+        // A GPU's plan assumes that the probability of every token is wanted.
         cases.push(case("llama", false, false, [24, 250, 250]));
         cases.push(case("qwen3", true, true, [24, 250, 250]));
     }
@@ -295,8 +296,8 @@ fn a_run_takes_the_memory_that_is_planned() {
     }
 }
 
-/// The plan of a row of several pairs does not know how each divides into prompt and completions.
-/// It takes the worst case. Only for the CPU: .ci/run leaves it out on a GPU.
+/// The plan of a row of several pairs does not know how each pair divides into prompt and
+/// completions, so it assumes the worst case. For the CPU only: .ci/run leaves it out on a GPU.
 #[test]
 fn a_row_of_several_pairs_takes_no_more_than_planned() {
     assert_eq!(

@@ -1,4 +1,4 @@
-//! Model files with too much or too little in them.
+//! Model files with missing or additional parts.
 
 use std::path::Path;
 
@@ -57,7 +57,7 @@ fn tensors_that_the_configuration_does_not_call_for_are_refused_by_name() {
         e.contains("'model.layers.3.input_layernorm.weight'") && e.contains("num_hidden_layers"),
         "{e}"
     );
-    // The copy of the tied head, old buffers, and what is no part of the decoder.
+    // The copy of the tied head, old buffers, and tensors outside of the decoder.
     with(&[
         "lm_head.weight",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
@@ -74,7 +74,7 @@ async fn a_tokenizer_without_an_end_of_sequence_is_warned_of() {
     copy_model("llama", &folder, &["tokenizer_config.json"]);
     let settings = std::fs::read(golden("models/llama/tokenizer_config.json")).unwrap();
     let mut settings: serde_json::Value = serde_json::from_slice(&settings).unwrap();
-    // One that the vocabulary does not have.
+    // A token that is not in the vocabulary.
     settings["eos_token"] = "<|nowhere|>".into();
     std::fs::write(folder.join("tokenizer_config.json"), settings.to_string()).unwrap();
 

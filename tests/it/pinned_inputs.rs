@@ -1,5 +1,5 @@
-//! Pinned inputs of a job (adapters, references, datasets): the job shows their hashes, and goes on
-//! with the same files only.
+//! Pinned inputs of a job (adapters, references, datasets): the job shows their hashes, and
+//! continues only with the same files.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::server::{Server, finish, job, pairs, score, state, submit, until_even
 use crate::support::golden;
 use crate::wait::until_ok;
 
-/// Steps of a job that is paused on its way.
+/// Steps of a job that is paused before its end.
 const STEPS: u64 = 120;
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -100,7 +100,7 @@ fn latest(job: &str) -> String {
     format!("{job}/checkpoints/latest")
 }
 
-/// The reason of a job's error.
+/// Returns the reason of a job's error.
 fn reason(error: &tonic_types::Status) -> String {
     let status = Status::with_details(
         error.code.into(),
@@ -113,7 +113,7 @@ fn reason(error: &tonic_types::Status) -> String {
         .unwrap_or_default()
 }
 
-/// Waits until a job says why it cannot go on; returns its state and the reason.
+/// Waits until a job says why it cannot continue, and returns its state and the reason.
 async fn trouble(client: &Client, name: &str) -> (pb::JobState, String) {
     until_ok("an error of the job", PATIENCE, async || {
         let shown = get(client, name).await;
@@ -126,7 +126,7 @@ async fn trouble(client: &Client, name: &str) -> (pb::JobState, String) {
     .await
 }
 
-/// Changes the database of a server that is not running.
+/// Changes the database of a stopped server.
 async fn sql(data_dir: &Path, statement: &str) {
     let url = format!("sqlite://{}", data_dir.join("bradley.db").display());
     let mut database = sqlx::SqliteConnection::connect(&url).await.unwrap();
@@ -143,7 +143,7 @@ fn id(name: &str) -> &str {
         .trim_start_matches("datasets/")
 }
 
-// ---- the adapter that a job goes on with
+// ---- the adapter that a job continues with
 
 fn with_lora(lora: pb::LoraConfig, wanted: pb::TrainingJob) -> pb::TrainingJob {
     pb::TrainingJob {
@@ -159,8 +159,8 @@ fn lora(shown: &pb::TrainingJob) -> pb::LoraConfig {
     lora
 }
 
-/// A job that goes on with an adapter of rank 4, α 6 and two targets: the values that are not named
-/// are the adapter's, others are refused.
+/// Checks jobs that continue with an adapter of rank 4, α 6 and two targets: values that are not
+/// named are taken from the adapter, other values are refused.
 async fn goes_on_with_the_adapters_values(
     client: &Client,
     wanted: pb::TrainingJob,
@@ -246,7 +246,7 @@ async fn goes_on_with_the_adapters_values(
             (config["r"].as_u64(), config["lora_alpha"].as_f64()),
             (Some(4), Some(6.0))
         );
-        // A client may make the same job again from what it is shown.
+        // A client can create the same job again from the shown fields.
         create(
             client,
             pb::TrainingJob {
@@ -304,7 +304,7 @@ async fn a_job_from_an_init_adapter_has_its_rank_alpha_and_targets() {
         .await
         .unwrap();
     goes_on_with_the_adapters_values(&client, job(&dataset, 2), "x").await;
-    // One that cannot be read is refused before there is a job, without a path of the server's.
+    // An unreadable adapter is refused before the job exists, without a path of the server.
     std::fs::write(folder.join("adapter_config.json"), "{").unwrap();
     let broken = with_lora(
         pb::LoraConfig {
@@ -457,7 +457,7 @@ impl Paused {
         }
     }
 
-    /// Runs a statement while the server is stopped.
+    /// Executes a statement while the server is stopped.
     async fn restart_after(&mut self, statement: &str) {
         assert!(self.server.terminate(PATIENCE).success());
         sql(self.dir.path(), statement).await;
@@ -465,7 +465,7 @@ impl Paused {
         self.client = self.server.client().await;
     }
 
-    /// Changes what the job's checkpoints say of their run, while the server is stopped.
+    /// Changes the stored progress in the job's checkpoints while the server is stopped.
     async fn restart_with(&mut self, change: impl Fn(&mut serde_json::Value)) {
         assert!(self.server.terminate(PATIENCE).success());
         let job = id(&self.job);
@@ -535,7 +535,7 @@ async fn a_job_does_not_go_on_with_another_policy_or_reference() {
             pins.reference
         };
         let (job, other) = (id(&it.job).to_owned(), "0".repeat(64));
-        // As if the checkpoint had other content than when the job was made.
+        // As if the checkpoint had other content than at the creation of the job.
         it.restart_after(&format!(
             "UPDATE jobs SET request = replace(request, '{pinned}', '{other}') WHERE id = '{job}'"
         ))
@@ -551,7 +551,7 @@ async fn a_job_does_not_go_on_with_another_policy_or_reference() {
             message.contains(&pinned) && message.contains(&other) && message.contains(remedy),
             "{message}"
         );
-        // It goes on by itself when the content is again what it was.
+        // The job continues by itself when the content is the old one again.
         it.restart_after(&format!(
             "UPDATE jobs SET request = replace(request, '{other}', '{pinned}') WHERE id = '{job}'"
         ))
@@ -583,7 +583,7 @@ async fn a_job_does_not_go_on_with_another_dataset() {
     } else {
         file.clone()
     };
-    // The same rows, which can all be read, in another order.
+    // The same readable rows in another order.
     let text = std::fs::read_to_string(&file).unwrap();
     let reversed: Vec<&str> = text.lines().rev().collect();
     std::fs::write(&file, reversed.join("\n") + "\n").unwrap();
@@ -592,7 +592,7 @@ async fn a_job_does_not_go_on_with_another_dataset() {
         trouble(&it.client, &it.job).await,
         (pb::JobState::Queued, "DATASET_CHANGED".into())
     );
-    // It goes on by itself when the file is again what it was.
+    // The job continues by itself when the file is the old one again.
     std::fs::write(&file, text).unwrap();
     finish(&it.client, &it.job).await;
     assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
@@ -630,7 +630,7 @@ async fn a_job_waits_for_the_file_of_its_dataset() {
         trouble(&it.client, &it.job).await,
         (pb::JobState::Queued, "ARTIFACT_MISSING".into())
     );
-    // It goes on by itself when the file is back.
+    // The job continues by itself when the file is back.
     std::fs::rename(&away, &file).unwrap();
     finish(&it.client, &it.job).await;
     assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
@@ -639,13 +639,13 @@ async fn a_job_waits_for_the_file_of_its_dataset() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_does_not_go_on_with_other_tokens() {
     let mut it = Paused::start().await;
-    // As if this version made other pairs of the rows than the one that began the job.
+    // As if this version made other pairs of the rows than the version that began the job.
     let other = "0".repeat(64);
     it.restart_with(|state| state["pairs"] = other.clone().into())
         .await;
     resume(&it.client, &it.job).await;
     it.is_refused_for_its_rows(&[&other]).await;
-    // Version 0.2.0 recorded no pairs, only how many tokens it had used.
+    // Version 0.2.0 recorded only the number of used tokens, not the pairs.
     let used = |state: &mut serde_json::Value, more: i64| {
         state.as_object_mut().unwrap().remove("pairs");
         let tokens = state["state"]["tokens"].as_i64().unwrap();
@@ -653,7 +653,7 @@ async fn a_job_does_not_go_on_with_other_tokens() {
     };
     it.restart_with(|state| used(state, 1)).await;
     it.is_refused_for_its_rows(&["tokens"]).await;
-    // With its rows as they were it goes on.
+    // With the old rows the job continues.
     it.restart_with(|state| used(state, -1)).await;
     finish(&it.client, &it.job).await;
     assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
@@ -685,7 +685,7 @@ async fn a_job_of_version_0_2_0_does_not_go_on_with_keys_that_it_did_not_use() {
     resume(&it.client, &it.job).await;
     it.is_refused_for_its_rows(&["0.2.0", "prompt[0].name of row 4", &it.dataset])
         .await;
-    // A checkpoint of this version says that the run began with them.
+    // A checkpoint of this version records that the run began with these pairs.
     it.restart_with(|state| state["pairs"] = pairs.borrow().clone())
         .await;
     finish(&it.client, &it.job).await;
@@ -694,7 +694,7 @@ async fn a_job_of_version_0_2_0_does_not_go_on_with_keys_that_it_did_not_use() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_without_pins_is_pinned_at_its_next_start() {
-    // As the version before stored it, and as version 0.1 did.
+    // As the previous version stored it, and as version 0.1 did.
     for removed in ["$.pins.contents", "$.pins"] {
         let mut it = Paused::start().await;
         let pins = get(&it.client, &it.job).await.pins;
@@ -729,7 +729,7 @@ async fn the_reference_of_an_ended_job_is_kept_while_the_job_has_checkpoints() {
         reference: latest(first),
         ..job(&dataset, 2)
     };
-    // Without a name the reference is what the policy starts from.
+    // Without a named reference the start weights of the policy are the reference.
     let implied = |first: &str| pb::TrainingJob {
         policy: latest(first),
         ..job(&dataset, 2)

@@ -1,5 +1,5 @@
-//! The adapter that a job was made from stays what it was, whatever happens to its folder.
-//! swaps.rs has the same for base models and for replicas.
+//! A job continues with the adapter that it was created with, whatever happens to the adapter's
+//! folder. swaps.rs tests the same for base models and for replicas.
 
 use std::path::Path;
 
@@ -12,17 +12,17 @@ use crate::server::{
 };
 use crate::support::golden;
 
-/// Steps of a job that is paused on its way.
+/// Steps of a job that is paused before its end.
 pub const STEPS: u64 = 120;
-/// The loss of a pair whose policy is its reference: log 2.
+/// Loss of a pair whose policy equals its reference: log 2.
 pub const UNDECIDED: f64 = std::f64::consts::LN_2;
 
 const WEIGHTS: &str = "adapter_model.safetensors";
 
-/// Starts a server with a data folder, models and flags.
+/// Function that starts a server with a data folder, models and flags.
 type Start = Box<dyn Fn(&Path, &str, &[&str]) -> Server>;
 
-/// A server whose adapter folder holds one adapter, `x`; and the weights of another one.
+/// A server whose adapter folder holds one adapter, `x`, and the weights of another adapter.
 pub struct Adapters {
     start: Start,
     data: TempDir,
@@ -87,7 +87,7 @@ impl Adapters {
         Self::serve(&self.start, data, self.adapters.path())
     }
 
-    /// A job that starts from `x`.
+    /// Creates a job that starts from `x`.
     pub fn job(&self, steps: u64) -> pb::TrainingJob {
         let init_adapter = "x".to_owned();
         let lora = pb::LoraConfig {
@@ -102,15 +102,15 @@ impl Adapters {
         }
     }
 
-    /// Puts other weights in the place of those of `x`.
+    /// Replaces the weights of `x` by others.
     pub fn overwrite(&self) {
         let file = self.adapters.path().join("x").join(WEIGHTS);
         assert_ne!(std::fs::read(&file).unwrap(), self.other);
         std::fs::write(file, &self.other).unwrap();
     }
 
-    /// Starts the server anew, without what it remembers in memory or in its cache: everything in
-    /// a cache may be computed anew at any time.
+    /// Restarts the server without the contents of its memory and its cache: everything in a cache
+    /// must be computable again at any time.
     async fn restart(&mut self) {
         self.server.kill();
         let _ = std::fs::remove_file(self.data.path().join("reference-cache.redb"));
@@ -128,7 +128,7 @@ async fn a_job_from_an_overwritten_adapter_is_measured_against_the_new_one() {
         }
         let name = submit(&it.client, it.job(3)).await;
         let first = f64::from_bits(succeed(&it.client, &name).await[&1]);
-        // Nothing is trained yet: the policy is its reference.
+        // Nothing is trained yet, so the policy equals its reference.
         assert!(
             (first - UNDECIDED).abs() < 1e-6,
             "overwritten: {overwritten}, loss {first}"

@@ -6,13 +6,13 @@ use std::collections::BTreeMap;
 use crate::layers::scan::{is_name, tokens};
 use crate::layers::sources_with;
 
-/// Words that begin a noun clause ("What is freed …") where a sentence should stand.
+/// Words that begin a noun clause ("What is freed …") in place of a sentence.
 const RIDDLES: [&str; 6] = ["What", "Whether", "Whose", "So many", "Which", "How many"];
-/// Columns of a line, as rustfmt wraps code.
+/// Maximum number of columns of a line, as in rustfmt.
 const COLUMNS: usize = 100;
-/// Lines that may be wider: string literals and tables that cannot be broken well.
+/// Number of lines that may be wider: string literals and tables that cannot be broken well.
 const WIDE_LINES: usize = 50;
-/// Mirrors the types of the feature `cuda` in a build without it.
+/// File that mirrors the types of the feature `cuda` in a build without it.
 const MIRROR: &str = "model/cuda/absent.rs";
 
 #[test]
@@ -98,7 +98,7 @@ fn riddles(source: &str) -> Vec<(usize, String)> {
             continue;
         }
         let text = line[3..].trim();
-        // The first line of a paragraph; later lines go on with a sentence.
+        // The first line of a paragraph; later lines may continue a sentence.
         let begins = !is_inside;
         is_inside = !text.is_empty();
         let is_riddle = RIDDLES.iter().any(|words| {
@@ -119,7 +119,7 @@ fn wide_lines(source: &str) -> Vec<(usize, String)> {
         .collect()
 }
 
-/// The code between two braces.
+/// Kind of the code between two braces.
 #[derive(Clone, Copy, PartialEq)]
 enum Block {
     Module,
@@ -135,7 +135,7 @@ fn types(source: &str) -> Vec<(usize, String)> {
     let tokens = tokens(source);
     let text = |i: usize| tokens.get(i).map_or("", |token| token.text.as_str());
     let mut found = Vec::new();
-    // The blocks that are open, and the kind of the next one.
+    // The open blocks, and the kind of the next one.
     let mut open: Vec<Block> = Vec::new();
     let mut next = Block::Other;
     for (i, token) in tokens.iter().enumerate() {

@@ -1,5 +1,6 @@
-//! Random models on random packed rows, against a plain reference in f64 (`reference_model.rs`):
-//! log-probs, and the gradient of every tensor. BRADLEY_TEST_DEVICE names the device. More seeds:
+//! Compares random models on random packed rows with a plain reference in f64
+//! (`reference_model.rs`): log-probs, and the gradient of every tensor. BRADLEY_TEST_DEVICE names
+//! the device. With more seeds:
 //!
 //!   BRADLEY_TEST_SPECS=500 BRADLEY_TEST_SEED=1000 cargo test --test it random_specs
 
@@ -30,32 +31,32 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use crate::reference_model::{Hidden, ReferenceModel};
 use crate::support::{assert_close, device, encode, json, numbers, rows, tiny};
 
-/// Seeds without BRADLEY_TEST_SPECS: on the CPU, and elsewhere, where the emulator takes minutes
-/// for what takes the CPU seconds.
+/// Number of seeds without BRADLEY_TEST_SPECS: on the CPU, and on other devices, because the
+/// emulator needs minutes for what takes the CPU seconds.
 const SEEDS: (u64, u64) = (24, 8);
-/// The first seed without BRADLEY_TEST_SEED.
+/// First seed without BRADLEY_TEST_SEED.
 const FIRST_SEED: u64 = 1;
 
-/// A log-prob in f32, relative, values below 1 nat being compared on the scale of a nat. Sums of
-/// some hundred terms round by about 1e-6; a norm over a head of two dimensions that happen to be
-/// small magnifies that, up to a hundred times.
+/// Relative tolerance of a log-prob in f32; values below 1 nat are compared on the scale of a nat.
+/// Sums of some hundred terms have rounding errors of about 1e-6; a norm over a head of two
+/// dimensions that happen to be small magnifies these up to a hundred times.
 const LOGP_F32: f64 = 1e-4;
-/// A tensor's gradient in f32, relative to its norm.
+/// Tolerance of a tensor's gradient in f32, relative to its norm.
 const GRADIENT_F32: f64 = 5e-4;
-/// A tensor's gradient is compared relative to its norm, but at least to this part of the norm of
-/// all gradients: a smaller gradient is the rest of larger numbers that cancel.
+/// Fraction of the norm of all gradients to which a tensor's gradient is compared at least: a
+/// smaller gradient is the difference of larger numbers that cancel.
 const SMALL_GRADIENT: f64 = 0.02;
-/// All log-probs of a row in bf16, relative. An operand rounds by 2⁻⁹, and logits of about 1 are
-/// off by about 1e-2, of log-probs of about −4.
+/// Tolerance of all log-probs of a row in bf16, relative. An operand is rounded by up to 2⁻⁹, so
+/// logits of about 1 are off by about 1e-2, at log-probs of about −4.
 const LOGP_BF16: f64 = 2e-2;
-/// All gradients in bf16, relative to their norm.
+/// Tolerance of all gradients in bf16, relative to their norm.
 const GRADIENT_BF16: f64 = 0.1;
 
-/// Half of the step of the difference quotients. In f64, rounding makes of it about 1e-7, and the
-/// curvature less.
+/// Half of the step of the difference quotients. In f64 this gives rounding errors of about 1e-7,
+/// and a smaller error from the curvature.
 const STEP: f64 = 3e-7;
 
-/// Random draws.
+/// Generator of random draws.
 struct Draw(ChaCha8Rng);
 
 impl Draw {
@@ -75,13 +76,13 @@ impl Draw {
         of[self.below(of.len())]
     }
 
-    /// A number from [low, high).
+    /// Returns a number in [low, high).
     fn number(&mut self, low: f64, high: f64) -> f64 {
         low + (high - low) * ((self.0.next_u64() >> 11) as f64 / (1u64 << 53) as f64)
     }
 
-    /// Numbers from [−bound, bound), which bf16 represents exactly, so that a model has the same
-    /// weights in both precisions.
+    /// Returns numbers in [−bound, bound) that bf16 represents exactly, so that a model has the
+    /// same weights in both precisions.
     fn weights(&mut self, n: usize, bound: f64, centre: f64) -> Vec<f32> {
         let rounded = |x: f64| bf16::from_f64(x).to_f32();
         (0..n)
@@ -142,7 +143,7 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
         mixer: Mixer::Attention(attention),
         mixer_norms: Norms::Pre,
         feed_forward: FeedForward::Gated {
-            // Whole panels of the kernels go another way than the rest.
+            // Whole panels use other kernels than the rest.
             width: draw.pick(&[odd_width, 32, 64]),
             activation: ActivationFunction::Silu,
             bias: draw.flag(),
@@ -151,13 +152,13 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
     }
 }
 
-/// Draws a model. Its blocks differ, except in the size of a head, which the rotation fixes.
+/// Draws a model. Its blocks differ, except in the head size, which the rotation fixes.
 fn random_spec(draw: &mut Draw) -> ModelSpec {
     let head_dim = draw.pick(&[2, 4, 6, 8, 10, 14, 16, 20, 24, 32, 34, 40, 64]);
     let small_vocabulary = draw.within(5..=60);
     let blocks = draw.within(1..=3);
     ModelSpec {
-        // 600 are two tiles of the head.
+        // A vocabulary of 600 has two tiles of the head.
         vocab_size: draw.pick(&[small_vocabulary, small_vocabulary, 600]),
         hidden_size: draw.within(4..=40),
         max_position_embeddings: 512,
@@ -170,10 +171,10 @@ fn random_spec(draw: &mut Draw) -> ModelSpec {
     }
 }
 
-/// Draws what only some families have. These draws are their own, so that a seed has the sizes that
-/// it had before there were such families.
+/// Draws features that only some families have, from a generator of their own, so that a seed has
+/// the same sizes as before there were such families.
 fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
-    // Numbers that bf16 represents.
+    // Numbers that bf16 represents exactly.
     spec.embedding_scale = draw.pick(&[1.0, 1.0, 0.5, 3.0]);
     spec.norms_add_one = draw.flag();
     if draw.flag() {
@@ -191,7 +192,7 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
 }
 
 /// Draws prompts with their completions. Half of the rows have a prompt and a completion that are
-/// longer than a block of queries, some prompts come twice.
+/// longer than a block of queries; some prompts occur twice.
 fn random_groups(draw: &mut Draw, vocabulary: usize) -> Vec<SequenceGroup> {
     let tokens = |draw: &mut Draw, n: usize| -> Vec<u32> {
         (0..n).map(|_| draw.below(vocabulary) as u32).collect()
@@ -228,12 +229,12 @@ fn random_groups(draw: &mut Draw, vocabulary: usize) -> Vec<SequenceGroup> {
     groups
 }
 
-/// Draws a model's tensors: about as large as those of a trained model, so that no part of it
-/// drowns in the others.
+/// Draws a model's tensors, about as large as those of a trained model, so that no part of it is
+/// negligible beside the others.
 fn random_parameters(draw: &mut Draw, config: &ModelConfig) -> Parameters {
     let tensor = |param: &ParamSpec| -> candle_core::Result<Tensor> {
         let values = match param.role {
-            // The variance of what comes out is about that of what goes in.
+            // The outputs have about the variance of the inputs.
             ParamRole::Matrix => {
                 let inputs = param.shape[param.shape.len() - 1];
                 draw.weights(param.elements(), 1.7 / (inputs as f64).sqrt(), 0.0)
@@ -276,14 +277,14 @@ fn random_adapter(draw: &mut Draw, config: &ModelConfig) -> Adapter {
 /// A model, an adapter and a row, drawn from a seed.
 struct Case {
     base: Policy,
-    /// Trained, or else all weights are.
+    /// Adapter that is trained; without one, all weights are trained.
     adapter: Option<Adapter>,
     groups: Vec<SequenceGroup>,
     row: PackedRow,
     /// ∂loss/∂log p of each of the row's targets.
     upstream: Vec<f32>,
-    keep: SavePolicy,
-    /// For what is drawn later.
+    save: SavePolicy,
+    /// Generator for later draws.
     draw: Draw,
 }
 
@@ -309,7 +310,7 @@ impl Case {
             .iter()
             .map(|_| draw.number(-1.0, 1.0) as f32)
             .collect();
-        let keep = draw.pick(&[SavePolicy::Tapes, SavePolicy::BlockInputs]);
+        let save = draw.pick(&[SavePolicy::Tapes, SavePolicy::BlockInputs]);
         let base = Policy {
             config: Arc::new(config),
             parameters: Arc::new(parameters),
@@ -324,13 +325,13 @@ impl Case {
             groups,
             row,
             upstream,
-            keep,
+            save,
             draw,
         }
     }
 
-    /// Returns the policy that is trained. A frozen base is in the precision of the passes, as a
-    /// server loads it.
+    /// Returns the policy that is trained. A frozen base has the precision of the passes, as in a
+    /// server.
     fn trainable(&self, precision: Precision) -> TrainablePolicy {
         let base = self.base.with_precision(precision);
         let Some(adapter) = &self.adapter else {
@@ -349,7 +350,8 @@ impl Case {
         TrainablePolicy::lora(&base, adapter, precision).unwrap()
     }
 
-    /// Returns every completion with its prompt, and where its tokens are among the row's targets.
+    /// Returns every completion with its prompt, and the positions of its tokens among the row's
+    /// targets.
     fn sequences(&self) -> Vec<(&[u32], &[u32], Range<usize>)> {
         let mut sequences = Vec::new();
         for (group, ranges) in self.groups.iter().zip(&self.row.completions) {
@@ -364,14 +366,14 @@ impl Case {
 /// Results of the program.
 struct Computed {
     log_probs: Vec<f32>,
-    /// Of each trained tensor.
+    /// Gradient of each trained tensor.
     gradients: Vec<Vec<f64>>,
 }
 
-/// Runs a row forward and back, and checks that scoring gives the same log-probs as training.
+/// Runs a row forward and backward, and checks that scoring gives the same log-probs as training.
 fn compute(case: &Case, policy: &TrainablePolicy) -> Computed {
     let row = &case.row.row;
-    let tape = forward(&policy.policy, row.clone(), case.keep, &mut || {}).unwrap();
+    let tape = forward(&policy.policy, row.clone(), case.save, &mut || {}).unwrap();
     let log_probs = tape.log_probs().to_vec();
     let scored = policy.policy.log_probs(row.clone(), &mut || {}).unwrap();
     assert_eq!(scored.len(), log_probs.len());
@@ -388,12 +390,11 @@ fn compute(case: &Case, policy: &TrainablePolicy) -> Computed {
     }
 }
 
-/// The sum over a row's targets of upstream·log p, which the upstream gradients are derivatives
-/// for.
+/// Sum over a row's targets of upstream·log p; its derivatives are the expected gradients.
 struct Objective<'a> {
     case: &'a Case,
-    /// For each sequence, the input of each block and the output of the last one, at the weights as
-    /// they were drawn: what lies before a tensor does not change with it.
+    /// For each sequence, the input of each block and the output of the last one, at the drawn
+    /// weights. Values before a tensor do not change with it.
     hidden: Vec<Vec<Hidden>>,
 }
 
@@ -412,7 +413,7 @@ impl<'a> Objective<'a> {
         }
     }
 
-    /// Returns its value when only the tensor `moved` has changed since [`Objective::new`].
+    /// Returns the objective when only the tensor `moved` has changed since [`Objective::new`].
     fn value(&self, model: &ReferenceModel, moved: ParamId) -> f64 {
         let mut sum = 0.0;
         for ((prompt, completion, range), hidden) in self.case.sequences().iter().zip(&self.hidden)
@@ -439,7 +440,7 @@ impl<'a> Objective<'a> {
     }
 }
 
-/// Says which case it was when a check fails, or the program panics.
+/// Description of the case, printed on drop when a check fails or the program panics.
 struct Told(String);
 
 impl Drop for Told {
@@ -461,9 +462,9 @@ fn check(seed: u64) {
         case.adapter.as_ref().map(|a| a.config.clone()),
     );
     let layout = &case.row.row.layout.segments;
-    let keep = case.keep;
+    let save = case.save;
     let _told = Told(format!(
-        "BRADLEY_TEST_SEED={seed}: {spec:#?}\n{lora:?}\n{layout:?}\n{keep:?}"
+        "BRADLEY_TEST_SEED={seed}: {spec:#?}\n{lora:?}\n{layout:?}\n{save:?}"
     ));
 
     let policies = [Precision::F32, Precision::Bf16].map(|precision| case.trainable(precision));
@@ -494,8 +495,8 @@ fn check(seed: u64) {
         "seed {seed}: in bf16 the log-probs are off by {off:e}"
     );
 
-    // Each gradient along a random direction, whose elements have a variance of 1: an error of the
-    // gradient shows up as about its own norm.
+    // Compares each gradient along a random direction with elements of variance 1: an error of the
+    // gradient then changes the result by about its own norm.
     let directions: Vec<Vec<f64>> = exact
         .gradients
         .iter()
@@ -558,7 +559,8 @@ fn log_probs_and_gradients_are_those_of_the_definition() {
     seeds().for_each(check);
 }
 
-/// The seeds reach every kind of model and row, or else the test above says less than it seems to.
+/// Checks that the seeds reach every kind of model and row; otherwise the test above would prove
+/// less.
 #[test]
 fn the_seeds_draw_every_variant() {
     let cases: Vec<Case> = (FIRST_SEED..FIRST_SEED + SEEDS.0).map(Case::new).collect();
@@ -586,8 +588,8 @@ fn the_seeds_draw_every_variant() {
     });
     any("an adapter", &|c| c.adapter.is_some());
     any("a full fine-tune", &|c| c.adapter.is_none());
-    any("tapes", &|c| c.keep == SavePolicy::Tapes);
-    any("recomputation", &|c| c.keep == SavePolicy::BlockInputs);
+    any("tapes", &|c| c.save == SavePolicy::Tapes);
+    any("recomputation", &|c| c.save == SavePolicy::BlockInputs);
     any("no scaling", &|c| scalings(c, &|s| *s == RopeScaling::None));
     any("linear", &|c| {
         scalings(c, &|s| matches!(s, RopeScaling::Linear { .. }))
@@ -653,7 +655,7 @@ fn the_seeds_draw_every_variant() {
     });
 }
 
-/// The reference itself, against transformers.
+/// Compares the reference itself with transformers.
 #[test]
 fn the_reference_is_transformers() {
     let expected = json("logps.json");

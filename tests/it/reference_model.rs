@@ -1,6 +1,6 @@
-//! The decoder once more, written from its definition: plain loops in f64, one token sequence at a
-//! time. It has no packed rows, no tiles, no tape and no backward pass, so it shares neither code
-//! nor tricks with the program, and derivatives of it are taken as differences.
+//! A second implementation of the decoder, written from its definition: plain loops in f64, one
+//! token sequence at a time. It has no packed rows, no tiles, no tape and no backward pass, so it
+//! shares no code and no optimisations with the program. Its derivatives are difference quotients.
 
 use std::collections::HashMap;
 use std::f64::consts::PI;
@@ -14,15 +14,15 @@ use candle_core::{DType, Tensor};
 /// Hidden states of a sequence: one vector for each token.
 pub type Hidden = Vec<Vec<f64>>;
 
-/// A model, perhaps with an adapter.
+/// A model, optionally with an adapter.
 pub struct ReferenceModel {
     spec: ModelSpec,
-    /// Every matrix in rows, `[out, in]`.
+    /// Every matrix as rows, `[out, in]`.
     tensors: HashMap<ParamId, Vec<f64>>,
     /// The factor on B·A.
     lora_scale: f64,
-    /// For each of the model's rotations: radians for each position, for each pair of dimensions of
-    /// a head, and what multiplies cos and sin.
+    /// For each of the model's rotations: the angle in radians for each position and each pair of
+    /// dimensions of a head, and the factor on cos and sin.
     rotations: Vec<(Vec<f64>, f64)>,
 }
 
@@ -86,7 +86,7 @@ impl ReferenceModel {
             .for_each(|(weight, d)| *weight += step * d);
     }
 
-    /// Returns log p of each token of `completion` behind `prompt`.
+    /// Returns log p of each token of `completion` after `prompt`.
     pub fn log_probs(&self, prompt: &[u32], completion: &[u32]) -> Vec<f64> {
         let mut hidden = self.embed(prompt, completion);
         for index in 0..self.num_blocks() {
@@ -95,7 +95,7 @@ impl ReferenceModel {
         self.head(&hidden, prompt.len(), completion)
     }
 
-    /// Returns the embeddings of all tokens but the last, which predicts nothing.
+    /// Returns the embeddings of all tokens except the last one, which predicts nothing.
     pub fn embed(&self, prompt: &[u32], completion: &[u32]) -> Hidden {
         let (table, width) = (&self.tensors[&ParamId::Embedding], self.spec.hidden_size);
         let tokens = prompt.iter().chain(&completion[..completion.len() - 1]);
@@ -190,7 +190,7 @@ impl ReferenceModel {
         predictors.map(log_prob).collect()
     }
 
-    /// RMSNorm: x / √(mean(x²) + ε) ⊙ w, or ⊙ (1 + w).
+    /// Computes RMSNorm: x / √(mean(x²) + ε) ⊙ w, or ⊙ (1 + w).
     fn norm(&self, weight: ParamId, x: &[f64]) -> Vec<f64> {
         let one = if self.spec.norms_add_one { 1.0 } else { 0.0 };
         let rms = (dot(x, x) / x.len() as f64 + self.spec.rms_norm_eps).sqrt();
@@ -200,7 +200,7 @@ impl ReferenceModel {
             .collect()
     }
 
-    /// W·x + b + scale·B·(A·x).
+    /// Computes W·x + b + scale·B·(A·x).
     fn linear(&self, block: usize, linear: Linear, x: &[f64]) -> Vec<f64> {
         let tensor = |param| self.tensors.get(&ParamId::Block(block, param));
         let mut y = product(tensor(BlockParam::Weight(linear)).unwrap(), x);
@@ -229,7 +229,7 @@ impl ReferenceModel {
     }
 }
 
-/// An activation by its definition.
+/// Computes an activation by its definition.
 fn activate(activation: ActivationFunction, x: f64) -> f64 {
     match activation {
         ActivationFunction::Silu => x / (1.0 + (-x).exp()),
@@ -239,7 +239,7 @@ fn activate(activation: ActivationFunction, x: f64) -> f64 {
     }
 }
 
-/// The rotary frequencies of a head, and the factor on cos and sin.
+/// Returns the rotary frequencies of a head, and the factor on cos and sin.
 fn frequencies(rope: &RopeConfig, dim: usize) -> (Vec<f64>, f64) {
     let plain = (0..dim / 2).map(|i| rope.theta.powf(-2.0 * i as f64 / dim as f64));
     match rope.scaling {
@@ -305,7 +305,7 @@ fn frequencies(rope: &RopeConfig, dim: usize) -> (Vec<f64>, f64) {
     }
 }
 
-/// A tensor's elements.
+/// Returns a tensor's elements.
 fn numbers(tensor: &Tensor) -> Vec<f64> {
     let flat = tensor
         .to_dtype(DType::F32)
@@ -317,12 +317,13 @@ fn numbers(tensor: &Tensor) -> Vec<f64> {
     flat.into_iter().map(f64::from).collect()
 }
 
-/// M·x for a matrix in rows.
+/// Computes M·x for a matrix as rows.
 fn product(matrix: &[f64], x: &[f64]) -> Vec<f64> {
     matrix.chunks(x.len()).map(|row| dot(row, x)).collect()
 }
 
-/// Four sums side by side, so that an addition need not wait for the one before it.
+/// Computes a dot product as four sums side by side, so that no addition waits for the one before
+/// it.
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     let mut sums = [0.0; 4];
     let whole = a.len() / 4 * 4;
@@ -335,7 +336,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     sums.iter().sum::<f64>() + rest
 }
 
-/// to += factor·x.
+/// Computes to += factor·x.
 fn add(to: &mut [f64], factor: f64, x: &[f64]) {
     assert_eq!(to.len(), x.len());
     to.iter_mut().zip(x).for_each(|(to, x)| *to += factor * x);

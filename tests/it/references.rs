@@ -1,5 +1,5 @@
-//! A reference that is another model: any two models whose token ids mean the same can be policy
-//! and reference, in training and in scoring.
+//! References on another model: any two models whose token ids mean the same can be policy and
+//! reference, in training and in scoring.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -20,10 +20,10 @@ use crate::support::{
     assert_close, copy_files, golden, hashes, json, numbers, perturb_weights, replace,
 };
 
-/// Steps of a job that is paused on its way.
+/// Steps of a job that is paused before its end.
 const STEPS: u64 = 120;
 
-/// The `--models` flag for golden models under their own names.
+/// Returns the `--models` flag for golden models under their own names.
 fn models(names: &[&str]) -> String {
     let named = names
         .iter()
@@ -66,7 +66,7 @@ async fn create(client: &Client, job: pb::TrainingJob) -> Result<pb::TrainingJob
         .map(|r| r.into_inner())
 }
 
-/// A LoRA job on one model against another.
+/// Returns a LoRA job on one model with a reference on another.
 fn job_against(dataset: &str, steps: u64, policy: &str, reference: &str) -> pb::TrainingJob {
     pb::TrainingJob {
         policy: policy.into(),
@@ -79,7 +79,7 @@ fn full() -> Option<pb::training_job::Method> {
     Some(pb::training_job::Method::Full(pb::FullConfig::default()))
 }
 
-/// Checks that an answer is a refusal of `field`; returns its message.
+/// Checks that an answer is a refusal of `field`, and returns its message.
 fn refusal<T>(what: &str, answer: Result<T, Status>, field: &str) -> String {
     let Err(status) = answer else {
         panic!("{what} is accepted")
@@ -138,7 +138,7 @@ async fn scores_against_another_model_are_those_of_transformers() {
     }
 }
 
-/// A job with the settings of a golden run.
+/// Returns a job with the settings of a golden run.
 fn golden_job(dataset: &str, case: &Value, kind: &str) -> pb::TrainingJob {
     let settings = &case["runs"][kind]["settings"];
     let policy = case["policy"].as_str().unwrap();
@@ -229,7 +229,7 @@ async fn a_running_jobs_margins_are_0_while_it_is_its_reference_whatever_its_pre
         let server = Server::start_with(data.path(), &models(&["llama"]), &["--precision", server]);
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await.name;
-        // Steps of this size do not change a bit of any product.
+        // Steps of this size change no bit of any result.
         let optimizer = Some(pb::OptimizerConfig {
             learning_rate: Some(1e-35),
             ..Default::default()
@@ -287,7 +287,7 @@ async fn a_reference_with_another_tokenizer_is_refused() {
     }
 }
 
-/// Copies a golden model, with as many embedding rows as asked for: added ones are zeros.
+/// Copies a golden model with the requested number of embedding rows; additional rows are zeros.
 fn with_rows(name: &str, rows: usize) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     copy_files(&golden(&format!("models/{name}")), folder.path());
@@ -392,7 +392,7 @@ async fn a_reference_that_follows_the_policy_needs_its_shape() {
         .unwrap()
         .name;
     let losses = succeed(&client, &name).await;
-    // The first loss is against the other model, not against the policy itself.
+    // The first loss is relative to the other model, not to the policy itself.
     let first = f64::from_bits(losses[&1]);
     assert!((first - std::f64::consts::LN_2).abs() > 1e-2, "{first}");
 }
@@ -428,7 +428,7 @@ async fn a_reference_can_be_a_checkpoint_on_another_model() {
             against.reference_version
         );
         succeed(&client, &name).await;
-        // Without a reference in the request it is the job's.
+        // Without a reference in the request the job's reference is used.
         let own = score(&client, &latest(&name), pairs()).await;
         assert_eq!(own.reference_version, against.reference_version);
         for ((alone, against), own) in alone.results.iter().zip(&against.results).zip(&own.results)
@@ -453,11 +453,11 @@ async fn a_reference_can_be_a_checkpoint_on_another_model() {
             .into_inner()
             .memory_bytes
     };
-    // Its heads are wider, so that its rows need more memory than the policy's.
+    // Its heads are wider, so its rows need more memory than the policy's.
     assert!(estimate("models/qwen3").await > estimate("").await);
 }
 
-/// A server on a Llama `a` and on a copy of another one, `b`.
+/// Starts a server on a Llama `a` and on a copy of another one, `b`.
 fn serve(data: &Path, b: &Path) -> Server {
     let names = format!("a={},b={}", golden("models/llama").display(), b.display());
     Server::start_with(data, &names, &["--lease", "2"])
@@ -524,7 +524,7 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     assert_ne!(losses[&1], wanted[&1], "it is another reference");
     server.kill();
 
-    // Without the reference's model nothing is measured, either.
+    // Without the reference's model there is no estimate, either.
     let alone = format!("a={}", golden("models/llama").display());
     let mut server = Server::start_with(data.path(), &alone, &["--lease", "2"]);
     let client = server.client().await;
@@ -549,7 +549,7 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     for (a, b) in before.results.iter().zip(&after.results) {
         assert_eq!(scored(a), scored(b), "the scores are what they were");
     }
-    // The killed job goes on from its checkpoint by itself, then the one behind it.
+    // The killed job continues from its checkpoint by itself, then the next one runs.
     let step = get(&client, &running)
         .await
         .progress

@@ -1,5 +1,5 @@
-//! Several servers on one PostgreSQL and one S3 store: a queue shared exactly once, dead and frozen
-//! workers, backends that go away.
+//! Several servers on one PostgreSQL and one S3 store: each queued job runs exactly once, workers
+//! die or freeze, and backends become unavailable.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -67,7 +67,7 @@ fn changes(events: &[pb::TrainingEvent]) -> Vec<(pb::JobState, String)> {
     events.iter().filter_map(change).collect()
 }
 
-/// Checks a job's events: no gap, one end, and steps that repeat only after a worker ended.
+/// Checks a job's events: no gap, one end, and repeated steps only after the end of a worker.
 pub fn check_history(events: &[pb::TrainingEvent]) {
     assert!(
         events
@@ -97,7 +97,7 @@ pub fn check_history(events: &[pb::TrainingEvent]) {
     }
 }
 
-/// The adapter of a job's last checkpoint.
+/// Returns the adapter of a job's last checkpoint.
 pub async fn adapter(client: &Client, job: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let name = format!("{job}/checkpoints/latest");
@@ -108,7 +108,7 @@ pub async fn adapter(client: &Client, job: &str) -> Vec<u8> {
     std::fs::read(dir.path().join("adapter_model.safetensors")).unwrap()
 }
 
-/// Losses and adapter of the same job on a server of its own, with SQLite.
+/// Returns losses and adapter of the same job on a server of its own, with SQLite.
 pub async fn undisturbed(steps: u64) -> (BTreeMap<u64, u64>, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
@@ -134,7 +134,7 @@ async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed()
         let client = if i % 2 == 0 { &client_a } else { &client_b };
         jobs.push(submit(client, checkpointing(&dataset.name, 60)).await);
     }
-    // Half-way, while it has a job.
+    // In the middle of a job.
     until("half of the jobs", Duration::from_secs(120), async || {
         let mut done = 0;
         for name in &jobs {
@@ -209,7 +209,8 @@ async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
         changes(&events)
     );
     assert_eq!(losses(&events), expected);
-    // The thawed one finds out, gives up, adds nothing, and goes on serving.
+    // The thawed replica notices that it lost the lease, stops the run, writes nothing, and
+    // continues to serve.
     let id = name.trim_start_matches("trainingJobs/");
     until(
         "the end of the thawed run",
@@ -272,7 +273,7 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
         state(&client_b, &name).await == pb::JobState::Cancelled
     })
     .await;
-    // Deleted from one, it is gone from both, its objects included.
+    // A job deleted on one replica is gone from both, including its objects.
     assert!(!s3.keys("runs/jobs").is_empty());
     client_b
         .training()
@@ -356,8 +357,7 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
         .await
         .expect("events come")
         .unwrap();
-    // A run that is killed may leave a folder that was not acknowledged yet; one that has paused,
-    // none.
+    // A killed run may leave an unacknowledged folder; a paused run leaves none.
     client
         .training()
         .pause_training_job(pb::PauseTrainingJobRequest { name: name.clone() })
@@ -375,7 +375,8 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
         .filter_map(|e| e.unwrap().file_name().to_str()?.parse().ok())
         .collect();
     steps.sort();
-    // The newest acknowledged one is lost everywhere, the one before has a damaged copy here.
+    // The newest acknowledged checkpoint is lost everywhere; of the one before, the local copy is
+    // damaged.
     let keys = s3.keys(&format!(
         "runs/jobs/{id}/checkpoints/{}/",
         steps[steps.len() - 1]
@@ -402,8 +403,8 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
         .resume_training_job(pb::ResumeTrainingJobRequest { name: name.clone() })
         .await
         .unwrap();
-    // A checkpoint that is missing from the store may come back. The job waits for it until its owner
-    // decides to go on without.
+    // A checkpoint that is missing from the store may come back. The job waits for it until its
+    // owner decides to continue without it.
     until("the wait", Duration::from_secs(30), async || {
         let job = client
             .training()
@@ -465,7 +466,7 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
     .unwrap()
     .collect();
     assert!(kept.len() >= 2, "{kept:?}");
-    // The local copies are no loss.
+    // Losing the local copies is harmless.
     std::fs::remove_dir_all(
         dir.path()
             .join("jobs")
@@ -500,8 +501,8 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
         export.path
     );
 
-    // The job that a finished job was continued from may be deleted, unless it is also the
-    // reference: the weights of the finished job stay usable.
+    // The job that a finished job was continued from may be deleted, unless it is also its
+    // reference: the weights of the finished job can still be used.
     client
         .training()
         .delete_training_job(pb::DeleteTrainingJobRequest {
@@ -535,7 +536,7 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
     assert_eq!(walk(&shared.path().join("datasets")), 0);
 }
 
-/// Files below a folder.
+/// Returns the files below a folder.
 fn walk(folder: &Path) -> usize {
     let Ok(entries) = std::fs::read_dir(folder) else {
         return 0;
@@ -588,7 +589,7 @@ async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
                 outcomes[1] += 1;
             }
             (Ok(created), Ok(_)) => {
-                // Deleted after the job had ended: that is no conflict.
+                // The job was deleted after its end, which is no conflict.
                 let name = created.into_inner().name;
                 assert_eq!(
                     state(&client_a, &name).await,

@@ -25,9 +25,9 @@ use crate::store_safety::{
 use crate::support::golden;
 use crate::wait::until;
 
-/// The weights of a PEFT adapter.
+/// File with the weights of a PEFT adapter.
 const WEIGHTS: &str = "adapter_model.safetensors";
-/// Longer ago than an upload may take.
+/// Age that is longer than any upload takes.
 const LONG_AGO: Duration = Duration::from_secs(7200);
 
 fn reason(status: &Status) -> String {
@@ -37,7 +37,7 @@ fn reason(status: &Status) -> String {
         .unwrap_or_default()
 }
 
-/// Trains an adapter and puts it as `x` into the server's folder of adapters.
+/// Trains an adapter and puts it into the server's adapter folder as `x`.
 async fn train_adapter(client: &Client, dataset: &str, adapters: &Path) {
     let name = submit(client, job(dataset, 2)).await;
     finish(client, &name).await;
@@ -49,7 +49,7 @@ async fn train_adapter(client: &Client, dataset: &str, adapters: &Path) {
         .unwrap();
 }
 
-/// The request for a job that starts from the adapter `x`.
+/// Returns the request for a job that starts from the adapter `x`.
 fn from_adapter(dataset: &str, title: &str) -> pb::CreateTrainingJobRequest {
     let lora = pb::LoraConfig {
         rank: Some(4),
@@ -95,9 +95,9 @@ async fn all_jobs(client: &Client) -> Vec<String> {
         .collect()
 }
 
-// ---- answers that are lost
+// ---- lost answers
 
-/// A proxy before PostgreSQL that loses one answer: that to the first COMMIT of a transaction which
+/// A proxy for PostgreSQL that loses one answer: the one to the first COMMIT of a transaction that
 /// sent `mark`. The transaction is committed, and its connection is closed.
 struct LosesCommit {
     port: u16,
@@ -148,7 +148,7 @@ fn relay(mut client: TcpStream, backend: u16, mark: &[u8], lost: &AtomicBool) {
     });
     let (mut buffer, mut sent, mut is_marked) = (vec![0; 1 << 16], Vec::new(), false);
     while let Ok(n @ 1..) = client.read(&mut buffer) {
-        // A word may be cut in two.
+        // The bytes of a word may be split between two reads.
         sent.drain(..sent.len().saturating_sub(mark.len()));
         sent.extend_from_slice(&buffer[..n]);
         is_marked |= contains(&sent, mark);
@@ -201,7 +201,7 @@ async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
     let refused = create(&client, from_adapter(&dataset, "a lost answer")).await;
     assert!(proxy.lost.load(Ordering::Acquire), "no answer was lost");
     refused.expect_err("the answer was lost");
-    // Nobody knows but the database.
+    // Only the database knows the job.
     let stored = postgres.sql("SELECT id FROM jobs WHERE request LIKE '%a lost answer%'");
     assert_eq!(stored.len(), 1);
     let made = create(&client, from_adapter(&dataset, "a lost answer"))
@@ -278,7 +278,7 @@ async fn a_repeated_request_copies_no_adapter() {
             .join("init_adapter"),
     );
     assert_eq!(before.len(), 2, "{before:?}");
-    // There is nothing left to copy.
+    // The adapter no longer exists, so it cannot be copied.
     std::fs::remove_file(it.adapters.path().join("x").join(WEIGHTS)).unwrap();
     let again = create(&it.client, request.clone()).await.unwrap();
     assert_eq!(again.name, made.name);
@@ -289,7 +289,7 @@ async fn a_repeated_request_copies_no_adapter() {
     create(&it.client, another)
         .await
         .expect_err("another request has to copy it");
-    // Its folder is gone with it.
+    // The job's folder is deleted, too.
     let folders = std::fs::read_dir(it.dir.path().join("jobs"))
         .unwrap()
         .count();
@@ -334,7 +334,7 @@ async fn an_adapter_whose_client_leaves_before_its_job_is_stored_is_removed() {
         folders == before.len()
     })
     .await;
-    // The request was not used up.
+    // The request_id was not used up.
     let made = create(&it.client, from_adapter(&it.dataset, "left"))
         .await
         .unwrap();
@@ -434,18 +434,18 @@ async fn an_adapter_is_exported_though_its_base_model_has_changed() {
             (Code::FailedPrecondition, "MODEL_CHANGED".into()),
             "{models}: {refused}"
         );
-        // Made anew for the other server.
+        // Created again for the other server.
         std::fs::remove_dir_all(dir.path().join("jobs").join(id(&name)).join("exports")).unwrap();
     }
 }
 
 // ---- probes
 
-/// The frame that begins a health check, without the end of its request.
+/// Returns the first frame of a health check, without the end of its request.
 fn endless_health_check() -> Vec<u8> {
     const HEADERS: u8 = 1;
     const END_HEADERS: u8 = 4;
-    // POST, http; then names of the static table and one of our own, each with its value.
+    // POST, http; then names of the static table and one literal name, each with its value.
     let mut block = vec![0x83, 0x86];
     let mut field = |name: &[u8], value: &str| {
         block.extend_from_slice(name);
@@ -524,7 +524,8 @@ async fn a_server_does_not_start_without_the_store_that_its_database_knows() {
     another_succeeds(&server.client().await, &dataset).await;
 }
 
-/// A first start that failed between the store's identity and the database's can be repeated.
+/// A first start that failed after the store got its identity and before the database had it can be
+/// repeated.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_has_an_identity_is_taken_by_a_new_database() {
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -574,7 +575,7 @@ async fn a_job_with_a_setting_of_another_version_waits_for_it_with_its_dataset()
         (refused.code(), reason(&refused)),
         (Code::FailedPrecondition, "IN_USE".into())
     );
-    // The version that knows the setting finds everything that it needs.
+    // The version that knows the setting finds all inputs of the job.
     let known = "(request::jsonb #- '{spec,optimizer,from_the_future}')::text";
     postgres.sql(&format!("UPDATE jobs SET request = {known}, {of_job}"));
     let told = finish(&client, &name).await;
@@ -622,7 +623,7 @@ async fn expired_jobs_that_cannot_be_read_hold_up_no_others() {
     );
 }
 
-// ---- files that are not there, and files that nobody needs
+// ---- missing files, and files that nobody needs
 
 /// A paused job on one server, without an artifact store.
 struct Local {
@@ -631,7 +632,7 @@ struct Local {
     client: Client,
     dataset: String,
     name: String,
-    /// The steps of its checkpoints.
+    /// Steps of its checkpoints.
     steps: Vec<u64>,
 }
 
@@ -658,7 +659,7 @@ impl Local {
         local
     }
 
-    /// The steps of the checkpoints that the database knows.
+    /// Returns the steps of the checkpoints in the database.
     async fn rows(&self) -> Vec<u64> {
         let request = pb::ListCheckpointsRequest {
             parent: self.name.clone(),
@@ -692,7 +693,7 @@ impl Local {
         self.client = self.server.client().await;
     }
 
-    /// The job is resumed and waits; nothing is removed, and others run.
+    /// Resumes the job, which must wait: nothing is removed, and other jobs run.
     async fn waits(&self) {
         resume(&self.client, &self.name).await;
         waits(&self.client, &self.name, "ARTIFACT_MISSING").await;
@@ -706,7 +707,7 @@ impl Local {
         assert_eq!(self.rows().await, self.steps, "no row is removed");
     }
 
-    /// The job ends as if nothing had happened, having continued from a step.
+    /// Waits until the job has continued from a step and ended as if nothing had happened.
     async fn continues_from(&self, step: u64) {
         let told = finish(&self.client, &self.name).await;
         let changes = changes(&told);
@@ -747,7 +748,7 @@ async fn a_job_without_a_store_waits_for_the_folder_of_its_checkpoint() {
 async fn a_job_without_a_store_continues_from_the_checkpoint_before_a_deleted_one() {
     let local = Local::new().await;
     let newest = local.newest();
-    // The server has found it whole, and it goes in the server's lifetime.
+    // The server has found the checkpoint intact; then the files disappear while the server runs.
     score(
         &local.client,
         &format!("{}/checkpoints/{newest}", local.name),
@@ -790,7 +791,8 @@ async fn a_checkpoint_whose_list_of_files_has_changed_is_damaged_and_passed_over
     assert!(told.iter().any(is_warning), "{told:?}");
 }
 
-/// Writes the files of an adapter below a folder and makes them, and the folders, as old as `age`.
+/// Writes the files of an adapter below a folder, and sets the age of these files and folders to
+/// `age`.
 fn write_aged(folder: &Path, file: &str, age: Duration) {
     let path = folder.join(file);
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -847,9 +849,10 @@ async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
             LONG_AGO,
         );
     }
-    // A job that is known may be as old as it likes.
+    // The files of a known job may have any age.
     write_aged(&there.join(id(&known)), config, LONG_AGO);
-    // The database may be another than the one that knows these jobs: the store keeps everything.
+    // The database may not be the one that knows these jobs, so the artifact store keeps
+    // everything.
     let kept_there: Vec<PathBuf> = files(&there).into_iter().collect();
 
     let server = serve();

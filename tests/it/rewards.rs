@@ -1,5 +1,5 @@
-//! Rewards as they are trained: the same numbers in TRL's logs, in a job's metrics, in the choice
-//! of the best checkpoint and in served scores.
+//! Trained rewards: TRL's logs, a job's metrics, the choice of the best checkpoint and served
+//! scores have the same numbers.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -23,9 +23,9 @@ use crate::server::{
 };
 use crate::support::{assert_close, binary, encode, golden, json, rows, tiny};
 
-/// An objective of one loss.
+/// Returns an objective of one loss.
 fn objective(loss: &str) -> pb::DpoConfig {
-    // SimPO's usual β; the others have TRL's default.
+    // SimPO's usual β; the other losses have TRL's default.
     let beta = (loss == "simpo").then_some(2.0);
     pb::DpoConfig {
         losses: vec![term(loss)],
@@ -41,8 +41,8 @@ fn term(loss: &str) -> pb::WeightedLoss {
     }
 }
 
-/// A job on the golden rows that is evaluated on the same rows, in batches of 4 and 2, after its
-/// last step.
+/// Returns a job on the golden rows that is evaluated on the same rows after its last step, in
+/// batches of 4 and 2.
 fn evaluated(dataset: &str, steps: u64, dpo: pb::DpoConfig) -> pb::TrainingJob {
     let wanted = job(dataset, steps);
     pb::TrainingJob {
@@ -56,7 +56,7 @@ fn evaluated(dataset: &str, steps: u64, dpo: pb::DpoConfig) -> pb::TrainingJob {
     }
 }
 
-/// Runs a job to its end; returns its name and its last evaluation.
+/// Runs a job to its end, and returns its name and its last evaluation.
 async fn run(client: &Client, wanted: pb::TrainingJob) -> (String, BTreeMap<String, f64>) {
     let name = submit(client, wanted).await;
     let all = finish(client, &name).await;
@@ -84,7 +84,7 @@ async fn score_with(
         .map(|r| r.into_inner())
 }
 
-/// The mean over the rows, added up in their order as an evaluation does.
+/// Returns the mean over the rows, added in their order as in an evaluation.
 fn mean(scores: &pb::ScorePairsResponse, value: impl Fn(&pb::PairScore) -> f64) -> f64 {
     let mut sum = 0.0;
     for result in &scores.results {
@@ -93,8 +93,8 @@ fn mean(scores: &pb::ScorePairsResponse, value: impl Fn(&pb::PairScore) -> f64) 
     sum / scores.results.len() as f64
 }
 
-/// Asserts that scores give the evaluation's numbers to the last bit. `rewards` is the prefix of
-/// the metrics.
+/// Asserts that scores give the evaluation's numbers bit for bit. `rewards` is the prefix of the
+/// metrics.
 fn assert_evaluated(
     what: &str,
     scores: &pb::ScorePairsResponse,
@@ -172,7 +172,7 @@ async fn served_rewards_are_those_of_the_evaluation_to_the_last_bit() {
             "{loss}"
         );
 
-        // The formula, from what the answer itself says.
+        // The formula, computed from the answer's own fields.
         let beta = if loss == "simpo" { 2.0 } else { 0.1 };
         for result in &served.results {
             let s = scored(result);
@@ -190,8 +190,8 @@ async fn served_rewards_are_those_of_the_evaluation_to_the_last_bit() {
             );
         }
 
-        // The other normalization, when it is asked for: rewards/* are sums where TRL's trainer of
-        // the loss logs sums.
+        // The other normalization, on request: rewards/* are sums for losses whose TRL trainer logs
+        // sums.
         let options = |n: Normalization| pb::ScoringOptions {
             policy: policy.clone(),
             normalization: n.into(),
@@ -390,8 +390,8 @@ async fn a_checkpoint_of_tr_dpo_is_scored_against_the_reference_that_it_holds() 
         "the reference has moved"
     );
 
-    // A checkpoint without it says what is missing, and can still be scored against a reference
-    // that is named.
+    // Without its reference file a checkpoint is refused with the reason, and can still be scored
+    // against a named reference.
     let policy = format!("{name}/checkpoints/4");
     let named = pb::ScoringOptions {
         policy: policy.clone(),
@@ -433,8 +433,8 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         let server = Server::start_with(dir.path(), &models, &["--precision", precision]);
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await.name;
-        // After each step the reference is the policy, and only that step's is: margins against it
-        // are 0. Checkpoints are of other steps.
+        // After each step the reference equals the policy, but only for this step: margins against
+        // it are 0. Checkpoints are of other steps.
         let reference_sync = Some(pb::ReferenceSync {
             alpha: Some(1.0),
             every_steps: Some(1),
@@ -506,7 +506,7 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         for result in &served.results {
             assert_eq!(scored(result).margin, 0.0, "{precision}, {}", result.id);
         }
-        // A reference that is named is the one that is used.
+        // A named reference is used.
         let against_start = score_with(
             &client,
             pb::ScoringOptions {
@@ -526,7 +526,7 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         assert_eq!(state(&client, &name).await, pb::JobState::Running);
 
         // The stream was opened while the job ran. After the pause it scores with the checkpoint,
-        // against the reference of the checkpoint.
+        // against the checkpoint's reference.
         pause(&client, &name).await;
         messages
             .send(ask(Part::Pair(pairs().remove(0))))
@@ -549,7 +549,7 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
     }
 }
 
-/// The files of that name below a folder.
+/// Returns the files with this name below a folder.
 fn find(folder: &std::path::Path, name: &str) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap() {
@@ -598,7 +598,7 @@ async fn answers_say_that_policy_and_reference_are_the_same() {
     assert!(is_told(&answer.warnings), "{:?}", answer.warnings);
     assert_eq!(answer.normalization(), Normalization::Sum);
 
-    // A stream says it once.
+    // A stream has the warning once.
     use pb::stream_score_pairs_request::Part;
     let mut messages = vec![pb::StreamScorePairsRequest {
         part: Some(Part::Options(options.clone())),
@@ -755,8 +755,8 @@ fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
             ..p.clone()
         })
         .collect();
-    // Long answers that training prefers rule the sums, short ones that it does not prefer the
-    // means.
+    // Long answers that training prefers dominate the sums; short ones that it does not prefer
+    // dominate the means.
     let short_and_wrong = |p: &EncodedPair| EncodedPair {
         chosen: cut(&p.rejected),
         rejected: cut(&p.chosen),

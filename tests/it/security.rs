@@ -1,4 +1,4 @@
-//! Nobody gets in: tokens, roles, ownership, TLS, quotas, deadlines.
+//! Access control: tokens, roles, ownership, TLS, quotas, deadlines.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -29,7 +29,7 @@ fn bradley(arguments: &[&str]) -> String {
     String::from_utf8(done.stdout).unwrap()
 }
 
-/// Makes a token; returns its id and the token.
+/// Creates a token, and returns its id and its text.
 fn token(data_dir: &Path, owner: &str, roles: &str) -> (String, String) {
     let dir = data_dir.to_str().unwrap();
     let made = bradley(&[
@@ -227,7 +227,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         Code::NotFound
     );
 
-    // A revoked token is refused within seconds, and what is open with it ends.
+    // A revoked token is refused within seconds, and its open calls end.
     let long = submit(&a, job(&dataset.name, 100_000)).await;
     let request = pb::StreamTrainingEventsRequest {
         parent: long.clone(),
@@ -275,7 +275,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         .await
         .unwrap();
 
-    // Clients do not push each other aside.
+    // One client's load does not block another client.
     let mut urgent = job(&dataset.name, 1);
     urgent.priority = 1;
     let pushed = b
@@ -295,7 +295,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         .collect();
     assert_eq!(fields, ["training_job.priority"]);
 
-    // Secrets are in no file of the server's; who did what is in the audit log.
+    // Secrets are in no file of the server; the audit log has who did what.
     let secret = a_token.rsplit('_').next().unwrap().as_bytes().to_vec();
     let log = std::fs::read_to_string(&audit).unwrap();
     for file in ["bradley.db", "bradley.db-wal", "audit.jsonl"] {
@@ -398,12 +398,12 @@ async fn clients_have_quotas_and_jobs_a_time_to_live() {
     });
     short_lived.priority = 1;
     let second = submit(&client, short_lived).await;
-    // Its time to live over, a job is gone with its files.
+    // After its time to live a job is deleted with its files.
     let folder = dir
         .path()
         .join("jobs")
         .join(second.trim_start_matches("trainingJobs/"));
-    // The files follow the row.
+    // The files are deleted after the row.
     until(
         "the deletion of an expired job",
         Duration::from_secs(60),
@@ -412,7 +412,7 @@ async fn clients_have_quotas_and_jobs_a_time_to_live() {
     .await;
     assert!(get(&client, &long).await.is_ok());
 
-    // Many pairs at once are more than the client's share of the queue.
+    // Many pairs at the same time exceed the client's share of the queue.
     let many: Vec<pb::Pair> = (0..8).flat_map(|_| pairs()).collect();
     let options = Some(pb::ScoringOptions {
         policy: "models/tiny".into(),
@@ -456,7 +456,7 @@ async fn jobs_of_one_priority_take_turns() {
         submit(&client, job(&dataset.name, 100_000)).await,
     ];
     let mut runs = [0, 0];
-    // Both come to the device more than once.
+    // Both jobs run on the device more than once.
     until(
         "the second turn of both jobs",
         Duration::from_secs(60),
@@ -477,7 +477,7 @@ async fn jobs_of_one_priority_take_turns() {
     }
 }
 
-/// Returns how often a job began to run.
+/// Returns the number of times that a job began to run.
 async fn started(client: &Client, name: &str) -> usize {
     let (mut n, mut after) = (0, 0);
     loop {
@@ -656,7 +656,7 @@ async fn strangers_hold_no_place_and_make_up_no_names() {
         let closed = tokio::time::timeout(Duration::from_secs(30), connection.read(&mut [0; 8]))
             .await
             .expect("it is closed");
-        // A goodbye frame, or nothing.
+        // A GOAWAY frame, or nothing.
         let _ = closed;
     }
     drop(silent);
@@ -706,7 +706,7 @@ async fn strangers_hold_no_place_and_make_up_no_names() {
     );
 }
 
-/// An authority of its own, and what it signs.
+/// A certificate authority, and the certificates that it signed.
 struct Authority {
     certificate: String,
     issuer: Issuer<'static, KeyPair>,
@@ -724,7 +724,7 @@ impl Authority {
         }
     }
 
-    /// Certificate and key, PEM.
+    /// Signs a new certificate, and returns it and its key in PEM.
     fn sign(&self, usage: ExtendedKeyUsagePurpose) -> (String, String) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec!["localhost".into()]).unwrap();
@@ -779,7 +779,7 @@ impl TlsServer {
         self.server.address.rsplit(':').next().unwrap()
     }
 
-    /// The path of one of the certificates or keys.
+    /// Returns the path of one of the certificates or keys.
     fn file(&self, name: &str) -> PathBuf {
         self.files.path().join(name)
     }
@@ -857,7 +857,7 @@ async fn tls_asks_for_certificates_and_takes_up_new_ones() {
         assert!(plain.health().await.is_err(), "without TLS");
     }
 
-    // Damaged files change nothing; new ones are taken up while old connections go on.
+    // Damaged files change nothing; new ones are used for new connections while old ones continue.
     let old = std::fs::read_to_string(at("server.pem")).unwrap();
     write("server.pem", "-----BEGIN CERTIFICATE-----\nnonsense");
     until(
@@ -902,8 +902,8 @@ async fn work_past_its_deadline_is_dropped_and_said_so() {
     request
         .metadata_mut()
         .insert("grpc-timeout", "8m".parse().unwrap());
-    // tonic's own channel keeps the deadline of what it sends, too, and may be first; this one only
-    // carries it.
+    // tonic's own channel also applies the deadline of its requests, and may be first; this channel
+    // only transmits it.
     let carrier = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
         .http2_only(true)
         .build_http();
@@ -913,7 +913,7 @@ async fn work_past_its_deadline_is_dropped_and_said_so() {
         .await
         .unwrap_err();
     assert_eq!(late.code(), Code::DeadlineExceeded, "{late}");
-    // The queue is empty soon after: nobody waits for those pairs.
+    // The queue is empty soon after, because nobody waits for these pairs.
     let start = Instant::now();
     score(&client, "models/tiny", pairs()).await;
     assert!(start.elapsed() < Duration::from_secs(20));
@@ -930,7 +930,8 @@ async fn a_call_that_its_client_gives_up_is_counted_as_cancelled() {
         "the count of a cancelled call",
         Duration::from_secs(60),
         async || {
-            // Given up while it waits or is computed, or before it arrived: then it is tried again.
+            // The call may end before it arrived, while it waits or while it is computed; if it
+            // ended too early, it is repeated.
             let _ = tokio::time::timeout(
                 Duration::from_millis(8),
                 score(&client, "models/tiny", many.clone()),

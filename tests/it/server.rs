@@ -26,7 +26,7 @@ pub struct Server {
     /// `127.0.0.1:PORT` of the HTTP port.
     pub http: String,
     pub data_dir: PathBuf,
-    /// Its log, without what is only informative.
+    /// Its log, without purely informative lines.
     log: Arc<Mutex<Vec<String>>>,
 }
 
@@ -45,7 +45,7 @@ impl Server {
         Self::start_in(data_dir, models, flags, &[])
     }
 
-    /// The same with variables of its environment.
+    /// Starts a server with environment variables, and waits until it serves.
     pub fn start_in(
         data_dir: &Path,
         models: &str,
@@ -57,7 +57,7 @@ impl Server {
         })
     }
 
-    /// The same; `prepare` changes how the process is started, e.g. limits its resources.
+    /// Does the same; `prepare` changes how the process is started, e.g. limits its resources.
     pub fn start_as(
         data_dir: &Path,
         models: &str,
@@ -122,12 +122,12 @@ impl Server {
         self.child.try_wait().unwrap()
     }
 
-    /// Its process.
+    /// Returns its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Returns whether it has logged a warning or an error that contains `text`.
+    /// Returns true if it has logged a warning or an error that contains `text`.
     pub fn has_logged(&self, text: &str) -> bool {
         self.log
             .lock()
@@ -136,7 +136,7 @@ impl Server {
             .any(|line| line.contains(text))
     }
 
-    /// A connected client.
+    /// Returns a connected client.
     pub async fn client(&self) -> Client {
         Client::connect(&Target::plain(&self.address), Duration::from_secs(10))
             .await
@@ -156,13 +156,13 @@ impl Server {
         answer
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// SIGTERM; the exit status must come within `limit`.
+    /// Sends SIGTERM; the exit status must come within `limit`.
     pub fn terminate(&mut self, limit: Duration) -> std::process::ExitStatus {
         // SAFETY: signals the child that this struct owns and has not reaped.
         let sent = unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
@@ -183,8 +183,8 @@ impl Drop for Server {
     }
 }
 
-/// A port that nobody listens at, another one at each call. It lies below those that systems give
-/// to whoever asks for any, so that nobody takes it meanwhile.
+/// Returns a port on which nobody listens, another one at each call. It lies below the range from
+/// which systems assign free ports, so that nobody takes it meanwhile.
 pub fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
@@ -208,7 +208,7 @@ pub async fn upload(client: &Client, file: &str) -> pb::Dataset {
         .unwrap()
 }
 
-/// A LoRA job of `steps` steps on the tiny model.
+/// Returns a LoRA job of `steps` steps on the tiny model.
 pub fn job(dataset: &str, steps: u64) -> pb::TrainingJob {
     pb::TrainingJob {
         display_name: "test".into(),
@@ -247,7 +247,7 @@ pub async fn submit(client: &Client, job: pb::TrainingJob) -> String {
         .name
 }
 
-/// Follows a job to its end; returns its events.
+/// Follows a job to its end, and returns its events.
 pub async fn finish(client: &Client, job: &str) -> Vec<pb::TrainingEvent> {
     let mut events = Vec::new();
     let all = client.follow(job, 0, |e| {
@@ -261,7 +261,7 @@ pub async fn finish(client: &Client, job: &str) -> Vec<pb::TrainingEvent> {
     events
 }
 
-/// The state a job is in.
+/// Returns the state of a job.
 pub async fn state(client: &Client, job: &str) -> pb::JobState {
     let request = pb::GetTrainingJobRequest { name: job.into() };
     client
@@ -273,7 +273,7 @@ pub async fn state(client: &Client, job: &str) -> pb::JobState {
         .state()
 }
 
-/// The golden chat rows as pairs to score.
+/// Returns the golden chat rows as pairs to score.
 pub fn pairs() -> Vec<pb::Pair> {
     let text = |t: &bradley::domain::dataset::Text| {
         let bradley::domain::dataset::Text::Chat(messages) = t else {
@@ -321,7 +321,7 @@ pub async fn score(client: &Client, policy: &str, pairs: Vec<pb::Pair>) -> pb::S
         .into_inner()
 }
 
-/// A result's score.
+/// Returns the score of a result.
 pub fn scored(r: &pb::PairResult) -> &pb::PairScore {
     match &r.result {
         Some(pb::pair_result::Result::Score(s)) => s,
@@ -336,12 +336,12 @@ pub async fn until_event(client: &Client, name: &str, enough: impl Fn(&Event) ->
     followed.expect("the event comes").unwrap();
 }
 
-/// Returns whether an event reports a step, `from` or a later one.
+/// Returns true if an event reports the step `from` or a later one.
 pub fn is_step(event: &Event, from: u64) -> bool {
     matches!(event, Event::StepMetrics(s) if s.step >= from)
 }
 
-/// Returns whether an event says that a job has reached the state `wanted`.
+/// Returns true if an event says that a job has reached the state `wanted`.
 pub fn became(event: &Event, wanted: pb::JobState) -> bool {
     matches!(event, Event::StateChange(s) if s.to() == wanted)
 }
@@ -364,7 +364,7 @@ pub async fn resume(client: &Client, name: &str) -> Result<pb::TrainingJob, Stat
         .map(|r| r.into_inner())
 }
 
-/// A job as it is now.
+/// Returns a job as it is now.
 pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
     let request = pb::GetTrainingJobRequest { name: name.into() };
     client
@@ -375,7 +375,7 @@ pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
         .into_inner()
 }
 
-/// Follows a job until it has succeeded; returns the bits of its losses by step.
+/// Follows a job until it has succeeded, and returns the bits of its losses by step.
 pub async fn succeed(client: &Client, name: &str) -> BTreeMap<u64, u64> {
     let events = finish(client, name).await;
     let ended = get(client, name).await;
@@ -387,12 +387,12 @@ pub async fn succeed(client: &Client, name: &str) -> BTreeMap<u64, u64> {
     events.into_iter().filter_map(step).collect()
 }
 
-/// The name of a job's last checkpoint.
+/// Returns the name of a job's last checkpoint.
 pub fn latest(job: &str) -> String {
     format!("{job}/checkpoints/latest")
 }
 
-/// Checks that an error is about the change of `part` of a model, and says from what to what.
+/// Checks that an error is about a change of `part` of a model, and names both hashes.
 fn assert_changed(what: &str, code: Code, reason: &str, message: &str, part: &str) {
     assert_eq!(code, Code::FailedPrecondition, "{what}: {message}");
     assert_eq!(reason, "MODEL_CHANGED", "{what}: {message}");
@@ -418,7 +418,7 @@ pub fn assert_refused<T>(what: &str, answer: Result<T, Status>, part: &str) {
     assert_changed(what, status.code(), &reason, status.message(), part);
 }
 
-/// Waits until a job waits for its model, and checks what it says.
+/// Waits until a job waits for its model, and checks the error.
 pub async fn assert_waits(client: &Client, name: &str, part: &str) {
     let limit = Duration::from_secs(30);
     until_ok("a job's wait for its model", limit, async || {
@@ -444,7 +444,7 @@ pub async fn assert_waits(client: &Client, name: &str, part: &str) {
     .await;
 }
 
-/// The events of a job.
+/// Returns the events of a job.
 pub async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
     let request = pb::ListTrainingEventsRequest {
         parent: name.into(),

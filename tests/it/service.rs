@@ -1,5 +1,5 @@
-//! The service through its own client: the whole cycle, bad input, and scores that depend on
-//! nothing but the pair.
+//! The service through its own client: the whole cycle, invalid input, and scores that depend only
+//! on the pair.
 
 use std::time::Duration;
 
@@ -104,7 +104,7 @@ async fn the_whole_cycle() {
             "{names:?}"
         );
     }
-    // The merged model scores as the adapter does.
+    // The merged model gives the same scores as the adapter.
     let merged = dir.path().join("EXPORT_FORMAT_MERGED");
     let other_dir = tempfile::tempdir().unwrap();
     let other = Server::start_with(
@@ -118,7 +118,7 @@ async fn the_whole_cycle() {
         assert!((m.policy_logprob - w.policy_logprob).abs() < 1e-4 * w.policy_logprob.abs());
     }
 
-    // A job may start from another's adapter, and its start weights are its reference.
+    // A job may start from another's adapter; its start weights are its reference.
     let mut more = job(&dataset.name, 2);
     more.policy = format!("{name}/checkpoints/latest");
     let second = submit(&client, more).await;
@@ -129,7 +129,7 @@ async fn the_whole_cycle() {
             Some(pb::training_event::Event::StepMetrics(s)) => Some(s.metrics["loss"]),
             _ => None,
         });
-    // Exactly: policy and reference are the same weights, whatever rows their pairs are in.
+    // Bit for bit: policy and reference are the same weights, whatever rows their pairs are in.
     assert_eq!(first_loss.unwrap(), std::f64::consts::LN_2);
     client
         .training()
@@ -240,7 +240,7 @@ async fn scores_do_not_depend_on_company(precision: &str) {
         {
             assert_eq!(bits(scored(r)), alone, "{}", r.id);
         }
-        // Exchanged answers mirror the score.
+        // Swapped answers give the mirrored score.
         let swapped = pb::Pair {
             a: pair.b.clone(),
             b: pair.a.clone(),
@@ -477,7 +477,7 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
         assert_eq!(e.code(), Code::InvalidArgument, "{name}");
     }
 
-    // Uploads: nothing usable, wrong order, wrong bytes.
+    // Uploads without a usable row, in the wrong order, or with the wrong bytes.
     let file = dir.path().join("bad.jsonl");
     std::fs::write(&file, "{\"prompt\":\"a\"}\nnot json\n\u{fffd}\n").unwrap();
     let e = client
@@ -536,7 +536,7 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
         done.skipped_rows
     );
 
-    // A run that diverges fails with the rows that did it, and the next job is unaffected.
+    // A diverging run fails with the rows that caused it, and the next job is unaffected.
     let mut diverging = job(&dataset.name, 50);
     diverging.optimizer = Some(pb::OptimizerConfig {
         learning_rate: Some(1e30),

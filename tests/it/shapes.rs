@@ -112,7 +112,7 @@ async fn a_file_may_mix_shapes_and_a_row_make_several_pairs() {
         report
     );
 
-    // A quarter of the rows is held out, all pairs of each.
+    // A quarter of the rows is held out, with all pairs of each row.
     let mut wanted = job(&dataset.name, 2);
     wanted.evaluation = Some(pb::training_job::Evaluation::EvalFraction(0.25));
     let estimate = estimate(&client, wanted.clone()).await;

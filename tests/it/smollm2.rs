@@ -1,5 +1,5 @@
-//! The real model: SmolLM2-135M-Instruct from its GGUF file, against transformers and TRL on the
-//! same weights.
+//! Compares the real model, SmolLM2-135M-Instruct from its GGUF file, with transformers and TRL on
+//! the same weights.
 
 use bradley::domain::dataset::Text;
 use bradley::domain::training::{
@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::golden_training::{Run, train};
 use crate::support::{assert_close, encode, ids, needed, numbers, policy};
 
-/// The golden file: ours, or one made from other rows by the same script.
+/// Returns the golden file: ours, or one that the same script made from other rows.
 fn golden() -> Value {
     match std::env::var("BRADLEY_TEST_SMOLLM2_GOLDEN") {
         Ok(path) => serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap(),
@@ -22,7 +22,7 @@ fn golden() -> Value {
     }
 }
 
-/// A pair with the token ids that TRL trained on.
+/// Returns a pair with the token ids that TRL trained on.
 fn from_ids(v: &Value) -> EncodedPair {
     EncodedPair {
         row: 0,
@@ -86,9 +86,9 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
             },
         ) {
             (true, same) => assert!(same, "row {i}: other tokens than transformers"),
-            // transformers ignores the GGUF's pre-tokenizer name and does not split digits off as
-            // SmolLM2's own tokenizer does, so that blank lines before a digit come out
-            // differently; the numbers below are of transformers' tokens then.
+            // transformers ignores the GGUF's pre-tokenizer name and does not split digits as
+            // SmolLM2's own tokenizer does, so blank lines before a digit are tokenised
+            // differently. The numbers below are for transformers' tokens in this case.
             (false, same) => println!(
                 "row {i}: {}",
                 if same {

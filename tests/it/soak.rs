@@ -1,10 +1,10 @@
-//! A soak under twice the load that the server can take: a training job, and fifty clients of whom
-//! a third are slow or vanish.
+//! A soak test under twice the load that the server can take: a training job, and fifty clients, a
+//! third of which are slow or disappear.
 //!
 //!   BRADLEY_TEST_SOAK=1800 cargo test --test it soak -- --nocapture
 //!
-//! Memory must stay flat, accepted requests must be answered within what the queue's bound implies,
-//! and every refusal must say when to come back.
+//! Memory must stay constant, accepted requests must be answered within the time that follows from
+//! the queue's limit, and every refusal must say when to retry.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,16 +21,16 @@ use crate::hostile::resident_kib;
 use crate::server::{Server, job, pairs, submit, upload};
 use crate::support::golden;
 
-/// Clients that score as fast as they are meant to, that read slowly, and that leave without a
-/// word.
+/// Number of clients that score at the intended rate, that read slowly, and that disconnect without
+/// notice.
 const STEADY: usize = 34;
 const SLOW: usize = 8;
 const VANISHING: usize = 8;
-/// Pairs of a request.
+/// Number of pairs in a request.
 const BATCH: usize = 8;
-/// Seconds without BRADLEY_TEST_SOAK.
+/// Duration in seconds without BRADLEY_TEST_SOAK.
 const SHORT: u64 = 12;
-/// Tokens that may wait: what bounds the wait.
+/// Maximum number of waiting tokens, which limits the waiting time.
 const QUEUE_TOKENS: usize = 6000;
 
 #[derive(Default)]
@@ -41,7 +41,7 @@ struct Seen {
     streamed: AtomicU64,
     vanished: AtomicU64,
     latencies: Mutex<Vec<f64>>,
-    /// Unexpected answers, counted; must stay empty.
+    /// Number of each unexpected answer; must stay empty.
     wrong: Mutex<BTreeMap<String, u64>>,
 }
 
@@ -50,7 +50,7 @@ impl Seen {
         *self.wrong.lock().unwrap().entry(what).or_default() += 1;
     }
 
-    /// A refusal must have its reason, and a time to come back or a quota.
+    /// Checks that a refusal has its reason, and a time to retry or a quota.
     fn refusal(&self, status: &tonic::Status) {
         let retry = status.get_details_retry_info().is_some()
             || status.get_details_quota_failure().is_some();
@@ -113,7 +113,7 @@ async fn once(client: &Client, n: usize, seen: &Seen) {
     }
 }
 
-/// Sends on time, whether or not earlier requests are answered.
+/// Sends at fixed times, even if earlier requests are not answered.
 async fn steady(client: Client, id: usize, interval: Duration, until: Instant, seen: Arc<Seen>) {
     let mut open = tokio::task::JoinSet::new();
     let mut due = tokio::time::interval(interval);
@@ -126,7 +126,7 @@ async fn steady(client: Client, id: usize, interval: Duration, until: Instant, s
         open.spawn(async move { once(&client, n, &seen).await });
         while open.try_join_next().is_some() {}
     }
-    // Everyone who was accepted gets an answer.
+    // Every accepted request gets an answer.
     if tokio::time::timeout(Duration::from_secs(60), async {
         while open.join_next().await.is_some() {}
     })
@@ -180,7 +180,7 @@ async fn slow(client: Client, until: Instant, seen: Arc<Seen>) {
     }
 }
 
-/// Begins calls and drops them, connection and all.
+/// Begins calls and drops them together with the connection.
 async fn vanishing(address: String, seed: u64, until: Instant, seen: Arc<Seen>) {
     let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
     while Instant::now() < until {
@@ -222,8 +222,8 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
     let dataset = upload(&client, "pairs.jsonl").await;
     submit(&client, job(&dataset.name, 100_000_000)).await;
 
-    // Capacity: requests a second that a few clients get through, one after another, while the job
-    // trains.
+    // Capacity: requests per second of a few clients that send one request after another while the
+    // job trains.
     let probe = Arc::new(Seen::default());
     let until = Instant::now() + Duration::from_secs((seconds / 20).clamp(2, 20));
     let start = Instant::now();
@@ -288,7 +288,7 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
         samples.sort();
         samples[samples.len() / 2]
     };
-    // The first part is for pools and caches to fill.
+    // In the first part pools and caches fill.
     let (early, late) = (
         median(&memory[memory.len() / 4..memory.len() / 2]),
         median(&memory[memory.len() * 3 / 4..]),

@@ -1,5 +1,5 @@
 //! Data that a store must not lose: checkpoints of another format, artifacts of a store that is not
-//! mounted, acknowledged changes, exports, and runs whose lease another worker took.
+//! mounted, acknowledged changes, exports, and runs whose lease another worker has taken.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -26,7 +26,7 @@ use crate::wait::{until, until_ok};
 pub const STEPS: u64 = 120;
 /// Deadline of every wait.
 pub const LIMIT: Duration = Duration::from_secs(120);
-/// Short leases, in seconds: as a flag, and as a time.
+/// Duration of short leases in seconds: as a flag, and as a time.
 pub const LEASE: &str = "3";
 const LEASE_TIME: Duration = Duration::from_secs(3);
 
@@ -70,7 +70,7 @@ fn replica_on_s3(dir: &Path, postgres: &Postgres, s3: &S3, proxy: &Proxy, more: 
     Server::start_in(dir, &models(), &[&flags, more].concat(), &environment)
 }
 
-/// Starts a replica that must refuse to serve, and returns what it says.
+/// Starts a replica that must refuse to serve, and returns its message.
 fn refusal(dir: &Path, postgres: &Postgres, root: &Path) -> String {
     let (database, artifacts) = (postgres.url(), url_of(root));
     refused_start(
@@ -86,7 +86,7 @@ fn refusal(dir: &Path, postgres: &Postgres, root: &Path) -> String {
     )
 }
 
-/// Starts a server that must refuse to serve, and returns what it says.
+/// Starts a server that must refuse to serve, and returns its message.
 pub fn refused_start(dir: &Path, flags: &[&str]) -> String {
     let mut child = Command::new(crate::support::binary())
         .args([
@@ -192,7 +192,7 @@ pub fn is_step(e: &Event, from: u64) -> bool {
     matches!(e, Event::StepMetrics(s) if s.step >= from)
 }
 
-/// A job's events so far.
+/// Returns a job's events so far.
 pub async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
     let mut all: Vec<pb::TrainingEvent> = Vec::new();
     loop {
@@ -215,7 +215,7 @@ pub async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
     }
 }
 
-/// State changes with their time in milliseconds.
+/// Returns the state changes with their time in milliseconds.
 pub fn changes(events: &[pb::TrainingEvent]) -> Vec<(i64, pb::StateChange)> {
     let change = |e: &pb::TrainingEvent| match &e.event {
         Some(Event::StateChange(s)) => {
@@ -243,7 +243,7 @@ fn reasons(events: &[pb::TrainingEvent]) -> Vec<&str> {
     events.iter().filter_map(words).collect()
 }
 
-/// Waits until a job is back in the queue with an error of this reason, which an event tells too.
+/// Waits until a job is requeued with an error of this reason, which an event must report, too.
 pub async fn waits(client: &Client, name: &str, reason: &str) {
     until_ok(&format!("a wait for {reason}"), LIMIT, async || {
         let job = get(client, name).await;
@@ -271,14 +271,14 @@ pub async fn waits(client: &Client, name: &str, reason: &str) {
     .await;
 }
 
-/// A short job gets its turn and succeeds.
+/// Checks that a short job runs and succeeds.
 pub async fn another_succeeds(client: &Client, dataset: &str) {
     let other = submit(client, job(dataset, 2)).await;
     finish(client, &other).await;
     assert_eq!(state(client, &other).await, pb::JobState::Succeeded);
 }
 
-/// Losses and adapter of a job of [`STEPS`] steps that nothing disturbs.
+/// Returns losses and adapter of a job of [`STEPS`] steps that nothing disturbs.
 pub async fn expected() -> &'static (BTreeMap<u64, u64>, Vec<u8>) {
     static EXPECTED: OnceCell<(BTreeMap<u64, u64>, Vec<u8>)> = OnceCell::const_new();
     EXPECTED.get_or_init(|| undisturbed(STEPS)).await
@@ -286,7 +286,7 @@ pub async fn expected() -> &'static (BTreeMap<u64, u64>, Vec<u8>) {
 
 // ---- files
 
-/// The files below a folder.
+/// Returns the files below a folder.
 pub fn files(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else {
         return Vec::new();
@@ -299,7 +299,7 @@ pub fn files(folder: &Path) -> Vec<PathBuf> {
     all
 }
 
-/// Rows of a job's checkpoints: steps and digests, the newest last.
+/// Returns the steps and digests in a job's checkpoint rows, the newest last.
 fn checkpoint_rows(postgres: &Postgres, name: &str) -> Vec<(u64, String)> {
     let select = "SELECT step, digest FROM checkpoints WHERE job";
     let rows = postgres.sql(&format!("{select} = '{}' ORDER BY step", id(name)));
@@ -341,7 +341,7 @@ impl Paused {
         }
     }
 
-    /// The folder of the job's checkpoints in the artifact store.
+    /// Returns the folder of the job's checkpoints in the artifact store.
     fn stored(&self) -> PathBuf {
         self.share
             .path()
@@ -350,7 +350,7 @@ impl Paused {
             .join("checkpoints")
     }
 
-    /// The copy of a checkpoint in the first server's data directory.
+    /// Returns the copy of a checkpoint in the first server's data directory.
     fn copy(&self, step: u64) -> PathBuf {
         let jobs = self.dir.path().join("jobs");
         jobs.join(id(&self.name))
@@ -375,7 +375,7 @@ impl Paused {
         new
     }
 
-    /// The job goes on from a checkpoint and ends as if nothing had happened.
+    /// Checks that the job continues from a checkpoint and ends as if nothing had happened.
     async fn goes_on(&self, client: &Client, step: u64) {
         let events = finish(client, &self.name).await;
         let changes = changes(&events);
@@ -431,9 +431,9 @@ async fn another_format(has_copy: bool) {
     let client = server.client().await;
     resume(&client, &paused.name).await;
     waits(&client, &paused.name, "CHECKPOINT_FORMAT").await;
-    // It does not stand in the way of others.
+    // It does not block other jobs.
     another_succeeds(&client, &paused.dataset).await;
-    // It is tried again, not at once.
+    // It is tried again, but not at once.
     let mut refusals = Vec::new();
     until("the second try", LIMIT, async || {
         let changes = changes(&events(&client, &paused.name).await);
@@ -472,7 +472,7 @@ async fn a_local_copy_of_another_format_is_kept_and_its_job_waits() {
     another_format(true).await;
 }
 
-// ---- artifacts that are not there
+// ---- artifacts that are missing
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
@@ -604,7 +604,7 @@ async fn an_upload_into_an_unmounted_store_is_refused() {
     };
     try_upload().await.unwrap();
 
-    // When a share goes away, the empty folder remains that it was mounted at.
+    // When a share is unmounted, its mount point remains as an empty folder.
     std::fs::rename(&root, &away).unwrap();
     std::fs::create_dir(&root).unwrap();
     match try_upload().await {
@@ -652,7 +652,7 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
     let (of_first, of_kept) = (objects(first), objects(kept));
     assert!(of_first > 1 && of_kept > 1);
 
-    // All expire at one moment, in the order in which they were made.
+    // All jobs expire at the same time, in the order of their creation.
     proxy.set(Fault::Slow(Duration::from_millis(100)));
     postgres.sql(
         "UPDATE jobs SET expire_time = seq,
@@ -672,7 +672,7 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
     };
     match client.training().update_training_job(request).await {
         Ok(answer) => assert_eq!(answer.into_inner().ttl, None),
-        // Deletions that begin all at once refuse the change. Then it is not acknowledged.
+        // Deletions that begin at the same time refuse the change. Then it is not acknowledged.
         Err(status) => return assert_eq!(status.code(), Code::NotFound, "{status}"),
     }
     for name in jobs.iter().filter(|name| *name != kept) {
@@ -708,7 +708,7 @@ async fn export(client: &Client, name: &str) -> Result<pb::ExportCheckpointRespo
         .map(|r| r.into_inner())
 }
 
-/// Asks for an export until there is one, and finds each of its files in the store.
+/// Asks for an export until it succeeds, and checks that each of its files is in the store.
 async fn whole_export(client: &Client, name: &str, s3: &S3, when: &str) -> Vec<String> {
     let export = until_ok(&format!("an export {when}"), LIMIT, async || {
         export(client, name).await.map_err(|status| {
@@ -746,7 +746,7 @@ async fn an_export_whose_caller_leaves_is_completed_by_the_next_call() {
     let name = format!("{job}/checkpoints/latest");
     let before = s3.keys("runs/").len();
 
-    // The caller leaves when the first file is in the store.
+    // The caller disconnects when the first file is in the store.
     proxy.set(Fault::Slow(Duration::from_millis(500)));
     let call = tokio::spawn({
         let (client, name) = (client.clone(), name.clone());
@@ -791,8 +791,8 @@ async fn an_export_that_lost_a_file_is_made_whole_again() {
 
 // ---- leases
 
-/// The database goes back to where it was before a worker's claim, as a fail-over does that lost
-/// the newest commits. The next claim then has the same token.
+/// The database returns to a state before a worker's claim, as after a fail-over that lost the
+/// newest commits. The next claim then gets the same token.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn two_workers_with_the_same_token_never_write_both() {
@@ -803,7 +803,7 @@ async fn two_workers_with_the_same_token_never_write_both() {
     let a = replica(dir_a.path(), &postgres, share.path(), &[]);
     let client_a = a.client().await;
     let dataset = upload(&client_a, "pairs.jsonl").await.name;
-    // While another job runs, this one waits and is copied.
+    // While another job runs, this one waits, and the database is copied.
     let first = submit(&client_a, job(&dataset, 100_000)).await;
     reaches(&client_a, &first, |e| is_step(e, 1)).await;
     let name = submit(&client_a, checkpointing(&dataset, STEPS)).await;
@@ -849,7 +849,7 @@ async fn two_workers_with_the_same_token_never_write_both() {
         adapter(&client_b, &name).await == *weights,
         "the same weights, bit for bit"
     );
-    // The first worker gives its run up, adds nothing, and goes on serving.
+    // The first worker stops its run, writes nothing, and continues to serve.
     until("the end of the other run", LIMIT, async || {
         !a.metrics().contains(id(&name))
     })
@@ -872,8 +872,8 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
     let server = replica_on_s3(dir.path(), &postgres, &s3, &proxy, &["--device", "cpu,cpu"]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    // Uploads of checkpoints take seconds, so that the run outlives several leases. While one is on
-    // its way, the run does not hear that it has lost its lease.
+    // Uploads of checkpoints take seconds, so that the run outlives several leases. During an
+    // upload the run does not learn that it has lost its lease.
     proxy.set(Fault::Slow(Duration::from_millis(300)));
     let name = submit(&client, checkpointing(&dataset, STEPS)).await;
     let checkpoints = format!("runs/jobs/{}/checkpoints/", id(&name));
@@ -888,7 +888,7 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
         id(&name)
     ));
     let taken = Instant::now();
-    // A change of the job makes the idle device look at the queue at once.
+    // A change of the job makes the idle device look at the queue immediately.
     let labels = BTreeMap::from([("taken".to_owned(), "over".to_owned())]);
     let training_job = Some(pb::TrainingJob {
         name: name.clone(),

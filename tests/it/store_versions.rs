@@ -1,4 +1,5 @@
-//! Rows and schemas of a newer version: the version before works with what it can read.
+//! Rows and schemas of a newer version: the previous version works with everything that it can
+//! read.
 
 use std::path::Path;
 use std::process::Command;
@@ -21,7 +22,7 @@ use crate::wait::{until, until_ok};
 
 // ---- columns that a newer version adds or changes
 
-/// An administrator's token.
+/// Creates an administrator's token.
 fn token(dir: &Path, postgres: &Postgres) -> String {
     let made = Command::new(crate::support::binary())
         .args([
@@ -40,7 +41,7 @@ fn token(dir: &Path, postgres: &Postgres) -> String {
     made["token"].as_str().unwrap().to_owned()
 }
 
-/// Makes a call again while the answer is UNAVAILABLE.
+/// Repeats a call while the answer is UNAVAILABLE.
 async fn retried<T>(call: impl AsyncFn() -> Result<T, Status>) -> T {
     until_ok("an answer", LIMIT, async || {
         call().await.map_err(|status| {
@@ -51,7 +52,7 @@ async fn retried<T>(call: impl AsyncFn() -> Result<T, Status>) -> T {
     .await
 }
 
-/// Reads every table, often enough that each connection has planned the statements.
+/// Reads every table, often enough that each connection has prepared the statements.
 async fn read_everything(client: &Client, job: &str, dataset: &str) {
     for _ in 0..4 {
         let jobs = retried(async || {
@@ -93,7 +94,7 @@ async fn read_everything(client: &Client, job: &str, dataset: &str) {
     }
 }
 
-/// A job whose database changes its schema half-way succeeds as if it had not.
+/// Checks that a job succeeds although the database schema changes in the middle of its run.
 async fn a_change_of_the_schema(statements: &str) {
     let postgres = Postgres::start();
     let (expected, _) = expected().await;
@@ -123,7 +124,7 @@ async fn a_change_of_the_schema(statements: &str) {
         "the job is too far for this test: step {step}"
     );
     postgres.sql(statements);
-    // The database is asked, because calls may fail for a reason of their own.
+    // The test asks the database, because calls may fail for another reason.
     let look = format!("SELECT state, error FROM jobs WHERE id = '{}'", id(&name));
     let mut row = String::new();
     until("the end of the job", LIMIT, async || {
@@ -159,7 +160,7 @@ async fn a_run_goes_on_when_a_column_changes_its_type() {
 
 // ---- jobs that this version cannot read
 
-/// A job of the highest priority that this version cannot read; `change` makes it one.
+/// Creates a job of the highest priority; `change` makes it unreadable for this version.
 async fn an_unreadable_job(change: &str) {
     let postgres = Postgres::start();
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -174,7 +175,7 @@ async fn an_unreadable_job(change: &str) {
         id(&unreadable)
     ));
 
-    // Others are made, claimed, carried on, listed and cancelled.
+    // Other jobs are created, claimed, continued, listed and cancelled.
     another_succeeds(&client, &dataset).await;
     let long = submit(&client, job(&dataset, 100_000)).await;
     until("the run", LIMIT, async || {
@@ -231,7 +232,7 @@ async fn a_job_in_an_unknown_state_stands_in_nobodys_way() {
 
 // ---- migrations that this version does not know
 
-/// A migration of a newer version, as it is recorded.
+/// Statement that records a migration of a newer version.
 const NEWER: &str = "INSERT INTO _sqlx_migrations
          (version, description, installed_on, success, checksum, execution_time)
      SELECT 20990101000000, 'the future', installed_on, success, checksum, execution_time

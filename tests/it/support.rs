@@ -19,10 +19,10 @@ use bradley::train::rows::read_rows;
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
-/// The four tiny architectures.
+/// Names of the four tiny architectures.
 pub const MODELS: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
-/// A path below tests/goldens.
+/// Returns a path below tests/goldens.
 pub fn golden(path: &str) -> PathBuf {
     // Tests start in the package's folder, wherever they were built.
     std::env::current_dir()
@@ -31,17 +31,17 @@ pub fn golden(path: &str) -> PathBuf {
         .join(path)
 }
 
-/// A golden JSON file.
+/// Returns a golden JSON file.
 pub fn json(path: &str) -> Value {
     serde_json::from_slice(&std::fs::read(golden(path)).unwrap()).unwrap()
 }
 
-/// A golden safetensors file.
+/// Returns a golden safetensors file.
 pub fn tensors(path: &str) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(golden(path), &Device::Cpu).unwrap()
 }
 
-/// A tiny model's files.
+/// Returns the folder of a tiny model.
 pub fn open(name: &str) -> LoadedModel {
     load_model(
         None,
@@ -51,7 +51,7 @@ pub fn open(name: &str) -> LoadedModel {
     .unwrap()
 }
 
-/// A model's weights and tokenizer.
+/// Returns a model's weights and tokenizer.
 pub fn policy(model: LoadedModel) -> (Policy, ChatTokenizer) {
     let parameters = Parameters::load(&model.config, &model.weights, Precision::F32).unwrap();
     let config = Arc::new(model.config);
@@ -78,18 +78,18 @@ pub fn device() -> ComputeDevice {
     DEVICE.get_or_init(open).clone()
 }
 
-/// Returns whether a pair's results have the same bits whatever else shares its row. On a GPU they
-/// have not: cuBLAS chooses its kernels by the shape of the multiplication.
+/// Returns true if a pair's results have the same bits whatever else shares its row. This does not
+/// hold on a GPU: cuBLAS chooses its kernels by the shape of the multiplication.
 pub fn is_batch_invariant() -> bool {
     matches!(device(), ComputeDevice::Cpu)
 }
 
-/// A tiny model, loaded.
+/// Returns a loaded tiny model.
 pub fn tiny(name: &str) -> (Policy, ChatTokenizer) {
     policy(open(name))
 }
 
-/// The rows of a golden JSONL file.
+/// Returns the rows of a golden JSONL file.
 pub fn rows(file: &str) -> Vec<PreferenceRow> {
     read_rows(&golden(file), DatasetFormat::Jsonl)
         .unwrap()
@@ -97,7 +97,7 @@ pub fn rows(file: &str) -> Vec<PreferenceRow> {
         .collect()
 }
 
-/// Rows as token ids.
+/// Returns rows as token ids.
 pub fn encode(
     rows: &[PreferenceRow],
     tokenizer: &ChatTokenizer,
@@ -109,7 +109,7 @@ pub fn encode(
         .collect()
 }
 
-/// A JSON list of numbers.
+/// Returns a JSON list of numbers.
 pub fn numbers(v: &Value) -> Vec<f64> {
     v.as_array()
         .unwrap()
@@ -118,7 +118,7 @@ pub fn numbers(v: &Value) -> Vec<f64> {
         .collect()
 }
 
-/// A JSON list of token ids.
+/// Returns a JSON list of token ids.
 pub fn ids(v: &Value) -> Vec<u32> {
     v.as_array()
         .unwrap()
@@ -127,7 +127,7 @@ pub fn ids(v: &Value) -> Vec<u32> {
         .collect()
 }
 
-/// |a − b| ≤ tolerance · max(|b|, floor).
+/// Returns true if |a − b| ≤ tolerance · max(|b|, floor).
 pub fn assert_close(what: &str, a: f64, b: f64, tolerance: f64, floor: f64) {
     assert!(
         (a - b).abs() <= tolerance * b.abs().max(floor),
@@ -135,7 +135,7 @@ pub fn assert_close(what: &str, a: f64, b: f64, tolerance: f64, floor: f64) {
     );
 }
 
-/// ‖a − b‖ / ‖b‖.
+/// Returns ‖a − b‖ / ‖b‖.
 pub fn relative(a: &Tensor, b: &Tensor) -> f64 {
     let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let (mut num, mut den) = (0f64, 0f64);
@@ -159,13 +159,13 @@ pub fn needed(variable: &str) -> String {
     }
 }
 
-/// The program under test; BRADLEY_TEST_BINARY names another build of it.
+/// Returns the program under test; BRADLEY_TEST_BINARY names another build of it.
 pub fn binary() -> PathBuf {
     std::env::var_os("BRADLEY_TEST_BINARY")
         .map_or_else(|| env!("CARGO_BIN_EXE_bradley").into(), PathBuf::from)
 }
 
-/// Replaces `old` wherever it occurs in a text file.
+/// Replaces every occurrence of `old` in a text file.
 pub fn replace(file: PathBuf, old: &str, new: &str) {
     let text = std::fs::read_to_string(&file).unwrap();
     assert!(text.contains(old), "{} has no {old:?}", file.display());
@@ -193,8 +193,8 @@ pub fn copy_files(from: &Path, to: &Path) {
     }
 }
 
-/// The words in a message that may be hashes: at least 12 hexadecimal digits. Parts of a job's id
-/// have dashes around them.
+/// Returns the words in a message that may be hashes: at least 12 hexadecimal digits. Parts of a
+/// job's id have dashes around them.
 pub fn hashes(message: &str) -> BTreeSet<&str> {
     let words = message.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
     words

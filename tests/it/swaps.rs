@@ -1,8 +1,8 @@
-//! The model behind an id is swapped for another one, part by part, and an adapter folder is
-//! overwritten: between restarts of one server, and between two replicas on one PostgreSQL. What
-//! was made with the first model does not go on with the second.
+//! The model behind an id is replaced by another one, part by part, and an adapter folder is
+//! overwritten: between restarts of one server, and between two replicas on one PostgreSQL. Work
+//! that began with the first model does not continue with the second.
 //!
-//! pins.rs tests what becomes of jobs on an overwritten adapter when one server is restarted.
+//! pins.rs tests jobs on an overwritten adapter when one server is restarted.
 
 use std::path::Path;
 use std::time::Duration;
@@ -19,9 +19,9 @@ use crate::server::{
 };
 use crate::support::{copy_files, golden, perturb_weights, replace};
 
-/// The parts of a model, as errors name them.
+/// Parts of a model, as errors name them.
 const PARTS: [&str; 4] = ["weights", "config", "tokenizer", "chat template"];
-/// Time that a server has to end.
+/// Maximum time for a server to end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Changes a part of the model in a folder.
@@ -33,7 +33,8 @@ fn change(model: &Path, part: &str) {
             "\"rope_theta\": 10000.0",
             "\"rope_theta\": 20000.0",
         ),
-        // In the vocabulary and among the added tokens: the template's header gets other tokens.
+        // In the vocabulary and among the added tokens, so that the template's header gets other
+        // tokens.
         "tokenizer" => replace(
             model.join("tokenizer.json"),
             "<|end_header_id|>",
@@ -48,7 +49,7 @@ fn change(model: &Path, part: &str) {
     }
 }
 
-/// A copy of the tiny Llama.
+/// Returns a copy of the tiny Llama.
 fn copy_of_model() -> TempDir {
     let copy = tempfile::tempdir().unwrap();
     copy_files(&golden("models/llama"), copy.path());
@@ -85,14 +86,14 @@ async fn score_checkpoint(client: &Client, name: &str) -> Result<(), Status> {
     client.scoring().score_pairs(request).await.map(|_| ())
 }
 
-/// Jobs that were made with a model before another one takes its place: one has ended, one is
-/// paused and one has the device.
+/// Jobs that were created with a model before another one replaces it: one has ended, one is paused
+/// and one is running.
 struct Made {
     dataset: String,
     ended: String,
     paused: String,
     running: String,
-    /// The scores of the ended job's checkpoint.
+    /// Scores of the ended job's checkpoint.
     scores: pb::ScorePairsResponse,
 }
 
@@ -115,12 +116,12 @@ impl Made {
         }
     }
 
-    /// Makes a job that waits for the device.
+    /// Creates a job that waits for the device.
     async fn queue(&self, client: &Client) -> String {
         submit(client, job(&self.dataset, 2)).await
     }
 
-    /// Checks that a server refuses these when another `part` of its model has changed.
+    /// Checks that a server refuses these jobs when another `part` of its model has changed.
     async fn are_refused(&self, client: &Client, part: &str) {
         assert_refused("scoring", score_checkpoint(client, &self.ended).await, part);
         assert_refused("a merged export", export(client, &self.ended).await, part);
@@ -128,7 +129,7 @@ impl Made {
         assert_eq!(state(client, &self.paused).await, pb::JobState::Paused);
     }
 
-    /// Makes a job with the model that a server has, which must work; returns its name.
+    /// Creates a job with the server's model, which must succeed, and returns its name.
     async fn new_works(&self, client: &Client) -> String {
         let new = submit(client, job(&self.dataset, 2)).await;
         succeed(client, &new).await;
@@ -137,7 +138,7 @@ impl Made {
         new
     }
 
-    /// Ends the job that has, or wants, the device for long.
+    /// Ends the job that occupies the device for a long time, or waits to.
     async fn give_up_running(&self, client: &Client) {
         let request = pb::CancelTrainingJobRequest {
             name: self.running.clone(),
@@ -151,8 +152,7 @@ impl Made {
         assert_eq!(state(client, &self.running).await, pb::JobState::Cancelled);
     }
 
-    /// Checks that a server with the first model goes on with everything, and with the `queued`
-    /// jobs by itself.
+    /// Checks that a server with the first model continues all jobs, the `queued` ones by itself.
     async fn go_on(&self, client: &Client, queued: &[String]) {
         let scores = score(client, &latest(&self.ended), pairs()).await;
         for (before, after) in self.scores.results.iter().zip(&scores.results) {
@@ -185,7 +185,7 @@ async fn assert_never_ran(client: &Client, name: &str) {
 
 // ---- base models
 
-/// Kills a server and starts it again on a model with another `part`, then again on the first.
+/// Kills a server and restarts it with a model whose `part` differs, then again with the first one.
 async fn nothing_goes_on_after_a_restart_with_another(part: &str) {
     let (data, model) = (tempfile::tempdir().unwrap(), copy_of_model());
     let serve = || Server::start_with(data.path(), &models(model.path()), &["--lease", "2"]);
@@ -250,7 +250,7 @@ async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
         let mut second = shared.replica(data.path(), &models(model.path()), &[]);
         let other = second.client().await;
         made.are_refused(&other, part).await;
-        // The first replica is busy; the second is free, takes the job and puts it back.
+        // The first replica is busy; the second one is free, takes the job and requeues it.
         let waiting = made.queue(&client).await;
         assert_waits(&other, &waiting, part).await;
         let new = made.new_works(&other).await;
@@ -287,7 +287,8 @@ async fn an_adapter_that_is_overwritten_between_replicas_changes_nothing_for_the
     let data = tempfile::tempdir().unwrap();
     let second = it.another(data.path());
     let client = second.client().await;
-    // The first replica remembers the adapter: the second has to go on alone.
+    // The first replica still has the adapter in memory, so the second one must continue without
+    // it.
     assert!(it.server.terminate(PATIENCE).success());
     let after = score(&client, &latest(&undisturbed), pairs()).await;
     for (a, b) in before.results.iter().zip(&after.results) {

@@ -1,5 +1,5 @@
-//! Chat templates through rows, jobs and scoring calls: tools, template arguments, dates, and
-//! templates that cannot be used. What is rendered is compared with transformers itself.
+//! Chat templates in rows, jobs and scoring calls: tools, template arguments, dates, and templates
+//! that cannot be used. Rendered texts are compared with transformers itself.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,7 +16,7 @@ use tonic_types::StatusExt as _;
 use crate::server::{Server, finish, job, scored, submit};
 use crate::support::{golden, needed};
 
-/// A template that prints everything it is given: tools, arguments, every key, and the date.
+/// A template that prints all of its inputs: tools, arguments, every key, and the date.
 const PRINTS_ALL: &str = r#"{%- if tools is not none %}{{ tools | tojson }}{% endif -%}
 {%- if style is defined %}<{{ style }}>{% endif -%}
 {%- for message in messages %}
@@ -31,7 +31,7 @@ const PRINTS_ALL: &str = r#"{%- if tools is not none %}{{ tools | tojson }}{% en
 {%- if add_generation_prompt %}
 assistant:{% endif %}"#;
 
-/// A copy of the tiny Llama with another chat template.
+/// Returns a copy of the tiny Llama with another chat template.
 fn model(dir: &Path, template: &str) -> PathBuf {
     let folder = dir.join("model");
     std::fs::create_dir_all(&folder).unwrap();
@@ -116,7 +116,7 @@ fn tiny() -> pb::ScoringOptions {
     }
 }
 
-/// The fields that a refusal names.
+/// Returns the fields that a refusal names.
 fn fields(status: &Status) -> Vec<String> {
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
     let details = status.get_details_bad_request();
@@ -243,14 +243,15 @@ fn a_template_for_tools_is_used_where_there_are_tools() {
     assert_eq!(render(&tokenizer, None).unwrap(), "default");
     assert_eq!(render(&tokenizer, Some(vec![json!({})])).unwrap(), "tools");
     let with_two = tokenizer.template_hash();
-    // Files win over the configuration; without them its list of named templates is used.
+    // Template files take precedence over the configuration; without them its list of named
+    // templates is used.
     std::fs::remove_dir_all(&more).unwrap();
     let with_one = ChatTokenizer::from_folder(&folder).unwrap().template_hash();
     assert_ne!(
         with_one, with_two,
         "dialogues with tools have other tokens without their template"
     );
-    // As it was before there were templates of other names.
+    // Same as before templates of other names existed.
     assert_eq!(with_one, blake3::hash(b"default").to_hex().to_string());
     std::fs::remove_file(folder.join("chat_template.jinja")).unwrap();
     let path = folder.join("tokenizer_config.json");
@@ -300,7 +301,7 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), PRINTS_ALL, &[]);
     let client = server.client().await;
-    // Words of one token each, so that the number of tokens tells which was rendered.
+    // Words of one token each, so that the number of tokens shows which template was rendered.
     let with = |style: &str| Some(structure(json!({"style": style})));
     let row = json!({
         "prompt": [{"role": "user", "content": "1 2"}],
@@ -391,7 +392,7 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
     };
     assert_eq!(score(&client, longer, pair).await.unwrap(), by_job);
 
-    // A pair's tools in the order of their keys, which only JSON keeps.
+    // A pair's tools in the order of their keys, which only the JSON form preserves.
     let tools_json = r#"[{"type": "function", "name": "t", "a": {"z": 1, "b": 2}}]"#;
     let by_call = pb::ScoringOptions {
         tools_json: tools_json.into(),
@@ -422,7 +423,7 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
         score(&client, tiny(), same).await.unwrap()
     );
 
-    // Refused by the name of the field.
+    // Refused with the name of the field.
     let both = pb::Pair {
         tools: sorted.tools.clone(),
         ..by_pair
@@ -546,7 +547,7 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
         );
     }
 
-    // A job that the command line makes shows them as they were given, and scores with them.
+    // A job created by the command line shows them as they were given, and scores with them.
     run(&[
         "train",
         "--data",
@@ -590,7 +591,7 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
         score(&client, explicit, question()).await.unwrap()
     );
 
-    // Refused by the name of the field.
+    // Refused with the name of the field.
     let both = pb::ScoringOptions {
         chat_template_kwargs: by_struct.chat_template_kwargs.clone(),
         ..by_call
@@ -628,7 +629,7 @@ async fn completions_with_too_much_text_are_refused_by_their_field() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    // The prompt is counted for each answer.
+    // The prompt is counted once for each answer.
     let request = pb::ScoreCompletionsRequest {
         options: Some(tiny()),
         prompt: plain(&"1 ".repeat(40_000)),
@@ -748,7 +749,7 @@ async fn templates_print_the_date_of_the_job_or_of_the_setting() {
     );
 }
 
-/// The prompt ends with what an answer may or may not begin with.
+/// The prompt ends with a text that an answer may or may not begin with.
 const OPENS: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}A:{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A: 7 7 7{% endif %}";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -786,7 +787,7 @@ async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_
     assert!(alone[0].prompt_tokens > alone[1].prompt_tokens, "{alone:?}");
     assert_eq!(complete(&[follows, departs]).await, alone);
 
-    // A pair has the prefix that all three share, as in TRL.
+    // A pair's prompt is the prefix that all three share, as in TRL.
     let pair = pb::Pair {
         a: Some(text(follows)),
         b: Some(text(departs)),
@@ -888,8 +889,8 @@ async fn a_token_that_the_model_does_not_have_is_a_finding() {
         (found, report.valid_rows),
         (vec![(2, "prompt", "token_outside_vocabulary")], 1)
     );
-    // With the row left out the job trains; with it the job fails before its first step, and says
-    // why.
+    // With the row left out the job trains; with it the job fails before its first step, with the
+    // reason.
     let skipping = pb::TrainingJob {
         row_policy: pb::RowPolicy::Skip.into(),
         ..job(&dataset.name, 1)

@@ -1,5 +1,5 @@
-//! Real tokenizers and every chat template of TRL over the dialogues and texts of
-//! tests/goldens/dialogues.json: token for token, and character for character, as transformers.
+//! Compares real tokenizers and every chat template of TRL with transformers on the dialogues and
+//! texts of tests/goldens/dialogues.json: token for token, and character for character.
 //!
 //! The expected values are computed during the test: tests/goldens/real_tokenizers.py runs
 //! transformers on the tokenizers that .ci/tokenizers fetches.
@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use crate::golden_training::{Run, train};
 use crate::support::{assert_close, encode, golden, ids, json, needed, policy, rows};
 
-/// The tokenizers of .ci/tokenizers.list.
+/// Names of the tokenizers in .ci/tokenizers.list.
 const TOKENIZERS: [&str; 7] = [
     "deepseek_v3",
     "gemma3",
@@ -30,7 +30,7 @@ const TOKENIZERS: [&str; 7] = [
     "llama3_1",
     "qwen3",
 ];
-/// Texts, and dialogues, that each tokenizer is tried with at least.
+/// Minimum numbers of texts and dialogues for each tokenizer.
 const MIN_CASES: usize = 40;
 /// Chat templates of TRL 1.16.
 const TEMPLATES: usize = 72;
@@ -41,7 +41,7 @@ const EXCEPTIONS: [(&str, &str, &str); 0] = [];
 
 /// Results of transformers.
 struct Expected {
-    /// Holds a folder for each tokenizer.
+    /// Folder with a sub-folder for each tokenizer.
     folder: TempDir,
     values: Value,
 }
@@ -221,7 +221,7 @@ fn dialogues_have_transformers_tokens() {
                 chat.difference(rendered.as_deref().map_err(Clone::clone))
                     .map(|d| format!("{name}: {d}")),
             );
-            // As TRL does: the rendered text holds every special token already.
+            // As in TRL: the rendered text has every special token already.
             if let (Ok(rendered), Some(_)) = (rendered, case.get("ids")) {
                 accepted.insert(chat.dialogue);
                 let tokens = tokenizer.encode(&rendered, false).unwrap();

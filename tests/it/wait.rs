@@ -1,9 +1,9 @@
-//! Waiting for something that another process or task does. Tests poll with a deadline instead of
-//! sleeping a fixed time, and say what they waited for in vain.
+//! Functions that wait for another process or task. Tests poll with a deadline instead of sleeping
+//! a fixed time, and the panic names the missing event.
 
 use std::time::{Duration, Instant};
 
-/// Time between two polls.
+/// Delay between two polls.
 const INTERVAL: Duration = Duration::from_millis(50);
 
 /// Waits until `holds` returns true. Panics after `limit`; `what` names what did not happen.
@@ -18,8 +18,8 @@ pub async fn until(what: &str, limit: Duration, mut holds: impl AsyncFnMut() -> 
     .await;
 }
 
-/// Waits until `look` returns a value, and returns that. Panics after `limit`; the message has the
-/// last error, which tells what was seen instead.
+/// Waits until `look` returns a value, and returns it. Panics after `limit`; the message has the
+/// last error.
 pub async fn until_ok<T>(
     what: &str,
     limit: Duration,
@@ -35,7 +35,7 @@ pub async fn until_ok<T>(
     }
 }
 
-/// [`until`] for code that is not async.
+/// Does the same as [`until`] for code that is not async.
 #[track_caller]
 pub fn until_blocking(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
@@ -45,7 +45,7 @@ pub fn until_blocking(what: &str, limit: Duration, mut holds: impl FnMut() -> bo
     }
 }
 
-/// Checks again and again, for as long as `time`, that `holds` returns true.
+/// Checks repeatedly for the duration `time` that `holds` returns true.
 pub async fn holds_for(what: &str, time: Duration, mut holds: impl AsyncFnMut() -> bool) {
     let start = Instant::now();
     while start.elapsed() < time {

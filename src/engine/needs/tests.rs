@@ -71,7 +71,7 @@ fn lora(precision: Precision) -> TrainingSpec {
     spec(TrainingSpec::default().method, precision)
 }
 
-/// Returns the bytes on the CPU, and the bytes of GPU and host with a GPU.
+/// Returns the host bytes of a run on the CPU, and the (GPU, host) bytes of the same run on a GPU.
 fn needs(
     base_models: &BaseModels,
     model: &str,

@@ -1,4 +1,4 @@
-//! Tests of the byte limit of the weight cache.
+//! Tests of the byte limit of the policy cache.
 
 use std::path::PathBuf;
 

@@ -103,7 +103,7 @@ fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
 }
 
 #[test]
-fn weights_of_a_runs_reference_are_kept_where_others_find_them() {
+fn weights_of_a_runs_reference_are_cached_where_others_find_them() {
     let base_models = base_models(Precision::F32);
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
     let checkpoint = WeightsRef::Full {

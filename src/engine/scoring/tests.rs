@@ -149,7 +149,7 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
     }
 }
 
-/// Returns the scoring part with a cached full checkpoint that is not in use.
+/// Returns a scorer with a cached full checkpoint that is not in use.
 fn scoring_with_a_checkpoint() -> (PolicyScorer, WeightsRef) {
     let base_models = base_models(Precision::F32);
     let queue = Arc::new(ScoringQueue::new(1 << 20, 1));

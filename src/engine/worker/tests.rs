@@ -1,5 +1,5 @@
-//! Tests of an engine on the CPU. Nobody reads the events of its runs, so a run blocks at the point
-//! where it reports.
+//! Tests of an engine on the CPU. The event channel of a run has room for one event, so a run
+//! blocks at the next event until the test reads one.
 
 use std::path::{Path, PathBuf};
 
@@ -123,7 +123,7 @@ async fn next(events: &mut Receiver<Report>) -> RunEvent {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_whose_models_files_are_gone_or_changed_has_not_begun() {
+async fn a_run_whose_models_files_are_gone_or_changed_ends_with_its_input_missing() {
     let (model, dir) = (copied_model(), tempfile::tempdir().unwrap());
     let engine = engine(model.path(), Precision::Bf16);
     let weights = model.path().join(export::WEIGHTS_FILE);

@@ -24,7 +24,7 @@ struct Style {
     sort_keys: bool,
 }
 
-/// `tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
+/// Implements `tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
 pub(super) fn to_json(value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     let arguments = arguments.into_values();
     let (positional, options): (&[Value], Kwargs) = from_args(&arguments)?;

@@ -357,7 +357,7 @@ fn digits(text: &str) -> Result<(usize, &str), Error> {
     }
 }
 
-/// Truncates a number to an integer. Returns true if it is negative, and its digits.
+/// Truncates a number to an integer. Returns its sign (true if it is negative) and its digits.
 fn whole(value: &Value) -> Option<(bool, String)> {
     if value.kind() == ValueKind::Number && !value.is_integer() {
         let number = f64::try_from(value.clone())

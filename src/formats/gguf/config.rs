@@ -29,7 +29,7 @@ impl ModelConfig {
     /// the tensor [`ModelConfig::GGUF_ROPE_FREQS`], if the file has it.
     ///
     /// # Errors
-    /// As [`ModelConfig::from_hf_json`].
+    /// The errors of [`ModelConfig::from_hf_json`].
     pub(crate) fn from_gguf(gguf: &Gguf, rope_freqs: Option<&[f32]>) -> Result<Self, ModelError> {
         let stored = gguf
             .string("general.architecture")?

@@ -44,8 +44,8 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let pre = gguf.string("tokenizer.ggml.pre")?.unwrap_or("default");
     let pipeline = pipeline(pre).ok_or_else(|| ModelError::Unsupported {
         what: format!(
-            "{}: pre-tokenizer '{pre}' (supported: default, gpt-2, smollm, starcoder, qwen2, \
-             deepseek-r1-qwen, llama-bpe)",
+            "{}: pre-tokenizer '{pre}' (supported: default, gpt-2, smollm, starcoder, codeshell, \
+             refact, qwen2, deepseek-r1-qwen, llama-bpe, llama3, llama-v3)",
             gguf.path.display()
         ),
     })?;

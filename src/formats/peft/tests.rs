@@ -10,7 +10,7 @@ fn golden(path: &str) -> PathBuf {
         .join(path)
 }
 
-/// adapter_config.json as PEFT 0.21.2 writes it, with every field of its `LoraConfig`.
+/// Returns an adapter_config.json written by PEFT 0.21.2, with every field of its `LoraConfig`.
 fn written_by_peft() -> Map<String, Value> {
     let text = std::fs::read(golden("adapters/llama/adapter_config.json")).unwrap();
     serde_json::from_slice(&text).unwrap()

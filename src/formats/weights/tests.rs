@@ -40,7 +40,7 @@ fn golden(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// Llama in four files; the last one's last tensor is changed.
+/// Returns a Llama in four files. The tests change its tensor [`NORM`].
 fn safetensors() -> Case {
     let folder = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(golden("llama-sharded")).unwrap() {
@@ -72,7 +72,7 @@ fn safetensors() -> Case {
     }
 }
 
-/// Two tensors of the same Llama as a GGUF file, one of them in llama.cpp's order of rows.
+/// Returns two tensors of the same Llama as a GGUF file, one of them in llama.cpp's order of rows.
 fn gguf() -> Case {
     let folder = tempfile::tempdir().unwrap();
     let model = load_model(

@@ -107,8 +107,9 @@ impl JobCreator {
             ),
         };
         if !is_stored && names_adapter(&job) {
-            // A failure is ignored. A copy in the data directory is removed by a later sweep; a
-            // copy in the artifact store remains.
+            // A failure is ignored. A later sweep removes the copy in the data directory if this
+            // has always been a cache of an artifact store. Otherwise it remains, and so does a
+            // copy in the artifact store.
             let _ = self.artifacts.remove_job(&job.id).await;
         }
         inserted

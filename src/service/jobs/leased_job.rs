@@ -29,7 +29,7 @@ pub(super) enum Preemption {
 /// A job that this process runs under a lease.
 pub(in crate::service) struct LeasedJob {
     pub lease: Lease,
-    /// Command that the run reads to learn that it should drain or cancel.
+    /// Flag through which the run is told to drain or to cancel.
     pub control: Arc<RunControl>,
     store: Store,
     events: EventFeed,
@@ -44,8 +44,8 @@ pub(in crate::service) struct LeasedJob {
 /// Name and value of a gauge.
 pub(in crate::service) type Gauge = (&'static str, f64);
 
-/// Gauges of a run with the metrics they can show, in order of preference. The first metric that
-/// the run reports is shown, so that a run with normalized rewards shows those.
+/// Gauges of a run, each with the names of the metrics that it can show. It shows the first one
+/// that the run reports: the metric of normalized rewards if there is one.
 const GAUGES: [(&str, &[&str]); 3] = [
     ("bradley_training_loss", &["loss"]),
     (
@@ -128,11 +128,11 @@ impl LeasedJob {
     pub async fn write(
         &self,
         change: impl Fn(&mut Job) -> Result<Vec<EventKind>> + Send + Sync,
-        also: RunWriteEffect<'_>,
+        effect: RunWriteEffect<'_>,
     ) -> Result<Job> {
         let number = self.written.fetch_add(1, Ordering::Relaxed) + 1;
         let (job, sequence) =
-            retry_while_unavailable(|| self.store.write_run(&self.lease, number, &change, also))
+            retry_while_unavailable(|| self.store.write_run(&self.lease, number, &change, effect))
                 .await?;
         self.events.notify(&self.lease.job, sequence);
         Ok(job)

@@ -17,7 +17,7 @@ use crate::service::store::leases::RunWriteEffect;
 use crate::train::checkpoint::{self, RunState};
 use crate::train::trainer::tokens_until;
 
-/// Stores in which checkpoints are found.
+/// Parts of the service that finding and removing checkpoints needs.
 #[derive(Clone, Copy)]
 pub(super) struct CheckpointSource<'a> {
     pub store: &'a Store,

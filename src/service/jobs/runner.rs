@@ -56,8 +56,8 @@ use crate::telemetry::trace;
 use crate::train::checkpoint;
 use crate::train::validate::BadRows;
 
-/// Maximum number of events between the device and the store. When the channel is full, the device
-/// worker waits; only log messages of the queue are dropped.
+/// Maximum number of events between the device and the store. When the channel is full, the run
+/// waits.
 const EVENT_CHANNEL_CAPACITY: usize = 64;
 /// Delay after the queue could not be read.
 const STORE_RETRY: Duration = Duration::from_secs(1);
@@ -604,7 +604,8 @@ fn stopped(command: RunCommand) -> Option<RunEnd> {
     }
 }
 
-/// Records the work of the device since the previous event as a span.
+/// Records the stage of the run that ended with `event`, i.e. the time since the previous event, as
+/// a span.
 fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, took: Duration) {
     let (name, about) = match event {
         RunEvent::Running { from_step, .. } => {

@@ -1,4 +1,4 @@
-//! Tests: answers and their errors are returned in the order of the request.
+//! Tests that answers and their errors are returned in the order of the request.
 
 use super::*;
 

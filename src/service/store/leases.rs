@@ -1,6 +1,6 @@
-//! Leases of jobs. A lease has a token that only grows (a fencing token). A worker that was cut off
-//! finds its token outdated and can write nothing more, whatever its clock says. The database's
-//! clock decides when a lease expires.
+//! Leases of jobs. A lease has a fencing token: a number that is larger for each new lease of a
+//! job. A worker that was cut off finds its token outdated and can write nothing more, whatever its
+//! clock says. The database's clock decides when a lease expires.
 
 use std::time::Duration;
 
@@ -149,7 +149,7 @@ impl Store {
         lease: &Lease,
         number: i64,
         change: impl FnOnce(&mut Job) -> Result<Vec<EventKind>>,
-        also: RunWriteEffect<'_>,
+        effect: RunWriteEffect<'_>,
     ) -> Result<(Job, u64)> {
         let mut tx = self.writer.begin().await?;
         let row = self.lock_job(&mut tx, &lease.job).await?;
@@ -171,7 +171,7 @@ impl Store {
                 .await?;
             return Ok((row.try_into()?, newest as u64));
         }
-        if let RunWriteEffect::Retire(step) = also {
+        if let RunWriteEffect::Retire(step) = effect {
             let needed = Needed::Weights {
                 job: &lease.job,
                 step: Some(step),
@@ -184,7 +184,7 @@ impl Store {
             )?;
         }
         let changed = self.apply(&mut tx, row.try_into()?, change).await?;
-        let count_write = match also {
+        let count_write = match effect {
             RunWriteEffect::Release => {
                 "UPDATE jobs SET lease_writes = $1, lease_owner = NULL, lease_until = 0 WHERE id = \
                  $2"
@@ -196,7 +196,7 @@ impl Store {
             .bind(&lease.job)
             .execute(&mut *tx)
             .await?;
-        match also {
+        match effect {
             RunWriteEffect::Add(checkpoint) => self.put_checkpoint(&mut tx, checkpoint).await?,
             RunWriteEffect::Remove(step) | RunWriteEffect::Retire(step) => {
                 let remove = "DELETE FROM checkpoints WHERE job = $1 AND step = $2";
@@ -213,8 +213,9 @@ impl Store {
     }
 
     /// Reclaims the jobs of dead workers: they are requeued, or paused or cancelled if that was
-    /// requested. With `all`, every lease counts as expired, because this is the only process.
-    /// Returns the jobs with their newest sequence numbers.
+    /// requested. A job that loses its worker too often without progress fails (`WORKER_LOST`).
+    /// With `all`, every lease counts as expired, because this is the only process. Returns the
+    /// jobs with their newest sequence numbers.
     ///
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.

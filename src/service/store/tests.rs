@@ -1,4 +1,4 @@
-//! Tests: jobs that wait, that have expired, and that another version wrote; pages of lists.
+//! Tests of jobs that wait, of expired jobs, of jobs that another version wrote, and of pages.
 
 use std::collections::BTreeMap;
 
@@ -303,12 +303,12 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
             "{r:?}"
         )
     };
-    let anyone = Caller::unrestricted();
+    let admin = Caller::unrestricted();
     for dataset in [DATASET, "held-out"] {
         in_use(
             store
                 .delete_dataset(dataset, |users| {
-                    check(&anyone, users, Needed::Dataset(dataset))
+                    check(&admin, users, Needed::Dataset(dataset))
                 })
                 .await,
         );
@@ -317,19 +317,19 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
         let needed = |step| Needed::Weights { job, step };
         in_use(
             store
-                .delete_checkpoint(job, step, |users| check(&anyone, users, needed(Some(step))))
+                .delete_checkpoint(job, step, |users| check(&admin, users, needed(Some(step))))
                 .await,
         );
         in_use(
             store
-                .delete_job(job, false, |_, users| check(&anyone, users, needed(None)))
+                .delete_job(job, false, |_, users| check(&admin, users, needed(None)))
                 .await,
         );
         assert_eq!(store.checkpoints(job).await.unwrap().len(), 1);
     }
     store
         .delete_dataset("unused", |users| {
-            check(&anyone, users, Needed::Dataset("unused"))
+            check(&admin, users, Needed::Dataset("unused"))
         })
         .await
         .unwrap();

@@ -1,9 +1,8 @@
-//! Decodes uploaded Parquet files in a sandbox: a separate process with limits on memory and
-//! processor time. A malicious file can only exhaust that process, and the error then blames the
-//! file.
+//! Decodes uploaded Parquet files in a separate process with limits on memory and processor time. A
+//! malicious file can only exhaust that process, and the error then blames the file.
 //!
 //! The process runs this binary with [`DECODE`] as the first argument. It writes one JSON line for
-//! each row and one at the end.
+//! each pair or finding, and one at the end.
 
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::process::ExitStatusExt as _;
@@ -41,8 +40,8 @@ enum Line {
     End,
 }
 
-/// Calls `row` with each row or with the finding about a row that cannot be read. A Parquet file is
-/// decoded by another process; only one file is decoded at a time.
+/// Calls `row` with each pair of the file, or with the finding about a row that cannot be read. A
+/// Parquet file is decoded by another process; only one file is decoded at a time.
 ///
 /// # Errors
 /// Fails if the file cannot be opened. For Parquet also if its footer or columns are not usable, or

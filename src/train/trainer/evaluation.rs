@@ -13,12 +13,12 @@ impl Trainer {
     pub(super) fn evaluate_unit(
         &mut self,
         next: usize,
-        host: &mut RunContext,
+        context: &mut RunContext,
     ) -> Result<(), TrainError> {
         let end = (next + self.spec.batch.batch_size).min(self.eval.len());
-        match self.evaluate(next..end, host) {
+        match self.evaluate(next..end, context) {
             Ok((loss, pairs)) => self.evaluation.add(loss, &pairs),
-            Err(e) => return self.shorten(e, host),
+            Err(e) => return self.shorten(e, context),
         }
         if end < self.eval.len() {
             self.phase = Phase::Evaluate { next: end };
@@ -36,7 +36,7 @@ impl Trainer {
         self.state.evaluated = Some(self.state.step);
         let best = self.judge(&metrics);
         self.latest.extend(metrics.clone());
-        (host.emit)(RunEvent::Eval {
+        (context.emit)(RunEvent::Eval {
             step: self.state.step,
             metrics,
         });
@@ -47,7 +47,7 @@ impl Trainer {
                 self.state.stale_evaluations,
                 self.best_metric()
             );
-            (host.emit)(RunEvent::Log {
+            (context.emit)(RunEvent::Log {
                 severity: "info",
                 message,
             });
@@ -58,11 +58,11 @@ impl Trainer {
     fn evaluate(
         &self,
         rows: Range<usize>,
-        host: &mut RunContext,
+        context: &mut RunContext,
     ) -> Result<(f64, Vec<PairObservation>), TrainError> {
         let pairs: Vec<&EncodedPair> = self.eval[rows].iter().collect();
         let row_tokens = self.plan.row_tokens;
-        let references = references(&self.reference, &pairs, row_tokens, host)?;
+        let references = references(&self.reference, &pairs, row_tokens, context)?;
         let batch = MicroBatch {
             dpo: &self.spec.dpo,
             policy: &self.policy.policy,
@@ -70,7 +70,7 @@ impl Trainer {
             references: references.as_deref(),
             row_tokens,
         };
-        Ok(batch.evaluate(host.yield_point)?)
+        Ok(batch.evaluate(context.yield_point)?)
     }
 
     /// Returns the name of the evaluation metric that selects the best checkpoint.

@@ -1,5 +1,5 @@
-//! Faults of a GPU that only the emulator can show: memory that runs out, a device that is lost, a
-//! cuBLAS that rounds. tests/cuda/device leaves these tests out on a real GPU, by the module's name.
+//! Faults of a GPU that only the emulator can cause: memory that runs out, a lost device, a cuBLAS
+//! that rounds. tests/cuda/device excludes these tests on a real GPU by the module's name.
 
 use std::time::Duration;
 
@@ -28,9 +28,9 @@ fn emulated_gpu_name() -> String {
 async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_when_that_is_not_enough()
  {
     let device = emulated_gpu_name();
-    // Room for one pair of a row, not for two; and room for none. Mapped memory comes in larger
-    // pieces. In the last case the driver's call that gives memory back says that it failed: what
-    // was unmapped must not be handed out.
+    // Room for one pair of a row but not for two, and room for none. Mapped memory comes in larger
+    // pieces. In the last case the driver's call that returns memory reports a failure: the
+    // unmapped addresses must not be used again.
     let cases = [
         (46, "0", "0", None),
         (36, "0", "0", Some("out of memory")),

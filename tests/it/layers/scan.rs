@@ -1,25 +1,25 @@
-//! Reads the paths (`a::b::{c, d}`) out of Rust source, past comments and strings, without a
-//! parser.
+//! Reads the paths (`a::b::{c, d}`) in Rust source without a parser, and skips comments and
+//! strings.
 
 /// One path as written, with groups expanded: `use a::{b, c::d}` is `a::b` and `a::c::d`.
 #[derive(Debug)]
 pub struct PathUse {
-    /// Its names; a glob ends in `*`.
+    /// Names of the path; a glob ends in `*`.
     pub segments: Vec<String>,
-    /// The line where it starts, from 1.
+    /// Line where the path starts, from 1.
     pub line: usize,
-    /// The inline modules around it, outermost first.
+    /// Inline modules around the path, outermost first.
     pub inside: Vec<String>,
-    /// True inside `pub(in ..)`, which names who may import, and imports nothing.
+    /// True inside `pub(in ..)`, which names who may import and imports nothing.
     pub is_visibility: bool,
-    /// True if it begins with `::`: the first name is a crate.
+    /// True if the path begins with `::`: the first name is a crate.
     pub is_external: bool,
 }
 
 /// A name, `::`, or one other character; a literal is `"`.
 pub struct Token {
     pub text: String,
-    /// The line where it begins, from 1.
+    /// Line where the token begins, from 1.
     pub line: usize,
 }
 
@@ -53,7 +53,7 @@ pub fn paths(source: &str) -> Vec<PathUse> {
                     i >= 3 && (text(i - 3), text(i - 2), text(i - 1)) == ("pub", "(", "in");
                 let is_external = i >= 1 && text(i - 1) == "::";
                 i = read(&tokens, i, Vec::new(), &mut found);
-                // `use crate as x` hides every later path through x: as bad as a glob.
+                // `use crate as x` hides every later path through x, so it counts as a glob.
                 if text(i) == "as" && matches!(name, "crate" | "super") {
                     found[first].segments.push("*".to_owned());
                 }
@@ -124,7 +124,7 @@ pub fn is_name(text: &str) -> bool {
     text.starts_with(|c: char| c.is_alphabetic() || c == '_')
 }
 
-/// Reads the tokens of `source`, comments left out.
+/// Reads the tokens of `source`, without comments.
 pub fn tokens(source: &str) -> Vec<Token> {
     let chars: Vec<char> = source.chars().collect();
     let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
@@ -188,7 +188,7 @@ pub fn tokens(source: &str) -> Vec<Token> {
     found
 }
 
-/// Block comments nest.
+/// Returns the end of a block comment; block comments nest.
 fn block_comment_end(chars: &[char], start: usize) -> usize {
     let (mut depth, mut i) = (0, start);
     while i < chars.len() {
@@ -212,7 +212,7 @@ fn string_end(chars: &[char], start: usize) -> usize {
     i + 1
 }
 
-/// `start` is the first hash, or the quote where there is none.
+/// Returns the end of a raw string; `start` is the first hash, or the quote if there is none.
 fn raw_string_end(chars: &[char], start: usize, hashes: usize) -> usize {
     let mut i = start + hashes + 1;
     while i < chars.len() {

@@ -9,7 +9,7 @@ fn render(template: &str) -> Result<String, minijinja::Error> {
     environment.render_str(template, ())
 }
 
-/// The right sides were rendered by jinja2 3.1.6.
+/// The expected texts were rendered by jinja2 3.1.6.
 #[test]
 fn expressions_render_as_in_python() {
     let cases = [

@@ -3,7 +3,7 @@ use tokenizers::Tokenizer;
 
 use super::as_class;
 
-/// Llama 2's pipeline over a tiny vocabulary.
+/// Returns a tokenizer.json with Llama 2's pipeline and a tiny vocabulary.
 fn sentencepiece() -> Value {
     json!({
         "version": "1.0",
@@ -35,7 +35,8 @@ fn ids(file: &Value, config: &Value, model_type: Option<&str>, text: &str) -> Op
     )
 }
 
-/// The ids are transformers 5.23's LlamaTokenizer's, of the same vocabulary and merges.
+/// The expected ids are those of transformers 5.23's LlamaTokenizer with the same vocabulary and
+/// merges.
 #[test]
 fn the_class_llama_tokenizer_replaces_the_pipeline_of_the_file() {
     let file = sentencepiece();
