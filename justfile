@@ -1,17 +1,17 @@
-# `just` lists these. Everything they do is also a plain command.
+# `just` lists these recipes. Each of them is only a short name for plain commands.
 
 _default:
     @just --list
 
-# What `cargo test` covers without tools; the tests that need one are counted as ignored.
+# Runs the tests that need no tools; the others are shown as ignored.
 test *args:
     cargo test {{ args }}
 
-# All tests: the real model, a Python client, grpcurl, PEFT. Downloads about 3 GB the first time.
+# Runs all tests but those for a GPU. The first time it fetches the tools, which take about 6 GB.
 test-all *args:
     eval "$(.ci/run setup | grep '^export')" && cargo test {{ args }} -- --include-ignored
 
-# Formatting, clippy, docs.
+# Checks formatting, clippy and docs.
 lint:
     cargo fmt --check
     cargo clippy --all-targets -- -D warnings
@@ -21,7 +21,7 @@ lint:
 demo *args:
     cargo run --release -- demo {{ args }}
 
-# Makes the golden files again from transformers, trl and peft (tests/goldens/README.md).
+# Generates the golden files, except smollm2.json (tests/goldens/README.md).
 goldens:
     python3 -m venv target/goldens-venv
     target/goldens-venv/bin/pip install --quiet -r tests/goldens/requirements.txt
@@ -29,6 +29,6 @@ goldens:
     cd tests/goldens && ../../target/goldens-venv/bin/python parameters.py
     cd tests/goldens && ../../target/goldens-venv/bin/python shapes.py
 
-# Everything that has to pass before a change lands.
+# Runs everything that has to pass before a change lands; as root on Debian.
 ci:
     .ci/run
