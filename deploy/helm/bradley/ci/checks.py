@@ -8,7 +8,8 @@
     checks.py mutations        the validation finds a misspelt field at every place of these manifests
     checks.py policies         checkov
 
-Environment variables: HELM, NODE and CHECKOV are the programs, CRDS is the folder with the models of custom resources, RENDERED the folder for manifests.
+Environment variables: HELM, NODE and CHECKOV are the programs, CRDS is the folder with the models
+of custom resources, RENDERED the folder for manifests.
 """
 
 import concurrent.futures
@@ -61,7 +62,8 @@ def helm(*command):
 
 
 def described(text):
-    """Returns (path, description) of each key of values.yaml with a `# --` comment, and the paths of all leaf keys without one."""
+    """Returns (path, description) of each key of values.yaml with a `# --` comment, and the paths
+    of all leaf keys without one."""
     lines, found, bare = text.splitlines(), [], []
 
     def walk(node, path):
@@ -149,7 +151,8 @@ def docs(write=False):
             (CHART / name).write_text(text)
         check((CHART / name).read_text() == text, f"{name} is out of date: run {CI.relative_to(ROOT)}/checks.py docs --write")
 
-    # Each value is changed by at least one file of values, so every part of the templates is rendered.
+    # Each value is changed by at least one file of values, so every part of the templates is
+    # rendered.
     text = (CHART / "values.yaml").read_text()
     defaults, used = yaml.safe_load(text), [yaml.safe_load(file.read_text()) or {} for file in VALUES]
 
@@ -214,10 +217,12 @@ def documents(text):
 
 
 def memory():
-    """Checks the memory limits: the host's follows from the container's memory on CPU and GPU pods, a GPU's is set only by config."""
+    """Checks the memory limits: the host's follows from the container's memory on CPU and GPU pods,
+    a GPU's is set only by config."""
     gpu, large = {"gpu": {"enabled": True}}, {"resources": {"limits": {"memory": "64Gi"}}}
     cases = (
-        # Values, and the limits of the host's and of the GPUs' memory: 0.9 · (memory - 1 GiB), in MiB.
+        # Values, and the limits of the host's and of the GPUs' memory: 0.9 · (memory - 1 GiB), in
+        # MiB.
         ({}, "4608MiB", None),
         (large, "58060MiB", None),
         (gpu, "4608MiB", None),
@@ -256,7 +261,8 @@ def schema_file(version, name):
 
 @functools.cache
 def validator(version, kind, api_version):
-    """Returns a cached validator. kubernetes-validate would make one for each manifest, from the same files."""
+    """Returns a cached validator. kubernetes-validate would make one for each manifest, from the
+    same files."""
     group, _, number = api_version.rpartition("/")
     schema = schema_file(version, "-".join(filter(None, (kind.lower(), group.split(".")[0], number))) + ".json")
     registry = referencing.Resource.from_contents(schema_file(version, "_definitions.json")) @ (
@@ -410,7 +416,8 @@ def references(name, found):
     for setting in config:
         must(setting in {f"BRADLEY_{known.upper()}" for known in settings()} or re.match("AWS_|GOOGLE_|AZURE_|HF_", setting), f"{setting} is no setting")
 
-    # Every pod has the restricted profile, no token and no Services' variables. Mounted volumes and named objects exist.
+    # Every pod has the restricted profile, no token and no Services' variables. Mounted volumes and
+    # named objects exist.
     jobs = [job["spec"]["template"]["spec"] for job in by_kind.get("Job", [])]
     for each in [pod, *jobs, *(document["spec"] for document in by_kind.get("Pod", []))]:
         must(each["automountServiceAccountToken"] is False and each["enableServiceLinks"] is False, "a pod gets a token, or Services' variables")
