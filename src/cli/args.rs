@@ -40,32 +40,32 @@ pub enum Output {
 pub enum Command {
     /// Run the server.
     Serve(ServeArgs),
-    /// Train and score a small real model end to end, on loopback.
+    /// Train and score a small model end to end, with a server on a local port.
     Demo(DemoArgs),
-    /// Upload a preference set and submit a training job.
+    /// Upload preference pairs and create a training job.
     Train(Box<TrainArgs>),
-    /// Show, change, pause, resume, cancel and delete training jobs.
+    /// List, show, change, pause, resume, cancel and delete training jobs.
     #[command(subcommand)]
     Jobs(JobsCommand),
     /// Follow a job's events until it ends.
     Watch(WatchArgs),
     /// Score the pairs of a JSONL or Parquet file.
     Score(ScoreArgs),
-    /// Upload, show and delete datasets.
+    /// Upload, list, show and delete datasets.
     #[command(subcommand)]
     Datasets(DatasetsCommand),
-    /// Show, download, export and delete checkpoints.
+    /// List, download, export and delete checkpoints.
     #[command(subcommand)]
     Checkpoints(CheckpointsCommand),
     /// Show the server's base models.
     #[command(subcommand)]
     Models(ModelsCommand),
-    /// Ask a server whether it is serving; for container health checks.
+    /// Check that a server is serving. Exit code 0 means yes; for container health checks.
     Health(ServerArgs),
-    /// Make, list and revoke bearer tokens, in the server's database.
+    /// Create, list and revoke bearer tokens in the server's database.
     #[command(subcommand)]
     Tokens(TokensCommand),
-    /// Decodes an uploaded Parquet file. The server starts this command in a process of its own,
+    /// Decode an uploaded Parquet file. The server starts this command in a process of its own,
     /// because the file is not trusted.
     #[command(hide = true, name = DECODE)]
     Decode {
@@ -77,9 +77,10 @@ pub enum Command {
 /// `bradley tokens …`
 #[derive(Debug, Subcommand)]
 pub enum TokensCommand {
-    /// Make a token and print it: it cannot be shown again.
+    /// Create a token and print it: it cannot be shown again.
     Create {
-        /// Owner of the jobs and datasets made with this token; tokens of one owner share them.
+        /// Owner of the jobs and datasets that are created with this token. Tokens with the same
+        /// owner share them.
         #[arg(long)]
         owner: String,
         /// Roles of the token, separated by commas: submit, score, admin.
@@ -94,9 +95,9 @@ pub enum TokensCommand {
     },
     /// List tokens, without their secrets.
     List(DatabaseArgs),
-    /// Revoke a token: within seconds nobody is admitted with it.
+    /// Revoke a token. The server refuses it within seconds.
     Revoke {
-        /// Its id, as listed.
+        /// The token's id, as `tokens list` shows it.
         id: String,
         /// The server's database.
         #[command(flatten)]
@@ -189,13 +190,14 @@ pub struct ServerArgs {
     /// The server's address: http://HOST:PORT, or https://HOST:PORT with TLS.
     #[arg(long, default_value = "http://127.0.0.1:50051", env = "BRADLEY_SERVER")]
     pub server: String,
-    /// A bearer token, for servers that ask for one.
+    /// A bearer token, for servers that require one.
     #[arg(long, env = "BRADLEY_TOKEN", hide_env_values = true)]
     pub token: Option<String>,
-    /// The authority that signed the server's certificate (PEM), if the system does not know it.
+    /// PEM file of the authority that signed the server's certificate. Default: the system's
+    /// authorities.
     #[arg(long, value_name = "FILE", env = "BRADLEY_TLS_SERVER_CA")]
     pub tls_server_ca: Option<PathBuf>,
-    /// The client's own certificate (PEM), for servers that ask for one.
+    /// PEM file of the client's certificate, for servers that require one.
     #[arg(
         long,
         value_name = "FILE",
@@ -203,7 +205,7 @@ pub struct ServerArgs {
         env = "BRADLEY_TLS_CLIENT_CERT"
     )]
     pub tls_client_cert: Option<PathBuf>,
-    /// The key of the client's certificate (PEM).
+    /// PEM file of the private key of the client's certificate.
     #[arg(
         long,
         value_name = "FILE",
@@ -231,7 +233,8 @@ impl ServerArgs {
 /// Arguments of `demo`.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// A folder, a GGUF file or a hub id; without it SmolLM2-135M-Instruct is found or fetched.
+    /// A folder, a GGUF file or a hub id. Default: SmolLM2-135M-Instruct, which is downloaded if it
+    /// is not in the cache.
     #[arg(long)]
     pub model: Option<String>,
     /// Passes over the training pairs.
@@ -244,7 +247,7 @@ pub struct DemoArgs {
     /// cpu).
     #[arg(long, default_value = "cpu")]
     pub device: String,
-    /// Keep the jobs and the trained adapter in this folder; without it a temporary one is used.
+    /// Folder for the job and the trained adapter. Default: a temporary one, which is deleted.
     #[arg(long)]
     pub data_dir: Option<PathBuf>,
 }
@@ -258,26 +261,28 @@ pub struct TrainArgs {
     /// Preference pairs to upload: JSONL or Parquet.
     #[arg(long, conflicts_with = "dataset", required_unless_present = "dataset")]
     pub data: Option<PathBuf>,
-    /// A dataset that is on the server: datasets/ID.
+    /// A dataset that is already on the server: datasets/ID or ID.
     #[arg(long)]
     pub dataset: Option<String>,
-    /// Pairs to evaluate on.
+    /// Preference pairs to upload and evaluate on: JSONL or Parquet.
     #[arg(long, conflicts_with = "eval_fraction")]
     pub eval_data: Option<PathBuf>,
-    /// The share of the training pairs to evaluate on instead.
+    /// Share of the training pairs to evaluate on instead of training on them, between 0 and 1.
     #[arg(long)]
     pub eval_fraction: Option<f64>,
     /// The policy to train: models/ID or trainingJobs/ID/checkpoints/STEP. Default: the server's
     /// only model.
     #[arg(long)]
     pub policy: Option<String>,
-    /// The frozen reference. Default: the policy's start weights.
+    /// The frozen reference: models/ID or trainingJobs/ID/checkpoints/STEP. Default: the policy's
+    /// start weights.
     #[arg(long)]
     pub reference: Option<String>,
-    /// A title.
+    /// Title of the job.
     #[arg(long, default_value = "")]
     pub name: String,
-    /// Priority of the job: higher goes first, and preempts a running job of a lower one.
+    /// Priority of the job, -1000 to 1000. A job with a higher priority runs first and preempts a
+    /// running job with a lower one.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i32,
     /// Days that the job, its events and its checkpoints are stored after its end. Default: until
@@ -285,61 +290,63 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DAYS")]
     pub ttl_days: Option<u32>,
     /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
-    /// chat_template_kwargs win.
+    /// chat_template_kwargs override them.
     #[arg(long, value_name = "JSON")]
     pub template_args: Option<String>,
-    /// Only say what the job would cost, in tokens, steps, memory and time.
+    /// Show the job's estimated cost in tokens, steps, memory and time, and create no job. The data
+    /// is uploaded all the same.
     #[arg(long, conflicts_with_all = ["watch", "validate_only"])]
     pub estimate: bool,
     /// Train every weight instead of a LoRA adapter.
     #[arg(long)]
     pub full: bool,
-    /// LoRA rank.
+    /// LoRA rank. Default: 16.
     #[arg(long)]
     pub rank: Option<u32>,
-    /// LoRA α; default 2 × rank.
+    /// LoRA α. Default: 2 × rank.
     #[arg(long)]
     pub alpha: Option<f64>,
-    /// Loss, or a mix such as sigmoid=0.8,sft=0.2.
+    /// Loss, or a mix of losses such as sigmoid=0.8,sft=0.2. Default: sigmoid.
     #[arg(long)]
     pub loss: Option<String>,
-    /// β.
+    /// β of the objective. Default: 0.1.
     #[arg(long)]
     pub beta: Option<f64>,
-    /// Label smoothing ε.
+    /// Label smoothing ε, at least 0 and below 0.5. Default: 0.
     #[arg(long)]
     pub label_smoothing: Option<f64>,
-    /// Peak learning rate.
+    /// Peak learning rate. Default: 1e-4 for LoRA, 1e-6 with --full.
     #[arg(long)]
     pub learning_rate: Option<f64>,
-    /// constant, constant_with_warmup, linear, cosine or cosine_with_floor.
+    /// Learning-rate schedule: constant, constant_with_warmup, linear, cosine or cosine_with_floor.
+    /// Default: linear.
     #[arg(long)]
     pub schedule: Option<String>,
-    /// Warm-up as a share of all steps; not with constant.
+    /// Warm-up as a share of all steps. Default: 0. Not allowed with constant.
     #[arg(long)]
     pub warmup_ratio: Option<f64>,
-    /// Pairs in a micro-batch.
+    /// Pairs in a micro-batch. Default: 8.
     #[arg(long)]
     pub batch_size: Option<u32>,
-    /// Micro-batches in a step.
+    /// Micro-batches in an optimizer step. Default: 1.
     #[arg(long)]
     pub gradient_accumulation_steps: Option<u32>,
-    /// Tokens of prompt + completion.
+    /// Maximum number of tokens of prompt + answer. Default: 1024.
     #[arg(long)]
     pub max_length: Option<u32>,
-    /// Passes over the data.
+    /// Passes over the data. Default: 3.
     #[arg(long)]
     pub epochs: Option<f64>,
-    /// Optimizer steps; wins over epochs.
+    /// Number of optimizer steps. Overrides --epochs.
     #[arg(long)]
     pub max_steps: Option<u64>,
-    /// Steps between checkpoints.
+    /// Steps between checkpoints. Default: only the final one.
     #[arg(long)]
     pub save_steps: Option<u32>,
-    /// Steps between evaluations.
+    /// Steps between evaluations. Default: only at the end.
     #[arg(long)]
     pub eval_steps: Option<u32>,
-    /// Seed.
+    /// Seed of the shuffle, the evaluation split and the adapter's initialisation. Default: 42.
     #[arg(long)]
     pub seed: Option<u64>,
     /// Precision of matrix multiplications, f32 or bf16. Default: the server's precision.
@@ -348,7 +355,7 @@ pub struct TrainArgs {
     /// Leave out rows that fail validation instead of refusing the job.
     #[arg(long)]
     pub skip_bad_rows: bool,
-    /// Check everything, start nothing.
+    /// Check the job and create none. The data is uploaded all the same.
     #[arg(long)]
     pub validate_only: bool,
     /// Follow the job until it ends.
@@ -364,7 +371,7 @@ pub struct WatchArgs {
     pub server: ServerArgs,
     /// The job: trainingJobs/ID or ID.
     pub job: String,
-    /// Only events after this sequence.
+    /// Show only events after this sequence number.
     #[arg(long, default_value_t = 0)]
     pub after: u64,
 }
@@ -375,30 +382,30 @@ pub struct ScoreArgs {
     /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// Pairs: prompt, chosen (a) and rejected (b), as JSONL or Parquet.
+    /// File with pairs as JSONL or Parquet. chosen is answer a, rejected is answer b.
     #[arg(long)]
     pub data: PathBuf,
-    /// models/ID or trainingJobs/ID/checkpoints/STEP|latest|best.
+    /// The policy: models/ID or trainingJobs/ID/checkpoints/STEP|latest|best.
     #[arg(long)]
     pub policy: String,
-    /// Default: the job's own reference.
+    /// The reference: models/ID or a checkpoint. Default: the reference of the policy's job, or for
+    /// a base model the model itself.
     #[arg(long, default_value = "")]
     pub reference: String,
-    /// Default: the job's.
+    /// β of the rewards. Default: the job's, or 0.1 for a base model.
     #[arg(long)]
     pub beta: Option<f64>,
-    /// Default: the job's.
+    /// Maximum number of tokens of prompt + answer. Default: the job's, or 1024 for a base model.
     #[arg(long)]
     pub max_length: Option<u32>,
     /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
-    /// chat_template_kwargs win.
+    /// chat_template_kwargs override them.
     #[arg(long, value_name = "JSON")]
     pub template_args: Option<String>,
     /// A file with a JSON array of tools, for rows without tools of their own.
     #[arg(long, value_name = "FILE")]
     pub tools: Option<PathBuf>,
-    /// Aggregation of an answer's tokens into its reward: as the job trained it, their sum, or
-    /// their mean.
+    /// Reward of an answer: from the sum over its tokens, from the mean, or as the job trained it.
     #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"])]
     pub normalization: String,
 }
@@ -412,13 +419,13 @@ pub enum JobsCommand {
     Get(NamedArgs),
     /// Change a job's title, labels or priority.
     Update(UpdateArgs),
-    /// Stop a job for now; it writes a checkpoint first.
+    /// Pause a job. A running job writes a checkpoint first.
     Pause(NamedArgs),
-    /// Resume a paused job.
+    /// Resume a paused job, or try a job that waits for a missing input again at once.
     Resume(NamedArgs),
-    /// Stop a job for good.
+    /// Cancel a job. Its checkpoints stay.
     Cancel(NamedArgs),
-    /// Delete an ended job.
+    /// Delete an ended job with its events and checkpoints.
     Delete(NamedArgs),
 }
 
@@ -434,10 +441,10 @@ pub struct UpdateArgs {
     /// A new priority: higher goes first.
     #[arg(long, allow_negative_numbers = true)]
     pub priority: Option<i32>,
-    /// KEY=VALUE; given once or more, these replace all labels.
+    /// A label as KEY=VALUE; may be given several times. The given labels replace all others.
     #[arg(long, value_parser = label)]
     pub label: Vec<(String, String)>,
-    /// Only while the job still has this etag.
+    /// Fail if the job has changed since it had this etag.
     #[arg(long, default_value = "")]
     pub etag: String,
 }
@@ -450,7 +457,7 @@ fn label(text: &str) -> Result<(String, String), String> {
 /// `bradley datasets …`
 #[derive(Debug, Subcommand)]
 pub enum DatasetsCommand {
-    /// Upload a JSONL or Parquet file and show what validation found.
+    /// Upload a JSONL or Parquet file and show the findings of its validation.
     Upload(UploadArgs),
     /// List datasets, newest first.
     List(ServerArgs),
@@ -467,8 +474,8 @@ pub enum CheckpointsCommand {
     List(NamedArgs),
     /// Download a checkpoint's files.
     Download(DownloadArgs),
-    /// Export a checkpoint into the server's data directory or artifact store; prints the folder
-    /// below it.
+    /// Export a checkpoint into the server's data directory or artifact store, and print the
+    /// export's folder, relative to that place.
     Export(ExportArgs),
     /// Delete a checkpoint.
     Delete(NamedArgs),
@@ -489,7 +496,7 @@ pub struct NamedArgs {
     /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// Its name; the collection's prefix may be left out.
+    /// The resource's name. The prefix, such as trainingJobs/, may be left out.
     pub name: String,
 }
 
@@ -501,13 +508,13 @@ pub struct UploadArgs {
     pub server: ServerArgs,
     /// The file.
     pub file: PathBuf,
-    /// A title; default: the file's name.
+    /// Title of the dataset. Default: the file's name.
     #[arg(long)]
     pub name: Option<String>,
-    /// models/ID: also check lengths with its tokenizer.
+    /// Check lengths, too, with the tokenizer of this model: models/ID or ID.
     #[arg(long, default_value = "")]
     pub model: String,
-    /// Maximum length in tokens that the rows are checked against.
+    /// Maximum length of a row in tokens, for the check with --model.
     #[arg(long, default_value_t = 1024)]
     pub max_length: u32,
 }
@@ -515,11 +522,11 @@ pub struct UploadArgs {
 /// Contents of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// adapter for LoRA jobs, merged for full fine-tunes.
+    /// An adapter for LoRA jobs, merged weights for full fine-tunes.
     Auto,
     /// A PEFT adapter.
     Adapter,
-    /// Weights as transformers loads them.
+    /// The full weights, as transformers loads them.
     Merged,
 }
 
@@ -532,7 +539,8 @@ pub struct ExportArgs {
     /// Contents of the export.
     #[arg(long, value_enum, default_value_t = Format::Auto)]
     pub format: Format,
-    /// f32, bf16 or f16 for merged weights; default: what the base model is stored in.
+    /// Element type of merged weights: f32, bf16 or f16. Default: the type in the base model's
+    /// files, or f16 if these are quantised.
     #[arg(long, default_value = "")]
     pub dtype: String,
 }
@@ -546,7 +554,8 @@ pub struct DownloadArgs {
     /// Contents of the download.
     #[arg(long, value_enum, default_value_t = Format::Auto)]
     pub format: Format,
-    /// f32, bf16 or f16 for merged weights; default: what the base model is stored in.
+    /// Element type of merged weights: f32, bf16 or f16. Default: the type in the base model's
+    /// files, or f16 if these are quantised.
     #[arg(long, default_value = "")]
     pub dtype: String,
     /// The folder to write to.

@@ -22,7 +22,8 @@ use crate::rpc::client::Client;
 use crate::rpc::client::Target;
 use crate::rpc::pb::{self, training_event::Event};
 
-/// 124 pairs that prefer a direct answer to a padded one. A quarter of them is held out.
+/// 124 pairs in JSONL that prefer a direct answer to a padded one. A quarter of them is held out of
+/// the training.
 const PAIRS: &str = include_str!("demo/pairs.jsonl");
 const MODEL_ID: &str = "demo";
 
@@ -57,7 +58,7 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
         &sources,
     )
     .await?;
-    let client = server.client().await?;
+    let client = server.connect_when_ready().await?;
     let models = client
         .models()
         .list_models(pb::ListModelsRequest {})
@@ -99,7 +100,7 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
     line("4. Training a LoRA adapter with DPO");
     let job = client
         .training()
-        .create_training_job(create_request(&dataset.name, args.epochs))
+        .create_training_job(job_request(&dataset.name, args.epochs))
         .await?
         .into_inner();
     let (mut view, mut end) = (ProgressView::new(Output::Table), pb::StateChange::default());
@@ -155,11 +156,11 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
         "   {:.0} seconds in all{peak}",
         start.elapsed().as_secs_f64()
     ));
-    line(&closing(&source, args.data_dir.as_deref(), &job.name));
+    line(&final_hints(&source, args.data_dir.as_deref(), &job.name));
     Ok(())
 }
 
-fn create_request(dataset: &str, epochs: f64) -> pb::CreateTrainingJobRequest {
+fn job_request(dataset: &str, epochs: f64) -> pb::CreateTrainingJobRequest {
     pb::CreateTrainingJobRequest {
         training_job: Some(pb::TrainingJob {
             display_name: "demo".into(),
@@ -187,7 +188,7 @@ fn create_request(dataset: &str, epochs: f64) -> pb::CreateTrainingJobRequest {
     }
 }
 
-/// A server on a loopback port of its own.
+/// A server that runs in this process, on a free loopback port.
 struct DemoServer {
     address: String,
     stop: oneshot::Sender<()>,
@@ -212,8 +213,8 @@ impl DemoServer {
         let own = Sources {
             flags: flags.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
             file: None,
-            // The hub's variables apply. A deployment's BRADLEY_* variables do not apply to the
-            // demo.
+            // BRADLEY_* variables are meant for a deployment and do not apply to the demo. Others,
+            // such as those of the hub, do.
             environment: sources
                 .environment
                 .iter()
@@ -242,9 +243,9 @@ impl DemoServer {
         })
     }
 
-    /// Connects and waits until the server answers. Its port is open from the start, but it answers
-    /// only when the models are loaded.
-    async fn client(&self) -> Result<Client, Failure> {
+    /// Connects and waits until the server answers, at most two minutes. Its port is open from the
+    /// start, but it answers only when the models are loaded.
+    async fn connect_when_ready(&self) -> Result<Client, Failure> {
         let client = connect(&Target::plain(&self.address)).await?;
         for _ in 0..1200 {
             if self.task.is_finished() {
@@ -277,7 +278,7 @@ impl DemoServer {
     }
 }
 
-/// Writes the training and the held-out rows to two files.
+/// Writes the training and the held-out rows to two files and returns their paths.
 fn write_split(folder: &Path) -> std::io::Result<(PathBuf, PathBuf)> {
     let (train, held_out) = (folder.join("train.jsonl"), folder.join("held-out.jsonl"));
     let (mut a, mut b) = (
@@ -329,8 +330,9 @@ fn peak_memory_mib() -> Option<u64> {
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
 }
 
-fn closing(source: &str, kept: Option<&Path>, job: &str) -> String {
-    let kept = match kept {
+/// Returns the last lines of the output: where the job is, and commands for the user's own pairs.
+fn final_hints(source: &str, data_dir: Option<&Path>, job: &str) -> String {
+    let kept = match data_dir {
         Some(dir) => format!(
             "The job {job} and its adapter are kept in {}.\n",
             dir.display()

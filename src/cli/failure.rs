@@ -1,15 +1,15 @@
-//! Reasons for which a command fails, with their exit codes.
+//! Failures of commands, with their exit codes.
 
 use crate::rpc::client::{ClientError, Status};
 
 /// The reason why a command failed. `--help` lists the exit codes.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// Exit code 1.
+    /// A job, a file or the server failed: exit code 1.
     Failed(String),
-    /// Exit code 2.
+    /// Wrong arguments or settings: exit code 2.
     Usage(String),
-    /// Exit code 3.
+    /// No server was reached: exit code 3.
     Unreachable(String),
 }
 

@@ -9,9 +9,9 @@ use crate::domain::dataset::RowShape;
 use crate::rpc::client::Timestamp;
 use crate::rpc::pb;
 
-/// Fields of resources that hold hashes of content.
+/// Fields of resources whose value is an object of content hashes.
 const HASHES: [&str; 3] = ["identity", "pins", "base"];
-/// Number of a hash's digits in a table.
+/// Number of digits of a hash that a table shows.
 const HASH_DIGITS: usize = 12;
 
 /// Prints a line on standard output.
@@ -19,12 +19,12 @@ pub fn line(text: &str) {
     println!("{text}");
 }
 
-/// Prints JSON: pretty for one document, one line for items of a stream.
+/// Prints one JSON document on several indented lines.
 pub fn json_document(value: &Value) {
     println!("{value:#}");
 }
 
-/// Prints one JSON object on a line.
+/// Prints one JSON document on one line, as an item of a stream.
 pub fn json_line(value: &Value) {
     println!("{value}");
 }
@@ -40,7 +40,7 @@ pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     table.to_string()
 }
 
-/// Prints a list in the chosen form.
+/// Prints a list: `rows` as a table with a header, or `json` as a JSON array.
 pub fn list(output: Output, header: &[&str], rows: Vec<Vec<String>>, json: Vec<Value>) {
     match output {
         Output::Table => line(&table(header, rows)),
@@ -92,7 +92,8 @@ fn hash_cells(field: &str, value: &Value) -> Vec<(String, String)> {
     }
 }
 
-/// Returns the first 12 digits of a hash, which suffice to distinguish models and datasets.
+/// Returns the first [`HASH_DIGITS`] digits of a hash, which suffice to distinguish models and
+/// datasets.
 pub fn short(hash: &str) -> String {
     hash.chars().take(HASH_DIGITS).collect()
 }
@@ -145,14 +146,14 @@ pub fn estimate(e: &pb::EstimateTrainingJobResponse) -> Value {
     })
 }
 
-/// Formats a time as `2026-11-24T10:00:00Z`.
+/// Formats a time as `2026-11-24T10:00:00Z`; without a time the result is empty.
 pub fn time(t: Option<&Timestamp>) -> String {
     t.and_then(|t| jiff::Timestamp::new(t.seconds, 0).ok())
         .map(|t| t.to_string())
         .unwrap_or_default()
 }
 
-/// Returns a state's name without its prefix, in lower case.
+/// Returns the name of a protobuf job state without its prefix, in lower case: `running`.
 pub fn state(state: i32) -> String {
     let name = pb::JobState::try_from(state)
         .unwrap_or_default()
@@ -219,8 +220,8 @@ pub fn dataset(d: &pb::Dataset) -> Value {
     })
 }
 
-/// Describes the shapes of a dataset's rows, unless all are plain preference rows that make one
-/// pair each.
+/// Describes the shapes of a dataset's rows. Returns `None` if all are plain preference rows with
+/// one pair each.
 pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
     let mut shapes: Vec<(&String, &u64)> = r.shapes.iter().collect();
     shapes.sort();

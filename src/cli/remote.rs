@@ -13,7 +13,7 @@ pub(super) async fn connect(target: &Target) -> Result<Client, Failure> {
     Ok(Client::connect(target, CONNECT_TIMEOUT).await?)
 }
 
-/// Completes a resource's name with the collection's prefix if it is missing.
+/// Returns `{collection}/{name}`, or `name` unchanged if it already has this prefix.
 pub(super) fn full_name(collection: &str, name: &str) -> String {
     if name.starts_with(&format!("{collection}/")) {
         name.to_owned()

@@ -1,4 +1,4 @@
-//! `bradley jobs | datasets | checkpoints | models`: commands that make one call.
+//! `bradley jobs | datasets | checkpoints | models`: commands for resources of a server.
 
 use super::args::{
     CheckpointsCommand, DatasetsCommand, Format, JobsCommand, ModelsCommand, NamedArgs, Output,
@@ -9,7 +9,7 @@ use super::remote::{connect, full_name};
 use crate::rpc::client::{Client, FieldMask};
 use crate::rpc::pb;
 
-/// Connects and completes the resource's name.
+/// Connects to the server and completes the resource's name with the prefix `{collection}/`.
 async fn open(args: &NamedArgs, collection: &str) -> Result<(Client, String), Failure> {
     Ok((
         connect(&args.server.target()).await?,
@@ -163,9 +163,9 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
             };
             let size = std::fs::metadata(&args.file).map(|m| m.len()).unwrap_or(0);
             let bar = indicatif::ProgressBar::new(size);
-            let told = bar.clone();
+            let progress = bar.clone();
             let uploaded = client
-                .upload_dataset(&args.file, metadata, move |n| told.set_position(n))
+                .upload_dataset(&args.file, metadata, move |n| progress.set_position(n))
                 .await;
             bar.finish_and_clear();
             output::resource(output, &output::dataset(&uploaded?));

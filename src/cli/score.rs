@@ -20,7 +20,7 @@ const MAX_QUEUED_PAIRS: usize = 64;
 pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
     let rows = read(&args.data)?;
-    warn_of_ignored(&rows);
+    warn_of_ignored_fields(&rows);
     let options = pb::ScoringOptions {
         policy: args.policy.clone(),
         reference: args.reference.clone(),
@@ -85,7 +85,10 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     }
 }
 
-/// Reads the rows of a file. A bad row is an error that names it.
+/// Reads the pairs of a JSONL or Parquet file.
+///
+/// # Errors
+/// Returns a failure that names the row if a row cannot be read.
 pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure> {
     let failed = |e: &dyn std::fmt::Display| Failure::Failed(format!("{}: {e}", path.display()));
     let mut start = [0; 4];
@@ -98,8 +101,9 @@ pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure
     Ok(rows)
 }
 
-/// Checks the value of `--template-args`; the result is empty without the flag. The text is sent as
-/// it is, because a Struct would lose the order of keys and turn 1.0 into 1.
+/// Checks that the value of `--template-args` is a JSON object and returns it unchanged; without
+/// the flag the result is empty. The text is sent as JSON, because a Struct would lose the order of
+/// keys and turn 1.0 into 1.
 pub(super) fn template_arguments(text: Option<&str>) -> Result<String, Failure> {
     let Some(text) = text else {
         return Ok(String::new());
@@ -135,8 +139,8 @@ fn warn(message: &str) {
     eprintln!("warning: {message}");
 }
 
-/// Warns of fields of the rows that are not used.
-fn warn_of_ignored(rows: &[PreferenceRow]) {
+/// Warns if rows have fields that are not used.
+fn warn_of_ignored_fields(rows: &[PreferenceRow]) {
     let affected = rows.iter().filter(|row| !row.ignored.is_empty()).count();
     if let Some(row) = rows.iter().find(|row| !row.ignored.is_empty()) {
         warn(&format!(
@@ -149,7 +153,7 @@ fn warn_of_ignored(rows: &[PreferenceRow]) {
 
 /// The server's answer to a file of pairs.
 pub(super) struct Scores {
-    /// In the order of the rows.
+    /// One result per row, in the order of the rows.
     pub results: Vec<pb::PairResult>,
     /// The normalization of the rewards that was used.
     normalization: pb::RewardNormalization,
@@ -195,7 +199,7 @@ pub(super) async fn score(
         if let Some(mut result) = answer.result
             && let Some(i) = result.id.parse::<usize>().ok().filter(|i| *i < rows.len())
         {
-            result.id = name(&rows[i]);
+            result.id = row_name(&rows[i]);
             results[i] = Some(result);
         }
     }
@@ -210,9 +214,9 @@ pub(super) async fn score(
     })
 }
 
-/// Returns the row's id, else its number. If the row makes several pairs, the pair's number is
-/// added.
-fn name(row: &PreferenceRow) -> String {
+/// Returns the row's id. Without an id it returns the row's number, with the pair's number if the
+/// row makes several pairs: `7#2`.
+fn row_name(row: &PreferenceRow) -> String {
     match (&row.id, row.pair) {
         (Some(id), _) => id.clone(),
         (None, Some(pair)) => format!("{}#{pair}", row.row),
@@ -252,8 +256,8 @@ fn text(t: &Text) -> pb::Text {
     pb::Text { form: Some(form) }
 }
 
-/// Converts a message. If it has other keys than a role and a text, it is sent as JSON, which
-/// preserves their order.
+/// Converts a message. If it has other keys than role and a text content, it is sent as JSON, which
+/// preserves the order of keys.
 fn message(message: &ChatMessage) -> pb::Message {
     let fields = message.fields();
     match fields.get("content").and_then(Value::as_str) {
@@ -269,7 +273,7 @@ fn message(message: &ChatMessage) -> pb::Message {
     }
 }
 
-/// Averages over the scored pairs. In each, answer a is the preferred one.
+/// Averages over the pairs that have a score. Answer a of each pair is the preferred one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Summary {
     /// Share of pairs with a positive margin; a tie counts half.

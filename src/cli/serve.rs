@@ -1,4 +1,4 @@
-//! `bradley serve`: loads the models, starts engine and service, and opens the ports.
+//! `bradley serve`: opens the ports, loads the models, and starts engine and service.
 
 use anyhow::Context as _;
 use std::future::Future;
@@ -15,11 +15,13 @@ use crate::formats::loader::{LoadedModel, load_model};
 use crate::rpc::{ServeOptions, Tls, serve, serve_http};
 use crate::service::{Service, ServiceOptions};
 
-/// Time that the server, after its last answer, still waits for computations on the device: a
-/// scoring batch that no client waits for any more, or a block of a run that did not stop in time.
+/// Maximum time for which the server, after its last answer, waits for computations on the device:
+/// a scoring batch that no client waits for any more, or a block of a run that did not stop in
+/// time.
 const DEVICE_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Minimum number of connections for which the server starts.
+/// Number of gRPC connections that must fit beside the reserved descriptors. Otherwise the server
+/// does not start.
 const MIN_CONNECTIONS: u64 = 16;
 
 /// State of the device when the server ended.
@@ -27,12 +29,13 @@ const MIN_CONNECTIONS: u64 = 16;
 pub enum Ended {
     /// The device computes nothing any more.
     AtRest,
-    /// The device still computes, with the result of serving. The process should end without exit
-    /// handlers, because these must not unload a GPU's libraries during a computation.
+    /// The device still computes. The value is the result of serving. The process should end
+    /// without exit handlers, because these must not unload a GPU's libraries during a computation.
     AtWork(anyhow::Result<()>),
 }
 
-/// Interval of the metrics' upkeep, which limits their memory when nobody scrapes them.
+/// Interval at which the metrics recorder merges its recorded values. Without this they would use
+/// more and more memory while nobody scrapes them.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Serves until SIGTERM or SIGINT. A second signal ends the process at once.
@@ -72,8 +75,8 @@ pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Resul
     serve_on(settings, listener, http.map(|l| (l, metrics)), shutdown).await
 }
 
-/// Runs the whole server on given listeners, so that a test or the demo owns the listeners and the
-/// shutdown.
+/// Runs the whole server on `listener` until `shutdown`. A test or the demo calls this, because it
+/// owns the listeners and the shutdown.
 ///
 /// # Errors
 /// As [`run`].
@@ -107,7 +110,8 @@ pub async fn serve_on(
         template_date: settings.template_date,
     };
     let tls = settings.tls.clone().map(Tls::open).transpose()?;
-    // This comes before the HTTP port is served, because its connections need descriptors, too.
+    // The limit is raised before the HTTP port is served, because its connections need descriptors,
+    // too.
     let max_connections = connections_that_fit(settings.max_connections)?;
     let service = Service::open(engine.clone(), options).await?;
     let (stop, mut stopping) = watch::channel(false);
@@ -154,7 +158,7 @@ pub async fn serve_on(
         max_connection_age: settings.max_connection_age,
     };
     let result = serve(listener, service, options, shutdown).await;
-    // Probes are answered until the last call has ended.
+    // The HTTP port is stopped last, so that it answers probes until the last call has ended.
     stop.send_replace(true);
     if let Some(http) = http {
         let _ = tokio::time::timeout(Duration::from_secs(1), http).await;

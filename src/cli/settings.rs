@@ -1,7 +1,8 @@
-//! Settings of `bradley serve`. Flags override the environment, which overrides a TOML file, which
-//! overrides the defaults. All bad settings are reported together.
+//! Settings of `bradley serve`. Flags override environment variables, these override a TOML file,
+//! and this overrides the defaults. All bad settings are reported together.
 //!
-//! **Nothing else reads the environment.**
+//! **The rest of the program gets environment variables from here**, except for clap, which reads
+//! those of the client's flags, and the OpenTelemetry library, which reads `OTEL_*`.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -18,8 +19,8 @@ use crate::formats::source::HubOptions;
 use crate::model::device::DeviceChoice;
 use crate::rpc::TlsFiles;
 
-/// Name, default and help of every setting. A flag is `--like-this`, a variable
-/// `BRADLEY_LIKE_THIS`, a TOML key `like_this`.
+/// Name, default and help of every setting. The setting `like_this` has the flag `--like-this`, the
+/// environment variable `BRADLEY_LIKE_THIS` and the TOML key `like_this`.
 pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "models",
@@ -68,15 +69,14 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "memory_limit",
         "0",
-        "Host memory that the models and a job together may be estimated to need, e.g. 20GiB; \
-         0 means nine tenths of the machine's memory, or of the control group's limit if that \
-         is lower",
+        "Limit on the estimated host memory of models and jobs together, e.g. 20GiB; 0 means \
+         nine tenths of the machine's memory, or of the control group's limit if that is lower",
     ),
     (
         "device_memory_limit",
         "0",
-        "Memory of each GPU that the models and a job together may be estimated to need, e.g. \
-         70GiB; 0 means nine tenths of the memory that is free at the start",
+        "Limit on the estimated memory of models and a job on each GPU, e.g. 70GiB; 0 means nine \
+         tenths of the memory that is free at the start",
     ),
     (
         "scoring_share",
@@ -107,8 +107,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "resident_policies",
         "8",
-        "Maximum number of adapters and full weights in memory besides the base models; \
-         memory_limit and device_memory_limit may allow fewer",
+        "Maximum number of adapters and full weights of each worker in memory, besides the base \
+         models; memory_limit and device_memory_limit may allow fewer",
     ),
     (
         "max_message_bytes",
@@ -145,13 +145,12 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "lease",
         "30",
-        "Time without a sign of life after which another worker takes over a worker's job, in \
-         seconds",
+        "Time without a renewal after which a worker loses its job to another worker, in seconds",
     ),
     (
         "time_slice",
         "600",
-        "Time that a job may occupy a device while others of its priority wait, in seconds",
+        "Time after which a job makes room for waiting jobs of the same priority, in seconds",
     ),
     (
         "max_jobs_per_client",
@@ -248,7 +247,7 @@ pub struct Sources {
     pub file: Option<(PathBuf, toml::Table)>,
     /// The environment.
     pub environment: BTreeMap<String, String>,
-    /// Values of the given flags, by setting name.
+    /// Values of the flags that were given, by setting name.
     pub flags: BTreeMap<String, String>,
 }
 
@@ -261,7 +260,7 @@ pub struct Settings {
     pub data_dir: PathBuf,
     /// The gRPC address.
     pub listen: SocketAddr,
-    /// The HTTP address.
+    /// Address of the HTTP port; `None` if it is disabled.
     pub http_listen: Option<SocketAddr>,
     /// Number of compute threads; 0 means all cores.
     pub threads: usize,
@@ -275,37 +274,38 @@ pub struct Settings {
     pub events_kept: u64,
     /// Time limit for a shutdown.
     pub drain_timeout: Duration,
-    /// A database that replicas share.
+    /// URL of a PostgreSQL database that replicas share; `None` means SQLite in `data_dir`.
     pub database_url: Option<String>,
-    /// An artifact store that replicas share, with its vendor's variables.
+    /// URL of an artifact store that replicas share, with the environment variables of its vendor.
+    /// `None` means `data_dir`.
     pub artifact_store: Option<(String, BTreeMap<String, String>)>,
     /// Time without a renewal after which a worker loses the lease of its job.
     pub lease: Duration,
     /// Time that a job may occupy the device while others wait.
     pub time_slice: Duration,
-    /// Maximum number of one client's unfinished jobs.
+    /// Maximum number of one client's unfinished jobs; `None` means no limit.
     pub max_jobs_per_client: Option<u64>,
     /// Maximum priority that clients may set.
     pub max_client_priority: i32,
-    /// Maximum size of all datasets of one client, in bytes.
+    /// Maximum size of all datasets of one client, in bytes; `None` means no limit.
     pub max_dataset_bytes_per_client: Option<u64>,
     /// Maximum size of a dataset's text, in bytes.
     pub max_dataset_text_bytes: u64,
-    /// Maximum number of one client's tokens in the scoring queue.
+    /// Maximum number of one client's tokens in the scoring queue; `None` means no limit.
     pub max_scoring_tokens_per_client: Option<usize>,
     /// Folder of the adapters that jobs may start from.
     pub adapter_dir: Option<PathBuf>,
-    /// The date that chat templates print for models without a job.
+    /// Date that chat templates print when a model is scored; `None` means today.
     pub template_date: Option<jiff::civil::Date>,
     /// True if callers need a bearer token.
     pub tokens: bool,
-    /// The audit log's file.
+    /// File for the audit log.
     pub audit_log: Option<PathBuf>,
-    /// The gRPC port's certificates.
+    /// Certificates of the gRPC port; `None` means no TLS.
     pub tls: Option<TlsFiles>,
     /// Maximum number of open gRPC connections.
     pub max_connections: usize,
-    /// Age at which a connection is closed, so that its client connects again.
+    /// Age at which a connection is closed, so that its client connects again; `None` means never.
     pub max_connection_age: Option<Duration>,
     /// OTLP endpoint for traces, and the sampled share (0 to 1) of the traces that begin here.
     pub traces: Option<(String, f64)>,
@@ -352,7 +352,7 @@ impl Sources {
         })
     }
 
-    /// Returns a variable of the environment.
+    /// Returns an environment variable, unless it is unset or empty.
     pub fn variable(&self, name: &str) -> Option<&str> {
         self.environment
             .get(name)
@@ -360,8 +360,8 @@ impl Sources {
             .filter(|v| !v.is_empty())
     }
 
-    /// Returns the value of a setting from the strongest source that has it, and the name of that
-    /// source for error messages.
+    /// Returns the value of a setting from the first source that has it (flag, environment, file,
+    /// default), and the name of that source for error messages.
     fn get(&self, name: &str, default: &str) -> (String, String) {
         if let Some(v) = self.flags.get(name) {
             return (v.clone(), format!("--{}", name.replace('_', "-")));
@@ -603,7 +603,7 @@ fn vendor_variables(sources: &Sources) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// Reads the Hugging Face hub's own environment variables.
+/// Reads the environment variables of the Hugging Face hub's own tools.
 pub fn hub(sources: &Sources) -> HubOptions {
     let path = |name: &str| sources.variable(name).map(PathBuf::from);
     HubOptions {
@@ -648,7 +648,7 @@ impl SettingsReader<'_> {
         let (text, origin) = self.sources.get(name, default);
         let parsed = parse(text.trim());
         if parsed.is_none() {
-            // A URL may hold a password.
+            // The URL may have a password, so it is not shown.
             let shown = if SECRET_SETTINGS.contains(&name) {
                 "cannot be used".to_owned()
             } else {
@@ -691,7 +691,7 @@ impl SettingsReader<'_> {
             _ => {
                 self.bad.push(
                     "tls_cert, tls_key",
-                    "must be set together, and with tls_client_ca",
+                    "must both be set or both be empty; tls_client_ca needs both",
                 );
                 None
             }

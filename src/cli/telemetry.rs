@@ -23,8 +23,9 @@ use crate::service::audit::AUDIT;
 /// Time limit for sending a batch of spans to the collector.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Starts sending spans by OTLP over gRPC, in batches and from a separate thread.
-/// OTEL_EXPORTER_OTLP_HEADERS and OTEL_RESOURCE_ATTRIBUTES are respected.
+/// Starts sending spans by OTLP over gRPC, in batches and from a separate thread. `ratio` is the
+/// share of traces that are exported, 0 to 1. The library reads OTEL_EXPORTER_OTLP_HEADERS and
+/// OTEL_RESOURCE_ATTRIBUTES.
 ///
 /// # Errors
 /// Returns an error if `endpoint` is not a URL.
@@ -83,7 +84,8 @@ pub fn log(
             let lines = tracing_subscriber::fmt::layer()
                 .json()
                 .with_writer(Mutex::new(file));
-            // Spans are needed as well: a line shows the call's fields from the span around it.
+            // Spans pass the filter, too, because a line gets the call's fields from the span
+            // around it.
             Some(lines.with_filter(filter_fn(|m| m.target() == AUDIT || m.is_span())))
         }
     };
@@ -92,7 +94,8 @@ pub fn log(
             .with_tracer(provider.tracer("bradley"))
             .with_location(false)
             .with_threads(false);
-        // Only this program's spans are exported, because the exporter makes spans itself.
+        // Only this program's spans are exported, because the exporter's own libraries create
+        // spans, too.
         layer.with_filter(filter_fn(|m| {
             m.is_span() && m.target().starts_with("bradley")
         }))

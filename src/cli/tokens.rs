@@ -24,7 +24,7 @@ impl From<ServiceError> for Failure {
     }
 }
 
-pub(super) async fn run(command: TokensCommand, form: Output) -> Outcome {
+pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcome {
     match command {
         TokensCommand::Create {
             owner,
@@ -32,22 +32,22 @@ pub(super) async fn run(command: TokensCommand, form: Output) -> Outcome {
             days,
             database,
         } => {
-            let named = |name: &String| {
+            let parse_role = |name: &String| {
                 Role::parse(name).ok_or_else(|| {
                     Failure::Usage(format!("--roles: {name:?} is not submit, score or admin"))
                 })
             };
             let roles = roles
                 .iter()
-                .map(named)
+                .map(parse_role)
                 .collect::<Result<Vec<Role>, Failure>>()?;
             let store = open(&database).await?;
             let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY));
             let (token, secret) = tokens::create(&store, &owner, &roles, lifetime).await?;
             store.close().await;
-            let mut described = described(&token);
-            described["token"] = secret.into();
-            output::resource(form, &described);
+            let mut shown = token_json(&token);
+            shown["token"] = secret.into();
+            output::resource(output_format, &shown);
         }
         TokensCommand::List(database) => {
             let store = open(&database).await?;
@@ -66,10 +66,10 @@ pub(super) async fn run(command: TokensCommand, form: Output) -> Outcome {
                 })
                 .collect();
             output::list(
-                form,
+                output_format,
                 &["id", "owner", "roles", "created", "ends"],
                 rows,
-                all.iter().map(described).collect(),
+                all.iter().map(token_json).collect(),
             );
         }
         TokensCommand::Revoke { id, database } => {
@@ -104,7 +104,7 @@ fn time(ms: Option<i64>) -> String {
         .map_or_else(String::new, |t| t.to_string())
 }
 
-fn described(t: &Token) -> serde_json::Value {
+fn token_json(t: &Token) -> serde_json::Value {
     serde_json::json!({
         "id": t.id,
         "owner": t.owner,

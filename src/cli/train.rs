@@ -10,9 +10,9 @@ use crate::domain::dataset::IssueReason;
 use crate::rpc::client::{Client, ProtoDuration};
 use crate::rpc::pb;
 
-/// Maximum length of a chain of jobs that start from each other's checkpoints.
+/// Maximum length of a chain of jobs in which each starts from a checkpoint of the next. Longer
+/// chains are not followed to the base model.
 const MAX_JOB_CHAIN: usize = 32;
-/// Seconds per day.
 const SECONDS_PER_DAY: i64 = 24 * 3600;
 
 pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
@@ -21,38 +21,38 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
         Some(p) => p.clone(),
         None => only_model(&client).await?,
     };
-    let checked = Checked {
+    let limits = RowLimits {
         model: base_model(&client, &policy).await?,
         max_length: args.max_length.unwrap_or(0),
     };
     let dataset = match (&args.data, &args.dataset) {
-        (Some(path), _) => upload_for_job(&client, path, &checked, &args, output).await?,
+        (Some(path), _) => upload_for_job(&client, path, &limits, &args, output).await?,
         (None, Some(name)) => full_name("datasets", name),
         (None, None) => return Err(Failure::Usage("name --data or --dataset".into())),
     };
     let evaluation = match (&args.eval_data, args.eval_fraction) {
         (Some(path), _) => Some(pb::training_job::Evaluation::EvalDataset(
-            upload_for_job(&client, path, &checked, &args, output).await?,
+            upload_for_job(&client, path, &limits, &args, output).await?,
         )),
         (None, Some(f)) => Some(pb::training_job::Evaluation::EvalFraction(f)),
         (None, None) => None,
     };
-    let wanted = job(&args, policy, dataset, evaluation)?;
+    let requested = job(&args, policy, dataset, evaluation)?;
     if args.estimate {
         let request = pb::EstimateTrainingJobRequest {
-            training_job: Some(wanted),
+            training_job: Some(requested),
         };
         let estimate = client
             .training()
             .estimate_training_job(request)
             .await
-            .map_err(in_flags)?
+            .map_err(with_flag_names)?
             .into_inner();
         output::resource(output, &output::estimate(&estimate));
         return Ok(());
     }
     let request = pb::CreateTrainingJobRequest {
-        training_job: Some(wanted),
+        training_job: Some(requested),
         request_id: String::new(),
         validate_only: args.validate_only,
     };
@@ -60,7 +60,7 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
         .training()
         .create_training_job(request)
         .await
-        .map_err(in_flags)?
+        .map_err(with_flag_names)?
         .into_inner();
     if args.validate_only {
         output::resource(output, &output::job(&job));
@@ -180,17 +180,17 @@ async fn only_model(client: &Client) -> Result<String, Failure> {
     }
 }
 
-/// The tokenizer and the length with which the server checks the rows of an uploaded file.
+/// Model and maximum length with which the server checks the rows of an uploaded file.
 #[derive(Clone, Debug, Default)]
-struct Checked {
+struct RowLimits {
     /// `models/{id}`; empty leaves lengths unchecked.
     model: String,
     /// Tokens of prompt and answer; 0 is the server's default.
     max_length: u32,
 }
 
-/// Returns the base model of a policy. For a checkpoint it follows the chain of jobs. The result is
-/// empty if the base model cannot be determined.
+/// Returns the base model of a policy. For a checkpoint it follows the policies of the jobs back to
+/// a base model. The result is empty if the base model cannot be determined.
 async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
     let mut policy = policy.to_owned();
     for _ in 0..MAX_JOB_CHAIN {
@@ -213,16 +213,19 @@ async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
     Ok(String::new())
 }
 
-/// Uploads a file and has it checked with the job's model and maximum length. Fails if the server
-/// would refuse the job because of its rows.
+/// Uploads a file and lets the server check it with the job's model and maximum length. Returns the
+/// dataset's name.
+///
+/// # Errors
+/// Returns a failure if the server would refuse the job because of these rows.
 async fn upload_for_job(
     client: &Client,
     path: &Path,
-    checked: &Checked,
+    limits: &RowLimits,
     args: &TrainArgs,
     output: Output,
 ) -> Result<String, Failure> {
-    let dataset = upload_checked(client, path, checked, output).await?;
+    let dataset = upload_checked(client, path, limits, output).await?;
     let report = dataset.report.unwrap_or_default();
     let bad = report.rows - report.valid_rows;
     if bad == 0 || args.skip_bad_rows {
@@ -255,7 +258,7 @@ async fn upload_for_job(
 async fn upload_checked(
     client: &Client,
     path: &Path,
-    checked: &Checked,
+    limits: &RowLimits,
     output: Output,
 ) -> Result<pb::Dataset, Failure> {
     let display_name = path
@@ -264,8 +267,8 @@ async fn upload_checked(
         .unwrap_or_default();
     let metadata = pb::UploadMetadata {
         display_name,
-        model: checked.model.clone(),
-        max_length: checked.max_length,
+        model: limits.model.clone(),
+        max_length: limits.max_length,
         ..Default::default()
     };
     let dataset = client.upload_dataset(path, metadata, |_| {}).await?;
@@ -288,8 +291,8 @@ async fn upload_checked(
     Ok(dataset)
 }
 
-/// Turns a refusal into a failure. The API's field names in its text are replaced by flags.
-fn in_flags(status: crate::rpc::client::Status) -> Failure {
+/// Converts a refused call to a failure, and replaces the API's field names in its text by flags.
+fn with_flag_names(status: crate::rpc::client::Status) -> Failure {
     const FLAGS: [(&str, &str); 3] = [
         (
             "set row_policy to SKIP to train on the other",

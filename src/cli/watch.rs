@@ -65,7 +65,7 @@ pub(super) async fn follow(client: &Client, job: &str, after: u64, output: Outpu
     }
 }
 
-/// Shows events with a progress bar, or as JSON lines.
+/// Prints events: as text with a progress bar on a terminal, as text without one, or as JSON lines.
 pub(super) struct ProgressView {
     output: Output,
     bar: ProgressBar,
@@ -145,10 +145,11 @@ impl ProgressView {
     }
 }
 
+/// Formats the loss, the margin and the accuracy of the metrics whose names begin with `prefix`.
 fn metrics(all: &std::collections::BTreeMap<String, f64>, prefix: &str) -> String {
     let find = |name: &str| all.get(&format!("{prefix}{name}")).copied();
     let get = |name: &str| find(name).unwrap_or(f64::NAN);
-    // Prefers the normalized reward, which is the one that the objective trains.
+    // The normalized reward is shown if there is one, because the objective trains it.
     let reward = |name: &str| {
         find(&format!("rewards_normalized/{name}"))
             .unwrap_or_else(|| get(&format!("rewards/{name}")))

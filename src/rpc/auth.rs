@@ -1,5 +1,6 @@
-//! Authentication. A bearer token is resolved to a [`Caller`], which is stored in the request. The
-//! caller's role is checked before the message is read.
+//! Authentication. [`Auth`] resolves a call's bearer token to a [`Caller`], checks the role that
+//! the method requires, and stores the caller in the request. All of this happens before the
+//! message is read.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -19,14 +20,14 @@ use crate::service::auth::access::require;
 use crate::service::auth::tokens::TokenService;
 use crate::service::error::ServiceError;
 
-/// The only method that needs no token, because health probes have none. The method `Watch` of the
-/// same service needs one, because it holds a stream open.
+/// The only method that requires no token, because health probes have none. The method `Watch` of
+/// the same service requires one, because it keeps a stream open.
 pub(super) const HEALTH_CHECK_METHOD: &str = "/grpc.health.v1.Health/Check";
 /// Maximum number of refusals that are logged per second. Further ones are only counted, so that
 /// callers without a token cannot fill the disk.
 const MAX_LOGGED_PER_SECOND: u32 = 20;
 
-/// Adds [`Auth`] to a server.
+/// Layer that adds [`Auth`] to a server, with the settings that all calls share.
 #[derive(Clone)]
 pub(super) struct AuthLayer {
     /// Resolves tokens to callers.
@@ -37,7 +38,8 @@ pub(super) struct AuthLayer {
     pub log: Arc<Rate>,
 }
 
-/// Rate limit for log lines: start of the current second, and the lines in it.
+/// Rate limit for log lines: the start of the current second and the number of lines in it; `None`
+/// before the first line.
 #[derive(Debug, Default)]
 pub(super) struct Rate(Mutex<Option<(Instant, u32)>>);
 
@@ -91,9 +93,9 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        // Only the original was polled ready, so the call uses it and the clone takes its place.
-        let ready = self.inner.clone();
-        let mut inner = std::mem::replace(&mut self.inner, ready);
+        // Only `self.inner` was polled ready, so the call uses it, and `self` keeps the clone.
+        let replacement = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, replacement);
         let layer = self.layer.clone();
         Box::pin(async move {
             match admit(&layer, request.uri().path(), request.headers()).await {
@@ -117,6 +119,7 @@ where
     }
 }
 
+/// Returns the caller of a call, or the reason for which the call is refused.
 async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Caller, ServiceError> {
     if !layer.required || path == HEALTH_CHECK_METHOD {
         return Ok(Caller::unrestricted());
@@ -124,7 +127,7 @@ async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Cal
     let token = headers
         .get(header::AUTHORIZATION)
         .and_then(|v| v.to_str().ok())
-        .and_then(bearer);
+        .and_then(bearer_token);
     let Some(token) = token else {
         let message =
             "this server needs a token: send the metadata \"authorization: Bearer TOKEN\""
@@ -138,7 +141,8 @@ async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Cal
     Ok(caller)
 }
 
-fn bearer(value: &str) -> Option<&str> {
+/// Returns the token of an authorization header with the scheme `Bearer`.
+fn bearer_token(value: &str) -> Option<&str> {
     let (scheme, token) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
@@ -201,9 +205,9 @@ mod tests {
 
     #[test]
     fn a_bearer_is_told_from_other_schemes() {
-        assert_eq!(bearer("Bearer abc"), Some("abc"));
-        assert_eq!(bearer("bearer  abc "), Some("abc"));
-        assert_eq!(bearer("Basic abc"), None);
-        assert_eq!(bearer("abc"), None);
+        assert_eq!(bearer_token("Bearer abc"), Some("abc"));
+        assert_eq!(bearer_token("bearer  abc "), Some("abc"));
+        assert_eq!(bearer_token("Basic abc"), None);
+        assert_eq!(bearer_token("abc"), None);
     }
 }

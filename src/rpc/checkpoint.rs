@@ -37,7 +37,7 @@ impl CheckpointService for Checkpoints {
         request: Request<pb::GetCheckpointRequest>,
     ) -> Result<Response<pb::Checkpoint>, Status> {
         let (caller, r) = split_caller(request)?;
-        let (job, which) = parse(&r.name)?;
+        let (job, which) = parse_name(&r.name)?;
         let (checkpoint, base) = self
             .0
             .get_checkpoint(&caller, job, which)
@@ -65,7 +65,7 @@ impl CheckpointService for Checkpoints {
         request: Request<pb::DeleteCheckpointRequest>,
     ) -> Result<Response<pb::DeleteCheckpointResponse>, Status> {
         let (caller, r) = split_caller(request)?;
-        let (job, CheckpointRef::Step(step)) = parse(&r.name)? else {
+        let (job, CheckpointRef::Step(step)) = parse_name(&r.name)? else {
             return Err(invalid(
                 "name",
                 "must name a step, because latest and best may change before the deletion",
@@ -83,10 +83,10 @@ impl CheckpointService for Checkpoints {
         request: Request<pb::ExportCheckpointRequest>,
     ) -> Result<Response<pb::ExportCheckpointResponse>, Status> {
         let (caller, r) = split_caller(request)?;
-        let (job, which) = parse(&r.name)?;
+        let (job, which) = parse_name(&r.name)?;
         let export = self
             .0
-            .export_checkpoint(&caller, job, which, wanted(r.format, &r.dtype)?)
+            .export_checkpoint(&caller, job, which, export_request(r.format, &r.dtype)?)
             .await
             .map_err(status)?;
         let files = export.files.into_iter().map(file).collect();
@@ -103,10 +103,10 @@ impl CheckpointService for Checkpoints {
         request: Request<pb::DownloadCheckpointRequest>,
     ) -> Result<Response<Self::DownloadCheckpointStream>, Status> {
         let (caller, r) = split_caller(request)?;
-        let (job, which) = parse(&r.name)?;
+        let (job, which) = parse_name(&r.name)?;
         let export = self
             .0
-            .export_checkpoint(&caller, job, which, wanted(r.format, &r.dtype)?)
+            .export_checkpoint(&caller, job, which, export_request(r.format, &r.dtype)?)
             .await
             .map_err(status)?;
         let (sender, receiver) = mpsc::channel(BUFFER);
@@ -158,7 +158,8 @@ async fn send_file(sender: &Sender, f: ExportedFile, path: PathBuf) -> bool {
     }
 }
 
-fn parse(name: &str) -> Result<(&str, CheckpointRef), Status> {
+/// Parses the name of a checkpoint into the job's id and the checkpoint's step, `latest` or `best`.
+fn parse_name(name: &str) -> Result<(&str, CheckpointRef), Status> {
     names::parse_checkpoint(name).ok_or_else(|| {
         invalid(
             "name",
@@ -171,7 +172,8 @@ fn parse(name: &str) -> Result<(&str, CheckpointRef), Status> {
     })
 }
 
-fn wanted(given: i32, dtype: &str) -> Result<ExportRequest, Status> {
+/// Converts the format and the element type that a client requests.
+fn export_request(given: i32, dtype: &str) -> Result<ExportRequest, Status> {
     let dtype = match dtype {
         "" => None,
         name => Some(ElementType::parse(name).ok_or_else(|| {

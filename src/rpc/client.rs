@@ -1,5 +1,5 @@
-//! A thin client for the command line and the demo. It uploads datasets, follows events across
-//! reconnects, and downloads checkpoints without trusting the server's file names.
+//! A client for the command line, the demo and tests. It uploads datasets, follows events across
+//! reconnects, and downloads checkpoints. It checks the file names that a server sends.
 
 /// Well-known protobuf types of message fields.
 pub use prost_types::{Duration as ProtoDuration, FieldMask, Struct as ProtoStruct, Timestamp};
@@ -48,7 +48,7 @@ pub enum ClientError {
         /// The transport's error.
         reason: String,
     },
-    /// The server refused.
+    /// The server refused the call or ended it with an error.
     #[error("{}", describe(.0))]
     Refused(Box<Status>),
     /// A local file cannot be read or written.
@@ -59,7 +59,8 @@ pub enum ClientError {
         /// The operating system's error.
         source: std::io::Error,
     },
-    /// The server's answer violates the protocol, or the token is malformed.
+    /// The server's answer violates the protocol, or the token has characters that a header cannot
+    /// have.
     #[error("the server's answer cannot be used: {0}")]
     Protocol(String),
 }
@@ -89,7 +90,7 @@ impl From<Status> for ClientError {
     }
 }
 
-/// Formats a status for people, with each bad field on a line of its own.
+/// Formats a status for people, with one line for each bad field.
 fn describe(status: &Status) -> String {
     match status.get_details_bad_request() {
         Some(bad) if !bad.field_violations.is_empty() => {
@@ -148,7 +149,7 @@ impl Target {
     }
 }
 
-/// Adds the token to every call.
+/// Interceptor that adds the bearer token, if there is one, to every call.
 #[derive(Clone)]
 pub struct Bearer(Option<MetadataValue<Ascii>>);
 
@@ -180,8 +181,9 @@ impl Client {
     /// Connects to a server.
     ///
     /// # Errors
-    /// [`ClientError::Unreachable`] if the connection fails, [`ClientError::File`] if a certificate
-    /// or key cannot be read, [`ClientError::Protocol`] if the token is malformed.
+    /// [`ClientError::Unreachable`] if the address is wrong or the connection fails,
+    /// [`ClientError::File`] if a certificate or key cannot be read, [`ClientError::Protocol`] if
+    /// the token has characters that a header cannot have.
     pub async fn connect(target: &Target, timeout: Duration) -> ClientResult<Self> {
         let address = &target.address;
         let unreachable = |reason: String| ClientError::Unreachable {
@@ -371,7 +373,7 @@ impl Client {
     /// Downloads a checkpoint's files into the folder `out`. Returns their names.
     ///
     /// # Errors
-    /// As [`Client::download`].
+    /// The errors of [`Client::download`].
     pub async fn download_checkpoint(
         &self,
         name: &str,
@@ -413,7 +415,7 @@ impl Client {
         while let Some(message) = stream.message().await? {
             match message.part {
                 Some(Part::File(file)) => {
-                    if !is_plain(&file.path) {
+                    if !stays_inside(&file.path) {
                         return Err(ClientError::Protocol(format!(
                             "the file name {:?} leads outside of the folder",
                             file.path
@@ -449,12 +451,14 @@ impl Client {
     }
 }
 
-/// Returns true if joining `name` to a folder stays inside it, at most one folder deep.
-fn is_plain(name: &str) -> bool {
+/// Returns true if a file name leads into the folder that it is joined to, or into a folder
+/// directly below it. Parts that begin with a dot are refused.
+fn stays_inside(name: &str) -> bool {
     let part = |p: &str| !p.is_empty() && !p.starts_with('.') && !p.contains(['\\', ':']);
     name.split('/').count() <= 2 && name.split('/').all(part)
 }
 
+/// Returns the innermost error, because the outer ones of the transport say nothing specific.
 fn root_cause(e: &dyn std::error::Error) -> String {
     let mut cause = e;
     while let Some(next) = cause.source() {

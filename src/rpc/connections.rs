@@ -1,6 +1,6 @@
-//! Limits the number of open connections of a port and closes idle ones. Each connection takes a
+//! Limits the number of open connections of a port and closes idle ones. Each connection uses a
 //! file descriptor, and files, the database and probes need descriptors, too. Without a limit, a
-//! client without a token could use them all.
+//! client could use them all, even without a token.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -21,7 +21,7 @@ const MIN_IDLE: Duration = Duration::from_secs(1);
 /// Interval at which a waiting client retries to get a place among the connections.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The connections of a port.
+/// The open connections of a port, and the limit on their number.
 #[derive(Debug)]
 pub(super) struct Connections {
     places: Arc<Semaphore>,
@@ -68,7 +68,7 @@ impl Activity {
         OpenCall(self.clone())
     }
 
-    /// Restarts the idle time. It is used for calls that are not counted.
+    /// Restarts the idle time. This is for activity that is not counted as an open call.
     pub fn touch(&self) {
         *self
             .idle_since
@@ -97,7 +97,8 @@ impl Activity {
 
 impl Drop for OpenCall {
     fn drop(&mut self) {
-        // The time is set first: a reader that sees no open call must not see an old idle time.
+        // The time is set before the count, so that a reader that sees no open call sees the new
+        // time.
         self.0.touch();
         self.0.calls.fetch_sub(1, Ordering::AcqRel);
     }
@@ -110,8 +111,8 @@ impl Drop for Place {
 }
 
 impl Connections {
-    /// Makes a set of at most `limit` connections. Idle ones are closed as long as the result, or a
-    /// place, exists.
+    /// Creates a set of at most `limit` connections. A background task closes idle connections
+    /// until the set and all of its places are dropped.
     pub fn new(limit: usize) -> Arc<Self> {
         let connections = Arc::new(Connections {
             places: Arc::new(Semaphore::new(limit)),
@@ -157,6 +158,7 @@ impl Connections {
         }
     }
 
+    /// Closes the connection that has been idle longest, if it has been idle for [`MIN_IDLE`].
     fn close_idlest(&self) {
         let open = self.lock();
         let closable = open
@@ -171,6 +173,7 @@ impl Connections {
         }
     }
 
+    /// Closes all connections that have been idle for `limit`.
     fn close_idle(&self, limit: Duration) {
         let open = self.lock();
         open.values()

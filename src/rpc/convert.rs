@@ -40,12 +40,12 @@ pub(super) fn identity(identity: ModelIdentity) -> pb::ModelIdentity {
     }
 }
 
-/// Makes the error for one bad field.
+/// Returns the status for one bad field.
 pub(super) fn invalid(field: &str, description: impl Into<String>) -> Status {
     status(ServiceError::invalid(field, description))
 }
 
-/// Checks a page size and replaces 0 by the default.
+/// Checks a page size; 0 means the default.
 pub(super) fn page_size(given: i32, default: usize) -> Result<usize, Status> {
     match given {
         0 => Ok(default),
@@ -57,7 +57,7 @@ pub(super) fn page_size(given: i32, default: usize) -> Result<usize, Status> {
     }
 }
 
-/// Returns the id in `trainingJobs/{id}`.
+/// Returns the id in `trainingJobs/{id}`. `field` is the path of the name's field, for the error.
 pub(super) fn job_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
     names::parse_job(name).ok_or_else(|| {
         invalid(
@@ -67,7 +67,7 @@ pub(super) fn job_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> 
     })
 }
 
-/// Returns the id in `datasets/{id}`.
+/// Returns the id in `datasets/{id}`. `field` is the path of the name's field, for the error.
 pub(super) fn dataset_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Status> {
     names::parse_dataset(name).ok_or_else(|| {
         invalid(
@@ -77,7 +77,7 @@ pub(super) fn dataset_id<'a>(field: &str, name: &'a str) -> Result<&'a str, Stat
     })
 }
 
-/// Returns `value`, or an error if violations were collected.
+/// Returns `value`, or the status for the collected violations if there are any.
 pub(super) fn finish<T>(value: T, bad: Violations) -> Result<T, Status> {
     bad.into_result().map(|()| value).map_err(bad_request)
 }

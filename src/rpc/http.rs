@@ -1,4 +1,4 @@
-//! The plain HTTP port: metrics and probes.
+//! The HTTP port without TLS: metrics and probes.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -36,7 +36,7 @@ pub async fn serve_http(
             "/metrics",
             get(|| async move {
                 process.collect();
-                metrics.render() + &runs(&shown.run_gauges())
+                metrics.render() + &render_run_gauges(&shown.run_gauges())
             }),
         );
     axum::serve(HttpListener::new(listener, MAX_CONNECTIONS), router)
@@ -44,12 +44,13 @@ pub async fn serve_http(
         .await
 }
 
+/// Help text of the gauges of a run.
 const HELP: &str =
     "Value at the last logged step of a job that runs in this process; removed when the job ends.";
 
-/// Renders the gauges of the current runs. They are not in the metrics recorder, because it would
-/// report the last value of every ended job for ever.
-fn runs(shown: &[(String, &'static str, f64)]) -> String {
+/// Renders the gauges of the current runs, given as (job id, gauge name, value). They are not in
+/// the metrics recorder, because it would report the last value of every ended job forever.
+fn render_run_gauges(shown: &[(String, &'static str, f64)]) -> String {
     let mut gauges: BTreeMap<&str, String> = BTreeMap::new();
     for (job, gauge, value) in shown {
         let lines = gauges

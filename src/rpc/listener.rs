@@ -1,5 +1,5 @@
-//! Accepts connections, with TLS if it is configured. Each connection takes one of a limited number
-//! of places. Certificates are read again when their files change.
+//! Accepts connections, with TLS if it is configured. The number of open connections is limited:
+//! each needs a [`Place`]. Certificates are read again when their files change.
 
 use std::fmt;
 use std::future::Future as _;
@@ -30,14 +30,14 @@ use crate::telemetry::gauge_guard::GaugeGuard;
 
 /// Time limit for a TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Time limit for a client to send the HTTP/2 connection preface, and the preface's length in
-/// bytes.
+/// Time limit for a client to send the HTTP/2 connection preface (`.0`), and the preface's length
+/// in bytes (`.1`).
 const PREFACE: (Duration, usize) = (Duration::from_secs(10), 24);
 /// Interval at which the certificate files are checked for changes.
 const CERTIFICATE_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// Maximum number of accepted connections that wait for the server to take them.
 const BUFFER: usize = 64;
-/// Waiting time after a failed accept, e.g. when no file descriptors are left.
+/// Pause after a connection could not be accepted, e.g. because no file descriptors are left.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// Paths of the certificate files.
@@ -64,8 +64,8 @@ pub struct TlsError {
 pub struct Tls(watch::Receiver<Arc<ServerConfig>>);
 
 impl Tls {
-    /// Reads the files, and reads them again whenever they change. If the changed files cannot be
-    /// used, this is logged and the old certificates stay in use.
+    /// Reads the files, and starts a task that reads them again when they change. If the changed
+    /// files cannot be used, the error is logged and the old certificates stay in use.
     ///
     /// # Errors
     /// Returns an error if the files cannot be used now.
@@ -120,7 +120,7 @@ impl fmt::Debug for Tls {
     }
 }
 
-fn at(path: &Path, e: impl fmt::Display) -> TlsError {
+fn tls_error(path: &Path, e: impl fmt::Display) -> TlsError {
     TlsError {
         path: path.to_owned(),
         reason: e.to_string(),
@@ -136,17 +136,17 @@ fn contents(files: &TlsFiles) -> Result<Vec<Vec<u8>>, TlsError> {
     paths
         .into_iter()
         .flatten()
-        .map(|p| std::fs::read(p).map_err(|e| at(p, e)))
+        .map(|p| std::fs::read(p).map_err(|e| tls_error(p, e)))
         .collect()
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let all: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path)
-        .map_err(|e| at(path, e))?
+        .map_err(|e| tls_error(path, e))?
         .collect();
-    let all = all.map_err(|e| at(path, e))?;
+    let all = all.map_err(|e| tls_error(path, e))?;
     if all.is_empty() {
-        Err(at(path, "it holds no PEM certificate"))
+        Err(tls_error(path, "it holds no PEM certificate"))
     } else {
         Ok(all)
     }
@@ -154,30 +154,30 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 
 fn configure(files: &TlsFiles) -> Result<ServerConfig, TlsError> {
     let chain = certificates(&files.certificate)?;
-    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| at(&files.key, e))?;
+    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| tls_error(&files.key, e))?;
     let builder = ServerConfig::builder();
     let builder = match &files.client_ca {
         None => builder.with_no_client_auth(),
         Some(path) => {
             let mut roots = RootCertStore::empty();
             for authority in certificates(path)? {
-                roots.add(authority).map_err(|e| at(path, e))?;
+                roots.add(authority).map_err(|e| tls_error(path, e))?;
             }
             builder.with_client_cert_verifier(
                 WebPkiClientVerifier::builder(Arc::new(roots))
                     .build()
-                    .map_err(|e| at(path, e))?,
+                    .map_err(|e| tls_error(path, e))?,
             )
         }
     };
     let mut config = builder
         .with_single_cert(chain, key)
-        .map_err(|e| at(&files.certificate, e))?;
+        .map_err(|e| tls_error(&files.certificate, e))?;
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(config)
 }
 
-/// Accepts one connection and gives it a place.
+/// Accepts one connection, and waits until it gets a place.
 async fn accept(
     listener: &TcpListener,
     connections: &Arc<Connections>,
@@ -185,7 +185,7 @@ async fn accept(
     loop {
         match listener.accept().await {
             Ok((stream, peer)) => {
-                // A failure only costs latency.
+                // If this fails, answers may only be slower.
                 let _ = stream.set_nodelay(true);
                 return (stream, peer, connections.place().await);
             }
@@ -198,7 +198,7 @@ async fn accept(
 }
 
 /// Accepts connections until the returned stream is dropped. When `limit` connections are open, the
-/// longest idle one is closed for a new one. If none is idle, further clients wait.
+/// one that has been idle longest is closed for a new one. If none is idle, further clients wait.
 pub(super) fn incoming(
     listener: TcpListener,
     tls: Option<Tls>,
@@ -227,7 +227,7 @@ pub(super) fn incoming(
             tokio::spawn(async move {
                 let handshake = tokio::select! {
                     done = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)) => done,
-                    // The place is needed for another client.
+                    // Another client needs the place.
                     () = closing.cancelled() => return,
                 };
                 match handshake {
@@ -250,7 +250,7 @@ enum Io {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-/// Listener of the plain HTTP port. Its calls are not counted; a connection counts as idle since
+/// Listener of the HTTP port. Its calls are not counted: the idle time of a connection begins with
 /// the last write of an answer.
 pub(super) struct HttpListener {
     listener: TcpListener,
@@ -292,12 +292,13 @@ impl axum::serve::Listener for HttpListener {
 pub(super) struct Connection {
     io: Io,
     peer: SocketAddr,
-    /// Timer until the client must have sent the HTTP/2 preface. The transport itself would wait
-    /// for ever.
-    silent: Option<Pin<Box<Sleep>>>,
+    /// Timer for the HTTP/2 preface; `None` when the client has sent it. The transport itself would
+    /// wait forever.
+    preface_timer: Option<Pin<Box<Sleep>>>,
+    /// Bytes read so far, up to the end of the preface.
     read: usize,
-    /// True if calls are counted by its [`Activity`]. If false (HTTP port), each write restarts the
-    /// idle time instead.
+    /// True if the gRPC layer counts open calls in the connection's [`Activity`]. If false (HTTP
+    /// port), each write restarts the idle time instead.
     counts_calls: bool,
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
     closed: bool,
@@ -310,7 +311,7 @@ impl Connection {
         Connection {
             io,
             peer,
-            silent: Some(Box::pin(tokio::time::sleep(PREFACE.0))),
+            preface_timer: Some(Box::pin(tokio::time::sleep(PREFACE.0))),
             read: 0,
             counts_calls: true,
             closing: Box::pin(place.activity.closing().cancelled_owned()),
@@ -320,8 +321,8 @@ impl Connection {
         }
     }
 
-    /// Returns true if the connection must be closed. Otherwise the polling task is woken when it
-    /// must be.
+    /// Returns true if the connection must be closed. Otherwise the polling task is woken when this
+    /// becomes true.
     fn is_closing(&mut self, cx: &mut Context<'_>) -> bool {
         self.closed = self.closed || self.closing.as_mut().poll(cx).is_ready();
         self.closed
@@ -356,8 +357,8 @@ impl AsyncRead for Connection {
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.is_closing(cx) {
-            // End of file, as if the client had left. The transport then closes the connection in
-            // good order.
+            // End of file, as if the client had left. The transport then closes the connection
+            // properly.
             return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();
@@ -365,11 +366,11 @@ impl AsyncRead for Connection {
             Io::Plain(s) => Pin::new(s).poll_read(cx, buf),
             Io::Tls(s) => Pin::new(s).poll_read(cx, buf),
         };
-        if let Some(silent) = &mut this.silent {
+        if let Some(preface_timer) = &mut this.preface_timer {
             this.read += buf.filled().len() - before;
             if this.read >= PREFACE.1 {
-                this.silent = None;
-            } else if silent.as_mut().poll(cx).is_ready() {
+                this.preface_timer = None;
+            } else if preface_timer.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
         }
@@ -384,7 +385,7 @@ impl AsyncWrite for Connection {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        // A client that reads nothing must not hold a connection open that must be closed.
+        // A client that reads nothing must not keep a connection open that must be closed.
         if this.is_closing(cx) {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }

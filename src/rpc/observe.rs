@@ -1,4 +1,4 @@
-//! Traces, counts and times every call.
+//! Traces, counts and times every call, enforces its deadline and returns its request id.
 
 use std::collections::HashSet;
 use std::future::Future;
@@ -23,15 +23,15 @@ use super::{pb, status};
 use crate::service::error::ServiceError;
 use crate::telemetry::trace;
 
-/// Header with a request's id. The id is the client's or is made here, and is returned in the
-/// answer.
+/// Header with the id of a call. A client may send one; otherwise the server creates it. The answer
+/// has it, too.
 const REQUEST_ID: &str = "x-request-id";
 
-/// Time by which a deadline is enforced here before the transport enforces it. The transport's
-/// answer has no error details.
+/// Time by which a deadline is enforced here before the transport enforces it, because the
+/// transport's error has no details.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(3);
 
-/// Adds [`Observe`] to a server.
+/// Layer that adds [`Observe`] to a server.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ObserveLayer;
 
@@ -77,17 +77,17 @@ where
         let trace = span.context();
         let traceparent = trace::format(&trace);
         let deadline = deadline(request.headers());
-        // The connection is in use until all of the answer has been sent.
+        // The call counts as open until its whole answer has been sent.
         let open = request.extensions().get::<Peer>().and_then(|peer| {
-            // Health checks need no token, so a health check that never ends must not hold its
-            // connection open. It is not counted as an open call.
+            // A health check is not counted as an open call: it needs no token, so one that never
+            // ends must not keep its connection open.
             peer.activity.touch();
             (method != HEALTH_CHECK_METHOD).then(|| peer.activity.begin_call())
         });
         let call = self.inner.call(request);
-        let mut seen = ObservedCall::new(method);
+        let mut observed_call = ObservedCall::new(method);
         let observed = async move {
-            // After the deadline the call is dropped. Work of it that still waits for the device is
+            // After the deadline the call is dropped. Its work that still waits for the device is
             // then never started.
             let mut result = match deadline {
                 Some(left) => tokio::time::timeout(left, call).await.unwrap_or_else(|_| {
@@ -108,8 +108,7 @@ where
                     if let Some(status) = status::explained(response.headers()) {
                         let headers = response.headers_mut();
                         headers.remove("grpc-message");
-                        // It fails only for text that is not valid in a header, but `Status`
-                        // encodes its text.
+                        // `Status` encodes its text for headers, so this does not fail.
                         let _ = status.add_header(headers);
                     }
                     // An error without a body has its status in the headers. A later error of a
@@ -123,14 +122,14 @@ where
                 }
                 Err(_) => Code::Internal,
             };
-            seen.ended(code);
+            observed_call.ended(code);
             result.map(|response| response.map(|body| Body::new(CountedBody { body, _open: open })))
         };
         Box::pin(observed.instrument(span))
     }
 }
 
-/// The body of an answer. Its connection counts as in use until the body is dropped.
+/// The body of an answer. Its call counts as open until the body is dropped.
 struct CountedBody {
     body: Body,
     _open: Option<OpenCall>,
@@ -173,8 +172,8 @@ impl ObservedCall {
         }
     }
 
-    /// Sets the call's code. This is a method so that the future captures the whole struct, with
-    /// its `Drop`; an assignment would capture only the field.
+    /// Sets the call's code. This is a method because the future must capture the whole struct,
+    /// whose `Drop` counts the call; an assignment would capture only the field.
     fn ended(&mut self, code: Code) {
         self.code = code;
     }
@@ -197,8 +196,8 @@ impl Drop for ObservedCall {
     }
 }
 
-/// Makes the call's span, in the caller's trace if it sent one. Logs show the trace's id even if no
-/// spans are exported.
+/// Creates the call's span, in the caller's trace if the call has one. Logs show the trace's id
+/// even if no spans are exported.
 fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
     let caller = trace::parse(
         headers
@@ -215,7 +214,7 @@ fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
         otel.kind = "server"
     );
     let known = trace::id(&caller);
-    // It fails only if no spans are exported.
+    // This fails only if no spans are exported.
     let _ = span.set_parent(caller);
     if let Some(trace_id) = known.or_else(|| trace::id(&span.context())) {
         span.record("trace_id", trace_id);
@@ -228,7 +227,8 @@ fn span(method: &'static str, id: &str, headers: &HeaderMap) -> tracing::Span {
     span
 }
 
-/// Returns true if the server, not the caller, is at fault. Only such spans are marked as errors.
+/// Returns true if the code may be the server's fault. Only spans with such a code are marked as
+/// errors.
 fn is_server_fault(code: Code) -> bool {
     matches!(
         code,
@@ -241,8 +241,8 @@ fn is_server_fault(code: Code) -> bool {
     )
 }
 
-/// Reads the client's `grpc-timeout` and subtracts [`DEADLINE_MARGIN`], so that the call ends here,
-/// with error details, before the transport ends it without.
+/// Returns the time that the client's `grpc-timeout` leaves, minus [`DEADLINE_MARGIN`]; `None`
+/// without a valid one.
 fn deadline(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
@@ -260,8 +260,8 @@ fn deadline(headers: &HeaderMap) -> Option<Duration> {
     Some(left.saturating_sub(DEADLINE_MARGIN))
 }
 
-/// Returns the name of a method that the server has, else `unknown`. Otherwise callers could create
-/// metric series and fill logs with invented names.
+/// Returns the path of a method if the server has it, else `unknown`. Without this, callers could
+/// create metric series and fill logs with invented names.
 pub(super) fn known(path: &str) -> &'static str {
     METHODS.get(path).map_or("unknown", String::as_str)
 }

@@ -3,5 +3,5 @@
 
 tonic::include_proto!("bradley.v1");
 
-/// The compiled descriptors, for reflection.
+/// The encoded descriptors of the protos, for reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bradley.bin"));

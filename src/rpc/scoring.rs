@@ -16,7 +16,7 @@ use crate::service::auth::tokens::TokenService;
 use crate::service::error::ServiceError;
 use crate::service::scoring::{self, ReservedPair, ScoredPair, ScoringSession};
 
-/// Maximum number of pairs in a unary batch.
+/// Maximum number of pairs in a ScorePairs call.
 const MAX_PAIRS: usize = 1024;
 /// Maximum number of answers to one prompt.
 const MAX_COMPLETIONS: usize = 256;
@@ -29,7 +29,7 @@ const BUFFER: usize = 64;
 /// The gRPC service for scoring.
 pub(super) struct ScoringRpc {
     pub scoring: Arc<scoring::ScoringService>,
-    /// Ends streams when their callers' tokens expire or are revoked.
+    /// Used to end streams when their callers' tokens expire or are revoked.
     pub tokens: TokenService,
 }
 
@@ -54,8 +54,7 @@ impl ScoringService for ScoringRpc {
             .session(&caller, options)
             .await
             .map_err(status)?;
-        // The tasks are dropped with this call, so that pairs are not scored for a client that has
-        // left.
+        // The tasks are dropped with this call, so pairs are not scored for a client that has left.
         let mut tasks = JoinSet::new();
         let mut results: Vec<(String, Option<Scored>)> = Vec::with_capacity(r.pairs.len());
         for (i, pair) in r.pairs.into_iter().enumerate() {
@@ -70,7 +69,7 @@ impl ScoringService for ScoringRpc {
                 )))
             })? {
                 // The whole call fails, so that a client or a gateway can repeat it at another
-                // replica without looking into the results.
+                // replica without reading the results.
                 (_, Err(e)) if e.is_draining() => return Err(status(e)),
                 (i, scored) => results[i].1 = Some(scored),
             }
@@ -125,16 +124,16 @@ impl ScoringService for ScoringRpc {
             .map_err(status)?;
         let (answers, receiver) = mpsc::channel(BUFFER);
         let tokens = self.tokens.clone();
-        let followed = async move {
+        let serving = async move {
             let ended = tokio::select! {
-                ended = follow(requests, &answers, &session, per_token) => ended,
+                ended = score_stream(requests, &answers, &session, per_token) => ended,
                 e = tokens.until_invalid(&caller) => Err(status(e)),
             };
             if let Err(e) = ended {
                 let _ = answers.send(Err(e)).await;
             }
         };
-        tokio::spawn(followed.in_current_span());
+        tokio::spawn(serving.in_current_span());
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
@@ -216,9 +215,9 @@ fn pair_result(id: String, scored: Scored, per_token: bool) -> pb::PairResult {
 
 type Answers = mpsc::Sender<Result<pb::StreamScorePairsResponse, Status>>;
 
-/// Reads pairs and answers each when it is scored, at most [`IN_FLIGHT`] at a time. Returns when
-/// the client has half-closed the stream and all pairs are answered, or when the client has left.
-async fn follow(
+/// Reads pairs from a stream, scores at most [`IN_FLIGHT`] at a time, and answers each when it is
+/// scored. Returns when the client has sent its last pair and all are answered, or has left.
+async fn score_stream(
     mut requests: Streaming<pb::StreamScorePairsRequest>,
     answers: &Answers,
     session: &ScoringSession,
@@ -233,8 +232,8 @@ async fn follow(
             next = requests.message(), if open && tasks.len() < IN_FLIGHT => match next? {
                 Some(pb::StreamScorePairsRequest { part: Some(Part::Pair(pair)) }) => {
                     let id = pair.id.clone();
-                    // This waits until there is room for the pair's text. Only then is the next
-                    // message read.
+                    // `reserve` waits until there is room for the pair's text. The next message is
+                    // read only then.
                     match convert::pair(pair) {
                         Ok(pair) => {
                             let reserved = session.reserve(pair).await;

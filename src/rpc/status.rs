@@ -11,15 +11,15 @@ use crate::service::error::ServiceError;
 /// Domain in every ErrorInfo.
 pub const DOMAIN: &str = "bradley.dev";
 
-// A status is sent in headers, and many clients accept only 8 KiB of headers. These limits keep the
-// whole status below 4 KiB. The message is sent twice (once in the details), and the details are
+// A status is sent in headers, and many clients accept only 8 KiB of headers. With these limits a
+// status has at most 4 KiB. The message is sent twice (once in the details), and the details are
 // encoded as base64.
-/// Maximum size of a message, in bytes as encoded in the header: with violations or a resource's
-/// name beside it, and alone.
+/// Maximum size of a message in the header, in bytes: if the status also has violations or a
+/// resource's name (`.0`), and otherwise (`.1`).
 const MAX_MESSAGE: (usize, usize) = (640, 1400);
-/// Maximum size of all violations, in bytes.
+/// Maximum size of all violations of a status, in bytes.
 const MAX_VIOLATIONS: usize = 1664;
-/// Maximum length of one violation's field and of its description, in characters.
+/// Maximum length of a violation's field (`.0`) and of its description (`.1`), in characters.
 const MAX_VIOLATION: (usize, usize) = (100, 400);
 /// Bytes that protobuf's encoding adds to each violation.
 const PER_VIOLATION: usize = 8;
@@ -29,13 +29,13 @@ const MAX_NAME: usize = 300;
 /// Maps an error to its status: code, message, and BadRequest, ErrorInfo, RetryInfo or ResourceInfo
 /// details.
 pub fn status(e: ServiceError) -> Status {
-    let has_list = matches!(
+    let has_other_texts = matches!(
         e,
         ServiceError::InvalidArgument(_) | ServiceError::NotFound { .. }
     );
-    let mut message = cut(
+    let mut message = shorten_for_header(
         e.to_string(),
-        if has_list {
+        if has_other_texts {
             MAX_MESSAGE.0
         } else {
             MAX_MESSAGE.1
@@ -84,7 +84,7 @@ pub fn status(e: ServiceError) -> Status {
     Status::with_error_details(code, message, details)
 }
 
-/// Adds violations while there is room. The last one says how many are left out.
+/// Adds violations as long as there is room. If some are left out, the last one says how many.
 fn add_violations(details: &mut ErrorDetails, violations: &Violations) {
     let mut left = MAX_VIOLATIONS;
     for (i, violation) in violations.listed().iter().enumerate() {
@@ -105,7 +105,7 @@ fn add_violations(details: &mut ErrorDetails, violations: &Violations) {
 }
 
 /// Returns the size of a character in the header, in bytes. Some characters are percent-encoded,
-/// which takes three bytes for each of theirs.
+/// with three bytes for each byte of the character.
 fn header_bytes(c: char) -> usize {
     if c.is_ascii_graphic() && !"\"#%<>`?{}".contains(c) {
         1
@@ -115,7 +115,7 @@ fn header_bytes(c: char) -> usize {
 }
 
 /// Shortens a message to `limit` bytes in the header.
-fn cut(message: String, limit: usize) -> String {
+fn shorten_for_header(message: String, limit: usize) -> String {
     let mut left = limit;
     for (i, c) in message.char_indices() {
         let bytes = header_bytes(c);
@@ -132,19 +132,20 @@ pub fn bad_request(v: Violations) -> Status {
     status(ServiceError::InvalidArgument(v))
 }
 
-/// Makes the google.rpc.Status for the reason why a job failed.
+/// Returns the google.rpc.Status for the error of a job.
 pub fn job_error(code: Code, reason: &str, text: String) -> tonic_types::Status {
     let mut details = ErrorDetails::new();
     details.set_error_info(reason, DOMAIN, std::collections::HashMap::new());
-    decoded(Status::with_error_details(code, text, details))
+    to_rpc_status(Status::with_error_details(code, text, details))
 }
 
 /// Converts an error to a google.rpc.Status, which is sent inside an answer.
 pub fn message(e: ServiceError) -> tonic_types::Status {
-    decoded(status(e))
+    to_rpc_status(status(e))
 }
 
-fn decoded(status: Status) -> tonic_types::Status {
+/// Converts a gRPC status with details to a google.rpc.Status.
+fn to_rpc_status(status: Status) -> tonic_types::Status {
     use prost::Message;
     // The details header is the encoded google.rpc.Status itself.
     tonic_types::Status::decode(status.details()).unwrap_or(tonic_types::Status {
@@ -154,9 +155,9 @@ fn decoded(status: Status) -> tonic_types::Status {
     })
 }
 
-/// Returns a status with error details for a call that the transport ended because it could not
-/// read the message. Such a call is recognised by the code INTERNAL without details: statuses that
-/// are made in this module always have details.
+/// Returns an INVALID_ARGUMENT status with details for a call that the transport ended because it
+/// could not read the message. Such a call is recognised by the code INTERNAL without details,
+/// because the statuses of this module always have details. Returns `None` for every other call.
 pub fn explained(headers: &HeaderMap) -> Option<Status> {
     let given = Status::from_header_map(headers)
         .filter(|s| s.code() == Code::Internal && s.details().is_empty())?;
@@ -177,7 +178,7 @@ pub fn explained(headers: &HeaderMap) -> Option<Status> {
     ))
 }
 
-/// Returns the status for a stream with missing or unexpected messages.
+/// Returns the status for a stream in which a message is missing or unexpected.
 pub fn incomplete(what: &str) -> Status {
     status(ServiceError::invalid("part", what))
 }

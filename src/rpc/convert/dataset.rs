@@ -59,7 +59,7 @@ pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, S
     )
 }
 
-/// Converts a dataset. `with_issues` includes the findings in its report.
+/// Converts a dataset. `with_issues` includes the list of findings in its report.
 pub(in crate::rpc) fn dataset(d: Dataset, with_issues: bool) -> pb::Dataset {
     pb::Dataset {
         name: format!("datasets/{}", d.id),

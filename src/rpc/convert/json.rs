@@ -1,4 +1,5 @@
-//! JSON in requests: `google.protobuf.Struct`, and strings of JSON where the order of keys matters.
+//! JSON in requests and answers: as `google.protobuf.Struct`, or as a string if the order of keys
+//! matters.
 
 use prost_types::value::Kind;
 use prost_types::{ListValue, NullValue, Struct};
@@ -6,19 +7,19 @@ use serde_json::{Map, Number, Value};
 
 use crate::domain::message::{TemplateArguments, check_kwargs, check_tools, kind, tools_from_json};
 
-/// Maximum nesting of objects and lists in a Struct. It is a little below protobuf's own limit,
-/// because protobuf's error does not name the field.
+/// Maximum nesting of objects and lists in a Struct. It is below the limit of the protobuf library,
+/// because the library's error does not name the field.
 const MAX_DEPTH: usize = 24;
-/// Integers below this are exact as f64.
+/// Integers with a smaller absolute value are exact as f64.
 const EXACT_INTEGER_LIMIT: f64 = (1u64 << 53) as f64;
 
-/// A bad field's path, and the reason why it cannot be used.
+/// Path of a bad field, and the reason why its value cannot be used.
 pub(in crate::rpc) type Wrong = (String, String);
 
 /// Converts a Struct to a JSON object with sorted keys.
 ///
 /// # Errors
-/// Returns a text that completes a sentence after the field's name.
+/// Returns a text that completes a sentence that begins with the field's name.
 pub(in crate::rpc) fn object(given: Struct) -> Result<Map<String, Value>, String> {
     fields(given, MAX_DEPTH)
 }
@@ -89,7 +90,7 @@ fn to_value(value: &Value) -> prost_types::Value {
 /// Parses a JSON object.
 ///
 /// # Errors
-/// Returns a text that completes a sentence after the field's name.
+/// Returns a text that completes a sentence that begins with the field's name.
 pub(in crate::rpc) fn parse_object(text: &str) -> Result<Map<String, Value>, String> {
     match serde_json::from_str(text) {
         Ok(Value::Object(fields)) => Ok(fields),
@@ -98,8 +99,11 @@ pub(in crate::rpc) fn parse_object(text: &str) -> Result<Map<String, Value>, Str
     }
 }
 
-/// Reads the variables for the chat template from the one of two fields that is given. `place` is
-/// the path of the message that holds the fields, e.g. `options`, for error messages.
+/// Reads the variables for the chat template from one of two fields: the Struct `given` or the JSON
+/// object `text`. `place` is the path of the message with these fields, e.g. `options`, for errors.
+///
+/// # Errors
+/// Returns the bad field if both are given or the variables cannot be used.
 pub(in crate::rpc) fn kwargs(
     place: &str,
     given: Option<Struct>,
@@ -119,8 +123,8 @@ pub(in crate::rpc) fn kwargs(
     checked.map_err(|reason| (format!("{place}.{name}"), reason))
 }
 
-/// Returns the two fields for variables of the chat template. The Struct is set if it represents
-/// the same JSON exactly, else the text. Without variables neither is set.
+/// Converts the variables for the chat template to the two fields of an answer: a Struct if it
+/// represents the same JSON exactly, otherwise a JSON text. Without variables both are empty.
 pub(in crate::rpc) fn kwargs_fields(kwargs: Map<String, Value>) -> (Option<Struct>, String) {
     if kwargs.is_empty() {
         return (None, String::new());
@@ -133,8 +137,11 @@ pub(in crate::rpc) fn kwargs_fields(kwargs: Map<String, Value>) -> (Option<Struc
     }
 }
 
-/// Reads the tools and variables for a chat template. `place` is the path of the message that holds
-/// the fields, e.g. `options`, for error messages.
+/// Reads the tools and variables for the chat template from four fields of a message. `place` is
+/// the path of the message, e.g. `options`, for errors.
+///
+/// # Errors
+/// Returns the bad field if tools or variables are given in both forms or cannot be used.
 pub(in crate::rpc) fn arguments(
     place: &str,
     tools: Vec<Struct>,

@@ -14,7 +14,8 @@ use crate::rpc::pb;
 use crate::service::error::ServiceError;
 use crate::service::scoring::{PairToScore, ScoreOptions, ScoredCompletion, ScoredPair};
 
-/// Reads the scoring options of a request. The bool is true if it asks for per-token log-probs.
+/// Converts the scoring options of a request. The second value is true if the request wants the
+/// log-probs of each token.
 pub(in crate::rpc) fn options(
     o: Option<pb::ScoringOptions>,
 ) -> Result<(ScoreOptions, bool), Status> {
@@ -82,7 +83,7 @@ pub(in crate::rpc) fn options(
     )
 }
 
-/// Converts the normalization that was used: the sum or the mean.
+/// Converts the normalization that was used to the value of the protobuf enum.
 pub(in crate::rpc) fn normalization(n: Normalization) -> i32 {
     match n {
         Normalization::Sum => pb::RewardNormalization::Sum.into(),
@@ -90,7 +91,10 @@ pub(in crate::rpc) fn normalization(n: Normalization) -> i32 {
     }
 }
 
-/// Converts a required text.
+/// Converts a text. `field` is its path, for errors.
+///
+/// # Errors
+/// `InvalidArgument` if the text is missing, has too many messages or a bad message.
 pub(in crate::rpc) fn text(field: &str, t: Option<pb::Text>) -> Result<Text, ServiceError> {
     match t.and_then(|t| t.form) {
         Some(pb::text::Form::Plain(s)) => Ok(Text::Plain(s)),
@@ -116,7 +120,7 @@ pub(in crate::rpc) fn text(field: &str, t: Option<pb::Text>) -> Result<Text, Ser
     }
 }
 
-/// Converts a chat message with its further keys.
+/// Converts a chat message with its further keys. `field` is its path, for errors.
 fn message(field: &str, m: pb::Message) -> Result<ChatMessage, ServiceError> {
     let further = match (m.fields, m.fields_json.as_str()) {
         (None, "") => return Ok(ChatMessage::new(m.role, m.content)),
@@ -172,7 +176,7 @@ pub(in crate::rpc) fn pair(p: pb::Pair) -> Result<PairToScore, ServiceError> {
     })
 }
 
-/// Converts a pair's score.
+/// Converts a pair's score, with the log-probs of each token if `per_token`.
 pub(in crate::rpc) fn pair_score(s: ScoredPair, per_token: bool) -> pb::PairScore {
     pb::PairScore {
         probability: s.probability,
@@ -182,7 +186,7 @@ pub(in crate::rpc) fn pair_score(s: ScoredPair, per_token: bool) -> pb::PairScor
     }
 }
 
-/// Converts an answer's score.
+/// Converts an answer's score, with the log-probs of each token if `per_token`.
 pub(in crate::rpc) fn completion(c: ScoredCompletion, per_token: bool) -> pb::CompletionScore {
     let keep = |xs: Vec<f32>| if per_token { xs } else { Vec::new() };
     pb::CompletionScore {

@@ -21,16 +21,18 @@ use crate::rpc::status::job_error;
 use crate::service::jobs::estimate::JobEstimate;
 use crate::service::jobs::lifecycle::JobChanges;
 
+/// Default peak learning rate for LoRA. The domain's default is for full fine-tuning.
 const LORA_LEARNING_RATE: f64 = 1e-4;
-/// The divergence that has a parameter of its own.
+/// Name of the divergence with the parameter `f_alpha`.
 const ALPHA_DIVERGENCE: &str = "alpha_divergence";
-/// A schedule without warm-up.
+/// Name of the schedule with a constant learning rate and no warm-up.
 const CONSTANT: &str = "constant";
-/// A constant learning rate after a warm-up, as in transformers' get_constant_schedule_with_warmup.
+/// Name of the schedule with a constant learning rate after a warm-up, as in transformers'
+/// get_constant_schedule_with_warmup.
 const CONSTANT_WITH_WARMUP: &str = "constant_with_warmup";
-/// The two names of the schedule that ends at a floor: this API's and transformers'.
+/// Names of the schedule that ends at a floor: that of this API, and that of transformers.
 const FLOOR_SCHEDULES: [&str; 2] = ["cosine_with_floor", "cosine_with_min_lr"];
-/// Maximum number of paths in an update mask, about the number of a job's fields.
+/// Maximum number of paths in an update mask. A job has about as many fields.
 const MAX_PATHS: usize = 32;
 /// Maximum time to live: a hundred years.
 const MAX_TTL: std::time::Duration = std::time::Duration::from_secs(100 * 366 * 24 * 3600);
@@ -128,11 +130,10 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         seed: Seed(job.seed.unwrap_or(Seed::default().0)),
         method,
     };
-    // The domain checks the ranges. Its findings are added to the same list, so that one answer has
-    // all bad fields.
+    // The domain checks the ranges. It adds to the same list, so that one error has all bad fields.
     spec.validate("training_job", &mut bad);
     let Some(policy) = policy else {
-        return finish_never(bad);
+        return refuse(bad);
     };
     let ttl_ms = ttl(job.ttl, &mut bad);
     let kwargs = json::kwargs(
@@ -149,7 +150,7 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         display_name,
         labels,
         priority,
-        // The service sets these two.
+        // The service sets these two when it creates the job.
         model: None,
         pins: None,
         policy,
@@ -206,7 +207,7 @@ fn duration(seconds: f64) -> prost_types::Duration {
     }
 }
 
-/// Returns the fields of `job` that `mask` names. Without a mask these are all that may change.
+/// Returns the fields of `job` that `mask` names, or all changeable fields without a mask.
 pub(in crate::rpc) fn changes(
     job: pb::TrainingJob,
     mask: Option<prost_types::FieldMask>,
@@ -218,7 +219,7 @@ pub(in crate::rpc) fn changes(
         .unwrap_or_else(|| CHANGEABLE.map(str::to_owned).to_vec());
     let mut bad = Violations::default();
     if !bad.at_most("update_mask.paths", paths.len(), MAX_PATHS) {
-        return finish_never(bad);
+        return refuse(bad);
     }
     for (i, path) in paths
         .iter()
@@ -244,7 +245,8 @@ pub(in crate::rpc) fn changes(
     finish(changes, bad)
 }
 
-fn finish_never<T>(bad: Violations) -> Result<T, Status> {
+/// Returns the status for the collected violations. Used when there is no value to return.
+fn refuse<T>(bad: Violations) -> Result<T, Status> {
     Err(crate::rpc::status::bad_request(bad))
 }
 
@@ -252,12 +254,12 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     let d = DpoConfig::default();
     let mut losses = Vec::new();
     // A mix has each loss at most once. A longer list is refused without reading it.
-    let few = bad.at_most(
+    let is_within_limit = bad.at_most(
         "training_job.dpo.losses",
         c.losses.len(),
         LossType::ALL.len(),
     );
-    if !few {
+    if !is_within_limit {
         c.losses.clear();
     }
     for (i, l) in c.losses.iter().enumerate() {
@@ -296,8 +298,8 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
             Divergence::ReverseKl
         }
     };
-    // If a loss is unknown, the settings that belong to a loss cannot be checked.
-    let all_known = few && losses.len() == c.losses.len();
+    // If a loss is unknown, settings of single losses cannot be checked: they may belong to it.
+    let all_known = is_within_limit && losses.len() == c.losses.len();
     let losses = if losses.is_empty() { d.losses } else { losses };
     if all_known {
         refuse_unused_dpo(&c, &losses, bad);
@@ -322,8 +324,8 @@ fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     }
 }
 
-/// Records a violation for every setting of a loss or a divergence that the objective does not
-/// have. The domain checks label smoothing.
+/// Records a violation for every setting that belongs to a loss or a divergence that the objective
+/// does not have. The domain checks label smoothing.
 fn refuse_unused_dpo(c: &pb::DpoConfig, losses: &[WeightedLoss], bad: &mut Violations) {
     let settings = [
         ("discopop_tau", c.discopop_tau, LossType::Discopop),
@@ -406,6 +408,7 @@ fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> O
     }
 }
 
+/// Converts LoRA settings: with defaults, and as the client gave them.
 fn lora(mut c: pb::LoraConfig, bad: &mut Violations) -> (LoraConfig, GivenLora) {
     let d = LoraConfig::default();
     if !bad.at_most(
@@ -604,8 +607,8 @@ fn dpo_message(c: &DpoConfig) -> pb::DpoConfig {
         label_smoothing: Some(c.label_smoothing),
         f_divergence: f_divergence.into(),
         f_alpha,
-        // Settings without effect are left out, because a request with them would be refused, and a
-        // client may create a job like this one from the answer.
+        // Settings without effect are left out: a client may use this answer as the request for
+        // another job, and a request with them would be refused.
         discopop_tau: c.has_loss(LossType::Discopop).then_some(c.discopop_tau),
         rpo_alpha: c.rpo_alpha,
         dpop_lambda: Some(c.dpop_lambda),
@@ -734,7 +737,7 @@ pub(in crate::rpc) fn states(given: &[i32]) -> Result<Vec<JobState>, Status> {
     let mut bad = Violations::default();
     let mut wanted = Vec::new();
     if !bad.at_most("states", given.len(), JobState::ALL.len()) {
-        return finish_never(bad);
+        return refuse(bad);
     }
     for (i, n) in given.iter().enumerate() {
         match JobState::ALL.into_iter().find(|s| state(*s) as i32 == *n) {

@@ -1,14 +1,15 @@
 """The chart's checks. `.ci/helm` installs what they need and calls them.
 
-    checks.py docs [--write]   README.md and values.schema.json say what values.yaml and the server's settings say (--write makes them so)
+    checks.py docs [--write]   README.md and values.schema.json agree with values.yaml and the server's settings (--write updates them)
     checks.py lint             helm lint --strict, with every file of values
-    checks.py refused          values that must be refused are, with the right words
-    checks.py memory           the server is told the limits of the host's and of the GPUs' memory that the values mean
+    checks.py refused          the chart refuses the values of refused.yaml with the expected messages
+    checks.py memory           the values give the server the right limits on the memory of the host and of the GPUs
     checks.py manifests        renders every file of values for every version of Kubernetes, and validates all manifests
-    checks.py mutations        misspelt fields in these manifests are found, at every place where there can be one
+    checks.py mutations        the validation finds a misspelt field at every place of these manifests
     checks.py policies         checkov
 
-HELM, NODE and CHECKOV name the programs, CRDS the folder with the models of custom resources, RENDERED where manifests are put.
+Environment variables: HELM, NODE and CHECKOV are the programs, CRDS is the folder with the models
+of custom resources, RENDERED the folder for manifests.
 """
 
 import concurrent.futures
@@ -34,7 +35,7 @@ VALUES = sorted(CI.glob("*-values.yaml"))
 # From the chart's kubeVersion to the newest with schemas.
 KUBERNETES = [f"1.{minor}.0" for minor in range(30, 38)]
 NAMESPACE = "models"
-# Settings that have values of their own: they are refused in `config`.
+# Settings that the chart sets from other values; `config` refuses them.
 MANAGED = {
     "models", "data_dir", "listen", "http_listen", "device", "database_url", "artifact_url", "auth", "tls_cert", "tls_key", "tls_client_ca",
 }  # fmt: skip
@@ -61,7 +62,8 @@ def helm(*command):
 
 
 def described(text):
-    """(path, description) of each key of values.yaml that has a `# --` comment, and the paths of all keys that have none of their own."""
+    """Returns (path, description) of each key of values.yaml with a `# --` comment, and the paths
+    of all leaf keys without one."""
     lines, found, bare = text.splitlines(), [], []
 
     def walk(node, path):
@@ -89,7 +91,7 @@ def at(tree, path):
 
 
 def settings():
-    """The server's settings and their help, from its source."""
+    """Returns the server's settings with their help texts, from its source."""
     source = (ROOT / "src/cli/settings.rs").read_text()
     table = re.search(r"pub const SETTINGS.*?= &\[(.*?)\n\];", source, re.S).group(1)
     found = re.findall(r'\(\s*"([a-z0-9_]+)",\s*"(?:[^"\\]|\\.)*",\s*"((?:[^"\\]|\\.)*)",?\s*\)', table, re.S)
@@ -99,7 +101,7 @@ def settings():
 
 
 def documented():
-    """What README.md and values.schema.json should be."""
+    """Returns the texts that README.md and values.schema.json should have."""
     text = (CHART / "values.yaml").read_text()
     values, schema = yaml.safe_load(text), json.loads((CHART / "values.schema.json").read_text())
     found, bare = described(text)
@@ -149,7 +151,8 @@ def docs(write=False):
             (CHART / name).write_text(text)
         check((CHART / name).read_text() == text, f"{name} is out of date: run {CI.relative_to(ROOT)}/checks.py docs --write")
 
-    # Every value is set to something else by a file of values, so that nothing in the templates is never rendered.
+    # Each value is changed by at least one file of values, so every part of the templates is
+    # rendered.
     text = (CHART / "values.yaml").read_text()
     defaults, used = yaml.safe_load(text), [yaml.safe_load(file.read_text()) or {} for file in VALUES]
 
@@ -167,7 +170,7 @@ def docs(write=False):
             return False
 
     for path in leaves(defaults):
-        # Defaults of what Kubernetes defines: any one of them stands for all.
+        # These values have the form that Kubernetes defines, so changing one key of them is enough.
         whole = next((path[:n] for n in (1, 2) if path[:n] in {(k,) for k in ("resources", "podSecurityContext", "securityContext")} | {("probes", k) for k in ("startup", "liveness", "readiness")}), path)
         check(any(differs(values, whole) for values in used), f"no file of values sets {'.'.join(path)}")
 
@@ -214,10 +217,12 @@ def documents(text):
 
 
 def memory():
-    """The host's limit follows from the container's memory, on CPU and on GPU pods. A GPU's limit is set only where the values set it."""
+    """Checks the memory limits: the host's follows from the container's memory on CPU and GPU pods,
+    a GPU's is set only by config."""
     gpu, large = {"gpu": {"enabled": True}}, {"resources": {"limits": {"memory": "64Gi"}}}
     cases = (
-        # Values, and the limits of the host's and of the GPUs' memory: 0.9 · (memory - 1 GiB), in MiB.
+        # Values, and the limits of the host's and of the GPUs' memory: 0.9 · (memory - 1 GiB), in
+        # MiB.
         ({}, "4608MiB", None),
         (large, "58060MiB", None),
         (gpu, "4608MiB", None),
@@ -238,7 +243,7 @@ def memory():
 
 
 def rendered(versions):
-    """The manifests of every file of values, by file and version."""
+    """Returns the manifests of every file of values, by file and version."""
     jobs = [(file, version) for file in VALUES for version in versions]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         texts = pool.map(lambda job: render(*job), jobs)
@@ -256,7 +261,8 @@ def schema_file(version, name):
 
 @functools.cache
 def validator(version, kind, api_version):
-    """The validator that kubernetes-validate makes for each manifest anew, of the same files."""
+    """Returns a cached validator. kubernetes-validate would make one for each manifest, from the
+    same files."""
     group, _, number = api_version.rpartition("/")
     schema = schema_file(version, "-".join(filter(None, (kind.lower(), group.split(".")[0], number))) + ".json")
     registry = referencing.Resource.from_contents(schema_file(version, "_definitions.json")) @ (
@@ -318,7 +324,7 @@ def bytes_of(quantity):
 
 
 def references(name, found):
-    """What refers to what, within one release; and what has to fit together."""
+    """Checks the references between the objects of a release, and values that have to agree."""
     by_kind = {}
     for document in found:
         by_kind.setdefault(document["kind"], []).append(document)
@@ -390,7 +396,7 @@ def references(name, found):
         must(dashboard["data"]["bradley.json"].strip() == (CHART / "files/dashboard.json").read_text().strip(), "the dashboard is not files/dashboard.json")
         json.loads(dashboard["data"]["bradley.json"])
 
-    # Several replicas share what they must, roll without a gap, and are kept from one node and one disruption.
+    # Several replicas share their data, roll out without a gap, and are spread over nodes.
     if workload["kind"] == "StatefulSet":
         must(spec["replicas"] == 1 and "BRADLEY_ARTIFACT_URL" not in config, "a StatefulSet of several replicas")
         kept = any(claim["metadata"]["name"] == "data" for claim in spec.get("volumeClaimTemplates", []))
@@ -401,7 +407,7 @@ def references(name, found):
         must(spec["progressDeadlineSeconds"] > container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"], "the rollout fails before the startup probe does")
         must(least == 1 or "topologySpreadConstraints" in pod, "several replicas are not spread")
 
-    # What a shutdown takes has to fit the grace period; what a job may take, the memory.
+    # A shutdown must fit into the grace period, and a job's memory into the container's limit.
     sleep = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
     must(pod["terminationGracePeriodSeconds"] >= int(config["BRADLEY_DRAIN_TIMEOUT"]) + sleep + 10, "the grace period is too short")
     limit, memory = container["resources"]["limits"]["memory"], config["BRADLEY_MEMORY_LIMIT"]
@@ -410,7 +416,8 @@ def references(name, found):
     for setting in config:
         must(setting in {f"BRADLEY_{known.upper()}" for known in settings()} or re.match("AWS_|GOOGLE_|AZURE_|HF_", setting), f"{setting} is no setting")
 
-    # Every pod: the restricted profile, no token, no variables of Services; every volume that is mounted exists, every object that is named, too.
+    # Every pod has the restricted profile, no token and no Services' variables. Mounted volumes and
+    # named objects exist.
     jobs = [job["spec"]["template"]["spec"] for job in by_kind.get("Job", [])]
     for each in [pod, *jobs, *(document["spec"] for document in by_kind.get("Pod", []))]:
         must(each["automountServiceAccountToken"] is False and each["enableServiceLinks"] is False, "a pod gets a token, or Services' variables")
@@ -443,16 +450,16 @@ def references(name, found):
         must("tls.key" not in keys, "helm test has the server's key")
 
 
-# -- are the checks checks? -----------------------------------------------------------------------------------------------------------
+# -- mutations of manifests -----------------------------------------------------------------------------------------------------------
 
-# Below these, names are free.
+# Maps whose keys are free names: a misspelt key is no error there.
 FREE = {
     "labels", "annotations", "data", "stringData", "matchLabels", "selector", "nodeSelector", "limits", "requests", "metadata.trigger", "groups.labels",
 }  # fmt: skip
 
 
 def places(node, path=()):
-    """The paths of objects that have fields of a schema."""
+    """Yields the paths of all objects whose fields a schema defines."""
     if isinstance(node, dict):
         # Services select by a map of labels, others by an object.
         free = path and (path[-1] in FREE - {"selector"} or (path[-1] == "selector" and "matchLabels" not in node and "matchExpressions" not in node))

@@ -11,7 +11,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What selects the release's objects: it must never change, selectors are immutable. */}}
+{{/* Labels that select the release's objects. They must never change: selectors are immutable. */}}
 {{- define "bradley.selectorLabels" -}}
 app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -48,7 +48,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
-{{/* Not empty where the database and the artifacts are outside the pod, so that there may be several. */}}
+{{/* Not empty if database and artifacts are outside the pod, so several replicas are possible. */}}
 {{- define "bradley.shared" -}}
 {{- if or .Values.database.url .Values.database.existingSecret -}}true{{- end -}}
 {{- end -}}
@@ -57,12 +57,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if or .Values.autoscaling.hpa.enabled .Values.autoscaling.keda.enabled -}}true{{- end -}}
 {{- end -}}
 
-{{/* Not empty where there may be more than one replica. */}}
+{{/* Not empty if there may be more than one replica. */}}
 {{- define "bradley.several" -}}
 {{- if or (include "bradley.autoscaled" .) (gt (int .Values.replicaCount) 1) -}}true{{- end -}}
 {{- end -}}
 
-{{/* The variables that the chart puts in its own Secret. */}}
+{{/* Environment variables in the chart's own Secret. */}}
 {{- define "bradley.secretData" -}}
 {{- with .Values.database.url }}
 BRADLEY_DATABASE_URL: {{ . | quote }}
@@ -79,7 +79,10 @@ HF_TOKEN: {{ . | quote }}
 {{- default (printf "%s-tls" (include "bradley.fullname" .)) .Values.tls.existingSecret -}}
 {{- end -}}
 
-{{/* A setting's value as text. Numbers of a values file are floats, which would be written 4.194304e+06. */}}
+{{/*
+  A setting's value as text. Helm reads numbers of a values file as floats, which it would write as
+  4.194304e+06.
+*/}}
 {{- define "bradley.text" -}}
 {{- if and (kindIs "float64" .) (eq . (floor .)) -}}
 {{- printf "%.0f" . -}}
@@ -100,8 +103,10 @@ HF_TOKEN: {{ . | quote }}
 {{- end -}}
 
 {{/*
-  The limit of the host's memory, on CPU and on GPU pods: 0.9 · (limit − 1 GiB). One GiB is left to the process that decodes an uploaded Parquet file, a tenth
-  to what an estimate does not see. It says nothing about a GPU's memory: the server asks each GPU at start, unless config.device_memory_limit is set.
+  The limit on the host's memory, on CPU and on GPU pods: 0.9 · (limit − 1 GiB). The GiB is for the
+  process that decodes an uploaded Parquet file. The tenth is for memory that estimates leave out.
+  The limit does not concern a GPU's memory, for which the server asks each GPU at start, unless
+  config.device_memory_limit is set.
 */}}
 {{- define "bradley.memoryLimit" -}}
 {{- $limits := default (dict) .Values.resources.limits -}}
@@ -114,7 +119,7 @@ HF_TOKEN: {{ . | quote }}
 {{- end -}}
 {{- end -}}
 
-{{/* What a model needs to be found: variables of the hub, for the server and for the pre-pull Job. */}}
+{{/* Environment variables for access to the hub, for the server and for the pre-pull Job. */}}
 {{- define "bradley.hubEnv" -}}
 - name: HF_HOME
   value: /var/lib/bradley/huggingface
@@ -138,7 +143,7 @@ httpGet:
 {{- toYaml .timing | nindent 0 }}
 {{- end -}}
 
-{{/* What one call of the command line needs. */}}
+{{/* Resources for one call of the command line. */}}
 {{- define "bradley.smallResources" -}}
 requests:
   cpu: 10m
@@ -147,7 +152,10 @@ limits:
   memory: 256Mi
 {{- end -}}
 
-{{/* The environment that is no secret. The checksum on the pod is of this alone: a new chart version by itself starts no new pods. */}}
+{{/*
+  Environment variables that are not secret. The checksum on the pod is of these alone, so a new
+  version of the chart alone does not replace the pods.
+*/}}
 {{- define "bradley.configData" -}}
 BRADLEY_MODELS: {{ join "," .Values.models | quote }}
 BRADLEY_LISTEN: 0.0.0.0:50051

@@ -10,7 +10,7 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
   annotations:
-    # The server reads its settings once: what changes them starts new pods.
+    # The server reads its settings only at start, so a change of these replaces the pods.
     checksum/config: {{ include "bradley.configData" . | sha256sum }}
     {{- if $secret }}
     checksum/secret: {{ $secret | sha256sum }}
@@ -26,9 +26,9 @@ metadata:
 spec:
   serviceAccountName: {{ include "bradley.serviceAccountName" . }}
   automountServiceAccountToken: false
-  # Else a Service named bradley would put BRADLEY_… variables of its own into the environment.
+  # Otherwise a Service named bradley would add BRADLEY_… variables to the environment.
   enableServiceLinks: false
-  # The sleep of preStop is part of it; 15 seconds are for what comes before and after the drain.
+  # Includes the sleep of preStop. 15 seconds are for the work before and after the drain.
   terminationGracePeriodSeconds: {{ add (default 30 .Values.config.drain_timeout | int) (int .Values.preStopSleepSeconds) 15 }}
   {{- with .Values.priorityClassName }}
   priorityClassName: {{ . }}
@@ -111,7 +111,7 @@ spec:
         - name: tmp
           mountPath: /tmp
         {{- if .Values.tls.enabled }}
-        # Whole folders: files of a subPath would not follow their Secret.
+        # Whole folders, because files mounted by subPath do not follow changes of their Secret.
         - name: tls
           mountPath: /etc/bradley/tls
           readOnly: true
@@ -192,7 +192,7 @@ spec:
       labelSelector:
         matchLabels:
           {{- include "bradley.serverLabels" . | nindent 10 }}
-      # Each rollout's pods are spread among themselves.
+      # Only pods of the same rollout count, so that old pods do not affect the spread.
       matchLabelKeys: [pod-template-hash]
   {{- end }}
 {{- end -}}

@@ -1,4 +1,6 @@
-{{/* What the schema cannot refuse, as it looks at more than one value. Every message says what to do. */}}
+{{/*
+  Checks of several values together, which the schema cannot express. Every message says what to do.
+*/}}
 {{- define "bradley.validate" -}}
 {{- $v := .Values -}}
 {{- $wrong := list -}}
