@@ -284,14 +284,22 @@ pub enum EngineError {
     /// No such base model.
     #[error("model {0:?} is not loaded on this server: see ListModels for the ones that are")]
     UnknownModel(String),
-    /// The scoring queue, or the list of waiting runs, is full.
+    /// The scoring queue is full.
     #[error(
         "the scoring queue is full ({queued} of {limit} tokens): retry later or raise queue_tokens"
     )]
     QueueFull {
-        /// Tokens that wait, or runs if the list of runs is full.
+        /// Tokens that wait.
         queued: usize,
-        /// Maximum of the same.
+        /// Maximum number of tokens that may wait.
+        limit: usize,
+        /// Time after which a retry may succeed.
+        retry_after: Duration,
+    },
+    /// The list of runs that wait for a device is full.
+    #[error("{limit} training runs already wait for a device of this server: retry later")]
+    TooManyRuns {
+        /// Maximum number of runs that may wait.
         limit: usize,
         /// Time after which a retry may succeed.
         retry_after: Duration,

@@ -233,17 +233,15 @@ impl<W: WorkItem> Queue<W> {
     /// Adds a run to the queue.
     ///
     /// # Errors
-    /// `Draining`, or `QueueFull` if too many runs wait.
+    /// `Draining`, or `TooManyRuns` if [`MAX_WAITING_RUNS`] runs wait.
     pub fn push_run(&self, run: TrainingRun, needs: Needs) -> Result<(), EngineError> {
         let mut inner = self.lock();
         if inner.draining {
             return Err(EngineError::Draining);
         }
         if inner.runs.len() >= MAX_WAITING_RUNS {
-            let limit = MAX_WAITING_RUNS;
-            return Err(EngineError::QueueFull {
-                queued: inner.runs.len(),
-                limit,
+            return Err(EngineError::TooManyRuns {
+                limit: MAX_WAITING_RUNS,
                 retry_after: Duration::from_secs(30),
             });
         }

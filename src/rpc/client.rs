@@ -59,8 +59,13 @@ pub enum ClientError {
         /// The operating system's error.
         source: std::io::Error,
     },
-    /// The server's answer violates the protocol, or the token has characters that a header cannot
-    /// have.
+    /// The token has characters that a header cannot have.
+    #[error(
+        "the token has characters that are not allowed: give the text that `bradley tokens \
+         create` printed"
+    )]
+    BadToken,
+    /// The server's answer violates the protocol.
     #[error("the server's answer cannot be used: {0}")]
     Protocol(String),
 }
@@ -69,9 +74,9 @@ impl ClientError {
     /// Returns true if the caller's arguments caused the error, rather than the server or the
     /// network.
     pub fn is_usage(&self) -> bool {
-        matches!(
-            self,
-            ClientError::Refused(s) if matches!(
+        match self {
+            ClientError::BadToken => true,
+            ClientError::Refused(s) => matches!(
                 s.code(),
                 Code::InvalidArgument
                     | Code::NotFound
@@ -79,8 +84,9 @@ impl ClientError {
                     | Code::AlreadyExists
                     | Code::Aborted
                     | Code::OutOfRange
-            )
-        )
+            ),
+            _ => false,
+        }
     }
 }
 
@@ -182,7 +188,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError::Unreachable`] if the address is wrong or the connection fails,
-    /// [`ClientError::File`] if a certificate or key cannot be read, [`ClientError::Protocol`] if
+    /// [`ClientError::File`] if a certificate or key cannot be read, [`ClientError::BadToken`] if
     /// the token has characters that a header cannot have.
     pub async fn connect(target: &Target, timeout: Duration) -> ClientResult<Self> {
         let address = &target.address;
@@ -192,10 +198,9 @@ impl Client {
         };
         let mut bearer = Bearer(None);
         if let Some(token) = &target.token {
-            let mut value: MetadataValue<Ascii> =
-                format!("Bearer {token}").parse().map_err(|_| {
-                    ClientError::Protocol("the token has characters that are not allowed".into())
-                })?;
+            let mut value: MetadataValue<Ascii> = format!("Bearer {token}")
+                .parse()
+                .map_err(|_| ClientError::BadToken)?;
             value.set_sensitive(true);
             bearer = Bearer(Some(value));
         }

@@ -206,7 +206,8 @@ impl From<EngineError> for ServiceError {
             EngineError::UnknownModel(name) => {
                 ServiceError::not_found("model", format!("models/{name}"))
             }
-            EngineError::QueueFull { retry_after, .. } => ServiceError::Unavailable {
+            EngineError::QueueFull { retry_after, .. }
+            | EngineError::TooManyRuns { retry_after, .. } => ServiceError::Unavailable {
                 reason: Reason::QueueFull,
                 message,
                 retry_after,

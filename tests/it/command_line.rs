@@ -192,6 +192,10 @@ fn exit_codes_tell_scripts_what_went_wrong() {
         ),
         2
     );
+    let damaged = bradley(Some(&server), &["jobs", "list", "--token", "two\nlines"]);
+    assert_eq!(damaged.status.code(), Some(2));
+    let said = String::from_utf8(damaged.stderr).unwrap();
+    assert!(said.contains("the token has characters"), "{said}");
     let pairs = golden("pairs.jsonl");
     let diverging = [
         "train",
