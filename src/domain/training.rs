@@ -251,8 +251,8 @@ pub enum Truncation {
     KeepEnd,
 }
 
-/// Precision of GEMM operands. Sums, norms, softmax, losses, gradients and optimizer state are
-/// always f32.
+/// Precision of GEMM operands. Sums, norms, softmax, accumulated gradients and optimizer state are
+/// always f32, the loss is f64.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
