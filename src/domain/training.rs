@@ -247,7 +247,7 @@ pub enum Truncation {
     /// Cut the end.
     #[default]
     KeepStart,
-    /// Cut the start of the prompt.
+    /// Cut the start: the prompt's and, if the answer alone is too long, the answer's.
     KeepEnd,
 }
 
