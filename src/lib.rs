@@ -3,7 +3,8 @@
 //!
 //! Layers, lowest first. A layer imports only layers below it (`tests/it/layers.rs` checks this):
 //! [`domain`] ← [`math`] ← [`compute`] ← [`model`] ← [`formats`] ← [`infer`] ← [`train`] ←
-//! [`engine`] ← [`service`] ← [`rpc`] ← [`cli`]. [`telemetry`] is at the level of [`domain`].
+//! [`engine`] ← [`service`] ← [`rpc`] ← [`cli`]. [`telemetry`] is between [`domain`]
+//! and [`math`].
 
 pub mod cli;
 pub mod compute;

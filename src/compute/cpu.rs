@@ -4,8 +4,8 @@
 //! Legend: T tokens of the packed row, C hidden size, H query heads, K key/value heads, D head
 //! dimension, F feed-forward size, V vocabulary size, r LoRA rank. Activations are row-major `[T,
 //! features]`, f32. GEMMs run in f32, or in bf16 with f32 accumulation ([`gemm::Kernel`]);
-//! everything else is f32. No result depends on the number of threads. No token's result depends on
-//! the other rows it was packed with.
+//! everything else is f32, except a [`swiglu::GateUpTape::Bf16`] and its gradient. No result
+//! depends on the number of threads. No token's result depends on what else is packed into its row.
 
 pub mod attention;
 pub mod buffer;

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 /// Maximum number of messages in one text. Each message has at least one token, so a longer text
 /// would not fit a row of the default maximum length.
 pub const MAX_MESSAGES: usize = 16384;
-/// Maximum number of tools in one row, job or scoring call.
+/// Maximum number of tools of one row, or of one pair or call of scoring. Jobs have no tools.
 pub const MAX_TOOLS: usize = 1024;
 /// Maximum nesting depth of objects and lists in a message, a tool or a template argument.
 pub const MAX_DEPTH: usize = 64;

@@ -247,12 +247,12 @@ pub enum Truncation {
     /// Cut the end.
     #[default]
     KeepStart,
-    /// Cut the start of the prompt.
+    /// Cut the start: the prompt's and, if the answer alone is too long, the answer's.
     KeepEnd,
 }
 
-/// Precision of GEMM operands. Sums, norms, softmax, losses, gradients and optimizer state are
-/// always f32.
+/// Precision of GEMM operands. Sums, norms, softmax, accumulated gradients and optimizer state are
+/// always f32, the loss is f64.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {

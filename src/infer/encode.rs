@@ -59,9 +59,10 @@ pub enum EncodeError {
         /// Maximum number of tokens in prompt + answer.
         max_length: usize,
     },
-    /// The prompt has no tokens.
+    /// The prompt has no tokens, or its first token is another one in prompt + answer.
     #[error(
-        "the prompt has no tokens, so nothing predicts the answer's first token: give a prompt"
+        "no token belongs to the prompt alone, so nothing predicts the answer's first token: give \
+         a prompt, or a longer one"
     )]
     EmptyPrompt,
     /// The answer has no tokens.

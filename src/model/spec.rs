@@ -119,8 +119,8 @@ impl ModelSpec {
     }
 
     /// Returns the properties that [`super::config::ModelConfig::canonical`] does not list itself,
-    /// as far as they differ from the Llama layout. They are part of the model's identity. For the
-    /// families of the Llama layout the list is empty, so that their identity does not change.
+    /// as far as they differ from the Llama layout. They are part of the model's identity. A model
+    /// of that layout has none, so that its identity is the one that older versions computed.
     ///
     /// Only the rotary frequencies are listed for every block; the other properties are read from
     /// the first block.

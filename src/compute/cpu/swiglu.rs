@@ -169,9 +169,9 @@ pub fn forward_floats(width: usize) -> usize {
     4 * width
 }
 
-/// Returns the f32 values per token that the backward pass needs in addition to the tape: y, its
-/// gradient and their operands. With [`SavedGateUp::Bf16`] there are only rounded operands, written
-/// tile by tile.
+/// Returns the f32 values per token that the backward pass needs in addition to the tape: y and its
+/// gradient. With [`SavedGateUp::Bf16`] these are y and the gradients of gate and of up instead,
+/// all rounded and written tile by tile.
 pub fn backward_floats(width: usize, tape: SavedGateUp) -> usize {
     match tape {
         SavedGateUp::Bf16 => 3 * width / 2,

@@ -60,7 +60,7 @@ impl<'a> Fields<'a> {
             .is_some_and(|defaults| defaults.contains_key(field))
     }
 
-    /// Returns true if the field is absent or null.
+    /// Returns true if the field is null, or absent and without a default.
     pub(in crate::model) fn is_null(&self, field: &str) -> bool {
         self.get(field).is_none()
     }
@@ -116,7 +116,7 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.invalid(field, "is missing"))
     }
 
-    /// Reads a size from 1 to `max`. Returns `None` if it is absent or null.
+    /// Reads a size from 1 to `max`. Returns `None` if it is null, or absent and without a default.
     pub(in crate::model) fn optional_size(
         &self,
         field: &str,

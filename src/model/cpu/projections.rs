@@ -2,8 +2,8 @@
 //! `[q | k | v]`, `o`, `[gate | up]`, `down`.
 //!
 //! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685), where s is the adapter's scale. The
-//! kernel adds the adapter's term in the same sum over the inputs. The gradient of a frozen W is
-//! never computed.
+//! adapter's term is a further term of the same GEMM, except in [`CpuLinearGroup::add_low_rank`].
+//! The gradient of a frozen W is never computed.
 
 use std::ops::Range;
 

@@ -50,6 +50,7 @@ impl DeviceRow {
         Ok(DeviceRow {
             tokens: source.ids.len(),
             targets: source.targets.len(),
+            // `Kind::F32` also stands for integers of 32 bits.
             ids: gpu.upload(Kind::F32, &source.ids)?,
             positions: gpu.upload(Kind::F32, &source.layout.positions())?,
             ropes: row.ropes.iter().map(rope).collect::<Result<_>>()?,

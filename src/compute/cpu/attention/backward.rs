@@ -14,10 +14,11 @@ use crate::compute::cpu::simd::{dispatch, dot, exp};
 use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
 
-/// Maximum number of scores of all heads that are saved between the two sweeps, counted as if a
-/// block had [`NR`] queries. Longer rows are processed in several rounds.
+/// Maximum of columns times [`NR`], summed over the heads and blocks of a round. A round saves the
+/// scores of its blocks between the two sweeps. Longer rows are processed in several rounds.
 const SCORE_BUDGET: usize = 1 << 24;
-/// Maximum number of scores that a round of whole blocks saves, for P and for dS each.
+/// Maximum number of scores that a round of whole blocks saves, for P and for dS each. A column has
+/// up to [`BLOCK`] of them.
 const MAX_SAVED_SCORES: usize = SCORE_BUDGET / NR * BLOCK;
 
 /// Computes the gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, given its inputs

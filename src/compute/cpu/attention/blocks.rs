@@ -52,7 +52,9 @@ impl Heads {
 #[derive(Clone, Debug)]
 pub(super) struct QueryBlock {
     pub queries: Range<usize>,
+    /// Index of the segment of the queries in the row.
     pub segment: usize,
+    /// Index of the segment of the prompt in the row. `None` for the queries of a prompt.
     pub prefix: Option<usize>,
     /// Number of keys in the prefix.
     pub shared: usize,

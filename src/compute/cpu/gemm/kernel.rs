@@ -33,8 +33,9 @@ impl Kernel {
         }
     }
 
-    /// Returns the name of the kernel and the architecture, and "fused" if the kernel runs with the
-    /// processor's FMA instructions. Results are comparable bit for bit only if this text is equal.
+    /// Returns the name of the kernel and the architecture, and on x86-64 "fused" if the kernel
+    /// runs with the processor's FMA instructions. Results are comparable bit for bit only if this
+    /// text is equal.
     pub fn arithmetic(self) -> String {
         #[cfg(target_arch = "x86_64")]
         let is_fused = self != Kernel::Portable || x86::has_avx2();

@@ -358,8 +358,8 @@ pub(super) fn by_groups(
         panels.div_ceil(panels_per_pack).next_multiple_of(threads)
     }
     .min(panels);
-    // There are fewer panels than threads, e.g. for a low LoRA rank: the rows are divided too, and
-    // each task packs the panels it needs.
+    // If there are fewer panels than threads, e.g. for a low LoRA rank, the rows are divided too,
+    // and each task packs the panels it needs.
     let cuts = if groups < threads {
         (2 * threads).div_ceil(groups).min(m.div_ceil(MIN_CUT_ROWS))
     } else {

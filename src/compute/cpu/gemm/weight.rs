@@ -8,8 +8,8 @@ use super::view::{Elements, View};
 
 /// A weight W `[rows, columns]`, row-major.
 ///
-/// Only `pack` and `read_row` depend on the storage type. A quantised weight would need these two
-/// methods and no change in the kernels.
+/// The kernels of the CPU read it only with `pack` and `read_row`. A quantised weight would need
+/// these two methods and no change in the kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightView<'a> {
     elements: Elements<'a>,

@@ -2,7 +2,8 @@
 // of tensor-core instructions.
 //
 // The kernels compile in two ways: with nvcc for a GPU (sm_80 features only), and, with
-// BRADLEY_EMULATE defined, as plain C++17 against emulate.h, which runs them on a CPU.
+// BRADLEY_EMULATE defined, as plain C++17 against tests/cuda/emulator/emulate.h, which runs them on
+// a CPU.
 #pragma once
 
 #ifdef BRADLEY_EMULATE

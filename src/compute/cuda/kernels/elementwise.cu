@@ -80,11 +80,11 @@ INSTANTIATE(scale_rows, (T * to, const float* from, const float* g, int rows, in
 // -------------------------------------------------------------------------------------------------
 // casts
 
-// to[i] = from[i], rounded to To. `Wide` is the narrower of the two types; 16 bytes of it are
+// to[i] = from[i], rounded to To. `Narrow` is the narrower of the two types; 16 bytes of it are
 // processed at a time.
-template <class Wide, class To, class From>
+template <class Narrow, class To, class From>
 __device__ __forceinline__ void cast(To* to, const From* from, long long n) {
-    by_width<Wide>(is_aligned_16(to) && is_aligned_16(from), [&](auto w) {
+    by_width<Narrow>(is_aligned_16(to) && is_aligned_16(from), [&](auto w) {
         constexpr int W = decltype(w)::value;
         for (long long i = grid_thread(); i < n / W; i += grid_threads()) {
             float v[W];
