@@ -269,8 +269,9 @@ impl Weights {
 
     /// Returns true if [`Weights::load`] in `precision` rounds nothing.
     pub fn is_exact_in(&self, precision: Precision) -> bool {
-        let is_bf16 = |t: &StoredAs| t.dims != 2 || t.dtype == ElementType::Bf16;
-        precision == Precision::F32 || self.stored().iter().all(is_bf16)
+        // In bf16 only matrices are rounded. Tensors of other shapes stay in f32.
+        let stays_exact = |t: &StoredAs| t.dims != 2 || t.dtype == ElementType::Bf16;
+        precision == Precision::F32 || self.stored().iter().all(stays_exact)
     }
 
     fn stored(&self) -> Vec<StoredAs> {

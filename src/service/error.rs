@@ -93,7 +93,10 @@ pub enum ServiceError {
     },
 }
 
-/// Result of every service call.
+/// Result of every service call. Besides the errors that a call lists, it can fail with
+/// `Unavailable`, `ResourceExhausted` or `Internal` if the database, the disk or the artifact store
+/// fails. A call that names a job or a dataset that the caller may not see fails with
+/// `PermissionDenied`, for an administrator with `NotFound` if it does not exist.
 pub type Result<T> = std::result::Result<T, ServiceError>;
 
 impl ServiceError {

@@ -65,7 +65,7 @@ impl JobService {
     ///
     /// # Errors
     /// The errors of [`JobService::create_job`], except those that are found only when a job is
-    /// stored.
+    /// stored; and those of reading the rows, with which the job would fail.
     pub async fn estimate_job(&self, caller: &Caller, request: JobRequest) -> Result<JobEstimate> {
         self.estimator.estimate_job(caller, request).await
     }

@@ -1,8 +1,8 @@
 //! Scoring. Names are resolved once per request. Texts are tokenised outside the async threads. The
 //! engine's log-probabilities are turned into rewards, and answers are ranked.
 //!
-//! Steps for a pair: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget, tokens,
-//! quota) → [`AdmittedPair::score`].
+//! Steps for a pair: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget,
+//! tokens, quota) → [`AdmittedPair::score`].
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -91,8 +91,8 @@ pub struct ScoredCompletion {
     pub policy_logprob: f64,
     /// Σ log π_ref over the answer's tokens, in nats; 0 without a reference.
     pub reference_logprob: f64,
-    /// Reward: β·lr, or β·lr/n for n tokens, depending on the session's normalization, where lr = Σ
-    /// log π_θ − Σ log π_ref.
+    /// Reward: β·lr, or β·lr/n for n tokens, depending on the session's normalization, where
+    /// lr = Σ log π_θ − Σ log π_ref.
     pub reward: f64,
     /// Token ids of the answer.
     pub token_ids: Vec<u32>,
@@ -234,9 +234,9 @@ impl ScoringService {
     /// Resolves the options of a scoring request.
     ///
     /// # Errors
-    /// `InvalidArgument` for bad options; `PermissionDenied` for another client's job;
-    /// `FailedPrecondition` if weights cannot be used; `Unavailable` if the server is shutting
-    /// down.
+    /// `InvalidArgument` for bad options; `PermissionDenied` for another client's job; `NotFound`
+    /// if the server does not have a model or checkpoint; `FailedPrecondition` if weights cannot be
+    /// used; `Unavailable` if the server is shutting down.
     pub async fn session(
         self: &Arc<Self>,
         caller: &Caller,
@@ -375,8 +375,8 @@ impl ScoringSession {
     /// Admits several answers to one prompt. An answer that cannot be encoded gets its own error.
     ///
     /// # Errors
-    /// `InvalidArgument` if the text has more than 16 MiB; `ResourceExhausted` if the
-    /// client has too many tokens in the queue.
+    /// `InvalidArgument` if the text has more than 16 MiB, or if the request has tools and the
+    /// prompt is plain text; `ResourceExhausted` if the client has too many tokens in the queue.
     pub async fn admit_completions(
         &self,
         prompt: Text,
@@ -629,8 +629,9 @@ impl AdmittedPair {
     /// Scores the pair. The result does not depend on other requests.
     ///
     /// # Errors
-    /// `Unavailable` if the queue is full or the server is shutting down; `ResourceExhausted` if
-    /// memory is not sufficient.
+    /// `InvalidArgument` if the row has more tokens than the server allows; `Unavailable` if the
+    /// queue is full or the server is shutting down; `ResourceExhausted` if memory is not
+    /// sufficient; `FailedPrecondition` if weights can no longer be read.
     pub async fn score(self) -> Result<ScoredPair> {
         let policy_version = self.0.session.policy.version.clone();
         let (scored, live_step) = self.0.score().await?;

@@ -18,7 +18,8 @@ use crate::service::limiter::Limiter;
 use crate::service::shutdown::Shutdown;
 use crate::train::estimate::Lengths;
 
-/// Maximum number of tokens scored to measure the speed of the device.
+/// Maximum number of tokens scored to measure the speed of the device. A longer first pair is
+/// scored alone.
 const CALIBRATION_TOKENS: usize = 1024;
 
 /// Estimated cost of a job.
@@ -59,7 +60,8 @@ impl JobEstimator {
     /// Estimates the cost of a job without creating it.
     ///
     /// # Errors
-    /// The errors of `create_job`, except those that are found only when a job is stored.
+    /// The errors of `create_job`, except those that are found only when a job is stored; and those
+    /// of [`InputLoader::load`].
     pub async fn estimate_job(&self, caller: &Caller, request: JobRequest) -> Result<JobEstimate> {
         self.shutdown.refuse_new_work()?;
         let mut request = self.validator.check_request(caller, request, None).await?;

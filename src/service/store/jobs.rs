@@ -347,7 +347,7 @@ impl Store {
 
     /// Returns the queued job for which a running one may be preempted: among those of the highest
     /// priority, the one that has waited longest. Jobs in `passed_over`, and jobs that were
-    /// requeued because an input was missing, do not count.
+    /// requeued because an input was missing or had changed, do not count.
     ///
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
