@@ -138,9 +138,9 @@ impl Weights {
     /// `precision`; norms and biases are f32.
     ///
     /// # Errors
-    /// Returns an error if the tensor is missing, or has another shape or an unsupported element
-    /// type. Returns [`ModelError::Changed`] if its file was opened by [`WeightFiles::open`] and
-    /// the tensor's bytes have changed or cannot be read.
+    /// Returns an error if the tensor is missing, cannot be read, or has another shape or an
+    /// unsupported element type. Returns [`ModelError::Changed`] if its file was opened by
+    /// [`WeightFiles::open`] and the tensor's bytes have changed or cannot be read.
     pub fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError> {
         let dtype = if param.role == ParamRole::Matrix && precision == Precision::Bf16 {
             DType::BF16

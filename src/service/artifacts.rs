@@ -629,8 +629,8 @@ impl Artifacts {
             self.init_adapter(job),
             format!("trainingJobs/{job}'s init_adapter"),
         );
-        let known = || self.verified.lock().unwrap_or_else(PoisonError::into_inner);
-        if known().contains(&dir)
+        let verified = || self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        if verified().contains(&dir)
             && tokio::fs::try_exists(dir.join(peft::WEIGHTS_FILE))
                 .await
                 .unwrap_or(false)
@@ -652,7 +652,7 @@ impl Artifacts {
         };
         match (found, &self.remote) {
             (Ok(found), _) if found == expected => {
-                known().insert(dir.clone());
+                verified().insert(dir.clone());
                 return Ok(dir);
             }
             (Ok(found), None) => return Err(changed(&found)),
@@ -682,7 +682,7 @@ impl Artifacts {
             artifacts.publish(&temporary.0, &target)
         })
         .await??;
-        known().insert(dir.clone());
+        verified().insert(dir.clone());
         Ok(dir)
     }
 
@@ -793,18 +793,18 @@ impl Artifacts {
                 _ => return Ok(false),
             }
             // Every file is checked once per process.
-            let known = || {
+            let verified = || {
                 artifacts
                     .verified
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
             };
-            if known().contains(&dir) {
+            if verified().contains(&dir) {
                 return Ok(true);
             }
             match checkpoint::check(&dir) {
                 Ok(()) => {
-                    known().insert(dir);
+                    verified().insert(dir);
                     Ok(true)
                 }
                 Err(e) if !e.is_damage() && !e.is_missing_file() => {

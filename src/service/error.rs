@@ -68,7 +68,8 @@ pub enum ServiceError {
         /// Delay before the next attempt.
         retry_after: Duration,
     },
-    /// A limit is exceeded, and waiting alone does not help.
+    /// A limit of the caller, the memory or the disk is reached. A retry helps only after something
+    /// has been freed or the limit has been raised.
     #[error("{message}")]
     ResourceExhausted {
         /// Stable reason code.

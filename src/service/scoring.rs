@@ -581,8 +581,9 @@ impl ReservedPair {
     /// Tokenises the pair and takes its client's quota.
     ///
     /// # Errors
-    /// `InvalidArgument` if the pair cannot be encoded; `ResourceExhausted` if the client has too
-    /// many tokens in the queue.
+    /// `InvalidArgument` if the pair cannot be encoded, or if it has tools or template variables
+    /// and its prompt is plain text; `ResourceExhausted` if the client has too many tokens in the
+    /// queue.
     pub async fn admit(self) -> Result<AdmittedPair> {
         let ReservedPair {
             session,

@@ -187,6 +187,7 @@ pub struct Trainer {
     /// True after the rows were shortened because the device ran out of memory.
     shortened: bool,
     started: Instant,
+    /// Step from which the run began or continued, for the estimate of its remaining time.
     first_step: u64,
 }
 
@@ -350,7 +351,7 @@ impl Trainer {
     }
 
     /// Writes a checkpoint of the last completed step, unless it exists. Used when the server
-    /// drains or the run is preempted.
+    /// drains, or the run is preempted or paused.
     ///
     /// # Errors
     /// Fails if the checkpoint cannot be written.

@@ -395,7 +395,8 @@ impl Store {
     /// Returns the job and the sequence number of its newest new event (0 if there is none).
     ///
     /// # Errors
-    /// The errors of `change`; `FailedPrecondition` for a state transition that is not allowed.
+    /// The errors of `change`; `NotFound` if the job does not exist; `FailedPrecondition` for a
+    /// state transition that is not allowed, or if another version of the server wrote the job.
     pub async fn change_job(
         &self,
         id: &str,
