@@ -515,8 +515,8 @@ impl ScoringSession {
         })
     }
 
-    /// Scores a row. If the job of a live policy has ended meanwhile, its latest checkpoint is
-    /// used.
+    /// Scores a row. If the job of a live policy has stopped running meanwhile, its latest
+    /// checkpoint is used.
     async fn score(&self, item: ScoreItem) -> Result<ScoredItem> {
         let (engine, policies) = (&self.service.engine, &self.service.policies);
         let reference = self.reference.as_ref().map(|r| &r.weights);
@@ -524,8 +524,9 @@ impl ScoringSession {
             .score(&self.policy.weights, reference, item.clone())
             .await
         {
-            // The job ended between the start of the request and now. Its latest checkpoint has the
-            // weights that it trained last.
+            // The job stopped running between the start of the request and now. Its latest
+            // checkpoint has the weights that it trained last, unless it was cancelled or failed
+            // after that checkpoint.
             Err(EngineError::NotResident(_)) => {
                 let Some(job) = self.policy.job.clone() else {
                     return Err(ServiceError::internal("a live policy without a job"));

@@ -101,7 +101,8 @@ impl JobEstimator {
         let forward = self.seconds_per_token(&inputs.model, train).await?;
         // Cost per token in units of a forward pass: 1 for the forward pass and 1 for the gradients
         // of the activations; full training adds 1 for the gradients of the weights. The reference
-        // is computed once per pair and then cached.
+        // is computed once per training pair and then cached. Its passes over evaluation pairs, and
+        // those after each sync of a moving reference (TR-DPO), are not counted.
         let passes = if matches!(spec.method, Method::Full) {
             3.0
         } else {
