@@ -244,8 +244,8 @@ impl Artifacts {
             }
             (None, found) => {
                 // The object is written first, so that a start that fails in between can be
-                // repeated. If several replicas start at one time, the store accepts only one of
-                // their identities.
+                // repeated. If several replicas start at one time, a store with conditional writes
+                // accepts only one of their identities.
                 let identity = match found {
                     Some(found) => found,
                     None => {
