@@ -1,8 +1,8 @@
 //! Device workers and scheduling of work units.
 //!
 //! **One OS thread owns a device and its weights.** It alternates between scoring batches and
-//! training micro-batches. All other threads only add work to the bounded queue, which the threads
-//! of all devices share, and wait for answers.
+//! training micro-batches. The threads of the layers above only add work to the bounded queue,
+//! which the threads of all devices share, and wait for answers.
 //!
 //! With data parallelism a run uses the devices of a group. The thread of the group's first device
 //! trains it. The threads of the other devices score, and their devices also compute a share of the
@@ -285,7 +285,7 @@ fn open_devices(
             if *choice != DeviceChoice::Auto {
                 return Err(e);
             }
-            tracing::warn!(error = %e, "a GPU is left out");
+            tracing::warn!(error = %e, "a device is left out");
             left_out = Some(e);
         }
     }
@@ -377,7 +377,8 @@ impl Engine {
     /// Adds a run to the queue. Its progress is reported as events; `Ended` is the last one.
     ///
     /// # Errors
-    /// Fails if the run cannot fit the memory limit, too many runs wait, or the engine is draining.
+    /// Fails if the run cannot fit the memory limit, the server does not have a model that the run
+    /// names, too many runs wait, or the engine is draining.
     pub fn train(&self, run: TrainingRun) -> Result<(), EngineError> {
         let size = run.spec.batch.batch_size;
         let lengths = Lengths::of(&run.train, size).max(Lengths::of(&run.eval, size));
@@ -526,8 +527,9 @@ impl Engine {
     /// `dtype` only once. Blocks.
     ///
     /// # Errors
-    /// `Weights` if a file cannot be read. `FilesChanged` if the base model is rounded in memory
-    /// and its files are gone or were changed. `NotResident` for the weights of a running job.
+    /// `UnknownModel` if the server does not have the base model. `Weights` if a file cannot be
+    /// read or written. `FilesChanged` if the base model is rounded in memory and its files are
+    /// gone or were changed. `NotResident` for the weights of a running job.
     pub fn export_merged(
         &self,
         weights: &WeightsRef,

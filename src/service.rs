@@ -123,8 +123,9 @@ impl Service {
     ///
     /// # Errors
     /// `FailedPrecondition` if another process uses the data directory, or if the artifact store is
-    /// not the one that belongs to the database. `Unavailable`, `InvalidArgument` or `Internal` if
-    /// the database, the data directory or the artifact store cannot be opened.
+    /// not the one that belongs to the database. `Unavailable`, `InvalidArgument`,
+    /// `ResourceExhausted` or `Internal` if the database, the data directory or the artifact store
+    /// cannot be opened.
     pub async fn open(engine: Engine, options: ServiceOptions) -> Result<Service> {
         let (store, artifacts) = open_data(&options).await?;
         let (shutdown, runs, slow_tasks) = (

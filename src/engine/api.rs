@@ -183,7 +183,7 @@ impl RunControl {
 pub struct Report {
     /// Time at which the event was created.
     pub made: Instant,
-    /// Content of the report.
+    /// The event.
     pub event: RunEvent,
 }
 
@@ -318,14 +318,15 @@ pub enum EngineError {
     /// The engine is stopping.
     #[error("the server is shutting down: retry elsewhere or later")]
     Draining,
-    /// The job does not fit the memory limit according to the estimate.
-    #[error("the job needs about {needed_mib} MiB, {available_mib} MiB are allowed: {remedy}")]
+    /// According to the estimate the job does not fit the memory limit, or the base models do not
+    /// when the engine starts.
+    #[error("about {needed_mib} MiB are needed, {available_mib} MiB are allowed: {remedy}")]
     OutOfMemory {
         /// Estimated memory in MiB.
         needed_mib: u64,
         /// Memory limit in MiB.
         available_mib: u64,
-        /// Change that would make the job fit.
+        /// Change that would make the job or the models fit.
         remedy: String,
     },
     /// The weights do not fit beside the base models and the run in progress.

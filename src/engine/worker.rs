@@ -411,7 +411,7 @@ impl Worker {
                 // wait may cancel.
                 tracing::warn!(
                     error = %e,
-                    "the checkpoint of a preempted run cannot be written: trying again"
+                    "the checkpoint of a preempted or paused run cannot be written: trying again"
                 );
                 let live = active.live();
                 YieldPoint::new(&mut self.scoring, &self.cache, &live).run();

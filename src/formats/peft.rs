@@ -123,7 +123,9 @@ fn read_fields(dir: &Path) -> Result<Value, ModelError> {
 
 fn map_weights(path: &Path) -> Result<memmap2::Mmap, ModelError> {
     let file = std::fs::File::open(path).map_err(ModelError::io(path))?;
-    // SAFETY: the map is read-only and private to the caller; adapters are written once, by rename.
+    // SAFETY: the map is read-only and private to the caller. The server's own adapters are written
+    // once, by rename. Others, e.g. those in `adapter_dir`, must not be modified while they are
+    // read.
     unsafe { memmap2::Mmap::map(&file) }.map_err(ModelError::io(path))
 }
 

@@ -63,8 +63,8 @@ impl ChatTokenizer {
     /// of a folder.
     ///
     /// # Errors
-    /// Returns an error that names the file if one is missing or malformed. A chat template that
-    /// does not compile is only logged.
+    /// Returns an error that names the file if tokenizer.json is missing, or if a file cannot be
+    /// read or is malformed. A chat template that does not compile is only logged.
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
         Self::assemble(hf::tokenizer::read(folder)?, folder)
     }
@@ -260,7 +260,7 @@ impl Templates {
                     path = %path.display(),
                     name,
                     error = reason,
-                    "the chat template does not compile: only plain text can be used"
+                    "the chat template does not compile: dialogues that need it are refused"
                 );
                 format!(
                     "the model's template {name:?} does not compile: {reason}; \

@@ -138,9 +138,9 @@ impl Weights {
     /// `precision`; norms and biases are f32.
     ///
     /// # Errors
-    /// Returns an error if the tensor is missing, or has another shape or an unsupported element
-    /// type. Returns [`ModelError::Changed`] if its file was opened by [`WeightFiles::open`] and
-    /// the tensor's bytes have changed or cannot be read.
+    /// Returns an error if the tensor is missing, cannot be read, or has another shape or an
+    /// unsupported element type. Returns [`ModelError::Changed`] if its file was opened by
+    /// [`WeightFiles::open`] and the tensor's bytes have changed or cannot be read.
     pub fn load(&self, param: &ParamSpec, precision: Precision) -> Result<Tensor, ModelError> {
         let dtype = if param.role == ParamRole::Matrix && precision == Precision::Bf16 {
             DType::BF16
@@ -269,8 +269,9 @@ impl Weights {
 
     /// Returns true if [`Weights::load`] in `precision` rounds nothing.
     pub fn is_exact_in(&self, precision: Precision) -> bool {
-        let is_bf16 = |t: &StoredAs| t.dims != 2 || t.dtype == ElementType::Bf16;
-        precision == Precision::F32 || self.stored().iter().all(is_bf16)
+        // In bf16 only matrices are rounded. Tensors of other shapes stay in f32.
+        let stays_exact = |t: &StoredAs| t.dims != 2 || t.dtype == ElementType::Bf16;
+        precision == Precision::F32 || self.stored().iter().all(stays_exact)
     }
 
     fn stored(&self) -> Vec<StoredAs> {

@@ -1,6 +1,6 @@
-//! Files that belong to database rows: datasets, checkpoints, exports. Each is written under a
-//! temporary name and renamed when it is complete. If an object store is configured, it is the
-//! authoritative copy, and the data directory is a cache of it.
+//! Files that belong to database rows: datasets, checkpoints, exports, and the adapters that jobs
+//! start from. Each is written under a temporary name and renamed when it is complete. If an object
+//! store is configured, it is the authoritative copy, and the data directory is a cache of it.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -47,7 +47,7 @@ pub const ADAPTER_FILES: [&str; 2] = [peft::CONFIG_FILE, peft::WEIGHTS_FILE];
 /// Marker file in a data directory that has never held the only copy of anything.
 const COPIES_ONLY_MARKER: &str = "copies-only";
 
-/// Folder for the files of jobs in the artifact store.
+/// Folder for the files of jobs, in the data directory and in the artifact store.
 const JOBS_FOLDER: &str = "jobs";
 
 /// Maximum time for the object store to answer a ping.
@@ -107,7 +107,7 @@ pub enum ExportFormat {
 pub enum ExportName {
     /// An adapter with the files of the tokenizer.
     Adapter,
-    /// An adapter without a tokenizer, because its base model is not served.
+    /// An adapter without a tokenizer, because its base model is not served or has changed.
     AdapterAlone,
     /// Merged weights.
     Merged(ElementType),
@@ -197,7 +197,8 @@ impl Artifacts {
     /// yet, this one is recorded.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) if it is another store.
+    /// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) if it is another store, or if the database has
+    /// one and none is configured; `Unavailable` if it does not answer.
     pub async fn identify(&self, store: &Store) -> Result<()> {
         let wrong = |message: String| {
             Err(ServiceError::FailedPrecondition {
@@ -243,8 +244,8 @@ impl Artifacts {
             }
             (None, found) => {
                 // The object is written first, so that a start that fails in between can be
-                // repeated. If several replicas start at one time, the store accepts only one of
-                // their identities.
+                // repeated. If several replicas start at one time, a store with conditional writes
+                // accepts only one of their identities.
                 let identity = match found {
                     Some(found) => found,
                     None => {
@@ -464,7 +465,8 @@ impl Artifacts {
     ///
     /// # Errors
     /// `FailedPrecondition`: `ARTIFACT_MISSING` if the authoritative copy is missing,
-    /// `DATASET_CHANGED` if it has other content.
+    /// `DATASET_CHANGED` if it has other content. `Unavailable` if the object store does not answer
+    /// or is not the database's.
     pub async fn fetch_dataset(&self, dataset: &Dataset, expected: &str) -> Result<PathBuf> {
         let (path, expected, id) = (
             self.dataset(&dataset.id),
@@ -620,14 +622,15 @@ impl Artifacts {
     /// its hash. A missing or damaged copy is fetched from the object store.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) if it is lost or changed.
+    /// `FailedPrecondition` (`ARTIFACT_MISSING`, `ARTIFACT_DAMAGED`) if it is lost or changed;
+    /// `Unavailable` if the object store does not answer or is not the database's.
     pub async fn fetch_init_adapter(&self, job: &str, expected: &str) -> Result<PathBuf> {
         let (dir, name) = (
             self.init_adapter(job),
             format!("trainingJobs/{job}'s init_adapter"),
         );
-        let known = || self.verified.lock().unwrap_or_else(PoisonError::into_inner);
-        if known().contains(&dir)
+        let verified = || self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        if verified().contains(&dir)
             && tokio::fs::try_exists(dir.join(peft::WEIGHTS_FILE))
                 .await
                 .unwrap_or(false)
@@ -649,7 +652,7 @@ impl Artifacts {
         };
         match (found, &self.remote) {
             (Ok(found), _) if found == expected => {
-                known().insert(dir.clone());
+                verified().insert(dir.clone());
                 return Ok(dir);
             }
             (Ok(found), None) => return Err(changed(&found)),
@@ -679,7 +682,7 @@ impl Artifacts {
             artifacts.publish(&temporary.0, &target)
         })
         .await??;
-        known().insert(dir.clone());
+        verified().insert(dir.clone());
         Ok(dir)
     }
 
@@ -707,7 +710,8 @@ impl Artifacts {
     /// # Errors
     /// `FailedPrecondition`: `ARTIFACT_DAMAGED` if its files are proven to differ from those that
     /// were written, `ARTIFACT_MISSING` if the authoritative copy is missing, which may be
-    /// temporary, `CHECKPOINT_FORMAT` if another version of the server wrote it.
+    /// temporary, `CHECKPOINT_FORMAT` if another version of the server wrote it. `Unavailable` if
+    /// the disk or the object store cannot be read now.
     pub async fn fetch_checkpoint(&self, c: &Checkpoint) -> Result<PathBuf> {
         let dir = self.checkpoint(&c.job, c.step);
         if self.is_local(c).await? {
@@ -789,18 +793,18 @@ impl Artifacts {
                 _ => return Ok(false),
             }
             // Every file is checked once per process.
-            let known = || {
+            let verified = || {
                 artifacts
                     .verified
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
             };
-            if known().contains(&dir) {
+            if verified().contains(&dir) {
                 return Ok(true);
             }
             match checkpoint::check(&dir) {
                 Ok(()) => {
-                    known().insert(dir);
+                    verified().insert(dir);
                     Ok(true)
                 }
                 Err(e) if !e.is_damage() && !e.is_missing_file() => {

@@ -161,7 +161,8 @@ impl BackgroundTasks {
                     );
                     run.control.cancel();
                 }
-                // Nobody else has claimed the job yet, so its run continues.
+                // The lease may still be valid, so the run continues. If another worker has claimed
+                // the job, the run can store nothing more.
                 Err(e) => {
                     tracing::warn!(job = run.lease.job, error = %e, "the lease cannot be renewed")
                 }

@@ -77,7 +77,7 @@ impl CheckpointService {
     ///
     /// # Errors
     /// `FailedPrecondition` (`IN_USE`) if the job has not ended and would continue from it, or if
-    /// another job needs it.
+    /// another job needs it; `NotFound` if there is no such checkpoint.
     pub async fn delete_checkpoint(&self, caller: &Caller, job: &str, step: u64) -> Result<()> {
         let state = own_job(&self.store, caller, job).await?.state;
         let checkpoint = self
@@ -138,7 +138,8 @@ impl CheckpointService {
     ///
     /// # Errors
     /// `FailedPrecondition` (`NO_ADAPTER`, `MODEL_CHANGED`, `MODEL_FILES_CHANGED`,
-    /// `WEIGHTS_UNUSABLE`, …), and `InvalidArgument` if an element type is given for an adapter.
+    /// `WEIGHTS_UNUSABLE`, …), `NotFound` if there is no such checkpoint, and `InvalidArgument`
+    /// if an element type is given for an adapter.
     pub async fn export_checkpoint(
         &self,
         caller: &Caller,

@@ -75,6 +75,7 @@ pub struct DatasetUpload {
     temporary: Temporary,
     hash: blake3::Hasher,
     size: u64,
+    /// The first 4 bytes, from which the format is detected.
     start: Vec<u8>,
 }
 
@@ -120,8 +121,9 @@ impl DatasetService {
     /// Begins an upload.
     ///
     /// # Errors
-    /// `InvalidArgument` for bad metadata; `ResourceExhausted` if the client's datasets have
-    /// reached their limit; `Unavailable` if the server is shutting down.
+    /// `InvalidArgument` for bad metadata; `NotFound` if the server does not have the named model;
+    /// `ResourceExhausted` if the client's datasets have reached their limit; `Unavailable` if the
+    /// server is shutting down.
     pub async fn begin_upload(&self, caller: &Caller, meta: UploadMeta) -> Result<DatasetUpload> {
         self.shutdown.refuse_new_work()?;
         if meta.display_name.chars().count() > 256 || meta.display_name.contains('\0') {
@@ -204,7 +206,8 @@ impl DatasetUpload {
     /// Validates and stores the dataset. When this returns, the dataset survives a crash.
     ///
     /// # Errors
-    /// `InvalidArgument` with the first findings if no row can be used.
+    /// `InvalidArgument` with the first findings if no row can be used, or if the file cannot be
+    /// decoded; `ResourceExhausted` (`DATASET_TOO_LARGE`) if its rows have too much text.
     pub async fn finish(mut self) -> Result<Dataset> {
         self.file
             .flush()

@@ -68,7 +68,8 @@ pub enum ServiceError {
         /// Delay before the next attempt.
         retry_after: Duration,
     },
-    /// A limit is exceeded, and waiting alone does not help.
+    /// A limit of the caller, the memory or the disk is reached. A retry helps only after something
+    /// has been freed or the limit has been raised.
     #[error("{message}")]
     ResourceExhausted {
         /// Stable reason code.
@@ -93,7 +94,10 @@ pub enum ServiceError {
     },
 }
 
-/// Result of every service call.
+/// Result of every service call. Besides the errors that a call lists, it can fail with
+/// `Unavailable`, `ResourceExhausted` or `Internal` if the database, the disk or the artifact store
+/// fails. A call that names a job or a dataset that the caller may not see fails with
+/// `PermissionDenied`, for an administrator with `NotFound` if it does not exist.
 pub type Result<T> = std::result::Result<T, ServiceError>;
 
 impl ServiceError {

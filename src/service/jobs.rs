@@ -46,9 +46,10 @@ impl JobService {
     /// stored. A repeated `request_id` returns the job of the first request.
     ///
     /// # Errors
-    /// `InvalidArgument` for bad fields, `FailedPrecondition` if an input cannot be used,
-    /// `AlreadyExists` if `request_id` belongs to a different request, `ResourceExhausted` if the
-    /// owner has too many unfinished jobs.
+    /// `InvalidArgument` for bad fields, `NotFound` if a model or checkpoint does not exist,
+    /// `FailedPrecondition` if an input cannot be used, `AlreadyExists` if `request_id` belongs to
+    /// a different request, `ResourceExhausted` if the owner has too many unfinished jobs or the
+    /// job needs too much memory, `Unavailable` if the server is shutting down.
     pub async fn create_job(
         &self,
         caller: &Caller,
@@ -65,7 +66,7 @@ impl JobService {
     ///
     /// # Errors
     /// The errors of [`JobService::create_job`], except those that are found only when a job is
-    /// stored.
+    /// stored; and those of reading the rows, with which the job would fail.
     pub async fn estimate_job(&self, caller: &Caller, request: JobRequest) -> Result<JobEstimate> {
         self.estimator.estimate_job(caller, request).await
     }

@@ -305,7 +305,7 @@ impl PolicyResolver {
             }
         }
         Err(ServiceError::internal(format!(
-            "trainingJobs/{} continues more than {MAX_CONTINUED_JOBS} jobs",
+            "trainingJobs/{} continues a chain of {MAX_CONTINUED_JOBS} or more jobs",
             job.id
         )))
     }

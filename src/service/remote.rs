@@ -114,8 +114,8 @@ impl Remote {
             .await
         {
             Ok(_) | Err(AlreadyExists { .. } | Precondition { .. }) => {}
-            // A store without conditional writes: the last write wins, and all processes read that
-            // one below.
+            // A store without conditional writes: the last write wins. A process that reads below
+            // before another one writes gets an identity that is then replaced.
             Err(NotSupported { .. } | NotImplemented { .. }) => {
                 self.store
                     .put(&key, bytes.into())

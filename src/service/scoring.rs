@@ -1,8 +1,8 @@
 //! Scoring. Names are resolved once per request. Texts are tokenised outside the async threads. The
 //! engine's log-probabilities are turned into rewards, and answers are ranked.
 //!
-//! Steps for a pair: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget, tokens,
-//! quota) → [`AdmittedPair::score`].
+//! Steps for a pair: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget,
+//! tokens, quota) → [`AdmittedPair::score`].
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -91,8 +91,8 @@ pub struct ScoredCompletion {
     pub policy_logprob: f64,
     /// Σ log π_ref over the answer's tokens, in nats; 0 without a reference.
     pub reference_logprob: f64,
-    /// Reward: β·lr, or β·lr/n for n tokens, depending on the session's normalization, where lr = Σ
-    /// log π_θ − Σ log π_ref.
+    /// Reward: β·lr, or β·lr/n for n tokens, depending on the session's normalization, where
+    /// lr = Σ log π_θ − Σ log π_ref.
     pub reward: f64,
     /// Token ids of the answer.
     pub token_ids: Vec<u32>,
@@ -234,9 +234,9 @@ impl ScoringService {
     /// Resolves the options of a scoring request.
     ///
     /// # Errors
-    /// `InvalidArgument` for bad options; `PermissionDenied` for another client's job;
-    /// `FailedPrecondition` if weights cannot be used; `Unavailable` if the server is shutting
-    /// down.
+    /// `InvalidArgument` for bad options; `PermissionDenied` for another client's job; `NotFound`
+    /// if the server does not have a model or checkpoint; `FailedPrecondition` if weights cannot be
+    /// used; `Unavailable` if the server is shutting down.
     pub async fn session(
         self: &Arc<Self>,
         caller: &Caller,
@@ -375,8 +375,8 @@ impl ScoringSession {
     /// Admits several answers to one prompt. An answer that cannot be encoded gets its own error.
     ///
     /// # Errors
-    /// `InvalidArgument` if the text has more than 16 MiB; `ResourceExhausted` if the
-    /// client has too many tokens in the queue.
+    /// `InvalidArgument` if the text has more than 16 MiB, or if the request has tools and the
+    /// prompt is plain text; `ResourceExhausted` if the client has too many tokens in the queue.
     pub async fn admit_completions(
         &self,
         prompt: Text,
@@ -515,8 +515,8 @@ impl ScoringSession {
         })
     }
 
-    /// Scores a row. If the job of a live policy has ended meanwhile, its latest checkpoint is
-    /// used.
+    /// Scores a row. If the job of a live policy has stopped running meanwhile, its latest
+    /// checkpoint is used.
     async fn score(&self, item: ScoreItem) -> Result<ScoredItem> {
         let (engine, policies) = (&self.service.engine, &self.service.policies);
         let reference = self.reference.as_ref().map(|r| &r.weights);
@@ -524,8 +524,9 @@ impl ScoringSession {
             .score(&self.policy.weights, reference, item.clone())
             .await
         {
-            // The job ended between the start of the request and now. Its latest checkpoint has the
-            // weights that it trained last.
+            // The job stopped running between the start of the request and now. Its latest
+            // checkpoint has the weights that it trained last, unless it was cancelled or failed
+            // after that checkpoint.
             Err(EngineError::NotResident(_)) => {
                 let Some(job) = self.policy.job.clone() else {
                     return Err(ServiceError::internal("a live policy without a job"));
@@ -581,8 +582,9 @@ impl ReservedPair {
     /// Tokenises the pair and takes its client's quota.
     ///
     /// # Errors
-    /// `InvalidArgument` if the pair cannot be encoded; `ResourceExhausted` if the client has too
-    /// many tokens in the queue.
+    /// `InvalidArgument` if the pair cannot be encoded, or if it has tools or template variables
+    /// and its prompt is plain text; `ResourceExhausted` if the client has too many tokens in the
+    /// queue.
     pub async fn admit(self) -> Result<AdmittedPair> {
         let ReservedPair {
             session,
@@ -629,8 +631,9 @@ impl AdmittedPair {
     /// Scores the pair. The result does not depend on other requests.
     ///
     /// # Errors
-    /// `Unavailable` if the queue is full or the server is shutting down; `ResourceExhausted` if
-    /// memory is not sufficient.
+    /// `InvalidArgument` if the row has more tokens than the server allows; `Unavailable` if the
+    /// queue is full or the server is shutting down; `ResourceExhausted` if memory is not
+    /// sufficient; `FailedPrecondition` if weights can no longer be read.
     pub async fn score(self) -> Result<ScoredPair> {
         let policy_version = self.0.session.policy.version.clone();
         let (scored, live_step) = self.0.score().await?;

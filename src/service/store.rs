@@ -186,8 +186,9 @@ impl Store {
             Dialect::Sqlite => sqlx::migrate!("src/service/migrations/sqlite"),
             Dialect::Postgres => sqlx::migrate!("src/service/migrations/postgres"),
         };
-        // Unknown migrations are ignored. Migrations only add to the schema, so an older version
-        // can still run on the database of a newer one after a rollback.
+        // Unknown migrations are ignored. Migrations only add tables and columns and replace
+        // indexes, so an older version can still run on the database of a newer one after a
+        // rollback.
         migrations.set_ignore_missing(true);
         migrations.run(&writer).await.map_err(|e| {
             ServiceError::internal(format!(

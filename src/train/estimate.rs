@@ -1,6 +1,6 @@
 //! Memory estimate of a run, computed from shapes, and the choice of a plan that fits the limit.
 //!
-//! `benches/compare.py` prints the estimate beside the measured peak.
+//! `benches/offline.rs` prints the estimate beside the measured peak.
 
 use crate::compute::cpu::attention::score_bytes;
 use crate::compute::cpu::gemm::{Kernel, packed_bytes};

@@ -36,7 +36,7 @@ struct Step {
     step_size: f32,
     /// Bias correction of the second moment, √(1 − β₂ᵗ).
     correction2: f32,
-    /// Clipping coefficient, multiplied to every gradient.
+    /// Clipping coefficient, by which every gradient is multiplied.
     clip: f32,
 }
 

@@ -4,7 +4,8 @@
 //! One unit is one micro-batch (forward, loss, backward), with the optimizer update if it is the
 //! last of its step, one batch of an evaluation, or one checkpoint. Everything is a function of the
 //! spec, the data and the seed: the same run gives bit-identical numbers, even if it was
-//! interrupted and continued.
+//! interrupted and continued. Another memory limit or other devices may change the last bits,
+//! because the rows may then be packed differently.
 
 mod evaluation;
 
@@ -114,8 +115,8 @@ pub struct TrainerInput {
     /// Content hashes of the base model. Checkpoints record them, and a run continues only on the
     /// same content.
     pub identity: ModelIdentity,
-    /// Memory in bytes for the run besides the resident base weights. It decides whether
-    /// activations are recomputed.
+    /// Memory in bytes for the run besides the resident base weights and the run's copies of
+    /// weights. It decides how long the rows are and whether activations are recomputed.
     pub memory: u64,
 }
 
@@ -171,12 +172,14 @@ pub struct Trainer {
     gradients: Vec<StepGradients>,
     state: RunState,
     total_steps: u64,
+    /// An epoch, and the order of the training pairs in it.
     order: (u64, Vec<u32>),
     phase: Phase,
     /// Tokens and metrics before the step in progress, to which a repeated step returns.
     before_step: (u64, Window),
     step_started: Instant,
     evaluation: EvaluationSums,
+    /// Newest value of each metric.
     latest: Metrics,
     saved_step: Option<u64>,
     unsaved: Option<Unsaved>,
@@ -184,6 +187,7 @@ pub struct Trainer {
     /// True after the rows were shortened because the device ran out of memory.
     shortened: bool,
     started: Instant,
+    /// Step from which the run began or continued, for the estimate of its remaining time.
     first_step: u64,
 }
 
@@ -347,7 +351,7 @@ impl Trainer {
     }
 
     /// Writes a checkpoint of the last completed step, unless it exists. Used when the server
-    /// drains or the run is preempted.
+    /// drains, or the run is preempted or paused.
     ///
     /// # Errors
     /// Fails if the checkpoint cannot be written.

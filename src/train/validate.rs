@@ -29,6 +29,7 @@ pub struct BadRows {
     rows: u64,
     errors: u64,
     listed: Vec<RowIssue>,
+    /// Row, field and reason of the error that was added last.
     last: Option<(u64, String, IssueReason)>,
     /// Number of the row that was counted last; 0 before the first.
     counted: u64,
@@ -228,6 +229,7 @@ impl Tally {
         self.report.rows += 1;
     }
 
+    /// Counts the current row, after its last pair.
     fn leave(&mut self) {
         self.report.valid_rows += u64::from(self.row > 0 && !self.is_bad);
         *self.report.unusable_rows.get_or_insert_default() += u64::from(self.is_bad_for_any_job);
@@ -236,6 +238,7 @@ impl Tally {
         }
     }
 
+    /// Counts the shape of the current row, once, and notes if the row has several pairs.
     fn read(&mut self, pair: &PreferenceRow) {
         if !self.has_shape {
             *self
@@ -248,6 +251,7 @@ impl Tally {
         self.has_several |= pair.pair.is_some();
     }
 
+    /// Adds a finding about the current row, unless an earlier pair of the row has the same one.
     fn add(&mut self, issue: RowIssue) {
         let finding = (issue.field.clone(), issue.reason);
         if self.reported.contains(&finding) {

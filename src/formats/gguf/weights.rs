@@ -34,6 +34,9 @@ pub(in crate::formats) struct GgufDirectory {
 impl GgufDirectory {
     /// Opens the file again without reading its header. [`GgufWeights::load`] then reads the bytes
     /// that are there now.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`] if the file cannot be opened.
     pub fn open(&self, path: &Path) -> Result<GgufWeights, ModelError> {
         let gguf = Gguf::reopen(path, self.tensors.clone())?;
         Ok(GgufWeights {

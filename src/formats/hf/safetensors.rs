@@ -59,6 +59,9 @@ pub(in crate::formats) struct SafetensorsDirectory {
 
 impl SafetensorsDirectory {
     /// Opens the files again, without mapping them or reading their headers.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`] if a file cannot be opened.
     pub fn open(&self) -> Result<SafetensorsWeights, ModelError> {
         let open = |path: &PathBuf| {
             let file = File::open(path).map_err(ModelError::io(path))?;
@@ -110,6 +113,11 @@ impl Stored {
 }
 
 impl SafetensorsWeights {
+    /// Opens the single file of a folder, or the shards that its index lists.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFound`] if the folder has neither, [`ModelError::CorruptWeights`] if the
+    /// index cannot be used, and the errors of [`SafetensorsWeights::open`].
     pub fn open_folder(folder: &Path) -> Result<Self, ModelError> {
         let single = folder.join(FILE);
         if single.is_file() {
@@ -146,6 +154,11 @@ impl SafetensorsWeights {
         Self::open(&shards)
     }
 
+    /// Maps the files and reads their headers.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`] if a file cannot be opened or mapped, [`ModelError::CorruptWeights`] if
+    /// its header is malformed or a tensor ends outside the file.
     pub fn open(paths: &[PathBuf]) -> Result<Self, ModelError> {
         let (mut files, mut tensors) = (Vec::new(), HashMap::new());
         for (file, path) in paths.iter().enumerate() {

@@ -51,7 +51,10 @@ pub async fn create(
     if !is_valid_id(owner) {
         return Err(ServiceError::invalid(
             "owner",
-            format!("is {owner:?}: use 1 to 128 letters, digits, - _ and ."),
+            format!(
+                "is {owner:?}: use 1 to 128 letters, digits, - _ and ., and begin with another \
+                 character than ."
+            ),
         ));
     }
     if roles.is_empty() {
@@ -90,7 +93,12 @@ pub async fn create(
 /// # Errors
 /// `Unavailable` or `Internal` if the database fails.
 pub async fn list(store: &Store) -> Result<Vec<Token>> {
-    Ok(store.tokens().await?.into_iter().map(described).collect())
+    Ok(store
+        .tokens()
+        .await?
+        .into_iter()
+        .map(token_from_row)
+        .collect())
 }
 
 /// Revokes a token.
@@ -104,7 +112,7 @@ pub async fn revoke(store: &Store, id: &str) -> Result<()> {
     }
 }
 
-fn described(row: TokenRow) -> Token {
+fn token_from_row(row: TokenRow) -> Token {
     let roles = row.roles.split(',').filter_map(Role::parse).collect();
     Token {
         id: row.id,
@@ -198,7 +206,7 @@ impl TokenService {
         {
             return Err(refused());
         }
-        let token = described(row);
+        let token = token_from_row(row);
         let caller = Caller {
             owner: token.owner,
             roles: token.roles,

@@ -107,9 +107,9 @@ impl JobCreator {
             ),
         };
         if !is_stored && names_adapter(&job) {
-            // A failure is ignored. A later sweep removes the copy in the data directory if this
-            // has always been a cache of an artifact store. Otherwise it remains, and so does a
-            // copy in the artifact store.
+            // A failure is ignored. If the data directory has always been a cache of an artifact
+            // store, a later sweep removes the copy in it. Otherwise this copy remains. A copy that
+            // remains in the artifact store is never removed.
             let _ = self.artifacts.remove_job(&job.id).await;
         }
         inserted

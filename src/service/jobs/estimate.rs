@@ -18,7 +18,8 @@ use crate::service::limiter::Limiter;
 use crate::service::shutdown::Shutdown;
 use crate::train::estimate::Lengths;
 
-/// Maximum number of tokens scored to measure the speed of the device.
+/// Maximum number of tokens scored to measure the speed of the device. A longer first pair is
+/// scored alone.
 const CALIBRATION_TOKENS: usize = 1024;
 
 /// Estimated cost of a job.
@@ -59,7 +60,8 @@ impl JobEstimator {
     /// Estimates the cost of a job without creating it.
     ///
     /// # Errors
-    /// The errors of `create_job`, except those that are found only when a job is stored.
+    /// The errors of `create_job`, except those that are found only when a job is stored; and those
+    /// of [`InputLoader::load`].
     pub async fn estimate_job(&self, caller: &Caller, request: JobRequest) -> Result<JobEstimate> {
         self.shutdown.refuse_new_work()?;
         let mut request = self.validator.check_request(caller, request, None).await?;
@@ -99,7 +101,8 @@ impl JobEstimator {
         let forward = self.seconds_per_token(&inputs.model, train).await?;
         // Cost per token in units of a forward pass: 1 for the forward pass and 1 for the gradients
         // of the activations; full training adds 1 for the gradients of the weights. The reference
-        // is computed once per pair and then cached.
+        // is computed once per training pair and then cached. Its passes over evaluation pairs, and
+        // those after each sync of a moving reference (TR-DPO), are not counted.
         let passes = if matches!(spec.method, Method::Full) {
             3.0
         } else {

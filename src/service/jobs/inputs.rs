@@ -32,8 +32,8 @@ pub(in crate::service) struct JobInputs {
     pub eval: Vec<EncodedPair>,
     /// Digest of the training and evaluation pairs.
     pub digest: String,
-    /// Description of the first data in the rows that version 0.2.0 ignored; `None` if there is
-    /// none.
+    /// Description of the first data in the rows that version 0.2.0 ignored or could not read;
+    /// `None` if there is none.
     pub new_since_0_2_0: Option<String>,
     pub skipped: BadRows,
 }
@@ -148,7 +148,7 @@ struct EncodedDataset {
     pairs: Vec<EncodedPair>,
     /// Skipped rows.
     bad: BadRows,
-    /// Description of the first data in the rows that version 0.2.0 ignored.
+    /// Description of the first data in the rows that version 0.2.0 ignored or could not read.
     new_since_0_2_0: Option<String>,
 }
 

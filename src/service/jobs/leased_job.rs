@@ -124,7 +124,8 @@ impl LeasedJob {
     /// does not answer; a retried write is not stored twice.
     ///
     /// # Errors
-    /// `Aborted` if another worker holds the lease; nothing is stored then.
+    /// `Aborted` if another worker holds the lease, and the other errors of [`Store::write_run`];
+    /// nothing is stored then.
     pub async fn write(
         &self,
         change: impl Fn(&mut Job) -> Result<Vec<EventKind>> + Send + Sync,
@@ -139,6 +140,9 @@ impl LeasedJob {
     }
 
     /// Like [`retry_while_unavailable`], but returns the failure once the run is told to stop.
+    ///
+    /// # Errors
+    /// The errors of `f`.
     pub async fn retry_until_stopped<T, F: Future<Output = Result<T>> + Send>(
         &self,
         f: impl Fn() -> F + Send + Sync,
@@ -147,6 +151,9 @@ impl LeasedJob {
     }
 
     /// Like [`retry_while_unavailable`], but returns the failure once the run is cancelled.
+    ///
+    /// # Errors
+    /// The errors of `f`.
     pub async fn retry_until_cancelled<T, F: Future<Output = Result<T>> + Send>(
         &self,
         f: impl Fn() -> F + Send + Sync,

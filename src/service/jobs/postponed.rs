@@ -1,5 +1,5 @@
-//! Jobs that this process leaves in the queue for a while, because an input they need is missing
-//! and is unlikely to appear soon.
+//! Jobs that this process leaves in the queue for a while, because an input they need is missing or
+//! has changed, and is unlikely to be restored soon.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};

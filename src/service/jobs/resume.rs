@@ -30,8 +30,8 @@ pub(super) struct CheckpointSource<'a> {
 /// followers of the job are told.
 ///
 /// # Errors
-/// `FailedPrecondition` (`ARTIFACT_MISSING`, `CHECKPOINT_FORMAT`) if the newest checkpoint may be
-/// usable later or by another version; nothing is removed then.
+/// `FailedPrecondition` (`ARTIFACT_MISSING`, `CHECKPOINT_FORMAT`) if the newest checkpoint that is
+/// not damaged may be usable later or by another version; it is not removed then.
 pub(super) async fn newest_intact(
     from: CheckpointSource<'_>,
     leased: &LeasedJob,
@@ -96,8 +96,8 @@ pub(super) async fn progress(
 
 /// Checks that a run continues with the same pairs it began with: another version of the server may
 /// read or tokenise the rows differently. Checkpoints of version 0.2.0 have no digest of their
-/// pairs. For these, the rows must contain nothing that 0.2.0 ignored, and the pairs used so far
-/// must have as many tokens as the run counted.
+/// pairs. For these, the rows must contain nothing that 0.2.0 ignored or could not read, and the
+/// pairs used so far must have as many tokens as the run counted.
 ///
 /// # Errors
 /// `FailedPrecondition` (`ROWS_CHANGED`) if the pairs differ.

@@ -12,8 +12,8 @@
 //! | Preparing, Running | Pausing | a client asks; the run is told to write a checkpoint and stop |
 //! | Preparing, Running, Pausing | Cancelling | a client asks; the run is told to stop |
 //! | Preparing, Running | Queued | the run is drained or preempted |
-//! | Preparing, Running | Queued | an input is missing; this process postpones the job |
-//! | Pausing | Paused | the run is drained, or an input is missing |
+//! | Preparing, Running | Queued | an input is missing or has changed: the job is postponed |
+//! | Pausing | Paused | the run is drained, or an input is missing or has changed |
 //! | Preparing, Running, Pausing, Cancelling | Failed | the run failed, or an input is unusable |
 //! | Cancelling | Cancelled | the run ended in any way but a failure |
 //! | Running, Pausing | Succeeded | the run has taken all its steps |
@@ -78,7 +78,7 @@ pub(in crate::service) struct JobRunner {
     pub shutdown: Shutdown,
     /// Time after which a running job is preempted if another job of the same priority is queued.
     pub time_slice: Duration,
-    /// First pause of a job that was requeued because an input was missing.
+    /// First pause of a job that was requeued because an input was missing or had changed.
     pub postponement: Duration,
 }
 
@@ -149,7 +149,7 @@ impl JobRunner {
                     job = job.id,
                     reason = e.reason.name(),
                     error = e.message,
-                    "the job is requeued because an input is missing"
+                    "the job is requeued because an input is missing or has changed"
                 );
                 Ok(End::Waits(e))
             }
@@ -157,7 +157,7 @@ impl JobRunner {
             Err(ServiceError::Aborted { message, .. }) => Err(message),
             Err(e) if may_succeed_later(&e) => {
                 tracing::warn!(job = job.id, error = %e, "the job is requeued because an input is \
-                    missing");
+                    missing or has changed");
                 Ok(End::Waits(failure(&e)))
             }
             Err(e) => {
@@ -553,7 +553,7 @@ impl JobRunner {
 enum End {
     /// The run ended.
     Run(RunEnd),
-    /// The job is requeued because an input is missing.
+    /// The job is requeued because an input is missing or has changed.
     Waits(JobError),
 }
 

@@ -86,7 +86,7 @@ impl RequestValidator {
         if request_id.is_some_and(|id| id.len() > 128 || id.contains('\0')) {
             bad.push(
                 "request_id",
-                "must have at most 128 characters, none of them NUL",
+                "must have at most 128 bytes, none of them NUL",
             );
         }
         if let Evaluation::Fraction(f) = request.evaluation

@@ -347,7 +347,7 @@ impl Store {
 
     /// Returns the queued job for which a running one may be preempted: among those of the highest
     /// priority, the one that has waited longest. Jobs in `passed_over`, and jobs that were
-    /// requeued because an input was missing, do not count.
+    /// requeued because an input was missing or had changed, do not count.
     ///
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
@@ -395,7 +395,8 @@ impl Store {
     /// Returns the job and the sequence number of its newest new event (0 if there is none).
     ///
     /// # Errors
-    /// The errors of `change`; `FailedPrecondition` for a state transition that is not allowed.
+    /// The errors of `change`; `NotFound` if the job does not exist; `FailedPrecondition` for a
+    /// state transition that is not allowed, or if another version of the server wrote the job.
     pub async fn change_job(
         &self,
         id: &str,

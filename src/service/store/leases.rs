@@ -140,10 +140,13 @@ impl Store {
     }
 
     /// Stores a write of a run, the `number`th under its lease. If the write was already stored and
-    /// only its answer was lost, it is not stored again.
+    /// only its answer was lost, it is not stored again. Returns the job and the sequence number of
+    /// the newest event that the write added (0 if it added none; for a write that was already
+    /// stored, the job's newest event).
     ///
     /// # Errors
-    /// `Aborted` if the lease is lost; the errors of `change`.
+    /// `Aborted` if the lease is lost; the errors of `change`; `NotFound` if the job was deleted;
+    /// `FailedPrecondition` (`IN_USE`) if another job needs the checkpoint to retire.
     pub async fn write_run(
         &self,
         lease: &Lease,

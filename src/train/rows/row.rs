@@ -23,7 +23,8 @@ pub(super) const KWARGS_COLUMN: &str = "chat_template_kwargs";
 const MAX_IGNORED: usize = 16;
 
 /// Builds a row from its columns. Other row shapes have been converted to prompt, chosen and
-/// rejected before. Remaining unknown columns are reported as not used.
+/// rejected before, except whole dialogues without a prompt, which are split here. Remaining
+/// unknown columns are reported as not used.
 pub(super) fn from_fields(
     row: u64,
     mut fields: Map<String, Value>,

@@ -8,8 +8,8 @@
 //!   TRL's `extract_prompt`.
 //! - `openai_preference`: `input.messages`, `preferred_output` and `non_preferred_output`, the
 //!   format of OpenAI's fine-tuning.
-//! - `hh`: `chosen` and `rejected` as texts of "\n\nHuman: …\n\nAssistant: …", as in Anthropic's
-//!   HH-RLHF.
+//! - `hh`: `chosen` and `rejected` as texts of "\n\nHuman: …\n\nAssistant: …", as in
+//!   Anthropic's HH-RLHF.
 //! - `ultrafeedback`: `chosen` and `rejected` as whole dialogues, and `prompt` with the text of
 //!   their first user message (UltraFeedback, binarised).
 //! - `several_rejected`: a list of rejected answers. Each makes a pair with the chosen answer.
@@ -201,8 +201,9 @@ fn read(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIs
     Ok(pair)
 }
 
-/// Converts the columns of a row to `prompt`, `chosen` and `rejected`. Columns of an unknown shape
-/// stay unchanged, and the code that reads them reports the problem.
+/// Converts the columns of a row to `prompt`, `chosen` and `rejected`. Whole dialogues are left
+/// without a prompt, and [`row::from_fields`] splits them. Columns of an unknown shape stay
+/// unchanged, and the code that reads them reports the problem.
 fn normalise(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
     let has_answers = !is_absent(fields, "chosen") || !is_absent(fields, "rejected");
     if !has_answers
@@ -278,8 +279,9 @@ fn renamed_path(path: &str, names: &[(&str, &str)]) -> String {
 }
 
 /// Converts a row in OpenAI's format. `parallel_tool_calls` is dropped, because it is an
-/// instruction to the API that the model does not see. Other keys of `input` become columns of the
-/// row.
+/// instruction to the API that the model does not see. `id` and `weight` in `input` are dropped,
+/// too: only the row's own columns of these names count. Other keys of `input` become columns of
+/// the row, unless it has them already.
 fn openai(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowIssue> {
     let missing = |field: &str| {
         let message = format!(
