@@ -254,7 +254,7 @@ pub async fn finish(client: &Client, job: &str) -> Vec<pb::TrainingEvent> {
         events.push(e);
         true
     });
-    tokio::time::timeout(Duration::from_secs(120), all)
+    tokio::time::timeout(Duration::from_secs(300), all)
         .await
         .expect("the job ends")
         .unwrap();
@@ -332,7 +332,7 @@ pub fn scored(r: &pb::PairResult) -> &pb::PairScore {
 /// Waits until an event satisfies `enough`.
 pub async fn until_event(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
     let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
-    let followed = tokio::time::timeout(Duration::from_secs(60), follow).await;
+    let followed = tokio::time::timeout(Duration::from_secs(180), follow).await;
     followed.expect("the event comes").unwrap();
 }
 

@@ -114,7 +114,7 @@ async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
     let job = submit(&client, wanted).await;
     until(
         "the end of a server without its GPU",
-        Duration::from_secs(60),
+        Duration::from_secs(180),
         async || server.exit_status().is_some(),
     )
     .await;
