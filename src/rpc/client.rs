@@ -59,9 +59,9 @@ pub enum ClientError {
         /// The operating system's error.
         source: std::io::Error,
     },
-    /// The server's answer violates the protocol, or the token has characters that a header cannot
-    /// have.
-    #[error("the server's answer cannot be used: {0}")]
+    /// The server's answer violates the protocol, the token has characters that a header cannot
+    /// have, or a task of this client panicked.
+    #[error("the call cannot be completed: {0}")]
     Protocol(String),
 }
 
@@ -181,9 +181,9 @@ impl Client {
     /// Connects to a server.
     ///
     /// # Errors
-    /// [`ClientError::Unreachable`] if the address is wrong or the connection fails,
-    /// [`ClientError::File`] if a certificate or key cannot be read, [`ClientError::Protocol`] if
-    /// the token has characters that a header cannot have.
+    /// [`ClientError::Unreachable`] if the address, a certificate or a key is wrong or the
+    /// connection fails, [`ClientError::File`] if the file of a certificate or key cannot be read,
+    /// [`ClientError::Protocol`] if the token has characters that a header cannot have.
     pub async fn connect(target: &Target, timeout: Duration) -> ClientResult<Self> {
         let address = &target.address;
         let unreachable = |reason: String| ClientError::Unreachable {
@@ -266,7 +266,8 @@ impl Client {
     /// far.
     ///
     /// # Errors
-    /// Returns an error if the file cannot be read or the server refuses the upload.
+    /// Returns an error if the file cannot be read, the server refuses the upload, or `sent`
+    /// panics.
     pub async fn upload_dataset(
         &self,
         path: &Path,
@@ -327,6 +328,8 @@ impl Client {
     ///
     /// # Errors
     /// Returns an error if the server refuses the call, or after 30 reconnects without an event.
+    /// The codes Unavailable, Unknown, Cancelled and Internal count as a dropped connection, not as
+    /// a refusal.
     pub async fn follow(
         &self,
         job: &str,
@@ -391,8 +394,9 @@ impl Client {
     /// Downloads the requested checkpoint's files into the folder `out`. Returns their names.
     ///
     /// # Errors
-    /// Returns an error if the server refuses the call, sends a file name that leads outside of
-    /// `out`, or if a file cannot be written.
+    /// Returns an error if the server refuses the call, if it sends bytes without a file header, an
+    /// empty message or a file name that leads outside of `out` or deeper than one folder below it,
+    /// or if a file cannot be written.
     pub async fn download(
         &self,
         request: pb::DownloadCheckpointRequest,

@@ -136,8 +136,8 @@ impl Connections {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns a place for an accepted connection. If all places are taken, the connection that has
-    /// been idle longest is closed. If none is idle, this waits.
+    /// Waits for a place for an accepted connection and returns it. While all places are taken,
+    /// each retry closes the connection that has been idle longest, if any is idle.
     pub async fn place(self: &Arc<Self>) -> Place {
         loop {
             if let Ok(permit) = self.places.clone().try_acquire_owned() {

@@ -13,7 +13,7 @@ use opentelemetry::{Context, KeyValue, global};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-/// Name of the W3C Trace Context header, and of the field in which a job stores it.
+/// Name of the W3C Trace Context header, whose value a job stores, too.
 pub const TRACEPARENT: &str = "traceparent";
 
 /// Returns the trace context of the current span.
