@@ -81,8 +81,8 @@ pub enum ServeError {
 
 /// Serves all gRPC services on `listener` until `shutdown`, then drains: health says NOT_SERVING,
 /// new work is refused, running jobs write a checkpoint and are requeued, and open calls end. All
-/// of this happens within the drain timeout, except that open calls always get
-/// [`MIN_FINAL_GRACE`] after the jobs have ended.
+/// of this happens within the drain timeout, except that open calls always get at least one second
+/// after the jobs have stopped.
 ///
 /// # Errors
 /// Returns an error if the transport fails or reflection cannot be set up.
