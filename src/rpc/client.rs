@@ -394,9 +394,9 @@ impl Client {
     /// Downloads the requested checkpoint's files into the folder `out`. Returns their names.
     ///
     /// # Errors
-    /// Returns an error if the server refuses the call, if it sends bytes without a file header, an
-    /// empty message or a file name that leads outside of `out` or deeper than one folder below it,
-    /// or if a file cannot be written.
+    /// Returns an error if the server refuses the call or ends it with an error; if it sends bytes
+    /// without a file header, an empty message, or a file name that leads outside of `out`, deeper
+    /// than one folder below it or to a hidden file; or if a file cannot be written.
     pub async fn download(
         &self,
         request: pb::DownloadCheckpointRequest,
