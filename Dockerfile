@@ -5,7 +5,7 @@
 # With CUDA (target cuda): docker build --target cuda -t bradley:cuda .
 # Without an image registry: deploy/image/build.
 
-# Every base is an argument, so that a mirror or a local image can take its place.
+# Every base image is an argument, so that a mirror or a local image can replace it.
 ARG BUILD_IMAGE=rust:1.95-bookworm
 # glibc must not be newer than the run-time image's: Ubuntu 22.04 has 2.35, Debian 12 has 2.36.
 ARG CUDA_BUILD_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu22.04
@@ -14,14 +14,15 @@ ARG RUNTIME_IMAGE=gcr.io/distroless/cc-debian12:nonroot
 
 FROM ${BUILD_IMAGE} AS build
 WORKDIR /build
-# Builds as cargo does and writes the list of crates into the binary (section .dep-v0), where trivy, syft and grype read it.
+# Builds like cargo, and writes the list of crates into the binary (section .dep-v0), which trivy,
+# syft and grype read.
 RUN cargo install --locked --root /usr/local cargo-auditable@0.7.7
-# Backtraces lose their lines to `strip` anyway.
+# Without debug information, because `strip` removes it anyway.
 ENV CARGO_PROFILE_RELEASE_DEBUG=false
 
-# Dependencies alone, so that this layer is made again only when they change.
+# Builds the dependencies alone, so that this layer is built again only when they change.
 COPY Cargo.toml Cargo.lock ./
-# Only named by the workspace: nothing of it is built.
+# The workspace needs this file, but the fuzz targets are not built.
 COPY tests/fuzz/Cargo.toml tests/fuzz/
 RUN mkdir src && echo 'fn main() {}' >build.rs && cp build.rs src/main.rs && touch src/lib.rs \
     && cargo auditable build --release --locked && rm -r build.rs src
@@ -29,18 +30,22 @@ RUN mkdir src && echo 'fn main() {}' >build.rs && cp build.rs src/main.rs && tou
 COPY build.rs ./
 COPY proto proto
 COPY src src
-# Copied files keep their old times; without touch cargo would take the stubs for newer. The stub's program must not be what is shipped.
-# out/ is what the image gets: the program, and the data folder, which no RUN could make where there is no shell.
+# Copied files keep their modification times. Without touch, cargo would take the stubs of the layer
+# above for newer and not build again. The stub's program is removed, so that it cannot be shipped.
+# out/ has the files for the image: the program, and the data folder, which cannot be created in the
+# run-time image, because that has no shell.
 RUN touch build.rs src/lib.rs src/main.rs && rm target/release/bradley && cargo auditable build --release --locked \
     && mkdir -p out/data && strip -o out/bradley target/release/bradley
 
 
 FROM ${BUILD_IMAGE} AS rust
 
-# As `build`, with the CUDA toolkit, whose nvcc build.rs calls. CUDA 13.0: drivers from 580 on load what it makes.
+# The same as `build`, with the CUDA toolkit, whose nvcc build.rs calls. Version 13.0, because every
+# driver from 580 on can load its output.
 FROM ${CUDA_BUILD_IMAGE} AS build-cuda
 WORKDIR /build
-# hadolint ignore=DL3008 # Old versions vanish from the mirrors; nothing of these packages is in the image.
+# Versions are not pinned, because mirrors delete old ones and the packages are not in the image.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates g++ libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=rust /usr/local/cargo /usr/local/cargo
 COPY --from=rust /usr/local/rustup /usr/local/rustup
@@ -61,19 +66,20 @@ RUN touch build.rs src/lib.rs src/main.rs && rm target/release/bradley && cargo 
     && cp -L /usr/local/cuda/lib64/libcublas.so.13 /usr/local/cuda/lib64/libcublasLt.so.13 out/lib/
 
 
-# All of an image but the program and the data folder.
+# The image without the program and the data folder.
 FROM ${RUNTIME_IMAGE} AS runtime
 COPY LICENSE /usr/share/doc/bradley/LICENSE
-# By number, so that Kubernetes can check that it is not root.
+# The user is a number, so that Kubernetes can check that it is not root.
 USER 10001:10001
 WORKDIR /
-# HF_HOME: models from the hub are kept with the data, across restarts.
+# HF_HOME: models from the hub are stored on the data volume, so that they survive restarts.
 ENV BRADLEY_LISTEN=0.0.0.0:50051 \
     BRADLEY_HTTP_LISTEN=0.0.0.0:9090 \
     BRADLEY_DATA_DIR=/var/lib/bradley/data \
     HF_HOME=/var/lib/bradley/huggingface
 EXPOSE 50051 9090
-# The start period covers a first download of the model. Another port, TLS or a client certificate: BRADLEY_SERVER, BRADLEY_TLS_SERVER_CA, …
+# The start period covers a first download of the model. For another port, TLS or a client
+# certificate set BRADLEY_SERVER, BRADLEY_TLS_SERVER_CA, BRADLEY_TLS_CLIENT_CERT, …
 HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --retries=3 \
     CMD ["/usr/local/bin/bradley", "health"]
 STOPSIGNAL SIGTERM
@@ -90,7 +96,7 @@ LABEL org.opencontainers.image.title="bradley" \
 
 
 FROM runtime AS cuda
-# libcuda comes with the driver, from the NVIDIA container toolkit, which reads the first two.
+# The NVIDIA container toolkit reads the first two, and adds libcuda, which is part of the driver.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     LD_LIBRARY_PATH=/usr/local/lib \
@@ -104,7 +110,7 @@ VOLUME /var/lib/bradley
 
 FROM runtime AS cpu
 COPY --from=build /build/out/bradley /usr/local/bin/bradley
-# A new volume takes its owner from this folder.
+# A new volume gets the owner of this folder.
 COPY --from=build --chown=10001:10001 /build/out/data /var/lib/bradley
-# Last: some builders throw away what comes into a volume afterwards.
+# Last, because some builders discard files that are added to a volume afterwards.
 VOLUME /var/lib/bradley

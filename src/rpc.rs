@@ -50,7 +50,7 @@ const MAX_HEADERS: u32 = 16 << 10;
 /// another connection from their last sequence.
 const AGE_GRACE: Duration = Duration::from_secs(60);
 
-/// Limits of the gRPC port.
+/// Options of the gRPC port.
 #[derive(Clone, Debug)]
 pub struct ServeOptions {
     /// Maximum size of a client's message, in bytes.
@@ -81,7 +81,8 @@ pub enum ServeError {
 
 /// Serves all gRPC services on `listener` until `shutdown`, then drains: health says NOT_SERVING,
 /// new work is refused, running jobs write a checkpoint and are requeued, and open calls end. All
-/// of this happens within the drain timeout.
+/// of this happens within the drain timeout, except that open calls always get at least one second
+/// after the jobs have stopped.
 ///
 /// # Errors
 /// Returns an error if the transport fails or reflection cannot be set up.

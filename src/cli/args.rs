@@ -340,7 +340,8 @@ pub struct TrainArgs {
     /// Number of optimizer steps. Overrides --epochs.
     #[arg(long)]
     pub max_steps: Option<u64>,
-    /// Steps between checkpoints. Default: only the final one.
+    /// Steps between checkpoints. The final one and each new best one are always written. Default:
+    /// only these.
     #[arg(long)]
     pub save_steps: Option<u32>,
     /// Steps between evaluations. Default: only at the end.

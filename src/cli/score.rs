@@ -88,7 +88,8 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
 /// Reads the pairs of a JSONL or Parquet file.
 ///
 /// # Errors
-/// Returns a failure that names the row if a row cannot be read.
+/// Returns a failure if the file cannot be opened, or one that names the row if a row cannot be
+/// read.
 pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure> {
     let failed = |e: &dyn std::fmt::Display| Failure::Failed(format!("{}: {e}", path.display()));
     let mut start = [0; 4];

@@ -1,8 +1,8 @@
 //! Settings of `bradley serve`. Flags override environment variables, these override a TOML file,
 //! and this overrides the defaults. All bad settings are reported together.
 //!
-//! **The rest of the program gets environment variables from here**, except for clap, which reads
-//! those of the client's flags, and the OpenTelemetry library, which reads `OTEL_*`.
+//! **The rest of the program gets environment variables from here.** Only libraries read others:
+//! clap those of the client's flags, OpenTelemetry `OTEL_*`, rustls `SSL_CERT_FILE`.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -402,7 +402,7 @@ impl Settings {
             {
                 bad.push(
                     format!("{}: {key}", path.display()),
-                    format!("is not a setting: use {}", SETTINGS.map_names()),
+                    format!("is not a setting: use {}", SETTINGS.joined_names()),
                 );
             }
         }
@@ -416,7 +416,7 @@ impl Settings {
             s.parse::<f64>().ok().filter(|v| *v > 0.0 && *v <= 1.0)
         });
         let seconds = |n: usize| Duration::from_secs(n as u64);
-        let some = |n: &usize| *n > 0;
+        let is_positive = |n: &usize| *n > 0;
         let database_url = reader.optional(
             "database_url",
             "a URL such as postgres://user:password@host/bradley",
@@ -474,7 +474,7 @@ impl Settings {
             time_slice: seconds(reader.number("time_slice", 1).unwrap_or_default()),
             max_jobs_per_client: reader
                 .number("max_jobs_per_client", 0)
-                .filter(some)
+                .filter(is_positive)
                 .map(|n| n as u64),
             max_client_priority: reader
                 .parse(
@@ -489,7 +489,7 @@ impl Settings {
             max_dataset_text_bytes: reader.bytes("max_dataset_text_bytes").unwrap_or_default(),
             max_scoring_tokens_per_client: reader
                 .number("max_scoring_tokens_per_client", 0)
-                .filter(some),
+                .filter(is_positive),
             adapter_dir: reader.optional("adapter_dir", "a path", |s| Some(PathBuf::from(s))),
             template_date: reader.optional("template_date", "a date such as 2026-07-26", |s| {
                 s.parse().ok().filter(|_| s.len() == "2026-07-26".len())
@@ -506,7 +506,7 @@ impl Settings {
             max_connections: reader.number("max_connections", 1).unwrap_or_default(),
             max_connection_age: reader
                 .number("max_connection_age", 0)
-                .filter(some)
+                .filter(is_positive)
                 .map(seconds),
             data_dir: reader
                 .parse("data_dir", "a path", |s| {
@@ -616,12 +616,13 @@ pub fn hub(sources: &Sources) -> HubOptions {
     }
 }
 
-trait MapNames {
-    fn map_names(&self) -> String;
+trait JoinedNames {
+    /// Returns the names of the settings, separated by commas.
+    fn joined_names(&self) -> String;
 }
 
-impl MapNames for [(&str, &str, &str)] {
-    fn map_names(&self) -> String {
+impl JoinedNames for [(&str, &str, &str)] {
+    fn joined_names(&self) -> String {
         self.iter()
             .map(|(name, ..)| *name)
             .collect::<Vec<_>>()
@@ -733,6 +734,8 @@ impl SettingsReader<'_> {
                 models.push((id, source));
             }
         }
+        // After another error this one is not reported, because an unknown key in the file may be a
+        // misspelt `models`.
         if models.is_empty() && self.bad.is_empty() {
             self.bad.push(
                 "--models",
@@ -795,7 +798,8 @@ mod tests {
                 ("HF_HUB_OFFLINE", "1"),
                 ("HF_HOME", "/hf"),
             ],
-            "batch_tokens = 3\nqueue_tokens = 3\nmax_row_tokens = 3\nmodels = [\"a=/x\", \"/y/b.gguf\"]",
+            "batch_tokens = 3\nqueue_tokens = 3\nmax_row_tokens = 3\n\
+             models = [\"a=/x\", \"/y/b.gguf\"]",
         );
         let settings = Settings::resolve(&s).unwrap();
         let e = &settings.engine;

@@ -6,7 +6,7 @@ pub use prost_types::{Duration as ProtoDuration, FieldMask, Struct as ProtoStruc
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
@@ -93,6 +93,23 @@ impl ClientError {
 impl From<Status> for ClientError {
     fn from(s: Status) -> Self {
         ClientError::Refused(Box::new(s))
+    }
+}
+
+/// The reason why an upload failed.
+#[derive(Debug, thiserror::Error)]
+pub enum UploadError {
+    /// The rows could not be read.
+    #[error("the rows cannot be read: {0}")]
+    Read(std::io::Error),
+    /// The server refused the upload, or the connection failed.
+    #[error("{}", describe(.0))]
+    Call(Box<Status>),
+}
+
+impl From<Status> for UploadError {
+    fn from(s: Status) -> Self {
+        UploadError::Call(Box::new(s))
     }
 }
 
@@ -187,9 +204,9 @@ impl Client {
     /// Connects to a server.
     ///
     /// # Errors
-    /// [`ClientError::Unreachable`] if the address is wrong or the connection fails,
-    /// [`ClientError::File`] if a certificate or key cannot be read, [`ClientError::BadToken`] if
-    /// the token has characters that a header cannot have.
+    /// [`ClientError::Unreachable`] if the address, a certificate or a key is wrong or the
+    /// connection fails, [`ClientError::File`] if the file of a certificate or key cannot be read,
+    /// [`ClientError::BadToken`] if the token has characters that a header cannot have.
     pub async fn connect(target: &Target, timeout: Duration) -> ClientResult<Self> {
         let address = &target.address;
         let unreachable = |reason: String| ClientError::Unreachable {
@@ -271,59 +288,77 @@ impl Client {
     /// far.
     ///
     /// # Errors
-    /// Returns an error if the file cannot be read or the server refuses the upload.
+    /// [`ClientError::File`] if the file cannot be read: the server then stores nothing, even if it
+    /// has received a part. Otherwise the server's refusal.
     pub async fn upload_dataset(
         &self,
         path: &Path,
         metadata: pb::UploadMetadata,
-        mut sent: impl FnMut(u64) + Send + 'static,
+        sent: impl FnMut(u64),
     ) -> ClientResult<pb::Dataset> {
         let failed = |source| ClientError::File {
             path: path.display().to_string(),
             source,
         };
-        let mut file = tokio::fs::File::open(path).await.map_err(failed)?;
+        let file = tokio::fs::File::open(path).await.map_err(failed)?;
+        self.upload_rows(file, metadata, sent)
+            .await
+            .map_err(|error| match error {
+                UploadError::Read(source) => failed(source),
+                UploadError::Call(status) => ClientError::Refused(status),
+            })
+    }
+
+    /// Uploads a dataset, the bytes of a file of rows, until `rows` ends. `sent` is called with the
+    /// number of bytes queued for sending so far.
+    ///
+    /// # Errors
+    /// [`UploadError::Read`] if `rows` fails: the server then stores nothing, even if it has
+    /// received a part. [`UploadError::Call`] if the server refuses the upload.
+    pub async fn upload_rows(
+        &self,
+        rows: impl AsyncRead,
+        metadata: pb::UploadMetadata,
+        mut sent: impl FnMut(u64),
+    ) -> Result<pb::Dataset, UploadError> {
         let (sender, receiver) = mpsc::channel(4);
         let message = |part| pb::UploadDatasetRequest { part: Some(part) };
-        let read = tokio::spawn(async move {
-            if sender
-                .send(message(pb::upload_dataset_request::Part::Metadata(
-                    metadata,
-                )))
-                .await
-                .is_err()
-            {
+        // If sending fails, the server has refused the upload, and its answer says why.
+        let read = async {
+            let metadata = message(pb::upload_dataset_request::Part::Metadata(metadata));
+            if sender.send(metadata).await.is_err() {
                 return Ok(());
             }
+            let mut rows = std::pin::pin!(rows);
             let mut total = 0;
             loop {
                 let mut buffer = vec![0; CHUNK];
-                let n = file.read(&mut buffer).await?;
+                let n = rows.read(&mut buffer).await?;
                 if n == 0 {
                     return Ok::<(), std::io::Error>(());
                 }
                 buffer.truncate(n);
-                if sender
-                    .send(message(pb::upload_dataset_request::Part::Chunk(buffer)))
-                    .await
-                    .is_err()
-                {
-                    return Ok(()); // the server has refused; its answer says why
+                let chunk = message(pb::upload_dataset_request::Part::Chunk(buffer));
+                if sender.send(chunk).await.is_err() {
+                    return Ok(());
                 }
                 total += n as u64;
                 sent(total);
             }
-        });
-        let dataset = self
-            .datasets()
-            .upload_dataset(ReceiverStream::new(receiver))
-            .await?
-            .into_inner();
-        match read.await {
-            Ok(Ok(())) => Ok(dataset),
-            Ok(Err(e)) => Err(failed(e)),
-            Err(e) => Err(ClientError::Protocol(e.to_string())),
+        };
+        let mut datasets = self.datasets();
+        let mut call = Box::pin(datasets.upload_dataset(ReceiverStream::new(receiver)));
+        tokio::select! {
+            answer = &mut call => return Ok(answer?.into_inner()),
+            result = read => if let Err(error) = result {
+                // The call is cancelled while the stream is still open. If the stream ended first,
+                // the server would store the part that it has.
+                drop(call);
+                return Err(UploadError::Read(error));
+            },
         }
+        drop(sender);
+        Ok(call.await?.into_inner())
     }
 
     /// Calls `each` for every event of `job` with a sequence above `after`, in order and once each,
@@ -332,6 +367,8 @@ impl Client {
     ///
     /// # Errors
     /// Returns an error if the server refuses the call, or after 30 reconnects without an event.
+    /// The codes Unavailable, Unknown, Cancelled and Internal count as a dropped connection, not as
+    /// a refusal.
     pub async fn follow(
         &self,
         job: &str,
@@ -396,8 +433,9 @@ impl Client {
     /// Downloads the requested checkpoint's files into the folder `out`. Returns their names.
     ///
     /// # Errors
-    /// Returns an error if the server refuses the call, sends a file name that leads outside of
-    /// `out`, or if a file cannot be written.
+    /// Returns an error if the server refuses the call or ends it with an error; if it sends bytes
+    /// without a file header, an empty message, or a file name that leads outside of `out`, deeper
+    /// than one folder below it or to a hidden file; or if a file cannot be written.
     pub async fn download(
         &self,
         request: pb::DownloadCheckpointRequest,

@@ -26,7 +26,7 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) struct Connections {
     places: Arc<Semaphore>,
     open: Mutex<HashMap<u64, Arc<Activity>>>,
-    next: AtomicU64,
+    next_id: AtomicU64,
 }
 
 /// Open calls and idle time of a connection.
@@ -117,7 +117,7 @@ impl Connections {
         let connections = Arc::new(Connections {
             places: Arc::new(Semaphore::new(limit)),
             open: Mutex::default(),
-            next: AtomicU64::new(0),
+            next_id: AtomicU64::new(0),
         });
         let swept = Arc::downgrade(&connections);
         tokio::spawn(async move {
@@ -136,13 +136,13 @@ impl Connections {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns a place for an accepted connection. If all places are taken, the connection that has
-    /// been idle longest is closed. If none is idle, this waits.
+    /// Waits for a place for an accepted connection and returns it. While all places are taken,
+    /// each retry closes the connection that has been idle longest, if any is idle.
     pub async fn place(self: &Arc<Self>) -> Place {
         loop {
             if let Ok(permit) = self.places.clone().try_acquire_owned() {
                 let (id, activity) = (
-                    self.next.fetch_add(1, Ordering::Relaxed),
+                    self.next_id.fetch_add(1, Ordering::Relaxed),
                     Arc::new(Activity::new()),
                 );
                 self.lock().insert(id, activity.clone());

@@ -28,7 +28,7 @@ pub async fn serve_http(
 ) -> std::io::Result<()> {
     let process = metrics_process::Collector::default();
     process.describe();
-    let shown = server.clone();
+    let gauge_source = server.clone();
     let router = Router::new()
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(ready).with_state(server))
@@ -36,7 +36,7 @@ pub async fn serve_http(
             "/metrics",
             get(|| async move {
                 process.collect();
-                metrics.render() + &render_run_gauges(&shown.run_gauges())
+                metrics.render() + &render_run_gauges(&gauge_source.run_gauges())
             }),
         );
     axum::serve(HttpListener::new(listener, MAX_CONNECTIONS), router)
@@ -50,15 +50,15 @@ const HELP: &str =
 
 /// Renders the gauges of the current runs, given as (job id, gauge name, value). They are not in
 /// the metrics recorder, because it would report the last value of every ended job forever.
-fn render_run_gauges(shown: &[(String, &'static str, f64)]) -> String {
-    let mut gauges: BTreeMap<&str, String> = BTreeMap::new();
-    for (job, gauge, value) in shown {
-        let lines = gauges
+fn render_run_gauges(values: &[(String, &'static str, f64)]) -> String {
+    let mut lines_by_gauge: BTreeMap<&str, String> = BTreeMap::new();
+    for (job, gauge, value) in values {
+        let lines = lines_by_gauge
             .entry(gauge)
             .or_insert_with(|| format!("# HELP {gauge} {HELP}\n# TYPE {gauge} gauge\n"));
         *lines += &format!("{gauge}{{training_job=\"{job}\"}} {value}\n");
     }
-    gauges.into_values().collect()
+    lines_by_gauge.into_values().collect()
 }
 
 async fn ready(State(server): State<Arc<Server>>) -> (StatusCode, String) {

@@ -65,7 +65,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let method = known(request.uri().path());
+        let method = known_method(request.uri().path());
         let id = request
             .headers()
             .get(REQUEST_ID)
@@ -262,7 +262,7 @@ fn deadline(headers: &HeaderMap) -> Option<Duration> {
 
 /// Returns the path of a method if the server has it, else `unknown`. Without this, callers could
 /// create metric series and fill logs with invented names.
-pub(super) fn known(path: &str) -> &'static str {
+pub(super) fn known_method(path: &str) -> &'static str {
     METHODS.get(path).map_or("unknown", String::as_str)
 }
 
@@ -307,9 +307,12 @@ mod tests {
             "/grpc.health.v1.Health/Check",
             "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
         ] {
-            assert_eq!(known(path), path);
+            assert_eq!(known_method(path), path);
         }
-        assert_eq!(known("/bradley.v1.ScoringService/Nothing"), "unknown");
+        assert_eq!(
+            known_method("/bradley.v1.ScoringService/Nothing"),
+            "unknown"
+        );
     }
 
     #[test]

@@ -13,7 +13,7 @@ use opentelemetry::{Context, KeyValue, global};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-/// Name of the W3C Trace Context header, and of the field in which a job stores it.
+/// Name of the W3C Trace Context header, whose value a job stores, too.
 pub const TRACEPARENT: &str = "traceparent";
 
 /// Returns the trace context of the current span.
@@ -53,13 +53,13 @@ pub fn record(
     parent: &Context,
     start: SystemTime,
     took: Duration,
-    about: Vec<KeyValue>,
+    attributes: Vec<KeyValue>,
 ) -> Option<SpanContext> {
     parent
         .span()
         .span_context()
         .is_sampled()
-        .then(|| emit(name, parent, start, took, about, Vec::new()))
+        .then(|| emit(name, parent, start, took, attributes, Vec::new()))
 }
 
 /// Records a finished span of work that was done for several callers at once. It is the root of a
@@ -70,13 +70,13 @@ pub fn shared<'a>(
     callers: impl Iterator<Item = &'a Context>,
     start: SystemTime,
     took: Duration,
-    about: Vec<KeyValue>,
+    attributes: Vec<KeyValue>,
 ) -> Option<SpanContext> {
     let linked = callers
         .map(|c| c.span().span_context().clone())
         .filter(SpanContext::is_sampled);
     let links: Vec<Link> = linked.map(|c| Link::new(c, Vec::new(), 0)).collect();
-    (!links.is_empty()).then(|| emit(name, &Context::new(), start, took, about, links))
+    (!links.is_empty()).then(|| emit(name, &Context::new(), start, took, attributes, links))
 }
 
 /// Records a finished child span of `parent` with a link to the span `to`, for example to the batch
@@ -105,12 +105,12 @@ fn emit(
     parent: &Context,
     start: SystemTime,
     took: Duration,
-    about: Vec<KeyValue>,
+    attributes: Vec<KeyValue>,
     links: Vec<Link>,
 ) -> SpanContext {
     let builder = SpanBuilder::from_name(name)
         .with_start_time(start)
-        .with_attributes(about)
+        .with_attributes(attributes)
         .with_links(links);
     let mut span = global::tracer("bradley").build_with_context(builder, parent);
     span.end_with_timestamp(start + took);

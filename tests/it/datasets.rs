@@ -1,11 +1,13 @@
-//! Parquet files through a server. They are decoded in a separate process, so a file's cost never
+//! Uploads of datasets. Parquet files are decoded in a separate process, so a file's cost never
 //! falls on the server.
 
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bradley::rpc::client::ClientError;
+use bradley::rpc::client::{ClientError, UploadError};
 use bradley::rpc::pb;
 use parquet::basic::Compression;
 use parquet::data_type::{ByteArray, ByteArrayType};
@@ -14,10 +16,12 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
 use crate::hostile::{check, mutate, resident_kib, times};
 use crate::server::{Server, finish, job, submit};
 use crate::support::golden;
+use crate::wait::holds_for;
 
 const MESSAGES: &str = "(LIST) { repeated group list { required group element { optional binary role (UTF8); optional binary content (UTF8); } } }";
 
@@ -155,4 +159,45 @@ async fn damaged_parquet_files_get_an_answer() {
     );
     let grown = resident_kib(server.pid()).saturating_sub(before);
     assert!(grown < 64 << 10, "the server grew by {grown} KiB");
+}
+
+/// A disk that fails.
+struct Unreadable;
+
+impl AsyncRead for Unreadable {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        _: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Poll::Ready(Err(std::io::Error::other("the disk fails")))
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_read_to_its_end_is_not_stored() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let rows = std::fs::read(golden("pairs.jsonl")).unwrap();
+    let mut queued = 0;
+    let result = client
+        .upload_rows(
+            rows.as_slice().chain(Unreadable),
+            pb::UploadMetadata::default(),
+            |bytes| queued = bytes,
+        )
+        .await;
+    let Err(UploadError::Read(error)) = result else {
+        panic!("{result:?}");
+    };
+    assert_eq!(error.to_string(), "the disk fails");
+    assert_eq!(queued, rows.len() as u64, "the complete rows were sent");
+    // Without a failure the server stores them within milliseconds.
+    holds_for("no dataset", Duration::from_secs(1), async || {
+        let request = pb::ListDatasetsRequest::default();
+        let listed = client.datasets().list_datasets(request).await.unwrap();
+        listed.into_inner().datasets.is_empty()
+    })
+    .await;
 }

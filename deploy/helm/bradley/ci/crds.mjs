@@ -1,8 +1,10 @@
-// Validates custom resources against the models that kubernetes-models makes of the projects' Go sources: `node crds.mjs FOLDER <documents.json`.
+// Validates custom resources against the models that kubernetes-models generates from the projects'
+// Go sources: `node crds.mjs FOLDER <documents.json`.
 //
-// FOLDER has node_modules. Standard input is a list of documents; the output is a list of their findings, empty for a valid one. Two things look
-// at each document: the models' validators, at values (patterns, ranges, what is required), and the TypeScript compiler, at names: a field that
-// the type does not have is an error in an object literal. Neither does the other's part.
+// FOLDER has node_modules. Standard input is a JSON list of documents. The output is a list with the
+// findings of each document, empty for a valid one. Each document is checked twice: the models'
+// validators check values (patterns, ranges, required fields), and the TypeScript compiler checks
+// names, because an object literal must not have a field that its type does not have.
 import { createRequire } from "node:module";
 import { readFileSync } from "node:fs";
 import { join, resolve } from "node:path";
@@ -25,7 +27,7 @@ const lines = documents.map((document, i) => {
   return { path, text: `const d${i}: import(${JSON.stringify(path)}).I${document.kind} = ${JSON.stringify(document)};` };
 });
 
-// The file exists in memory only; it lies in FOLDER, so that its imports are found there.
+// The file exists in memory only. Its path is in FOLDER, so that its imports are found there.
 const file = join(folder, "documents.mts");
 const source = lines.map((line) => line.text).join("\n") + "\nexport {};\n";
 const options = { strict: true, noEmit: true, skipLibCheck: true, module: ts.ModuleKind.NodeNext, target: ts.ScriptTarget.ES2022, types: [] };
