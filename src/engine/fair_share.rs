@@ -3,7 +3,8 @@
 //! Let `share` be the fraction of the device's time that scoring may take while a run is in
 //! progress.
 //!
-//! - A scoring batch that takes s seconds adds s·(1 − share)/share seconds to scoring's **debt**.
+//! - A scoring batch that takes s seconds adds s·(1 − share)/share seconds to scoring's
+//!   **debt**.
 //! - The time for which training has the device pays off the debt. Scoring may run while there is
 //!   no debt. It then takes one batch at a time, whatever the batch's length.
 //! - Training beyond its share becomes **credit** (a debt below 0), at most [`MAX_CREDIT_SECONDS`].

@@ -1,8 +1,8 @@
 //! Scoring. Names are resolved once per request. Texts are tokenised outside the async threads. The
 //! engine's log-probabilities are turned into rewards, and answers are ranked.
 //!
-//! Steps for a pair: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget, tokens,
-//! quota) → [`AdmittedPair::score`].
+//! Steps for a pair: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget,
+//! tokens, quota) → [`AdmittedPair::score`].
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -91,8 +91,8 @@ pub struct ScoredCompletion {
     pub policy_logprob: f64,
     /// Σ log π_ref over the answer's tokens, in nats; 0 without a reference.
     pub reference_logprob: f64,
-    /// Reward: β·lr, or β·lr/n for n tokens, depending on the session's normalization, where lr = Σ
-    /// log π_θ − Σ log π_ref.
+    /// Reward: β·lr, or β·lr/n for n tokens, depending on the session's normalization, where
+    /// lr = Σ log π_θ − Σ log π_ref.
     pub reward: f64,
     /// Token ids of the answer.
     pub token_ids: Vec<u32>,

@@ -53,8 +53,8 @@ pub fn forward(
     Ok(RowTape { row, tape })
 }
 
-/// Runs the backward pass of a row from ∂loss/∂logp `[N]` and adds the gradient of every trainable
-/// tensor to `gradients`. `yield_point` is called before every block.
+/// Runs the backward pass of a row from ∂loss/∂logp `[N]` and adds the gradient of every
+/// trainable tensor to `gradients`. `yield_point` is called before every block.
 ///
 /// # Errors
 /// Fails if the forward pass saved no tape, or the device fails or runs out of memory.

@@ -59,7 +59,8 @@ impl Reference {
         }
     }
 
-    /// Computes ref ← α·π + (1−α)·ref in f32. `count` is the number of syncs including this one.
+    /// Computes ref ← α·π + (1−α)·ref in f32. `count` is the number of syncs including
+    /// this one.
     ///
     /// # Errors
     /// Fails if the reference does not move or a tensor operation fails.

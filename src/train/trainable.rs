@@ -236,8 +236,8 @@ impl StepGradients {
         &self.values
     }
 
-    /// Returns the global norm √Σ g². Each tensor is summed in chunks in f32, the sums in f64, in a
-    /// fixed order.
+    /// Returns the global norm √Σ g². Each tensor is summed in chunks in f32, the sums in f64,
+    /// in a fixed order.
     pub fn norm(&self) -> f64 {
         let squares: Vec<f64> = thread_pool::map(self.values.len(), |i| {
             self.values[i]

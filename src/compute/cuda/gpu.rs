@@ -536,8 +536,8 @@ impl Gpu {
         launched.map_err(|e| self.record_error(name, e))
     }
 
-    /// Computes c = β·c + α·a·b with f32 accumulation, for row-major c `[m, n]`, a `[m, k]` and b
-    /// `[k, n]`. Operands of more than `MAX_ELEMENTS` elements are multiplied in parts.
+    /// Computes c = β·c + α·a·b with f32 accumulation, for row-major c `[m, n]`, a `[m, k]`
+    /// and b `[k, n]`. Operands of more than `MAX_ELEMENTS` elements are multiplied in parts.
     pub fn matmul(
         &self,
         shape: [usize; 3],

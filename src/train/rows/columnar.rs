@@ -113,8 +113,8 @@ pub(super) fn decode(
                 }
                 let value = match to_json(field) {
                     Ok(value) => value,
-                    // For example the bytes of an image. The value does not matter, because the column
-                    // leads to a finding anyway.
+                    // For example the bytes of an image. The value does not matter, because the
+                    // column leads to a finding anyway.
                     Err(_) if !COLUMNS.contains(&name.as_str()) => Value::Bool(true),
                     Err(kind) => {
                         let message =

@@ -8,8 +8,8 @@
 //!   TRL's `extract_prompt`.
 //! - `openai_preference`: `input.messages`, `preferred_output` and `non_preferred_output`, the
 //!   format of OpenAI's fine-tuning.
-//! - `hh`: `chosen` and `rejected` as texts of "\n\nHuman: …\n\nAssistant: …", as in Anthropic's
-//!   HH-RLHF.
+//! - `hh`: `chosen` and `rejected` as texts of "\n\nHuman: …\n\nAssistant: …", as in
+//!   Anthropic's HH-RLHF.
 //! - `ultrafeedback`: `chosen` and `rejected` as whole dialogues, and `prompt` with the text of
 //!   their first user message (UltraFeedback, binarised).
 //! - `several_rejected`: a list of rejected answers. Each makes a pair with the chosen answer.

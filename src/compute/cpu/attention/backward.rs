@@ -20,8 +20,8 @@ const SCORE_BUDGET: usize = 1 << 24;
 /// Maximum number of scores that a round of whole blocks saves, for P and for dS each.
 const MAX_SAVED_SCORES: usize = SCORE_BUDGET / NR * BLOCK;
 
-/// Computes the gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, given its inputs
-/// and outputs. `dqkv` `[T, (H + 2K)·D]` is overwritten.
+/// Computes the gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, given its
+/// inputs and outputs. `dqkv` `[T, (H + 2K)·D]` is overwritten.
 pub fn attention_backward(
     kernel: Kernel,
     qkv: &[f32],
@@ -238,7 +238,8 @@ impl Sweep<'_> {
         }
     }
 
-    /// Computes dK and dV of a panel of keys, given Pᵀ and dSᵀ of each block of the round and head.
+    /// Computes dK and dV of a panel of keys, given Pᵀ and dSᵀ of each block of the round
+    /// and head.
     fn by_keys(
         &self,
         all: &[QueryBlock],
