@@ -145,7 +145,8 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
         ],
     ));
     line(
-        "   Before training the policy is its own reference: every margin is 0, and a tie counts half.",
+        "   Before training the policy is its own reference: every margin is 0, and a tie counts \
+         half.",
     );
 
     server.stop().await?;

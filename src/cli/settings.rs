@@ -795,7 +795,8 @@ mod tests {
                 ("HF_HUB_OFFLINE", "1"),
                 ("HF_HOME", "/hf"),
             ],
-            "batch_tokens = 3\nqueue_tokens = 3\nmax_row_tokens = 3\nmodels = [\"a=/x\", \"/y/b.gguf\"]",
+            "batch_tokens = 3\nqueue_tokens = 3\nmax_row_tokens = 3\n\
+             models = [\"a=/x\", \"/y/b.gguf\"]",
         );
         let settings = Settings::resolve(&s).unwrap();
         let e = &settings.engine;

@@ -162,8 +162,8 @@ pub trait RowOps<B: Backend> {
     fn head(&self, x: &B::Activation, save: SavePolicy) -> Result<(HeadOutput, B::HeadTape)>;
 
     /// Returns the gradient of the last block's output `[T, C]`, given `upstream` =
-    /// ∂loss/∂log p `[N]`. Accumulates the gradients of the head and of the last norm if they are
-    /// trained.
+    /// ∂loss/∂log p `[N]`. Accumulates the gradients of the head and of the last norm if they
+    /// are trained.
     fn head_backward(
         &self,
         tape: B::HeadTape,

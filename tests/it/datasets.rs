@@ -19,7 +19,8 @@ use crate::hostile::{check, mutate, resident_kib, times};
 use crate::server::{Server, finish, job, submit};
 use crate::support::golden;
 
-const MESSAGES: &str = "(LIST) { repeated group list { required group element { optional binary role (UTF8); optional binary content (UTF8); } } }";
+const MESSAGES: &str = "(LIST) { repeated group list { required group element { optional binary \
+                        role (UTF8); optional binary content (UTF8); } } }";
 
 async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError> {
     server

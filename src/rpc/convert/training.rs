@@ -352,7 +352,8 @@ fn refuse_unused_dpo(c: &pb::DpoConfig, losses: &[WeightedLoss], bad: &mut Viola
 fn refuse_unused_schedule(c: &pb::OptimizerConfig, bad: &mut Violations) {
     let schedule = c.lr_scheduler_type.as_str();
     if c.min_lr_ratio.is_some() && !FLOOR_SCHEDULES.contains(&schedule) {
-        let message = "acts with cosine_with_floor only: set lr_scheduler_type to cosine_with_floor or leave it out";
+        let message = "acts with cosine_with_floor only: set lr_scheduler_type to \
+                       cosine_with_floor or leave it out";
         bad.push("training_job.optimizer.min_lr_ratio", message);
     }
     if schedule == CONSTANT {
@@ -361,7 +362,8 @@ fn refuse_unused_schedule(c: &pb::OptimizerConfig, bad: &mut Violations) {
             ("warmup_ratio", c.warmup_ratio.is_some_and(|r| r != 0.0)),
         ];
         for (name, _) in warmup.into_iter().filter(|(_, is_given)| *is_given) {
-            let message = "has no effect with constant: set lr_scheduler_type to constant_with_warmup or leave it out";
+            let message = "has no effect with constant: set lr_scheduler_type to \
+                           constant_with_warmup or leave it out";
             bad.push(format!("training_job.optimizer.{name}"), message);
         }
     }
@@ -385,7 +387,8 @@ fn optimizer(c: pb::OptimizerConfig, method: &Method, bad: &mut Violations) -> O
         },
         other => {
             let message = format!(
-                "{} is unknown: use constant, constant_with_warmup, linear, cosine or cosine_with_floor",
+                "{} is unknown: use constant, constant_with_warmup, linear, cosine or \
+                 cosine_with_floor",
                 quoted(other)
             );
             bad.push("training_job.optimizer.lr_scheduler_type", message);
