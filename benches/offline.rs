@@ -96,7 +96,9 @@ fn main() -> anyhow::Result<()> {
         };
         let tokens: usize = chosen.iter().map(EncodedPair::sequence_tokens).sum();
         println!(
-            "{{\"seconds\": {seconds}, \"first_step\": {first_step}, \"with_setup\": {}, \"pairs\": {}, \"tokens\": {tokens}, \"gflop\": {}, \"first_gflop\": {}, \"peak_bytes\": {}, \"estimate\": {}}}",
+            "{{\"seconds\": {seconds}, \"first_step\": {first_step}, \"with_setup\": {}, \
+             \"pairs\": {}, \"tokens\": {tokens}, \"gflop\": {}, \"first_gflop\": {}, \
+             \"peak_bytes\": {}, \"estimate\": {}}}",
             start.elapsed().as_secs_f64(),
             chosen.len(),
             gflop(&base, chosen, mode),

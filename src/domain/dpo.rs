@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use super::violation::Violations;
 
-/// Loss of a pair. The formulas are in `math::loss`, with the notation used here: lr = log π − log
-/// π_ref of an answer, s the divergence's score, δ = s_w − s_l, n the completion tokens, w chosen,
-/// l rejected.
+/// Loss of a pair. The formulas are in `math::loss`, with the notation used here:
+/// lr = log π − log π_ref of an answer, s the divergence's score, δ = s_w − s_l, n the
+/// completion tokens, w chosen, l rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LossType {
@@ -160,8 +160,8 @@ pub struct WeightedLoss {
     pub loss: LossType,
     /// Weight in the sum.
     pub weight: f64,
-    /// Label smoothing ε of this term, in [0, 0.5), for losses that smooth labels; `None` means the
-    /// objective's value.
+    /// Label smoothing ε of this term, in [0, 0.5), for losses that smooth labels; `None` means
+    /// the objective's value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label_smoothing: Option<f64>,
 }
@@ -220,7 +220,8 @@ pub struct DpoConfig {
     pub discopop_tau: f64,
     /// RPO: adds α·NLL(chosen), averaged over tokens.
     pub rpo_alpha: Option<f64>,
-    /// DPOP (smaug): factor λ of the penalty λ·max(0, −lr_w) inside the sigmoid; 0 turns it off.
+    /// DPOP (smaug): factor λ of the penalty λ·max(0, −lr_w) inside the sigmoid; 0 turns
+    /// it off.
     pub dpop_lambda: f64,
     /// Target margin γ of SimPO.
     pub simpo_gamma: f64,

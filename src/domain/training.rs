@@ -337,8 +337,8 @@ impl Default for BatchConfig {
 }
 
 impl BatchConfig {
-    /// Returns the optimizer steps in one epoch over `pairs` rows: ⌈⌈pairs/batch⌉/accumulation⌉, at
-    /// least 1.
+    /// Returns the optimizer steps in one epoch over `pairs` rows:
+    /// ⌈⌈pairs/batch⌉/accumulation⌉, at least 1.
     pub fn steps_per_epoch(&self, pairs: usize) -> u64 {
         pairs
             .div_ceil(self.batch_size)

@@ -125,7 +125,8 @@ pub fn quoted(text: &str) -> String {
     }
 }
 
-/// Returns the first `limit` characters of a text that is shown to people, with `…` if it was cut.
+/// Returns the first `limit` characters of a text that is shown to people, with `…` if it
+/// was cut.
 pub fn shortened(text: &str, limit: usize) -> String {
     match text.char_indices().nth(limit) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -1,14 +1,15 @@
-//! DPO and related losses on a micro-batch: the loss and ∂loss/∂log p of every completion token.
+//! DPO and related losses on a micro-batch: the loss and ∂loss/∂log p of every
+//! completion token.
 //!
-//! Notation (arXiv:2305.18290 and TRL): `lr = log π − log π_ref`, each summed over the completion
-//! tokens; `w` and `l` mark the chosen and the rejected answer; `s(lr)` is the score of the
-//! f-divergence; `δ = s_w − s_l`; `n` is the number of completion tokens; `ε` is the label
+//! Notation (arXiv:2305.18290 and TRL): `lr = log π − log π_ref`, each summed over the
+//! completion tokens; `w` and `l` mark the chosen and the rejected answer; `s(lr)` is the score of
+//! the f-divergence; `δ = s_w − s_l`; `n` is the number of completion tokens; `ε` is the label
 //! smoothing.
 //!
-//! Every loss is a function of four sums (Σ log π and Σ log π_ref of both answers) and of the token
-//! counts. The gradient of a token is therefore `∂loss/∂(Σ log π)`, times the token's weight in the
-//! sum if LD-DPO weights tokens. The terms that are means over tokens (sft, rpo, orpo's NLL) add a
-//! constant to the gradient of each chosen token.
+//! Every loss is a function of four sums (Σ log π and Σ log π_ref of both answers) and of the
+//! token counts. The gradient of a token is therefore `∂loss/∂(Σ log π)`, times the token's
+//! weight in the sum if LD-DPO weights tokens. The terms that are means over tokens (sft, rpo,
+//! orpo's NLL) add a constant to the gradient of each chosen token.
 
 mod pairwise;
 #[cfg(test)]

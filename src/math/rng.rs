@@ -30,8 +30,8 @@ pub fn epoch_order(n: usize, seed: u64, epoch: u64) -> Vec<u32> {
 }
 
 /// Splits `0..n` into training and evaluation rows, both in ascending order. The evaluation set has
-/// `⌈fraction·n⌉` rows, but at least one and at most n − 1. Fewer than two rows are not split: all
-/// of them are training rows.
+/// `⌈fraction·n⌉` rows, but at least one and at most n − 1. Fewer than two rows are not
+/// split: all of them are training rows.
 pub fn split(n: usize, fraction: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
     if n < 2 {
         return ((0..n).collect(), Vec::new());
@@ -54,8 +54,8 @@ fn permutation(n: usize, seed: u64, purpose: &str) -> Vec<u32> {
     order
 }
 
-/// Returns `n` samples of U(−1/√fan_in, 1/√fan_in). This is `kaiming_uniform_(a=√5)`, PEFT's
-/// initialisation of LoRA's A.
+/// Returns `n` samples of U(−1/√fan_in, 1/√fan_in). This is `kaiming_uniform_(a=√5)`,
+/// PEFT's initialisation of LoRA's A.
 pub fn kaiming_uniform(seed: u64, purpose: &str, n: usize, fan_in: usize) -> Vec<f32> {
     let mut rng = generator(seed, purpose);
     let bound = 1.0 / (fan_in.max(1) as f32).sqrt();

@@ -1,9 +1,9 @@
-//! The score of a pair: Pr(y_a ≻ y_b | x) = σ(r_a − r_b) with r = β·(log π_θ − log π_ref), the same
-//! reward that the loss trains.
+//! The score of a pair: Pr(y_a ≻ y_b | x) = σ(r_a − r_b) with
+//! r = β·(log π_θ − log π_ref), the same reward that the loss trains.
 //!
-//! Losses that compare means over tokens (ipo, sigmoid_norm, simpo, orpo) train r = β·(log π_θ −
-//! log π_ref)/n instead, with n the number of tokens. Training metrics and served scores are both
-//! computed by [`reward`], so that they are identical bit for bit.
+//! Losses that compare means over tokens (ipo, sigmoid_norm, simpo, orpo) train
+//! r = β·(log π_θ − log π_ref)/n instead, with n the number of tokens. Training metrics and
+//! served scores are both computed by [`reward`], so that they are identical bit for bit.
 
 use super::sigmoid;
 use crate::domain::dpo::Normalization;
@@ -31,8 +31,8 @@ impl AnswerLogps {
 }
 
 /// Returns the implicit reward r = β·lr (arXiv:2305.18290, eq. 5 without the partition function,
-/// which cancels in a pair) with lr = log π_θ(y|x) − log π_ref(y|x), or log π_θ(y|x) without a
-/// reference; with [`Normalization::Mean`], lr is divided by the number of tokens.
+/// which cancels in a pair) with lr = log π_θ(y|x) − log π_ref(y|x), or log π_θ(y|x) without
+/// a reference; with [`Normalization::Mean`], lr is divided by the number of tokens.
 pub fn reward(beta: f64, normalization: Normalization, answer: AnswerLogps) -> f64 {
     let log_ratio = answer.policy - answer.reference.unwrap_or(0.0);
     match normalization {
@@ -41,7 +41,8 @@ pub fn reward(beta: f64, normalization: Normalization, answer: AnswerLogps) -> f
     }
 }
 
-/// Returns σ(margin) with margin = r_a − r_b: the Bradley–Terry probability that a is preferred.
+/// Returns σ(margin) with margin = r_a − r_b: the Bradley–Terry probability that a
+/// is preferred.
 pub fn preference_probability(margin: f64) -> f64 {
     sigmoid(margin)
 }

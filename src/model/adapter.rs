@@ -55,9 +55,9 @@ impl LoraTable {
 }
 
 impl Adapter {
-    /// Makes an untrained adapter, initialised as in PEFT: A is drawn from U(−1/√in, 1/√in) and B
-    /// is zero, so that the adapter has no effect yet. The values of a tensor depend only on `seed`
-    /// and on the tensor's name.
+    /// Makes an untrained adapter, initialised as in PEFT: A is drawn from U(−1/√in, 1/√in)
+    /// and B is zero, so that the adapter has no effect yet. The values of a tensor depend only on
+    /// `seed` and on the tensor's name.
     pub fn init(model: &ModelConfig, config: &LoraConfig, seed: u64) -> Result<Self, ModelError> {
         Self::build(model, config, |tensor| {
             let [rows, columns] = tensor.shape;

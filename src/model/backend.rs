@@ -72,7 +72,8 @@ pub trait Backend: Sized {
     /// The left operand of a matrix multiplication, in the layout and precision that the device's
     /// GEMM reads.
     type LeftOperand<'a>;
-    /// x·Aᵀ of a group of linear layers `[T, Σr]`. The adapter's gradients are computed from it.
+    /// x·Aᵀ of a group of linear layers `[T, Σr]`, from which the adapter's gradients are
+    /// computed.
     type LowRankProjection;
     /// Memory for the outputs of the gate and up projections. It is allocated before their input.
     type GateUpSpace;
@@ -160,8 +161,9 @@ pub trait RowOps<B: Backend> {
     /// [`SavePolicy::Nothing`] the result cannot be passed to [`RowOps::head_backward`].
     fn head(&self, x: &B::Activation, save: SavePolicy) -> Result<(HeadOutput, B::HeadTape)>;
 
-    /// Returns the gradient of the last block's output `[T, C]`, given `upstream` = ∂loss/∂log p
-    /// `[N]`. Accumulates the gradients of the head and of the last norm if they are trained.
+    /// Returns the gradient of the last block's output `[T, C]`, given `upstream` =
+    /// ∂loss/∂log p `[N]`. Accumulates the gradients of the head and of the last norm if they
+    /// are trained.
     fn head_backward(
         &self,
         tape: B::HeadTape,

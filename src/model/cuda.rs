@@ -240,8 +240,8 @@ impl Cuda {
         })
     }
 
-    /// Runs the row backward, given `upstream` = ∂loss/∂log p `[N]`, and accumulates the gradients
-    /// of all trained tensors in `gradients`.
+    /// Runs the row backward, given `upstream` = ∂loss/∂log p `[N]`, and accumulates the
+    /// gradients of all trained tensors in `gradients`.
     pub fn backward(
         &self,
         policy: PolicyView<'_>,

@@ -91,8 +91,8 @@ fn blocks_forward<B: Backend, R: RowOps<B>>(
     Ok((x, saved))
 }
 
-/// Runs the row backward, given `upstream` = ∂loss/∂log p `[N]`, and accumulates the gradients of
-/// all trained tensors in `gradients`.
+/// Runs the row backward, given `upstream` = ∂loss/∂log p `[N]`, and accumulates the gradients
+/// of all trained tensors in `gradients`.
 ///
 /// # Errors
 /// Fails if the forward pass saved nothing, and if the device fails or has no memory left.

@@ -828,7 +828,8 @@ async fn extra_fields_of_a_row_are_used_or_reported() {
     add(&|row| row["system"] = json!("Be long."));
     // Only dialogues can have tools.
     rows.push(json!({"prompt": "1 2", "chosen": " 3", "rejected": " 4", "tools": tools}));
-    rows.push(json!({"prompt": "2 3", "chosen": " 4", "rejected": " 5", "chat_template_kwargs": {"a": 1}}));
+    rows.push(json!({"prompt": "2 3", "chosen": " 4", "rejected": " 5",
+                     "chat_template_kwargs": {"a": 1}}));
     let file = jsonl(dir.path(), &rows);
     let report = upload_file(&client, &file).await.unwrap().report.unwrap();
     // Tools, tool calls, reasoning, names and template arguments are used.

@@ -241,7 +241,8 @@ impl S3 {
 
     fn request(&self, method: &str, path: &str) -> std::io::Result<String> {
         let mut connection = TcpStream::connect(("127.0.0.1", self.port))?;
-        let head = "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request\r\nContent-Length: 0";
+        let head = "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3\
+                    /aws4_request\r\nContent-Length: 0";
         write!(
             connection,
             "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{head}\r\nConnection: close\r\n\r\n"

@@ -183,7 +183,10 @@ async fn follow(addresses: Arc<Mutex<Vec<String>>>, job: String) -> Vec<pb::Trai
                 seen.len() as u64 + 1,
                 "an event is lost or comes twice"
             );
-            let over = matches!(&event.event, Some(pb::training_event::Event::StateChange(s)) if is_final(s.to()));
+            let over = matches!(
+                &event.event,
+                Some(pb::training_event::Event::StateChange(s)) if is_final(s.to())
+            );
             seen.push(event);
             if over {
                 return seen;
@@ -507,7 +510,13 @@ impl Campaign {
             "{disturbance:?}: other weights"
         );
         self.tally.weights_equal += 1;
-        let gone = |e: &&pb::TrainingEvent| matches!(&e.event, Some(pb::training_event::Event::StateChange(s)) if s.reason.contains("worker is gone"));
+        let gone = |e: &&pb::TrainingEvent| {
+            matches!(
+                &e.event,
+                Some(pb::training_event::Event::StateChange(s))
+                    if s.reason.contains("worker is gone")
+            )
+        };
         self.tally.workers_replaced += persisted.iter().filter(gone).count();
     }
 }

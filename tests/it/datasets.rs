@@ -23,7 +23,8 @@ use crate::server::{Server, finish, job, submit};
 use crate::support::golden;
 use crate::wait::holds_for;
 
-const MESSAGES: &str = "(LIST) { repeated group list { required group element { optional binary role (UTF8); optional binary content (UTF8); } } }";
+const MESSAGES: &str = "(LIST) { repeated group list { required group element { optional binary \
+                        role (UTF8); optional binary content (UTF8); } } }";
 
 async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError> {
     server

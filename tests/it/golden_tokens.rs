@@ -100,7 +100,10 @@ fn a_prompt_of_ten_thousand_tokens_is_refused_by_its_length() {
         .encode_pair(&prompt, &answer, &Text::Plain("no".into()))
         .unwrap_err();
     assert!(
-        matches!(e, EncodeError::PromptFillsMaxLength { tokens, max_length: 1024 } if tokens > 10_000),
+        matches!(
+            e,
+            EncodeError::PromptFillsMaxLength { tokens, max_length: 1024 } if tokens > 10_000
+        ),
         "{e}"
     );
 }

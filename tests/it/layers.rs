@@ -277,9 +277,13 @@ fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
         .and_then(|name| layer_rank(name))
         .unwrap_or(LAYERS.len() - 1);
     (theirs > own).then(|| {
-        let above = target.first().filter(|n| layer_rank(n).is_some()).map_or("the crate's root", String::as_str);
+        let above = target
+            .first()
+            .filter(|n| layer_rank(n).is_some())
+            .map_or("the crate's root", String::as_str);
         format!(
-            "runs up from {} to {above}: move what is shared down a layer, or let the lower layer define a channel or trait",
+            "runs up from {} to {above}: move what is shared down a layer, or let the lower layer \
+             define a channel or trait",
             LAYERS[own]
         )
     })
@@ -442,8 +446,9 @@ fn no_two_files_import_each_other() {
     let found = cycles(&sources);
     assert!(
         found.is_empty(),
-        "files import each other. Move what they share into a file that imports none of them; a parent \
-         that imports its children, if only for `pub use`, must hold nothing that they import:\n{}",
+        "files import each other. Move what they share into a file that imports none of them; a \
+         parent that imports its children, if only for `pub use`, must hold nothing that they \
+         import:\n{}",
         found.join("\n")
     );
 }
@@ -712,11 +717,13 @@ fn legal_imports_pass() {
         ),
         (
             "compute/cpu.rs",
-            "// use crate::rpc;\n/* crate::rpc /* crate::cli */ */ /// [`crate::rpc`]\nconst S: &str = \"crate::rpc::x\";",
+            "// use crate::rpc;\n/* crate::rpc /* crate::cli */ */ /// [`crate::rpc`]\n\
+             const S: &str = \"crate::rpc::x\";",
         ),
         (
             "compute/cpu.rs",
-            "const S: &[u8] = br#\"\" crate::rpc \"#; const C: char = '\"'; fn f<'a>(x: &'a str) { let c = b'\\''; }",
+            "const S: &[u8] = br#\"\" crate::rpc \"#; const C: char = '\"'; \
+             fn f<'a>(x: &'a str) { let c = b'\\''; }",
         ),
         (
             "engine/worker.rs",
@@ -733,7 +740,8 @@ fn legal_imports_pass() {
         ("cli/settings.rs", "std::env::vars_os();"),
         (
             "cli/demo.rs",
-            "use crate::rpc::{client::Client, pb}; std::env::temp_dir(); std::thread::available_parallelism();",
+            "use crate::rpc::{client::Client, pb}; std::env::temp_dir(); \
+             std::thread::available_parallelism();",
         ),
         ("main.rs", "bradley::cli::main()"),
     ] {
@@ -771,7 +779,8 @@ fn an_import_cycle_is_caught_however_it_is_written() {
     assert_cycles(
         &through,
         &[
-            "src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/c.rs:1 -> src/math/a.rs (3 files import each other)",
+            "src/math/a.rs:1 -> src/math/b.rs:1 -> src/math/c.rs:1 -> src/math/a.rs (3 files \
+             import each other)",
         ],
     );
     // The shortest one is shown of several that meet.
@@ -900,7 +909,8 @@ fn every_path_in_the_map_exists() {
         missing.is_empty(),
         "ARCHITECTURE.md names files that do not exist: {missing:#?}"
     );
-    let text = "see `src/lib.rs`, `math/loss.rs` and `x.rs`, not `math/no_such_file.rs` or `src/no_such_file.rs`";
+    let text = "see `src/lib.rs`, `math/loss.rs` and `x.rs`, not `math/no_such_file.rs` or \
+                `src/no_such_file.rs`";
     assert_eq!(
         missing_files(text),
         ["math/no_such_file.rs", "src/no_such_file.rs"]

@@ -325,7 +325,12 @@ async fn a_damaged_checkpoint_is_reported_and_the_one_before_is_used() {
     let client = server.client().await;
     resume(&client, &name).await.unwrap();
     let events = finish(&client, &name).await;
-    let told = |e: &pb::TrainingEvent| matches!(&e.event, Some(Event::Log(l)) if l.message.contains("does not match its checksum"));
+    let told = |e: &pb::TrainingEvent| {
+        matches!(
+            &e.event,
+            Some(Event::Log(l)) if l.message.contains("does not match its checksum")
+        )
+    };
     assert!(events.iter().any(told), "the damage is reported");
     assert!(
         outcome(dir.path(), &name, &events) == wanted,

@@ -477,7 +477,10 @@ impl Paused {
             change(&mut state);
             std::fs::write(&file, state.to_string()).unwrap();
             let digest = checkpoint::digest(&dir).unwrap();
-            sql(self.dir.path(), &format!("UPDATE checkpoints SET digest = '{digest}' WHERE job = '{job}' AND step = {step}")).await;
+            let update = format!(
+                "UPDATE checkpoints SET digest = '{digest}' WHERE job = '{job}' AND step = {step}"
+            );
+            sql(self.dir.path(), &update).await;
         }
         self.server = Server::start(self.dir.path());
         self.client = self.server.client().await;

@@ -603,11 +603,13 @@ async fn expired_jobs_that_cannot_be_read_hold_up_no_others() {
     let name = submit(&client, job(&dataset, 1)).await;
     finish(&client, &name).await;
     postgres.sql(&format!(
-        "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, skipped_rows, create_time, expire_time)
-         SELECT 'newer-' || n, version, 'succeeded', '{{\"from\":\"the future\"}}', progress, latest_metrics, skipped_rows,
-             create_time, 1
+        "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, skipped_rows,
+             create_time, expire_time)
+         SELECT 'newer-' || n, version, 'succeeded', '{{\"from\":\"the future\"}}', progress,
+             latest_metrics, skipped_rows, create_time, 1
          FROM jobs, generate_series(1, 200) AS n WHERE id = '{0}';
-         UPDATE jobs SET expire_time = 2, request = jsonb_set(request::jsonb, '{{ttl_ms}}', '1')::text WHERE id = '{0}'",
+         UPDATE jobs SET expire_time = 2,
+             request = jsonb_set(request::jsonb, '{{ttl_ms}}', '1')::text WHERE id = '{0}'",
         id(&name)
     ));
     until("the deletion", LIMIT, async || {
@@ -787,7 +789,10 @@ async fn a_checkpoint_whose_list_of_files_has_changed_is_damaged_and_passed_over
         .continues_from(local.steps[local.steps.len() - 2])
         .await;
     let told = events(&local.client, &local.name).await;
-    let is_warning = |e: &pb::TrainingEvent| matches!(&e.event, Some(Event::Log(l)) if l.message.contains(&format!("checkpoint {newest} is removed")));
+    let is_warning = |e: &pb::TrainingEvent| {
+        let removed = format!("checkpoint {newest} is removed");
+        matches!(&e.event, Some(Event::Log(l)) if l.message.contains(&removed))
+    };
     assert!(told.iter().any(is_warning), "{told:?}");
 }
 

@@ -492,7 +492,13 @@ async fn started(client: &Client, name: &str) -> usize {
             .await
             .unwrap()
             .into_inner();
-        let running = |e: &&pb::TrainingEvent| matches!(&e.event, Some(pb::training_event::Event::StateChange(s)) if s.to() == pb::JobState::Running);
+        let running = |e: &&pb::TrainingEvent| {
+            matches!(
+                &e.event,
+                Some(pb::training_event::Event::StateChange(s))
+                    if s.to() == pb::JobState::Running
+            )
+        };
         n += page.events.iter().filter(running).count();
         after = page.events.last().map_or(after, |e| e.sequence);
         if !page.more {

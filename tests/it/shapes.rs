@@ -63,15 +63,20 @@ async fn a_file_may_mix_shapes_and_a_row_make_several_pairs() {
     let mut rows = vec![
         json!({"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}),
         json!({"chosen": "The sky is blue.", "rejected": "The sky is green."}),
-        json!({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}),
-        json!({"input": {"messages": [message("user", "Q")]}, "preferred_output": [message("assistant", "a")],
+        json!({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.",
+               "rejected": "\n\nHuman: Hi\n\nAssistant: No."}),
+        json!({"input": {"messages": [message("user", "Q")]},
+               "preferred_output": [message("assistant", "a")],
                "non_preferred_output": [message("assistant", "b")]}),
         json!({"prompt": "R", "chosen": [message("user", "R"), message("assistant", "a")],
-               "rejected": [message("user", "R"), message("assistant", "b")], "score_chosen": 8.0, "score_rejected": 3.0}),
-        json!({"chosen": [message("user", "S"), message("assistant", "a")], "rejected": [message("user", "S"), message("assistant", "b")]}),
+               "rejected": [message("user", "R"), message("assistant", "b")],
+               "score_chosen": 8.0, "score_rejected": 3.0}),
+        json!({"chosen": [message("user", "S"), message("assistant", "a")],
+               "rejected": [message("user", "S"), message("assistant", "b")]}),
     ];
     for i in 0..14 {
-        rows.push(json!({"id": i, "prompt": format!("{i}?"), "chosen": " yes", "rejected": [" no", " never", " perhaps"]}));
+        rows.push(json!({"id": i, "prompt": format!("{i}?"), "chosen": " yes",
+                         "rejected": [" no", " never", " perhaps"]}));
     }
     let dataset = upload_rows(&client, dir.path(), &rows).await;
     let report = dataset.report.clone().unwrap();
@@ -137,14 +142,17 @@ async fn parquet_files_in_other_shapes_are_read() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    let list = "(LIST) { repeated group list { required group element { required binary role (UTF8); required binary content (UTF8); } } }";
+    let list = "(LIST) { repeated group list { required group element { required binary role \
+                (UTF8); required binary content (UTF8); } } }";
     let openai = format!(
-        "required group input {{ required group messages {list} }} required group preferred_output {list}
+        "required group input {{ required group messages {list} }}
+         required group preferred_output {list}
          required group non_preferred_output {list}"
     );
     let texts = "required binary chosen (UTF8); required binary rejected (UTF8);";
     let several = "required binary prompt (UTF8); required binary chosen (UTF8);
-                   required group rejected (LIST) { repeated group list { required binary element (UTF8); } }";
+                   required group rejected (LIST) {
+                       repeated group list { required binary element (UTF8); } }";
     let cases: [(&str, &str, &[&[&str]], u64); 4] = [
         (
             "openai_preference",

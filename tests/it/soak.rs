@@ -297,7 +297,8 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
     let lasted = start.elapsed().as_secs_f64();
     let clients = STEADY + SLOW + VANISHING;
     println!(
-        "| soak | {seconds} s, {clients} clients; capacity {:.0} pairs/s, twice that offered |\n|---|---|",
+        "| soak | {seconds} s, {clients} clients; capacity {:.0} pairs/s, twice that offered |\n\
+         |---|---|",
         capacity * BATCH as f64
     );
     println!(

@@ -142,15 +142,23 @@ fn answer(score: &pb::PairScore, tokenizer: &ChatTokenizer) -> String {
 fn dialogues_with_tools_render_as_in_transformers() {
     let python = needed("BRADLEY_TEST_PYTHON");
     let dir = tempfile::tempdir().unwrap();
-    let everything = "{{ bos_token }}{{ tools | tojson(indent=2) }}|{{ messages | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}|\
-                      {{ messages | tojson }}|{{ x }}|{{ add_generation_prompt }}{% for m in messages if m.name is defined %}{{ loop.index }}{% break %}{% endfor %}\
+    let everything = "{{ bos_token }}{{ tools | tojson(indent=2) }}|{{ messages | \
+                      tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}|\
+                      {{ messages | tojson }}|{{ x }}|{{ add_generation_prompt }}\
+                      {% for m in messages if m.name is defined %}{{ loop.index }}{% break %}\
+                      {% endfor %}\
                       {%-  generation -%}  a  {%-endgeneration%}";
-    let tools = json!([{"type": "function", "function": {"name": "wéather", "parameters": {"z": 1, "a": {"type": ["string", "null"], "default": null, "x": 1.5, "y": 1e-7}}}}]);
+    let tools = json!([{"type": "function", "function": {"name": "wéather", "parameters": {
+        "z": 1, "a": {"type": ["string", "null"], "default": null, "x": 1.5, "y": 1e-7}}}}]);
     let dialogues = json!([
         [{"role": "user", "content": "Hi \"there\" \u{7f}𝄞"}],
-        [{"content": "no role first", "role": "user", "name": null}, {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"q": "x", "b": null, "n": 2.0}}}]},
+        [{"content": "no role first", "role": "user", "name": null},
+         {"role": "assistant", "content": null, "tool_calls": [
+             {"type": "function", "function": {
+                 "name": "f", "arguments": {"q": "x", "b": null, "n": 2.0}}}]},
          {"role": "tool", "tool_call_id": "1", "content": "{\"t\": 3}", "name": "f"}],
-        [{"role": "user", "content": [{"type": "text", "text": "part"}]}, {"role": "assistant", "reasoning": "think", "content": "so"},
+        [{"role": "user", "content": [{"type": "text", "text": "part"}]},
+         {"role": "assistant", "reasoning": "think", "content": "so"},
          {"role": "assistant", "thinking": "t", "content": "a", "reasoning_content": "r"}]
     ]);
     let kwargs = json!({"x": [1, 2.5, "s", null, true, {"k": "v's"}], "bos_token": "<B>"});
@@ -164,7 +172,8 @@ fn dialogues_with_tools_render_as_in_transformers() {
             ] {
                 for generation in [true, false] {
                     cases.push(
-                        json!({"template": template, "messages": dialogue, "tools": tools, "kwargs": kwargs, "generation": generation}),
+                        json!({"template": template, "messages": dialogue, "tools": tools,
+                               "kwargs": kwargs, "generation": generation}),
                     );
                 }
             }
@@ -179,7 +188,8 @@ tok = AutoTokenizer.from_pretrained(sys.argv[1])
 out = []
 for c in json.load(open(sys.argv[2])):
     kwargs = c['kwargs']
-    text = tok.apply_chat_template(c['messages'], tools=c['tools'], chat_template=c['template'], tokenize=False,
+    text = tok.apply_chat_template(c['messages'], tools=c['tools'],
+                                   chat_template=c['template'], tokenize=False,
                                    add_generation_prompt=c['generation'], **kwargs)
     out.append(text)
 print(json.dumps([datetime.date.today().isoformat(), out]))
@@ -648,7 +658,8 @@ async fn a_message_over_grpc_is_the_message_of_a_row() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), "{{ messages | tojson }}", &[]);
     let client = server.client().await;
-    let call = json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"a": 1, "b": [true, null, 2.5]}, "name": "f"}}]});
+    let call = json!({"role": "assistant", "content": "", "tool_calls": [
+        {"function": {"arguments": {"a": 1, "b": [true, null, 2.5]}, "name": "f"}}]});
     let answer = |message: pb::Message| pb::Text {
         form: Some(pb::text::Form::Chat(pb::MessageList {
             messages: vec![message],
@@ -750,7 +761,9 @@ async fn templates_print_the_date_of_the_job_or_of_the_setting() {
 }
 
 /// The prompt ends with a text that an answer may or may not begin with.
-const OPENS: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}A:{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A: 7 7 7{% endif %}";
+const OPENS: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n\
+                     {% else %}A:{{ m.content }}{% endif %}{% endfor %}\
+                     {% if add_generation_prompt %}A: 7 7 7{% endif %}";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_is_told() {
@@ -840,7 +853,8 @@ async fn a_token_that_the_model_does_not_have_is_a_finding() {
     let folder = model(dir.path(), OPENS);
     let path = folder.join("tokenizer.json");
     let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    let more = json!({"id": 320, "content": "<extra>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+    let more = json!({"id": 320, "content": "<extra>", "single_word": false, "lstrip": false,
+                      "rstrip": false, "normalized": false, "special": true});
     tokenizer["added_tokens"].as_array_mut().unwrap().push(more);
     std::fs::write(&path, tokenizer.to_string()).unwrap();
     let server = Server::start_with(

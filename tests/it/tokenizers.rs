@@ -128,8 +128,8 @@ impl<'a> Chat<'a> {
         }
     }
 
-    /// Returns how a rendering differs from the expected one, or `None`. Where transformers raises an
-    /// error, Bradley must fail, too.
+    /// Returns how a rendering differs from the expected one, or `None`. Where transformers raises
+    /// an error, Bradley must fail, too.
     fn difference(&self, rendered: Result<&str, String>) -> Option<String> {
         let problem = match (self.expected["text"].as_str(), rendered) {
             (Some(expected), Ok(rendered)) if expected == rendered => return None,
@@ -174,7 +174,8 @@ fn assert_none(differences: &[String], compared: usize) {
 }
 
 #[test]
-#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with transformers (BRADLEY_TEST_PYTHON)"]
+#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with transformers \
+            (BRADLEY_TEST_PYTHON)"]
 fn texts_have_transformers_tokens_and_come_back() {
     let expected = expected();
     let (mut compared, mut differences) = (0, Vec::new());
@@ -202,7 +203,8 @@ fn texts_have_transformers_tokens_and_come_back() {
 }
 
 #[test]
-#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with transformers (BRADLEY_TEST_PYTHON)"]
+#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with transformers \
+            (BRADLEY_TEST_PYTHON)"]
 fn dialogues_have_transformers_tokens() {
     let expected = expected();
     let corpus = json("dialogues.json");
@@ -244,7 +246,8 @@ fn dialogues_have_transformers_tokens() {
 }
 
 #[test]
-#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with transformers (BRADLEY_TEST_PYTHON)"]
+#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with transformers \
+            (BRADLEY_TEST_PYTHON)"]
 fn every_template_of_trl_renders_as_in_jinja2() {
     let expected = expected();
     let corpus = json("dialogues.json");
@@ -294,7 +297,8 @@ fn every_template_of_trl_renders_as_in_jinja2() {
 
 /// A tiny Qwen3 with the real tokenizer, on rows with tools and template arguments.
 #[test]
-#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with trl (BRADLEY_TEST_PYTHON)"]
+#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with trl \
+            (BRADLEY_TEST_PYTHON)"]
 fn a_run_on_rows_with_tools_is_trls() {
     let (tokenizers, python) = (
         needed("BRADLEY_TEST_TOKENIZERS"),

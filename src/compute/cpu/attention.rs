@@ -1,10 +1,10 @@
 //! Grouped-query attention over the segments of a packed row, tiled by query blocks: no T×T matrix
 //! exists.
 //!
-//! Forward pass, per block and head: S = scale·Q·Kᵀ over the keys of the prompt and of the segment
-//! itself, P = softmax(S), O = P·V. The log-sum-exp of each row is saved. The backward pass
-//! recomputes P from it (arXiv:2205.14135, §3.1, without the on-chip part): dV = Pᵀ·dO, dP = dO·Vᵀ,
-//! dS = P ⊙ (dP − rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
+//! Forward pass, per block and head: S = scale·Q·Kᵀ over the keys of the prompt and of the
+//! segment itself, P = softmax(S), O = P·V. The log-sum-exp of each row is saved. The backward
+//! pass recomputes P from it (arXiv:2205.14135, §3.1, without the on-chip part): dV = Pᵀ·dO,
+//! dP = dO·Vᵀ, dS = P ⊙ (dP − rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
 //!
 //! Blocks start at the start of their segment, so a segment's results do not depend on its position
 //! in the row.

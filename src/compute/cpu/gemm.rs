@@ -1,10 +1,10 @@
-//! GEMM: C = Σ_t A_t·B_t, or C += Σ_t A_t·B_t, with packed panels, for f32 and for bf16 operands
-//! with f32 accumulation.
+//! GEMM: C = Σ_t A_t·B_t, or C += Σ_t A_t·B_t, with packed panels, for f32 and for bf16
+//! operands with f32 accumulation.
 //!
 //! B, usually a weight ([`WeightView`]), is packed into panels of [`NR`] columns on the fly, one
 //! block at a time. One row-major copy of a weight therefore serves the forward x·Wᵀ and the
-//! backward g·W. A is read in place (f32) or rounded row by row (bf16). The order of the sum over k
-//! depends on k only: **a row of C is the same bit for bit, whatever other rows are computed with
+//! backward g·W. A is read in place (f32) or rounded row by row (bf16). The order of the sum over
+//! k depends on k only: **a row of C is the same bit for bit, whatever other rows are computed with
 //! it and however many threads take part**.
 
 mod amx;

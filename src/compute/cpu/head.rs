@@ -1,9 +1,9 @@
 //! LM head, log-softmax and gather in one pass over the vocabulary, tile by tile. The logits `[N,
 //! V]` never exist as a whole.
 //!
-//! log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. The maximum, the sum and ∂log p/∂h = W_y − Σ_v p_v·W_v
-//! are accumulated over the tiles and rescaled whenever a larger logit appears (online softmax,
-//! arXiv:1805.02867).
+//! log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. The maximum, the sum and
+//! ∂log p/∂h = W_y − Σ_v p_v·W_v are accumulated over the tiles and rescaled whenever a
+//! larger logit appears (online softmax, arXiv:1805.02867).
 
 use super::buffer::Buffer;
 use super::gemm::{
@@ -301,8 +301,8 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
     }
 }
 
-/// Computes ∂log p/∂h = W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max). On entry, `gradient`
-/// holds the sum in the numerator.
+/// Computes ∂log p/∂h = W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max). On entry,
+/// `gradient` holds the sum in the numerator.
 fn finish_gradient(
     gradient: &mut [f32],
     w: WeightView,
@@ -323,8 +323,9 @@ fn finish_gradient(
     });
 }
 
-/// Adds ∂loss/∂W to `dw` `[V, C]`, given the output of [`head`] for `input` and g = ∂loss/∂log p
-/// `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. Consumes the saved exponentials.
+/// Adds ∂loss/∂W to `dw` `[V, C]`, given the output of [`head`] for `input` and
+/// g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile.
+/// Consumes the saved exponentials.
 pub fn head_weight_gradient(
     input: HeadInput<'_>,
     output: &mut HeadOutput,
@@ -409,7 +410,8 @@ pub fn head_weight_gradient(
     });
 }
 
-/// Tile of the vocabulary, packed for ⟨h, W_v⟩ and, if gradients are requested, for Σ p_v·W_v.
+/// Tile of the vocabulary, packed for ⟨h, W_v⟩ and, if gradients are requested, for
+/// Σ p_v·W_v.
 struct Tile<'a> {
     /// First token of the tile.
     first: usize,

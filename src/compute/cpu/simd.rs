@@ -11,8 +11,8 @@ pub(crate) fn dispatch<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// Returns e^x with an error of about 2 ulp. x is clamped to [−87, 88]. Uses Cody–Waite reduction
-/// and a degree-6 polynomial (Cephes `expf`).
+/// Returns e^x with an error of about 2 ulp. x is clamped to [−87, 88]. Uses Cody–Waite
+/// reduction and a degree-6 polynomial (Cephes `expf`).
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     // Adding and subtracting 1.5·2²³ rounds to the nearest integer without a call.
@@ -90,8 +90,8 @@ fn fold(mut acc: [f32; LANES]) -> f32 {
     acc[0]
 }
 
-/// Replaces every x by e = e^(x − m) and returns (Σ e, Σ (x − m)·e, Σ e²), each in the order of
-/// [`sum`].
+/// Replaces every x by e = e^(x − m) and returns (Σ e, Σ (x − m)·e, Σ e²), each in the
+/// order of [`sum`].
 #[inline(always)]
 pub(crate) fn exp_moments(xs: &mut [f32], m: f32) -> (f32, f32, f32) {
     let (mut sums, mut weighted, mut squares) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);

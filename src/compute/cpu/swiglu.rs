@@ -23,8 +23,8 @@ trait Gate {
     /// Returns σ(u(x)).
     fn sigma(x: f32) -> f32;
 
-    /// Returns x·u'(x)·(1 − s), given s = σ(u(x)). The derivative of x·σ(u(x)) is s·(1 + this
-    /// value).
+    /// Returns x·u'(x)·(1 − s), given s = σ(u(x)). The derivative of x·σ(u(x)) is
+    /// s·(1 + this value).
     fn slope(x: f32, s: f32) -> f32;
 }
 

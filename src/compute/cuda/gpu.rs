@@ -245,9 +245,9 @@ impl Gpu {
         let total = context
             .total_mem()
             .map_err(|e| failed("reading its memory size", e))?;
-        let maps = driver_sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
+        use driver_sys::CUdevice_attribute as Attribute;
         let can_map = context
-            .attribute(maps)
+            .attribute(Attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED)
             .is_ok_and(|supported| supported != 0);
         let arena = DeviceArena::open(ordinal, total, total / RESERVE_DIVISOR, can_map);
         let staging =

@@ -421,7 +421,8 @@ pub(crate) fn column_sum(gpu: &Gpu, out: &Memory, g: Columns<'_>) -> Result<()> 
 
 // ----------------------------------------------------------------------------------------- norms
 
-/// Computes y = x / √(mean x² + ε) ⊙ w of every row, with x `[n, width]` and w `[width]` in f32.
+/// Computes y = x / √(mean x² + ε) ⊙ w of every row, for x `[n, width]` and w `[width]`
+/// in f32.
 pub(crate) fn rms_norm(gpu: &Gpu, y: &Memory, x: &Memory, w: &Memory, eps: f32) -> Result<()> {
     let (kind, width) = (y.kind(), w.len());
     let rows = count_rows("rms_norm", "y", y.len(), width)?;
@@ -478,8 +479,9 @@ pub(crate) fn rms_norm_backward(gpu: &Gpu, n: RmsNormBackward<'_>) -> Result<()>
     gpu.launch("rms_norm_backward", Some(kind), Launch::blocks(rows), &args)
 }
 
-/// Computes partial sums of the gradient of w: partial\[b, :\] = Σ g ⊙ x · inverse over the b-th
-/// group of rows. `partial` is `[weight_partials(n), width]`; the sum of its rows is the gradient.
+/// Computes partial sums of the gradient of w: partial\[b, :\] = Σ g ⊙ x · inverse over the
+/// b-th group of rows. `partial` is `[weight_partials(n), width]`; the sum of its rows is the
+/// gradient.
 pub(crate) fn rms_norm_weight(
     gpu: &Gpu,
     partial: &Memory,
@@ -555,8 +557,8 @@ pub(crate) fn head_norm(
 pub(crate) struct HeadNormBackward<'a> {
     /// On entry the gradient of the norm's output, on return that of its input.
     pub g: &'a Memory,
-    /// If given, receives partial sums of the gradient of w, Σ g ⊙ x · inverse over each group of
-    /// heads `[weight_partials(heads), D]`, in f32. The sum of its rows is the gradient.
+    /// If given, receives partial sums of the gradient of w, Σ g ⊙ x · inverse over each group
+    /// of heads `[weight_partials(heads), D]`, in f32. The sum of its rows is the gradient.
     pub partial: Option<&'a Memory>,
     /// Input of the norm, in the same layout as `g`.
     pub before: &'a Memory,
@@ -767,7 +769,8 @@ pub(crate) struct HeadErrors<'a> {
     pub targets: &'a Memory,
 }
 
-/// Computes errors\[i, j\] = g\[i\]·(1{first + j = targets\[i\]} − e^(logits\[i, j\] − lse\[i\])).
+/// Computes
+/// errors\[i, j\] = g\[i\]·(1{first + j = targets\[i\]} − e^(logits\[i, j\] − lse\[i\])).
 pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
     let (kind, rows) = (h.errors.kind(), h.targets.len());
     let elements = h.tile.elements("head_errors", rows)?;

@@ -6,7 +6,8 @@ use super::*;
 
 #[test]
 fn a_message_keeps_every_key_in_order_and_drops_nulls() {
-    let text = r#"{"content":null,"role":"assistant","tool_calls":[{"z":1,"a":null}],"name":null,"reasoning_content":"hm"}"#;
+    let text = r#"{"content":null,"role":"assistant","tool_calls":[{"z":1,"a":null}],"name":null,
+                   "reasoning_content":"hm"}"#;
     let message = ChatMessage::from_json(serde_json::from_str(text).unwrap()).unwrap();
     assert_eq!(
         serde_json::to_string(&message).unwrap(),

@@ -361,11 +361,15 @@ fn split<'a>(
     Ok(parts)
 }
 
+/// Returns true for the characters at which Python's `str.splitlines` ends a line.
+fn is_line_end(c: char) -> bool {
+    matches!(c, '\n'..='\r' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}')
+}
+
 fn split_lines(text: &str, keep_ends: bool) -> Vec<&str> {
-    let is_end = |c: char| matches!(c, '\n'..='\r' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}');
     let mut lines = Vec::new();
     let mut rest = text;
-    while let Some(end) = rest.find(is_end) {
+    while let Some(end) = rest.find(is_line_end) {
         let width = if rest[end..].starts_with("\r\n") {
             2
         } else {

@@ -21,7 +21,9 @@ fn plain(template: &ChatTemplate, messages: &[ChatMessage]) -> String {
 #[test]
 fn chatml_renders_with_and_without_a_generation_prompt() {
     let t = compile(
-        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + \
+         message['content'] + '<|im_end|>' + '\n'}}{% endfor %}\
+         {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     );
     let prompt = t
         .render(&[say("user", "Hi")], &RenderOptions::new(true))
@@ -39,8 +41,14 @@ fn chatml_renders_with_and_without_a_generation_prompt() {
 #[test]
 fn blocks_are_trimmed_methods_work_and_special_tokens_are_variables() {
     let t = ChatTemplate::new(
-        "{{ bos_token }}\n{%- for m in messages %}\n    {%- if m.role == 'user' %}\n[INST] {{ m.content.strip() }} [/INST]\n    {%- else %}\n {{ m['content'].split('|')[-1] }}{{ eos_token }}\n    {%- endif %}\n{%- endfor %}\n",
-        vec![("bos_token".into(), "<s>".into()), ("eos_token".into(), "</s>".into())],
+        "{{ bos_token }}\n{%- for m in messages %}\n    \
+         {%- if m.role == 'user' %}\n[INST] {{ m.content.strip() }} [/INST]\n    \
+         {%- else %}\n {{ m['content'].split('|')[-1] }}{{ eos_token }}\n    {%- endif %}\n\
+         {%- endfor %}\n",
+        vec![
+            ("bos_token".into(), "<s>".into()),
+            ("eos_token".into(), "</s>".into()),
+        ],
     )
     .unwrap();
     assert_eq!(
@@ -73,7 +81,8 @@ fn a_template_can_refuse_and_cannot_hang() {
     fails("{% include '/etc/passwd' %}");
     fails("{{ tojson }}{{ messages | tojson(indent=1000000000) }}");
     fails(
-        "{% set ns = namespace(x=1) %}{% for i in range(5000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+        "{% set ns = namespace(x=1) %}{% for i in range(5000) %}{% set ns.x = [ns.x] %}\
+         {% endfor %}{{ ns.x | tojson }}",
     );
     assert!(ChatTemplate::new("{% for %}", vec![]).is_err());
 }
@@ -85,21 +94,28 @@ fn tojson_is_pythons() {
         plain(&t, &[say("user", "é\"")]),
         r#"[{"role": "user", "content": "é\""}]"#
     );
-    let value = json!({"b": [1, 1.0, 1e16, 1e-5, 0.0001, -2.5], "a": {"é\u{7f}𝄞": null, "e": [], "o": {}}, "t": true, "s": "</\u{1}\n"});
+    let value = json!({
+        "b": [1, 1.0, 1e16, 1e-5, 0.0001, -2.5], "a": {"é\u{7f}𝄞": null, "e": [], "o": {}},
+        "t": true, "s": "</\u{1}\n"
+    });
     let kwargs = Map::from_iter([("x".to_owned(), value)]);
     // Expected texts are from json.dumps in Python 3.
     for (filter, expected) in [
         (
             "tojson",
-            "{\"b\": [1, 1.0, 1e+16, 1e-05, 0.0001, -2.5], \"a\": {\"é\u{7f}𝄞\": null, \"e\": [], \"o\": {}}, \"t\": true, \"s\": \"</\\u0001\\n\"}",
+            "{\"b\": [1, 1.0, 1e+16, 1e-05, 0.0001, -2.5], \"a\": {\"é\u{7f}𝄞\": null, \"e\": \
+             [], \"o\": {}}, \"t\": true, \"s\": \"</\\u0001\\n\"}",
         ),
         (
             "tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True)",
-            "{\"a\":{\"e\":[],\"o\":{},\"\\u00e9\\u007f\\ud834\\udd1e\":null},\"b\":[1,1.0,1e+16,1e-05,0.0001,-2.5],\"s\":\"</\\u0001\\n\",\"t\":true}",
+            "{\"a\":{\"e\":[],\"o\":{},\"\\u00e9\\u007f\\ud834\\udd1e\":null},\"b\":[1,1.0,1e+16,\
+             1e-05,0.0001,-2.5],\"s\":\"</\\u0001\\n\",\"t\":true}",
         ),
         (
             "tojson(indent=2)",
-            "{\n  \"b\": [\n    1,\n    1.0,\n    1e+16,\n    1e-05,\n    0.0001,\n    -2.5\n  ],\n  \"a\": {\n    \"é\u{7f}𝄞\": null,\n    \"e\": [],\n    \"o\": {}\n  },\n  \"t\": true,\n  \"s\": \"</\\u0001\\n\"\n}",
+            "{\n  \"b\": [\n    1,\n    1.0,\n    1e+16,\n    1e-05,\n    0.0001,\n    -2.5\n  \
+             ],\n  \"a\": {\n    \"é\u{7f}𝄞\": null,\n    \"e\": [],\n    \"o\": {}\n  },\n  \
+             \"t\": true,\n  \"s\": \"</\\u0001\\n\"\n}",
         ),
     ] {
         let t = compile(&format!("{{{{ x | {filter} }}}}"));
@@ -136,10 +152,15 @@ fn tools_and_every_key_of_a_message_reach_the_template_in_order() {
     };
     assert_eq!(
         t.render(&messages, &options).unwrap(),
-        r#"[{"type": "function", "function": {"name": "f", "description": "d"}}]|[{"tool_calls": [{"z": 1, "a": {"y": 2, "b": 3}}], "role": "assistant"}]|False|1"#
+        concat!(
+            r#"[{"type": "function", "function": {"name": "f", "description": "d"}}]|"#,
+            r#"[{"tool_calls": [{"z": 1, "a": {"y": 2, "b": 3}}], "role": "assistant"}]|"#,
+            "False|1"
+        )
     );
     let t = compile(
-        "{% if tools is none %}none{% endif %}{% if enable_thinking is defined %}defined{% endif %}",
+        "{% if tools is none %}none{% endif %}{% if enable_thinking is defined %}defined\
+         {% endif %}",
     );
     assert_eq!(plain(&t, &messages), "none");
 }
@@ -150,7 +171,10 @@ fn reasoning_is_given_under_both_names() {
     let render = |value: serde_json::Value| plain(&t, &[ChatMessage::from_json(value).unwrap()]);
     assert_eq!(
         render(json!({"role": "assistant", "reasoning": "r", "content": "c"})),
-        r#"[{"thinking": "r", "role": "assistant", "reasoning": "r", "content": "c", "reasoning_content": "r"}]"#
+        concat!(
+            r#"[{"thinking": "r", "role": "assistant", "reasoning": "r", "content": "c", "#,
+            r#""reasoning_content": "r"}]"#
+        )
     );
     assert_eq!(
         render(
@@ -163,7 +187,8 @@ fn reasoning_is_given_under_both_names() {
 #[test]
 fn the_date_is_the_given_one_in_macros_too() {
     let t = compile(
-        "{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ strftime_now('%Y-%m-%d %H:%M') }} {{ today() }}",
+        "{% macro today() %}{{ strftime_now('%d %b %Y') }}\
+         {% endmacro %}{{ strftime_now('%Y-%m-%d %H:%M') }} {{ today() }}",
     );
     let options = RenderOptions {
         date: Some(jiff::civil::date(2025, 7, 4).at(9, 5, 0, 0)),
@@ -185,7 +210,8 @@ fn generation_tags_print_what_is_in_them_whatever_their_white_space() {
         ("{%-  generation\n%}", "{%+ endgeneration %}"),
     ] {
         let t = compile(&format!(
-            "a{{% for m in messages %}}{open}{{{{ m.content }}}}{close}{{% endfor %}}b{{{{ '%}}' }}}}"
+            "a{{% for m in messages %}}{open}{{{{ m.content }}}}{close}\
+             {{% endfor %}}b{{{{ '%}}' }}}}"
         ));
         assert_eq!(plain(&t, &[say("assistant", "x")]), "axb%}", "{open}");
     }

@@ -13,8 +13,14 @@ const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 
 /// Regular expressions of the pre-tokenizers of Llama 3 and Qwen 2.
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+",
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+const QWEN2: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+",
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
 
 /// Reads the tokenizer and chat templates from the metadata.
 ///
@@ -112,7 +118,12 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         "normalizer": pipeline.normalizer,
         "pre_tokenizer": pipeline.pre_tokenizer,
         "post_processor": post_processor,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": true,
+            "trim_offsets": true,
+            "use_regex": true,
+        },
         "model": {
             "type": "BPE",
             "dropout": null,
@@ -196,7 +207,14 @@ fn pipeline(pre: &str) -> Option<Pipeline> {
     };
     let split = |pattern: &str| {
         json!({"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false}, byte_level(false)]})
+            {
+                "type": "Split",
+                "pattern": {"Regex": pattern},
+                "behavior": "Isolated",
+                "invert": false,
+            },
+            byte_level(false),
+        ]})
     };
     let plain = |pre_tokenizer: Value| Pipeline {
         normalizer: Value::Null,
@@ -205,9 +223,12 @@ fn pipeline(pre: &str) -> Option<Pipeline> {
     };
     Some(match pre {
         "default" | "gpt-2" => plain(byte_level(true)),
-        "smollm" | "starcoder" | "codeshell" | "refact" => plain(
-            json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, byte_level(true)]}),
-        ),
+        "smollm" | "starcoder" | "codeshell" | "refact" => {
+            plain(json!({"type": "Sequence", "pretokenizers": [
+                {"type": "Digits", "individual_digits": true},
+                byte_level(true),
+            ]}))
+        }
         "qwen2" | "deepseek-r1-qwen" => Pipeline {
             normalizer: json!({"type": "NFC"}),
             ..plain(split(QWEN2))

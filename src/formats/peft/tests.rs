@@ -132,7 +132,10 @@ fn fields_that_do_not_change_the_maths_are_accepted() {
         // The form in which PEFT 0.21.2 writes it for such an adapter.
         (
             "eva_config",
-            json!({"rho": 1.0, "tau": 0.99, "use_label_mask": true, "label_mask_value": -100, "whiten": false, "adjust_scaling_factors": true}),
+            json!({
+                "rho": 1.0, "tau": 0.99, "use_label_mask": true, "label_mask_value": -100,
+                "whiten": false, "adjust_scaling_factors": true
+            }),
         ),
         ("lora_dropout", json!(0.1)),
         ("inference_mode", json!(false)),

@@ -1,5 +1,5 @@
-//! The losses as functions of a pair's sums, with their slopes ∂/∂Σlog π_w and ∂/∂Σlog π_l. The
-//! notation is that of [`super`].
+//! The losses as functions of a pair's sums, with their slopes ∂/∂Σlog π_w and
+//! ∂/∂Σlog π_l. The notation is that of [`super`].
 
 use crate::domain::dpo::{Divergence, DpoConfig, LossType, WeightedLoss};
 use crate::math::{log_sigmoid, sigmoid};
@@ -62,9 +62,9 @@ fn smoothed(z: f64, eps: f64) -> (f64, f64) {
     )
 }
 
-/// Returns a pair's loss and its slopes ∂/∂Σlog π_w and ∂/∂Σlog π_l. It returns zeros for the
-/// losses that the caller computes: aot and aot_unpaired, which compare pairs, and sft, a mean over
-/// tokens. The result for orpo does not include its NLL term.
+/// Returns a pair's loss and its slopes ∂/∂Σlog π_w and ∂/∂Σlog π_l. It returns zeros
+/// for the losses that the caller computes: aot and aot_unpaired, which compare pairs, and sft, a
+/// mean over tokens. The result for orpo does not include its NLL term.
 pub(super) fn value_and_slopes(
     config: &DpoConfig,
     term: &WeightedLoss,
@@ -83,7 +83,8 @@ pub(super) fn value_and_slopes(
 
     match term.loss {
         LossType::Sigmoid => {
-            // DPOP (arXiv:2402.13228, eq. 3) subtracts λ·max(0, −lr_w) inside; λ = 0 is plain DPO.
+            // DPOP (arXiv:2402.13228, eq. 3) subtracts λ·max(0, −lr_w) inside; λ = 0 is
+            // plain DPO.
             let lambda = config.dpop_lambda;
             let (value, slope) = smoothed(beta * (delta - lambda * (-lr_w).max(0.0)), eps);
             let penalty = if lr_w < 0.0 { lambda } else { 0.0 };
@@ -171,8 +172,8 @@ pub(super) fn value_and_slopes(
             (value, slope * beta / s.n_w, -slope * beta / s.n_l)
         }
         LossType::Orpo => {
-            // arXiv:2403.07691, eq. 6–7, on mean log-probs a: log-odds(a) = a − log(1 − e^a), slope
-            // 1/(1 − e^a).
+            // arXiv:2403.07691, eq. 6–7, on mean log-probs a: log-odds(a) = a − log(1 − e^a),
+            // slope 1/(1 − e^a).
             let odds = |a: f64| {
                 let a = a.min(-1e-12);
                 (a - (-a.exp_m1()).ln(), -1.0 / a.exp_m1())

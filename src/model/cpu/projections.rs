@@ -215,9 +215,9 @@ impl<'a> CpuLinearGroup<'a> {
         u
     }
 
-    /// Adds s·(x·A_iᵀ)·B_iᵀ to the rows `rows` of `y` `[T, Σout]`. The terms are added after those
-    /// of the base weights, in the same order as in [`CpuLinearGroup::forward`], so that the
-    /// results are bit-identical.
+    /// Adds s·(x·A_iᵀ)·B_iᵀ to the rows `rows` of `y` `[T, Σout]`. The terms are added
+    /// after those of the base weights, in the same order as in [`CpuLinearGroup::forward`], so
+    /// that the results are bit-identical.
     pub fn add_low_rank(&self, x: &Operand, rows: Range<usize>, y: &mut [f32]) {
         if self.ranks == 0 || rows.is_empty() {
             return;
@@ -270,11 +270,11 @@ impl<'a> CpuLinearGroup<'a> {
     }
 
     /// Runs the group backward: accumulates the gradients of the parameters in `sink` and returns
-    /// ∂loss/∂x `[T, in]`. The inputs are g = ∂loss/∂y `[T, Σout]`, x, and u, the result of
-    /// [`CpuLinearGroup::forward`].
+    /// ∂loss/∂x `[T, in]`. The inputs are g = ∂loss/∂y `[T, Σout]`, x, and u, the result
+    /// of [`CpuLinearGroup::forward`].
     ///
-    /// With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x, dB_i = s·g_iᵀ·u_i, dW_i =
-    /// g_iᵀ·x, db_i = Σ_tokens g_i.
+    /// With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x,
+    /// dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
     pub fn backward(
         &self,
         x: &Operand,
@@ -320,8 +320,9 @@ impl<'a> CpuLinearGroup<'a> {
         Ok(dx)
     }
 
-    /// Computes ∂loss/∂x with frozen weights, tile by tile: `finish` gets the rows and columns of a
-    /// tile and its values. Returns v/s = g·B `[T, Σr]` for [`CpuLinearGroup::low_rank_gradients`].
+    /// Computes ∂loss/∂x with frozen weights, tile by tile: `finish` gets the rows and columns
+    /// of a tile and its values. Returns v/s = g·B `[T, Σr]` for
+    /// [`CpuLinearGroup::low_rank_gradients`].
     pub fn backward_tiles(
         &self,
         gs: &[Operand],

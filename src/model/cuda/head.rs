@@ -159,8 +159,8 @@ impl Head<'_> {
         output
     }
 
-    /// Accumulates ∂loss/∂W in `dw` `[V, C]`, given g = ∂loss/∂log p `[N]`. It is Eᵀ·h with E = g ⊙
-    /// (onehot(y) − p), where y are the targets.
+    /// Accumulates ∂loss/∂W in `dw` `[V, C]`, given g = ∂loss/∂log p `[N]`. It is Eᵀ·h
+    /// with E = g ⊙ (onehot(y) − p), where y are the targets.
     pub fn weight_gradient(
         &self,
         h: &Memory,

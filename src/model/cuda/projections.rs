@@ -1,8 +1,9 @@
 //! A group of linear layers on the device, forward and backward, computed with the GEMMs of cuBLAS.
 //! The counterpart on the CPU is [`crate::model::cpu::projections`].
 //!
-//! y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ; with v = s·g·B: dx = g·W + v·A, dA = vᵀ·x, dB = s·gᵀ·(x·Aᵀ), dW =
-//! gᵀ·x, db = Σ_tokens g. Here s is the adapter's scale, and g = ∂loss/∂y.
+//! y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ; with v = s·g·B: dx = g·W + v·A, dA = vᵀ·x,
+//! dB = s·gᵀ·(x·Aᵀ), dW = gᵀ·x, db = Σ_tokens g. Here s is the adapter's scale, and
+//! g = ∂loss/∂y.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -83,8 +84,8 @@ impl CudaLinearGroup<'_> {
             .map(Option::flatten)
     }
 
-    /// Adds s·(x·Aᵀ)·Bᵀ to the rows `rows` of `y`. Returns x·Aᵀ of these rows, or `None` if the
-    /// group has no adapter or there are no rows.
+    /// Adds s·(x·Aᵀ)·Bᵀ to the rows `rows` of `y`. Returns x·Aᵀ of these rows, or `None`
+    /// if the group has no adapter or there are no rows.
     pub fn add_low_rank(
         &self,
         adapter: LowRankGroup<'_>,

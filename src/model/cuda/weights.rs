@@ -136,8 +136,8 @@ impl GroupWeights {
 pub(super) struct GroupAdapter {
     /// Offset of the stacked A of all members `[Σr, in]`.
     pub a: usize,
-    /// For each member: offset of B `[out, r]`, rank r, and the first column of the member in x·Aᵀ
-    /// `[T, Σr]`. `None` if the member has no update.
+    /// For each member: offset of B `[out, r]`, rank r, and the first column of the member in
+    /// x·Aᵀ `[T, Σr]`. `None` if the member has no update.
     pub b: Vec<Option<(usize, usize, usize)>>,
     pub ranks: usize,
 }

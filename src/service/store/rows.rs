@@ -46,7 +46,8 @@ pub(super) fn dataset_in_list(dialect: Dialect) -> String {
         // JSONB cannot contain NUL characters, which may occur in row ids in reports of older
         // versions.
         Dialect::Postgres => {
-            r"CASE WHEN POSITION('\u0000' IN report) > 0 THEN report ELSE CAST(CAST(report AS JSONB) - 'issues' AS TEXT) END"
+            r"CASE WHEN POSITION('\u0000' IN report) > 0 THEN report
+                   ELSE CAST(CAST(report AS JSONB) - 'issues' AS TEXT) END"
         }
     };
     format!("{DATASET}, {report} AS report")

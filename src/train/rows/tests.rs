@@ -54,9 +54,8 @@ fn every_form_of_row_is_read() {
 fn what_version_0_2_0_did_not_use_of_a_row_is_named() {
     let chat = |messages: &str, more: &str| {
         let answer = r#"[{"role":"assistant","content":"a"}]"#;
-        format!(
-            r#"{{"prompt":[{messages}],"chosen":{answer},"rejected":[{{"role":"assistant","content":"b"}}]{more}}}"#
-        )
+        let rejected = r#"{"role":"assistant","content":"b"}"#;
+        format!(r#"{{"prompt":[{messages}],"chosen":{answer},"rejected":[{rejected}]{more}}}"#)
     };
     let hello = r#"{"role":"user","content":"Hi"}"#;
     let cases = [
@@ -163,9 +162,12 @@ fn each_bad_row_has_its_reason_and_the_next_one_is_still_read() {
 #[test]
 fn parquet_strings_and_message_lists_are_the_same_rows() {
     let schema = "message pairs {
-        required group prompt (LIST) { repeated group list { required group element { required binary role (UTF8); required binary content (UTF8); } } }
-        required group chosen (LIST) { repeated group list { required group element { required binary role (UTF8); required binary content (UTF8); } } }
-        required group rejected (LIST) { repeated group list { required group element { required binary role (UTF8); required binary content (UTF8); } } }
+        required group prompt (LIST) { repeated group list { required group element {
+            required binary role (UTF8); required binary content (UTF8); } } }
+        required group chosen (LIST) { repeated group list { required group element {
+            required binary role (UTF8); required binary content (UTF8); } } }
+        required group rejected (LIST) { repeated group list { required group element {
+            required binary role (UTF8); required binary content (UTF8); } } }
         required double weight; }";
     let file = tempfile::NamedTempFile::new().unwrap();
     let properties = WriterProperties::builder()
@@ -225,7 +227,11 @@ fn a_damaged_parquet_file_is_an_error_that_names_it() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 64,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {

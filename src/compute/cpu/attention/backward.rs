@@ -21,8 +21,8 @@ const SCORE_BUDGET: usize = 1 << 24;
 /// up to [`BLOCK`] of them.
 const MAX_SAVED_SCORES: usize = SCORE_BUDGET / NR * BLOCK;
 
-/// Computes the gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, given its inputs
-/// and outputs. `dqkv` `[T, (H + 2K)·D]` is overwritten.
+/// Computes the gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, given its
+/// inputs and outputs. `dqkv` `[T, (H + 2K)·D]` is overwritten.
 pub fn attention_backward(
     kernel: Kernel,
     qkv: &[f32],
@@ -239,7 +239,8 @@ impl Sweep<'_> {
         }
     }
 
-    /// Computes dK and dV of a panel of keys, given Pᵀ and dSᵀ of each block of the round and head.
+    /// Computes dK and dV of a panel of keys, given Pᵀ and dSᵀ of each block of the round
+    /// and head.
     fn by_keys(
         &self,
         all: &[QueryBlock],

@@ -306,10 +306,18 @@ mod x86 {
             macro_rules! rows {
                 ($($m:literal)*) => {
                     match (rows, is_bf16, n > NR / 2) {
-                        $(($m, false, true) => f32_strip::<$m, V>(first, n, products, c, stride, accumulate),
-                          ($m, false, false) => f32_strip::<$m, { V / 2 }>(first, n, products, c, stride, accumulate),
-                          ($m, true, true) => bf16_strip::<$m, V>(first, n, products, c, stride, accumulate),
-                          ($m, true, false) => bf16_strip::<$m, { V / 2 }>(first, n, products, c, stride, accumulate),)*
+                        $(($m, false, true) => {
+                            f32_strip::<$m, V>(first, n, products, c, stride, accumulate)
+                        }
+                        ($m, false, false) => {
+                            f32_strip::<$m, { V / 2 }>(first, n, products, c, stride, accumulate)
+                        }
+                        ($m, true, true) => {
+                            bf16_strip::<$m, V>(first, n, products, c, stride, accumulate)
+                        }
+                        ($m, true, false) => {
+                            bf16_strip::<$m, { V / 2 }>(first, n, products, c, stride, accumulate)
+                        })*
                         _ => {}
                     }
                 };

@@ -3,12 +3,12 @@
 //
 // Forward pass, per tile of 64 queries and head: S = scale·Q·Kᵀ one tile of keys at a time,
 // P = softmax(S) as an online softmax (running maximum and sum of each row), O = P·V. The backward
-// pass recomputes P = e^(S − lse): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − delta), dQ = scale·dS·K,
-// dK = scale·dSᵀ·Q.
+// pass recomputes P = e^(S − lse): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − delta),
+// dQ = scale·dS·K, dK = scale·dSᵀ·Q.
 //
 // A block has 128 threads, thread (ty, tx) of 8 × 16. "Own" are the 64 rows that the block writes,
-// "others" the 64 rows of the tile that it processes. For a 64 × 64 GEMM each thread computes 8 own
-// rows and 4 columns. A result of up to 128 columns consists of two of these. A wider one is
+// "others" the 64 rows of the tile that it processes. For a 64 × 64 GEMM each thread computes 8
+// own rows and 4 columns. A result of up to 128 columns consists of two of these. A wider one is
 // computed in several rounds of 128 columns, because the registers hold no more.
 //
 // The start of a kernel's comment gives its launch as [blocks; threads].

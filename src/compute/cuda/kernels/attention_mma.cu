@@ -16,8 +16,8 @@
 
 namespace attn {
 
-// Masks the scores of a warp's 16 queries, from `row` on, with key tile n: -∞ if a key comes later,
-// is outside the window or is beyond the end of the tile.
+// Masks the scores of a warp's 16 queries, from `row` on, with key tile n: -∞ if a key comes
+// later, is outside the window or is beyond the end of the tile.
 template <int N>
 __device__ __forceinline__ void mask_scores(Sums<N>& s, const Queries& queries, int n,
                                             const unsigned* positions, int row, int lane,

@@ -79,8 +79,8 @@ struct Tile {
         one[0] = r[0], one[1] = r[1], two[0] = r[2], two[1] = r[3];
     }
 
-    // Loads two fragments as a right operand [64, D]: rows `row`…+15 with columns `column`…+7, and
-    // with columns `column` + 8…+15.
+    // Loads two fragments as a right operand [64, D]: rows `row`…+15 with columns `column`…+7,
+    // and with columns `column` + 8…+15.
     __device__ __forceinline__ void right(uint32_t (&one)[2], uint32_t (&two)[2], int row,
                                           int column) const {
         const int lane = threadIdx.x % 32;
@@ -90,8 +90,8 @@ struct Tile {
     }
 };
 
-// Computes sums[own, other] = own·otherᵀ over D, for 16 own rows and 8N rows of the other tile from
-// `first` on.
+// Computes sums[own, other] = own·otherᵀ over D, for 16 own rows and 8N rows of the other tile
+// from `first` on.
 template <int D, int N>
 __device__ __forceinline__ void scores(Sums<N>& sums, const Tile<D>& own, int row,
                                        const Tile<D>& other, int first) {

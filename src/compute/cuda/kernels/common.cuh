@@ -194,8 +194,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 #endif
 
-// Loads four 8×8 matrices of 16-bit values from shared memory. Lane l passes the address of row l %
-// 8 of matrix l / 8 (16 bytes, 16-byte aligned) and receives in r[m] the values M_m[g, 2t..2t+1].
+// Loads four 8×8 matrices of 16-bit values from shared memory. Lane l passes the address of row
+// l % 8 of matrix l / 8 (16 bytes, 16-byte aligned) and receives in r[m] the values
+// M_m[g, 2t..2t+1].
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* smem) {
 #ifdef BRADLEY_EMULATE
     emulate::ldmatrix_x4<false>(r, smem);

@@ -105,9 +105,9 @@ KERNEL void cast_f32(float* to, const bf16* from, long long n) { cast<bf16>(to, 
 // rotary positions
 
 // Rotates the first `heads` heads of every row in place, i in 0..D/2:
-//     (x_i, x_{i+D/2}) = (x_i·cos_i − x_{i+D/2}·s_i, x_{i+D/2}·cos_i + x_i·s_i),  s = sign·sin,
-// with cos and sin [tokens, D/2]. sign = −1 rotates back, which maps the gradient of the output to
-// that of the input.   [any, e.g. tokens; 256]
+//     (x_i, x_{i+D/2}) = (x_i·cos_i − x_{i+D/2}·s_i, x_{i+D/2}·cos_i + x_i·s_i),
+// with s = sign·sin, cos and sin [tokens, D/2]. sign = −1 rotates back, which maps the gradient
+// of the output to that of the input.   [any, e.g. tokens; 256]
 template <class T>
 __device__ __forceinline__ void rope(T* qkv, const float* cos, const float* sin, int tokens,
                                      int stride, int heads, int dim, float sign) {

@@ -1,9 +1,10 @@
 // LM head, log-softmax and gather, one tile of the vocabulary after the other. The logits [N, V]
 // never exist as a whole.
 //
-// log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. cuBLAS computes a tile of logits and accumulates
-// Σ_v p_v·W_v. These kernels update the maximum, the sums and ∂log p/∂h = W_y − Σ_v p_v·W_v, and
-// rescale them whenever a larger logit appears (online softmax, arXiv:1805.02867).
+// log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. cuBLAS computes a tile of logits and
+// accumulates Σ_v p_v·W_v. These kernels update the maximum, the sums and
+// ∂log p/∂h = W_y − Σ_v p_v·W_v, and rescale them whenever a larger logit appears (online
+// softmax, arXiv:1805.02867).
 #include "elements.cuh"
 
 // State of a row's online softmax: indices of the floats in state[row, 8].
@@ -32,8 +33,8 @@ KERNEL void head_start(float* state, int rows) {
 
 // Adds the logits of the tokens first..first + width to the state. Rows of the logits lie ld
 // elements apart. WEIGHTED, SQUARES, LOGITS and ARGMAX are updated only if `distribution`. With
-// `gradient`, writes p[i, j] = e^(l − max), in the layout of the logits, and scales[i], the factor
-// for sums over earlier tiles (0 for the first tile). p may alias the logits.   [rows; 256]
+// `gradient`, writes p[i, j] = e^(l − max), in the layout of the logits, and scales[i], the
+// factor for sums over earlier tiles (0 for the first tile). p may alias the logits.   [rows; 256]
 template <class T>
 __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, const float* logits,
                                           const unsigned* targets, int rows, int width, int ld,
@@ -69,8 +70,8 @@ __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, con
         const float max = larger ? tile_max : old;
         float argmax = 0.0f;
         if (distribution && larger) {
-            // The smallest column with the maximum. Columns of a tile are below 2²⁴ and therefore
-            // exact as floats.
+            // The smallest column with the maximum. Columns of a tile are below 2²⁴ and
+            // therefore exact as floats.
             argmax = -block_max(top == tile_max ? -float(at) : -INFINITY);
         }
         // After the barriers of block_max every logit has been read once, and of_target too, so p
@@ -174,8 +175,9 @@ INSTANTIATE(head_finish,
              int width),
             (d, state, w, targets, rows, width))
 
-// ∂loss/∂logits of a tile, for ∂W = eᵀ·h: e[i, j] = g_i·(1{first + j = y_i} − e^(l − lse_i)), in
-// the layout of the logits. e may alias the logits.   [rows; 256]
+// ∂loss/∂logits of a tile, for ∂W = eᵀ·h:
+// e[i, j] = g_i·(1{first + j = y_i} − e^(l − lse_i)), in the layout of the logits. e may alias
+// the logits.   [rows; 256]
 template <class T>
 __device__ __forceinline__ void head_errors(T* e, const float* logits, const float* lse,
                                             const float* g, const unsigned* targets, int rows,

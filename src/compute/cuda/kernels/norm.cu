@@ -1,5 +1,5 @@
-// RMSNorm, y = x / √(mean(x²) + ε) ⊙ w over the last dimension (arXiv:1910.07467), of rows and of
-// heads.
+// RMSNorm, y = x / √(mean(x²) + ε) ⊙ w over the last dimension (arXiv:1910.07467), of rows
+// and of heads.
 #include "elements.cuh"
 
 // Returns 1 / √(mean(x²) + ε), given squares = Σ x².
@@ -45,8 +45,8 @@ __device__ __forceinline__ void rms_norm(T* y, const float* x, const float* w, i
 INSTANTIATE(rms_norm, (T * y, const float* x, const float* w, int rows, int width, float eps),
             (y, x, w, rows, width, eps))
 
-// With r = 1/rms of the row: gx += r·(g⊙w − x·r²·mean(g⊙w⊙x)). Writes inverse[row] = r for
-// rms_norm_weight.   [rows; 256]
+// With r = 1/rms of the row: gx += r·(g⊙w − x·r²·mean(g⊙w⊙x)). Writes inverse[row] = r
+// for rms_norm_weight.   [rows; 256]
 template <class T>
 __device__ __forceinline__ void rms_norm_backward(float* gx, float* inverse, const float* x,
                                                   const float* w, const T* g, int rows, int width,
@@ -92,8 +92,8 @@ INSTANTIATE(rms_norm_backward,
              int width, float eps),
             (gx, inverse, x, w, g, rows, width, eps))
 
-// partial[b, c] = Σ g·x·inverse of column c over the rows from b·rows_per_block on, one thread per
-// column. column_sum_f32 adds the partials to ∂w.   [(ceil(width / 256), ceil(rows /
+// partial[b, c] = Σ g·x·inverse of column c over the rows from b·rows_per_block on, one thread
+// per column. column_sum_f32 adds the partials to ∂w.   [(ceil(width / 256), ceil(rows /
 // rows_per_block)); 256]
 template <class T>
 __device__ __forceinline__ void rms_norm_weight(float* partial, const float* x,
@@ -203,9 +203,9 @@ INSTANTIATE(head_norm,
             (qkv, w, rows, stride, offset, heads, dim, eps))
 
 // Replaces the upstream gradient g of head_norm's output by the gradient of its input `before` (in
-// the same layout): g = r·(g⊙w − x·r²·mean(g⊙w⊙x)), r = 1/rms. If partial is not null, partial[b,
-// :] = Σ g⊙x·r over the `per_block` items of block b, which its warps process in turn;
-// column_sum_f32 adds the partials to ∂w.   [ceil(rows·heads / per_block); 128]
+// the same layout): g = r·(g⊙w − x·r²·mean(g⊙w⊙x)), r = 1/rms. If partial is not null,
+// partial[b, :] = Σ g⊙x·r over the `per_block` items of block b, which its warps process in
+// turn; column_sum_f32 adds the partials to ∂w.   [ceil(rows·heads / per_block); 128]
 template <class T>
 __device__ __forceinline__ void head_norm_backward(T* g, float* partial, const T* before,
                                                    const float* w, int rows, int stride, int offset,

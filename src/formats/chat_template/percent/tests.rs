@@ -208,7 +208,8 @@ fn what_is_not_supported_is_refused_by_name() {
 #[test]
 fn only_operators_in_tags_are_rewritten() {
     let source = concat!(
-        "{% raw %}{{ '%s' % 1 }}{% endraw %}{# '%s' % 1 #}{% if '%s' % 1 == '1' %}\nyes {{ '%s' % 2 }}{%- endif -%} ",
+        "{% raw %}{{ '%s' % 1 }}{% endraw %}{# '%s' % 1 #}\
+         {% if '%s' % 1 == '1' %}\nyes {{ '%s' % 2 }}{%- endif -%} ",
         "{% set a='%s'%}{{ a }} '%s' % 3 {{ '}}' }}{{ '%s' % {'a':{'b':1}} }}"
     );
     assert_eq!(

@@ -92,9 +92,11 @@ fn what_python_refuses_is_refused() {
 #[test]
 fn printing_is_paid_for() {
     // Every list contains the previous one twice.
-    let doubled = "{% set ns = namespace(x=[0]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}";
+    let doubled = "{% set ns = namespace(x=[0]) %}{% for i in range(60) %}\
+                   {% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}";
     assert!(render(doubled).is_err());
-    let nested = "{% set ns = namespace(x=[0]) %}{% for i in range(500) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}";
+    let nested = "{% set ns = namespace(x=[0]) %}{% for i in range(500) %}{% set ns.x = [ns.x] %}\
+                  {% endfor %}{{ ns.x }}";
     assert!(render(nested).is_err());
     assert!(render("{{ 'a'.ljust(1000000000) }}").is_err());
 }

@@ -7,9 +7,13 @@ use super::as_class;
 fn sentencepiece() -> Value {
     json!({
         "version": "1.0",
-        "added_tokens": [{"id": 2, "content": "</s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
+        "added_tokens": [{
+            "id": 2, "content": "</s>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true
+        }],
         "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         ]},
         "pre_tokenizer": null,
         "post_processor": null,
