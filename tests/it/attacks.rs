@@ -270,8 +270,8 @@ async fn errors_quote_little_of_what_a_client_sent() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    // Percent-encoding turns a space into three bytes, and an error that quotes the last text writes
-    // it as `\u{10ffff}`.
+    // Percent-encoding turns a space into three bytes, and an error that quotes the last text
+    // writes it as `\u{10ffff}`.
     for text in ["x", " ", "%", "é", "\"", "\u{10ffff}"] {
         let long = text.repeat(100_000);
         let bad_losses = |n: usize| pb::DpoConfig {
@@ -829,7 +829,8 @@ async fn extra_fields_of_a_row_are_used_or_reported() {
     add(&|row| row["system"] = json!("Be long."));
     // Only dialogues can have tools.
     rows.push(json!({"prompt": "1 2", "chosen": " 3", "rejected": " 4", "tools": tools}));
-    rows.push(json!({"prompt": "2 3", "chosen": " 4", "rejected": " 5", "chat_template_kwargs": {"a": 1}}));
+    rows.push(json!({"prompt": "2 3", "chosen": " 4", "rejected": " 5",
+                     "chat_template_kwargs": {"a": 1}}));
     let file = jsonl(dir.path(), &rows);
     let report = upload_file(&client, &file).await.unwrap().report.unwrap();
     // Tools, tool calls, reasoning, names and template arguments are used.

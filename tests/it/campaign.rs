@@ -495,7 +495,10 @@ impl Campaign {
             "{disturbance:?}: other weights"
         );
         self.tally.weights_equal += 1;
-        let replaces_worker = |e: &&pb::TrainingEvent| matches!(&e.event, Some(Event::StateChange(s)) if s.reason.contains("worker is gone"));
+        let replaces_worker = |e: &&pb::TrainingEvent| match &e.event {
+            Some(Event::StateChange(s)) => s.reason.contains("worker is gone"),
+            _ => false,
+        };
         self.tally.workers_replaced += persisted.iter().filter(replaces_worker).count();
     }
 }

@@ -172,7 +172,8 @@ async fn grpcurl_trains_and_scores_by_reflection() {
     let listed = call("bradley.v1.DatasetService/ListDatasets", "{}");
     assert_eq!(listed["datasets"][0]["name"], dataset);
     let body = serde_json::json!({"training_job": {
-        "policy": "models/tiny", "dataset": dataset, "lora": {"rank": 4}, "batch": {"batch_size": 2, "max_length": 256, "max_steps": 3},
+        "policy": "models/tiny", "dataset": dataset, "lora": {"rank": 4},
+        "batch": {"batch_size": 2, "max_length": 256, "max_steps": 3},
         "optimizer": {"learning_rate": 0.01}}});
     let name = call(
         "bradley.v1.TrainingService/CreateTrainingJob",
@@ -208,9 +209,18 @@ async fn grpcurl_trains_and_scores_by_reflection() {
         rest.contains("\"sequence\": \"4\"") && !rest.contains("\"sequence\": \"3\""),
         "{rest}"
     );
-    let text = |role: &str, content: &str| serde_json::json!({"chat": {"messages": [{"role": role, "content": content}]}});
-    let body = serde_json::json!({"options": {"policy": format!("{name}/checkpoints/latest")}, "pairs": [
-        {"id": "x", "prompt": text("user", "Name a colour."), "a": text("assistant", "Blue."), "b": text("assistant", "It depends.")}]});
+    let text = |role: &str, content: &str| {
+        let message = serde_json::json!({"role": role, "content": content});
+        serde_json::json!({"chat": {"messages": [message]}})
+    };
+    let pair = serde_json::json!({
+        "id": "x",
+        "prompt": text("user", "Name a colour."),
+        "a": text("assistant", "Blue."),
+        "b": text("assistant", "It depends."),
+    });
+    let options = serde_json::json!({"policy": format!("{name}/checkpoints/latest")});
+    let body = serde_json::json!({"options": options, "pairs": [pair]});
     let score = call("bradley.v1.ScoringService/ScorePairs", &body.to_string());
     assert!(
         score["results"][0]["score"]["probability"]

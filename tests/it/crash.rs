@@ -1,5 +1,5 @@
-//! SIGKILL and SIGTERM while a job trains: no job and no delivered event is lost, and only the steps
-//! since the last checkpoint are repeated. Also probes and a diverging run.
+//! SIGKILL and SIGTERM while a job trains: no job and no delivered event is lost, and only the
+//! steps since the last checkpoint are repeated. Also probes and a diverging run.
 
 use std::path::Path;
 use std::time::Duration;
@@ -129,7 +129,7 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
         !checkpoints_folder(&server.data_dir, &name)
             .join("3")
             .exists(),
-        "a checkpoint without a row is removed"
+        "a checkpoint without a row is not removed"
     );
     finish(&client, &waiting).await;
     assert_eq!(

@@ -47,30 +47,36 @@ fn gpu_name() -> String {
 const SHAPES: [(&str, &str); 5] = [
     (
         "llama",
-        r#""model_type": "llama", "hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1"#,
+        r#""model_type": "llama", "hidden_size": 192,
+            "num_attention_heads": 3, "num_key_value_heads": 1"#,
     ),
     (
         "qwen2",
-        r#""model_type": "qwen2", "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": false"#,
+        r#""model_type": "qwen2", "hidden_size": 256,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": false"#,
     ),
     (
         "qwen3",
-        r#""model_type": "qwen3", "hidden_size": 160, "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1"#,
+        r#""model_type": "qwen3", "hidden_size": 160, "head_dim": 128,
+            "num_attention_heads": 2, "num_key_value_heads": 1"#,
     ),
     (
         "mistral",
-        r#""model_type": "mistral", "hidden_size": 128, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 40"#,
+        r#""model_type": "mistral", "hidden_size": 128, "head_dim": 64,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 40"#,
     ),
     (
         "mistral without a window",
-        r#""model_type": "mistral", "hidden_size": 128, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 2147483647"#,
+        r#""model_type": "mistral", "hidden_size": 128, "head_dim": 64,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 2147483647"#,
     ),
 ];
 
 /// Returns a policy with random weights in f32 on the CPU. `shape` is a part of its config.json.
 fn random_policy(shape: &str, seed: u64) -> Policy {
     let json = format!(
-        r#"{{{shape}, "intermediate_size": 224, "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}}"#
+        r#"{{{shape}, "intermediate_size": 224, "num_hidden_layers": 2, "vocab_size": 300,
+            "max_position_embeddings": 512, "rms_norm_eps": 1e-5}}"#
     );
     let config = ModelConfig::from_hf_json(&json, Path::new("config.json")).unwrap();
     let parameters = Parameters::build(&config, |param| {
@@ -430,7 +436,8 @@ fn a_model_whose_heads_are_too_wide_for_the_kernels_is_refused() {
     gpu_name();
     let shape = |width: usize| {
         format!(
-            r#""model_type": "qwen3", "hidden_size": 64, "head_dim": {width}, "num_attention_heads": 1, "num_key_value_heads": 1"#
+            r#""model_type": "qwen3", "hidden_size": 64, "head_dim": {width},
+                "num_attention_heads": 1, "num_key_value_heads": 1"#
         )
     };
     let refused = start_engine(model_folder(&shape(512)).path(), |_| {}).unwrap_err();

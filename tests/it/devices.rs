@@ -103,8 +103,8 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
                 "{policy} learns nothing"
             );
         }
-        // Units of work are counted for each device, because an alert compares the number of devices
-        // that train with the number of running jobs.
+        // Units of work are counted for each device, because an alert compares the number of
+        // devices that train with the number of running jobs.
         let metrics = server.metrics();
         let training = metrics
             .lines()

@@ -58,7 +58,8 @@ impl Envoy {
         let (before, rest) = config.split_once("      # discovery:").unwrap();
         let (_, after) = rest.split_once("      # end of discovery\n").unwrap();
         let discovery = format!(
-            "      type: EDS\n      eds_cluster_config: {{service_name: bradley, eds_config: {{resource_api_version: V3, path_config_source: {{path: {}}}}}}}\n",
+            "      type: EDS\n      eds_cluster_config: {{service_name: bradley, eds_config: \
+             {{resource_api_version: V3, path_config_source: {{path: {}}}}}}}\n",
             dir.path().join("replicas.yaml").display()
         );
         let config = format!("{before}{discovery}{after}")
@@ -108,7 +109,8 @@ impl Envoy {
             .set_read_timeout(Some(Duration::from_secs(60)))
             .unwrap();
         let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            "{method} {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\n\
+             connection: close\r\n"
         );
         write!(stream, "{head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
         let mut answer = String::new();
@@ -137,19 +139,21 @@ impl Drop for Envoy {
     }
 }
 
-/// Writes the file with the addresses of the replicas. It is renamed to its name when it is complete,
+/// Writes the file with the addresses of the replicas. The complete file is renamed to its name,
 /// because Envoy reads it as soon as it appears.
 fn write_replicas(dir: &Path, replicas: &[&Server]) {
     let endpoint = |s: &&Server| {
         let port = s.address.rsplit(':').next().unwrap();
         format!(
-            "{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}"
+            "{{endpoint: {{address: {{socket_address: \
+             {{address: 127.0.0.1, port_value: {port}}}}}}}}}"
         )
     };
     let all: Vec<String> = replicas.iter().map(endpoint).collect();
     let kind = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
     let text = format!(
-        "resources:\n- \"@type\": {kind}\n  cluster_name: bradley\n  endpoints: [{{lb_endpoints: [{}]}}]\n",
+        "resources:\n- \"@type\": {kind}\n  cluster_name: bradley\n  \
+         endpoints: [{{lb_endpoints: [{}]}}]\n",
         all.join(", ")
     );
     std::fs::write(dir.join("next.yaml"), text).unwrap();
@@ -291,8 +295,17 @@ async fn the_gateway_offers_rest_with_json() {
         "{models}"
     );
 
-    let text = |role: &str, content: &str| serde_json::json!({"chat": {"messages": [{"role": role, "content": content}]}});
-    let pair = serde_json::json!({"id": "x", "prompt": text("user", "Name a colour."), "a": text("assistant", "Blue."), "b": text("assistant", "No.")});
+    let text = |role: &str, content: &str| {
+        let message = serde_json::json!({"role": role, "content": content});
+        serde_json::json!({"chat": {"messages": [message]}})
+    };
+    let prompt = text("user", "Name a colour.");
+    let pair = serde_json::json!({
+        "id": "x",
+        "prompt": prompt,
+        "a": text("assistant", "Blue."),
+        "b": text("assistant", "No."),
+    });
     let body = serde_json::json!({"options": {"policy": "models/tiny"}, "pairs": [pair]});
     let (status, answer) = envoy.rest("POST", "/v1/scoring:scorePairs", &body.to_string());
     assert_eq!(status, 200, "{answer}");
@@ -304,7 +317,11 @@ async fn the_gateway_offers_rest_with_json() {
 
     let completions =
         serde_json::json!([text("assistant", "Blue."), text("assistant", "It depends.")]);
-    let body = serde_json::json!({"options": {"policy": "models/tiny"}, "prompt": text("user", "Name a colour."), "completions": completions});
+    let body = serde_json::json!({
+        "options": {"policy": "models/tiny"},
+        "prompt": prompt,
+        "completions": completions,
+    });
     let (status, ranked) = envoy.rest("POST", "/v1/scoring:scoreCompletions", &body.to_string());
     assert_eq!(
         (status, ranked["results"].as_array().map(Vec::len)),

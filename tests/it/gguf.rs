@@ -1,5 +1,5 @@
-//! GGUF files, which these tests write from the golden models as llama.cpp's converter would: reading
-//! one must give the same model. Also damaged files.
+//! GGUF files, which these tests write from the golden models as llama.cpp's converter would:
+//! reading one must give the same model. Also damaged files.
 
 use std::io::BufWriter;
 use std::path::Path;

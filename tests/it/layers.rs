@@ -270,15 +270,20 @@ fn breaches(file: &str, source: &str) -> Vec<String> {
 /// Finds imports from a higher layer in any form: `crate::`, a group, or enough `super::`.
 fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
     let target = resolve(module, path)?;
-    // A name at the root that is no layer counts as the top layer, and so does a glob over the root.
+    // A name at the root that is no layer counts as the top layer, and so does a glob over the
+    // root.
     let theirs = target
         .first()
         .and_then(|name| layer_rank(name))
         .unwrap_or(LAYERS.len() - 1);
     (theirs > own).then(|| {
-        let above = target.first().filter(|n| layer_rank(n).is_some()).map_or("the crate's root", String::as_str);
+        let above = target
+            .first()
+            .filter(|n| layer_rank(n).is_some())
+            .map_or("the crate's root", String::as_str);
         format!(
-            "runs up from {} to {above}: move what is shared down a layer, or let the lower layer define a channel or trait",
+            "runs up from {} to {above}: move what is shared down a layer, or let the lower layer \
+             define a channel or trait",
             LAYERS[own]
         )
     })
@@ -441,8 +446,9 @@ fn no_two_files_import_each_other() {
     let found = cycles(&sources);
     assert!(
         found.is_empty(),
-        "files import each other. Move what they share into a file that imports none of them; a parent \
-         that imports its children, if only for `pub use`, must hold nothing that they import:\n{}",
+        "files import each other. Move what they share into a file that imports none of them; a \
+         parent that imports its children, if only for `pub use`, must contain nothing that they \
+         import:\n{}",
         found.join("\n")
     );
 }
@@ -899,7 +905,8 @@ fn every_path_in_the_map_exists() {
         missing.is_empty(),
         "ARCHITECTURE.md names files that do not exist: {missing:#?}"
     );
-    let text = "see `src/lib.rs`, `math/loss.rs` and `x.rs`, not `math/no_such_file.rs` or `src/no_such_file.rs`";
+    let text = "see `src/lib.rs`, `math/loss.rs` and `x.rs`, \
+                not `math/no_such_file.rs` or `src/no_such_file.rs`";
     assert_eq!(
         missing_files(text),
         ["math/no_such_file.rs", "src/no_such_file.rs"]

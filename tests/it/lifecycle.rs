@@ -290,7 +290,10 @@ async fn a_damaged_checkpoint_is_reported_and_the_one_before_is_used() {
     let client = server.client().await;
     resume(&client, &name).await.unwrap();
     let events = finish(&client, &name).await;
-    let reports_damage = |e: &pb::TrainingEvent| matches!(&e.event, Some(Event::Log(l)) if l.message.contains("does not match its checksum"));
+    let reports_damage = |e: &pb::TrainingEvent| match &e.event {
+        Some(Event::Log(l)) => l.message.contains("does not match its checksum"),
+        _ => false,
+    };
     assert!(
         events.iter().any(reports_damage),
         "the damage is not reported"

@@ -90,8 +90,8 @@ fn lora(shown: &pb::TrainingJob) -> pb::LoraConfig {
     lora
 }
 
-/// Checks jobs that continue with an adapter of rank 4, α 6 and two targets: settings that a request
-/// leaves out are the adapter's, and other values are refused.
+/// Checks jobs that continue with an adapter of rank 4, α 6 and two targets: settings that a
+/// request leaves out are the adapter's, and other values are refused.
 async fn assert_keeps_the_adapters_settings(
     client: &Client,
     wanted: pb::TrainingJob,
@@ -682,8 +682,8 @@ async fn the_reference_of_an_ended_job_cannot_be_deleted_while_the_job_has_check
         delete(&client, &second).await.unwrap();
         delete(&client, &first).await.unwrap();
     }
-    // A job may be deleted if it is only the policy of another job, or if the job that has it as its
-    // reference has no checkpoints.
+    // A job may be deleted if it is only the policy of another job, or if the job that has it as
+    // its reference has no checkpoints.
     let first = train(&client, job(&dataset, 2)).await;
     let second = train(
         &client,

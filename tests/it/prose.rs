@@ -1,5 +1,5 @@
-//! Rules of style for the text below `src`: the beginning of a doc comment, the width of a line, and
-//! one meaning for each name of a type. The source is scanned as in `layers.rs`.
+//! Rules of style for the text below `src`: the beginning of a doc comment, the width of a line,
+//! and one meaning for each name of a type. The source is scanned as in `layers.rs`.
 
 use std::collections::BTreeMap;
 

@@ -98,7 +98,7 @@ async fn scores_against_another_model_are_those_of_transformers() {
         );
         for result in &scores.results {
             let (pair, golden) = (scored(result), &case["scores"][&result.id]);
-            // β · (Σlog π_w − Σlog ref_w − Σlog π_l + Σlog ref_l) of the golden log-probs.
+            // β·(Σlog π_w − Σlog ref_w − Σlog π_l + Σlog ref_l), from golden log-probs.
             let mut margin = 0.0;
             for (side, side_sign, answer) in [("chosen", 1.0, &pair.a), ("rejected", -1.0, &pair.b)]
             {

@@ -436,8 +436,8 @@ async fn an_adapter_is_exported_though_its_base_model_has_changed() {
 fn endless_health_check() -> Vec<u8> {
     const HEADERS: u8 = 1;
     const END_HEADERS: u8 = 4;
-    // From HPACK's static table: method POST, scheme http. Then header names, by their index in that
-    // table or literally, each with its value.
+    // From HPACK's static table: method POST, scheme http. Then header names, by their index in
+    // that table or literally, each with its value.
     let mut block = vec![0x83, 0x86];
     let mut field = |name: &[u8], value: &str| {
         block.extend_from_slice(name);
@@ -778,7 +778,10 @@ async fn a_checkpoint_whose_list_of_files_has_changed_is_damaged_and_not_used() 
         .await;
     let told = events(&local.client, &local.name).await;
     let warning = format!("checkpoint {newest} is removed");
-    let is_warning = |e: &pb::TrainingEvent| matches!(&e.event, Some(Event::Log(l)) if l.message.contains(&warning));
+    let is_warning = |e: &pb::TrainingEvent| match &e.event {
+        Some(Event::Log(l)) => l.message.contains(&warning),
+        _ => false,
+    };
     assert!(told.iter().any(is_warning), "{told:?}");
 }
 

@@ -418,8 +418,8 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         let server = Server::start_with(dir.path(), &models, &["--precision", precision]);
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await.name;
-        // After each step the reference equals the policy of that step, so margins against it are 0.
-        // A reference of another step, as in a checkpoint, would give other margins.
+        // After each step the reference equals the policy of that step, so margins against it are
+        // 0. A reference of another step, as in a checkpoint, would give other margins.
         let reference_sync = Some(pb::ReferenceSync {
             alpha: Some(1.0),
             every_steps: Some(1),

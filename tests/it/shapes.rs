@@ -64,15 +64,20 @@ async fn a_file_may_mix_shapes_and_a_row_may_make_several_pairs() {
     let mut rows = vec![
         json!({"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}),
         json!({"chosen": "The sky is blue.", "rejected": "The sky is green."}),
-        json!({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}),
-        json!({"input": {"messages": [message("user", "Q")]}, "preferred_output": [message("assistant", "a")],
+        json!({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.",
+               "rejected": "\n\nHuman: Hi\n\nAssistant: No."}),
+        json!({"input": {"messages": [message("user", "Q")]},
+               "preferred_output": [message("assistant", "a")],
                "non_preferred_output": [message("assistant", "b")]}),
         json!({"prompt": "R", "chosen": [message("user", "R"), message("assistant", "a")],
-               "rejected": [message("user", "R"), message("assistant", "b")], "score_chosen": 8.0, "score_rejected": 3.0}),
-        json!({"chosen": [message("user", "S"), message("assistant", "a")], "rejected": [message("user", "S"), message("assistant", "b")]}),
+               "rejected": [message("user", "R"), message("assistant", "b")],
+               "score_chosen": 8.0, "score_rejected": 3.0}),
+        json!({"chosen": [message("user", "S"), message("assistant", "a")],
+               "rejected": [message("user", "S"), message("assistant", "b")]}),
     ];
     for i in 0..14 {
-        rows.push(json!({"id": i, "prompt": format!("{i}?"), "chosen": " yes", "rejected": [" no", " never", " perhaps"]}));
+        rows.push(json!({"id": i, "prompt": format!("{i}?"), "chosen": " yes",
+                         "rejected": [" no", " never", " perhaps"]}));
     }
     let dataset = upload_rows(&client, dir.path(), &rows).await;
     let report = dataset.report.clone().unwrap();

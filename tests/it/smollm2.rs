@@ -14,8 +14,8 @@ use serde_json::Value;
 use crate::golden_training::{Run, train};
 use crate::support::{assert_close, encode, ids, needed, numbers, policy};
 
-/// Returns the repository's golden file, or the one that BRADLEY_TEST_SMOLLM2_GOLDEN names, which the
-/// same script wrote for other rows.
+/// Returns the repository's golden file, or the one that BRADLEY_TEST_SMOLLM2_GOLDEN names, which
+/// the same script wrote for other rows.
 fn golden() -> Value {
     match std::env::var("BRADLEY_TEST_SMOLLM2_GOLDEN") {
         Ok(path) => serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap(),

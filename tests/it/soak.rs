@@ -303,7 +303,8 @@ async fn under_twice_the_load_memory_does_not_grow_and_refusals_say_why() {
     let lasted = start.elapsed().as_secs_f64();
     let clients = STEADY + SLOW + VANISHING;
     println!(
-        "| soak | {seconds} s, {clients} clients; capacity {:.0} pairs/s, twice that offered |\n|---|---|",
+        "| soak | {seconds} s, {clients} clients; capacity {:.0} pairs/s, twice that offered \
+         |\n|---|---|",
         capacity * BATCH as f64
     );
     println!(

@@ -338,8 +338,8 @@ impl Paused {
 
 // ---- checkpoints of another format
 
-/// Checks that a job waits while its checkpoints have another format. With `has_copy`, the server has
-/// copies of them.
+/// Checks that a job waits while its checkpoints have another format. With `has_copy`, the server
+/// has copies of them.
 async fn assert_waits_for_its_format(has_copy: bool) {
     let paused = Paused::new().await;
     let rows = checkpoint_rows(&paused.postgres, &paused.name);

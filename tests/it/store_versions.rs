@@ -1,5 +1,5 @@
-//! A database that a newer version has written: this version works with everything in it that it can
-//! read. Also a finding as version 0.1 stored it.
+//! A database that a newer version has written: this version works with everything in it that it
+//! can read. Also a finding as version 0.1 stored it.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,5 +1,5 @@
-//! The files of a served model are replaced by another model's, part by part, and an adapter folder is
-//! overwritten: between restarts of one server, and between two replicas on one PostgreSQL. Work
+//! The files of a served model are replaced by another model's, part by part, and an adapter folder
+//! is overwritten: between restarts of one server, and between two replicas on one PostgreSQL. Work
 //! that began with the first model does not continue with the second.
 //!
 //! pins.rs tests jobs on an overwritten adapter when one server is restarted.

@@ -634,7 +634,8 @@ async fn the_three_forms_of_a_message_over_grpc_give_the_same_score() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), "{{ messages | tojson }}", &[]);
     let client = server.client().await;
-    let call = json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"a": 1, "b": [true, null, 2.5]}, "name": "f"}}]});
+    let call = json!({"role": "assistant", "content": "", "tool_calls": [
+        {"function": {"arguments": {"a": 1, "b": [true, null, 2.5]}, "name": "f"}}]});
     let answer = |message: pb::Message| pb::Text {
         form: Some(pb::text::Form::Chat(pb::MessageList {
             messages: vec![message],
@@ -819,7 +820,8 @@ async fn a_token_that_the_model_does_not_have_is_a_finding() {
     let folder = model(dir.path(), GENERATION_PROMPT_777);
     let path = folder.join("tokenizer.json");
     let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    let more = json!({"id": 320, "content": "<extra>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+    let more = json!({"id": 320, "content": "<extra>", "single_word": false, "lstrip": false,
+                      "rstrip": false, "normalized": false, "special": true});
     tokenizer["added_tokens"].as_array_mut().unwrap().push(more);
     std::fs::write(&path, tokenizer.to_string()).unwrap();
     let server = Server::start_with(

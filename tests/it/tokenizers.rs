@@ -128,8 +128,8 @@ impl<'a> Chat<'a> {
         }
     }
 
-    /// Returns how a rendering differs from the expected one, or `None`. Where transformers raises an
-    /// error, Bradley must fail, too.
+    /// Returns how a rendering differs from the expected one, or `None`. Where transformers raises
+    /// an error, Bradley must fail, too.
     fn difference(&self, rendered: Result<&str, String>) -> Option<String> {
         let problem = match (self.expected["text"].as_str(), rendered) {
             (Some(expected), Ok(rendered)) if expected == rendered => return None,
