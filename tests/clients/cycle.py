@@ -1,4 +1,7 @@
-"""The whole cycle with grpcio and the protos alone, then the adapter in peft: upload, submit, stream, drop, resume, score, download, compare.
+"""Trains and scores with grpcio and the protos alone, and loads the adapter with peft.
+
+Uploads rows, submits a job, streams its events with interruptions, scores pairs, downloads the
+adapter, and compares peft's log-probs with the served ones.
 
 Usage: python cycle.py ADDRESS PROTO_DIR PAIRS.jsonl BASE_MODEL_DIR MODEL_NAME OUT_DIR
 """
@@ -15,8 +18,10 @@ import grpc
 address, protos, pairs_file, base_dir, model_name, out_dir = sys.argv[1:]
 stubs = tempfile.mkdtemp()
 files = [str(p) for p in Path(protos).rglob("*.proto")]
-subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}", f"--python_out={stubs}", f"--grpc_python_out={stubs}", *files], check=True)
-# google.rpc comes with googleapis-common-protos; the vendored copy is for those who have no such package.
+command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}"]
+command += [f"--python_out={stubs}", f"--grpc_python_out={stubs}"]
+subprocess.run([*command, *files], check=True)
+# The module google.rpc is that of googleapis-common-protos, not one made from the vendored proto.
 import shutil
 
 shutil.rmtree(Path(stubs) / "google", ignore_errors=True)
@@ -69,7 +74,7 @@ except grpc.RpcError as e:
     assert e.code() == grpc.StatusCode.INVALID_ARGUMENT and "beta" in e.details(), e
 name = training.CreateTrainingJob(training_pb2.CreateTrainingJobRequest(training_job=job)).name
 
-# Stream, dropping the stream every seven events and going on by cursor.
+# Stream: cancel after every seven events, and continue after the last received event.
 events, cursor = [], 0
 while True:
     stream = training.StreamTrainingEvents(training_pb2.StreamTrainingEventsRequest(parent=name, after_sequence=cursor), timeout=600)
@@ -83,11 +88,11 @@ while True:
             break
     if ended:
         break
-assert [e.sequence for e in events] == list(range(1, len(events) + 1)), "an event was lost or doubled"
+assert [e.sequence for e in events] == list(range(1, len(events) + 1)), "an event was lost or delivered twice"
 steps = [e.step_metrics for e in events if e.WhichOneof("event") == "step_metrics"]
 assert [s.step for s in steps] == list(range(1, 31))
 stored = training.ListTrainingEvents(training_pb2.ListTrainingEventsRequest(parent=name, page_size=1000)).events
-assert list(stored) == events, "what was streamed is what is stored"
+assert list(stored) == events, "the streamed events are not the stored ones"
 assert training.GetTrainingJob(training_pb2.GetTrainingJobRequest(name=name)).state == training_pb2.JOB_STATE_SUCCEEDED
 print("streamed", len(events), "events; loss", round(steps[0].metrics["loss"], 4), "to", round(steps[-1].metrics["loss"], 4))
 
@@ -111,7 +116,7 @@ def stream_pairs():
 
 
 streamed = {a.result.id: a.result.score for a in scoring.StreamScorePairs(stream_pairs(), timeout=60)}
-assert streamed == scores, "the stream scores as the unary call does"
+assert streamed == scores, "the stream has other scores than the unary call"
 print("scored", len(scores), "pairs")
 
 # Download the adapter.

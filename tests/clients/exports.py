@@ -1,4 +1,4 @@
-"""Loads exports as users do: merged weights with transformers, an adapter with PEFT's AutoPeftModelForCausalLM.
+"""Loads exports as users do: merged weights with transformers, an adapter with PEFT.
 
 Usage: python exports.py MERGED_DIR ADAPTER_DIR EXPECTED.json, in a folder where the base model's
 name can be loaded. EXPECTED.json: {"dtype", "eos", "pairs": [{"prompt", "chosen", "logps"}]}, with
@@ -24,7 +24,7 @@ tokenizers = [AutoTokenizer.from_pretrained(d) for d in (merged_dir, adapter_dir
 
 
 def worst(model):
-    """The largest relative difference of an answer's log-prob from the service's."""
+    """Returns the largest relative difference of an answer's log-prob from the service's."""
     differences = []
     for pair in expected["pairs"]:
         texts = {

@@ -1,7 +1,11 @@
-"""Traces end to end: OpenTelemetry's own SDK and gRPC instrumentation as the client, its protobuf service as the sink. Both sides' spans arrive in one
-trace each for a score and for a training job.
+"""Checks traces end to end: a score and a training job each give one trace.
 
-Usage: python traces.py PROTO_DIR PAIRS.jsonl MODEL_NAME. Prints the sink's port; reads the server's address; prints the traces.
+The client uses OpenTelemetry's SDK and gRPC instrumentation. This program is also the collector to
+which client and server send their spans.
+
+Usage: python traces.py PROTO_DIR PAIRS.jsonl MODEL_NAME
+
+Prints the collector's port, reads the server's address, and prints the traces.
 """
 
 import json
@@ -48,7 +52,9 @@ address = sys.stdin.readline().strip()
 
 stubs = tempfile.mkdtemp()
 files = [str(p) for p in Path(protos).rglob("*.proto")]
-subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}", f"--python_out={stubs}", f"--grpc_python_out={stubs}", *files], check=True)
+command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}"]
+command += [f"--python_out={stubs}", f"--grpc_python_out={stubs}"]
+subprocess.run([*command, *files], check=True)
 shutil.rmtree(Path(stubs) / "google", ignore_errors=True)
 sys.path.insert(0, stubs)
 from bradley.v1 import dataset_pb2, dataset_pb2_grpc, scoring_pb2, scoring_pb2_grpc, training_pb2, training_pb2_grpc  # noqa: E402
@@ -84,7 +90,7 @@ def named(name, trace_id):
 
 
 def within(name, parent, n=None):
-    """The spans of that name that are children of `parent` and lie within its trace."""
+    """Returns the server's spans of this name that are children of `parent`."""
     found = [s for s in named(name, parent.trace_id) if s.parent_span_id == parent.span_id]
     assert found and (n is None or len(found) == n), f"{name}: {len(found)} under {parent.name}"
     assert all(s.start_time_unix_nano <= s.end_time_unix_nano for s in found)
@@ -92,7 +98,8 @@ def within(name, parent, n=None):
 
 
 def server_span(method, trace_id):
-    """The server's span of a call: its parent is the client's, whose parent is ours."""
+    """Returns the server's span of a call. Its parent is gRPC's span of the client, and the parent
+    of that is one of this program's own spans."""
     (span,) = wait_for(method, lambda: named(method, trace_id))
     service, call = spans[span.parent_span_id]
     assert service == "client" and call.trace_id == trace_id, call

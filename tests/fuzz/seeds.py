@@ -1,8 +1,8 @@
-"""Writes tests/fuzz/corpus: small valid files and known troublemakers.
+"""Writes tests/fuzz/corpus, small valid and invalid files, and the files of tests/goldens/parquet.
 
-The parser must take NAME.ok and refuse NAME.refused (tests/it/corpus.rs). What fuzzing found is
-named regression-N.ok or regression-N.refused. Needs gguf, numpy, safetensors and pyarrow
-(`pip install pyarrow`).
+The parser must accept NAME.ok and refuse NAME.refused (tests/it/corpus.rs). Inputs that fuzzing
+found are named regression-N.ok or regression-N.refused; they stay. Needs gguf, numpy, safetensors
+and pyarrow (`pip install gguf numpy safetensors pyarrow`).
 """
 
 import json
@@ -55,7 +55,7 @@ def tiny_gguf(path):
     writer.close()
 
 
-# What fuzzing found stays.
+# Everything but the inputs that fuzzing found is written again.
 for path in CORPUS.glob("*/*"):
     if not path.name.startswith("regression"):
         path.unlink()
