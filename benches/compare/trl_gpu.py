@@ -81,7 +81,14 @@ def train(ask):
             disable_tqdm=True,
         )
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        trainer = DPOTrainer(model=base, args=args, train_dataset=Dataset.from_list(chosen), processing_class=tokenizer, peft_config=config, callbacks=[clock])
+        trainer = DPOTrainer(
+            model=base,
+            args=args,
+            train_dataset=Dataset.from_list(chosen),
+            processing_class=tokenizer,
+            peft_config=config,
+            callbacks=[clock],
+        )
         trainer._get_train_sampler = lambda dataset=None: SequentialSampler(trainer.train_dataset)
         try:
             trainer.train()
@@ -90,11 +97,19 @@ def train(ask):
             trainer.model.zero_grad(set_to_none=True)
             base = trainer.accelerator.unwrap_model(trainer.model).unload()
             base.gradient_checkpointing_disable()
-    return {"seconds": clock.seconds[1], "first_seconds": clock.seconds[0], "pairs": STEP, "losses": losses}
+    return {
+        "seconds": clock.seconds[1],
+        "first_seconds": clock.seconds[0],
+        "pairs": STEP,
+        "losses": losses,
+    }
 
 
 def ids(messages, generate):
-    return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate), add_special_tokens=False)["input_ids"]
+    return tokenizer(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate),
+        add_special_tokens=False,
+    )["input_ids"]
 
 
 def log_probs(model, chunk):
@@ -105,7 +120,11 @@ def log_probs(model, chunk):
     for i, (_, s) in enumerate(chunk):
         tokens[i, : len(s)] = torch.tensor(s)
         attention[i, : len(s)] = 1
-    hidden = model.get_base_model().model(input_ids=tokens.to(device), attention_mask=attention.to(device), use_cache=False).last_hidden_state
+    hidden = (
+        model.get_base_model()
+        .model(input_ids=tokens.to(device), attention_mask=attention.to(device), use_cache=False)
+        .last_hidden_state
+    )
     head, sums = model.get_output_embeddings(), []
     for h, (prompt, s) in zip(hidden, chunk):
         logits = head(h[prompt - 1 : len(s) - 1]).float()
@@ -119,7 +138,12 @@ def score(ask):
     encoded = []
     for row in rows[ask["first"] : ask["first"] + ask["pairs"]]:
         prompt = len(ids(row["prompt"], True))
-        encoded.append([(prompt, ids(row["prompt"] + row[side], False)[:max_length]) for side in ("chosen", "rejected")])
+        encoded.append(
+            [
+                (prompt, ids(row["prompt"] + row[side], False)[:max_length])
+                for side in ("chosen", "rejected")
+            ]
+        )
     margins, start = [], time.perf_counter()
     for i in range(0, len(encoded), ask["batch"]):
         chunk = [s for pair in encoded[i : i + ask["batch"]] for s in pair]

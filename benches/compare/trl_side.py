@@ -40,7 +40,10 @@ tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
 
 def ids(messages, generate):
-    return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate), add_special_tokens=False)["input_ids"]
+    return tokenizer(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate),
+        add_special_tokens=False,
+    )["input_ids"]
 
 
 rows = []
@@ -85,7 +88,15 @@ def train(chosen):
             train_sampling_strategy="sequential",  # the same pairs in a step on both sides
         )
         config = lora() if mode == "train-lora" else None
-        trainer = DPOTrainer(model=load(), ref_model=None if config else load(), args=args, train_dataset=Dataset.from_list(chosen), processing_class=tokenizer, peft_config=config, callbacks=[Clock()])
+        trainer = DPOTrainer(
+            model=load(),
+            ref_model=None if config else load(),
+            args=args,
+            train_dataset=Dataset.from_list(chosen),
+            processing_class=tokenizer,
+            peft_config=config,
+            callbacks=[Clock()],
+        )
         start = time.perf_counter()
         trainer.train()
         return time.perf_counter() - start, ends[0] - start
@@ -136,4 +147,16 @@ for line in sys.stdin:
     tokens = sum(len(s) for row in chosen for _, s in sequences(row))
     seconds, first_step = score(chosen) if mode == "score" else train(chosen)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "first_step": first_step, "pairs": len(chosen), "tokens": tokens, "peak_bytes": peak}), file=out, flush=True)
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "first_step": first_step,
+                "pairs": len(chosen),
+                "tokens": tokens,
+                "peak_bytes": peak,
+            }
+        ),
+        file=out,
+        flush=True,
+    )

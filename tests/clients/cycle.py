@@ -49,7 +49,9 @@ rows = [json.loads(line) for line in data.splitlines() if line.strip()]
 
 
 def upload():
-    yield dataset_pb2.UploadDatasetRequest(metadata=dataset_pb2.UploadMetadata(display_name="python", model=f"models/{model_name}"))
+    yield dataset_pb2.UploadDatasetRequest(
+        metadata=dataset_pb2.UploadMetadata(display_name="python", model=f"models/{model_name}")
+    )
     for i in range(0, len(data), 1000):
         yield dataset_pb2.UploadDatasetRequest(chunk=data[i : i + 1000])
 
@@ -77,7 +79,9 @@ name = training.CreateTrainingJob(training_pb2.CreateTrainingJobRequest(training
 # Stream: cancel after every seven events, and continue after the last received event.
 events, cursor = [], 0
 while True:
-    stream = training.StreamTrainingEvents(training_pb2.StreamTrainingEventsRequest(parent=name, after_sequence=cursor), timeout=600)
+    stream = training.StreamTrainingEvents(
+        training_pb2.StreamTrainingEventsRequest(parent=name, after_sequence=cursor), timeout=600
+    )
     ended = True
     for n, event in enumerate(stream):
         events.append(event)
@@ -88,23 +92,46 @@ while True:
             break
     if ended:
         break
-assert [e.sequence for e in events] == list(range(1, len(events) + 1)), "an event was lost or delivered twice"
+assert [e.sequence for e in events] == list(range(1, len(events) + 1)), (
+    "an event was lost or delivered twice"
+)
 steps = [e.step_metrics for e in events if e.WhichOneof("event") == "step_metrics"]
 assert [s.step for s in steps] == list(range(1, 31))
-stored = training.ListTrainingEvents(training_pb2.ListTrainingEventsRequest(parent=name, page_size=1000)).events
+stored = training.ListTrainingEvents(
+    training_pb2.ListTrainingEventsRequest(parent=name, page_size=1000)
+).events
 assert list(stored) == events, "the streamed events are not the stored ones"
-assert training.GetTrainingJob(training_pb2.GetTrainingJobRequest(name=name)).state == training_pb2.JOB_STATE_SUCCEEDED
-print("streamed", len(events), "events; loss", round(steps[0].metrics["loss"], 4), "to", round(steps[-1].metrics["loss"], 4))
+assert (
+    training.GetTrainingJob(training_pb2.GetTrainingJobRequest(name=name)).state
+    == training_pb2.JOB_STATE_SUCCEEDED
+)
+print(
+    "streamed",
+    len(events),
+    "events; loss",
+    round(steps[0].metrics["loss"], 4),
+    "to",
+    round(steps[-1].metrics["loss"], 4),
+)
 
 
 # Score, unary and streaming.
 def text(messages):
-    return scoring_pb2.Text(chat=scoring_pb2.MessageList(messages=[scoring_pb2.Message(**m) for m in messages]))
+    return scoring_pb2.Text(
+        chat=scoring_pb2.MessageList(messages=[scoring_pb2.Message(**m) for m in messages])
+    )
 
 
-pairs = [scoring_pb2.Pair(id=r["id"], prompt=text(r["prompt"]), a=text(r["chosen"]), b=text(r["rejected"])) for r in rows]
+pairs = [
+    scoring_pb2.Pair(
+        id=r["id"], prompt=text(r["prompt"]), a=text(r["chosen"]), b=text(r["rejected"])
+    )
+    for r in rows
+]
 options = scoring_pb2.ScoringOptions(policy=f"{name}/checkpoints/latest", per_token_logprobs=True)
-response = scoring.ScorePairs(scoring_pb2.ScorePairsRequest(options=options, pairs=pairs), timeout=60)
+response = scoring.ScorePairs(
+    scoring_pb2.ScorePairsRequest(options=options, pairs=pairs), timeout=60
+)
 scores = {r.id: r.score for r in response.results}
 assert all(s.probability > 0.5 for s in scores.values()), scores
 
@@ -115,7 +142,9 @@ def stream_pairs():
         yield scoring_pb2.StreamScorePairsRequest(pair=p)
 
 
-streamed = {a.result.id: a.result.score for a in scoring.StreamScorePairs(stream_pairs(), timeout=60)}
+streamed = {
+    a.result.id: a.result.score for a in scoring.StreamScorePairs(stream_pairs(), timeout=60)
+}
 assert streamed == scores, "the stream has other scores than the unary call"
 print("scored", len(scores), "pairs")
 
@@ -123,7 +152,11 @@ print("scored", len(scores), "pairs")
 out, current = Path(out_dir), None
 out.mkdir(parents=True, exist_ok=True)
 expected = {}
-for part in checkpoints.DownloadCheckpoint(checkpoint_pb2.DownloadCheckpointRequest(name=f"{name}/checkpoints/latest", format=checkpoint_pb2.EXPORT_FORMAT_ADAPTER)):
+for part in checkpoints.DownloadCheckpoint(
+    checkpoint_pb2.DownloadCheckpointRequest(
+        name=f"{name}/checkpoints/latest", format=checkpoint_pb2.EXPORT_FORMAT_ADAPTER
+    )
+):
     if part.WhichOneof("part") == "file":
         current = open(out / part.file.path, "wb")
         expected[part.file.path] = part.file.size_bytes
@@ -140,7 +173,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 if base_dir.endswith(".gguf"):
     gguf = Path(base_dir)
-    base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     base.is_quantized, base.hf_quantizer = False, None
 else:
@@ -155,8 +190,12 @@ for row in rows:
         with torch.no_grad():
             logits = model(torch.tensor([whole])).logits[0].float()
         n = len(prompt)
-        logp = torch.log_softmax(logits, -1)[n - 1 : -1].gather(1, torch.tensor(whole[n:])[:, None])[:, 0]
+        logp = torch.log_softmax(logits, -1)[n - 1 : -1].gather(
+            1, torch.tensor(whole[n:])[:, None]
+        )[:, 0]
         assert list(served.token_ids) == whole[n:], row["id"]
-        worst = max(worst, abs(logp.sum().item() - served.policy_logprob) / abs(served.policy_logprob))
+        worst = max(
+            worst, abs(logp.sum().item() - served.policy_logprob) / abs(served.policy_logprob)
+        )
 assert worst < 1e-4, worst
 print("peft agrees within", worst)

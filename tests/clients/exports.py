@@ -28,8 +28,12 @@ def worst(model):
     differences = []
     for pair in expected["pairs"]:
         texts = {
-            json.dumps([t.apply_chat_template(pair["prompt"], add_generation_prompt=True)["input_ids"],
-                        t.apply_chat_template(pair["prompt"] + pair["chosen"])["input_ids"]])
+            json.dumps(
+                [
+                    t.apply_chat_template(pair["prompt"], add_generation_prompt=True)["input_ids"],
+                    t.apply_chat_template(pair["prompt"] + pair["chosen"])["input_ids"],
+                ]
+            )
             for t in tokenizers
         }
         (text,) = texts  # both exports have the same tokenizer and template
@@ -37,7 +41,9 @@ def worst(model):
         with torch.no_grad():
             logits = model(torch.tensor([whole])).logits[0].float()
         n = len(prompt)
-        logps = torch.log_softmax(logits, -1)[n - 1 : -1].gather(1, torch.tensor(whole[n:])[:, None])[:, 0]
+        logps = torch.log_softmax(logits, -1)[n - 1 : -1].gather(
+            1, torch.tensor(whole[n:])[:, None]
+        )[:, 0]
         assert len(logps) == len(pair["logps"])
         total = sum(pair["logps"])
         differences.append(abs(logps.sum().item() - total) / abs(total))
@@ -61,7 +67,9 @@ def generated(token):
             return scores
 
     merged.lm_head = Prefers()
-    return merged.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=6, do_sample=False)[0, 3:].tolist()
+    return merged.generate(
+        start, attention_mask=torch.ones_like(start), max_new_tokens=6, do_sample=False
+    )[0, 3:].tolist()
 
 
 assert generated(expected["eos"]) == [expected["eos"]]

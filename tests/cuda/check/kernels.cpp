@@ -76,8 +76,8 @@ void move_rows(int rows, int width, int grid) {
     });
 }
 
-// Checks y = f(gate)·up, and its gradient, which is written over the input. `value` is f and `slope`
-// is its derivative, both by their definitions.
+// Checks y = f(gate)·up, and its gradient, which is written over the input. `value` is f and
+// `slope` is its derivative, both by their definitions.
 template <class T, class Forward, class Backward, class Function>
 void check_gated(const std::string& name, Forward forward, Backward backward, Function value,
                  Function slope, int rows, int width, int grid) {
