@@ -1,10 +1,13 @@
-"""Bradley beside TRL and transformers on the same rows, interleaved round by round.
+"""Compares Bradley with TRL and transformers on the same rows, in alternating rounds.
 
   cargo build --release --benches --bins
-  python benches/compare.py MODEL.gguf PAIRS.jsonl [--rounds 5] [--train-pairs 4] [--train-steps 2] [--score-pairs 8] [--out FILE.jsonl]
+  python benches/compare.py MODEL.gguf PAIRS.jsonl [--rounds 5] [--train-pairs 4]
+      [--train-steps 2] [--score-pairs 8] [--out FILE.jsonl]
 
-The Python needs tests/goldens/requirements.txt, grpcio-tools and googleapis-common-protos. Every measurement is one JSON line in --out; the tables at
-the end are markdown, for docs/benchmarks. Training figures leave loading and tokenising out on both sides; every side is a fresh process in every round.
+The Python needs tests/goldens/requirements.txt, grpcio-tools and googleapis-common-protos. Every
+measurement is one JSON line in --out; the tables at the end are markdown, for docs/benchmarks.
+Training figures leave loading and tokenising out on both sides. Each measurement has a process of
+its own, except those of Bradley's servers, which run all the time.
 """
 
 import argparse
@@ -37,7 +40,8 @@ parser.add_argument(
     "--train-steps",
     type=int,
     default=2,
-    help="steps of a round: in the first one a process touches its memory for the first time, so those after it have a line of their own, too",
+    help="steps of a round. In the first step a process touches its memory for the first time, so "
+    "the later steps have a line of their own, too",
 )
 parser.add_argument("--score-pairs", type=int, default=8)
 parser.add_argument("--max-length", type=int, default=512)
@@ -45,13 +49,15 @@ parser.add_argument("--out", default="compare.jsonl")
 parser.add_argument(
     "--only",
     choices=["rounds", "own", "interleaving", "large"],
-    help="only the comparison, only what needs no other side, only scoring while a job trains, or only the 1.7B model",
+    help="only the comparison, only what needs no other side, only scoring while a job trains, or "
+    "only the 1.7B model",
 )
 parser.add_argument(
     "--match",
     nargs="*",
     metavar="WHAT:PRECISION",
-    help="of the comparison, only these: train-lora:f32, train-lora:bf16, train-full:f32, score:f32, score:bf16",
+    help="of the comparison, only these: train-lora:f32, train-lora:bf16, train-full:f32, "
+    "score:f32, score:bf16",
 )
 args = parser.parse_args()
 out = open(args.out, "a")
@@ -71,7 +77,7 @@ BRADLEY = str(ROOT / "target/release/bradley")
 
 
 def side(command, lines):
-    """A side's answers to some rounds, in a process of its own."""
+    """Runs a side's program, gives it a line for each round, and returns its answers."""
     env = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     done = subprocess.run(
         command, input="".join(l + "\n" for l in lines), capture_output=True, text=True, env=env
@@ -87,7 +93,8 @@ def note(name, precision, which, answer):
     answer.setdefault("rate", answer.get("pairs", 0) / answer["seconds"])
     print(json.dumps(answer), file=out, flush=True)
     print(
-        f"{name:24} {precision:5} {which:12} {answer['rate']:8.3f}/s  {answer.get('peak_bytes', 0) / 1e9:6.2f} GB",
+        f"{name:24} {precision:5} {which:12} {answer['rate']:8.3f}/s  "
+        f"{answer.get('peak_bytes', 0) / 1e9:6.2f} GB",
         flush=True,
     )
     results.setdefault((name, precision), {}).setdefault(which, []).append(answer)
@@ -109,7 +116,7 @@ results = {}
 
 
 def rows_for_both():
-    """Rows whose prompt both sides accept, in a file of their own."""
+    """Writes the rows whose prompt both sides accept to a file, and returns its path and them."""
     kept = []
     for line in Path(args.pairs).read_text().splitlines():
         row = json.loads(line)
@@ -172,7 +179,8 @@ def rounds(path, rows, servers):
 
 
 def answers(server, precision, rows, r):
-    """Eight short answers to one prompt of about 400 tokens: one by one, each in a pair with the next, in four pairs, and in one request."""
+    """Scores eight short answers to one prompt of about 400 tokens: one by one, each in a pair with
+    the next, in four pairs, and in one request."""
     words = " ".join(m["content"] for row in rows for m in row["chosen"])[r * 1700 : (r + 1) * 1700]
     shorts = [
         [{"role": "assistant", "content": row["chosen"][0]["content"][:60]}] for row in rows[:8]
@@ -204,8 +212,9 @@ def answers(server, precision, rows, r):
 
 
 def interleaving(server, precision, rows, windows=3, requests=16, load=1 / 6):
-    """Latency of single pairs and training speed, alone and together, in alternating windows. Pairs arrive at random (Poisson), whether or not earlier
-    ones were answered, at a rate that keeps the device busy for a sixth of the time."""
+    """Measures the latency of single pairs and the speed of training, alone and together, in
+    alternating windows. Pairs arrive at random (Poisson), whether or not earlier ones were
+    answered, at a rate that keeps the device busy for a sixth of the time."""
     from concurrent.futures import ThreadPoolExecutor
 
     t = pb["training"]
@@ -226,7 +235,7 @@ def interleaving(server, precision, rows, windows=3, requests=16, load=1 / 6):
             return [f.result() for f in times]
 
     def change(job, after):
-        """When the job's next step ended, and its tokens by then."""
+        """Waits for a step after `after`, and returns its time, the job's tokens and the step."""
         while True:
             progress = server.training.GetTrainingJob(t.GetTrainingJobRequest(name=job)).progress
             if progress.step > after:
@@ -234,7 +243,7 @@ def interleaving(server, precision, rows, windows=3, requests=16, load=1 / 6):
             time.sleep(0.03)
 
     def window(job, during):
-        """Tokens, seconds and steps from one step's end to another's."""
+        """Returns tokens, seconds and steps between the ends of two steps, around `during`."""
         start, tokens, step = change(
             job, server.training.GetTrainingJob(t.GetTrainingJobRequest(name=job)).progress.step
         )
@@ -306,17 +315,21 @@ LARGE = """
 import sys, torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 gguf, folder = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(gguf.rpartition("/")[0] or ".", gguf_file=gguf.rpartition("/")[2])
+directory, _, file = gguf.rpartition("/")
+tokenizer = AutoTokenizer.from_pretrained(directory or ".", gguf_file=file)
 tokenizer.save_pretrained(folder)
-config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32, vocab_size=49152,
-                     max_position_embeddings=8192, tie_word_embeddings=True, dtype="bfloat16")
+config = LlamaConfig(
+    hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
+    num_key_value_heads=32, vocab_size=49152, max_position_embeddings=8192,
+    tie_word_embeddings=True, dtype="bfloat16")
 torch.set_default_dtype(torch.bfloat16)
 LlamaForCausalLM(config).save_pretrained(folder)
 """
 
 
 def large(rows):
-    """LoRA training of a model of SmolLM2-1.7B's shape (random weights), through the service: what it takes."""
+    """Measures LoRA training of a model of SmolLM2-1.7B's shape with random weights, through the
+    service."""
     folder = tempfile.mkdtemp()
     subprocess.run(
         [sys.executable, "-c", LARGE, args.model, folder], check=True, capture_output=True
@@ -339,7 +352,8 @@ def large(rows):
 
 def table():
     print(
-        "\n| what | precision | side | rate/s: median (min–max) | GFLOP/s | peak RSS GB | ratio to the first side: median (min–max) |\n|---|---|---|---|---|---|---|"
+        "\n| what | precision | side | rate/s: median (min–max) | GFLOP/s | peak RSS GB "
+        "| ratio to the first side: median (min–max) |\n|---|---|---|---|---|---|---|"
     )
     for (name, precision), sides in results.items():
         base = (
@@ -354,7 +368,9 @@ def table():
             spread = lambda xs, f: f"{statistics.median(xs):{f}} ({min(xs):{f}}–{max(xs):{f}})"
             peak = max(a.get("peak_bytes", 0) for a in all_) / 1e9
             print(
-                f"| {name} | {precision} | {which} | {spread(rates, '.3f')} | {statistics.median(flops) if flops else 0:.0f} | {peak:.2f} | {spread(ratios, '.2f')} |"
+                f"| {name} | {precision} | {which} | {spread(rates, '.3f')} "
+                f"| {statistics.median(flops) if flops else 0:.0f} | {peak:.2f} "
+                f"| {spread(ratios, '.2f')} |"
             )
 
 

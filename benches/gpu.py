@@ -1,13 +1,18 @@
-"""Bradley beside TRL and transformers on one NVIDIA GPU, interleaved round by round: LoRA training, and scoring through gRPC at several loads.
+"""Compares Bradley with TRL and transformers on one NVIDIA GPU, in alternating rounds.
 
-  python benches/gpu.py PROGRAMS TOKENIZER_FOLDER PAIRS.jsonl --shape 8b --what train score [--rounds 3] [--models /dev/shm] [--out gpu.jsonl]
+  python benches/gpu.py PROGRAMS TOKENIZER_FOLDER PAIRS.jsonl --shape 8b --what train score
+      [--rounds 3] [--models /dev/shm] [--out gpu.jsonl]
 
-PROGRAMS: the folder that `tests/cuda/device pack`'s archive was unpacked to. The models have Llama 3's shapes, random weights (made once, on the GPU) and
-the tokenizer's vocabulary padded to 128,256. The Python needs torch, transformers, peft, trl 1.16 with datasets, grpcio-tools, googleapis-common-protos and
-nvidia-ml-py. Every measurement is one JSON line in --out; the tables at the end are markdown, for docs/benchmarks.
+It measures LoRA training, and scoring through gRPC at several loads. PROGRAMS is the folder with
+the unpacked archive of `tests/cuda/device pack`. The models have Llama 3's shapes, random weights
+(made once, on the GPU) and the tokenizer's vocabulary padded to 128,256. The Python needs torch,
+transformers, peft, trl 1.16 with datasets, grpcio-tools, googleapis-common-protos and
+nvidia-ml-py. Every measurement is one JSON line in --out; the tables at the end are markdown, for
+docs/benchmarks.
 
-Training: LoRA r 16 on all linear layers, bf16, steps of 16 pairs, max_length 2048. TRL's best configuration is looked for first. Peak memory is what the
-driver says the process holds (NVML), sampled.
+Training is LoRA of rank 16 on all linear layers, in bf16, with steps of 16 pairs and max_length
+2048. First it looks for TRL's fastest configuration. Peak memory is sampled: the memory that the
+driver (NVML) reports for the process.
 """
 
 import argparse
@@ -59,20 +64,28 @@ parser.add_argument(
 parser.add_argument("--out", default="gpu.jsonl")
 args = parser.parse_args()
 out = open(args.out, "a")
-# Bytes on the GPU, for all shapes.
+# Bytes that Bradley's engine needs on the GPU, for any of the shapes.
 ENGINE_NEEDS = 45e9
 
 MAKE = """
 import sys, torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 tokenizer, shape, folder = sys.argv[1:]
-hidden, forward, layers, heads, tied = {"tiny": (256, 512, 2, 8, True), "1b": (2048, 8192, 16, 32, True), "8b": (4096, 14336, 32, 32, False), "8b-2-layers": (4096, 14336, 2, 32, False)}[shape]
+hidden, forward, layers, heads, tied = {
+    "tiny": (256, 512, 2, 8, True),
+    "1b": (2048, 8192, 16, 32, True),
+    "8b": (4096, 14336, 32, 32, False),
+    "8b-2-layers": (4096, 14336, 2, 32, False),
+}[shape]
 AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 torch.manual_seed(1)
 torch.set_default_dtype(torch.bfloat16)
 with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-    model = LlamaForCausalLM(LlamaConfig(hidden_size=hidden, intermediate_size=forward, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5, tie_word_embeddings=tied, dtype="bfloat16"))
+    model = LlamaForCausalLM(LlamaConfig(
+        hidden_size=hidden, intermediate_size=forward, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, vocab_size=128256,
+        max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5,
+        tie_word_embeddings=tied, dtype="bfloat16"))
 model.save_pretrained(folder)
 """
 
@@ -97,7 +110,7 @@ def model(shape):
 
 
 def usable_rows():
-    """Rows whose prompt both sides accept, also with a few words more, in a file of their own."""
+    """Writes the rows whose prompt both sides accept, also with a few words more, to a file."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
@@ -121,7 +134,7 @@ def usable_rows():
 
 
 class Sampler:
-    """The most memory that each process held on the GPU."""
+    """Samples the memory that each process has on the GPU, and keeps the maximum."""
 
     def __init__(self):
         self.peaks, self.total = {}, 0
@@ -149,7 +162,7 @@ class Sampler:
 
 
 class Side:
-    """A process that answers lines."""
+    """A process that reads lines and answers each with a line of JSON."""
 
     def __init__(self, command, env=()):
         self.child = subprocess.Popen(
@@ -195,7 +208,8 @@ def trl(folder, path, mode, *adapter):
 
 
 class Engine:
-    """Bradley's engine: one process for all rounds where `room` bytes are left beside TRL, else one a round, for TRL needs the whole card in its turn."""
+    """Bradley's engine. One process serves all rounds if `room`, the number of bytes that TRL leaves
+    free, is large enough. Otherwise each round has its own, because TRL needs the whole GPU."""
 
     def __init__(self, folder, path, room):
         rows = [str(args.row_tokens)] if args.row_tokens else []
@@ -282,12 +296,14 @@ def training(shape, folder, path):
             else ""
         )
         table.append(
-            f"| {shape} | train LoRA | {which} | {statistics.median(rate):.2f} ({min(rate):.2f}–{max(rate):.2f}) | {statistics.median(flops) if flops else 0:.0f} | {peak:.1f} | {ratio} |"
+            f"| {shape} | train LoRA | {which} "
+            f"| {statistics.median(rate):.2f} ({min(rate):.2f}–{max(rate):.2f}) "
+            f"| {statistics.median(flops) if flops else 0:.0f} | {peak:.1f} | {ratio} |"
         )
 
 
 def load(service, rows, clients, seconds):
-    """Clients that ask for a pair at a time, the next when the last was answered."""
+    """Measures clients that each score one pair after the other."""
     times, next_row, end = [], iter(range(10**9)), time.perf_counter() + seconds
 
     def client(_):
@@ -316,7 +332,8 @@ def load(service, rows, clients, seconds):
 
 
 def gflop(folder, rows):
-    """Of scoring these rows under policy and reference, in 10⁹: each prompt once, heads on completions only. The same count as offline.rs's."""
+    """Returns the GFLOP of scoring these rows with policy and reference, counted as in offline.rs:
+    each prompt once, and the head on completions only."""
     from transformers import AutoTokenizer
 
     tokenizer, c = (
@@ -434,12 +451,15 @@ def scoring(shape, folder, path, rows):
             else ""
         )
         table.append(
-            f"| {shape} | score, 32 pairs a request | {which} | {statistics.median(rate):.2f} ({min(rate):.2f}–{max(rate):.2f}) | {flops} | {peak:.1f} | {ratio} |"
+            f"| {shape} | score, 32 pairs a request | {which} "
+            f"| {statistics.median(rate):.2f} ({min(rate):.2f}–{max(rate):.2f}) "
+            f"| {flops} | {peak:.1f} | {ratio} |"
         )
     for clients in args.loads:
         a = note(what="load", shape=shape, **load(service, rows, clients, args.seconds))
         loads.append(
-            f"| {shape} | {clients} | {a['pairs'] / a['seconds']:.2f} | {a['p50'] * 1e3:.0f} | {a['p99'] * 1e3:.0f} | {a['pairs']} |"
+            f"| {shape} | {clients} | {a['pairs'] / a['seconds']:.2f} "
+            f"| {a['p50'] * 1e3:.0f} | {a['p99'] * 1e3:.0f} | {a['pairs']} |"
         )
     service.stop()
 
@@ -455,10 +475,12 @@ try:
             scoring(shape, folder, path, rows)
 finally:
     print(
-        "\n| shape | what | side | pairs/s: median (min–max) | TFLOP/s | peak GB | ratio: median (min–max) |\n|---|---|---|---|---|---|---|"
+        "\n| shape | what | side | pairs/s: median (min–max) | TFLOP/s | peak GB "
+        "| ratio: median (min–max) |\n|---|---|---|---|---|---|---|"
     )
     print("\n".join(table))
     print(
-        "\n| shape | clients, a pair at a time | pairs/s | p50 ms | p99 ms | requests |\n|---|---|---|---|---|---|"
+        "\n| shape | clients, a pair at a time | pairs/s | p50 ms | p99 ms | requests "
+        "|\n|---|---|---|---|---|---|"
     )
     print("\n".join(loads))

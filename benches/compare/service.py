@@ -1,4 +1,7 @@
-"""`bradley serve` and a client of it, for the comparisons. The Python needs grpcio-tools and googleapis-common-protos."""
+"""`bradley serve` and a client of it, for the comparisons.
+
+The Python needs grpcio-tools and googleapis-common-protos.
+"""
 
 import json
 import signal
@@ -15,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def stubs():
-    """The protos' Python modules."""
+    """Compiles the protos, and returns the Python modules by name."""
     folder = tempfile.mkdtemp()
     files = [str(p) for p in (ROOT / "proto/bradley").rglob("*.proto")]
     command = [
@@ -54,7 +57,8 @@ def pair(id, row):
 
 
 class Service:
-    """A server with a LoRA checkpoint to score with: the base against itself would cost one pass only."""
+    """A server with a LoRA checkpoint to score with, because scoring the base against itself would
+    need only one pass."""
 
     def __init__(
         self,

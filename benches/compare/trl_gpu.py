@@ -1,9 +1,14 @@
-"""TRL or transformers on a GPU, one side of ../gpu.py: reads a JSON line per round from stdin, does the round, prints its figures as JSON.
+"""TRL or transformers on a GPU, as one side of ../gpu.py.
+
+Reads one JSON line per round from stdin, runs the round and prints its figures as JSON.
 
 Usage: python trl_gpu.py MODEL_FOLDER PAIRS.jsonl train|score MAX_LENGTH [ADAPTER_FOLDER]
-  train: {"batch": 4, "checkpointing": false, "liger": false, "first": 0}   32 pairs from `first` on, as two steps of 16 pairs; the second is timed
-  score: {"batch": 8, "first": 0, "pairs": 32}                              policy (with the adapter) and reference
-Weights and activations are bf16, LoRA r 16 on all linear layers. What runs out of memory answers {"out_of_memory": true}.
+  train: {"batch": 4, "checkpointing": false, "liger": false, "first": 0}
+         32 pairs from `first` on, in two steps of 16 pairs, of which the second one is timed
+  score: {"batch": 8, "first": 0, "pairs": 32}
+         with the policy, which is the model with the adapter, and with the reference
+Weights and activations are bf16; LoRA has rank 16 on all linear layers. A round that runs out of
+memory answers {"out_of_memory": true}.
 """
 
 import gc
@@ -113,7 +118,8 @@ def ids(messages, generate):
 
 
 def log_probs(model, chunk):
-    """Summed log-probs of the completions of padded sequences: the head on completions only, a sequence at a time."""
+    """Returns the summed log-probs of the completions of padded sequences. The head runs on the
+    completions only, one sequence at a time."""
     longest = max(len(s) for _, s in chunk)
     tokens = torch.full((len(chunk), longest), tokenizer.pad_token_id)
     attention = torch.zeros_like(tokens)

@@ -79,7 +79,8 @@ put("rows", "deep.refused", "[" * 5000)
 put(
     "rows",
     "several.refused",
-    '{"chosen": "a", "rejected": "b"}\n\n{"prompt": 1}\n{"prompt": "p", "chosen": "a", "rejected": "b", "weight": 1e999}\n\xff',
+    '{"chosen": "a", "rejected": "b"}\n\n{"prompt": 1}\n'
+    '{"prompt": "p", "chosen": "a", "rejected": "b", "weight": 1e999}\n\xff',
 )
 put(
     "rows",
@@ -120,7 +121,8 @@ put(
     "safetensors",
     "far-offsets.refused",
     (lambda h: len(h).to_bytes(8, "little") + h)(
-        b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,18446744073709551615]}}'
+        b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],'
+        b'"data_offsets":[0,18446744073709551615]}}'
     ),
 )
 for model in ("llama", "mistral", "qwen2", "qwen3"):
@@ -144,7 +146,8 @@ put(
 put(
     "chat_template",
     "methods.refused",
-    "{{ messages[0].content.strip().split('|')[-1] | tojson(indent=2) }}{{ raise_exception('no') }}{{ strftime_now('%Y') }}",
+    "{{ messages[0].content.strip().split('|')[-1] | tojson(indent=2) }}"
+    "{{ raise_exception('no') }}{{ strftime_now('%Y') }}",
 )
 put(
     "model_config",
@@ -231,7 +234,8 @@ put(
 put(
     "settings",
     "all.ok",
-    'models = ["a=/x", "b.gguf"]\nlisten = "0.0.0.0:1"\nmemory_limit = "20GiB"\nscoring_share = 0.5\nauth = "tokens"\nthreads = 2\n',
+    'models = ["a=/x", "b.gguf"]\nlisten = "0.0.0.0:1"\nmemory_limit = "20GiB"\n'
+    'scoring_share = 0.5\nauth = "tokens"\nthreads = 2\n',
 )
 put(
     "settings",

@@ -215,7 +215,7 @@ double inverse_of(const double* x, int width) {
     return 1 / std::sqrt(squares / width + EPS);
 }
 
-// ∂loss/∂x of y = x·r·w as the chain rule gives it: g·w·r + x·∂r, with ∂r/∂x_c = −r³·x_c / width.
+// ∂loss/∂x of y = x·r·w, by the chain rule: g·w·r + x·∂r, with ∂r/∂x_c = −r³·x_c / width.
 Numbers norm_gradient(const double* x, const double* w, const double* g, int width) {
     const double r = inverse_of(x, width);
     double of_r = 0;
@@ -321,8 +321,9 @@ void head_norms(int rows, int heads, int dim, int offset, int rest) {
 // head.cu
 
 // Checks the whole head over `vocabulary` tokens in tiles, with random W [vocabulary, hidden] and
-// random logits, which are not h·W because no kernel here computes them. `rise` is added to the logits per token: if it is positive, later tiles
-// tend to have larger maxima; if it is negative, earlier ones.
+// random logits, which are not h·W because no kernel here computes them. `rise` is added to the
+// logits per token: if it is positive, later tiles tend to have larger maxima; if it is negative,
+// earlier ones.
 template <class T>
 void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, int gradient,
                 double rise) {

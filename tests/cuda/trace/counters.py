@@ -18,7 +18,7 @@ SCALES = {"": 1, "n": 1e-9, "u": 1e-6, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9, 
 
 
 def scale(unit):
-    """A unit's factor to seconds or bytes."""
+    """Returns the factor from a unit to seconds or bytes."""
     for name in ("second", "byte", "s"):
         if unit.endswith(name) or unit.endswith(name + "s"):
             return SCALES.get(unit.removesuffix("s").removesuffix(name.removesuffix("s"))[:1], 1)
@@ -46,7 +46,8 @@ def main():
         name = short(row[name_at])
         groups["products: " + name if BLAS.search(name) else name].append(values)
     print(
-        "| kernel | launches | total µs | median µs | GB/s | memory, % of peak | multiprocessors, % of peak |\n|---|---|---|---|---|---|---|"
+        "| kernel | launches | total µs | median µs | GB/s | memory, % of peak "
+        "| multiprocessors, % of peak |\n|---|---|---|---|---|---|---|"
     )
     for name, of in sorted(groups.items(), key=lambda group: -sum(v["seconds"] for v in group[1])):
         seconds = sum(v["seconds"] for v in of)
@@ -54,7 +55,8 @@ def main():
         rate = sum(v.get("bytes", 0) for v in of) / seconds / 1e9
         median = statistics.median(v["seconds"] for v in of) * 1e6
         print(
-            f"| {name} | {len(of)} | {seconds * 1e6:.0f} | {median:.1f} | {rate:.0f} | {weighted('memory'):.0f} | {weighted('sm'):.0f} |"
+            f"| {name} | {len(of)} | {seconds * 1e6:.0f} | {median:.1f} | {rate:.0f} "
+            f"| {weighted('memory'):.0f} | {weighted('sm'):.0f} |"
         )
 
 

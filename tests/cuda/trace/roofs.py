@@ -84,7 +84,8 @@ for r in records:
     group[2] += moved(r.name, grid, tokens) or 0
 busy = sum(ns for _, ns, _ in groups.values())
 print(
-    "| kernel | launches | ms | of all | GB/s | of the bandwidth | TFLOP/s | of the arithmetic |\n|---|---|---|---|---|---|---|---|"
+    "| kernel | launches | ms | of all | GB/s | of the bandwidth | TFLOP/s "
+    "| of the arithmetic |\n|---|---|---|---|---|---|---|---|"
 )
 for name, (n, ns, size) in sorted(groups.items(), key=lambda g: -g[1][1]):
     rate, work = size / ns, arithmetic.get(name, 0) / ns / 1e3
