@@ -208,8 +208,8 @@ def trl(folder, path, mode, *adapter):
 
 
 class Engine:
-    """Bradley's engine. One process serves all rounds if `room`, the number of bytes that TRL leaves
-    free, is large enough. Otherwise each round has its own, because TRL needs the whole GPU."""
+    """Bradley's engine. One process serves all rounds if `room`, the bytes that TRL leaves free,
+    suffices. Otherwise each round has its own, because TRL needs the whole GPU."""
 
     def __init__(self, folder, path, room):
         rows = [str(args.row_tokens)] if args.row_tokens else []

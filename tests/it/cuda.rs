@@ -327,7 +327,7 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
         assert_eq!(
             server.metrics().contains(&gauge),
             device != "cpu",
-            "the GPU's memory is a metric"
+            "only the memory of a GPU is a metric"
         );
         outcomes.push((
             losses,
@@ -346,8 +346,11 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
     for (cpu, gpu) in outcomes[0].1.iter().zip(&outcomes[1].1) {
         assert_close("a margin after training", *gpu, *cpu, 1e-2, 0.1);
     }
-    assert_eq!(outcomes[1], outcomes[2], "mapped memory changes no bit");
-    assert_eq!(outcomes[2], outcomes[3], "deferred kernels change no bit");
+    assert_eq!(outcomes[1], outcomes[2], "mapped memory changes some bits");
+    assert_eq!(
+        outcomes[2], outcomes[3],
+        "deferred kernels change some bits"
+    );
 }
 
 #[tokio::test]

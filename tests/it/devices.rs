@@ -100,7 +100,7 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
             let results = score(&client, &policy, pairs()).await.results;
             assert!(
                 results.iter().all(|r| scored(r).margin.abs() < 1e-6),
-                "{policy} learns nothing"
+                "{policy} has changed"
             );
         }
         // Units of work are counted for each device, because an alert compares the number of
@@ -123,7 +123,7 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
         assert_eq!(
             state(&client, &jobs[1]).await,
             pb::JobState::Running,
-            "the end of the other job does not affect it"
+            "the end of the other job has stopped it"
         );
         assert!(server.terminate(Duration::from_secs(60)).success());
     }

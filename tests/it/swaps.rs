@@ -247,7 +247,7 @@ async fn no_job_continues_on_a_replica_with_another_part_of_the_model() {
         let waiting = jobs.queue(&client).await;
         assert_waits(&other, &waiting, part).await;
         let new = jobs.train_new(&other).await;
-        // The first replica refuses checkpoints that the second one jobs.
+        // The first replica refuses checkpoints that the second one made.
         assert_refused(
             "scoring on the first replica",
             score_checkpoint(&client, &new).await,
