@@ -373,10 +373,14 @@ async fn a_job_waits_for_a_model_that_is_not_served_and_continues_with_it() {
     let told = finish(&client, &name).await;
     let done = get(&client, &name).await;
     assert_eq!((done.state(), done.error), (pb::JobState::Succeeded, None));
-    assert_eq!(losses(&told), *expected, "the same losses, bit for bit");
+    assert_eq!(
+        losses(&told),
+        *expected,
+        "other losses than those of an undisturbed run"
+    );
     assert!(
         adapter(&client, &name).await == *weights,
-        "the same weights, bit for bit"
+        "other weights than those of an undisturbed run"
     );
 }
 
@@ -580,7 +584,7 @@ async fn a_job_with_a_setting_of_another_version_waits_for_it_with_its_dataset()
     assert_eq!(
         losses(&told),
         expected().await.0,
-        "the same losses, bit for bit"
+        "other losses than those of an undisturbed run"
     );
 }
 
@@ -715,10 +719,14 @@ impl Local {
         );
         check_history(&told);
         let (expected, weights) = expected().await;
-        assert_eq!(losses(&told), *expected, "the same losses, bit for bit");
+        assert_eq!(
+            losses(&told),
+            *expected,
+            "other losses than those of an undisturbed run"
+        );
         assert!(
             adapter(&self.client, &self.name).await == *weights,
-            "the same weights, bit for bit"
+            "other weights than those of an undisturbed run"
         );
     }
 }

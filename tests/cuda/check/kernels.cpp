@@ -215,7 +215,8 @@ double inverse_of(const double* x, int width) {
     return 1 / std::sqrt(squares / width + EPS);
 }
 
-// ∂loss/∂x of y = x·r·w by the chain rule: g·w·r + x·∂r; ∂r/∂x_c = −r³·x_c / width.
+// ∂loss/∂x of y = x·r·w by the chain rule: g·w·r + x·∂r,
+// with ∂r/∂x_c = −r³·x_c / width.
 Numbers norm_gradient(const double* x, const double* w, const double* g, int width) {
     const double r = inverse_of(x, width);
     double of_r = 0;
