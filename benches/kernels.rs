@@ -1,6 +1,7 @@
 //! Benchmarks of the CPU kernels at SmolLM2's and at larger shapes: `cargo bench --bench kernels`.
-//! Items are floating-point operations, so items/s means FLOP/s. `peak` approximates the machine's
-//! maximum: a GEMM with operands that stay in a core's own cache.
+//! Items are floating-point operations, so items/s means FLOP/s. Element-wise kernels count the
+//! bytes that they read and write instead. `peak` approximates the machine's maximum: a GEMM with
+//! operands that stay in a core's own cache.
 
 #![allow(clippy::print_stdout)]
 
@@ -67,7 +68,8 @@ fn peak(bencher: Bencher, precision: &str) {
     });
 }
 
-fn product(bencher: Bencher, precision: &str, m: usize, k: usize, n: usize, backward: bool) {
+/// Multiplies an m × k matrix by weights: a linear layer forward, or backward to its input.
+fn gemm(bencher: Bencher, precision: &str, m: usize, k: usize, n: usize, backward: bool) {
     let kernel = kernel(precision);
     let (a, b) = (values(m * k), values(k * n));
     let rounded: Vec<half::bf16> = b.iter().map(|x| half::bf16::from_f32(*x)).collect();
@@ -92,29 +94,29 @@ fn product(bencher: Bencher, precision: &str, m: usize, k: usize, n: usize, back
 
 #[divan::bench(args = PRECISIONS)]
 fn gate_forward_550x576x1536(bencher: Bencher, precision: &str) {
-    product(bencher, precision, 550, 576, 1536, false);
+    gemm(bencher, precision, 550, 576, 1536, false);
 }
 
 #[divan::bench(args = PRECISIONS)]
 fn gate_backward_550x1536x576(bencher: Bencher, precision: &str) {
-    product(bencher, precision, 550, 1536, 576, true);
+    gemm(bencher, precision, 550, 1536, 576, true);
 }
 
 #[divan::bench(args = PRECISIONS)]
 fn gate_forward_64x576x1536(bencher: Bencher, precision: &str) {
-    product(bencher, precision, 64, 576, 1536, false);
+    gemm(bencher, precision, 64, 576, 1536, false);
 }
 
 /// Gradient of an adapter's A or B: a GEMM with few rows (the rank) that sums over tokens.
 #[divan::bench(args = PRECISIONS)]
 fn adapter_gradient_16x550x1536(bencher: Bencher, precision: &str) {
-    product(bencher, precision, 16, 550, 1536, true);
+    gemm(bencher, precision, 16, 550, 1536, true);
 }
 
 /// GEMM at the size of a 1.7B model's block (SmolLM2-1.7B: C 2048, F 8192).
 #[divan::bench(args = PRECISIONS)]
 fn gate_forward_550x2048x8192(bencher: Bencher, precision: &str) {
-    product(bencher, precision, 550, 2048, 8192, false);
+    gemm(bencher, precision, 550, 2048, 8192, false);
 }
 
 /// Logits, log-softmax and gradient for 390 completion tokens.
@@ -147,6 +149,8 @@ fn head_390x576x49152(bencher: Bencher, precision: &str) {
         });
 }
 
+/// Returns the layout of a pair with a prompt of 160 and answers of 195 tokens, SmolLM2's heads,
+/// and the number of pairs of a query and a key that it attends to.
 fn pair() -> (RowLayout, Heads, usize) {
     let mut layout = RowLayout::default();
     layout.push_group(160, [195, 195]);
@@ -211,7 +215,6 @@ fn attention_backward_550(bencher: Bencher, precision: &str) {
         });
 }
 
-/// Element-wise kernels, in bytes read and written.
 #[divan::bench]
 fn rms_norm_550x576(bencher: Bencher) {
     let (x, w) = (values(550 * 576), values(576));

@@ -1,10 +1,11 @@
-//! Runs the engine without the service, as one side of `benches/compare.py`. It reads one line per
-//! round from stdin, runs the round and prints its measurements as JSON.
+//! Runs the engine without the service, as one side of `benches/compare.py` and `benches/gpu.py`.
+//! It reads one line per round from stdin, runs the round and prints its measurements as JSON.
 //!
-//! Arguments: `offline MODEL PAIRS.jsonl train-lora|train-full|score f32|bf16 BATCH [MAX_LENGTH
-//! [ROW_TOKENS]]`. A line is `FROM TO`, a range of pairs of the file, or `FROM TO warm` to reuse
-//! the reference cache of the previous round. The variable BRADLEY_BENCH_DEVICE selects the device,
-//! e.g. `cuda:0`; the default is `cpu`.
+//! Arguments: `offline MODEL PAIRS.jsonl MODE f32|bf16 BATCH [MAX_LENGTH [ROW_TOKENS]]`. MODE is
+//! `train-lora`, `train-full`, `score`, or `lengths`, which reads no lines and measures scoring by
+//! the length of a row. A line is `FROM TO`, a range of pairs of the file, or `FROM TO warm` to
+//! reuse the reference cache of the previous round. The variable BRADLEY_BENCH_DEVICE selects the
+//! device, e.g. `cuda:0`; the default is `cpu`.
 
 #![allow(clippy::print_stdout)]
 
@@ -131,7 +132,7 @@ fn peak_bytes(policy: &Policy) -> u64 {
         * 1024
 }
 
-/// LoRA of rank 16 on all linear layers.
+/// Returns LoRA of rank 16 on all linear layers.
 fn lora() -> LoraConfig {
     LoraConfig {
         rank: 16,
@@ -277,13 +278,14 @@ fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
         } else {
             2.0 * head
         };
-    let heads = spec
+    // Width of the queries, summed over the blocks.
+    let query_width = spec
         .blocks
         .iter()
         .map(|block| block.attention().query_width())
         .sum::<usize>() as f64;
-    // Cost of the blocks, the head and attention, in units of one forward pass.
-    let (blocks, heads_passes, attention) = match mode {
+    // Cost of the blocks, of the head and of attention, in units of one forward pass.
+    let (block_passes, head_passes, attention_passes) = match mode {
         "train-lora" => (3.0, 3.0, 4.5),
         "train-full" => (4.0, 4.0, 4.5),
         _ => (2.0, 2.0, 2.0),
@@ -294,10 +296,11 @@ fn gflop(base: &Policy, pairs: &[EncodedPair], mode: &str) -> f64 {
             p.chosen.len() as f64,
             p.rejected.len() as f64,
         );
+        // Number of pairs of a query and a key that it attends to.
         let seen = prompt * prompt / 2.0 + a * (prompt + a / 2.0) + b * (prompt + b / 2.0);
-        2.0 * linear * blocks * p.packed_tokens() as f64
-            + 2.0 * head * heads_passes * (a + b)
-            + 4.0 * heads * attention * seen
+        2.0 * linear * block_passes * p.packed_tokens() as f64
+            + 2.0 * head * head_passes * (a + b)
+            + 4.0 * query_width * attention_passes * seen
     };
     pairs.iter().map(of).sum::<f64>() / 1e9
 }

@@ -1,4 +1,7 @@
-"""`bradley serve` and a client of it, for the comparisons. The Python needs grpcio-tools and googleapis-common-protos."""
+"""`bradley serve` and a client of it, for the comparisons.
+
+The Python needs grpcio-tools and googleapis-common-protos.
+"""
 
 import json
 import signal
@@ -15,10 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def stubs():
-    """The protos' Python modules."""
+    """Compiles the protos, and returns the Python modules by name."""
     folder = tempfile.mkdtemp()
     files = [str(p) for p in (ROOT / "proto/bradley").rglob("*.proto")]
-    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", f"--python_out={folder}", f"--grpc_python_out={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "grpc_tools.protoc",
+        f"-I{ROOT / 'proto'}",
+        f"--python_out={folder}",
+        f"--grpc_python_out={folder}",
+    ]
     subprocess.run([*command, *files], check=True)
     sys.path.insert(0, folder)
     modules = {}
@@ -33,22 +43,52 @@ pb = stubs()
 
 def text(messages):
     s = pb["scoring"]
-    return s.Text(chat=s.MessageList(messages=[s.Message(role=m["role"], content=m["content"]) for m in messages]))
+    return s.Text(
+        chat=s.MessageList(
+            messages=[s.Message(role=m["role"], content=m["content"]) for m in messages]
+        )
+    )
 
 
 def pair(id, row):
-    return pb["scoring"].Pair(id=str(id), prompt=text(row["prompt"]), a=text(row["chosen"]), b=text(row["rejected"]))
+    return pb["scoring"].Pair(
+        id=str(id), prompt=text(row["prompt"]), a=text(row["chosen"]), b=text(row["rejected"])
+    )
 
 
 class Service:
-    """A server with a LoRA checkpoint to score with: the base against itself would cost one pass only."""
+    """A server with a LoRA checkpoint to score with, because scoring the base against itself would
+    need only one pass."""
 
-    def __init__(self, binary, model, precision, rows, max_length, port=50100, device="cpu", log=subprocess.DEVNULL):
+    def __init__(
+        self,
+        binary,
+        model,
+        precision,
+        rows,
+        max_length,
+        port=50100,
+        device="cpu",
+        log=subprocess.DEVNULL,
+    ):
         self.max_length, self.folder = max_length, tempfile.mkdtemp()
-        command = [binary, "serve", "--models", f"m={model}", "--precision", precision, "--device", device, "--listen", f"127.0.0.1:{port}"]
+        command = [
+            binary,
+            "serve",
+            "--models",
+            f"m={model}",
+            "--precision",
+            precision,
+            "--device",
+            device,
+            "--listen",
+            f"127.0.0.1:{port}",
+        ]
         command += ["--http-listen", "off", "--data-dir", self.folder, "--log", "warn"]
         self.child = subprocess.Popen(command, stderr=log)
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.max_receive_message_length", 1 << 28)])
+        self.channel = grpc.insecure_channel(
+            f"127.0.0.1:{port}", options=[("grpc.max_receive_message_length", 1 << 28)]
+        )
         grpc.channel_ready_future(self.channel).result(timeout=180)
         self.scoring = pb["scoring_grpc"].ScoringServiceStub(self.channel)
         self.training = pb["training_grpc"].TrainingServiceStub(self.channel)
@@ -60,7 +100,9 @@ class Service:
         d, t = pb["dataset"], pb["training"]
         data = "".join(json.dumps(r) + "\n" for r in rows).encode()
         upload = [
-            d.UploadDatasetRequest(metadata=d.UploadMetadata(display_name="bench", model="models/m")),
+            d.UploadDatasetRequest(
+                metadata=d.UploadMetadata(display_name="bench", model="models/m")
+            ),
             d.UploadDatasetRequest(chunk=data),
         ]
         dataset = pb["dataset_grpc"].DatasetServiceStub(self.channel).UploadDataset(iter(upload))
@@ -83,16 +125,25 @@ class Service:
 
     def score(self, rows):
         s = pb["scoring"]
-        request = s.ScorePairsRequest(options=self.options(), pairs=[pair(i, r) for i, r in enumerate(rows)])
+        request = s.ScorePairsRequest(
+            options=self.options(), pairs=[pair(i, r) for i, r in enumerate(rows)]
+        )
         start = time.perf_counter()
         answer = self.scoring.ScorePairs(request)
         seconds = time.perf_counter() - start
         assert all(r.HasField("score") for r in answer.results), answer
-        return {"seconds": seconds, "pairs": len(rows), "peak_bytes": self.peak(), "margins": [r.score.margin for r in answer.results]}
+        return {
+            "seconds": seconds,
+            "pairs": len(rows),
+            "peak_bytes": self.peak(),
+            "margins": [r.score.margin for r in answer.results],
+        }
 
     def completions(self, prompt, answers):
         s = pb["scoring"]
-        request = s.ScoreCompletionsRequest(options=self.options(), prompt=text(prompt), completions=[text(a) for a in answers])
+        request = s.ScoreCompletionsRequest(
+            options=self.options(), prompt=text(prompt), completions=[text(a) for a in answers]
+        )
         answer = self.scoring.ScoreCompletions(request)
         assert len(answer.ranking) == len(answers), answer
 

@@ -1,9 +1,14 @@
-"""TRL or transformers on a GPU, one side of ../gpu.py: reads a JSON line per round from stdin, does the round, prints its figures as JSON.
+"""TRL or transformers on a GPU, as one side of ../gpu.py.
+
+Reads one JSON line per round from stdin, runs the round and prints its figures as JSON.
 
 Usage: python trl_gpu.py MODEL_FOLDER PAIRS.jsonl train|score MAX_LENGTH [ADAPTER_FOLDER]
-  train: {"batch": 4, "checkpointing": false, "liger": false, "first": 0}   32 pairs from `first` on, as two steps of 16 pairs; the second is timed
-  score: {"batch": 8, "first": 0, "pairs": 32}                              policy (with the adapter) and reference
-Weights and activations are bf16, LoRA r 16 on all linear layers. What runs out of memory answers {"out_of_memory": true}.
+  train: {"batch": 4, "checkpointing": false, "liger": false, "first": 0}
+         32 pairs from `first` on, in two steps of 16 pairs, of which the second one is timed
+  score: {"batch": 8, "first": 0, "pairs": 32}
+         with the policy, which is the model with the adapter, and with the reference
+Weights and activations are bf16; LoRA has rank 16 on all linear layers. A round that runs out of
+memory answers {"out_of_memory": true}.
 """
 
 import gc
@@ -81,7 +86,14 @@ def train(ask):
             disable_tqdm=True,
         )
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        trainer = DPOTrainer(model=base, args=args, train_dataset=Dataset.from_list(chosen), processing_class=tokenizer, peft_config=config, callbacks=[clock])
+        trainer = DPOTrainer(
+            model=base,
+            args=args,
+            train_dataset=Dataset.from_list(chosen),
+            processing_class=tokenizer,
+            peft_config=config,
+            callbacks=[clock],
+        )
         trainer._get_train_sampler = lambda dataset=None: SequentialSampler(trainer.train_dataset)
         try:
             trainer.train()
@@ -90,22 +102,35 @@ def train(ask):
             trainer.model.zero_grad(set_to_none=True)
             base = trainer.accelerator.unwrap_model(trainer.model).unload()
             base.gradient_checkpointing_disable()
-    return {"seconds": clock.seconds[1], "first_seconds": clock.seconds[0], "pairs": STEP, "losses": losses}
+    return {
+        "seconds": clock.seconds[1],
+        "first_seconds": clock.seconds[0],
+        "pairs": STEP,
+        "losses": losses,
+    }
 
 
 def ids(messages, generate):
-    return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate), add_special_tokens=False)["input_ids"]
+    return tokenizer(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate),
+        add_special_tokens=False,
+    )["input_ids"]
 
 
 def log_probs(model, chunk):
-    """Summed log-probs of the completions of padded sequences: the head on completions only, a sequence at a time."""
+    """Returns the summed log-probs of the completions of padded sequences. The head runs on the
+    completions only, one sequence at a time."""
     longest = max(len(s) for _, s in chunk)
     tokens = torch.full((len(chunk), longest), tokenizer.pad_token_id)
     attention = torch.zeros_like(tokens)
     for i, (_, s) in enumerate(chunk):
         tokens[i, : len(s)] = torch.tensor(s)
         attention[i, : len(s)] = 1
-    hidden = model.get_base_model().model(input_ids=tokens.to(device), attention_mask=attention.to(device), use_cache=False).last_hidden_state
+    hidden = (
+        model.get_base_model()
+        .model(input_ids=tokens.to(device), attention_mask=attention.to(device), use_cache=False)
+        .last_hidden_state
+    )
     head, sums = model.get_output_embeddings(), []
     for h, (prompt, s) in zip(hidden, chunk):
         logits = head(h[prompt - 1 : len(s) - 1]).float()
@@ -119,7 +144,12 @@ def score(ask):
     encoded = []
     for row in rows[ask["first"] : ask["first"] + ask["pairs"]]:
         prompt = len(ids(row["prompt"], True))
-        encoded.append([(prompt, ids(row["prompt"] + row[side], False)[:max_length]) for side in ("chosen", "rejected")])
+        encoded.append(
+            [
+                (prompt, ids(row["prompt"] + row[side], False)[:max_length])
+                for side in ("chosen", "rejected")
+            ]
+        )
     margins, start = [], time.perf_counter()
     for i in range(0, len(encoded), ask["batch"]):
         chunk = [s for pair in encoded[i : i + ask["batch"]] for s in pair]

@@ -1,6 +1,9 @@
-"""TRL or transformers, one side of compare.py: reads a line per round from stdin, does the round, prints its figures as JSON.
+"""TRL or transformers, as one side of ../compare.py.
 
-Usage: python trl_side.py MODEL.gguf PAIRS.jsonl train-lora|train-full|score|score-many f32|bf16 BATCH [MAX_LENGTH]; a line is `FROM TO`.
+Reads one line per round from stdin, runs the round and prints its figures as JSON.
+
+Usage: python trl_side.py MODEL.gguf PAIRS.jsonl MODE f32|bf16 BATCH [MAX_LENGTH]
+MODE is train-lora, train-full or score. A line is `FROM TO`, a range of pairs of the file.
 Versions: tests/goldens/requirements.txt.
 """
 
@@ -28,7 +31,8 @@ os.dup2(2, 1)  # libraries talk on stdout
 def load():
     file = Path(model_file)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-    # The weights are plain by now, but transformers still calls the model quantised and its trainer would refuse it.
+    # The weights are plain by now, but transformers still calls the model quantised, and its
+    # trainer would refuse it.
     model.is_quantized, model.hf_quantizer = False, None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -40,7 +44,10 @@ tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
 
 def ids(messages, generate):
-    return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate), add_special_tokens=False)["input_ids"]
+    return tokenizer(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate),
+        add_special_tokens=False,
+    )["input_ids"]
 
 
 rows = []
@@ -57,7 +64,7 @@ def lora():
 
 
 def train(chosen):
-    """Seconds of the whole run, and of its first step."""
+    """Returns the seconds of the whole run and of its first step."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -85,7 +92,15 @@ def train(chosen):
             train_sampling_strategy="sequential",  # the same pairs in a step on both sides
         )
         config = lora() if mode == "train-lora" else None
-        trainer = DPOTrainer(model=load(), ref_model=None if config else load(), args=args, train_dataset=Dataset.from_list(chosen), processing_class=tokenizer, peft_config=config, callbacks=[Clock()])
+        trainer = DPOTrainer(
+            model=load(),
+            ref_model=None if config else load(),
+            args=args,
+            train_dataset=Dataset.from_list(chosen),
+            processing_class=tokenizer,
+            peft_config=config,
+            callbacks=[Clock()],
+        )
         start = time.perf_counter()
         trainer.train()
         return time.perf_counter() - start, ends[0] - start
@@ -98,7 +113,8 @@ def sequences(row):
 
 
 def log_probs(model, chunk):
-    """Summed log-probs of the completions of padded sequences, as a scoring script computes them."""
+    """Returns the summed log-probs of the completions of padded sequences, as a simple scoring
+    script computes them."""
     longest = max(len(s) for _, s in chunk)
     tokens = torch.full((len(chunk), longest), tokenizer.pad_token_id)
     attention = torch.zeros_like(tokens)
@@ -136,4 +152,16 @@ for line in sys.stdin:
     tokens = sum(len(s) for row in chosen for _, s in sequences(row))
     seconds, first_step = score(chosen) if mode == "score" else train(chosen)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "first_step": first_step, "pairs": len(chosen), "tokens": tokens, "peak_bytes": peak}), file=out, flush=True)
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "first_step": first_step,
+                "pairs": len(chosen),
+                "tokens": tokens,
+                "peak_bytes": peak,
+            }
+        ),
+        file=out,
+        flush=True,
+    )

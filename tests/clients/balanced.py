@@ -1,6 +1,8 @@
-"""Scores without a pause over two replicas with deploy/gateway/service-config.json, until told to stop; a call that fails ends it.
+"""Scores one pair again and again on two replicas, with the service config of deploy/gateway.
 
-Usage: python balanced.py PROTO_DIR SERVICE_CONFIG MODEL_NAME ADDRESS,ADDRESS. Prints a line after the first calls; stops at the end of its input.
+Usage: python balanced.py PROTO_DIR SERVICE_CONFIG MODEL_NAME ADDRESS,ADDRESS
+
+Prints "started" after 50 calls, and stops at the end of its input. A failed call is an error.
 """
 
 import shutil
@@ -15,23 +17,35 @@ import grpc
 protos, config, model_name, addresses = sys.argv[1:]
 stubs = tempfile.mkdtemp()
 files = [str(p) for p in Path(protos).rglob("*.proto")]
-subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}", f"--python_out={stubs}", f"--grpc_python_out={stubs}", *files], check=True)
+command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}"]
+command += [f"--python_out={stubs}", f"--grpc_python_out={stubs}"]
+subprocess.run([*command, *files], check=True)
 shutil.rmtree(Path(stubs) / "google", ignore_errors=True)
 sys.path.insert(0, stubs)
 from bradley.v1 import scoring_pb2, scoring_pb2_grpc  # noqa: E402
 
 
 def chat(role, text):
-    return scoring_pb2.Text(chat=scoring_pb2.MessageList(messages=[scoring_pb2.Message(role=role, content=text)]))
+    message = scoring_pb2.Message(role=role, content=text)
+    return scoring_pb2.Text(chat=scoring_pb2.MessageList(messages=[message]))
 
 
-pair = scoring_pb2.Pair(id="x", prompt=chat("user", "Name a colour."), a=chat("assistant", "Blue."), b=chat("assistant", "It depends."))
-request = scoring_pb2.ScorePairsRequest(options=scoring_pb2.ScoringOptions(policy=f"models/{model_name}"), pairs=[pair])
+pair = scoring_pb2.Pair(
+    id="x",
+    prompt=chat("user", "Name a colour."),
+    a=chat("assistant", "Blue."),
+    b=chat("assistant", "It depends."),
+)
+scoring_options = scoring_pb2.ScoringOptions(policy=f"models/{model_name}")
+request = scoring_pb2.ScorePairsRequest(options=scoring_options, pairs=[pair])
 stop = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
-# The list of addresses is no authority.
-options = [("grpc.service_config", Path(config).read_text()), ("grpc.default_authority", "bradley")]
-calls, peers, margins = 0, set(), set()
+# Without an authority gRPC would send the list of addresses, which is not a valid one.
+options = [
+    ("grpc.service_config", Path(config).read_text()),
+    ("grpc.default_authority", "bradley"),
+]
+calls, margins = 0, set()
 with grpc.insecure_channel(f"ipv4:{addresses}", options=options) as channel:
     scoring = scoring_pb2_grpc.ScoringServiceStub(channel)
     while not stop.is_set() or calls < 100:

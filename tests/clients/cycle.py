@@ -1,4 +1,7 @@
-"""The whole cycle with grpcio and the protos alone, then the adapter in peft: upload, submit, stream, drop, resume, score, download, compare.
+"""Trains and scores with grpcio and the protos alone, and loads the adapter with peft.
+
+Uploads rows, submits a job, streams its events with interruptions, scores pairs, downloads the
+adapter, and compares peft's log-probs with the served ones.
 
 Usage: python cycle.py ADDRESS PROTO_DIR PAIRS.jsonl BASE_MODEL_DIR MODEL_NAME OUT_DIR
 """
@@ -15,8 +18,10 @@ import grpc
 address, protos, pairs_file, base_dir, model_name, out_dir = sys.argv[1:]
 stubs = tempfile.mkdtemp()
 files = [str(p) for p in Path(protos).rglob("*.proto")]
-subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}", f"--python_out={stubs}", f"--grpc_python_out={stubs}", *files], check=True)
-# google.rpc comes with googleapis-common-protos; the vendored copy is for those who have no such package.
+command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}"]
+command += [f"--python_out={stubs}", f"--grpc_python_out={stubs}"]
+subprocess.run([*command, *files], check=True)
+# The module google.rpc is that of googleapis-common-protos, not one made from the vendored proto.
 import shutil
 
 shutil.rmtree(Path(stubs) / "google", ignore_errors=True)
@@ -44,7 +49,9 @@ rows = [json.loads(line) for line in data.splitlines() if line.strip()]
 
 
 def upload():
-    yield dataset_pb2.UploadDatasetRequest(metadata=dataset_pb2.UploadMetadata(display_name="python", model=f"models/{model_name}"))
+    yield dataset_pb2.UploadDatasetRequest(
+        metadata=dataset_pb2.UploadMetadata(display_name="python", model=f"models/{model_name}")
+    )
     for i in range(0, len(data), 1000):
         yield dataset_pb2.UploadDatasetRequest(chunk=data[i : i + 1000])
 
@@ -69,10 +76,12 @@ except grpc.RpcError as e:
     assert e.code() == grpc.StatusCode.INVALID_ARGUMENT and "beta" in e.details(), e
 name = training.CreateTrainingJob(training_pb2.CreateTrainingJobRequest(training_job=job)).name
 
-# Stream, dropping the stream every seven events and going on by cursor.
+# Stream: cancel after every seven events, and continue after the last received event.
 events, cursor = [], 0
 while True:
-    stream = training.StreamTrainingEvents(training_pb2.StreamTrainingEventsRequest(parent=name, after_sequence=cursor), timeout=600)
+    stream = training.StreamTrainingEvents(
+        training_pb2.StreamTrainingEventsRequest(parent=name, after_sequence=cursor), timeout=600
+    )
     ended = True
     for n, event in enumerate(stream):
         events.append(event)
@@ -83,23 +92,46 @@ while True:
             break
     if ended:
         break
-assert [e.sequence for e in events] == list(range(1, len(events) + 1)), "an event was lost or doubled"
+assert [e.sequence for e in events] == list(range(1, len(events) + 1)), (
+    "an event was lost or delivered twice"
+)
 steps = [e.step_metrics for e in events if e.WhichOneof("event") == "step_metrics"]
 assert [s.step for s in steps] == list(range(1, 31))
-stored = training.ListTrainingEvents(training_pb2.ListTrainingEventsRequest(parent=name, page_size=1000)).events
-assert list(stored) == events, "what was streamed is what is stored"
-assert training.GetTrainingJob(training_pb2.GetTrainingJobRequest(name=name)).state == training_pb2.JOB_STATE_SUCCEEDED
-print("streamed", len(events), "events; loss", round(steps[0].metrics["loss"], 4), "to", round(steps[-1].metrics["loss"], 4))
+stored = training.ListTrainingEvents(
+    training_pb2.ListTrainingEventsRequest(parent=name, page_size=1000)
+).events
+assert list(stored) == events, "the streamed events are not the stored ones"
+assert (
+    training.GetTrainingJob(training_pb2.GetTrainingJobRequest(name=name)).state
+    == training_pb2.JOB_STATE_SUCCEEDED
+)
+print(
+    "streamed",
+    len(events),
+    "events; loss",
+    round(steps[0].metrics["loss"], 4),
+    "to",
+    round(steps[-1].metrics["loss"], 4),
+)
 
 
 # Score, unary and streaming.
 def text(messages):
-    return scoring_pb2.Text(chat=scoring_pb2.MessageList(messages=[scoring_pb2.Message(**m) for m in messages]))
+    return scoring_pb2.Text(
+        chat=scoring_pb2.MessageList(messages=[scoring_pb2.Message(**m) for m in messages])
+    )
 
 
-pairs = [scoring_pb2.Pair(id=r["id"], prompt=text(r["prompt"]), a=text(r["chosen"]), b=text(r["rejected"])) for r in rows]
+pairs = [
+    scoring_pb2.Pair(
+        id=r["id"], prompt=text(r["prompt"]), a=text(r["chosen"]), b=text(r["rejected"])
+    )
+    for r in rows
+]
 options = scoring_pb2.ScoringOptions(policy=f"{name}/checkpoints/latest", per_token_logprobs=True)
-response = scoring.ScorePairs(scoring_pb2.ScorePairsRequest(options=options, pairs=pairs), timeout=60)
+response = scoring.ScorePairs(
+    scoring_pb2.ScorePairsRequest(options=options, pairs=pairs), timeout=60
+)
 scores = {r.id: r.score for r in response.results}
 assert all(s.probability > 0.5 for s in scores.values()), scores
 
@@ -110,15 +142,21 @@ def stream_pairs():
         yield scoring_pb2.StreamScorePairsRequest(pair=p)
 
 
-streamed = {a.result.id: a.result.score for a in scoring.StreamScorePairs(stream_pairs(), timeout=60)}
-assert streamed == scores, "the stream scores as the unary call does"
+streamed = {
+    a.result.id: a.result.score for a in scoring.StreamScorePairs(stream_pairs(), timeout=60)
+}
+assert streamed == scores, "the stream has other scores than the unary call"
 print("scored", len(scores), "pairs")
 
 # Download the adapter.
 out, current = Path(out_dir), None
 out.mkdir(parents=True, exist_ok=True)
 expected = {}
-for part in checkpoints.DownloadCheckpoint(checkpoint_pb2.DownloadCheckpointRequest(name=f"{name}/checkpoints/latest", format=checkpoint_pb2.EXPORT_FORMAT_ADAPTER)):
+for part in checkpoints.DownloadCheckpoint(
+    checkpoint_pb2.DownloadCheckpointRequest(
+        name=f"{name}/checkpoints/latest", format=checkpoint_pb2.EXPORT_FORMAT_ADAPTER
+    )
+):
     if part.WhichOneof("part") == "file":
         current = open(out / part.file.path, "wb")
         expected[part.file.path] = part.file.size_bytes
@@ -135,7 +173,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 if base_dir.endswith(".gguf"):
     gguf = Path(base_dir)
-    base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     base.is_quantized, base.hf_quantizer = False, None
 else:
@@ -150,8 +190,12 @@ for row in rows:
         with torch.no_grad():
             logits = model(torch.tensor([whole])).logits[0].float()
         n = len(prompt)
-        logp = torch.log_softmax(logits, -1)[n - 1 : -1].gather(1, torch.tensor(whole[n:])[:, None])[:, 0]
+        logp = torch.log_softmax(logits, -1)[n - 1 : -1].gather(
+            1, torch.tensor(whole[n:])[:, None]
+        )[:, 0]
         assert list(served.token_ids) == whole[n:], row["id"]
-        worst = max(worst, abs(logp.sum().item() - served.policy_logprob) / abs(served.policy_logprob))
+        worst = max(
+            worst, abs(logp.sum().item() - served.policy_logprob) / abs(served.policy_logprob)
+        )
 assert worst < 1e-4, worst
 print("peft agrees within", worst)

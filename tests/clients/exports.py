@@ -1,4 +1,4 @@
-"""Loads exports as users do: merged weights with transformers, an adapter with PEFT's AutoPeftModelForCausalLM.
+"""Loads exports as users do: merged weights with transformers, an adapter with PEFT.
 
 Usage: python exports.py MERGED_DIR ADAPTER_DIR EXPECTED.json, in a folder where the base model's
 name can be loaded. EXPECTED.json: {"dtype", "eos", "pairs": [{"prompt", "chosen", "logps"}]}, with
@@ -24,12 +24,16 @@ tokenizers = [AutoTokenizer.from_pretrained(d) for d in (merged_dir, adapter_dir
 
 
 def worst(model):
-    """The largest relative difference of an answer's log-prob from the service's."""
+    """Returns the largest relative difference of an answer's log-prob from the service's."""
     differences = []
     for pair in expected["pairs"]:
         texts = {
-            json.dumps([t.apply_chat_template(pair["prompt"], add_generation_prompt=True)["input_ids"],
-                        t.apply_chat_template(pair["prompt"] + pair["chosen"])["input_ids"]])
+            json.dumps(
+                [
+                    t.apply_chat_template(pair["prompt"], add_generation_prompt=True)["input_ids"],
+                    t.apply_chat_template(pair["prompt"] + pair["chosen"])["input_ids"],
+                ]
+            )
             for t in tokenizers
         }
         (text,) = texts  # both exports have the same tokenizer and template
@@ -37,7 +41,9 @@ def worst(model):
         with torch.no_grad():
             logits = model(torch.tensor([whole])).logits[0].float()
         n = len(prompt)
-        logps = torch.log_softmax(logits, -1)[n - 1 : -1].gather(1, torch.tensor(whole[n:])[:, None])[:, 0]
+        logps = torch.log_softmax(logits, -1)[n - 1 : -1].gather(
+            1, torch.tensor(whole[n:])[:, None]
+        )[:, 0]
         assert len(logps) == len(pair["logps"])
         total = sum(pair["logps"])
         differences.append(abs(logps.sum().item() - total) / abs(total))
@@ -61,7 +67,9 @@ def generated(token):
             return scores
 
     merged.lm_head = Prefers()
-    return merged.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=6, do_sample=False)[0, 3:].tolist()
+    return merged.generate(
+        start, attention_mask=torch.ones_like(start), max_new_tokens=6, do_sample=False
+    )[0, 3:].tolist()
 
 
 assert generated(expected["eos"]) == [expected["eos"]]

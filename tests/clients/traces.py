@@ -1,7 +1,11 @@
-"""Traces end to end: OpenTelemetry's own SDK and gRPC instrumentation as the client, its protobuf service as the sink. Both sides' spans arrive in one
-trace each for a score and for a training job.
+"""Checks traces end to end: a score and a training job each give one trace.
 
-Usage: python traces.py PROTO_DIR PAIRS.jsonl MODEL_NAME. Prints the sink's port; reads the server's address; prints the traces.
+The client uses OpenTelemetry's SDK and gRPC instrumentation. This program is also the collector to
+which client and server send their spans.
+
+Usage: python traces.py PROTO_DIR PAIRS.jsonl MODEL_NAME
+
+Prints the collector's port, reads the server's address, and prints the traces.
 """
 
 import json
@@ -31,7 +35,9 @@ class Sink(trace_service_pb2_grpc.TraceServiceServicer):
     def Export(self, request, context):
         with arrived:
             for resource in request.resource_spans:
-                service = {a.key: a.value.string_value for a in resource.resource.attributes}["service.name"]
+                service = {a.key: a.value.string_value for a in resource.resource.attributes}[
+                    "service.name"
+                ]
                 for span in (s for scope in resource.scope_spans for s in scope.spans):
                     assert span.span_id not in spans, f"{span.name} arrived twice"
                     spans[span.span_id] = (service, span)
@@ -48,10 +54,19 @@ address = sys.stdin.readline().strip()
 
 stubs = tempfile.mkdtemp()
 files = [str(p) for p in Path(protos).rglob("*.proto")]
-subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}", f"--python_out={stubs}", f"--grpc_python_out={stubs}", *files], check=True)
+command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}"]
+command += [f"--python_out={stubs}", f"--grpc_python_out={stubs}"]
+subprocess.run([*command, *files], check=True)
 shutil.rmtree(Path(stubs) / "google", ignore_errors=True)
 sys.path.insert(0, stubs)
-from bradley.v1 import dataset_pb2, dataset_pb2_grpc, scoring_pb2, scoring_pb2_grpc, training_pb2, training_pb2_grpc  # noqa: E402
+from bradley.v1 import (
+    dataset_pb2,
+    dataset_pb2_grpc,
+    scoring_pb2,
+    scoring_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)  # noqa: E402
 
 # The exporter's own calls are made before the instrumentation begins, and not traced.
 exporter = OTLPSpanExporter(endpoint=f"http://127.0.0.1:{port}", insecure=True)
@@ -61,12 +76,17 @@ trace.set_tracer_provider(provider)
 GrpcInstrumentorClient().instrument()
 tracer = trace.get_tracer("client")
 channel = grpc.insecure_channel(address)
-datasets, training = dataset_pb2_grpc.DatasetServiceStub(channel), training_pb2_grpc.TrainingServiceStub(channel)
+datasets, training = (
+    dataset_pb2_grpc.DatasetServiceStub(channel),
+    training_pb2_grpc.TrainingServiceStub(channel),
+)
 scoring = scoring_pb2_grpc.ScoringServiceStub(channel)
 
 
 def chat(role, text):
-    return scoring_pb2.Text(chat=scoring_pb2.MessageList(messages=[scoring_pb2.Message(role=role, content=text)]))
+    return scoring_pb2.Text(
+        chat=scoring_pb2.MessageList(messages=[scoring_pb2.Message(role=role, content=text)])
+    )
 
 
 def wait_for(what, found, seconds=60):
@@ -74,17 +94,23 @@ def wait_for(what, found, seconds=60):
     with arrived:
         while not (result := found()):
             left = deadline - time.monotonic()
-            assert left > 0, f"{what} never arrived; there are {sorted(s.name for _, s in spans.values())}"
+            assert left > 0, (
+                f"{what} never arrived; there are {sorted(s.name for _, s in spans.values())}"
+            )
             arrived.wait(left)
         return result
 
 
 def named(name, trace_id):
-    return [s for service, s in spans.values() if s.name == name and s.trace_id == trace_id and service == "bradley"]
+    return [
+        s
+        for service, s in spans.values()
+        if s.name == name and s.trace_id == trace_id and service == "bradley"
+    ]
 
 
 def within(name, parent, n=None):
-    """The spans of that name that are children of `parent` and lie within its trace."""
+    """Returns the server's spans of this name that are children of `parent`."""
     found = [s for s in named(name, parent.trace_id) if s.parent_span_id == parent.span_id]
     assert found and (n is None or len(found) == n), f"{name}: {len(found)} under {parent.name}"
     assert all(s.start_time_unix_nano <= s.end_time_unix_nano for s in found)
@@ -92,7 +118,8 @@ def within(name, parent, n=None):
 
 
 def server_span(method, trace_id):
-    """The server's span of a call: its parent is the client's, whose parent is ours."""
+    """Returns the server's span of a call. Its parent is gRPC's span of the client, and the parent
+    of that is one of this program's own spans."""
     (span,) = wait_for(method, lambda: named(method, trace_id))
     service, call = spans[span.parent_span_id]
     assert service == "client" and call.trace_id == trace_id, call
@@ -102,9 +129,16 @@ def server_span(method, trace_id):
 
 
 # A score.
-pair = scoring_pb2.Pair(id="x", prompt=chat("user", "Name a colour."), a=chat("assistant", "Blue."), b=chat("assistant", "It depends."))
+pair = scoring_pb2.Pair(
+    id="x",
+    prompt=chat("user", "Name a colour."),
+    a=chat("assistant", "Blue."),
+    b=chat("assistant", "It depends."),
+)
 with tracer.start_as_current_span("our score") as ours:
-    request = scoring_pb2.ScorePairsRequest(options=scoring_pb2.ScoringOptions(policy=f"models/{model_name}"), pairs=[pair, pair])
+    request = scoring_pb2.ScorePairsRequest(
+        options=scoring_pb2.ScoringOptions(policy=f"models/{model_name}"), pairs=[pair, pair]
+    )
     answer, call = scoring.ScorePairs.with_call(request)
 score_trace = ours.get_span_context().trace_id.to_bytes(16, "big")
 told = dict(call.initial_metadata())["traceparent"]
@@ -124,7 +158,12 @@ print("score:", sorted(s.name for _, s in spans.values() if s.trace_id == score_
 # A training job, from the call that made it.
 with tracer.start_as_current_span("our job") as ours:
     data = Path(pairs_file).read_bytes()
-    parts = [dataset_pb2.UploadDatasetRequest(metadata=dataset_pb2.UploadMetadata(display_name="traced")), dataset_pb2.UploadDatasetRequest(chunk=data)]
+    parts = [
+        dataset_pb2.UploadDatasetRequest(
+            metadata=dataset_pb2.UploadMetadata(display_name="traced")
+        ),
+        dataset_pb2.UploadDatasetRequest(chunk=data),
+    ]
     dataset = datasets.UploadDataset(iter(parts))
     job = training_pb2.TrainingJob(policy=f"models/{model_name}", dataset=dataset.name)
     job.lora.rank = 4

@@ -25,7 +25,7 @@ use tokio::task::JoinSet;
 use tonic::Code;
 use tonic_types::{FieldViolation, StatusExt as _};
 
-use crate::server::{Server, finish, job, submit, upload};
+use crate::server::{Server, create, finish, get, job, job_error_reason, reason, submit, upload};
 use crate::support::golden;
 use crate::wait::until;
 
@@ -69,15 +69,16 @@ async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
     done.unwrap_or_else(|_| panic!("{what} takes more than {PATIENCE:?}"))
 }
 
-/// Returns the first 300 characters. Some answers of a server that fails these tests have
+/// Returns the first 300 characters, because a server that fails these tests may answer with
 /// gigabytes.
 fn start_of(text: &str) -> String {
     text.chars().take(300).collect()
 }
 
+/// Checks that a call is refused with this code, and returns the error.
 fn refused<T>(answer: Result<T, Status>, code: Code) -> Status {
     let Err(status) = answer else {
-        panic!("the call is accepted, it should be {code:?}")
+        panic!("the call is accepted; the expected error is {code:?}")
     };
     assert_eq!(status.code(), code, "{}", start_of(status.message()));
     status
@@ -269,8 +270,8 @@ async fn errors_quote_little_of_what_a_client_sent() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    // Percent-encoding turns a space into three bytes, and an escaped quotation of the last one
-    // into ten.
+    // Percent-encoding turns a space into three bytes, and an error that quotes the last text
+    // writes it as `\u{10ffff}`.
     for text in ["x", " ", "%", "é", "\"", "\u{10ffff}"] {
         let long = text.repeat(100_000);
         let bad_losses = |n: usize| pb::DpoConfig {
@@ -368,13 +369,13 @@ async fn errors_quote_little_of_what_a_client_sent() {
 
 // ---- connections
 
-/// Speaks HTTP/2 as a client must, so that no keep-alive finds the connection dead, but never makes
-/// a call. Ends when the server closes the connection.
+/// Answers pings and settings as an HTTP/2 client must, so that keep-alive does not close the
+/// connection, but makes no call. Returns when the server closes the connection.
 async fn idle_http2(connection: TcpStream) -> std::io::Result<()> {
     speak_http2(connection, &[]).await
 }
 
-/// Does the same after sending some frames that open calls.
+/// Does the same after sending these frames, which may open calls.
 pub async fn speak_http2(mut connection: TcpStream, frames: &[u8]) -> std::io::Result<()> {
     const SETTINGS: u8 = 4;
     const PING: u8 = 6;
@@ -413,21 +414,21 @@ pub async fn speak_http2(mut connection: TcpStream, frames: &[u8]) -> std::io::R
     }
 }
 
-/// Opens `number` of these connections; they live as long as the set.
+/// Opens `number` idle HTTP/2 connections, which live as long as the returned set.
 async fn flood(server: &Server, number: usize) -> JoinSet<std::io::Result<()>> {
     let address = server.address.trim_start_matches("http://").to_owned();
     let connected = Arc::new(AtomicUsize::new(0));
-    let mut all = JoinSet::new();
+    let mut connections = JoinSet::new();
     for _ in 0..number {
         let (address, connected) = (address.clone(), connected.clone());
-        all.spawn(async move {
+        connections.spawn(async move {
             let connection = TcpStream::connect(address).await?;
             connected.fetch_add(1, Ordering::Relaxed);
             idle_http2(connection).await
         });
     }
-    // Until the server has accepted as many as it accepts. Where it accepts no more, the system's
-    // queue fills up, and the rest cannot connect.
+    // Waits until the server accepts no more connections. The kernel's queue then fills up, and the
+    // remaining clients cannot connect.
     let (mut before, mut unchanged_since) = ((0, 0), Instant::now());
     until(
         "the end of new connections",
@@ -446,7 +447,7 @@ async fn flood(server: &Server, number: usize) -> JoinSet<std::io::Result<()>> {
         connected >= number / 2,
         "{connected} of {number} connections could be opened"
     );
-    all
+    connections
 }
 
 /// Returns the number of files that a process has open.
@@ -482,7 +483,7 @@ async fn assert_live(server: &Server) {
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
-/// Creates a job and pauses it: its event stream stays open and has no events.
+/// Creates a job and pauses it, so that its event stream stays open without new events.
 async fn paused_job(client: &Client, dataset: &str) -> String {
     let name = submit(client, job(dataset, 100_000)).await;
     let request = pb::PauseTrainingJobRequest { name: name.clone() };
@@ -501,7 +502,7 @@ async fn paused_job(client: &Client, dataset: &str) -> String {
 async fn four_hundred_idle_connections_take_no_descriptor_that_the_server_needs() {
     let dir = tempfile::tempdir().unwrap();
     let server = start_limited(dir.path(), libc::RLIMIT_NOFILE, 256, 256);
-    // It watches a waiting job on a connection of its own.
+    // A client that follows a paused job on a connection of its own.
     let watcher = server.client().await;
     let dataset = upload(&watcher, "pairs.jsonl").await;
     let waiting = paused_job(&watcher, &dataset.name).await;
@@ -527,7 +528,7 @@ async fn four_hundred_idle_connections_take_no_descriptor_that_the_server_needs(
 
     let flooding = flood(&server, 400).await;
     assert_live(&server).await;
-    let sent = |client: &Client| {
+    let upload_pairs = |client: &Client| {
         let client = client.clone();
         async move {
             let file = golden("pairs.jsonl");
@@ -536,12 +537,12 @@ async fn four_hundred_idle_connections_take_no_descriptor_that_the_server_needs(
                 .await
         }
     };
-    soon("an upload on an old connection", sent(&watcher))
+    soon("an upload on an old connection", upload_pairs(&watcher))
         .await
         .unwrap();
     let newcomer = soon("a new connection", server.client()).await;
     assert!(soon("a health check", newcomer.health()).await.unwrap());
-    let dataset = soon("an upload", sent(&newcomer)).await.unwrap();
+    let dataset = soon("an upload", upload_pairs(&newcomer)).await.unwrap();
     let name = soon("a job's creation", submit(&newcomer, job(&dataset.name, 2))).await;
     let ended = soon("a tiny job", finish(&newcomer, &name))
         .await
@@ -553,7 +554,7 @@ async fn four_hundred_idle_connections_take_no_descriptor_that_the_server_needs(
     assert_eq!(change.to(), pb::JobState::Succeeded, "{}", change.reason);
     assert_live(&server).await;
 
-    // The stream was not closed: it still delivers new events, each once, until the job ends.
+    // The stream was not closed: it still delivers new events, until the job ends.
     assert!(!followed.is_finished(), "{:?}", followed.await);
     let cancel = pb::CancelTrainingJobRequest { name: waiting };
     soon(
@@ -584,13 +585,13 @@ async fn two_hundred_silent_connections_to_the_http_port_do_not_stop_probes() {
     let client = soon("a new connection", server.client()).await;
     assert!(soon("a health check", client.health()).await.unwrap());
     let file = golden("pairs.jsonl");
-    let sent = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {});
-    soon("an upload", sent).await.unwrap();
+    let upload = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {});
+    soon("an upload", upload).await.unwrap();
     drop(silent);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_says_that_it_accepts_fewer_connections_than_it_is_set_to() {
+async fn a_server_warns_that_the_limit_of_open_files_lowers_max_connections() {
     let dir = tempfile::tempdir().unwrap();
     let server = start_limited(dir.path(), libc::RLIMIT_NOFILE, 256, 256);
     until(
@@ -626,8 +627,8 @@ enum Column {
     Float(Vec<Option<f32>>),
 }
 
-/// Writes a Parquet file. `schema` has a leaf for each column, optional ones directly above their
-/// values.
+/// Writes a Parquet file. `schema` has a leaf for each column. Only a leaf itself may be optional,
+/// not a group above it.
 fn write_parquet(file: &Path, schema: &str, columns: Vec<Column>) {
     let schema = Arc::new(parse_message_type(&format!("message rows {{ {schema} }}")).unwrap());
     let leaves = SchemaDescriptor::new(schema.clone());
@@ -643,23 +644,23 @@ fn write_parquet(file: &Path, schema: &str, columns: Vec<Column>) {
         let leaf = leaves.column(i);
         let mut out = group.next_column().unwrap().unwrap();
         // An absent value is defined only up to the level above it.
-        macro_rules! write {
+        macro_rules! write_column {
             ($kind:ty, $values:expr, $to:expr) => {{
-                let levels: Vec<i16> = $values
+                let definition_levels: Vec<i16> = $values
                     .iter()
                     .map(|v| leaf.max_def_level() - i16::from(v.is_none()))
                     .collect();
-                let starts = vec![0; levels.len()];
+                let repetition_levels = vec![0; definition_levels.len()];
                 let present: Vec<_> = $values.into_iter().flatten().map($to).collect();
                 out.typed::<$kind>()
-                    .write_batch(&present, Some(&levels), Some(&starts))
+                    .write_batch(&present, Some(&definition_levels), Some(&repetition_levels))
                     .unwrap();
             }};
         }
         match column {
-            Column::Text(values) => write!(ByteArrayType, values, ByteArray::from),
-            Column::Double(values) => write!(DoubleType, values, |x| x),
-            Column::Float(values) => write!(FloatType, values, |x| x),
+            Column::Text(values) => write_column!(ByteArrayType, values, ByteArray::from),
+            Column::Double(values) => write_column!(DoubleType, values, |x| x),
+            Column::Float(values) => write_column!(FloatType, values, |x| x),
         }
         out.close().unwrap();
     }
@@ -876,7 +877,7 @@ async fn extra_columns_of_a_parquet_row_are_used_or_reported() {
     );
     const ROWS: usize = 7;
     let every = |text: &'static str| Column::Text(vec![Some(text); ROWS]);
-    // Row number `i` from 1 has a text, the others have none.
+    // Row number `row`, counted from 1, has a text; the others have none.
     let one = |row: usize, text: &'static str| {
         Column::Text((1..=ROWS).map(|r| (r == row).then_some(text)).collect())
     };
@@ -909,6 +910,8 @@ async fn extra_columns_of_a_parquet_row_are_used_or_reported() {
 }
 
 // ---- objectives with contradictory settings
+//
+// The AOT losses sort within the batch, so a loss belongs to no row and cannot have its weight.
 
 fn assert_violation<T>(answer: Result<T, Status>, field: &str) {
     let status = refused(answer, Code::InvalidArgument);
@@ -930,7 +933,7 @@ async fn check(client: &Client, wanted: pb::TrainingJob) -> Result<pb::TrainingJ
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sorted_losses_take_no_weighting() {
+async fn aot_losses_refuse_use_weighting() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -957,37 +960,18 @@ async fn sorted_losses_take_no_weighting() {
 /// Returns the reason why a job is refused for its rows, when it is created or after it has read
 /// them.
 async fn refusal_of_rows(client: &Client, wanted: pb::TrainingJob) -> String {
-    let (reason, message) = match client
-        .training()
-        .create_training_job(creation(wanted))
-        .await
-    {
+    let (reason, message) = match create(client, wanted).await {
         Err(status) => {
             assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
-            let info = status.get_details_error_info().unwrap();
-            (info.reason, status.message().to_owned())
+            (reason(&status), status.message().to_owned())
         }
-        Ok(made) => {
-            let name = made.into_inner().name;
+        Ok(created) => {
+            let name = created.name;
             finish(client, &name).await;
-            let request = pb::GetTrainingJobRequest { name };
-            let ended = client
-                .training()
-                .get_training_job(request)
-                .await
-                .unwrap()
-                .into_inner();
+            let ended = get(client, &name).await;
             assert_eq!(ended.state(), pb::JobState::Failed);
             let error = ended.error.unwrap();
-            let status = Status::with_details(
-                error.code.into(),
-                error.message.clone(),
-                error.encode_to_vec().into(),
-            );
-            (
-                status.get_details_error_info().unwrap().reason,
-                error.message,
-            )
+            (job_error_reason(&error), error.message)
         }
     };
     assert_eq!(reason, "DATASET_INVALID", "{message}");
@@ -995,7 +979,7 @@ async fn refusal_of_rows(client: &Client, wanted: pb::TrainingJob) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sorted_losses_take_no_weighted_rows() {
+async fn aot_losses_refuse_rows_of_unequal_weight() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -1047,7 +1031,7 @@ async fn sorted_losses_take_no_weighted_rows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reference_that_no_loss_reads_is_not_moved() {
+async fn reference_sync_is_refused_where_no_loss_reads_the_reference() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -1071,12 +1055,13 @@ async fn a_reference_that_no_loss_reads_is_not_moved() {
         let answer = check(&client, moving(names)).await;
         assert_violation(answer, "training_job.dpo.reference_sync");
     }
-    // One loss that uses it is enough.
+    // One loss that reads the reference is enough.
     check(&client, moving(&["sft", "sigmoid"])).await.unwrap();
 }
 
 // ---- messages of the command line
 
+/// Runs a command, and returns its exit status and its output with its errors.
 fn bradley(server: &Server, args: &[&str]) -> (Option<i32>, String) {
     let done: Output = std::process::Command::new(crate::support::binary())
         .args(args)
@@ -1125,8 +1110,8 @@ fn train_checks_lengths_as_the_job_will_and_names_its_own_flags() {
     let (code, said) = train(&["--max-length", "16"]);
     assert!(said.contains("6 rows, 4 of them usable"), "{said}");
     for row in ["row 2", "row 5"] {
-        let is_told = |line: &str| line.contains(row) && line.contains("prompt_fills_max_length");
-        assert!(said.lines().any(is_told), "{row} is not named: {said}");
+        let names_row = |line: &str| line.contains(row) && line.contains("prompt_fills_max_length");
+        assert!(said.lines().any(names_row), "{row} is not named: {said}");
     }
     assert!(
         said.contains("--skip-bad-rows") && said.contains("--max-length"),

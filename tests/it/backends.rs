@@ -39,7 +39,7 @@ impl Postgres {
             );
         }
         let data = dir.path().join("data");
-        let made = as_user(&bin.join("initdb"))
+        let initialized = as_postgres(&bin.join("initdb"))
             .args([
                 "--auth=trust",
                 "--username=bradley",
@@ -50,7 +50,7 @@ impl Postgres {
             .arg(&data)
             .stdout(Stdio::null())
             .status();
-        assert!(made.unwrap().success());
+        assert!(initialized.unwrap().success());
         let mut postgres = Postgres {
             bin,
             dir,
@@ -89,7 +89,7 @@ impl Postgres {
             return;
         };
         let data = self.dir.path().join("data");
-        let _ = as_user(&self.bin.join("pg_ctl"))
+        let _ = as_postgres(&self.bin.join("pg_ctl"))
             .args(["stop", "-m", "immediate", "-D"])
             .arg(data)
             .stdout(Stdio::null())
@@ -100,7 +100,7 @@ impl Postgres {
 
     /// Starts it, or starts it again, and waits until it answers.
     pub fn resume(&mut self) {
-        let child = as_user(&self.bin.join("postgres"))
+        let child = as_postgres(&self.bin.join("postgres"))
             .arg("-D")
             .arg(self.dir.path().join("data"))
             .args(["-h", "127.0.0.1", "-p", &self.port.to_string(), "-k"])
@@ -190,7 +190,7 @@ impl S3 {
         s3
     }
 
-    /// Returns its port.
+    /// Returns its port on this machine.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -234,15 +234,15 @@ impl S3 {
             .collect()
     }
 
-    /// Removes an object, as an accident would.
+    /// Removes an object behind the server's back.
     pub fn remove(&self, key: &str) {
         self.request("DELETE", &format!("/bradley/{key}")).unwrap();
     }
 
     fn request(&self, method: &str, path: &str) -> std::io::Result<String> {
         let mut connection = TcpStream::connect(("127.0.0.1", self.port))?;
-        let head = "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3\
-                    /aws4_request\r\nContent-Length: 0";
+        let head = "Authorization: AWS4-HMAC-SHA256 \
+                    Credential=test/20260101/us-east-1/s3/aws4_request\r\nContent-Length: 0";
         write!(
             connection,
             "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{head}\r\nConnection: close\r\n\r\n"
@@ -308,6 +308,7 @@ impl Proxy {
     }
 }
 
+/// Connects a client with the backend, until one of them ends.
 fn serve(mut client: TcpStream, backend: u16, fault: &Arc<Mutex<Fault>>) {
     if *fault.lock().unwrap() == Fault::Error {
         let _ = client.read(&mut [0; 65536]);
@@ -353,7 +354,9 @@ pub fn signal(pid: u32, signal: i32) {
     assert_eq!(unsafe { libc::kill(pid as i32, signal) }, 0);
 }
 
-fn as_user(program: &Path) -> Command {
+/// Returns a command that runs a program of PostgreSQL, as the user `postgres` if the tests run as
+/// root.
+fn as_postgres(program: &Path) -> Command {
     if !is_root() {
         return Command::new(program);
     }

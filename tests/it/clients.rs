@@ -29,6 +29,7 @@ fn base64(bytes: &[u8]) -> String {
     out
 }
 
+/// Runs a command that must succeed, and returns its output.
 fn run(command: &mut Command) -> String {
     let output = command.output().unwrap();
     let (out, err) = (
@@ -39,6 +40,8 @@ fn run(command: &mut Command) -> String {
     out.into_owned()
 }
 
+/// Runs tests/clients/cycle.py with the model that the server has as `model` and that peft loads
+/// from `base`. The adapter goes to the folder `out`.
 fn cycle(
     server: &Server,
     python: &str,
@@ -60,7 +63,7 @@ fn cycle(
 
 #[test]
 #[ignore = "needs Python with grpcio and peft (BRADLEY_TEST_PYTHON)"]
-fn grpcio_and_peft_go_through_the_whole_cycle() {
+fn grpcio_trains_and_scores_and_peft_loads_the_adapter() {
     let python = needed("BRADLEY_TEST_PYTHON");
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
@@ -78,7 +81,7 @@ fn grpcio_and_peft_go_through_the_whole_cycle() {
 
 #[test]
 #[ignore = "needs Python with grpcio and OpenTelemetry (BRADLEY_TEST_PYTHON)"]
-fn opentelemetrys_client_and_sink_see_one_trace_for_a_score_and_for_a_job() {
+fn an_opentelemetry_client_finds_one_trace_for_a_score_and_one_for_a_job() {
     let python = needed("BRADLEY_TEST_PYTHON");
     let mut client = Command::new(python)
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/traces.py"))
@@ -95,15 +98,11 @@ fn opentelemetrys_client_and_sink_see_one_trace_for_a_score_and_for_a_job() {
     said.read_line(&mut port).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let endpoint = format!("http://127.0.0.1:{}", port.trim());
-    // Variable of the exporter: spans are sent after 200 ms instead of 5 s.
     let flags = ["--otlp-endpoint", &endpoint];
     let models = format!("tiny={}", golden("models/llama").display());
-    let server = Server::start_in(
-        dir.path(),
-        &models,
-        &flags,
-        &[("OTEL_BSP_SCHEDULE_DELAY", "200")],
-    );
+    // Spans are sent after 200 ms instead of 5 s.
+    let environment = [("OTEL_BSP_SCHEDULE_DELAY", "200")];
+    let server = Server::start_in(dir.path(), &models, &flags, &environment);
     writeln!(
         client.stdin.take().unwrap(),
         "{}",
@@ -124,7 +123,7 @@ fn opentelemetrys_client_and_sink_see_one_trace_for_a_score_and_for_a_job() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs grpcurl (BRADLEY_TEST_GRPCURL)"]
-async fn grpcurl_goes_through_the_cycle_by_reflection() {
+async fn grpcurl_trains_and_scores_by_reflection() {
     let grpcurl = needed("BRADLEY_TEST_GRPCURL");
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
@@ -160,7 +159,8 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
         "llama"
     );
 
-    // grpcurl takes a client stream as one JSON message after the other; bytes are base64.
+    // grpcurl reads the messages of a client stream as JSON, one after the other, with bytes in
+    // base64.
     let file = std::fs::read(golden("pairs.jsonl")).unwrap();
     let mut body = serde_json::json!({"metadata": {"display_name": "by grpcurl"}}).to_string();
     for piece in file.chunks(999) {
@@ -194,7 +194,7 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
         streamed.contains("JOB_STATE_SUCCEEDED") && streamed.contains("rewards/margins"),
         "{streamed}"
     );
-    // Continued from a cursor: only the remaining events.
+    // After a cursor only the remaining events are sent.
     let all = streamed.matches("\"sequence\"").count();
     let body = serde_json::json!({"parent": name, "after_sequence": 3}).to_string();
     let rest = run(Command::new(&grpcurl).args([
@@ -213,13 +213,14 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
         let message = serde_json::json!({"role": role, "content": content});
         serde_json::json!({"chat": {"messages": [message]}})
     };
-    let body = serde_json::json!({
-        "options": {"policy": format!("{name}/checkpoints/latest")},
-        "pairs": [{
-            "id": "x", "prompt": text("user", "Name a colour."),
-            "a": text("assistant", "Blue."), "b": text("assistant", "It depends.")
-        }]
+    let pair = serde_json::json!({
+        "id": "x",
+        "prompt": text("user", "Name a colour."),
+        "a": text("assistant", "Blue."),
+        "b": text("assistant", "It depends."),
     });
+    let options = serde_json::json!({"policy": format!("{name}/checkpoints/latest")});
+    let body = serde_json::json!({"options": options, "pairs": [pair]});
     let score = call("bradley.v1.ScoringService/ScorePairs", &body.to_string());
     assert!(
         score["results"][0]["score"]["probability"]
@@ -253,7 +254,7 @@ async fn grpcurl_goes_through_the_cycle_by_reflection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn reflection_v1_answers_too() {
+async fn reflection_v1_lists_the_services() {
     use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
     use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
     use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
@@ -292,9 +293,8 @@ async fn reflection_v1_answers_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs SmolLM2 (BRADLEY_TEST_MODEL) and Python with grpcio and peft \
-            (BRADLEY_TEST_PYTHON)"]
-async fn the_real_model_goes_through_the_python_cycle() {
+#[ignore = "needs SmolLM2 (BRADLEY_TEST_MODEL) and Python with grpcio and peft (BRADLEY_TEST_PYTHON)"]
+async fn grpcio_trains_and_scores_with_a_real_model_and_peft_loads_the_adapter() {
     let (python, model) = (needed("BRADLEY_TEST_PYTHON"), needed("BRADLEY_TEST_MODEL"));
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start_with(dir.path(), &format!("smollm2={model}"), &[]);

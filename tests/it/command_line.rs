@@ -19,6 +19,7 @@ fn bradley(server: Option<&Server>, args: &[&str]) -> Output {
     command.output().unwrap()
 }
 
+/// Runs a command that must succeed, and returns its standard output.
 fn succeed(server: &Server, args: &[&str]) -> String {
     let out = bradley(Some(server), args);
     assert!(
@@ -35,7 +36,7 @@ fn json(server: &Server, args: &[&str]) -> serde_json::Value {
 }
 
 #[test]
-fn from_a_file_of_pairs_to_an_adapter() {
+fn commands_lead_from_a_file_of_pairs_to_an_adapter() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let pairs = golden("pairs.jsonl");

@@ -1,6 +1,5 @@
-//! Gives each parser its fuzzers' saved corpus, which includes the inputs that they found. The name
-//! of each file says what the parser must do: accept NAME.ok, return an error for NAME.refused.
-//! Neither may panic.
+//! Gives each parser the saved corpus of its fuzz target, which includes inputs that fuzzing found.
+//! A parser must accept NAME.ok and return an error for NAME.refused, and never panic.
 
 use std::path::{Path, PathBuf};
 
@@ -21,10 +20,9 @@ fn corpus() -> PathBuf {
     golden("../fuzz/corpus")
 }
 
-/// Checks that `is_taken` returns true for a target's files named `.ok`, and false for those named
-/// `.refused`.
+/// Checks that `is_accepted` returns true for a target's files NAME.ok, and false for NAME.refused.
 #[track_caller]
-fn assert_outcomes(target: &str, is_taken: impl Fn(&Path) -> bool) {
+fn assert_outcomes(target: &str, is_accepted: impl Fn(&Path) -> bool) {
     let mut files = 0;
     for entry in std::fs::read_dir(corpus().join(target)).unwrap() {
         let file = entry.unwrap().path();
@@ -34,7 +32,7 @@ fn assert_outcomes(target: &str, is_taken: impl Fn(&Path) -> bool) {
             _ => panic!("{}: name it NAME.ok or NAME.refused", file.display()),
         };
         assert_eq!(
-            is_taken(&file),
+            is_accepted(&file),
             expected,
             "{} is not what its name says",
             file.display()
@@ -49,12 +47,12 @@ fn text(file: &Path) -> String {
 }
 
 #[test]
-fn every_target_is_tested_here() {
-    let mut targets: Vec<String> = std::fs::read_dir(corpus())
+fn every_folder_of_the_corpus_is_tested_here() {
+    let mut folders: Vec<String> = std::fs::read_dir(corpus())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
-    targets.sort();
+    folders.sort();
     let tested = [
         "adapter_config",
         "chat_template",
@@ -65,7 +63,7 @@ fn every_target_is_tested_here() {
         "settings",
         "tokenizer",
     ];
-    assert_eq!(targets, tested);
+    assert_eq!(folders, tested);
 }
 
 #[test]
@@ -129,14 +127,18 @@ fn chat_templates() {
 fn adapters() {
     let config = golden("models/llama/config.json");
     let config = ModelConfig::from_hf_json(&text(&config), &config).unwrap();
-    for (target, replaced, whole) in [
+    for (target, fuzzed, intact) in [
         ("safetensors", peft::WEIGHTS_FILE, peft::CONFIG_FILE),
         ("adapter_config", peft::CONFIG_FILE, peft::WEIGHTS_FILE),
     ] {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::copy(golden("adapters/llama").join(whole), dir.path().join(whole)).unwrap();
+        std::fs::copy(
+            golden("adapters/llama").join(intact),
+            dir.path().join(intact),
+        )
+        .unwrap();
         assert_outcomes(target, |file| {
-            std::fs::copy(file, dir.path().join(replaced)).unwrap();
+            std::fs::copy(file, dir.path().join(fuzzed)).unwrap();
             peft::load(dir.path(), &config).is_ok()
         });
     }

@@ -1,12 +1,15 @@
-//! SIGKILL and SIGTERM in mid-training: no job, no delivered event and no more than the steps since
-//! the last checkpoint are lost.
+//! SIGKILL and SIGTERM while a job trains: no job and no delivered event is lost, and only the
+//! steps since the last checkpoint are repeated. Also probes and a diverging run.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use bradley::rpc::pb;
 
-use crate::server::{Server, finish, job, state, submit, upload};
+use crate::server::{
+    Server, checkpoints_folder, finish, get, job, losses, state, steps, submit, succeed, upload,
+};
+use crate::support::copy_files;
 
 fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
     let mut wanted = job(dataset, steps);
@@ -17,7 +20,7 @@ fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
     wanted
 }
 
-/// Returns the events so far as soon as `enough` returns true for them.
+/// Follows a job until `enough` returns true for an event. Returns the events up to that one.
 async fn events_until(
     client: &bradley::rpc::client::Client,
     name: &str,
@@ -43,28 +46,10 @@ fn step_of(e: &pb::TrainingEvent) -> Option<u64> {
     }
 }
 
-fn losses(events: &[pb::TrainingEvent]) -> std::collections::BTreeMap<u64, u64> {
-    events
-        .iter()
-        .filter_map(|e| match &e.event {
-            Some(pb::training_event::Event::StepMetrics(s)) => {
-                Some((s.step, s.metrics["loss"].to_bits()))
-            }
-            _ => None,
-        })
-        .collect()
-}
-
-fn folder_of(data_dir: &Path, name: &str) -> PathBuf {
-    data_dir
-        .join("jobs")
-        .join(name.trim_start_matches("trainingJobs/"))
-        .join("checkpoints")
-}
-
-/// Creates a complete checkpoint folder without a row, as a kill between the two leaves it.
-fn leave_unacknowledged(data_dir: &Path, name: &str, step: u64) {
-    let folder = folder_of(data_dir, name);
+/// Creates a complete checkpoint folder that the database does not know, as a kill before the row
+/// is written leaves it.
+fn leave_checkpoint_without_row(data_dir: &Path, name: &str, step: u64) {
+    let folder = checkpoints_folder(data_dir, name);
     let steps = std::fs::read_dir(&folder)
         .unwrap()
         .filter_map(|e| e.unwrap().file_name().to_str()?.parse::<u64>().ok());
@@ -74,10 +59,7 @@ fn leave_unacknowledged(data_dir: &Path, name: &str, step: u64) {
         folder.join(step.to_string()),
     );
     std::fs::create_dir(&to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
+    copy_files(&from, &to);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -101,7 +83,7 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
         let client = server.client().await;
         delivered = events_until(&client, &name, |e| step_of(e) >= Some(kill_after)).await;
         server.kill();
-        leave_unacknowledged(&server.data_dir, &name, 3);
+        leave_checkpoint_without_row(&server.data_dir, &name, 3);
         server = Server::start(dir.path());
     }
     let client = server.client().await;
@@ -111,13 +93,13 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
         all.iter()
             .enumerate()
             .all(|(i, e)| e.sequence == i as u64 + 1),
-        "sequences have no gap"
+        "the sequence numbers have a gap"
     );
     for e in &delivered {
         assert_eq!(
             Some(e),
             all.get(e.sequence as usize - 1),
-            "what was delivered is still there, unchanged"
+            "a delivered event is gone or has changed"
         );
     }
     // After each restart at most the steps since the last multiple of five are repeated.
@@ -131,7 +113,11 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
             last = step;
         }
     }
-    assert_eq!(losses(&all), undisturbed, "the same losses, bit for bit");
+    assert_eq!(
+        losses(&all),
+        undisturbed,
+        "other losses than those of an undisturbed run"
+    );
     let checkpoints: Vec<u64> = all
         .iter()
         .filter_map(|e| match &e.event {
@@ -141,17 +127,19 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
         .collect();
     assert!(
         checkpoints.iter().all(|step| step % 5 == 0),
-        "only a stored checkpoint is one: {checkpoints:?}"
+        "a checkpoint without a row is reported: {checkpoints:?}"
     );
     assert!(
-        !folder_of(&server.data_dir, &name).join("3").exists(),
-        "what a crash cut short is removed"
+        !checkpoints_folder(&server.data_dir, &name)
+            .join("3")
+            .exists(),
+        "a checkpoint without a row is not removed"
     );
     finish(&client, &waiting).await;
     assert_eq!(
         state(&client, &waiting).await,
         pb::JobState::Succeeded,
-        "a queued job survives too"
+        "the queued job is lost"
     );
 }
 
@@ -162,7 +150,8 @@ async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let mut wanted = job(&dataset.name, 400);
-    wanted.run = None; // no periodic checkpoint: the drain must write one
+    // No periodic checkpoints, so the drain must write one.
+    wanted.run = None;
     let name = submit(&client, wanted).await;
     events_until(&client, &name, |e| step_of(e) >= Some(5)).await;
     let open = {
@@ -193,23 +182,21 @@ async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
     assert_eq!(
         open.await.unwrap(),
         Some(tonic::Code::Unavailable),
-        "an open stream is told to go on elsewhere"
+        "an open stream ends with UNAVAILABLE, so that its client tries another server"
     );
 
     let server = Server::start(dir.path());
     let client = server.client().await;
     let all = finish(&client, &name).await;
-    let steps: Vec<u64> = all.iter().filter_map(step_of).collect();
     assert_eq!(
-        steps,
+        steps(&all),
         (1..=400).collect::<Vec<_>>(),
-        "no step is lost or repeated"
+        "a step is lost or repeated"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn probes_and_metrics_answer_on_the_http_port() {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -220,22 +207,14 @@ async fn probes_and_metrics_answer_on_the_http_port() {
         ("/metrics", "bradley_requests_total"),
         ("/metrics", "bradley_scored_tokens_total"),
     ] {
-        let mut connection = tokio::net::TcpStream::connect(&server.http).await.unwrap();
-        connection
-            .write_all(
-                format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes(),
-            )
-            .await
-            .unwrap();
-        let mut answer = String::new();
-        connection.read_to_string(&mut answer).await.unwrap();
+        let answer = server.http_get(path);
         assert!(answer.contains(expected), "{path}: {answer}");
     }
     assert!(server.data_dir.join("bradley.db").is_file());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_diverges_fails_and_poisons_nothing() {
+async fn a_run_that_diverges_fails_and_can_be_read_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let mut server = Server::start(dir.path());
     let client = server.client().await;
@@ -253,25 +232,12 @@ async fn a_run_that_diverges_fails_and_poisons_nothing() {
     });
     let name = submit(&client, wild).await;
     finish(&client, &name).await;
-    let request = pb::GetTrainingJobRequest { name: name.clone() };
-    let failed = client
-        .training()
-        .get_training_job(request.clone())
-        .await
-        .unwrap()
-        .into_inner();
+    let failed = get(&client, &name).await;
     assert_eq!(failed.state(), pb::JobState::Failed);
     server.kill();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    assert_eq!(
-        client
-            .training()
-            .get_training_job(request)
-            .await
-            .unwrap()
-            .into_inner(),
-        failed
-    );
-    finish(&client, &submit(&client, job(&dataset.name, 2)).await).await;
+    assert_eq!(get(&client, &name).await, failed);
+    let next = submit(&client, job(&dataset.name, 2)).await;
+    succeed(&client, &next).await;
 }

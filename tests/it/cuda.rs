@@ -47,13 +47,13 @@ fn gpu_name() -> String {
 const SHAPES: [(&str, &str); 5] = [
     (
         "llama",
-        r#""model_type": "llama", "hidden_size": 192, "num_attention_heads": 3,
-            "num_key_value_heads": 1"#,
+        r#""model_type": "llama", "hidden_size": 192,
+            "num_attention_heads": 3, "num_key_value_heads": 1"#,
     ),
     (
         "qwen2",
-        r#""model_type": "qwen2", "hidden_size": 256, "num_attention_heads": 2,
-            "num_key_value_heads": 2, "tie_word_embeddings": false"#,
+        r#""model_type": "qwen2", "hidden_size": 256,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": false"#,
     ),
     (
         "qwen3",
@@ -72,7 +72,8 @@ const SHAPES: [(&str, &str); 5] = [
     ),
 ];
 
-fn random(shape: &str, seed: u64) -> Policy {
+/// Returns a policy with random weights in f32 on the CPU. `shape` is a part of its config.json.
+fn random_policy(shape: &str, seed: u64) -> Policy {
     let json = format!(
         r#"{{{shape}, "intermediate_size": 224, "num_hidden_layers": 2, "vocab_size": 300,
             "max_position_embeddings": 512, "rms_norm_eps": 1e-5}}"#
@@ -104,7 +105,8 @@ fn random(shape: &str, seed: u64) -> Policy {
     }
 }
 
-/// Returns two pairs, three answers to one prompt, and a prompt that is longer than a tile.
+/// Returns a row of two pairs and one prompt with three answers. The prompts of the pairs are
+/// longer than a tile of attention (64 tokens).
 fn row() -> PackedRow {
     let ids = |n: usize, seed: usize| {
         (0..n)
@@ -141,7 +143,8 @@ fn adapter(policy: &Policy) -> Adapter {
     Adapter::build(&policy.config, &config, values).unwrap()
 }
 
-/// Returns log-probs and gradients for an upstream gradient that differs from token to token.
+/// Runs a row forward, and backward with an upstream gradient that differs from token to token.
+/// Returns the log-probs and the gradients.
 fn passes(
     policy: &TrainablePolicy,
     row: &PackedRow,
@@ -174,7 +177,7 @@ fn a_gpu_computes_what_the_cpu_computes() {
     gpu_name();
     let row = row();
     for (name, shape) in SHAPES {
-        let base = random(shape, 1);
+        let base = random_policy(shape, 1);
         let on_cpu = Policy {
             parameters: Arc::new(rounded(&base.parameters)),
             ..base
@@ -184,9 +187,9 @@ fn a_gpu_computes_what_the_cpu_computes() {
             ..on_cpu.clone()
         };
         let adapter = adapter(&on_cpu);
-        // In bf16 a tensor's gradient may be the rounding error of numbers that cancel, on the CPU
-        // too: there all gradients are compared together.
-        for (precision, logp, gradient) in
+        // In bf16 the gradient of a single tensor may consist of rounding errors of numbers that
+        // cancel, on the CPU too. So in bf16 only all gradients together are compared.
+        for (precision, logp_tolerance, gradient_tolerance) in
             [(Precision::F32, 1e-5, 1e-4), (Precision::Bf16, 1e-2, 5e-2)]
         {
             for full in [false, true] {
@@ -194,36 +197,39 @@ fn a_gpu_computes_what_the_cpu_computes() {
                     true => TrainablePolicy::full(policy, precision).unwrap(),
                     false => TrainablePolicy::lora(policy, &adapter, precision).unwrap(),
                 };
-                let (want, wanted) =
+                let (expected_logps, expected_gradients) =
                     passes(&trainable(&on_cpu, Precision::F32), &row, SavePolicy::Tapes);
                 let policy = trainable(&on_gpu, precision);
-                let (got, gradients) = passes(&policy, &row, SavePolicy::Tapes);
+                let (logps, gradients) = passes(&policy, &row, SavePolicy::Tapes);
                 let what = format!("{name} {precision:?} full {full}");
+                let off = distance(&logps, &expected_logps);
                 assert!(
-                    distance(&got, &want) < logp,
-                    "{what}: log-probs are off by {:e}",
-                    distance(&got, &want)
+                    off < logp_tolerance,
+                    "{what}: the log-probs are off by {off:e}"
                 );
-                let off = distance(&gradients.concat(), &wanted.concat());
-                assert!(off < gradient, "{what}: the gradients are off by {off:e}");
-                for ((t, g), w) in policy
+                let off = distance(&gradients.concat(), &expected_gradients.concat());
+                assert!(
+                    off < gradient_tolerance,
+                    "{what}: the gradients are off by {off:e}"
+                );
+                for ((trained, gradient), expected) in policy
                     .trainables
                     .iter()
                     .zip(&gradients)
-                    .zip(&wanted)
+                    .zip(&expected_gradients)
                     .filter(|_| precision == Precision::F32)
                 {
-                    let off = distance(g, w);
+                    let off = distance(gradient, expected);
                     assert!(
-                        off < gradient,
+                        off < gradient_tolerance,
                         "{what}: the gradient of {} is off by {off:e}",
-                        t.name
+                        trained.name
                     );
                 }
-                let again = passes(&policy, &row, SavePolicy::BlockInputs);
+                let recomputed = passes(&policy, &row, SavePolicy::BlockInputs);
                 assert!(
-                    again == (got, gradients),
-                    "{what}: with its blocks run again the row gives other bits"
+                    recomputed == (logps, gradients),
+                    "{what}: recomputed blocks give other bits"
                 );
             }
         }
@@ -233,13 +239,13 @@ fn a_gpu_computes_what_the_cpu_computes() {
 /// The reference cache distinguishes log-probs by the devices and the cuBLAS that computed them.
 #[test]
 #[ignore = "needs a GPU or the emulator (BRADLEY_TEST_DEVICE)"]
-fn the_arithmetic_names_each_device_and_the_version_of_cublas() {
+fn a_policys_arithmetic_names_each_device_and_the_version_of_cublas() {
     gpu_name();
     let ComputeDevice::Cuda(cuda) = device() else {
         panic!("{:?} is no GPU", device())
     };
     let name = cuda.gpu().name();
-    let on_cpu = random(SHAPES[0].1, 1);
+    let on_cpu = random_policy(SHAPES[0].1, 1);
     let on_gpu = Policy {
         device: device(),
         ..on_cpu.clone()
@@ -321,7 +327,7 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
         assert_eq!(
             server.metrics().contains(&gauge),
             device != "cpu",
-            "the GPU's memory is a metric"
+            "only the memory of a GPU is a metric"
         );
         outcomes.push((
             losses,
@@ -340,13 +346,16 @@ async fn a_server_on_a_gpu_trains_and_scores_as_one_on_the_cpu() {
     for (cpu, gpu) in outcomes[0].1.iter().zip(&outcomes[1].1) {
         assert_close("a margin after training", *gpu, *cpu, 1e-2, 0.1);
     }
-    assert_eq!(outcomes[1], outcomes[2], "where memory lies changes no bit");
-    assert_eq!(outcomes[2], outcomes[3], "when work is done changes no bit");
+    assert_eq!(outcomes[1], outcomes[2], "mapped memory changes some bits");
+    assert_eq!(
+        outcomes[2], outcomes[3],
+        "deferred kernels change some bits"
+    );
 }
 
 #[tokio::test]
 #[ignore = "needs a GPU or the emulator (BRADLEY_TEST_DEVICE)"]
-async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
+async fn a_server_that_is_stopped_while_its_gpu_works_exits_with_status_0() {
     let device = gpu_name();
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
@@ -359,12 +368,12 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
     );
     let client = server.client().await;
     score(&client, "models/tiny", pairs()).await;
-    // Many new pairs; the caller leaves while they are computed. A busy server must still end, with
-    // exit status 0. Whether it waits for its device shows only by chance: the emulator ends the
-    // process with another status if its libraries are called during the exit.
+    // Many new pairs; the caller leaves while they are computed. The busy server must still exit
+    // with status 0. A server that does not wait for its device fails this test only by chance: the
+    // emulator sets another exit status if its libraries are called during the exit.
     let many = |call: usize| {
-        // Other prompts, so that nothing is cached from before.
-        let other = move |i: usize| {
+        // Other prompts, so that the reference cache has none of them.
+        let new_pairs = move |i: usize| {
             pairs().into_iter().map(move |mut p| {
                 if let Some(pb::text::Form::Chat(list)) =
                     p.prompt.as_mut().and_then(|t| t.form.as_mut())
@@ -379,7 +388,11 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
                 }
             })
         };
-        score(&client, "models/tiny", (0..20).flat_map(other).collect())
+        score(
+            &client,
+            "models/tiny",
+            (0..20).flat_map(new_pairs).collect(),
+        )
     };
     let all = async { tokio::join!(many(0), many(1), many(2), many(3)) };
     let left = tokio::time::timeout(Duration::from_millis(500), all).await;
@@ -389,10 +402,10 @@ async fn a_server_at_work_on_its_gpu_ends_with_success_when_it_is_told_to() {
     );
 }
 
-/// Writes a folder with a model of that shape and the tiny Llama's tokenizer.
+/// Writes a folder with a random model of this shape and the tiny Llama's tokenizer.
 fn model_folder(shape: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    let policy = random(shape, 1);
+    let policy = random_policy(shape, 1);
     let config = serde_json::to_vec(&policy.config.hf_json).unwrap();
     std::fs::write(folder.path().join("config.json"), config).unwrap();
     save_tensors(
@@ -406,6 +419,7 @@ fn model_folder(shape: &str) -> tempfile::TempDir {
     folder
 }
 
+/// Starts an engine with the GPU under test, and stops it. Returns the error if it does not start.
 fn start_engine(folder: &Path, change: impl FnOnce(&mut EngineOptions)) -> Result<(), String> {
     let model = load_model(Some("m"), folder.to_str().unwrap(), &HubOptions::default()).unwrap();
     let device = DeviceChoice::parse(&gpu_name()).unwrap();
@@ -445,7 +459,7 @@ fn a_model_whose_heads_are_too_wide_for_the_kernels_is_refused() {
 fn a_gpu_has_a_memory_limit_of_its_own() {
     gpu_name();
     let folder = model_folder(SHAPES[0].1);
-    // The memory limit of the container does not apply to the GPU's memory.
+    // The limit of the host's memory does not apply to the GPU's memory.
     assert_eq!(
         start_engine(folder.path(), |options| options.memory_limit = Some(1)),
         Ok(())

@@ -1,5 +1,5 @@
-//! Uploads of datasets. Parquet files are decoded in a separate process, so a file's cost never
-//! falls on the server.
+//! Parquet files through a server. It decodes them in a separate process, so that the memory that a
+//! file takes, or a crash, does not affect the server.
 
 use std::path::Path;
 use std::pin::Pin;
@@ -18,13 +18,13 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
-use crate::hostile::{check, mutate, resident_kib, times};
-use crate::server::{Server, finish, job, submit};
+use crate::hostile::{assert_has_reason, mutate, number_of_cases, resident_kib};
+use crate::server::{Server, job, submit, succeed};
 use crate::support::golden;
 use crate::wait::holds_for;
 
-const MESSAGES: &str = "(LIST) { repeated group list { required group element { optional binary \
-                        role (UTF8); optional binary content (UTF8); } } }";
+const MESSAGES: &str = "(LIST) { repeated group list { required group element {
+    optional binary role (UTF8); optional binary content (UTF8); } } }";
 
 async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError> {
     server
@@ -36,7 +36,7 @@ async fn upload(server: &Server, file: &Path) -> Result<pb::Dataset, ClientError
 
 /// Writes a good record, then one whose lists have `messages` messages without text. Parquet stores
 /// these as runs of levels, in a few bytes for any number of messages.
-fn endless_messages(path: &Path, messages: usize) {
+fn write_long_dialogues(path: &Path, messages: usize) {
     let schema = ["prompt", "chosen", "rejected"]
         .map(|c| format!("required group {c} {MESSAGES}"))
         .concat();
@@ -76,7 +76,7 @@ fn endless_messages(path: &Path, messages: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn parquet_is_decoded_beside_the_server_and_trained_on() {
+async fn a_job_trains_on_a_parquet_file() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let dataset = upload(&server, &golden("parquet/plain-zstd"))
@@ -85,9 +85,9 @@ async fn parquet_is_decoded_beside_the_server_and_trained_on() {
     assert_eq!(dataset.format(), pb::DatasetFormat::Parquet);
     let report = dataset.report.unwrap();
     assert!(report.valid_rows > 0, "{report:?}");
-    let name = submit(&server.client().await, job(&dataset.name, 2)).await;
-    let events = finish(&server.client().await, &name).await;
-    assert!(!events.is_empty());
+    let client = server.client().await;
+    let name = submit(&client, job(&dataset.name, 2)).await;
+    succeed(&client, &name).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -95,7 +95,7 @@ async fn a_small_parquet_file_that_wants_gigabytes_is_refused_and_costs_the_serv
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let file = dir.path().join("endless.parquet");
-    endless_messages(&file, 30_000_000);
+    write_long_dialogues(&file, 30_000_000);
     let size = std::fs::metadata(&file).unwrap().len();
     assert!(size < 1 << 20, "{size} bytes");
     let before = resident_kib(server.pid());
@@ -107,7 +107,7 @@ async fn a_small_parquet_file_that_wants_gigabytes_is_refused_and_costs_the_serv
     );
     // A file that can be decoded costs no more: its good record is used, the other one is a
     // finding.
-    endless_messages(&file, 100_000);
+    write_long_dialogues(&file, 100_000);
     let report = upload(&server, &file).await.unwrap().report.unwrap();
     assert_eq!((report.rows, report.valid_rows), (2, 1), "{report:?}");
     assert!(
@@ -122,8 +122,8 @@ async fn a_small_parquet_file_that_wants_gigabytes_is_refused_and_costs_the_serv
         .unwrap();
 }
 
-/// The golden files are from a fuzzer: one triggers an assertion, one has a page that claims 2.5
-/// billion values. This test generates more files of this kind.
+/// Two of the golden files are from a fuzzer: one triggers an assertion, the other has a page that
+/// claims 2.5 billion values. This test mutates all of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn damaged_parquet_files_get_an_answer() {
     let dir = tempfile::tempdir().unwrap();
@@ -134,29 +134,29 @@ async fn damaged_parquet_files_get_an_answer() {
         .collect();
     assert!(files.len() >= 8);
     let mut rng = ChaCha8Rng::seed_from_u64(5);
-    for i in 0..times() {
+    for i in 0..number_of_cases() {
         files.push(mutate(&mut rng, &files[i % 8]));
     }
     let before = resident_kib(server.pid());
     let file = dir.path().join("damaged");
-    let (mut taken, mut refused) = (0, 0);
+    let (mut accepted, mut refused) = (0, 0);
     for bytes in files {
         std::fs::write(&file, bytes).unwrap();
         match tokio::time::timeout(Duration::from_secs(150), upload(&server, &file))
             .await
             .expect("an upload is answered")
         {
-            Ok(_) => taken += 1,
+            Ok(_) => accepted += 1,
             Err(ClientError::Refused(e)) => {
-                check("upload", &e);
+                assert_has_reason("upload", &e);
                 refused += 1;
             }
             Err(e) => panic!("{e}"),
         }
     }
     assert!(
-        taken >= 3 && refused >= 10,
-        "{taken} taken, {refused} refused"
+        accepted >= 3 && refused >= 10,
+        "{accepted} accepted, {refused} refused"
     );
     let grown = resident_kib(server.pid()).saturating_sub(before);
     assert!(grown < 64 << 10, "the server grew by {grown} KiB");

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use bradley::engine::{self, api::EngineOptions};
+use bradley::formats::loader::load_model;
 use bradley::model::device::DeviceChoice;
 use bradley::rpc::pb::{self, training_event::Event};
 
@@ -20,8 +21,8 @@ type Devices = (&'static str, &'static [(&'static str, &'static str)]);
 
 const TWO_EMULATED: Devices = ("cuda:0,cuda:1", &[("EMULATE_DEVICES", "2")]);
 
-/// The same with memory as GPUs have it, and with kernels that run only when something waits for
-/// them.
+/// The same with mapped memory, as GPUs have it, and with kernels that run only when something
+/// waits for them.
 const TWO_EMULATED_LATE: Devices = (
     "cuda:0,cuda:1",
     &[
@@ -31,13 +32,13 @@ const TWO_EMULATED_LATE: Devices = (
     ],
 );
 
-/// Returns two devices of each kind that is available.
-fn kinds() -> Vec<Devices> {
-    let mut kinds: Vec<Devices> = vec![("cpu,cpu", &[])];
+/// Returns two devices of each available kind.
+fn device_pairs() -> Vec<Devices> {
+    let mut pairs: Vec<Devices> = vec![("cpu,cpu", &[])];
     if format!("{:?}", device()).contains("Emulated") {
-        kinds.extend([TWO_EMULATED, TWO_EMULATED_LATE]);
+        pairs.extend([TWO_EMULATED, TWO_EMULATED_LATE]);
     }
-    kinds
+    pairs
 }
 
 fn start(dir: &std::path::Path, (devices, environment): Devices, more: &[&str]) -> Server {
@@ -48,7 +49,7 @@ fn start(dir: &std::path::Path, (devices, environment): Devices, more: &[&str]) 
 
 #[tokio::test]
 async fn each_device_trains_a_job_and_scores_its_weights() {
-    for devices in kinds() {
+    for devices in device_pairs() {
         let dir = tempfile::tempdir().unwrap();
         let mut server = start(dir.path(), devices, &[]);
         let client = server.client().await;
@@ -99,11 +100,11 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
             let results = score(&client, &policy, pairs()).await.results;
             assert!(
                 results.iter().all(|r| scored(r).margin.abs() < 1e-6),
-                "{policy} learns nothing"
+                "{policy} has changed"
             );
         }
-        // Each device's units are counted separately: an alert compares the devices that train with
-        // the running jobs.
+        // Units of work are counted for each device, because an alert compares the number of
+        // devices that train with the number of running jobs.
         let metrics = server.metrics();
         let training = metrics
             .lines()
@@ -122,14 +123,14 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
         assert_eq!(
             state(&client, &jobs[1]).await,
             pb::JobState::Running,
-            "its device is its own"
+            "the end of the other job has stopped it"
         );
         assert!(server.terminate(Duration::from_secs(60)).success());
     }
 }
 
 #[tokio::test]
-async fn a_job_of_a_higher_priority_takes_the_place_of_the_lowest() {
+async fn a_job_of_a_higher_priority_preempts_the_job_of_the_lowest() {
     let dir = tempfile::tempdir().unwrap();
     let server = start(dir.path(), ("cpu,cpu", &[]), &[]);
     let client = server.client().await;
@@ -161,7 +162,7 @@ async fn a_job_of_a_higher_priority_takes_the_place_of_the_lowest() {
 
 /// Returns the losses and gradient norms of 8 steps in rows of at most 48 tokens, and the margins
 /// after them.
-async fn learnt(devices: Devices, more: &[&str]) -> (Vec<[f64; 2]>, Vec<f64>) {
+async fn train_and_score(devices: Devices, more: &[&str]) -> (Vec<[f64; 2]>, Vec<f64>) {
     let dir = tempfile::tempdir().unwrap();
     let server = start(dir.path(), devices, more);
     let client = server.client().await;
@@ -187,9 +188,9 @@ async fn learnt(devices: Devices, more: &[&str]) -> (Vec<[f64; 2]>, Vec<f64>) {
 
 #[tokio::test]
 async fn a_run_on_two_devices_learns_what_it_learns_on_one_and_repeats_bit_for_bit() {
-    for devices in kinds() {
-        let alone = learnt((devices.0.split(',').next().unwrap(), devices.1), &[]).await;
-        let both = learnt(devices, &["--data-parallel", "2"]).await;
+    for devices in device_pairs() {
+        let alone = train_and_score((devices.0.split(',').next().unwrap(), devices.1), &[]).await;
+        let both = train_and_score(devices, &["--data-parallel", "2"]).await;
         assert_eq!((alone.0.len(), both.0.len()), (8, 8));
         // In the first step all runs have the same weights; only sums of gradients have another
         // order.
@@ -214,11 +215,11 @@ async fn a_run_on_two_devices_learns_what_it_learns_on_one_and_repeats_bit_for_b
         }
         assert_ne!(
             alone.0, both.0,
-            "two devices add up in another order: were there two?"
+            "two devices add gradients in another order, so some bits must differ"
         );
         assert_eq!(
             both,
-            learnt(devices, &["--data-parallel", "2"]).await,
+            train_and_score(devices, &["--data-parallel", "2"]).await,
             "{}",
             devices.0
         );
@@ -227,9 +228,8 @@ async fn a_run_on_two_devices_learns_what_it_learns_on_one_and_repeats_bit_for_b
 
 #[tokio::test]
 async fn a_server_starts_without_a_device_that_is_missing_only_when_told_to() {
-    let model = bradley::formats::loader::load_model;
     let load = || {
-        model(
+        load_model(
             Some("m"),
             golden("models/llama").to_str().unwrap(),
             &Default::default(),
@@ -257,7 +257,7 @@ async fn a_server_starts_without_a_device_that_is_missing_only_when_told_to() {
     let started = start(vec![here, missing], true).unwrap();
     assert_eq!(started.models()[0].device, here.to_string());
     started.drain();
-    // No device is left at all.
+    // A server without any device does not start.
     let refused = start(vec![missing], true).err().unwrap().to_string();
     assert!(refused.contains("cuda:97"), "{refused}");
 }

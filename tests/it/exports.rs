@@ -12,31 +12,21 @@ use serde_json::json;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use crate::server::{Server, finish, job, pairs, score, scored, submit, upload};
+use crate::server::{
+    Server, checkpoints_folder, create, finish, get, job, pairs, score, score_with, scored, submit,
+    upload,
+};
 use crate::store_safety::waits;
-use crate::support::{golden, needed, open, rows};
+use crate::support::{copy_files, golden, needed, open, rows};
 
 /// Copies a golden model to `folder`, for tests that change or remove it.
 fn copy_model(name: &str, folder: &Path) {
     std::fs::create_dir_all(folder).unwrap();
-    for entry in std::fs::read_dir(golden("models").join(name)).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
-    }
-}
-
-async fn get(client: &Client, name: &str) -> pb::TrainingJob {
-    let request = pb::GetTrainingJobRequest { name: name.into() };
-    client
-        .training()
-        .get_training_job(request)
-        .await
-        .unwrap()
-        .into_inner()
+    copy_files(&golden("models").join(name), folder);
 }
 
 /// Follows a job that must succeed, and returns the bits of each step's metrics.
-async fn steps(client: &Client, name: &str) -> Vec<Vec<(String, u64)>> {
+async fn step_metrics(client: &Client, name: &str) -> Vec<Vec<(String, u64)>> {
     let events = finish(client, name).await;
     let ended = get(client, name).await;
     assert_eq!(ended.state(), pb::JobState::Succeeded, "{:?}", ended.error);
@@ -56,6 +46,7 @@ async fn steps(client: &Client, name: &str) -> Vec<Vec<(String, u64)>> {
     events.into_iter().filter_map(step).collect()
 }
 
+/// Downloads the export of a job's last checkpoint to the folder `out`.
 async fn download(
     client: &Client,
     job: &str,
@@ -109,19 +100,19 @@ async fn a_full_fine_tune_in_f32_is_the_same_on_a_bf16_server_bit_for_bit() {
     let (mut trained, mut continued, mut lora, mut exported) = (vec![], vec![], vec![], vec![]);
     for (server, client, dataset) in &two_precisions(dir.path()).await {
         let first = submit(client, full(dataset, 12)).await;
-        trained.push(steps(client, &first).await);
+        trained.push(step_metrics(client, &first).await);
         // A new job that starts from the checkpoint starts from its f32 tensors.
         let second = pb::TrainingJob {
             policy: format!("{first}/checkpoints/latest"),
             ..full(dataset, 3)
         };
         let second = submit(client, second).await;
-        continued.push(steps(client, &second).await);
+        continued.push(step_metrics(client, &second).await);
         let adapter = pb::TrainingJob {
             precision: "f32".into(),
             ..job(dataset, 4)
         };
-        lora.push(steps(client, &submit(client, adapter).await).await);
+        lora.push(step_metrics(client, &submit(client, adapter).await).await);
         // The export is the checkpoint, tensor by tensor.
         let out = download(
             client,
@@ -131,12 +122,7 @@ async fn a_full_fine_tune_in_f32_is_the_same_on_a_bf16_server_bit_for_bit() {
             server.data_dir.join("out"),
         )
         .await;
-        let id = second.trim_start_matches("trainingJobs/");
-        let checkpoint = server
-            .data_dir
-            .join("jobs")
-            .join(id)
-            .join("checkpoints/3/model.safetensors");
+        let checkpoint = checkpoints_folder(&server.data_dir, &second).join("3/model.safetensors");
         let weights = std::fs::read(out.join("model.safetensors")).unwrap();
         assert!(
             weights == std::fs::read(checkpoint).unwrap(),
@@ -172,7 +158,6 @@ async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
         (None, "model.safetensors"),
     ] {
         match contents {
-            // Replaced by the same file with other content.
             Some(bytes) => std::fs::write(&weights, bytes).unwrap(),
             None => std::fs::remove_file(&weights).unwrap(),
         }
@@ -189,12 +174,12 @@ async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
         // A LoRA run in bf16 needs only the weights in memory, so it runs; its merged export needs
         // the files.
         let other = submit(&client, job(&dataset, 2)).await;
-        steps(&client, &other).await;
+        step_metrics(&client, &other).await;
         let metrics = server.metrics();
         let counter = r#"bradley_jobs_waiting_total{reason="model_files_changed"}"#;
         assert!(
             metrics.contains(counter) && !metrics.contains(&format!("{counter} 0")),
-            "the operator sees that it waits"
+            "a metric counts the waiting job"
         );
         let merged = pb::ExportCheckpointRequest {
             name: format!("{other}/checkpoints/latest"),
@@ -214,7 +199,7 @@ async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
         waits(&client, &name, "MODEL_FILES_CHANGED").await;
         // It continues by itself.
         std::fs::write(&weights, &original).unwrap();
-        assert_eq!(steps(&client, &name).await.len(), 2);
+        assert_eq!(step_metrics(&client, &name).await.len(), 2);
         assert_eq!(get(&client, &name).await.error, None);
         client
             .checkpoints()
@@ -226,11 +211,11 @@ async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs Python with torch, transformers and peft (BRADLEY_TEST_PYTHON)"]
-async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
+async fn exports_loaded_in_transformers_and_peft_score_as_the_service_does() {
     let python = needed("BRADLEY_TEST_PYTHON");
     let (dir, place) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    // Users find the base under the name that the adapter gives. The answers end with another token
-    // than config.json says.
+    // Users find the base under the name that the adapter gives. Its generation_config.json has
+    // another end-of-sequence token than its config.json.
     let base = place.path().join("some-base");
     copy_model("llama-bf16", &base);
     std::fs::write(
@@ -249,7 +234,7 @@ async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
         },
     )
     .await;
-    steps(&client, &name).await;
+    step_metrics(&client, &name).await;
 
     let merged = download(
         &client,
@@ -315,19 +300,22 @@ async fn exports_load_in_transformers_and_peft_and_say_what_the_service_says() {
     assert!(number("merged ") < 2f64.powi(-8), "{said}");
     assert!(said.contains("generate stops at 9"), "{said}");
 
-    // The folder is a complete model: serving it gives what was exported.
+    // The merged folder is a complete model that can be served.
     let (again, model) = (
         tempfile::tempdir().unwrap(),
         format!("merged={}", merged.display()),
     );
     let other = Server::start_with(again.path(), &model, &[]);
     let from_merged = score(&other.client().await, "models/merged", pairs()).await;
-    for (m, w) in from_merged.results.iter().zip(&served.results) {
-        let (m, w) = (
-            scored(m).a.clone().unwrap().policy_logprob,
-            scored(w).a.clone().unwrap().policy_logprob,
+    for (got, want) in from_merged.results.iter().zip(&served.results) {
+        let (got, want) = (
+            scored(got).a.clone().unwrap().policy_logprob,
+            scored(want).a.clone().unwrap().policy_logprob,
         );
-        assert!((m - w).abs() < 2f64.powi(-8) * w.abs(), "{m} is not {w}");
+        assert!(
+            (got - want).abs() < 2f64.powi(-8) * want.abs(),
+            "{got} is not {want}"
+        );
     }
 }
 
@@ -338,7 +326,7 @@ async fn an_export_is_made_in_the_element_type_that_is_asked_for() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, job(&dataset, 2)).await;
-    steps(&client, &name).await;
+    step_metrics(&client, &name).await;
     for (dtype, torch) in [
         ("f32", "float32"),
         ("bf16", "bfloat16"),
@@ -412,7 +400,7 @@ async fn no_answer_names_a_folder_of_the_server() {
     let client = server.client().await;
     let hidden =
         [dir.path(), adapters.path(), models.path()].map(|path| path.to_str().unwrap().to_owned());
-    let told = |what: &str, text: &str| {
+    let assert_names_no_folder = |what: &str, text: &str| {
         for path in &hidden {
             assert!(!text.contains(path.as_str()), "{what}: {text}");
         }
@@ -427,7 +415,7 @@ async fn no_answer_names_a_folder_of_the_server() {
     assert_eq!(listed[0].source, "tiny");
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, job(&dataset, 2)).await;
-    steps(&client, &name).await;
+    step_metrics(&client, &name).await;
     let latest = format!("{name}/checkpoints/latest");
 
     let request = pb::ExportCheckpointRequest {
@@ -440,7 +428,7 @@ async fn no_answer_names_a_folder_of_the_server() {
         .await
         .unwrap()
         .into_inner();
-    told("an export", &format!("{export:?}"));
+    assert_names_no_folder("an export", &format!("{export:?}"));
     let out = download(
         &client,
         &name,
@@ -450,7 +438,7 @@ async fn no_answer_names_a_folder_of_the_server() {
     )
     .await;
     let config = std::fs::read_to_string(out.join("adapter_config.json")).unwrap();
-    told("adapter_config.json", &config);
+    assert_names_no_folder("adapter_config.json", &config);
     assert!(
         config.contains(r#""base_model_name_or_path": "tiny""#),
         "{config}"
@@ -469,45 +457,25 @@ async fn no_answer_names_a_folder_of_the_server() {
         ..Default::default()
     };
     wanted.method = Some(pb::training_job::Method::Lora(lora));
-    let refused = async || {
-        let request = pb::CreateTrainingJobRequest {
-            training_job: Some(wanted.clone()),
-            ..Default::default()
-        };
-        client
-            .training()
-            .create_training_job(request)
-            .await
-            .unwrap_err()
-            .to_string()
+    let refusal = async || {
+        let refused = create(&client, wanted.clone()).await;
+        refused.unwrap_err().to_string()
     };
-    let unusable = refused().await;
+    let unusable = refusal().await;
     assert!(unusable.contains("use_dora is true"), "{unusable}");
-    told("an unusable adapter", &unusable);
+    assert_names_no_folder("an unusable adapter", &unusable);
     std::fs::remove_file(out.join("adapter_model.safetensors")).unwrap();
-    told("an adapter without weights", &refused().await);
+    assert_names_no_folder("an adapter without weights", &refusal().await);
 
     // A checkpoint without its weights.
-    let id = name.trim_start_matches("trainingJobs/");
-    std::fs::remove_file(
-        dir.path()
-            .join("jobs")
-            .join(id)
-            .join("checkpoints/2/adapter_model.safetensors"),
-    )
-    .unwrap();
-    let options = Some(pb::ScoringOptions {
+    let checkpoint = checkpoints_folder(dir.path(), &name).join("2");
+    std::fs::remove_file(checkpoint.join("adapter_model.safetensors")).unwrap();
+    let options = pb::ScoringOptions {
         policy: latest.clone(),
         ..Default::default()
-    });
-    let scored = client
-        .scoring()
-        .score_pairs(pb::ScorePairsRequest {
-            options,
-            pairs: pairs(),
-        })
-        .await;
-    told("scoring with a damaged checkpoint", &format!("{scored:?}"));
+    };
+    let scored = score_with(&client, options).await;
+    assert_names_no_folder("scoring with a damaged checkpoint", &format!("{scored:?}"));
     let merged = pb::ExportCheckpointRequest {
         name: latest,
         format: pb::ExportFormat::Merged.into(),
@@ -518,5 +486,5 @@ async fn no_answer_names_a_folder_of_the_server() {
         .export_checkpoint(merged)
         .await
         .unwrap_err();
-    told("an export of a damaged checkpoint", &format!("{refused:?}"));
+    assert_names_no_folder("an export of a damaged checkpoint", &format!("{refused:?}"));
 }

@@ -14,8 +14,10 @@ use bradley::rpc::client::Target;
 use bradley::rpc::pb;
 
 use crate::backends::Postgres;
-use crate::replicas::{adapter, check_history, checkpointing, losses, undisturbed};
-use crate::server::{Server, finish, free_port, pairs, score, scored, state, submit, upload};
+use crate::replicas::{adapter, check_history, checkpointing, undisturbed};
+use crate::server::{
+    Server, finish, free_port, is_final, losses, pairs, score, scored, state, submit, upload,
+};
 use crate::support::{golden, needed};
 use crate::wait::{until, until_blocking};
 
@@ -68,7 +70,7 @@ impl Envoy {
             );
         assert!(config.contains(&format!("port_value: {port}")));
         std::fs::write(dir.path().join("envoy.yaml"), config).unwrap();
-        discover(dir.path(), replicas);
+        write_replicas(dir.path(), replicas);
         let child = Command::new(program)
             .arg("-c")
             .arg(dir.path().join("envoy.yaml"))
@@ -88,9 +90,9 @@ impl Envoy {
         envoy
     }
 
-    /// Replaces the list of replicas.
-    fn discover(&self, replicas: &[&Server]) {
-        discover(self.dir.path(), replicas);
+    /// Replaces the list of replicas, which Envoy reads again at once.
+    fn set_replicas(&self, replicas: &[&Server]) {
+        write_replicas(self.dir.path(), replicas);
     }
 
     async fn client(&self) -> Client {
@@ -100,7 +102,7 @@ impl Envoy {
             .unwrap()
     }
 
-    /// Sends a request to the REST side; returns the status and the body.
+    /// Sends a REST request, and returns the status and the body.
     fn rest(&self, method: &str, path: &str, body: &str) -> (u16, serde_json::Value) {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         stream
@@ -117,7 +119,7 @@ impl Envoy {
             .split_once("\r\n\r\n")
             .unwrap_or_else(|| panic!("{method} {path}: {answer:?}"));
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        // Chunks, if any, have one line each, between lines with their sizes.
+        // In a chunked body each chunk is a line, between lines with the sizes.
         let text = match head.to_lowercase().contains("transfer-encoding: chunked") {
             true => body.split("\r\n").skip(1).step_by(2).collect::<String>(),
             false => body.to_owned(),
@@ -137,31 +139,25 @@ impl Drop for Envoy {
     }
 }
 
-/// Writes the file by a rename, because Envoy reads it as soon as it appears.
-fn discover(dir: &Path, replicas: &[&Server]) {
+/// Writes the file with the addresses of the replicas. The complete file is renamed to its name,
+/// because Envoy reads it as soon as it appears.
+fn write_replicas(dir: &Path, replicas: &[&Server]) {
     let endpoint = |s: &&Server| {
         let port = s.address.rsplit(':').next().unwrap();
         format!(
-            "{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: \
-             {port}}}}}}}}}"
+            "{{endpoint: {{address: {{socket_address: \
+             {{address: 127.0.0.1, port_value: {port}}}}}}}}}"
         )
     };
     let all: Vec<String> = replicas.iter().map(endpoint).collect();
     let kind = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
     let text = format!(
-        "resources:\n- \"@type\": {kind}\n  cluster_name: bradley\n  endpoints: [{{lb_endpoints: \
-         [{}]}}]\n",
+        "resources:\n- \"@type\": {kind}\n  cluster_name: bradley\n  \
+         endpoints: [{{lb_endpoints: [{}]}}]\n",
         all.join(", ")
     );
     std::fs::write(dir.join("next.yaml"), text).unwrap();
     std::fs::rename(dir.join("next.yaml"), dir.join("replicas.yaml")).unwrap();
-}
-
-fn done(state: pb::JobState) -> bool {
-    matches!(
-        state,
-        pb::JobState::Succeeded | pb::JobState::Failed | pb::JobState::Cancelled
-    )
 }
 
 /// Clients that score without a pause and count the answers.
@@ -191,7 +187,7 @@ impl Load {
                     // A failed call panics here, which fails the test.
                     let got = score(&client, "models/tiny", pairs()).await;
                     for (a, b) in got.results.iter().zip(&expected.results) {
-                        assert_eq!(scored(a), scored(b), "the same numbers from every replica");
+                        assert_eq!(scored(a), scored(b), "replicas give different scores");
                     }
                     answered.fetch_add(1, Ordering::Relaxed);
                 }
@@ -209,7 +205,7 @@ impl Load {
     }
 
     /// Waits until `n` more requests have been answered.
-    async fn more(&self, n: usize) {
+    async fn wait_for_more(&self, n: usize) {
         let before = self.answered();
         until("an answer to every request", PATIENCE, async || {
             self.answered() >= before + n
@@ -217,6 +213,7 @@ impl Load {
         .await;
     }
 
+    /// Stops the clients, and returns the number of answers.
     async fn end(self) -> usize {
         self.stop.store(true, Ordering::Relaxed);
         for client in self.clients {
@@ -257,34 +254,38 @@ async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
     let name = submit(&client, checkpointing(&dataset.name, 1500)).await;
     // A replica that stops refuses many calls at the same time.
     let load = Load::start(&envoy, 24).await;
-    load.more(100).await;
+    load.wait_for_more(100).await;
     for next in [2, 3] {
         // Adds a new replica first, then stops the old one while calls are on their way to it.
         let added = start(next);
-        envoy.discover(&[&replicas[0], &replicas[1], &added]);
-        load.more(100).await;
+        envoy.set_replicas(&[&replicas[0], &replicas[1], &added]);
+        load.wait_for_more(100).await;
         assert!(
-            !done(state(&client, &name).await),
+            !is_final(state(&client, &name).await),
             "the job runs while replicas are replaced"
         );
         let mut old = replicas.remove(0);
-        envoy.discover(&[&replicas[0], &added]);
+        envoy.set_replicas(&[&replicas[0], &added]);
         assert!(tokio::task::block_in_place(|| old.terminate(Duration::from_secs(40))).success());
         replicas.push(added);
-        load.more(100).await;
+        load.wait_for_more(100).await;
     }
     let answered = load.end().await;
     let events = finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
     check_history(&events);
-    assert_eq!(losses(&events), expected, "the run went on bit for bit");
+    assert_eq!(
+        losses(&events),
+        expected,
+        "other losses than without a rollout"
+    );
     assert!(adapter(&client, &name).await == weights);
     println!("{answered} requests, none failed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs Envoy (BRADLEY_TEST_ENVOY) and Python with grpcio-tools (BRADLEY_TEST_PYTHON)"]
-async fn rest_with_json_is_the_same_service() {
+async fn the_gateway_offers_rest_with_json() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let envoy = Envoy::start(&[&server]);
@@ -299,9 +300,12 @@ async fn rest_with_json_is_the_same_service() {
         let message = serde_json::json!({"role": role, "content": content});
         serde_json::json!({"chat": {"messages": [message]}})
     };
+    let prompt = text("user", "Name a colour.");
     let pair = serde_json::json!({
-        "id": "x", "prompt": text("user", "Name a colour."),
-        "a": text("assistant", "Blue."), "b": text("assistant", "No.")
+        "id": "x",
+        "prompt": prompt,
+        "a": text("assistant", "Blue."),
+        "b": text("assistant", "No."),
     });
     let body = serde_json::json!({"options": {"policy": "models/tiny"}, "pairs": [pair]});
     let (status, answer) = envoy.rest("POST", "/v1/scoring:scorePairs", &body.to_string());
@@ -315,8 +319,9 @@ async fn rest_with_json_is_the_same_service() {
     let completions =
         serde_json::json!([text("assistant", "Blue."), text("assistant", "It depends.")]);
     let body = serde_json::json!({
-        "options": {"policy": "models/tiny"}, "prompt": text("user", "Name a colour."),
-        "completions": completions
+        "options": {"policy": "models/tiny"},
+        "prompt": prompt,
+        "completions": completions,
     });
     let (status, ranked) = envoy.rest("POST", "/v1/scoring:scoreCompletions", &body.to_string());
     assert_eq!(
@@ -325,7 +330,7 @@ async fn rest_with_json_is_the_same_service() {
         "{ranked}"
     );
 
-    // Errors have their reasons and fields.
+    // Errors have gRPC's code, and name the invalid fields.
     let (status, missing) = envoy.rest("GET", "/v1/models/none", "");
     assert_eq!(
         (status, missing["code"].as_i64()),
@@ -345,7 +350,7 @@ async fn rest_with_json_is_the_same_service() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs Python with grpcio (BRADLEY_TEST_PYTHON)"]
-async fn a_client_with_the_service_config_does_not_notice_that_a_replica_stops() {
+async fn no_call_of_a_client_with_the_service_config_fails_when_a_replica_stops() {
     let python = needed("BRADLEY_TEST_PYTHON");
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let mut stopping = Server::start(dirs[0].path());

@@ -1,8 +1,8 @@
 //! Requests and files that nobody should send, generated and mutated from a seed. Each gets an
 //! answer with a reason, and the server continues to work.
 //!
-//! `BRADLEY_TEST_HOSTILE` is the number of cases of each kind (default 100). The hostile round of a
-//! release uses 3000.
+//! `BRADLEY_TEST_HOSTILE` is the number of cases of each kind (default 100); before a release it is
+//! 3000.
 
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -18,7 +18,8 @@ use tonic_types::StatusExt;
 use crate::server::{Server, job, pairs, score, scored, upload};
 use crate::support::golden;
 
-pub fn times() -> usize {
+/// Returns the number of cases of each kind.
+pub fn number_of_cases() -> usize {
     std::env::var("BRADLEY_TEST_HOSTILE")
         .ok()
         .and_then(|n| n.parse().ok())
@@ -65,7 +66,7 @@ impl Decoder for Raw {
     }
 }
 
-/// Changes, cuts, doubles or inserts some bytes.
+/// Changes, inserts, repeats or cuts off some bytes.
 pub fn mutate(rng: &mut StdRng, bytes: &[u8]) -> Vec<u8> {
     let mut out = bytes.to_vec();
     for _ in 0..rng.random_range(1..6) {
@@ -86,7 +87,7 @@ pub fn mutate(rng: &mut StdRng, bytes: &[u8]) -> Vec<u8> {
 }
 
 /// Checks that an error has a reason and is not an internal one.
-pub fn check(what: &str, e: &Status) {
+pub fn assert_has_reason(what: &str, e: &Status) {
     let reason = e.get_details_error_info().map(|i| i.reason);
     assert!(
         reason.is_some_and(|r| !r.is_empty() && r != "INTERNAL"),
@@ -100,7 +101,7 @@ pub fn check(what: &str, e: &Status) {
     );
 }
 
-/// Returns the memory of a process.
+/// Returns the resident memory of a process in KiB.
 pub fn resident_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     status
@@ -129,7 +130,7 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
     });
     let chat = pairs()[0].prompt.clone();
     let seeds: Vec<(&str, Vec<u8>)> = vec![
-        // Such jobs are only validated, never started: it does not matter what they would train.
+        // Jobs are only validated: a job that is started would disturb the other cases.
         (
             "TrainingService/CreateTrainingJob",
             pb::CreateTrainingJobRequest {
@@ -212,8 +213,9 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
         .connect()
         .await
         .unwrap();
-    let mut settled = 0;
-    for round in 0..times() {
+    // After a quarter of the rounds, when caches and pools are filled.
+    let mut settled_kib = 0;
+    for round in 0..number_of_cases() {
         for (method, seed) in &seeds {
             let body = if rng.random_range(0..8) == 0 {
                 (0..rng.random_range(0..200))
@@ -222,7 +224,7 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
             } else {
                 mutate(&mut rng, seed)
             };
-            // A mutation may give a valid job: a job that would be started is only validated.
+            // Leaves out a mutation that would start a job.
             if *method == "TrainingService/CreateTrainingJob"
                 && pb::CreateTrainingJobRequest::decode(body.as_slice())
                     .is_ok_and(|r| !r.validate_only)
@@ -237,18 +239,18 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
                 .await
                 .unwrap_or_else(|_| panic!("{method} hangs in round {round}"));
             if let Err(e) = answer {
-                check(method, &e);
+                assert_has_reason(method, &e);
             }
         }
-        if round == times() / 4 {
-            settled = resident_kib(server.pid());
+        if round == number_of_cases() / 4 {
+            settled_kib = resident_kib(server.pid());
         }
     }
 
-    // Files with rows, and files with anything else.
+    // Mutated JSONL, deep nesting, and JSONL between Parquet's magic bytes.
     let jsonl = std::fs::read(golden("pairs.jsonl")).unwrap();
     let file = dir.path().join("hostile");
-    for i in 0..times() {
+    for i in 0..number_of_cases() {
         let body = match i % 4 {
             0 => "[".repeat(rng.random_range(1..100_000)).into_bytes(),
             1 => [b"PAR1".as_slice(), &mutate(&mut rng, &jsonl), b"PAR1"].concat(),
@@ -274,14 +276,14 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
                     .await
                     .unwrap();
             }
-            Err(bradley::rpc::client::ClientError::Refused(e)) => check("upload", &e),
+            Err(bradley::rpc::client::ClientError::Refused(e)) => assert_has_reason("upload", &e),
             Err(e) => panic!("{e}"),
         }
     }
 
     // Bytes that are no HTTP/2.
     let address = server.address.trim_start_matches("http://").to_owned();
-    for _ in 0..times() / 10 {
+    for _ in 0..number_of_cases() / 10 {
         let mut connection = std::net::TcpStream::connect(&address).unwrap();
         let bytes: Vec<u8> = (0..rng.random_range(1..2000))
             .map(|_| rng.random())
@@ -295,8 +297,8 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
 
     let after = score(&client, "models/tiny", pairs()).await;
     for (a, b) in before.results.iter().zip(&after.results) {
-        assert_eq!(scored(a), scored(b), "the service is what it was");
+        assert_eq!(scored(a), scored(b), "the scores have changed");
     }
-    let grown = resident_kib(server.pid()).saturating_sub(settled);
+    let grown = resident_kib(server.pid()).saturating_sub(settled_kib);
     assert!(grown < 64 << 10, "memory grew by {grown} KiB");
 }

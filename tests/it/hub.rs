@@ -21,11 +21,11 @@ const NEXT_COMMIT: &str = "1111111111111111111111111111111111111111";
 /// A hub with one repository of two commits.
 #[derive(Default)]
 struct Hub {
-    /// Files that the hub has sent.
+    /// Number of files that the hub has sent.
     served: AtomicUsize,
     /// Number of requests for the list of files.
     listed: AtomicUsize,
-    /// A file that the hub cannot send at the moment.
+    /// A file for which the hub answers 500.
     broken: Mutex<Option<&'static str>>,
     /// True once the branch has moved to the second commit.
     has_moved: AtomicBool,
@@ -42,6 +42,7 @@ impl Hub {
         }
     }
 
+    /// Returns the numbers of lists and of files that the hub has sent.
     fn counts(&self) -> (usize, usize) {
         (
             self.listed.load(Ordering::Relaxed),
@@ -62,7 +63,7 @@ impl Hub {
     }
 }
 
-/// Returns the files in the order in which the hub lists them.
+/// Returns the names of the repository's files in the order in which the hub lists them.
 fn names() -> Vec<String> {
     let files = std::fs::read_dir(golden("models/llama"))
         .unwrap()
@@ -121,7 +122,7 @@ async fn file(
     let Ok(bytes) = std::fs::read(golden("models/llama").join(&name)) else {
         return StatusCode::NOT_FOUND.into_response();
     };
-    // A client asks for the size first.
+    // A client asks for the first byte to learn the size, which does not count.
     if headers
         .get("range")
         .is_none_or(|range| range != "bytes=0-0")
@@ -156,9 +157,9 @@ async fn file(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_model_comes_from_the_hub_once_and_then_from_the_cache() {
-    let served = Arc::<Hub>::default();
-    let endpoint = served.serve().await;
+async fn a_model_is_downloaded_once_and_then_read_from_the_cache() {
+    let server = Arc::<Hub>::default();
+    let endpoint = server.serve().await;
     let cache = tempfile::tempdir().unwrap();
     let hub = HubOptions {
         endpoint: Some(endpoint),
@@ -183,7 +184,7 @@ async fn a_model_comes_from_the_hub_once_and_then_from_the_cache() {
         (model.id.as_str(), model.config.spec.blocks.len()),
         ("llama", 3)
     );
-    let before = served.counts();
+    let before = server.counts();
     assert!(before.0 > 0 && before.1 > 0);
     open(HubOptions {
         offline: true,
@@ -194,7 +195,7 @@ async fn a_model_comes_from_the_hub_once_and_then_from_the_cache() {
     .unwrap();
     open(hub.clone()).await.unwrap().unwrap();
     assert_eq!(
-        served.counts(),
+        server.counts(),
         before,
         "the second time comes from the cache"
     );
@@ -212,7 +213,7 @@ async fn a_model_comes_from_the_hub_once_and_then_from_the_cache() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_interrupted_download_is_taken_up_again() {
+async fn an_interrupted_download_continues_at_its_commit() {
     let server = Arc::<Hub>::default();
     let endpoint = server.serve().await;
     let cache = tempfile::tempdir().unwrap();
@@ -232,8 +233,7 @@ async fn an_interrupted_download_is_taken_up_again() {
         .path()
         .join("models--tiny--llama/snapshots")
         .join(COMMIT);
-    // The download failed at the last file: everything without which the model cannot be opened is
-    // there.
+    // The download fails at the last file, without which a model can be loaded.
     *server.broken.lock().unwrap() = Some("tokenizer_config.json");
     let e = open(hub.clone()).await.unwrap().unwrap_err().to_string();
     assert!(e.contains("500"), "{e}");
@@ -254,7 +254,7 @@ async fn an_interrupted_download_is_taken_up_again() {
             .tokenizer
             .eos_token()
             .is_none(),
-        "the cache as it is"
+        "offline, the incomplete cache is used as it is"
     );
 
     // The download continues at its own commit, although the branch has moved.
@@ -277,11 +277,11 @@ async fn an_interrupted_download_is_taken_up_again() {
     assert_eq!(
         server.counts(),
         (before.0 + 1, before.1 + 1),
-        "and the model is complete"
+        "nothing is sent again"
     );
 
     // A cache of another program has no list of files, so the hub is asked once.
-    let lists = || {
+    let stored_lists = || {
         snapshot
             .read_dir()
             .unwrap()
@@ -289,14 +289,17 @@ async fn an_interrupted_download_is_taken_up_again() {
             .filter(|p| p.ends_with(".bradley-complete.json"))
             .collect::<Vec<_>>()
     };
-    std::fs::remove_file(&lists()[0]).unwrap();
+    std::fs::remove_file(&stored_lists()[0]).unwrap();
     open(offline).await.unwrap().unwrap();
-    assert!(lists().is_empty(), "offline nobody knows");
+    assert!(
+        stored_lists().is_empty(),
+        "a list was written without asking the hub"
+    );
     open(hub.clone()).await.unwrap().unwrap();
     open(hub.clone()).await.unwrap().unwrap();
     assert_eq!(server.counts(), (before.0 + 2, before.1 + 1));
 
-    // A listed file is gone.
+    // A file that is listed but missing is downloaded again.
     std::fs::remove_file(snapshot.join("chat_template.jinja")).unwrap();
     assert!(
         open(hub)

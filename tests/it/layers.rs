@@ -101,9 +101,8 @@ const TENSOR_NAMES: [&str; 14] = [
     "ffn_",
 ];
 
-/// The names of tensors are in one table only.
 #[test]
-fn names_of_tensors_stand_in_one_table() {
+fn the_names_of_tensors_are_in_one_table_only() {
     const TABLE: &str = "model/params.rs";
     // The legal values of `target_modules` are in a lower layer than the model; a unit test
     // compares them with the table.
@@ -118,7 +117,7 @@ fn names_of_tensors_stand_in_one_table() {
         });
         assert!(
             elsewhere.is_empty(),
-            "only src/{TABLE} spells the names of tensors: {elsewhere:#?}"
+            "only src/{TABLE} may have the names of tensors: {elsewhere:#?}"
         );
     }
 }
@@ -131,10 +130,10 @@ fn is_for_cuda(file: &str) -> bool {
     })
 }
 
-/// The device's folders are the only places with two variants of code: everything else calls
-/// methods that exist in both builds.
+/// Only the folders for CUDA have code that exists in one build only. All other code calls methods
+/// that exist in both.
 #[test]
-fn the_feature_cuda_is_asked_for_once_outside_its_folders() {
+fn the_feature_cuda_is_tested_once_outside_its_folders() {
     let outside: Vec<String> = lines_with(r#"feature = "cuda""#, |file| !is_for_cuda(file));
     assert_eq!(outside.len(), 1, "{outside:#?}");
     assert!(outside[0].starts_with("model.rs:"), "{outside:#?}");
@@ -249,7 +248,7 @@ fn breaches(file: &str, source: &str) -> Vec<String> {
     for path in paths(source) {
         let reasons = [
             upward(&module, rank, &path),
-            foreign(rank, &path),
+            foreign_crate(rank, &path),
             status(file, &path),
             if is_test(&path) {
                 None
@@ -271,7 +270,8 @@ fn breaches(file: &str, source: &str) -> Vec<String> {
 /// Finds imports from a higher layer in any form: `crate::`, a group, or enough `super::`.
 fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
     let target = resolve(module, path)?;
-    // Anything at the root that is no layer belongs to the top, and so does a glob over the root.
+    // A name at the root that is no layer counts as the top layer, and so does a glob over the
+    // root.
     let theirs = target
         .first()
         .and_then(|name| layer_rank(name))
@@ -290,7 +290,7 @@ fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
 }
 
 /// Finds protobuf and gRPC outside of rpc, and the async runtime below the engine.
-fn foreign(own: usize, path: &PathUse) -> Option<String> {
+fn foreign_crate(own: usize, path: &PathUse) -> Option<String> {
     let first = path.segments.first()?;
     let is = |name: &str| {
         first == name
@@ -447,7 +447,7 @@ fn no_two_files_import_each_other() {
     assert!(
         found.is_empty(),
         "files import each other. Move what they share into a file that imports none of them; a \
-         parent that imports its children, if only for `pub use`, must hold nothing that they \
+         parent that imports its children, if only for `pub use`, must contain nothing that they \
          import:\n{}",
         found.join("\n")
     );
@@ -548,31 +548,31 @@ fn reached_from(file: usize, imports: &[Import]) -> BTreeSet<usize> {
 
 /// Returns the shortest chain of imports from a file in a cycle back to itself, each with its line.
 fn shortest_cycle(start: usize, imports: &[Import], sources: &[(String, String)]) -> String {
-    // For each file that has been reached, the import that did.
-    let mut by: HashMap<usize, &Import> = HashMap::new();
+    // For each reached file, the import through which it was reached.
+    let mut reached_by: HashMap<usize, &Import> = HashMap::new();
     let mut waiting = VecDeque::from([start]);
     while let Some(from) = waiting.pop_front()
-        && !by.contains_key(&start)
+        && !reached_by.contains_key(&start)
     {
         for import in imports.iter().filter(|i| i.from == from) {
-            by.entry(import.to).or_insert_with(|| {
+            reached_by.entry(import.to).or_insert_with(|| {
                 waiting.push_back(import.to);
                 import
             });
         }
     }
-    let (mut way, mut at) = (format!("src/{}", sources[start].0), start);
+    let (mut chain, mut at) = (format!("src/{}", sources[start].0), start);
     loop {
-        let import = by[&at];
-        way = format!("src/{}:{} -> {way}", sources[import.from].0, import.line);
+        let import = reached_by[&at];
+        chain = format!("src/{}:{} -> {chain}", sources[import.from].0, import.line);
         at = import.from;
         if at == start {
-            return way;
+            return chain;
         }
     }
 }
 
-/// Checks that `breaches` of a fabricated file name each of these.
+/// Checks that a fabricated file has as many breaches as `expected`, each with the expected text.
 #[track_caller]
 fn assert_caught(file: &str, source: &str, expected: &[&str]) {
     let found = breaches(file, source);
@@ -701,7 +701,7 @@ fn a_use_outside_its_only_layer_is_caught() {
 }
 
 #[test]
-fn legal_imports_pass() {
+fn legal_code_has_no_breach() {
     for (file, source) in [
         (
             "math/loss.rs",
@@ -909,8 +909,8 @@ fn every_path_in_the_map_exists() {
         missing.is_empty(),
         "ARCHITECTURE.md names files that do not exist: {missing:#?}"
     );
-    let text = "see `src/lib.rs`, `math/loss.rs` and `x.rs`, not `math/no_such_file.rs` or \
-                `src/no_such_file.rs`";
+    let text = "see `src/lib.rs`, `math/loss.rs` and `x.rs`, \
+                not `math/no_such_file.rs` or `src/no_such_file.rs`";
     assert_eq!(
         missing_files(text),
         ["math/no_such_file.rs", "src/no_such_file.rs"]
@@ -957,7 +957,7 @@ fn the_table_of_layers_lists_every_module_and_no_other() {
         .chain(&["lib", "main"])
         .map(|name| (*name).to_owned())
         .collect();
-    assert_eq!(layers, expected, "a folder of src is a layer");
+    assert_eq!(layers, expected, "the folders of src are not the layers");
     for layer in LAYERS {
         let of_layer = |name: &str| {
             name == layer
@@ -994,7 +994,7 @@ fn the_table_of_layers_lists_every_module_and_no_other() {
             .collect();
         assert!(
             gone.is_empty(),
-            "the row of `{layer}` in ARCHITECTURE.md names what is not there: {gone:?}"
+            "the row of `{layer}` in ARCHITECTURE.md names modules that do not exist: {gone:?}"
         );
     }
 }

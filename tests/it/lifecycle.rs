@@ -11,13 +11,16 @@ use bradley::rpc::pb::{self, training_event::Event};
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::server::{Server, finish, job, state, submit, until_event, upload};
+use crate::server::{
+    Server, became, checkpoints_folder, finish, get, is_final, is_step, job, losses, resume, state,
+    steps, submit, until_event, upload,
+};
 use crate::wait::until;
 
 const STEPS: u64 = 150;
 
 /// Returns a job that saves every five steps.
-fn saving(dataset: &str) -> pb::TrainingJob {
+fn checkpointing(dataset: &str) -> pb::TrainingJob {
     let mut wanted = job(dataset, STEPS);
     wanted.run = Some(pb::RunConfig {
         save_steps: Some(5),
@@ -26,10 +29,10 @@ fn saving(dataset: &str) -> pb::TrainingJob {
     wanted
 }
 
-/// Returns a job whose logged steps span several units of work, so that a pause can fall between
-/// them.
-fn spanning(dataset: &str) -> pb::TrainingJob {
-    let mut wanted = saving(dataset);
+/// Returns a job that logs every third step and computes a step in three micro-batches, so that a
+/// pause can fall between two log lines and within a step.
+fn accumulating(dataset: &str) -> pb::TrainingJob {
+    let mut wanted = checkpointing(dataset);
     wanted.run = Some(pb::RunConfig {
         save_steps: Some(5),
         logging_steps: Some(3),
@@ -43,14 +46,10 @@ fn spanning(dataset: &str) -> pb::TrainingJob {
 }
 
 fn checkpoint(data_dir: &Path, name: &str, step: u64) -> PathBuf {
-    data_dir
-        .join("jobs")
-        .join(name.trim_start_matches("trainingJobs/"))
-        .join("checkpoints")
-        .join(step.to_string())
+    checkpoints_folder(data_dir, name).join(step.to_string())
 }
 
-/// Losses by step and final weights of a run, which must not depend on interruptions.
+/// Losses by step (as bits) and final adapter of a run, which must not depend on interruptions.
 #[derive(PartialEq)]
 struct Outcome {
     losses: BTreeMap<u64, u64>,
@@ -58,18 +57,15 @@ struct Outcome {
 }
 
 fn outcome(data_dir: &Path, name: &str, events: &[pb::TrainingEvent]) -> Outcome {
-    let step = |e: &pb::TrainingEvent| match &e.event {
-        Some(Event::StepMetrics(s)) => Some((s.step, s.metrics["loss"].to_bits())),
-        _ => None,
-    };
     let weights =
         std::fs::read(checkpoint(data_dir, name, STEPS).join("adapter_model.safetensors")).unwrap();
     Outcome {
-        losses: events.iter().filter_map(step).collect(),
+        losses: losses(events),
         weights,
     }
 }
 
+/// Returns the outcome of a job that nothing interrupts.
 async fn undisturbed(wanted: impl Fn(&str) -> pb::TrainingJob) -> Outcome {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
@@ -80,14 +76,6 @@ async fn undisturbed(wanted: impl Fn(&str) -> pb::TrainingJob) -> Outcome {
     outcome(dir.path(), &name, &events)
 }
 
-fn is_step(e: &Event, from: u64) -> bool {
-    matches!(e, Event::StepMetrics(s) if s.step >= from)
-}
-
-fn became(e: &Event, wanted: pb::JobState) -> bool {
-    matches!(e, Event::StateChange(s) if s.to() == wanted)
-}
-
 async fn pause(client: &Client, name: &str) -> Result<pb::TrainingJob, tonic::Status> {
     client
         .training()
@@ -96,22 +84,14 @@ async fn pause(client: &Client, name: &str) -> Result<pb::TrainingJob, tonic::St
         .map(|r| r.into_inner())
 }
 
-async fn resume(client: &Client, name: &str) -> Result<pb::TrainingJob, tonic::Status> {
-    client
-        .training()
-        .resume_training_job(pb::ResumeTrainingJobRequest { name: name.into() })
-        .await
-        .map(|r| r.into_inner())
-}
-
 #[tokio::test(flavor = "multi_thread")]
-async fn a_paused_job_goes_on_bit_for_bit_also_on_another_server() {
-    let wanted = undisturbed(spanning).await;
+async fn a_paused_job_continues_bit_for_bit_after_a_restart() {
+    let expected = undisturbed(accumulating).await;
     let dir = tempfile::tempdir().unwrap();
     let mut server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
-    let name = submit(&client, spanning(&dataset.name)).await;
+    let name = submit(&client, accumulating(&dataset.name)).await;
     until_event(&client, &name, |e| is_step(e, 7)).await;
     assert_eq!(
         pause(&client, &name).await.unwrap().state(),
@@ -136,24 +116,14 @@ async fn a_paused_job_goes_on_bit_for_bit_also_on_another_server() {
         pb::JobState::Queued
     );
     let events = finish(&client, &name).await;
-    let steps: Vec<u64> = events
-        .iter()
-        .filter_map(|e| {
-            if let Some(Event::StepMetrics(s)) = &e.event {
-                Some(s.step)
-            } else {
-                None
-            }
-        })
-        .collect();
     assert_eq!(
-        steps,
+        steps(&events),
         (3..=STEPS).step_by(3).collect::<Vec<_>>(),
-        "no log line is lost or repeated"
+        "a log line is lost or repeated"
     );
     assert!(
-        outcome(dir.path(), &name, &events) == wanted,
-        "the same losses and weights"
+        outcome(dir.path(), &name, &events) == expected,
+        "the losses or the weights differ from those of an uninterrupted run"
     );
     let e = resume(&client, &name).await.unwrap_err();
     assert_eq!(
@@ -166,13 +136,13 @@ async fn a_paused_job_goes_on_bit_for_bit_also_on_another_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_of_a_higher_priority_goes_first_and_the_other_continues_bit_for_bit() {
-    let wanted = undisturbed(saving).await;
+async fn a_job_of_a_higher_priority_preempts_one_that_then_continues_bit_for_bit() {
+    let expected = undisturbed(checkpointing).await;
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
-    let low = submit(&client, saving(&dataset.name)).await;
+    let low = submit(&client, checkpointing(&dataset.name)).await;
     until_event(&client, &low, |e| is_step(e, 3)).await;
     let same = submit(&client, job(&dataset.name, 2)).await;
     let high = submit(
@@ -187,15 +157,15 @@ async fn a_job_of_a_higher_priority_goes_first_and_the_other_continues_bit_for_b
     assert_ne!(
         state(&client, &low).await,
         pb::JobState::Succeeded,
-        "it made room"
+        "the job of low priority was not preempted"
     );
     let events = finish(&client, &low).await;
     assert!(events.iter().any(
         |e| matches!(&e.event, Some(Event::StateChange(s)) if s.reason.contains("higher priority"))
     ));
     assert!(
-        outcome(dir.path(), &low, &events) == wanted,
-        "the same losses and weights"
+        outcome(dir.path(), &low, &events) == expected,
+        "the losses or the weights differ from those of an uninterrupted run"
     );
     finish(&client, &same).await;
 
@@ -249,12 +219,7 @@ async fn an_update_changes_what_its_mask_names_and_a_stale_etag_aborts_it() {
             .await
             .map(|r| r.into_inner())
     };
-    let before = client
-        .training()
-        .get_training_job(pb::GetTrainingJobRequest { name: name.clone() })
-        .await
-        .unwrap()
-        .into_inner();
+    let before = get(&client, &name).await;
     let labels = BTreeMap::from([("team".to_owned(), "search".to_owned())]);
     let wanted = pb::TrainingJob {
         etag: before.etag.clone(),
@@ -298,12 +263,12 @@ async fn an_update_changes_what_its_mask_names_and_a_stale_etag_aborts_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_checkpoint_is_reported_and_the_one_before_is_used() {
-    let wanted = undisturbed(saving).await;
+    let expected = undisturbed(checkpointing).await;
     let dir = tempfile::tempdir().unwrap();
     let mut server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
-    let name = submit(&client, saving(&dataset.name)).await;
+    let name = submit(&client, checkpointing(&dataset.name)).await;
     until_event(&client, &name, |e| is_step(e, 13)).await;
     // The checkpoint of the paused job is stored.
     pause(&client, &name).await.unwrap();
@@ -325,16 +290,17 @@ async fn a_damaged_checkpoint_is_reported_and_the_one_before_is_used() {
     let client = server.client().await;
     resume(&client, &name).await.unwrap();
     let events = finish(&client, &name).await;
-    let told = |e: &pb::TrainingEvent| {
-        matches!(
-            &e.event,
-            Some(Event::Log(l)) if l.message.contains("does not match its checksum")
-        )
+    let reports_damage = |e: &pb::TrainingEvent| match &e.event {
+        Some(Event::Log(l)) => l.message.contains("does not match its checksum"),
+        _ => false,
     };
-    assert!(events.iter().any(told), "the damage is reported");
     assert!(
-        outcome(dir.path(), &name, &events) == wanted,
-        "the same losses and weights"
+        events.iter().any(reports_damage),
+        "the damage is not reported"
+    );
+    assert!(
+        outcome(dir.path(), &name, &events) == expected,
+        "the losses or the weights differ from those of an uninterrupted run"
     );
 }
 
@@ -405,11 +371,11 @@ async fn random_commands_make_only_legal_transitions() {
         .map(|x| (f64::from(x) + 1.0) / 2.0)
         .collect();
     for draw in draws.chunks(2) {
-        let (what, which) = ((draw[0] * 6.0) as usize, draw[1]);
-        let name = jobs.get((which * jobs.len() as f64) as usize).cloned();
-        let result = match (what, name) {
+        let (command, fraction) = ((draw[0] * 6.0) as usize, draw[1]);
+        let name = jobs.get((fraction * jobs.len() as f64) as usize).cloned();
+        let result = match (command, name) {
             (0, _) | (_, None) if jobs.len() < 6 => {
-                let priority = (which * 4.0) as i32;
+                let priority = (fraction * 4.0) as i32;
                 jobs.push(
                     submit(
                         &client,
@@ -424,12 +390,12 @@ async fn random_commands_make_only_legal_transitions() {
             }
             (1, Some(n)) => pause(&client, &n).await.map(|_| ()),
             (2 | 3, Some(n)) => resume(&client, &n).await.map(|_| ()),
-            (4, Some(n)) if which < 0.3 => client
+            (4, Some(n)) if fraction < 0.3 => client
                 .training()
                 .cancel_training_job(pb::CancelTrainingJobRequest { name: n })
                 .await
                 .map(|_| ()),
-            (5, Some(n)) if which < 0.3 => {
+            (5, Some(n)) if fraction < 0.3 => {
                 let deleted = client
                     .training()
                     .delete_training_job(pb::DeleteTrainingJobRequest { name: n.clone() })
@@ -453,10 +419,7 @@ async fn random_commands_make_only_legal_transitions() {
             if now == pb::JobState::Paused {
                 let _ = resume(&client, name).await;
             }
-            matches!(
-                now,
-                pb::JobState::Succeeded | pb::JobState::Cancelled | pb::JobState::Failed
-            )
+            is_final(now)
         })
         .await;
         let mut last = None;
@@ -472,7 +435,10 @@ async fn random_commands_make_only_legal_transitions() {
                 )
             };
             let (from, to) = (parse(change.from()), parse(change.to()).unwrap());
-            assert_eq!(from, last, "{name}: changes follow each other");
+            assert_eq!(
+                from, last,
+                "{name}: a change does not start from the state before it"
+            );
             assert!(
                 from.is_none_or(|from| from.may_become(to)),
                 "{name}: {from:?} to {to:?}"

@@ -30,13 +30,15 @@ use crate::support::{MODELS, device, tiny};
 
 /// Largest allowed difference between a plan and the peak, as a fraction of the peak.
 const TOLERANCE: f64 = 0.2;
-/// Environment variable with the run that a child process should make, as JSON.
+/// Environment variable with the case that a child process runs, as JSON.
 const CASE: &str = "BRADLEY_TEST_MEMORY_CASE";
 
 /// A run of one step on one micro-batch.
 struct Case {
     model: &'static str,
+    /// True for a full fine-tune, false for LoRA.
     full: bool,
+    /// True with activation checkpointing.
     recompute: bool,
     /// Number of pairs in the row.
     pairs: usize,
@@ -137,7 +139,7 @@ fn lora() -> LoraConfig {
 }
 
 #[test]
-fn the_state_of_training_is_as_large_as_planned() {
+fn the_training_state_takes_the_memory_that_is_planned() {
     for (model, full) in MODELS
         .into_iter()
         .flat_map(|model| [(model, false), (model, true)])
@@ -208,10 +210,10 @@ fn measured(case: &Case) -> (f64, f64) {
     )
 }
 
-/// Makes the run that the environment names, and prints the planned and the used bytes. Returns
-/// false if it names none, because this process is not a child of [`measured`].
+/// Runs the case in the environment, and prints the planned and the used bytes. Returns false if
+/// there is none, because this process is not a child of [`measured`].
 #[allow(clippy::print_stdout)]
-fn measures_as_a_child() -> bool {
+fn run_as_child() -> bool {
     let Ok(case) = std::env::var(CASE) else {
         return false;
     };
@@ -256,7 +258,7 @@ fn measures_as_a_child() -> bool {
 #[test]
 fn a_run_takes_the_memory_that_is_planned() {
     // Every run has a process of its own, which executes this test again.
-    if measures_as_a_child() {
+    if run_as_child() {
         return;
     }
     let mut cases = Vec::new();
@@ -279,7 +281,8 @@ fn a_run_takes_the_memory_that_is_planned() {
         // Its backward pass computes attention in several rounds.
         cases.push(case("llama", false, true, [3000, 600, 496]));
     } else {
-        // A GPU's plan assumes that the probability of every token is wanted.
+        // A GPU's plan assumes that the row needs the log-prob of every token, so most tokens are
+        // in completions.
         cases.push(case("llama", false, false, [24, 250, 250]));
         cases.push(case("qwen3", true, true, [24, 250, 250]));
     }

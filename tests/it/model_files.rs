@@ -30,7 +30,7 @@ fn load(folder: &Path) -> Result<(), String> {
 fn tensors_that_the_configuration_does_not_call_for_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     copy_model("llama", dir.path(), &["model.safetensors"]);
-    let with = |names: &[&str]| {
+    let load_with = |names: &[&str]| {
         let mut all = tensors("models/llama/model.safetensors");
         all.extend(names.iter().map(|name| {
             (
@@ -41,8 +41,8 @@ fn tensors_that_the_configuration_does_not_call_for_are_refused_by_name() {
         candle_core::safetensors::save(&all, dir.path().join("model.safetensors")).unwrap();
         load(dir.path())
     };
-    with(&[]).unwrap();
-    let e = with(&[
+    load_with(&[]).unwrap();
+    let e = load_with(&[
         "model.layers.1.self_attn.q_proj.bias",
         "model.layers.0.self_attn.q_proj.bias",
     ])
@@ -52,13 +52,13 @@ fn tensors_that_the_configuration_does_not_call_for_are_refused_by_name() {
             && e.contains("attention_bias"),
         "{e}"
     );
-    let e = with(&["model.layers.3.input_layernorm.weight"]).unwrap_err();
+    let e = load_with(&["model.layers.3.input_layernorm.weight"]).unwrap_err();
     assert!(
         e.contains("'model.layers.3.input_layernorm.weight'") && e.contains("num_hidden_layers"),
         "{e}"
     );
     // The copy of the tied head, old buffers, and tensors outside of the decoder.
-    with(&[
+    load_with(&[
         "lm_head.weight",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
         "vision_tower.patch.weight",
@@ -67,7 +67,7 @@ fn tensors_that_the_configuration_does_not_call_for_are_refused_by_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tokenizer_without_an_end_of_sequence_is_warned_of() {
+async fn a_tokenizer_without_an_end_of_sequence_causes_warnings() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("no-eos");
     std::fs::create_dir(&folder).unwrap();
@@ -79,7 +79,7 @@ async fn a_tokenizer_without_an_end_of_sequence_is_warned_of() {
     std::fs::write(folder.join("tokenizer_config.json"), settings.to_string()).unwrap();
 
     let models = format!(
-        "whole={},broken={}",
+        "with-eos={},without-eos={}",
         golden("models/llama").display(),
         folder.display()
     );
@@ -110,13 +110,15 @@ async fn a_tokenizer_without_an_end_of_sequence_is_warned_of() {
         i32::from(pb::IssueSeverity::Warning),
     );
     assert_eq!(
-        findings("plain.jsonl", "models/broken").await,
+        findings("plain.jsonl", "models/without-eos").await,
         [warning],
-        "once for the file"
+        "the warning is not reported once for the file"
     );
-    assert!(findings("plain.jsonl", "models/whole").await.is_empty());
+    assert!(findings("plain.jsonl", "models/with-eos").await.is_empty());
     assert!(
-        findings("pairs.jsonl", "models/broken").await.is_empty(),
-        "a chat template ends its answers itself"
+        findings("pairs.jsonl", "models/without-eos")
+            .await
+            .is_empty(),
+        "a warning although the chat template ends the answers"
     );
 }

@@ -7,41 +7,21 @@ use std::time::Duration;
 use bradley::rpc::client::{Client, Status};
 use bradley::rpc::pb::{self, training_event::Event};
 use bradley::train::checkpoint;
-use prost::Message as _;
 use sqlx::Connection as _;
 use tempfile::TempDir;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use crate::server::{Server, finish, job, pairs, score, state, submit, until_event, upload};
+use crate::server::{
+    Server, checkpoints_folder, create, events, finish, get, id, job, job_error_reason, latest,
+    pairs, pause, resume, score, state, submit, succeed, upload,
+};
 use crate::support::golden;
 use crate::wait::until_ok;
 
 /// Steps of a job that is paused before its end.
 const STEPS: u64 = 120;
 const PATIENCE: Duration = Duration::from_secs(60);
-
-async fn get(client: &Client, name: &str) -> pb::TrainingJob {
-    let request = pb::GetTrainingJobRequest { name: name.into() };
-    client
-        .training()
-        .get_training_job(request)
-        .await
-        .unwrap()
-        .into_inner()
-}
-
-async fn create(client: &Client, wanted: pb::TrainingJob) -> Result<pb::TrainingJob, Status> {
-    let request = pb::CreateTrainingJobRequest {
-        training_job: Some(wanted),
-        ..Default::default()
-    };
-    client
-        .training()
-        .create_training_job(request)
-        .await
-        .map(|r| r.into_inner())
-}
 
 async fn delete(client: &Client, name: &str) -> Result<(), Status> {
     let request = pb::DeleteTrainingJobRequest { name: name.into() };
@@ -61,65 +41,20 @@ async fn delete_checkpoint(client: &Client, name: &str) -> Result<(), Status> {
         .map(|_| ())
 }
 
-async fn resume(client: &Client, name: &str) {
-    let request = pb::ResumeTrainingJobRequest { name: name.into() };
-    client
-        .training()
-        .resume_training_job(request)
-        .await
-        .unwrap();
-}
-
-/// Pauses a job after some steps.
-async fn pause(client: &Client, name: &str) {
-    until_event(
-        client,
-        name,
-        |e| matches!(e, Event::StepMetrics(s) if s.step >= 3),
-    )
-    .await;
-    let request = pb::PauseTrainingJobRequest { name: name.into() };
-    client.training().pause_training_job(request).await.unwrap();
-    until_event(
-        client,
-        name,
-        |e| matches!(e, Event::StateChange(s) if s.to() == pb::JobState::Paused),
-    )
-    .await;
-}
-
-async fn succeed(client: &Client, wanted: pb::TrainingJob) -> String {
+/// Runs a job to its end, which must be success, and returns its name.
+async fn train(client: &Client, wanted: pb::TrainingJob) -> String {
     let name = submit(client, wanted).await;
-    finish(client, &name).await;
-    let ended = get(client, &name).await;
-    assert_eq!(ended.state(), pb::JobState::Succeeded, "{:?}", ended.error);
+    succeed(client, &name).await;
     name
 }
 
-fn latest(job: &str) -> String {
-    format!("{job}/checkpoints/latest")
-}
-
-/// Returns the reason of a job's error.
-fn reason(error: &tonic_types::Status) -> String {
-    let status = Status::with_details(
-        error.code.into(),
-        error.message.clone(),
-        error.encode_to_vec().into(),
-    );
-    status
-        .get_details_error_info()
-        .map(|i| i.reason)
-        .unwrap_or_default()
-}
-
-/// Waits until a job says why it cannot continue, and returns its state and the reason.
-async fn trouble(client: &Client, name: &str) -> (pb::JobState, String) {
+/// Waits until a job has an error, and returns its state and the error's reason.
+async fn state_and_reason(client: &Client, name: &str) -> (pb::JobState, String) {
     until_ok("an error of the job", PATIENCE, async || {
         let shown = get(client, name).await;
         if let Some(error) = &shown.error {
             assert_eq!(error.code, Code::FailedPrecondition as i32, "{error:?}");
-            return Ok((shown.state(), reason(error)));
+            return Ok((shown.state(), job_error_reason(error)));
         }
         Err(format!("{:?}", shown.state()))
     })
@@ -134,13 +69,8 @@ async fn sql(data_dir: &Path, statement: &str) {
         .execute(&mut database)
         .await
         .unwrap();
-    assert!(changed.rows_affected() > 0, "{statement} changes nothing");
+    assert!(changed.rows_affected() > 0, "{statement} changes no row");
     database.close().await.unwrap();
-}
-
-fn id(name: &str) -> &str {
-    name.trim_start_matches("trainingJobs/")
-        .trim_start_matches("datasets/")
 }
 
 // ---- the adapter that a job continues with
@@ -152,6 +82,7 @@ fn with_lora(lora: pb::LoraConfig, wanted: pb::TrainingJob) -> pb::TrainingJob {
     }
 }
 
+/// Returns the LoRA settings of a job.
 fn lora(shown: &pb::TrainingJob) -> pb::LoraConfig {
     let Some(pb::training_job::Method::Lora(lora)) = shown.method.clone() else {
         panic!("{shown:?}")
@@ -159,9 +90,9 @@ fn lora(shown: &pb::TrainingJob) -> pb::LoraConfig {
     lora
 }
 
-/// Checks jobs that continue with an adapter of rank 4, α 6 and two targets: values that are not
-/// named are taken from the adapter, other values are refused.
-async fn goes_on_with_the_adapters_values(
+/// Checks jobs that continue with an adapter of rank 4, α 6 and two targets: settings that a
+/// request leaves out are the adapter's, and other values are refused.
+async fn assert_keeps_the_adapters_settings(
     client: &Client,
     wanted: pb::TrainingJob,
     init_adapter: &str,
@@ -273,21 +204,21 @@ fn small_adapter(dataset: &str) -> pb::TrainingJob {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_from_a_checkpoint_has_its_rank_alpha_and_targets() {
+async fn a_job_from_a_checkpoint_keeps_its_rank_alpha_and_targets() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let first = succeed(&client, small_adapter(&dataset)).await;
+    let first = train(&client, small_adapter(&dataset)).await;
     let wanted = pb::TrainingJob {
         policy: latest(&first),
         ..job(&dataset, 2)
     };
-    goes_on_with_the_adapters_values(&client, wanted, "").await;
+    assert_keeps_the_adapters_settings(&client, wanted, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_from_an_init_adapter_has_its_rank_alpha_and_targets() {
+async fn a_job_from_an_init_adapter_keeps_its_rank_alpha_and_targets() {
     let (dir, adapters) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let models = format!("tiny={}", golden("models/llama").display());
     let server = Server::start_with(
@@ -297,13 +228,13 @@ async fn a_job_from_an_init_adapter_has_its_rank_alpha_and_targets() {
     );
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
-    let first = succeed(&client, small_adapter(&dataset)).await;
+    let first = train(&client, small_adapter(&dataset)).await;
     let folder = adapters.path().join("x");
     client
         .download_checkpoint(&latest(&first), pb::ExportFormat::Adapter, &folder)
         .await
         .unwrap();
-    goes_on_with_the_adapters_values(&client, job(&dataset, 2), "x").await;
+    assert_keeps_the_adapters_settings(&client, job(&dataset, 2), "x").await;
     // An unreadable adapter is refused before the job exists, without a path of the server.
     std::fs::write(folder.join("adapter_config.json"), "{").unwrap();
     let broken = with_lora(
@@ -331,7 +262,7 @@ async fn a_job_from_an_init_adapter_has_its_rank_alpha_and_targets() {
 // ---- identities
 
 #[tokio::test(flavor = "multi_thread")]
-async fn models_jobs_and_checkpoints_show_what_they_are_by_content() {
+async fn models_jobs_and_checkpoints_show_the_hashes_of_their_content() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -358,7 +289,7 @@ async fn models_jobs_and_checkpoints_show_what_they_are_by_content() {
     let evaluation = Some(pb::training_job::Evaluation::EvalDataset(
         dataset.name.clone(),
     ));
-    let first = succeed(
+    let first = train(
         &client,
         pb::TrainingJob {
             evaluation,
@@ -373,13 +304,13 @@ async fn models_jobs_and_checkpoints_show_what_they_are_by_content() {
         (&dataset.content_hash, &dataset.content_hash)
     );
     assert_eq!((pins.policy.as_str(), pins.reference.as_str()), ("", ""));
-    let other = succeed(&client, job(&dataset.name, 2)).await;
+    let other = train(&client, job(&dataset.name, 2)).await;
     let second = pb::TrainingJob {
         policy: latest(&first),
         reference: latest(&other),
         ..job(&dataset.name, 2)
     };
-    let second = succeed(&client, second).await;
+    let second = train(&client, second).await;
     let pins = get(&client, &second).await.pins.unwrap();
     assert!(
         is_hash(&pins.policy) && is_hash(&pins.reference) && pins.policy != pins.reference,
@@ -428,6 +359,7 @@ impl Paused {
         Self::on(&golden("pairs.jsonl")).await
     }
 
+    /// Starts the server with a job on the rows of this file.
     async fn on(rows: &Path) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let server = Server::start(dir.path());
@@ -438,8 +370,8 @@ impl Paused {
             .unwrap()
             .name;
         let (policy, reference) = (
-            succeed(&client, job(&dataset, 2)).await,
-            succeed(&client, job(&dataset, 3)).await,
+            train(&client, job(&dataset, 2)).await,
+            train(&client, job(&dataset, 3)).await,
         );
         let wanted = pb::TrainingJob {
             policy: latest(&policy),
@@ -457,7 +389,7 @@ impl Paused {
         }
     }
 
-    /// Executes a statement while the server is stopped.
+    /// Executes an SQL statement while the server is stopped.
     async fn restart_after(&mut self, statement: &str) {
         assert!(self.server.terminate(PATIENCE).success());
         sql(self.dir.path(), statement).await;
@@ -469,7 +401,7 @@ impl Paused {
     async fn restart_with(&mut self, change: impl Fn(&mut serde_json::Value)) {
         assert!(self.server.terminate(PATIENCE).success());
         let job = id(&self.job);
-        let folder = self.dir.path().join("jobs").join(job).join("checkpoints");
+        let folder = checkpoints_folder(self.dir.path(), job);
         for step in checkpoint::steps(&folder).unwrap() {
             let dir = folder.join(step.to_string());
             let file = dir.join(checkpoint::STATE_FILE);
@@ -477,23 +409,22 @@ impl Paused {
             change(&mut state);
             std::fs::write(&file, state.to_string()).unwrap();
             let digest = checkpoint::digest(&dir).unwrap();
-            let update = format!(
-                "UPDATE checkpoints SET digest = '{digest}' WHERE job = '{job}' AND step = {step}"
-            );
-            sql(self.dir.path(), &update).await;
+            let update = format!("UPDATE checkpoints SET digest = '{digest}'");
+            let statement = format!("{update} WHERE job = '{job}' AND step = {step}");
+            sql(self.dir.path(), &statement).await;
         }
         self.server = Server::start(self.dir.path());
         self.client = self.server.client().await;
     }
 
     /// Waits until the job is refused for its rows, with all of `words` in the message.
-    async fn is_refused_for_its_rows(&self, words: &[&str]) {
+    async fn wait_for_refusal_of_rows(&self, words: &[&str]) {
         until_ok("a refusal of the rows", PATIENCE, async || {
             let shown = get(&self.client, &self.job).await;
             let error = shown.error.unwrap_or_default();
             if words.iter().all(|word| error.message.contains(word)) {
                 assert_eq!(
-                    (shown.state, reason(&error)),
+                    (shown.state, job_error_reason(&error)),
                     (pb::JobState::Queued.into(), "ROWS_CHANGED".to_owned())
                 );
                 assert_eq!(error.code, Code::FailedPrecondition as i32);
@@ -506,19 +437,7 @@ impl Paused {
     }
 
     async fn warnings(&self) -> Vec<String> {
-        let request = pb::ListTrainingEventsRequest {
-            parent: self.job.clone(),
-            page_size: 1000,
-            ..Default::default()
-        };
-        let events = self
-            .client
-            .training()
-            .list_training_events(request)
-            .await
-            .unwrap()
-            .into_inner()
-            .events;
+        let events = events(&self.client, &self.job).await;
         let warning = |e: pb::TrainingEvent| match e.event {
             Some(Event::Log(l)) if l.severity == "warning" => Some(l.message),
             _ => None,
@@ -528,8 +447,8 @@ impl Paused {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_does_not_go_on_with_another_policy_or_reference() {
-    for (part, remedy) in [("policy", "policy"), ("reference", "reference")] {
+async fn a_job_waits_while_its_policy_or_reference_has_changed() {
+    for part in ["policy", "reference"] {
         let mut it = Paused::start().await;
         let pins = get(&it.client, &it.job).await.pins.unwrap();
         let pinned = if part == "policy" {
@@ -538,20 +457,20 @@ async fn a_job_does_not_go_on_with_another_policy_or_reference() {
             pins.reference
         };
         let (job, other) = (id(&it.job).to_owned(), "0".repeat(64));
-        // As if the checkpoint had other content than at the creation of the job.
+        // The pin in the database changes, as if the checkpoint's content had changed.
         it.restart_after(&format!(
             "UPDATE jobs SET request = replace(request, '{pinned}', '{other}') WHERE id = '{job}'"
         ))
         .await;
-        resume(&it.client, &it.job).await;
+        resume(&it.client, &it.job).await.unwrap();
         assert_eq!(
-            trouble(&it.client, &it.job).await,
+            state_and_reason(&it.client, &it.job).await,
             (pb::JobState::Queued, "MODEL_CHANGED".into()),
             "{part}"
         );
         let message = get(&it.client, &it.job).await.error.unwrap().message;
         assert!(
-            message.contains(&pinned) && message.contains(&other) && message.contains(remedy),
+            message.contains(&pinned) && message.contains(&other) && message.contains(part),
             "{message}"
         );
         // The job continues by itself when the content is the old one again.
@@ -565,7 +484,7 @@ async fn a_job_does_not_go_on_with_another_policy_or_reference() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_does_not_go_on_with_another_dataset() {
+async fn a_job_waits_while_its_dataset_has_changed() {
     let it = Paused::start().await;
     let files = std::fs::read_dir(it.dir.path().join("datasets"))
         .unwrap()
@@ -590,9 +509,9 @@ async fn a_job_does_not_go_on_with_another_dataset() {
     let text = std::fs::read_to_string(&file).unwrap();
     let reversed: Vec<&str> = text.lines().rev().collect();
     std::fs::write(&file, reversed.join("\n") + "\n").unwrap();
-    resume(&it.client, &it.job).await;
+    resume(&it.client, &it.job).await.unwrap();
     assert_eq!(
-        trouble(&it.client, &it.job).await,
+        state_and_reason(&it.client, &it.job).await,
         (pb::JobState::Queued, "DATASET_CHANGED".into())
     );
     // The job continues by itself when the file is the old one again.
@@ -628,9 +547,9 @@ async fn a_job_waits_for_the_file_of_its_dataset() {
         says(&it.dataset) && says("data directory") && says("upload the dataset again"),
         "{status}"
     );
-    resume(&it.client, &it.job).await;
+    resume(&it.client, &it.job).await.unwrap();
     assert_eq!(
-        trouble(&it.client, &it.job).await,
+        state_and_reason(&it.client, &it.job).await,
         (pb::JobState::Queued, "ARTIFACT_MISSING".into())
     );
     // The job continues by itself when the file is back.
@@ -640,30 +559,31 @@ async fn a_job_waits_for_the_file_of_its_dataset() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_does_not_go_on_with_other_tokens() {
+async fn a_job_does_not_continue_with_other_tokens() {
     let mut it = Paused::start().await;
-    // As if this version made other pairs of the rows than the version that began the job.
+    // The recorded hash changes, as if the version that began the job had made other pairs of the
+    // rows.
     let other = "0".repeat(64);
     it.restart_with(|state| state["pairs"] = other.clone().into())
         .await;
-    resume(&it.client, &it.job).await;
-    it.is_refused_for_its_rows(&[&other]).await;
+    resume(&it.client, &it.job).await.unwrap();
+    it.wait_for_refusal_of_rows(&[&other]).await;
     // Version 0.2.0 recorded only the number of used tokens, not the pairs.
-    let used = |state: &mut serde_json::Value, more: i64| {
+    let record_tokens_only = |state: &mut serde_json::Value, more: i64| {
         state.as_object_mut().unwrap().remove("pairs");
         let tokens = state["state"]["tokens"].as_i64().unwrap();
         state["state"]["tokens"] = (tokens + more).into();
     };
-    it.restart_with(|state| used(state, 1)).await;
-    it.is_refused_for_its_rows(&["tokens"]).await;
+    it.restart_with(|state| record_tokens_only(state, 1)).await;
+    it.wait_for_refusal_of_rows(&["tokens"]).await;
     // With the old rows the job continues.
-    it.restart_with(|state| used(state, -1)).await;
+    it.restart_with(|state| record_tokens_only(state, -1)).await;
     finish(&it.client, &it.job).await;
     assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_of_version_0_2_0_does_not_go_on_with_keys_that_it_did_not_use() {
+async fn a_job_of_version_0_2_0_does_not_continue_with_keys_that_it_ignored() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("rows.jsonl");
     let text = std::fs::read_to_string(golden("pairs.jsonl")).unwrap();
@@ -685,8 +605,8 @@ async fn a_job_of_version_0_2_0_does_not_go_on_with_keys_that_it_did_not_use() {
         *pairs.borrow_mut() = state.as_object_mut().unwrap().remove("pairs").unwrap()
     })
     .await;
-    resume(&it.client, &it.job).await;
-    it.is_refused_for_its_rows(&["0.2.0", "prompt[0].name of row 4", &it.dataset])
+    resume(&it.client, &it.job).await.unwrap();
+    it.wait_for_refusal_of_rows(&["0.2.0", "prompt[0].name of row 4", &it.dataset])
         .await;
     // A checkpoint of this version records that the run began with these pairs.
     it.restart_with(|state| state["pairs"] = pairs.borrow().clone())
@@ -697,7 +617,7 @@ async fn a_job_of_version_0_2_0_does_not_go_on_with_keys_that_it_did_not_use() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_without_pins_is_pinned_at_its_next_start() {
-    // As the previous version stored it, and as version 0.1 did.
+    // As two older versions stored it.
     for removed in ["$.pins.contents", "$.pins"] {
         let mut it = Paused::start().await;
         let pins = get(&it.client, &it.job).await.pins;
@@ -708,13 +628,13 @@ async fn a_job_without_pins_is_pinned_at_its_next_start() {
         .await;
         assert_ne!(get(&it.client, &it.job).await.pins, pins);
         assert_eq!(it.warnings().await, Vec::<String>::new());
-        resume(&it.client, &it.job).await;
+        resume(&it.client, &it.job).await.unwrap();
         finish(&it.client, &it.job).await;
         assert_eq!(get(&it.client, &it.job).await.pins, pins);
-        let told = it.warnings().await;
+        let warnings = it.warnings().await;
         assert!(
-            told.len() == 1 && told[0].contains("is pinned now"),
-            "{told:?}"
+            warnings.len() == 1 && warnings[0].contains("is pinned now"),
+            "{warnings:?}"
         );
         assert_eq!(state(&it.client, &it.job).await, pb::JobState::Succeeded);
     }
@@ -723,7 +643,7 @@ async fn a_job_without_pins_is_pinned_at_its_next_start() {
 // ---- references of ended jobs
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_reference_of_an_ended_job_is_kept_while_the_job_has_checkpoints() {
+async fn the_reference_of_an_ended_job_cannot_be_deleted_while_the_job_has_checkpoints() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -737,10 +657,10 @@ async fn the_reference_of_an_ended_job_is_kept_while_the_job_has_checkpoints() {
         policy: latest(first),
         ..job(&dataset, 2)
     };
-    let users: [&dyn Fn(&str) -> pb::TrainingJob; 2] = [&named, &implied];
-    for user in users {
-        let first = succeed(&client, job(&dataset, 2)).await;
-        let second = succeed(&client, user(&first)).await;
+    let kinds: [&dyn Fn(&str) -> pb::TrainingJob; 2] = [&named, &implied];
+    for job_against in kinds {
+        let first = train(&client, job(&dataset, 2)).await;
+        let second = train(&client, job_against(&first)).await;
         let before = score(&client, &latest(&second), pairs()).await;
         let refusals = [
             delete(&client, &first).await,
@@ -752,7 +672,7 @@ async fn the_reference_of_an_ended_job_is_kept_while_the_job_has_checkpoints() {
             assert_eq!(status.get_details_error_info().unwrap().reason, "IN_USE");
             assert!(
                 status.message().contains(&second),
-                "the user is not named: {status}"
+                "the job that needs it is not named: {status}"
             );
         }
         assert_eq!(
@@ -762,9 +682,10 @@ async fn the_reference_of_an_ended_job_is_kept_while_the_job_has_checkpoints() {
         delete(&client, &second).await.unwrap();
         delete(&client, &first).await.unwrap();
     }
-    // A job that was only continued, or whose user has no checkpoint, is not needed.
-    let first = succeed(&client, job(&dataset, 2)).await;
-    let second = succeed(
+    // A job may be deleted if it is only the policy of another job, or if the job that has it as
+    // its reference has no checkpoints.
+    let first = train(&client, job(&dataset, 2)).await;
+    let second = train(
         &client,
         pb::TrainingJob {
             reference: "models/tiny".into(),
@@ -774,8 +695,8 @@ async fn the_reference_of_an_ended_job_is_kept_while_the_job_has_checkpoints() {
     .await;
     delete(&client, &first).await.unwrap();
     score(&client, &latest(&second), pairs()).await;
-    let first = succeed(&client, job(&dataset, 2)).await;
-    let second = succeed(&client, named(&first)).await;
+    let first = train(&client, job(&dataset, 2)).await;
+    let second = train(&client, named(&first)).await;
     delete_checkpoint(&client, &format!("{second}/checkpoints/2"))
         .await
         .unwrap();

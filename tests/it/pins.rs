@@ -8,7 +8,7 @@ use bradley::rpc::pb;
 use tempfile::TempDir;
 
 use crate::server::{
-    Server, get, job, latest, pairs, pause, resume, score, scored, submit, succeed, upload,
+    Server, create, get, job, latest, pairs, pause, resume, score, scored, submit, succeed, upload,
 };
 use crate::support::golden;
 
@@ -19,7 +19,7 @@ pub const UNDECIDED: f64 = std::f64::consts::LN_2;
 
 const WEIGHTS: &str = "adapter_model.safetensors";
 
-/// Function that starts a server with a data folder, models and flags.
+/// Starts a server with a data folder, models and flags.
 type Start = Box<dyn Fn(&Path, &str, &[&str]) -> Server>;
 
 /// A server whose adapter folder holds one adapter, `x`, and the weights of another adapter.
@@ -82,12 +82,12 @@ impl Adapters {
         )
     }
 
-    /// Starts another server with the same adapter folder.
-    pub fn another(&self, data: &Path) -> Server {
+    /// Starts a server with a data folder of its own and the same adapter folder.
+    pub fn start_server(&self, data: &Path) -> Server {
         Self::serve(&self.start, data, self.adapters.path())
     }
 
-    /// Creates a job that starts from `x`.
+    /// Returns a job that starts from `x`.
     pub fn job(&self, steps: u64) -> pb::TrainingJob {
         let init_adapter = "x".to_owned();
         let lora = pb::LoraConfig {
@@ -102,19 +102,19 @@ impl Adapters {
         }
     }
 
-    /// Replaces the weights of `x` by others.
+    /// Replaces the weights of `x` by those of the other adapter.
     pub fn overwrite(&self) {
         let file = self.adapters.path().join("x").join(WEIGHTS);
         assert_ne!(std::fs::read(&file).unwrap(), self.other);
         std::fs::write(file, &self.other).unwrap();
     }
 
-    /// Restarts the server without the contents of its memory and its cache: everything in a cache
-    /// must be computable again at any time.
+    /// Restarts the server without its reference cache, so that everything that it remembered must
+    /// be computed again.
     async fn restart(&mut self) {
         self.server.kill();
         let _ = std::fs::remove_file(self.data.path().join("reference-cache.redb"));
-        self.server = self.another(self.data.path());
+        self.server = self.start_server(self.data.path());
         self.client = self.server.client().await;
     }
 }
@@ -137,10 +137,10 @@ async fn a_job_from_an_overwritten_adapter_is_measured_against_the_new_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_paused_job_goes_on_from_the_adapter_that_it_started_from() {
+async fn a_paused_job_continues_from_the_adapter_that_it_started_from() {
     let mut it = Adapters::start().await;
     let undisturbed = submit(&it.client, it.job(STEPS)).await;
-    let wanted = succeed(&it.client, &undisturbed).await;
+    let expected = succeed(&it.client, &undisturbed).await;
     let name = submit(&it.client, it.job(STEPS)).await;
     pause(&it.client, &name).await;
     it.overwrite();
@@ -149,18 +149,18 @@ async fn a_paused_job_goes_on_from_the_adapter_that_it_started_from() {
     let losses = succeed(&it.client, &name).await;
     assert_eq!(
         losses.keys().collect::<Vec<_>>(),
-        wanted.keys().collect::<Vec<_>>()
+        expected.keys().collect::<Vec<_>>()
     );
-    let apart = wanted.iter().find(|(step, loss)| losses[step] != **loss);
-    let shown = apart.map(|(s, l)| (s, f64::from_bits(*l), f64::from_bits(losses[s])));
+    let different = expected.iter().find(|(step, loss)| losses[step] != **loss);
+    let shown = different.map(|(s, l)| (s, f64::from_bits(*l), f64::from_bits(losses[s])));
     assert_eq!(
         shown, None,
-        "the first step that is not the undisturbed run's"
+        "the first step whose loss is not the undisturbed run's"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_paused_job_goes_on_without_the_folder_of_its_adapter() {
+async fn a_paused_job_continues_without_the_folder_of_its_adapter() {
     let it = Adapters::start().await;
     let name = submit(&it.client, it.job(STEPS)).await;
     pause(&it.client, &name).await;
@@ -189,19 +189,9 @@ async fn a_checkpoint_is_scored_against_the_adapter_that_its_job_started_from() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_names_its_adapter_as_the_client_did() {
+async fn a_job_shows_the_name_of_its_adapter_that_the_client_gave() {
     let it = Adapters::start().await;
-    let request = pb::CreateTrainingJobRequest {
-        training_job: Some(it.job(1)),
-        ..Default::default()
-    };
-    let made = it
-        .client
-        .training()
-        .create_training_job(request)
-        .await
-        .unwrap()
-        .into_inner();
+    let created = create(&it.client, it.job(1)).await.unwrap();
     let list = pb::ListTrainingJobsRequest::default();
     let mut listed = it
         .client
@@ -211,8 +201,8 @@ async fn a_job_names_its_adapter_as_the_client_did() {
         .unwrap()
         .into_inner();
     for shown in [
-        get(&it.client, &made.name).await,
-        made,
+        get(&it.client, &created.name).await,
+        created,
         listed.training_jobs.remove(0),
     ] {
         let Some(pb::training_job::Method::Lora(lora)) = shown.method else {

@@ -1,5 +1,5 @@
-//! Rules of style for the source text: the beginning of a doc comment, the length of a line, and
-//! one meaning for each name of a type. The source is scanned as in `layers.rs`.
+//! Rules of style for the text below `src`: the beginning of a doc comment, the width of a line,
+//! and one meaning for each name of a type. The source is scanned as in `layers.rs`.
 
 use std::collections::BTreeMap;
 
@@ -7,12 +7,11 @@ use crate::layers::scan::{is_name, tokens};
 use crate::layers::sources_with;
 
 /// Words that begin a noun clause ("What is freed …") in place of a sentence.
-const RIDDLES: [&str; 6] = ["What", "Whether", "Whose", "So many", "Which", "How many"];
-/// Maximum length of a line in bytes. rustfmt counts characters, so it accepts longer lines with
-/// formulas.
-const MAX_BYTES: usize = 100;
-/// Number of lines that may be longer: rows of JSONL in tests, which cannot be broken.
-const LONG_LINES: usize = 3;
+const NOUN_CLAUSES: [&str; 6] = ["What", "Whether", "Whose", "So many", "Which", "How many"];
+/// Maximum number of columns of a line, as in rustfmt.
+const COLUMNS: usize = 100;
+/// Number of lines that may be wider: string literals and tables that cannot be broken well.
+const WIDE_LINES: usize = 50;
 /// File that mirrors the types of the feature `cuda` in a build without it.
 const MIRROR: &str = "model/cuda/absent.rs";
 
@@ -21,7 +20,7 @@ fn doc_comments_begin_with_a_sentence() {
     let sources = sources_with(&["rs"]);
     let found: Vec<String> = sources
         .iter()
-        .flat_map(|(file, source)| at_lines(file, riddles(source)))
+        .flat_map(|(file, source)| at_lines(file, noun_clauses(source)))
         .collect();
     assert!(
         found.is_empty(),
@@ -86,8 +85,8 @@ fn at_lines(file: &str, lines: Vec<(usize, String)>) -> Vec<String> {
         .collect()
 }
 
-/// Returns the doc comments that begin with one of [`RIDDLES`], each with its line.
-fn riddles(source: &str) -> Vec<(usize, String)> {
+/// Returns the doc comments that begin with one of [`NOUN_CLAUSES`], each with its line.
+fn noun_clauses(source: &str) -> Vec<(usize, String)> {
     let mut found = Vec::new();
     let mut is_inside = false;
     for (i, line) in source.lines().enumerate() {
@@ -102,11 +101,11 @@ fn riddles(source: &str) -> Vec<(usize, String)> {
         // The first line of a paragraph; later lines may continue a sentence.
         let begins = !is_inside;
         is_inside = !text.is_empty();
-        let is_riddle = RIDDLES.iter().any(|words| {
+        let is_noun_clause = NOUN_CLAUSES.iter().any(|words| {
             text.strip_prefix(words)
                 .is_some_and(|rest| !rest.starts_with(|c: char| c.is_alphanumeric()))
         });
-        if begins && is_riddle {
+        if begins && is_noun_clause {
             found.push((i + 1, line.to_owned()));
         }
     }
@@ -176,10 +175,13 @@ fn types(source: &str) -> Vec<(usize, String)> {
 }
 
 #[test]
-fn the_rules_are_read_as_they_are_meant() {
+fn the_scans_find_what_breaks_a_rule_and_nothing_else() {
     let doc = "/// What is freed.\n/// Which is wrapped.\nfn a() {}\n//! Whether it is.\n\n\
                /// Whichever.\n/// Reads.\n///\n/// So many rows.\n// What else\n";
-    let lines: Vec<usize> = riddles(doc).into_iter().map(|(line, _)| line).collect();
+    let lines: Vec<usize> = noun_clauses(doc)
+        .into_iter()
+        .map(|(line, _)| line)
+        .collect();
     assert_eq!(lines, [1, 4, 9]);
 
     let source = "

@@ -13,8 +13,8 @@ use tonic::Code;
 use tonic_types::StatusExt as _;
 
 use crate::server::{
-    Server, assert_refused, assert_waits, finish, get, is_step, job, latest, pairs, pause, resume,
-    score, scored, state, submit, succeed, until_event, upload,
+    Server, assert_refused, assert_waits, create, finish, get, is_step, job, latest, pairs, pause,
+    reason, resume, score, score_with, scored, state, submit, succeed, until_event, upload,
 };
 use crate::support::{
     assert_close, copy_files, golden, hashes, json, numbers, perturb_weights, replace,
@@ -22,6 +22,8 @@ use crate::support::{
 
 /// Steps of a job that is paused before its end.
 const STEPS: u64 = 120;
+/// β of the scores, which is the default.
+const BETA: f64 = 0.1;
 
 /// Returns the `--models` flag for golden models under their own names.
 fn models(names: &[&str]) -> String {
@@ -43,27 +45,7 @@ async fn score_against(
         per_token_logprobs: true,
         ..Default::default()
     };
-    let request = pb::ScorePairsRequest {
-        options: Some(options),
-        pairs: pairs(),
-    };
-    client
-        .scoring()
-        .score_pairs(request)
-        .await
-        .map(|r| r.into_inner())
-}
-
-async fn create(client: &Client, job: pb::TrainingJob) -> Result<pb::TrainingJob, Status> {
-    let request = pb::CreateTrainingJobRequest {
-        training_job: Some(job),
-        ..Default::default()
-    };
-    client
-        .training()
-        .create_training_job(request)
-        .await
-        .map(|r| r.into_inner())
+    score_with(client, options).await
 }
 
 /// Returns a LoRA job on one model with a reference on another.
@@ -115,25 +97,27 @@ async fn scores_against_another_model_are_those_of_transformers() {
             case["scores"].as_object().unwrap().len()
         );
         for result in &scores.results {
-            let (got, want) = (scored(result), &case["scores"][&result.id]);
+            let (pair, golden) = (scored(result), &case["scores"][&result.id]);
+            // β·(Σlog π_w − Σlog ref_w − Σlog π_l + Σlog ref_l), from golden log-probs.
             let mut margin = 0.0;
-            for (side, sign, got) in [("chosen", 1.0, &got.a), ("rejected", -1.0, &got.b)] {
-                let (got, want) = (got.as_ref().unwrap(), &want[side]);
+            for (side, side_sign, answer) in [("chosen", 1.0, &pair.a), ("rejected", -1.0, &pair.b)]
+            {
+                let answer = answer.as_ref().unwrap();
                 let what = format!("{} {} {side}", name("policy"), result.id);
-                let both = [
-                    ("policy", &got.policy_token_logprobs, 1.0),
-                    ("reference", &got.reference_token_logprobs, -1.0),
+                let models = [
+                    ("policy", &answer.policy_token_logprobs, 1.0),
+                    ("reference", &answer.reference_token_logprobs, -1.0),
                 ];
-                for (key, got, of_ratio) in both {
-                    let want = numbers(&want[key]);
+                for (model, got, model_sign) in models {
+                    let want = numbers(&golden[side][model]);
                     assert_eq!(got.len(), want.len(), "{what}");
                     for (g, w) in got.iter().zip(&want) {
                         assert_close(&what, f64::from(*g), *w, 1e-5, 0.1);
                     }
-                    margin += sign * of_ratio * 0.1 * want.iter().sum::<f64>();
+                    margin += side_sign * model_sign * BETA * want.iter().sum::<f64>();
                 }
             }
-            assert_close(&result.id, got.margin, margin, 1e-4, 1.0);
+            assert_close(&result.id, pair.margin, margin, 1e-4, 1.0);
         }
     }
 }
@@ -223,7 +207,7 @@ async fn training_against_another_model_tracks_trl_on_one_device_and_on_two() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_running_jobs_margins_are_0_while_it_is_its_reference_whatever_its_precision() {
+async fn margins_of_a_running_job_that_equals_its_reference_are_0_in_any_precision() {
     for (server, precision) in [("f32", "bf16"), ("bf16", "f32")] {
         let data = tempfile::tempdir().unwrap();
         let server = Server::start_with(data.path(), &models(&["llama"]), &["--precision", server]);
@@ -287,8 +271,9 @@ async fn a_reference_with_another_tokenizer_is_refused() {
     }
 }
 
-/// Copies a golden model with the requested number of embedding rows; additional rows are zeros.
-fn with_rows(name: &str, rows: usize) -> TempDir {
+/// Copies a golden model and gives the copy this number of embedding rows; additional rows are
+/// zeros.
+fn copy_with_embedding_rows(name: &str, rows: usize) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     copy_files(&golden(&format!("models/{name}")), folder.path());
     let old = "\"vocab_size\": 320";
@@ -301,11 +286,11 @@ fn with_rows(name: &str, rows: usize) -> TempDir {
     let mut tensors: HashMap<String, Tensor> =
         candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
     let embedding = &tensors["model.embed_tokens.weight"];
-    let (has, width) = embedding.dims2().unwrap();
-    let resized = match rows <= has {
+    let (old_rows, width) = embedding.dims2().unwrap();
+    let resized = match rows <= old_rows {
         true => embedding.narrow(0, 0, rows).unwrap().contiguous().unwrap(),
         false => {
-            let zeros = Tensor::zeros((rows - has, width), DType::F32, &Device::Cpu).unwrap();
+            let zeros = Tensor::zeros((rows - old_rows, width), DType::F32, &Device::Cpu).unwrap();
             Tensor::cat(&[embedding, &zeros], 0).unwrap()
         }
     };
@@ -316,7 +301,10 @@ fn with_rows(name: &str, rows: usize) -> TempDir {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reference_may_have_more_embeddings_than_tokens_but_not_fewer() {
-    let (small, large) = (with_rows("llama-ref", 300), with_rows("llama-ref", 328));
+    let (small, large) = (
+        copy_with_embedding_rows("llama-ref", 300),
+        copy_with_embedding_rows("llama-ref", 328),
+    );
     // Another end-of-sequence token does not change what token ids mean.
     replace(
         large.path().join("tokenizer_config.json"),
@@ -360,7 +348,7 @@ async fn a_reference_may_have_more_embeddings_than_tokens_but_not_fewer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reference_that_follows_the_policy_needs_its_shape() {
+async fn reference_sync_needs_a_reference_of_the_policys_shape() {
     let data = tempfile::tempdir().unwrap();
     let server = Server::start_with(
         data.path(),
@@ -397,7 +385,7 @@ async fn a_reference_that_follows_the_policy_needs_its_shape() {
     assert!((first - std::f64::consts::LN_2).abs() > 1e-2, "{first}");
 }
 
-// ---- what a job is pinned to
+// ---- references of jobs
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reference_can_be_a_checkpoint_on_another_model() {
@@ -453,7 +441,7 @@ async fn a_reference_can_be_a_checkpoint_on_another_model() {
             .into_inner()
             .memory_bytes
     };
-    // Its heads are wider, so its rows need more memory than the policy's.
+    // The heads of qwen3 are wider, so its rows need more memory than the policy's.
     assert!(estimate("models/qwen3").await > estimate("").await);
 }
 
@@ -464,7 +452,7 @@ fn serve(data: &Path, b: &Path) -> Server {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_measured_against_another_reference_than_its_jobs() {
+async fn jobs_and_scores_wait_until_a_changed_reference_is_back() {
     let (data, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let original = golden("models/llama-ref");
     copy_files(&original, b.path());
@@ -473,7 +461,7 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let against = |steps| job_against(&dataset, steps, "models/a", "models/b");
     let undisturbed = submit(&client, against(STEPS)).await;
-    let wanted = succeed(&client, &undisturbed).await;
+    let expected = succeed(&client, &undisturbed).await;
     let before = score(&client, &latest(&undisturbed), pairs()).await;
     assert_eq!(before.reference_version, "models/b");
     let paused = submit(&client, against(STEPS)).await;
@@ -521,7 +509,10 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
         .unwrap();
     let new = submit(&client, against(2)).await;
     let losses = succeed(&client, &new).await;
-    assert_ne!(losses[&1], wanted[&1], "it is another reference");
+    assert_ne!(
+        losses[&1], expected[&1],
+        "the loss does not depend on the reference"
+    );
     server.kill();
 
     // Without the reference's model there is no estimate, either.
@@ -531,12 +522,8 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     let Err(status) = score_against(&client, &latest(&undisturbed), "").await else {
         panic!("there is no models/b")
     };
-    let reason = status
-        .get_details_error_info()
-        .map(|i| i.reason)
-        .unwrap_or_default();
     assert_eq!(
-        (status.code(), reason.as_str()),
+        (status.code(), reason(&status).as_str()),
         (Code::FailedPrecondition, "MODEL_CHANGED"),
         "{status:?}"
     );
@@ -547,7 +534,7 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     let client = server.client().await;
     let after = score(&client, &latest(&undisturbed), pairs()).await;
     for (a, b) in before.results.iter().zip(&after.results) {
-        assert_eq!(scored(a), scored(b), "the scores are what they were");
+        assert_eq!(scored(a), scored(b), "the scores have changed");
     }
     // The killed job continues from its checkpoint by itself, then the next one runs.
     let step = get(&client, &running)
@@ -564,7 +551,7 @@ async fn nothing_is_measured_against_another_reference_than_its_jobs() {
     resume(&client, &paused).await.unwrap();
     assert_eq!(
         succeed(&client, &paused).await,
-        wanted,
-        "step by step the undisturbed run's losses"
+        expected,
+        "the losses are not those of the undisturbed run"
     );
 }

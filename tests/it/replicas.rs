@@ -12,7 +12,11 @@ use tonic::Code;
 use tonic_types::StatusExt;
 
 use crate::backends::{Postgres, S3, signal};
-use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
+use crate::server::{
+    Server, checkpoints_folder, create, finish, get, id, job, losses, pairs, score, scored, state,
+    submit, upload,
+};
+use crate::store_safety::files;
 use crate::support::golden;
 use crate::wait::{holds_for, until};
 
@@ -38,6 +42,7 @@ fn replica(dir: &Path, postgres: &Postgres, s3: &S3) -> Server {
     )
 }
 
+/// Returns a job that saves every ten steps and keeps two checkpoints.
 pub fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
     let mut wanted = job(dataset, steps);
     wanted.run = Some(pb::RunConfig {
@@ -48,17 +53,14 @@ pub fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
     wanted
 }
 
-fn step_of(e: &pb::TrainingEvent) -> Option<(u64, u64)> {
+fn step_of(e: &pb::TrainingEvent) -> Option<u64> {
     match &e.event {
-        Some(Event::StepMetrics(s)) => Some((s.step, s.metrics["loss"].to_bits())),
+        Some(Event::StepMetrics(s)) => Some(s.step),
         _ => None,
     }
 }
 
-pub fn losses(events: &[pb::TrainingEvent]) -> BTreeMap<u64, u64> {
-    events.iter().filter_map(step_of).collect()
-}
-
+/// Returns the states that a job has reached, with the reasons.
 fn changes(events: &[pb::TrainingEvent]) -> Vec<(pb::JobState, String)> {
     let change = |e: &pb::TrainingEvent| match &e.event {
         Some(Event::StateChange(s)) => Some((s.to(), s.reason.clone())),
@@ -67,28 +69,29 @@ fn changes(events: &[pb::TrainingEvent]) -> Vec<(pb::JobState, String)> {
     events.iter().filter_map(change).collect()
 }
 
-/// Checks a job's events: no gap, one end, and repeated steps only after the end of a worker.
+/// Checks the events of a job that has succeeded: their numbers have no gap, it succeeds once, and
+/// steps are repeated only after it was queued again.
 pub fn check_history(events: &[pb::TrainingEvent]) {
     assert!(
         events
             .iter()
             .enumerate()
             .all(|(i, e)| e.sequence == i as u64 + 1),
-        "sequences have no gap"
+        "the sequence numbers have a gap"
     );
     let ends = changes(events)
         .iter()
         .filter(|(to, _)| *to == pb::JobState::Succeeded)
         .count();
-    assert_eq!(ends, 1, "a job succeeds exactly once");
+    assert_eq!(ends, 1, "a job must succeed exactly once");
     let (mut last, mut restarted) = (0, false);
     for e in events {
         match (&e.event, step_of(e)) {
             (Some(Event::StateChange(s)), _) if s.to() == pb::JobState::Queued => restarted = true,
-            (_, Some((step, _))) => {
+            (_, Some(step)) => {
                 assert!(
                     step == last + 1 || (restarted && step <= last),
-                    "step {step} after {last}: two workers at once"
+                    "step {step} after step {last}: two workers ran the job at the same time"
                 );
                 (last, restarted) = (step, false);
             }
@@ -108,7 +111,8 @@ pub async fn adapter(client: &Client, job: &str) -> Vec<u8> {
     std::fs::read(dir.path().join("adapter_model.safetensors")).unwrap()
 }
 
-/// Returns losses and adapter of the same job on a server of its own, with SQLite.
+/// Returns losses and adapter of a [`checkpointing`] job that nothing disturbs, on a server of its
+/// own with SQLite.
 pub async fn undisturbed(steps: u64) -> (BTreeMap<u64, u64>, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
@@ -121,7 +125,7 @@ pub async fn undisturbed(steps: u64) -> (BTreeMap<u64, u64>, Vec<u8>) {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
-async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed() {
+async fn twenty_jobs_on_two_replicas_succeed_exactly_once_though_one_replica_is_killed() {
     let (postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = undisturbed(60).await;
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -134,14 +138,18 @@ async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed()
         let client = if i % 2 == 0 { &client_a } else { &client_b };
         jobs.push(submit(client, checkpointing(&dataset.name, 60)).await);
     }
-    // In the middle of a job.
-    until("half of the jobs", Duration::from_secs(120), async || {
-        let mut done = 0;
-        for name in &jobs {
-            done += usize::from(state(&client_b, name).await == pb::JobState::Succeeded);
-        }
-        done >= 8
-    })
+    // Kills a replica while it runs a job.
+    until(
+        "the end of 8 of 20 jobs",
+        Duration::from_secs(120),
+        async || {
+            let mut done = 0;
+            for name in &jobs {
+                done += usize::from(state(&client_b, name).await == pb::JobState::Succeeded);
+            }
+            done >= 8
+        },
+    )
     .await;
     a.kill();
     let mut recovered = 0;
@@ -154,10 +162,14 @@ async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed()
             changes(&events)
         );
         check_history(&events);
-        assert_eq!(losses(&events), expected, "the same losses, bit for bit");
+        assert_eq!(
+            losses(&events),
+            expected,
+            "other losses than those of an undisturbed run"
+        );
         assert!(
             adapter(&client_b, name).await == weights,
-            "the same weights, bit for bit"
+            "other weights than those of an undisturbed run"
         );
         recovered += changes(&events)
             .iter()
@@ -166,9 +178,9 @@ async fn twenty_jobs_of_two_replicas_succeed_exactly_once_though_one_is_killed()
     }
     assert!(
         recovered <= 1,
-        "only the killed server's one job is taken over: {recovered}"
+        "more than the one job of the killed server is taken over: {recovered}"
     );
-    // Each of them scores on a replica that may not have trained it.
+    // A checkpoint can be scored on a replica that may not have trained it.
     let policy = format!("{}/checkpoints/latest", jobs[0]);
     assert!(
         score(&client_b, &policy, pairs())
@@ -192,7 +204,7 @@ async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
     // The other replica follows the events of a job that it does not run, as they come.
     let b = replica(dir_b.path(), &postgres, &s3);
     let client_b = b.client().await;
-    let follow = client_b.follow(&name, 0, |e| step_of(&e).is_none_or(|(step, _)| step < 25));
+    let follow = client_b.follow(&name, 0, |e| step_of(&e).is_none_or(|step| step < 25));
     tokio::time::timeout(Duration::from_secs(60), follow)
         .await
         .expect("events come")
@@ -211,11 +223,10 @@ async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
     assert_eq!(losses(&events), expected);
     // The thawed replica notices that it lost the lease, stops the run, writes nothing, and
     // continues to serve.
-    let id = name.trim_start_matches("trainingJobs/");
     until(
         "the end of the thawed run",
         Duration::from_secs(60),
-        async || !a.metrics().contains(id),
+        async || !a.metrics().contains(id(&name)),
     )
     .await;
     assert_eq!(
@@ -240,9 +251,11 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
     let client_a = a.client().await;
     let dataset = upload(&client_a, "pairs.jsonl").await;
     let name = submit(&client_a, checkpointing(&dataset.name, 100_000)).await;
-    until("the run", Duration::from_secs(60), async || {
-        state(&client_a, &name).await == pb::JobState::Running
-    })
+    until(
+        "the start of the run",
+        Duration::from_secs(60),
+        async || state(&client_a, &name).await == pb::JobState::Running,
+    )
     .await;
     let b = replica(dir_b.path(), &postgres, &s3);
     let client_b = b.client().await;
@@ -260,7 +273,7 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
         .resume_training_job(pb::ResumeTrainingJobRequest { name: name.clone() })
         .await
         .unwrap();
-    until("the run", Duration::from_secs(20), async || {
+    until("the continued run", Duration::from_secs(20), async || {
         state(&client_a, &name).await == pb::JobState::Running
     })
     .await;
@@ -269,7 +282,7 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
         .cancel_training_job(pb::CancelTrainingJobRequest { name: name.clone() })
         .await
         .unwrap();
-    until("the end", Duration::from_secs(20), async || {
+    until("the cancellation", Duration::from_secs(20), async || {
         state(&client_b, &name).await == pb::JobState::Cancelled
     })
     .await;
@@ -300,7 +313,7 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
     let dataset = upload(&client, "pairs.jsonl").await;
     let name = submit(&client, checkpointing(&dataset.name, 400)).await;
     let reaches = async |step: u64| {
-        let follow = client.follow(&name, 0, |e| step_of(&e).is_none_or(|(s, _)| s < step));
+        let follow = client.follow(&name, 0, |e| step_of(&e).is_none_or(|s| s < step));
         tokio::time::timeout(Duration::from_secs(60), follow)
             .await
             .expect("events come")
@@ -340,7 +353,7 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
-async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
+async fn a_job_waits_for_a_lost_checkpoint_and_fetches_a_damaged_copy_again() {
     let (postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = undisturbed(400).await;
     let dir = tempfile::tempdir().unwrap();
@@ -368,33 +381,29 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
     })
     .await;
     server.kill();
-    let id = name.trim_start_matches("trainingJobs/");
-    let folder = dir.path().join("jobs").join(id).join("checkpoints");
+    let folder = checkpoints_folder(dir.path(), &name);
     let mut steps: Vec<u64> = std::fs::read_dir(&folder)
         .unwrap()
         .filter_map(|e| e.unwrap().file_name().to_str()?.parse().ok())
         .collect();
     steps.sort();
-    // The newest acknowledged checkpoint is lost everywhere; of the one before, the local copy is
+    // The newest checkpoint is lost here and in the store. The local copy of the one before is
     // damaged.
-    let keys = s3.keys(&format!(
-        "runs/jobs/{id}/checkpoints/{}/",
-        steps[steps.len() - 1]
-    ));
+    let [.., before, newest] = steps[..] else {
+        panic!("two checkpoints are needed: {steps:?}")
+    };
+    let keys = s3.keys(&format!("runs/jobs/{}/checkpoints/{newest}/", id(&name)));
     assert!(
         keys.iter()
             .any(|k| k.ends_with("adapter_model.safetensors")),
         "{keys:?}"
     );
     keys.iter().for_each(|key| s3.remove(key));
-    std::fs::remove_dir_all(folder.join(steps[steps.len() - 1].to_string())).unwrap();
-    std::fs::write(
-        folder
-            .join(steps[steps.len() - 2].to_string())
-            .join("optimizer.safetensors"),
-        b"damage",
-    )
-    .unwrap();
+    std::fs::remove_dir_all(folder.join(newest.to_string())).unwrap();
+    let damaged = folder
+        .join(before.to_string())
+        .join("optimizer.safetensors");
+    std::fs::write(damaged, b"damage").unwrap();
 
     let server = replica(dir.path(), &postgres, &s3);
     let client = server.client().await;
@@ -406,19 +415,14 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
     // A checkpoint that is missing from the store may come back. The job waits for it until its
     // owner decides to continue without it.
     until("the wait", Duration::from_secs(30), async || {
-        let job = client
-            .training()
-            .get_training_job(pb::GetTrainingJobRequest { name: name.clone() })
-            .await
-            .unwrap()
-            .into_inner();
+        let job = get(&client, &name).await;
         job.state() == pb::JobState::Queued
             && job
                 .error
                 .is_some_and(|e| e.message.contains("not in the artifact store"))
     })
     .await;
-    let lost = format!("{name}/checkpoints/{}", steps[steps.len() - 1]);
+    let lost = format!("{name}/checkpoints/{newest}");
     client
         .checkpoints()
         .delete_checkpoint(pb::DeleteCheckpointRequest { name: lost })
@@ -431,7 +435,7 @@ async fn a_damaged_copy_is_fetched_again_and_a_lost_checkpoint_waited_for() {
         "{:?}",
         changes(&events)
     );
-    let from = format!("continues from step {}", steps[steps.len() - 2]);
+    let from = format!("continues from step {before}");
     assert!(
         changes(&events)
             .iter()
@@ -456,23 +460,12 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
     let dataset = upload(&client, "pairs.jsonl").await;
     let first = submit(&client, checkpointing(&dataset.name, 40)).await;
     finish(&client, &first).await;
-    let kept: Vec<_> = std::fs::read_dir(
-        shared
-            .path()
-            .join("jobs")
-            .join(first.trim_start_matches("trainingJobs/"))
-            .join("checkpoints"),
-    )
-    .unwrap()
-    .collect();
-    assert!(kept.len() >= 2, "{kept:?}");
-    // Losing the local copies is harmless.
-    std::fs::remove_dir_all(
-        dir.path()
-            .join("jobs")
-            .join(first.trim_start_matches("trainingJobs/")),
-    )
-    .unwrap();
+    let stored: Vec<_> = std::fs::read_dir(checkpoints_folder(shared.path(), &first))
+        .unwrap()
+        .collect();
+    assert!(stored.len() >= 2, "{stored:?}");
+    // The local copies are not needed.
+    std::fs::remove_dir_all(dir.path().join("jobs").join(id(&first))).unwrap();
     let mut second = checkpointing(&dataset.name, 10);
     second.policy = format!("{first}/checkpoints/latest");
     second.reference = "models/tiny".into();
@@ -510,14 +503,7 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
         })
         .await
         .unwrap();
-    let objects = |job: &str| {
-        walk(
-            &shared
-                .path()
-                .join("jobs")
-                .join(job.trim_start_matches("trainingJobs/")),
-        )
-    };
+    let objects = |job: &str| files(&shared.path().join("jobs").join(id(job))).len();
     assert_eq!(objects(&first), 0);
     assert!(!adapter(&client, &second).await.is_empty());
     client
@@ -533,18 +519,7 @@ async fn a_shared_folder_serves_as_the_artifact_store() {
         .delete_dataset(pb::DeleteDatasetRequest { name: dataset.name })
         .await
         .unwrap();
-    assert_eq!(walk(&shared.path().join("datasets")), 0);
-}
-
-/// Returns the files below a folder.
-fn walk(folder: &Path) -> usize {
-    let Ok(entries) = std::fs::read_dir(folder) else {
-        return 0;
-    };
-    entries
-        .map(|e| e.unwrap().path())
-        .map(|p| if p.is_dir() { walk(&p) } else { 1 })
-        .sum()
+    assert_eq!(files(&shared.path().join("datasets")).len(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -557,18 +532,15 @@ async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
         replica(dir_b.path(), &postgres, &s3),
     );
     let (client_a, client_b) = (a.client().await, b.client().await);
+    // Numbers of datasets that a job kept, and that were deleted before the job was created.
     let mut outcomes = [0, 0];
     for i in 0..24_u64 {
         let dataset = upload(&client_a, "pairs.jsonl").await.name;
-        let create = async {
+        let creation = async {
             tokio::time::sleep(Duration::from_micros(i * 200)).await;
-            let request = pb::CreateTrainingJobRequest {
-                training_job: Some(job(&dataset, 1)),
-                ..Default::default()
-            };
-            client_a.training().create_training_job(request).await
+            create(&client_a, job(&dataset, 1)).await
         };
-        let delete = async {
+        let deletion = async {
             client_b
                 .datasets()
                 .delete_dataset(pb::DeleteDatasetRequest {
@@ -576,10 +548,10 @@ async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
                 })
                 .await
         };
-        match tokio::join!(create, delete) {
+        match tokio::join!(creation, deletion) {
             (Ok(created), Err(refused)) => {
                 assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
-                let name = created.into_inner().name;
+                let name = created.name;
                 finish(&client_b, &name).await;
                 assert_eq!(state(&client_b, &name).await, pb::JobState::Succeeded);
                 outcomes[0] += 1;
@@ -589,8 +561,8 @@ async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
                 outcomes[1] += 1;
             }
             (Ok(created), Ok(_)) => {
-                // The job was deleted after its end, which is no conflict.
-                let name = created.into_inner().name;
+                // The dataset was deleted after the end of the job, which is no conflict.
+                let name = created.name;
                 assert_eq!(
                     state(&client_a, &name).await,
                     pb::JobState::Succeeded,
@@ -600,5 +572,5 @@ async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
             (Err(a), Err(b)) => panic!("{a}; {b}"),
         }
     }
-    assert!(outcomes[1] > 0, "{outcomes:?}: they never met");
+    assert!(outcomes[1] > 0, "no deletion came first: {outcomes:?}");
 }

@@ -12,30 +12,25 @@ use bradley::rpc::client::{Client, Status};
 use bradley::rpc::pb::{self, training_event::Event};
 use tempfile::TempDir;
 use tonic::Code;
-use tonic_types::StatusExt;
 
 use crate::attacks::speak_http2;
 use crate::backends::{Fault, Postgres, Proxy, S3};
-use crate::replicas::{adapter, check_history, checkpointing, losses};
-use crate::server::{Server, finish, job, pairs, score, state, submit, upload};
-use crate::store_safety::{
-    LEASE, LIMIT, STEPS, another_succeeds, changes, events, expected, files, get, id, is_step,
-    models, pause, reaches, refused_start, replica, resume, try_get, url_of, waits,
+use crate::replicas::{adapter, check_history, checkpointing};
+use crate::server::{
+    Server, checkpoints_folder, events, finish, get, id, is_step, job, losses, pairs, reason,
+    resume, score, state, submit, try_get, until_event, upload,
 };
-use crate::support::golden;
+use crate::store_safety::{
+    LEASE, LIMIT, STEPS, another_succeeds, changes, expected, files, models, pause, refused_start,
+    replica, url_of, waits,
+};
+use crate::support::{copy_files, golden};
 use crate::wait::until;
 
 /// File with the weights of a PEFT adapter.
 const WEIGHTS: &str = "adapter_model.safetensors";
 /// Age that is longer than any upload takes.
 const LONG_AGO: Duration = Duration::from_secs(7200);
-
-fn reason(status: &Status) -> String {
-    status
-        .get_details_error_info()
-        .map(|info| info.reason)
-        .unwrap_or_default()
-}
 
 /// Trains an adapter and puts it into the server's adapter folder as `x`.
 async fn train_adapter(client: &Client, dataset: &str, adapters: &Path) {
@@ -49,7 +44,7 @@ async fn train_adapter(client: &Client, dataset: &str, adapters: &Path) {
         .unwrap();
 }
 
-/// Returns the request for a job that starts from the adapter `x`.
+/// Returns a request for a job that starts from the adapter `x`, with the request_id `once`.
 fn from_adapter(dataset: &str, title: &str) -> pb::CreateTrainingJobRequest {
     let lora = pb::LoraConfig {
         rank: Some(4),
@@ -69,6 +64,7 @@ fn from_adapter(dataset: &str, title: &str) -> pb::CreateTrainingJobRequest {
     }
 }
 
+/// Sends a request for a job.
 async fn create(
     client: &Client,
     request: pb::CreateTrainingJobRequest,
@@ -97,14 +93,14 @@ async fn all_jobs(client: &Client) -> Vec<String> {
 
 // ---- lost answers
 
-/// A proxy for PostgreSQL that loses one answer: the one to the first COMMIT of a transaction that
-/// sent `mark`. The transaction is committed, and its connection is closed.
-struct LosesCommit {
+/// A proxy for PostgreSQL that drops one answer: that to the first COMMIT of a connection that has
+/// sent `mark`. The transaction is committed, and the connection is closed.
+struct CommitDroppingProxy {
     port: u16,
     lost: Arc<AtomicBool>,
 }
 
-impl LosesCommit {
+impl CommitDroppingProxy {
     fn start(backend: u16, mark: &'static [u8]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (port, lost) = (
@@ -118,7 +114,7 @@ impl LosesCommit {
                 std::thread::spawn(move || relay(client, backend, mark, &lost));
             }
         });
-        LosesCommit { port, lost }
+        CommitDroppingProxy { port, lost }
     }
 }
 
@@ -126,17 +122,18 @@ fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
     bytes.windows(wanted.len()).any(|window| window == wanted)
 }
 
+/// Passes bytes on in both directions, except the answer to that COMMIT.
 fn relay(mut client: TcpStream, backend: u16, mark: &[u8], lost: &AtomicBool) {
     let Ok(mut server) = TcpStream::connect(("127.0.0.1", backend)) else {
         return;
     };
     let (mut answers, mut to_client) = (server.try_clone().unwrap(), client.try_clone().unwrap());
-    let commits = Arc::<AtomicBool>::default();
-    let committing = commits.clone();
+    let drop_answer = Arc::<AtomicBool>::default();
+    let must_drop = drop_answer.clone();
     let back = std::thread::spawn(move || {
         let mut buffer = vec![0; 1 << 16];
         while let Ok(n @ 1..) = answers.read(&mut buffer) {
-            let is_lost = committing.load(Ordering::Acquire) && contains(&buffer[..n], b"COMMIT");
+            let is_lost = must_drop.load(Ordering::Acquire) && contains(&buffer[..n], b"COMMIT");
             if is_lost || to_client.write_all(&buffer[..n]).is_err() {
                 break;
             }
@@ -153,7 +150,7 @@ fn relay(mut client: TcpStream, backend: u16, mark: &[u8], lost: &AtomicBool) {
         sent.extend_from_slice(&buffer[..n]);
         is_marked |= contains(&sent, mark);
         if is_marked && contains(&sent, b"COMMIT") && !lost.swap(true, Ordering::AcqRel) {
-            commits.store(true, Ordering::Release);
+            drop_answer.store(true, Ordering::Release);
         }
         if server.write_all(&buffer[..n]).is_err() {
             break;
@@ -165,7 +162,7 @@ fn relay(mut client: TcpStream, backend: u16, mark: &[u8], lost: &AtomicBool) {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
+async fn a_job_whose_commit_was_not_answered_exists_with_its_adapter() {
     let postgres = Postgres::start();
     let (dir, share, adapters) = (
         tempfile::tempdir().unwrap(),
@@ -177,7 +174,7 @@ async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
         .split([':', '/'])
         .find_map(|part| part.parse().ok())
         .unwrap();
-    let proxy = LosesCommit::start(port, b"a lost answer");
+    let proxy = CommitDroppingProxy::start(port, b"a lost answer");
     let database = postgres
         .url()
         .replace(&port.to_string(), &proxy.port.to_string());
@@ -200,7 +197,7 @@ async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
 
     let refused = create(&client, from_adapter(&dataset, "a lost answer")).await;
     assert!(proxy.lost.load(Ordering::Acquire), "no answer was lost");
-    refused.expect_err("the answer was lost");
+    refused.expect_err("the call must fail without an answer of the database");
     // Only the database knows the job.
     let stored = postgres.sql("SELECT id FROM jobs WHERE request LIKE '%a lost answer%'");
     assert_eq!(stored.len(), 1);
@@ -210,7 +207,7 @@ async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
     assert_eq!(
         id(&made.name),
         stored[0],
-        "the same request made another job"
+        "the repeated request created another job"
     );
     assert_eq!(all_jobs(&client).await.len(), before + 1);
     let copy = share
@@ -222,7 +219,7 @@ async fn a_job_whose_stored_answer_was_lost_is_there_with_its_adapter() {
     let original = adapters.path().join("x").join(WEIGHTS);
     assert!(
         std::fs::read(copy).unwrap() == std::fs::read(original).unwrap(),
-        "its adapter is kept"
+        "the job's copy of its adapter differs"
     );
     finish(&client, &made.name).await;
     let done = get(&client, &made.name).await;
@@ -321,13 +318,13 @@ async fn an_adapter_whose_client_leaves_before_its_job_is_stored_is_removed() {
     until("an object of the adapter", LIMIT, async || copies() > 0).await;
     call.abort();
     proxy.set(Fault::None);
-    until("the removal", LIMIT, async || copies() == 0).await;
+    until("the removal from S3", LIMIT, async || copies() == 0).await;
     assert_eq!(
         all_jobs(&it.client).await,
         before,
-        "a job that nobody waits for is not made"
+        "a job was created although its client left"
     );
-    until("the removal here", LIMIT, async || {
+    until("the removal from the data directory", LIMIT, async || {
         let folders = std::fs::read_dir(it.dir.path().join("jobs"))
             .unwrap()
             .count();
@@ -359,7 +356,7 @@ async fn a_job_waits_for_a_model_that_is_not_served_and_continues_with_it() {
         ..checkpointing(&dataset, STEPS)
     };
     let name = submit(&client, wanted).await;
-    reaches(&client, &name, |e| is_step(e, 25)).await;
+    until_event(&client, &name, |e| is_step(e, 25)).await;
     server.kill();
 
     let mut server = serve(&format!("tiny={llama}"));
@@ -376,20 +373,21 @@ async fn a_job_waits_for_a_model_that_is_not_served_and_continues_with_it() {
     let told = finish(&client, &name).await;
     let done = get(&client, &name).await;
     assert_eq!((done.state(), done.error), (pb::JobState::Succeeded, None));
-    assert_eq!(losses(&told), *expected, "the same losses, bit for bit");
+    assert_eq!(
+        losses(&told),
+        *expected,
+        "other losses than those of an undisturbed run"
+    );
     assert!(
         adapter(&client, &name).await == *weights,
-        "the same weights, bit for bit"
+        "other weights than those of an undisturbed run"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_adapter_is_exported_though_its_base_model_has_changed() {
     let (dir, model) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    for entry in std::fs::read_dir(golden("models/llama")).unwrap() {
-        let path = entry.unwrap().path();
-        std::fs::copy(&path, model.path().join(path.file_name().unwrap())).unwrap();
-    }
+    copy_files(&golden("models/llama"), model.path());
     let models = format!("tiny={}", model.path().display());
     let mut server = Server::start_with(dir.path(), &models, &[]);
     let client = server.client().await;
@@ -403,11 +401,8 @@ async fn an_adapter_is_exported_though_its_base_model_has_changed() {
     let other = text.replace("\"rope_theta\": 10000.0", "\"rope_theta\": 20000.0");
     assert_ne!(other, text);
     std::fs::write(&config, other).unwrap();
-    let trained = dir
-        .path()
-        .join("jobs")
-        .join(id(&name))
-        .join("checkpoints/2")
+    let trained = checkpoints_folder(dir.path(), &name)
+        .join("2")
         .join(WEIGHTS);
     let trained = std::fs::read(trained).unwrap();
     for models in [models, format!("other={}", model.path().display())] {
@@ -415,7 +410,7 @@ async fn an_adapter_is_exported_though_its_base_model_has_changed() {
         let client = server.client().await;
         assert!(
             adapter(&client, &name).await == trained,
-            "{models}: the adapter is what was trained"
+            "{models}: the exported adapter is not the trained one"
         );
         let format = pb::ExportFormat::Merged.into();
         let request = pb::ExportCheckpointRequest {
@@ -434,18 +429,19 @@ async fn an_adapter_is_exported_though_its_base_model_has_changed() {
             (Code::FailedPrecondition, "MODEL_CHANGED".into()),
             "{models}: {refused}"
         );
-        // Created again for the other server.
+        // Without this the other server would return the export of this one.
         std::fs::remove_dir_all(dir.path().join("jobs").join(id(&name)).join("exports")).unwrap();
     }
 }
 
 // ---- probes
 
-/// Returns the first frame of a health check, without the end of its request.
+/// Returns the first frame of a health check: the headers (HPACK) of a request that does not end.
 fn endless_health_check() -> Vec<u8> {
     const HEADERS: u8 = 1;
     const END_HEADERS: u8 = 4;
-    // POST, http; then names of the static table and one literal name, each with its value.
+    // From HPACK's static table: method POST, scheme http. Then header names, by their index in
+    // that table or literally, each with its value.
     let mut block = vec![0x83, 0x86];
     let mut field = |name: &[u8], value: &str| {
         block.extend_from_slice(name);
@@ -462,7 +458,7 @@ fn endless_health_check() -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn health_checks_without_an_end_keep_no_connection() {
+async fn a_connection_with_an_endless_health_check_is_closed_when_others_need_it() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start_with(dir.path(), &models(), &["--max-connections", "2"]);
     let address = server.address.trim_start_matches("http://").to_owned();
@@ -477,16 +473,16 @@ async fn health_checks_without_an_end_keep_no_connection() {
     };
     tokio::time::timeout(LIMIT, newcomer)
         .await
-        .expect("a connection makes room");
+        .expect("no connection is closed for a new one");
     let closed = tokio::time::timeout(LIMIT, endless.join_next()).await;
-    assert!(closed.expect("one of them is closed").is_some());
+    assert!(closed.expect("no connection was closed").is_some());
 }
 
 // ---- the identity of the artifact store
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn two_servers_that_begin_an_empty_store_at_once_agree_on_it() {
+async fn two_servers_that_start_at_once_on_an_empty_store_agree_on_its_identity() {
     let postgres = Postgres::start();
     let (share, dirs) = (
         tempfile::tempdir().unwrap(),
@@ -527,7 +523,7 @@ async fn a_server_does_not_start_without_the_store_that_its_database_knows() {
 /// A first start that failed after the store got its identity and before the database had it can be
 /// repeated.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_has_an_identity_is_taken_by_a_new_database() {
+async fn a_new_database_adopts_the_identity_of_its_store() {
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     std::fs::write(share.path().join("bradley-store-id"), "begun").unwrap();
     let server = Server::start_with(
@@ -552,7 +548,7 @@ async fn a_job_with_a_setting_of_another_version_waits_for_it_with_its_dataset()
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, checkpointing(&dataset, STEPS)).await;
-    reaches(&client, &name, |e| is_step(e, 12)).await;
+    until_event(&client, &name, |e| is_step(e, 12)).await;
     pause(&client, &name).await;
     assert!(server.terminate(LIMIT).success());
     let of_job = format!("state = 'queued' WHERE id = '{}'", id(&name));
@@ -588,13 +584,13 @@ async fn a_job_with_a_setting_of_another_version_waits_for_it_with_its_dataset()
     assert_eq!(
         losses(&told),
         expected().await.0,
-        "the same losses, bit for bit"
+        "other losses than those of an undisturbed run"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn expired_jobs_that_cannot_be_read_hold_up_no_others() {
+async fn expired_jobs_that_cannot_be_read_do_not_stop_the_deletion_of_others() {
     let postgres = Postgres::start();
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let server = replica(dir.path(), &postgres, share.path(), &[]);
@@ -609,7 +605,8 @@ async fn expired_jobs_that_cannot_be_read_hold_up_no_others() {
              latest_metrics, skipped_rows, create_time, 1
          FROM jobs, generate_series(1, 200) AS n WHERE id = '{0}';
          UPDATE jobs SET expire_time = 2,
-             request = jsonb_set(request::jsonb, '{{ttl_ms}}', '1')::text WHERE id = '{0}'",
+             request = jsonb_set(request::jsonb, '{{ttl_ms}}', '1')::text
+         WHERE id = '{0}'",
         id(&name)
     ));
     until("the deletion", LIMIT, async || {
@@ -621,7 +618,7 @@ async fn expired_jobs_that_cannot_be_read_hold_up_no_others() {
     assert_eq!(
         postgres.sql("SELECT COUNT(*) FROM jobs"),
         ["200"],
-        "nothing is done to jobs that cannot be read"
+        "jobs that cannot be read were deleted"
     );
 }
 
@@ -646,7 +643,7 @@ impl Local {
         let dataset = upload(&client, "pairs.jsonl").await.name;
         let name = submit(&client, checkpointing(&dataset, STEPS)).await;
         let second = |e: &Event| matches!(e, Event::CheckpointCreated(c) if c.step >= 20);
-        reaches(&client, &name, second).await;
+        until_event(&client, &name, second).await;
         pause(&client, &name).await;
         let mut local = Local {
             dir,
@@ -656,13 +653,13 @@ impl Local {
             name,
             steps: Vec::new(),
         };
-        local.steps = local.rows().await;
+        local.steps = local.stored_steps().await;
         assert!(local.steps.len() >= 2, "{:?}", local.steps);
         local
     }
 
     /// Returns the steps of the checkpoints in the database.
-    async fn rows(&self) -> Vec<u64> {
+    async fn stored_steps(&self) -> Vec<u64> {
         let request = pb::ListCheckpointsRequest {
             parent: self.name.clone(),
         };
@@ -681,12 +678,7 @@ impl Local {
     }
 
     fn folder(&self, step: u64) -> PathBuf {
-        self.dir
-            .path()
-            .join("jobs")
-            .join(id(&self.name))
-            .join("checkpoints")
-            .join(step.to_string())
+        checkpoints_folder(self.dir.path(), &self.name).join(step.to_string())
     }
 
     async fn restart(&mut self) {
@@ -696,8 +688,8 @@ impl Local {
     }
 
     /// Resumes the job, which must wait: nothing is removed, and other jobs run.
-    async fn waits(&self) {
-        resume(&self.client, &self.name).await;
+    async fn assert_waits(&self) {
+        resume(&self.client, &self.name).await.unwrap();
         waits(&self.client, &self.name, "ARTIFACT_MISSING").await;
         let said = get(&self.client, &self.name).await.error.unwrap().message;
         assert!(
@@ -706,7 +698,7 @@ impl Local {
             "{said}"
         );
         another_succeeds(&self.client, &self.dataset).await;
-        assert_eq!(self.rows().await, self.steps, "no row is removed");
+        assert_eq!(self.stored_steps().await, self.steps, "no row is removed");
     }
 
     /// Waits until the job has continued from a step and ended as if nothing had happened.
@@ -727,10 +719,14 @@ impl Local {
         );
         check_history(&told);
         let (expected, weights) = expected().await;
-        assert_eq!(losses(&told), *expected, "the same losses, bit for bit");
+        assert_eq!(
+            losses(&told),
+            *expected,
+            "other losses than those of an undisturbed run"
+        );
         assert!(
             adapter(&self.client, &self.name).await == *weights,
-            "the same weights, bit for bit"
+            "other weights than those of an undisturbed run"
         );
     }
 }
@@ -741,7 +737,7 @@ async fn a_job_without_a_store_waits_for_the_folder_of_its_checkpoint() {
     let (newest, away) = (local.newest(), local.dir.path().join("away"));
     std::fs::rename(local.folder(newest), &away).unwrap();
     local.restart().await;
-    local.waits().await;
+    local.assert_waits().await;
     std::fs::rename(&away, local.folder(newest)).unwrap();
     local.continues_from(newest).await;
 }
@@ -758,7 +754,7 @@ async fn a_job_without_a_store_continues_from_the_checkpoint_before_a_deleted_on
     )
     .await;
     std::fs::remove_file(local.folder(newest).join(WEIGHTS)).unwrap();
-    local.waits().await;
+    local.assert_waits().await;
     let request = pb::DeleteCheckpointRequest {
         name: format!("{}/checkpoints/{newest}", local.name),
     };
@@ -774,7 +770,7 @@ async fn a_job_without_a_store_continues_from_the_checkpoint_before_a_deleted_on
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_checkpoint_whose_list_of_files_has_changed_is_damaged_and_passed_over() {
+async fn a_checkpoint_whose_list_of_files_has_changed_is_damaged_and_not_used() {
     let mut local = Local::new().await;
     let newest = local.newest();
     // A flipped bit in a file's name makes that file look missing.
@@ -784,20 +780,20 @@ async fn a_checkpoint_whose_list_of_files_has_changed_is_damaged_and_passed_over
     assert_ne!(changed, text);
     std::fs::write(&state, changed).unwrap();
     local.restart().await;
-    resume(&local.client, &local.name).await;
+    resume(&local.client, &local.name).await.unwrap();
     local
         .continues_from(local.steps[local.steps.len() - 2])
         .await;
     let told = events(&local.client, &local.name).await;
-    let is_warning = |e: &pb::TrainingEvent| {
-        let removed = format!("checkpoint {newest} is removed");
-        matches!(&e.event, Some(Event::Log(l)) if l.message.contains(&removed))
+    let warning = format!("checkpoint {newest} is removed");
+    let is_warning = |e: &pb::TrainingEvent| match &e.event {
+        Some(Event::Log(l)) => l.message.contains(&warning),
+        _ => false,
     };
     assert!(told.iter().any(is_warning), "{told:?}");
 }
 
-/// Writes the files of an adapter below a folder, and sets the age of these files and folders to
-/// `age`.
+/// Writes a file below a folder, and sets the age of the file and of the folder to `age`.
 fn write_aged(folder: &Path, file: &str, age: Duration) {
     let path = folder.join(file);
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -812,7 +808,7 @@ fn write_aged(folder: &Path, file: &str, age: Duration) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
+async fn only_old_local_files_of_jobs_that_were_never_stored_are_deleted() {
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let artifacts = url_of(share.path());
     let serve = || {
@@ -856,23 +852,22 @@ async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
     }
     // The files of a known job may have any age.
     write_aged(&there.join(id(&known)), config, LONG_AGO);
-    // The database may not be the one that knows these jobs, so the artifact store keeps
-    // everything.
+    // In the artifact store nothing may be deleted, because another database may know these jobs.
     let kept_there: Vec<PathBuf> = files(&there).into_iter().collect();
 
     let server = serve();
-    let left = |root: &Path, kind: &str| {
+    let count = |root: &Path, kind: &str| {
         files(root)
             .iter()
             .filter(|p| p.display().to_string().contains(kind))
             .count()
     };
-    until("the sweep here", LIMIT, async || {
-        left(&here, "-old") == 0 && left(&here, "-ran") == 0
+    until("the deletion from the data directory", LIMIT, async || {
+        count(&here, "-old") == 0 && count(&here, "-ran") == 0
     })
     .await;
     assert_eq!(files(&there), kept_there);
-    assert_eq!(left(&here, "-fresh"), 12);
+    assert_eq!(count(&here, "-fresh"), 12);
     let client = server.client().await;
     another_succeeds(&client, &dataset).await;
     assert_eq!(
@@ -882,5 +877,5 @@ async fn only_old_local_files_of_jobs_that_were_never_stored_are_swept_up() {
             .count(),
         kept_there.len()
     );
-    assert_eq!(left(&here, "-fresh"), 12);
+    assert_eq!(count(&here, "-fresh"), 12);
 }

@@ -19,7 +19,8 @@ use tonic_types::StatusExt;
 
 use crate::golden_training::{Run, events, train};
 use crate::server::{
-    Server, finish, is_step, job, pairs, pause, score, scored, state, submit, until_event, upload,
+    Server, create, finish, get, is_step, job, pairs, pause, score, score_with, scored, state,
+    submit, until_event, upload,
 };
 use crate::support::{assert_close, binary, encode, golden, json, rows, tiny};
 
@@ -66,22 +67,6 @@ async fn run(client: &Client, wanted: pb::TrainingJob) -> (String, BTreeMap<Stri
         _ => None,
     });
     (name, last.unwrap())
-}
-
-/// Scores the golden rows.
-async fn score_with(
-    client: &Client,
-    options: pb::ScoringOptions,
-) -> Result<pb::ScorePairsResponse, Status> {
-    let request = pb::ScorePairsRequest {
-        options: Some(options),
-        pairs: pairs(),
-    };
-    client
-        .scoring()
-        .score_pairs(request)
-        .await
-        .map(|r| r.into_inner())
 }
 
 /// Returns the mean over the rows, added in their order as in an evaluation.
@@ -190,8 +175,8 @@ async fn served_rewards_are_those_of_the_evaluation_to_the_last_bit() {
             );
         }
 
-        // The other normalization, on request: rewards/* are sums for losses whose TRL trainer logs
-        // sums.
+        // The other normalization, on request. `rewards/*` are sums if DPOTrainer has the loss, and
+        // means for SimPO and ORPO.
         let options = |n: Normalization| pb::ScoringOptions {
             policy: policy.clone(),
             normalization: n.into(),
@@ -277,7 +262,7 @@ fn rewards_of_simpo_and_orpo_are_logged_as_trls_trainers_do() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_sft_job_has_trls_metrics_rewards_included() {
+async fn an_sft_job_logs_trls_metrics_with_rewards() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -433,8 +418,8 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
         let server = Server::start_with(dir.path(), &models, &["--precision", precision]);
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await.name;
-        // After each step the reference equals the policy, but only for this step: margins against
-        // it are 0. Checkpoints are of other steps.
+        // After each step the reference equals the policy of that step, so margins against it are
+        // 0. A reference of another step, as in a checkpoint, would give other margins.
         let reference_sync = Some(pb::ReferenceSync {
             alpha: Some(1.0),
             every_steps: Some(1),
@@ -564,7 +549,7 @@ fn find(folder: &std::path::Path, name: &str) -> Vec<std::path::PathBuf> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_say_that_policy_and_reference_are_the_same() {
+async fn answers_warn_that_policy_and_reference_are_the_same() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -572,13 +557,13 @@ async fn answers_say_that_policy_and_reference_are_the_same() {
         policy: "models/tiny".into(),
         ..Default::default()
     };
-    let is_told = |warnings: &[String]| {
+    let is_warned = |warnings: &[String]| {
         warnings
             .iter()
             .any(|w| w.contains("the same weights") && w.contains("0.5"))
     };
     let scores = score_with(&client, options.clone()).await.unwrap();
-    assert!(is_told(&scores.warnings), "{:?}", scores.warnings);
+    assert!(is_warned(&scores.warnings), "{:?}", scores.warnings);
     assert_eq!(scores.normalization(), Normalization::Sum);
     assert!(scores.results.iter().all(|r| scored(r).probability == 0.5));
 
@@ -595,7 +580,7 @@ async fn answers_say_that_policy_and_reference_are_the_same() {
         .await
         .unwrap()
         .into_inner();
-    assert!(is_told(&answer.warnings), "{:?}", answer.warnings);
+    assert!(is_warned(&answer.warnings), "{:?}", answer.warnings);
     assert_eq!(answer.normalization(), Normalization::Sum);
 
     // A stream has the warning once.
@@ -615,7 +600,7 @@ async fn answers_say_that_policy_and_reference_are_the_same() {
     let mut warned = Vec::new();
     while let Some(answer) = stream.message().await.unwrap() {
         assert_eq!(answer.normalization(), Normalization::Sum);
-        warned.push(is_told(&answer.warnings));
+        warned.push(is_warned(&answer.warnings));
     }
     assert!(
         warned.len() == pairs().len() && warned[0] && !warned[1..].contains(&true),
@@ -657,14 +642,7 @@ async fn each_loss_of_a_mix_may_smooth_labels_on_its_own() {
     .await;
     finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
-    let stored = client
-        .training()
-        .get_training_job(pb::GetTrainingJobRequest { name })
-        .await
-        .unwrap()
-        .into_inner()
-        .dpo
-        .unwrap();
+    let stored = get(&client, &name).await.dpo.unwrap();
     assert_eq!(stored.losses[0].label_smoothing, Some(1e-3));
     assert_eq!(
         (stored.losses[1].label_smoothing, stored.label_smoothing),
@@ -690,18 +668,7 @@ async fn each_loss_of_a_mix_may_smooth_labels_on_its_own() {
     }
 }
 
-async fn create(client: &Client, wanted: pb::TrainingJob) -> Result<(), Status> {
-    let request = pb::CreateTrainingJobRequest {
-        training_job: Some(wanted),
-        ..Default::default()
-    };
-    client
-        .training()
-        .create_training_job(request)
-        .await
-        .map(|_| ())
-}
-
+/// Checks that a call is refused because of this field only.
 fn assert_violation<T: std::fmt::Debug>(answer: Result<T, Status>, field: &str) {
     let status = answer.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument, "{status}");
@@ -729,7 +696,7 @@ fn records(evaluations: &[(u64, f64)]) -> Vec<u64> {
 }
 
 #[test]
-fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
+fn the_best_checkpoint_has_the_highest_margin_of_the_trained_reward() {
     let (model, tokenizer) = tiny("llama");
     let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
     let cut = |tokens: &[u32]| tokens[..2].to_vec();
@@ -768,6 +735,7 @@ fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
         .cloned()
         .chain(pairs.iter().map(short_and_wrong))
         .collect();
+    // Number of evaluations in which sums and means choose other steps.
     let mut differ = 0;
     for eval in [short_rejected, short_chosen, wrong, mixed] {
         let spec = TrainingSpec {
@@ -826,7 +794,7 @@ fn the_best_checkpoint_is_that_of_the_reward_as_it_is_trained() {
     }
     assert!(
         differ > 0,
-        "sums and means choose alike: these rows show nothing"
+        "sums and means choose the same steps, so these rows test nothing"
     );
 }
 

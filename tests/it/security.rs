@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use bradley::rpc::client::{Client, ClientError, Status, Target};
+use bradley::rpc::client::{Client, ClientError, Target};
 use bradley::rpc::pb;
 use bradley::rpc::pb::scoring_service_client::ScoringServiceClient;
 use hyper_util::rt::TokioExecutor;
@@ -12,10 +12,13 @@ use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, 
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::server::{Server, finish, job, pairs, score, state, submit, upload};
+use crate::server::{
+    Server, became, create, events, finish, id, job, pairs, score, state, submit, try_get, upload,
+};
 use crate::support::{golden, needed};
 use crate::wait::until;
 
+/// Runs a command that must succeed, and returns its standard output.
 fn bradley(arguments: &[&str]) -> String {
     let done = Command::new(crate::support::binary())
         .args(arguments)
@@ -59,14 +62,6 @@ async fn client_with(server: &Server, token: &str) -> Client {
     Client::connect(&target, Duration::from_secs(10))
         .await
         .unwrap()
-}
-
-async fn get(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
-    client
-        .training()
-        .get_training_job(pb::GetTrainingJobRequest { name: name.into() })
-        .await
-        .map(|r| r.into_inner())
 }
 
 fn tiny() -> String {
@@ -122,7 +117,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
             "{wrong}"
         );
         assert_eq!(
-            get(&client, "trainingJobs/x").await.unwrap_err().code(),
+            try_get(&client, "trainingJobs/x").await.unwrap_err().code(),
             Code::Unauthenticated,
             "{wrong}"
         );
@@ -139,11 +134,11 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     let dataset = upload(&a, "pairs.jsonl").await;
     let name = submit(&a, job(&dataset.name, 4)).await;
     finish(&a, &name).await;
-    assert_eq!(get(&a, &name).await.unwrap().owner, "team-a");
+    assert_eq!(try_get(&a, &name).await.unwrap().owner, "team-a");
 
     // Another owner's job looks like one that does not exist.
-    let others = get(&b, &name).await.unwrap_err();
-    let nothing = get(&b, "trainingJobs/none").await.unwrap_err();
+    let others = try_get(&b, &name).await.unwrap_err();
+    let nothing = try_get(&b, "trainingJobs/none").await.unwrap_err();
     assert_eq!(
         (others.code(), nothing.code()),
         (Code::PermissionDenied, Code::PermissionDenied)
@@ -152,18 +147,10 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         others.message().replace(&name, "X"),
         nothing.message().replace("trainingJobs/none", "X")
     );
-    let theirs = pb::CreateTrainingJobRequest {
-        training_job: Some(job(&dataset.name, 1)),
-        ..Default::default()
-    };
     assert_eq!(
-        b.training()
-            .create_training_job(theirs)
-            .await
-            .unwrap_err()
-            .code(),
+        create(&b, job(&dataset.name, 1)).await.unwrap_err().code(),
         Code::PermissionDenied,
-        "another's dataset"
+        "a job on another owner's dataset"
     );
     let policy = format!("{name}/checkpoints/latest");
     let options = Some(pb::ScoringOptions {
@@ -182,7 +169,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
             .unwrap_err()
             .code(),
         Code::PermissionDenied,
-        "another's checkpoint"
+        "scoring with another owner's checkpoint"
     );
     let deletion = pb::DeleteTrainingJobRequest { name: name.clone() };
     assert_eq!(
@@ -214,16 +201,19 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     // Roles.
     assert!(score(&scorer, "models/tiny", pairs()).await.results.len() > 1);
     assert_eq!(
-        get(&scorer, &name).await.unwrap_err().code(),
+        try_get(&scorer, &name).await.unwrap_err().code(),
         Code::PermissionDenied
     );
     assert!(
         admin.scoring().score_pairs(request).await.is_ok(),
         "an administrator may do everything"
     );
-    assert!(get(&admin, &name).await.is_ok());
+    assert!(try_get(&admin, &name).await.is_ok());
     assert_eq!(
-        get(&admin, "trainingJobs/none").await.unwrap_err().code(),
+        try_get(&admin, "trainingJobs/none")
+            .await
+            .unwrap_err()
+            .code(),
         Code::NotFound
     );
 
@@ -257,11 +247,11 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     ]);
     let limit = Duration::from_secs(15);
     until("the refusal of a revoked token", limit, async || {
-        get(&a, &name).await.is_err()
+        try_get(&a, &name).await.is_err()
     })
     .await;
     assert_eq!(
-        get(&a, &name).await.unwrap_err().code(),
+        try_get(&a, &name).await.unwrap_err().code(),
         Code::Unauthenticated
     );
     let ended = tokio::time::timeout(Duration::from_secs(30), ended)
@@ -275,17 +265,10 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         .await
         .unwrap();
 
-    // One client's load does not block another client.
+    // Only an administrator may give a job a priority above the limit for clients, which is 0.
     let mut urgent = job(&dataset.name, 1);
     urgent.priority = 1;
-    let pushed = b
-        .training()
-        .create_training_job(pb::CreateTrainingJobRequest {
-            training_job: Some(urgent),
-            ..Default::default()
-        })
-        .await;
-    let bad = pushed.unwrap_err();
+    let bad = create(&b, urgent).await.unwrap_err();
     let fields: Vec<String> = bad
         .get_details_bad_request()
         .unwrap()
@@ -302,7 +285,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         let bytes = std::fs::read(dir.path().join(file)).unwrap_or_default();
         assert!(
             !bytes.windows(secret.len()).any(|w| w == secret),
-            "{file} holds a secret"
+            "{file} contains a secret"
         );
     }
     let lines: Vec<serde_json::Value> = log
@@ -357,15 +340,7 @@ async fn clients_have_quotas_and_jobs_a_time_to_live() {
         .unwrap()
         .into_inner()
         .name;
-    let third = pb::CreateTrainingJobRequest {
-        training_job: Some(job(&dataset.name, 1)),
-        ..Default::default()
-    };
-    let refused = client
-        .training()
-        .create_training_job(third)
-        .await
-        .unwrap_err();
+    let refused = create(&client, job(&dataset.name, 1)).await.unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted);
     assert_eq!(
         refused.get_details_error_info().unwrap().reason,
@@ -381,7 +356,7 @@ async fn clients_have_quotas_and_jobs_a_time_to_live() {
         .name;
     assert_eq!(
         same, other,
-        "a repeated request makes no job and needs no quota"
+        "a repeated request must create no job and need no quota"
     );
     client
         .training()
@@ -397,20 +372,16 @@ async fn clients_have_quotas_and_jobs_a_time_to_live() {
         nanos: 0,
     });
     short_lived.priority = 1;
-    let second = submit(&client, short_lived).await;
-    // After its time to live a job is deleted with its files.
-    let folder = dir
-        .path()
-        .join("jobs")
-        .join(second.trim_start_matches("trainingJobs/"));
-    // The files are deleted after the row.
+    let expiring = submit(&client, short_lived).await;
+    // After its time to live a job is deleted, and after that its files.
+    let folder = dir.path().join("jobs").join(id(&expiring));
     until(
         "the deletion of an expired job",
         Duration::from_secs(60),
-        async || get(&client, &second).await.is_err() && !folder.exists(),
+        async || try_get(&client, &expiring).await.is_err() && !folder.exists(),
     )
     .await;
-    assert!(get(&client, &long).await.is_ok());
+    assert!(try_get(&client, &long).await.is_ok());
 
     // Many pairs at the same time exceed the client's share of the queue.
     let many: Vec<pb::Pair> = (0..8).flat_map(|_| pairs()).collect();
@@ -446,7 +417,7 @@ async fn clients_have_quotas_and_jobs_a_time_to_live() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn jobs_of_one_priority_take_turns() {
+async fn jobs_of_the_same_priority_take_turns() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start_with(dir.path(), &tiny(), &["--time-slice", "1"]);
     let client = server.client().await;
@@ -462,7 +433,7 @@ async fn jobs_of_one_priority_take_turns() {
         Duration::from_secs(60),
         async || {
             for (name, runs) in jobs.iter().zip(&mut runs) {
-                *runs = started(&client, name).await;
+                *runs = count_starts(&client, name).await;
             }
             runs.iter().all(|n| *n >= 2)
         },
@@ -478,37 +449,16 @@ async fn jobs_of_one_priority_take_turns() {
 }
 
 /// Returns the number of times that a job began to run.
-async fn started(client: &Client, name: &str) -> usize {
-    let (mut n, mut after) = (0, 0);
-    loop {
-        let request = pb::ListTrainingEventsRequest {
-            parent: name.into(),
-            after_sequence: after,
-            page_size: 1000,
-        };
-        let page = client
-            .training()
-            .list_training_events(request)
-            .await
-            .unwrap()
-            .into_inner();
-        let running = |e: &&pb::TrainingEvent| {
-            matches!(
-                &e.event,
-                Some(pb::training_event::Event::StateChange(s))
-                    if s.to() == pb::JobState::Running
-            )
-        };
-        n += page.events.iter().filter(running).count();
-        after = page.events.last().map_or(after, |e| e.sequence);
-        if !page.more {
-            return n;
-        }
-    }
+async fn count_starts(client: &Client, name: &str) -> usize {
+    let is_start = |e: &&pb::TrainingEvent| {
+        let event = e.event.as_ref();
+        event.is_some_and(|event| became(event, pb::JobState::Running))
+    };
+    events(client, name).await.iter().filter(is_start).count()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_estimate_says_what_the_job_then_takes() {
+async fn an_estimate_has_the_steps_and_pairs_of_the_job() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -532,7 +482,7 @@ async fn an_estimate_says_what_the_job_then_takes() {
         .into_inner();
     let name = submit(&client, wanted).await;
     finish(&client, &name).await;
-    let done = get(&client, &name).await.unwrap();
+    let done = try_get(&client, &name).await.unwrap();
     assert_eq!(estimate.total_steps, done.progress.unwrap().total_steps);
     assert_eq!(
         estimate.train_pairs + estimate.eval_pairs,
@@ -556,7 +506,7 @@ async fn an_estimate_says_what_the_job_then_takes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_adapter_to_start_from_lies_in_the_configured_folder() {
+async fn an_init_adapter_outside_of_the_adapter_folder_is_refused() {
     let (dir, adapters, outside) = (
         tempfile::tempdir().unwrap(),
         tempfile::tempdir().unwrap(),
@@ -587,10 +537,7 @@ async fn an_adapter_to_start_from_lies_in_the_configured_folder() {
             ..Default::default()
         };
         wanted.method = Some(pb::training_job::Method::Lora(lora));
-        pb::CreateTrainingJobRequest {
-            training_job: Some(wanted),
-            ..Default::default()
-        }
+        wanted
     };
     let theirs = outside.path().join("theirs");
     for bad in [
@@ -602,21 +549,12 @@ async fn an_adapter_to_start_from_lies_in_the_configured_folder() {
         ),
         "..",
     ] {
-        let refused = client
-            .training()
-            .create_training_job(from(bad))
-            .await
-            .unwrap_err();
+        let refused = create(&client, from(bad)).await.unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument, "{bad}");
     }
-    let second = client
-        .training()
-        .create_training_job(from("mine"))
-        .await
-        .unwrap()
-        .into_inner();
-    finish(&client, &second.name).await;
-    assert_eq!(state(&client, &second.name).await, pb::JobState::Succeeded);
+    let second = submit(&client, from("mine")).await;
+    finish(&client, &second).await;
+    assert_eq!(state(&client, &second).await, pb::JobState::Succeeded);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -645,7 +583,7 @@ async fn a_second_server_on_the_same_folder_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_hold_no_place_and_make_up_no_names() {
+async fn silent_connections_are_closed_and_unknown_methods_make_no_metrics() {
     use tokio::io::AsyncReadExt;
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start_with(
@@ -659,15 +597,17 @@ async fn strangers_hold_no_place_and_make_up_no_names() {
         tokio::net::TcpStream::connect(&address).await.unwrap(),
     ];
     for connection in &mut silent {
-        let closed = tokio::time::timeout(Duration::from_secs(30), connection.read(&mut [0; 8]))
+        // The server sends a GOAWAY frame or closes the connection at once.
+        let _ = tokio::time::timeout(Duration::from_secs(30), connection.read(&mut [0; 8]))
             .await
-            .expect("it is closed");
-        // A GOAWAY frame, or nothing.
-        let _ = closed;
+            .expect("a silent connection stays open");
     }
     drop(silent);
     let client = server.client().await;
-    assert!(client.health().await.unwrap(), "the places are free again");
+    assert!(
+        client.health().await.unwrap(),
+        "a closed connection still counts"
+    );
 
     let channel = tonic::transport::Endpoint::from_shared(server.address.clone())
         .unwrap()
@@ -686,7 +626,7 @@ async fn strangers_hold_no_place_and_make_up_no_names() {
             .unwrap_err();
         assert_eq!(refused.code(), Code::Unimplemented);
     }
-    let metrics = http_get(&server.http, "/metrics").await;
+    let metrics = server.metrics();
     assert!(
         metrics.contains("method=\"unknown\"") && !metrics.contains("Made"),
         "{metrics}"
@@ -831,7 +771,7 @@ async fn grpcurl_connects_with_a_client_certificate() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tls_asks_for_certificates_and_takes_up_new_ones() {
+async fn tls_needs_client_certificates_and_reloads_changed_files() {
     let tls = TlsServer::start();
     let at = |name: &str| tls.file(name);
     let write = |name: &str, text: &str| std::fs::write(at(name), text).unwrap();
@@ -892,7 +832,7 @@ async fn tls_asks_for_certificates_and_takes_up_new_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn work_past_its_deadline_is_dropped_and_said_so() {
+async fn a_call_past_its_deadline_is_dropped_and_counted() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -923,11 +863,11 @@ async fn work_past_its_deadline_is_dropped_and_said_so() {
     let start = Instant::now();
     score(&client, "models/tiny", pairs()).await;
     assert!(start.elapsed() < Duration::from_secs(20));
-    assert_eq!(counted(&server, "ScorePairs", "DeadlineExceeded").await, 1);
+    assert_eq!(counted(&server, "ScorePairs", "DeadlineExceeded"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_its_client_gives_up_is_counted_as_cancelled() {
+async fn a_call_that_its_client_cancels_is_counted_as_cancelled() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -936,41 +876,27 @@ async fn a_call_that_its_client_gives_up_is_counted_as_cancelled() {
         "the count of a cancelled call",
         Duration::from_secs(60),
         async || {
-            // The call may end before it arrived, while it waits or while it is computed; if it
-            // ended too early, it is repeated.
+            // The client may cancel before the call arrives, which is then not counted; so the call
+            // is repeated.
             let _ = tokio::time::timeout(
                 Duration::from_millis(8),
                 score(&client, "models/tiny", many.clone()),
             )
             .await;
-            counted(&server, "ScorePairs", "Cancelled").await > 0
+            counted(&server, "ScorePairs", "Cancelled") > 0
         },
     )
     .await;
 }
 
-/// Returns the number of calls of a method that the server counted under a code.
-async fn counted(server: &Server, method: &str, code: &str) -> u64 {
-    let metrics = http_get(&server.http, "/metrics").await;
-    let of = format!(
+/// Returns the number of calls of a scoring method that the server counted under a code.
+fn counted(server: &Server, method: &str, code: &str) -> u64 {
+    let metrics = server.metrics();
+    let counter = format!(
         "bradley_requests_total{{method=\"/bradley.v1.ScoringService/{method}\",code=\"{code}\"}} "
     );
     metrics
         .lines()
-        .find_map(|l| l.strip_prefix(&of))
+        .find_map(|l| l.strip_prefix(&counter))
         .map_or(0, |n| n.parse().unwrap())
-}
-
-async fn http_get(address: &str, path: &str) -> String {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut connection = tokio::net::TcpStream::connect(address).await.unwrap();
-    connection
-        .write_all(
-            format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes(),
-        )
-        .await
-        .unwrap();
-    let mut answer = String::new();
-    connection.read_to_string(&mut answer).await.unwrap();
-    answer
 }

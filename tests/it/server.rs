@@ -11,9 +11,8 @@ use std::time::Duration;
 
 use bradley::rpc::client::{Client, Status, Target};
 use bradley::rpc::pb::{self, training_event::Event};
-use prost::Message as _;
 use tonic::Code;
-use tonic_types::StatusExt as _;
+use tonic_types::{RpcStatusExt as _, StatusExt as _};
 
 use crate::support::{golden, hashes};
 use crate::wait::{until_blocking, until_ok};
@@ -26,7 +25,7 @@ pub struct Server {
     /// `127.0.0.1:PORT` of the HTTP port.
     pub http: String,
     pub data_dir: PathBuf,
-    /// Its log, without purely informative lines.
+    /// Lines of its log above the level INFO.
     log: Arc<Mutex<Vec<String>>>,
 }
 
@@ -85,8 +84,8 @@ impl Server {
         prepare(&mut command);
         let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
-        let kept = log.clone();
-        let (told, addresses) = mpsc::channel();
+        let log_of_reader = log.clone();
+        let (sender, addresses) = mpsc::channel();
         let errors = BufReader::new(child.stderr.take().unwrap());
         std::thread::spawn(move || {
             for line in errors.lines().map_while(Result::ok) {
@@ -95,11 +94,11 @@ impl Server {
                     Some("serving") => {
                         let address =
                             |name: &str| json["fields"][name].as_str().unwrap().to_owned();
-                        let _ = told.send((address("address"), address("http_address")));
+                        let _ = sender.send((address("address"), address("http_address")));
                     }
                     _ if json["level"] != "INFO" => {
                         eprintln!("server: {line}");
-                        kept.lock().unwrap().push(line);
+                        log_of_reader.lock().unwrap().push(line);
                     }
                     _ => {}
                 }
@@ -143,12 +142,17 @@ impl Server {
             .unwrap()
     }
 
-    /// Returns the answer of `/metrics`.
+    /// Returns the answer of `/metrics`, with its HTTP headers.
     pub fn metrics(&self) -> String {
+        self.http_get("/metrics")
+    }
+
+    /// Returns the answer of the HTTP port to a GET request, with its headers.
+    pub fn http_get(&self, path: &str) -> String {
         let mut connection = TcpStream::connect(&self.http).unwrap();
         write!(
             connection,
-            "GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
+            "GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
         )
         .unwrap();
         let mut answer = String::new();
@@ -232,8 +236,8 @@ pub fn job(dataset: &str, steps: u64) -> pb::TrainingJob {
     }
 }
 
-/// Submits a job.
-pub async fn submit(client: &Client, job: pb::TrainingJob) -> String {
+/// Asks for a job's creation.
+pub async fn create(client: &Client, job: pb::TrainingJob) -> Result<pb::TrainingJob, Status> {
     let request = pb::CreateTrainingJobRequest {
         training_job: Some(job),
         ..Default::default()
@@ -242,9 +246,12 @@ pub async fn submit(client: &Client, job: pb::TrainingJob) -> String {
         .training()
         .create_training_job(request)
         .await
-        .unwrap()
-        .into_inner()
-        .name
+        .map(|r| r.into_inner())
+}
+
+/// Creates a job and returns its name.
+pub async fn submit(client: &Client, job: pb::TrainingJob) -> String {
+    create(client, job).await.unwrap().name
 }
 
 /// Follows a job to its end, and returns its events.
@@ -263,14 +270,15 @@ pub async fn finish(client: &Client, job: &str) -> Vec<pb::TrainingEvent> {
 
 /// Returns the state of a job.
 pub async fn state(client: &Client, job: &str) -> pb::JobState {
-    let request = pb::GetTrainingJobRequest { name: job.into() };
-    client
-        .training()
-        .get_training_job(request)
-        .await
-        .unwrap()
-        .into_inner()
-        .state()
+    get(client, job).await.state()
+}
+
+/// Returns true if a job in this state has ended.
+pub fn is_final(state: pb::JobState) -> bool {
+    matches!(
+        state,
+        pb::JobState::Succeeded | pb::JobState::Failed | pb::JobState::Cancelled
+    )
 }
 
 /// Returns the golden chat rows as pairs to score.
@@ -303,7 +311,23 @@ pub fn pairs() -> Vec<pb::Pair> {
         .collect()
 }
 
-/// Scores pairs in one call.
+/// Scores the golden pairs with these options.
+pub async fn score_with(
+    client: &Client,
+    options: pb::ScoringOptions,
+) -> Result<pb::ScorePairsResponse, Status> {
+    let request = pb::ScorePairsRequest {
+        options: Some(options),
+        pairs: pairs(),
+    };
+    client
+        .scoring()
+        .score_pairs(request)
+        .await
+        .map(|r| r.into_inner())
+}
+
+/// Scores pairs in one call, with the log-prob of each token.
 pub async fn score(client: &Client, policy: &str, pairs: Vec<pb::Pair>) -> pb::ScorePairsResponse {
     let options = pb::ScoringOptions {
         policy: policy.into(),
@@ -321,18 +345,18 @@ pub async fn score(client: &Client, policy: &str, pairs: Vec<pb::Pair>) -> pb::S
         .into_inner()
 }
 
-/// Returns the score of a result.
-pub fn scored(r: &pb::PairResult) -> &pb::PairScore {
-    match &r.result {
-        Some(pb::pair_result::Result::Score(s)) => s,
-        other => panic!("{}: {other:?}", r.id),
+/// Returns the score of a result that must not be an error.
+pub fn scored(result: &pb::PairResult) -> &pb::PairScore {
+    match &result.result {
+        Some(pb::pair_result::Result::Score(score)) => score,
+        other => panic!("{}: {other:?}", result.id),
     }
 }
 
-/// Waits until an event satisfies `enough`.
+/// Follows a job until one of its events satisfies `enough`.
 pub async fn until_event(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
     let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
-    let followed = tokio::time::timeout(Duration::from_secs(180), follow).await;
+    let followed = tokio::time::timeout(Duration::from_secs(120), follow).await;
     followed.expect("the event comes").unwrap();
 }
 
@@ -346,7 +370,7 @@ pub fn became(event: &Event, wanted: pb::JobState) -> bool {
     matches!(event, Event::StateChange(s) if s.to() == wanted)
 }
 
-/// Pauses a job after some steps.
+/// Pauses a job after its third step.
 pub async fn pause(client: &Client, name: &str) {
     until_event(client, name, |e| is_step(e, 3)).await;
     let request = pb::PauseTrainingJobRequest { name: name.into() };
@@ -354,7 +378,7 @@ pub async fn pause(client: &Client, name: &str) {
     until_event(client, name, |e| became(e, pb::JobState::Paused)).await;
 }
 
-/// Resumes a job.
+/// Asks to resume a job.
 pub async fn resume(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
     let request = pb::ResumeTrainingJobRequest { name: name.into() };
     client
@@ -364,15 +388,19 @@ pub async fn resume(client: &Client, name: &str) -> Result<pb::TrainingJob, Stat
         .map(|r| r.into_inner())
 }
 
-/// Returns a job as it is now.
-pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
+/// Asks for a job.
+pub async fn try_get(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
     let request = pb::GetTrainingJobRequest { name: name.into() };
     client
         .training()
         .get_training_job(request)
         .await
-        .unwrap()
-        .into_inner()
+        .map(|r| r.into_inner())
+}
+
+/// Returns a job as it is now.
+pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
+    try_get(client, name).await.unwrap()
 }
 
 /// Follows a job until it has succeeded, and returns the bits of its losses by step.
@@ -380,11 +408,25 @@ pub async fn succeed(client: &Client, name: &str) -> BTreeMap<u64, u64> {
     let events = finish(client, name).await;
     let ended = get(client, name).await;
     assert_eq!(ended.state(), pb::JobState::Succeeded, "{:?}", ended.error);
-    let step = |e: pb::TrainingEvent| match e.event {
+    losses(&events)
+}
+
+/// Returns the bits of the losses in a job's events, by step.
+pub fn losses(events: &[pb::TrainingEvent]) -> BTreeMap<u64, u64> {
+    let loss = |e: &pb::TrainingEvent| match &e.event {
         Some(Event::StepMetrics(s)) => Some((s.step, s.metrics["loss"].to_bits())),
         _ => None,
     };
-    events.into_iter().filter_map(step).collect()
+    events.iter().filter_map(loss).collect()
+}
+
+/// Returns the steps in a job's events, in the order of the events.
+pub fn steps(events: &[pb::TrainingEvent]) -> Vec<u64> {
+    let step = |e: &pb::TrainingEvent| match &e.event {
+        Some(Event::StepMetrics(s)) => Some(s.step),
+        _ => None,
+    };
+    events.iter().filter_map(step).collect()
 }
 
 /// Returns the name of a job's last checkpoint.
@@ -392,7 +434,29 @@ pub fn latest(job: &str) -> String {
     format!("{job}/checkpoints/latest")
 }
 
-/// Checks that an error is about a change of `part` of a model, and names both hashes.
+/// Returns the id in the name of a job or of a dataset.
+pub fn id(name: &str) -> &str {
+    name.rsplit('/').next().unwrap_or(name)
+}
+
+/// Returns the folder of a job's checkpoints below a data directory or an artifact store.
+pub fn checkpoints_folder(root: &Path, job: &str) -> PathBuf {
+    root.join("jobs").join(id(job)).join("checkpoints")
+}
+
+/// Returns the reason in the details of an error.
+pub fn reason(status: &Status) -> String {
+    let info = status.get_details_error_info();
+    info.map(|info| info.reason).unwrap_or_default()
+}
+
+/// Returns the reason in the details of a job's error.
+pub fn job_error_reason(error: &tonic_types::Status) -> String {
+    let info = error.get_details_error_info();
+    info.map(|info| info.reason).unwrap_or_default()
+}
+
+/// Checks that an error says that `part` of a model has changed, and that it names both hashes.
 fn assert_changed(what: &str, code: Code, reason: &str, message: &str, part: &str) {
     assert_eq!(code, Code::FailedPrecondition, "{what}: {message}");
     assert_eq!(reason, "MODEL_CHANGED", "{what}: {message}");
@@ -411,11 +475,13 @@ pub fn assert_refused<T>(what: &str, answer: Result<T, Status>, part: &str) {
     let Err(status) = answer else {
         panic!("{what} is accepted although the {part} changed")
     };
-    let reason = status
-        .get_details_error_info()
-        .map(|i| i.reason)
-        .unwrap_or_default();
-    assert_changed(what, status.code(), &reason, status.message(), part);
+    assert_changed(
+        what,
+        status.code(),
+        &reason(&status),
+        status.message(),
+        part,
+    );
 }
 
 /// Waits until a job waits for its model, and checks the error.
@@ -424,16 +490,10 @@ pub async fn assert_waits(client: &Client, name: &str, part: &str) {
     until_ok("a job's wait for its model", limit, async || {
         let shown = get(client, name).await;
         if let (pb::JobState::Queued, Some(error)) = (shown.state(), &shown.error) {
-            let details = error.encode_to_vec().into();
-            let status = Status::with_details(error.code.into(), error.message.clone(), details);
-            let reason = status
-                .get_details_error_info()
-                .map(|i| i.reason)
-                .unwrap_or_default();
             assert_changed(
                 "a waiting job",
-                status.code(),
-                &reason,
+                Code::from(error.code),
+                &job_error_reason(error),
                 &error.message,
                 part,
             );
@@ -444,17 +504,24 @@ pub async fn assert_waits(client: &Client, name: &str, part: &str) {
     .await;
 }
 
-/// Returns the events of a job.
+/// Returns a job's events so far, from all pages.
 pub async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
-    let request = pb::ListTrainingEventsRequest {
-        parent: name.into(),
-        ..Default::default()
-    };
-    client
-        .training()
-        .list_training_events(request)
-        .await
-        .unwrap()
-        .into_inner()
-        .events
+    let mut all: Vec<pb::TrainingEvent> = Vec::new();
+    loop {
+        let request = pb::ListTrainingEventsRequest {
+            parent: name.into(),
+            after_sequence: all.last().map_or(0, |e| e.sequence),
+            page_size: 1000,
+        };
+        let page = client
+            .training()
+            .list_training_events(request)
+            .await
+            .unwrap()
+            .into_inner();
+        all.extend(page.events);
+        if !page.more {
+            return all;
+        }
+    }
 }

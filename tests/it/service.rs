@@ -7,12 +7,14 @@ use bradley::rpc::pb;
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::server::{Server, finish, job, pairs, score, scored, state, submit, upload};
+use crate::server::{
+    Server, finish, get, job, pairs, score, scored, state, submit, try_get, upload,
+};
 use crate::support::golden;
 use crate::wait::until;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_whole_cycle() {
+async fn a_job_is_trained_scored_exported_and_continued() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -36,7 +38,7 @@ async fn the_whole_cycle() {
             .iter()
             .enumerate()
             .all(|(i, e)| e.sequence == i as u64 + 1),
-        "sequences have no gap"
+        "the sequence numbers have a gap"
     );
     let losses: Vec<f64> = events
         .iter()
@@ -113,12 +115,16 @@ async fn the_whole_cycle() {
         &[],
     );
     let from_merged = score(&other.client().await, "models/merged", pairs()).await;
-    for (m, w) in from_merged.results.iter().zip(&after.results) {
-        let (m, w) = (scored(m).a.clone().unwrap(), scored(w).a.clone().unwrap());
-        assert!((m.policy_logprob - w.policy_logprob).abs() < 1e-4 * w.policy_logprob.abs());
+    for (got, want) in from_merged.results.iter().zip(&after.results) {
+        let logprob = |r: &pb::PairResult| scored(r).a.as_ref().unwrap().policy_logprob;
+        let (got, want) = (logprob(got), logprob(want));
+        assert!(
+            (got - want).abs() < 1e-4 * want.abs(),
+            "{got} is not {want}"
+        );
     }
 
-    // A job may start from another's adapter; its start weights are its reference.
+    // A job may start from another job's adapter, which is then also its reference.
     let mut more = job(&dataset.name, 2);
     more.policy = format!("{name}/checkpoints/latest");
     let second = submit(&client, more).await;
@@ -129,7 +135,7 @@ async fn the_whole_cycle() {
             Some(pb::training_event::Event::StepMetrics(s)) => Some(s.metrics["loss"]),
             _ => None,
         });
-    // Bit for bit: policy and reference are the same weights, whatever rows their pairs are in.
+    // Exactly log 2, because policy and reference are the same weights.
     assert_eq!(first_loss.unwrap(), std::f64::consts::LN_2);
     client
         .training()
@@ -138,16 +144,12 @@ async fn the_whole_cycle() {
         })
         .await
         .unwrap();
-    let gone = client
-        .training()
-        .get_training_job(pb::GetTrainingJobRequest { name: second })
-        .await
-        .unwrap_err();
+    let gone = try_get(&client, &second).await.unwrap_err();
     assert_eq!(gone.code(), Code::NotFound);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_fine_tune_trains_and_loads_again() {
+async fn a_full_fine_tune_is_scored_and_has_no_adapter_export() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -182,13 +184,13 @@ async fn a_full_fine_tune_trains_and_loads_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_score_is_the_same_bits_alone_in_a_crowd_and_in_any_order() {
+async fn a_score_has_the_same_bits_alone_with_others_and_in_any_order() {
     for precision in ["f32", "bf16"] {
-        scores_do_not_depend_on_company(precision).await;
+        assert_scores_depend_only_on_the_pair(precision).await;
     }
 }
 
-async fn scores_do_not_depend_on_company(precision: &str) {
+async fn assert_scores_depend_only_on_the_pair(precision: &str) {
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
     let server = Server::start_with(dir.path(), &models, &["--precision", precision]);
@@ -197,16 +199,16 @@ async fn scores_do_not_depend_on_company(precision: &str) {
     let name = submit(&client, job(&dataset.name, 3)).await;
     finish(&client, &name).await;
     let policy = format!("{name}/checkpoints/latest");
-    let mut crowd: Vec<pb::Pair> = Vec::new();
+    let mut many: Vec<pb::Pair> = Vec::new();
     for copy in 0..11 {
-        crowd.extend(pairs().into_iter().map(|p| pb::Pair {
+        many.extend(pairs().into_iter().map(|p| pb::Pair {
             id: format!("{}#{copy}", p.id),
             ..p
         }));
     }
-    crowd.truncate(64);
-    crowd.reverse();
-    let together = score(&client, &policy, crowd).await.results;
+    many.truncate(64);
+    many.reverse();
+    let together = score(&client, &policy, many).await.results;
     assert_eq!(together.len(), 64);
     let bits = |s: &pb::PairScore| {
         let side = |c: &pb::CompletionScore| -> Vec<u64> {
@@ -249,7 +251,7 @@ async fn scores_do_not_depend_on_company(precision: &str) {
         let mirrored = score(&client, &policy, vec![swapped]).await.results;
         assert_eq!(scored(&mirrored[0]).margin, -f64::from_bits(alone.1));
     }
-    // The streaming call gives the same numbers, whatever the order of the answers.
+    // The streaming call gives the same bits; its answers may come in any order.
     let options = pb::ScoringOptions {
         policy: policy.clone(),
         per_token_logprobs: true,
@@ -344,7 +346,7 @@ async fn one_bad_pair_has_its_own_error_and_the_rest_is_scored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
+async fn invalid_requests_are_refused_with_their_reason_and_the_server_continues() {
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
     let server = Server::start_with(dir.path(), &models, &["--memory-limit", "2GiB"]);
@@ -469,11 +471,7 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
         Code::OutOfRange
     );
     for name in ["trainingJobs/../x", "x", ""] {
-        let e = client
-            .training()
-            .get_training_job(pb::GetTrainingJobRequest { name: name.into() })
-            .await
-            .unwrap_err();
+        let e = try_get(&client, name).await.unwrap_err();
         assert_eq!(e.code(), Code::InvalidArgument, "{name}");
     }
 
@@ -499,7 +497,7 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
         .unwrap_err();
     assert_eq!(e.code(), Code::InvalidArgument);
 
-    // A dataset with bad rows: refused, or skipped and listed.
+    // A job on a dataset with an invalid row is refused, or skips the row and lists it.
     std::fs::write(
         &file,
         std::fs::read_to_string(golden("pairs.jsonl")).unwrap()
@@ -523,12 +521,7 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
     skipping.row_policy = pb::RowPolicy::Skip.into();
     let skipping = create(skipping, "").await.unwrap().into_inner().name;
     finish(&client, &skipping).await;
-    let done = client
-        .training()
-        .get_training_job(pb::GetTrainingJobRequest { name: skipping })
-        .await
-        .unwrap()
-        .into_inner();
+    let done = get(&client, &skipping).await;
     assert_eq!(done.state(), pb::JobState::Succeeded);
     assert!(
         done.skipped_rows.len() == 1 && done.skipped_rows[0].contains("row 7"),
@@ -545,12 +538,7 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
     });
     let diverging = create(diverging, "").await.unwrap().into_inner().name;
     finish(&client, &diverging).await;
-    let failed = client
-        .training()
-        .get_training_job(pb::GetTrainingJobRequest { name: diverging })
-        .await
-        .unwrap()
-        .into_inner();
+    let failed = get(&client, &diverging).await;
     assert_eq!(failed.state(), pb::JobState::Failed);
     assert!(failed.error.unwrap().message.contains("rows ["));
     let fine = create(job(&dataset.name, 1), "")
@@ -605,7 +593,7 @@ async fn bad_requests_are_refused_precisely_and_the_service_stays_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn scoring_is_answered_while_a_job_trains_and_the_job_goes_on() {
+async fn scoring_is_answered_while_a_job_trains_and_the_job_makes_progress() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -624,17 +612,12 @@ async fn scoring_is_answered_while_a_job_trains_and_the_job_goes_on() {
             .await
             .expect("scoring is answered");
         assert_eq!(live.results.iter().map(scored).count(), 6);
-        let j = client
-            .training()
-            .get_training_job(pb::GetTrainingJobRequest { name: name.clone() })
-            .await
-            .unwrap()
-            .into_inner();
-        steps.push(j.progress.unwrap().step);
+        let shown = get(&client, &name).await;
+        steps.push(shown.progress.unwrap().step);
     }
     assert!(
         steps[19] > steps[0],
-        "training goes on under scoring: {steps:?}"
+        "the job makes no progress while pairs are scored: {steps:?}"
     );
     client
         .training()

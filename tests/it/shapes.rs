@@ -11,7 +11,7 @@ use parquet::schema::parser::parse_message_type;
 use parquet::schema::types::SchemaDescriptor;
 use serde_json::{Value, json};
 
-use crate::server::{Server, finish, job, submit};
+use crate::server::{Server, finish, get, job, submit};
 
 async fn upload(client: &Client, file: &Path) -> pb::Dataset {
     client
@@ -32,6 +32,7 @@ async fn upload_rows(client: &Client, dir: &Path, rows: &[Value]) -> pb::Dataset
     upload(client, &file).await
 }
 
+/// Returns the number of rows of each shape, sorted by the shape's name.
 fn shapes(report: &pb::ValidationReport) -> Vec<(&str, u64)> {
     let mut shapes: Vec<(&str, u64)> = report
         .shapes
@@ -55,7 +56,7 @@ async fn estimate(client: &Client, wanted: pb::TrainingJob) -> pb::EstimateTrain
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_may_mix_shapes_and_a_row_make_several_pairs() {
+async fn a_file_may_mix_shapes_and_a_row_may_make_several_pairs() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -117,7 +118,8 @@ async fn a_file_may_mix_shapes_and_a_row_make_several_pairs() {
         report
     );
 
-    // A quarter of the rows is held out, with all pairs of each row.
+    // A quarter of the rows, that is 5, is held out. Each of them has one pair or, with several
+    // rejected answers, three.
     let mut wanted = job(&dataset.name, 2);
     wanted.evaluation = Some(pb::training_job::Evaluation::EvalFraction(0.25));
     let estimate = estimate(&client, wanted.clone()).await;
@@ -128,12 +130,7 @@ async fn a_file_may_mix_shapes_and_a_row_make_several_pairs() {
     );
     let name = submit(&client, wanted).await;
     finish(&client, &name).await;
-    let done = client
-        .training()
-        .get_training_job(pb::GetTrainingJobRequest { name })
-        .await
-        .unwrap()
-        .into_inner();
+    let done = get(&client, &name).await;
     assert_eq!((done.state(), done.error), (pb::JobState::Succeeded, None));
 }
 
@@ -142,12 +139,11 @@ async fn parquet_files_in_other_shapes_are_read() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    let list = "(LIST) { repeated group list { required group element { required binary role \
-                (UTF8); required binary content (UTF8); } } }";
+    let list = "(LIST) { repeated group list { required group element {
+                    required binary role (UTF8); required binary content (UTF8); } } }";
     let openai = format!(
         "required group input {{ required group messages {list} }}
-         required group preferred_output {list}
-         required group non_preferred_output {list}"
+         required group preferred_output {list} required group non_preferred_output {list}"
     );
     let texts = "required binary chosen (UTF8); required binary rejected (UTF8);";
     let several = "required binary prompt (UTF8); required binary chosen (UTF8);
@@ -200,7 +196,7 @@ async fn parquet_files_in_other_shapes_are_read() {
         )
         .unwrap();
         let mut group = writer.next_row_group().unwrap();
-        let (mut columns, mut written) = (columns.iter(), 0);
+        let (mut columns, mut index) = (columns.iter(), 0);
         while let Some(mut column) = group.next_column().unwrap() {
             let values: Vec<ByteArray> = columns
                 .next()
@@ -208,13 +204,13 @@ async fn parquet_files_in_other_shapes_are_read() {
                 .iter()
                 .map(|text| ByteArray::from(*text))
                 .collect();
-            let leaf = leaves.column(written);
-            written += 1;
-            let defined = vec![leaf.max_def_level(); values.len()];
-            let repeated: Vec<i16> = (0..values.len()).map(|i| i16::from(i > 0)).collect();
+            let leaf = leaves.column(index);
+            index += 1;
+            let definition_levels = vec![leaf.max_def_level(); values.len()];
+            let repetition_levels: Vec<i16> = (0..values.len()).map(|i| i16::from(i > 0)).collect();
             column
                 .typed::<ByteArrayType>()
-                .write_batch(&values, Some(&defined), Some(&repeated))
+                .write_batch(&values, Some(&definition_levels), Some(&repetition_levels))
                 .unwrap();
             column.close().unwrap();
         }
@@ -231,7 +227,7 @@ async fn parquet_files_in_other_shapes_are_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn skipped_rows_are_listed_behind_any_number_of_warnings() {
+async fn skipped_rows_are_listed_although_warnings_fill_the_list_of_findings() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -243,19 +239,14 @@ async fn skipped_rows_are_listed_behind_any_number_of_warnings() {
     let report = dataset.report.clone().unwrap();
     assert!(
         report.issues.iter().all(|i| i.reason == "duplicate_pair"),
-        "the list is full of warnings"
+        "the warnings do not fill the list"
     );
     let mut wanted = job(&dataset.name, 1);
     wanted.row_policy = pb::RowPolicy::Skip.into();
     assert_eq!(estimate(&client, wanted.clone()).await.skipped_rows, 3);
     let name = submit(&client, wanted).await;
     finish(&client, &name).await;
-    let done = client
-        .training()
-        .get_training_job(pb::GetTrainingJobRequest { name })
-        .await
-        .unwrap()
-        .into_inner();
+    let done = get(&client, &name).await;
     assert_eq!(done.state(), pb::JobState::Succeeded);
     let rows: Vec<&str> = done
         .skipped_rows

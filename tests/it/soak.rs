@@ -1,10 +1,10 @@
-//! A soak test under twice the load that the server can take: a training job, and fifty clients, a
-//! third of which are slow or disappear.
+//! A soak test under twice the load that the server can serve: a training job, and fifty clients, a
+//! third of which read slowly or disconnect without notice.
 //!
 //!   BRADLEY_TEST_SOAK=1800 cargo test --test it soak -- --nocapture
 //!
-//! Memory must stay constant, accepted requests must be answered within the time that follows from
-//! the queue's limit, and every refusal must say when to retry.
+//! Memory must not grow, every accepted request must be answered, and every refusal must have a
+//! reason, and a time to retry or a quota.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,10 +21,11 @@ use crate::hostile::resident_kib;
 use crate::server::{Server, job, pairs, submit, upload};
 use crate::support::golden;
 
-/// Number of clients that score at the intended rate, that read slowly, and that disconnect without
-/// notice.
+/// Number of clients that send requests at fixed times.
 const STEADY: usize = 34;
+/// Number of clients that read a stream slowly.
 const SLOW: usize = 8;
+/// Number of clients that disconnect without notice.
 const VANISHING: usize = 8;
 /// Number of pairs in a request.
 const BATCH: usize = 8;
@@ -33,15 +34,20 @@ const SHORT: u64 = 12;
 /// Maximum number of waiting tokens, which limits the waiting time.
 const QUEUE_TOKENS: usize = 6000;
 
+/// Counts of what the clients have seen.
 #[derive(Default)]
 struct Seen {
+    /// Requests of which at least one pair was scored.
     accepted: AtomicU64,
     pairs: AtomicU64,
     refused: AtomicU64,
+    /// Pairs that slow clients have read.
     streamed: AtomicU64,
+    /// Calls that were dropped with their connection.
     vanished: AtomicU64,
+    /// Of accepted requests, in seconds.
     latencies: Mutex<Vec<f64>>,
-    /// Number of each unexpected answer; must stay empty.
+    /// Number of each unexpected answer; must be empty at the end.
     wrong: Mutex<BTreeMap<String, u64>>,
 }
 
@@ -50,8 +56,8 @@ impl Seen {
         *self.wrong.lock().unwrap().entry(what).or_default() += 1;
     }
 
-    /// Checks that a refusal has its reason, and a time to retry or a quota.
-    fn refusal(&self, status: &tonic::Status) {
+    /// Counts a refusal, which must have a reason, and a time to retry or a quota.
+    fn count_refusal(&self, status: &tonic::Status) {
         let retry = status.get_details_retry_info().is_some()
             || status.get_details_quota_failure().is_some();
         let reasoned = status
@@ -80,7 +86,7 @@ fn request(n: usize) -> pb::ScorePairsRequest {
 
 /// Sends one request. It is accepted if any of its pairs is scored; every other pair must have a
 /// reason.
-async fn once(client: &Client, n: usize, seen: &Seen) {
+async fn score_once(client: &Client, n: usize, seen: &Seen) {
     let start = Instant::now();
     match client.scoring().score_pairs(request(n)).await {
         Ok(answer) => {
@@ -93,7 +99,7 @@ async fn once(client: &Client, n: usize, seen: &Seen) {
                 if let Some(pb::pair_result::Result::Score(s)) = &r.result {
                     scored += u64::from(s.probability > 0.0);
                 } else if let Some(pb::pair_result::Result::Error(e)) = &r.result {
-                    seen.refusal(&tonic::Status::with_details(
+                    seen.count_refusal(&tonic::Status::with_details(
                         Code::from(e.code),
                         e.message.clone(),
                         prost::Message::encode_to_vec(e).into(),
@@ -109,11 +115,11 @@ async fn once(client: &Client, n: usize, seen: &Seen) {
                     .push(start.elapsed().as_secs_f64());
             }
         }
-        Err(status) => seen.refusal(&status),
+        Err(status) => seen.count_refusal(&status),
     }
 }
 
-/// Sends at fixed times, even if earlier requests are not answered.
+/// Sends requests at fixed times, even if earlier ones are not answered.
 async fn steady(client: Client, id: usize, interval: Duration, until: Instant, seen: Arc<Seen>) {
     let mut open = tokio::task::JoinSet::new();
     let mut due = tokio::time::interval(interval);
@@ -123,7 +129,7 @@ async fn steady(client: Client, id: usize, interval: Duration, until: Instant, s
         due.tick().await;
         n += STEADY;
         let (client, seen) = (client.clone(), seen.clone());
-        open.spawn(async move { once(&client, n, &seen).await });
+        open.spawn(async move { score_once(&client, n, &seen).await });
         while open.try_join_next().is_some() {}
     }
     // Every accepted request gets an answer.
@@ -167,14 +173,14 @@ async fn slow(client: Client, until: Instant, seen: Arc<Seen>) {
                         Ok(Some(_)) => seen.streamed.fetch_add(1, Ordering::Relaxed),
                         Ok(None) => break,
                         Err(status) => {
-                            seen.refusal(&status);
+                            seen.count_refusal(&status);
                             break;
                         }
                     };
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
-            Err(status) => seen.refusal(&status),
+            Err(status) => seen.count_refusal(&status),
         }
         writer.abort();
     }
@@ -199,7 +205,7 @@ async fn vanishing(address: String, seed: u64, until: Instant, seen: Arc<Seen>) 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
+async fn under_twice_the_load_memory_does_not_grow_and_refusals_say_why() {
     let seconds = std::env::var("BRADLEY_TEST_SOAK")
         .ok()
         .map_or(SHORT, |v| v.parse().unwrap());
@@ -233,7 +239,7 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
         probes.spawn(async move {
             let mut n = id;
             while Instant::now() < until {
-                once(&client, n, &probe).await;
+                score_once(&client, n, &probe).await;
                 n += 4;
             }
         });
@@ -288,7 +294,7 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
         samples.sort();
         samples[samples.len() / 2]
     };
-    // In the first part pools and caches fill.
+    // The first quarter is left out, because pools and caches fill then.
     let (early, late) = (
         median(&memory[memory.len() / 4..memory.len() / 2]),
         median(&memory[memory.len() * 3 / 4..]),
@@ -297,8 +303,8 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
     let lasted = start.elapsed().as_secs_f64();
     let clients = STEADY + SLOW + VANISHING;
     println!(
-        "| soak | {seconds} s, {clients} clients; capacity {:.0} pairs/s, twice that offered |\n\
-         |---|---|",
+        "| soak | {seconds} s, {clients} clients; capacity {:.0} pairs/s, twice that offered \
+         |\n|---|---|",
         capacity * BATCH as f64
     );
     println!(
@@ -336,7 +342,7 @@ async fn twice_the_load_is_refused_politely_for_as_long_as_it_lasts() {
     );
     assert!(
         count(&seen.accepted) > 0 && count(&seen.refused) > 0,
-        "the load is no overload"
+        "the load is not too high for the server"
     );
     assert!(
         late < early + early / 20 + (8 << 10),

@@ -14,11 +14,14 @@ use bradley::train::checkpoint;
 use tempfile::TempDir;
 use tokio::sync::OnceCell;
 use tonic::Code;
-use tonic_types::{RpcStatusExt, StatusExt};
+use tonic_types::StatusExt;
 
 use crate::backends::{Fault, Postgres, Proxy, S3, signal};
-use crate::replicas::{adapter, check_history, checkpointing, losses, undisturbed};
-use crate::server::{Server, finish, job, state, submit, upload};
+use crate::replicas::{adapter, check_history, checkpointing, undisturbed};
+use crate::server::{
+    Server, checkpoints_folder, events, finish, get, id, is_step, job, job_error_reason, losses,
+    resume, state, submit, try_get, until_event, upload,
+};
 use crate::support::golden;
 use crate::wait::{until, until_ok};
 
@@ -70,8 +73,8 @@ fn replica_on_s3(dir: &Path, postgres: &Postgres, s3: &S3, proxy: &Proxy, more: 
     Server::start_in(dir, &models(), &[&flags, more].concat(), &environment)
 }
 
-/// Starts a replica that must refuse to serve, and returns its message.
-fn refusal(dir: &Path, postgres: &Postgres, root: &Path) -> String {
+/// Starts a replica that must refuse to serve, and returns its log.
+fn refused_replica(dir: &Path, postgres: &Postgres, root: &Path) -> String {
     let (database, artifacts) = (postgres.url(), url_of(root));
     refused_start(
         dir,
@@ -86,7 +89,7 @@ fn refusal(dir: &Path, postgres: &Postgres, root: &Path) -> String {
     )
 }
 
-/// Starts a server that must refuse to serve, and returns its message.
+/// Starts a server that must refuse to serve, and returns its log.
 pub fn refused_start(dir: &Path, flags: &[&str]) -> String {
     let mut child = Command::new(crate::support::binary())
         .args([
@@ -135,23 +138,7 @@ pub fn refused_start(dir: &Path, flags: &[&str]) -> String {
 
 // ---- jobs
 
-pub fn id(name: &str) -> &str {
-    name.trim_start_matches("trainingJobs/")
-}
-
-pub async fn try_get(client: &Client, name: &str) -> Result<pb::TrainingJob, Status> {
-    let request = pb::GetTrainingJobRequest { name: name.into() };
-    client
-        .training()
-        .get_training_job(request)
-        .await
-        .map(|r| r.into_inner())
-}
-
-pub async fn get(client: &Client, name: &str) -> pb::TrainingJob {
-    try_get(client, name).await.unwrap()
-}
-
+/// Pauses a job, in whatever state it is.
 pub async fn pause(client: &Client, name: &str) {
     let request = pb::PauseTrainingJobRequest { name: name.into() };
     client.training().pause_training_job(request).await.unwrap();
@@ -161,15 +148,6 @@ pub async fn pause(client: &Client, name: &str) {
     .await;
 }
 
-pub async fn resume(client: &Client, name: &str) {
-    let request = pb::ResumeTrainingJobRequest { name: name.into() };
-    client
-        .training()
-        .resume_training_job(request)
-        .await
-        .unwrap();
-}
-
 pub async fn cancel(client: &Client, name: &str) {
     let request = pb::CancelTrainingJobRequest { name: name.into() };
     client
@@ -177,42 +155,6 @@ pub async fn cancel(client: &Client, name: &str) {
         .cancel_training_job(request)
         .await
         .unwrap();
-}
-
-/// Follows a job until an event satisfies `enough`.
-pub async fn reaches(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
-    let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
-    tokio::time::timeout(LIMIT, follow)
-        .await
-        .expect("the event comes")
-        .unwrap();
-}
-
-pub fn is_step(e: &Event, from: u64) -> bool {
-    matches!(e, Event::StepMetrics(s) if s.step >= from)
-}
-
-/// Returns a job's events so far.
-pub async fn events(client: &Client, name: &str) -> Vec<pb::TrainingEvent> {
-    let mut all: Vec<pb::TrainingEvent> = Vec::new();
-    loop {
-        let after_sequence = all.last().map_or(0, |e| e.sequence);
-        let request = pb::ListTrainingEventsRequest {
-            parent: name.into(),
-            after_sequence,
-            page_size: 1000,
-        };
-        let page = client
-            .training()
-            .list_training_events(request)
-            .await
-            .unwrap()
-            .into_inner();
-        all.extend(page.events);
-        if !page.more {
-            return all;
-        }
-    }
 }
 
 /// Returns the state changes with their time in milliseconds.
@@ -231,7 +173,7 @@ pub fn changes(events: &[pb::TrainingEvent]) -> Vec<(i64, pb::StateChange)> {
 }
 
 /// Returns the text of an event: a log line, or the reason of a state change.
-fn words(e: &pb::TrainingEvent) -> Option<&str> {
+fn event_text(e: &pb::TrainingEvent) -> Option<&str> {
     match &e.event {
         Some(Event::StateChange(s)) => Some(&s.reason),
         Some(Event::Log(l)) => Some(&l.message),
@@ -239,17 +181,16 @@ fn words(e: &pb::TrainingEvent) -> Option<&str> {
     }
 }
 
-fn reasons(events: &[pb::TrainingEvent]) -> Vec<&str> {
-    events.iter().filter_map(words).collect()
+fn texts(events: &[pb::TrainingEvent]) -> Vec<&str> {
+    events.iter().filter_map(event_text).collect()
 }
 
-/// Waits until a job is requeued with an error of this reason, which an event must report, too.
+/// Waits until a job is queued again with an error of this reason, which an event must report, too.
 pub async fn waits(client: &Client, name: &str, reason: &str) {
     until_ok(&format!("a wait for {reason}"), LIMIT, async || {
         let job = get(client, name).await;
         let error = job.error.clone().unwrap_or_default();
-        let found = error.get_details_error_info().map(|info| info.reason);
-        if job.state() == pb::JobState::Queued && found.as_deref() == Some(reason) {
+        if job.state() == pb::JobState::Queued && job_error_reason(&error) == reason {
             assert_eq!(error.code, Code::FailedPrecondition as i32, "{error:?}");
             let changes = changes(&events(client, name).await);
             let told = changes
@@ -261,9 +202,9 @@ pub async fn waits(client: &Client, name: &str, reason: &str) {
         if matches!(job.state(), pb::JobState::Succeeded | pb::JobState::Failed) {
             let events = events(client, name).await;
             panic!(
-                "it does not wait, it ended {:?}: {:?}",
+                "the job does not wait but has ended, {:?}: {:?}",
                 job.state(),
-                reasons(&events)
+                texts(&events)
             );
         }
         Err(format!("{:?} {error:?}", job.state()))
@@ -329,7 +270,7 @@ impl Paused {
         let dataset = upload(&client, "pairs.jsonl").await.name;
         let name = submit(&client, checkpointing(&dataset, STEPS)).await;
         let second = |e: &Event| matches!(e, Event::CheckpointCreated(c) if c.step >= 20);
-        reaches(&client, &name, second).await;
+        until_event(&client, &name, second).await;
         pause(&client, &name).await;
         assert!(server.terminate(LIMIT).success());
         Paused {
@@ -343,29 +284,23 @@ impl Paused {
 
     /// Returns the folder of the job's checkpoints in the artifact store.
     fn stored(&self) -> PathBuf {
-        self.share
-            .path()
-            .join("jobs")
-            .join(id(&self.name))
-            .join("checkpoints")
+        checkpoints_folder(self.share.path(), &self.name)
     }
 
     /// Returns the copy of a checkpoint in the first server's data directory.
-    fn copy(&self, step: u64) -> PathBuf {
-        let jobs = self.dir.path().join("jobs");
-        jobs.join(id(&self.name))
-            .join("checkpoints")
-            .join(step.to_string())
+    fn local_copy(&self, step: u64) -> PathBuf {
+        checkpoints_folder(self.dir.path(), &self.name).join(step.to_string())
     }
 
-    /// Rewrites a checkpoint's state file, its folder's name, its copy and its row.
+    /// Replaces a checkpoint's state file and its local copy. Renames its folder to the new digest,
+    /// which it writes to the database and returns.
     fn rewrite(&self, step: u64, digest: &str, state: &[u8]) -> String {
         let folder = self.stored().join(step.to_string());
         std::fs::write(folder.join(digest).join(checkpoint::STATE_FILE), state).unwrap();
         let new = checkpoint::digest(&folder.join(digest)).unwrap();
         std::fs::rename(folder.join(digest), folder.join(&new)).unwrap();
-        if self.copy(step).is_dir() {
-            std::fs::write(self.copy(step).join(checkpoint::STATE_FILE), state).unwrap();
+        if self.local_copy(step).is_dir() {
+            std::fs::write(self.local_copy(step).join(checkpoint::STATE_FILE), state).unwrap();
         }
         let update = format!("UPDATE checkpoints SET digest = '{new}'");
         self.postgres.sql(&format!(
@@ -376,12 +311,15 @@ impl Paused {
     }
 
     /// Checks that the job continues from a checkpoint and ends as if nothing had happened.
-    async fn goes_on(&self, client: &Client, step: u64) {
+    async fn assert_continues(&self, client: &Client, step: u64) {
         let events = finish(client, &self.name).await;
         let changes = changes(&events);
         let done = get(client, &self.name).await;
         assert_eq!(done.state(), pb::JobState::Succeeded, "{changes:?}");
-        assert_eq!(done.error, None, "the error is gone with its cause");
+        assert_eq!(
+            done.error, None,
+            "the error remains although its cause is gone"
+        );
         let from = format!("continues from step {step}");
         let continued = |c: &pb::StateChange| c.to() == pb::JobState::Running && c.reason == from;
         assert!(
@@ -390,17 +328,23 @@ impl Paused {
         );
         check_history(&events);
         let (expected, weights) = expected().await;
-        assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
+        assert_eq!(
+            losses(&events),
+            *expected,
+            "other losses than those of an undisturbed run"
+        );
         assert!(
             adapter(client, &self.name).await == *weights,
-            "the same weights, bit for bit"
+            "other weights than those of an undisturbed run"
         );
     }
 }
 
 // ---- checkpoints of another format
 
-async fn another_format(has_copy: bool) {
+/// Checks that a job waits while its checkpoints have another format. With `has_copy`, the server
+/// has copies of them.
+async fn assert_waits_for_its_format(has_copy: bool) {
     let paused = Paused::new().await;
     let rows = checkpoint_rows(&paused.postgres, &paused.name);
     let newest = rows.last().unwrap().0;
@@ -429,11 +373,11 @@ async fn another_format(has_copy: bool) {
     };
     let server = replica(dir, &paused.postgres, paused.share.path(), &[]);
     let client = server.client().await;
-    resume(&client, &paused.name).await;
+    resume(&client, &paused.name).await.unwrap();
     waits(&client, &paused.name, "CHECKPOINT_FORMAT").await;
-    // It does not block other jobs.
+    // The waiting job does not block other jobs.
     another_succeeds(&client, &paused.dataset).await;
-    // It is tried again, but not at once.
+    // The waiting job is tried again, but not at once.
     let mut refusals = Vec::new();
     until("the second try", LIMIT, async || {
         let changes = changes(&events(&client, &paused.name).await);
@@ -452,31 +396,31 @@ async fn another_format(has_copy: bool) {
         checkpoint_rows(&paused.postgres, &paused.name),
         files(&paused.stored()),
     );
-    assert_eq!(after, before, "nothing is removed");
+    assert_eq!(after, before, "a row or a file was removed");
 
     for (step, digest, original) in &written {
         paused.rewrite(*step, digest, original.as_bytes());
     }
-    paused.goes_on(&client, newest).await;
+    paused.assert_continues(&client, newest).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_checkpoint_of_another_format_is_kept_and_its_job_waits() {
-    another_format(false).await;
+    assert_waits_for_its_format(false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_local_copy_of_another_format_is_kept_and_its_job_waits() {
-    another_format(true).await;
+    assert_waits_for_its_format(true).await;
 }
 
 // ---- artifacts that are missing
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn a_job_waits_for_its_missing_checkpoint_and_goes_on_from_it() {
+async fn a_job_waits_for_its_missing_checkpoint_and_continues_from_it() {
     let paused = Paused::new().await;
     let rows = checkpoint_rows(&paused.postgres, &paused.name);
     let newest = rows.last().unwrap().0;
@@ -489,17 +433,17 @@ async fn a_job_waits_for_its_missing_checkpoint_and_goes_on_from_it() {
 
     let server = replica(dir.path(), &paused.postgres, paused.share.path(), &[]);
     let client = server.client().await;
-    resume(&client, &paused.name).await;
+    resume(&client, &paused.name).await.unwrap();
     waits(&client, &paused.name, "ARTIFACT_MISSING").await;
     another_succeeds(&client, &paused.dataset).await;
     assert_eq!(
         checkpoint_rows(&paused.postgres, &paused.name),
         rows,
-        "no row is removed"
+        "a row was removed"
     );
 
     std::fs::rename(&away, &here).unwrap();
-    paused.goes_on(&client, newest).await;
+    paused.assert_continues(&client, newest).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -542,7 +486,7 @@ async fn a_server_does_not_start_while_its_artifact_store_is_not_mounted() {
     assert!(server.terminate(LIMIT).success());
 
     std::fs::rename(&root, &away).unwrap();
-    let said = refusal(dir.path(), &postgres, &root);
+    let said = refused_replica(dir.path(), &postgres, &root);
     assert!(
         said.contains(root.to_str().unwrap()),
         "it does not name the folder: {said}"
@@ -566,7 +510,7 @@ async fn a_server_does_not_start_with_a_store_that_its_database_does_not_know() 
     let before = files(share.path());
 
     let (other, fresh) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let said = refusal(fresh.path(), &postgres, other.path());
+    let said = refused_replica(fresh.path(), &postgres, other.path());
     let names_it = said.contains(other.path().to_str().unwrap());
     assert!(names_it && said.contains("artifact store"), "{said}");
     assert_eq!(
@@ -577,7 +521,7 @@ async fn a_server_does_not_start_with_a_store_that_its_database_does_not_know() 
     assert_eq!(files(share.path()), before);
     assert!(
         before.len() > 1,
-        "the store has an identity beside its dataset: {before:?}"
+        "the store has no identity beside its dataset: {before:?}"
     );
 
     let server = replica(dir.path(), &postgres, share.path(), &[]);
@@ -672,7 +616,7 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
     };
     match client.training().update_training_job(request).await {
         Ok(answer) => assert_eq!(answer.into_inner().ttl, None),
-        // Deletions that begin at the same time refuse the change. Then it is not acknowledged.
+        // The deletion of this job began before the change, which was therefore not acknowledged.
         Err(status) => return assert_eq!(status.code(), Code::NotFound, "{status}"),
     }
     for name in jobs.iter().filter(|name| *name != kept) {
@@ -709,7 +653,7 @@ async fn export(client: &Client, name: &str) -> Result<pb::ExportCheckpointRespo
 }
 
 /// Asks for an export until it succeeds, and checks that each of its files is in the store.
-async fn whole_export(client: &Client, name: &str, s3: &S3, when: &str) -> Vec<String> {
+async fn export_and_check(client: &Client, name: &str, s3: &S3, when: &str) -> Vec<String> {
     let export = until_ok(&format!("an export {when}"), LIMIT, async || {
         export(client, name).await.map_err(|status| {
             assert_eq!(status.code(), Code::Unavailable, "{status}");
@@ -728,7 +672,7 @@ async fn whole_export(client: &Client, name: &str, s3: &S3, when: &str) -> Vec<S
     let missing: Vec<_> = listed.iter().filter(|key| !found.contains(key)).collect();
     assert!(
         missing.is_empty(),
-        "{when}, OK for an export without {missing:?}"
+        "{when}: the export was answered without {missing:?}"
     );
     listed
 }
@@ -755,12 +699,12 @@ async fn an_export_whose_caller_leaves_is_completed_by_the_next_call() {
     until("an object", LIMIT, async || s3.keys("runs/").len() > before).await;
     call.abort();
     proxy.set(Fault::None);
-    whole_export(&client, &name, &s3, "after a call that was given up").await;
+    export_and_check(&client, &name, &s3, "after a call that was given up").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
-async fn an_export_that_lost_a_file_is_made_whole_again() {
+async fn an_export_that_lost_a_file_is_completed_by_the_next_call() {
     let (postgres, s3) = (Postgres::start(), S3::start());
     let (dir_a, dir_b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let proxy = Proxy::start(s3.port());
@@ -771,15 +715,15 @@ async fn an_export_that_lost_a_file_is_made_whole_again() {
     let job = submit(&client_a, job(&dataset, 2)).await;
     finish(&client_a, &job).await;
     let name = format!("{job}/checkpoints/latest");
-    let keys = whole_export(&client_a, &name, &s3, "at first").await;
+    let keys = export_and_check(&client_a, &name, &s3, "at first").await;
     // B has no folder of the export yet; A has had one all the time.
     for key in &keys {
         s3.remove(key);
-        whole_export(&client_b, &name, &s3, "with no local folder").await;
+        export_and_check(&client_b, &name, &s3, "with no local folder").await;
         s3.remove(key);
-        whole_export(&client_a, &name, &s3, "with a local folder").await;
+        export_and_check(&client_a, &name, &s3, "with a local folder").await;
         s3.remove(key);
-        whole_export(
+        export_and_check(
             &client_b,
             &name,
             &s3,
@@ -795,7 +739,7 @@ async fn an_export_that_lost_a_file_is_made_whole_again() {
 /// newest commits. The next claim then gets the same token.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn two_workers_with_the_same_token_never_write_both() {
+async fn only_one_of_two_workers_with_the_same_lease_token_writes() {
     let postgres = Postgres::start();
     let (expected, weights) = expected().await;
     let share = tempfile::tempdir().unwrap();
@@ -805,7 +749,7 @@ async fn two_workers_with_the_same_token_never_write_both() {
     let dataset = upload(&client_a, "pairs.jsonl").await.name;
     // While another job runs, this one waits, and the database is copied.
     let first = submit(&client_a, job(&dataset, 100_000)).await;
-    reaches(&client_a, &first, |e| is_step(e, 1)).await;
+    until_event(&client_a, &first, |e| is_step(e, 1)).await;
     let name = submit(&client_a, checkpointing(&dataset, STEPS)).await;
     let of_job = format!("id = '{}'", id(&name));
     postgres.sql(&format!(
@@ -818,7 +762,7 @@ async fn two_workers_with_the_same_token_never_write_both() {
         ["queued|0"]
     );
     cancel(&client_a, &first).await;
-    reaches(&client_a, &name, |e| is_step(e, 25)).await;
+    until_event(&client_a, &name, |e| is_step(e, 25)).await;
 
     signal(a.pid(), libc::SIGSTOP);
     // A fail-over breaks every connection.
@@ -833,7 +777,7 @@ async fn two_workers_with_the_same_token_never_write_both() {
     ));
     let b = replica(dir_b.path(), &postgres, share.path(), &[]);
     let client_b = b.client().await;
-    reaches(&client_b, &name, |e| is_step(e, 3)).await;
+    until_event(&client_b, &name, |e| is_step(e, 3)).await;
     signal(a.pid(), libc::SIGCONT);
 
     let events = finish(&client_b, &name).await;
@@ -844,10 +788,14 @@ async fn two_workers_with_the_same_token_never_write_both() {
         changes(&events)
     );
     check_history(&events);
-    assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
+    assert_eq!(
+        losses(&events),
+        *expected,
+        "other losses than those of an undisturbed run"
+    );
     assert!(
         adapter(&client_b, &name).await == *weights,
-        "the same weights, bit for bit"
+        "other weights than those of an undisturbed run"
     );
     // The first worker stops its run, writes nothing, and continues to serve.
     until("the end of the other run", LIMIT, async || {
@@ -862,10 +810,10 @@ async fn two_workers_with_the_same_token_never_write_both() {
     another_succeeds(&client_a, &dataset).await;
 }
 
-/// A process with two devices claims a job that it is still training.
+/// A process with two devices claims a job that its other device still trains.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES) and Python with moto (BRADLEY_TEST_PYTHON)"]
-async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
+async fn the_end_of_a_run_that_lost_its_lease_does_not_end_its_successors_lease() {
     let (postgres, s3) = (Postgres::start(), S3::start());
     let (expected, weights) = expected().await;
     let (dir, proxy) = (tempfile::tempdir().unwrap(), Proxy::start(s3.port()));
@@ -908,24 +856,24 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
         .await
         .unwrap();
 
-    let nobody_died = |events: &[pb::TrainingEvent]| {
-        let said = reasons(events);
-        let died = said.iter().any(|reason| reason.contains("worker is gone"));
-        assert!(!died, "a live run was taken for a dead one: {said:?}");
+    let assert_no_worker_died = |events: &[pb::TrainingEvent]| {
+        let texts = texts(events);
+        let died = texts.iter().any(|reason| reason.contains("worker is gone"));
+        assert!(!died, "a live run was taken for a dead one: {texts:?}");
     };
     until("four leases", LIMIT, async || {
-        nobody_died(&events(&client, &name).await);
+        assert_no_worker_died(&events(&client, &name).await);
         taken.elapsed() > 4 * LEASE_TIME
     })
     .await;
     proxy.set(Fault::None);
     let events = finish(&client, &name).await;
-    nobody_died(&events);
+    assert_no_worker_died(&events);
     assert_eq!(
         state(&client, &name).await,
         pb::JobState::Succeeded,
         "{:?}",
-        reasons(&events)
+        texts(&events)
     );
     let claims = changes(&events);
     let claims = claims
@@ -936,11 +884,15 @@ async fn the_end_of_a_fenced_run_leaves_its_successor_the_lease() {
         claims,
         2,
         "the first run and its successor: {:?}",
-        reasons(&events)
+        texts(&events)
     );
-    assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
+    assert_eq!(
+        losses(&events),
+        *expected,
+        "other losses than those of an undisturbed run"
+    );
     assert!(
         adapter(&client, &name).await == *weights,
-        "the same weights, bit for bit"
+        "other weights than those of an undisturbed run"
     );
 }

@@ -1,5 +1,5 @@
-//! Rows and schemas of a newer version: the previous version works with everything that it can
-//! read.
+//! A database that a newer version has written: this version works with everything in it that it
+//! can read. Also a finding as version 0.1 stored it.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,20 +9,20 @@ use bradley::rpc::client::{Client, Status, Target};
 use bradley::rpc::pb;
 use sqlx::Connection as _;
 use tonic::Code;
-use tonic_types::StatusExt;
 
 use crate::backends::Postgres;
-use crate::replicas::{check_history, checkpointing, losses};
-use crate::server::{Server, finish, job, state, submit, upload};
+use crate::replicas::{check_history, checkpointing};
+use crate::server::{
+    Server, finish, id, is_step, job, losses, reason, state, submit, try_get, until_event, upload,
+};
 use crate::store_safety::{
-    LIMIT, STEPS, another_succeeds, cancel, expected, id, is_step, models, pause, reaches, replica,
-    try_get,
+    LIMIT, STEPS, another_succeeds, cancel, expected, models, pause, replica,
 };
 use crate::wait::{until, until_ok};
 
 // ---- columns that a newer version adds or changes
 
-/// Creates an administrator's token.
+/// Creates a token for an administrator, and returns its text.
 fn token(dir: &Path, postgres: &Postgres) -> String {
     let made = Command::new(crate::support::binary())
         .args([
@@ -94,8 +94,8 @@ async fn read_everything(client: &Client, job: &str, dataset: &str) {
     }
 }
 
-/// Checks that a job succeeds although the database schema changes in the middle of its run.
-async fn a_change_of_the_schema(statements: &str) {
+/// Checks that a job succeeds although these statements change the schema while it runs.
+async fn assert_run_survives(statements: &str) {
     let postgres = Postgres::start();
     let (expected, _) = expected().await;
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -110,7 +110,7 @@ async fn a_change_of_the_schema(statements: &str) {
         .unwrap();
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, checkpointing(&dataset, STEPS)).await;
-    reaches(&client, &name, |e| is_step(e, 12)).await;
+    until_event(&client, &name, |e| is_step(e, 12)).await;
     read_everything(&client, &name, &dataset).await;
 
     let step = try_get(&client, &name)
@@ -121,14 +121,14 @@ async fn a_change_of_the_schema(statements: &str) {
         .step;
     assert!(
         step + 20 < STEPS,
-        "the job is too far for this test: step {step}"
+        "the job is almost done at step {step}, so this test would test nothing"
     );
     postgres.sql(statements);
     // The test asks the database, because calls may fail for another reason.
-    let look = format!("SELECT state, error FROM jobs WHERE id = '{}'", id(&name));
+    let select = format!("SELECT state, error FROM jobs WHERE id = '{}'", id(&name));
     let mut row = String::new();
     until("the end of the job", LIMIT, async || {
-        row = postgres.sql(&look).remove(0);
+        row = postgres.sql(&select).remove(0);
         ["succeeded", "failed", "cancelled"]
             .iter()
             .any(|end| row.starts_with(end))
@@ -138,30 +138,34 @@ async fn a_change_of_the_schema(statements: &str) {
     read_everything(&client, &name, &dataset).await;
     let events = finish(&client, &name).await;
     check_history(&events);
-    assert_eq!(losses(&events), *expected, "the same losses, bit for bit");
+    assert_eq!(
+        losses(&events),
+        *expected,
+        "other losses than those of an undisturbed run"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn a_run_goes_on_when_every_table_gets_a_column() {
+async fn a_run_continues_when_every_table_gets_a_column() {
     let add = |table| format!("ALTER TABLE {table} ADD COLUMN x BIGINT;");
     let all = ["checkpoints", "datasets", "tokens", "jobs", "events"]
         .map(add)
         .concat();
-    a_change_of_the_schema(&all).await;
+    assert_run_survives(&all).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn a_run_goes_on_when_a_column_changes_its_type() {
+async fn a_run_continues_when_a_column_changes_its_type() {
     let change = "ALTER TABLE jobs ALTER COLUMN trace TYPE varchar";
-    a_change_of_the_schema(change).await;
+    assert_run_survives(change).await;
 }
 
 // ---- jobs that this version cannot read
 
-/// Creates a job of the highest priority; `change` makes it unreadable for this version.
-async fn an_unreadable_job(change: &str) {
+/// Checks that other jobs run beside one of the highest priority that `change` makes unreadable.
+async fn assert_unreadable_job_blocks_no_other(change: &str) {
     let postgres = Postgres::start();
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let server = replica(dir.path(), &postgres, share.path(), &[]);
@@ -178,7 +182,7 @@ async fn an_unreadable_job(change: &str) {
     // Other jobs are created, claimed, continued, listed and cancelled.
     another_succeeds(&client, &dataset).await;
     let long = submit(&client, job(&dataset, 100_000)).await;
-    until("the run", LIMIT, async || {
+    until("the start of the other job", LIMIT, async || {
         state(&client, &long).await == pb::JobState::Running
     })
     .await;
@@ -195,39 +199,37 @@ async fn an_unreadable_job(change: &str) {
         "{names:?}"
     );
     cancel(&client, &long).await;
-    until("the end", LIMIT, async || {
+    until("the cancellation", LIMIT, async || {
         state(&client, &long).await == pb::JobState::Cancelled
     })
     .await;
 
     let refused = try_get(&client, &unreadable).await.unwrap_err();
-    let reason = refused.get_details_error_info().map(|info| info.reason);
-    let found = (refused.code(), reason.as_deref());
     assert_eq!(
-        found,
-        (Code::FailedPrecondition, Some("JOB_UNREADABLE")),
+        (refused.code(), reason(&refused).as_str()),
+        (Code::FailedPrecondition, "JOB_UNREADABLE"),
         "{refused}"
     );
-    let counted = || {
+    let is_counted = || {
         server
             .metrics()
             .lines()
             .any(|line| line == "bradley_unreadable_jobs 1")
     };
-    until("the count of unreadable jobs", LIMIT, async || counted()).await;
+    until("the count of unreadable jobs", LIMIT, async || is_counted()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn a_job_with_an_unreadable_request_stands_in_nobodys_way() {
+async fn a_job_with_an_unreadable_request_blocks_no_other() {
     let change = r#"state = 'queued', request = '{"from":"the future"}'"#;
-    an_unreadable_job(change).await;
+    assert_unreadable_job_blocks_no_other(change).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn a_job_in_an_unknown_state_stands_in_nobodys_way() {
-    an_unreadable_job("state = 'dreaming'").await;
+async fn a_job_in_an_unknown_state_blocks_no_other() {
+    assert_unreadable_job_blocks_no_other("state = 'dreaming'").await;
 }
 
 // ---- migrations that this version does not know
@@ -265,9 +267,11 @@ async fn a_server_starts_on_a_newer_sqlite_schema() {
     another_succeeds(&server.client().await, &dataset).await;
 }
 
+// ---- findings of version 0.1
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn datasets_are_listed_though_a_finding_has_a_character_that_the_database_lacks() {
+async fn datasets_are_listed_though_a_finding_contains_u_0000() {
     let postgres = Postgres::start();
     let (dir, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let server = replica(dir.path(), &postgres, root.path(), &[]);
@@ -282,7 +286,7 @@ async fn datasets_are_listed_though_a_finding_has_a_character_that_the_database_
         .await
         .unwrap();
     assert_eq!(dataset.report.unwrap().issues[0].id, "a\u{fffd}b");
-    // As version 0.1 stored it.
+    // As version 0.1 stored it: PostgreSQL has no such character in its texts.
     let sql = r"UPDATE datasets SET report = REPLACE(report, 'a' || CHR(65533) || 'b', 'a\u0000b')";
     postgres.sql(sql);
     let listed = client

@@ -19,7 +19,7 @@ use bradley::train::rows::read_rows;
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
-/// Names of the four tiny architectures.
+/// Names of the tiny models, one of each family.
 pub const MODELS: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
 /// Returns a path below tests/goldens.
@@ -41,7 +41,7 @@ pub fn tensors(path: &str) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(golden(path), &Device::Cpu).unwrap()
 }
 
-/// Returns the folder of a tiny model.
+/// Loads the files of a tiny model.
 pub fn open(name: &str) -> LoadedModel {
     load_model(
         None,
@@ -51,7 +51,7 @@ pub fn open(name: &str) -> LoadedModel {
     .unwrap()
 }
 
-/// Returns a model's weights and tokenizer.
+/// Returns a model as a policy in f32 without an adapter, and its tokenizer.
 pub fn policy(model: LoadedModel) -> (Policy, ChatTokenizer) {
     let parameters = Parameters::load(&model.config, &model.weights, Precision::F32).unwrap();
     let config = Arc::new(model.config);
@@ -84,7 +84,7 @@ pub fn is_batch_invariant() -> bool {
     matches!(device(), ComputeDevice::Cpu)
 }
 
-/// Returns a loaded tiny model.
+/// Loads a tiny model as a policy, with its tokenizer.
 pub fn tiny(name: &str) -> (Policy, ChatTokenizer) {
     policy(open(name))
 }
@@ -97,7 +97,7 @@ pub fn rows(file: &str) -> Vec<PreferenceRow> {
         .collect()
 }
 
-/// Returns rows as token ids.
+/// Tokenises rows, each to at most `max_length` tokens.
 pub fn encode(
     rows: &[PreferenceRow],
     tokenizer: &ChatTokenizer,
@@ -127,23 +127,23 @@ pub fn ids(v: &Value) -> Vec<u32> {
         .collect()
 }
 
-/// Returns true if |a − b| ≤ tolerance · max(|b|, floor).
-pub fn assert_close(what: &str, a: f64, b: f64, tolerance: f64, floor: f64) {
+/// Checks that |got − want| ≤ tolerance · max(|want|, floor).
+pub fn assert_close(what: &str, got: f64, want: f64, tolerance: f64, floor: f64) {
     assert!(
-        (a - b).abs() <= tolerance * b.abs().max(floor),
-        "{what}: {a} is not {b} within {tolerance} relative"
+        (got - want).abs() <= tolerance * want.abs().max(floor),
+        "{what}: {got} is not {want} within {tolerance} relative"
     );
 }
 
 /// Returns ‖a − b‖ / ‖b‖.
 pub fn relative(a: &Tensor, b: &Tensor) -> f64 {
     let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let (mut num, mut den) = (0f64, 0f64);
+    let (mut difference, mut norm) = (0f64, 0f64);
     for (x, y) in values(a).iter().zip(values(b)) {
-        num += (*x as f64 - y as f64).powi(2);
-        den += (y as f64).powi(2);
+        difference += (*x as f64 - y as f64).powi(2);
+        norm += (y as f64).powi(2);
     }
-    (num / den.max(1e-30)).sqrt()
+    (difference / norm.max(1e-30)).sqrt()
 }
 
 /// Returns a variable of the environment that names a tool or a file. Tests that call this are
@@ -165,18 +165,19 @@ pub fn binary() -> PathBuf {
         .map_or_else(|| env!("CARGO_BIN_EXE_bradley").into(), PathBuf::from)
 }
 
-/// Replaces every occurrence of `old` in a text file.
+/// Replaces every occurrence of `old` in a text file, which must have one.
 pub fn replace(file: PathBuf, old: &str, new: &str) {
     let text = std::fs::read_to_string(&file).unwrap();
     assert!(text.contains(old), "{} has no {old:?}", file.display());
     std::fs::write(file, text.replace(old, new)).unwrap();
 }
 
-/// Changes some weights a little: the file stays valid, the numbers finite.
+/// Changes 2,000 weights in the middle of a safetensors file a little, so that it stays valid and
+/// its numbers stay finite.
 pub fn perturb_weights(file: PathBuf) {
     let mut bytes = std::fs::read(&file).unwrap();
-    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let data = &mut bytes[8 + header..];
+    let header_size = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let data = &mut bytes[8 + header_size..];
     let middle = data.len() / 8 * 4;
     for number in data[middle..].chunks_exact_mut(4).take(2000) {
         // An upper bit of the mantissa of a little-endian f32.
@@ -185,7 +186,7 @@ pub fn perturb_weights(file: PathBuf) {
     std::fs::write(file, bytes).unwrap();
 }
 
-/// Copies the files of a folder.
+/// Copies the files of a folder to another one that exists.
 pub fn copy_files(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();

@@ -1,5 +1,5 @@
-//! The model behind an id is replaced by another one, part by part, and an adapter folder is
-//! overwritten: between restarts of one server, and between two replicas on one PostgreSQL. Work
+//! The files of a served model are replaced by another model's, part by part, and an adapter folder
+//! is overwritten: between restarts of one server, and between two replicas on one PostgreSQL. Work
 //! that began with the first model does not continue with the second.
 //!
 //! pins.rs tests jobs on an overwritten adapter when one server is restarted.
@@ -15,7 +15,7 @@ use crate::backends::Shared;
 use crate::pins::{Adapters, STEPS, UNDECIDED};
 use crate::server::{
     Server, assert_refused, assert_waits, became, events, finish, get, is_step, job, latest, pairs,
-    pause, resume, score, scored, state, submit, succeed, until_event, upload,
+    pause, resume, score, score_with, scored, state, submit, succeed, until_event, upload,
 };
 use crate::support::{copy_files, golden, perturb_weights, replace};
 
@@ -33,8 +33,8 @@ fn change(model: &Path, part: &str) {
             "\"rope_theta\": 10000.0",
             "\"rope_theta\": 20000.0",
         ),
-        // In the vocabulary and among the added tokens, so that the template's header gets other
-        // tokens.
+        // Renamed in the vocabulary and among the added tokens, so that the template's header is
+        // split into other tokens.
         "tokenizer" => replace(
             model.join("tokenizer.json"),
             "<|end_header_id|>",
@@ -75,20 +75,16 @@ async fn export(client: &Client, name: &str) -> Result<(), Status> {
 }
 
 async fn score_checkpoint(client: &Client, name: &str) -> Result<(), Status> {
-    let options = Some(pb::ScoringOptions {
+    let options = pb::ScoringOptions {
         policy: latest(name),
         ..Default::default()
-    });
-    let request = pb::ScorePairsRequest {
-        options,
-        pairs: pairs(),
     };
-    client.scoring().score_pairs(request).await.map(|_| ())
+    score_with(client, options).await.map(|_| ())
 }
 
 /// Jobs that were created with a model before another one replaces it: one has ended, one is paused
 /// and one is running.
-struct Made {
+struct EarlierJobs {
     dataset: String,
     ended: String,
     paused: String,
@@ -97,8 +93,8 @@ struct Made {
     scores: pb::ScorePairsResponse,
 }
 
-impl Made {
-    async fn on(client: &Client) -> Self {
+impl EarlierJobs {
+    async fn create(client: &Client) -> Self {
         let dataset = upload(client, "pairs.jsonl").await.name;
         let ended = submit(client, job(&dataset, 3)).await;
         succeed(client, &ended).await;
@@ -107,7 +103,7 @@ impl Made {
         pause(client, &paused).await;
         let running = submit(client, job(&dataset, 100_000)).await;
         until_event(client, &running, |e| is_step(e, 1)).await;
-        Made {
+        EarlierJobs {
             dataset,
             ended,
             paused,
@@ -122,15 +118,15 @@ impl Made {
     }
 
     /// Checks that a server refuses these jobs when another `part` of its model has changed.
-    async fn are_refused(&self, client: &Client, part: &str) {
+    async fn assert_refused(&self, client: &Client, part: &str) {
         assert_refused("scoring", score_checkpoint(client, &self.ended).await, part);
         assert_refused("a merged export", export(client, &self.ended).await, part);
         assert_refused("going on", resume(client, &self.paused).await, part);
         assert_eq!(state(client, &self.paused).await, pb::JobState::Paused);
     }
 
-    /// Creates a job with the server's model, which must succeed, and returns its name.
-    async fn new_works(&self, client: &Client) -> String {
+    /// Runs a new job with the server's model, which must succeed, and returns its name.
+    async fn train_new(&self, client: &Client) -> String {
         let new = submit(client, job(&self.dataset, 2)).await;
         succeed(client, &new).await;
         score(client, &latest(&new), pairs()).await;
@@ -138,8 +134,8 @@ impl Made {
         new
     }
 
-    /// Ends the job that occupies the device for a long time, or waits to.
-    async fn give_up_running(&self, client: &Client) {
+    /// Cancels the endless job, whether it runs or waits.
+    async fn cancel_running(&self, client: &Client) {
         let request = pb::CancelTrainingJobRequest {
             name: self.running.clone(),
         };
@@ -153,14 +149,10 @@ impl Made {
     }
 
     /// Checks that a server with the first model continues all jobs, the `queued` ones by itself.
-    async fn go_on(&self, client: &Client, queued: &[String]) {
+    async fn assert_continue(&self, client: &Client, queued: &[String]) {
         let scores = score(client, &latest(&self.ended), pairs()).await;
         for (before, after) in self.scores.results.iter().zip(&scores.results) {
-            assert_eq!(
-                scored(before),
-                scored(after),
-                "the scores are what they were"
-            );
+            assert_eq!(scored(before), scored(after), "the scores have changed");
         }
         export(client, &self.ended).await.unwrap();
         for name in queued {
@@ -174,86 +166,87 @@ impl Made {
 
 /// Checks that no server has begun to run a job.
 async fn assert_never_ran(client: &Client, name: &str) {
-    let told = events(client, name).await;
+    let events = events(client, name).await;
     let ran = |e: &pb::TrainingEvent| {
         e.event
             .as_ref()
             .is_some_and(|e| is_step(e, 0) || became(e, pb::JobState::Running))
     };
-    assert!(!told.iter().any(ran), "{told:?}");
+    assert!(!events.iter().any(ran), "{events:?}");
 }
 
 // ---- base models
 
 /// Kills a server and restarts it with a model whose `part` differs, then again with the first one.
-async fn nothing_goes_on_after_a_restart_with_another(part: &str) {
+async fn assert_waits_after_a_restart_with_another(part: &str) {
     let (data, model) = (tempfile::tempdir().unwrap(), copy_of_model());
     let serve = || Server::start_with(data.path(), &models(model.path()), &["--lease", "2"]);
     let mut server = serve();
     let client = server.client().await;
-    let made = Made::on(&client).await;
-    let queued = made.queue(&client).await;
+    let jobs = EarlierJobs::create(&client).await;
+    let queued = jobs.queue(&client).await;
     assert_eq!(state(&client, &queued).await, pb::JobState::Queued);
     server.kill();
 
     change(model.path(), part);
     let mut server = serve();
     let client = server.client().await;
-    made.are_refused(&client, part).await;
-    for waiting in [&made.running, &queued] {
+    jobs.assert_refused(&client, part).await;
+    for waiting in [&jobs.running, &queued] {
         assert_waits(&client, waiting, part).await;
     }
-    made.new_works(&client).await;
+    jobs.train_new(&client).await;
     // A waiting job can be cancelled, and has not run meanwhile.
-    made.give_up_running(&client).await;
+    jobs.cancel_running(&client).await;
     assert_waits(&client, &queued, part).await;
     assert_never_ran(&client, &queued).await;
     server.kill();
 
     copy_files(&golden("models/llama"), model.path());
     let server = serve();
-    made.go_on(&server.client().await, &[queued]).await;
+    jobs.assert_continue(&server.client().await, &[queued])
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_goes_on_after_a_restart_with_other_weights() {
-    nothing_goes_on_after_a_restart_with_another("weights").await;
+async fn no_job_continues_after_a_restart_with_other_weights() {
+    assert_waits_after_a_restart_with_another("weights").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_goes_on_after_a_restart_with_another_configuration() {
-    nothing_goes_on_after_a_restart_with_another("config").await;
+async fn no_job_continues_after_a_restart_with_another_configuration() {
+    assert_waits_after_a_restart_with_another("config").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_goes_on_after_a_restart_with_another_tokenizer() {
-    nothing_goes_on_after_a_restart_with_another("tokenizer").await;
+async fn no_job_continues_after_a_restart_with_another_tokenizer() {
+    assert_waits_after_a_restart_with_another("tokenizer").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_goes_on_after_a_restart_with_another_chat_template() {
-    nothing_goes_on_after_a_restart_with_another("chat template").await;
+async fn no_job_continues_after_a_restart_with_another_chat_template() {
+    assert_waits_after_a_restart_with_another("chat template").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
+async fn no_job_continues_on_a_replica_with_another_part_of_the_model() {
     let shared = Shared::start();
     let data = tempfile::tempdir().unwrap();
     let first = shared.replica(data.path(), &models(&golden("models/llama")), &[]);
     let client = first.client().await;
-    let made = Made::on(&client).await;
+    let jobs = EarlierJobs::create(&client).await;
     let mut queued = Vec::new();
     for part in PARTS {
         let (data, model) = (tempfile::tempdir().unwrap(), copy_of_model());
         change(model.path(), part);
         let mut second = shared.replica(data.path(), &models(model.path()), &[]);
         let other = second.client().await;
-        made.are_refused(&other, part).await;
+        jobs.assert_refused(&other, part).await;
         // The first replica is busy; the second one is free, takes the job and requeues it.
-        let waiting = made.queue(&client).await;
+        let waiting = jobs.queue(&client).await;
         assert_waits(&other, &waiting, part).await;
-        let new = made.new_works(&other).await;
+        let new = jobs.train_new(&other).await;
         // The first replica refuses checkpoints that the second one made.
         assert_refused(
             "scoring on the first replica",
@@ -264,28 +257,28 @@ async fn nothing_goes_on_on_a_replica_with_another_part_of_the_model() {
         assert!(second.terminate(PATIENCE).success());
         queued.push(waiting);
     }
-    assert_eq!(state(&client, &made.running).await, pb::JobState::Running);
-    made.give_up_running(&client).await;
-    made.go_on(&client, &queued).await;
+    assert_eq!(state(&client, &jobs.running).await, pb::JobState::Running);
+    jobs.cancel_running(&client).await;
+    jobs.assert_continue(&client, &queued).await;
 }
 
 // ---- adapters
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn an_adapter_that_is_overwritten_between_replicas_changes_nothing_for_the_jobs_before() {
+async fn an_adapter_that_is_overwritten_between_replicas_does_not_change_earlier_jobs() {
     let shared = Shared::start();
     let start =
         move |data: &Path, models: &str, flags: &[&str]| shared.replica(data, models, flags);
     let mut it = Adapters::start_as(Box::new(start)).await;
     let undisturbed = submit(&it.client, it.job(STEPS)).await;
-    let wanted = succeed(&it.client, &undisturbed).await;
+    let expected = succeed(&it.client, &undisturbed).await;
     let before = score(&it.client, &latest(&undisturbed), pairs()).await;
     let paused = submit(&it.client, it.job(STEPS)).await;
     pause(&it.client, &paused).await;
     it.overwrite();
     let data = tempfile::tempdir().unwrap();
-    let second = it.another(data.path());
+    let second = it.start_server(data.path());
     let client = second.client().await;
     // The first replica still has the adapter in memory, so the second one must continue without
     // it.
@@ -302,8 +295,8 @@ async fn an_adapter_that_is_overwritten_between_replicas_changes_nothing_for_the
     resume(&client, &paused).await.unwrap();
     assert_eq!(
         succeed(&client, &paused).await,
-        wanted,
-        "step by step the losses of the undisturbed run"
+        expected,
+        "the losses are not those of the undisturbed run"
     );
     let new = submit(&client, it.job(3)).await;
     let first = f64::from_bits(succeed(&client, &new).await[&1]);

@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use crate::server::{Server, finish, job, scored, submit};
-use crate::support::{golden, needed};
+use crate::server::{Server, create, finish, get, job, scored, submit};
+use crate::support::{copy_files, golden, needed};
 
 /// A template that prints all of its inputs: tools, arguments, every key, and the date.
 const PRINTS_ALL: &str = r#"{%- if tools is not none %}{{ tools | tojson }}{% endif -%}
@@ -31,16 +31,11 @@ const PRINTS_ALL: &str = r#"{%- if tools is not none %}{{ tools | tojson }}{% en
 {%- if add_generation_prompt %}
 assistant:{% endif %}"#;
 
-/// Returns a copy of the tiny Llama with another chat template.
+/// Copies the tiny Llama with another chat template to `dir/model`, and returns that folder.
 fn model(dir: &Path, template: &str) -> PathBuf {
     let folder = dir.join("model");
     std::fs::create_dir_all(&folder).unwrap();
-    for file in std::fs::read_dir(golden("models/llama"))
-        .unwrap()
-        .map(|f| f.unwrap())
-    {
-        std::fs::copy(file.path(), folder.join(file.file_name())).unwrap();
-    }
+    copy_files(&golden("models/llama"), &folder);
     std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
     folder
 }
@@ -50,6 +45,7 @@ fn serve(dir: &Path, template: &str, flags: &[&str]) -> Server {
     Server::start_with(&dir.join("data"), &models, flags)
 }
 
+/// Returns a dialogue of these messages.
 fn chat(messages: Value) -> Option<pb::Text> {
     let messages = messages.as_array().unwrap().iter();
     let messages = messages
@@ -73,6 +69,15 @@ fn structure(value: Value) -> bradley::rpc::client::ProtoStruct {
     json_struct(value.as_object().unwrap())
 }
 
+/// Returns the dialogue of [`question`] as a row of a dataset.
+fn question_row() -> Value {
+    json!({
+        "prompt": [{"role": "user", "content": "1 2"}],
+        "chosen": [{"role": "assistant", "content": "3"}],
+        "rejected": [{"role": "assistant", "content": "4 5"}],
+    })
+}
+
 fn question() -> pb::Pair {
     pb::Pair {
         prompt: chat(json!([{"role": "user", "content": "1 2"}])),
@@ -82,6 +87,7 @@ fn question() -> pb::Pair {
     }
 }
 
+/// Scores one pair. An error of the pair is returned like an error of the call.
 async fn score(
     client: &Client,
     options: pb::ScoringOptions,
@@ -116,6 +122,15 @@ fn tiny() -> pb::ScoringOptions {
     }
 }
 
+/// Scores a pair that must be refused, and returns the fields that the refusal names.
+async fn refused_fields(
+    client: &Client,
+    options: pb::ScoringOptions,
+    pair: pb::Pair,
+) -> Vec<String> {
+    fields(&score(client, options, pair).await.unwrap_err())
+}
+
 /// Returns the fields that a refusal names.
 fn fields(status: &Status) -> Vec<String> {
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
@@ -131,7 +146,8 @@ fn prompt_tokens(score: &pb::PairScore) -> u32 {
     score.a.as_ref().unwrap().prompt_tokens
 }
 
-fn answer(score: &pb::PairScore, tokenizer: &ChatTokenizer) -> String {
+/// Returns the text of the answer A, from its token ids.
+fn answer_text(score: &pb::PairScore, tokenizer: &ChatTokenizer) -> String {
     tokenizer
         .decode(&score.a.as_ref().unwrap().token_ids)
         .unwrap()
@@ -235,7 +251,7 @@ print(json.dumps([datetime.date.today().isoformat(), out]))
 }
 
 #[test]
-fn a_template_for_tools_is_used_where_there_are_tools() {
+fn the_template_named_tool_use_is_used_for_dialogues_with_tools() {
     let dir = tempfile::tempdir().unwrap();
     let folder = model(dir.path(), "default");
     let more = folder.join("additional_chat_templates");
@@ -261,7 +277,7 @@ fn a_template_for_tools_is_used_where_there_are_tools() {
         with_one, with_two,
         "dialogues with tools have other tokens without their template"
     );
-    // Same as before templates of other names existed.
+    // With one template the hash is that of its text.
     assert_eq!(with_one, blake3::hash(b"default").to_hex().to_string());
     std::fs::remove_file(folder.join("chat_template.jinja")).unwrap();
     let path = folder.join("tokenizer_config.json");
@@ -278,7 +294,7 @@ fn a_template_for_tools_is_used_where_there_are_tools() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_template_that_does_not_compile_leaves_plain_text() {
+async fn a_model_whose_template_does_not_compile_still_scores_plain_text() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), "{% for %}", &[]);
     let client = server.client().await;
@@ -307,17 +323,13 @@ async fn a_template_that_does_not_compile_leaves_plain_text() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs() {
+async fn template_arguments_of_a_pair_override_the_calls_and_those_override_the_jobs() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), PRINTS_ALL, &[]);
     let client = server.client().await;
-    // Words of one token each, so that the number of tokens shows which template was rendered.
+    // Styles of different lengths, so that the number of prompt tokens shows which one was used.
     let with = |style: &str| Some(structure(json!({"style": style})));
-    let row = json!({
-        "prompt": [{"role": "user", "content": "1 2"}],
-        "chosen": [{"role": "assistant", "content": "3"}],
-        "rejected": [{"role": "assistant", "content": "4 5"}],
-    });
+    let row = question_row();
     let own = json!({"chat_template_kwargs": {"style": "11111111"}, "tools": [{"name": "t"}]});
     let mut lines = [row.clone(), row];
     lines[1]
@@ -349,28 +361,13 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
         chat_template_kwargs: Some(structure(json!({"messages": 1}))),
         ..wanted.clone()
     };
-    let request = pb::CreateTrainingJobRequest {
-        training_job: Some(bad),
-        ..Default::default()
-    };
     assert_eq!(
-        fields(
-            &client
-                .training()
-                .create_training_job(request)
-                .await
-                .unwrap_err()
-        ),
+        fields(&create(&client, bad).await.unwrap_err()),
         ["training_job.chat_template_kwargs"]
     );
     let name = submit(&client, wanted.clone()).await;
     finish(&client, &name).await;
-    let stored = client
-        .training()
-        .get_training_job(pb::GetTrainingJobRequest { name: name.clone() })
-        .await
-        .unwrap()
-        .into_inner();
+    let stored = get(&client, &name).await;
     assert_eq!(
         (stored.chat_template_kwargs, stored.state),
         (wanted.chat_template_kwargs, pb::JobState::Succeeded.into())
@@ -439,7 +436,7 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
         ..by_pair
     };
     assert_eq!(
-        fields(&score(&client, tiny(), both).await.unwrap_err()),
+        refused_fields(&client, tiny(), both).await,
         ["pair.tools_json"]
     );
     let text = pb::Pair {
@@ -453,7 +450,7 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
         ..text.clone()
     };
     assert_eq!(
-        fields(&score(&client, tiny(), tools_for_text).await.unwrap_err()),
+        refused_fields(&client, tiny(), tools_for_text).await,
         ["pair.tools"]
     );
     let options = pb::ScoringOptions {
@@ -461,7 +458,7 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
         ..tiny()
     };
     assert_eq!(
-        fields(&score(&client, options, text).await.unwrap_err()),
+        refused_fields(&client, options, text).await,
         ["options.tools"]
     );
     let options = pb::ScoringOptions {
@@ -469,7 +466,7 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
         ..tiny()
     };
     assert_eq!(
-        fields(&score(&client, options, question()).await.unwrap_err()),
+        refused_fields(&client, options, question()).await,
         ["options.chat_template_kwargs"]
     );
     let image = pb::Pair {
@@ -477,17 +474,18 @@ async fn arguments_of_a_pair_win_over_those_of_the_call_and_those_over_the_jobs(
         ..question()
     };
     assert_eq!(
-        fields(&score(&client, tiny(), image).await.unwrap_err()),
+        refused_fields(&client, tiny(), image).await,
         ["pair.a.chat.messages[0].content[0].type"]
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line() {
+async fn template_arguments_as_json_keep_their_order_and_numbers_as_in_a_row() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), PRINTS_ALL, &[]);
     let client = server.client().await;
-    // A Struct has sorted keys, and no numbers but doubles: it would print {'a': 1, 'b': 1}.
+    // The template prints the keys in this order and 1.0 as 1.0. A Struct sorts the keys and has
+    // only doubles, so it gives another text.
     let text = r#"{"style":{"b":1.0,"a":1}}"#;
     let value: Value = serde_json::from_str(text).unwrap();
     let by_call = pb::ScoringOptions {
@@ -528,11 +526,7 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
         );
         String::from_utf8(done.stdout).unwrap()
     };
-    let mut row = json!({
-        "prompt": [{"role": "user", "content": "1 2"}],
-        "chosen": [{"role": "assistant", "content": "3"}],
-        "rejected": [{"role": "assistant", "content": "4 5"}],
-    });
+    let mut row = question_row();
     let file = dir.path().join("rows.jsonl");
     let path = file.to_str().unwrap();
     std::fs::write(&file, row.to_string()).unwrap();
@@ -607,7 +601,7 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
         ..by_call
     };
     assert_eq!(
-        fields(&score(&client, both, question()).await.unwrap_err()),
+        refused_fields(&client, both, question()).await,
         ["options.chat_template_kwargs_json"]
     );
     let both = pb::Pair {
@@ -615,22 +609,14 @@ async fn template_arguments_as_json_are_those_of_a_row_and_of_the_command_line()
         ..by_pair
     };
     assert_eq!(
-        fields(&score(&client, tiny(), both).await.unwrap_err()),
+        refused_fields(&client, tiny(), both).await,
         ["pair.chat_template_kwargs_json"]
     );
     let both = pb::TrainingJob {
         chat_template_kwargs: by_struct.chat_template_kwargs,
         ..made
     };
-    let request = pb::CreateTrainingJobRequest {
-        training_job: Some(both),
-        ..Default::default()
-    };
-    let refused = client
-        .training()
-        .create_training_job(request)
-        .await
-        .unwrap_err();
+    let refused = create(&client, both).await.unwrap_err();
     assert_eq!(fields(&refused), ["training_job.chat_template_kwargs_json"]);
 }
 
@@ -654,7 +640,7 @@ async fn completions_with_too_much_text_are_refused_by_their_field() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_over_grpc_is_the_message_of_a_row() {
+async fn the_three_forms_of_a_message_over_grpc_give_the_same_score() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), "{{ messages | tojson }}", &[]);
     let client = server.client().await;
@@ -666,7 +652,7 @@ async fn a_message_over_grpc_is_the_message_of_a_row() {
         })),
     };
     let further = json!({"content": "", "tool_calls": call["tool_calls"]});
-    // The keys of the Struct are sorted; here they are sorted in the row, too.
+    // A Struct sorts its keys; here they are sorted in the JSON, too.
     let by_struct = pb::Message {
         role: "assistant".into(),
         fields: Some(structure(further.clone())),
@@ -715,37 +701,27 @@ async fn a_message_over_grpc_is_the_message_of_a_row() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn templates_print_the_date_of_the_job_or_of_the_setting() {
+async fn templates_print_the_date_of_the_jobs_creation_or_of_the_setting() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), PRINTS_ALL, &["--template-date", "2001-02-03"]);
     let tokenizer = ChatTokenizer::from_folder(&dir.path().join("model")).unwrap();
     let client = server.client().await;
     let by_model = score(&client, tiny(), question()).await.unwrap();
     assert!(
-        answer(&by_model, &tokenizer).contains("2001-02-03"),
+        answer_text(&by_model, &tokenizer).contains("2001-02-03"),
         "{}",
-        answer(&by_model, &tokenizer)
+        answer_text(&by_model, &tokenizer)
     );
 
     let file = dir.path().join("rows.jsonl");
-    let row = json!({
-        "prompt": [{"role": "user", "content": "1 2"}],
-        "chosen": [{"role": "assistant", "content": "3"}],
-        "rejected": [{"role": "assistant", "content": "4 5"}],
-    });
-    std::fs::write(&file, format!("{row}\n")).unwrap();
+    std::fs::write(&file, format!("{}\n", question_row())).unwrap();
     let dataset = client
         .upload_dataset(&file, pb::UploadMetadata::default(), |_| {})
         .await
         .unwrap();
     let name = submit(&client, job(&dataset.name, 1)).await;
     finish(&client, &name).await;
-    let stored = client
-        .training()
-        .get_training_job(pb::GetTrainingJobRequest { name: name.clone() })
-        .await
-        .unwrap()
-        .into_inner();
+    let stored = get(&client, &name).await;
     let created = jiff::Timestamp::from_second(stored.create_time.unwrap().seconds).unwrap();
     let options = pb::ScoringOptions {
         policy: format!("{name}/checkpoints/latest"),
@@ -754,24 +730,24 @@ async fn templates_print_the_date_of_the_job_or_of_the_setting() {
     let by_job = score(&client, options, question()).await.unwrap();
     let expected = created.to_zoned(jiff::tz::TimeZone::UTC).date().to_string();
     assert!(
-        answer(&by_job, &tokenizer).contains(&expected),
+        answer_text(&by_job, &tokenizer).contains(&expected),
         "{}",
-        answer(&by_job, &tokenizer)
+        answer_text(&by_job, &tokenizer)
     );
 }
 
-/// The prompt ends with a text that an answer may or may not begin with.
-const OPENS: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n\
-                     {% else %}A:{{ m.content }}{% endif %}{% endfor %}\
-                     {% if add_generation_prompt %}A: 7 7 7{% endif %}";
+/// A template whose generation prompt ends with a text that an answer may or may not begin with.
+const GENERATION_PROMPT_777: &str = "{% for m in messages %}\
+    {% if m.role == 'user' %}{{ m.content }}\n{% else %}A:{{ m.content }}{% endif %}\
+    {% endfor %}{% if add_generation_prompt %}A: 7 7 7{% endif %}";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_is_told() {
+async fn an_answers_score_does_not_depend_on_other_answers_and_a_cut_prompt_is_a_finding() {
     let dir = tempfile::tempdir().unwrap();
-    let server = serve(dir.path(), OPENS, &[]);
+    let server = serve(dir.path(), GENERATION_PROMPT_777, &[]);
     let client = server.client().await;
     let text = |answer: &str| chat(json!([{"role": "assistant", "content": answer}])).unwrap();
-    let complete = async |answers: &[&str]| {
+    let score_answers = async |answers: &[&str]| {
         let request = pb::ScoreCompletionsRequest {
             options: Some(pb::ScoringOptions {
                 per_token_logprobs: true,
@@ -792,18 +768,19 @@ async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_
         });
         scores.collect::<Vec<_>>()
     };
-    let (follows, departs) = (" 7 7 7 8 9", " 1 2");
+    // One answer begins with the end of the generation prompt, the other one does not.
+    let (continues, differs) = (" 7 7 7 8 9", " 1 2");
     let alone = [
-        complete(&[follows]).await.remove(0),
-        complete(&[departs]).await.remove(0),
+        score_answers(&[continues]).await.remove(0),
+        score_answers(&[differs]).await.remove(0),
     ];
     assert!(alone[0].prompt_tokens > alone[1].prompt_tokens, "{alone:?}");
-    assert_eq!(complete(&[follows, departs]).await, alone);
+    assert_eq!(score_answers(&[continues, differs]).await, alone);
 
     // A pair's prompt is the prefix that all three share, as in TRL.
     let pair = pb::Pair {
-        a: Some(text(follows)),
-        b: Some(text(departs)),
+        a: Some(text(continues)),
+        b: Some(text(differs)),
         ..question()
     };
     let both = score(&client, tiny(), pair).await.unwrap();
@@ -820,7 +797,7 @@ async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_
         })
     };
     let file = dir.path().join("rows.jsonl");
-    std::fs::write(&file, format!("{}\n{}\n", row(follows), row(departs))).unwrap();
+    std::fs::write(&file, format!("{}\n{}\n", row(continues), row(differs))).unwrap();
     let metadata = pb::UploadMetadata {
         model: "models/tiny".into(),
         ..Default::default()
@@ -850,7 +827,7 @@ async fn an_answers_numbers_do_not_depend_on_the_other_answers_and_a_cut_prompt_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_the_model_does_not_have_is_a_finding() {
     let dir = tempfile::tempdir().unwrap();
-    let folder = model(dir.path(), OPENS);
+    let folder = model(dir.path(), GENERATION_PROMPT_777);
     let path = folder.join("tokenizer.json");
     let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     let more = json!({"id": 320, "content": "<extra>", "single_word": false, "lstrip": false,
@@ -915,12 +892,7 @@ async fn a_token_that_the_model_does_not_have_is_a_finding() {
     ] {
         let name = submit(&client, wanted).await;
         finish(&client, &name).await;
-        let done = client
-            .training()
-            .get_training_job(pb::GetTrainingJobRequest { name })
-            .await
-            .unwrap()
-            .into_inner();
+        let done = get(&client, &name).await;
         assert_eq!(done.state(), expected, "{done:?}");
         if let Some(error) = done.error {
             assert!(error.message.contains("<extra>"), "{error:?}");

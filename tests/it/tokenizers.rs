@@ -32,7 +32,7 @@ const TOKENIZERS: [&str; 7] = [
 ];
 /// Minimum numbers of texts and dialogues for each tokenizer.
 const MIN_CASES: usize = 40;
-/// Chat templates of TRL 1.16.
+/// Number of chat templates of TRL 1.16.
 const TEMPLATES: usize = 72;
 
 /// Renderings of TRL's templates that differ, as (template, dialogue, reason). One that no longer
@@ -174,9 +174,8 @@ fn assert_none(differences: &[String], compared: usize) {
 }
 
 #[test]
-#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with transformers \
-            (BRADLEY_TEST_PYTHON)"]
-fn texts_have_transformers_tokens_and_come_back() {
+#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with transformers (BRADLEY_TEST_PYTHON)"]
+fn texts_are_encoded_and_decoded_as_in_transformers() {
     let expected = expected();
     let (mut compared, mut differences) = (0, Vec::new());
     for name in TOKENIZERS {
@@ -203,9 +202,8 @@ fn texts_have_transformers_tokens_and_come_back() {
 }
 
 #[test]
-#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with transformers \
-            (BRADLEY_TEST_PYTHON)"]
-fn dialogues_have_transformers_tokens() {
+#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with transformers (BRADLEY_TEST_PYTHON)"]
+fn dialogues_are_rendered_and_encoded_as_in_transformers() {
     let expected = expected();
     let corpus = json("dialogues.json");
     let date = text(&expected.values["date"]);
@@ -223,7 +221,7 @@ fn dialogues_have_transformers_tokens() {
                 chat.difference(rendered.as_deref().map_err(Clone::clone))
                     .map(|d| format!("{name}: {d}")),
             );
-            // As in TRL: the rendered text has every special token already.
+            // As in TRL, no special tokens are added, because the rendered text has them already.
             if let (Ok(rendered), Some(_)) = (rendered, case.get("ids")) {
                 accepted.insert(chat.dialogue);
                 let tokens = tokenizer.encode(&rendered, false).unwrap();
@@ -260,7 +258,7 @@ fn every_template_of_trl_renders_as_in_jinja2() {
     let templates = expected.values["templates"].as_object().unwrap();
     assert_eq!(templates.len(), TEMPLATES);
     let (mut compared, mut differences) = (0, Vec::new());
-    let mut unseen: BTreeSet<_> = EXCEPTIONS
+    let mut stale_exceptions: BTreeSet<_> = EXCEPTIONS
         .iter()
         .map(|(template, dialogue, _)| (*template, *dialogue))
         .collect();
@@ -277,7 +275,7 @@ fn every_template_of_trl_renders_as_in_jinja2() {
             else {
                 continue;
             };
-            unseen.remove(&(name.as_str(), chat.dialogue));
+            stale_exceptions.remove(&(name.as_str(), chat.dialogue));
             if !EXCEPTIONS
                 .iter()
                 .any(|(template, dialogue, _)| *template == name && *dialogue == chat.dialogue)
@@ -292,7 +290,10 @@ fn every_template_of_trl_renders_as_in_jinja2() {
         EXCEPTIONS.len()
     );
     assert_none(&differences, compared);
-    assert!(unseen.is_empty(), "no exceptions any more: {unseen:?}");
+    assert!(
+        stale_exceptions.is_empty(),
+        "these renderings differ no more: {stale_exceptions:?}"
+    );
 }
 
 /// A tiny Qwen3 with the real tokenizer, on rows with tools and template arguments.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 /// Delay between two polls.
 const INTERVAL: Duration = Duration::from_millis(50);
 
-/// Waits until `holds` returns true. Panics after `limit`; `what` names what did not happen.
+/// Waits until `holds` returns true. Panics after `limit`; `what` names the awaited event.
 pub async fn until(what: &str, limit: Duration, mut holds: impl AsyncFnMut() -> bool) {
     until_ok(what, limit, async || {
         if holds().await {

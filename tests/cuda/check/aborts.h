@@ -17,7 +17,7 @@ static int failures = 0;
         }                                                                       \
     } while (false)
 
-// Returns whether `run` aborts with a report that contains `text`.
+// Returns true if `run` aborts with a report that contains `text`.
 template <class F>
 static bool aborts_with(const char* text, F run) {
     int ends[2];

@@ -22,7 +22,7 @@ const int ROWS[] = {1, 5, 67}, WIDTHS[] = {1, 3, 8, 33, 576, 770};
 // elementwise.cu
 
 template <class T>
-void moving_rows(int rows, int width, int grid) {
+void move_rows(int rows, int width, int grid) {
     const std::string shape = text({rows, width, grid});
     cases<T>("embed", shape, [&](Run& run) {
         auto table = run.random<T>(11 * width);
@@ -76,70 +76,63 @@ void moving_rows(int rows, int width, int grid) {
     });
 }
 
+// Checks y = f(gate)·up, and its gradient, which is written over the input. `value` is f and
+// `slope` is its derivative, both by their definitions.
+template <class T, class Forward, class Backward, class Function>
+void check_gated(const std::string& name, Forward forward, Backward backward, Function value,
+                 Function slope, int rows, int width, int grid) {
+    const std::string shape = text({rows, width, grid});
+    const auto at_gate = [=](int t, int c) { return t * 2 * width + c; };
+    const auto at_up = [=](int t, int c) { return (t * 2 + 1) * width + c; };
+    const T extreme = from_float<T>(-120.0f);  // e^120 is infinite in f32
+    cases<T>(name, shape, [&](Run& run) {
+        auto in = run.random<T>(rows * 2 * width, 4);
+        in[0] = extreme;
+        auto y = run.empty<T>(rows * width);
+        launch(forward, grid, 256, 0, y.data(), in.data(), rows, width);
+        Numbers want;
+        for (int t = 0; t < rows; ++t)
+            for (int c = 0; c < width; ++c)
+                want.push_back(value(in.at(at_gate(t, c))) * in.at(at_up(t, c)));
+        run.expect(y, want);
+    });
+    cases<T>(name + "_backward", shape, [&](Run& run) {
+        auto in = run.random<T>(rows * 2 * width, 4), gy = run.random<T>(rows * width);
+        in[0] = extreme;
+        Numbers want = in.values();
+        for (int t = 0; t < rows; ++t)
+            for (int c = 0; c < width; ++c) {
+                const double g = gy.at(t * width + c);
+                const double gate = want[at_gate(t, c)], up = want[at_up(t, c)];
+                want[at_gate(t, c)] = g * up * slope(gate);
+                want[at_up(t, c)] = g * value(gate);
+            }
+        launch(backward, grid, 256, 0, in.data(), gy.data(), rows, width);
+        run.expect(in, want);
+    });
+}
+
+double sigma(double x) { return 1 / (1 + std::exp(-x)); }
+double silu(double x) { return x * sigma(x); }
+// (x·σ(x))' = σ + x·σ·(1 − σ)
+double silu_slope(double x) { return sigma(x) + x * sigma(x) * (1 - sigma(x)); }
+
+// GELU: 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
+const double ROOT = std::sqrt(2 / std::acos(-1.0));
+double gelu_tanh(double x) { return std::tanh(ROOT * (x + 0.044715 * x * x * x)); }
+double gelu(double x) { return 0.5 * x * (1 + gelu_tanh(x)); }
+double gelu_slope(double x) {
+    const double th = gelu_tanh(x);
+    return 0.5 * (1 + th) + 0.5 * x * (1 - th * th) * ROOT * (1 + 3 * 0.044715 * x * x);
+}
+
 template <class T>
 void element_wise(int rows, int width, int grid) {
     const std::string shape = text({rows, width, grid});
-    const auto sigma = [](double x) { return 1 / (1 + std::exp(-x)); };
-    cases<T>("swiglu", shape, [&](Run& run) {
-        auto in = run.random<T>(rows * 2 * width, 4);
-        in[0] = from_float<T>(-120.0f);  // e^120 is infinite in f32
-        auto y = run.empty<T>(rows * width);
-        launch(ENTRY(swiglu), grid, 256, 0, y.data(), in.data(), rows, width);
-        Numbers want;
-        for (int t = 0; t < rows; ++t)
-            for (int f = 0; f < width; ++f) {
-                const double gate = in.at(t * 2 * width + f), up = in.at((t * 2 + 1) * width + f);
-                want.push_back(gate * sigma(gate) * up);
-            }
-        run.expect(y, want);
-    });
-    cases<T>("swiglu_backward", shape, [&](Run& run) {
-        auto in = run.random<T>(rows * 2 * width, 4), gy = run.random<T>(rows * width);
-        in[0] = from_float<T>(-120.0f);
-        Numbers want = in.values();
-        for (int t = 0; t < rows; ++t)
-            for (int f = 0; f < width; ++f) {
-                double &gate = want[t * 2 * width + f], &up = want[(t * 2 + 1) * width + f];
-                const double g = gy.at(t * width + f), s = sigma(gate), old = gate;
-                // (x·σ(x))' = σ + x·σ·(1 − σ)
-                gate = g * up * (s + old * s * (1 - s));
-                up = g * old * s;
-            }
-        launch(ENTRY(swiglu_backward), grid, 256, 0, in.data(), gy.data(), rows, width);
-        run.expect(in, want);
-    });
-    // GELU by its definition: 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
-    const double root = std::sqrt(2 / std::acos(-1.0));
-    const auto inner = [&](double x) { return std::tanh(root * (x + 0.044715 * x * x * x)); };
-    cases<T>("geglu", shape, [&](Run& run) {
-        auto in = run.random<T>(rows * 2 * width, 4);
-        in[0] = from_float<T>(-120.0f);
-        auto y = run.empty<T>(rows * width);
-        launch(ENTRY(geglu), grid, 256, 0, y.data(), in.data(), rows, width);
-        Numbers want;
-        for (int t = 0; t < rows; ++t)
-            for (int f = 0; f < width; ++f) {
-                const double gate = in.at(t * 2 * width + f), up = in.at((t * 2 + 1) * width + f);
-                want.push_back(0.5 * gate * (1 + inner(gate)) * up);
-            }
-        run.expect(y, want);
-    });
-    cases<T>("geglu_backward", shape, [&](Run& run) {
-        auto in = run.random<T>(rows * 2 * width, 4), gy = run.random<T>(rows * width);
-        in[0] = from_float<T>(-120.0f);
-        Numbers want = in.values();
-        for (int t = 0; t < rows; ++t)
-            for (int f = 0; f < width; ++f) {
-                double &gate = want[t * 2 * width + f], &up = want[(t * 2 + 1) * width + f];
-                const double g = gy.at(t * width + f), old = gate, th = inner(old);
-                const double slope = 0.5 * (1 + th) + 0.5 * old * (1 - th * th) * root *
-                                                          (1 + 3 * 0.044715 * old * old);
-                gate = g * up * slope;
-                up = g * 0.5 * old * (1 + th);
-            }
-        launch(ENTRY(geglu_backward), grid, 256, 0, in.data(), gy.data(), rows, width);
-        run.expect(in, want);
-    });
+    check_gated<T>("swiglu", ENTRY(swiglu), ENTRY(swiglu_backward), silu, silu_slope, rows, width,
+                   grid);
+    check_gated<T>("geglu", ENTRY(geglu), ENTRY(geglu_backward), gelu, gelu_slope, rows, width,
+                   grid);
     for (int pad : {0, 8, 5})
         for (int accumulate : {0, 1})
             cases<T>("add_bias", shape + text({pad, accumulate}), [&](Run& run) {
@@ -222,7 +215,8 @@ double inverse_of(const double* x, int width) {
     return 1 / std::sqrt(squares / width + EPS);
 }
 
-// ∂loss/∂x of y = x·r·w as the chain rule gives it: g·w·r + x·∂r, with ∂r/∂x_c = −r³·x_c / width.
+// ∂loss/∂x of y = x·r·w by the chain rule: g·w·r + x·∂r,
+// with ∂r/∂x_c = −r³·x_c / width.
 Numbers norm_gradient(const double* x, const double* w, const double* g, int width) {
     const double r = inverse_of(x, width);
     double of_r = 0;
@@ -328,11 +322,13 @@ void head_norms(int rows, int heads, int dim, int offset, int rest) {
 // head.cu
 
 // Checks the whole head over `vocabulary` tokens in tiles, with random W [vocabulary, hidden] and
-// random logits (not h·W). `rise` is added to the logits per token: if it is positive, later tiles
-// tend to have larger maxima; if it is negative, earlier ones.
+// random logits, which are not h·W because no kernel here computes them. `rise` is added to the
+// logits per token: if it is positive, later tiles tend to have larger maxima; if it is negative,
+// earlier ones.
 template <class T>
 void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, int gradient,
                 double rise) {
+    // `ld` is the distance between rows of logits.
     const int hidden = 35, ld = tile + pad;
     cases<T>(
         "head", text({rows, vocabulary, tile, pad, distribution, gradient, int(rise * 1000)}),
@@ -455,14 +451,14 @@ void all() {
     for (int rows : ROWS)
         for (int width : WIDTHS) {
             for (int grid : {1, rows}) {
-                moving_rows<T>(rows, width, grid);
+                move_rows<T>(rows, width, grid);
                 element_wise<T>(rows, width, grid);
             }
             sum_columns<T>(rows, width, 0);
             sum_columns<T>(rows, width, 5);
             row_norms<T>(rows, width);
         }
-    moving_rows<T>(5, 2304, 5);
+    move_rows<T>(5, 2304, 5);
     element_wise<T>(3, 2304, 40);
     row_norms<T>(3, 2305);
     row_norms<T>(3, 4352);

@@ -84,9 +84,10 @@ struct Run {
         ++failures;
         printf("FAILED %s: %s\n", label.c_str(), what.c_str());
     }
-    // Compares results with the wanted ones. The error of an element is divided by the largest of
-    // three values: the wanted element, the root mean square of all wanted elements, and `terms`,
-    // the size of the terms that cancel in them. NaN is wanted where nothing may be written.
+    // Compares results with the expected ones. The error of an element is divided by the largest of
+    // three values: the expected element, the root mean square of all expected elements, and
+    // `terms`, the size of the terms that cancel in them. NaN is expected where nothing may be
+    // written.
     template <class T>
     void expect(Array<T>& got, const Numbers& want,
                 double tolerance = std::is_same_v<T, bf16> ? 1e-2 : 1e-5, double terms = 1e-30) {
@@ -109,10 +110,11 @@ struct Run {
                 break;
             }
         }
-        if (want.size() != got.n || !got.guarded()) fail("wrote outside");
+        if (want.size() != got.n || !got.guarded()) fail("wrote outside of the array");
     }
 };
 
+// Part of the names of the checks that run; empty for all.
 std::string only;
 
 // Runs `body` in every order and alignment.

@@ -1,5 +1,5 @@
-// A stand-in for the cuBLAS library: GEMMs on the CPU, with the checks of the original. Matrices
-// are column-major. Sums are in f32, over k from 0 up. If EMULATE_TF32 is set, the operands of f32
+// Emulates the cuBLAS library: GEMMs on the CPU, with the checks of the original. Matrices are
+// column-major. Sums are in f32, over k from 0 up. If EMULATE_TF32 is set, the operands of f32
 // GEMMs are rounded to TF32, as NVIDIA_TF32_OVERRIDE may make cuBLAS do.
 #include <dlfcn.h>
 
@@ -104,9 +104,10 @@ struct Matrix {
     long long stride;  // between the matrices of a batch
 };
 
-void need_device(const char* name, const void* data, size_t bytes) {
+// Aborts unless the matrix is in device memory.
+void check_in_device_memory(const char* name, const void* data, size_t bytes) {
     if (bytes != 0 && !driver().contains(data, bytes)) {
-        fprintf(stderr, "emulator: matrix %s of a product is not in device memory: %p, %zu bytes\n",
+        fprintf(stderr, "emulator: matrix %s of a GEMM is not in device memory: %p, %zu bytes\n",
                 name, data, bytes);
         abort();
     }
@@ -125,7 +126,7 @@ void unpack(std::vector<float>& to, const Matrix& x, size_t offset, bool transpo
     }
 }
 
-Status product(Handle* handle, Operation op_a, Operation op_b, int m, int n, int k,
+Status gemm(Handle* handle, Operation op_a, Operation op_b, int m, int n, int k,
                const float* alpha, Matrix a, Matrix b, const float* beta, void* c_data, Matrix c,
                int batch, Compute compute) {
     if (handle == nullptr) {
@@ -166,13 +167,13 @@ Status product(Handle* handle, Operation op_a, Operation op_b, int m, int n, int
         for (int i = 0; i < batch; ++i) {
             const size_t at_a = size_t(i * a.stride), at_b = size_t(i * b.stride),
                          at_c = size_t(i * c.stride);
-            need_device("A", static_cast<const char*>(a.data) + at_a * size_of(a.type),
+            check_in_device_memory("A", static_cast<const char*>(a.data) + at_a * size_of(a.type),
                         transposed_a ? extent(depth, rows, a.ld, a.type)
                                      : extent(rows, depth, a.ld, a.type));
-            need_device("B", static_cast<const char*>(b.data) + at_b * size_of(b.type),
+            check_in_device_memory("B", static_cast<const char*>(b.data) + at_b * size_of(b.type),
                         transposed_b ? extent(columns, depth, b.ld, b.type)
                                      : extent(depth, columns, b.ld, b.type));
-            need_device("C", static_cast<const char*>(c.data) + at_c * size_of(c.type),
+            check_in_device_memory("C", static_cast<const char*>(c.data) + at_c * size_of(c.type),
                         extent(rows, columns, c.ld, c.type));
             // left[l · m + row], right[column · k + l]
             unpack(left, a, at_a, transposed_a, rows, depth, 1, rows, drop);
@@ -216,7 +217,7 @@ EXPORT Status cublasSetStream_v2(Handle* handle, void*) {
     return handle == nullptr ? NOT_INITIALIZED : SUCCESS;
 }
 EXPORT Status cublasSetWorkspace_v2(Handle* handle, void* workspace, size_t bytes) {
-    need_device("workspace", workspace, bytes);
+    check_in_device_memory("workspace", workspace, bytes);
     return handle == nullptr ? NOT_INITIALIZED : SUCCESS;
 }
 EXPORT Status cublasSetMathMode(Handle* handle, int mode) {
@@ -232,7 +233,7 @@ EXPORT Status cublasGemmStridedBatchedEx(Handle* handle, Operation op_a, Operati
                                          Type type_b, int ldb, long long stride_b,
                                          const float* beta, void* c, Type type_c, int ldc,
                                          long long stride_c, int batch, Compute compute, int) {
-    return product(handle, op_a, op_b, m, n, k, alpha, Matrix{a, type_a, lda, stride_a},
+    return gemm(handle, op_a, op_b, m, n, k, alpha, Matrix{a, type_a, lda, stride_a},
                    Matrix{b, type_b, ldb, stride_b}, beta, c, Matrix{c, type_c, ldc, stride_c},
                    batch, compute);
 }
@@ -240,6 +241,6 @@ EXPORT Status cublasGemmEx(Handle* handle, Operation op_a, Operation op_b, int m
                            const float* alpha, const void* a, Type type_a, int lda, const void* b,
                            Type type_b, int ldb, const float* beta, void* c, Type type_c, int ldc,
                            Compute compute, int) {
-    return product(handle, op_a, op_b, m, n, k, alpha, Matrix{a, type_a, lda, 0},
+    return gemm(handle, op_a, op_b, m, n, k, alpha, Matrix{a, type_a, lda, 0},
                    Matrix{b, type_b, ldb, 0}, beta, c, Matrix{c, type_c, ldc, 0}, 1, compute);
 }

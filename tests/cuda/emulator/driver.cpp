@@ -1,4 +1,4 @@
-// A stand-in for the CUDA driver library that runs the compiled-in kernels on the CPU.
+// Emulates the CUDA driver library: runs the compiled-in kernels on the CPU.
 //
 // Every call is done when it returns. With EMULATE_LATE=1, copies, memsets, kernels and GEMMs stay
 // in their device's queue until the host waits for the device, as they may on a GPU, and read their
@@ -104,7 +104,8 @@ pthread_key_t current_context() {
     return key;
 }
 bool no_context() { return pthread_getspecific(current_context()) == nullptr; }
-const bool devices_are_told = [] {
+// Makes the emulator's memory use the device of the calling thread's context.
+const bool device_function_is_set = [] {
     emulate::current_device = [] {
         const auto* context = static_cast<Context*>(pthread_getspecific(current_context()));
         return context == nullptr ? 0 : int(context - contexts);
@@ -127,12 +128,12 @@ bool has_entry(const std::string& ptx, const std::string& name) {
 
 // The exit handlers of the process free the memory of NVIDIA's libraries. A call after that would
 // read freed memory, so here it ends the process with an error.
-std::atomic<bool> taken_down{false};
-struct TakeDown {
-    ~TakeDown() { taken_down = true; }
+std::atomic<bool> is_exiting{false};
+struct AtExit {
+    ~AtExit() { is_exiting = true; }
 } at_exit;
-void check_still_there() {
-    if (taken_down) {
+void check_not_exiting() {
+    if (is_exiting) {
         fprintf(stderr, "emulator: called while the process ends\n");
         _exit(97);
     }
@@ -197,7 +198,7 @@ Result set(void* to, size_t pattern, size_t size, size_t n) {
 
 // Copies n bytes. An address that is said to be on the device must be in device memory.
 Result copy(void* to, bool to_device, const void* from, bool from_device, size_t n) {
-    check_still_there();
+    check_not_exiting();
     if (no_context()) {
         return INVALID_CONTEXT;
     }
@@ -500,8 +501,9 @@ EXPORT Result cuFuncSetAttribute(Function* function, int key, int value) {
     }
     return SUCCESS;
 }
-// EMULATE_LOST_AFTER=n: after n launches every one fails, as after an access out of bounds.
-static bool lost() {
+// Returns true after as many launches as EMULATE_LOST_AFTER says. The launch then fails, as after
+// an access out of bounds on a GPU.
+static bool is_lost() {
     static const char* const text = getenv("EMULATE_LOST_AFTER");
     static std::atomic<long long> launches{0};
     return text != nullptr && ++launches > atoll(text);
@@ -509,7 +511,7 @@ static bool lost() {
 EXPORT Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                              unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                              Stream*, void** parameters, void** extra) {
-    check_still_there();
+    check_not_exiting();
     if (no_context()) {
         return INVALID_CONTEXT;
     }
@@ -521,7 +523,7 @@ EXPORT Result cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_
     if (!grid_fits || !block_fits || shared > function->dynamic_shared || extra != nullptr) {
         return INVALID_VALUE;
     }
-    if (lost()) {
+    if (is_lost()) {
         return ILLEGAL_ADDRESS;
     }
     const emulate::Kernel& kernel = *function->kernel;

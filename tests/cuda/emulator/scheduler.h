@@ -76,8 +76,8 @@ constexpr unsigned char GUARD_BYTE = 0xA5;
 
 struct Worker;
 
-// Where the calling fiber is. The only thread-local state of the emulator, zero at first: see
-// Worker::poison.
+// Where the calling fiber is: the only thread-local state of the emulator, because Worker::poison
+// overwrites all other thread-local variables. It is zero at first.
 struct Here {
     uint3 thread, block, block_dim, grid_dim;
     Worker* worker;

@@ -16,7 +16,9 @@ BLAS = re.compile(r"^nvjet|^sm\d+_|cutlass|cublas|xmma|gemm|gemv|splitK", re.IGN
 GAPS = [(5e3, "<5 µs"), (20e3, "5–20 µs"), (100e3, "20–100 µs"), (float("inf"), ">100 µs")]
 
 
-Record = namedtuple("Record", "kind name start end stream grid block shared registers bytes copy ns")
+Record = namedtuple(
+    "Record", "kind name start end stream grid block shared registers bytes copy ns"
+)
 
 
 def short(name):
@@ -24,7 +26,11 @@ def short(name):
     arguments, at most 60 characters of them."""
     if re.fullmatch(r"\w+", name) and not BLAS.search(name):
         return name
-    name = re.sub(r"\([\w: ]+\)(?=-?\d)", "", name.removeprefix("void ").replace("(anonymous namespace)::", ""))    # (type)1 is 1
+    name = re.sub(
+        r"\([\w: ]+\)(?=-?\d)",
+        "",
+        name.removeprefix("void ").replace("(anonymous namespace)::", ""),
+    )  # (type)1 is 1
     return name.split("(")[0][:60]
 
 
@@ -39,7 +45,9 @@ def read(path):
                 continue
             try:
                 kind, name, *numbers, copy = line.rstrip("\n").split("\t")
-                start, end, stream, gx, gy, gz, bx, by, bz, shared, registers, size = map(int, numbers)
+                start, end, stream, gx, gy, gz, bx, by, bz, shared, registers, size = map(
+                    int, numbers
+                )
             except ValueError:
                 broken += 1
                 continue
@@ -47,7 +55,22 @@ def read(path):
                 untimed += 1
                 continue
             grid, block = f"{gx}×{gy}×{gz}", f"{bx}×{by}×{bz}"
-            records.append(Record(kind, short(name), start, end, stream, grid, block, shared, registers, size, copy, end - start))
+            records.append(
+                Record(
+                    kind,
+                    short(name),
+                    start,
+                    end,
+                    stream,
+                    grid,
+                    block,
+                    shared,
+                    registers,
+                    size,
+                    copy,
+                    end - start,
+                )
+            )
     if untimed or broken:
         remarks.append(f"{untimed} records without times and {broken} broken lines are left out")
     return sorted(records, key=lambda r: (r.start, r.end)), remarks
@@ -78,32 +101,80 @@ def table(head, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("trace")
-    parser.add_argument("--steps", type=int, metavar="N", help="the trace has N equal steps: say also what each takes")
-    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out all before the kernel after the first N")
-    parser.add_argument("--ordered", type=int, metavar="K", help="print instead the K records in the middle, in order")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="the trace has N equal steps: say also what each takes",
+    )
+    parser.add_argument(
+        "--skip",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out all before the kernel after the first N",
+    )
+    parser.add_argument(
+        "--ordered",
+        type=int,
+        metavar="K",
+        help="print instead the K records in the middle, in order",
+    )
     args = parser.parse_args()
 
     records, remarks = read(args.trace)
     for remark in remarks:
         print(f"{remark}\n")
     if args.skip:
-        records = records[([i for i, r in enumerate(records) if r.kind == "kernel"][args.skip :] or [len(records)])[0] :]
+        records = records[
+            (
+                [i for i, r in enumerate(records) if r.kind == "kernel"][args.skip :]
+                or [len(records)]
+            )[0] :
+        ]
     if not records:
         sys.exit("no records")
     gaps, last = idle(records)
 
     if args.ordered:
         first = max(0, (len(records) - args.ordered) // 2)
-        head = ["#", "start µs", "gap µs", "µs", "stream", "what", "grid", "block", "shared", "registers"]
+        head = [
+            "#",
+            "start µs",
+            "gap µs",
+            "µs",
+            "stream",
+            "what",
+            "grid",
+            "block",
+            "shared",
+            "registers",
+        ]
         rows = []
         for i in range(first, min(len(records), first + args.ordered)):
             r = records[i]
-            launch = [r.grid, r.block, r.shared, r.registers] if r.kind == "kernel" else [f"{r.bytes} B", "", "", ""]
+            launch = (
+                [r.grid, r.block, r.shared, r.registers]
+                if r.kind == "kernel"
+                else [f"{r.bytes} B", "", "", ""]
+            )
             what = r.name if r.copy == "-" else f"{r.name} {r.copy}"
             start = (r.start - records[first].start) / 1e3
-            rows.append([i, f"{start:.1f}", f"{gaps[i] / 1e3:.1f}", f"{r.ns / 1e3:.1f}", r.stream, what, *launch])
+            rows.append(
+                [
+                    i,
+                    f"{start:.1f}",
+                    f"{gaps[i] / 1e3:.1f}",
+                    f"{r.ns / 1e3:.1f}",
+                    r.stream,
+                    what,
+                    *launch,
+                ]
+            )
         return table(head, rows)
 
     span = last - records[0].start
@@ -119,21 +190,48 @@ def main():
     for (name, _), of in sorted(groups.items(), key=lambda group: -sum(r.ns for r in group[1])):
         times = [r.ns / 1e3 for r in of]
         total = sum(times) / 1e3
-        row = [name, len(of), f"{total:.3f}", f"{total * 1e6 / busy:.1%}", f"{statistics.mean(times):.1f}", f"{statistics.median(times):.1f}"]
+        row = [
+            name,
+            len(of),
+            f"{total:.3f}",
+            f"{total * 1e6 / busy:.1%}",
+            f"{statistics.mean(times):.1f}",
+            f"{statistics.median(times):.1f}",
+        ]
         row += [most(r.grid for r in of), most(r.registers for r in of)]
         rows.append(row + [f"{len(of) / steps:g}", f"{total / steps:.3f}"] * bool(args.steps))
-    head = ["kernel", "launches", "total ms", "of busy", "mean µs", "median µs", "grid", "registers"]
+    head = [
+        "kernel",
+        "launches",
+        "total ms",
+        "of busy",
+        "mean µs",
+        "median µs",
+        "grid",
+        "registers",
+    ]
     table(head + ["launches/step", "ms/step"] * bool(args.steps), rows)
 
     kernels = sum(r.ns for r in records if r.kind == "kernel")
-    rows = [("span", span), ("busy", busy), ("kernels, overlaps counted twice", kernels), ("idle", free)]
-    rows = [[name, f"{ns / 1e6:.3f}", f"{ns / max(span, 1):.1%}"] + [f"{ns / 1e6 / steps:.3f}"] * bool(args.steps) for name, ns in rows]
+    rows = [
+        ("span", span),
+        ("busy", busy),
+        ("kernels, overlaps counted twice", kernels),
+        ("idle", free),
+    ]
+    rows = [
+        [name, f"{ns / 1e6:.3f}", f"{ns / max(span, 1):.1%}"]
+        + [f"{ns / 1e6 / steps:.3f}"] * bool(args.steps)
+        for name, ns in rows
+    ]
     table(["total", "ms", "of span"] + ["ms/step"] * bool(args.steps), rows)
 
     rows, low = [], 0
     for high, name in GAPS:
         within = [gap for gap in gaps if max(low, 1) <= gap < high]
-        rows.append([name, len(within), f"{sum(within) / 1e6:.3f}", f"{sum(within) / max(span, 1):.1%}"])
+        rows.append(
+            [name, len(within), f"{sum(within) / 1e6:.3f}", f"{sum(within) / max(span, 1):.1%}"]
+        )
         low = high
     table(["gap", "count", "total ms", "of span"], rows)
 

@@ -1,4 +1,4 @@
-//! A chat template: parsed, and rendered with its fuel.
+//! A chat template: parsed, and rendered within its limit of work.
 #![no_main]
 
 use bradley::domain::dataset::ChatMessage;

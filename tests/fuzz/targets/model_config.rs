@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
     if let Ok(config) = ModelConfig::from_hf_json(text, std::path::Path::new("config.json")) {
-        // What was accepted can be counted.
+        // The sizes of an accepted configuration must not overflow.
         let _ = config.parameter_count();
     }
 });

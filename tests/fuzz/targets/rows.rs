@@ -1,4 +1,4 @@
-//! A JSONL dataset: every line is a row or a finding.
+//! A JSONL dataset: every line gives pairs or findings.
 #![no_main]
 
 use std::collections::BTreeSet;

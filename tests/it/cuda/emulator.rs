@@ -7,7 +7,7 @@ use bradley::model::device::ComputeDevice;
 use bradley::rpc::pb::{self, training_event::Event};
 
 use super::{gpu_name, losses};
-use crate::server::{Server, finish, job, state, submit, upload};
+use crate::server::{Server, finish, get, job, state, steps, submit, upload};
 use crate::support::{device, golden};
 use crate::wait::until;
 
@@ -25,12 +25,11 @@ fn emulated_gpu_name() -> String {
 
 #[tokio::test]
 #[ignore = "needs the emulator (BRADLEY_TEST_DEVICE)"]
-async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_when_that_is_not_enough()
- {
+async fn a_run_that_does_not_fit_the_gpu_shortens_its_rows_or_fails() {
     let device = emulated_gpu_name();
-    // Room for one pair of a row but not for two, and room for none. Mapped memory comes in larger
-    // pieces. In the last case the driver's call that returns memory reports a failure: the
-    // unmapped addresses must not be used again.
+    // The memory holds one pair of a row but not two, or not even one. With mapped memory these
+    // sizes are other ones, because it is mapped in larger pieces. In the last case the driver's
+    // call that releases memory reports a failure.
     let cases = [
         (46, "0", "0", None),
         (36, "0", "0", Some("out of memory")),
@@ -71,19 +70,13 @@ async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_whe
             shortened || error == Some("freeing memory"),
             "{what}: {logs:?}"
         );
-        let request = pb::GetTrainingJobRequest { name: job };
-        let ended = client
-            .training()
-            .get_training_job(request)
-            .await
-            .unwrap()
-            .into_inner();
-        let wanted = if error.is_none() {
+        let ended = get(&client, &job).await;
+        let expected = if error.is_none() {
             pb::JobState::Succeeded
         } else {
             pb::JobState::Failed
         };
-        assert_eq!(ended.state(), wanted, "{what}: {:?}", ended.error);
+        assert_eq!(ended.state(), expected, "{what}: {:?}", ended.error);
         assert_eq!(losses(&events).len() == 3, error.is_none(), "{what}");
         if let Some(error) = error {
             assert!(ended.error.unwrap().message.contains(error), "{what}");
@@ -93,7 +86,7 @@ async fn a_run_that_does_not_fit_the_gpu_goes_on_with_shorter_rows_and_fails_whe
 
 #[tokio::test]
 #[ignore = "needs the emulator (BRADLEY_TEST_DEVICE)"]
-async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
+async fn a_lost_gpu_ends_the_process_and_the_next_process_continues_the_job() {
     let device = emulated_gpu_name();
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
@@ -124,16 +117,7 @@ async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
         state(&server.client().await, &job).await,
         pb::JobState::Succeeded
     );
-    let steps: Vec<u64> = events
-        .iter()
-        .filter_map(|e| {
-            if let Some(Event::StepMetrics(s)) = &e.event {
-                Some(s.step)
-            } else {
-                None
-            }
-        })
-        .collect();
+    let steps = steps(&events);
     assert!(
         steps.ends_with(&[13, 14]) && steps.contains(&1),
         "{steps:?}"
@@ -142,7 +126,7 @@ async fn a_gpu_that_fails_for_good_ends_the_process_and_the_next_one_goes_on() {
 
 #[test]
 #[ignore = "needs the emulator (BRADLEY_TEST_DEVICE)"]
-fn a_gpu_that_rounds_f32_products_is_refused() {
+fn a_gpu_that_rounds_the_operands_of_f32_gemms_is_refused() {
     let device = emulated_gpu_name();
     let out = std::process::Command::new(crate::support::binary())
         .args([
