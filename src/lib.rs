@@ -2,9 +2,9 @@
 //! preference pairs with them.
 //!
 //! Layers, lowest first. A layer imports only layers below it (`tests/it/layers.rs` checks this):
-//! [`domain`] ← [`math`] ← [`compute`] ← [`model`] ← [`formats`] ← [`infer`] ← [`train`] ←
-//! [`engine`] ← [`service`] ← [`rpc`] ← [`cli`]. [`telemetry`] is between [`domain`]
-//! and [`math`].
+//! [`domain`] ← [`math`] ← [`compute`] ← [`model`] ← [`formats`] ← [`infer`] ←
+//! [`train`] ← [`engine`] ← [`service`] ← [`rpc`] ← [`cli`]. [`telemetry`] is
+//! between [`domain`] and [`math`].
 
 pub mod cli;
 pub mod compute;

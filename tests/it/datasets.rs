@@ -1,4 +1,4 @@
-//! Parquet files through a server. It decodes them in a separate process, so that the memory that a
+//! Uploads of datasets. Parquet files are decoded in a separate process, so that the memory that a
 //! file takes, or a crash, does not affect the server.
 
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Rules of style for the text below `src`: the beginning of a doc comment, the width of a line,
+//! Rules of style for the text below `src`: the beginning of a doc comment, the length of a line,
 //! and one meaning for each name of a type. The source is scanned as in `layers.rs`.
 
 use std::collections::BTreeMap;
@@ -8,10 +8,11 @@ use crate::layers::sources_with;
 
 /// Words that begin a noun clause ("What is freed …") in place of a sentence.
 const NOUN_CLAUSES: [&str; 6] = ["What", "Whether", "Whose", "So many", "Which", "How many"];
-/// Maximum number of columns of a line, as in rustfmt.
-const COLUMNS: usize = 100;
-/// Number of lines that may be wider: string literals and tables that cannot be broken well.
-const WIDE_LINES: usize = 50;
+/// Maximum length of a line in bytes. rustfmt counts characters, so it accepts longer lines with
+/// formulas.
+const MAX_BYTES: usize = 100;
+/// Number of lines that may be longer: rows of JSONL in tests, which cannot be broken.
+const LONG_LINES: usize = 3;
 /// File that mirrors the types of the feature `cuda` in a build without it.
 const MIRROR: &str = "model/cuda/absent.rs";
 

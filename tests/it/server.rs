@@ -356,7 +356,7 @@ pub fn scored(result: &pb::PairResult) -> &pb::PairScore {
 /// Follows a job until one of its events satisfies `enough`.
 pub async fn until_event(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
     let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
-    let followed = tokio::time::timeout(Duration::from_secs(120), follow).await;
+    let followed = tokio::time::timeout(Duration::from_secs(180), follow).await;
     followed.expect("the event comes").unwrap();
 }
 
