@@ -289,7 +289,8 @@ ROPES = [
 
 
 def formulas():
-    """Losses that TRL dropped or changed, from their papers' formulas in float64, with torch's gradients for every token."""
+    """Losses and settings that TRL's DPOTrainer does not have, from their formulas in float64, with
+    torch's gradients for every token."""
     from torch.nn.functional import logsigmoid
 
     generator = torch.Generator().manual_seed(11)

@@ -117,7 +117,7 @@ fn every_loss_has_trls_value_gradient_norm_and_metrics() {
 }
 
 #[test]
-fn losses_that_trl_dropped_follow_their_papers() {
+fn losses_that_trl_lacks_follow_their_formulas() {
     let floats = |v: &Value| -> Vec<f32> {
         crate::support::numbers(v)
             .into_iter()

@@ -57,6 +57,13 @@ fn a_reference_is_there_for_the_loss_for_metrics_or_because_it_is_named() {
 }
 
 #[test]
+fn a_loss_is_stored_under_its_name_in_the_api() {
+    for loss in LossType::ALL {
+        assert_eq!(serde_json::to_value(loss).unwrap(), loss.name());
+    }
+}
+
+#[test]
 fn a_term_without_smoothing_of_its_own_is_stored_as_before() {
     let term = WeightedLoss::new(LossType::Sigmoid, 0.5);
     assert_eq!(
