@@ -2,6 +2,7 @@
 //! [`crate::model::spec::ModelSpec`].
 
 mod common;
+mod gemma3;
 mod llama;
 mod mistral;
 mod qwen2;
@@ -20,15 +21,18 @@ pub enum Architecture {
     Qwen2,
     /// Qwen3: RMSNorm on each head's q and k.
     Qwen3,
+    /// Gemma 3, text only: norms before and after each part, a sliding window on five of six layers.
+    Gemma3,
 }
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 4] = [
+    pub const ALL: [Architecture; 5] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
         Architecture::Qwen3,
+        Architecture::Gemma3,
     ];
 
     /// Returns the family's `model_type` in config.json.
@@ -66,6 +70,7 @@ impl Architecture {
             Architecture::Mistral => &mistral::FAMILY,
             Architecture::Qwen2 => &qwen2::FAMILY,
             Architecture::Qwen3 => &qwen3::FAMILY,
+            Architecture::Gemma3 => &gemma3::FAMILY,
         }
     }
 }

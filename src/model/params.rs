@@ -29,6 +29,10 @@ pub enum BlockParam {
     InputNorm,
     /// RMSNorm before the feed-forward part.
     FeedForwardNorm,
+    /// RMSNorm on the mixer's output.
+    MixerOutputNorm,
+    /// RMSNorm on the feed-forward part's output.
+    FeedForwardOutputNorm,
     /// RMSNorm on queries.
     QueryNorm,
     /// RMSNorm on keys.
@@ -193,6 +197,20 @@ const FEED_FORWARD_NORM: Module = Module {
     hf: "post_attention_layernorm",
     gguf: "ffn_norm",
 };
+/// The norm before the feed-forward part in blocks that also have a norm on the mixer's output. In
+/// these blocks `post_attention_layernorm` is the norm on the mixer's output.
+const PRE_FEED_FORWARD_NORM: Module = Module {
+    hf: "pre_feedforward_layernorm",
+    gguf: "ffn_norm",
+};
+const MIXER_OUTPUT_NORM: Module = Module {
+    hf: "post_attention_layernorm",
+    gguf: "post_attention_norm",
+};
+const FEED_FORWARD_OUTPUT_NORM: Module = Module {
+    hf: "post_feedforward_layernorm",
+    gguf: "post_ffw_norm",
+};
 const QUERY_NORM: Module = Module {
     hf: "self_attn.q_norm",
     gguf: "attn_q_norm",
@@ -292,6 +310,8 @@ impl BlockParam {
         match self {
             BlockParam::InputNorm
             | BlockParam::FeedForwardNorm
+            | BlockParam::MixerOutputNorm
+            | BlockParam::FeedForwardOutputNorm
             | BlockParam::QueryNorm
             | BlockParam::KeyNorm => true,
             BlockParam::Weight(_)
@@ -544,15 +564,18 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
     }
 
     fn block(&mut self, index: usize, block: &BlockSpec, width: usize) {
-        match block.mixer_norms {
-            Norms::Pre => self.norm(index, BlockParam::InputNorm, INPUT_NORM, width),
-        }
+        self.norm(index, BlockParam::InputNorm, INPUT_NORM, width);
         match &block.mixer {
             Mixer::Attention(attention) => self.attention(index, attention, width),
         }
-        match block.feed_forward_norms {
-            Norms::Pre => self.norm(index, BlockParam::FeedForwardNorm, FEED_FORWARD_NORM, width),
-        }
+        let feed_forward_norm = match block.mixer_norms {
+            Norms::Pre => FEED_FORWARD_NORM,
+            Norms::PreAndPost => {
+                self.norm(index, BlockParam::MixerOutputNorm, MIXER_OUTPUT_NORM, width);
+                PRE_FEED_FORWARD_NORM
+            }
+        };
+        self.norm(index, BlockParam::FeedForwardNorm, feed_forward_norm, width);
         match block.feed_forward {
             FeedForward::Gated {
                 width: inner,
@@ -567,6 +590,15 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
                     self.linear(index, linear, shape, bias, None);
                 }
             }
+        }
+        match block.feed_forward_norms {
+            Norms::Pre => {}
+            Norms::PreAndPost => self.norm(
+                index,
+                BlockParam::FeedForwardOutputNorm,
+                FEED_FORWARD_OUTPUT_NORM,
+                width,
+            ),
         }
     }
 

@@ -109,6 +109,19 @@ pub enum FeedForward {
 pub enum Norms {
     /// On the input of the part.
     Pre,
+    /// On the input of the part, and on its output before the output is added to the residual
+    /// stream.
+    PreAndPost,
+}
+
+impl Norms {
+    /// Returns true if there is a norm on the output.
+    pub fn has_post(self) -> bool {
+        match self {
+            Norms::Pre => false,
+            Norms::PreAndPost => true,
+        }
+    }
 }
 
 impl ModelSpec {
@@ -142,6 +155,15 @@ impl ModelSpec {
         }
         if attention.scale != 1.0 / (attention.head_dim as f32).sqrt() {
             found.push(json!(["attention_scale", attention.scale.to_bits()]));
+        }
+        if block.normed_outputs() > 0 {
+            found.push(json!([
+                "output_norms",
+                [
+                    block.mixer_norms.has_post(),
+                    block.feed_forward_norms.has_post()
+                ]
+            ]));
         }
         if self.norms_add_one {
             found.push(json!(["norms_add_one", true]));
@@ -182,21 +204,30 @@ impl BlockSpec {
     }
 
     /// Returns the number of matrices as wide as the residual stream that a tape holds: the inputs
-    /// of both parts.
+    /// of both parts, and the outputs that pass through a norm.
     pub fn saved_streams(&self) -> usize {
-        2
+        2 + self.normed_outputs()
     }
 
     /// Returns the number of such matrices that a backward pass holds at the same time: the
-    /// gradient of the residual stream.
+    /// gradient of the residual stream, and that of a part's output if the output has a norm.
     pub fn gradient_streams(&self) -> usize {
-        1
+        1 + self.normed_outputs().min(1)
+    }
+
+    /// Returns the number of parts whose output has a norm.
+    fn normed_outputs(&self) -> usize {
+        [self.mixer_norms, self.feed_forward_norms]
+            .into_iter()
+            .filter(|norms| norms.has_post())
+            .count()
     }
 
     /// Returns the number of such matrices that a forward pass holds at the same time: the residual
-    /// stream and the operand of a part.
+    /// stream, the operand of a part, and, if outputs have norms, an output before and after its
+    /// norm.
     pub fn forward_streams(&self) -> usize {
-        2
+        2 + 2 * self.normed_outputs().min(1)
     }
 }
 

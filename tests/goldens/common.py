@@ -12,6 +12,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -93,23 +94,41 @@ SHAPES = {
         Qwen3Config(**COMMON, num_hidden_layers=2, tie_word_embeddings=False, head_dim=16),
         tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
     ),
+    # A window and frequencies of its own on the first layer; scores that are not scaled by 1 / sqrt(head_dim).
+    "gemma3": lambda: (
+        Gemma3TextConfig(
+            **COMMON,
+            num_hidden_layers=2,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=dict(
+                sliding_attention=dict(rope_type="default", rope_theta=100.0),
+                full_attention=dict(rope_type="linear", factor=4.0, rope_theta=10000.0),
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
 }
+# Families whose norms multiply by 1 + w.
+ADDS_ONE = ["gemma3"]
 
 
-def randomise(model, seed):
-    """Every weight from N(0, 0.15²), norms around 1, so that logits vary and no gradient is trivially zero."""
+def randomise(model, seed, norm=1):
+    """Every weight from N(0, 0.15²), norms around `norm`, so that logits vary and no gradient is trivially zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator) * 0.15
-            p.copy_(1 + noise if "norm" in name else noise)
+            p.copy_(norm + noise if "norm" in name else noise)
 
 
 def build(name, seed, folder):
     config, tok = SHAPES[name]()
     config.bos_token_id, config.eos_token_id, config.pad_token_id = tok.bos_token_id, tok.eos_token_id, tok.pad_token_id
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    randomise(model, seed)
+    randomise(model, seed, norm=0 if name in ADDS_ONE else 1)
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from common import HERE, MODELS, build, load, randomise, rows, strip, trainer
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["gemma3"]
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -348,7 +349,30 @@ def ropes():
     (HERE / "ropes.json").write_text(json.dumps(out, indent=1, default=str) + "\n")
 
 
-PARTS = [formulas, ropes, models, tokens_and_logps, losses, grads, trajectories, rewards, references]
+def families():
+    """A model of each further family: its log-probs, and the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones of two pairs."""
+    for i, name in enumerate(FAMILIES):
+        build(name, 400 + i, MODELS / name)
+        model, tok = load(name)
+        # As in common.trainer: no gradient is dropped.
+        model.get_input_embeddings().padding_idx = None
+        prepared = trainer(load(name)[0], tok, CHAT, ref=load(name)[0]).train_dataset
+        logps = {}
+        for row, p in zip(CHAT, prepared, strict=True):
+            logps[row["id"]] = {s: token_logps(model, p["prompt_ids"], p[f"{s}_ids"])["logps"] for s in ("chosen", "rejected")}
+        write(f"logps_{name}.json", logps)
+        total = torch.zeros(())
+        for p in list(prepared)[:2]:
+            for side, sign in (("chosen", 1), ("rejected", -1)):
+                ids = torch.tensor([p["prompt_ids"] + p[f"{side}_ids"]])
+                n = len(p["prompt_ids"])
+                logp = torch.log_softmax(model(ids).logits[0].float(), -1)[n - 1 : -1]
+                total = total + sign * logp.gather(1, ids[0, n:, None]).sum()
+        total.backward()
+        save_file({n: p.grad.contiguous() for n, p in model.named_parameters()}, HERE / f"grads_{name}.safetensors")
+
+
+PARTS = [formulas, ropes, models, families, tokens_and_logps, losses, grads, trajectories, rewards, references]
 
 if __name__ == "__main__":
     # With names of parts: only these, from the models that are there.

@@ -189,6 +189,10 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
         let FeedForward::Gated { activation, .. } = &mut block.feed_forward;
         *activation = draw.pick(&[ActivationFunction::Silu, ActivationFunction::GeluTanh]);
     }
+    for block in &mut spec.blocks {
+        block.mixer_norms = draw.pick(&[Norms::Pre, Norms::PreAndPost]);
+        block.feed_forward_norms = draw.pick(&[Norms::Pre, Norms::PreAndPost]);
+    }
 }
 
 /// Draws prompts with their completions. Half of the rows have a prompt and a completion that are
@@ -643,6 +647,16 @@ fn the_seeds_draw_every_variant() {
             activation == wanted
         };
         any("an activation", &|c| blocks(c).iter().any(is));
+    }
+    for both in [false, true] {
+        let is = |b: &BlockSpec| {
+            [b.mixer_norms, b.feed_forward_norms]
+                == [
+                    Norms::PreAndPost,
+                    if both { Norms::PreAndPost } else { Norms::Pre },
+                ]
+        };
+        any("norms on outputs", &|c| blocks(c).iter().any(is));
     }
     any("several completions of one prompt", &|c| {
         c.groups.iter().any(|g| g.completions.len() > 1)

@@ -112,7 +112,6 @@ impl ReferenceModel {
     /// Returns a block's output for its input.
     pub fn block(&self, index: usize, input: &Hidden) -> Hidden {
         let block = &self.spec.blocks[index];
-        let (Norms::Pre, Norms::Pre) = (block.mixer_norms, block.feed_forward_norms);
         let attention = block.attention();
         let (heads, kv_heads, dim) = (attention.heads, attention.kv_heads, attention.head_dim);
         let (mut queries, mut keys, mut values) = (Vec::new(), Vec::new(), Vec::new());
@@ -157,7 +156,12 @@ impl ReferenceModel {
                 attended.extend(sum);
             }
             let mut y = x.clone();
-            add(&mut y, 1.0, &self.linear(index, Linear::Output, &attended));
+            let part = self.linear(index, Linear::Output, &attended);
+            add(
+                &mut y,
+                1.0,
+                &self.normed(block.mixer_norms, index, BlockParam::MixerOutputNorm, part),
+            );
 
             let FeedForward::Gated { activation, .. } = block.feed_forward;
             let n = self.norm(ParamId::Block(index, BlockParam::FeedForwardNorm), &y);
@@ -168,7 +172,17 @@ impl ReferenceModel {
                 .zip(&up)
                 .map(|(g, u)| activate(activation, *g) * u)
                 .collect();
-            add(&mut y, 1.0, &self.linear(index, Linear::Down, &inner));
+            let part = self.linear(index, Linear::Down, &inner);
+            add(
+                &mut y,
+                1.0,
+                &self.normed(
+                    block.feed_forward_norms,
+                    index,
+                    BlockParam::FeedForwardOutputNorm,
+                    part,
+                ),
+            );
             output.push(y);
         }
         output
@@ -198,6 +212,14 @@ impl ReferenceModel {
             .zip(&self.tensors[&weight])
             .map(|(x, w)| x / rms * (one + w))
             .collect()
+    }
+
+    /// Applies the norm on a part's output if the block has one.
+    fn normed(&self, norms: Norms, block: usize, weight: BlockParam, part: Vec<f64>) -> Vec<f64> {
+        match norms {
+            Norms::Pre => part,
+            Norms::PreAndPost => self.norm(ParamId::Block(block, weight), &part),
+        }
     }
 
     /// Computes W·x + b + scale·B·(A·x).

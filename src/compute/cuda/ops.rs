@@ -379,6 +379,13 @@ pub(crate) fn gated_backward(
     )
 }
 
+/// Adds y to x, both in f32.
+pub(crate) fn add(gpu: &Gpu, x: &Memory, y: &Memory) -> Result<()> {
+    check("add_bias", &[("y", x, F32, y.len())])?;
+    // x is a single row, and y is its bias.
+    add_bias(gpu, Columns::all(x, x.len()), y)
+}
+
 /// Adds an f32 bias to every row of the given columns.
 pub(crate) fn add_bias(gpu: &Gpu, y: Columns<'_>, bias: &Memory) -> Result<()> {
     let rows = y.rows("add_bias", "y")?;

@@ -11,12 +11,13 @@ use crate::compute::cpu::attention::{Heads, attention, attention_backward};
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{Kernel, Operand, View};
 use crate::compute::cpu::rms_norm::{
-    HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand,
+    HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward, rms_norm_operand,
 };
 use crate::compute::cpu::rope::{Direction, rotate};
 use crate::compute::cpu::swiglu::{
     GateUpTape, GatedTiles, GradientTiles, SavedGateUp, gated, gated_backward,
 };
+use crate::compute::cpu::thread_pool;
 use crate::model::adapter::Adapter;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
 use crate::model::parameters::{NormFactors, Parameters};
@@ -146,6 +147,10 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         Ok(Buffer::uninit(self.tokens() * self.heads.row()))
     }
 
+    fn new_stream(&self) -> Result<Buffer> {
+        Ok(Buffer::zeros(self.tokens() * self.groups.down.output()))
+    }
+
     fn new_gate_up(&self) -> Result<()> {
         Ok(())
     }
@@ -180,6 +185,23 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         x: &mut Buffer,
     ) -> Result<Buffer> {
         self.run_group(group, input, x, true)
+    }
+
+    fn add_norm(&self, norm: StreamNorm, y: &Buffer, x: &mut Buffer) -> Result<()> {
+        let mut normed = Buffer::uninit(y.len());
+        rms_norm(
+            y,
+            self.factors(norm.weight())?.values()?,
+            self.eps,
+            &mut normed,
+        );
+        let width = self.groups.down.output();
+        thread_pool::chunks(x, width, |i, x| {
+            x.iter_mut()
+                .zip(&normed[i * width..])
+                .for_each(|(x, y)| *x += y)
+        });
+        Ok(())
     }
 
     fn head_norms(&self, qkv: &mut Buffer) -> Result<()> {
@@ -274,21 +296,21 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         &self,
         gate_up: GateUpTape,
         low_rank: &Buffer,
-        gx: &Buffer,
+        g: &Buffer,
         gradients: &mut CpuGradients,
     ) -> Result<CpuGateUpGradient> {
         let (tokens, width, down) = (self.tokens(), self.width, &self.groups.down);
         match gate_up {
             GateUpTape::F32(mut gate_up) => {
                 let y = gated(self.kernel, self.activation, &gate_up, width);
-                let gy = down.backward(&y, low_rank, gx, tokens, gradients)?;
+                let gy = down.backward(&y, low_rank, g, tokens, gradients)?;
                 gated_backward(self.activation, &mut gate_up, width, &gy);
                 Ok(CpuGateUpGradient::F32(gate_up))
             }
             GateUpTape::Bf16(saved) => {
                 let g = [Operand::new(
                     self.kernel,
-                    View::f32(gx, down.output()),
+                    View::f32(g, down.output()),
                     tokens,
                     down.output(),
                     1.0,

@@ -151,6 +151,11 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             .uninit(self.kind, self.row.tokens * self.shape.qkv())
     }
 
+    fn new_stream(&self) -> Result<Memory> {
+        self.gpu
+            .zeros(Kind::F32, self.row.tokens * self.shape.hidden)
+    }
+
     fn new_gate_up(&self) -> Result<Memory> {
         self.gpu
             .uninit(self.kind, self.row.tokens * self.shape.gate_up())
@@ -184,6 +189,18 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         x: &mut Memory,
     ) -> Result<Option<Memory>> {
         self.run_group(group, input, x, true)
+    }
+
+    fn add_norm(&self, norm: StreamNorm, y: &Memory, x: &mut Memory) -> Result<()> {
+        let normed = self.gpu.uninit(Kind::F32, y.len())?;
+        ops::rms_norm(
+            self.gpu,
+            &normed,
+            y,
+            self.weights.norm(norm.weight())?,
+            self.eps,
+        )?;
+        ops::add(self.gpu, x, &normed)
     }
 
     fn head_norms(&self, qkv: &mut Memory) -> Result<()> {
@@ -232,7 +249,7 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         &self,
         gate_up: Memory,
         low_rank: &Option<Memory>,
-        gx: &Memory,
+        g: &Memory,
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
         let y = CudaOperand::Owned(self.gated(&gate_up)?);
@@ -240,7 +257,7 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             LinearGroup::Down,
             &y,
             low_rank,
-            OutputGradient::Stream(gx),
+            OutputGradient::Stream(g),
             gradients,
         )?;
         ops::gated_backward(

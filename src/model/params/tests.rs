@@ -151,7 +151,7 @@ fn adapters_have_the_tensors_that_peft_makes() {
 
 #[test]
 fn the_golden_models_files_hold_the_table() {
-    for name in ["llama", "mistral", "qwen2", "qwen3"] {
+    for name in ["llama", "mistral", "qwen2", "qwen3", "gemma3"] {
         let table = params(&spec(&json(&golden(&format!("models/{name}/config.json")))));
         let file = std::fs::read(golden(&format!("models/{name}/model.safetensors"))).unwrap();
         let (_, metadata) = safetensors::SafeTensors::read_metadata(&file).unwrap();
@@ -265,4 +265,24 @@ fn names_outside_the_table_are_those_of_the_formats() {
         params(&spec(&untied["config"])).last().unwrap().hf.name,
         HF_HEAD
     );
+}
+
+#[test]
+fn the_language_model_of_a_model_of_text_and_images_has_the_names_of_the_table() {
+    let name = "model.layers.3.mlp.up_proj.weight";
+    for stored in [
+        name,
+        "language_model.model.layers.3.mlp.up_proj.weight",
+        "model.language_model.layers.3.mlp.up_proj.weight",
+    ] {
+        assert_eq!(text_name(stored), name);
+    }
+    assert_eq!(text_name("language_model.lm_head.weight"), HF_HEAD);
+    for other in [
+        "vision_tower.embeddings.weight",
+        "language_model.projector.weight",
+        "model.visual.blocks.0.norm.weight",
+    ] {
+        assert_eq!(text_name(other), other);
+    }
 }

@@ -189,6 +189,10 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
         gated(&gpu, ActivationFunction::GeluTanh, &y, &x, 2),
         &["geglu", "gate_up has 4 elements", "8"],
     );
+    let sum = f32s(&[1.0, -2.0, 3.0]);
+    add(&gpu, &sum, &f32s(&[0.5, 2.0, 1.0])).unwrap();
+    assert_eq!(read(&sum), [1.5, 0.0, 4.0]);
+    assert_refused(add(&gpu, &sum, &y), &["y has 3 elements", "4"]);
 
     // The head: one row, a tile of three of four columns.
     let logits = f32s(&[0.0, 1.0, 2.0, 9.0]);

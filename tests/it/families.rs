@@ -1,0 +1,296 @@
+//! Compares the families that have golden files of their own with transformers: log-probs and
+//! gradients, alone and in packed rows, in f32 and in bf16.
+
+use std::collections::HashMap;
+
+use bradley::domain::training::Precision;
+use bradley::infer::pack::pack;
+use bradley::infer::pair::{EncodedPair, SequenceGroup};
+use bradley::infer::scorer::score;
+use bradley::model::config::ModelConfig;
+use bradley::model::decoder::Policy;
+use bradley::train::backprop::{SavePolicy, backward, forward};
+use bradley::train::trainable::{StepGradients, TrainablePolicy};
+use candle_core::{Device, Tensor};
+use serde_json::{Value, json};
+
+use crate::support::{
+    assert_close, encode, golden, is_batch_invariant, json, numbers, policy, relative, rows,
+    tensors, tiny,
+};
+
+const FAMILIES: [&str; 1] = ["gemma3"];
+
+/// Compares the log-probs of every pair with the golden ones.
+fn assert_golden_log_probs(name: &str, what: &str, model: &Policy, pairs: &[EncodedPair]) {
+    let expected = json(&format!("logps_{name}.json"));
+    for (row, pair) in rows("pairs.jsonl").iter().zip(pairs) {
+        let id = row.id.as_deref().unwrap();
+        let got = score(model, &pair.groups()).unwrap();
+        for (got, side) in got.iter().zip(["chosen", "rejected"]) {
+            let want = numbers(&expected[id][side]);
+            assert_eq!(got.len(), want.len(), "{what} {id} {side}");
+            got.iter().zip(want).for_each(|(g, w)| {
+                assert_close(&format!("{what} {id} {side}"), f64::from(*g), w, 1e-5, 0.1)
+            });
+        }
+    }
+}
+
+#[test]
+fn log_probs_of_each_family_are_those_of_transformers() {
+    for name in FAMILIES {
+        let (model, tokenizer) = tiny(name);
+        assert_golden_log_probs(
+            name,
+            name,
+            &model,
+            &encode(&rows("pairs.jsonl"), &tokenizer, 256),
+        );
+    }
+}
+
+/// Returns the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones, in one
+/// packed row.
+fn gradients(
+    policy: &TrainablePolicy,
+    pairs: &[EncodedPair],
+    save: SavePolicy,
+) -> Vec<(String, Tensor)> {
+    let groups: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
+    let row = pack(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    let tape = forward(&policy.policy, row.row.clone(), save, &mut || {}).unwrap();
+    let mut upstream = vec![0f32; row.row.targets.len()];
+    for ranges in &row.completions {
+        upstream[ranges[0].clone()].fill(1.0);
+        upstream[ranges[1].clone()].fill(-1.0);
+    }
+    let mut total = StepGradients::zeros(policy);
+    backward(&policy.policy, tape, &upstream, &mut total, &mut || {}).unwrap();
+    total.collect().unwrap();
+    let trainables = policy.trainables.iter().zip(total.values());
+    trainables
+        .map(|(t, g)| {
+            (
+                t.name.clone(),
+                Tensor::from_slice(g, t.var.shape(), &Device::Cpu).unwrap(),
+            )
+        })
+        .collect()
+}
+
+#[test]
+fn gradients_of_each_family_are_torchs_with_and_without_tapes() {
+    for name in FAMILIES {
+        let (model, tokenizer) = tiny(name);
+        let pairs = encode(&rows("pairs.jsonl")[..2], &tokenizer, 256);
+        let policy = TrainablePolicy::full(&model, Precision::F32).unwrap();
+        let expected = tensors(&format!("grads_{name}.safetensors"));
+        let bits = |t: &Tensor| -> Vec<u32> {
+            t.flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap()
+                .into_iter()
+                .map(f32::to_bits)
+                .collect()
+        };
+        let (kept, again) = (
+            gradients(&policy, &pairs, SavePolicy::Tapes),
+            gradients(&policy, &pairs, SavePolicy::BlockInputs),
+        );
+        assert_eq!(kept.len(), expected.len(), "{name}");
+        for ((tensor, g), (_, recomputed)) in kept.iter().zip(&again) {
+            let error = relative(g, &expected[tensor]);
+            assert!(error < 1e-4, "{name} {tensor}: relative error {error:e}");
+            if is_batch_invariant() {
+                assert_eq!(bits(g), bits(recomputed), "{name} {tensor}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_of_each_family_give_what_their_sequences_give_alone() {
+    for (name, precision) in FAMILIES
+        .into_iter()
+        .flat_map(|name| [(name, Precision::F32), (name, Precision::Bf16)])
+    {
+        let (exact, tokenizer) = tiny(name);
+        let model = exact.with_precision(precision);
+        let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+        let groups: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
+        let packed = pack(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        let together = model.log_probs(packed.row.clone(), &mut || {}).unwrap();
+        let sum = |values: &[f32]| values.iter().map(|x| f64::from(*x)).sum::<f64>();
+        for (i, pair) in pairs.iter().enumerate() {
+            for (side, completion) in [&pair.chosen, &pair.rejected].into_iter().enumerate() {
+                let alone = SequenceGroup {
+                    prompt: pair.prompt.clone(),
+                    completions: vec![completion.clone()],
+                };
+                let got = &together[packed.completions[i][side].clone()];
+                if is_batch_invariant() {
+                    assert_eq!(
+                        got,
+                        score(&model, std::slice::from_ref(&alone)).unwrap()[0],
+                        "{name} {precision:?}: bit for bit"
+                    );
+                }
+                // In bf16 the operands are rounded.
+                let tolerance = if precision == Precision::Bf16 {
+                    0.02
+                } else {
+                    1e-5
+                };
+                assert_close(
+                    name,
+                    sum(got),
+                    sum(&score(&exact, &[alone]).unwrap()[0]),
+                    tolerance,
+                    0.1,
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_text_of_a_gemma_3_of_text_and_images_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    crate::support::copy_files(&golden("models/gemma3"), folder.path());
+    let mut text: Value =
+        serde_json::from_slice(&std::fs::read(folder.path().join("config.json")).unwrap()).unwrap();
+    let eos = text
+        .as_object_mut()
+        .unwrap()
+        .remove("eos_token_id")
+        .unwrap();
+    let config = json!({
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "eos_token_id": eos,
+        "text_config": text,
+    });
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let stored = tensors("models/gemma3/model.safetensors");
+    let (alone, tokenizer) = tiny("gemma3");
+    let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+    for before in ["language_model.model.", "model.language_model."] {
+        let rename = |(name, tensor): (&String, &Tensor)| {
+            (name.replacen("model.", before, 1), tensor.clone())
+        };
+        let mut renamed: HashMap<String, Tensor> = stored.iter().map(rename).collect();
+        renamed.insert(
+            "vision_tower.embeddings.weight".into(),
+            Tensor::zeros((2, 2), candle_core::DType::F32, &Device::Cpu).unwrap(),
+        );
+        candle_core::safetensors::save(&renamed, folder.path().join("model.safetensors")).unwrap();
+        let model = bradley::formats::loader::load_model(
+            None,
+            folder.path().to_str().unwrap(),
+            &Default::default(),
+        )
+        .unwrap();
+        assert_eq!(
+            model.config.canonical(),
+            alone.config.canonical(),
+            "{before}: the same model"
+        );
+        assert_eq!(model.config.eos_token_ids, alone.config.eos_token_ids);
+        // An export is a model of text alone.
+        assert_eq!(
+            model.config.hf_json["architectures"],
+            json!(["Gemma3ForCausalLM"])
+        );
+        assert_golden_log_probs("gemma3", before, &policy(model).0, &pairs);
+    }
+}
+
+#[test]
+fn a_gemma_3_is_read_as_transformers_4_and_5_write_it() {
+    let read = |json: Value| {
+        ModelConfig::from_hf_json(&json.to_string(), std::path::Path::new("config.json"))
+    };
+    // The text part of the config.json of google/gemma-3-4b-it.
+    let spec = read(json!({
+        "model_type": "gemma3",
+        "eos_token_id": [1, 106],
+        "text_config": {
+            "model_type": "gemma3_text",
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+    }))
+    .unwrap();
+    assert_eq!(
+        (spec.parameter_count(), spec.eos_token_ids.as_slice()),
+        (3_880_263_168, [1, 106].as_slice())
+    );
+    let spec = spec.spec;
+    let windows: Vec<Option<usize>> = spec
+        .blocks
+        .iter()
+        .map(|block| block.attention().window)
+        .collect();
+    assert_eq!(
+        windows[..7],
+        [
+            Some(1024),
+            Some(1024),
+            Some(1024),
+            Some(1024),
+            Some(1024),
+            None,
+            Some(1024)
+        ]
+    );
+    assert!(
+        spec.blocks
+            .iter()
+            .all(|block| block.attention().window.is_some() == (block.attention().rope == 1))
+    );
+    assert_eq!(spec.blocks[0].attention().scale, 1.0 / 16.0);
+    let frequency = |rope: usize, at: usize| f64::from(spec.ropes[rope].inv_freq(256).0[at]);
+    assert_close(
+        "global",
+        frequency(0, 64),
+        1e6_f64.powf(-0.5) / 8.0,
+        1e-6,
+        1e-12,
+    );
+    assert_close("local", frequency(1, 64), 1e4_f64.powf(-0.5), 1e-6, 1e-12);
+    // √2560, exact and rounded to bf16.
+    assert_eq!(
+        (
+            spec.embedding_scale_in(Precision::F32),
+            spec.embedding_scale_in(Precision::Bf16)
+        ),
+        (50.596_443, 50.5)
+    );
+
+    let with = |field: &str, value: Value| {
+        let mut json = json!({"model_type": "gemma3_text", "hidden_size": 256});
+        json[field] = value;
+        read(json)
+    };
+    for (field, value) in [
+        ("attn_logit_softcapping", json!(50.0)),
+        ("final_logit_softcapping", json!(30.0)),
+        ("use_bidirectional_attention", json!(true)),
+    ] {
+        assert!(with(field, value).unwrap_err().to_string().contains(field));
+    }
+    let pattern = with("sliding_window_pattern", json!(2)).unwrap().spec;
+    assert_eq!(
+        pattern
+            .blocks
+            .iter()
+            .filter(|block| block.attention().window.is_none())
+            .count(),
+        13
+    );
+}
