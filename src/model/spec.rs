@@ -31,6 +31,9 @@ pub struct ModelSpec {
     pub ropes: Vec<RopeConfig>,
     /// True if the head is the embedding matrix.
     pub tie_word_embeddings: bool,
+    /// Soft-cap c of the logits: a logit l is replaced by c·tanh(l / c). `None` means that it is
+    /// not.
+    pub logit_softcap: Option<f32>,
     /// The decoder blocks, first to last. There is at least one.
     pub blocks: Vec<BlockSpec>,
 }
@@ -67,6 +70,9 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Factor on the dot products of queries and keys.
     pub scale: f32,
+    /// Soft-cap c of the scaled scores: a score s is replaced by c·tanh(s / c). `None` means that
+    /// it is not.
+    pub softcap: Option<f32>,
     /// Index in [`ModelSpec::ropes`] of the frequencies that rotate queries and keys.
     pub rope: usize,
     /// Sliding window: a token attends to itself and to at most `window − 1` tokens before it.
@@ -156,6 +162,12 @@ impl ModelSpec {
         if attention.scale != 1.0 / (attention.head_dim as f32).sqrt() {
             found.push(json!(["attention_scale", attention.scale.to_bits()]));
         }
+        if let Some(cap) = attention.softcap {
+            found.push(json!(["attention_softcap", cap.to_bits()]));
+        }
+        if let Some(cap) = self.logit_softcap {
+            found.push(json!(["logit_softcap", cap.to_bits()]));
+        }
         if block.normed_outputs() > 0 {
             found.push(json!([
                 "output_norms",
@@ -240,6 +252,7 @@ impl AttentionSpec {
             head_dim: dim,
             window,
             scale,
+            softcap,
             ..
         } = *self;
         Heads {
@@ -248,6 +261,7 @@ impl AttentionSpec {
             dim,
             window,
             scale,
+            softcap,
         }
     }
 

@@ -130,6 +130,7 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
         kv_heads: draw.pick(&divisors),
         head_dim,
         scale: 1.0 / (head_dim as f32).sqrt(),
+        softcap: None,
         rope: 0,
         window: draw
             .flag()
@@ -167,6 +168,7 @@ fn random_spec(draw: &mut Draw) -> ModelSpec {
         norms_add_one: false,
         ropes: vec![random_rope(draw)],
         tie_word_embeddings: draw.flag(),
+        logit_softcap: None,
         blocks: (0..blocks).map(|_| random_block(draw, head_dim)).collect(),
     }
 }
@@ -193,6 +195,12 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
         block.mixer_norms = draw.pick(&[Norms::Pre, Norms::PreAndPost]);
         block.feed_forward_norms = draw.pick(&[Norms::Pre, Norms::PreAndPost]);
     }
+    // Scores and logits are about 1, so these caps change them.
+    for block in &mut spec.blocks {
+        let Mixer::Attention(attention) = &mut block.mixer;
+        attention.softcap = draw.flag().then(|| draw.number(0.5, 5.0) as f32);
+    }
+    spec.logit_softcap = draw.flag().then(|| draw.number(1.0, 10.0) as f32);
 }
 
 /// Draws prompts with their completions. Half of the rows have a prompt and a completion that are
@@ -658,6 +666,20 @@ fn the_seeds_draw_every_variant() {
         };
         any("norms on outputs", &|c| blocks(c).iter().any(is));
     }
+    any("a soft-cap on scores", &|c| {
+        attention(c, &|a| a.softcap.is_some())
+    });
+    any("no soft-cap on scores", &|c| {
+        attention(c, &|a| a.softcap.is_none())
+    });
+    for is_trained in [false, true] {
+        any("a soft-cap on the logits", &|c| {
+            c.base.config.spec.logit_softcap.is_some() && c.adapter.is_none() == is_trained
+        });
+    }
+    any("no soft-cap on the logits", &|c| {
+        c.base.config.spec.logit_softcap.is_none()
+    });
     any("several completions of one prompt", &|c| {
         c.groups.iter().any(|g| g.completions.len() > 1)
     });

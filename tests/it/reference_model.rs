@@ -146,8 +146,10 @@ impl ReferenceModel {
             for head in 0..heads {
                 let kv = head / (heads / kv_heads) * dim;
                 let query = &queries[i][head * dim..][..dim];
-                let score =
-                    |j: usize| f64::from(attention.scale) * dot(query, &keys[j][kv..][..dim]);
+                let score = |j: usize| {
+                    let score = f64::from(attention.scale) * dot(query, &keys[j][kv..][..dim]);
+                    cap(attention.softcap, score)
+                };
                 let probabilities = softmax((first..=i).map(score).collect());
                 let mut sum = vec![0.0; dim];
                 for (p, j) in probabilities.iter().zip(first..) {
@@ -196,7 +198,10 @@ impl ReferenceModel {
             .unwrap_or_else(|| &self.tensors[&ParamId::Embedding]);
         let predictors = hidden[prompt - 1..].iter().zip(completion);
         let log_prob = |(x, target): (&Vec<f64>, &u32)| {
-            let logits = product(head, &self.norm(ParamId::Norm, x));
+            let mut logits = product(head, &self.norm(ParamId::Norm, x));
+            for logit in &mut logits {
+                *logit = cap(self.spec.logit_softcap, *logit);
+            }
             let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = logits.iter().map(|logit| (logit - largest).exp()).sum();
             logits[*target as usize] - largest - sum.ln()
@@ -248,6 +253,14 @@ impl ReferenceModel {
             let (a, b) = (head[i], head[i + half]);
             (head[i], head[i + half]) = (a * cos - b * sin, b * cos + a * sin);
         }
+    }
+}
+
+/// Applies a soft-cap, if there is one.
+fn cap(softcap: Option<f32>, x: f64) -> f64 {
+    match softcap.map(f64::from) {
+        None => x,
+        Some(cap) => cap * (x / cap).tanh(),
     }
 }
 

@@ -79,6 +79,15 @@ fn optional(memory: Option<&Memory>) -> Arg {
     memory.map_or(Arg::Pointer(0), Arg::from)
 }
 
+/// Returns the name of a kernel's variant: the first one without a soft-cap, else the second one.
+/// Its last argument is the cap, which is added to `args`.
+fn capped(softcap: Option<f32>, names: [&'static str; 2], args: &mut Vec<Arg>) -> &'static str {
+    let [plain, with_cap] = names;
+    let Some(cap) = softcap else { return plain };
+    args.push(cap.into());
+    with_cap
+}
+
 /// Returns the number of partial sums for the gradient of a norm's weight over `rows` rows.
 pub(crate) fn weight_partials(rows: usize) -> usize {
     rows.div_ceil(ROWS_PER_PARTIAL)
@@ -674,6 +683,8 @@ pub(crate) struct HeadTile<'a> {
     /// True to accumulate the statistics for a `TokenDistribution` too.
     pub distribution: bool,
     pub gradient: bool,
+    /// Soft-cap of the logits. With it, `p` is multiplied by the slope of the cap.
+    pub softcap: Option<f32>,
 }
 
 /// Adds a tile of logits to every row's softmax state.
@@ -694,7 +705,7 @@ pub(crate) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
             ("targets", h.targets, F32, rows),
         ],
     )?;
-    let args = [
+    let mut args = vec![
         h.state.into(),
         h.p.into(),
         h.scales.into(),
@@ -707,7 +718,8 @@ pub(crate) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
         h.distribution.into(),
         h.gradient.into(),
     ];
-    gpu.launch("head_tile", Some(kind), Launch::blocks(rows), &args)
+    let name = capped(h.softcap, ["head_tile", "head_tile_capped"], &mut args);
+    gpu.launch(name, Some(kind), Launch::blocks(rows), &args)
 }
 
 /// Scales rows in place: d\[i, :\] *= scales\[i\], in f32.
@@ -736,6 +748,8 @@ pub(crate) struct HeadFinish<'a> {
     /// Target token of every row `[n]`.
     pub targets: &'a Memory,
     pub width: usize,
+    /// Soft-cap of the logits. With it, the target's row of W is multiplied by the cap's slope.
+    pub softcap: Option<f32>,
 }
 
 /// Computes d\[i, :\] = W\[targets\[i\], :\] − d\[i, :\] / Σ e^(l − max).
@@ -750,7 +764,7 @@ pub(crate) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
             ("targets", h.targets, F32, rows),
         ],
     )?;
-    let args = [
+    let mut args = vec![
         h.d.into(),
         h.state.into(),
         h.w.into(),
@@ -758,7 +772,8 @@ pub(crate) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
         rows.into(),
         h.width.into(),
     ];
-    gpu.launch("head_finish", Some(kind), Launch::blocks(rows), &args)
+    let name = capped(h.softcap, ["head_finish", "head_finish_capped"], &mut args);
+    gpu.launch(name, Some(kind), Launch::blocks(rows), &args)
 }
 
 /// Operands of [`head_errors`].
@@ -772,6 +787,8 @@ pub(crate) struct HeadErrors<'a> {
     pub g: &'a Memory,
     /// Target token of every row `[n]`.
     pub targets: &'a Memory,
+    /// Soft-cap of the logits. With it, the errors are multiplied by the slope of the cap.
+    pub softcap: Option<f32>,
 }
 
 /// Computes errors\[i, j\] = g\[i\]·(1{first + j = targets\[i\]} − e^(logits\[i, j\] − lse\[i\])).
@@ -787,7 +804,7 @@ pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
             ("targets", h.targets, F32, rows),
         ],
     )?;
-    let args = [
+    let mut args = vec![
         h.errors.into(),
         h.tile.logits.into(),
         h.lse.into(),
@@ -798,7 +815,8 @@ pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
         h.tile.stride.into(),
         h.tile.first.into(),
     ];
-    gpu.launch("head_errors", Some(kind), Launch::blocks(rows), &args)
+    let name = capped(h.softcap, ["head_errors", "head_errors_capped"], &mut args);
+    gpu.launch(name, Some(kind), Launch::blocks(rows), &args)
 }
 
 // ------------------------------------------------------------------------------------- attention
@@ -807,7 +825,7 @@ pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
 /// then adds up. The tensor-core kernel does: one block for all query heads that share a key head
 /// would give fewer blocks than a GPU runs at a time.
 pub(crate) fn has_key_gradient_parts(kind: Kind, heads: Heads) -> bool {
-    tensor_core_kernel(kind, heads.dim, AttentionPass::Keys).is_some() && heads.query != heads.key
+    tensor_core_kernel(kind, &heads, AttentionPass::Keys).is_some() && heads.query != heads.key
 }
 
 /// Tiles of tokens that blocks of threads work on. They define which tokens attend to which.
@@ -825,7 +843,7 @@ impl AttentionTiles<'_> {
         self.positions.len()
     }
 
-    /// Returns the arguments that all attention kernels have in common.
+    /// Returns the arguments that all attention kernels have in common, without the soft-cap.
     fn arguments(&self) -> [Arg; 7] {
         let Heads {
             query,
@@ -833,6 +851,7 @@ impl AttentionTiles<'_> {
             dim,
             window,
             scale,
+            softcap: _,
         } = self.heads;
         let (tiles, positions) = (self.tiles.into(), self.positions.into());
         [
@@ -854,13 +873,14 @@ impl AttentionTiles<'_> {
         pass: AttentionPass,
         kind: Kind,
         generic_heads: usize,
-        args: &[Arg],
+        mut args: Vec<Arg>,
     ) -> Result<()> {
-        let generic = match pass {
-            AttentionPass::Forward => "attention",
-            AttentionPass::Queries => "attention_dq",
-            AttentionPass::Keys => "attention_dkv",
+        let names = match pass {
+            AttentionPass::Forward => ["attention", "attention_capped"],
+            AttentionPass::Queries => ["attention_dq", "attention_dq_capped"],
+            AttentionPass::Keys => ["attention_dkv", "attention_dkv_capped"],
         };
+        let generic = capped(self.heads.softcap, names, &mut args);
         let count = count_rows(generic, "tiles", self.tiles.len(), TILE_ENTRY)?;
         check(
             generic,
@@ -869,18 +889,18 @@ impl AttentionTiles<'_> {
                 ("positions", self.positions, F32, self.tokens()),
             ],
         )?;
-        match tensor_core_kernel(kind, self.heads.dim, pass) {
+        match tensor_core_kernel(kind, &self.heads, pass) {
             // All heads of a tile run before the next tile.
             Some((name, shared)) => {
                 let grid =
                     Launch::grid([self.heads.query, count], ATTENTION_THREADS).shared(shared);
-                gpu.launch(name, None, grid, args)
+                gpu.launch(name, None, grid, &args)
             }
             None => gpu.launch(
                 generic,
                 Some(kind),
                 Launch::grid([count, generic_heads], ATTENTION_THREADS),
-                args,
+                &args,
             ),
         }
     }
@@ -909,7 +929,7 @@ pub(crate) fn attention(
         &over.arguments(),
     ]
     .concat();
-    over.launch(gpu, AttentionPass::Forward, kind, heads.query, &args)
+    over.launch(gpu, AttentionPass::Forward, kind, heads.query, args)
 }
 
 /// Computes delta\[t, h\] = Σ_d out · dout of the head, with delta `[T, H]` in f32.
@@ -1000,7 +1020,7 @@ pub(crate) fn attention_dq(
         AttentionPass::Queries,
         a.qkv.kind(),
         over.heads.query,
-        &args,
+        args,
     )
 }
 
@@ -1030,10 +1050,10 @@ pub(crate) fn attention_dkv(
             &[("parts", parts, F32, 2 * over.tokens() * heads.width())],
         )?;
     }
-    if tensor_core_kernel(kind, heads.dim, AttentionPass::Keys).is_some() {
+    if tensor_core_kernel(kind, &heads, AttentionPass::Keys).is_some() {
         args.push(optional(parts));
     }
-    over.launch(gpu, AttentionPass::Keys, kind, heads.key, &args)
+    over.launch(gpu, AttentionPass::Keys, kind, heads.key, args)
 }
 
 /// Sums `parts` over the query heads that share a key head, into the key and value columns of

@@ -127,6 +127,7 @@ impl Common {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             scale: 1.0 / (self.head_dim as f32).sqrt(),
+            softcap: None,
             rope: 0,
             window: None,
             qk_norm: QkNorm::Absent,
@@ -161,6 +162,7 @@ impl Common {
             norms_add_one: false,
             ropes: vec![self.rope],
             tie_word_embeddings: self.tie_word_embeddings,
+            logit_softcap: None,
             blocks,
         }
     }

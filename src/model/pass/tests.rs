@@ -90,6 +90,7 @@ impl CountingRow {
             kv_heads: 2,
             head_dim: 8,
             scale: 0.35,
+            softcap: None,
             rope: 0,
             window: None,
             qk_norm,
