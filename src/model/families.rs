@@ -2,6 +2,8 @@
 //! [`crate::model::spec::ModelSpec`].
 
 mod common;
+mod gemma;
+mod gemma2;
 mod gemma3;
 mod llama;
 mod mistral;
@@ -21,17 +23,20 @@ pub enum Architecture {
     Qwen2,
     /// Qwen3: RMSNorm on each head's q and k.
     Qwen3,
-    /// Gemma 3, text only: norms before and after each part, a sliding window on five of six layers.
+    /// Gemma 2: soft-caps on scores and logits, a sliding window on every second layer.
+    Gemma2,
+    /// Gemma 3, text only: norms before and after each part, a sliding window on 5 of 6 layers.
     Gemma3,
 }
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 5] = [
+    pub const ALL: [Architecture; 6] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
         Architecture::Qwen3,
+        Architecture::Gemma2,
         Architecture::Gemma3,
     ];
 
@@ -70,6 +75,7 @@ impl Architecture {
             Architecture::Mistral => &mistral::FAMILY,
             Architecture::Qwen2 => &qwen2::FAMILY,
             Architecture::Qwen3 => &qwen3::FAMILY,
+            Architecture::Gemma2 => &gemma2::FAMILY,
             Architecture::Gemma3 => &gemma3::FAMILY,
         }
     }

@@ -12,6 +12,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -110,9 +111,36 @@ SHAPES = {
         ),
         tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
     ),
+    # Soft-caps that are as small as the scores and logits of a random model, so that they change the results.
+    "gemma2": lambda: (
+        Gemma2Config(
+            **COMMON,
+            num_hidden_layers=2,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=16,
+            attn_logit_softcapping=1.5,
+            final_logit_softcapping=3.0,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Heads for tensor cores, one key head for all, a head of its own, three layers.
+    "gemma2-64": lambda: (
+        Gemma2Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=3,
+            head_dim=64,
+            query_pre_attn_scalar=64,
+            sliding_window=20,
+            attn_logit_softcapping=2.5,
+            final_logit_softcapping=4.0,
+            tie_word_embeddings=False,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
 }
-# Families whose norms multiply by 1 + w.
-ADDS_ONE = ["gemma3"]
+# Models whose norms multiply by 1 + w.
+ADDS_ONE = ["gemma3", "gemma2", "gemma2-64"]
 
 
 def randomise(model, seed, norm=1):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from common import HERE, MODELS, build, load, randomise, rows, strip, trainer
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3"]
-FAMILIES = ["gemma3"]
+FAMILIES = ["gemma3", "gemma2", "gemma2-64"]
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -350,7 +350,7 @@ def ropes():
 
 
 def families():
-    """A model of each further family: its log-probs, and the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones of two pairs."""
+    """Models of further families: its log-probs, and the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones of two pairs."""
     for i, name in enumerate(FAMILIES):
         build(name, 400 + i, MODELS / name)
         model, tok = load(name)

@@ -9,7 +9,16 @@ import json
 import gguf
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Trainer,
+)
 
 from common import HERE
 
@@ -21,7 +30,8 @@ SHAPE = dict(
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=10000.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
-LLAMA, QWEN2, QWEN3, GEMMA3 = gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.QWEN2, gguf.MODEL_ARCH.QWEN3, gguf.MODEL_ARCH.GEMMA3
+LLAMA, QWEN2, QWEN3 = gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.QWEN2, gguf.MODEL_ARCH.QWEN3
+GEMMA2, GEMMA3 = gguf.MODEL_ARCH.GEMMA2, gguf.MODEL_ARCH.GEMMA3
 # Heads that are not C / heads wide, ties, biases and windows.
 CASES = [
     ("llama, tied", LLAMA, LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters=LLAMA3)),
@@ -32,6 +42,7 @@ CASES = [
     ("qwen3", QWEN3, Qwen3Config(**SHAPE, head_dim=6, tie_word_embeddings=False)),
     ("qwen3 with biases, tied", QWEN3, Qwen3Config(**SHAPE, head_dim=6, attention_bias=True, tie_word_embeddings=True)),
     ("gemma3, tied", GEMMA3, Gemma3TextConfig(**SHAPE, head_dim=6, sliding_window=16, tie_word_embeddings=True)),
+    ("gemma2, tied", GEMMA2, Gemma2Config(**SHAPE, head_dim=6, sliding_window=16, tie_word_embeddings=True)),
 ]
 
 

@@ -9,17 +9,20 @@ use bradley::infer::pair::{EncodedPair, SequenceGroup};
 use bradley::infer::scorer::score;
 use bradley::model::config::ModelConfig;
 use bradley::model::decoder::Policy;
+use bradley::model::spec::{ModelSpec, Norms, QkNorm};
 use bradley::train::backprop::{SavePolicy, backward, forward};
 use bradley::train::trainable::{StepGradients, TrainablePolicy};
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
+use crate::reference_model::ReferenceModel;
 use crate::support::{
     assert_close, encode, golden, is_batch_invariant, json, numbers, policy, relative, rows,
     tensors, tiny,
 };
 
-const FAMILIES: [&str; 1] = ["gemma3"];
+/// Models in tests/goldens/models.
+const FAMILIES: [&str; 3] = ["gemma3", "gemma2", "gemma2-64"];
 
 /// Compares the log-probs of every pair with the golden ones.
 fn assert_golden_log_probs(name: &str, what: &str, model: &Policy, pairs: &[EncodedPair]) {
@@ -50,8 +53,34 @@ fn log_probs_of_each_family_are_those_of_transformers() {
     }
 }
 
-/// Returns the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones, in one
-/// packed row.
+/// Compares the reference of `random_specs.rs`, which checks the gradients of random models, with
+/// transformers.
+#[test]
+fn the_reference_has_the_log_probs_of_each_family() {
+    for name in FAMILIES {
+        let (policy, tokenizer) = tiny(name);
+        let model = ReferenceModel::new(&policy);
+        let expected = json(&format!("logps_{name}.json"));
+        let rows = rows("pairs.jsonl");
+        for (row, pair) in rows.iter().zip(encode(&rows, &tokenizer, 256)) {
+            let rejected_prompt = pair.rejected_prompt.as_ref().unwrap_or(&pair.prompt);
+            for (side, prompt, completion) in [
+                ("chosen", &pair.prompt, &pair.chosen),
+                ("rejected", rejected_prompt, &pair.rejected),
+            ] {
+                let got = model.log_probs(prompt, completion);
+                let want = numbers(&expected[row.id.as_deref().unwrap()][side]);
+                assert_eq!(got.len(), want.len(), "{name} {side}");
+                for (got, want) in got.iter().zip(want) {
+                    assert_close(&format!("{name} {side}"), *got, want, 1e-5, 0.1);
+                }
+            }
+        }
+    }
+}
+
+/// Returns the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones, from
+/// one packed row.
 fn gradients(
     policy: &TrainablePolicy,
     pairs: &[EncodedPair],
@@ -278,12 +307,17 @@ fn a_gemma_3_is_read_as_transformers_4_and_5_write_it() {
         read(json)
     };
     for (field, value) in [
-        ("attn_logit_softcapping", json!(50.0)),
-        ("final_logit_softcapping", json!(30.0)),
+        ("attn_logit_softcapping", json!(0.0)),
+        ("final_logit_softcapping", json!(-30.0)),
         ("use_bidirectional_attention", json!(true)),
     ] {
         assert!(with(field, value).unwrap_err().to_string().contains(field));
     }
+    // In Gemma 3 soft-caps are possible, but absent by default.
+    let caps = |spec: &ModelSpec| (spec.blocks[0].attention().softcap, spec.logit_softcap);
+    assert_eq!(caps(&spec), (None, None));
+    let capped = with("attn_logit_softcapping", json!(50.0)).unwrap().spec;
+    assert_eq!(caps(&capped), (Some(50.0), None));
     let pattern = with("sliding_window_pattern", json!(2)).unwrap().spec;
     assert_eq!(
         pattern
@@ -292,5 +326,86 @@ fn a_gemma_3_is_read_as_transformers_4_and_5_write_it() {
             .filter(|block| block.attention().window.is_none())
             .count(),
         13
+    );
+}
+
+#[test]
+fn a_gemma_2_is_read_as_transformers_reads_it() {
+    let read = |json: Value| {
+        ModelConfig::from_hf_json(&json.to_string(), std::path::Path::new("config.json"))
+    };
+    // The fields of google/gemma-2-2b-it's config.json that describe the model.
+    let published = json!({
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "attention_bias": false,
+        "attn_logit_softcapping": 50.0,
+        "bos_token_id": 2,
+        "eos_token_id": [1, 107],
+        "final_logit_softcapping": 30.0,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "max_position_embeddings": 8192,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "vocab_size": 256_000,
+    });
+    let config = read(published.clone()).unwrap();
+    assert_eq!(config.parameter_count(), 2_614_341_888);
+    let spec = &config.spec;
+    assert!(spec.tie_word_embeddings && spec.norms_add_one);
+    assert_eq!(
+        (spec.embedding_scale, spec.logit_softcap),
+        (48.0, Some(30.0))
+    );
+    for (layer, block) in spec.blocks.iter().enumerate() {
+        let attention = block.attention();
+        assert_eq!(
+            (attention.scale, attention.softcap, attention.qk_norm),
+            (1.0 / 16.0, Some(50.0), QkNorm::Absent)
+        );
+        let window = (layer % 2 == 0).then_some(4096);
+        assert_eq!(attention.window, window, "layer {layer}");
+        assert_eq!(
+            (block.mixer_norms, block.feed_forward_norms),
+            (Norms::PreAndPost, Norms::PreAndPost)
+        );
+    }
+
+    // The defaults are those of the 2B model.
+    let defaults = read(json!({"model_type": "gemma2"})).unwrap();
+    assert_eq!(defaults.canonical(), config.canonical());
+    // Null means that there is no cap. A model without a cap is another model.
+    for field in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        let mut json = published.clone();
+        json[field] = Value::Null;
+        let uncapped = read(json).unwrap();
+        let has_cap = match field {
+            "attn_logit_softcapping" => uncapped.spec.blocks[0].attention().softcap.is_some(),
+            _ => uncapped.spec.logit_softcap.is_some(),
+        };
+        assert!(!has_cap, "{field}");
+        assert_ne!(uncapped.canonical(), config.canonical(), "{field}");
+        for refused in [json!(0), json!(-1.0), json!(1e-60), json!("50")] {
+            let mut json = published.clone();
+            json[field] = refused;
+            assert!(read(json).unwrap_err().to_string().contains(field));
+        }
+    }
+    let mut layers = published.clone();
+    layers["layer_types"] = json!(vec!["full_attention"; 26]);
+    let windows = read(layers).unwrap().spec.blocks;
+    assert!(
+        windows
+            .iter()
+            .all(|block| block.attention().window.is_none())
     );
 }

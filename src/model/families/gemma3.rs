@@ -4,13 +4,14 @@
 
 use serde_json::{Value, json};
 
-use super::common::{Common, Family, sliding_layers};
+use super::common::{Family, sliding_layers};
+use super::gemma::Gemma;
 use crate::model::config::json::Fields;
 use crate::model::config::limits;
 use crate::model::config::rope::rope_of;
 use crate::model::error::ModelError;
 use crate::model::rope::RopeConfig;
-use crate::model::spec::{AttentionSpec, BlockSpec, ModelSpec, Norms, QkNorm};
+use crate::model::spec::{AttentionSpec, ModelSpec, QkNorm};
 
 pub(super) static FAMILY: Family = Family {
     text_in: Some("gemma3"),
@@ -41,27 +42,15 @@ fn defaults() -> Value {
 }
 
 fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
-    refuse_variants(fields)?;
-    let common = Common::read(fields)?;
-    let scalar = fields.number("query_pre_attn_scalar")?.unwrap_or(256.0);
-    let scale = scalar.powf(-0.5) as f32;
-    if !(scale > 0.0 && scale.is_finite()) {
-        return Err(fields.invalid(
-            "query_pre_attn_scalar",
-            format!("is {scalar}; must be a number above 0"),
-        ));
-    }
+    let gemma = Gemma::read(fields)?;
     let attention = AttentionSpec {
-        scale,
         qk_norm: QkNorm::PerHead,
-        qkv_bias: common.attention_bias,
-        output_bias: common.attention_bias,
-        ..common.attention()
+        ..gemma.attention
     };
     let block = |slides: &bool| {
         let attention = match slides {
             true => AttentionSpec {
-                window: common.window,
+                window: gemma.window(),
                 rope: LOCAL,
                 ..attention
             },
@@ -71,42 +60,17 @@ fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
                 ..attention
             },
         };
-        BlockSpec {
-            mixer_norms: Norms::PreAndPost,
-            feed_forward_norms: Norms::PreAndPost,
-            ..common.block(attention)
-        }
+        gemma.block(attention)
     };
-    let blocks = layers(fields, common.num_layers)?
+    let blocks = layers(fields, gemma.num_layers())?
         .iter()
         .map(block)
         .collect();
-    let model = common.model(blocks);
+    let model = gemma.model(blocks);
     Ok(ModelSpec {
         ropes: ropes(fields, model.max_position_embeddings)?,
-        embedding_scale: (model.hidden_size as f64).sqrt() as f32,
-        norms_add_one: true,
         ..model
     })
-}
-
-/// Refuses variants that change the model's results and are not implemented.
-fn refuse_variants(fields: &Fields<'_>) -> Result<(), ModelError> {
-    if fields.is_null("hidden_activation") {
-        return Err(fields.invalid("hidden_activation", "is null; must be gelu_pytorch_tanh"));
-    }
-    for field in ["attn_logit_softcapping", "final_logit_softcapping"] {
-        if fields.number(field)?.is_some() {
-            return Err(fields.invalid(field, "soft-caps are not implemented; must be null"));
-        }
-    }
-    match fields.flag("use_bidirectional_attention")? {
-        Some(true) => Err(fields.invalid(
-            "use_bidirectional_attention",
-            "is true; only causal language models are implemented",
-        )),
-        _ => Ok(()),
-    }
 }
 
 /// Returns for each layer true if it has the sliding window. By default every sixth layer has none.

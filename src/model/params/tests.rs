@@ -151,7 +151,15 @@ fn adapters_have_the_tensors_that_peft_makes() {
 
 #[test]
 fn the_golden_models_files_hold_the_table() {
-    for name in ["llama", "mistral", "qwen2", "qwen3", "gemma3"] {
+    for name in [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma3",
+        "gemma2",
+        "gemma2-64",
+    ] {
         let table = params(&spec(&json(&golden(&format!("models/{name}/config.json")))));
         let file = std::fs::read(golden(&format!("models/{name}/model.safetensors"))).unwrap();
         let (_, metadata) = safetensors::SafeTensors::read_metadata(&file).unwrap();
