@@ -21,7 +21,7 @@ use candle_core::Result;
 use super::backend::{Attended, Backend, BlockOps, Gated, OutputGradient, StreamNorm};
 use super::params::{LinearGroup, PerGroup};
 use super::spec::{
-    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm,
+    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, Projections, QkNorm,
 };
 use crate::compute::cpu::rope::Direction;
 
@@ -60,8 +60,10 @@ fn attention_of(spec: &BlockSpec) -> AttentionSpec {
                 width: _,
                 activation: ActivationFunction::Silu | ActivationFunction::GeluTanh,
                 bias: _,
+                projections: Projections::Separate | Projections::Fused,
             },
         feed_forward_norms: Norms::Pre | Norms::PreAndPost,
+        norm_names: _,
     } = *spec;
     attention
 }

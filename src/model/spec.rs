@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use super::rope::RopeConfig;
+use super::rope::{RopeConfig, RopeScaling, RotaryPairs};
 use crate::compute::cpu::attention::Heads;
 pub use crate::compute::cpu::swiglu::ActivationFunction;
 use crate::domain::training::Precision;
@@ -50,6 +50,8 @@ pub struct BlockSpec {
     pub feed_forward: FeedForward,
     /// RMSNorms around the feed-forward part.
     pub feed_forward_norms: Norms,
+    /// Names of the norms in files.
+    pub norm_names: NormNames,
 }
 
 /// The part of a block in which the tokens of a row exchange information.
@@ -84,6 +86,18 @@ pub struct AttentionSpec {
     pub qkv_bias: bool,
     /// True if the output projection has a bias.
     pub output_bias: bool,
+    /// The matrices that compute queries, keys and values.
+    pub projections: Projections,
+}
+
+/// Storage of projections with the same input. Fused projections are one parameter, with one
+/// low-rank update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Projections {
+    /// Each projection has a matrix of its own.
+    Separate,
+    /// One matrix computes all of them.
+    Fused,
 }
 
 /// RMSNorms on queries and keys, before the rotation.
@@ -107,7 +121,20 @@ pub enum FeedForward {
         activation: ActivationFunction,
         /// True if gate, up and down have biases.
         bias: bool,
+        /// The matrices that compute gate and up.
+        projections: Projections,
     },
+}
+
+/// Names of the norms of a block in files. They differ only if there are norms on outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormNames {
+    /// As in Gemma: `post_attention_layernorm`, `pre_feedforward_layernorm` and
+    /// `post_feedforward_layernorm`.
+    Gemma,
+    /// As in GLM-4: `post_self_attn_layernorm`, `post_attention_layernorm` and
+    /// `post_mlp_layernorm`.
+    Glm,
 }
 
 /// Positions of the RMSNorms around a part of a block.
@@ -137,6 +164,14 @@ impl ModelSpec {
         self.blocks.iter().map(of).max().unwrap_or(0)
     }
 
+    /// Returns a number that is the same for two lengths of a sequence exactly if all rotary
+    /// frequencies are.
+    pub fn length_class(&self, length: usize) -> usize {
+        // No summand decreases with the length, so equal sums have equal summands.
+        let of = |rope: &RopeConfig| rope.length_class(length);
+        self.ropes.iter().map(of).sum()
+    }
+
     /// Returns the properties that [`super::config::ModelConfig::canonical`] does not list itself,
     /// as far as they differ from the Llama layout. They are part of the model's identity. For the
     /// families of the Llama layout the list is empty, so that their identity does not change.
@@ -149,6 +184,13 @@ impl ModelSpec {
             return found;
         };
         let attention = block.attention();
+        if attention.projections == Projections::Fused || block.fuses_gate_up() {
+            let fused = [
+                attention.projections == Projections::Fused,
+                block.fuses_gate_up(),
+            ];
+            found.push(json!(["fused_projections", fused]));
+        }
         match block.feed_forward {
             FeedForward::Gated {
                 activation: ActivationFunction::Silu,
@@ -195,6 +237,27 @@ impl ModelSpec {
                 .collect();
             found.push(json!(["other_ropes", ropes, of_blocks]));
         }
+        for (index, rope) in self.ropes.iter().enumerate() {
+            if rope.pairs == RotaryPairs::Interleaved {
+                found.push(json!(["interleaved_rope", index]));
+            }
+            match rope.scaling {
+                RopeScaling::None
+                | RopeScaling::Linear { .. }
+                | RopeScaling::Llama3 { .. }
+                | RopeScaling::Yarn { .. } => {}
+                RopeScaling::Dynamic { factor, context } => {
+                    found.push(json!(["dynamic_rope", index, factor, context]));
+                }
+                RopeScaling::LongRope {
+                    original_max_position_embeddings: context,
+                    ..
+                } => {
+                    let (long, _) = rope.bits_at(self.head_dim(), context + 1);
+                    found.push(json!(["long_rope", index, context, long]));
+                }
+            }
+        }
         found
     }
 
@@ -213,6 +276,31 @@ impl BlockSpec {
     pub fn attention(&self) -> &AttentionSpec {
         let Mixer::Attention(attention) = &self.mixer;
         attention
+    }
+
+    /// Returns the block with one matrix for gate and up.
+    pub fn with_fused_gate_up(self) -> Self {
+        let FeedForward::Gated {
+            width,
+            activation,
+            bias,
+            projections: _,
+        } = self.feed_forward;
+        BlockSpec {
+            feed_forward: FeedForward::Gated {
+                width,
+                activation,
+                bias,
+                projections: Projections::Fused,
+            },
+            ..self
+        }
+    }
+
+    /// Returns true if one matrix computes gate and up.
+    pub fn fuses_gate_up(&self) -> bool {
+        let FeedForward::Gated { projections, .. } = self.feed_forward;
+        projections == Projections::Fused
     }
 
     /// Returns the number of matrices as wide as the residual stream that a tape holds: the inputs

@@ -16,6 +16,7 @@ use crate::model::cpu::sizes::{
 use crate::model::cuda::sizes::{head_bytes, trained_bytes};
 use crate::model::device::ComputeDevice;
 use crate::model::params::{LoraLayer, lora_layers};
+use crate::model::spec::BlockSpec;
 use crate::train::backprop::SavePolicy;
 use crate::train::optimizer::AdamW;
 use crate::train::trainable::{StepGradients, TrainablePolicy};
@@ -188,7 +189,9 @@ pub fn estimate(
     let blocks = shapes(config);
     let ranks = ranks(config, spec) as usize;
     let kernel = Kernel::best(spec.precision.unwrap_or(Precision::F32));
-    let gate_up = SavedGateUp::for_tape(kernel, matches!(spec.method, Method::Lora(_)));
+    let is_fused = config.spec.blocks.iter().any(BlockSpec::fuses_gate_up);
+    let is_lora = matches!(spec.method, Method::Lora(_));
+    let gate_up = SavedGateUp::for_tape(kernel, is_lora && !is_fused);
     let tape = max_over_blocks(&blocks, |block| tape_floats(block, gate_up, ranks));
     let input = max_over_blocks(&blocks, input_floats);
     let backward = max_over_blocks(&blocks, |block| backward_floats(block, gate_up));

@@ -7,7 +7,7 @@ use super::attention::{Heads, attention, attention_backward};
 use super::gemm::{Elements, Kernel, NR, Operand, View, WeightView};
 use super::head::{HeadInput, HeadOptions, MAX_SAVED_PROBABILITIES, head, head_weight_gradient};
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
-use super::rope::{Direction, RopeTable, rotate};
+use super::rope::{Direction, RopeTable, RotaryPairs, rotate};
 use super::simd::{soft_cap, soft_cap_slope};
 use super::swiglu::{
     ActivationFunction, GateUpTape, GatedTiles, GradientTiles, SavedGateUp, gated, gated_backward,
@@ -135,10 +135,12 @@ fn head_norm_is_the_norm_of_every_head_and_leaves_the_rest_alone() {
 
 #[test]
 fn rope_rotates_and_its_transpose_is_its_gradient() {
-    let table = RopeTable::new(&[0, 1, 2, 7], &[1.0, 0.3, 0.05, 0.01], 1.1);
+    let frequencies: &[f32] = &[1.0, 0.3, 0.05, 0.01];
+    let segments = [(0..3, frequencies), (7..8, frequencies)];
+    let table = RopeTable::new(segments, 1.1, RotaryPairs::Halves);
     let rotated = |x: &[f32], direction| {
         let mut y = x.to_vec();
-        rotate(&mut y, 20, 2, &table, direction);
+        rotate(&mut y, 20, (2, 8), &table, direction);
         y
     };
     let (x, u) = (random(80, 3), random(80, 4));
@@ -153,6 +155,46 @@ fn rope_rotates_and_its_transpose_is_its_gradient() {
     check_gradient("rope", &x, &rotated(&u, Direction::Backward), &u, |x| {
         rotated(x, Direction::Forward)
     });
+}
+
+#[test]
+fn rope_rotates_the_first_dimensions_of_each_head_in_halves_or_in_pairs() {
+    // Two segments with frequencies of their own; heads of 6, of which 4 dimensions are rotated.
+    let (short, long): (&[f32], &[f32]) = (&[1.0, 0.3], &[0.5, 0.02]);
+    for pairs in [RotaryPairs::Halves, RotaryPairs::Interleaved] {
+        let table = RopeTable::new([(0..2, short), (5..7, long)], 1.1, pairs);
+        let rotated = |x: &[f32], direction| {
+            let mut y = x.to_vec();
+            rotate(&mut y, 20, (3, 6), &table, direction);
+            y
+        };
+        let (x, u) = (random(80, 3), random(80, 4));
+        let y = rotated(&x, Direction::Forward);
+        for (token, position, frequencies) in [(1, 1.0, short), (3, 6.0, long)] {
+            for head in 0..3 {
+                let first = token * 20 + head * 6;
+                for (i, f) in frequencies.iter().enumerate() {
+                    let angle: f32 = position * f;
+                    let (one, other) = match pairs {
+                        RotaryPairs::Halves => (first + i, first + 2 + i),
+                        RotaryPairs::Interleaved => (first + 2 * i, first + 2 * i + 1),
+                    };
+                    let (a, b) = (x[one], x[other]);
+                    assert!((y[one] - 1.1 * (a * angle.cos() - b * angle.sin())).abs() < 1e-6);
+                    assert!((y[other] - 1.1 * (b * angle.cos() + a * angle.sin())).abs() < 1e-6);
+                }
+                assert_eq!(
+                    y[first + 4..first + 6],
+                    x[first + 4..first + 6],
+                    "{pairs:?}"
+                );
+            }
+        }
+        assert_eq!(y[18..20], x[18..20], "what is not a rotated head stays");
+        check_gradient("rope", &x, &rotated(&u, Direction::Backward), &u, |x| {
+            rotated(x, Direction::Forward)
+        });
+    }
 }
 
 #[test]

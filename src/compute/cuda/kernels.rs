@@ -150,6 +150,7 @@ impl Launch {
 const GENERIC: &[&str] = &[
     "embed",
     "rope",
+    "rope_interleaved",
     "swiglu",
     "swiglu_backward",
     "geglu",

@@ -18,7 +18,7 @@ use super::gpu::{Gpu, Memory};
 use super::kernels::Kind::{Bf16, F32};
 use super::kernels::{Arg, AttentionPass, Kind, Launch, tensor_core_kernel};
 use crate::compute::cpu::attention::Heads;
-use crate::compute::cpu::rope::Direction;
+use crate::compute::cpu::rope::{Direction, RotaryPairs};
 use crate::compute::cpu::swiglu::ActivationFunction;
 
 /// Number of floats in a row's softmax state (`State` in head.cu).
@@ -295,16 +295,33 @@ pub(crate) fn cast_bf16(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
 
 // ---------------------------------------------------------------------------------- element-wise
 
-/// Applies the rotary embedding to the first heads of every row of `x` in place; cos and sin are
-/// `[T, D/2]`.
+/// Rotary tables of a row.
+#[derive(Clone, Copy)]
+pub(crate) struct RotaryTables<'a> {
+    /// `[T, half]`.
+    pub cos: &'a Memory,
+    /// `[T, half]`.
+    pub sin: &'a Memory,
+    /// Number of pairs that are rotated in each head.
+    pub half: usize,
+    /// Dimensions that are rotated together.
+    pub pairs: RotaryPairs,
+}
+
+/// Applies the rotary embedding to the first heads of every row of `x` in place.
 pub(crate) fn rope(
     gpu: &Gpu,
     x: &Memory,
-    cos: &Memory,
-    sin: &Memory,
+    tables: RotaryTables<'_>,
     heads: HeadLayout,
     direction: Direction,
 ) -> Result<()> {
+    let RotaryTables {
+        cos,
+        sin,
+        half,
+        pairs,
+    } = tables;
     let HeadLayout {
         rows,
         stride,
@@ -315,11 +332,18 @@ pub(crate) fn rope(
     if first != 0 {
         bail!("CUDA: rope: heads must start at column 0, not {first}");
     }
-    let (kind, table) = (x.kind(), rows * (dim / 2));
+    if 2 * half > dim {
+        bail!("CUDA: rope: {half} pairs do not fit into a head of {dim}");
+    }
+    let (kind, table) = (x.kind(), rows * half);
+    let name = match pairs {
+        RotaryPairs::Halves => "rope",
+        RotaryPairs::Interleaved => "rope_interleaved",
+    };
     check(
-        "rope",
+        name,
         &[
-            ("x", x, kind, heads.elements("rope", "x")?),
+            ("x", x, kind, heads.elements(name, "x")?),
             ("cos", cos, F32, table),
             ("sin", sin, F32, table),
         ],
@@ -336,9 +360,10 @@ pub(crate) fn rope(
         stride.into(),
         count.into(),
         dim.into(),
+        half.into(),
         sign.into(),
     ];
-    gpu.launch("rope", Some(kind), Launch::blocks(rows), &args)
+    gpu.launch(name, Some(kind), Launch::blocks(rows), &args)
 }
 
 /// Computes y = activation(gate) · up, with y `[T, width]` and gate_up = \[gate | up\] `[T,

@@ -62,8 +62,10 @@ impl<'a> CpuBlock<'a> {
                     width,
                     activation,
                     bias: _,
+                    projections: _,
                 },
             feed_forward_norms: _,
+            norm_names: _,
         } = spec.blocks[index];
         let groups = |adapter: Option<&'a Adapter>| {
             PerGroup::build(|group| CpuLinearGroup::open(kernel, index, parameters, adapter, group))
@@ -216,7 +218,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         rotate(
             qkv,
             self.heads.row(),
-            self.heads.query + self.heads.key,
+            (self.heads.query + self.heads.key, self.heads.dim),
             rope,
             direction,
         );
@@ -244,7 +246,8 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     }
 
     /// With `save_tape`, saves `[gate | up]` in bf16 if the kernel rounds to bf16 and only an
-    /// adapter is trained, otherwise in f32.
+    /// adapter is trained, otherwise in f32. The gradients of rounded values are separate operands
+    /// for gate and up, so with fused projections the values are always saved in f32.
     fn feed_forward(
         &self,
         (): (),
@@ -254,7 +257,9 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         let (tokens, width) = (self.tokens(), self.width);
         let saved_gate_up = match save_tape {
             false => SavedGateUp::Nothing,
-            true => SavedGateUp::for_tape(self.kernel, self.is_adapted),
+            true => {
+                SavedGateUp::for_tape(self.kernel, self.is_adapted && !self.spec.fuses_gate_up())
+            }
         };
         if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {
             let tiles =

@@ -211,15 +211,11 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
     }
 
     fn rotate(&self, qkv: &mut Memory, direction: Direction) -> Result<()> {
-        let (h, (cos, sin)) = (
-            self.shape.heads,
-            &self.row.ropes[self.spec.attention().rope],
-        );
+        let h = self.shape.heads;
         ops::rope(
             self.gpu,
             qkv,
-            cos,
-            sin,
+            self.row.ropes[self.spec.attention().rope].tables(),
             self.head_columns(0, h.query + h.key),
             direction,
         )

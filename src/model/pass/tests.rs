@@ -9,7 +9,8 @@ use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNor
 use crate::model::block_shape::BlockShape;
 use crate::model::params::LinearGroup;
 use crate::model::spec::{
-    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm,
+    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, NormNames, Norms,
+    Projections, QkNorm,
 };
 
 const TOKENS: usize = 5;
@@ -96,6 +97,7 @@ impl CountingRow {
             qk_norm,
             qkv_bias: false,
             output_bias: false,
+            projections: Projections::Separate,
         };
         let block = BlockSpec {
             mixer: Mixer::Attention(attention),
@@ -104,8 +106,10 @@ impl CountingRow {
                 width: 48,
                 activation: ActivationFunction::Silu,
                 bias: false,
+                projections: Projections::Separate,
             },
             feed_forward_norms: norms,
+            norm_names: NormNames::Gemma,
         };
         CountingRow {
             blocks: vec![block; BLOCKS],
@@ -179,7 +183,12 @@ struct CountingBlock<'a> {
 
 impl CountingBlock<'_> {
     fn low_rank(&self, group: LinearGroup) -> CountedPiece {
-        self.row.piece(ELEMENT * RANK * group.members().len())
+        let layers = match group {
+            LinearGroup::Qkv => 3,
+            LinearGroup::GateUp => 2,
+            LinearGroup::Output | LinearGroup::Down => 1,
+        };
+        self.row.piece(ELEMENT * RANK * layers)
     }
 }
 

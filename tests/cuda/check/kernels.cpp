@@ -189,10 +189,10 @@ void casts(int n, int grid) {
 }
 
 template <class T>
-void rotary(int rows, int heads, int dim, int rest, int grid) {
+void rotary(int rows, int heads, int dim, int half, int rest, int grid) {
     for (float sign : {1.0f, -1.0f})
-        cases<T>("rope", text({rows, heads, dim, rest, grid, int(sign)}), [&](Run& run) {
-            const int stride = heads * dim + rest, half = dim / 2;
+        cases<T>("rope", text({rows, heads, dim, half, rest, grid, int(sign)}), [&](Run& run) {
+            const int stride = heads * dim + rest;
             auto x = run.random<T>(rows * stride);
             auto cosine = run.random<float>(rows * half), sine = run.random<float>(rows * half);
             Numbers want = x.values();
@@ -206,7 +206,31 @@ void rotary(int rows, int heads, int dim, int rest, int grid) {
                         *b = *b * c + old * s;
                     }
             launch(ENTRY(rope), grid, 256, 0, x.data(), cosine.data(), sine.data(), rows, stride,
-                   heads, dim, sign);
+                   heads, dim, half, sign);
+            run.expect(x, want);
+        });
+}
+
+template <class T>
+void interleaved_rotary(int rows, int heads, int dim, int half, int rest, int grid) {
+    const std::string sizes = text({rows, heads, dim, half, rest, grid});
+    for (float sign : {1.0f, -1.0f})
+        cases<T>("rope_interleaved", sizes + (sign > 0 ? "" : " back"), [&](Run& run) {
+            const int stride = heads * dim + rest;
+            auto x = run.random<T>(rows * stride);
+            auto cosine = run.random<float>(rows * half), sine = run.random<float>(rows * half);
+            Numbers want = x.values();
+            for (int t = 0; t < rows; ++t)
+                for (int h = 0; h < heads; ++h)
+                    for (int i = 0; i < half; ++i) {
+                        double *a = &want[t * stride + h * dim + 2 * i], *b = a + 1;
+                        const double c = cosine.at(t * half + i), s = sign * sine.at(t * half + i),
+                                     old = *a;
+                        *a = old * c - *b * s;
+                        *b = *b * c + old * s;
+                    }
+            launch(ENTRY(rope_interleaved), grid, 256, 0, x.data(), cosine.data(), sine.data(),
+                   rows, stride, heads, dim, half, sign);
             run.expect(x, want);
         });
 }
@@ -498,7 +522,14 @@ void all() {
     for (int rows : ROWS)
         for (int dim : {2, 6, 64, 128})
             for (int heads : {1, 3})
-                for (int rest : {0, 16, 7}) rotary<T>(rows, heads, dim, rest, rest == 0 ? 1 : rows);
+                for (int rest : {0, 16, 7}) {
+                    const int grid = rest == 0 ? 1 : rows;
+                    // All dimensions of a head, then about half of them.
+                    for (int half : {dim / 2, (dim + 2) / 4}) {
+                        rotary<T>(rows, heads, dim, half, rest, grid);
+                        interleaved_rotary<T>(rows, heads, dim, half, rest, grid);
+                    }
+                }
     for (int rows : ROWS)
         for (int dim : {1, 33, 64, 66, 128, 250, 256})
             for (int offset : {0, 64, 5})

@@ -380,9 +380,19 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
         heads: 6,
         dim: 64,
     };
+    let tables = |half| RotaryTables {
+        cos: &lse,
+        sin: &lse,
+        half,
+        pairs: RotaryPairs::Halves,
+    };
     assert_refused(
-        rope(&gpu, &dqkv, &lse, &lse, places, Direction::Forward),
+        rope(&gpu, &dqkv, tables(32), places, Direction::Forward),
         &["rope", "cos has 4 elements", "32"],
+    );
+    assert_refused(
+        rope(&gpu, &dqkv, tables(33), places, Direction::Forward),
+        &["rope", "33 pairs", "64"],
     );
     assert_refused(
         head_norm(&gpu, &dqkv, &lse, places, 0.0),
