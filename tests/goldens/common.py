@@ -14,8 +14,10 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -70,6 +72,8 @@ def tokenizer(template, specials, bos, eos, add_bos):
 COMMON = dict(
     vocab_size=320, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512
 )
+# Context of the pretrained model with longrope, about as long as the sequences of CHAT.
+LONGROPE_CONTEXT = 50
 SHAPES = {
     "llama": lambda: (
         LlamaConfig(
@@ -135,6 +139,43 @@ SHAPES = {
             attn_logit_softcapping=2.5,
             final_logit_softcapping=4.0,
             tie_word_embeddings=False,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Plain frequencies on all dimensions, a window.
+    "phi3": lambda: (
+        Phi3Config(**COMMON, num_hidden_layers=2, sliding_window=16),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # longrope on three quarters of each head; some sequences are longer than the pretrained context, and of some pairs only one.
+    "phi3-long": lambda: (
+        Phi3Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64},
+            num_hidden_layers=2,
+            tie_word_embeddings=True,
+            original_max_position_embeddings=LONGROPE_CONTEXT,
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=10000.0,
+                partial_rotary_factor=0.75,
+                short_factor=[1 + 0.05 * i for i in range(12)],
+                long_factor=[1 + 0.4 * i for i in range(12)],
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "glm4": lambda: (
+        Glm4Config(**COMMON, num_hidden_layers=2, head_dim=8, attention_bias=False, tie_word_embeddings=True),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Heads for tensor cores, a quarter of each rotated, biases.
+    "glm4-64": lambda: (
+        Glm4Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=2,
+            head_dim=64,
+            attention_bias=True,
+            rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0, partial_rotary_factor=0.25),
         ),
         tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
     ),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from common import HERE, MODELS, build, load, randomise, rows, strip, trainer
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3"]
-FAMILIES = ["gemma3", "gemma2", "gemma2-64"]
+FAMILIES = ["gemma3", "gemma2", "gemma2-64", "phi3", "phi3-long", "glm4", "glm4-64"]
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -286,6 +286,11 @@ ROPES = [
     dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
     dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=128),
     dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=16.0, beta_slow=2.0, attention_factor=1.5),
+    dict(rope_type="dynamic", factor=2.5),
+    dict(
+        rope_type="longrope", factor=4.0, original_max_position_embeddings=128, short_factor=[1 + 0.1 * i for i in range(16)],
+        long_factor=[1.5 + 0.5 * i for i in range(16)],
+    ),
 ]
 
 
@@ -336,6 +341,7 @@ def formulas():
 def ropes():
     """Inverse frequencies and attention factors from transformers' own functions, with the config.json that asks for them."""
     from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     out = []
@@ -345,7 +351,11 @@ def ropes():
             rope_parameters=dict(rope_theta=20000.0, **parameters),
         )
         rotary = LlamaRotaryEmbedding(config)
-        out.append(dict(config=config.to_dict(), inv_freq=rotary.inv_freq.tolist(), attention_factor=float(rotary.attention_scaling)))
+        case = dict(config=config.to_dict(), inv_freq=rotary.inv_freq.tolist(), attention_factor=float(rotary.attention_scaling))
+        if parameters["rope_type"] in ("dynamic", "longrope"):
+            # The frequencies of a sequence that is longer than the context.
+            case["long"] = dict(length=700, inv_freq=ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, None, seq_len=700)[0].tolist())
+        out.append(case)
     (HERE / "ropes.json").write_text(json.dumps(out, indent=1, default=str) + "\n")
 
 

@@ -4,11 +4,12 @@
 use std::collections::HashMap;
 
 use bradley::domain::training::Precision;
-use bradley::infer::pack::pack;
+use bradley::infer::pack::pack_by_length;
 use bradley::infer::pair::{EncodedPair, SequenceGroup};
 use bradley::infer::scorer::score;
 use bradley::model::config::ModelConfig;
 use bradley::model::decoder::Policy;
+use bradley::model::rope::RotaryPairs;
 use bradley::model::spec::{ModelSpec, Norms, QkNorm};
 use bradley::train::backprop::{SavePolicy, backward, forward};
 use bradley::train::trainable::{StepGradients, TrainablePolicy};
@@ -22,7 +23,15 @@ use crate::support::{
 };
 
 /// Models in tests/goldens/models.
-const FAMILIES: [&str; 3] = ["gemma3", "gemma2", "gemma2-64"];
+const FAMILIES: [&str; 7] = [
+    "gemma3",
+    "gemma2",
+    "gemma2-64",
+    "phi3",
+    "phi3-long",
+    "glm4",
+    "glm4-64",
+];
 
 /// Compares the log-probs of every pair with the golden ones.
 fn assert_golden_log_probs(name: &str, what: &str, model: &Policy, pairs: &[EncodedPair]) {
@@ -87,7 +96,9 @@ fn gradients(
     save: SavePolicy,
 ) -> Vec<(String, Tensor)> {
     let groups: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
-    let row = pack(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    let spec = &policy.policy.config.spec;
+    let items: Vec<_> = groups.iter().map(Vec::as_slice).collect();
+    let row = pack_by_length(&items, &|length| spec.length_class(length));
     let tape = forward(&policy.policy, row.row.clone(), save, &mut || {}).unwrap();
     let mut upstream = vec![0f32; row.row.targets.len()];
     for ranges in &row.completions {
@@ -149,7 +160,8 @@ fn rows_of_each_family_give_what_their_sequences_give_alone() {
         let model = exact.with_precision(precision);
         let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
         let groups: Vec<_> = pairs.iter().map(EncodedPair::groups).collect();
-        let packed = pack(&groups.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        let items: Vec<_> = groups.iter().map(Vec::as_slice).collect();
+        let packed = pack_by_length(&items, &|length| model.config.spec.length_class(length));
         let together = model.log_probs(packed.row.clone(), &mut || {}).unwrap();
         let sum = |values: &[f32]| values.iter().map(|x| f64::from(*x)).sum::<f64>();
         for (i, pair) in pairs.iter().enumerate() {
@@ -408,4 +420,149 @@ fn a_gemma_2_is_read_as_transformers_reads_it() {
             .iter()
             .all(|block| block.attention().window.is_none())
     );
+}
+
+#[test]
+fn a_phi_3_is_read_as_transformers_reads_it() {
+    let read = |json: Value| {
+        ModelConfig::from_hf_json(&json.to_string(), std::path::Path::new("config.json"))
+    };
+    // The fields of microsoft/Phi-4-mini-instruct's config.json that describe the model, with
+    // factors of another size.
+    let factors = |last: f64| -> Value {
+        let mut list = vec![1.0; 48];
+        list[47] = last;
+        json!(list)
+    };
+    let published = json!({
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "attention_bias": false,
+        "bos_token_id": 199_999,
+        "eos_token_id": 199_999,
+        "hidden_act": "silu",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131_072,
+        "mlp_bias": false,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "original_max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.75,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": factors(1.25),
+            "long_factor": factors(30.5),
+        },
+        "rope_theta": 10_000.0,
+        "sliding_window": 262_144,
+        "tie_word_embeddings": true,
+        "vocab_size": 200_064,
+    });
+    let config = read(published.clone()).unwrap();
+    assert_eq!(config.parameter_count(), 3_836_021_760);
+    let spec = &config.spec;
+    let rope = &spec.ropes[0];
+    assert_eq!((spec.head_dim(), rope.dims), (128, Some(96)));
+    let (short, attention_factor) = rope.inv_freq_at(128, 4096);
+    let (long, _) = rope.inv_freq_at(128, 4097);
+    assert_eq!((short.len(), short[0]), (48, 1.0));
+    let last = 10_000_f64.powf(-94.0 / 96.0);
+    assert_close("short", f64::from(short[47]), last / 1.25, 1e-6, 1e-12);
+    assert_close("long", f64::from(long[47]), last / 30.5, 1e-6, 1e-12);
+    // √(1 + ln 32 / ln 4096).
+    assert_close(
+        "factor",
+        f64::from(attention_factor),
+        1.190_238,
+        1e-6,
+        1e-12,
+    );
+    assert_ne!(spec.length_class(4096), spec.length_class(4097));
+    assert_eq!(spec.length_class(4097), spec.length_class(131_072));
+
+    let with = |field: &str, value: Value| {
+        let mut json = published.clone();
+        json[field] = value;
+        read(json)
+    };
+    // Older files have other names for longrope.
+    for name in ["su", "yarn"] {
+        let mut scaling = published["rope_scaling"].clone();
+        scaling["type"] = json!(name);
+        let older = with("rope_scaling", scaling).unwrap();
+        assert_eq!(older.canonical(), config.canonical(), "{name}");
+    }
+    let mut other = published["rope_scaling"].clone();
+    other["long_factor"] = factors(31.0);
+    let other = with("rope_scaling", other).unwrap();
+    assert_ne!(other.canonical(), config.canonical());
+    for (field, value) in [
+        ("partial_rotary_factor", json!(0.5)),
+        ("partial_rotary_factor", json!(1.5)),
+        (
+            "rope_scaling",
+            json!({"type": "longrope", "short_factor": [1.0]}),
+        ),
+        ("hidden_act", json!("relu")),
+    ] {
+        assert!(with(field, value).is_err(), "{field}");
+    }
+    // Without `rope_scaling` the frequencies are plain, as in Phi-4.
+    let plain = with("rope_scaling", Value::Null).unwrap().spec;
+    assert_eq!(plain.length_class(4096), plain.length_class(131_072));
+}
+
+#[test]
+fn a_glm_4_is_read_as_transformers_reads_it() {
+    let read = |json: Value| {
+        ModelConfig::from_hf_json(&json.to_string(), std::path::Path::new("config.json"))
+    };
+    // The fields of THUDM/GLM-4-9B-0414's config.json that describe the model.
+    let published = json!({
+        "model_type": "glm4",
+        "architectures": ["Glm4ForCausalLM"],
+        "attention_bias": true,
+        "eos_token_id": [151_329, 151_336, 151_338],
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 13_696,
+        "max_position_embeddings": 32_768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": false,
+        "vocab_size": 151_552,
+    });
+    let config = read(published.clone()).unwrap();
+    assert_eq!(config.parameter_count(), 9_400_279_040);
+    let spec = &config.spec;
+    let rope = &spec.ropes[0];
+    assert_eq!(
+        (rope.dims, rope.pairs),
+        (Some(64), RotaryPairs::Interleaved)
+    );
+    for block in &spec.blocks {
+        let attention = block.attention();
+        assert!(attention.qkv_bias && !attention.output_bias);
+        assert_eq!(
+            (block.mixer_norms, block.feed_forward_norms),
+            (Norms::PreAndPost, Norms::PreAndPost)
+        );
+    }
+    // By default half of each head is rotated.
+    let mut json = published.clone();
+    json.as_object_mut()
+        .unwrap()
+        .remove("partial_rotary_factor");
+    assert_eq!(read(json).unwrap().canonical(), config.canonical());
+    let mut json = published;
+    json["partial_rotary_factor"] = json!(0.25);
+    assert_ne!(read(json).unwrap().canonical(), config.canonical());
 }

@@ -98,6 +98,8 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
         ("qwen2", 32, 4, 32_768, vec![None; 30]),
         ("qwen3", 32, 128, 32_768, vec![None; 30]),
         ("gemma2", 4, 256, 8192, [Some(4096), None].repeat(15)),
+        ("phi3", 64, 4, 4096, vec![None; 30]),
+        ("glm4", 2, 128, 131_072, vec![None; 30]),
         (
             "gemma3_text",
             4,
