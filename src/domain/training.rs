@@ -18,6 +18,9 @@ pub const TARGET_MODULES: [&str; 7] = [
     "down_proj",
 ];
 
+/// Projections that LoRA can adapt in families that store several of them as one matrix.
+pub const FUSED_TARGET_MODULES: [&str; 2] = ["qkv_proj", "gate_up_proj"];
+
 /// Every setting of a run except the data, fixed when the job is created.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -72,7 +75,8 @@ pub struct LoraConfig {
     pub rank: usize,
     /// Numerator α of the scale.
     pub alpha: f64,
-    /// Names of the adapted projections, a subset of [`TARGET_MODULES`].
+    /// Names of the adapted projections, from [`TARGET_MODULES`] and [`FUSED_TARGET_MODULES`]. The
+    /// names of all parts of a fused projection together stand for it.
     pub target_modules: Vec<String>,
     /// True for rank-stabilised LoRA: scale = α/√r instead of α/r.
     pub use_rslora: bool,
@@ -524,13 +528,14 @@ impl LoraConfig {
             );
         }
         for (i, m) in self.target_modules.iter().enumerate() {
-            if !TARGET_MODULES.contains(&m.as_str()) {
+            let all = [&TARGET_MODULES[..], &FUSED_TARGET_MODULES[..]].concat();
+            if !all.contains(&m.as_str()) {
                 out.push(
                     format!("{field}.target_modules[{i}]"),
                     format!(
                         "{} is not a projection of the decoder: use {}",
                         quoted(m),
-                        TARGET_MODULES.join(", ")
+                        all.join(", ")
                     ),
                 );
             }

@@ -44,13 +44,17 @@ pub enum SavePolicy {
     Nothing,
 }
 
-/// An RMSNorm on the residual stream.
+/// An RMSNorm on the residual stream, or on an output that is added to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamNorm {
     /// Before the mixer.
     Mixer,
     /// Before the feed-forward part.
     FeedForward,
+    /// On the mixer's output.
+    MixerOutput,
+    /// On the feed-forward part's output.
+    FeedForwardOutput,
 }
 
 impl StreamNorm {
@@ -59,6 +63,8 @@ impl StreamNorm {
         match self {
             StreamNorm::Mixer => BlockParam::InputNorm,
             StreamNorm::FeedForward => BlockParam::FeedForwardNorm,
+            StreamNorm::MixerOutput => BlockParam::MixerOutputNorm,
+            StreamNorm::FeedForwardOutput => BlockParam::FeedForwardOutputNorm,
         }
     }
 }
@@ -121,7 +127,8 @@ pub struct Gated<B: Backend> {
 /// The gradient of the output of a group of linear layers. The variants differ in the matrix that
 /// holds it.
 pub enum OutputGradient<'a, B: Backend> {
-    /// The gradient of the residual stream, because the output was added to the stream.
+    /// The gradient of the output of the last layer of a part, as wide as the residual stream and
+    /// in f32. It is the gradient of the stream itself, unless a norm comes before the sum.
     Stream(&'a B::Activation),
     /// The gradient of `[q | k | v]`.
     Qkv(&'a B::Activation),
@@ -184,6 +191,10 @@ pub trait BlockOps<B: Backend> {
     /// heads.
     fn new_qkv(&self) -> Result<B::Activation>;
 
+    /// Allocates a matrix of the same shape and type as the residual stream `[T, C]`, filled with
+    /// zeros.
+    fn new_stream(&self) -> Result<B::Activation>;
+
     /// Allocates the memory that [`BlockOps::feed_forward`] writes to.
     fn new_gate_up(&self) -> Result<B::GateUpSpace>;
 
@@ -209,6 +220,10 @@ pub trait BlockOps<B: Backend> {
         x: &mut B::Activation,
     ) -> Result<B::LowRankProjection>;
 
+    /// Applies a norm to the output `y` `[T, C]` of a part and adds the result to the residual
+    /// stream `x`.
+    fn add_norm(&self, norm: StreamNorm, y: &B::Activation, x: &mut B::Activation) -> Result<()>;
+
     /// Applies RMSNorm to every head of the queries and keys in place.
     fn head_norms(&self, qkv: &mut B::Activation) -> Result<()>;
 
@@ -228,12 +243,12 @@ pub trait BlockOps<B: Backend> {
     ) -> Result<Gated<B>>;
 
     /// Runs down and the activation backward. Returns the gradient of `[gate | up]`, given the
-    /// gradient `gx` of the residual stream. `low_rank` is x·Aᵀ of down.
+    /// gradient `g` of the output of down, in f32. `low_rank` is x·Aᵀ of down.
     fn feed_forward_backward(
         &self,
         gate_up: B::GateUp,
         low_rank: &B::LowRankProjection,
-        gx: &B::Activation,
+        g: &B::Activation,
         gradients: &mut B::Gradients,
     ) -> Result<B::GateUpGradient>;
 

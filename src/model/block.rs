@@ -4,6 +4,7 @@
 //! x' = x + O(attention(rope(Q(n), K(n)), V(n))) with n = norm(x), where O is the output
 //! projection. Some families norm each head of Q(n) and K(n) before the rotation.
 //! x'' = x' + down(activation(gate(m)) ⊙ up(m)) with m = norm(x').
+//! In some families the output of each part passes through another norm before it is added.
 //!
 //! In the code `n` is the output of a norm, `u_qkv` … `u_down` are x·Aᵀ of the groups of linear
 //! layers, `gx` and `gn` gradients.
@@ -20,7 +21,7 @@ use candle_core::Result;
 use super::backend::{Attended, Backend, BlockOps, Gated, OutputGradient, StreamNorm};
 use super::params::{LinearGroup, PerGroup};
 use super::spec::{
-    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm,
+    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, Projections, QkNorm,
 };
 use crate::compute::cpu::rope::Direction;
 
@@ -33,9 +34,15 @@ pub struct BlockTape<B: Backend> {
     /// `[q | k | v]` before the norms on queries and keys. `None` if the block has no such norms.
     before_norm: Option<B::Activation>,
     attended: Attended<B>,
+    /// Output of the attention part before the norm on it `[T, C]`. `None` if the block has no such
+    /// norm.
+    mixer_output: Option<B::Activation>,
     /// The residual stream after attention `[T, C]`.
     middle: B::Activation,
     gate_up: B::GateUp,
+    /// Output of the feed-forward part before the norm on it `[T, C]`. `None` if the block has no
+    /// such norm.
+    feed_forward_output: Option<B::Activation>,
     /// x·Aᵀ of each group of linear layers.
     low_rank: PerGroup<B::LowRankProjection>,
 }
@@ -47,16 +54,54 @@ pub struct BlockTape<B: Backend> {
 fn attention_of(spec: &BlockSpec) -> AttentionSpec {
     let BlockSpec {
         mixer: Mixer::Attention(attention),
-        mixer_norms: Norms::Pre,
+        mixer_norms: Norms::Pre | Norms::PreAndPost,
         feed_forward:
             FeedForward::Gated {
                 width: _,
                 activation: ActivationFunction::Silu | ActivationFunction::GeluTanh,
                 bias: _,
+                projections: Projections::Separate | Projections::Fused,
             },
-        feed_forward_norms: Norms::Pre,
+        feed_forward_norms: Norms::Pre | Norms::PreAndPost,
+        norm_names: _,
     } = *spec;
     attention
+}
+
+/// Adds the output of the last linear layer of a part to the residual stream `x`. If `has_post` is
+/// true, the output passes through `norm` first. Returns x·Aᵀ of the layer and the input of `norm`.
+fn add_part<B: Backend>(
+    block: &impl BlockOps<B>,
+    (norm, has_post): (StreamNorm, bool),
+    group: LinearGroup,
+    input: &B::LeftOperand<'_>,
+    x: &mut B::Activation,
+) -> Result<(B::LowRankProjection, Option<B::Activation>)> {
+    if !has_post {
+        return Ok((block.add_to_stream(group, input, x)?, None));
+    }
+    let mut output = block.new_stream()?;
+    let low_rank = block.project(group, input, &mut output)?;
+    block.add_norm(norm, &output, x)?;
+    Ok((low_rank, Some(output)))
+}
+
+/// Returns the gradient of a part's `output`, the input of `norm`. `gx` is the gradient of the
+/// residual stream, to which the result of `norm` was added. Returns `None` if there is no norm:
+/// `gx` is then also the gradient of the output.
+fn output_gradient<B: Backend>(
+    block: &impl BlockOps<B>,
+    norm: StreamNorm,
+    output: Option<B::Activation>,
+    gx: &B::Activation,
+    gradients: &mut B::Gradients,
+) -> Result<Option<B::Activation>> {
+    let Some(output) = output else {
+        return Ok(None);
+    };
+    let mut g = block.new_stream()?;
+    block.norm_backward(norm, &output, gx, &mut g, gradients)?;
+    Ok(Some(g))
 }
 
 /// Runs a block forward on the residual stream `x` `[T, C]`, in place. Returns a tape if
@@ -87,12 +132,17 @@ pub fn block_forward<B: Backend>(
     block.rotate(&mut qkv, Direction::Forward)?;
     let attended = block.attention(&qkv)?;
     let input = save_tape.then(|| B::copy(x)).transpose()?;
-    let u_output = block.add_to_stream(
+    let operand = block.attention_operand(&attended.output);
+    let has_post = block.spec().mixer_norms.has_post();
+    let (u_output, mixer_output) = add_part(
+        block,
+        (StreamNorm::MixerOutput, has_post),
         LinearGroup::Output,
-        &block.attention_operand(&attended.output),
+        &operand,
         x,
     )?;
-    drop(n);
+    let mixer_output = mixer_output.filter(|_| save_tape);
+    drop((operand, n));
 
     // Feed-forward part.
     let space = block.new_gate_up()?;
@@ -103,7 +153,14 @@ pub fn block_forward<B: Backend>(
         low_rank: u_gate_up,
     } = block.feed_forward(space, n, save_tape)?;
     let middle = save_tape.then(|| B::copy(x)).transpose()?;
-    let u_down = block.add_to_stream(LinearGroup::Down, &y, x)?;
+    let has_post = block.spec().feed_forward_norms.has_post();
+    let (u_down, feed_forward_output) = add_part(
+        block,
+        (StreamNorm::FeedForwardOutput, has_post),
+        LinearGroup::Down,
+        &y,
+        x,
+    )?;
 
     Ok(match (input, middle, gate_up) {
         (Some(x), Some(middle), Some(gate_up)) => {
@@ -118,8 +175,10 @@ pub fn block_forward<B: Backend>(
                 qkv,
                 before_norm,
                 attended,
+                mixer_output,
                 middle,
                 gate_up,
+                feed_forward_output,
                 low_rank,
             })
         }
@@ -145,8 +204,10 @@ pub fn block_backward<B: Backend>(
         qkv,
         before_norm,
         attended,
+        mixer_output,
         middle,
         gate_up,
+        feed_forward_output,
         low_rank,
     } = tape;
     let PerGroup {
@@ -157,7 +218,16 @@ pub fn block_backward<B: Backend>(
     } = low_rank;
 
     // Feed-forward part.
-    let d_gate_up = block.feed_forward_backward(gate_up, &u_down, gx, gradients)?;
+    let g = output_gradient(
+        block,
+        StreamNorm::FeedForwardOutput,
+        feed_forward_output,
+        gx,
+        gradients,
+    )?;
+    let d_gate_up =
+        block.feed_forward_backward(gate_up, &u_down, g.as_ref().unwrap_or(gx), gradients)?;
+    drop(g);
     let u_down = B::retire(u_down);
     let n = block.norm(StreamNorm::FeedForward, &middle)?;
     let gn = block.linear_backward(
@@ -172,15 +242,11 @@ pub fn block_backward<B: Backend>(
     drop((gn, middle));
 
     // Attention part.
+    let g = output_gradient(block, StreamNorm::MixerOutput, mixer_output, gx, gradients)?;
     let operand = block.attention_operand(&attended.output);
-    let go = block.linear_backward(
-        LinearGroup::Output,
-        &operand,
-        &u_output,
-        OutputGradient::Stream(gx),
-        gradients,
-    )?;
-    drop(operand);
+    let stream = OutputGradient::Stream(g.as_ref().unwrap_or(gx));
+    let go = block.linear_backward(LinearGroup::Output, &operand, &u_output, stream, gradients)?;
+    drop((operand, g));
     let mut dqkv = block.attention_backward(&qkv, &attended, &go)?;
     drop((go, attended, qkv, u_output));
     block.rotate(&mut dqkv, Direction::Backward)?;

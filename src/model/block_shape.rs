@@ -34,8 +34,10 @@ impl BlockShape {
                     width: feed_forward,
                     activation: _,
                     bias: _,
+                    projections: _,
                 },
             feed_forward_norms: _,
+            norm_names: _,
         } = *block;
         let qk_norm = match attention.qk_norm {
             QkNorm::Absent => false,

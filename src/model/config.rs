@@ -9,6 +9,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use self::json::{Fields, invalid};
+use self::rope::check_ropes;
 use super::error::ModelError;
 use super::families::Architecture;
 use super::params;
@@ -52,6 +53,7 @@ impl ModelConfig {
             width,
             activation: _,
             bias,
+            projections: _,
         } = block.feed_forward;
         let mut fields = vec![
             json!(["architecture", self.architecture.as_str()]),
@@ -103,6 +105,7 @@ impl ModelConfig {
         let family = architecture.family();
         let defaults = (family.defaults)();
         let spec = (family.spec)(&fields.with_defaults(&defaults))?;
+        check_ropes(&fields, &spec)?;
         let bos_token_id = fields.token_ids("bos_token_id")?.first().copied();
         let eos_token_ids = fields.token_ids("eos_token_id")?;
         Ok(ModelConfig {

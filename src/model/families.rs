@@ -2,8 +2,13 @@
 //! [`crate::model::spec::ModelSpec`].
 
 mod common;
+mod gemma;
+mod gemma2;
+mod gemma3;
+mod glm4;
 mod llama;
 mod mistral;
+mod phi3;
 mod qwen2;
 mod qwen3;
 
@@ -20,15 +25,27 @@ pub enum Architecture {
     Qwen2,
     /// Qwen3: RMSNorm on each head's q and k.
     Qwen3,
+    /// Gemma 2: soft-caps on scores and logits, a sliding window on every second layer.
+    Gemma2,
+    /// Gemma 3, text only: norms before and after each part, a sliding window on 5 of 6 layers.
+    Gemma3,
+    /// Phi-3 and Phi-4: fused projections, longrope.
+    Phi3,
+    /// GLM-4: norms before and after each part, half of each head rotated in interleaved pairs.
+    Glm4,
 }
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 4] = [
+    pub const ALL: [Architecture; 8] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
         Architecture::Qwen3,
+        Architecture::Gemma2,
+        Architecture::Gemma3,
+        Architecture::Phi3,
+        Architecture::Glm4,
     ];
 
     /// Returns the family's `model_type` in config.json.
@@ -66,6 +83,10 @@ impl Architecture {
             Architecture::Mistral => &mistral::FAMILY,
             Architecture::Qwen2 => &qwen2::FAMILY,
             Architecture::Qwen3 => &qwen3::FAMILY,
+            Architecture::Gemma2 => &gemma2::FAMILY,
+            Architecture::Gemma3 => &gemma3::FAMILY,
+            Architecture::Phi3 => &phi3::FAMILY,
+            Architecture::Glm4 => &glm4::FAMILY,
         }
     }
 }

@@ -14,6 +14,7 @@ mod datasets;
 mod devices;
 mod documents;
 mod exports;
+mod families;
 mod gateway;
 mod gguf;
 mod golden_losses;

@@ -97,6 +97,16 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
         ("mistral", 8, 4, 131_072, vec![Some(4096); 30]),
         ("qwen2", 32, 4, 32_768, vec![None; 30]),
         ("qwen3", 32, 128, 32_768, vec![None; 30]),
+        ("gemma2", 4, 256, 8192, [Some(4096), None].repeat(15)),
+        ("phi3", 64, 4, 4096, vec![None; 30]),
+        ("glm4", 2, 128, 131_072, vec![None; 30]),
+        (
+            "gemma3_text",
+            4,
+            256,
+            131_072,
+            [vec![Some(4096); 5], vec![None]].concat().repeat(5),
+        ),
     ] {
         let spec = read(model_type, "");
         let attention = spec.blocks[0].attention();

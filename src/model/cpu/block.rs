@@ -11,12 +11,13 @@ use crate::compute::cpu::attention::{Heads, attention, attention_backward};
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{Kernel, Operand, View};
 use crate::compute::cpu::rms_norm::{
-    HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand,
+    HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward, rms_norm_operand,
 };
 use crate::compute::cpu::rope::{Direction, rotate};
 use crate::compute::cpu::swiglu::{
     GateUpTape, GatedTiles, GradientTiles, SavedGateUp, gated, gated_backward,
 };
+use crate::compute::cpu::thread_pool;
 use crate::model::adapter::Adapter;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
 use crate::model::parameters::{NormFactors, Parameters};
@@ -61,8 +62,10 @@ impl<'a> CpuBlock<'a> {
                     width,
                     activation,
                     bias: _,
+                    projections: _,
                 },
             feed_forward_norms: _,
+            norm_names: _,
         } = spec.blocks[index];
         let groups = |adapter: Option<&'a Adapter>| {
             PerGroup::build(|group| CpuLinearGroup::open(kernel, index, parameters, adapter, group))
@@ -146,6 +149,10 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         Ok(Buffer::uninit(self.tokens() * self.heads.row()))
     }
 
+    fn new_stream(&self) -> Result<Buffer> {
+        Ok(Buffer::zeros(self.tokens() * self.groups.down.output()))
+    }
+
     fn new_gate_up(&self) -> Result<()> {
         Ok(())
     }
@@ -182,6 +189,23 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         self.run_group(group, input, x, true)
     }
 
+    fn add_norm(&self, norm: StreamNorm, y: &Buffer, x: &mut Buffer) -> Result<()> {
+        let mut normed = Buffer::uninit(y.len());
+        rms_norm(
+            y,
+            self.factors(norm.weight())?.values()?,
+            self.eps,
+            &mut normed,
+        );
+        let width = self.groups.down.output();
+        thread_pool::chunks(x, width, |i, x| {
+            x.iter_mut()
+                .zip(&normed[i * width..])
+                .for_each(|(x, y)| *x += y)
+        });
+        Ok(())
+    }
+
     fn head_norms(&self, qkv: &mut Buffer) -> Result<()> {
         for (columns, norm) in self.normed_heads() {
             head_norm(qkv, columns, self.factors(norm)?.values()?, self.eps);
@@ -194,7 +218,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         rotate(
             qkv,
             self.heads.row(),
-            self.heads.query + self.heads.key,
+            (self.heads.query + self.heads.key, self.heads.dim),
             rope,
             direction,
         );
@@ -222,7 +246,8 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     }
 
     /// With `save_tape`, saves `[gate | up]` in bf16 if the kernel rounds to bf16 and only an
-    /// adapter is trained, otherwise in f32.
+    /// adapter is trained, otherwise in f32. The gradients of rounded values are separate operands
+    /// for gate and up, so with fused projections the values are always saved in f32.
     fn feed_forward(
         &self,
         (): (),
@@ -232,7 +257,9 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         let (tokens, width) = (self.tokens(), self.width);
         let saved_gate_up = match save_tape {
             false => SavedGateUp::Nothing,
-            true => SavedGateUp::for_tape(self.kernel, self.is_adapted),
+            true => {
+                SavedGateUp::for_tape(self.kernel, self.is_adapted && !self.spec.fuses_gate_up())
+            }
         };
         if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {
             let tiles =
@@ -274,21 +301,21 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         &self,
         gate_up: GateUpTape,
         low_rank: &Buffer,
-        gx: &Buffer,
+        g: &Buffer,
         gradients: &mut CpuGradients,
     ) -> Result<CpuGateUpGradient> {
         let (tokens, width, down) = (self.tokens(), self.width, &self.groups.down);
         match gate_up {
             GateUpTape::F32(mut gate_up) => {
                 let y = gated(self.kernel, self.activation, &gate_up, width);
-                let gy = down.backward(&y, low_rank, gx, tokens, gradients)?;
+                let gy = down.backward(&y, low_rank, g, tokens, gradients)?;
                 gated_backward(self.activation, &mut gate_up, width, &gy);
                 Ok(CpuGateUpGradient::F32(gate_up))
             }
             GateUpTape::Bf16(saved) => {
                 let g = [Operand::new(
                     self.kernel,
-                    View::f32(gx, down.output()),
+                    View::f32(g, down.output()),
                     tokens,
                     down.output(),
                     1.0,

@@ -62,6 +62,9 @@ impl<'a> CpuLinearGroup<'a> {
         let (mut members, mut output, mut ranks, mut input) =
             (Vec::with_capacity(linears.len()), 0, 0, 0);
         for &linear in linears {
+            if !parameters.has(ParamId::Block(block, BlockParam::Weight(linear))) {
+                continue;
+            }
             let p = parameters.linear(block, linear)?;
             let (out, width) = (p.weight.rows(), p.weight.columns());
             let low_rank = adapter.and_then(|a| a.get(block, linear));

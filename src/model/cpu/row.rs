@@ -70,6 +70,7 @@ impl<'a> CpuRow<'a> {
             h: &normed,
             w: w.view(),
             targets: &row.targets,
+            softcap: self.policy.spec.logit_softcap,
         };
         let output = head(input, options);
         Ok((
@@ -167,6 +168,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
                 h: &normed,
                 w: w.view(),
                 targets: &row.targets,
+                softcap: self.policy.spec.logit_softcap,
             };
             head_weight_gradient(input, &mut output, upstream, slot);
         }

@@ -151,6 +151,11 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             .uninit(self.kind, self.row.tokens * self.shape.qkv())
     }
 
+    fn new_stream(&self) -> Result<Memory> {
+        self.gpu
+            .zeros(Kind::F32, self.row.tokens * self.shape.hidden)
+    }
+
     fn new_gate_up(&self) -> Result<Memory> {
         self.gpu
             .uninit(self.kind, self.row.tokens * self.shape.gate_up())
@@ -186,6 +191,18 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         self.run_group(group, input, x, true)
     }
 
+    fn add_norm(&self, norm: StreamNorm, y: &Memory, x: &mut Memory) -> Result<()> {
+        let normed = self.gpu.uninit(Kind::F32, y.len())?;
+        ops::rms_norm(
+            self.gpu,
+            &normed,
+            y,
+            self.weights.norm(norm.weight())?,
+            self.eps,
+        )?;
+        ops::add(self.gpu, x, &normed)
+    }
+
     fn head_norms(&self, qkv: &mut Memory) -> Result<()> {
         let mut heads = self.normed_heads().into_iter();
         heads.try_for_each(|(heads, norm)| {
@@ -194,15 +211,11 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
     }
 
     fn rotate(&self, qkv: &mut Memory, direction: Direction) -> Result<()> {
-        let (h, (cos, sin)) = (
-            self.shape.heads,
-            &self.row.ropes[self.spec.attention().rope],
-        );
+        let h = self.shape.heads;
         ops::rope(
             self.gpu,
             qkv,
-            cos,
-            sin,
+            self.row.ropes[self.spec.attention().rope].tables(),
             self.head_columns(0, h.query + h.key),
             direction,
         )
@@ -232,7 +245,7 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         &self,
         gate_up: Memory,
         low_rank: &Option<Memory>,
-        gx: &Memory,
+        g: &Memory,
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
         let y = CudaOperand::Owned(self.gated(&gate_up)?);
@@ -240,7 +253,7 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             LinearGroup::Down,
             &y,
             low_rank,
-            OutputGradient::Stream(gx),
+            OutputGradient::Stream(g),
             gradients,
         )?;
         ops::gated_backward(

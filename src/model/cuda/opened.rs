@@ -53,6 +53,7 @@ impl OpenPolicy<'_> {
             weight: self.weights.head(),
             hidden,
             vocabulary,
+            softcap: self.policy.spec.logit_softcap,
         }
     }
 }

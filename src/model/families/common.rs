@@ -8,7 +8,8 @@ use crate::model::config::rope::rope;
 use crate::model::error::ModelError;
 use crate::model::rope::RopeConfig;
 use crate::model::spec::{
-    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
+    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, NormNames, Norms,
+    Projections, QkNorm,
 };
 
 /// Description of a family of models.
@@ -113,7 +114,7 @@ impl Common {
             intermediate_size: fields.size("intermediate_size", limits::WIDTH)?,
             max_position_embeddings,
             rms_norm_eps,
-            rope: rope(fields, max_position_embeddings)?,
+            rope: rope(fields, max_position_embeddings, head_dim)?,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
             mlp_bias: fields.has_default("mlp_bias") && fields.flag("mlp_bias")?.unwrap_or(false),
             window: fields.optional_size("sliding_window", limits::POSITIONS)?,
@@ -127,11 +128,13 @@ impl Common {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             scale: 1.0 / (self.head_dim as f32).sqrt(),
+            softcap: None,
             rope: 0,
             window: None,
             qk_norm: QkNorm::Absent,
             qkv_bias: false,
             output_bias: false,
+            projections: Projections::Separate,
         }
     }
 
@@ -145,8 +148,10 @@ impl Common {
                 width: self.intermediate_size,
                 activation: self.activation,
                 bias: self.mlp_bias,
+                projections: Projections::Separate,
             },
             feed_forward_norms: Norms::Pre,
+            norm_names: NormNames::Gemma,
         }
     }
 
@@ -161,6 +166,7 @@ impl Common {
             norms_add_one: false,
             ropes: vec![self.rope],
             tie_word_embeddings: self.tie_word_embeddings,
+            logit_softcap: None,
             blocks,
         }
     }
