@@ -227,8 +227,9 @@ pub trait BlockOps<B: Backend> {
     /// Applies RMSNorm to every head of the queries and keys in place.
     fn head_norms(&self, qkv: &mut B::Activation) -> Result<()>;
 
-    /// Applies the rotary position embedding to queries and keys in place.
-    fn rotate(&self, qkv: &mut B::Activation, direction: Direction) -> Result<()>;
+    /// Applies the rotary position embedding to queries and keys in place. `rope` is the index of
+    /// the frequencies in [`ModelSpec::ropes`].
+    fn rotate(&self, rope: usize, qkv: &mut B::Activation, direction: Direction) -> Result<()>;
 
     /// Computes softmax attention of the rotated queries, keys and values `qkv`.
     fn attention(&self, qkv: &B::Activation) -> Result<Attended<B>>;

@@ -3,6 +3,7 @@
 //!
 //! x' = x + O(attention(rope(Q(n), K(n)), V(n))) with n = norm(x), where O is the output
 //! projection. Some families norm each head of Q(n) and K(n) before the rotation.
+//! Blocks without a rotation attend to the positions only through the causal mask.
 //! x'' = x' + down(activation(gate(m)) ⊙ up(m)) with m = norm(x').
 //! In some families the output of each part passes through another norm before it is added.
 //!
@@ -127,7 +128,9 @@ pub fn block_forward<B: Backend>(
             block.head_norms(&mut qkv)?;
         }
     }
-    block.rotate(&mut qkv, Direction::Forward)?;
+    if let Some(rope) = attention.rope {
+        block.rotate(rope, &mut qkv, Direction::Forward)?;
+    }
     let attended = block.attention(&qkv)?;
     let input = save_tape.then(|| B::copy(x)).transpose()?;
     let operand = block.attention_operand(&attended.output);
@@ -247,7 +250,9 @@ pub fn block_backward<B: Backend>(
     drop((operand, g));
     let mut dqkv = block.attention_backward(&qkv, &attended, &go)?;
     drop((go, attended, qkv, u_output));
-    block.rotate(&mut dqkv, Direction::Backward)?;
+    if let Some(rope) = attention.rope {
+        block.rotate(rope, &mut dqkv, Direction::Backward)?;
+    }
     match (attention.qk_norm, &before_norm) {
         (QkNorm::PerHead, Some(before)) => {
             block.head_norms_backward(before, &mut dqkv, gradients)?

@@ -9,6 +9,7 @@ mod llama;
 mod mistral;
 mod qwen2;
 mod qwen3;
+mod smollm3;
 
 pub(super) use self::common::Family;
 
@@ -27,17 +28,20 @@ pub enum Architecture {
     Gemma2,
     /// Gemma 3, text only: norms before and after each part, a sliding window on 5 of 6 layers.
     Gemma3,
+    /// SmolLM3: no rotation on every fourth layer.
+    SmolLm3,
 }
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 6] = [
+    pub const ALL: [Architecture; 7] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
         Architecture::Qwen3,
         Architecture::Gemma2,
         Architecture::Gemma3,
+        Architecture::SmolLm3,
     ];
 
     /// Returns the family's `model_type` in config.json.
@@ -77,6 +81,7 @@ impl Architecture {
             Architecture::Qwen3 => &qwen3::FAMILY,
             Architecture::Gemma2 => &gemma2::FAMILY,
             Architecture::Gemma3 => &gemma3::FAMILY,
+            Architecture::SmolLm3 => &smollm3::FAMILY,
         }
     }
 }

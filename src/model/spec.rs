@@ -73,8 +73,9 @@ pub struct AttentionSpec {
     /// Soft-cap c of the scaled scores: a score s is replaced by c·tanh(s / c). `None` means that
     /// it is not.
     pub softcap: Option<f32>,
-    /// Index in [`ModelSpec::ropes`] of the frequencies that rotate queries and keys.
-    pub rope: usize,
+    /// Index in [`ModelSpec::ropes`] of the frequencies that rotate queries and keys. `None` means
+    /// that they are not rotated.
+    pub rope: Option<usize>,
     /// Sliding window: a token attends to itself and to at most `window − 1` tokens before it.
     /// `None` means that it attends to all tokens before it.
     pub window: Option<usize>,
@@ -141,7 +142,7 @@ impl ModelSpec {
     /// as far as they differ from the Llama layout. They are part of the model's identity. For the
     /// families of the Llama layout the list is empty, so that their identity does not change.
     ///
-    /// Only the rotary frequencies are listed for every block; the other properties are read from
+    /// Only the rotations are listed for every block; the other properties are read from
     /// the first block.
     pub fn distinctions(&self) -> Vec<Value> {
         let mut found = Vec::new();
@@ -188,12 +189,23 @@ impl ModelSpec {
                 .iter()
                 .map(|rope| rope.bits(self.head_dim()))
                 .collect();
-            let of_blocks: Vec<usize> = self
+            let of_blocks: Vec<Option<usize>> = self
                 .blocks
                 .iter()
                 .map(|block| block.attention().rope)
                 .collect();
             found.push(json!(["other_ropes", ropes, of_blocks]));
+        }
+        let is_unrotated = |(_, block): &(usize, &BlockSpec)| block.attention().rope.is_none();
+        let unrotated: Vec<usize> = self
+            .blocks
+            .iter()
+            .enumerate()
+            .filter(is_unrotated)
+            .map(|(index, _)| index)
+            .collect();
+        if !unrotated.is_empty() {
+            found.push(json!(["unrotated_blocks", unrotated]));
         }
         found
     }

@@ -17,6 +17,7 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
     Trainer,
 )
 
@@ -32,6 +33,7 @@ LLAMA3 = dict(
 )
 LLAMA, QWEN2, QWEN3 = gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.QWEN2, gguf.MODEL_ARCH.QWEN3
 GEMMA2, GEMMA3 = gguf.MODEL_ARCH.GEMMA2, gguf.MODEL_ARCH.GEMMA3
+SMOLLM3 = gguf.MODEL_ARCH.SMOLLM3
 # Heads that are not C / heads wide, ties, biases and windows.
 CASES = [
     ("llama, tied", LLAMA, LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters=LLAMA3)),
@@ -43,6 +45,7 @@ CASES = [
     ("qwen3 with biases, tied", QWEN3, Qwen3Config(**SHAPE, head_dim=6, attention_bias=True, tie_word_embeddings=True)),
     ("gemma3, tied", GEMMA3, Gemma3TextConfig(**SHAPE, head_dim=6, sliding_window=16, tie_word_embeddings=True)),
     ("gemma2, tied", GEMMA2, Gemma2Config(**SHAPE, head_dim=6, sliding_window=16, tie_word_embeddings=True)),
+    ("smollm3 with biases", SMOLLM3, SmolLM3Config(**SHAPE, head_dim=6, attention_bias=True, mlp_bias=True, pad_token_id=None, tie_word_embeddings=False)),
 ]
 
 

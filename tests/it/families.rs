@@ -22,7 +22,7 @@ use crate::support::{
 };
 
 /// Models in tests/goldens/models.
-const FAMILIES: [&str; 3] = ["gemma3", "gemma2", "gemma2-64"];
+const FAMILIES: [&str; 5] = ["gemma3", "gemma2", "gemma2-64", "smollm3", "smollm3-64"];
 
 /// Compares the log-probs of every pair with the golden ones.
 fn assert_golden_log_probs(name: &str, what: &str, model: &Policy, pairs: &[EncodedPair]) {
@@ -280,7 +280,7 @@ fn a_gemma_3_is_read_as_transformers_4_and_5_write_it() {
     assert!(
         spec.blocks
             .iter()
-            .all(|block| block.attention().window.is_some() == (block.attention().rope == 1))
+            .all(|block| block.attention().window.is_some() == (block.attention().rope == Some(1)))
     );
     assert_eq!(spec.blocks[0].attention().scale, 1.0 / 16.0);
     let frequency = |rope: usize, at: usize| f64::from(spec.ropes[rope].inv_freq(256).0[at]);
@@ -408,4 +408,76 @@ fn a_gemma_2_is_read_as_transformers_reads_it() {
             .iter()
             .all(|block| block.attention().window.is_none())
     );
+}
+
+/// Reads the configuration of a model.
+fn read(json: &Value) -> Result<ModelConfig, bradley::model::error::ModelError> {
+    ModelConfig::from_hf_json(&json.to_string(), std::path::Path::new("config.json"))
+}
+
+#[test]
+fn a_smollm3_is_read_as_transformers_reads_it() {
+    // The fields of HuggingFaceTB/SmolLM3-3B's config.json that describe the model.
+    let published = json!({
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "attention_bias": false,
+        "bos_token_id": null,
+        "eos_token_id": 128_012,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "layer_types": vec!["full_attention"; 36],
+        "max_position_embeddings": 65_536,
+        "max_window_layers": 28,
+        "mlp_bias": false,
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0].repeat(9),
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": null,
+        "rope_theta": 5_000_000.0,
+        "sliding_window": null,
+        "use_sliding_window": false,
+        "vocab_size": 128_256,
+    });
+    let config = read(&published).unwrap();
+    assert_eq!(config.parameter_count(), 3_075_098_624);
+    assert_eq!(config.spec.ropes[0].theta, 5_000_000.0);
+    let rotated = |config: &ModelConfig| -> Vec<bool> {
+        let blocks = config.spec.blocks.iter();
+        blocks
+            .map(|block| block.attention().rope.is_some())
+            .collect()
+    };
+    assert_eq!(rotated(&config), [true, true, true, false].repeat(9));
+
+    let with = |field: &str, value: Value| {
+        let mut json = published.clone();
+        json[field] = value;
+        read(&json)
+    };
+    // Null stands for the interval. Layers that are not rotated are part of the identity.
+    let by_interval = with("no_rope_layers", Value::Null).unwrap();
+    assert_eq!(by_interval.canonical(), config.canonical());
+    let all = with("no_rope_layers", json!(vec![1; 36])).unwrap();
+    assert_ne!(all.canonical(), config.canonical());
+    for refused in [json!([1, 0]), json!("none")] {
+        let error = with("no_rope_layers", refused).unwrap_err().to_string();
+        assert!(error.contains("no_rope_layers"), "{error}");
+    }
+    // Without layer_types, the layers that are not rotated have the window.
+    let mut json = published.clone();
+    json["layer_types"] = Value::Null;
+    json["use_sliding_window"] = json!(true);
+    json["sliding_window"] = json!(128);
+    let windows = read(&json).unwrap().spec.blocks;
+    assert!(windows.iter().all(|block| {
+        let attention = block.attention();
+        attention.window == attention.rope.is_none().then_some(128)
+    }));
+    let theta = read(&json!({"model_type": "smollm3"})).unwrap().spec.ropes[0].theta;
+    assert_eq!(theta, 2_000_000.0);
 }

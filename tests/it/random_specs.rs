@@ -131,7 +131,7 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
         head_dim,
         scale: 1.0 / (head_dim as f32).sqrt(),
         softcap: None,
-        rope: 0,
+        rope: Some(0),
         window: draw
             .flag()
             .then(|| draw.pick(&[1, 2, 3, 7, 16, 33, 64, 70, 500])),
@@ -184,7 +184,7 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
     }
     for block in &mut spec.blocks {
         let Mixer::Attention(attention) = &mut block.mixer;
-        attention.rope = draw.below(spec.ropes.len());
+        attention.rope = Some(draw.below(spec.ropes.len()));
         if draw.flag() {
             attention.scale *= draw.number(0.5, 1.5) as f32;
         }
@@ -201,6 +201,12 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
         attention.softcap = draw.flag().then(|| draw.number(0.5, 5.0) as f32);
     }
     spec.logit_softcap = draw.flag().then(|| draw.number(1.0, 10.0) as f32);
+    for block in &mut spec.blocks {
+        let Mixer::Attention(attention) = &mut block.mixer;
+        if draw.below(4) == 0 {
+            attention.rope = None;
+        }
+    }
 }
 
 /// Draws prompts with their completions. Half of the rows have a prompt and a completion that are
@@ -644,7 +650,10 @@ fn the_seeds_draw_every_variant() {
     });
     any("norms of 1 + w", &|c| c.base.config.spec.norms_add_one);
     any("two rotations", &|c| {
-        attention(c, &|a| a.rope == 0) && attention(c, &|a| a.rope == 1)
+        attention(c, &|a| a.rope == Some(0)) && attention(c, &|a| a.rope == Some(1))
+    });
+    any("blocks of which some are not rotated", &|c| {
+        attention(c, &|a| a.rope.is_none()) && attention(c, &|a| a.rope.is_some())
     });
     any("scores of another scale", &|c| {
         attention(c, &|a| a.scale != 1.0 / (a.head_dim as f32).sqrt())

@@ -128,7 +128,9 @@ impl ReferenceModel {
                         let normed = self.norm(ParamId::Block(index, norm), head);
                         head.copy_from_slice(&normed);
                     }
-                    self.rotate(attention.rope, head, position);
+                    if let Some(rope) = attention.rope {
+                        self.rotate(rope, head, position);
+                    }
                 }
             }
             queries.push(query);

@@ -105,6 +105,7 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
             131_072,
             [vec![Some(4096); 5], vec![None]].concat().repeat(5),
         ),
+        ("smollm3", 4, 4, 32_768, vec![None; 30]),
     ] {
         let spec = read(model_type, "");
         let attention = spec.blocks[0].attention();

@@ -211,8 +211,8 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         Ok(())
     }
 
-    fn rotate(&self, qkv: &mut Buffer, direction: Direction) -> Result<()> {
-        let rope = &self.row.ropes[self.spec.attention().rope];
+    fn rotate(&self, rope: usize, qkv: &mut Buffer, direction: Direction) -> Result<()> {
+        let rope = &self.row.ropes[rope];
         rotate(
             qkv,
             self.heads.row(),

@@ -210,11 +210,8 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         })
     }
 
-    fn rotate(&self, qkv: &mut Memory, direction: Direction) -> Result<()> {
-        let (h, (cos, sin)) = (
-            self.shape.heads,
-            &self.row.ropes[self.spec.attention().rope],
-        );
+    fn rotate(&self, rope: usize, qkv: &mut Memory, direction: Direction) -> Result<()> {
+        let (h, (cos, sin)) = (self.shape.heads, &self.row.ropes[rope]);
         ops::rope(
             self.gpu,
             qkv,

@@ -128,7 +128,7 @@ impl Common {
             head_dim: self.head_dim,
             scale: 1.0 / (self.head_dim as f32).sqrt(),
             softcap: None,
-            rope: 0,
+            rope: Some(0),
             window: None,
             qk_norm: QkNorm::Absent,
             qkv_bias: false,

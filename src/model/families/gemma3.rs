@@ -51,12 +51,12 @@ fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         let attention = match slides {
             true => AttentionSpec {
                 window: gemma.window(),
-                rope: LOCAL,
+                rope: Some(LOCAL),
                 ..attention
             },
             false => AttentionSpec {
                 window: None,
-                rope: GLOBAL,
+                rope: Some(GLOBAL),
                 ..attention
             },
         };

@@ -159,6 +159,8 @@ fn the_golden_models_files_hold_the_table() {
         "gemma3",
         "gemma2",
         "gemma2-64",
+        "smollm3",
+        "smollm3-64",
     ] {
         let table = params(&spec(&json(&golden(&format!("models/{name}/config.json")))));
         let file = std::fs::read(golden(&format!("models/{name}/model.safetensors"))).unwrap();

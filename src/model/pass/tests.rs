@@ -91,7 +91,7 @@ impl CountingRow {
             head_dim: 8,
             scale: 0.35,
             softcap: None,
-            rope: 0,
+            rope: Some(0),
             window: None,
             qk_norm,
             qkv_bias: false,
@@ -236,7 +236,7 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         Ok(())
     }
 
-    fn rotate(&self, _qkv: &mut CountedPiece, _direction: Direction) -> Result<()> {
+    fn rotate(&self, _rope: usize, _qkv: &mut CountedPiece, _direction: Direction) -> Result<()> {
         Ok(())
     }
 
