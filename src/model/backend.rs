@@ -220,8 +220,14 @@ pub trait BlockOps<B: Backend> {
         x: &mut B::Activation,
     ) -> Result<B::LowRankProjection>;
 
-    /// Applies a norm to the output `y` `[T, C]` of a part and adds the result to the residual
-    /// stream `x`.
+    /// Adds `factor` times the output `y` `[T, C]` of a part to the residual stream `x`.
+    fn add_scaled(&self, factor: f32, y: &B::Activation, x: &mut B::Activation) -> Result<()>;
+
+    /// Returns `factor` times `x`, a matrix of the shape and type of the residual stream.
+    fn scaled(&self, factor: f32, x: &B::Activation) -> Result<B::Activation>;
+
+    /// Applies a norm to the output `y` `[T, C]` of a part and adds the result, times
+    /// [`BlockSpec::output_factor`], to the residual stream `x`.
     fn add_norm(&self, norm: StreamNorm, y: &B::Activation, x: &mut B::Activation) -> Result<()>;
 
     /// Applies RMSNorm to every head of the queries and keys in place.

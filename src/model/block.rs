@@ -5,7 +5,8 @@
 //! projection. Some families norm each head of Q(n) and K(n) before the rotation.
 //! Blocks without a rotation attend to the positions only through the causal mask.
 //! x'' = x' + down(activation(gate(m)) ⊙ up(m)) with m = norm(x').
-//! In some families the output of each part passes through another norm before it is added.
+//! In some families the output of each part passes through another norm before it is added, or is
+//! multiplied by a factor.
 //!
 //! In the code `n` is the output of a norm, `u_qkv` … `u_down` are x·Aᵀ of the groups of linear
 //! layers, `gx` and `gn` gradients.
@@ -63,12 +64,14 @@ fn attention_of(spec: &BlockSpec) -> AttentionSpec {
                 bias: _,
             },
         feed_forward_norms: Norms::Pre | Norms::PreAndPost,
+        output_factor: _,
     } = *spec;
     attention
 }
 
 /// Adds the output of the last linear layer of a part to the residual stream `x`. If `has_post` is
-/// true, the output passes through `norm` first. Returns x·Aᵀ of the layer and the input of `norm`.
+/// true, the output passes through `norm` first, and it is multiplied by the block's factor. Returns
+/// x·Aᵀ of the layer and the input of `norm`.
 fn add_part<B: Backend>(
     block: &impl BlockOps<B>,
     (norm, has_post): (StreamNorm, bool),
@@ -76,18 +79,23 @@ fn add_part<B: Backend>(
     input: &B::LeftOperand<'_>,
     x: &mut B::Activation,
 ) -> Result<(B::LowRankProjection, Option<B::Activation>)> {
-    if !has_post {
+    let factor = block.spec().output_factor;
+    if !has_post && factor == 1.0 {
         return Ok((block.add_to_stream(group, input, x)?, None));
     }
     let mut output = block.new_stream()?;
     let low_rank = block.project(group, input, &mut output)?;
+    if !has_post {
+        block.add_scaled(factor, &output, x)?;
+        return Ok((low_rank, None));
+    }
     block.add_norm(norm, &output, x)?;
     Ok((low_rank, Some(output)))
 }
 
 /// Returns the gradient of a part's `output`, the input of `norm`. `gx` is the gradient of the
-/// residual stream, to which the result of `norm` was added. Returns `None` if there is no norm:
-/// `gx` is then also the gradient of the output.
+/// residual stream, to which the result of `norm` times the block's factor was added. Returns `None`
+/// if there is neither norm nor factor: `gx` is then also the gradient of the output.
 fn output_gradient<B: Backend>(
     block: &impl BlockOps<B>,
     norm: StreamNorm,
@@ -95,11 +103,21 @@ fn output_gradient<B: Backend>(
     gx: &B::Activation,
     gradients: &mut B::Gradients,
 ) -> Result<Option<B::Activation>> {
+    let scaled = match block.spec().output_factor {
+        1.0 => None,
+        factor => Some(block.scaled(factor, gx)?),
+    };
     let Some(output) = output else {
-        return Ok(None);
+        return Ok(scaled);
     };
     let mut g = block.new_stream()?;
-    block.norm_backward(norm, &output, gx, &mut g, gradients)?;
+    block.norm_backward(
+        norm,
+        &output,
+        scaled.as_ref().unwrap_or(gx),
+        &mut g,
+        gradients,
+    )?;
     Ok(Some(g))
 }
 

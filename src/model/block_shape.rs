@@ -36,6 +36,7 @@ impl BlockShape {
                     bias: _,
                 },
             feed_forward_norms: _,
+            output_factor: _,
         } = *block;
         let qk_norm = match attention.qk_norm {
             QkNorm::Absent => false,

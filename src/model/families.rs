@@ -5,6 +5,7 @@ mod common;
 mod gemma;
 mod gemma2;
 mod gemma3;
+mod granite;
 mod llama;
 mod mistral;
 mod qwen2;
@@ -30,11 +31,13 @@ pub enum Architecture {
     Gemma3,
     /// SmolLM3: no rotation on every fourth layer.
     SmolLm3,
+    /// Granite 3.x, dense: multipliers on embeddings, scores, outputs of parts and logits.
+    Granite,
 }
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 7] = [
+    pub const ALL: [Architecture; 8] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
@@ -42,6 +45,7 @@ impl Architecture {
         Architecture::Gemma2,
         Architecture::Gemma3,
         Architecture::SmolLm3,
+        Architecture::Granite,
     ];
 
     /// Returns the family's `model_type` in config.json.
@@ -82,6 +86,7 @@ impl Architecture {
             Architecture::Gemma2 => &gemma2::FAMILY,
             Architecture::Gemma3 => &gemma3::FAMILY,
             Architecture::SmolLm3 => &smollm3::FAMILY,
+            Architecture::Granite => &granite::FAMILY,
         }
     }
 }

@@ -31,6 +31,8 @@ pub struct ModelSpec {
     pub ropes: Vec<RopeConfig>,
     /// True if the head is the embedding matrix.
     pub tie_word_embeddings: bool,
+    /// Factor on the logits, before the soft-cap.
+    pub logit_factor: f32,
     /// Soft-cap c of the logits: a logit l is replaced by c·tanh(l / c). `None` means that it is
     /// not.
     pub logit_softcap: Option<f32>,
@@ -50,6 +52,9 @@ pub struct BlockSpec {
     pub feed_forward: FeedForward,
     /// RMSNorms around the feed-forward part.
     pub feed_forward_norms: Norms,
+    /// Factor on the output of each part, after the norm on it, before it is added to the residual
+    /// stream.
+    pub output_factor: f32,
 }
 
 /// The part of a block in which the tokens of a row exchange information.
@@ -178,6 +183,12 @@ impl ModelSpec {
                 ]
             ]));
         }
+        if block.output_factor != 1.0 {
+            found.push(json!(["output_factor", block.output_factor.to_bits()]));
+        }
+        if self.logit_factor != 1.0 {
+            found.push(json!(["logit_factor", self.logit_factor.to_bits()]));
+        }
         if self.norms_add_one {
             found.push(json!(["norms_add_one", true]));
         }
@@ -234,9 +245,10 @@ impl BlockSpec {
     }
 
     /// Returns the number of such matrices that a backward pass holds at the same time: the
-    /// gradient of the residual stream, and that of a part's output if the output has a norm.
+    /// gradient of the residual stream, that gradient times the factor on outputs, and the gradient
+    /// of a part's output if the output has a norm.
     pub fn gradient_streams(&self) -> usize {
-        1 + self.normed_outputs().min(1)
+        1 + usize::from(self.output_factor != 1.0) + self.normed_outputs().min(1)
     }
 
     /// Returns the number of parts whose output has a norm.
@@ -248,10 +260,14 @@ impl BlockSpec {
     }
 
     /// Returns the number of such matrices that a forward pass holds at the same time: the residual
-    /// stream, the operand of a part, and, if outputs have norms, an output before and after its
-    /// norm.
+    /// stream, the operand of a part, and an output before and after its norm, or only before a
+    /// factor, where blocks have these.
     pub fn forward_streams(&self) -> usize {
-        2 + 2 * self.normed_outputs().min(1)
+        let outputs = match self.normed_outputs() {
+            0 => usize::from(self.output_factor != 1.0),
+            _ => 2,
+        };
+        2 + outputs
     }
 }
 

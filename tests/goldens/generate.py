@@ -22,6 +22,8 @@ FAMILIES = {
     "gemma2-64": 402,
     "smollm3": 420,
     "smollm3-64": 421,
+    "granite": 422,
+    "granite-64": 423,
 }
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -22,7 +22,15 @@ use crate::support::{
 };
 
 /// Models in tests/goldens/models.
-const FAMILIES: [&str; 5] = ["gemma3", "gemma2", "gemma2-64", "smollm3", "smollm3-64"];
+const FAMILIES: [&str; 7] = [
+    "gemma3",
+    "gemma2",
+    "gemma2-64",
+    "smollm3",
+    "smollm3-64",
+    "granite",
+    "granite-64",
+];
 
 /// Compares the log-probs of every pair with the golden ones.
 fn assert_golden_log_probs(name: &str, what: &str, model: &Policy, pairs: &[EncodedPair]) {
@@ -480,4 +488,64 @@ fn a_smollm3_is_read_as_transformers_reads_it() {
     }));
     let theta = read(&json!({"model_type": "smollm3"})).unwrap().spec.ropes[0].theta;
     assert_eq!(theta, 2_000_000.0);
+}
+
+#[test]
+fn a_granite_is_read_as_transformers_reads_it() {
+    // The fields of ibm-granite/granite-3.3-2b-instruct's config.json that describe the model.
+    let published = json!({
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": false,
+        "attention_multiplier": 0.015625,
+        "bos_token_id": 0,
+        "embedding_multiplier": 12.0,
+        "eos_token_id": 0,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "logits_scaling": 8.0,
+        "max_position_embeddings": 131_072,
+        "mlp_bias": false,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": null,
+        "rope_theta": 10_000_000.0,
+        "tie_word_embeddings": true,
+        "vocab_size": 49_159,
+    });
+    let config = read(&published).unwrap();
+    assert_eq!(config.parameter_count(), 2_533_539_840);
+    let (spec, block) = (&config.spec, &config.spec.blocks[0]);
+    assert_eq!((spec.embedding_scale, spec.logit_factor), (12.0, 0.125));
+    assert_eq!(
+        (block.attention().scale, block.output_factor),
+        (1.0 / 64.0, 0.22)
+    );
+    for field in [
+        "attention_multiplier",
+        "embedding_multiplier",
+        "logits_scaling",
+        "residual_multiplier",
+    ] {
+        let with = |value: Value| {
+            let mut json = published.clone();
+            json[field] = value;
+            read(&json)
+        };
+        // Every multiplier is part of the identity.
+        let other = with(json!(0.75)).unwrap();
+        assert_ne!(other.canonical(), config.canonical(), "{field}");
+        for refused in [json!(0), json!(-1.0), json!(1e-60), json!("1")] {
+            assert!(with(refused).unwrap_err().to_string().contains(field));
+        }
+    }
+    // By default all multipliers are 1, also that on the scores.
+    let plain = read(&json!({"model_type": "granite"})).unwrap().spec;
+    assert_eq!((plain.embedding_scale, plain.logit_factor), (1.0, 1.0));
+    let block = &plain.blocks[0];
+    assert_eq!((block.attention().scale, block.output_factor), (1.0, 1.0));
 }

@@ -150,6 +150,7 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
             bias: draw.flag(),
         },
         feed_forward_norms: Norms::Pre,
+        output_factor: 1.0,
     }
 }
 
@@ -168,6 +169,7 @@ fn random_spec(draw: &mut Draw) -> ModelSpec {
         norms_add_one: false,
         ropes: vec![random_rope(draw)],
         tie_word_embeddings: draw.flag(),
+        logit_factor: 1.0,
         logit_softcap: None,
         blocks: (0..blocks).map(|_| random_block(draw, head_dim)).collect(),
     }
@@ -206,6 +208,10 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
         if draw.below(4) == 0 {
             attention.rope = None;
         }
+    }
+    spec.logit_factor = draw.pick(&[1.0, 1.0, 0.3, 2.0]);
+    for block in &mut spec.blocks {
+        block.output_factor = draw.pick(&[1.0, 1.0, 0.4, 1.5]);
     }
 }
 
@@ -689,6 +695,16 @@ fn the_seeds_draw_every_variant() {
     any("no soft-cap on the logits", &|c| {
         c.base.config.spec.logit_softcap.is_none()
     });
+    any("logits with a factor", &|c| {
+        c.base.config.spec.logit_factor != 1.0
+    });
+    for has_norm in [false, true] {
+        any("outputs with a factor", &|c| {
+            blocks(c)
+                .iter()
+                .any(|b| b.output_factor != 1.0 && b.mixer_norms.has_post() == has_norm)
+        });
+    }
     any("several completions of one prompt", &|c| {
         c.groups.iter().any(|g| g.completions.len() > 1)
     });

@@ -163,7 +163,7 @@ impl ReferenceModel {
             let part = self.linear(index, Linear::Output, &attended);
             add(
                 &mut y,
-                1.0,
+                f64::from(block.output_factor),
                 &self.normed(block.mixer_norms, index, BlockParam::MixerOutputNorm, part),
             );
 
@@ -179,7 +179,7 @@ impl ReferenceModel {
             let part = self.linear(index, Linear::Down, &inner);
             add(
                 &mut y,
-                1.0,
+                f64::from(block.output_factor),
                 &self.normed(
                     block.feed_forward_norms,
                     index,
@@ -202,6 +202,7 @@ impl ReferenceModel {
         let log_prob = |(x, target): (&Vec<f64>, &u32)| {
             let mut logits = product(head, &self.norm(ParamId::Norm, x));
             for logit in &mut logits {
+                *logit *= f64::from(self.spec.logit_factor);
                 *logit = cap(self.spec.logit_softcap, *logit);
             }
             let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);

@@ -106,6 +106,7 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
             [vec![Some(4096); 5], vec![None]].concat().repeat(5),
         ),
         ("smollm3", 4, 4, 32_768, vec![None; 30]),
+        ("granite", 64, 4, 2048, vec![None; 30]),
     ] {
         let spec = read(model_type, "");
         let attention = spec.blocks[0].attention();

@@ -64,6 +64,7 @@ impl<'a> CpuBlock<'a> {
                     bias: _,
                 },
             feed_forward_norms: _,
+            output_factor: _,
         } = spec.blocks[index];
         let groups = |adapter: Option<&'a Adapter>| {
             PerGroup::build(|group| CpuLinearGroup::open(kernel, index, parameters, adapter, group))
@@ -187,6 +188,24 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         self.run_group(group, input, x, true)
     }
 
+    fn add_scaled(&self, factor: f32, y: &Buffer, x: &mut Buffer) -> Result<()> {
+        let width = self.groups.down.output();
+        thread_pool::chunks(x, width, |i, x| {
+            x.iter_mut()
+                .zip(&y[i * width..])
+                .for_each(|(x, y)| *x += factor * y)
+        });
+        Ok(())
+    }
+
+    fn scaled(&self, factor: f32, x: &Buffer) -> Result<Buffer> {
+        let mut y = Buffer::copy_of(x);
+        thread_pool::chunks(&mut y, self.groups.down.output(), |_, y| {
+            y.iter_mut().for_each(|y| *y *= factor)
+        });
+        Ok(y)
+    }
+
     fn add_norm(&self, norm: StreamNorm, y: &Buffer, x: &mut Buffer) -> Result<()> {
         let mut normed = Buffer::uninit(y.len());
         rms_norm(
@@ -195,13 +214,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
             self.eps,
             &mut normed,
         );
-        let width = self.groups.down.output();
-        thread_pool::chunks(x, width, |i, x| {
-            x.iter_mut()
-                .zip(&normed[i * width..])
-                .for_each(|(x, y)| *x += y)
-        });
-        Ok(())
+        self.add_scaled(self.spec.output_factor, &normed, x)
     }
 
     fn head_norms(&self, qkv: &mut Buffer) -> Result<()> {

@@ -191,6 +191,17 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         self.run_group(group, input, x, true)
     }
 
+    fn add_scaled(&self, factor: f32, y: &Memory, x: &mut Memory) -> Result<()> {
+        ops::add(self.gpu, x, &self.scaled(factor, y)?)
+    }
+
+    fn scaled(&self, factor: f32, x: &Memory) -> Result<Memory> {
+        let y = self.gpu.uninit(Kind::F32, x.len())?;
+        let factors = self.gpu.upload(Kind::F32, &vec![factor; self.row.tokens])?;
+        ops::scale_rows(self.gpu, &y, x, &factors, self.shape.hidden)?;
+        Ok(y)
+    }
+
     fn add_norm(&self, norm: StreamNorm, y: &Memory, x: &mut Memory) -> Result<()> {
         let normed = self.gpu.uninit(Kind::F32, y.len())?;
         ops::rms_norm(
@@ -200,7 +211,10 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             self.weights.norm(norm.weight())?,
             self.eps,
         )?;
-        ops::add(self.gpu, x, &normed)
+        match self.spec.output_factor {
+            1.0 => ops::add(self.gpu, x, &normed),
+            factor => self.add_scaled(factor, &normed, x),
+        }
     }
 
     fn head_norms(&self, qkv: &mut Memory) -> Result<()> {

@@ -148,6 +148,7 @@ impl Common {
                 bias: self.mlp_bias,
             },
             feed_forward_norms: Norms::Pre,
+            output_factor: 1.0,
         }
     }
 
@@ -162,6 +163,7 @@ impl Common {
             norms_add_one: false,
             ropes: vec![self.rope],
             tie_word_embeddings: self.tie_word_embeddings,
+            logit_factor: 1.0,
             logit_softcap: None,
             blocks,
         }
