@@ -5,6 +5,7 @@
 //! projection. Some families norm each head of Q(n) and K(n) before the rotation.
 //! Blocks without a rotation attend to the positions only through the causal mask.
 //! x'' = x' + down(activation(gate(m)) ⊙ up(m)) with m = norm(x').
+//! Some families norm all heads at once, and some have no norm on the inputs: n = x, m = x'.
 //! In some families the output of each part passes through another norm before it is added, or is
 //! multiplied by a factor.
 //!
@@ -56,17 +57,46 @@ pub struct BlockTape<B: Backend> {
 fn attention_of(spec: &BlockSpec) -> AttentionSpec {
     let BlockSpec {
         mixer: Mixer::Attention(attention),
-        mixer_norms: Norms::Pre | Norms::PreAndPost,
+        mixer_norms: Norms::Pre | Norms::PreAndPost | Norms::Post,
         feed_forward:
             FeedForward::Gated {
                 width: _,
                 activation: ActivationFunction::Silu | ActivationFunction::GeluTanh,
                 bias: _,
             },
-        feed_forward_norms: Norms::Pre | Norms::PreAndPost,
+        feed_forward_norms: Norms::Pre | Norms::PreAndPost | Norms::Post,
         output_factor: _,
     } = *spec;
     attention
+}
+
+/// Returns the operand of the first linear layers of a part: the residual stream `x`, normed if the
+/// part has a norm on its input.
+fn part_input<B: Backend>(
+    block: &impl BlockOps<B>,
+    (norm, norms): (StreamNorm, Norms),
+    x: &B::Activation,
+) -> Result<B::LeftOperand<'static>> {
+    match norms.has_pre() {
+        true => block.norm(norm, x),
+        false => block.stream_operand(x),
+    }
+}
+
+/// Adds to `gx` the gradient of the residual stream `x` through a part, given the gradient `g` of
+/// the result of [`part_input`].
+fn add_input_gradient<B: Backend>(
+    block: &impl BlockOps<B>,
+    (norm, norms): (StreamNorm, Norms),
+    x: &B::Activation,
+    g: &B::Activation,
+    gx: &mut B::Activation,
+    gradients: &mut B::Gradients,
+) -> Result<()> {
+    match norms.has_pre() {
+        true => block.norm_backward(norm, x, g, gx, gradients),
+        false => block.add_gradient(g, gx),
+    }
 }
 
 /// Adds the output of the last linear layer of a part to the residual stream `x`. If `has_post` is
@@ -132,16 +162,21 @@ pub fn block_forward<B: Backend>(
     save_tape: bool,
 ) -> Result<Option<BlockTape<B>>> {
     let attention = attention_of(block.spec());
+    let BlockSpec {
+        mixer_norms,
+        feed_forward_norms,
+        ..
+    } = *block.spec();
 
     // Attention part.
     let mut qkv = block.new_qkv()?;
-    let n = block.norm(StreamNorm::Mixer, x)?;
+    let n = part_input(block, (StreamNorm::Mixer, mixer_norms), x)?;
     let u_qkv = block.project(LinearGroup::Qkv, &n, &mut qkv)?;
     let n = B::retire(n);
     let mut before_norm = None;
     match attention.qk_norm {
         QkNorm::Absent => {}
-        QkNorm::PerHead => {
+        QkNorm::PerHead | QkNorm::AllHeads => {
             before_norm = save_tape.then(|| B::copy(&qkv)).transpose()?;
             block.head_norms(&mut qkv)?;
         }
@@ -152,7 +187,7 @@ pub fn block_forward<B: Backend>(
     let attended = block.attention(&qkv)?;
     let input = save_tape.then(|| B::copy(x)).transpose()?;
     let operand = block.attention_operand(&attended.output);
-    let has_post = block.spec().mixer_norms.has_post();
+    let has_post = mixer_norms.has_post();
     let (u_output, mixer_output) = add_part(
         block,
         (StreamNorm::MixerOutput, has_post),
@@ -165,14 +200,14 @@ pub fn block_forward<B: Backend>(
 
     // Feed-forward part.
     let space = block.new_gate_up()?;
-    let n = block.norm(StreamNorm::FeedForward, x)?;
+    let n = part_input(block, (StreamNorm::FeedForward, feed_forward_norms), x)?;
     let Gated {
         y,
         gate_up,
         low_rank: u_gate_up,
     } = block.feed_forward(space, n, save_tape)?;
     let middle = save_tape.then(|| B::copy(x)).transpose()?;
-    let has_post = block.spec().feed_forward_norms.has_post();
+    let has_post = feed_forward_norms.has_post();
     let (u_down, feed_forward_output) = add_part(
         block,
         (StreamNorm::FeedForwardOutput, has_post),
@@ -218,6 +253,8 @@ pub fn block_backward<B: Backend>(
     gradients: &mut B::Gradients,
 ) -> Result<()> {
     let attention = attention_of(block.spec());
+    let before_mixer = (StreamNorm::Mixer, block.spec().mixer_norms);
+    let before_feed_forward = (StreamNorm::FeedForward, block.spec().feed_forward_norms);
     let BlockTape {
         x,
         qkv,
@@ -248,7 +285,7 @@ pub fn block_backward<B: Backend>(
         block.feed_forward_backward(gate_up, &u_down, g.as_ref().unwrap_or(gx), gradients)?;
     drop(g);
     let u_down = B::retire(u_down);
-    let n = block.norm(StreamNorm::FeedForward, &middle)?;
+    let n = part_input(block, before_feed_forward, &middle)?;
     let gn = block.linear_backward(
         LinearGroup::GateUp,
         &n,
@@ -257,7 +294,7 @@ pub fn block_backward<B: Backend>(
         gradients,
     )?;
     drop((n, d_gate_up, u_gate_up, u_down));
-    block.norm_backward(StreamNorm::FeedForward, &middle, &gn, gx, gradients)?;
+    add_input_gradient(block, before_feed_forward, &middle, &gn, gx, gradients)?;
     drop((gn, middle));
 
     // Attention part.
@@ -272,12 +309,12 @@ pub fn block_backward<B: Backend>(
         block.rotate(rope, &mut dqkv, Direction::Backward)?;
     }
     match (attention.qk_norm, &before_norm) {
-        (QkNorm::PerHead, Some(before)) => {
+        (QkNorm::PerHead | QkNorm::AllHeads, Some(before)) => {
             block.head_norms_backward(before, &mut dqkv, gradients)?
         }
-        (QkNorm::PerHead, None) | (QkNorm::Absent, _) => {}
+        (QkNorm::PerHead | QkNorm::AllHeads, None) | (QkNorm::Absent, _) => {}
     }
-    let n = block.norm(StreamNorm::Mixer, &x)?;
+    let n = part_input(block, before_mixer, &x)?;
     let gn = block.linear_backward(
         LinearGroup::Qkv,
         &n,
@@ -285,5 +322,5 @@ pub fn block_backward<B: Backend>(
         OutputGradient::Qkv(&dqkv),
         gradients,
     )?;
-    block.norm_backward(StreamNorm::Mixer, &x, &gn, gx, gradients)
+    add_input_gradient(block, before_mixer, &x, &gn, gx, gradients)
 }

@@ -40,7 +40,7 @@ impl BlockShape {
         } = *block;
         let qk_norm = match attention.qk_norm {
             QkNorm::Absent => false,
-            QkNorm::PerHead => true,
+            QkNorm::PerHead | QkNorm::AllHeads => true,
         };
         BlockShape {
             hidden,

@@ -8,6 +8,7 @@ mod gemma3;
 mod granite;
 mod llama;
 mod mistral;
+mod olmo2;
 mod qwen2;
 mod qwen3;
 mod smollm3;
@@ -33,11 +34,13 @@ pub enum Architecture {
     SmolLm3,
     /// Granite 3.x, dense: multipliers on embeddings, scores, outputs of parts and logits.
     Granite,
+    /// OLMo 2: norms on outputs only, and on all queries and all keys at once.
+    Olmo2,
 }
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 8] = [
+    pub const ALL: [Architecture; 9] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
@@ -46,6 +49,7 @@ impl Architecture {
         Architecture::Gemma3,
         Architecture::SmolLm3,
         Architecture::Granite,
+        Architecture::Olmo2,
     ];
 
     /// Returns the family's `model_type` in config.json.
@@ -87,6 +91,7 @@ impl Architecture {
             Architecture::Gemma3 => &gemma3::FAMILY,
             Architecture::SmolLm3 => &smollm3::FAMILY,
             Architecture::Granite => &granite::FAMILY,
+            Architecture::Olmo2 => &olmo2::FAMILY,
         }
     }
 }

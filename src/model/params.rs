@@ -564,18 +564,22 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
     }
 
     fn block(&mut self, index: usize, block: &BlockSpec, width: usize) {
-        self.norm(index, BlockParam::InputNorm, INPUT_NORM, width);
+        if block.mixer_norms.has_pre() {
+            self.norm(index, BlockParam::InputNorm, INPUT_NORM, width);
+        }
         match &block.mixer {
             Mixer::Attention(attention) => self.attention(index, attention, width),
         }
         let feed_forward_norm = match block.mixer_norms {
             Norms::Pre => FEED_FORWARD_NORM,
-            Norms::PreAndPost => {
+            Norms::PreAndPost | Norms::Post => {
                 self.norm(index, BlockParam::MixerOutputNorm, MIXER_OUTPUT_NORM, width);
                 PRE_FEED_FORWARD_NORM
             }
         };
-        self.norm(index, BlockParam::FeedForwardNorm, feed_forward_norm, width);
+        if block.feed_forward_norms.has_pre() {
+            self.norm(index, BlockParam::FeedForwardNorm, feed_forward_norm, width);
+        }
         match block.feed_forward {
             FeedForward::Gated {
                 width: inner,
@@ -593,7 +597,7 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
         }
         match block.feed_forward_norms {
             Norms::Pre => {}
-            Norms::PreAndPost => self.norm(
+            Norms::PreAndPost | Norms::Post => self.norm(
                 index,
                 BlockParam::FeedForwardOutputNorm,
                 FEED_FORWARD_OUTPUT_NORM,
@@ -627,12 +631,14 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
             attention.output_bias,
             None,
         );
-        match attention.qk_norm {
-            QkNorm::Absent => {}
-            QkNorm::PerHead => {
-                self.norm(index, BlockParam::QueryNorm, QUERY_NORM, attention.head_dim);
-                self.norm(index, BlockParam::KeyNorm, KEY_NORM, attention.head_dim);
-            }
+        let widths = match attention.qk_norm {
+            QkNorm::Absent => None,
+            QkNorm::PerHead => Some([attention.head_dim; 2]),
+            QkNorm::AllHeads => Some([q, kv]),
+        };
+        if let Some([query, key]) = widths {
+            self.norm(index, BlockParam::QueryNorm, QUERY_NORM, query);
+            self.norm(index, BlockParam::KeyNorm, KEY_NORM, key);
         }
     }
 

@@ -100,6 +100,8 @@ pub enum QkNorm {
     /// Over the D elements of each head. All query heads share one weight `[D]`, all key heads
     /// another.
     PerHead,
+    /// Over the H·D elements of all query heads and the K·D elements of all key heads.
+    AllHeads,
 }
 
 /// The part of a block that processes each token independently.
@@ -124,14 +126,24 @@ pub enum Norms {
     /// On the input of the part, and on its output before the output is added to the residual
     /// stream.
     PreAndPost,
+    /// On the output of the part only.
+    Post,
 }
 
 impl Norms {
+    /// Returns true if there is a norm on the input.
+    pub fn has_pre(self) -> bool {
+        match self {
+            Norms::Pre | Norms::PreAndPost => true,
+            Norms::Post => false,
+        }
+    }
+
     /// Returns true if there is a norm on the output.
     pub fn has_post(self) -> bool {
         match self {
             Norms::Pre => false,
-            Norms::PreAndPost => true,
+            Norms::PreAndPost | Norms::Post => true,
         }
     }
 }
@@ -182,6 +194,13 @@ impl ModelSpec {
                     block.feed_forward_norms.has_post()
                 ]
             ]));
+        }
+        let input_norms = [block.mixer_norms, block.feed_forward_norms].map(Norms::has_pre);
+        if input_norms != [true, true] {
+            found.push(json!(["input_norms", input_norms]));
+        }
+        if attention.qk_norm == QkNorm::AllHeads {
+            found.push(json!(["qk_norm", "all_heads"]));
         }
         if block.output_factor != 1.0 {
             found.push(json!(["output_factor", block.output_factor.to_bits()]));

@@ -24,6 +24,8 @@ FAMILIES = {
     "smollm3-64": 421,
     "granite": 422,
     "granite-64": 423,
+    "olmo2": 424,
+    "olmo2-64": 425,
 }
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -16,6 +16,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -34,7 +35,7 @@ LLAMA3 = dict(
 )
 LLAMA, QWEN2, QWEN3 = gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.QWEN2, gguf.MODEL_ARCH.QWEN3
 GEMMA2, GEMMA3 = gguf.MODEL_ARCH.GEMMA2, gguf.MODEL_ARCH.GEMMA3
-SMOLLM3, GRANITE = gguf.MODEL_ARCH.SMOLLM3, gguf.MODEL_ARCH.GRANITE
+SMOLLM3, GRANITE, OLMO2 = gguf.MODEL_ARCH.SMOLLM3, gguf.MODEL_ARCH.GRANITE, gguf.MODEL_ARCH.OLMO2
 # Heads that are not C / heads wide, ties, biases and windows.
 CASES = [
     ("llama, tied", LLAMA, LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters=LLAMA3)),
@@ -48,6 +49,7 @@ CASES = [
     ("gemma2, tied", GEMMA2, Gemma2Config(**SHAPE, head_dim=6, sliding_window=16, tie_word_embeddings=True)),
     ("smollm3 with biases", SMOLLM3, SmolLM3Config(**SHAPE, head_dim=6, attention_bias=True, mlp_bias=True, pad_token_id=None, tie_word_embeddings=False)),
     ("granite, tied", GRANITE, GraniteConfig(**SHAPE, tie_word_embeddings=True)),
+    ("olmo2 with biases", OLMO2, Olmo2Config(**SHAPE, head_dim=6, attention_bias=True)),
 ]
 
 

@@ -22,7 +22,7 @@ use crate::support::{
 };
 
 /// Models in tests/goldens/models.
-const FAMILIES: [&str; 7] = [
+const FAMILIES: [&str; 9] = [
     "gemma3",
     "gemma2",
     "gemma2-64",
@@ -30,6 +30,8 @@ const FAMILIES: [&str; 7] = [
     "smollm3-64",
     "granite",
     "granite-64",
+    "olmo2",
+    "olmo2-64",
 ];
 
 /// Compares the log-probs of every pair with the golden ones.
@@ -548,4 +550,49 @@ fn a_granite_is_read_as_transformers_reads_it() {
     assert_eq!((plain.embedding_scale, plain.logit_factor), (1.0, 1.0));
     let block = &plain.blocks[0];
     assert_eq!((block.attention().scale, block.output_factor), (1.0, 1.0));
+}
+
+#[test]
+fn an_olmo_2_is_read_as_transformers_reads_it() {
+    // The fields of allenai/OLMo-2-0425-1B-Instruct's config.json that describe the model.
+    let published = json!({
+        "model_type": "olmo2",
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": false,
+        "eos_token_id": 100_257,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 16,
+        "pad_token_id": 100_277,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": null,
+        "rope_theta": 500_000,
+        "tie_word_embeddings": false,
+        "vocab_size": 100_352,
+    });
+    let config = read(&published).unwrap();
+    assert_eq!(config.parameter_count(), 1_484_916_736);
+    for block in &config.spec.blocks {
+        assert_eq!(
+            [block.mixer_norms, block.feed_forward_norms],
+            [Norms::Post; 2]
+        );
+        assert_eq!(block.attention().qk_norm, QkNorm::AllHeads);
+    }
+    // Norms are part of the identity.
+    let canonical = config.canonical();
+    assert!(
+        canonical.contains(r#"["input_norms",[false,false]]"#),
+        "{canonical}"
+    );
+    assert!(
+        canonical.contains(r#"["qk_norm","all_heads"]"#),
+        "{canonical}"
+    );
+    let spec = read(&json!({"model_type": "olmo2"})).unwrap().spec;
+    assert_eq!(spec.rms_norm_eps, 1e-5);
 }

@@ -213,6 +213,19 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
     for block in &mut spec.blocks {
         block.output_factor = draw.pick(&[1.0, 1.0, 0.4, 1.5]);
     }
+    for block in &mut spec.blocks {
+        let post = draw.below(4);
+        if post < 2 {
+            block.mixer_norms = Norms::Post;
+        }
+        if post == 0 {
+            block.feed_forward_norms = Norms::Post;
+        }
+        let Mixer::Attention(attention) = &mut block.mixer;
+        if attention.qk_norm == QkNorm::PerHead && draw.flag() {
+            attention.qk_norm = QkNorm::AllHeads;
+        }
+    }
 }
 
 /// Draws prompts with their completions. Half of the rows have a prompt and a completion that are
@@ -694,6 +707,14 @@ fn the_seeds_draw_every_variant() {
     }
     any("no soft-cap on the logits", &|c| {
         c.base.config.spec.logit_softcap.is_none()
+    });
+    any("norms on all heads at once", &|c| {
+        attention(c, &|a| a.qk_norm == QkNorm::AllHeads && a.kv_heads > 1)
+    });
+    any("norms on outputs only", &|c| {
+        blocks(c)
+            .iter()
+            .any(|b| [b.mixer_norms, b.feed_forward_norms] == [Norms::Post; 2])
     });
     any("logits with a factor", &|c| {
         c.base.config.spec.logit_factor != 1.0

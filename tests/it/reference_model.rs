@@ -8,7 +8,7 @@ use std::f64::consts::PI;
 use bradley::model::decoder::Policy;
 use bradley::model::params::{BlockParam, Linear, ParamId, params};
 use bradley::model::rope::{RopeConfig, RopeScaling};
-use bradley::model::spec::{ActivationFunction, FeedForward, ModelSpec, Norms};
+use bradley::model::spec::{ActivationFunction, FeedForward, ModelSpec, Norms, QkNorm};
 use candle_core::{DType, Tensor};
 
 /// Hidden states of a sequence: one vector for each token.
@@ -116,15 +116,18 @@ impl ReferenceModel {
         let (heads, kv_heads, dim) = (attention.heads, attention.kv_heads, attention.head_dim);
         let (mut queries, mut keys, mut values) = (Vec::new(), Vec::new(), Vec::new());
         for (position, x) in input.iter().enumerate() {
-            let n = self.norm(ParamId::Block(index, BlockParam::InputNorm), x);
+            let n = self.part_input(block.mixer_norms, index, BlockParam::InputNorm, x);
             let mut query = self.linear(index, Linear::Query, &n);
             let mut key = self.linear(index, Linear::Key, &n);
             for (vector, norm) in [
                 (&mut query, BlockParam::QueryNorm),
                 (&mut key, BlockParam::KeyNorm),
             ] {
+                if attention.qk_norm == QkNorm::AllHeads {
+                    *vector = self.norm(ParamId::Block(index, norm), vector);
+                }
                 for head in vector.chunks_mut(dim) {
-                    if self.tensors.contains_key(&ParamId::Block(index, norm)) {
+                    if attention.qk_norm == QkNorm::PerHead {
                         let normed = self.norm(ParamId::Block(index, norm), head);
                         head.copy_from_slice(&normed);
                     }
@@ -168,7 +171,12 @@ impl ReferenceModel {
             );
 
             let FeedForward::Gated { activation, .. } = block.feed_forward;
-            let n = self.norm(ParamId::Block(index, BlockParam::FeedForwardNorm), &y);
+            let n = self.part_input(
+                block.feed_forward_norms,
+                index,
+                BlockParam::FeedForwardNorm,
+                &y,
+            );
             let gate = self.linear(index, Linear::Gate, &n);
             let up = self.linear(index, Linear::Up, &n);
             let inner: Vec<f64> = gate
@@ -222,11 +230,19 @@ impl ReferenceModel {
             .collect()
     }
 
+    /// Returns the input of a part: the residual stream, normed if the block has a norm there.
+    fn part_input(&self, norms: Norms, block: usize, weight: BlockParam, x: &[f64]) -> Vec<f64> {
+        match norms {
+            Norms::Post => x.to_vec(),
+            Norms::Pre | Norms::PreAndPost => self.norm(ParamId::Block(block, weight), x),
+        }
+    }
+
     /// Applies the norm on a part's output if the block has one.
     fn normed(&self, norms: Norms, block: usize, weight: BlockParam, part: Vec<f64>) -> Vec<f64> {
         match norms {
             Norms::Pre => part,
-            Norms::PreAndPost => self.norm(ParamId::Block(block, weight), &part),
+            Norms::PreAndPost | Norms::Post => self.norm(ParamId::Block(block, weight), &part),
         }
     }
 

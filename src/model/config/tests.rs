@@ -107,6 +107,7 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
         ),
         ("smollm3", 4, 4, 32_768, vec![None; 30]),
         ("granite", 64, 4, 2048, vec![None; 30]),
+        ("olmo2", 64, 4, 2048, vec![None; 30]),
     ] {
         let spec = read(model_type, "");
         let attention = spec.blocks[0].attention();

@@ -23,7 +23,7 @@ use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyVie
 use crate::model::parameters::{NormFactors, Parameters};
 use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
 use crate::model::row::PreparedRow;
-use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward, Mixer};
+use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward, Mixer, QkNorm};
 
 /// A block with its adapter, opened for a pass over a row.
 pub struct CpuBlock<'a> {
@@ -120,16 +120,21 @@ impl<'a> CpuBlock<'a> {
     fn normed_heads(&self) -> [(HeadColumns, BlockParam); 2] {
         let h = &self.heads;
         let (stride, offset) = (h.row(), h.query * h.dim);
+        let [query_count, key_count] = match self.spec.attention().qk_norm {
+            // All heads are normed as one.
+            QkNorm::AllHeads => [1, 1],
+            QkNorm::PerHead | QkNorm::Absent => [h.query, h.key],
+        };
         let (queries, keys) = (
             HeadColumns {
                 stride,
                 offset: 0,
-                count: h.query,
+                count: query_count,
             },
             HeadColumns {
                 stride,
                 offset,
-                count: h.key,
+                count: key_count,
             },
         );
         [
@@ -162,6 +167,16 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
             x,
             self.factors(norm.weight())?.values()?,
             self.eps,
+        ))
+    }
+
+    fn stream_operand(&self, x: &Buffer) -> Result<Operand<'static>> {
+        let width = self.groups.down.output();
+        Ok(Operand::owned(
+            self.kernel,
+            View::f32(x, width),
+            self.tokens(),
+            width,
         ))
     }
 
@@ -417,5 +432,9 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
             slot,
         );
         Ok(())
+    }
+
+    fn add_gradient(&self, g: &Buffer, gx: &mut Buffer) -> Result<()> {
+        self.add_scaled(1.0, g, gx)
     }
 }

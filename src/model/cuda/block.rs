@@ -19,7 +19,7 @@ use crate::compute::cuda::kernels::Kind;
 use crate::compute::cuda::ops::{self, Columns, HeadLayout, HeadNormBackward, RmsNormBackward};
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNorm};
 use crate::model::params::{BlockParam, LinearGroup, ParamId};
-use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward};
+use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward, QkNorm};
 
 /// A block with its adapter, opened for a pass over a row.
 pub(super) struct CudaBlock<'a> {
@@ -83,9 +83,18 @@ impl CudaBlock<'_> {
             self.head_columns(0, h.query),
             self.head_columns(h.query * h.dim, h.key),
         );
+        // All heads are normed as one.
+        let joined = |heads: HeadLayout| match self.spec.attention().qk_norm {
+            QkNorm::AllHeads => HeadLayout {
+                heads: 1,
+                dim: heads.heads * heads.dim,
+                ..heads
+            },
+            QkNorm::PerHead | QkNorm::Absent => heads,
+        };
         [
-            (queries, BlockParam::QueryNorm),
-            (keys, BlockParam::KeyNorm),
+            (joined(queries), BlockParam::QueryNorm),
+            (joined(keys), BlockParam::KeyNorm),
         ]
     }
 
@@ -167,6 +176,14 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             .uninit(self.kind, self.row.tokens * self.shape.hidden)?;
         ops::rms_norm(self.gpu, &n, x, self.weights.norm(norm.weight())?, self.eps)?;
         Ok(CudaOperand::Owned(n))
+    }
+
+    fn stream_operand(&self, x: &Memory) -> Result<CudaOperand<'static>> {
+        let operand = match round(self.gpu, self.kind, x)? {
+            Some(rounded) => rounded,
+            None => x.copy()?,
+        };
+        Ok(CudaOperand::Owned(operand))
     }
 
     fn attention_operand<'b>(&self, output: &'b Memory) -> CudaOperand<'b> {
@@ -348,6 +365,15 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             slot,
         }
         .add_to(self.gpu, gx)
+    }
+
+    fn add_gradient(&self, g: &Memory, gx: &mut Memory) -> Result<()> {
+        if g.kind() == Kind::F32 {
+            return ops::add(self.gpu, gx, g);
+        }
+        let widened = self.gpu.uninit(Kind::F32, g.len())?;
+        ops::cast_f32(self.gpu, &widened, g)?;
+        ops::add(self.gpu, gx, &widened)
     }
 }
 

@@ -228,6 +228,15 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         Ok(self.low_rank(group))
     }
 
+    fn stream_operand(&self, _x: &CountedPiece) -> Result<Option<CountedPiece>> {
+        Ok(Some(self.row.piece(ELEMENT * HIDDEN)))
+    }
+
+    fn add_gradient(&self, _g: &CountedPiece, _gx: &mut CountedPiece) -> Result<()> {
+        drop(self.row.piece(F32 * HIDDEN));
+        Ok(())
+    }
+
     fn add_scaled(&self, factor: f32, y: &CountedPiece, _x: &mut CountedPiece) -> Result<()> {
         drop(self.scaled(factor, y)?);
         Ok(())
@@ -335,10 +344,11 @@ impl BlockOps<Counting> for CountingBlock<'_> {
     }
 }
 
-const VARIANTS: [(QkNorm, Norms, f32); 5] = [
+const VARIANTS: [(QkNorm, Norms, f32); 6] = [
     (QkNorm::Absent, Norms::Pre, 1.0),
     (QkNorm::PerHead, Norms::Pre, 1.0),
     (QkNorm::PerHead, Norms::PreAndPost, 1.0),
+    (QkNorm::AllHeads, Norms::Post, 1.0),
     (QkNorm::Absent, Norms::Pre, 0.5),
     (QkNorm::Absent, Norms::PreAndPost, 0.5),
 ];
