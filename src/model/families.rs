@@ -9,6 +9,7 @@ mod granite;
 mod llama;
 mod mistral;
 mod olmo2;
+mod olmo3;
 mod qwen2;
 mod qwen3;
 mod smollm3;
@@ -36,11 +37,13 @@ pub enum Architecture {
     Granite,
     /// OLMo 2: norms on outputs only, and on all queries and all keys at once.
     Olmo2,
+    /// OLMo 3: as OLMo 2, with a sliding window on 3 of 4 layers.
+    Olmo3,
 }
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 9] = [
+    pub const ALL: [Architecture; 10] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
@@ -50,6 +53,7 @@ impl Architecture {
         Architecture::SmolLm3,
         Architecture::Granite,
         Architecture::Olmo2,
+        Architecture::Olmo3,
     ];
 
     /// Returns the family's `model_type` in config.json.
@@ -92,6 +96,7 @@ impl Architecture {
             Architecture::SmolLm3 => &smollm3::FAMILY,
             Architecture::Granite => &granite::FAMILY,
             Architecture::Olmo2 => &olmo2::FAMILY,
+            Architecture::Olmo3 => &olmo3::FAMILY,
         }
     }
 }

@@ -26,6 +26,8 @@ FAMILIES = {
     "granite-64": 423,
     "olmo2": 424,
     "olmo2-64": 425,
+    "olmo3": 426,
+    "olmo3-64": 427,
 }
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

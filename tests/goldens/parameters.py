@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -50,6 +51,8 @@ CASES = [
     ("smollm3 with biases", SMOLLM3, SmolLM3Config(**SHAPE, head_dim=6, attention_bias=True, mlp_bias=True, pad_token_id=None, tie_word_embeddings=False)),
     ("granite, tied", GRANITE, GraniteConfig(**SHAPE, tie_word_embeddings=True)),
     ("olmo2 with biases", OLMO2, Olmo2Config(**SHAPE, head_dim=6, attention_bias=True)),
+    # llama.cpp has no architecture of its own for OLMo 3.
+    ("olmo3, tied", OLMO2, Olmo3Config(**SHAPE, sliding_window=16, tie_word_embeddings=True)),
 ]
 
 

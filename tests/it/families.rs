@@ -9,6 +9,7 @@ use bradley::infer::pair::{EncodedPair, SequenceGroup};
 use bradley::infer::scorer::score;
 use bradley::model::config::ModelConfig;
 use bradley::model::decoder::Policy;
+use bradley::model::rope::RopeScaling;
 use bradley::model::spec::{ModelSpec, Norms, QkNorm};
 use bradley::train::backprop::{SavePolicy, backward, forward};
 use bradley::train::trainable::{StepGradients, TrainablePolicy};
@@ -22,7 +23,7 @@ use crate::support::{
 };
 
 /// Models in tests/goldens/models.
-const FAMILIES: [&str; 9] = [
+const FAMILIES: [&str; 11] = [
     "gemma3",
     "gemma2",
     "gemma2-64",
@@ -32,6 +33,8 @@ const FAMILIES: [&str; 9] = [
     "granite-64",
     "olmo2",
     "olmo2-64",
+    "olmo3",
+    "olmo3-64",
 ];
 
 /// Compares the log-probs of every pair with the golden ones.
@@ -595,4 +598,71 @@ fn an_olmo_2_is_read_as_transformers_reads_it() {
     );
     let spec = read(&json!({"model_type": "olmo2"})).unwrap().spec;
     assert_eq!(spec.rms_norm_eps, 1e-5);
+}
+
+#[test]
+fn an_olmo_3_is_read_as_transformers_4_and_5_write_it() {
+    // The fields of allenai/Olmo-3-7B-Instruct's config.json that describe the model.
+    let published = json!({
+        "model_type": "olmo3",
+        "architectures": ["Olmo3ForCausalLM"],
+        "attention_bias": false,
+        "eos_token_id": 100_257,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "layer_types": [
+            "sliding_attention",
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+        ]
+        .repeat(8),
+        "max_position_embeddings": 65_536,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pad_token_id": 100_277,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {
+            "attention_factor": 1.207_943_930_3,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "yarn",
+        },
+        "rope_theta": 500_000,
+        "sliding_window": 4096,
+        "tie_word_embeddings": false,
+        "vocab_size": 100_278,
+    });
+    let config = read(&published).unwrap();
+    assert_eq!(config.parameter_count(), 7_298_011_136);
+    for (layer, block) in config.spec.blocks.iter().enumerate() {
+        let attention = block.attention();
+        let slides = layer % 4 != 3;
+        assert_eq!(attention.window, slides.then_some(4096), "layer {layer}");
+        assert_eq!(attention.rope, Some(usize::from(slides)), "layer {layer}");
+    }
+    let [full, sliding] = &config.spec.ropes[..] else {
+        panic!("two sets of frequencies");
+    };
+    assert!(matches!(
+        full.scaling,
+        RopeScaling::Yarn { factor: 8.0, .. }
+    ));
+    assert_eq!((full.theta, sliding.theta), (500_000.0, 500_000.0));
+    assert_eq!(sliding.scaling, RopeScaling::None);
+
+    // The same model as transformers 5 writes it.
+    let mut json = published.clone();
+    let mut yarn = json["rope_scaling"].take();
+    yarn["rope_theta"] = json["rope_theta"].take();
+    json["rope_parameters"] = json!({
+        "full_attention": yarn,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500_000.0},
+    });
+    json["layer_types"] = Value::Null;
+    assert_eq!(read(&json).unwrap().canonical(), config.canonical());
 }

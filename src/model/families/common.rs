@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::model::config::json::Fields;
 use crate::model::config::limits;
-use crate::model::config::rope::rope;
+use crate::model::config::rope::{rope, rope_of};
 use crate::model::error::ModelError;
 use crate::model::rope::RopeConfig;
 use crate::model::spec::{
@@ -262,4 +262,30 @@ pub(super) fn sliding_layers(
         )),
     };
     types.iter().map(slides).collect::<Result<_, _>>().map(Some)
+}
+
+/// Reads the frequencies of the layers without a window, then of those with one. transformers 4
+/// stores them in separate fields, and scales only those of the layers without a window;
+/// transformers 5 has one object per type of layer. `thetas` apply where an object has no
+/// `rope_theta`.
+pub(super) fn ropes_of_layer_types(
+    fields: &Fields<'_>,
+    thetas: [f64; 2],
+    max_position_embeddings: usize,
+) -> Result<Vec<RopeConfig>, ModelError> {
+    let parameters = fields.object("rope_parameters")?;
+    let of = |layers: &str, theta: f64| {
+        let nested = parameters
+            .as_ref()
+            .map(|types| types.object(layers))
+            .transpose()?
+            .flatten();
+        rope_of(fields, nested, theta, max_position_embeddings)
+    };
+    let [global, local] = thetas;
+    let global = match fields.object("rope_scaling")? {
+        Some(scaling) => rope_of(fields, Some(scaling), global, max_position_embeddings)?,
+        None => of("full_attention", global)?,
+    };
+    Ok(vec![global, of("sliding_attention", local)?])
 }

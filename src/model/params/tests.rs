@@ -165,6 +165,8 @@ fn the_golden_models_files_hold_the_table() {
         "granite-64",
         "olmo2",
         "olmo2-64",
+        "olmo3",
+        "olmo3-64",
     ] {
         let table = params(&spec(&json(&golden(&format!("models/{name}/config.json")))));
         let file = std::fs::read(golden(&format!("models/{name}/model.safetensors"))).unwrap();
