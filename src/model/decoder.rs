@@ -14,7 +14,7 @@ use super::device::ComputeDevice;
 use super::parameters::Parameters;
 use super::pass;
 use super::rope::RopeConfig;
-use super::row::{PreparedRow, Row};
+use super::row::{PreparedRow, Row, RowRope};
 use crate::compute::cpu::gemm::Kernel;
 use crate::compute::cpu::rope::RopeTable;
 use crate::domain::training::Precision;
@@ -125,7 +125,12 @@ impl Policy {
         let positions = row.layout.positions();
         let table = |rope: &RopeConfig| {
             let (inv_freq, factor) = rope.inv_freq(spec.head_dim());
-            RopeTable::new(&positions, &inv_freq, factor)
+            let table = RopeTable::new(&positions, &inv_freq, factor);
+            let queries = rope.query_scaling.map(|scaling| {
+                let factors: Vec<f32> = positions.iter().map(|p| scaling.factor(*p)).collect();
+                table.scaled(&factors)
+            });
+            RowRope { table, queries }
         };
         let ropes = spec.ropes.iter().map(table).collect();
         Ok(PreparedRow::new(row, ropes))

@@ -7,6 +7,8 @@ mod gemma2;
 mod gemma3;
 mod granite;
 mod llama;
+mod ministral;
+mod ministral3;
 mod mistral;
 mod olmo2;
 mod olmo3;
@@ -39,11 +41,15 @@ pub enum Architecture {
     Olmo2,
     /// OLMo 3: as OLMo 2, with a sliding window on 3 of 4 layers.
     Olmo3,
+    /// Ministral: a sliding window on some layers.
+    Ministral,
+    /// Ministral 3: a factor on queries that grows with their position.
+    Ministral3,
 }
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 10] = [
+    pub const ALL: [Architecture; 12] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
@@ -54,6 +60,8 @@ impl Architecture {
         Architecture::Granite,
         Architecture::Olmo2,
         Architecture::Olmo3,
+        Architecture::Ministral,
+        Architecture::Ministral3,
     ];
 
     /// Returns the family's `model_type` in config.json.
@@ -67,11 +75,13 @@ impl Architecture {
     }
 
     /// Returns the family of the language model inside a multimodal model of this `model_type`.
-    /// Multimodal models store the language model's configuration in `text_config`.
-    pub(super) fn of_text_in(model_type: &str) -> Option<Self> {
+    /// Multimodal models store the language model's configuration in `text_config`. Its `model_type`
+    /// is `text_type`; without one, the first family that fits is returned.
+    pub(super) fn of_text_in(model_type: &str, text_type: Option<&str>) -> Option<Self> {
         Self::ALL
             .into_iter()
-            .find(|a| a.family().text_in == Some(model_type))
+            .filter(|a| a.family().text_in.contains(&model_type))
+            .find(|a| text_type.is_none_or(|text_type| text_type == a.as_str()))
     }
 
     /// Returns the class of transformers that loads a model of the family.
@@ -97,6 +107,8 @@ impl Architecture {
             Architecture::Granite => &granite::FAMILY,
             Architecture::Olmo2 => &olmo2::FAMILY,
             Architecture::Olmo3 => &olmo3::FAMILY,
+            Architecture::Ministral => &ministral::FAMILY,
+            Architecture::Ministral3 => &ministral3::FAMILY,
         }
     }
 }

@@ -226,6 +226,15 @@ impl ModelSpec {
                 .collect();
             found.push(json!(["other_ropes", ropes, of_blocks]));
         }
+        let query_scalings: Vec<Option<(u32, usize)>> = self
+            .ropes
+            .iter()
+            .map(|rope| rope.query_scaling)
+            .map(|scaling| scaling.map(|scaling| (scaling.beta.to_bits(), scaling.period)))
+            .collect();
+        if query_scalings.iter().any(Option::is_some) {
+            found.push(json!(["query_scalings", query_scalings]));
+        }
         let is_unrotated = |(_, block): &(usize, &BlockSpec)| block.attention().rope.is_none();
         let unrotated: Vec<usize> = self
             .blocks

@@ -28,6 +28,10 @@ FAMILIES = {
     "olmo2-64": 425,
     "olmo3": 426,
     "olmo3-64": 427,
+    "ministral": 428,
+    "ministral-64": 429,
+    "ministral3": 430,
+    "ministral3-64": 431,
 }
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

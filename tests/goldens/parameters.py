@@ -15,6 +15,8 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
@@ -53,6 +55,8 @@ CASES = [
     ("olmo2 with biases", OLMO2, Olmo2Config(**SHAPE, head_dim=6, attention_bias=True)),
     # llama.cpp has no architecture of its own for OLMo 3.
     ("olmo3, tied", OLMO2, Olmo3Config(**SHAPE, sliding_window=16, tie_word_embeddings=True)),
+    ("ministral, tied", LLAMA, MinistralConfig(**SHAPE, head_dim=6, sliding_window=16, tie_word_embeddings=True)),
+    ("ministral3", gguf.MODEL_ARCH.MISTRAL3, Ministral3Config(**SHAPE, head_dim=6, tie_word_embeddings=False)),
 ]
 
 

@@ -23,7 +23,7 @@ use crate::support::{
 };
 
 /// Models in tests/goldens/models.
-const FAMILIES: [&str; 11] = [
+const FAMILIES: [&str; 15] = [
     "gemma3",
     "gemma2",
     "gemma2-64",
@@ -35,6 +35,10 @@ const FAMILIES: [&str; 11] = [
     "olmo2-64",
     "olmo3",
     "olmo3-64",
+    "ministral",
+    "ministral-64",
+    "ministral3",
+    "ministral3-64",
 ];
 
 /// Compares the log-probs of every pair with the golden ones.
@@ -430,6 +434,7 @@ fn read(json: &Value) -> Result<ModelConfig, bradley::model::error::ModelError> 
 
 #[test]
 fn a_smollm3_is_read_as_transformers_reads_it() {
+    let rotated = [1, 1, 1, 0].repeat(9);
     // The fields of HuggingFaceTB/SmolLM3-3B's config.json that describe the model.
     let published = json!({
         "model_type": "smollm3",
@@ -445,7 +450,7 @@ fn a_smollm3_is_read_as_transformers_reads_it() {
         "max_window_layers": 28,
         "mlp_bias": false,
         "no_rope_layer_interval": 4,
-        "no_rope_layers": [1, 1, 1, 0].repeat(9),
+        "no_rope_layers": rotated,
         "num_attention_heads": 16,
         "num_hidden_layers": 36,
         "num_key_value_heads": 4,
@@ -602,6 +607,9 @@ fn an_olmo_2_is_read_as_transformers_reads_it() {
 
 #[test]
 fn an_olmo_3_is_read_as_transformers_4_and_5_write_it() {
+    let mut types = vec!["sliding_attention"; 3];
+    types.push("full_attention");
+    let types = types.repeat(8);
     // The fields of allenai/Olmo-3-7B-Instruct's config.json that describe the model.
     let published = json!({
         "model_type": "olmo3",
@@ -611,13 +619,7 @@ fn an_olmo_3_is_read_as_transformers_4_and_5_write_it() {
         "hidden_act": "silu",
         "hidden_size": 4096,
         "intermediate_size": 11_008,
-        "layer_types": [
-            "sliding_attention",
-            "sliding_attention",
-            "sliding_attention",
-            "full_attention",
-        ]
-        .repeat(8),
+        "layer_types": types,
         "max_position_embeddings": 65_536,
         "num_attention_heads": 32,
         "num_hidden_layers": 32,
@@ -665,4 +667,168 @@ fn an_olmo_3_is_read_as_transformers_4_and_5_write_it() {
     });
     json["layer_types"] = Value::Null;
     assert_eq!(read(&json).unwrap().canonical(), config.canonical());
+}
+
+#[test]
+fn a_ministral_is_read_as_transformers_reads_it() {
+    let spec = |more: Value| {
+        let mut json = json!({"model_type": "ministral", "num_hidden_layers": 4});
+        for (key, value) in more.as_object().unwrap() {
+            json[key] = value.clone();
+        }
+        read(&json).unwrap().spec
+    };
+    let windows = |spec: &ModelSpec| -> Vec<Option<usize>> {
+        let blocks = spec.blocks.iter();
+        blocks.map(|block| block.attention().window).collect()
+    };
+    assert_eq!(windows(&spec(json!({}))), [Some(4096); 4]);
+    assert_eq!(
+        windows(&spec(json!({"sliding_window": null}))),
+        [None::<usize>; 4]
+    );
+    // The layers of mistralai/Ministral-8B-Instruct-2410.
+    let types = [
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "sliding_attention",
+    ];
+    let interleaved = spec(json!({"sliding_window": 32_768, "layer_types": types}));
+    assert_eq!(
+        windows(&interleaved),
+        [None, Some(32_768), Some(32_768), Some(32_768)]
+    );
+}
+
+#[test]
+fn a_ministral_3_is_read_as_transformers_reads_it() {
+    // The fields of the config.json of mistralai/Ministral-3-8B-Base-2512 that describe its text.
+    let text = json!({
+        "model_type": "ministral3",
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "max_position_embeddings": 262_144,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16_384,
+            "rope_theta": 1_000_000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "sliding_window": null,
+        "tie_word_embeddings": false,
+        "vocab_size": 131_072,
+    });
+    let published = json!({
+        "model_type": "mistral3",
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": {"model_type": "pixtral"},
+    });
+    let config = read(&published).unwrap();
+    assert_eq!(config.parameter_count(), 8_489_553_920);
+    assert_eq!(config.architecture.as_str(), "ministral3");
+    assert_eq!(
+        config.hf_json["architectures"],
+        json!(["Ministral3ForCausalLM"])
+    );
+    let scaling = config.spec.ropes[0].query_scaling.unwrap();
+    assert_eq!((scaling.beta, scaling.period), (0.1, 16_384));
+    assert_eq!(
+        [0, 16_383].map(|position| scaling.factor(position)),
+        [1.0, 1.0]
+    );
+    for (position, periods) in [(16_384, 1.0), (32_767, 1.0), (32_768, 2.0), (262_143, 15.0)] {
+        let want = 1.0 + 0.1 * (1.0_f64 + periods).ln();
+        let got = f64::from(scaling.factor(position));
+        assert_close("factor", got, want, 1e-6, 1e-12);
+    }
+    // These are also the defaults.
+    let defaults = read(&json!({"model_type": "ministral3"})).unwrap();
+    assert_eq!(defaults.canonical(), config.canonical());
+    // The factor is part of the identity, and cannot be absent.
+    let mut other = text.clone();
+    other["rope_parameters"]["llama_4_scaling_beta"] = json!(0.2);
+    assert_ne!(read(&other).unwrap().canonical(), config.canonical());
+    other["rope_parameters"]["llama_4_scaling_beta"] = Value::Null;
+    let error = read(&other).unwrap_err().to_string();
+    assert!(
+        error.contains("rope_parameters.llama_4_scaling_beta"),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_text_of_a_mistral_3_may_be_a_mistral_or_a_ministral_3() {
+    let of = |text: Value| read(&json!({"model_type": "mistral3", "text_config": text}));
+    let sizes = json!({
+        "hidden_size": 5120,
+        "head_dim": 128,
+        "intermediate_size": 32_768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "rope_theta": 1_000_000_000.0,
+        "sliding_window": null,
+        "vocab_size": 131_072,
+    });
+    let typed = |name: &str| {
+        let mut text = sizes.clone();
+        text["model_type"] = json!(name);
+        of(text)
+    };
+    // The text of mistralai/Mistral-Small-3.1-24B-Instruct-2503.
+    let mistral = typed("mistral").unwrap();
+    assert_eq!(mistral.architecture.as_str(), "mistral");
+    assert_eq!(mistral.parameter_count(), 23_572_403_200);
+    assert!(mistral.spec.blocks[0].attention().window.is_none());
+    assert_eq!(of(sizes.clone()).unwrap().canonical(), mistral.canonical());
+    assert!(typed("llama").is_err());
+}
+
+#[test]
+fn the_text_of_a_mistral_3_of_text_and_images_has_the_log_probs_of_the_text_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    crate::support::copy_files(&golden("models/ministral3"), folder.path());
+    let path = folder.path().join("config.json");
+    let text: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let config = json!({
+        "model_type": "mistral3",
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "text_config": text,
+    });
+    std::fs::write(&path, config.to_string()).unwrap();
+    let stored = tensors("models/ministral3/model.safetensors");
+    let rename = |(name, tensor): (&String, &Tensor)| {
+        let name = name.replacen("model.", "model.language_model.", 1);
+        (name, tensor.clone())
+    };
+    let mut renamed: HashMap<String, Tensor> = stored.iter().map(rename).collect();
+    renamed.insert(
+        "model.vision_tower.ln_pre.weight".into(),
+        Tensor::zeros(2, candle_core::DType::F32, &Device::Cpu).unwrap(),
+    );
+    candle_core::safetensors::save(&renamed, folder.path().join("model.safetensors")).unwrap();
+    let model = bradley::formats::loader::load_model(
+        None,
+        folder.path().to_str().unwrap(),
+        &Default::default(),
+    )
+    .unwrap();
+    let (alone, tokenizer) = tiny("ministral3");
+    assert_eq!(model.config.canonical(), alone.config.canonical());
+    let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+    assert_golden_log_probs("ministral3", "mistral3", &policy(model).0, &pairs);
 }

@@ -17,7 +17,7 @@ use bradley::model::decoder::Policy;
 use bradley::model::families::Architecture;
 use bradley::model::parameters::Parameters;
 use bradley::model::params::{LoraTensor, ParamId, ParamRole, ParamSpec};
-use bradley::model::rope::{RopeConfig, RopeScaling};
+use bradley::model::rope::{QueryScaling, RopeConfig, RopeScaling};
 use bradley::model::spec::{
     ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
 };
@@ -119,7 +119,11 @@ fn random_rope(draw: &mut Draw) -> RopeConfig {
             truncate: draw.flag(),
         },
     };
-    RopeConfig { theta, scaling }
+    RopeConfig {
+        theta,
+        scaling,
+        query_scaling: None,
+    }
 }
 
 fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
@@ -212,6 +216,12 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
     spec.logit_factor = draw.pick(&[1.0, 1.0, 0.3, 2.0]);
     for block in &mut spec.blocks {
         block.output_factor = draw.pick(&[1.0, 1.0, 0.4, 1.5]);
+    }
+    for rope in &mut spec.ropes {
+        rope.query_scaling = draw.flag().then(|| QueryScaling {
+            beta: draw.number(0.1, 1.0) as f32,
+            period: draw.within(1..=20),
+        });
     }
     for block in &mut spec.blocks {
         let post = draw.below(4);
@@ -671,6 +681,15 @@ fn the_seeds_draw_every_variant() {
     any("two rotations", &|c| {
         attention(c, &|a| a.rope == Some(0)) && attention(c, &|a| a.rope == Some(1))
     });
+    for is_scaled in [false, true] {
+        any("queries scaled by their positions", &|c| {
+            let ropes = &c.base.config.spec.ropes;
+            attention(c, &|a| {
+                a.rope
+                    .is_some_and(|rope| ropes[rope].query_scaling.is_some() == is_scaled)
+            })
+        });
+    }
     any("blocks of which some are not rotated", &|c| {
         attention(c, &|a| a.rope.is_none()) && attention(c, &|a| a.rope.is_some())
     });

@@ -133,6 +133,9 @@ impl ReferenceModel {
                     }
                     if let Some(rope) = attention.rope {
                         self.rotate(rope, head, position);
+                        if norm == BlockParam::QueryNorm {
+                            self.scale_query(rope, head, position);
+                        }
                     }
                 }
             }
@@ -260,6 +263,16 @@ impl ReferenceModel {
             add(&mut y, self.lora_scale, &product(b, &product(a, x)));
         }
         y
+    }
+
+    /// Multiplies a query by the factor for its position, if the rotation has one.
+    fn scale_query(&self, rope: usize, head: &mut [f64], position: usize) {
+        let Some(scaling) = self.spec.ropes[rope].query_scaling else {
+            return;
+        };
+        let periods = (position / scaling.period) as f64;
+        let factor = 1.0 + f64::from(scaling.beta) * (1.0 + periods).ln();
+        head.iter_mut().for_each(|x| *x *= factor);
     }
 
     /// Rotates dimension i of a head with dimension i + D/2.

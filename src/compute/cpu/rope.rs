@@ -1,6 +1,7 @@
 //! Rotary position embedding in the "rotate half" form (arXiv:2104.09864, as transformers lays it
 //! out).
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::simd::dispatch;
@@ -37,6 +38,23 @@ impl RopeTable {
         }
     }
 
+    /// Returns the table times a factor for each token. The rotated vectors are then multiplied by
+    /// these factors.
+    pub fn scaled(&self, factors: &[f32]) -> Self {
+        let scale = |table: &[f32]| -> Arc<Vec<f32>> {
+            let rows = table.chunks(self.half).zip(factors);
+            let scaled: Vec<f32> = rows
+                .flat_map(|(row, factor)| row.iter().map(move |x| x * factor))
+                .collect();
+            scaled.into()
+        };
+        RopeTable {
+            cos: scale(&self.cos),
+            sin: scale(&self.sin),
+            half: self.half,
+        }
+    }
+
     /// Returns the cos table and the sin table, `[T, D/2]` each.
     pub fn tables(&self) -> (&[f32], &[f32]) {
         (&self.cos, &self.sin)
@@ -53,16 +71,22 @@ pub enum Direction {
     Backward,
 }
 
-/// Rotates the first `heads` heads of every token in place. Each token is a row of `stride`
-/// elements.
-pub fn rotate(x: &mut [f32], stride: usize, heads: usize, table: &RopeTable, direction: Direction) {
+/// Rotates the heads `heads` of every token in place. Each token is a row of `stride` elements.
+pub fn rotate(
+    x: &mut [f32],
+    stride: usize,
+    heads: Range<usize>,
+    table: &RopeTable,
+    direction: Direction,
+) {
     let half = table.half;
     let sign = if direction == Direction::Forward {
         1.0
     } else {
         -1.0
     };
-    debug_assert!(x.len() / stride * half == table.cos.len() && heads * 2 * half <= stride);
+    let columns = heads.start * 2 * half..heads.end * 2 * half;
+    debug_assert!(x.len() / stride * half == table.cos.len() && columns.end <= stride);
     let rows = thread_pool::rows_per_task(x.len() / stride);
     thread_pool::chunks(x, rows * stride, |task, x| {
         for (r, row) in x.chunks_mut(stride).enumerate() {
@@ -74,7 +98,7 @@ pub fn rotate(x: &mut [f32], stride: usize, heads: usize, table: &RopeTable, dir
             dispatch(
                 #[inline(always)]
                 || {
-                    for head in row[..heads * 2 * half].chunks_mut(2 * half) {
+                    for head in row[columns.clone()].chunks_mut(2 * half) {
                         let (x1, x2) = head.split_at_mut(half);
                         for i in 0..half {
                             let (a, b, s) = (x1[i], x2[i], sin[i] * sign);

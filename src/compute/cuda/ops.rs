@@ -313,8 +313,7 @@ pub(crate) fn cast_f32(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
 
 // ---------------------------------------------------------------------------------- element-wise
 
-/// Applies the rotary embedding to the first heads of every row of `x` in place; cos and sin are
-/// `[T, D/2]`.
+/// Applies the rotary embedding to heads of every row of `x` in place; cos and sin are `[T, D/2]`.
 pub(crate) fn rope(
     gpu: &Gpu,
     x: &Memory,
@@ -330,9 +329,6 @@ pub(crate) fn rope(
         heads: count,
         dim,
     } = heads;
-    if first != 0 {
-        bail!("CUDA: rope: heads must start at column 0, not {first}");
-    }
     let (kind, table) = (x.kind(), rows * (dim / 2));
     check(
         "rope",
@@ -347,7 +343,7 @@ pub(crate) fn rope(
         Direction::Backward => -1.0,
     };
     let args = [
-        x.into(),
+        x.at(first).into(),
         cos.into(),
         sin.into(),
         rows.into(),

@@ -260,12 +260,14 @@ fn scaling(
     let plain = RopeConfig {
         theta,
         scaling: RopeScaling::None,
+        query_scaling: None,
     }
     .inv_freq(head_dim)
     .0;
     let scaled = RopeConfig {
         theta,
         scaling: scaled,
+        query_scaling: None,
     }
     .inv_freq(head_dim)
     .0;

@@ -57,6 +57,7 @@ pub(in crate::model) fn rope_of(
         return Ok(RopeConfig {
             theta,
             scaling: RopeScaling::None,
+            query_scaling: None,
         });
     };
 
@@ -135,5 +136,9 @@ pub(in crate::model) fn rope_of(
             ));
         }
     };
-    Ok(RopeConfig { theta, scaling })
+    Ok(RopeConfig {
+        theta,
+        scaling,
+        query_scaling: None,
+    })
 }

@@ -119,6 +119,8 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
             ]
             .concat(),
         ),
+        ("ministral", 8, 4, 131_072, vec![Some(4096); 30]),
+        ("ministral3", 8, 128, 262_144, vec![None; 30]),
     ] {
         let spec = read(model_type, "");
         let attention = spec.blocks[0].attention();

@@ -22,7 +22,7 @@ use crate::model::adapter::Adapter;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
 use crate::model::parameters::{NormFactors, Parameters};
 use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
-use crate::model::row::PreparedRow;
+use crate::model::row::{PreparedRow, RowRope};
 use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward, Mixer, QkNorm};
 
 /// A block with its adapter, opened for a pass over a row.
@@ -240,14 +240,16 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     }
 
     fn rotate(&self, rope: usize, qkv: &mut Buffer, direction: Direction) -> Result<()> {
-        let rope = &self.row.ropes[rope];
-        rotate(
-            qkv,
-            self.heads.row(),
-            self.heads.query + self.heads.key,
-            rope,
-            direction,
-        );
+        let RowRope { table, queries } = &self.row.ropes[rope];
+        let (h, stride) = (self.heads, self.heads.row());
+        let first = match queries {
+            Some(queries) => {
+                rotate(qkv, stride, 0..h.query, queries, direction);
+                h.query
+            }
+            None => 0,
+        };
+        rotate(qkv, stride, first..h.query + h.key, table, direction);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use super::attention::Attention;
 use super::backend::{CudaBackend, CudaOperand};
 use super::gradients::GradientBuffers;
 use super::projections::{CudaLinearGroup, GroupBackward};
-use super::row::DeviceRow;
+use super::row::{DeviceRope, DeviceRow};
 use super::sizes::BlockShape;
 use super::weights::{BlockWeights, DeviceAdapter};
 use crate::compute::cpu::rope::Direction;
@@ -242,15 +242,18 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
     }
 
     fn rotate(&self, rope: usize, qkv: &mut Memory, direction: Direction) -> Result<()> {
-        let (h, (cos, sin)) = (self.shape.heads, &self.row.ropes[rope]);
-        ops::rope(
-            self.gpu,
-            qkv,
-            cos,
-            sin,
-            self.head_columns(0, h.query + h.key),
-            direction,
-        )
+        let h = self.shape.heads;
+        let DeviceRope { table, queries } = &self.row.ropes[rope];
+        let rotate = |(cos, sin): &(Memory, Memory), heads| {
+            ops::rope(self.gpu, qkv, cos, sin, heads, direction)
+        };
+        match queries {
+            None => rotate(table, self.head_columns(0, h.query + h.key)),
+            Some(queries) => {
+                rotate(queries, self.head_columns(0, h.query))?;
+                rotate(table, self.head_columns(h.query * h.dim, h.key))
+            }
+        }
     }
 
     fn attention(&self, qkv: &Memory) -> Result<Attended<CudaBackend>> {

@@ -10,10 +10,18 @@ use crate::compute::cuda::gpu::{Gpu, Memory};
 use crate::compute::cuda::kernels::Kind;
 use crate::compute::cuda::ops::{self, ScatterRows, TILE_ENTRY};
 use crate::compute::layout::RowLayout;
-use crate::model::row::PreparedRow;
+use crate::model::row::{PreparedRow, RowRope};
 
 /// Number of tokens in a tile.
 const TILE_TOKENS: usize = 64;
+
+/// The tables of one set of rotary frequencies: cosines and sines, each `[T, D/2]`.
+pub(super) struct DeviceRope {
+    /// The table of the keys and, without one of their own, of the queries.
+    pub table: (Memory, Memory),
+    /// The table of the queries if these have factors that depend on the position.
+    pub queries: Option<(Memory, Memory)>,
+}
 
 /// The data of a row that the kernels read.
 pub(super) struct DeviceRow {
@@ -25,8 +33,8 @@ pub(super) struct DeviceRow {
     pub ids: Memory,
     /// Positions of the tokens `[T]`.
     pub positions: Memory,
-    /// Cosines and sines, each `[T, D/2]`, in the order of the model's sets of rotary frequencies.
-    pub ropes: Vec<(Memory, Memory)>,
+    /// Rotary tables in the order of the model's sets of rotary frequencies.
+    pub ropes: Vec<DeviceRope>,
     /// Tiles of queries `[n, 5]`: start and end of the queries, start of their segment, start and
     /// end of their prompt. All ends are exclusive.
     pub tiles: Memory,
@@ -43,9 +51,15 @@ impl DeviceRow {
     pub fn new(gpu: &Arc<Gpu>, row: &PreparedRow) -> Result<Self> {
         let source = row.row();
         let (tiles, key_tiles) = (query_tiles(&source.layout), key_tiles(&source.layout));
-        let rope = |table: &RopeTable| {
+        let table = |table: &RopeTable| {
             let (cos, sin) = table.tables();
             Ok::<_, candle_core::Error>((gpu.upload(Kind::F32, cos)?, gpu.upload(Kind::F32, sin)?))
+        };
+        let rope = |rope: &RowRope| {
+            Ok::<_, candle_core::Error>(DeviceRope {
+                table: table(&rope.table)?,
+                queries: rope.queries.as_ref().map(table).transpose()?,
+            })
         };
         Ok(DeviceRow {
             tokens: source.ids.len(),

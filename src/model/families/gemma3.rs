@@ -13,7 +13,7 @@ use crate::model::rope::RopeConfig;
 use crate::model::spec::{AttentionSpec, ModelSpec, QkNorm};
 
 pub(super) static FAMILY: Family = Family {
-    text_in: Some("gemma3"),
+    text_in: &["gemma3"],
     ..Family::new("gemma3_text", "Gemma3ForCausalLM", defaults, spec)
 };
 
