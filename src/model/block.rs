@@ -100,8 +100,8 @@ fn add_input_gradient<B: Backend>(
 }
 
 /// Adds the output of the last linear layer of a part to the residual stream `x`. If `has_post` is
-/// true, the output passes through `norm` first, and it is multiplied by the block's factor. Returns
-/// x·Aᵀ of the layer and the input of `norm`.
+/// true, the output passes through `norm` first. It is multiplied by the block's factor. Returns x·Aᵀ
+/// of the layer and the input of `norm`.
 fn add_part<B: Backend>(
     block: &impl BlockOps<B>,
     (norm, has_post): (StreamNorm, bool),
@@ -124,8 +124,8 @@ fn add_part<B: Backend>(
 }
 
 /// Returns the gradient of a part's `output`, the input of `norm`. `gx` is the gradient of the
-/// residual stream, to which the result of `norm` times the block's factor was added. Returns `None`
-/// if there is neither norm nor factor: `gx` is then also the gradient of the output.
+/// residual stream, to which the result of `norm` times the block's factor was added. Returns
+/// `None` if there is neither norm nor factor: `gx` is then also the gradient of the output.
 fn output_gradient<B: Backend>(
     block: &impl BlockOps<B>,
     norm: StreamNorm,

@@ -75,8 +75,8 @@ impl Architecture {
     }
 
     /// Returns the family of the language model inside a multimodal model of this `model_type`.
-    /// Multimodal models store the language model's configuration in `text_config`. Its `model_type`
-    /// is `text_type`; without one, the first family that fits is returned.
+    /// Multimodal models store the language model's configuration in `text_config`. Its
+    /// `model_type` is `text_type`; without one, the first family that fits is returned.
     pub(super) fn of_text_in(model_type: &str, text_type: Option<&str>) -> Option<Self> {
         Self::ALL
             .into_iter()

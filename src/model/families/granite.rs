@@ -1,5 +1,5 @@
-//! Granite 3.x, dense: as Llama, with multipliers on the embeddings, on the scores and on the output
-//! of each part, and a divisor of the logits.
+//! Granite 3.x, dense: as Llama, with multipliers on the embeddings, on the scores and on the
+//! output of each part, and a divisor of the logits.
 
 use serde_json::{Value, json};
 

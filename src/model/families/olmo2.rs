@@ -1,5 +1,5 @@
-//! OLMo 2: RMSNorms on the outputs of both parts and none on their inputs. Queries and keys are each
-//! normed over all heads at once.
+//! OLMo 2: RMSNorms on the outputs of both parts and none on their inputs. Queries and keys are
+//! each normed over all heads at once.
 
 use serde_json::{Value, json};
 

@@ -1,5 +1,5 @@
-//! OLMo 3: as OLMo 2, with a sliding window on three of four layers. Only the layers without a window
-//! have a context extension.
+//! OLMo 3: as OLMo 2, with a sliding window on three of four layers. Only the layers without a
+//! window have a context extension.
 
 use serde_json::Value;
 
@@ -44,7 +44,8 @@ fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         olmo2::block(&common, attention)
     };
     let blocks = slides.iter().map(block).collect();
-    // In transformers `rope_theta` outside `rope_parameters` applies to the layers without a window.
+    // In transformers 5 `rope_theta` outside `rope_parameters` applies only to the layers without a
+    // window.
     let thetas = [fields.number("rope_theta")?.unwrap_or(THETA), THETA];
     let model = common.model(blocks);
     Ok(ModelSpec {

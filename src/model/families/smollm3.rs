@@ -53,8 +53,8 @@ fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     Ok(common.model(blocks))
 }
 
-/// Returns for each layer true if queries and keys are rotated. `no_rope_layers` holds a 1 for these
-/// layers. By default every `no_rope_layer_interval`-th layer is not rotated.
+/// Returns for each layer true if queries and keys are rotated. `no_rope_layers` holds a 1 for
+/// these layers. By default every `no_rope_layer_interval`-th layer is not rotated.
 fn rotated_layers(fields: &Fields<'_>, num_layers: usize) -> Result<Vec<bool>, ModelError> {
     if let Some(stored) = fields.integers("no_rope_layers")? {
         if stored.len() < num_layers {

@@ -303,8 +303,9 @@ void head_norms(int rows, int heads, int dim, int offset, int rest, bool wide = 
                    offset, heads, dim, EPS);
         run.expect(x, want);
     });
+    const char* const backward = wide ? "wide_head_norm_backward" : "head_norm_backward";
     for (int per_block : {0, 1, 7, 64})  // 0: 5 items per block, without ∂w
-        cases<T>(wide ? "wide_head_norm_backward" : "head_norm_backward", shape + text({per_block}), [&](Run& run) {
+        cases<T>(backward, shape + text({per_block}), [&](Run& run) {
             const int share = per_block == 0 ? 5 : per_block, blocks = groups(items, share);
             auto x = run.random<T>(rows * stride, 3), g = run.random<T>(rows * stride);
             auto w = run.random<float>(dim);
