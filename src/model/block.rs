@@ -100,8 +100,8 @@ fn add_input_gradient<B: Backend>(
 }
 
 /// Adds the output of the last linear layer of a part to the residual stream `x`. If `has_post` is
-/// true, the output passes through `norm` first. It is multiplied by the block's factor. Returns x·Aᵀ
-/// of the layer and the input of `norm`.
+/// true, the output passes through `norm` first. It is multiplied by the block's factor. Returns
+/// x·Aᵀ of the layer and the input of `norm`.
 fn add_part<B: Backend>(
     block: &impl BlockOps<B>,
     (norm, has_post): (StreamNorm, bool),
