@@ -201,6 +201,9 @@ pub trait BlockOps<B: Backend> {
     /// Applies a norm to the residual stream `x` and returns the result as an operand.
     fn norm(&self, norm: StreamNorm, x: &B::Activation) -> Result<B::LeftOperand<'static>>;
 
+    /// Returns the residual stream `x` as an operand, without a norm.
+    fn stream_operand(&self, x: &B::Activation) -> Result<B::LeftOperand<'static>>;
+
     /// Returns attention's output as the operand of the output projection.
     fn attention_operand<'a>(&self, output: &'a B::Activation) -> B::LeftOperand<'a>;
 
@@ -220,15 +223,23 @@ pub trait BlockOps<B: Backend> {
         x: &mut B::Activation,
     ) -> Result<B::LowRankProjection>;
 
-    /// Applies a norm to the output `y` `[T, C]` of a part and adds the result to the residual
-    /// stream `x`.
+    /// Adds `factor` times the output `y` `[T, C]` of a part to the residual stream `x`.
+    fn add_scaled(&self, factor: f32, y: &B::Activation, x: &mut B::Activation) -> Result<()>;
+
+    /// Returns `factor` times `x`, a matrix of the shape and type of the residual stream.
+    fn scaled(&self, factor: f32, x: &B::Activation) -> Result<B::Activation>;
+
+    /// Applies a norm to the output `y` `[T, C]` of a part and adds the result, times
+    /// [`BlockSpec::output_factor`], to the residual stream `x`.
     fn add_norm(&self, norm: StreamNorm, y: &B::Activation, x: &mut B::Activation) -> Result<()>;
 
-    /// Applies RMSNorm to every head of the queries and keys in place.
+    /// Applies RMSNorm to the queries and to the keys in place: to every head or to all heads at
+    /// once, as [`super::spec::AttentionSpec::qk_norm`] says.
     fn head_norms(&self, qkv: &mut B::Activation) -> Result<()>;
 
-    /// Applies the rotary position embedding to queries and keys in place.
-    fn rotate(&self, qkv: &mut B::Activation, direction: Direction) -> Result<()>;
+    /// Applies the rotary position embedding to queries and keys in place. `rope` is the index of
+    /// the frequencies in [`ModelSpec::ropes`].
+    fn rotate(&self, rope: usize, qkv: &mut B::Activation, direction: Direction) -> Result<()>;
 
     /// Computes softmax attention of the rotated queries, keys and values `qkv`.
     fn attention(&self, qkv: &B::Activation) -> Result<Attended<B>>;
@@ -290,4 +301,8 @@ pub trait BlockOps<B: Backend> {
         gx: &mut B::Activation,
         gradients: &mut B::Gradients,
     ) -> Result<()>;
+
+    /// Adds the gradient `g` of a result of [`BlockOps::stream_operand`] to the gradient `gx` of
+    /// the residual stream.
+    fn add_gradient(&self, g: &B::Activation, gx: &mut B::Activation) -> Result<()>;
 }

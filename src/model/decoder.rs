@@ -15,7 +15,7 @@ use super::device::ComputeDevice;
 use super::parameters::Parameters;
 use super::pass;
 use super::rope::RopeConfig;
-use super::row::{PreparedRow, Row};
+use super::row::{PreparedRow, Row, RowRope};
 use crate::compute::cpu::gemm::Kernel;
 use crate::compute::cpu::rope::RopeTable;
 use crate::compute::layout::RowLayout;
@@ -124,7 +124,7 @@ impl Policy {
             bail!("token id {bad} is outside the model's vocabulary of {vocabulary}");
         }
         let spec = &self.config.spec;
-        let table = |rope: &RopeConfig| rope_table(rope, spec.head_dim(), &row.layout);
+        let table = |rope: &RopeConfig| row_rope(rope, spec.head_dim(), &row.layout);
         let ropes = spec.ropes.iter().map(table).collect();
         Ok(PreparedRow::new(row, ropes))
     }
@@ -169,10 +169,10 @@ impl Policy {
     }
 }
 
-/// Computes the rotary table of a row. The frequencies of a sequence may depend on its length. All
+/// Computes the rotary tables of a row. The frequencies of a sequence may depend on its length. All
 /// sequences of a prompt must have the same frequencies; the packer places others with a copy of
 /// the prompt.
-fn rope_table(rope: &RopeConfig, head_dim: usize, layout: &RowLayout) -> RopeTable {
+fn row_rope(rope: &RopeConfig, head_dim: usize, layout: &RowLayout) -> RowRope {
     let lengths = layout.sequence_lengths();
     let classes: Vec<usize> = lengths
         .iter()
@@ -189,5 +189,11 @@ fn rope_table(rope: &RopeConfig, head_dim: usize, layout: &RowLayout) -> RopeTab
         (positions, frequencies[class].as_slice())
     });
     let (_, factor) = rope.inv_freq(head_dim);
-    RopeTable::new(segments, factor, rope.pairs)
+    let table = RopeTable::new(segments, factor, rope.pairs);
+    let queries = rope.query_scaling.map(|scaling| {
+        let positions = layout.positions();
+        let factors: Vec<f32> = positions.iter().map(|p| scaling.factor(*p)).collect();
+        table.scaled(&factors)
+    });
+    RowRope { table, queries }
 }

@@ -612,7 +612,9 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
     }
 
     fn block(&mut self, index: usize, block: &BlockSpec, width: usize) {
-        self.norm(index, BlockParam::InputNorm, INPUT_NORM, width);
+        if block.mixer_norms.has_pre() {
+            self.norm(index, BlockParam::InputNorm, INPUT_NORM, width);
+        }
         match &block.mixer {
             Mixer::Attention(attention) => self.attention(index, attention, width),
         }
@@ -621,16 +623,17 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
             NormNames::Glm => (GLM_MIXER_OUTPUT_NORM, GLM_FEED_FORWARD_OUTPUT_NORM),
         };
         let feed_forward_norm = match (block.mixer_norms, block.norm_names) {
-            (Norms::Pre, _) | (Norms::PreAndPost, NormNames::Glm) => FEED_FORWARD_NORM,
-            (Norms::PreAndPost, NormNames::Gemma) => PRE_FEED_FORWARD_NORM,
-        };
-        match block.mixer_norms {
-            Norms::Pre => {}
-            Norms::PreAndPost => {
-                self.norm(index, BlockParam::MixerOutputNorm, mixer_output_norm, width);
+            (Norms::Pre, _) | (Norms::PreAndPost | Norms::Post, NormNames::Glm) => {
+                FEED_FORWARD_NORM
             }
+            (Norms::PreAndPost | Norms::Post, NormNames::Gemma) => PRE_FEED_FORWARD_NORM,
+        };
+        if block.mixer_norms.has_post() {
+            self.norm(index, BlockParam::MixerOutputNorm, mixer_output_norm, width);
         }
-        self.norm(index, BlockParam::FeedForwardNorm, feed_forward_norm, width);
+        if block.feed_forward_norms.has_pre() {
+            self.norm(index, BlockParam::FeedForwardNorm, feed_forward_norm, width);
+        }
         match block.feed_forward {
             FeedForward::Gated {
                 width: inner,
@@ -650,7 +653,7 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
         }
         match block.feed_forward_norms {
             Norms::Pre => {}
-            Norms::PreAndPost => self.norm(
+            Norms::PreAndPost | Norms::Post => self.norm(
                 index,
                 BlockParam::FeedForwardOutputNorm,
                 feed_forward_output_norm,
@@ -680,12 +683,14 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
             attention.output_bias,
             None,
         );
-        match attention.qk_norm {
-            QkNorm::Absent => {}
-            QkNorm::PerHead => {
-                self.norm(index, BlockParam::QueryNorm, QUERY_NORM, attention.head_dim);
-                self.norm(index, BlockParam::KeyNorm, KEY_NORM, attention.head_dim);
-            }
+        let widths = match attention.qk_norm {
+            QkNorm::Absent => None,
+            QkNorm::PerHead => Some([attention.head_dim; 2]),
+            QkNorm::AllHeads => Some([q, kv]),
+        };
+        if let Some([query, key]) = widths {
+            self.norm(index, BlockParam::QueryNorm, QUERY_NORM, query);
+            self.norm(index, BlockParam::KeyNorm, KEY_NORM, key);
         }
     }
 

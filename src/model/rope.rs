@@ -16,6 +16,27 @@ pub struct RopeConfig {
     pub dims: Option<usize>,
     /// Dimensions that are rotated together.
     pub pairs: RotaryPairs,
+    /// Factor on the queries that grows with their position. It needs a rotation of all
+    /// dimensions, because it is multiplied into cos and sin.
+    pub query_scaling: Option<QueryScaling>,
+}
+
+/// Factor 1 + β·ln(1 + ⌊position / `period`⌋) on rotated queries (`llama_4_scaling_beta` in
+/// transformers). It is 1 below position `period`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryScaling {
+    /// β.
+    pub beta: f32,
+    /// Number of positions after which the factor changes: the context of the pretrained model.
+    pub period: usize,
+}
+
+impl QueryScaling {
+    /// Returns the factor at a position.
+    pub fn factor(&self, position: u32) -> f32 {
+        let periods = (position as usize / self.period) as f32;
+        1.0 + self.beta * (1.0 + periods).ln()
+    }
 }
 
 /// Context extension. The names are those of `rope_type` in transformers.
@@ -92,6 +113,7 @@ impl RopeConfig {
             scaling: RopeScaling::None,
             dims: None,
             pairs: RotaryPairs::Halves,
+            query_scaling: None,
         }
     }
 

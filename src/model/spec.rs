@@ -31,6 +31,8 @@ pub struct ModelSpec {
     pub ropes: Vec<RopeConfig>,
     /// True if the head is the embedding matrix.
     pub tie_word_embeddings: bool,
+    /// Factor on the logits, before the soft-cap.
+    pub logit_factor: f32,
     /// Soft-cap c of the logits: a logit l is replaced by c·tanh(l / c). `None` means that it is
     /// not.
     pub logit_softcap: Option<f32>,
@@ -52,6 +54,9 @@ pub struct BlockSpec {
     pub feed_forward_norms: Norms,
     /// Names of the norms in files.
     pub norm_names: NormNames,
+    /// Factor on the output of each part, after the norm on it, before it is added to the residual
+    /// stream.
+    pub output_factor: f32,
 }
 
 /// The part of a block in which the tokens of a row exchange information.
@@ -75,8 +80,9 @@ pub struct AttentionSpec {
     /// Soft-cap c of the scaled scores: a score s is replaced by c·tanh(s / c). `None` means that
     /// it is not.
     pub softcap: Option<f32>,
-    /// Index in [`ModelSpec::ropes`] of the frequencies that rotate queries and keys.
-    pub rope: usize,
+    /// Index in [`ModelSpec::ropes`] of the frequencies that rotate queries and keys. `None` means
+    /// that they are not rotated.
+    pub rope: Option<usize>,
     /// Sliding window: a token attends to itself and to at most `window − 1` tokens before it.
     /// `None` means that it attends to all tokens before it.
     pub window: Option<usize>,
@@ -108,6 +114,8 @@ pub enum QkNorm {
     /// Over the D elements of each head. All query heads share one weight `[D]`, all key heads
     /// another.
     PerHead,
+    /// Over the H·D elements of all query heads and the K·D elements of all key heads.
+    AllHeads,
 }
 
 /// The part of a block that processes each token independently.
@@ -145,14 +153,24 @@ pub enum Norms {
     /// On the input of the part, and on its output before the output is added to the residual
     /// stream.
     PreAndPost,
+    /// On the output of the part only.
+    Post,
 }
 
 impl Norms {
+    /// Returns true if there is a norm on the input.
+    pub fn has_pre(self) -> bool {
+        match self {
+            Norms::Pre | Norms::PreAndPost => true,
+            Norms::Post => false,
+        }
+    }
+
     /// Returns true if there is a norm on the output.
     pub fn has_post(self) -> bool {
         match self {
             Norms::Pre => false,
-            Norms::PreAndPost => true,
+            Norms::PreAndPost | Norms::Post => true,
         }
     }
 }
@@ -176,7 +194,7 @@ impl ModelSpec {
     /// as far as they differ from the Llama layout. They are part of the model's identity. For the
     /// families of the Llama layout the list is empty, so that their identity does not change.
     ///
-    /// Only the rotary frequencies are listed for every block; the other properties are read from
+    /// Only the rotations are listed for every block; the other properties are read from
     /// the first block.
     pub fn distinctions(&self) -> Vec<Value> {
         let mut found = Vec::new();
@@ -219,6 +237,19 @@ impl ModelSpec {
                 ]
             ]));
         }
+        let input_norms = [block.mixer_norms, block.feed_forward_norms].map(Norms::has_pre);
+        if input_norms != [true, true] {
+            found.push(json!(["input_norms", input_norms]));
+        }
+        if attention.qk_norm == QkNorm::AllHeads {
+            found.push(json!(["qk_norm", "all_heads"]));
+        }
+        if block.output_factor != 1.0 {
+            found.push(json!(["output_factor", block.output_factor.to_bits()]));
+        }
+        if self.logit_factor != 1.0 {
+            found.push(json!(["logit_factor", self.logit_factor.to_bits()]));
+        }
         if self.norms_add_one {
             found.push(json!(["norms_add_one", true]));
         }
@@ -230,7 +261,7 @@ impl ModelSpec {
                 .iter()
                 .map(|rope| rope.bits(self.head_dim()))
                 .collect();
-            let of_blocks: Vec<usize> = self
+            let of_blocks: Vec<Option<usize>> = self
                 .blocks
                 .iter()
                 .map(|block| block.attention().rope)
@@ -257,6 +288,26 @@ impl ModelSpec {
                     found.push(json!(["long_rope", index, context, long]));
                 }
             }
+        }
+        let query_scalings: Vec<Option<(u32, usize)>> = self
+            .ropes
+            .iter()
+            .map(|rope| rope.query_scaling)
+            .map(|scaling| scaling.map(|scaling| (scaling.beta.to_bits(), scaling.period)))
+            .collect();
+        if query_scalings.iter().any(Option::is_some) {
+            found.push(json!(["query_scalings", query_scalings]));
+        }
+        let is_unrotated = |(_, block): &(usize, &BlockSpec)| block.attention().rope.is_none();
+        let unrotated: Vec<usize> = self
+            .blocks
+            .iter()
+            .enumerate()
+            .filter(is_unrotated)
+            .map(|(index, _)| index)
+            .collect();
+        if !unrotated.is_empty() {
+            found.push(json!(["unrotated_blocks", unrotated]));
         }
         found
     }
@@ -310,9 +361,10 @@ impl BlockSpec {
     }
 
     /// Returns the number of such matrices that a backward pass holds at the same time: the
-    /// gradient of the residual stream, and that of a part's output if the output has a norm.
+    /// gradient of the residual stream, that gradient times the factor on outputs, and the gradient
+    /// of a part's output if the output has a norm.
     pub fn gradient_streams(&self) -> usize {
-        1 + self.normed_outputs().min(1)
+        1 + usize::from(self.output_factor != 1.0) + self.normed_outputs().min(1)
     }
 
     /// Returns the number of parts whose output has a norm.
@@ -324,10 +376,14 @@ impl BlockSpec {
     }
 
     /// Returns the number of such matrices that a forward pass holds at the same time: the residual
-    /// stream, the operand of a part, and, if outputs have norms, an output before and after its
-    /// norm.
+    /// stream, the operand of a part, and an output before and after its norm, or only before a
+    /// factor, where blocks have these.
     pub fn forward_streams(&self) -> usize {
-        2 + 2 * self.normed_outputs().min(1)
+        let outputs = match self.normed_outputs() {
+            0 => usize::from(self.output_factor != 1.0),
+            _ => 2,
+        };
+        2 + outputs
     }
 }
 

@@ -15,12 +15,18 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
+    GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 from trl import DPOConfig, DPOTrainer
 
@@ -176,6 +182,158 @@ SHAPES = {
             head_dim=64,
             attention_bias=True,
             rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0, partial_rotary_factor=0.25),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # No rotation on the last layer.
+    "smollm3": lambda: (
+        SmolLM3Config(
+            **COMMON,
+            num_hidden_layers=4,
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Windows on the layers without a rotation, biases everywhere.
+    "smollm3-64": lambda: (
+        SmolLM3Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=3,
+            head_dim=64,
+            no_rope_layers=[0, 1, 0],
+            use_sliding_window=True,
+            sliding_window=20,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Multipliers that change the results of a random model.
+    "granite": lambda: (
+        GraniteConfig(
+            **COMMON,
+            num_hidden_layers=2,
+            embedding_multiplier=3.0,
+            attention_multiplier=0.25,
+            residual_multiplier=0.5,
+            logits_scaling=2.0,
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "granite-64": lambda: (
+        GraniteConfig(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=3,
+            head_dim=64,
+            embedding_multiplier=12,
+            attention_multiplier=0.015625,
+            residual_multiplier=0.22,
+            logits_scaling=0.7,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Norms on all heads at once, and only on the outputs of the parts.
+    "olmo2": lambda: (
+        Olmo2Config(
+            **COMMON,
+            num_hidden_layers=2,
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "olmo2-64": lambda: (
+        # Six heads of 64 are wider than a warp's registers.
+        Olmo2Config(
+            **{**COMMON, "num_attention_heads": 6, "num_key_value_heads": 2},
+            num_hidden_layers=2,
+            head_dim=64,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            rope_parameters=dict(
+                rope_type="llama3", rope_theta=10000.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16,
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Three layers with a window and one without.
+    "olmo3": lambda: (
+        Olmo3Config(
+            **COMMON,
+            num_hidden_layers=4,
+            sliding_window=16,
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # YaRN on the layer without a window.
+    "olmo3-64": lambda: (
+        Olmo3Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=2,
+            head_dim=64,
+            sliding_window=20,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            layer_types=["full_attention", "sliding_attention"],
+            rope_parameters=dict(
+                sliding_attention=dict(rope_type="default", rope_theta=100.0),
+                full_attention=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32),
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "ministral": lambda: (
+        MinistralConfig(
+            **COMMON,
+            num_hidden_layers=2,
+            head_dim=16,
+            sliding_window=16,
+            tie_word_embeddings=False,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "ministral-64": lambda: (
+        MinistralConfig(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=2,
+            head_dim=64,
+            sliding_window=20,
+            layer_types=["full_attention", "sliding_attention"],
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Queries are scaled from position 16 on.
+    "ministral3": lambda: (
+        Ministral3Config(
+            **COMMON,
+            num_hidden_layers=2,
+            head_dim=16,
+            tie_word_embeddings=False,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.3,
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "ministral3-64": lambda: (
+        Ministral3Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=2,
+            head_dim=64,
+            sliding_window=20,
+            tie_word_embeddings=True,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=8, llama_4_scaling_beta=0.5,
+            ),
         ),
         tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
     ),

@@ -15,7 +15,28 @@ from safetensors.torch import save_file
 from common import HERE, MODELS, build, load, randomise, rows, strip, trainer
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3"]
-FAMILIES = ["gemma3", "gemma2", "gemma2-64", "phi3", "phi3-long", "glm4", "glm4-64"]
+# Each model with its seed.
+FAMILIES = {
+    "gemma3": 400,
+    "gemma2": 401,
+    "gemma2-64": 402,
+    "phi3": 403,
+    "phi3-long": 404,
+    "glm4": 405,
+    "glm4-64": 406,
+    "smollm3": 420,
+    "smollm3-64": 421,
+    "granite": 422,
+    "granite-64": 423,
+    "olmo2": 424,
+    "olmo2-64": 425,
+    "olmo3": 426,
+    "olmo3-64": 427,
+    "ministral": 428,
+    "ministral-64": 429,
+    "ministral3": 430,
+    "ministral3-64": 431,
+}
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -361,8 +382,8 @@ def ropes():
 
 def families():
     """Models of further families: its log-probs, and the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones of two pairs."""
-    for i, name in enumerate(FAMILIES):
-        build(name, 400 + i, MODELS / name)
+    for name, seed in FAMILIES.items():
+        build(name, seed, MODELS / name)
         model, tok = load(name)
         # As in common.trainer: no gradient is dropped.
         model.get_input_embeddings().padding_idx = None

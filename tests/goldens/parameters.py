@@ -14,11 +14,17 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
+    GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
     Trainer,
 )
 
@@ -40,6 +46,7 @@ LLAMA3 = dict(
 LLAMA, QWEN2, QWEN3 = gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.QWEN2, gguf.MODEL_ARCH.QWEN3
 GEMMA2, GEMMA3 = gguf.MODEL_ARCH.GEMMA2, gguf.MODEL_ARCH.GEMMA3
 PHI3, GLM4 = gguf.MODEL_ARCH.PHI3, gguf.MODEL_ARCH.GLM4
+SMOLLM3, GRANITE, OLMO2 = gguf.MODEL_ARCH.SMOLLM3, gguf.MODEL_ARCH.GRANITE, gguf.MODEL_ARCH.OLMO2
 # Heads that are not C / heads wide, ties, biases and windows.
 CASES = [
     ("llama, tied", LLAMA, LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters=LLAMA3)),
@@ -53,6 +60,13 @@ CASES = [
     ("gemma2, tied", GEMMA2, Gemma2Config(**SHAPE, head_dim=6, sliding_window=16, tie_word_embeddings=True)),
     ("phi3", PHI3, Phi3Config(**SHAPE, pad_token_id=None)),
     ("glm4 with biases", GLM4, Glm4Config(**SHAPE, head_dim=8, pad_token_id=None)),
+    ("smollm3 with biases", SMOLLM3, SmolLM3Config(**SHAPE, head_dim=6, attention_bias=True, mlp_bias=True, pad_token_id=None, tie_word_embeddings=False)),
+    ("granite, tied", GRANITE, GraniteConfig(**SHAPE, tie_word_embeddings=True)),
+    ("olmo2 with biases", OLMO2, Olmo2Config(**SHAPE, head_dim=6, attention_bias=True)),
+    # llama.cpp has no architecture of its own for OLMo 3.
+    ("olmo3, tied", OLMO2, Olmo3Config(**SHAPE, sliding_window=16, tie_word_embeddings=True)),
+    ("ministral, tied", LLAMA, MinistralConfig(**SHAPE, head_dim=6, sliding_window=16, tie_word_embeddings=True)),
+    ("ministral3", gguf.MODEL_ARCH.MISTRAL3, Ministral3Config(**SHAPE, head_dim=6, tie_word_embeddings=False)),
 ]
 
 

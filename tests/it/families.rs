@@ -9,7 +9,7 @@ use bradley::infer::pair::{EncodedPair, SequenceGroup};
 use bradley::infer::scorer::score;
 use bradley::model::config::ModelConfig;
 use bradley::model::decoder::Policy;
-use bradley::model::rope::RotaryPairs;
+use bradley::model::rope::{RopeScaling, RotaryPairs};
 use bradley::model::spec::{ModelSpec, Norms, QkNorm};
 use bradley::train::backprop::{SavePolicy, backward, forward};
 use bradley::train::trainable::{StepGradients, TrainablePolicy};
@@ -23,7 +23,7 @@ use crate::support::{
 };
 
 /// Models in tests/goldens/models.
-const FAMILIES: [&str; 7] = [
+const FAMILIES: [&str; 19] = [
     "gemma3",
     "gemma2",
     "gemma2-64",
@@ -31,6 +31,18 @@ const FAMILIES: [&str; 7] = [
     "phi3-long",
     "glm4",
     "glm4-64",
+    "smollm3",
+    "smollm3-64",
+    "granite",
+    "granite-64",
+    "olmo2",
+    "olmo2-64",
+    "olmo3",
+    "olmo3-64",
+    "ministral",
+    "ministral-64",
+    "ministral3",
+    "ministral3-64",
 ];
 
 /// Compares the log-probs of every pair with the golden ones.
@@ -292,7 +304,7 @@ fn a_gemma_3_is_read_as_transformers_4_and_5_write_it() {
     assert!(
         spec.blocks
             .iter()
-            .all(|block| block.attention().window.is_some() == (block.attention().rope == 1))
+            .all(|block| block.attention().window.is_some() == (block.attention().rope == Some(1)))
     );
     assert_eq!(spec.blocks[0].attention().scale, 1.0 / 16.0);
     let frequency = |rope: usize, at: usize| f64::from(spec.ropes[rope].inv_freq(256).0[at]);
@@ -422,11 +434,13 @@ fn a_gemma_2_is_read_as_transformers_reads_it() {
     );
 }
 
+/// Reads the configuration of a model.
+fn read(json: &Value) -> Result<ModelConfig, bradley::model::error::ModelError> {
+    ModelConfig::from_hf_json(&json.to_string(), std::path::Path::new("config.json"))
+}
+
 #[test]
 fn a_phi_3_is_read_as_transformers_reads_it() {
-    let read = |json: Value| {
-        ModelConfig::from_hf_json(&json.to_string(), std::path::Path::new("config.json"))
-    };
     // The fields of microsoft/Phi-4-mini-instruct's config.json that describe the model, with
     // factors of another size.
     let factors = |last: f64| -> Value {
@@ -461,7 +475,7 @@ fn a_phi_3_is_read_as_transformers_reads_it() {
         "tie_word_embeddings": true,
         "vocab_size": 200_064,
     });
-    let config = read(published.clone()).unwrap();
+    let config = read(&published).unwrap();
     assert_eq!(config.parameter_count(), 3_836_021_760);
     let spec = &config.spec;
     let rope = &spec.ropes[0];
@@ -486,7 +500,7 @@ fn a_phi_3_is_read_as_transformers_reads_it() {
     let with = |field: &str, value: Value| {
         let mut json = published.clone();
         json[field] = value;
-        read(json)
+        read(&json)
     };
     // Older files have other names for longrope.
     for name in ["su", "yarn"] {
@@ -517,9 +531,6 @@ fn a_phi_3_is_read_as_transformers_reads_it() {
 
 #[test]
 fn a_glm_4_is_read_as_transformers_reads_it() {
-    let read = |json: Value| {
-        ModelConfig::from_hf_json(&json.to_string(), std::path::Path::new("config.json"))
-    };
     // The fields of THUDM/GLM-4-9B-0414's config.json that describe the model.
     let published = json!({
         "model_type": "glm4",
@@ -540,7 +551,7 @@ fn a_glm_4_is_read_as_transformers_reads_it() {
         "tie_word_embeddings": false,
         "vocab_size": 151_552,
     });
-    let config = read(published.clone()).unwrap();
+    let config = read(&published).unwrap();
     assert_eq!(config.parameter_count(), 9_400_279_040);
     let spec = &config.spec;
     let rope = &spec.ropes[0];
@@ -561,8 +572,409 @@ fn a_glm_4_is_read_as_transformers_reads_it() {
     json.as_object_mut()
         .unwrap()
         .remove("partial_rotary_factor");
-    assert_eq!(read(json).unwrap().canonical(), config.canonical());
+    assert_eq!(read(&json).unwrap().canonical(), config.canonical());
     let mut json = published;
     json["partial_rotary_factor"] = json!(0.25);
-    assert_ne!(read(json).unwrap().canonical(), config.canonical());
+    assert_ne!(read(&json).unwrap().canonical(), config.canonical());
+}
+
+#[test]
+fn a_smollm3_is_read_as_transformers_reads_it() {
+    let rotated = [1, 1, 1, 0].repeat(9);
+    // The fields of HuggingFaceTB/SmolLM3-3B's config.json that describe the model.
+    let published = json!({
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "attention_bias": false,
+        "bos_token_id": null,
+        "eos_token_id": 128_012,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "layer_types": vec!["full_attention"; 36],
+        "max_position_embeddings": 65_536,
+        "max_window_layers": 28,
+        "mlp_bias": false,
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": rotated,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": null,
+        "rope_theta": 5_000_000.0,
+        "sliding_window": null,
+        "use_sliding_window": false,
+        "vocab_size": 128_256,
+    });
+    let config = read(&published).unwrap();
+    assert_eq!(config.parameter_count(), 3_075_098_624);
+    assert_eq!(config.spec.ropes[0].theta, 5_000_000.0);
+    let rotated = |config: &ModelConfig| -> Vec<bool> {
+        let blocks = config.spec.blocks.iter();
+        blocks
+            .map(|block| block.attention().rope.is_some())
+            .collect()
+    };
+    assert_eq!(rotated(&config), [true, true, true, false].repeat(9));
+
+    let with = |field: &str, value: Value| {
+        let mut json = published.clone();
+        json[field] = value;
+        read(&json)
+    };
+    // Null stands for the interval. Layers that are not rotated are part of the identity.
+    let by_interval = with("no_rope_layers", Value::Null).unwrap();
+    assert_eq!(by_interval.canonical(), config.canonical());
+    let all = with("no_rope_layers", json!(vec![1; 36])).unwrap();
+    assert_ne!(all.canonical(), config.canonical());
+    for refused in [json!([1, 0]), json!("none")] {
+        let error = with("no_rope_layers", refused).unwrap_err().to_string();
+        assert!(error.contains("no_rope_layers"), "{error}");
+    }
+    // Without layer_types, the layers that are not rotated have the window.
+    let mut json = published.clone();
+    json["layer_types"] = Value::Null;
+    json["use_sliding_window"] = json!(true);
+    json["sliding_window"] = json!(128);
+    let windows = read(&json).unwrap().spec.blocks;
+    assert!(windows.iter().all(|block| {
+        let attention = block.attention();
+        attention.window == attention.rope.is_none().then_some(128)
+    }));
+    let theta = read(&json!({"model_type": "smollm3"})).unwrap().spec.ropes[0].theta;
+    assert_eq!(theta, 2_000_000.0);
+}
+
+#[test]
+fn a_granite_is_read_as_transformers_reads_it() {
+    // The fields of ibm-granite/granite-3.3-2b-instruct's config.json that describe the model.
+    let published = json!({
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": false,
+        "attention_multiplier": 0.015625,
+        "bos_token_id": 0,
+        "embedding_multiplier": 12.0,
+        "eos_token_id": 0,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "logits_scaling": 8.0,
+        "max_position_embeddings": 131_072,
+        "mlp_bias": false,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": null,
+        "rope_theta": 10_000_000.0,
+        "tie_word_embeddings": true,
+        "vocab_size": 49_159,
+    });
+    let config = read(&published).unwrap();
+    assert_eq!(config.parameter_count(), 2_533_539_840);
+    let (spec, block) = (&config.spec, &config.spec.blocks[0]);
+    assert_eq!((spec.embedding_scale, spec.logit_factor), (12.0, 0.125));
+    assert_eq!(
+        (block.attention().scale, block.output_factor),
+        (1.0 / 64.0, 0.22)
+    );
+    for field in [
+        "attention_multiplier",
+        "embedding_multiplier",
+        "logits_scaling",
+        "residual_multiplier",
+    ] {
+        let with = |value: Value| {
+            let mut json = published.clone();
+            json[field] = value;
+            read(&json)
+        };
+        // Every multiplier is part of the identity.
+        let other = with(json!(0.75)).unwrap();
+        assert_ne!(other.canonical(), config.canonical(), "{field}");
+        for refused in [json!(0), json!(-1.0), json!(1e-60), json!("1")] {
+            assert!(with(refused).unwrap_err().to_string().contains(field));
+        }
+    }
+    // By default all multipliers are 1, also that on the scores.
+    let plain = read(&json!({"model_type": "granite"})).unwrap().spec;
+    assert_eq!((plain.embedding_scale, plain.logit_factor), (1.0, 1.0));
+    let block = &plain.blocks[0];
+    assert_eq!((block.attention().scale, block.output_factor), (1.0, 1.0));
+}
+
+#[test]
+fn an_olmo_2_is_read_as_transformers_reads_it() {
+    // The fields of allenai/OLMo-2-0425-1B-Instruct's config.json that describe the model.
+    let published = json!({
+        "model_type": "olmo2",
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": false,
+        "eos_token_id": 100_257,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 16,
+        "pad_token_id": 100_277,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": null,
+        "rope_theta": 500_000,
+        "tie_word_embeddings": false,
+        "vocab_size": 100_352,
+    });
+    let config = read(&published).unwrap();
+    assert_eq!(config.parameter_count(), 1_484_916_736);
+    for block in &config.spec.blocks {
+        assert_eq!(
+            [block.mixer_norms, block.feed_forward_norms],
+            [Norms::Post; 2]
+        );
+        assert_eq!(block.attention().qk_norm, QkNorm::AllHeads);
+    }
+    // Norms are part of the identity.
+    let canonical = config.canonical();
+    assert!(
+        canonical.contains(r#"["input_norms",[false,false]]"#),
+        "{canonical}"
+    );
+    assert!(
+        canonical.contains(r#"["qk_norm","all_heads"]"#),
+        "{canonical}"
+    );
+    let spec = read(&json!({"model_type": "olmo2"})).unwrap().spec;
+    assert_eq!(spec.rms_norm_eps, 1e-5);
+}
+
+#[test]
+fn an_olmo_3_is_read_as_transformers_4_and_5_write_it() {
+    let mut types = vec!["sliding_attention"; 3];
+    types.push("full_attention");
+    let types = types.repeat(8);
+    // The fields of allenai/Olmo-3-7B-Instruct's config.json that describe the model.
+    let published = json!({
+        "model_type": "olmo3",
+        "architectures": ["Olmo3ForCausalLM"],
+        "attention_bias": false,
+        "eos_token_id": 100_257,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "layer_types": types,
+        "max_position_embeddings": 65_536,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pad_token_id": 100_277,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {
+            "attention_factor": 1.207_943_930_3,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "yarn",
+        },
+        "rope_theta": 500_000,
+        "sliding_window": 4096,
+        "tie_word_embeddings": false,
+        "vocab_size": 100_278,
+    });
+    let config = read(&published).unwrap();
+    assert_eq!(config.parameter_count(), 7_298_011_136);
+    for (layer, block) in config.spec.blocks.iter().enumerate() {
+        let attention = block.attention();
+        let slides = layer % 4 != 3;
+        assert_eq!(attention.window, slides.then_some(4096), "layer {layer}");
+        assert_eq!(attention.rope, Some(usize::from(slides)), "layer {layer}");
+    }
+    let [full, sliding] = &config.spec.ropes[..] else {
+        panic!("two sets of frequencies");
+    };
+    assert!(matches!(
+        full.scaling,
+        RopeScaling::Yarn { factor: 8.0, .. }
+    ));
+    assert_eq!((full.theta, sliding.theta), (500_000.0, 500_000.0));
+    assert_eq!(sliding.scaling, RopeScaling::None);
+
+    // The same model as transformers 5 writes it.
+    let mut json = published.clone();
+    let mut yarn = json["rope_scaling"].take();
+    yarn["rope_theta"] = json["rope_theta"].take();
+    json["rope_parameters"] = json!({
+        "full_attention": yarn,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500_000.0},
+    });
+    json["layer_types"] = Value::Null;
+    assert_eq!(read(&json).unwrap().canonical(), config.canonical());
+}
+
+#[test]
+fn a_ministral_is_read_as_transformers_reads_it() {
+    let spec = |more: Value| {
+        let mut json = json!({"model_type": "ministral", "num_hidden_layers": 4});
+        for (key, value) in more.as_object().unwrap() {
+            json[key] = value.clone();
+        }
+        read(&json).unwrap().spec
+    };
+    let windows = |spec: &ModelSpec| -> Vec<Option<usize>> {
+        let blocks = spec.blocks.iter();
+        blocks.map(|block| block.attention().window).collect()
+    };
+    assert_eq!(windows(&spec(json!({}))), [Some(4096); 4]);
+    assert_eq!(
+        windows(&spec(json!({"sliding_window": null}))),
+        [None::<usize>; 4]
+    );
+    // The layers of mistralai/Ministral-8B-Instruct-2410.
+    let types = [
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "sliding_attention",
+    ];
+    let interleaved = spec(json!({"sliding_window": 32_768, "layer_types": types}));
+    assert_eq!(
+        windows(&interleaved),
+        [None, Some(32_768), Some(32_768), Some(32_768)]
+    );
+}
+
+#[test]
+fn a_ministral_3_is_read_as_transformers_reads_it() {
+    // The fields of the config.json of mistralai/Ministral-3-8B-Base-2512 that describe its text.
+    let text = json!({
+        "model_type": "ministral3",
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "max_position_embeddings": 262_144,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16_384,
+            "rope_theta": 1_000_000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "sliding_window": null,
+        "tie_word_embeddings": false,
+        "vocab_size": 131_072,
+    });
+    let published = json!({
+        "model_type": "mistral3",
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": {"model_type": "pixtral"},
+    });
+    let config = read(&published).unwrap();
+    assert_eq!(config.parameter_count(), 8_489_553_920);
+    assert_eq!(config.architecture.as_str(), "ministral3");
+    assert_eq!(
+        config.hf_json["architectures"],
+        json!(["Ministral3ForCausalLM"])
+    );
+    let scaling = config.spec.ropes[0].query_scaling.unwrap();
+    assert_eq!((scaling.beta, scaling.period), (0.1, 16_384));
+    assert_eq!(
+        [0, 16_383].map(|position| scaling.factor(position)),
+        [1.0, 1.0]
+    );
+    for (position, periods) in [(16_384, 1.0), (32_767, 1.0), (32_768, 2.0), (262_143, 15.0)] {
+        let want = 1.0 + 0.1 * (1.0_f64 + periods).ln();
+        let got = f64::from(scaling.factor(position));
+        assert_close("factor", got, want, 1e-6, 1e-12);
+    }
+    // These are also the defaults.
+    let defaults = read(&json!({"model_type": "ministral3"})).unwrap();
+    assert_eq!(defaults.canonical(), config.canonical());
+    // The factor is part of the identity, and cannot be absent.
+    let mut other = text.clone();
+    other["rope_parameters"]["llama_4_scaling_beta"] = json!(0.2);
+    assert_ne!(read(&other).unwrap().canonical(), config.canonical());
+    other["rope_parameters"]["llama_4_scaling_beta"] = Value::Null;
+    let error = read(&other).unwrap_err().to_string();
+    assert!(
+        error.contains("rope_parameters.llama_4_scaling_beta"),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_text_of_a_mistral_3_may_be_a_mistral_or_a_ministral_3() {
+    let of = |text: Value| read(&json!({"model_type": "mistral3", "text_config": text}));
+    let sizes = json!({
+        "hidden_size": 5120,
+        "head_dim": 128,
+        "intermediate_size": 32_768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "rope_theta": 1_000_000_000.0,
+        "sliding_window": null,
+        "vocab_size": 131_072,
+    });
+    let typed = |name: &str| {
+        let mut text = sizes.clone();
+        text["model_type"] = json!(name);
+        of(text)
+    };
+    // The text of mistralai/Mistral-Small-3.1-24B-Instruct-2503.
+    let mistral = typed("mistral").unwrap();
+    assert_eq!(mistral.architecture.as_str(), "mistral");
+    assert_eq!(mistral.parameter_count(), 23_572_403_200);
+    assert!(mistral.spec.blocks[0].attention().window.is_none());
+    assert_eq!(of(sizes.clone()).unwrap().canonical(), mistral.canonical());
+    assert!(typed("llama").is_err());
+}
+
+#[test]
+fn the_text_of_a_mistral_3_of_text_and_images_has_the_log_probs_of_the_text_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    crate::support::copy_files(&golden("models/ministral3"), folder.path());
+    let path = folder.path().join("config.json");
+    let text: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let config = json!({
+        "model_type": "mistral3",
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "text_config": text,
+    });
+    std::fs::write(&path, config.to_string()).unwrap();
+    let stored = tensors("models/ministral3/model.safetensors");
+    let rename = |(name, tensor): (&String, &Tensor)| {
+        let name = name.replacen("model.", "model.language_model.", 1);
+        (name, tensor.clone())
+    };
+    let mut renamed: HashMap<String, Tensor> = stored.iter().map(rename).collect();
+    renamed.insert(
+        "model.vision_tower.ln_pre.weight".into(),
+        Tensor::zeros(2, candle_core::DType::F32, &Device::Cpu).unwrap(),
+    );
+    candle_core::safetensors::save(&renamed, folder.path().join("model.safetensors")).unwrap();
+    let model = bradley::formats::loader::load_model(
+        None,
+        folder.path().to_str().unwrap(),
+        &Default::default(),
+    )
+    .unwrap();
+    let (alone, tokenizer) = tiny("ministral3");
+    assert_eq!(model.config.canonical(), alone.config.canonical());
+    let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+    assert_golden_log_probs("ministral3", "mistral3", &policy(model).0, &pairs);
 }

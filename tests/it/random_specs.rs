@@ -17,7 +17,7 @@ use bradley::model::decoder::Policy;
 use bradley::model::families::Architecture;
 use bradley::model::parameters::Parameters;
 use bradley::model::params::{LoraTensor, ParamId, ParamRole, ParamSpec, lora_layers};
-use bradley::model::rope::{RopeConfig, RopeScaling, RotaryPairs};
+use bradley::model::rope::{QueryScaling, RopeConfig, RopeScaling, RotaryPairs};
 use bradley::model::spec::{
     ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, NormNames, Norms,
     Projections, QkNorm,
@@ -162,7 +162,7 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
         head_dim,
         scale: 1.0 / (head_dim as f32).sqrt(),
         softcap: None,
-        rope: 0,
+        rope: Some(0),
         window: draw
             .flag()
             .then(|| draw.pick(&[1, 2, 3, 7, 16, 33, 64, 70, 500])),
@@ -184,6 +184,7 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
         },
         feed_forward_norms: Norms::Pre,
         norm_names: NormNames::Gemma,
+        output_factor: 1.0,
     }
 }
 
@@ -202,6 +203,7 @@ fn random_spec(draw: &mut Draw) -> ModelSpec {
         norms_add_one: false,
         ropes: vec![random_rope(draw)],
         tie_word_embeddings: draw.flag(),
+        logit_factor: 1.0,
         logit_softcap: None,
         blocks: (0..blocks).map(|_| random_block(draw, head_dim)).collect(),
     }
@@ -218,7 +220,7 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
     }
     for block in &mut spec.blocks {
         let Mixer::Attention(attention) = &mut block.mixer;
-        attention.rope = draw.below(spec.ropes.len());
+        attention.rope = Some(draw.below(spec.ropes.len()));
         if draw.flag() {
             attention.scale *= draw.number(0.5, 1.5) as f32;
         }
@@ -246,6 +248,37 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
         let FeedForward::Gated { projections, .. } = &mut block.feed_forward;
         *projections = draw.pick(&kinds);
         block.norm_names = draw.pick(&[NormNames::Gemma, NormNames::Glm]);
+    }
+    for block in &mut spec.blocks {
+        let Mixer::Attention(attention) = &mut block.mixer;
+        if draw.below(4) == 0 {
+            attention.rope = None;
+        }
+    }
+    spec.logit_factor = draw.pick(&[1.0, 1.0, 0.3, 2.0]);
+    for block in &mut spec.blocks {
+        block.output_factor = draw.pick(&[1.0, 1.0, 0.4, 1.5]);
+    }
+    for rope in &mut spec.ropes {
+        // Scaling needs a rotation of all dimensions.
+        let is_scaled = draw.flag() && rope.dims.is_none();
+        rope.query_scaling = is_scaled.then(|| QueryScaling {
+            beta: draw.number(0.1, 1.0) as f32,
+            period: draw.within(1..=20),
+        });
+    }
+    for block in &mut spec.blocks {
+        let post = draw.below(4);
+        if post < 2 {
+            block.mixer_norms = Norms::Post;
+        }
+        if post == 0 {
+            block.feed_forward_norms = Norms::Post;
+        }
+        let Mixer::Attention(attention) = &mut block.mixer;
+        if attention.qk_norm == QkNorm::PerHead && draw.flag() {
+            attention.qk_norm = QkNorm::AllHeads;
+        }
     }
 }
 
@@ -705,7 +738,19 @@ fn the_seeds_draw_every_variant() {
     });
     any("norms of 1 + w", &|c| c.base.config.spec.norms_add_one);
     any("two rotations", &|c| {
-        attention(c, &|a| a.rope == 0) && attention(c, &|a| a.rope == 1)
+        attention(c, &|a| a.rope == Some(0)) && attention(c, &|a| a.rope == Some(1))
+    });
+    for is_scaled in [false, true] {
+        any("queries scaled by their positions", &|c| {
+            let ropes = &c.base.config.spec.ropes;
+            attention(c, &|a| {
+                a.rope
+                    .is_some_and(|rope| ropes[rope].query_scaling.is_some() == is_scaled)
+            })
+        });
+    }
+    any("blocks of which some are not rotated", &|c| {
+        attention(c, &|a| a.rope.is_none()) && attention(c, &|a| a.rope.is_some())
     });
     any("scores of another scale", &|c| {
         attention(c, &|a| a.scale != 1.0 / (a.head_dim as f32).sqrt())
@@ -777,6 +822,24 @@ fn the_seeds_draw_every_variant() {
         });
         any("fused gate and up", &|c| {
             c.adapter.is_none() == is_trained && blocks(c).iter().any(BlockSpec::fuses_gate_up)
+        });
+    }
+    any("norms on all heads at once", &|c| {
+        attention(c, &|a| a.qk_norm == QkNorm::AllHeads && a.kv_heads > 1)
+    });
+    any("norms on outputs only", &|c| {
+        blocks(c)
+            .iter()
+            .any(|b| [b.mixer_norms, b.feed_forward_norms] == [Norms::Post; 2])
+    });
+    any("logits with a factor", &|c| {
+        c.base.config.spec.logit_factor != 1.0
+    });
+    for has_norm in [false, true] {
+        any("outputs with a factor", &|c| {
+            blocks(c)
+                .iter()
+                .any(|b| b.output_factor != 1.0 && b.mixer_norms.has_post() == has_norm)
         });
     }
     any("several completions of one prompt", &|c| {

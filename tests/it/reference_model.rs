@@ -7,8 +7,10 @@ use std::f64::consts::PI;
 
 use bradley::model::decoder::Policy;
 use bradley::model::params::{BlockParam, Linear, ParamId, params};
-use bradley::model::rope::{RopeConfig, RopeScaling, RotaryPairs};
-use bradley::model::spec::{ActivationFunction, FeedForward, ModelSpec, Norms, Projections};
+use bradley::model::rope::{QueryScaling, RopeConfig, RopeScaling, RotaryPairs};
+use bradley::model::spec::{
+    ActivationFunction, FeedForward, ModelSpec, Norms, Projections, QkNorm,
+};
 use candle_core::{DType, Tensor};
 
 /// Hidden states of a sequence: one vector for each token.
@@ -105,12 +107,14 @@ impl ReferenceModel {
     pub fn block(&self, index: usize, input: &Hidden, length: usize) -> Hidden {
         let block = &self.spec.blocks[index];
         let attention = block.attention();
-        let rope = &self.spec.ropes[attention.rope];
-        let rotation = frequencies(rope, attention.head_dim, length);
+        let rotation = attention.rope.map(|rope| {
+            let rope = &self.spec.ropes[rope];
+            (rope, frequencies(rope, attention.head_dim, length))
+        });
         let (heads, kv_heads, dim) = (attention.heads, attention.kv_heads, attention.head_dim);
         let (mut queries, mut keys, mut values) = (Vec::new(), Vec::new(), Vec::new());
         for (position, x) in input.iter().enumerate() {
-            let n = self.norm(ParamId::Block(index, BlockParam::InputNorm), x);
+            let n = self.part_input(block.mixer_norms, index, BlockParam::InputNorm, x);
             let (query_width, kv_width) = (heads * dim, kv_heads * dim);
             let mut query = match attention.projections {
                 Projections::Fused => self.linear(index, Linear::FusedQkv, &n),
@@ -124,12 +128,20 @@ impl ReferenceModel {
                 (&mut query, BlockParam::QueryNorm),
                 (&mut key, BlockParam::KeyNorm),
             ] {
+                if attention.qk_norm == QkNorm::AllHeads {
+                    *vector = self.norm(ParamId::Block(index, norm), vector);
+                }
                 for head in vector.chunks_mut(dim) {
-                    if self.tensors.contains_key(&ParamId::Block(index, norm)) {
+                    if attention.qk_norm == QkNorm::PerHead {
                         let normed = self.norm(ParamId::Block(index, norm), head);
                         head.copy_from_slice(&normed);
                     }
-                    rotate(&rotation, rope.pairs, head, position);
+                    if let Some((rope, rotation)) = &rotation {
+                        rotate(rotation, rope.pairs, head, position);
+                        if let (Some(scaling), BlockParam::QueryNorm) = (rope.query_scaling, norm) {
+                            scale_query(scaling, head, position);
+                        }
+                    }
                 }
             }
             queries.push(query);
@@ -162,7 +174,7 @@ impl ReferenceModel {
             let part = self.linear(index, Linear::Output, &attended);
             add(
                 &mut y,
-                1.0,
+                f64::from(block.output_factor),
                 &self.normed(block.mixer_norms, index, BlockParam::MixerOutputNorm, part),
             );
 
@@ -172,7 +184,12 @@ impl ReferenceModel {
                 projections,
                 ..
             } = block.feed_forward;
-            let n = self.norm(ParamId::Block(index, BlockParam::FeedForwardNorm), &y);
+            let n = self.part_input(
+                block.feed_forward_norms,
+                index,
+                BlockParam::FeedForwardNorm,
+                &y,
+            );
             let mut gate = match projections {
                 Projections::Fused => self.linear(index, Linear::FusedGateUp, &n),
                 Projections::Separate => [Linear::Gate, Linear::Up]
@@ -188,7 +205,7 @@ impl ReferenceModel {
             let part = self.linear(index, Linear::Down, &inner);
             add(
                 &mut y,
-                1.0,
+                f64::from(block.output_factor),
                 &self.normed(
                     block.feed_forward_norms,
                     index,
@@ -211,6 +228,7 @@ impl ReferenceModel {
         let log_prob = |(x, target): (&Vec<f64>, &u32)| {
             let mut logits = product(head, &self.norm(ParamId::Norm, x));
             for logit in &mut logits {
+                *logit *= f64::from(self.spec.logit_factor);
                 *logit = cap(self.spec.logit_softcap, *logit);
             }
             let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -230,11 +248,19 @@ impl ReferenceModel {
             .collect()
     }
 
+    /// Returns the input of a part: the residual stream, normed if the block has a norm there.
+    fn part_input(&self, norms: Norms, block: usize, weight: BlockParam, x: &[f64]) -> Vec<f64> {
+        match norms {
+            Norms::Post => x.to_vec(),
+            Norms::Pre | Norms::PreAndPost => self.norm(ParamId::Block(block, weight), x),
+        }
+    }
+
     /// Applies the norm on a part's output if the block has one.
     fn normed(&self, norms: Norms, block: usize, weight: BlockParam, part: Vec<f64>) -> Vec<f64> {
         match norms {
             Norms::Pre => part,
-            Norms::PreAndPost => self.norm(ParamId::Block(block, weight), &part),
+            Norms::PreAndPost | Norms::Post => self.norm(ParamId::Block(block, weight), &part),
         }
     }
 
@@ -253,6 +279,13 @@ impl ReferenceModel {
         }
         y
     }
+}
+
+/// Multiplies a query by the factor for its position.
+fn scale_query(scaling: QueryScaling, head: &mut [f64], position: usize) {
+    let periods = (position / scaling.period) as f64;
+    let factor = 1.0 + f64::from(scaling.beta) * (1.0 + periods).ln();
+    head.iter_mut().for_each(|x| *x *= factor);
 }
 
 /// Rotates the first R dimensions of a head, given R/2 frequencies and the factor on cos and sin.

@@ -53,6 +53,24 @@ impl RopeTable {
         }
     }
 
+    /// Returns the table times a factor for each token. If all dimensions are rotated, the rotated
+    /// vectors are then multiplied by these factors.
+    pub fn scaled(&self, factors: &[f32]) -> Self {
+        let scale = |table: &[f32]| -> Arc<Vec<f32>> {
+            let rows = table.chunks(self.half).zip(factors);
+            let scaled: Vec<f32> = rows
+                .flat_map(|(row, factor)| row.iter().map(move |x| x * factor))
+                .collect();
+            scaled.into()
+        };
+        RopeTable {
+            cos: scale(&self.cos),
+            sin: scale(&self.sin),
+            half: self.half,
+            pairs: self.pairs,
+        }
+    }
+
     /// Returns the cos table and the sin table, `[T, R/2]` each.
     pub fn tables(&self) -> (&[f32], &[f32]) {
         (&self.cos, &self.sin)
@@ -79,12 +97,12 @@ pub enum Direction {
     Backward,
 }
 
-/// Rotates the first `heads` heads of width `dim` of every token in place. Each token is a row of
-/// `stride` elements. Dimensions of a head after the first R do not change.
+/// Rotates the heads `heads` of width `dim` of every token in place. Each token is a row of `stride`
+/// elements. Dimensions of a head after the first R do not change.
 pub fn rotate(
     x: &mut [f32],
     stride: usize,
-    (heads, dim): (usize, usize),
+    (heads, dim): (Range<usize>, usize),
     table: &RopeTable,
     direction: Direction,
 ) {
@@ -94,8 +112,9 @@ pub fn rotate(
     } else {
         -1.0
     };
+    let columns = heads.start * dim..heads.end * dim;
     debug_assert!(x.len() / stride * half == table.cos.len());
-    debug_assert!(2 * half <= dim && heads * dim <= stride);
+    debug_assert!(2 * half <= dim && columns.end <= stride);
     let rows = thread_pool::rows_per_task(x.len() / stride);
     thread_pool::chunks(x, rows * stride, |task, x| {
         for (r, row) in x.chunks_mut(stride).enumerate() {
@@ -107,7 +126,7 @@ pub fn rotate(
             dispatch(
                 #[inline(always)]
                 || {
-                    for head in row[..heads * dim].chunks_mut(dim) {
+                    for head in row[columns.clone()].chunks_mut(dim) {
                         let head = &mut head[..2 * half];
                         match pairs {
                             RotaryPairs::Halves => {

@@ -140,7 +140,7 @@ fn rope_rotates_and_its_transpose_is_its_gradient() {
     let table = RopeTable::new(segments, 1.1, RotaryPairs::Halves);
     let rotated = |x: &[f32], direction| {
         let mut y = x.to_vec();
-        rotate(&mut y, 20, (2, 8), &table, direction);
+        rotate(&mut y, 20, (0..2, 8), &table, direction);
         y
     };
     let (x, u) = (random(80, 3), random(80, 4));
@@ -165,7 +165,7 @@ fn rope_rotates_the_first_dimensions_of_each_head_in_halves_or_in_pairs() {
         let table = RopeTable::new([(0..2, short), (5..7, long)], 1.1, pairs);
         let rotated = |x: &[f32], direction| {
             let mut y = x.to_vec();
-            rotate(&mut y, 20, (3, 6), &table, direction);
+            rotate(&mut y, 20, (0..3, 6), &table, direction);
             y
         };
         let (x, u) = (random(80, 3), random(80, 4));
@@ -696,5 +696,29 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
         let name = |of: &str| format!("head {of} {softcap:?}");
         check_gradient(&name("h"), &h, &dh, &u, |h| log_probs(h, &w));
         check_gradient(&name("w"), &w, &dw, &u, |w| log_probs(&h, w));
+    }
+}
+
+#[test]
+fn queries_rotated_with_a_scaled_table_are_scaled_and_other_heads_are_left_alone() {
+    let frequencies: &[f32] = &[1.0, 0.3];
+    let segments = [(0..1, frequencies), (5..6, frequencies)];
+    let table = RopeTable::new(segments, 1.0, RotaryPairs::Halves);
+    let scaled = table.scaled(&[1.0, 3.0]);
+    let x: Vec<f32> = (0..2 * 14).map(|i| i as f32 * 0.1 - 1.0).collect();
+    for direction in [Direction::Forward, Direction::Backward] {
+        // Three heads of four elements and two more columns; the middle head is rotated.
+        let (mut plain, mut y) = (x.clone(), x.clone());
+        rotate(&mut plain, 14, (1..2, 4), &table, direction);
+        rotate(&mut y, 14, (1..2, 4), &scaled, direction);
+        for (i, ((y, plain), x)) in y.iter().zip(&plain).zip(&x).enumerate() {
+            let (token, column) = (i / 14, i % 14);
+            let want = match (4..8).contains(&column) {
+                true => plain * [1.0, 3.0][token],
+                false => *x,
+            };
+            assert!((y - want).abs() < 1e-5, "token {token}, column {column}");
+        }
+        assert_ne!(plain, x);
     }
 }

@@ -163,6 +163,8 @@ const GENERIC: &[&str] = &[
     "rms_norm_weight",
     "head_norm",
     "head_norm_backward",
+    "wide_head_norm",
+    "wide_head_norm_backward",
     "head_tile",
     "head_finish",
     "head_errors",
@@ -178,12 +180,13 @@ const GENERIC: &[&str] = &[
     "attention_dkv_capped",
 ];
 /// Kernels with fixed element types.
-const PLAIN: [&str; 6] = [
+const PLAIN: [&str; 7] = [
     "gather_rows",
     "scatter_rows",
     "head_start",
     "head_rescale",
     "cast_bf16",
+    "cast_f32",
     "attention_sum",
 ];
 

@@ -37,6 +37,9 @@ const HEAD_THREADS: usize = 128;
 /// Heads per block in kernels that give each warp a head.
 const HEADS_PER_BLOCK: usize = 4;
 
+/// Widest head that a warp holds in registers (`MAX_DIM` in norm.cu). Wider ones get a block each.
+const MAX_WARP_HEAD: usize = 256;
+
 /// Threads per block of the attention kernels.
 const ATTENTION_THREADS: usize = 128;
 
@@ -293,6 +296,21 @@ pub(crate) fn cast_bf16(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
     )
 }
 
+/// Converts `from`, in bf16, to f32.
+pub(crate) fn cast_f32(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
+    let len = from.len();
+    check(
+        "cast_f32",
+        &[("to", to, F32, len), ("from", from, Bf16, len)],
+    )?;
+    gpu.launch(
+        "cast_f32",
+        None,
+        Launch::strided(len),
+        &[to.into(), from.into(), Arg::Long(len as i64)],
+    )
+}
+
 // ---------------------------------------------------------------------------------- element-wise
 
 /// Rotary tables of a row.
@@ -308,7 +326,7 @@ pub(crate) struct RotaryTables<'a> {
     pub pairs: RotaryPairs,
 }
 
-/// Applies the rotary embedding to the first heads of every row of `x` in place.
+/// Applies the rotary embedding to heads of every row of `x` in place.
 pub(crate) fn rope(
     gpu: &Gpu,
     x: &Memory,
@@ -329,9 +347,6 @@ pub(crate) fn rope(
         heads: count,
         dim,
     } = heads;
-    if first != 0 {
-        bail!("CUDA: rope: heads must start at column 0, not {first}");
-    }
     if 2 * half > dim {
         bail!("CUDA: rope: {half} pairs do not fit into a head of {dim}");
     }
@@ -353,7 +368,7 @@ pub(crate) fn rope(
         Direction::Backward => -1.0,
     };
     let args = [
-        x.into(),
+        x.at(first).into(),
         cos.into(),
         sin.into(),
         rows.into(),
@@ -588,8 +603,14 @@ pub(crate) fn head_norm(
         dim.into(),
         eps.into(),
     ];
-    let grid = Launch::grid([heads.items().div_ceil(HEADS_PER_BLOCK), 1], HEAD_THREADS);
-    gpu.launch("head_norm", Some(x.kind()), grid, &args)
+    let (kernel, grid) = match dim > MAX_WARP_HEAD {
+        false => {
+            let blocks = heads.items().div_ceil(HEADS_PER_BLOCK);
+            ("head_norm", Launch::grid([blocks, 1], HEAD_THREADS))
+        }
+        true => ("wide_head_norm", Launch::blocks(heads.items())),
+    };
+    gpu.launch(kernel, Some(x.kind()), grid, &args)
 }
 
 /// Operands of [`head_norm_backward`].
@@ -651,12 +672,11 @@ pub(crate) fn head_norm_backward(
         n.eps.into(),
         ROWS_PER_PARTIAL.into(),
     ];
-    gpu.launch(
-        "head_norm_backward",
-        Some(kind),
-        Launch::grid([parts, 1], HEAD_THREADS),
-        &args,
-    )
+    let (kernel, grid) = match dim > MAX_WARP_HEAD {
+        false => ("head_norm_backward", Launch::grid([parts, 1], HEAD_THREADS)),
+        true => ("wide_head_norm_backward", Launch::blocks(parts)),
+    };
+    gpu.launch(kernel, Some(kind), grid, &args)
 }
 
 // ------------------------------------------------------------------------------------------ head

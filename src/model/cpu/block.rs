@@ -22,8 +22,8 @@ use crate::model::adapter::Adapter;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
 use crate::model::parameters::{NormFactors, Parameters};
 use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
-use crate::model::row::PreparedRow;
-use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward, Mixer};
+use crate::model::row::{PreparedRow, RowRope};
+use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward, Mixer, QkNorm};
 
 /// A block with its adapter, opened for a pass over a row.
 pub struct CpuBlock<'a> {
@@ -66,6 +66,7 @@ impl<'a> CpuBlock<'a> {
                 },
             feed_forward_norms: _,
             norm_names: _,
+            output_factor: _,
         } = spec.blocks[index];
         let groups = |adapter: Option<&'a Adapter>| {
             PerGroup::build(|group| CpuLinearGroup::open(kernel, index, parameters, adapter, group))
@@ -121,16 +122,21 @@ impl<'a> CpuBlock<'a> {
     fn normed_heads(&self) -> [(HeadColumns, BlockParam); 2] {
         let h = &self.heads;
         let (stride, offset) = (h.row(), h.query * h.dim);
+        let [query_count, key_count] = match self.spec.attention().qk_norm {
+            // All heads are normed as one.
+            QkNorm::AllHeads => [1, 1],
+            QkNorm::PerHead | QkNorm::Absent => [h.query, h.key],
+        };
         let (queries, keys) = (
             HeadColumns {
                 stride,
                 offset: 0,
-                count: h.query,
+                count: query_count,
             },
             HeadColumns {
                 stride,
                 offset,
-                count: h.key,
+                count: key_count,
             },
         );
         [
@@ -166,6 +172,16 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         ))
     }
 
+    fn stream_operand(&self, x: &Buffer) -> Result<Operand<'static>> {
+        let width = self.groups.down.output();
+        Ok(Operand::owned(
+            self.kernel,
+            View::f32(x, width),
+            self.tokens(),
+            width,
+        ))
+    }
+
     fn attention_operand<'b>(&self, output: &'b Buffer) -> Operand<'b> {
         Operand::new(
             self.kernel,
@@ -189,6 +205,24 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         self.run_group(group, input, x, true)
     }
 
+    fn add_scaled(&self, factor: f32, y: &Buffer, x: &mut Buffer) -> Result<()> {
+        let width = self.groups.down.output();
+        thread_pool::chunks(x, width, |i, x| {
+            x.iter_mut()
+                .zip(&y[i * width..])
+                .for_each(|(x, y)| *x += factor * y)
+        });
+        Ok(())
+    }
+
+    fn scaled(&self, factor: f32, x: &Buffer) -> Result<Buffer> {
+        let mut y = Buffer::copy_of(x);
+        thread_pool::chunks(&mut y, self.groups.down.output(), |_, y| {
+            y.iter_mut().for_each(|y| *y *= factor)
+        });
+        Ok(y)
+    }
+
     fn add_norm(&self, norm: StreamNorm, y: &Buffer, x: &mut Buffer) -> Result<()> {
         let mut normed = Buffer::uninit(y.len());
         rms_norm(
@@ -197,13 +231,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
             self.eps,
             &mut normed,
         );
-        let width = self.groups.down.output();
-        thread_pool::chunks(x, width, |i, x| {
-            x.iter_mut()
-                .zip(&normed[i * width..])
-                .for_each(|(x, y)| *x += y)
-        });
-        Ok(())
+        self.add_scaled(self.spec.output_factor, &normed, x)
     }
 
     fn head_norms(&self, qkv: &mut Buffer) -> Result<()> {
@@ -213,15 +241,18 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         Ok(())
     }
 
-    fn rotate(&self, qkv: &mut Buffer, direction: Direction) -> Result<()> {
-        let rope = &self.row.ropes[self.spec.attention().rope];
-        rotate(
-            qkv,
-            self.heads.row(),
-            (self.heads.query + self.heads.key, self.heads.dim),
-            rope,
-            direction,
-        );
+    fn rotate(&self, rope: usize, qkv: &mut Buffer, direction: Direction) -> Result<()> {
+        let RowRope { table, queries } = &self.row.ropes[rope];
+        let (h, stride) = (self.heads, self.heads.row());
+        let first = match queries {
+            Some(queries) => {
+                rotate(qkv, stride, (0..h.query, h.dim), queries, direction);
+                h.query
+            }
+            None => 0,
+        };
+        let others = first..h.query + h.key;
+        rotate(qkv, stride, (others, h.dim), table, direction);
         Ok(())
     }
 
@@ -409,5 +440,9 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
             slot,
         );
         Ok(())
+    }
+
+    fn add_gradient(&self, g: &Buffer, gx: &mut Buffer) -> Result<()> {
+        self.add_scaled(1.0, g, gx)
     }
 }

@@ -10,7 +10,7 @@ use crate::compute::cuda::gpu::{Gpu, Memory};
 use crate::compute::cuda::kernels::Kind;
 use crate::compute::cuda::ops::{self, RotaryTables, ScatterRows, TILE_ENTRY};
 use crate::compute::layout::RowLayout;
-use crate::model::row::PreparedRow;
+use crate::model::row::{PreparedRow, RowRope};
 
 /// Number of tokens in a tile.
 const TILE_TOKENS: usize = 64;
@@ -39,8 +39,26 @@ pub(super) struct DeviceRow {
     pub target_ids: Memory,
 }
 
-/// A rotary table.
+/// The tables of one set of rotary frequencies.
 pub(super) struct DeviceRope {
+    /// The table of the keys and, without one of their own, of the queries.
+    pub table: DeviceTable,
+    /// The table of the queries if these have factors that depend on the position.
+    pub queries: Option<DeviceTable>,
+}
+
+impl DeviceRope {
+    fn new(gpu: &Arc<Gpu>, rope: &RowRope) -> Result<Self> {
+        let table = |table| DeviceTable::new(gpu, table);
+        Ok(DeviceRope {
+            table: table(&rope.table)?,
+            queries: rope.queries.as_ref().map(table).transpose()?,
+        })
+    }
+}
+
+/// A rotary table.
+pub(super) struct DeviceTable {
     /// `[T, half]`.
     cos: Memory,
     /// `[T, half]`.
@@ -49,10 +67,10 @@ pub(super) struct DeviceRope {
     pairs: RotaryPairs,
 }
 
-impl DeviceRope {
+impl DeviceTable {
     fn new(gpu: &Arc<Gpu>, table: &RopeTable) -> Result<Self> {
         let (cos, sin) = table.tables();
-        Ok(DeviceRope {
+        Ok(DeviceTable {
             cos: gpu.upload(Kind::F32, cos)?,
             sin: gpu.upload(Kind::F32, sin)?,
             half: table.half(),
@@ -75,7 +93,7 @@ impl DeviceRow {
     pub fn new(gpu: &Arc<Gpu>, row: &PreparedRow) -> Result<Self> {
         let source = row.row();
         let (tiles, key_tiles) = (query_tiles(&source.layout), key_tiles(&source.layout));
-        let rope = |table| DeviceRope::new(gpu, table);
+        let rope = |rope| DeviceRope::new(gpu, rope);
         Ok(DeviceRow {
             tokens: source.ids.len(),
             targets: source.targets.len(),

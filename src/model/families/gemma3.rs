@@ -4,17 +4,16 @@
 
 use serde_json::{Value, json};
 
-use super::common::{Family, sliding_layers};
+use super::common::{Family, ropes_of_layer_types, sliding_layers};
 use super::gemma::Gemma;
 use crate::model::config::json::Fields;
 use crate::model::config::limits;
-use crate::model::config::rope::rope_of;
 use crate::model::error::ModelError;
 use crate::model::rope::RopeConfig;
 use crate::model::spec::{AttentionSpec, ModelSpec, QkNorm};
 
 pub(super) static FAMILY: Family = Family {
-    text_in: Some("gemma3"),
+    text_in: &["gemma3"],
     ..Family::new("gemma3_text", "Gemma3ForCausalLM", defaults, spec)
 };
 
@@ -51,12 +50,12 @@ fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         let attention = match slides {
             true => AttentionSpec {
                 window: gemma.window(),
-                rope: LOCAL,
+                rope: Some(LOCAL),
                 ..attention
             },
             false => AttentionSpec {
                 window: None,
-                rope: GLOBAL,
+                rope: Some(GLOBAL),
                 ..attention
             },
         };
@@ -86,30 +85,16 @@ fn layers(fields: &Fields<'_>, num_layers: usize) -> Result<Vec<bool>, ModelErro
         .collect())
 }
 
-/// Reads the frequencies of the layers without a window, then of those with one. transformers 4
-/// stores them in separate fields, transformers 5 in one object per type of layer.
+/// Reads the frequencies of the layers without a window, then of those with one.
 fn ropes(
     fields: &Fields<'_>,
     max_position_embeddings: usize,
 ) -> Result<Vec<RopeConfig>, ModelError> {
-    let parameters = fields.object("rope_parameters")?;
-    let of = |layers: &str, theta: f64| {
-        let nested = parameters
-            .as_ref()
-            .map(|types| types.object(layers))
-            .transpose()?
-            .flatten();
-        rope_of(fields, nested, theta, max_position_embeddings)
-    };
     let theta =
         |field: &str, default: f64| Ok::<_, ModelError>(fields.number(field)?.unwrap_or(default));
-    let (global, local) = (
+    let thetas = [
         theta("rope_theta", THETA[GLOBAL])?,
         theta("rope_local_base_freq", THETA[LOCAL])?,
-    );
-    let global = match fields.object("rope_scaling")? {
-        Some(scaling) => rope_of(fields, Some(scaling), global, max_position_embeddings)?,
-        None => of("full_attention", global)?,
-    };
-    Ok(vec![global, of("sliding_attention", local)?])
+    ];
+    ropes_of_layer_types(fields, thetas, max_position_embeddings)
 }

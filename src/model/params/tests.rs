@@ -164,6 +164,18 @@ fn the_golden_models_files_hold_the_table() {
         "phi3-long",
         "glm4",
         "glm4-64",
+        "smollm3",
+        "smollm3-64",
+        "granite",
+        "granite-64",
+        "olmo2",
+        "olmo2-64",
+        "olmo3",
+        "olmo3-64",
+        "ministral",
+        "ministral-64",
+        "ministral3",
+        "ministral3-64",
     ] {
         let table = params(&spec(&json(&golden(&format!("models/{name}/config.json")))));
         let file = std::fs::read(golden(&format!("models/{name}/model.safetensors"))).unwrap();

@@ -306,11 +306,11 @@ void row_norms(int rows, int width) {
 }
 
 template <class T>
-void head_norms(int rows, int heads, int dim, int offset, int rest) {
+void head_norms(int rows, int heads, int dim, int offset, int rest, bool wide = false) {
     const int stride = offset + heads * dim + rest, items = rows * heads;
     const std::string shape = text({rows, heads, dim, offset, rest});
     const auto start = [&](int i) { return i / heads * stride + offset + i % heads * dim; };
-    cases<T>("head_norm", shape, [&](Run& run) {
+    cases<T>(wide ? "wide_head_norm" : "head_norm", shape, [&](Run& run) {
         auto x = run.random<T>(rows * stride, 3);
         auto w = run.random<float>(dim);
         const Numbers before = x.values();
@@ -319,12 +319,17 @@ void head_norms(int rows, int heads, int dim, int offset, int rest) {
             const double inverse = inverse_of(&before[start(i)], dim);
             for (int c = 0; c < dim; ++c) want[start(i) + c] *= inverse * w.at(c);
         }
-        launch(ENTRY(head_norm), groups(items, 4), 128, 0, x.data(), w.data(), rows, stride, offset,
-               heads, dim, EPS);
+        if (wide)
+            launch(ENTRY(wide_head_norm), items, 256, 0, x.data(), w.data(), rows, stride, offset,
+                   heads, dim, EPS);
+        else
+            launch(ENTRY(head_norm), groups(items, 4), 128, 0, x.data(), w.data(), rows, stride,
+                   offset, heads, dim, EPS);
         run.expect(x, want);
     });
+    const char* const backward = wide ? "wide_head_norm_backward" : "head_norm_backward";
     for (int per_block : {0, 1, 7, 64})  // 0: 5 items per block, without ∂w
-        cases<T>("head_norm_backward", shape + text({per_block}), [&](Run& run) {
+        cases<T>(backward, shape + text({per_block}), [&](Run& run) {
             const int share = per_block == 0 ? 5 : per_block, blocks = groups(items, share);
             auto x = run.random<T>(rows * stride, 3), g = run.random<T>(rows * stride);
             auto w = run.random<float>(dim);
@@ -339,9 +344,13 @@ void head_norms(int rows, int heads, int dim, int offset, int rest) {
                     want_partial[i / share * dim + c] += up[start(i) + c] * head[c] * inverse;
                 }
             }
-            launch(ENTRY(head_norm_backward), blocks, 128, 0, g.data(),
-                   per_block == 0 ? nullptr : partial.data(), x.data(), w.data(), rows, stride,
-                   offset, heads, dim, EPS, share);
+            float* const sums = per_block == 0 ? nullptr : partial.data();
+            if (wide)
+                launch(ENTRY(wide_head_norm_backward), blocks, 256, 0, g.data(), sums, x.data(),
+                       w.data(), rows, stride, offset, heads, dim, EPS, share);
+            else
+                launch(ENTRY(head_norm_backward), blocks, 128, 0, g.data(), sums, x.data(),
+                       w.data(), rows, stride, offset, heads, dim, EPS, share);
             // With D = 1 the gradient is 0 but for ε: x/|x| is constant.
             run.expect(g, want, std::is_same_v<T, bf16> ? 1e-2 : 1e-5, dim == 1 ? 1 : 1e-30);
             run.expect(partial, want_partial);
@@ -534,6 +543,11 @@ void all() {
         for (int dim : {1, 33, 64, 66, 128, 250, 256})
             for (int offset : {0, 64, 5})
                 head_norms<T>(rows, offset == 0 ? 1 : 3, dim, offset, offset == 5 ? 3 : 2 * offset);
+    for (int rows : ROWS)
+        for (int dim : {33, 264})
+            for (int offset : {0, 64, 5}) head_norms<T>(rows, 1 + offset % 2, dim, offset, 7, true);
+    head_norms<T>(3, 1, 2048, 0, 1024, true);
+    head_norms<T>(3, 1, 2053, 64, 7, true);
     for (int rows : ROWS)
         for (int vocabulary : {1, 3, 33, 576, 770})
             for (int tile : {1, 33, 256, 1024})
