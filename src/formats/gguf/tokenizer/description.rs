@@ -24,15 +24,19 @@ impl TokenizerDescription {
     /// Returns the tokenizer.json. `starts` and `ends` are special tokens, with their ids, that are
     /// put before and after a text.
     pub(super) fn into_json(self, starts: &[(String, u64)], ends: &[(String, u64)]) -> Value {
-        json!({
-            "version": "1.0", "truncation": null, "padding": null,
-            "added_tokens": self.added_tokens,
-            "normalizer": self.normalizer,
-            "pre_tokenizer": self.pre_tokenizer,
-            "post_processor": post_processor(starts, ends),
-            "decoder": self.decoder,
-            "model": self.model,
-        })
+        // Not `json!`, which would copy the vocabulary and the merges.
+        let parts = [
+            ("version", json!("1.0")),
+            ("truncation", Value::Null),
+            ("padding", Value::Null),
+            ("added_tokens", Value::Array(self.added_tokens)),
+            ("normalizer", self.normalizer),
+            ("pre_tokenizer", self.pre_tokenizer),
+            ("post_processor", post_processor(starts, ends)),
+            ("decoder", self.decoder),
+            ("model", self.model),
+        ];
+        parts.into_iter().collect()
     }
 }
 

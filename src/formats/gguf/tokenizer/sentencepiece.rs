@@ -26,6 +26,9 @@ const SCORES: &str = "tokenizer.ggml.scores";
 const TYPES: &str = "tokenizer.ggml.token_type";
 /// Stands for a space in a piece.
 const SPACE: char = '▁';
+/// Maximum length of a token. The time to find the merges grows with its square; the longest piece
+/// of Gemma 3 has 93 bytes.
+const MAX_TOKEN_BYTES: usize = 256;
 
 /// A token of the vocabulary, with its text as in tokenizer.json.
 struct SentencePiece {
@@ -161,6 +164,12 @@ fn read_pieces(
 ) -> Result<Vec<SentencePiece>, String> {
     let mut pieces = Vec::with_capacity(tokens.len());
     for (id, ((token, kind), stored)) in tokens.iter().zip(types).zip(scores).enumerate() {
+        if token.len() > MAX_TOKEN_BYTES {
+            return Err(format!(
+                "token {id} has {} bytes; at most {MAX_TOKEN_BYTES} are possible",
+                token.len()
+            ));
+        }
         let (text, score) = match *kind {
             // The fraction of NaN and of infinity is NaN.
             NORMAL if stored.fract() != 0.0 => {

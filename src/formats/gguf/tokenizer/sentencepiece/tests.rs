@@ -208,6 +208,10 @@ fn a_vocabulary_that_does_not_define_the_tokenizer_is_refused_by_name() {
             "token 264 ('ba') has the unknown type 7",
         ),
         (with("<0x100>", 0.0, BYTE), "there are 257 bytes"),
+        (
+            with(&"a".repeat(257), -9.0, NORMAL),
+            "token 264 has 257 bytes",
+        ),
         (missing_byte, "the byte <0x41> is missing"),
         (no_bos, "'tokenizer.ggml.bos_token_id': is missing"),
         (GgufVocabulary::tiny("phi3"), "architecture 'phi3'"),
