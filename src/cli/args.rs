@@ -306,7 +306,7 @@ pub struct TrainArgs {
     /// LoRA α. Default: 2 × rank.
     #[arg(long)]
     pub alpha: Option<f64>,
-    /// Linear layers that get a LoRA update, separated by commas, with their names in PEFT. The word
+    /// Linear layers that get a LoRA update, separated by commas, with their names in PEFT.
     /// all-linear stands for all of them. Default: all-linear.
     #[arg(
         long,

@@ -1,9 +1,10 @@
 //! The BPE tokenizers of SentencePiece: `tokenizer.ggml.model` is `llama`.
 //!
-//! Such a file has the pieces with their scores, and no merges. The merges follow from the scores
-//! as in transformers' SpmConverter (convert_slow_tokenizer.py), and the rest of the pipeline is
-//! that of LlamaConverter and GemmaConverter. So the tokenizer is the tokenizer.json that those
-//! made from the same SentencePiece model.
+//! Such a file has the pieces with their scores. The merges follow from the scores as in
+//! transformers' SpmConverter (convert_slow_tokenizer.py), and the rest of the pipeline is that of
+//! LlamaConverter and GemmaConverter. So the tokenizer is the tokenizer.json that those made from
+//! the same SentencePiece model. Some files also have the merges of that tokenizer.json, which are
+//! then used.
 //!
 //! Two things are in tokenizer.json and not in GGUF. The first is transformers' option `legacy`:
 //! here, as in llama.cpp and in Llama 2's tokenizer.json, a space is put before the text and after
@@ -80,12 +81,9 @@ pub(super) fn describe(
             )));
         }
     };
-    let unread = [
-        "tokenizer.ggml.merges",
-        "tokenizer.ggml.precompiled_charsmap",
-    ];
-    if let Some(key) = unread.into_iter().find(|key| gguf.has(key)) {
-        return Err(refuse(format!("{key} is not supported beside {SCORES}")));
+    let normalizes = "tokenizer.ggml.precompiled_charsmap";
+    if gguf.has(normalizes) {
+        return Err(refuse(format!("{normalizes} is not supported")));
     }
     let removes_spaces = "tokenizer.ggml.remove_extra_whitespaces";
     if gguf.flag(removes_spaces)? == Some(true) {
@@ -110,7 +108,10 @@ pub(super) fn describe(
         name_the_tab(&mut pieces);
     }
     let ids = ids_by_text(&pieces).map_err(refuse)?;
-    let merges = derive_merges(&pieces, &ids, ties).map_err(refuse)?;
+    let merges = match gguf.strings("tokenizer.ggml.merges")? {
+        Some(stored) => stored_merges(stored, &ids).map_err(refuse)?,
+        None => derive_merges(&pieces, &ids, ties).map_err(refuse)?,
+    };
 
     for piece in &pieces {
         let (id, length) = (piece.id as u64, piece.text.len() as u64);
@@ -120,7 +121,11 @@ pub(super) fn describe(
         content.update(&piece.kind.to_le_bytes());
         content.update(&piece.score.to_le_bytes());
     }
-    content.update(&[u8::from(adds_space), u8::from(ties == TieOrder::ById)]);
+    for text in merges.iter().flatten() {
+        content.update(&(text.len() as u64).to_le_bytes());
+        content.update(text.as_bytes());
+    }
+    content.update(&[u8::from(adds_space)]);
 
     let unknown = unknown.or_else(|| {
         let piece = pieces.iter().find(|piece| piece.kind == UNKNOWN)?;
@@ -274,6 +279,27 @@ fn ids_by_text(pieces: &[SentencePiece]) -> Result<HashMap<&str, usize>, String>
         }
     }
     Ok(ids)
+}
+
+/// Returns the merges of the file as pairs. Fails if one is not of two pieces that are a piece
+/// together.
+fn stored_merges<'a>(
+    stored: &'a [String],
+    ids: &HashMap<&str, usize>,
+) -> Result<Vec<[&'a str; 2]>, String> {
+    let mut pairs = Vec::with_capacity(stored.len());
+    for merge in stored {
+        let known = merge.split_once(' ').filter(|&(left, right)| {
+            let whole = format!("{left}{right}");
+            let texts = [left, right, whole.as_str()];
+            texts.into_iter().all(|text| ids.contains_key(text))
+        });
+        let (left, right) = known.ok_or_else(|| {
+            format!("the merge '{merge}' is not of two pieces that are a piece together")
+        })?;
+        pairs.push([left, right]);
+    }
+    Ok(pairs)
 }
 
 /// Returns all pairs of pieces that are a piece together, in the order in which they are merged.

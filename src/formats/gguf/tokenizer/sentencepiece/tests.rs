@@ -143,6 +143,29 @@ fn the_piece_with_the_largest_score_is_merged_first() {
     assert_eq!(ids(&vocabulary.read().unwrap(), "aba"), [1, 259, 262]);
 }
 
+/// A file that was made from tokenizer.json has the same score for all pieces.
+#[test]
+fn merges_in_the_file_are_used_instead_of_scores() {
+    let mut vocabulary = GgufVocabulary::tiny("llama");
+    vocabulary.add("ba", 0.0, NORMAL);
+    for token in &mut vocabulary.tokens[259..] {
+        token.1 = -1000.0;
+    }
+    vocabulary.set("tokenizer.ggml.add_space_prefix", Stored::Bool(false));
+    assert!(
+        vocabulary.read().is_err(),
+        "the scores do not define the merges"
+    );
+    for (merges, ids_of_aba) in [
+        (["b a", "a b", "▁ ab"], [1, 262, 264]),
+        (["a b", "b a", "▁ ab"], [1, 259, 262]),
+    ] {
+        let merges = merges.map(|merge| Stored::String(merge.into()));
+        vocabulary.set("tokenizer.ggml.merges", Stored::Array(merges.into()));
+        assert_eq!(ids(&vocabulary.read().unwrap(), "aba"), ids_of_aba);
+    }
+}
+
 /// llama.cpp writes Gemma's runs of spaces as spaces. Gemma 1 and 2 have no piece for one tab.
 #[test]
 fn runs_of_spaces_and_tabs_are_gemmas() {
@@ -180,7 +203,7 @@ fn a_vocabulary_that_does_not_define_the_tokenizer_is_refused_by_name() {
     no_bos
         .metadata
         .retain(|(key, _)| *key != "tokenizer.ggml.bos_token_id");
-    let merges = Stored::Array(vec![Stored::String("a b".into())]);
+    let merges = Stored::Array(vec![Stored::String("b b".into())]);
     let cases = [
         (
             with("ba", -3.5, NORMAL),
@@ -217,7 +240,7 @@ fn a_vocabulary_that_does_not_define_the_tokenizer_is_refused_by_name() {
         (GgufVocabulary::tiny("phi3"), "architecture 'phi3'"),
         (
             keyed("tokenizer.ggml.merges", merges),
-            "tokenizer.ggml.merges is not supported",
+            "the merge 'b b' is not of two pieces",
         ),
         (
             keyed(
