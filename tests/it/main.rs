@@ -4,6 +4,7 @@
 mod attacks;
 mod backends;
 mod campaign;
+mod candle_oracle;
 mod clients;
 mod command_line;
 mod corpus;

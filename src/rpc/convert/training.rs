@@ -421,7 +421,8 @@ fn lora(mut c: pb::LoraConfig, bad: &mut Violations) -> (LoraConfig, GivenLora) 
     let given = GivenLora {
         rank: c.rank.map(|r| r as usize),
         alpha: c.alpha,
-        target_modules: (!c.target_modules.is_empty()).then_some(c.target_modules),
+        target_modules: (!c.target_modules.is_empty())
+            .then(|| LoraConfig::named_targets(c.target_modules)),
         use_rslora: c.use_rslora.then_some(true),
     };
     let rank = given.rank.unwrap_or(d.rank);
