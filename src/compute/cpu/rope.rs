@@ -57,7 +57,8 @@ impl RopeTable {
     /// vectors are then multiplied by these factors.
     pub fn scaled(&self, factors: &[f32]) -> Self {
         let scale = |table: &[f32]| -> Arc<Vec<f32>> {
-            let rows = table.chunks(self.half).zip(factors);
+            // The table of a row without tokens has no width.
+            let rows = table.chunks(self.half.max(1)).zip(factors);
             let scaled: Vec<f32> = rows
                 .flat_map(|(row, factor)| row.iter().map(move |x| x * factor))
                 .collect();
