@@ -144,6 +144,7 @@ fn head_390x576x49152(bencher: Bencher, precision: &str) {
                 h: &h,
                 w: WeightView::new(w, c),
                 targets: &targets,
+                softcap: None,
             };
             head(input, options)
         });
@@ -171,6 +172,7 @@ fn pair() -> (RowLayout, Heads, usize) {
             dim: 64,
             window: None,
             scale: 0.125,
+            softcap: None,
         },
         seen,
     )

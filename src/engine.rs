@@ -42,6 +42,7 @@ use crate::formats::loader::LoadedModel;
 use crate::formats::peft;
 use crate::formats::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use crate::formats::weights::{ElementType, Weights};
+use crate::infer::pair::EncodedPair;
 use crate::infer::reference_cache::ReferenceCache;
 use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::error::ModelError;
@@ -381,9 +382,26 @@ impl Engine {
     /// names, too many runs wait, or the engine is draining.
     pub fn train(&self, run: TrainingRun) -> Result<(), EngineError> {
         let size = run.spec.batch.batch_size;
-        let lengths = Lengths::of(&run.train, size).max(Lengths::of(&run.eval, size));
+        let lengths = self.lengths(&run.model, &run.train, &run.eval, size)?;
         let needs = self.needs(&run.model, run.reference.as_ref(), &run.spec, lengths)?;
         self.shared.queue.push_run(run, needs)
+    }
+
+    /// Returns the lengths of the pairs of a run in rows of `model`.
+    ///
+    /// # Errors
+    /// `UnknownModel` if the server does not have the model.
+    pub fn lengths(
+        &self,
+        model: &str,
+        train: &[EncodedPair],
+        eval: &[EncodedPair],
+        batch_size: usize,
+    ) -> Result<Lengths, EngineError> {
+        let spec = &self.shared.base_models.get(model)?.policy.config.spec;
+        let class = |length| spec.length_class(length);
+        let of = |pairs: &[EncodedPair]| Lengths::by_length(pairs, batch_size, &class);
+        Ok(of(train).max(of(eval)))
     }
 
     /// Performs the memory checks of [`Engine::train`] for pairs of these lengths.

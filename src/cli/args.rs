@@ -306,6 +306,15 @@ pub struct TrainArgs {
     /// LoRA α. Default: 2 × rank.
     #[arg(long)]
     pub alpha: Option<f64>,
+    /// Linear layers that get a LoRA update, separated by commas, with their names in PEFT.
+    /// all-linear stands for all of them. Default: all-linear.
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        conflicts_with = "full"
+    )]
+    pub target_modules: Vec<String>,
     /// Loss, or a mix of losses such as sigmoid=0.8,sft=0.2. Default: sigmoid.
     #[arg(long)]
     pub loss: Option<String>,

@@ -87,6 +87,7 @@ fn job(
         false => pb::training_job::Method::Lora(pb::LoraConfig {
             rank: args.rank,
             alpha: args.alpha,
+            target_modules: args.target_modules.clone(),
             ..Default::default()
         }),
     };

@@ -65,6 +65,22 @@ impl RowLayout {
             .flat_map(|s| (0..s.tokens.len()).map(|i| (s.prefix.len() + i) as u32))
             .collect()
     }
+
+    /// Returns for each segment the length in tokens of the longest sequence that it is part of. A
+    /// prompt is part of the sequences of its completions, a completion only of its own.
+    pub fn sequence_lengths(&self) -> Vec<usize> {
+        let own = |s: &Segment| s.prefix.len() + s.tokens.len();
+        let mut lengths: Vec<usize> = self.segments.iter().map(own).collect();
+        let mut prompt = 0;
+        for (i, s) in self.segments.iter().enumerate() {
+            if s.prefix.is_empty() {
+                prompt = i;
+            } else {
+                lengths[prompt] = lengths[prompt].max(lengths[i]);
+            }
+        }
+        lengths
+    }
 }
 
 #[cfg(test)]
@@ -78,6 +94,7 @@ mod tests {
         assert_eq!((p, c), (0..3, vec![3..5, 5..6]));
         l.push_group(1, [2]);
         assert_eq!(l.positions(), [0, 1, 2, 3, 4, 3, 0, 1, 2]);
+        assert_eq!(l.sequence_lengths(), [5, 5, 4, 3, 3]);
         assert_eq!(l.tokens(), 9);
     }
 }

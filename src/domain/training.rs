@@ -18,6 +18,12 @@ pub const TARGET_MODULES: [&str; 7] = [
     "down_proj",
 ];
 
+/// Projections that LoRA can adapt in families that store several of them as one matrix.
+pub const FUSED_TARGET_MODULES: [&str; 2] = ["qkv_proj", "gate_up_proj"];
+
+/// PEFT's word for every linear layer of the blocks, without the output head.
+pub const ALL_LINEAR: &str = "all-linear";
+
 /// Every setting of a run except the data, fixed when the job is created.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -72,7 +78,8 @@ pub struct LoraConfig {
     pub rank: usize,
     /// Numerator α of the scale.
     pub alpha: f64,
-    /// Names of the adapted projections, a subset of [`TARGET_MODULES`].
+    /// Names of the adapted projections, from [`TARGET_MODULES`] and [`FUSED_TARGET_MODULES`]. The
+    /// names of all parts of a fused projection together stand for it.
     pub target_modules: Vec<String>,
     /// True for rank-stabilised LoRA: scale = α/√r instead of α/r.
     pub use_rslora: bool,
@@ -109,6 +116,17 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
+    /// Returns the projections that a client's `target_modules` stand for. [`ALL_LINEAR`] is
+    /// replaced by their names, because it is only a word for a list: adapters and stored jobs have
+    /// the names.
+    pub fn named_targets(given: Vec<String>) -> Vec<String> {
+        if given == [ALL_LINEAR] {
+            TARGET_MODULES.map(str::to_owned).to_vec()
+        } else {
+            given
+        }
+    }
+
     /// Returns the factor on B·A: α/r, or α/√r for rank-stabilised LoRA.
     pub fn scale(&self) -> f64 {
         let r = self.rank as f64;
@@ -523,14 +541,20 @@ impl LoraConfig {
                 "is empty: name at least one projection",
             );
         }
+        let all = [&TARGET_MODULES[..], &FUSED_TARGET_MODULES[..]].concat();
         for (i, m) in self.target_modules.iter().enumerate() {
-            if !TARGET_MODULES.contains(&m.as_str()) {
+            if m == ALL_LINEAR {
+                out.push(
+                    format!("{field}.target_modules[{i}]"),
+                    format!("is {ALL_LINEAR}, which includes the others: leave them out"),
+                );
+            } else if !all.contains(&m.as_str()) {
                 out.push(
                     format!("{field}.target_modules[{i}]"),
                     format!(
-                        "{} is not a projection of the decoder: use {}",
+                        "{} is not a projection of the decoder: use {ALL_LINEAR}, or some of {}",
                         quoted(m),
-                        TARGET_MODULES.join(", ")
+                        all.join(", ")
                     ),
                 );
             }
@@ -581,6 +605,24 @@ impl BatchConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_linear_stands_for_every_projection_and_only_alone() {
+        let all = LoraConfig::named_targets(vec![ALL_LINEAR.into()]);
+        assert_eq!(all, TARGET_MODULES);
+        let some = vec!["q_proj".to_owned()];
+        assert_eq!(LoraConfig::named_targets(some.clone()), some);
+        let mixed = LoraConfig {
+            target_modules: LoraConfig::named_targets(vec!["q_proj".into(), ALL_LINEAR.into()]),
+            ..Default::default()
+        };
+        let mut bad = Violations::default();
+        mixed.validate("lora", &mut bad);
+        let [violation] = bad.listed() else {
+            panic!("{:?}", bad.listed());
+        };
+        assert_eq!(violation.field, "lora.target_modules[1]");
+    }
 
     #[test]
     fn a_run_has_the_values_of_the_adapter_that_it_continues() {

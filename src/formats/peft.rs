@@ -323,7 +323,7 @@ pub fn save(dir: &Path, adapter: &Adapter, base: &BaseName) -> Result<(), ModelE
         "r": c.rank,
         "lora_alpha": c.alpha,
         "lora_dropout": 0.0,
-        "target_modules": c.target_modules,
+        "target_modules": adapter.target_modules(),
         "use_rslora": c.use_rslora,
         "bias": "none",
         "fan_in_fan_out": false,

@@ -1,10 +1,11 @@
 //! Packs items (pairs, or answers to one prompt) into rows without padding. Items of the same owner
-//! share prompts: a row stores a prompt once for all of them.
+//! share prompts: a row stores a prompt once for all of them. If a model has other rotary
+//! frequencies for long sequences, a row stores the prompt once for each set of frequencies.
 //!
 //! The position of an item does not change its results, bit for bit: tokens attend only to their
 //! own prompt and completion, and the kernels compute every token in the same order of operations.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -15,6 +16,10 @@ use crate::model::row::Row;
 /// An item with the index of its owner, e.g. a policy. Only items of the same owner share prompts,
 /// and the items of an owner are adjacent in a row.
 pub type Owned<'a> = (usize, &'a [SequenceGroup]);
+
+/// Maps the length of a sequence to a number that is the same for lengths with the same rotary
+/// frequencies: [`crate::model::spec::ModelSpec::length_class`].
+pub type LengthClass<'a> = &'a dyn Fn(usize) -> usize;
 
 /// A packed row with the ranges of its items' completions.
 #[derive(Clone, Debug)]
@@ -29,9 +34,14 @@ pub struct PackedRow {
     pub completions: Vec<Vec<Range<usize>>>,
 }
 
-/// Packs all items into one row.
+/// Packs all items into one row, for a model whose frequencies do not depend on the length.
 pub fn pack(items: &[&[SequenceGroup]]) -> PackedRow {
-    pack_items(&with_one_owner(items), (0..items.len()).collect())
+    pack_by_length(items, &|_| 0)
+}
+
+/// Packs all items into one row.
+pub fn pack_by_length(items: &[&[SequenceGroup]], class: LengthClass) -> PackedRow {
+    pack_items(&with_one_owner(items), (0..items.len()).collect(), class)
 }
 
 fn with_one_owner<'a>(items: &[&'a [SequenceGroup]]) -> Vec<Owned<'a>> {
@@ -40,8 +50,12 @@ fn with_one_owner<'a>(items: &[&'a [SequenceGroup]]) -> Vec<Owned<'a>> {
 
 /// Packs items into rows of at most `row_tokens` tokens and of about equal size. An item that is
 /// longer gets a row of its own. Items with the same prompt are placed next to each other.
-pub fn pack_rows(items: &[&[SequenceGroup]], row_tokens: usize) -> Vec<PackedRow> {
-    pack_owned_rows(&with_one_owner(items), row_tokens)
+pub fn pack_rows(
+    items: &[&[SequenceGroup]],
+    row_tokens: usize,
+    class: LengthClass,
+) -> Vec<PackedRow> {
+    pack_owned_rows(&with_one_owner(items), row_tokens, class)
 }
 
 /// Packs items like [`pack_rows`], for `devices` devices that each take every `devices`-th row. The
@@ -50,19 +64,25 @@ pub fn pack_rows_for_devices(
     items: &[&[SequenceGroup]],
     row_tokens: usize,
     devices: usize,
+    class: LengthClass,
 ) -> Vec<PackedRow> {
-    pack_into_multiple(&with_one_owner(items), row_tokens, devices)
+    pack_into_multiple(&with_one_owner(items), row_tokens, devices, class)
 }
 
 /// Packs items of several owners like [`pack_rows`].
-pub fn pack_owned_rows(items: &[Owned], row_tokens: usize) -> Vec<PackedRow> {
-    pack_into_multiple(items, row_tokens, 1)
+pub fn pack_owned_rows(items: &[Owned], row_tokens: usize, class: LengthClass) -> Vec<PackedRow> {
+    pack_into_multiple(items, row_tokens, 1, class)
 }
 
 /// Packs items into a number of rows that is a multiple of `multiple`, if there are enough items.
-fn pack_into_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Vec<PackedRow> {
+fn pack_into_multiple(
+    items: &[Owned],
+    row_tokens: usize,
+    multiple: usize,
+    class: LengthClass,
+) -> Vec<PackedRow> {
     let order = order_by_prompt(items);
-    let mut tokens_left = sizes(items, &order).iter().sum::<usize>();
+    let mut tokens_left = sizes(items, &order, class).iter().sum::<usize>();
     let needed = tokens_left.div_ceil(row_tokens).max(1);
     let mut rows_left = needed
         .next_multiple_of(multiple)
@@ -70,7 +90,7 @@ fn pack_into_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Ve
     let mut rows = Vec::new();
     let (mut members, mut tokens): (Vec<usize>, usize) = (Vec::new(), 0);
     for &i in &order {
-        let n = added_tokens(items, &members, i);
+        let n = added_tokens(items, &members, i, class);
         // End the row where its size is closest to an equal share of the remaining tokens.
         let share = tokens_left.div_ceil(rows_left);
         let over = tokens + n > row_tokens
@@ -78,7 +98,7 @@ fn pack_into_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Ve
                 && tokens + n > share
                 && tokens + n - share > share.saturating_sub(tokens));
         if !members.is_empty() && over {
-            rows.push(pack_items(items, std::mem::take(&mut members)));
+            rows.push(pack_items(items, std::mem::take(&mut members), class));
             tokens_left = tokens_left.saturating_sub(tokens);
             rows_left = rows_left
                 .saturating_sub(1)
@@ -86,11 +106,11 @@ fn pack_into_multiple(items: &[Owned], row_tokens: usize, multiple: usize) -> Ve
                 .max(1);
             tokens = 0;
         }
-        tokens += added_tokens(items, &members, i);
+        tokens += added_tokens(items, &members, i, class);
         members.push(i);
     }
     if !members.is_empty() {
-        rows.push(pack_items(items, members));
+        rows.push(pack_items(items, members, class));
     }
     rows
 }
@@ -109,17 +129,32 @@ fn order_by_prompt(items: &[Owned]) -> Vec<usize> {
 }
 
 /// Returns the number of tokens that each item adds after its predecessor in `order`.
-fn sizes(items: &[Owned], order: &[usize]) -> Vec<usize> {
+fn sizes(items: &[Owned], order: &[usize], class: LengthClass) -> Vec<usize> {
     order
         .iter()
         .enumerate()
-        .map(|(k, &i)| added_tokens(items, &order[k.saturating_sub(1)..k], i))
+        .map(|(k, &i)| added_tokens(items, &order[k.saturating_sub(1)..k], i, class))
         .collect()
+}
+
+/// Returns the distinct classes of the lengths of a group's sequences. A group without completions
+/// has the class of its prompt.
+fn classes(group: &SequenceGroup, class: LengthClass) -> BTreeSet<usize> {
+    let prompt = group.prompt.len();
+    let mut found: BTreeSet<usize> = group
+        .completions
+        .iter()
+        .map(|completion| class(prompt + completion.len()))
+        .collect();
+    if found.is_empty() {
+        found.insert(class(prompt));
+    }
+    found
 }
 
 /// Returns the number of tokens that item `i` adds to a row of `members`. Prompts that the last
 /// member also has are not counted, because they are stored once.
-fn added_tokens(items: &[Owned], members: &[usize], i: usize) -> usize {
+fn added_tokens(items: &[Owned], members: &[usize], i: usize, class: LengthClass) -> usize {
     let (owner, groups) = items[i];
     let last = members
         .last()
@@ -129,11 +164,13 @@ fn added_tokens(items: &[Owned], members: &[usize], i: usize) -> usize {
     groups
         .iter()
         .map(|g| {
-            if last.iter().any(|l| l.prompt == g.prompt) {
-                g.tokens() - g.prompt.len()
-            } else {
-                g.tokens()
+            let mut needed = classes(g, class);
+            for l in last.iter().filter(|l| l.prompt == g.prompt) {
+                classes(l, class).iter().for_each(|known| {
+                    needed.remove(known);
+                });
             }
+            g.tokens() - g.prompt.len() + needed.len() * g.prompt.len()
         })
         .sum()
 }
@@ -141,20 +178,31 @@ fn added_tokens(items: &[Owned], members: &[usize], i: usize) -> usize {
 /// A completion: index of its item in `members`, its index within the item, its tokens.
 type Answer<'a> = (usize, usize, &'a [u32]);
 
-/// Packs the items with the indices `members` into one row, each prompt of an owner once.
-fn pack_items(items: &[Owned], members: Vec<usize>) -> PackedRow {
+/// Packs the items with the indices `members` into one row, each prompt of an owner once for each
+/// class of the lengths of its sequences.
+fn pack_items(items: &[Owned], members: Vec<usize>, class: LengthClass) -> PackedRow {
     let mut prompts: Vec<(usize, &[u32], Vec<Answer>)> = Vec::new();
-    let mut known: HashMap<(usize, &[u32]), usize> = HashMap::new();
+    let mut known: HashMap<(usize, &[u32], usize), usize> = HashMap::new();
     let mut completions: Vec<Vec<Range<usize>>> = Vec::with_capacity(members.len());
     for (m, &i) in members.iter().enumerate() {
         let mut nth = 0;
         let (owner, groups) = items[i];
         for g in groups {
-            let at = *known.entry((owner, &g.prompt)).or_insert_with(|| {
-                prompts.push((owner, &g.prompt, Vec::new()));
-                prompts.len() - 1
-            });
-            for c in &g.completions {
+            let mut place = |class| {
+                *known.entry((owner, &g.prompt, class)).or_insert_with(|| {
+                    prompts.push((owner, &g.prompt, Vec::new()));
+                    prompts.len() - 1
+                })
+            };
+            if g.completions.is_empty() {
+                place(class(g.prompt.len()));
+            }
+            let places: Vec<usize> = g
+                .completions
+                .iter()
+                .map(|c| place(class(g.prompt.len() + c.len())))
+                .collect();
+            for (c, at) in g.completions.iter().zip(places) {
                 prompts[at].2.push((m, nth, c));
                 nth += 1;
             }
@@ -226,7 +274,7 @@ mod tests {
             item(2, 2, &[1, 1]),
             item(1, 3, &[1, 4]),
         ];
-        let rows = pack_rows(&borrowed(&items), 100);
+        let rows = pack_rows(&borrowed(&items), 100, &|_| 0);
         assert_eq!(rows.len(), 1);
         assert_eq!(rows[0].items, [0, 2, 1]);
         assert_eq!(rows[0].row.ids.len(), 3 + 3 + 5 + 2 + 2);
@@ -241,7 +289,7 @@ mod tests {
     fn every_device_gets_as_many_rows_where_there_are_items_enough() {
         let sizes = |n: usize, row_tokens: usize, devices: usize| {
             let items: Vec<_> = (0..n).map(|i| item(i as u32, 3, &[2, 1 + i % 3])).collect();
-            let rows = pack_rows_for_devices(&borrowed(&items), row_tokens, devices);
+            let rows = pack_rows_for_devices(&borrowed(&items), row_tokens, devices, &|_| 0);
             let mut seen: Vec<usize> = rows.iter().flat_map(|r| r.items.clone()).collect();
             seen.sort_unstable();
             assert_eq!(seen, (0..n).collect::<Vec<_>>());
@@ -264,7 +312,7 @@ mod tests {
     #[test]
     fn rows_keep_the_limit_are_balanced_and_lose_no_item() {
         let items: Vec<_> = (0..7).map(|i| item(i, 3, &[2, 1])).collect();
-        let rows = pack_rows(&borrowed(&items), 20);
+        let rows = pack_rows(&borrowed(&items), 20, &|_| 0);
         let mut seen: Vec<usize> = rows.iter().flat_map(|r| r.items.clone()).collect();
         seen.sort_unstable();
         assert_eq!(seen, [0, 1, 2, 3, 4, 5, 6]);
@@ -272,6 +320,22 @@ mod tests {
         assert!(sizes.iter().all(|n| *n <= 20), "{sizes:?}");
         assert_eq!(sizes.len(), 3, "{sizes:?}");
         let long = [item(1, 50, &[5, 5]), item(2, 2, &[1, 1])];
-        assert_eq!(pack_rows(&borrowed(&long), 20).len(), 2);
+        assert_eq!(pack_rows(&borrowed(&long), 20, &|_| 0).len(), 2);
+    }
+
+    #[test]
+    fn sequences_with_other_frequencies_have_a_prompt_of_their_own() {
+        // Sequences of more than 5 tokens are long.
+        let class = |length: usize| usize::from(length > 5);
+        let items = [item(1, 3, &[2, 4]), item(1, 3, &[3, 1])];
+        let packed = pack_by_length(&borrowed(&items), &class);
+        assert_eq!(packed.row.layout.sequence_lengths(), [5, 5, 4, 7, 7, 6]);
+        assert_eq!(packed.row.ids[..3], packed.row.ids[6..9]);
+        assert_eq!(packed.completions, [vec![0..2, 3..7], vec![7..10, 2..3]]);
+        for row_tokens in [15, 16, 19] {
+            let rows = pack_rows(&borrowed(&items), row_tokens, &class);
+            assert!(rows.iter().all(|row| row.row.ids.len() <= row_tokens));
+            assert_eq!(rows.len(), if row_tokens < 16 { 2 } else { 1 });
+        }
     }
 }

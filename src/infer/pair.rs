@@ -71,6 +71,15 @@ impl EncodedPair {
             + self.rejected.len()
     }
 
+    /// Returns the number of tokens in the pair's packed row, for a model whose frequencies depend
+    /// on the length of a sequence. The row stores a shared prompt twice if its two sequences have
+    /// different frequencies.
+    pub fn packed_tokens_by_length(&self, class: &dyn Fn(usize) -> usize) -> usize {
+        let of = |answer: &[u32]| class(self.prompt.len() + answer.len());
+        let is_split = self.rejected_prompt.is_none() && of(&self.chosen) != of(&self.rejected);
+        self.packed_tokens() + if is_split { self.prompt.len() } else { 0 }
+    }
+
     /// Returns the number of tokens of prompt + chosen and prompt + rejected as two sequences, as
     /// in TRL's `num_tokens`.
     pub fn sequence_tokens(&self) -> usize {

@@ -34,7 +34,8 @@ pub fn score_all(
     yield_point: &mut dyn FnMut(),
 ) -> Result<Vec<Logps>> {
     let mut all = vec![Logps::new(); items.len()];
-    let rows = pack_rows_for_devices(items, row_tokens, policy.devices().count());
+    let class = |length| policy.config.spec.length_class(length);
+    let rows = pack_rows_for_devices(items, row_tokens, policy.devices().count(), &class);
     let pass = |policy: &Policy, packed: &PackedRow, yield_point: &mut dyn FnMut()| {
         policy.log_probs(packed.row.clone(), yield_point)
     };
@@ -61,7 +62,8 @@ pub fn score_shared(
         return Ok(Vec::new());
     };
     let mut all = vec![Logps::new(); items.len()];
-    for packed in pack_owned_rows(items, row_tokens) {
+    let class = |length| base.config.spec.length_class(length);
+    for packed in pack_owned_rows(items, row_tokens, &class) {
         let adapters = packed.owners.iter().filter_map(|(tokens, owner)| {
             Some((tokens.clone(), policies[*owner].adapter.clone()?))
         });

@@ -90,6 +90,21 @@ impl Adapter {
         })
     }
 
+    /// Returns the names of the adapted modules of the model. In `config` the names of all parts of
+    /// a fused layer may stand for it.
+    pub fn target_modules(&self) -> Vec<String> {
+        let mut names = self.config.target_modules.clone();
+        for fused in [Linear::FusedQkv, Linear::FusedGateUp] {
+            if self.get(0, fused).is_none() {
+                continue;
+            }
+            let is_part = |name: &str| fused.parts().iter().any(|part| part.lora_target() == name);
+            names.retain(|name| !is_part(name) && name != fused.lora_target());
+            names.push(fused.lora_target().to_owned());
+        }
+        names
+    }
+
     /// Returns the number of decoder blocks of the model that the adapter was made for.
     pub fn num_blocks(&self) -> usize {
         self.table.num_blocks

@@ -44,13 +44,17 @@ pub enum SavePolicy {
     Nothing,
 }
 
-/// An RMSNorm on the residual stream.
+/// An RMSNorm on the residual stream, or on an output that is added to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamNorm {
     /// Before the mixer.
     Mixer,
     /// Before the feed-forward part.
     FeedForward,
+    /// On the mixer's output.
+    MixerOutput,
+    /// On the feed-forward part's output.
+    FeedForwardOutput,
 }
 
 impl StreamNorm {
@@ -59,6 +63,8 @@ impl StreamNorm {
         match self {
             StreamNorm::Mixer => BlockParam::InputNorm,
             StreamNorm::FeedForward => BlockParam::FeedForwardNorm,
+            StreamNorm::MixerOutput => BlockParam::MixerOutputNorm,
+            StreamNorm::FeedForwardOutput => BlockParam::FeedForwardOutputNorm,
         }
     }
 }
@@ -122,7 +128,8 @@ pub struct Gated<B: Backend> {
 /// The gradient of the output of a group of linear layers. The variants differ in the matrix that
 /// holds it.
 pub enum OutputGradient<'a, B: Backend> {
-    /// The gradient of the residual stream, because the output was added to the stream.
+    /// The gradient of the output of the last layer of a part, as wide as the residual stream and
+    /// in f32. It is the gradient of the stream itself, unless a norm comes before the sum.
     Stream(&'a B::Activation),
     /// The gradient of `[q | k | v]`.
     Qkv(&'a B::Activation),
@@ -186,11 +193,18 @@ pub trait BlockOps<B: Backend> {
     /// heads.
     fn new_qkv(&self) -> Result<B::Activation>;
 
+    /// Allocates a matrix of the same shape and type as the residual stream `[T, C]`, filled with
+    /// zeros.
+    fn new_stream(&self) -> Result<B::Activation>;
+
     /// Allocates the memory that [`BlockOps::feed_forward`] writes to.
     fn new_gate_up(&self) -> Result<B::GateUpSpace>;
 
     /// Applies a norm to the residual stream `x` and returns the result as an operand.
     fn norm(&self, norm: StreamNorm, x: &B::Activation) -> Result<B::LeftOperand<'static>>;
+
+    /// Returns the residual stream `x` as an operand, without a norm.
+    fn stream_operand(&self, x: &B::Activation) -> Result<B::LeftOperand<'static>>;
 
     /// Returns attention's output as the operand of the output projection.
     fn attention_operand<'a>(&self, output: &'a B::Activation) -> B::LeftOperand<'a>;
@@ -211,11 +225,23 @@ pub trait BlockOps<B: Backend> {
         x: &mut B::Activation,
     ) -> Result<B::LowRankProjection>;
 
-    /// Applies RMSNorm to every head of the queries and keys in place.
+    /// Adds `factor` times the output `y` `[T, C]` of a part to the residual stream `x`.
+    fn add_scaled(&self, factor: f32, y: &B::Activation, x: &mut B::Activation) -> Result<()>;
+
+    /// Returns `factor` times `x`, a matrix of the shape and type of the residual stream.
+    fn scaled(&self, factor: f32, x: &B::Activation) -> Result<B::Activation>;
+
+    /// Applies a norm to the output `y` `[T, C]` of a part and adds the result, times
+    /// [`BlockSpec::output_factor`], to the residual stream `x`.
+    fn add_norm(&self, norm: StreamNorm, y: &B::Activation, x: &mut B::Activation) -> Result<()>;
+
+    /// Applies RMSNorm to the queries and to the keys in place: to every head or to all heads at
+    /// once, as [`super::spec::AttentionSpec::qk_norm`] says.
     fn head_norms(&self, qkv: &mut B::Activation) -> Result<()>;
 
-    /// Applies the rotary position embedding to queries and keys in place.
-    fn rotate(&self, qkv: &mut B::Activation, direction: Direction) -> Result<()>;
+    /// Applies the rotary position embedding to queries and keys in place. `rope` is the index of
+    /// the frequencies in [`ModelSpec::ropes`].
+    fn rotate(&self, rope: usize, qkv: &mut B::Activation, direction: Direction) -> Result<()>;
 
     /// Computes softmax attention of the rotated queries, keys and values `qkv`.
     fn attention(&self, qkv: &B::Activation) -> Result<Attended<B>>;
@@ -230,12 +256,12 @@ pub trait BlockOps<B: Backend> {
     ) -> Result<Gated<B>>;
 
     /// Runs down and the activation backward. Returns the gradient of `[gate | up]`, given the
-    /// gradient `gx` of the residual stream. `low_rank` is x·Aᵀ of down.
+    /// gradient `g` of the output of down, in f32. `low_rank` is x·Aᵀ of down.
     fn feed_forward_backward(
         &self,
         gate_up: B::GateUp,
         low_rank: &B::LowRankProjection,
-        gx: &B::Activation,
+        g: &B::Activation,
         gradients: &mut B::Gradients,
     ) -> Result<B::GateUpGradient>;
 
@@ -277,4 +303,8 @@ pub trait BlockOps<B: Backend> {
         gx: &mut B::Activation,
         gradients: &mut B::Gradients,
     ) -> Result<()>;
+
+    /// Adds the gradient `g` of a result of [`BlockOps::stream_operand`] to the gradient `gx` of
+    /// the residual stream.
+    fn add_gradient(&self, g: &B::Activation, gx: &mut B::Activation) -> Result<()>;
 }

@@ -34,12 +34,15 @@ impl BlockShape {
                     width: feed_forward,
                     activation: _,
                     bias: _,
+                    projections: _,
                 },
             feed_forward_norms: _,
+            norm_names: _,
+            output_factor: _,
         } = *block;
         let qk_norm = match attention.qk_norm {
             QkNorm::Absent => false,
-            QkNorm::PerHead => true,
+            QkNorm::PerHead | QkNorm::AllHeads => true,
         };
         BlockShape {
             hidden,

@@ -9,6 +9,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use self::json::{Fields, invalid};
+use self::rope::check_ropes;
 use super::error::ModelError;
 use super::families::Architecture;
 use super::params;
@@ -52,6 +53,7 @@ impl ModelConfig {
             width,
             activation: _,
             bias,
+            projections: _,
         } = block.feed_forward;
         let mut fields = vec![
             json!(["architecture", self.architecture.as_str()]),
@@ -103,6 +105,7 @@ impl ModelConfig {
         let family = architecture.family();
         let defaults = (family.defaults)();
         let spec = (family.spec)(&fields.with_defaults(&defaults))?;
+        check_ropes(&fields, &spec)?;
         let bos_token_id = fields.token_ids("bos_token_id")?.first().copied();
         let eos_token_ids = fields.token_ids("eos_token_id")?;
         Ok(ModelConfig {
@@ -123,10 +126,13 @@ impl ModelConfig {
 /// Returns the configuration of the language model inside a multimodal model, in the form of the
 /// config.json that it would have on its own. Other configurations are returned unchanged.
 fn text_config(mut json: Value) -> Value {
+    let text_type = json
+        .pointer("/text_config/model_type")
+        .and_then(Value::as_str);
     let family = json
         .get("model_type")
         .and_then(Value::as_str)
-        .and_then(Architecture::of_text_in);
+        .and_then(|model_type| Architecture::of_text_in(model_type, text_type));
     let stored = family
         .and_then(|_| json.get_mut("text_config"))
         .map(Value::take);
@@ -140,6 +146,7 @@ fn text_config(mut json: Value) -> Value {
         "dtype",
         "torch_dtype",
         "quantization_config",
+        "tie_word_embeddings",
     ] {
         if let (false, Some(value)) = (text.contains_key(key), json.get_mut(key).map(Value::take)) {
             text.insert(key.to_owned(), value);

@@ -1,6 +1,7 @@
 //! A policy: the weights of a decoder, an optional adapter, and the devices that run its passes.
 //! The head runs only on the tokens that predict completion tokens.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -14,9 +15,10 @@ use super::device::ComputeDevice;
 use super::parameters::Parameters;
 use super::pass;
 use super::rope::RopeConfig;
-use super::row::{PreparedRow, Row};
+use super::row::{PreparedRow, Row, RowRope};
 use crate::compute::cpu::gemm::Kernel;
 use crate::compute::cpu::rope::RopeTable;
+use crate::compute::layout::RowLayout;
 use crate::domain::training::Precision;
 
 /// A model that assigns probabilities to tokens: a base model with an optional adapter.
@@ -122,11 +124,7 @@ impl Policy {
             bail!("token id {bad} is outside the model's vocabulary of {vocabulary}");
         }
         let spec = &self.config.spec;
-        let positions = row.layout.positions();
-        let table = |rope: &RopeConfig| {
-            let (inv_freq, factor) = rope.inv_freq(spec.head_dim());
-            RopeTable::new(&positions, &inv_freq, factor)
-        };
+        let table = |rope: &RopeConfig| row_rope(rope, spec.head_dim(), &row.layout);
         let ropes = spec.ropes.iter().map(table).collect();
         Ok(PreparedRow::new(row, ropes))
     }
@@ -169,4 +167,33 @@ impl Policy {
             ComputeDevice::Cuda(cuda) => cuda.log_probs(self.view(), &row, yield_point),
         }
     }
+}
+
+/// Computes the rotary tables of a row. The frequencies of a sequence may depend on its length. All
+/// sequences of a prompt must have the same frequencies; the packer places others with a copy of
+/// the prompt.
+fn row_rope(rope: &RopeConfig, head_dim: usize, layout: &RowLayout) -> RowRope {
+    let lengths = layout.sequence_lengths();
+    let classes: Vec<usize> = lengths
+        .iter()
+        .map(|length| rope.length_class(*length))
+        .collect();
+    let mut frequencies: HashMap<usize, Vec<f32>> = HashMap::new();
+    for (class, length) in classes.iter().zip(&lengths) {
+        let inv_freq = || rope.inv_freq_at(head_dim, *length).0;
+        frequencies.entry(*class).or_insert_with(inv_freq);
+    }
+    let segments = layout.segments.iter().zip(&classes).map(|(s, class)| {
+        let first = s.prefix.len() as u32;
+        let positions = first..first + s.tokens.len() as u32;
+        (positions, frequencies[class].as_slice())
+    });
+    let (_, factor) = rope.inv_freq(head_dim);
+    let table = RopeTable::new(segments, factor, rope.pairs);
+    let queries = rope.query_scaling.map(|scaling| {
+        let positions = layout.positions();
+        let factors: Vec<f32> = positions.iter().map(|p| scaling.factor(*p)).collect();
+        table.scaled(&factors)
+    });
+    RowRope { table, queries }
 }

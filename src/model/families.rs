@@ -2,10 +2,21 @@
 //! [`crate::model::spec::ModelSpec`].
 
 mod common;
+mod gemma;
+mod gemma2;
+mod gemma3;
+mod glm4;
+mod granite;
 mod llama;
+mod ministral;
+mod ministral3;
 mod mistral;
+mod olmo2;
+mod olmo3;
+mod phi3;
 mod qwen2;
 mod qwen3;
+mod smollm3;
 
 pub(super) use self::common::Family;
 
@@ -20,15 +31,45 @@ pub enum Architecture {
     Qwen2,
     /// Qwen3: RMSNorm on each head's q and k.
     Qwen3,
+    /// Gemma 2: soft-caps on scores and logits, a sliding window on every second layer.
+    Gemma2,
+    /// Gemma 3, text only: norms before and after each part, a sliding window on 5 of 6 layers.
+    Gemma3,
+    /// Phi-3 and Phi-4: fused projections, longrope.
+    Phi3,
+    /// GLM-4: norms before and after each part, half of each head rotated in interleaved pairs.
+    Glm4,
+    /// SmolLM3: no rotation on every fourth layer.
+    SmolLm3,
+    /// Granite 3.x, dense: multipliers on embeddings, scores, outputs of parts and logits.
+    Granite,
+    /// OLMo 2: norms on outputs only, and on all queries and all keys at once.
+    Olmo2,
+    /// OLMo 3: as OLMo 2, with a sliding window on 3 of 4 layers.
+    Olmo3,
+    /// Ministral: a sliding window on some layers.
+    Ministral,
+    /// Ministral 3: a factor on queries that grows with their position.
+    Ministral3,
 }
 
 impl Architecture {
     /// All families.
-    pub const ALL: [Architecture; 4] = [
+    pub const ALL: [Architecture; 14] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
         Architecture::Qwen3,
+        Architecture::Gemma2,
+        Architecture::Gemma3,
+        Architecture::Phi3,
+        Architecture::Glm4,
+        Architecture::SmolLm3,
+        Architecture::Granite,
+        Architecture::Olmo2,
+        Architecture::Olmo3,
+        Architecture::Ministral,
+        Architecture::Ministral3,
     ];
 
     /// Returns the family's `model_type` in config.json.
@@ -42,11 +83,13 @@ impl Architecture {
     }
 
     /// Returns the family of the language model inside a multimodal model of this `model_type`.
-    /// Multimodal models store the language model's configuration in `text_config`.
-    pub(super) fn of_text_in(model_type: &str) -> Option<Self> {
+    /// Multimodal models store the language model's configuration in `text_config`. Its
+    /// `model_type` is `text_type`; without one, the first family that fits is returned.
+    pub(super) fn of_text_in(model_type: &str, text_type: Option<&str>) -> Option<Self> {
         Self::ALL
             .into_iter()
-            .find(|a| a.family().text_in == Some(model_type))
+            .filter(|a| a.family().text_in.contains(&model_type))
+            .find(|a| text_type.is_none_or(|text_type| text_type == a.as_str()))
     }
 
     /// Returns the class of transformers that loads a model of the family.
@@ -66,6 +109,16 @@ impl Architecture {
             Architecture::Mistral => &mistral::FAMILY,
             Architecture::Qwen2 => &qwen2::FAMILY,
             Architecture::Qwen3 => &qwen3::FAMILY,
+            Architecture::Gemma2 => &gemma2::FAMILY,
+            Architecture::Gemma3 => &gemma3::FAMILY,
+            Architecture::Phi3 => &phi3::FAMILY,
+            Architecture::Glm4 => &glm4::FAMILY,
+            Architecture::SmolLm3 => &smollm3::FAMILY,
+            Architecture::Granite => &granite::FAMILY,
+            Architecture::Olmo2 => &olmo2::FAMILY,
+            Architecture::Olmo3 => &olmo3::FAMILY,
+            Architecture::Ministral => &ministral::FAMILY,
+            Architecture::Ministral3 => &ministral3::FAMILY,
         }
     }
 }

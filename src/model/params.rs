@@ -6,7 +6,9 @@
 
 use std::borrow::Cow;
 
-use super::spec::{AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm};
+use super::spec::{
+    AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, NormNames, Norms, Projections, QkNorm,
+};
 use crate::domain::training::LoraConfig;
 
 /// Id of a parameter of a policy, either of its base model or of its adapter.
@@ -29,6 +31,10 @@ pub enum BlockParam {
     InputNorm,
     /// RMSNorm before the feed-forward part.
     FeedForwardNorm,
+    /// RMSNorm on the mixer's output.
+    MixerOutputNorm,
+    /// RMSNorm on the feed-forward part's output.
+    FeedForwardOutputNorm,
     /// RMSNorm on queries.
     QueryNorm,
     /// RMSNorm on keys.
@@ -60,6 +66,10 @@ pub enum Linear {
     Up,
     /// The output projection of the feed-forward part.
     Down,
+    /// Queries, keys and values in one matrix, in this order.
+    FusedQkv,
+    /// Gate and up in one matrix, in this order.
+    FusedGateUp,
 }
 
 /// Linear layers of a block that have the same input and are computed together.
@@ -193,6 +203,30 @@ const FEED_FORWARD_NORM: Module = Module {
     hf: "post_attention_layernorm",
     gguf: "ffn_norm",
 };
+/// The norm before the feed-forward part in blocks that also have a norm on the mixer's output. In
+/// these blocks `post_attention_layernorm` is the norm on the mixer's output.
+const PRE_FEED_FORWARD_NORM: Module = Module {
+    hf: "pre_feedforward_layernorm",
+    gguf: "ffn_norm",
+};
+const MIXER_OUTPUT_NORM: Module = Module {
+    hf: "post_attention_layernorm",
+    gguf: "post_attention_norm",
+};
+const FEED_FORWARD_OUTPUT_NORM: Module = Module {
+    hf: "post_feedforward_layernorm",
+    gguf: "post_ffw_norm",
+};
+/// The norms on outputs in GLM-4. Its `post_attention_layernorm` is always the norm before the
+/// feed-forward part.
+const GLM_MIXER_OUTPUT_NORM: Module = Module {
+    hf: "post_self_attn_layernorm",
+    gguf: "post_attention_norm",
+};
+const GLM_FEED_FORWARD_OUTPUT_NORM: Module = Module {
+    hf: "post_mlp_layernorm",
+    gguf: "post_ffw_norm",
+};
 const QUERY_NORM: Module = Module {
     hf: "self_attn.q_norm",
     gguf: "attn_q_norm",
@@ -216,8 +250,9 @@ const LORA_B: &str = "lora_B";
 pub const HF_HEAD: &str = "lm_head.weight";
 
 impl Linear {
-    /// All linear layers, in the order of [`crate::domain::training::TARGET_MODULES`].
-    pub const ALL: [Linear; 7] = [
+    /// All linear layers: those of [`crate::domain::training::TARGET_MODULES`], then those of
+    /// [`crate::domain::training::FUSED_TARGET_MODULES`].
+    pub const ALL: [Linear; 9] = [
         Linear::Query,
         Linear::Key,
         Linear::Value,
@@ -225,6 +260,8 @@ impl Linear {
         Linear::Gate,
         Linear::Up,
         Linear::Down,
+        Linear::FusedQkv,
+        Linear::FusedGateUp,
     ];
 
     fn module(self) -> Module {
@@ -236,6 +273,8 @@ impl Linear {
             Linear::Gate => ("mlp.gate_proj", "ffn_gate"),
             Linear::Up => ("mlp.up_proj", "ffn_up"),
             Linear::Down => ("mlp.down_proj", "ffn_down"),
+            Linear::FusedQkv => ("self_attn.qkv_proj", "attn_qkv"),
+            Linear::FusedGateUp => ("mlp.gate_up_proj", "ffn_up"),
         };
         Module { hf, gguf }
     }
@@ -246,6 +285,34 @@ impl Linear {
         path.rsplit('.').next().unwrap_or(path)
     }
 
+    /// Returns the separate layers whose rows the matrix of this layer holds. Empty for a layer
+    /// that is not fused.
+    pub(super) fn parts(self) -> &'static [Linear] {
+        match self {
+            Linear::FusedQkv => &[Linear::Query, Linear::Key, Linear::Value],
+            Linear::FusedGateUp => &[Linear::Gate, Linear::Up],
+            Linear::Query
+            | Linear::Key
+            | Linear::Value
+            | Linear::Output
+            | Linear::Gate
+            | Linear::Up
+            | Linear::Down => &[],
+        }
+    }
+
+    /// Returns true if LoRA's `target_modules` name the layer. The names of all parts of a fused
+    /// layer together stand for it, so that the default names mean every layer of each family.
+    fn is_target(self, target_modules: &[String]) -> bool {
+        let is_named = |linear: Linear| {
+            target_modules
+                .iter()
+                .any(|wanted| wanted == linear.lora_target())
+        };
+        let parts = self.parts();
+        is_named(self) || (!parts.is_empty() && parts.iter().all(|part| is_named(*part)))
+    }
+
     /// Returns true if the adapter tensor with this PEFT name updates this layer in any block.
     pub fn is_updated_by(self, peft_name: &str) -> bool {
         peft_name.contains(&format!(".{}.lora_", self.module().hf))
@@ -253,12 +320,13 @@ impl Linear {
 }
 
 impl LinearGroup {
-    /// Returns the linear layers of the group, in the order of their columns in the joint output.
+    /// Returns the linear layers that the group can have, in the order of their columns in the
+    /// joint output. A block has either the separate layers or the fused one.
     pub fn members(self) -> &'static [Linear] {
         match self {
-            LinearGroup::Qkv => &[Linear::Query, Linear::Key, Linear::Value],
+            LinearGroup::Qkv => &[Linear::Query, Linear::Key, Linear::Value, Linear::FusedQkv],
             LinearGroup::Output => &[Linear::Output],
-            LinearGroup::GateUp => &[Linear::Gate, Linear::Up],
+            LinearGroup::GateUp => &[Linear::Gate, Linear::Up, Linear::FusedGateUp],
             LinearGroup::Down => &[Linear::Down],
         }
     }
@@ -292,6 +360,8 @@ impl BlockParam {
         match self {
             BlockParam::InputNorm
             | BlockParam::FeedForwardNorm
+            | BlockParam::MixerOutputNorm
+            | BlockParam::FeedForwardOutputNorm
             | BlockParam::QueryNorm
             | BlockParam::KeyNorm => true,
             BlockParam::Weight(_)
@@ -357,11 +427,9 @@ pub fn parameter_count(spec: &ModelSpec) -> usize {
 pub fn lora_layers(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraLayer> {
     let mut layers = Vec::new();
     each_row(spec, |row| {
-        let is_wanted = row
-            .lora_target()
-            .is_some_and(|target| config.target_modules.iter().any(|wanted| wanted == target));
-        if let (true, ParamId::Block(block, BlockParam::Weight(linear)), &[out, input]) =
-            (is_wanted, row.id, row.shape)
+        if let (ParamId::Block(block, BlockParam::Weight(linear)), &[out, input]) =
+            (row.id, row.shape)
+            && linear.is_target(&config.target_modules)
         {
             layers.push(LoraLayer {
                 block,
@@ -544,50 +612,70 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
     }
 
     fn block(&mut self, index: usize, block: &BlockSpec, width: usize) {
-        match block.mixer_norms {
-            Norms::Pre => self.norm(index, BlockParam::InputNorm, INPUT_NORM, width),
+        if block.mixer_norms.has_pre() {
+            self.norm(index, BlockParam::InputNorm, INPUT_NORM, width);
         }
         match &block.mixer {
             Mixer::Attention(attention) => self.attention(index, attention, width),
         }
-        match block.feed_forward_norms {
-            Norms::Pre => self.norm(index, BlockParam::FeedForwardNorm, FEED_FORWARD_NORM, width),
+        let (mixer_output_norm, feed_forward_output_norm) = match block.norm_names {
+            NormNames::Gemma => (MIXER_OUTPUT_NORM, FEED_FORWARD_OUTPUT_NORM),
+            NormNames::Glm => (GLM_MIXER_OUTPUT_NORM, GLM_FEED_FORWARD_OUTPUT_NORM),
+        };
+        let feed_forward_norm = match (block.mixer_norms, block.norm_names) {
+            (Norms::Pre, _) | (Norms::PreAndPost | Norms::Post, NormNames::Glm) => {
+                FEED_FORWARD_NORM
+            }
+            (Norms::PreAndPost | Norms::Post, NormNames::Gemma) => PRE_FEED_FORWARD_NORM,
+        };
+        if block.mixer_norms.has_post() {
+            self.norm(index, BlockParam::MixerOutputNorm, mixer_output_norm, width);
+        }
+        if block.feed_forward_norms.has_pre() {
+            self.norm(index, BlockParam::FeedForwardNorm, feed_forward_norm, width);
         }
         match block.feed_forward {
             FeedForward::Gated {
                 width: inner,
                 activation: _,
                 bias,
+                projections,
             } => {
-                for (linear, shape) in [
-                    (Linear::Gate, [inner, width]),
-                    (Linear::Up, [inner, width]),
-                    (Linear::Down, [width, inner]),
-                ] {
-                    self.linear(index, linear, shape, bias, None);
+                let inputs: &[(Linear, usize)] = match projections {
+                    Projections::Separate => &[(Linear::Gate, inner), (Linear::Up, inner)],
+                    Projections::Fused => &[(Linear::FusedGateUp, 2 * inner)],
+                };
+                for &(linear, out) in inputs {
+                    self.linear(index, linear, [out, width], bias, None);
                 }
+                self.linear(index, Linear::Down, [width, inner], bias, None);
             }
+        }
+        match block.feed_forward_norms {
+            Norms::Pre => {}
+            Norms::PreAndPost | Norms::Post => self.norm(
+                index,
+                BlockParam::FeedForwardOutputNorm,
+                feed_forward_output_norm,
+                width,
+            ),
         }
     }
 
     fn attention(&mut self, index: usize, attention: &AttentionSpec, width: usize) {
         let (q, kv) = (attention.query_width(), attention.kv_width());
         let bias = attention.qkv_bias;
-        self.linear(
-            index,
-            Linear::Query,
-            [q, width],
-            bias,
-            Some(attention.heads),
-        );
-        self.linear(
-            index,
-            Linear::Key,
-            [kv, width],
-            bias,
-            Some(attention.kv_heads),
-        );
-        self.linear(index, Linear::Value, [kv, width], bias, None);
+        let (heads, kv_heads) = (Some(attention.heads), Some(attention.kv_heads));
+        match attention.projections {
+            Projections::Separate => {
+                self.linear(index, Linear::Query, [q, width], bias, heads);
+                self.linear(index, Linear::Key, [kv, width], bias, kv_heads);
+                self.linear(index, Linear::Value, [kv, width], bias, None);
+            }
+            Projections::Fused => {
+                self.linear(index, Linear::FusedQkv, [q + 2 * kv, width], bias, None);
+            }
+        }
         self.linear(
             index,
             Linear::Output,
@@ -595,12 +683,14 @@ impl<F: FnMut(TableRow<'_>)> Rows<F> {
             attention.output_bias,
             None,
         );
-        match attention.qk_norm {
-            QkNorm::Absent => {}
-            QkNorm::PerHead => {
-                self.norm(index, BlockParam::QueryNorm, QUERY_NORM, attention.head_dim);
-                self.norm(index, BlockParam::KeyNorm, KEY_NORM, attention.head_dim);
-            }
+        let widths = match attention.qk_norm {
+            QkNorm::Absent => None,
+            QkNorm::PerHead => Some([attention.head_dim; 2]),
+            QkNorm::AllHeads => Some([q, kv]),
+        };
+        if let Some([query, key]) = widths {
+            self.norm(index, BlockParam::QueryNorm, QUERY_NORM, query);
+            self.norm(index, BlockParam::KeyNorm, KEY_NORM, key);
         }
     }
 

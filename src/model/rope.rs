@@ -1,15 +1,42 @@
 //! Frequencies of the rotary position embedding (arXiv:2104.09864), with the context extensions
-//! that published models use.
+//! that published models use. Some extensions depend on the length of the sequence.
 
 use std::f64::consts::PI;
 
-/// θ and the treatment of positions beyond the pretrained context.
+pub use crate::compute::cpu::rope::RotaryPairs;
+
+/// θ, the rotated dimensions, and the treatment of positions beyond the pretrained context.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
     /// Base of the geometric progression of wavelengths.
     pub theta: f64,
     /// Context extension.
     pub scaling: RopeScaling,
+    /// R, the number of dimensions at the start of each head that are rotated. `None` means all.
+    pub dims: Option<usize>,
+    /// Dimensions that are rotated together.
+    pub pairs: RotaryPairs,
+    /// Factor on the queries that grows with their position. It needs a rotation of all
+    /// dimensions, because it is multiplied into cos and sin.
+    pub query_scaling: Option<QueryScaling>,
+}
+
+/// Factor 1 + β·ln(1 + ⌊position / `period`⌋) on rotated queries (`llama_4_scaling_beta` in
+/// transformers). It is 1 below position `period`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryScaling {
+    /// β.
+    pub beta: f32,
+    /// Number of positions after which the factor changes: the context of the pretrained model.
+    pub period: usize,
+}
+
+impl QueryScaling {
+    /// Returns the factor at a position.
+    pub fn factor(&self, position: u32) -> f32 {
+        let periods = (position as usize / self.period) as f32;
+        1.0 + self.beta * (1.0 + periods).ln()
+    }
 }
 
 /// Context extension. The names are those of `rope_type` in transformers.
@@ -56,28 +83,91 @@ pub enum RopeScaling {
         /// True if the ends of the ramp are rounded to whole dimensions.
         truncate: bool,
     },
+    /// `dynamic`: θ grows with the length of a sequence that is longer than the context ("dynamic
+    /// NTK" scaling).
+    Dynamic {
+        /// Context multiplier.
+        factor: f64,
+        /// Context of the pretrained model.
+        context: usize,
+    },
+    /// `longrope` (Ding et al. 2024, arXiv:2402.13753): each frequency is divided by a factor of
+    /// its own. Sequences that are longer than the pretrained context have other factors.
+    LongRope {
+        /// Divisors for sequences within the pretrained context, one for each frequency.
+        short_factor: Vec<f64>,
+        /// Divisors for longer sequences.
+        long_factor: Vec<f64>,
+        /// Factor on cos and sin.
+        attention_factor: f64,
+        /// Context of the pretrained model.
+        original_max_position_embeddings: usize,
+    },
 }
 
 impl RopeConfig {
-    /// Returns the result of [`RopeConfig::inv_freq`] as bits, so that it can be compared and
-    /// hashed exactly.
-    pub fn bits(&self, head_dim: usize) -> (Vec<u32>, u32) {
-        let (frequencies, factor) = self.inv_freq(head_dim);
+    /// Returns the rotation of all dimensions, in halves, without a context extension.
+    pub fn new(theta: f64) -> Self {
+        RopeConfig {
+            theta,
+            scaling: RopeScaling::None,
+            dims: None,
+            pairs: RotaryPairs::Halves,
+            query_scaling: None,
+        }
+    }
+
+    /// Returns a number that is the same for two lengths of a sequence exactly if the frequencies
+    /// are. It does not decrease with the length.
+    pub fn length_class(&self, length: usize) -> usize {
+        match self.scaling {
+            RopeScaling::None
+            | RopeScaling::Linear { .. }
+            | RopeScaling::Llama3 { .. }
+            | RopeScaling::Yarn { .. } => 0,
+            RopeScaling::Dynamic { context, .. } if length > context => length,
+            RopeScaling::Dynamic { .. } => 0,
+            RopeScaling::LongRope {
+                original_max_position_embeddings,
+                ..
+            } => usize::from(length > original_max_position_embeddings),
+        }
+    }
+
+    /// Returns the result of [`RopeConfig::inv_freq_at`] for a sequence of `length` tokens as bits,
+    /// so that it can be compared and hashed exactly.
+    pub fn bits_at(&self, head_dim: usize, length: usize) -> (Vec<u32>, u32) {
+        let (frequencies, factor) = self.inv_freq_at(head_dim, length);
         (
             frequencies.into_iter().map(f32::to_bits).collect(),
             factor.to_bits(),
         )
     }
 
-    /// Returns the inverse frequencies `[head_dim / 2]` and the factor on cos and sin. The values
-    /// are those of `ROPE_INIT_FUNCTIONS` in transformers, rounded to f32 in the same places.
+    /// Returns the result of [`RopeConfig::bits_at`] for sequences within the pretrained context.
+    pub fn bits(&self, head_dim: usize) -> (Vec<u32>, u32) {
+        self.bits_at(head_dim, 0)
+    }
+
+    /// Returns the result of [`RopeConfig::inv_freq_at`] for sequences within the pretrained
+    /// context.
     pub fn inv_freq(&self, head_dim: usize) -> (Vec<f32>, f32) {
-        let plain: Vec<f32> = (0..head_dim / 2)
-            .map(|i| {
-                let exponent = (2 * i) as f32 / head_dim as f32;
-                1.0 / self.theta.powf(f64::from(exponent)) as f32
+        self.inv_freq_at(head_dim, 0)
+    }
+
+    /// Returns the inverse frequencies `[R / 2]` for heads of width `head_dim` in a sequence of
+    /// `length` tokens, and the factor on cos and sin. The values are those of
+    /// `ROPE_INIT_FUNCTIONS` in transformers, rounded to f32 in the same places.
+    pub fn inv_freq_at(&self, head_dim: usize, length: usize) -> (Vec<f32>, f32) {
+        let dims = self.dims.unwrap_or(head_dim);
+        // θ^(2i/R) for each i.
+        let powers = |theta: f64| {
+            (0..dims / 2).map(move |i| {
+                let exponent = (2 * i) as f32 / dims as f32;
+                theta.powf(f64::from(exponent)) as f32
             })
-            .collect();
+        };
+        let plain: Vec<f32> = powers(self.theta).map(|power| 1.0 / power).collect();
         match self.scaling {
             RopeScaling::None => (plain, 1.0),
             RopeScaling::Linear { factor } => {
@@ -117,7 +207,7 @@ impl RopeConfig {
                 truncate,
             } => {
                 let ramp = Ramp::new(
-                    head_dim,
+                    dims,
                     self.theta,
                     original_max_position_embeddings as f64,
                     beta_fast,
@@ -140,6 +230,27 @@ impl RopeConfig {
                     plain.into_iter().enumerate().map(blend).collect(),
                     attention as f32,
                 )
+            }
+            RopeScaling::Dynamic { factor, context } => {
+                let ratio = length.max(context) as f64 / context as f64;
+                let exponent = dims as f64 / (dims as f64 - 2.0);
+                let theta = self.theta * (factor * ratio - (factor - 1.0)).powf(exponent);
+                (powers(theta).map(|power| 1.0 / power).collect(), 1.0)
+            }
+            RopeScaling::LongRope {
+                ref short_factor,
+                ref long_factor,
+                attention_factor,
+                original_max_position_embeddings,
+            } => {
+                let factors = match length > original_max_position_embeddings {
+                    true => long_factor,
+                    false => short_factor,
+                };
+                let divided = powers(self.theta)
+                    .zip(factors)
+                    .map(|(power, factor)| 1.0 / (*factor as f32 * power));
+                (divided.collect(), attention_factor as f32)
             }
         }
     }

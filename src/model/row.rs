@@ -20,12 +20,21 @@ pub struct Row {
     pub targets: Arc<Vec<u32>>,
 }
 
+/// The tables of one set of rotary frequencies.
+#[derive(Clone, Debug)]
+pub struct RowRope {
+    /// The table of the keys and, without one of their own, of the queries.
+    pub(super) table: RopeTable,
+    /// The table of the queries if these have factors that depend on the position.
+    pub(super) queries: Option<RopeTable>,
+}
+
 /// A row with its rotary tables. The tables depend on the model.
 #[derive(Clone, Debug)]
 pub struct PreparedRow {
     pub(super) row: Arc<Row>,
     /// Rotary tables in the order of [`super::spec::ModelSpec::ropes`].
-    pub(super) ropes: Vec<RopeTable>,
+    pub(super) ropes: Vec<RowRope>,
     /// Adapters on parts of the row, for a policy without an adapter of its own. Only passes
     /// without a tape may have them.
     pub(super) adapters: Vec<(Range<usize>, Arc<Adapter>)>,
@@ -33,7 +42,7 @@ pub struct PreparedRow {
 
 impl PreparedRow {
     /// Returns a row without adapters on parts of it.
-    pub(super) fn new(row: Arc<Row>, ropes: Vec<RopeTable>) -> Self {
+    pub(super) fn new(row: Arc<Row>, ropes: Vec<RowRope>) -> Self {
         PreparedRow {
             row,
             ropes,

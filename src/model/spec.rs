@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use super::rope::RopeConfig;
+use super::rope::{RopeConfig, RopeScaling, RotaryPairs};
 use crate::compute::cpu::attention::Heads;
 pub use crate::compute::cpu::swiglu::ActivationFunction;
 use crate::domain::training::Precision;
@@ -31,6 +31,11 @@ pub struct ModelSpec {
     pub ropes: Vec<RopeConfig>,
     /// True if the head is the embedding matrix.
     pub tie_word_embeddings: bool,
+    /// Factor on the logits, before the soft-cap.
+    pub logit_factor: f32,
+    /// Soft-cap c of the logits: a logit l is replaced by c·tanh(l / c). `None` means that it is
+    /// not.
+    pub logit_softcap: Option<f32>,
     /// The decoder blocks, first to last. There is at least one.
     pub blocks: Vec<BlockSpec>,
 }
@@ -47,6 +52,11 @@ pub struct BlockSpec {
     pub feed_forward: FeedForward,
     /// RMSNorms around the feed-forward part.
     pub feed_forward_norms: Norms,
+    /// Names of the norms in files.
+    pub norm_names: NormNames,
+    /// Factor on the output of each part, after the norm on it, before it is added to the residual
+    /// stream.
+    pub output_factor: f32,
 }
 
 /// The part of a block in which the tokens of a row exchange information.
@@ -67,8 +77,12 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Factor on the dot products of queries and keys.
     pub scale: f32,
-    /// Index in [`ModelSpec::ropes`] of the frequencies that rotate queries and keys.
-    pub rope: usize,
+    /// Soft-cap c of the scaled scores: a score s is replaced by c·tanh(s / c). `None` means that
+    /// it is not.
+    pub softcap: Option<f32>,
+    /// Index in [`ModelSpec::ropes`] of the frequencies that rotate queries and keys. `None` means
+    /// that they are not rotated.
+    pub rope: Option<usize>,
     /// Sliding window: a token attends to itself and to at most `window − 1` tokens before it.
     /// `None` means that it attends to all tokens before it.
     pub window: Option<usize>,
@@ -78,6 +92,18 @@ pub struct AttentionSpec {
     pub qkv_bias: bool,
     /// True if the output projection has a bias.
     pub output_bias: bool,
+    /// The matrices that compute queries, keys and values.
+    pub projections: Projections,
+}
+
+/// Storage of projections with the same input. Fused projections are one parameter, with one
+/// low-rank update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Projections {
+    /// Each projection has a matrix of its own.
+    Separate,
+    /// One matrix computes all of them.
+    Fused,
 }
 
 /// RMSNorms on queries and keys, before the rotation.
@@ -88,6 +114,8 @@ pub enum QkNorm {
     /// Over the D elements of each head. All query heads share one weight `[D]`, all key heads
     /// another.
     PerHead,
+    /// Over the H·D elements of all query heads and the K·D elements of all key heads.
+    AllHeads,
 }
 
 /// The part of a block that processes each token independently.
@@ -101,7 +129,20 @@ pub enum FeedForward {
         activation: ActivationFunction,
         /// True if gate, up and down have biases.
         bias: bool,
+        /// The matrices that compute gate and up.
+        projections: Projections,
     },
+}
+
+/// Names of the norms of a block in files. They differ only if there are norms on outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormNames {
+    /// As in Gemma: `post_attention_layernorm`, `pre_feedforward_layernorm` and
+    /// `post_feedforward_layernorm`.
+    Gemma,
+    /// As in GLM-4: `post_self_attn_layernorm`, `post_attention_layernorm` and
+    /// `post_mlp_layernorm`.
+    Glm,
 }
 
 /// Positions of the RMSNorms around a part of a block.
@@ -109,6 +150,29 @@ pub enum FeedForward {
 pub enum Norms {
     /// On the input of the part.
     Pre,
+    /// On the input of the part, and on its output before the output is added to the residual
+    /// stream.
+    PreAndPost,
+    /// On the output of the part only.
+    Post,
+}
+
+impl Norms {
+    /// Returns true if there is a norm on the input.
+    pub fn has_pre(self) -> bool {
+        match self {
+            Norms::Pre | Norms::PreAndPost => true,
+            Norms::Post => false,
+        }
+    }
+
+    /// Returns true if there is a norm on the output.
+    pub fn has_post(self) -> bool {
+        match self {
+            Norms::Pre => false,
+            Norms::PreAndPost | Norms::Post => true,
+        }
+    }
 }
 
 impl ModelSpec {
@@ -118,11 +182,19 @@ impl ModelSpec {
         self.blocks.iter().map(of).max().unwrap_or(0)
     }
 
+    /// Returns a number that is the same for two lengths of a sequence exactly if all rotary
+    /// frequencies are.
+    pub fn length_class(&self, length: usize) -> usize {
+        // No summand decreases with the length, so equal sums have equal summands.
+        let of = |rope: &RopeConfig| rope.length_class(length);
+        self.ropes.iter().map(of).sum()
+    }
+
     /// Returns the properties that [`super::config::ModelConfig::canonical`] does not list itself,
     /// as far as they differ from the Llama layout. They are part of the model's identity. A model
     /// of that layout has none, so that its identity is the one that older versions computed.
     ///
-    /// Only the rotary frequencies are listed for every block; the other properties are read from
+    /// Only the rotations are listed for every block; the other properties are read from
     /// the first block.
     pub fn distinctions(&self) -> Vec<Value> {
         let mut found = Vec::new();
@@ -130,6 +202,13 @@ impl ModelSpec {
             return found;
         };
         let attention = block.attention();
+        if attention.projections == Projections::Fused || block.fuses_gate_up() {
+            let fused = [
+                attention.projections == Projections::Fused,
+                block.fuses_gate_up(),
+            ];
+            found.push(json!(["fused_projections", fused]));
+        }
         match block.feed_forward {
             FeedForward::Gated {
                 activation: ActivationFunction::Silu,
@@ -143,6 +222,34 @@ impl ModelSpec {
         if attention.scale != 1.0 / (attention.head_dim as f32).sqrt() {
             found.push(json!(["attention_scale", attention.scale.to_bits()]));
         }
+        if let Some(cap) = attention.softcap {
+            found.push(json!(["attention_softcap", cap.to_bits()]));
+        }
+        if let Some(cap) = self.logit_softcap {
+            found.push(json!(["logit_softcap", cap.to_bits()]));
+        }
+        if block.normed_outputs() > 0 {
+            found.push(json!([
+                "output_norms",
+                [
+                    block.mixer_norms.has_post(),
+                    block.feed_forward_norms.has_post()
+                ]
+            ]));
+        }
+        let input_norms = [block.mixer_norms, block.feed_forward_norms].map(Norms::has_pre);
+        if input_norms != [true, true] {
+            found.push(json!(["input_norms", input_norms]));
+        }
+        if attention.qk_norm == QkNorm::AllHeads {
+            found.push(json!(["qk_norm", "all_heads"]));
+        }
+        if block.output_factor != 1.0 {
+            found.push(json!(["output_factor", block.output_factor.to_bits()]));
+        }
+        if self.logit_factor != 1.0 {
+            found.push(json!(["logit_factor", self.logit_factor.to_bits()]));
+        }
         if self.norms_add_one {
             found.push(json!(["norms_add_one", true]));
         }
@@ -154,12 +261,53 @@ impl ModelSpec {
                 .iter()
                 .map(|rope| rope.bits(self.head_dim()))
                 .collect();
-            let of_blocks: Vec<usize> = self
+            let of_blocks: Vec<Option<usize>> = self
                 .blocks
                 .iter()
                 .map(|block| block.attention().rope)
                 .collect();
             found.push(json!(["other_ropes", ropes, of_blocks]));
+        }
+        for (index, rope) in self.ropes.iter().enumerate() {
+            if rope.pairs == RotaryPairs::Interleaved {
+                found.push(json!(["interleaved_rope", index]));
+            }
+            match rope.scaling {
+                RopeScaling::None
+                | RopeScaling::Linear { .. }
+                | RopeScaling::Llama3 { .. }
+                | RopeScaling::Yarn { .. } => {}
+                RopeScaling::Dynamic { factor, context } => {
+                    found.push(json!(["dynamic_rope", index, factor, context]));
+                }
+                RopeScaling::LongRope {
+                    original_max_position_embeddings: context,
+                    ..
+                } => {
+                    let (long, _) = rope.bits_at(self.head_dim(), context + 1);
+                    found.push(json!(["long_rope", index, context, long]));
+                }
+            }
+        }
+        let query_scalings: Vec<Option<(u32, usize)>> = self
+            .ropes
+            .iter()
+            .map(|rope| rope.query_scaling)
+            .map(|scaling| scaling.map(|scaling| (scaling.beta.to_bits(), scaling.period)))
+            .collect();
+        if query_scalings.iter().any(Option::is_some) {
+            found.push(json!(["query_scalings", query_scalings]));
+        }
+        let is_unrotated = |(_, block): &(usize, &BlockSpec)| block.attention().rope.is_none();
+        let unrotated: Vec<usize> = self
+            .blocks
+            .iter()
+            .enumerate()
+            .filter(is_unrotated)
+            .map(|(index, _)| index)
+            .collect();
+        if !unrotated.is_empty() {
+            found.push(json!(["unrotated_blocks", unrotated]));
         }
         found
     }
@@ -181,22 +329,61 @@ impl BlockSpec {
         attention
     }
 
+    /// Returns the block with one matrix for gate and up.
+    pub fn with_fused_gate_up(self) -> Self {
+        let FeedForward::Gated {
+            width,
+            activation,
+            bias,
+            projections: _,
+        } = self.feed_forward;
+        BlockSpec {
+            feed_forward: FeedForward::Gated {
+                width,
+                activation,
+                bias,
+                projections: Projections::Fused,
+            },
+            ..self
+        }
+    }
+
+    /// Returns true if one matrix computes gate and up.
+    pub fn fuses_gate_up(&self) -> bool {
+        let FeedForward::Gated { projections, .. } = self.feed_forward;
+        projections == Projections::Fused
+    }
+
     /// Returns the number of matrices as wide as the residual stream that a tape holds: the inputs
-    /// of both parts.
+    /// of both parts, and the outputs that pass through a norm.
     pub fn saved_streams(&self) -> usize {
-        2
+        2 + self.normed_outputs()
     }
 
     /// Returns the number of such matrices that a backward pass holds at the same time: the
-    /// gradient of the residual stream.
+    /// gradient of the residual stream, that gradient times the factor on outputs, and the gradient
+    /// of a part's output if the output has a norm.
     pub fn gradient_streams(&self) -> usize {
-        1
+        1 + usize::from(self.output_factor != 1.0) + self.normed_outputs().min(1)
+    }
+
+    /// Returns the number of parts whose output has a norm.
+    fn normed_outputs(&self) -> usize {
+        [self.mixer_norms, self.feed_forward_norms]
+            .into_iter()
+            .filter(|norms| norms.has_post())
+            .count()
     }
 
     /// Returns the number of such matrices that a forward pass holds at the same time: the residual
-    /// stream and the operand of a part.
+    /// stream, the operand of a part, and an output before and after its norm, or only before a
+    /// factor, where blocks have these.
     pub fn forward_streams(&self) -> usize {
-        2
+        let outputs = match self.normed_outputs() {
+            0 => usize::from(self.output_factor != 1.0),
+            _ => 2,
+        };
+        2 + outputs
     }
 }
 
@@ -209,6 +396,7 @@ impl AttentionSpec {
             head_dim: dim,
             window,
             scale,
+            softcap,
             ..
         } = *self;
         Heads {
@@ -217,6 +405,7 @@ impl AttentionSpec {
             dim,
             window,
             scale,
+            softcap,
         }
     }
 

@@ -7,6 +7,7 @@ use crate::compute::cpu::gemm::{Kernel, packed_bytes};
 use crate::compute::cpu::head::saved_bytes;
 use crate::compute::cpu::swiglu::SavedGateUp;
 use crate::domain::training::{ActivationCheckpointing, Method, Precision, TrainingSpec};
+use crate::infer::pack::LengthClass;
 use crate::infer::pair::EncodedPair;
 use crate::model::block_shape::BlockShape;
 use crate::model::config::ModelConfig;
@@ -16,6 +17,7 @@ use crate::model::cpu::sizes::{
 use crate::model::cuda::sizes::{head_bytes, trained_bytes};
 use crate::model::device::ComputeDevice;
 use crate::model::params::{LoraLayer, lora_layers};
+use crate::model::spec::BlockSpec;
 use crate::train::backprop::SavePolicy;
 use crate::train::optimizer::AdamW;
 use crate::train::trainable::{StepGradients, TrainablePolicy};
@@ -55,7 +57,14 @@ impl Lengths {
     /// Returns the lengths of a set of pairs. Any pairs may be in the same micro-batch, so the
     /// bound is the sum of the `batch_size` longest ones.
     pub fn of(pairs: &[EncodedPair], batch_size: usize) -> Self {
-        let mut lengths: Vec<usize> = pairs.iter().map(EncodedPair::packed_tokens).collect();
+        Self::by_length(pairs, batch_size, &|_| 0)
+    }
+
+    /// Returns the result of [`Lengths::of`] for a model whose frequencies depend on the length of
+    /// a sequence.
+    pub fn by_length(pairs: &[EncodedPair], batch_size: usize, class: LengthClass) -> Self {
+        let tokens = |pair: &EncodedPair| pair.packed_tokens_by_length(class);
+        let mut lengths: Vec<usize> = pairs.iter().map(tokens).collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));
         let micro_batch = lengths.iter().take(batch_size).sum();
         Lengths {
@@ -188,7 +197,9 @@ pub fn estimate(
     let blocks = shapes(config);
     let ranks = ranks(config, spec) as usize;
     let kernel = Kernel::best(spec.precision.unwrap_or(Precision::F32));
-    let gate_up = SavedGateUp::for_tape(kernel, matches!(spec.method, Method::Lora(_)));
+    let is_fused = config.spec.blocks.iter().any(BlockSpec::fuses_gate_up);
+    let is_lora = matches!(spec.method, Method::Lora(_));
+    let gate_up = SavedGateUp::for_tape(kernel, is_lora && !is_fused);
     let tape = max_over_blocks(&blocks, |block| tape_floats(block, gate_up, ranks));
     let input = max_over_blocks(&blocks, input_floats);
     let backward = max_over_blocks(&blocks, |block| backward_floats(block, gate_up));
@@ -380,6 +391,20 @@ mod tests {
                 longest: 1000,
                 micro_batch: 1965
             }
+        );
+        // A pair of which only one sequence is long has its prompt twice in a row. The sequences
+        // of a pair that `pair` makes have one token after the prompt.
+        let mut split = pair(10);
+        split.chosen = vec![2; 5];
+        let prompt = split.prompt.len();
+        let class = |length: usize| usize::from(length > prompt + 1);
+        assert_eq!(
+            Lengths::by_length(&[split.clone()], 1, &class).longest,
+            split.packed_tokens() + prompt
+        );
+        assert_eq!(
+            Lengths::by_length(&[pair(10)], 1, &class),
+            Lengths::of(&[pair(10)], 1)
         );
         assert_eq!(
             Lengths::of(&[], 3),

@@ -105,7 +105,9 @@ impl MicroBatch<'_> {
         let groups: Vec<Vec<SequenceGroup>> = self.pairs.iter().map(|p| p.groups()).collect();
         let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
         let devices = self.policy.devices().count();
-        let rows = pack_rows_for_devices(&items, self.row_tokens, devices);
+        let spec = &self.policy.config.spec;
+        let class = |length| spec.length_class(length);
+        let rows = pack_rows_for_devices(&items, self.row_tokens, devices, &class);
         let at_once = if self.dpo.compares_pairs() {
             rows.len().max(1)
         } else {

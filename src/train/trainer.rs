@@ -220,7 +220,9 @@ impl Trainer {
             saved_step = Some(restored.state.step);
             (state, latest) = (restored.state, restored.metrics);
         }
-        let lengths = Lengths::of(&train, spec.batch.batch_size);
+        let model_spec = &policy.policy.config.spec;
+        let class = |length| model_spec.length_class(length);
+        let lengths = Lengths::by_length(&train, spec.batch.batch_size, &class);
         let plan = estimate::plan(
             &policy.policy.config,
             &spec,
@@ -458,7 +460,10 @@ impl Trainer {
         }
         self.policy.policy.devices().for_each(ComputeDevice::trim);
         let size = self.spec.batch.batch_size;
-        let lengths = Lengths::of(&self.train, size).max(Lengths::of(&self.eval, size));
+        let model_spec = &self.policy.policy.config.spec;
+        let class = |length| model_spec.length_class(length);
+        let of = |pairs: &[EncodedPair]| Lengths::by_length(pairs, size, &class);
+        let lengths = of(&self.train).max(of(&self.eval));
         self.plan.row_tokens = (self.plan.row_tokens.min(lengths.micro_batch) / 2).max(1);
         self.plan.save = SavePolicy::BlockInputs;
         let message = format!(

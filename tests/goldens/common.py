@@ -12,11 +12,21 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 from trl import DPOConfig, DPOTrainer
 
@@ -68,6 +78,8 @@ def tokenizer(template, specials, bos, eos, add_bos):
 COMMON = dict(
     vocab_size=320, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512
 )
+# Context of the pretrained model with longrope, about as long as the sequences of CHAT.
+LONGROPE_CONTEXT = 50
 SHAPES = {
     "llama": lambda: (
         LlamaConfig(
@@ -93,23 +105,257 @@ SHAPES = {
         Qwen3Config(**COMMON, num_hidden_layers=2, tie_word_embeddings=False, head_dim=16),
         tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
     ),
+    # A window and frequencies of its own on the first layer; scores that are not scaled by 1 / sqrt(head_dim).
+    "gemma3": lambda: (
+        Gemma3TextConfig(
+            **COMMON,
+            num_hidden_layers=2,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=dict(
+                sliding_attention=dict(rope_type="default", rope_theta=100.0),
+                full_attention=dict(rope_type="linear", factor=4.0, rope_theta=10000.0),
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Soft-caps that are as small as the scores and logits of a random model, so that they change the results.
+    "gemma2": lambda: (
+        Gemma2Config(
+            **COMMON,
+            num_hidden_layers=2,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=16,
+            attn_logit_softcapping=1.5,
+            final_logit_softcapping=3.0,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Heads for tensor cores, one key head for all, a head of its own, three layers.
+    "gemma2-64": lambda: (
+        Gemma2Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=3,
+            head_dim=64,
+            query_pre_attn_scalar=64,
+            sliding_window=20,
+            attn_logit_softcapping=2.5,
+            final_logit_softcapping=4.0,
+            tie_word_embeddings=False,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Plain frequencies on all dimensions, a window.
+    "phi3": lambda: (
+        Phi3Config(**COMMON, num_hidden_layers=2, sliding_window=16),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # longrope on three quarters of each head; some sequences are longer than the pretrained context, and of some pairs only one.
+    "phi3-long": lambda: (
+        Phi3Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64},
+            num_hidden_layers=2,
+            tie_word_embeddings=True,
+            original_max_position_embeddings=LONGROPE_CONTEXT,
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=10000.0,
+                partial_rotary_factor=0.75,
+                short_factor=[1 + 0.05 * i for i in range(12)],
+                long_factor=[1 + 0.4 * i for i in range(12)],
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "glm4": lambda: (
+        Glm4Config(**COMMON, num_hidden_layers=2, head_dim=8, attention_bias=False, tie_word_embeddings=True),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Heads for tensor cores, a quarter of each rotated, biases.
+    "glm4-64": lambda: (
+        Glm4Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=2,
+            head_dim=64,
+            attention_bias=True,
+            rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0, partial_rotary_factor=0.25),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # No rotation on the last layer.
+    "smollm3": lambda: (
+        SmolLM3Config(
+            **COMMON,
+            num_hidden_layers=4,
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Windows on the layers without a rotation, biases everywhere.
+    "smollm3-64": lambda: (
+        SmolLM3Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=3,
+            head_dim=64,
+            no_rope_layers=[0, 1, 0],
+            use_sliding_window=True,
+            sliding_window=20,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Multipliers that change the results of a random model.
+    "granite": lambda: (
+        GraniteConfig(
+            **COMMON,
+            num_hidden_layers=2,
+            embedding_multiplier=3.0,
+            attention_multiplier=0.25,
+            residual_multiplier=0.5,
+            logits_scaling=2.0,
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "granite-64": lambda: (
+        GraniteConfig(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=3,
+            head_dim=64,
+            embedding_multiplier=12,
+            attention_multiplier=0.015625,
+            residual_multiplier=0.22,
+            logits_scaling=0.7,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Norms on all heads at once, and only on the outputs of the parts.
+    "olmo2": lambda: (
+        Olmo2Config(
+            **COMMON,
+            num_hidden_layers=2,
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "olmo2-64": lambda: (
+        # Six heads of 64 are wider than a warp's registers.
+        Olmo2Config(
+            **{**COMMON, "num_attention_heads": 6, "num_key_value_heads": 2},
+            num_hidden_layers=2,
+            head_dim=64,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            rope_parameters=dict(
+                rope_type="llama3", rope_theta=10000.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16,
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Three layers with a window and one without.
+    "olmo3": lambda: (
+        Olmo3Config(
+            **COMMON,
+            num_hidden_layers=4,
+            sliding_window=16,
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # YaRN on the layer without a window.
+    "olmo3-64": lambda: (
+        Olmo3Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=2,
+            head_dim=64,
+            sliding_window=20,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            layer_types=["full_attention", "sliding_attention"],
+            rope_parameters=dict(
+                sliding_attention=dict(rope_type="default", rope_theta=100.0),
+                full_attention=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32),
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "ministral": lambda: (
+        MinistralConfig(
+            **COMMON,
+            num_hidden_layers=2,
+            head_dim=16,
+            sliding_window=16,
+            tie_word_embeddings=False,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "ministral-64": lambda: (
+        MinistralConfig(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=2,
+            head_dim=64,
+            sliding_window=20,
+            layer_types=["full_attention", "sliding_attention"],
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # Queries are scaled from position 16 on.
+    "ministral3": lambda: (
+        Ministral3Config(
+            **COMMON,
+            num_hidden_layers=2,
+            head_dim=16,
+            tie_word_embeddings=False,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.3,
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "ministral3-64": lambda: (
+        Ministral3Config(
+            **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+            num_hidden_layers=2,
+            head_dim=64,
+            sliding_window=20,
+            tie_word_embeddings=True,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=8, llama_4_scaling_beta=0.5,
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
 }
+# Models whose norms multiply by 1 + w.
+ADDS_ONE = ["gemma3", "gemma2", "gemma2-64"]
 
 
-def randomise(model, seed):
-    """Every weight from N(0, 0.15²), norms around 1, so that logits vary and no gradient is trivially zero."""
+def randomise(model, seed, norm=1):
+    """Every weight from N(0, 0.15²), norms around `norm`, so that logits vary and no gradient is trivially zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator) * 0.15
-            p.copy_(1 + noise if "norm" in name else noise)
+            p.copy_(norm + noise if "norm" in name else noise)
 
 
 def build(name, seed, folder):
     config, tok = SHAPES[name]()
     config.bos_token_id, config.eos_token_id, config.pad_token_id = tok.bos_token_id, tok.eos_token_id, tok.pad_token_id
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    randomise(model, seed)
+    randomise(model, seed, norm=0 if name in ADDS_ONE else 1)
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
 

@@ -15,6 +15,28 @@ from safetensors.torch import save_file
 from common import HERE, MODELS, build, load, randomise, rows, strip, trainer
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3"]
+# Each model with its seed.
+FAMILIES = {
+    "gemma3": 400,
+    "gemma2": 401,
+    "gemma2-64": 402,
+    "phi3": 403,
+    "phi3-long": 404,
+    "glm4": 405,
+    "glm4-64": 406,
+    "smollm3": 420,
+    "smollm3-64": 421,
+    "granite": 422,
+    "granite-64": 423,
+    "olmo2": 424,
+    "olmo2-64": 425,
+    "olmo3": 426,
+    "olmo3-64": 427,
+    "ministral": 428,
+    "ministral-64": 429,
+    "ministral3": 430,
+    "ministral3-64": 431,
+}
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -285,6 +307,11 @@ ROPES = [
     dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
     dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=128),
     dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=16.0, beta_slow=2.0, attention_factor=1.5),
+    dict(rope_type="dynamic", factor=2.5),
+    dict(
+        rope_type="longrope", factor=4.0, original_max_position_embeddings=128, short_factor=[1 + 0.1 * i for i in range(16)],
+        long_factor=[1.5 + 0.5 * i for i in range(16)],
+    ),
 ]
 
 
@@ -336,6 +363,7 @@ def formulas():
 def ropes():
     """Inverse frequencies and attention factors from transformers' own functions, with the config.json that asks for them."""
     from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     out = []
@@ -345,11 +373,38 @@ def ropes():
             rope_parameters=dict(rope_theta=20000.0, **parameters),
         )
         rotary = LlamaRotaryEmbedding(config)
-        out.append(dict(config=config.to_dict(), inv_freq=rotary.inv_freq.tolist(), attention_factor=float(rotary.attention_scaling)))
+        case = dict(config=config.to_dict(), inv_freq=rotary.inv_freq.tolist(), attention_factor=float(rotary.attention_scaling))
+        if parameters["rope_type"] in ("dynamic", "longrope"):
+            # The frequencies of a sequence that is longer than the context.
+            case["long"] = dict(length=700, inv_freq=ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, None, seq_len=700)[0].tolist())
+        out.append(case)
     (HERE / "ropes.json").write_text(json.dumps(out, indent=1, default=str) + "\n")
 
 
-PARTS = [formulas, ropes, models, tokens_and_logps, losses, grads, trajectories, rewards, references]
+def families():
+    """Models of further families: its log-probs, and the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones of two pairs."""
+    for name, seed in FAMILIES.items():
+        build(name, seed, MODELS / name)
+        model, tok = load(name)
+        # As in common.trainer: no gradient is dropped.
+        model.get_input_embeddings().padding_idx = None
+        prepared = trainer(load(name)[0], tok, CHAT, ref=load(name)[0]).train_dataset
+        logps = {}
+        for row, p in zip(CHAT, prepared, strict=True):
+            logps[row["id"]] = {s: token_logps(model, p["prompt_ids"], p[f"{s}_ids"])["logps"] for s in ("chosen", "rejected")}
+        write(f"logps_{name}.json", logps)
+        total = torch.zeros(())
+        for p in list(prepared)[:2]:
+            for side, sign in (("chosen", 1), ("rejected", -1)):
+                ids = torch.tensor([p["prompt_ids"] + p[f"{side}_ids"]])
+                n = len(p["prompt_ids"])
+                logp = torch.log_softmax(model(ids).logits[0].float(), -1)[n - 1 : -1]
+                total = total + sign * logp.gather(1, ids[0, n:, None]).sum()
+        total.backward()
+        save_file({n: p.grad.contiguous() for n, p in model.named_parameters()}, HERE / f"grads_{name}.safetensors")
+
+
+PARTS = [formulas, ropes, models, families, tokens_and_logps, losses, grads, trajectories, rewards, references]
 
 if __name__ == "__main__":
     # With names of parts: only these, from the models that are there.

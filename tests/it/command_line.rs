@@ -49,6 +49,8 @@ fn commands_lead_from_a_file_of_pairs_to_an_adapter() {
             pairs,
             "--rank",
             "4",
+            "--target-modules",
+            "all-linear",
             "--learning-rate",
             "0.01",
             "--batch-size",

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use bradley::formats::export::save_companions;
 use bradley::formats::loader::load_model;
+use bradley::formats::tokenizer::ChatTokenizer;
 use bradley::infer::scorer::score;
 use candle_core::Tensor;
 use candle_core::quantized::gguf_file::{Value, write};
@@ -13,6 +14,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use serde_json::json;
 
 use crate::support::{MODELS, encode, golden, policy, rows, tensors, tiny};
+
+const SCORES: &str = "tokenizer.ggml.scores";
 
 /// Returns Q and K rows in llama.cpp's order: per head, the two halves interleaved.
 fn interleave(t: &Tensor, heads: usize) -> Tensor {
@@ -178,6 +181,10 @@ fn convert_as(
         ));
     }
     metadata.retain(|(key, _)| other.iter().all(|(name, _)| name != key));
+    // A SentencePiece tokenizer has scores instead of merges.
+    if other.iter().any(|(name, _)| *name == SCORES) {
+        metadata.retain(|(key, _)| key != "tokenizer.ggml.merges");
+    }
     metadata.extend(
         other
             .iter()
@@ -291,6 +298,53 @@ fn the_tokens_that_end_a_text_and_a_turn_both_stop_generation() {
             assert_eq!(
                 encode(&rows, &model.tokenizer, 256),
                 encode(&rows, &original, 256)
+            );
+        }
+    }
+}
+
+/// The export has a tokenizer.json, which the GGUF file does not have.
+#[test]
+fn a_sentencepiece_tokenizer_has_the_same_tokens_after_the_export() {
+    // Texts and types of SentencePiece's model files: unknown, control, byte, normal, unused.
+    let mut pieces = vec![("<unk>".to_owned(), 2), ("<s>".to_owned(), 3)];
+    pieces.push(("</s>".to_owned(), 3));
+    pieces.extend((0..256).map(|byte| (format!("<0x{byte:02X}>"), 6)));
+    let learnt = pieces.len();
+    pieces.extend(["ab", "▁ab", "▁", "a", "b"].map(|text| (text.to_owned(), 1)));
+    // The fixture has 320 rows.
+    pieces.extend((pieces.len()..320).map(|id| (format!("[PAD{id}]"), 5)));
+    let texts = pieces.iter().map(|(text, _)| Value::String(text.clone()));
+    let types = pieces.iter().map(|(_, kind)| Value::I32(*kind));
+    let scores = (0..pieces.len()).map(|id| Value::F32(-(id.saturating_sub(learnt) as f32)));
+    let metadata = [
+        ("tokenizer.ggml.model", Value::String("llama".into())),
+        ("tokenizer.ggml.pre", Value::String("default".into())),
+        ("tokenizer.ggml.tokens", Value::Array(texts.collect())),
+        ("tokenizer.ggml.token_type", Value::Array(types.collect())),
+        (SCORES, Value::Array(scores.collect())),
+        ("tokenizer.ggml.bos_token_id", Value::U32(1)),
+        ("tokenizer.ggml.eos_token_id", Value::U32(2)),
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("pieces.gguf");
+    convert_as("mistral", &file, GgmlDType::F32, &[], &metadata);
+    let model = load_model(None, file.to_str().unwrap(), &Default::default()).unwrap();
+    save_companions(dir.path(), &model.config, &model.tokenizer, |_| true).unwrap();
+    let exported = ChatTokenizer::from_folder(dir.path()).unwrap();
+    assert!(exported.has_vocabulary_of(&model.tokenizer));
+    assert_eq!(model.tokenizer.vocabulary_rows(), learnt + 5);
+    let cases = [
+        ("ab ab", vec![1, 260, 260]),
+        ("ab</s>ab", vec![1, 260, 2, 260]),
+        ("é", vec![1, 261, 3 + 0xc3, 3 + 0xa9]),
+    ];
+    for (text, ids) in cases {
+        for tokenizer in [&model.tokenizer, &exported] {
+            assert_eq!(tokenizer.encode(text, true).unwrap(), ids);
+            assert_eq!(
+                tokenizer.decode(&ids[1..]).unwrap(),
+                text.replace("</s>ab", "</s> ab")
             );
         }
     }

@@ -71,6 +71,15 @@ fn rope_scalings_are_those_of_transformers() {
         for (g, w) in inv_freq.iter().zip(want) {
             assert_close(&kind, *g as f64, w, 1e-6, 1e-12);
         }
+        if let Some(long) = case["long"].as_object() {
+            let length = long["length"].as_u64().unwrap() as usize;
+            let spec = &config.spec;
+            assert_ne!(spec.length_class(length), spec.length_class(64), "{kind}");
+            let (inv_freq, _) = spec.ropes[0].inv_freq_at(spec.head_dim(), length);
+            for (g, w) in inv_freq.iter().zip(numbers(&long["inv_freq"])) {
+                assert_close(&kind, *g as f64, w, 1e-6, 1e-12);
+            }
+        }
         assert_close(
             &kind,
             factor as f64,

@@ -4,6 +4,7 @@
 mod attacks;
 mod backends;
 mod campaign;
+mod candle_oracle;
 mod clients;
 mod command_line;
 mod corpus;
@@ -14,6 +15,7 @@ mod datasets;
 mod devices;
 mod documents;
 mod exports;
+mod families;
 mod gateway;
 mod gguf;
 mod golden_losses;

@@ -8,18 +8,19 @@ use std::convert::Infallible;
 use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
-use bradley::domain::training::{LoraConfig, Precision, TARGET_MODULES};
-use bradley::infer::pack::{PackedRow, pack};
+use bradley::domain::training::{FUSED_TARGET_MODULES, LoraConfig, Precision, TARGET_MODULES};
+use bradley::infer::pack::{PackedRow, pack_by_length};
 use bradley::infer::pair::SequenceGroup;
 use bradley::model::adapter::Adapter;
 use bradley::model::config::ModelConfig;
 use bradley::model::decoder::Policy;
 use bradley::model::families::Architecture;
 use bradley::model::parameters::Parameters;
-use bradley::model::params::{LoraTensor, ParamId, ParamRole, ParamSpec};
-use bradley::model::rope::{RopeConfig, RopeScaling};
+use bradley::model::params::{LoraTensor, ParamId, ParamRole, ParamSpec, lora_layers};
+use bradley::model::rope::{QueryScaling, RopeConfig, RopeScaling, RotaryPairs};
 use bradley::model::spec::{
-    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
+    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, NormNames, Norms,
+    Projections, QkNorm,
 };
 use bradley::train::backprop::{SavePolicy, backward, forward};
 use bradley::train::trainable::{StepGradients, TrainablePolicy};
@@ -119,7 +120,37 @@ fn random_rope(draw: &mut Draw) -> RopeConfig {
             truncate: draw.flag(),
         },
     };
-    RopeConfig { theta, scaling }
+    RopeConfig {
+        scaling,
+        ..RopeConfig::new(theta)
+    }
+}
+
+/// Draws the rotated dimensions, and whether the frequencies depend on the length of a sequence.
+fn draw_rotation(draw: &mut Draw, rope: &mut RopeConfig, head_dim: usize) {
+    rope.pairs = draw.pick(&[RotaryPairs::Halves, RotaryPairs::Interleaved]);
+    let partial = draw.flag();
+    let half = draw.within(1..=head_dim / 2);
+    rope.dims = partial.then_some(2 * half);
+    let dims = rope.dims.unwrap_or(head_dim);
+    // About the lengths of the drawn sequences.
+    let context = draw.pick(&[4, 8, 12, 100]);
+    let factor = draw.number(1.5, 8.0);
+    let kind = draw.below(4);
+    let mut factors = || (0..dims / 2).map(|_| draw.number(1.0, 4.0)).collect();
+    let (short_factor, long_factor): (Vec<f64>, Vec<f64>) = (factors(), factors());
+    match kind {
+        0 if dims > 2 => rope.scaling = RopeScaling::Dynamic { factor, context },
+        1 => {
+            rope.scaling = RopeScaling::LongRope {
+                short_factor,
+                long_factor,
+                attention_factor: draw.number(0.8, 1.3),
+                original_max_position_embeddings: context,
+            }
+        }
+        _ => {}
+    }
 }
 
 fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
@@ -130,13 +161,15 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
         kv_heads: draw.pick(&divisors),
         head_dim,
         scale: 1.0 / (head_dim as f32).sqrt(),
-        rope: 0,
+        softcap: None,
+        rope: Some(0),
         window: draw
             .flag()
             .then(|| draw.pick(&[1, 2, 3, 7, 16, 33, 64, 70, 500])),
         qk_norm: draw.pick(&[QkNorm::Absent, QkNorm::PerHead]),
         qkv_bias: draw.flag(),
         output_bias: draw.flag(),
+        projections: Projections::Separate,
     };
     let odd_width = draw.within(1..=48);
     BlockSpec {
@@ -147,8 +180,11 @@ fn random_block(draw: &mut Draw, head_dim: usize) -> BlockSpec {
             width: draw.pick(&[odd_width, 32, 64]),
             activation: ActivationFunction::Silu,
             bias: draw.flag(),
+            projections: Projections::Separate,
         },
         feed_forward_norms: Norms::Pre,
+        norm_names: NormNames::Gemma,
+        output_factor: 1.0,
     }
 }
 
@@ -167,6 +203,8 @@ fn random_spec(draw: &mut Draw) -> ModelSpec {
         norms_add_one: false,
         ropes: vec![random_rope(draw)],
         tie_word_embeddings: draw.flag(),
+        logit_factor: 1.0,
+        logit_softcap: None,
         blocks: (0..blocks).map(|_| random_block(draw, head_dim)).collect(),
     }
 }
@@ -182,12 +220,65 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
     }
     for block in &mut spec.blocks {
         let Mixer::Attention(attention) = &mut block.mixer;
-        attention.rope = draw.below(spec.ropes.len());
+        attention.rope = Some(draw.below(spec.ropes.len()));
         if draw.flag() {
             attention.scale *= draw.number(0.5, 1.5) as f32;
         }
         let FeedForward::Gated { activation, .. } = &mut block.feed_forward;
         *activation = draw.pick(&[ActivationFunction::Silu, ActivationFunction::GeluTanh]);
+    }
+    for block in &mut spec.blocks {
+        block.mixer_norms = draw.pick(&[Norms::Pre, Norms::PreAndPost]);
+        block.feed_forward_norms = draw.pick(&[Norms::Pre, Norms::PreAndPost]);
+    }
+    // Scores and logits are about 1, so these caps change them.
+    for block in &mut spec.blocks {
+        let Mixer::Attention(attention) = &mut block.mixer;
+        attention.softcap = draw.flag().then(|| draw.number(0.5, 5.0) as f32);
+    }
+    spec.logit_softcap = draw.flag().then(|| draw.number(1.0, 10.0) as f32);
+    let head_dim = spec.head_dim();
+    for rope in &mut spec.ropes {
+        draw_rotation(draw, rope, head_dim);
+    }
+    let kinds = [Projections::Separate, Projections::Fused];
+    for block in &mut spec.blocks {
+        let Mixer::Attention(attention) = &mut block.mixer;
+        attention.projections = draw.pick(&kinds);
+        let FeedForward::Gated { projections, .. } = &mut block.feed_forward;
+        *projections = draw.pick(&kinds);
+        block.norm_names = draw.pick(&[NormNames::Gemma, NormNames::Glm]);
+    }
+    for block in &mut spec.blocks {
+        let Mixer::Attention(attention) = &mut block.mixer;
+        if draw.below(4) == 0 {
+            attention.rope = None;
+        }
+    }
+    spec.logit_factor = draw.pick(&[1.0, 1.0, 0.3, 2.0]);
+    for block in &mut spec.blocks {
+        block.output_factor = draw.pick(&[1.0, 1.0, 0.4, 1.5]);
+    }
+    for rope in &mut spec.ropes {
+        // Scaling needs a rotation of all dimensions.
+        let is_scaled = draw.flag() && rope.dims.is_none();
+        rope.query_scaling = is_scaled.then(|| QueryScaling {
+            beta: draw.number(0.1, 1.0) as f32,
+            period: draw.within(1..=20),
+        });
+    }
+    for block in &mut spec.blocks {
+        let post = draw.below(4);
+        if post < 2 {
+            block.mixer_norms = Norms::Post;
+        }
+        if post == 0 {
+            block.feed_forward_norms = Norms::Post;
+        }
+        let Mixer::Attention(attention) = &mut block.mixer;
+        if attention.qk_norm == QkNorm::PerHead && draw.flag() {
+            attention.qk_norm = QkNorm::AllHeads;
+        }
     }
 }
 
@@ -259,13 +350,25 @@ fn random_adapter(draw: &mut Draw, config: &ModelConfig) -> Adapter {
     if targets.is_empty() {
         targets.push("v_proj".into());
     }
-    let lora = LoraConfig {
+    // A fused layer has an update if its first part has one.
+    for (part, fused) in ["q_proj", "gate_proj"]
+        .into_iter()
+        .zip(FUSED_TARGET_MODULES)
+    {
+        if targets.iter().any(|name| name == part) {
+            targets.push(fused.into());
+        }
+    }
+    let mut lora = LoraConfig {
         rank: draw.within(1..=9),
         alpha: draw.number(1.0, 12.0),
         target_modules: targets,
         use_rslora: draw.flag(),
         init_adapter: None,
     };
+    if lora_layers(&config.spec, &lora).is_empty() {
+        lora.target_modules.push("o_proj".into());
+    }
     let tensor = |tensor: &LoraTensor| -> Result<Tensor, Infallible> {
         let bound = 0.5 / (tensor.shape[1] as f64).sqrt();
         let values = draw.weights(tensor.elements(), bound, 0.0);
@@ -303,7 +406,8 @@ impl Case {
         };
         let parameters = random_parameters(&mut draw, &config);
         let adapter = draw.flag().then(|| random_adapter(&mut draw, &config));
-        let row = pack(&groups.iter().map(std::slice::from_ref).collect::<Vec<_>>());
+        let items: Vec<_> = groups.iter().map(std::slice::from_ref).collect();
+        let row = pack_by_length(&items, &|length| config.spec.length_class(length));
         let upstream = row
             .row
             .targets
@@ -402,8 +506,9 @@ impl<'a> Objective<'a> {
     fn new(case: &'a Case, model: &ReferenceModel) -> Self {
         let states = |(prompt, completion, _): (&[u32], &[u32], Range<usize>)| {
             let mut states = vec![model.embed(prompt, completion)];
+            let length = prompt.len() + completion.len();
             for index in 0..model.num_blocks() {
-                states.push(model.block(index, &states[index]));
+                states.push(model.block(index, &states[index], length));
             }
             states
         };
@@ -425,8 +530,9 @@ impl<'a> Objective<'a> {
                     (model.num_blocks(), hidden[model.num_blocks()].clone())
                 }
             };
+            let length = prompt.len() + completion.len();
             for index in first..model.num_blocks() {
-                x = model.block(index, &x);
+                x = model.block(index, &x, length);
             }
             let log_probs = model.head(&x, prompt.len(), completion);
             let upstream = &self.case.upstream[range.clone()];
@@ -632,7 +738,19 @@ fn the_seeds_draw_every_variant() {
     });
     any("norms of 1 + w", &|c| c.base.config.spec.norms_add_one);
     any("two rotations", &|c| {
-        attention(c, &|a| a.rope == 0) && attention(c, &|a| a.rope == 1)
+        attention(c, &|a| a.rope == Some(0)) && attention(c, &|a| a.rope == Some(1))
+    });
+    for is_scaled in [false, true] {
+        any("queries scaled by their positions", &|c| {
+            let ropes = &c.base.config.spec.ropes;
+            attention(c, &|a| {
+                a.rope
+                    .is_some_and(|rope| ropes[rope].query_scaling.is_some() == is_scaled)
+            })
+        });
+    }
+    any("blocks of which some are not rotated", &|c| {
+        attention(c, &|a| a.rope.is_none()) && attention(c, &|a| a.rope.is_some())
     });
     any("scores of another scale", &|c| {
         attention(c, &|a| a.scale != 1.0 / (a.head_dim as f32).sqrt())
@@ -643,6 +761,86 @@ fn the_seeds_draw_every_variant() {
             activation == wanted
         };
         any("an activation", &|c| blocks(c).iter().any(is));
+    }
+    for both in [false, true] {
+        let is = |b: &BlockSpec| {
+            [b.mixer_norms, b.feed_forward_norms]
+                == [
+                    Norms::PreAndPost,
+                    if both { Norms::PreAndPost } else { Norms::Pre },
+                ]
+        };
+        any("norms on outputs", &|c| blocks(c).iter().any(is));
+    }
+    any("a soft-cap on scores", &|c| {
+        attention(c, &|a| a.softcap.is_some())
+    });
+    any("no soft-cap on scores", &|c| {
+        attention(c, &|a| a.softcap.is_none())
+    });
+    for is_trained in [false, true] {
+        any("a soft-cap on the logits", &|c| {
+            c.base.config.spec.logit_softcap.is_some() && c.adapter.is_none() == is_trained
+        });
+    }
+    any("no soft-cap on the logits", &|c| {
+        c.base.config.spec.logit_softcap.is_none()
+    });
+    let rope =
+        |case: &Case, is: &dyn Fn(&RopeConfig) -> bool| case.base.config.spec.ropes.iter().any(is);
+    for pairs in [RotaryPairs::Halves, RotaryPairs::Interleaved] {
+        any("a rotation of all dimensions", &|c| {
+            rope(c, &|r| r.pairs == pairs && r.dims.is_none())
+        });
+        any("a rotation of some dimensions", &|c| {
+            rope(c, &|r| r.pairs == pairs && r.dims.is_some())
+        });
+    }
+    any("dynamic", &|c| {
+        scalings(c, &|s| matches!(s, RopeScaling::Dynamic { .. }))
+    });
+    any("longrope", &|c| {
+        scalings(c, &|s| matches!(s, RopeScaling::LongRope { .. }))
+    });
+    any("a prompt with sequences of two classes", &|c| {
+        let classes = |group: &SequenceGroup| -> Vec<usize> {
+            let class = |completion: &Vec<u32>| {
+                let length = group.prompt.len() + completion.len();
+                c.base.config.spec.length_class(length)
+            };
+            group.completions.iter().map(class).collect()
+        };
+        c.groups
+            .iter()
+            .map(classes)
+            .any(|found| found.iter().any(|class| *class != found[0]))
+    });
+    for is_trained in [false, true] {
+        any("fused queries, keys and values", &|c| {
+            c.adapter.is_none() == is_trained
+                && attention(c, &|a| a.projections == Projections::Fused)
+        });
+        any("fused gate and up", &|c| {
+            c.adapter.is_none() == is_trained && blocks(c).iter().any(BlockSpec::fuses_gate_up)
+        });
+    }
+    any("norms on all heads at once", &|c| {
+        attention(c, &|a| a.qk_norm == QkNorm::AllHeads && a.kv_heads > 1)
+    });
+    any("norms on outputs only", &|c| {
+        blocks(c)
+            .iter()
+            .any(|b| [b.mixer_norms, b.feed_forward_norms] == [Norms::Post; 2])
+    });
+    any("logits with a factor", &|c| {
+        c.base.config.spec.logit_factor != 1.0
+    });
+    for has_norm in [false, true] {
+        any("outputs with a factor", &|c| {
+            blocks(c)
+                .iter()
+                .any(|b| b.output_factor != 1.0 && b.mixer_norms.has_post() == has_norm)
+        });
     }
     any("several completions of one prompt", &|c| {
         c.groups.iter().any(|g| g.completions.len() > 1)

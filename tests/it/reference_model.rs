@@ -7,8 +7,10 @@ use std::f64::consts::PI;
 
 use bradley::model::decoder::Policy;
 use bradley::model::params::{BlockParam, Linear, ParamId, params};
-use bradley::model::rope::{RopeConfig, RopeScaling};
-use bradley::model::spec::{ActivationFunction, FeedForward, ModelSpec, Norms};
+use bradley::model::rope::{QueryScaling, RopeConfig, RopeScaling, RotaryPairs};
+use bradley::model::spec::{
+    ActivationFunction, FeedForward, ModelSpec, Norms, Projections, QkNorm,
+};
 use candle_core::{DType, Tensor};
 
 /// Hidden states of a sequence: one vector for each token.
@@ -21,9 +23,6 @@ pub struct ReferenceModel {
     tensors: HashMap<ParamId, Vec<f64>>,
     /// The factor on B·A.
     lora_scale: f64,
-    /// For each of the model's rotations: the angle in radians for each position and each pair of
-    /// dimensions of a head, and the factor on cos and sin.
-    rotations: Vec<(Vec<f64>, f64)>,
 }
 
 impl ReferenceModel {
@@ -50,11 +49,6 @@ impl ReferenceModel {
                 }
             }
         }
-        let rotations = spec
-            .ropes
-            .iter()
-            .map(|rope| frequencies(rope, spec.head_dim()))
-            .collect();
         let lora_scale = adapter.map_or(1.0, |adapter| {
             let (alpha, rank) = (adapter.config.alpha, adapter.config.rank as f64);
             if adapter.config.use_rslora {
@@ -67,7 +61,6 @@ impl ReferenceModel {
             spec,
             tensors,
             lora_scale,
-            rotations,
         }
     }
 
@@ -89,8 +82,9 @@ impl ReferenceModel {
     /// Returns log p of each token of `completion` after `prompt`.
     pub fn log_probs(&self, prompt: &[u32], completion: &[u32]) -> Vec<f64> {
         let mut hidden = self.embed(prompt, completion);
+        let length = prompt.len() + completion.len();
         for index in 0..self.num_blocks() {
-            hidden = self.block(index, &hidden);
+            hidden = self.block(index, &hidden, length);
         }
         self.head(&hidden, prompt.len(), completion)
     }
@@ -109,32 +103,50 @@ impl ReferenceModel {
         tokens.map(embedding).collect()
     }
 
-    /// Returns a block's output for its input.
-    pub fn block(&self, index: usize, input: &Hidden) -> Hidden {
+    /// Returns a block's output for its input. `length` is the number of tokens of the sequence.
+    pub fn block(&self, index: usize, input: &Hidden, length: usize) -> Hidden {
         let block = &self.spec.blocks[index];
-        let (Norms::Pre, Norms::Pre) = (block.mixer_norms, block.feed_forward_norms);
         let attention = block.attention();
+        let rotation = attention.rope.map(|rope| {
+            let rope = &self.spec.ropes[rope];
+            (rope, frequencies(rope, attention.head_dim, length))
+        });
         let (heads, kv_heads, dim) = (attention.heads, attention.kv_heads, attention.head_dim);
         let (mut queries, mut keys, mut values) = (Vec::new(), Vec::new(), Vec::new());
         for (position, x) in input.iter().enumerate() {
-            let n = self.norm(ParamId::Block(index, BlockParam::InputNorm), x);
-            let mut query = self.linear(index, Linear::Query, &n);
-            let mut key = self.linear(index, Linear::Key, &n);
+            let n = self.part_input(block.mixer_norms, index, BlockParam::InputNorm, x);
+            let (query_width, kv_width) = (heads * dim, kv_heads * dim);
+            let mut query = match attention.projections {
+                Projections::Fused => self.linear(index, Linear::FusedQkv, &n),
+                Projections::Separate => [Linear::Query, Linear::Key, Linear::Value]
+                    .map(|linear| self.linear(index, linear, &n))
+                    .concat(),
+            };
+            let value = query.split_off(query_width + kv_width);
+            let mut key = query.split_off(query_width);
             for (vector, norm) in [
                 (&mut query, BlockParam::QueryNorm),
                 (&mut key, BlockParam::KeyNorm),
             ] {
+                if attention.qk_norm == QkNorm::AllHeads {
+                    *vector = self.norm(ParamId::Block(index, norm), vector);
+                }
                 for head in vector.chunks_mut(dim) {
-                    if self.tensors.contains_key(&ParamId::Block(index, norm)) {
+                    if attention.qk_norm == QkNorm::PerHead {
                         let normed = self.norm(ParamId::Block(index, norm), head);
                         head.copy_from_slice(&normed);
                     }
-                    self.rotate(attention.rope, head, position);
+                    if let Some((rope, rotation)) = &rotation {
+                        rotate(rotation, rope.pairs, head, position);
+                        if let (Some(scaling), BlockParam::QueryNorm) = (rope.query_scaling, norm) {
+                            scale_query(scaling, head, position);
+                        }
+                    }
                 }
             }
             queries.push(query);
             keys.push(key);
-            values.push(self.linear(index, Linear::Value, &n));
+            values.push(value);
         }
 
         let mut output = Hidden::new();
@@ -147,8 +159,10 @@ impl ReferenceModel {
             for head in 0..heads {
                 let kv = head / (heads / kv_heads) * dim;
                 let query = &queries[i][head * dim..][..dim];
-                let score =
-                    |j: usize| f64::from(attention.scale) * dot(query, &keys[j][kv..][..dim]);
+                let score = |j: usize| {
+                    let score = f64::from(attention.scale) * dot(query, &keys[j][kv..][..dim]);
+                    cap(attention.softcap, score)
+                };
                 let probabilities = softmax((first..=i).map(score).collect());
                 let mut sum = vec![0.0; dim];
                 for (p, j) in probabilities.iter().zip(first..) {
@@ -157,18 +171,48 @@ impl ReferenceModel {
                 attended.extend(sum);
             }
             let mut y = x.clone();
-            add(&mut y, 1.0, &self.linear(index, Linear::Output, &attended));
+            let part = self.linear(index, Linear::Output, &attended);
+            add(
+                &mut y,
+                f64::from(block.output_factor),
+                &self.normed(block.mixer_norms, index, BlockParam::MixerOutputNorm, part),
+            );
 
-            let FeedForward::Gated { activation, .. } = block.feed_forward;
-            let n = self.norm(ParamId::Block(index, BlockParam::FeedForwardNorm), &y);
-            let gate = self.linear(index, Linear::Gate, &n);
-            let up = self.linear(index, Linear::Up, &n);
+            let FeedForward::Gated {
+                activation,
+                width,
+                projections,
+                ..
+            } = block.feed_forward;
+            let n = self.part_input(
+                block.feed_forward_norms,
+                index,
+                BlockParam::FeedForwardNorm,
+                &y,
+            );
+            let mut gate = match projections {
+                Projections::Fused => self.linear(index, Linear::FusedGateUp, &n),
+                Projections::Separate => [Linear::Gate, Linear::Up]
+                    .map(|linear| self.linear(index, linear, &n))
+                    .concat(),
+            };
+            let up = gate.split_off(width);
             let inner: Vec<f64> = gate
                 .iter()
                 .zip(&up)
                 .map(|(g, u)| activate(activation, *g) * u)
                 .collect();
-            add(&mut y, 1.0, &self.linear(index, Linear::Down, &inner));
+            let part = self.linear(index, Linear::Down, &inner);
+            add(
+                &mut y,
+                f64::from(block.output_factor),
+                &self.normed(
+                    block.feed_forward_norms,
+                    index,
+                    BlockParam::FeedForwardOutputNorm,
+                    part,
+                ),
+            );
             output.push(y);
         }
         output
@@ -182,7 +226,11 @@ impl ReferenceModel {
             .unwrap_or_else(|| &self.tensors[&ParamId::Embedding]);
         let predictors = hidden[prompt - 1..].iter().zip(completion);
         let log_prob = |(x, target): (&Vec<f64>, &u32)| {
-            let logits = product(head, &self.norm(ParamId::Norm, x));
+            let mut logits = product(head, &self.norm(ParamId::Norm, x));
+            for logit in &mut logits {
+                *logit *= f64::from(self.spec.logit_factor);
+                *logit = cap(self.spec.logit_softcap, *logit);
+            }
             let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = logits.iter().map(|logit| (logit - largest).exp()).sum();
             logits[*target as usize] - largest - sum.ln()
@@ -200,6 +248,22 @@ impl ReferenceModel {
             .collect()
     }
 
+    /// Returns the input of a part: the residual stream, normed if the block has a norm there.
+    fn part_input(&self, norms: Norms, block: usize, weight: BlockParam, x: &[f64]) -> Vec<f64> {
+        match norms {
+            Norms::Post => x.to_vec(),
+            Norms::Pre | Norms::PreAndPost => self.norm(ParamId::Block(block, weight), x),
+        }
+    }
+
+    /// Applies the norm on a part's output if the block has one.
+    fn normed(&self, norms: Norms, block: usize, weight: BlockParam, part: Vec<f64>) -> Vec<f64> {
+        match norms {
+            Norms::Pre => part,
+            Norms::PreAndPost | Norms::Post => self.norm(ParamId::Block(block, weight), &part),
+        }
+    }
+
     /// Computes W·x + b + scale·B·(A·x).
     fn linear(&self, block: usize, linear: Linear, x: &[f64]) -> Vec<f64> {
         let tensor = |param| self.tensors.get(&ParamId::Block(block, param));
@@ -215,17 +279,39 @@ impl ReferenceModel {
         }
         y
     }
+}
 
-    /// Rotates dimension i of a head with dimension i + D/2.
-    fn rotate(&self, rope: usize, head: &mut [f64], position: usize) {
-        let half = head.len() / 2;
-        let (frequencies, factor) = &self.rotations[rope];
-        for (i, frequency) in frequencies.iter().enumerate() {
-            let (sin, cos) = (position as f64 * frequency).sin_cos();
-            let (sin, cos) = (sin * factor, cos * factor);
-            let (a, b) = (head[i], head[i + half]);
-            (head[i], head[i + half]) = (a * cos - b * sin, b * cos + a * sin);
-        }
+/// Multiplies a query by the factor for its position.
+fn scale_query(scaling: QueryScaling, head: &mut [f64], position: usize) {
+    let periods = (position / scaling.period) as f64;
+    let factor = 1.0 + f64::from(scaling.beta) * (1.0 + periods).ln();
+    head.iter_mut().for_each(|x| *x *= factor);
+}
+
+/// Rotates the first R dimensions of a head, given R/2 frequencies and the factor on cos and sin.
+fn rotate(
+    (frequencies, factor): &(Vec<f64>, f64),
+    pairs: RotaryPairs,
+    head: &mut [f64],
+    position: usize,
+) {
+    for (i, frequency) in frequencies.iter().enumerate() {
+        let (sin, cos) = (position as f64 * frequency).sin_cos();
+        let (sin, cos) = (sin * factor, cos * factor);
+        let (one, other) = match pairs {
+            RotaryPairs::Halves => (i, i + frequencies.len()),
+            RotaryPairs::Interleaved => (2 * i, 2 * i + 1),
+        };
+        let (a, b) = (head[one], head[other]);
+        (head[one], head[other]) = (a * cos - b * sin, b * cos + a * sin);
+    }
+}
+
+/// Applies a soft-cap, if there is one.
+fn cap(softcap: Option<f32>, x: f64) -> f64 {
+    match softcap.map(f64::from) {
+        None => x,
+        Some(cap) => cap * (x / cap).tanh(),
     }
 }
 
@@ -239,10 +325,29 @@ fn activate(activation: ActivationFunction, x: f64) -> f64 {
     }
 }
 
-/// Returns the rotary frequencies of a head, and the factor on cos and sin.
-fn frequencies(rope: &RopeConfig, dim: usize) -> (Vec<f64>, f64) {
-    let plain = (0..dim / 2).map(|i| rope.theta.powf(-2.0 * i as f64 / dim as f64));
+/// Returns the rotary frequencies of a head in a sequence of `length` tokens, and the factor on cos
+/// and sin.
+fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> (Vec<f64>, f64) {
+    let dim = rope.dims.unwrap_or(head_dim);
+    let of = |theta: f64| (0..dim / 2).map(move |i| theta.powf(-2.0 * i as f64 / dim as f64));
+    let plain = of(rope.theta);
     match rope.scaling {
+        RopeScaling::Dynamic { factor, context } => {
+            let excess = (length as f64 / context as f64 - 1.0).max(0.0);
+            let growth = (1.0 + factor * excess).powf(dim as f64 / (dim as f64 - 2.0));
+            (of(rope.theta * growth).collect(), 1.0)
+        }
+        RopeScaling::LongRope {
+            ref short_factor,
+            ref long_factor,
+            attention_factor,
+            original_max_position_embeddings,
+        } => {
+            let is_long = length > original_max_position_embeddings;
+            let divisors = if is_long { long_factor } else { short_factor };
+            let divided = plain.zip(divisors).map(|(f, divisor)| f / divisor);
+            (divided.collect(), attention_factor)
+        }
         RopeScaling::None => (plain.collect(), 1.0),
         RopeScaling::Linear { factor } => (plain.map(|f| f / factor).collect(), 1.0),
         RopeScaling::Llama3 {

@@ -3,8 +3,10 @@
 //!
 //! Forward pass, per block and head: S = scale·Q·Kᵀ over the keys of the prompt and of the
 //! segment itself, P = softmax(S), O = P·V. The log-sum-exp of each row is saved. The backward
-//! pass recomputes P from it (arXiv:2205.14135, §3.1, without the on-chip part): dV = Pᵀ·dO,
-//! dP = dO·Vᵀ, dS = P ⊙ (dP − rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
+//! pass recomputes P from it (arXiv:2205.14135, §3.1, without the on-chip part): dV = Pᵀ·dO, dP
+//! = dO·Vᵀ, dS = P ⊙ (dP − rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q. With
+//! a soft-cap c, S is replaced by S' = c·tanh(S / c) before the softmax, and dS is multiplied by 1
+//! − (S' / c)².
 //!
 //! Blocks start at the start of their segment, so a segment's results do not depend on its position
 //! in the row.
@@ -21,7 +23,7 @@ use self::blocks::{BLOCK, blocks, over_keys, sum_over_keys};
 use self::keys::{Along, Keys};
 use super::buffer::Buffer;
 use super::gemm::{Kernel, Operand, Shared, View};
-use super::simd::{dispatch, exp_sum, max};
+use super::simd::{dispatch, exp_sum, max, soft_cap};
 use super::thread_pool;
 use crate::compute::layout::RowLayout;
 
@@ -68,7 +70,15 @@ pub fn attention(
             let visible = block.visible(i, heads.window);
             let (m, total) = dispatch(
                 #[inline(always)]
-                || softmax(s, &visible, heads.scale),
+                || match heads.softcap {
+                    None => softmax(s, &visible, heads.scale),
+                    Some(cap) => {
+                        for part in &visible {
+                            soft_cap(&mut s[part.clone()], heads.scale, cap);
+                        }
+                        softmax(s, &visible, 1.0)
+                    }
+                },
             );
             inverse[i] = 1.0 / total;
             // SAFETY: this task alone writes its queries and head.

@@ -1,16 +1,19 @@
 //! LM head, log-softmax and gather in one pass over the vocabulary, tile by tile. The logits `[N,
 //! V]` never exist as a whole.
 //!
-//! log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. The maximum, the sum and
-//! ∂log p/∂h = W_y − Σ_v p_v·W_v are accumulated over the tiles and rescaled whenever a
-//! larger logit appears (online softmax, arXiv:1805.02867).
+//! log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. The maximum, the sum and ∂log p/∂h =
+//! W_y − Σ_v p_v·W_v are accumulated over the tiles and rescaled whenever a larger logit
+//! appears (online softmax, arXiv:1805.02867).
+//!
+//! With a soft-cap c, each logit l is replaced by l' = c·tanh(l / c). In the gradients, W_v is
+//! then multiplied by the slope of the cap at v, 1 − (l'_v / c)².
 
 use super::buffer::Buffer;
 use super::gemm::{
     Kernel, NR, Operand, Orientation, OutputTile, Shared, Term, Threads, View, WeightView, matmul,
     panel_product,
 };
-use super::simd::{dispatch, exp, exp_moments, exp_sum, max, sum};
+use super::simd::{dispatch, exp, exp_moments, exp_sum, max, soft_cap, soft_cap_slope, sum};
 use super::thread_pool;
 
 /// Number of tokens of the vocabulary in a tile; a multiple of [`NR`].
@@ -66,6 +69,8 @@ pub struct HeadInput<'a> {
     pub w: WeightView<'a>,
     /// Target token of each row `[N]`, less than V.
     pub targets: &'a [u32],
+    /// Soft-cap of the logits, if they have one.
+    pub softcap: Option<f32>,
 }
 
 /// Outputs of the head.
@@ -88,10 +93,12 @@ pub struct HeadOutput {
 #[derive(Debug, Default)]
 pub struct SavedExponentials {
     /// e^(l − m) `[saved tiles, N, TILE]`, where m is the row's largest logit up to and including
-    /// the tile.
+    /// the tile. With a soft-cap, multiplied by its slope.
     exponentials: Buffer,
     /// m `[⌈V / TILE⌉, N]`, of all tiles.
     maxima: Buffer,
+    /// Slope of the soft-cap at each target `[N]`, or empty without a soft-cap.
+    target_slopes: Vec<f32>,
 }
 
 impl SavedExponentials {
@@ -101,6 +108,7 @@ impl SavedExponentials {
         SavedExponentials {
             exponentials: Buffer::uninit(tiles * rows * TILE),
             maxima: Buffer::uninit(all * rows),
+            target_slopes: Vec::new(),
         }
     }
 }
@@ -186,6 +194,29 @@ impl OnlineSoftmax {
         scale
     }
 
+    /// Does the same as [`OnlineSoftmax::update`], after the soft-cap `cap` has been applied to the
+    /// logits, and multiplies the exponentials by the slope of the cap.
+    #[inline(always)]
+    fn update_capped(
+        &mut self,
+        row: &mut [f32],
+        first: usize,
+        target: u32,
+        distribution: bool,
+        cap: f32,
+    ) -> f32 {
+        let mut slopes = [0f32; TILE];
+        soft_cap(row, 1.0, cap);
+        for (slope, l) in slopes.iter_mut().zip(&*row) {
+            *slope = soft_cap_slope(*l, cap);
+        }
+        let scale = self.update(row, first, target, distribution);
+        for (x, slope) in row.iter_mut().zip(&slopes) {
+            *x *= slope;
+        }
+        scale
+    }
+
     fn log_sum_exp(&self) -> f32 {
         self.max + self.sum.ln()
     }
@@ -207,6 +238,7 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
         h,
         w,
         targets,
+        softcap,
     } = input;
     let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
@@ -243,12 +275,13 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
                     #[inline(always)]
                     || {
                         row[tile.width..].fill(0.0);
-                        let scale = running.update(
-                            &mut row[..tile.width],
-                            tile.first,
-                            y,
-                            options.distribution,
-                        );
+                        let (row, distribution) = (&mut row[..tile.width], options.distribution);
+                        let scale = match softcap {
+                            None => running.update(row, tile.first, y, distribution),
+                            Some(cap) => {
+                                running.update_capped(row, tile.first, y, distribution, cap)
+                            }
+                        };
                         if options.trained.is_some() {
                             // SAFETY: there is one maximum for each row and tile, and this task
                             // alone touches those of its rows.
@@ -278,7 +311,13 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
         });
     });
     if options.gradient {
-        finish_gradient(&mut gradient, w, targets, &running);
+        finish_gradient(&mut gradient, w, targets, &running, softcap);
+    }
+    if let (Some(cap), Some(_)) = (softcap, options.trained) {
+        saved.target_slopes = running
+            .iter()
+            .map(|r| soft_cap_slope(r.target, cap))
+            .collect();
     }
     let log_sum_exp: Vec<f32> = running.iter().map(OnlineSoftmax::log_sum_exp).collect();
     HeadOutput {
@@ -302,12 +341,13 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
 }
 
 /// Computes ∂log p/∂h = W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max). On entry,
-/// `gradient` holds the sum in the numerator.
+/// `gradient` holds the sum in the numerator. With a soft-cap, each W_v has its slope as a factor.
 fn finish_gradient(
     gradient: &mut [f32],
     w: WeightView,
     targets: &[u32],
     running: &[OnlineSoftmax],
+    softcap: Option<f32>,
 ) {
     let hidden = w.columns();
     let rows = thread_pool::rows_per_task(targets.len());
@@ -315,6 +355,10 @@ fn finish_gradient(
         let mut target = vec![0f32; hidden];
         for (row, i) in gradient.chunks_mut(hidden).zip(task * rows..) {
             w.read_row(targets[i] as usize, &mut target);
+            if let Some(cap) = softcap {
+                let slope = soft_cap_slope(running[i].target, cap);
+                target.iter_mut().for_each(|w| *w *= slope);
+            }
             let inverse = 1.0 / running[i].sum;
             row.iter_mut()
                 .zip(&target)
@@ -323,9 +367,9 @@ fn finish_gradient(
     });
 }
 
-/// Adds ∂loss/∂W to `dw` `[V, C]`, given the output of [`head`] for `input` and
-/// g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile.
-/// Consumes the saved exponentials.
+/// Adds ∂loss/∂W to `dw` `[V, C]`, given the output of [`head`] for `input` and g =
+/// ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. With a
+/// soft-cap, E is multiplied by its slopes. Consumes the saved exponentials.
 pub fn head_weight_gradient(
     input: HeadInput<'_>,
     output: &mut HeadOutput,
@@ -337,11 +381,13 @@ pub fn head_weight_gradient(
         h,
         w,
         targets,
+        softcap,
     } = input;
     let (rows, vocabulary, hidden) = (targets.len(), w.rows(), w.columns());
     let SavedExponentials {
         mut exponentials,
         maxima,
+        target_slopes,
     } = std::mem::take(&mut output.saved);
     assert_eq!(
         maxima.len(),
@@ -365,7 +411,7 @@ pub fn head_weight_gradient(
                 .checked_sub(tile * TILE)
                 .and_then(|y| row.get_mut(y))
             {
-                *x += g[i];
+                *x += target_slopes.get(i).map_or(g[i], |slope| g[i] * slope);
             }
         }
     };
@@ -401,7 +447,17 @@ pub fn head_weight_gradient(
                 let m = m(tile, i);
                 dispatch(
                     #[inline(always)]
-                    || row[..part.width].iter_mut().for_each(|x| *x = exp(*x - m)),
+                    || {
+                        let row = &mut row[..part.width];
+                        match softcap {
+                            None => row.iter_mut().for_each(|x| *x = exp(*x - m)),
+                            Some(cap) => {
+                                soft_cap(row, 1.0, cap);
+                                row.iter_mut()
+                                    .for_each(|x| *x = exp(*x - m) * soft_cap_slope(*x, cap));
+                            }
+                        }
+                    },
                 );
             }
             finish(tile, part.width, first, errors);

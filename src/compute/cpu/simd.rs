@@ -11,10 +11,17 @@ pub(crate) fn dispatch<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// Returns e^x with an error of about 2 ulp. x is clamped to [−87, 88]. Uses Cody–Waite
-/// reduction and a degree-6 polynomial (Cephes `expf`).
+/// Returns e^x with an error of about 2 ulp. x is clamped to [−87, 88].
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
+    let (y, power) = reduced_exp(x);
+    (y + 1.0) * power
+}
+
+/// Returns y = e^r − 1 and 2ⁿ, where x = n·ln 2 + r and |r| is at most about ln 2 / 2. x is
+/// clamped to [−87, 88]. Uses Cody–Waite reduction and a degree-6 polynomial (Cephes `expf`).
+#[inline(always)]
+fn reduced_exp(x: f32) -> (f32, f32) {
     // Adding and subtracting 1.5·2²³ rounds to the nearest integer without a call.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HI: f32 = 0.693_359_4;
@@ -29,9 +36,36 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p * r + 4.166_579_6e-2;
     let p = p * r + 1.666_666_5e-1;
     let p = p * r + 0.5;
-    let y = p * r * r + r + 1.0;
     // The last bits of `rounded` are n: shifted into the exponent they make 2ⁿ.
-    y * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
+    let power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
+    (p * r * r + r, power)
+}
+
+/// Returns tanh x = t / (t + 2), where t = e^(2x) − 1, with an error of at most 3 ulp.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    // In f32, tanh x is ±1 beyond ±10.
+    let (y, power) = reduced_exp(2.0 * x.clamp(-10.0, 10.0));
+    // Near 0 the power is 1, so t is y and keeps its relative precision.
+    let t = y * power + (power - 1.0);
+    t / (t + 2.0)
+}
+
+/// Replaces every x by cap·tanh(scale·x / cap), which is between −cap and cap (soft-cap,
+/// arXiv:2408.00118, §2).
+#[inline(always)]
+pub(crate) fn soft_cap(xs: &mut [f32], scale: f32, cap: f32) {
+    let factor = scale / cap;
+    for x in xs {
+        *x = cap * tanh(*x * factor);
+    }
+}
+
+/// Returns the derivative of cap·tanh(x / cap), given its value y: 1 − (y / cap)².
+#[inline(always)]
+pub(crate) fn soft_cap_slope(y: f32, cap: f32) -> f32 {
+    let t = y / cap;
+    1.0 - t * t
 }
 
 /// Returns 1 / (1 + e^(−x)).

@@ -7,7 +7,8 @@ use super::attention::{Heads, attention, attention_backward};
 use super::gemm::{Elements, Kernel, NR, Operand, View, WeightView};
 use super::head::{HeadInput, HeadOptions, MAX_SAVED_PROBABILITIES, head, head_weight_gradient};
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
-use super::rope::{Direction, RopeTable, rotate};
+use super::rope::{Direction, RopeTable, RotaryPairs, rotate};
+use super::simd::{soft_cap, soft_cap_slope};
 use super::swiglu::{
     ActivationFunction, GateUpTape, GatedTiles, GradientTiles, SavedGateUp, gated, gated_backward,
 };
@@ -134,10 +135,12 @@ fn head_norm_is_the_norm_of_every_head_and_leaves_the_rest_alone() {
 
 #[test]
 fn rope_rotates_and_its_transpose_is_its_gradient() {
-    let table = RopeTable::new(&[0, 1, 2, 7], &[1.0, 0.3, 0.05, 0.01], 1.1);
+    let frequencies: &[f32] = &[1.0, 0.3, 0.05, 0.01];
+    let segments = [(0..3, frequencies), (7..8, frequencies)];
+    let table = RopeTable::new(segments, 1.1, RotaryPairs::Halves);
     let rotated = |x: &[f32], direction| {
         let mut y = x.to_vec();
-        rotate(&mut y, 20, 2, &table, direction);
+        rotate(&mut y, 20, (0..2, 8), &table, direction);
         y
     };
     let (x, u) = (random(80, 3), random(80, 4));
@@ -152,6 +155,46 @@ fn rope_rotates_and_its_transpose_is_its_gradient() {
     check_gradient("rope", &x, &rotated(&u, Direction::Backward), &u, |x| {
         rotated(x, Direction::Forward)
     });
+}
+
+#[test]
+fn rope_rotates_the_first_dimensions_of_each_head_in_halves_or_in_pairs() {
+    // Two segments with frequencies of their own; heads of 6, of which 4 dimensions are rotated.
+    let (short, long): (&[f32], &[f32]) = (&[1.0, 0.3], &[0.5, 0.02]);
+    for pairs in [RotaryPairs::Halves, RotaryPairs::Interleaved] {
+        let table = RopeTable::new([(0..2, short), (5..7, long)], 1.1, pairs);
+        let rotated = |x: &[f32], direction| {
+            let mut y = x.to_vec();
+            rotate(&mut y, 20, (0..3, 6), &table, direction);
+            y
+        };
+        let (x, u) = (random(80, 3), random(80, 4));
+        let y = rotated(&x, Direction::Forward);
+        for (token, position, frequencies) in [(1, 1.0, short), (3, 6.0, long)] {
+            for head in 0..3 {
+                let first = token * 20 + head * 6;
+                for (i, f) in frequencies.iter().enumerate() {
+                    let angle: f32 = position * f;
+                    let (one, other) = match pairs {
+                        RotaryPairs::Halves => (first + i, first + 2 + i),
+                        RotaryPairs::Interleaved => (first + 2 * i, first + 2 * i + 1),
+                    };
+                    let (a, b) = (x[one], x[other]);
+                    assert!((y[one] - 1.1 * (a * angle.cos() - b * angle.sin())).abs() < 1e-6);
+                    assert!((y[other] - 1.1 * (b * angle.cos() + a * angle.sin())).abs() < 1e-6);
+                }
+                assert_eq!(
+                    y[first + 4..first + 6],
+                    x[first + 4..first + 6],
+                    "{pairs:?}"
+                );
+            }
+        }
+        assert_eq!(y[18..20], x[18..20], "what is not a rotated head stays");
+        check_gradient("rope", &x, &rotated(&u, Direction::Backward), &u, |x| {
+            rotated(x, Direction::Forward)
+        });
+    }
 }
 
 #[test]
@@ -382,10 +425,13 @@ fn plain_attention(qkv: &[f32], heads: Heads, layout: &RowLayout) -> Vec<f32> {
             take(heads.query + kv),
             take(heads.query + heads.key + kv),
         );
-        let scores = ((q.matmul(&k.t().unwrap()).unwrap() * (1.0 / (heads.dim as f64).sqrt()))
-            .unwrap()
-            + &mask)
-            .unwrap();
+        let scores =
+            (q.matmul(&k.t().unwrap()).unwrap() * (1.0 / (heads.dim as f64).sqrt())).unwrap();
+        let scores = match heads.softcap.map(f64::from) {
+            None => scores,
+            Some(cap) => ((scores / cap).unwrap().tanh().unwrap() * cap).unwrap(),
+        };
+        let scores = (scores + &mask).unwrap();
         let e = scores
             .broadcast_sub(&scores.max_keepdim(1).unwrap())
             .unwrap()
@@ -420,20 +466,29 @@ fn attention_equals_masked_attention_with_and_without_a_window() {
     layout.push_group(70, [66, 3]);
     layout.push_group(5, [1, 80]);
     for kernel in kernels() {
-        for (window, dim) in [(None, 8), (Some(1), 8), (Some(9), 40), (Some(72), 8)] {
+        for (window, dim, softcap) in [
+            (None, 8, None),
+            (Some(1), 8, None),
+            (Some(9), 40, None),
+            (Some(72), 8, None),
+            // Caps that are about as large as the scores.
+            (None, 8, Some(0.4)),
+            (Some(9), 40, Some(0.7)),
+        ] {
             let heads = Heads {
                 query: 4,
                 key: 2,
                 dim,
                 window,
                 scale: 1.0 / (dim as f32).sqrt(),
+                softcap,
             };
             let qkv = random(layout.tokens() * heads.row(), 11);
             let error = relative(
                 &attend(kernel, &qkv, heads, &layout).0,
                 &plain_attention(&qkv, heads, &layout),
             );
-            assert!(error < 1e-6, "{kernel:?}, window {window:?}: {error:e}");
+            assert!(error < 1e-6, "{kernel:?}, {heads:?}: {error:e}");
         }
     }
 }
@@ -444,13 +499,19 @@ fn attention_gradients_match_differences() {
     layout.push_group(3, [4, 2]);
     layout.push_group(2, [66]);
     for kernel in kernels() {
-        for (window, dim) in [(None, 4), (Some(3), 36)] {
+        for (window, dim, softcap) in [
+            (None, 4, None),
+            (Some(3), 36, None),
+            (None, 4, Some(0.5)),
+            (Some(3), 36, Some(0.5)),
+        ] {
             let heads = Heads {
                 query: 4,
                 key: 2,
                 dim,
                 window,
                 scale: 1.0 / (dim as f32).sqrt(),
+                softcap,
             };
             let qkv = random(layout.tokens() * heads.row(), 14);
             let u = random(layout.tokens() * heads.width(), 15);
@@ -468,30 +529,59 @@ fn attention_gradients_match_differences() {
 fn bf16_attention_stays_near_f32() {
     let mut layout = RowLayout::default();
     layout.push_group(40, [66, 3]);
-    let heads = Heads {
-        query: 4,
-        key: 2,
-        dim: 16,
-        window: None,
-        scale: 0.25,
-    };
-    let qkv = random(layout.tokens() * heads.row(), 14);
-    let u = random(layout.tokens() * heads.width(), 15);
-    let run = |kernel| {
-        let (out, lse) = attend(kernel, &qkv, heads, &layout);
-        let mut dqkv = vec![f32::NAN; qkv.len()];
-        attention_backward(kernel, &qkv, heads, &layout, (&out, &lse), &u, &mut dqkv);
-        (out, dqkv)
-    };
-    let (out, gradient) = run(Kernel::Portable);
-    for kernel in Kernel::available() {
-        let (o, g) = run(kernel);
-        assert!(
-            relative(&o, &out) < 0.01 && relative(&g, &gradient) < 0.02,
-            "{kernel:?}: {} {}",
-            relative(&o, &out),
-            relative(&g, &gradient)
-        );
+    for softcap in [None, Some(0.5)] {
+        let heads = Heads {
+            query: 4,
+            key: 2,
+            dim: 16,
+            window: None,
+            scale: 0.25,
+            softcap,
+        };
+        let qkv = random(layout.tokens() * heads.row(), 14);
+        let u = random(layout.tokens() * heads.width(), 15);
+        let run = |kernel| {
+            let (out, lse) = attend(kernel, &qkv, heads, &layout);
+            let mut dqkv = vec![f32::NAN; qkv.len()];
+            attention_backward(kernel, &qkv, heads, &layout, (&out, &lse), &u, &mut dqkv);
+            (out, dqkv)
+        };
+        let (out, gradient) = run(Kernel::Portable);
+        for kernel in Kernel::available() {
+            let (o, g) = run(kernel);
+            assert!(
+                relative(&o, &out) < 0.01 && relative(&g, &gradient) < 0.02,
+                "{kernel:?} {softcap:?}: {} {}",
+                relative(&o, &out),
+                relative(&g, &gradient)
+            );
+        }
+    }
+}
+
+#[test]
+fn the_soft_cap_is_tanh_and_has_its_derivative() {
+    // From far beyond the cap through 0 to values whose tanh is the value itself.
+    let xs: Vec<f32> = (-4000..=4000)
+        .map(|i| i as f32 / 100.0)
+        .chain((0..60).flat_map(|i| [0.5f32.powi(i), -(0.5f32.powi(i))]))
+        .collect();
+    for cap in [0.5f32, 30.0] {
+        let mut ys = xs.clone();
+        soft_cap(&mut ys, 2.0, cap);
+        for (x, y) in xs.iter().zip(&ys) {
+            let t = (2.0 * f64::from(*x) / f64::from(cap)).tanh();
+            let (want, slope) = (f64::from(cap) * t, 1.0 - t * t);
+            assert!(
+                (f64::from(*y) - want).abs() <= 1e-6 * want.abs() && y.abs() <= cap,
+                "x = {x}, cap = {cap}: {y} is not {want}"
+            );
+            let got = f64::from(soft_cap_slope(*y, cap));
+            assert!(
+                (got - slope).abs() < 2e-6,
+                "x = {x}, cap = {cap}: the slope {got} is not {slope}"
+            );
+        }
     }
 }
 
@@ -505,35 +595,45 @@ fn head_input<'a>(
     kernel: Kernel,
     h: &'a [f32],
     w: &'a [f32],
-    hidden: usize,
     targets: &'a [u32],
+    softcap: Option<f32>,
 ) -> HeadInput<'a> {
     HeadInput {
         kernel,
         h,
-        w: WeightView::new(Elements::F32(w), hidden),
+        w: WeightView::new(Elements::F32(w), HIDDEN),
         targets,
+        softcap,
     }
 }
+
+/// Width of the hidden states in the tests of the head.
+const HIDDEN: usize = 8;
+/// Soft-caps of the logits in the tests of the head. The second one is about as large as they are.
+const LOGIT_SOFTCAPS: [Option<f32>; 2] = [None, Some(3.0)];
 
 #[test]
 fn log_probs_and_distributions_match_a_full_softmax() {
     // More rows than one task processes, and more tokens than a tile has.
-    let (rows, hidden, vocabulary) = (130, 8, 2100);
-    let h: Vec<f32> = random(rows * hidden, 17).iter().map(|x| 3.0 * x).collect();
-    let w = random(vocabulary * hidden, 18);
+    let (rows, vocabulary) = (130, 2100);
+    let h: Vec<f32> = random(rows * HIDDEN, 17).iter().map(|x| 3.0 * x).collect();
+    let w = random(vocabulary * HIDDEN, 18);
     let targets: Vec<u32> = (0..rows as u32)
         .map(|i| i * 397 % vocabulary as u32)
         .collect();
-    let f64s = |v: &[f32]| matrix(v, hidden).to_dtype(DType::F64).unwrap();
-    let logits: Vec<Vec<f64>> = f64s(&h)
+    let f64s = |v: &[f32]| matrix(v, HIDDEN).to_dtype(DType::F64).unwrap();
+    let uncapped: Vec<Vec<f64>> = f64s(&h)
         .matmul(&f64s(&w).t().unwrap())
         .unwrap()
         .to_vec2()
         .unwrap();
-    for kernel in kernels() {
-        let got = head(head_input(kernel, &h, &w, hidden, &targets), PLAIN);
-        for (i, row) in logits.iter().enumerate() {
+    for (kernel, softcap) in kernels().flat_map(|kernel| LOGIT_SOFTCAPS.map(|cap| (kernel, cap))) {
+        let got = head(head_input(kernel, &h, &w, &targets, softcap), PLAIN);
+        for (i, row) in uncapped.iter().enumerate() {
+            let row: Vec<f64> = match softcap.map(f64::from) {
+                None => row.clone(),
+                Some(cap) => row.iter().map(|l| cap * (l / cap).tanh()).collect(),
+            };
             let m = row.iter().cloned().fold(f64::MIN, f64::max);
             let lse = m + row.iter().map(|x| (x - m).exp()).sum::<f64>().ln();
             let (y, d) = (targets[i] as usize, got.distributions[i]);
@@ -556,12 +656,12 @@ fn log_probs_and_distributions_match_a_full_softmax() {
 
 #[test]
 fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
-    let (rows, hidden, vocabulary) = (9, 8, 1100);
-    let h: Vec<f32> = random(rows * hidden, 19).iter().map(|x| 2.0 * x).collect();
-    let w = random(vocabulary * hidden, 20);
+    let (rows, vocabulary) = (9, 1100);
+    let h: Vec<f32> = random(rows * HIDDEN, 19).iter().map(|x| 2.0 * x).collect();
+    let w = random(vocabulary * HIDDEN, 20);
     let targets: Vec<u32> = (0..rows as u32).map(|i| i * 130).collect();
     let u = random(rows, 21);
-    for kernel in kernels() {
+    for (kernel, softcap) in kernels().flat_map(|kernel| LOGIT_SOFTCAPS.map(|cap| (kernel, cap))) {
         // Save all probabilities, those of the first tiles, or none.
         let gradients = [MAX_SAVED_PROBABILITIES, rows * 1024, 0].map(|saved| {
             let options = HeadOptions {
@@ -569,10 +669,10 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
                 gradient: true,
                 trained: Some(saved),
             };
-            let mut out = head(head_input(kernel, &h, &w, hidden, &targets), options);
+            let mut out = head(head_input(kernel, &h, &w, &targets, softcap), options);
             let mut dw = vec![0f32; w.len()];
             head_weight_gradient(
-                head_input(kernel, &h, &w, hidden, &targets),
+                head_input(kernel, &h, &w, &targets, softcap),
                 &mut out,
                 &u,
                 &mut dw,
@@ -581,20 +681,44 @@ fn log_prob_gradients_match_differences_for_a_frozen_and_a_trainable_head() {
         });
         assert!(
             gradients[1..].iter().all(|(_, dw)| *dw == gradients[0].1),
-            "{kernel:?}: bits depend on what is saved"
+            "{kernel:?} {softcap:?}: bits depend on what is saved"
         );
         let [(out, dw), ..] = gradients;
         let dh: Vec<f32> = out
             .gradient
-            .chunks(hidden)
+            .chunks(HIDDEN)
             .zip(&u)
             .flat_map(|(row, u)| row.iter().map(move |x| x * u))
             .collect();
-        check_gradient("head h", &h, &dh, &u, |h| {
-            head(head_input(kernel, h, &w, hidden, &targets), PLAIN).log_probs
-        });
-        check_gradient("head w", &w, &dw, &u, |w| {
-            head(head_input(kernel, &h, w, hidden, &targets), PLAIN).log_probs
-        });
+        let log_probs = |h: &[f32], w: &[f32]| {
+            head(head_input(kernel, h, w, &targets, softcap), PLAIN).log_probs
+        };
+        let name = |of: &str| format!("head {of} {softcap:?}");
+        check_gradient(&name("h"), &h, &dh, &u, |h| log_probs(h, &w));
+        check_gradient(&name("w"), &w, &dw, &u, |w| log_probs(&h, w));
+    }
+}
+
+#[test]
+fn queries_rotated_with_a_scaled_table_are_scaled_and_other_heads_are_left_alone() {
+    let frequencies: &[f32] = &[1.0, 0.3];
+    let segments = [(0..1, frequencies), (5..6, frequencies)];
+    let table = RopeTable::new(segments, 1.0, RotaryPairs::Halves);
+    let scaled = table.scaled(&[1.0, 3.0]);
+    let x: Vec<f32> = (0..2 * 14).map(|i| i as f32 * 0.1 - 1.0).collect();
+    for direction in [Direction::Forward, Direction::Backward] {
+        // Three heads of four elements and two more columns; the middle head is rotated.
+        let (mut plain, mut y) = (x.clone(), x.clone());
+        rotate(&mut plain, 14, (1..2, 4), &table, direction);
+        rotate(&mut y, 14, (1..2, 4), &scaled, direction);
+        for (i, ((y, plain), x)) in y.iter().zip(&plain).zip(&x).enumerate() {
+            let (token, column) = (i / 14, i % 14);
+            let want = match (4..8).contains(&column) {
+                true => plain * [1.0, 3.0][token],
+                false => *x,
+            };
+            assert!((y - want).abs() < 1e-5, "token {token}, column {column}");
+        }
+        assert_ne!(plain, x);
     }
 }

@@ -18,7 +18,7 @@ use super::gpu::{Gpu, Memory};
 use super::kernels::Kind::{Bf16, F32};
 use super::kernels::{Arg, AttentionPass, Kind, Launch, tensor_core_kernel};
 use crate::compute::cpu::attention::Heads;
-use crate::compute::cpu::rope::Direction;
+use crate::compute::cpu::rope::{Direction, RotaryPairs};
 use crate::compute::cpu::swiglu::ActivationFunction;
 
 /// Number of floats in a row's softmax state (`State` in head.cu).
@@ -36,6 +36,9 @@ const HEAD_THREADS: usize = 128;
 
 /// Heads per block in kernels that give each warp a head.
 const HEADS_PER_BLOCK: usize = 4;
+
+/// Widest head that a warp holds in registers (`MAX_DIM` in norm.cu). Wider ones get a block each.
+const MAX_WARP_HEAD: usize = 256;
 
 /// Threads per block of the attention kernels.
 const ATTENTION_THREADS: usize = 128;
@@ -77,6 +80,15 @@ fn count_rows(kernel: &str, operand: &str, len: usize, width: usize) -> Result<u
 /// Returns the argument for an optional operand: a null pointer if it is absent.
 fn optional(memory: Option<&Memory>) -> Arg {
     memory.map_or(Arg::Pointer(0), Arg::from)
+}
+
+/// Returns the name of a kernel's variant: the first one without a soft-cap, else the second one.
+/// Its last argument is the cap, which is added to `args`.
+fn capped(softcap: Option<f32>, names: [&'static str; 2], args: &mut Vec<Arg>) -> &'static str {
+    let [plain, with_cap] = names;
+    let Some(cap) = softcap else { return plain };
+    args.push(cap.into());
+    with_cap
 }
 
 /// Returns the number of partial sums for the gradient of a norm's weight over `rows` rows.
@@ -284,18 +296,50 @@ pub(crate) fn cast_bf16(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
     )
 }
 
+/// Converts `from`, in bf16, to f32.
+pub(crate) fn cast_f32(gpu: &Gpu, to: &Memory, from: &Memory) -> Result<()> {
+    let len = from.len();
+    check(
+        "cast_f32",
+        &[("to", to, F32, len), ("from", from, Bf16, len)],
+    )?;
+    gpu.launch(
+        "cast_f32",
+        None,
+        Launch::strided(len),
+        &[to.into(), from.into(), Arg::Long(len as i64)],
+    )
+}
+
 // ---------------------------------------------------------------------------------- element-wise
 
-/// Applies the rotary embedding to the first heads of every row of `x` in place; cos and sin are
-/// `[T, D/2]`.
+/// Rotary tables of a row.
+#[derive(Clone, Copy)]
+pub(crate) struct RotaryTables<'a> {
+    /// `[T, half]`.
+    pub cos: &'a Memory,
+    /// `[T, half]`.
+    pub sin: &'a Memory,
+    /// Number of pairs that are rotated in each head.
+    pub half: usize,
+    /// Dimensions that are rotated together.
+    pub pairs: RotaryPairs,
+}
+
+/// Applies the rotary embedding to heads of every row of `x` in place.
 pub(crate) fn rope(
     gpu: &Gpu,
     x: &Memory,
-    cos: &Memory,
-    sin: &Memory,
+    tables: RotaryTables<'_>,
     heads: HeadLayout,
     direction: Direction,
 ) -> Result<()> {
+    let RotaryTables {
+        cos,
+        sin,
+        half,
+        pairs,
+    } = tables;
     let HeadLayout {
         rows,
         stride,
@@ -303,14 +347,18 @@ pub(crate) fn rope(
         heads: count,
         dim,
     } = heads;
-    if first != 0 {
-        bail!("CUDA: rope: heads must start at column 0, not {first}");
+    if 2 * half > dim {
+        bail!("CUDA: rope: {half} pairs do not fit into a head of {dim}");
     }
-    let (kind, table) = (x.kind(), rows * (dim / 2));
+    let (kind, table) = (x.kind(), rows * half);
+    let name = match pairs {
+        RotaryPairs::Halves => "rope",
+        RotaryPairs::Interleaved => "rope_interleaved",
+    };
     check(
-        "rope",
+        name,
         &[
-            ("x", x, kind, heads.elements("rope", "x")?),
+            ("x", x, kind, heads.elements(name, "x")?),
             ("cos", cos, F32, table),
             ("sin", sin, F32, table),
         ],
@@ -320,16 +368,17 @@ pub(crate) fn rope(
         Direction::Backward => -1.0,
     };
     let args = [
-        x.into(),
+        x.at(first).into(),
         cos.into(),
         sin.into(),
         rows.into(),
         stride.into(),
         count.into(),
         dim.into(),
+        half.into(),
         sign.into(),
     ];
-    gpu.launch("rope", Some(kind), Launch::blocks(rows), &args)
+    gpu.launch(name, Some(kind), Launch::blocks(rows), &args)
 }
 
 /// Computes y = activation(gate) · up, with y `[T, width]` and gate_up = \[gate | up\] `[T,
@@ -377,6 +426,13 @@ pub(crate) fn gated_backward(
         Launch::strided(tokens * width),
         &args,
     )
+}
+
+/// Adds y to x, both in f32.
+pub(crate) fn add(gpu: &Gpu, x: &Memory, y: &Memory) -> Result<()> {
+    check("add_bias", &[("y", x, F32, y.len())])?;
+    // x is a single row, and y is its bias.
+    add_bias(gpu, Columns::all(x, x.len()), y)
 }
 
 /// Adds an f32 bias to every row of the given columns.
@@ -549,8 +605,14 @@ pub(crate) fn head_norm(
         dim.into(),
         eps.into(),
     ];
-    let grid = Launch::grid([heads.items().div_ceil(HEADS_PER_BLOCK), 1], HEAD_THREADS);
-    gpu.launch("head_norm", Some(x.kind()), grid, &args)
+    let (kernel, grid) = match dim > MAX_WARP_HEAD {
+        false => {
+            let blocks = heads.items().div_ceil(HEADS_PER_BLOCK);
+            ("head_norm", Launch::grid([blocks, 1], HEAD_THREADS))
+        }
+        true => ("wide_head_norm", Launch::blocks(heads.items())),
+    };
+    gpu.launch(kernel, Some(x.kind()), grid, &args)
 }
 
 /// Operands of [`head_norm_backward`].
@@ -612,12 +674,11 @@ pub(crate) fn head_norm_backward(
         n.eps.into(),
         ROWS_PER_PARTIAL.into(),
     ];
-    gpu.launch(
-        "head_norm_backward",
-        Some(kind),
-        Launch::grid([parts, 1], HEAD_THREADS),
-        &args,
-    )
+    let (kernel, grid) = match dim > MAX_WARP_HEAD {
+        false => ("head_norm_backward", Launch::grid([parts, 1], HEAD_THREADS)),
+        true => ("wide_head_norm_backward", Launch::blocks(parts)),
+    };
+    gpu.launch(kernel, Some(kind), grid, &args)
 }
 
 // ------------------------------------------------------------------------------------------ head
@@ -669,6 +730,8 @@ pub(crate) struct HeadTile<'a> {
     /// True to accumulate the statistics for a `TokenDistribution` too.
     pub distribution: bool,
     pub gradient: bool,
+    /// Soft-cap of the logits. With it, `p` is multiplied by the slope of the cap.
+    pub softcap: Option<f32>,
 }
 
 /// Adds a tile of logits to every row's softmax state.
@@ -689,7 +752,7 @@ pub(crate) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
             ("targets", h.targets, F32, rows),
         ],
     )?;
-    let args = [
+    let mut args = vec![
         h.state.into(),
         h.p.into(),
         h.scales.into(),
@@ -702,7 +765,8 @@ pub(crate) fn head_tile(gpu: &Gpu, h: HeadTile<'_>) -> Result<()> {
         h.distribution.into(),
         h.gradient.into(),
     ];
-    gpu.launch("head_tile", Some(kind), Launch::blocks(rows), &args)
+    let name = capped(h.softcap, ["head_tile", "head_tile_capped"], &mut args);
+    gpu.launch(name, Some(kind), Launch::blocks(rows), &args)
 }
 
 /// Scales rows in place: d\[i, :\] *= scales\[i\], in f32.
@@ -731,6 +795,8 @@ pub(crate) struct HeadFinish<'a> {
     /// Target token of every row `[n]`.
     pub targets: &'a Memory,
     pub width: usize,
+    /// Soft-cap of the logits. With it, the target's row of W is multiplied by the cap's slope.
+    pub softcap: Option<f32>,
 }
 
 /// Computes d\[i, :\] = W\[targets\[i\], :\] − d\[i, :\] / Σ e^(l − max).
@@ -745,7 +811,7 @@ pub(crate) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
             ("targets", h.targets, F32, rows),
         ],
     )?;
-    let args = [
+    let mut args = vec![
         h.d.into(),
         h.state.into(),
         h.w.into(),
@@ -753,7 +819,8 @@ pub(crate) fn head_finish(gpu: &Gpu, h: HeadFinish<'_>) -> Result<()> {
         rows.into(),
         h.width.into(),
     ];
-    gpu.launch("head_finish", Some(kind), Launch::blocks(rows), &args)
+    let name = capped(h.softcap, ["head_finish", "head_finish_capped"], &mut args);
+    gpu.launch(name, Some(kind), Launch::blocks(rows), &args)
 }
 
 /// Operands of [`head_errors`].
@@ -767,6 +834,8 @@ pub(crate) struct HeadErrors<'a> {
     pub g: &'a Memory,
     /// Target token of every row `[n]`.
     pub targets: &'a Memory,
+    /// Soft-cap of the logits. With it, the errors are multiplied by the slope of the cap.
+    pub softcap: Option<f32>,
 }
 
 /// Computes
@@ -783,7 +852,7 @@ pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
             ("targets", h.targets, F32, rows),
         ],
     )?;
-    let args = [
+    let mut args = vec![
         h.errors.into(),
         h.tile.logits.into(),
         h.lse.into(),
@@ -794,7 +863,8 @@ pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
         h.tile.stride.into(),
         h.tile.first.into(),
     ];
-    gpu.launch("head_errors", Some(kind), Launch::blocks(rows), &args)
+    let name = capped(h.softcap, ["head_errors", "head_errors_capped"], &mut args);
+    gpu.launch(name, Some(kind), Launch::blocks(rows), &args)
 }
 
 // ------------------------------------------------------------------------------------- attention
@@ -803,7 +873,7 @@ pub(crate) fn head_errors(gpu: &Gpu, h: HeadErrors<'_>) -> Result<()> {
 /// then adds up. The tensor-core kernel does: one block for all query heads that share a key head
 /// would give fewer blocks than a GPU runs at a time.
 pub(crate) fn has_key_gradient_parts(kind: Kind, heads: Heads) -> bool {
-    tensor_core_kernel(kind, heads.dim, AttentionPass::Keys).is_some() && heads.query != heads.key
+    tensor_core_kernel(kind, &heads, AttentionPass::Keys).is_some() && heads.query != heads.key
 }
 
 /// Tiles of tokens that blocks of threads work on. They define which tokens attend to which.
@@ -821,7 +891,7 @@ impl AttentionTiles<'_> {
         self.positions.len()
     }
 
-    /// Returns the arguments that all attention kernels have in common.
+    /// Returns the arguments that all attention kernels have in common, without the soft-cap.
     fn arguments(&self) -> [Arg; 7] {
         let Heads {
             query,
@@ -829,6 +899,7 @@ impl AttentionTiles<'_> {
             dim,
             window,
             scale,
+            softcap: _,
         } = self.heads;
         let (tiles, positions) = (self.tiles.into(), self.positions.into());
         [
@@ -850,13 +921,14 @@ impl AttentionTiles<'_> {
         pass: AttentionPass,
         kind: Kind,
         generic_heads: usize,
-        args: &[Arg],
+        mut args: Vec<Arg>,
     ) -> Result<()> {
-        let generic = match pass {
-            AttentionPass::Forward => "attention",
-            AttentionPass::Queries => "attention_dq",
-            AttentionPass::Keys => "attention_dkv",
+        let names = match pass {
+            AttentionPass::Forward => ["attention", "attention_capped"],
+            AttentionPass::Queries => ["attention_dq", "attention_dq_capped"],
+            AttentionPass::Keys => ["attention_dkv", "attention_dkv_capped"],
         };
+        let generic = capped(self.heads.softcap, names, &mut args);
         let count = count_rows(generic, "tiles", self.tiles.len(), TILE_ENTRY)?;
         check(
             generic,
@@ -865,18 +937,18 @@ impl AttentionTiles<'_> {
                 ("positions", self.positions, F32, self.tokens()),
             ],
         )?;
-        match tensor_core_kernel(kind, self.heads.dim, pass) {
+        match tensor_core_kernel(kind, &self.heads, pass) {
             // All heads of a tile run before the next tile.
             Some((name, shared)) => {
                 let grid =
                     Launch::grid([self.heads.query, count], ATTENTION_THREADS).shared(shared);
-                gpu.launch(name, None, grid, args)
+                gpu.launch(name, None, grid, &args)
             }
             None => gpu.launch(
                 generic,
                 Some(kind),
                 Launch::grid([count, generic_heads], ATTENTION_THREADS),
-                args,
+                &args,
             ),
         }
     }
@@ -905,7 +977,7 @@ pub(crate) fn attention(
         &over.arguments(),
     ]
     .concat();
-    over.launch(gpu, AttentionPass::Forward, kind, heads.query, &args)
+    over.launch(gpu, AttentionPass::Forward, kind, heads.query, args)
 }
 
 /// Computes delta\[t, h\] = Σ_d out · dout of the head, with delta `[T, H]` in f32.
@@ -996,7 +1068,7 @@ pub(crate) fn attention_dq(
         AttentionPass::Queries,
         a.qkv.kind(),
         over.heads.query,
-        &args,
+        args,
     )
 }
 
@@ -1026,10 +1098,10 @@ pub(crate) fn attention_dkv(
             &[("parts", parts, F32, 2 * over.tokens() * heads.width())],
         )?;
     }
-    if tensor_core_kernel(kind, heads.dim, AttentionPass::Keys).is_some() {
+    if tensor_core_kernel(kind, &heads, AttentionPass::Keys).is_some() {
         args.push(optional(parts));
     }
-    over.launch(gpu, AttentionPass::Keys, kind, heads.key, &args)
+    over.launch(gpu, AttentionPass::Keys, kind, heads.key, args)
 }
 
 /// Sums `parts` over the query heads that share a key head, into the key and value columns of

@@ -257,15 +257,10 @@ fn scaling(
         high_freq_factor,
         original_max_position_embeddings,
     };
-    let plain = RopeConfig {
-        theta,
-        scaling: RopeScaling::None,
-    }
-    .inv_freq(head_dim)
-    .0;
+    let plain = RopeConfig::new(theta).inv_freq(head_dim).0;
     let scaled = RopeConfig {
-        theta,
         scaling: scaled,
+        ..RopeConfig::new(theta)
     }
     .inv_freq(head_dim)
     .0;

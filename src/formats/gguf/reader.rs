@@ -272,6 +272,19 @@ impl Gguf {
         })
     }
 
+    /// Returns the array of 32-bit floats stored under `key`, if any.
+    pub(crate) fn floats(&self, key: &str) -> Result<Option<&[f32]>, ModelError> {
+        self.read(key, "an array of 32-bit floats", |v| match v {
+            Metadata::Floats(x) => Some(x.as_slice()),
+            _ => None,
+        })
+    }
+
+    /// Returns true if anything is stored under `key`.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.metadata.contains_key(key)
+    }
+
     /// Returns the array of integers stored under `key`, if any.
     pub(crate) fn integers(&self, key: &str) -> Result<Option<&[i32]>, ModelError> {
         self.read(key, "an array of 32-bit integers", |v| match v {

@@ -1,5 +1,9 @@
-//! Byte-level BPE tokenizers from GGUF metadata. They are rebuilt as the tokenizer.json from which
-//! llama.cpp converted them.
+//! Tokenizers from GGUF metadata. They are rebuilt as the tokenizer.json from which llama.cpp
+//! converted them, or that transformers makes from the same SentencePiece model.
+
+mod byte_level;
+mod description;
+mod sentencepiece;
 
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
@@ -8,19 +12,10 @@ use super::reader::Gguf;
 use crate::formats::tokenizer::parts::{DEFAULT, Parts, TOOL_USE, wrong};
 use crate::model::error::ModelError;
 
-/// Values of `tokenizer.ggml.token_type` for special tokens and for tokens that a user added.
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-
-/// Regular expressions of the pre-tokenizers of Llama 3 and Qwen 2.
-const LLAMA3: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+",
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-);
-const QWEN2: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+",
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-);
+const BOS: &str = "tokenizer.ggml.bos_token_id";
+const EOS: &str = "tokenizer.ggml.eos_token_id";
+const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
+const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
 
 /// Reads the tokenizer and chat templates from the metadata.
 ///
@@ -29,32 +24,17 @@ const QWEN2: &str = concat!(
 /// key is missing or malformed.
 pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let model = gguf.string("tokenizer.ggml.model")?.unwrap_or("none");
-    if model != "gpt2" {
+    if !["gpt2", "llama"].contains(&model) {
         let what = format!(
-            "{}: tokenizer '{model}' in GGUF (supported: gpt2, the byte-level BPE; \
-             for SentencePiece models use the safetensors folder)",
+            "{}: tokenizer '{model}' in GGUF (supported: gpt2, the byte-level BPE, and llama, \
+             the BPE of SentencePiece; for others use the safetensors folder)",
             gguf.path.display()
         );
         return Err(ModelError::Unsupported { what });
     }
-    let missing = |key: &str| gguf.invalid(key, "is missing");
     let tokens = gguf
         .strings("tokenizer.ggml.tokens")?
-        .ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
-    let merges = gguf
-        .strings("tokenizer.ggml.merges")?
-        .ok_or_else(|| missing("tokenizer.ggml.merges"))?;
-    let types = gguf
-        .integers("tokenizer.ggml.token_type")?
-        .unwrap_or_default();
-    let pre = gguf.string("tokenizer.ggml.pre")?.unwrap_or("default");
-    let pipeline = pipeline(pre).ok_or_else(|| ModelError::Unsupported {
-        what: format!(
-            "{}: pre-tokenizer '{pre}' (supported: default, gpt-2, smollm, starcoder, codeshell, \
-             refact, qwen2, deepseek-r1-qwen, llama-bpe, llama3, llama-v3)",
-            gguf.path.display()
-        ),
-    })?;
+        .ok_or_else(|| gguf.invalid("tokenizer.ggml.tokens", "is missing"))?;
     let token = |key: &str| -> Result<Option<String>, ModelError> {
         let Some(id) = gguf.integer(key)? else {
             return Ok(None);
@@ -67,77 +47,29 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
             )
         })
     };
-    let mut content = blake3::Hasher::new();
-    for text in tokens.iter().chain(merges) {
-        content.update(&(text.len() as u64).to_le_bytes());
-        content.update(text.as_bytes());
-    }
-    let (bos, eos) = (
-        token("tokenizer.ggml.bos_token_id")?,
-        token("tokenizer.ggml.eos_token_id")?,
-    );
+    let (bos, eos) = (token(BOS)?, token(EOS)?);
     let (unk, pad) = (
         token("tokenizer.ggml.unknown_token_id")?,
         token("tokenizer.ggml.padding_token_id")?,
     );
-    let add_bos = gguf.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(false);
-    content.update(format!("{types:?} {pre} {add_bos}").as_bytes());
-
-    let added: Vec<Value> = tokens
-        .iter()
-        .zip(types)
-        .enumerate()
-        .filter(|(_, (_, kind))| matches!(**kind, CONTROL | USER_DEFINED))
-        .map(|(id, (content, kind))| {
-            json!({
-                "id": id,
-                "content": content,
-                "single_word": false,
-                "lstrip": false,
-                "rstrip": false,
-                "normalized": false,
-                "special": *kind == CONTROL,
-            })
-        })
-        .collect();
-    let vocab: serde_json::Map<String, Value> = tokens
-        .iter()
-        .enumerate()
-        .map(|(id, t)| (t.clone(), json!(id)))
-        .collect();
-    let post_processor = match (&bos, add_bos) {
-        (Some(bos), true) => bos_processor(
-            bos,
-            gguf.integer("tokenizer.ggml.bos_token_id")?
-                .unwrap_or_default(),
-        ),
-        _ => Value::Null,
+    let mut content = blake3::Hasher::new();
+    let is_sentencepiece = model == "llama";
+    // llama.cpp's defaults: SentencePiece models begin each text with the BOS token.
+    let starts = surrounding(gguf, (ADD_BOS, is_sentencepiece), BOS, bos.as_ref())?;
+    let description = if is_sentencepiece {
+        if bos.is_none() && gguf.flag(ADD_BOS)?.unwrap_or(true) {
+            return Err(gguf.invalid(BOS, "is missing, but the tokenizer adds this token"));
+        }
+        let ends = surrounding(gguf, (ADD_EOS, false), EOS, eos.as_ref())?;
+        content.update(format!("{starts:?} {ends:?}").as_bytes());
+        sentencepiece::describe(gguf, tokens, unk.as_deref(), &mut content)?
+            .into_json(&starts, &ends)
+    } else {
+        let add_bos = gguf.flag(ADD_BOS)?.unwrap_or(false);
+        byte_level::describe(gguf, tokens, add_bos, &mut content)?.into_json(&starts, &[])
     };
-    let description = json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
-        "normalizer": pipeline.normalizer,
-        "pre_tokenizer": pipeline.pre_tokenizer,
-        "post_processor": post_processor,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": true,
-            "trim_offsets": true,
-            "use_regex": true,
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": null,
-            "unk_token": null,
-            "continuing_subword_prefix": null,
-            "end_of_word_suffix": null,
-            "fuse_unk": false,
-            "byte_fallback": false,
-            "ignore_merges": pipeline.ignore_merges,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    });
     let file = serde_json::to_vec(&description).map_err(|e| wrong(&gguf.path, e.to_string()))?;
+    drop(description);
     let tokenizer = Tokenizer::from_bytes(&file).map_err(|e| wrong(&gguf.path, e.to_string()))?;
 
     let template = gguf.string("tokenizer.chat_template")?.map(str::to_owned);
@@ -188,63 +120,18 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     })
 }
 
-struct Pipeline {
-    normalizer: Value,
-    pre_tokenizer: Value,
-    ignore_merges: bool,
-}
-
-/// Returns the normalizer and pre-tokenizer for llama.cpp's name of a pre-tokenizer, as in the
-/// tokenizer.json files of the models it was named for.
-fn pipeline(pre: &str) -> Option<Pipeline> {
-    let byte_level = |regex: bool| {
-        json!({
-            "type": "ByteLevel",
-            "add_prefix_space": false,
-            "trim_offsets": true,
-            "use_regex": regex,
-        })
-    };
-    let split = |pattern: &str| {
-        json!({"type": "Sequence", "pretokenizers": [
-            {
-                "type": "Split",
-                "pattern": {"Regex": pattern},
-                "behavior": "Isolated",
-                "invert": false,
-            },
-            byte_level(false),
-        ]})
-    };
-    let plain = |pre_tokenizer: Value| Pipeline {
-        normalizer: Value::Null,
-        pre_tokenizer,
-        ignore_merges: false,
-    };
-    Some(match pre {
-        "default" | "gpt-2" => plain(byte_level(true)),
-        "smollm" | "starcoder" | "codeshell" | "refact" => {
-            plain(json!({"type": "Sequence", "pretokenizers": [
-                {"type": "Digits", "individual_digits": true},
-                byte_level(true),
-            ]}))
-        }
-        "qwen2" | "deepseek-r1-qwen" => Pipeline {
-            normalizer: json!({"type": "NFC"}),
-            ..plain(split(QWEN2))
-        },
-        "llama-bpe" | "llama3" | "llama-v3" => Pipeline {
-            ignore_merges: true,
-            ..plain(split(LLAMA3))
-        },
-        _ => return None,
-    })
-}
-
-fn bos_processor(bos: &str, id: u64) -> Value {
-    let special = |type_id: u8| json!({"SpecialToken": {"id": bos, "type_id": type_id}});
-    let sequence = |id: &str, type_id: u8| json!({"Sequence": {"id": id, "type_id": type_id}});
-    json!({"type": "TemplateProcessing", "single": [special(0), sequence("A", 0)],
-           "pair": [special(0), sequence("A", 0), special(1), sequence("B", 1)],
-           "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}}})
+/// Returns the token with the key `id`, if the tokenizer puts it before or after each text. `adds`
+/// is the flag that says so, with its default. A token that no key names is not added.
+fn surrounding(
+    gguf: &Gguf,
+    adds: (&str, bool),
+    id: &str,
+    token: Option<&String>,
+) -> Result<Vec<(String, u64)>, ModelError> {
+    let (flag, default) = adds;
+    if !gguf.flag(flag)?.unwrap_or(default) {
+        return Ok(Vec::new());
+    }
+    let id = gguf.integer(id)?;
+    Ok(token.cloned().zip(id).into_iter().collect())
 }

@@ -110,6 +110,18 @@ impl<'a> Fields<'a> {
         })
     }
 
+    pub(in crate::model) fn numbers(&self, field: &str) -> Result<Option<Vec<f64>>, ModelError> {
+        self.read(field, "a list of numbers", |v| {
+            v.as_array()?.iter().map(Value::as_f64).collect()
+        })
+    }
+
+    pub(in crate::model) fn integers(&self, field: &str) -> Result<Option<Vec<u64>>, ModelError> {
+        self.read(field, "a list of non-negative integers", |v| {
+            v.as_array()?.iter().map(Value::as_u64).collect()
+        })
+    }
+
     /// Reads a required size from 1 to `max`.
     pub(in crate::model) fn size(&self, field: &str, max: usize) -> Result<usize, ModelError> {
         self.optional_size(field, max)?

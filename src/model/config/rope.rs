@@ -5,11 +5,14 @@ use super::json::Fields;
 use super::limits;
 use crate::model::error::ModelError;
 use crate::model::rope::{RopeConfig, RopeScaling};
+use crate::model::spec::ModelSpec;
 
-/// Reads the frequencies of a model that was trained for `max_position_embeddings` positions.
+/// Reads the frequencies of a model with heads of width `head_dim` that was trained for
+/// `max_position_embeddings` positions.
 pub(in crate::model) fn rope(
     fields: &Fields<'_>,
     max_position_embeddings: usize,
+    head_dim: usize,
 ) -> Result<RopeConfig, ModelError> {
     // If both are present, `rope_scaling`, the older name, takes precedence as in transformers.
     let key = if fields.is_null("rope_scaling") {
@@ -17,12 +20,87 @@ pub(in crate::model) fn rope(
     } else {
         "rope_scaling"
     };
-    rope_of(
+    let rope = rope_of(
         fields,
         fields.object(key)?,
         fields.number("rope_theta")?.unwrap_or(10_000.0),
         max_position_embeddings,
-    )
+    )?;
+    let dims = rotated_dims(fields, key, head_dim)?;
+    Ok(RopeConfig {
+        dims: (dims != head_dim).then_some(dims),
+        ..rope
+    })
+}
+
+/// Checks that the frequencies of a model fit its heads.
+pub(super) fn check_ropes(fields: &Fields<'_>, spec: &ModelSpec) -> Result<(), ModelError> {
+    let head_dim = spec.head_dim();
+    for rope in &spec.ropes {
+        let dims = rope.dims.unwrap_or(head_dim);
+        let reason = match &rope.scaling {
+            RopeScaling::LongRope {
+                short_factor,
+                long_factor,
+                ..
+            } if short_factor.len() != dims / 2 || long_factor.len() != dims / 2 => format!(
+                "lists {} short and {} long factors; {dims} rotated dimensions need {} of each",
+                short_factor.len(),
+                long_factor.len(),
+                dims / 2
+            ),
+            _ if rope.query_scaling.is_some() && dims != head_dim => {
+                format!("scales queries of which {dims} of {head_dim} dimensions are rotated")
+            }
+            RopeScaling::Dynamic { .. } if dims <= 2 => {
+                format!("is 'dynamic', which needs more than {dims} rotated dimensions")
+            }
+            _ => continue,
+        };
+        let key = match fields.is_null("rope_scaling") {
+            true => "rope_parameters",
+            false => "rope_scaling",
+        };
+        return Err(fields.invalid(key, reason));
+    }
+    Ok(())
+}
+
+/// Reads the number of rotated dimensions of a head of width `head_dim`. `key` is the name of the
+/// object that describes the frequencies.
+fn rotated_dims(fields: &Fields<'_>, key: &str, head_dim: usize) -> Result<usize, ModelError> {
+    let name = "partial_rotary_factor";
+    if !fields.has_default(name) {
+        return Ok(head_dim);
+    }
+    let nested = fields.object(key)?;
+    let nested = nested.map(|rope| rope.number(name)).transpose()?.flatten();
+    let factor = match nested {
+        Some(factor) => factor,
+        None => fields.number(name)?.unwrap_or(1.0),
+    };
+    if !(factor > 0.0 && factor <= 1.0) {
+        return Err(fields.invalid(name, format!("is {factor}; must be above 0 and at most 1")));
+    }
+    // Truncated, as in transformers.
+    let dims = (head_dim as f64 * factor) as usize;
+    if dims == 0 || dims % 2 != 0 {
+        return Err(fields.invalid(
+            name,
+            format!("is {factor}: it rotates {dims} of {head_dim} dimensions; must be even"),
+        ));
+    }
+    Ok(dims)
+}
+
+/// Returns the factor on cos and sin of `longrope` for a context of `ratio` times `original`
+/// positions (arXiv:2402.13753).
+fn longrope_attention_factor(ratio: f64, original: usize) -> f64 {
+    if ratio <= 1.0 {
+        1.0
+    } else {
+        (1.0 + ratio.ln() / (original as f64).ln()).sqrt()
+    }
 }
 
 /// Reads the frequencies from the object `nested` that describes them. `theta` applies if the
@@ -45,8 +123,9 @@ pub(in crate::model) fn rope_of(
             format!("is {theta}; must be a number above 1"),
         ));
     }
+    let has_partial = fields.has_default("partial_rotary_factor");
     for f in [Some(fields), nested.as_ref()].into_iter().flatten() {
-        if f.number("partial_rotary_factor")?.is_some_and(|p| p != 1.0) {
+        if !has_partial && f.number("partial_rotary_factor")?.is_some_and(|p| p != 1.0) {
             return Err(f.invalid(
                 "partial_rotary_factor",
                 "partial rotation is not implemented; must be 1",
@@ -54,15 +133,18 @@ pub(in crate::model) fn rope_of(
         }
     }
     let Some(rope) = nested else {
-        return Ok(RopeConfig {
-            theta,
-            scaling: RopeScaling::None,
-        });
+        return Ok(RopeConfig::new(theta));
     };
 
     let kind = match rope.string("rope_type")? {
         Some(kind) => kind,
         None => rope.string("type")?.unwrap_or("default"),
+    };
+    // Only the class of Phi-3 has this field. It reads these older names as longrope.
+    let is_phi3 = fields.has_default("original_max_position_embeddings");
+    let kind = match kind {
+        "su" | "yarn" if is_phi3 => "longrope",
+        kind => kind,
     };
     let factor = |name: &str| {
         let value = rope.number(name)?.ok_or_else(|| {
@@ -128,12 +210,53 @@ pub(in crate::model) fn rope_of(
                 truncate: rope.flag("truncate")?.unwrap_or(true),
             }
         }
+        "dynamic" => RopeScaling::Dynamic {
+            factor: factor("factor")?,
+            context: max_position_embeddings,
+        },
+        "longrope" => {
+            let factors = |name: &str| {
+                let list = rope.numbers(name)?.ok_or_else(|| {
+                    rope.invalid(name, format!("is missing; rope type '{kind}' needs it"))
+                })?;
+                if list.iter().all(|f| *f > 0.0 && f.is_finite()) {
+                    Ok(list)
+                } else {
+                    Err(rope.invalid(name, "lists a number that is not above 0"))
+                }
+            };
+            let original = original()?;
+            let ratio = if rope.is_null("factor") {
+                max_position_embeddings as f64 / original as f64
+            } else {
+                factor("factor")?
+            };
+            let stored = rope.number("attention_factor")?;
+            let attention_factor =
+                stored.unwrap_or_else(|| longrope_attention_factor(ratio, original));
+            if !(attention_factor > 0.0 && attention_factor.is_finite()) {
+                return Err(rope.invalid(
+                    "attention_factor",
+                    format!("is {attention_factor}; must be above 0"),
+                ));
+            }
+            RopeScaling::LongRope {
+                short_factor: factors("short_factor")?,
+                long_factor: factors("long_factor")?,
+                attention_factor,
+                original_max_position_embeddings: original,
+            }
+        }
         other => {
+            let supported = "default, linear, llama3, yarn, dynamic, longrope";
             return Err(rope.invalid(
                 "rope_type",
-                format!("'{other}' is not implemented; supported: default, linear, llama3, yarn"),
+                format!("'{other}' is not implemented; supported: {supported}"),
             ));
         }
     };
-    Ok(RopeConfig { theta, scaling })
+    Ok(RopeConfig {
+        scaling,
+        ..RopeConfig::new(theta)
+    })
 }

@@ -97,6 +97,32 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
         ("mistral", 8, 4, 131_072, vec![Some(4096); 30]),
         ("qwen2", 32, 4, 32_768, vec![None; 30]),
         ("qwen3", 32, 128, 32_768, vec![None; 30]),
+        ("gemma2", 4, 256, 8192, [Some(4096), None].repeat(15)),
+        ("phi3", 64, 4, 4096, vec![None; 30]),
+        ("glm4", 2, 128, 131_072, vec![None; 30]),
+        (
+            "gemma3_text",
+            4,
+            256,
+            131_072,
+            [vec![Some(4096); 5], vec![None]].concat().repeat(5),
+        ),
+        ("smollm3", 4, 4, 32_768, vec![None; 30]),
+        ("granite", 64, 4, 2048, vec![None; 30]),
+        ("olmo2", 64, 4, 2048, vec![None; 30]),
+        (
+            "olmo3",
+            64,
+            4,
+            2048,
+            [
+                [vec![Some(4096); 3], vec![None]].concat().repeat(7),
+                vec![Some(4096); 2],
+            ]
+            .concat(),
+        ),
+        ("ministral", 8, 4, 131_072, vec![Some(4096); 30]),
+        ("ministral3", 8, 128, 262_144, vec![None; 30]),
     ] {
         let spec = read(model_type, "");
         let attention = spec.blocks[0].attention();

@@ -49,6 +49,6 @@ pub enum CpuGateUpGradient {
 pub struct CpuHeadTape {
     /// The predictors' hidden states before the last norm `[N, C]`.
     pub before_norm: Buffer,
-    /// The predictors' hidden states after the last norm `[N, C]`.
+    /// The predictors' hidden states after the last norm, times the factor on the logits `[N, C]`.
     pub normed: Buffer,
 }

@@ -11,18 +11,19 @@ use crate::compute::cpu::attention::{Heads, attention, attention_backward};
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{Kernel, Operand, View};
 use crate::compute::cpu::rms_norm::{
-    HeadColumns, head_norm, head_norm_backward, rms_norm_backward, rms_norm_operand,
+    HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward, rms_norm_operand,
 };
 use crate::compute::cpu::rope::{Direction, rotate};
 use crate::compute::cpu::swiglu::{
     GateUpTape, GatedTiles, GradientTiles, SavedGateUp, gated, gated_backward,
 };
+use crate::compute::cpu::thread_pool;
 use crate::model::adapter::Adapter;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
 use crate::model::parameters::{NormFactors, Parameters};
 use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
-use crate::model::row::PreparedRow;
-use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward, Mixer};
+use crate::model::row::{PreparedRow, RowRope};
+use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward, Mixer, QkNorm};
 
 /// A block with its adapter, opened for a pass over a row.
 pub struct CpuBlock<'a> {
@@ -61,8 +62,11 @@ impl<'a> CpuBlock<'a> {
                     width,
                     activation,
                     bias: _,
+                    projections: _,
                 },
             feed_forward_norms: _,
+            norm_names: _,
+            output_factor: _,
         } = spec.blocks[index];
         let groups = |adapter: Option<&'a Adapter>| {
             PerGroup::build(|group| CpuLinearGroup::open(kernel, index, parameters, adapter, group))
@@ -118,16 +122,21 @@ impl<'a> CpuBlock<'a> {
     fn normed_heads(&self) -> [(HeadColumns, BlockParam); 2] {
         let h = &self.heads;
         let (stride, offset) = (h.row(), h.query * h.dim);
+        let [query_count, key_count] = match self.spec.attention().qk_norm {
+            // All heads are normed as one.
+            QkNorm::AllHeads => [1, 1],
+            QkNorm::PerHead | QkNorm::Absent => [h.query, h.key],
+        };
         let (queries, keys) = (
             HeadColumns {
                 stride,
                 offset: 0,
-                count: h.query,
+                count: query_count,
             },
             HeadColumns {
                 stride,
                 offset,
-                count: h.key,
+                count: key_count,
             },
         );
         [
@@ -146,6 +155,10 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         Ok(Buffer::uninit(self.tokens() * self.heads.row()))
     }
 
+    fn new_stream(&self) -> Result<Buffer> {
+        Ok(Buffer::zeros(self.tokens() * self.groups.down.output()))
+    }
+
     fn new_gate_up(&self) -> Result<()> {
         Ok(())
     }
@@ -156,6 +169,16 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
             x,
             self.factors(norm.weight())?.values()?,
             self.eps,
+        ))
+    }
+
+    fn stream_operand(&self, x: &Buffer) -> Result<Operand<'static>> {
+        let width = self.groups.down.output();
+        Ok(Operand::owned(
+            self.kernel,
+            View::f32(x, width),
+            self.tokens(),
+            width,
         ))
     }
 
@@ -182,6 +205,35 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         self.run_group(group, input, x, true)
     }
 
+    fn add_scaled(&self, factor: f32, y: &Buffer, x: &mut Buffer) -> Result<()> {
+        let width = self.groups.down.output();
+        thread_pool::chunks(x, width, |i, x| {
+            x.iter_mut()
+                .zip(&y[i * width..])
+                .for_each(|(x, y)| *x += factor * y)
+        });
+        Ok(())
+    }
+
+    fn scaled(&self, factor: f32, x: &Buffer) -> Result<Buffer> {
+        let mut y = Buffer::copy_of(x);
+        thread_pool::chunks(&mut y, self.groups.down.output(), |_, y| {
+            y.iter_mut().for_each(|y| *y *= factor)
+        });
+        Ok(y)
+    }
+
+    fn add_norm(&self, norm: StreamNorm, y: &Buffer, x: &mut Buffer) -> Result<()> {
+        let mut normed = Buffer::uninit(y.len());
+        rms_norm(
+            y,
+            self.factors(norm.weight())?.values()?,
+            self.eps,
+            &mut normed,
+        );
+        self.add_scaled(self.spec.output_factor, &normed, x)
+    }
+
     fn head_norms(&self, qkv: &mut Buffer) -> Result<()> {
         for (columns, norm) in self.normed_heads() {
             head_norm(qkv, columns, self.factors(norm)?.values()?, self.eps);
@@ -189,15 +241,18 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         Ok(())
     }
 
-    fn rotate(&self, qkv: &mut Buffer, direction: Direction) -> Result<()> {
-        let rope = &self.row.ropes[self.spec.attention().rope];
-        rotate(
-            qkv,
-            self.heads.row(),
-            self.heads.query + self.heads.key,
-            rope,
-            direction,
-        );
+    fn rotate(&self, rope: usize, qkv: &mut Buffer, direction: Direction) -> Result<()> {
+        let RowRope { table, queries } = &self.row.ropes[rope];
+        let (h, stride) = (self.heads, self.heads.row());
+        let first = match queries {
+            Some(queries) => {
+                rotate(qkv, stride, (0..h.query, h.dim), queries, direction);
+                h.query
+            }
+            None => 0,
+        };
+        let others = first..h.query + h.key;
+        rotate(qkv, stride, (others, h.dim), table, direction);
         Ok(())
     }
 
@@ -222,7 +277,8 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
     }
 
     /// With `save_tape`, saves `[gate | up]` in bf16 if the kernel rounds to bf16 and only an
-    /// adapter is trained, otherwise in f32.
+    /// adapter is trained, otherwise in f32. The gradients of rounded values are separate operands
+    /// for gate and up, so with fused projections the values are always saved in f32.
     fn feed_forward(
         &self,
         (): (),
@@ -232,7 +288,9 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         let (tokens, width) = (self.tokens(), self.width);
         let saved_gate_up = match save_tape {
             false => SavedGateUp::Nothing,
-            true => SavedGateUp::for_tape(self.kernel, self.is_adapted),
+            true => {
+                SavedGateUp::for_tape(self.kernel, self.is_adapted && !self.spec.fuses_gate_up())
+            }
         };
         if self.parts.is_empty() && self.groups.gate_up.is_tiled::<2>() {
             let tiles =
@@ -274,21 +332,21 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         &self,
         gate_up: GateUpTape,
         low_rank: &Buffer,
-        gx: &Buffer,
+        g: &Buffer,
         gradients: &mut CpuGradients,
     ) -> Result<CpuGateUpGradient> {
         let (tokens, width, down) = (self.tokens(), self.width, &self.groups.down);
         match gate_up {
             GateUpTape::F32(mut gate_up) => {
                 let y = gated(self.kernel, self.activation, &gate_up, width);
-                let gy = down.backward(&y, low_rank, gx, tokens, gradients)?;
+                let gy = down.backward(&y, low_rank, g, tokens, gradients)?;
                 gated_backward(self.activation, &mut gate_up, width, &gy);
                 Ok(CpuGateUpGradient::F32(gate_up))
             }
             GateUpTape::Bf16(saved) => {
                 let g = [Operand::new(
                     self.kernel,
-                    View::f32(gx, down.output()),
+                    View::f32(g, down.output()),
                     tokens,
                     down.output(),
                     1.0,
@@ -382,5 +440,9 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
             slot,
         );
         Ok(())
+    }
+
+    fn add_gradient(&self, g: &Buffer, gx: &mut Buffer) -> Result<()> {
+        self.add_scaled(1.0, g, gx)
     }
 }

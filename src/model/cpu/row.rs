@@ -64,12 +64,20 @@ impl<'a> CpuRow<'a> {
             self.eps(),
             &mut normed,
         );
+        // The logits are proportional to the hidden states.
+        let factor = self.policy.spec.logit_factor;
+        if factor != 1.0 {
+            thread_pool::chunks(&mut normed, width, |_, h| {
+                h.iter_mut().for_each(|h| *h *= factor)
+            });
+        }
         let w = self.policy.parameters.head()?.read()?;
         let input = HeadInput {
             kernel: self.kernel(),
             h: &normed,
             w: w.view(),
             targets: &row.targets,
+            softcap: self.policy.spec.logit_softcap,
         };
         let output = head(input, options);
         Ok((
@@ -167,11 +175,14 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
                 h: &normed,
                 w: w.view(),
                 targets: &row.targets,
+                softcap: self.policy.spec.logit_softcap,
             };
             head_weight_gradient(input, &mut output, upstream, slot);
         }
+        let factor = self.policy.spec.logit_factor;
         thread_pool::chunks(&mut output.gradient, width, |i, row| {
-            row.iter_mut().for_each(|x| *x *= upstream[i])
+            let upstream = upstream[i] * factor;
+            row.iter_mut().for_each(|x| *x *= upstream)
         });
         let mut dh = Buffer::zeros(before_norm.len());
         let slot = gradients.slot(ParamId::Norm);

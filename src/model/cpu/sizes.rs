@@ -58,6 +58,7 @@ mod tests {
             dim: 64,
             window: None,
             scale: 0.125,
+            softcap: None,
         };
         let block = BlockShape {
             hidden: 576,

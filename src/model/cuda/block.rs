@@ -10,7 +10,7 @@ use super::attention::Attention;
 use super::backend::{CudaBackend, CudaOperand};
 use super::gradients::GradientBuffers;
 use super::projections::{CudaLinearGroup, GroupBackward};
-use super::row::DeviceRow;
+use super::row::{DeviceRope, DeviceRow, DeviceTable};
 use super::sizes::BlockShape;
 use super::weights::{BlockWeights, DeviceAdapter};
 use crate::compute::cpu::rope::Direction;
@@ -19,7 +19,7 @@ use crate::compute::cuda::kernels::Kind;
 use crate::compute::cuda::ops::{self, Columns, HeadLayout, HeadNormBackward, RmsNormBackward};
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNorm};
 use crate::model::params::{BlockParam, LinearGroup, ParamId};
-use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward};
+use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward, QkNorm};
 
 /// A block with its adapter, opened for a pass over a row.
 pub(super) struct CudaBlock<'a> {
@@ -83,9 +83,18 @@ impl CudaBlock<'_> {
             self.head_columns(0, h.query),
             self.head_columns(h.query * h.dim, h.key),
         );
+        // All heads are normed as one.
+        let joined = |heads: HeadLayout| match self.spec.attention().qk_norm {
+            QkNorm::AllHeads => HeadLayout {
+                heads: 1,
+                dim: heads.heads * heads.dim,
+                ..heads
+            },
+            QkNorm::PerHead | QkNorm::Absent => heads,
+        };
         [
-            (queries, BlockParam::QueryNorm),
-            (keys, BlockParam::KeyNorm),
+            (joined(queries), BlockParam::QueryNorm),
+            (joined(keys), BlockParam::KeyNorm),
         ]
     }
 
@@ -151,6 +160,11 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             .uninit(self.kind, self.row.tokens * self.shape.qkv())
     }
 
+    fn new_stream(&self) -> Result<Memory> {
+        self.gpu
+            .zeros(Kind::F32, self.row.tokens * self.shape.hidden)
+    }
+
     fn new_gate_up(&self) -> Result<Memory> {
         self.gpu
             .uninit(self.kind, self.row.tokens * self.shape.gate_up())
@@ -162,6 +176,14 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             .uninit(self.kind, self.row.tokens * self.shape.hidden)?;
         ops::rms_norm(self.gpu, &n, x, self.weights.norm(norm.weight())?, self.eps)?;
         Ok(CudaOperand::Owned(n))
+    }
+
+    fn stream_operand(&self, x: &Memory) -> Result<CudaOperand<'static>> {
+        let operand = match round(self.gpu, self.kind, x)? {
+            Some(rounded) => rounded,
+            None => x.copy()?,
+        };
+        Ok(CudaOperand::Owned(operand))
     }
 
     fn attention_operand<'b>(&self, output: &'b Memory) -> CudaOperand<'b> {
@@ -186,6 +208,32 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         self.run_group(group, input, x, true)
     }
 
+    fn add_scaled(&self, factor: f32, y: &Memory, x: &mut Memory) -> Result<()> {
+        ops::add(self.gpu, x, &self.scaled(factor, y)?)
+    }
+
+    fn scaled(&self, factor: f32, x: &Memory) -> Result<Memory> {
+        let y = self.gpu.uninit(Kind::F32, x.len())?;
+        let factors = self.gpu.upload(Kind::F32, &vec![factor; self.row.tokens])?;
+        ops::scale_rows(self.gpu, &y, x, &factors, self.shape.hidden)?;
+        Ok(y)
+    }
+
+    fn add_norm(&self, norm: StreamNorm, y: &Memory, x: &mut Memory) -> Result<()> {
+        let normed = self.gpu.uninit(Kind::F32, y.len())?;
+        ops::rms_norm(
+            self.gpu,
+            &normed,
+            y,
+            self.weights.norm(norm.weight())?,
+            self.eps,
+        )?;
+        match self.spec.output_factor {
+            1.0 => ops::add(self.gpu, x, &normed),
+            factor => self.add_scaled(factor, &normed, x),
+        }
+    }
+
     fn head_norms(&self, qkv: &mut Memory) -> Result<()> {
         let mut heads = self.normed_heads().into_iter();
         heads.try_for_each(|(heads, norm)| {
@@ -193,19 +241,18 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         })
     }
 
-    fn rotate(&self, qkv: &mut Memory, direction: Direction) -> Result<()> {
-        let (h, (cos, sin)) = (
-            self.shape.heads,
-            &self.row.ropes[self.spec.attention().rope],
-        );
-        ops::rope(
-            self.gpu,
-            qkv,
-            cos,
-            sin,
-            self.head_columns(0, h.query + h.key),
-            direction,
-        )
+    fn rotate(&self, rope: usize, qkv: &mut Memory, direction: Direction) -> Result<()> {
+        let h = self.shape.heads;
+        let DeviceRope { table, queries } = &self.row.ropes[rope];
+        let rotate =
+            |table: &DeviceTable, heads| ops::rope(self.gpu, qkv, table.tables(), heads, direction);
+        match queries {
+            None => rotate(table, self.head_columns(0, h.query + h.key)),
+            Some(queries) => {
+                rotate(queries, self.head_columns(0, h.query))?;
+                rotate(table, self.head_columns(h.query * h.dim, h.key))
+            }
+        }
     }
 
     fn attention(&self, qkv: &Memory) -> Result<Attended<CudaBackend>> {
@@ -232,7 +279,7 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         &self,
         gate_up: Memory,
         low_rank: &Option<Memory>,
-        gx: &Memory,
+        g: &Memory,
         gradients: &mut GradientBuffers,
     ) -> Result<Memory> {
         let y = CudaOperand::Owned(self.gated(&gate_up)?);
@@ -240,7 +287,7 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             LinearGroup::Down,
             &y,
             low_rank,
-            OutputGradient::Stream(gx),
+            OutputGradient::Stream(g),
             gradients,
         )?;
         ops::gated_backward(
@@ -320,6 +367,15 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
             slot,
         }
         .add_to(self.gpu, gx)
+    }
+
+    fn add_gradient(&self, g: &Memory, gx: &mut Memory) -> Result<()> {
+        if g.kind() == Kind::F32 {
+            return ops::add(self.gpu, gx, g);
+        }
+        let widened = self.gpu.uninit(Kind::F32, g.len())?;
+        ops::cast_f32(self.gpu, &widened, g)?;
+        ops::add(self.gpu, gx, &widened)
     }
 }
 

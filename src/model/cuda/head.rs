@@ -22,6 +22,8 @@ pub(super) struct Head<'a> {
     pub hidden: usize,
     /// V.
     pub vocabulary: usize,
+    /// Soft-cap of the logits, if they have one.
+    pub softcap: Option<f32>,
 }
 
 /// Result of a forward pass of the head.
@@ -99,6 +101,7 @@ impl Head<'_> {
                 targets: target_ids,
                 distribution: options.distribution,
                 gradient: options.gradient,
+                softcap: self.softcap,
             };
             ops::head_tile(gpu, tile)?;
             if options.gradient {
@@ -124,6 +127,7 @@ impl Head<'_> {
                 w: self.weight,
                 targets: target_ids,
                 width: hidden,
+                softcap: self.softcap,
             };
             ops::head_finish(gpu, finish)?;
         }
@@ -190,6 +194,7 @@ impl Head<'_> {
                     lse,
                     g,
                     targets: &row.target_ids,
+                    softcap: self.softcap,
                 },
             )?;
             let to = dw.matrix_at(first * hidden, hidden);

@@ -53,6 +53,7 @@ impl OpenPolicy<'_> {
             weight: self.weights.head(),
             hidden,
             vocabulary,
+            softcap: self.policy.spec.logit_softcap,
         }
     }
 }
@@ -76,8 +77,9 @@ impl OpenRow<'_> {
             .transpose()
     }
 
-    /// Gathers the hidden states of the predictors and applies the last norm. Returns them before
-    /// and after the norm, each `[N, C]`.
+    /// Gathers the hidden states of the predictors and applies the last norm and the factor on the
+    /// logits, to which the logits are proportional. Returns the states before and after, each
+    /// `[N, C]`.
     fn last_norm(&self, x: &Memory) -> Result<(Memory, Memory)> {
         let OpenPolicy {
             gpu, kind, weights, ..
@@ -86,7 +88,16 @@ impl OpenRow<'_> {
         let before = gpu.uninit(Kind::F32, rows * width)?;
         ops::gather_rows(gpu, &before, x, &self.row.predictors, width)?;
         let normed = gpu.uninit(*kind, rows * width)?;
-        ops::rms_norm(gpu, &normed, &before, &weights.norm, self.policy.eps())?;
+        let (weight, eps) = (&weights.norm, self.policy.eps());
+        match self.policy.policy.spec.logit_factor {
+            1.0 => ops::rms_norm(gpu, &normed, &before, weight, eps)?,
+            factor => {
+                let unscaled = gpu.uninit(Kind::F32, rows * width)?;
+                ops::rms_norm(gpu, &unscaled, &before, weight, eps)?;
+                let factors = gpu.upload(Kind::F32, &vec![factor; rows])?;
+                ops::scale_rows(gpu, &normed, &unscaled, &factors, width)?;
+            }
+        }
         Ok((before, normed))
     }
 }
@@ -222,6 +233,13 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
                 .weight_gradient(&normed, self.row, &lse, &g, slot)?;
         }
         let scaled = gpu.uninit(*kind, rows * width)?;
+        let g = match policy.spec.logit_factor {
+            1.0 => g,
+            factor => {
+                let scaled: Vec<f32> = upstream.iter().map(|g| g * factor).collect();
+                gpu.upload(Kind::F32, &scaled)?
+            }
+        };
         ops::scale_rows(gpu, &scaled, &gradient, &g, width)?;
         let dh = gpu.zeros(Kind::F32, rows * width)?;
         let slot = gradients.slot(ParamId::Norm);

@@ -107,8 +107,8 @@ impl CudaLinearGroup<'_> {
             1.0,
             0.0,
         )?;
-        for (m, b) in w.members.iter().zip(&adapter.group.b) {
-            let Some((b, rank, column)) = *b else {
+        for m in &w.members {
+            let Some((b, rank, column)) = adapter.group.b(m.index) else {
                 continue;
             };
             let to = y.matrix_at(rows.start * w.output + m.column, w.output);
@@ -196,8 +196,8 @@ impl CudaLinearGroup<'_> {
         } = pass;
         let (w, gpu, ranks, scale) = (self.weights, self.gpu, adapter.group.ranks, adapter.scale);
         let v = gpu.uninit(self.kind, tokens * ranks)?;
-        for (m, b) in w.members.iter().zip(&adapter.group.b) {
-            let Some((b, rank, column)) = *b else {
+        for m in &w.members {
+            let Some((b, rank, column)) = adapter.group.b(m.index) else {
                 continue;
             };
             let (g_m, v_m) = (g.matrix_at(m.column, w.output), v.matrix_at(column, ranks));

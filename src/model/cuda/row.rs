@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use candle_core::Result;
 
-use crate::compute::cpu::rope::RopeTable;
+use crate::compute::cpu::rope::{RopeTable, RotaryPairs};
 use crate::compute::cuda::gpu::{Gpu, Memory};
 use crate::compute::cuda::kernels::Kind;
-use crate::compute::cuda::ops::{self, ScatterRows, TILE_ENTRY};
+use crate::compute::cuda::ops::{self, RotaryTables, ScatterRows, TILE_ENTRY};
 use crate::compute::layout::RowLayout;
-use crate::model::row::PreparedRow;
+use crate::model::row::{PreparedRow, RowRope};
 
 /// Number of tokens in a tile.
 const TILE_TOKENS: usize = 64;
@@ -25,8 +25,8 @@ pub(super) struct DeviceRow {
     pub ids: Memory,
     /// Positions of the tokens `[T]`.
     pub positions: Memory,
-    /// Cosines and sines, each `[T, D/2]`, in the order of the model's sets of rotary frequencies.
-    pub ropes: Vec<(Memory, Memory)>,
+    /// Rotary tables in the order of the model's sets of rotary frequencies.
+    pub ropes: Vec<DeviceRope>,
     /// Tiles of queries `[n, 5]`: start and end of the queries, start of their segment, start and
     /// end of their prompt. All ends are exclusive.
     pub tiles: Memory,
@@ -39,14 +39,61 @@ pub(super) struct DeviceRow {
     pub target_ids: Memory,
 }
 
+/// The tables of one set of rotary frequencies.
+pub(super) struct DeviceRope {
+    /// The table of the keys and, without one of their own, of the queries.
+    pub table: DeviceTable,
+    /// The table of the queries if these have factors that depend on the position.
+    pub queries: Option<DeviceTable>,
+}
+
+impl DeviceRope {
+    fn new(gpu: &Arc<Gpu>, rope: &RowRope) -> Result<Self> {
+        let table = |table| DeviceTable::new(gpu, table);
+        Ok(DeviceRope {
+            table: table(&rope.table)?,
+            queries: rope.queries.as_ref().map(table).transpose()?,
+        })
+    }
+}
+
+/// A rotary table.
+pub(super) struct DeviceTable {
+    /// `[T, half]`.
+    cos: Memory,
+    /// `[T, half]`.
+    sin: Memory,
+    half: usize,
+    pairs: RotaryPairs,
+}
+
+impl DeviceTable {
+    fn new(gpu: &Arc<Gpu>, table: &RopeTable) -> Result<Self> {
+        let (cos, sin) = table.tables();
+        Ok(DeviceTable {
+            cos: gpu.upload(Kind::F32, cos)?,
+            sin: gpu.upload(Kind::F32, sin)?,
+            half: table.half(),
+            pairs: table.pairs(),
+        })
+    }
+
+    /// Returns the table in the form that the kernel takes.
+    pub fn tables(&self) -> RotaryTables<'_> {
+        RotaryTables {
+            cos: &self.cos,
+            sin: &self.sin,
+            half: self.half,
+            pairs: self.pairs,
+        }
+    }
+}
+
 impl DeviceRow {
     pub fn new(gpu: &Arc<Gpu>, row: &PreparedRow) -> Result<Self> {
         let source = row.row();
         let (tiles, key_tiles) = (query_tiles(&source.layout), key_tiles(&source.layout));
-        let rope = |table: &RopeTable| {
-            let (cos, sin) = table.tables();
-            Ok::<_, candle_core::Error>((gpu.upload(Kind::F32, cos)?, gpu.upload(Kind::F32, sin)?))
-        };
+        let rope = |rope| DeviceRope::new(gpu, rope);
         Ok(DeviceRow {
             tokens: source.ids.len(),
             targets: source.targets.len(),

@@ -108,6 +108,7 @@ mod tests {
                 dim,
                 window: None,
                 scale: 0.125,
+                softcap: None,
             },
             qk_norm: false,
             saved_streams: 2,

@@ -109,6 +109,9 @@ impl GroupWeights {
     ) -> Result<Self> {
         let (mut members, mut weights, mut output, mut input) = (Vec::new(), Vec::new(), 0, 0);
         for &index in group.members() {
+            if !parameters.has(ParamId::Block(block, BlockParam::Weight(index))) {
+                continue;
+            }
             let p = parameters.linear(block, index)?;
             let (out, width) = (p.weight.rows(), p.weight.columns());
             let bias = p.bias.map(|b| upload_vector(gpu, b)).transpose()?;
@@ -136,10 +139,20 @@ impl GroupWeights {
 pub(super) struct GroupAdapter {
     /// Offset of the stacked A of all members `[Σr, in]`.
     pub a: usize,
-    /// For each member: offset of B `[out, r]`, rank r, and the first column of the member in
-    /// x·Aᵀ `[T, Σr]`. `None` if the member has no update.
-    pub b: Vec<Option<(usize, usize, usize)>>,
+    /// For each member with an update: offset of B `[out, r]`, rank r, and the first column of the
+    /// member in x·Aᵀ `[T, Σr]`.
+    b: Vec<(Linear, (usize, usize, usize))>,
     pub ranks: usize,
+}
+
+impl GroupAdapter {
+    /// Returns the entry of `b` of a member, or `None` if the member has no update.
+    pub fn b(&self, member: Linear) -> Option<(usize, usize, usize)> {
+        let mut entries = self.b.iter();
+        entries
+            .find(|(linear, _)| *linear == member)
+            .map(|(_, b)| *b)
+    }
 }
 
 /// The adapter of a block. Its matrices are in one buffer and are uploaded with one copy. Training
@@ -247,15 +260,13 @@ impl<'a> Pieces<'a> {
             .filter_map(|linear| adapter.get(block, *linear))
             .for_each(|l| self.place(&l.a));
         for &linear in members {
-            b.push(match adapter.get(block, linear) {
-                Some(low_rank) => {
-                    let (rank, at) = (low_rank.a.dim(0)?, self.align());
-                    self.place(&low_rank.b);
-                    ranks += rank;
-                    Some((at, rank, ranks - rank))
-                }
-                None => None,
-            });
+            let Some(low_rank) = adapter.get(block, linear) else {
+                continue;
+            };
+            let (rank, at) = (low_rank.a.dim(0)?, self.align());
+            self.place(&low_rank.b);
+            b.push((linear, (at, rank, ranks)));
+            ranks += rank;
         }
         Ok(GroupAdapter { a, b, ranks })
     }

@@ -4,11 +4,12 @@ use serde_json::Value;
 
 use crate::model::config::json::Fields;
 use crate::model::config::limits;
-use crate::model::config::rope::rope;
+use crate::model::config::rope::{rope, rope_of};
 use crate::model::error::ModelError;
 use crate::model::rope::RopeConfig;
 use crate::model::spec::{
-    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, Norms, QkNorm,
+    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, NormNames, Norms,
+    Projections, QkNorm,
 };
 
 /// Description of a family of models.
@@ -17,8 +18,8 @@ pub struct Family {
     pub model_type: &'static str,
     /// The class of transformers that loads a model of the family.
     pub causal_lm_class: &'static str,
-    /// `model_type` of the multimodal models that contain a language model of this family.
-    pub text_in: Option<&'static str>,
+    /// `model_type`s of the multimodal models that contain a language model of this family.
+    pub text_in: &'static [&'static str],
     /// True if llama.cpp interleaves the halves of each head in the rows of Q and K.
     pub is_interleaved_in_gguf: bool,
     /// Returns the defaults of the family's config class in transformers, as far as they differ
@@ -40,7 +41,7 @@ impl Family {
         Family {
             model_type,
             causal_lm_class,
-            text_in: None,
+            text_in: &[],
             is_interleaved_in_gguf: false,
             defaults,
             spec,
@@ -113,7 +114,7 @@ impl Common {
             intermediate_size: fields.size("intermediate_size", limits::WIDTH)?,
             max_position_embeddings,
             rms_norm_eps,
-            rope: rope(fields, max_position_embeddings)?,
+            rope: rope(fields, max_position_embeddings, head_dim)?,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
             mlp_bias: fields.has_default("mlp_bias") && fields.flag("mlp_bias")?.unwrap_or(false),
             window: fields.optional_size("sliding_window", limits::POSITIONS)?,
@@ -127,11 +128,13 @@ impl Common {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             scale: 1.0 / (self.head_dim as f32).sqrt(),
-            rope: 0,
+            softcap: None,
+            rope: Some(0),
             window: None,
             qk_norm: QkNorm::Absent,
             qkv_bias: false,
             output_bias: false,
+            projections: Projections::Separate,
         }
     }
 
@@ -145,8 +148,11 @@ impl Common {
                 width: self.intermediate_size,
                 activation: self.activation,
                 bias: self.mlp_bias,
+                projections: Projections::Separate,
             },
             feed_forward_norms: Norms::Pre,
+            norm_names: NormNames::Gemma,
+            output_factor: 1.0,
         }
     }
 
@@ -161,6 +167,8 @@ impl Common {
             norms_add_one: false,
             ropes: vec![self.rope],
             tie_word_embeddings: self.tie_word_embeddings,
+            logit_factor: 1.0,
+            logit_softcap: None,
             blocks,
         }
     }
@@ -258,4 +266,30 @@ pub(super) fn sliding_layers(
         )),
     };
     types.iter().map(slides).collect::<Result<_, _>>().map(Some)
+}
+
+/// Reads the frequencies of the layers without a window, then of those with one. transformers 4
+/// stores them in separate fields, and scales only those of the layers without a window;
+/// transformers 5 has one object per type of layer. `thetas` apply where an object has no
+/// `rope_theta`.
+pub(super) fn ropes_of_layer_types(
+    fields: &Fields<'_>,
+    thetas: [f64; 2],
+    max_position_embeddings: usize,
+) -> Result<Vec<RopeConfig>, ModelError> {
+    let parameters = fields.object("rope_parameters")?;
+    let of = |layers: &str, theta: f64| {
+        let nested = parameters
+            .as_ref()
+            .map(|types| types.object(layers))
+            .transpose()?
+            .flatten();
+        rope_of(fields, nested, theta, max_position_embeddings)
+    };
+    let [global, local] = thetas;
+    let global = match fields.object("rope_scaling")? {
+        Some(scaling) => rope_of(fields, Some(scaling), global, max_position_embeddings)?,
+        None => of("full_attention", global)?,
+    };
+    Ok(vec![global, of("sliding_attention", local)?])
 }

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::*;
-use crate::domain::training::TARGET_MODULES;
+use crate::domain::training::{FUSED_TARGET_MODULES, TARGET_MODULES};
+use crate::model::adapter::Adapter;
 use crate::model::config::ModelConfig;
 
 fn golden(path: &str) -> PathBuf {
@@ -151,7 +152,31 @@ fn adapters_have_the_tensors_that_peft_makes() {
 
 #[test]
 fn the_golden_models_files_hold_the_table() {
-    for name in ["llama", "mistral", "qwen2", "qwen3"] {
+    for name in [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma3",
+        "gemma2",
+        "gemma2-64",
+        "phi3",
+        "phi3-long",
+        "glm4",
+        "glm4-64",
+        "smollm3",
+        "smollm3-64",
+        "granite",
+        "granite-64",
+        "olmo2",
+        "olmo2-64",
+        "olmo3",
+        "olmo3-64",
+        "ministral",
+        "ministral-64",
+        "ministral3",
+        "ministral3-64",
+    ] {
         let table = params(&spec(&json(&golden(&format!("models/{name}/config.json")))));
         let file = std::fs::read(golden(&format!("models/{name}/model.safetensors"))).unwrap();
         let (_, metadata) = safetensors::SafeTensors::read_metadata(&file).unwrap();
@@ -170,14 +195,54 @@ fn the_golden_models_files_hold_the_table() {
 
 #[test]
 fn the_domains_target_modules_are_the_linear_layers() {
-    assert_eq!(Linear::ALL.map(Linear::lora_target), TARGET_MODULES);
-    let mut grouped = Vec::new();
+    let names = Linear::ALL.map(Linear::lora_target);
+    assert_eq!(names[..7], TARGET_MODULES);
+    assert_eq!(names[7..], FUSED_TARGET_MODULES);
+    let mut grouped: Vec<Linear> = Vec::new();
     PerGroup::build(|group| {
         grouped.extend_from_slice(group.members());
         Ok::<_, ()>(())
     })
     .unwrap();
-    assert_eq!(grouped, Linear::ALL);
+    assert_eq!(grouped.len(), Linear::ALL.len());
+    assert!(Linear::ALL.iter().all(|linear| grouped.contains(linear)));
+}
+
+/// The default targets are the seven separate layers.
+#[test]
+fn the_default_targets_mean_every_layer_of_a_model_with_fused_projections() {
+    let config = json(&golden("models/phi3/config.json"));
+    let spec = spec(&config);
+    let targets = |names: &[&str]| -> Vec<Linear> {
+        let config = LoraConfig {
+            target_modules: names.iter().map(|name| name.to_string()).collect(),
+            ..LoraConfig::default()
+        };
+        let layers = lora_layers(&spec, &config);
+        let first = layers.iter().filter(|layer| layer.block == 0);
+        first.map(|layer| layer.linear).collect()
+    };
+    let all = [
+        Linear::FusedQkv,
+        Linear::Output,
+        Linear::FusedGateUp,
+        Linear::Down,
+    ];
+    assert_eq!(targets(&TARGET_MODULES), all);
+    assert_eq!(
+        targets(&["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+        all
+    );
+    // One part alone does not stand for the whole matrix.
+    assert_eq!(targets(&["q_proj", "up_proj", "o_proj"]), [Linear::Output]);
+
+    let config = ModelConfig::from_hf_json(&config.to_string(), Path::new("config.json")).unwrap();
+    let adapter = Adapter::init(&config, &LoraConfig::default(), 1).unwrap();
+    assert_eq!(
+        adapter.target_modules(),
+        ["o_proj", "down_proj", "qkv_proj", "gate_up_proj"],
+        "the names of modules that PEFT finds"
+    );
 }
 
 /// Exports split the tensors into files in the table's order, so it must not change.
@@ -265,4 +330,24 @@ fn names_outside_the_table_are_those_of_the_formats() {
         params(&spec(&untied["config"])).last().unwrap().hf.name,
         HF_HEAD
     );
+}
+
+#[test]
+fn the_language_model_of_a_model_of_text_and_images_has_the_names_of_the_table() {
+    let name = "model.layers.3.mlp.up_proj.weight";
+    for stored in [
+        name,
+        "language_model.model.layers.3.mlp.up_proj.weight",
+        "model.language_model.layers.3.mlp.up_proj.weight",
+    ] {
+        assert_eq!(text_name(stored), name);
+    }
+    assert_eq!(text_name("language_model.lm_head.weight"), HF_HEAD);
+    for other in [
+        "vision_tower.embeddings.weight",
+        "language_model.projector.weight",
+        "model.visual.blocks.0.norm.weight",
+    ] {
+        assert_eq!(text_name(other), other);
+    }
 }

@@ -9,7 +9,8 @@ use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, StreamNor
 use crate::model::block_shape::BlockShape;
 use crate::model::params::LinearGroup;
 use crate::model::spec::{
-    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, Norms, QkNorm,
+    ActivationFunction, AttentionSpec, BlockSpec, FeedForward, Mixer, NormNames, Norms,
+    Projections, QkNorm,
 };
 
 const TOKENS: usize = 5;
@@ -84,27 +85,32 @@ struct CountingRow {
 }
 
 impl CountingRow {
-    fn new(qk_norm: QkNorm) -> Self {
+    fn new((qk_norm, norms, output_factor): (QkNorm, Norms, f32)) -> Self {
         let attention = AttentionSpec {
             heads: 4,
             kv_heads: 2,
             head_dim: 8,
             scale: 0.35,
-            rope: 0,
+            softcap: None,
+            rope: Some(0),
             window: None,
             qk_norm,
             qkv_bias: false,
             output_bias: false,
+            projections: Projections::Separate,
         };
         let block = BlockSpec {
             mixer: Mixer::Attention(attention),
-            mixer_norms: Norms::Pre,
+            mixer_norms: norms,
             feed_forward: FeedForward::Gated {
                 width: 48,
                 activation: ActivationFunction::Silu,
                 bias: false,
+                projections: Projections::Separate,
             },
-            feed_forward_norms: Norms::Pre,
+            feed_forward_norms: norms,
+            norm_names: NormNames::Gemma,
+            output_factor,
         };
         CountingRow {
             blocks: vec![block; BLOCKS],
@@ -178,7 +184,12 @@ struct CountingBlock<'a> {
 
 impl CountingBlock<'_> {
     fn low_rank(&self, group: LinearGroup) -> CountedPiece {
-        self.row.piece(ELEMENT * RANK * group.members().len())
+        let layers = match group {
+            LinearGroup::Qkv => 3,
+            LinearGroup::GateUp => 2,
+            LinearGroup::Output | LinearGroup::Down => 1,
+        };
+        self.row.piece(ELEMENT * RANK * layers)
     }
 }
 
@@ -190,6 +201,10 @@ impl BlockOps<Counting> for CountingBlock<'_> {
     fn new_qkv(&self) -> Result<CountedPiece> {
         self.row.ledger.runs.set(self.row.ledger.runs.get() + 1);
         Ok(self.row.piece(ELEMENT * self.shape.qkv()))
+    }
+
+    fn new_stream(&self) -> Result<CountedPiece> {
+        Ok(self.row.piece(F32 * HIDDEN))
     }
 
     fn new_gate_up(&self) -> Result<CountedPiece> {
@@ -222,11 +237,34 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         Ok(self.low_rank(group))
     }
 
+    fn stream_operand(&self, _x: &CountedPiece) -> Result<Option<CountedPiece>> {
+        Ok(Some(self.row.piece(ELEMENT * HIDDEN)))
+    }
+
+    fn add_gradient(&self, _g: &CountedPiece, _gx: &mut CountedPiece) -> Result<()> {
+        drop(self.row.piece(F32 * HIDDEN));
+        Ok(())
+    }
+
+    fn add_scaled(&self, factor: f32, y: &CountedPiece, _x: &mut CountedPiece) -> Result<()> {
+        drop(self.scaled(factor, y)?);
+        Ok(())
+    }
+
+    fn scaled(&self, _factor: f32, _x: &CountedPiece) -> Result<CountedPiece> {
+        Ok(self.row.piece(F32 * HIDDEN))
+    }
+
+    fn add_norm(&self, _norm: StreamNorm, _y: &CountedPiece, _x: &mut CountedPiece) -> Result<()> {
+        drop(self.row.piece(F32 * HIDDEN));
+        Ok(())
+    }
+
     fn head_norms(&self, _qkv: &mut CountedPiece) -> Result<()> {
         Ok(())
     }
 
-    fn rotate(&self, _qkv: &mut CountedPiece, _direction: Direction) -> Result<()> {
+    fn rotate(&self, _rope: usize, _qkv: &mut CountedPiece, _direction: Direction) -> Result<()> {
         Ok(())
     }
 
@@ -258,7 +296,7 @@ impl BlockOps<Counting> for CountingBlock<'_> {
         &self,
         gate_up: CountedPiece,
         _low_rank: &CountedPiece,
-        _gx: &CountedPiece,
+        _g: &CountedPiece,
         (): &mut (),
     ) -> Result<CountedPiece> {
         let (y, gy) = (
@@ -315,10 +353,19 @@ impl BlockOps<Counting> for CountingBlock<'_> {
     }
 }
 
+const VARIANTS: [(QkNorm, Norms, f32); 6] = [
+    (QkNorm::Absent, Norms::Pre, 1.0),
+    (QkNorm::PerHead, Norms::Pre, 1.0),
+    (QkNorm::PerHead, Norms::PreAndPost, 1.0),
+    (QkNorm::AllHeads, Norms::Post, 1.0),
+    (QkNorm::Absent, Norms::Pre, 0.5),
+    (QkNorm::Absent, Norms::PreAndPost, 0.5),
+];
+
 #[test]
 fn a_forward_pass_saves_what_the_formulas_for_its_memory_say() {
-    for qk_norm in [QkNorm::Absent, QkNorm::PerHead] {
-        let row = CountingRow::new(qk_norm);
+    for variant in VARIANTS {
+        let row = CountingRow::new(variant);
         let tape_bytes = row.shape().tape_bytes(ELEMENT, 7 * RANK);
         for (save, of_block) in [
             (SavePolicy::Tapes, tape_bytes),
@@ -330,24 +377,24 @@ fn a_forward_pass_saves_what_the_formulas_for_its_memory_say() {
             assert_eq!(
                 row.ledger.live.get(),
                 BLOCKS * TOKENS * of_block,
-                "{qk_norm:?} {save:?}"
+                "{variant:?} {save:?}"
             );
             assert_eq!(
                 (yields, tape.output().log_probs.len()),
                 (BLOCKS, 1),
-                "{qk_norm:?} {save:?}"
+                "{variant:?} {save:?}"
             );
             drop(tape);
-            assert_eq!(row.ledger.live.get(), 0, "{qk_norm:?} {save:?}");
+            assert_eq!(row.ledger.live.get(), 0, "{variant:?} {save:?}");
         }
     }
 }
 
 #[test]
 fn a_backward_pass_takes_no_more_than_its_formula_and_frees_everything() {
-    for qk_norm in [QkNorm::Absent, QkNorm::PerHead] {
+    for variant in VARIANTS {
         for (save, runs_again) in [(SavePolicy::Tapes, 0), (SavePolicy::BlockInputs, BLOCKS)] {
-            let row = CountingRow::new(qk_norm);
+            let row = CountingRow::new(variant);
             let tape = forward(&row, save, &mut || {}).unwrap();
             let saved = row.ledger.live.get();
             row.ledger.peak.set(saved);
@@ -357,15 +404,15 @@ fn a_backward_pass_takes_no_more_than_its_formula_and_frees_everything() {
             assert_eq!(
                 (yields, row.ledger.runs.get()),
                 (BLOCKS, runs_again),
-                "{qk_norm:?} {save:?}"
+                "{variant:?} {save:?}"
             );
-            assert_eq!(row.ledger.live.get(), 0, "{qk_norm:?} {save:?}");
+            assert_eq!(row.ledger.live.get(), 0, "{variant:?} {save:?}");
             if save == SavePolicy::Tapes {
                 let besides = row.ledger.peak.get() - saved;
                 let formula = TOKENS * row.shape().backward_bytes(ELEMENT);
                 assert!(
                     besides > 0 && besides <= formula,
-                    "{qk_norm:?}: {besides} bytes besides the tapes, {formula} planned"
+                    "{variant:?}: {besides} bytes besides the tapes, {formula} planned"
                 );
             }
         }
@@ -374,7 +421,7 @@ fn a_backward_pass_takes_no_more_than_its_formula_and_frees_everything() {
 
 #[test]
 fn a_row_that_saved_nothing_cannot_go_back() {
-    let row = CountingRow::new(QkNorm::Absent);
+    let row = CountingRow::new(VARIANTS[0]);
     let tape = forward(&row, SavePolicy::Nothing, &mut || {}).unwrap();
     let error = backward(&row, tape, &[1.0], &mut (), &mut || {}).unwrap_err();
     assert!(error.to_string().contains("without a tape"), "{error}");
@@ -382,7 +429,7 @@ fn a_row_that_saved_nothing_cannot_go_back() {
 
 #[test]
 fn log_probs_yield_before_every_block_and_hold_nothing() {
-    let row = CountingRow::new(QkNorm::PerHead);
+    let row = CountingRow::new(VARIANTS[2]);
     let mut yields = 0;
     assert_eq!(log_probs(&row, &mut || yields += 1).unwrap(), [-1.0]);
     assert_eq!(

@@ -11,9 +11,9 @@ use crate::domain::job::{
 use crate::domain::names;
 use crate::domain::reason::{FailureCode, StoredReason};
 use crate::domain::training::{
-    ActivationCheckpointing, BatchConfig, BestMetric, GivenLora, LoraConfig, Method,
-    OptimizerConfig, Precision, RunConfig, ScheduleKind, Seed, TARGET_MODULES, TrainingSpec,
-    Truncation, Warmup,
+    ActivationCheckpointing, BatchConfig, BestMetric, FUSED_TARGET_MODULES, GivenLora, LoraConfig,
+    Method, OptimizerConfig, Precision, RunConfig, ScheduleKind, Seed, TARGET_MODULES,
+    TrainingSpec, Truncation, Warmup,
 };
 use crate::domain::violation::{Violations, quoted};
 use crate::rpc::pb;
@@ -417,14 +417,15 @@ fn lora(mut c: pb::LoraConfig, bad: &mut Violations) -> (LoraConfig, GivenLora) 
     if !bad.at_most(
         "training_job.lora.target_modules",
         c.target_modules.len(),
-        TARGET_MODULES.len(),
+        TARGET_MODULES.len() + FUSED_TARGET_MODULES.len(),
     ) {
         c.target_modules.clear();
     }
     let given = GivenLora {
         rank: c.rank.map(|r| r as usize),
         alpha: c.alpha,
-        target_modules: (!c.target_modules.is_empty()).then_some(c.target_modules),
+        target_modules: (!c.target_modules.is_empty())
+            .then(|| LoraConfig::named_targets(c.target_modules)),
         use_rslora: c.use_rslora.then_some(true),
     };
     let rank = given.rank.unwrap_or(d.rank);

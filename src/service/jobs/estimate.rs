@@ -16,7 +16,6 @@ use crate::infer::pair::EncodedPair;
 use crate::service::error::{Result, ServiceError};
 use crate::service::limiter::Limiter;
 use crate::service::shutdown::Shutdown;
-use crate::train::estimate::Lengths;
 
 /// Maximum number of tokens scored to measure the speed of the device. A longer first pair is
 /// scored alone.
@@ -84,7 +83,7 @@ impl JobEstimator {
             |pairs: &[EncodedPair]| pairs.iter().map(EncodedPair::packed_tokens).sum::<usize>();
         let spec = &job.request.spec;
         let size = spec.batch.batch_size;
-        let lengths = Lengths::of(train, size).max(Lengths::of(eval, size));
+        let lengths = self.engine.lengths(&inputs.model, train, eval, size)?;
         let (memory_bytes, memory_limit_bytes) =
             self.engine
                 .memory(&inputs.model, inputs.reference.as_ref(), spec, lengths)?;

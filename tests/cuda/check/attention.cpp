@@ -84,8 +84,9 @@ struct Results {
     Numbers out, lse, dqkv;
 };
 
+// Without a soft-cap, `softcap` is 0.
 Results reference(const Layout& layout, const Numbers& qkv, const Numbers& dout, int heads,
-                  int kv_heads, int dim, int window, double scale) {
+                  int kv_heads, int dim, int window, double scale, double softcap) {
     const int tokens = layout.tokens, row = (heads + 2 * kv_heads) * dim, width = heads * dim;
     Results r{Numbers(size_t(tokens) * width), Numbers(size_t(tokens) * heads),
               Numbers(size_t(tokens) * row)};
@@ -99,12 +100,15 @@ Results reference(const Layout& layout, const Numbers& qkv, const Numbers& dout,
             const double *q = &qkv[size_t(i) * row + h * dim],
                          *g = &dout[size_t(i) * width + h * dim];
             double* out = &r.out[size_t(i) * width + h * dim];
-            Numbers p;
+            Numbers p, slopes;
             double top = -INFINITY, total = 0;
             for (int j : keys) {
                 double s = 0;
                 for (int d = 0; d < dim; d++) s += q[d] * qkv[size_t(j) * row + k_at + d];
-                p.push_back(s * scale);
+                s *= scale;
+                const double t = softcap == 0 ? 0 : std::tanh(s / softcap);
+                slopes.push_back(1 - t * t);
+                p.push_back(softcap == 0 ? s : softcap * t);
                 top = std::max(top, p.back());
             }
             for (double& x : p) total += x = std::exp(x - top);
@@ -121,7 +125,7 @@ Results reference(const Layout& layout, const Numbers& qkv, const Numbers& dout,
                 double* gradient = &r.dqkv[size_t(keys[n]) * row];
                 double dp = 0;
                 for (int d = 0; d < dim; d++) dp += g[d] * key[v_at + d];
-                const double ds = p[n] * (dp - delta) * scale;
+                const double ds = p[n] * (dp - delta) * scale * slopes[n];
                 for (int d = 0; d < dim; d++) {
                     gradient[v_at + d] += p[n] * g[d];
                     gradient[k_at + d] += ds * q[d];
@@ -166,26 +170,61 @@ struct Kernels {
     void (*dkv_of_head)(T*, const T*, const T*, const float*, const float*, const int*,
                         const unsigned*, int, int, int, int, float, float*);
     size_t forward_bytes, backward_bytes;
+    // The same with a soft-cap, which is the last argument.
+    void (*forward_capped)(T*, float*, const T*, const int*, const unsigned*, int, int, int, int,
+                           float, float);
+    void (*dq_capped)(T*, const T*, const T*, const float*, const float*, const int*,
+                      const unsigned*, int, int, int, int, float, float);
+    void (*dkv_capped)(T*, const T*, const T*, const float*, const float*, const int*,
+                       const unsigned*, int, int, int, int, float, float);
+    void (*dkv_of_head_capped)(T*, const T*, const T*, const float*, const float*, const int*,
+                               const unsigned*, int, int, int, int, float, float*, float);
 };
 
-const Kernels<float> F32{
-    attention_f32, attention_delta_f32, attention_dq_f32, attention_dkv_f32, nullptr, 0, 0};
-const Kernels<bf16> BF16{
-    attention_bf16, attention_delta_bf16, attention_dq_bf16, attention_dkv_bf16, nullptr, 0, 0};
+const Kernels<float> F32{attention_f32,
+                         attention_delta_f32,
+                         attention_dq_f32,
+                         attention_dkv_f32,
+                         nullptr,
+                         0,
+                         0,
+                         attention_capped_f32,
+                         attention_dq_capped_f32,
+                         attention_dkv_capped_f32,
+                         nullptr};
+const Kernels<bf16> BF16{attention_bf16,
+                         attention_delta_bf16,
+                         attention_dq_bf16,
+                         attention_dkv_bf16,
+                         nullptr,
+                         0,
+                         0,
+                         attention_capped_bf16,
+                         attention_dq_capped_bf16,
+                         attention_dkv_capped_bf16,
+                         nullptr};
 const Kernels<bf16> MMA_64{attention_mma_64,
                            attention_delta_bf16,
                            attention_dq_mma_64,
                            nullptr,
                            attention_dkv_mma_64,
                            32768,
-                           40960};
+                           40960,
+                           attention_mma_64_capped,
+                           attention_dq_mma_64_capped,
+                           nullptr,
+                           attention_dkv_mma_64_capped};
 const Kernels<bf16> MMA_128{attention_mma_128,
                             attention_delta_bf16,
                             attention_dq_mma_128,
                             nullptr,
                             attention_dkv_mma_128,
                             65536,
-                            81920};
+                            81920,
+                            attention_mma_128_capped,
+                            attention_dq_mma_128_capped,
+                            nullptr,
+                            attention_dkv_mma_128_capped};
 
 // Outputs of the kernels. `same` compares them bit for bit.
 template <class T>
@@ -221,7 +260,7 @@ bool is_poison(const T& x) {
 template <class T>
 Outputs<T> run(const Kernels<T>& kernels, const Layout& layout, const std::vector<T>& qkv,
                const std::vector<T>& dout, int heads, int kv_heads, int dim, int window,
-               float scale, const std::string& name) {
+               float scale, float softcap, const std::string& name) {
     const int tokens = layout.tokens, row = (heads + 2 * kv_heads) * dim, width = heads * dim,
               rows = tokens + SPARE;
     Outputs<T> o{poisoned<T>(size_t(rows) * width), poisoned<T>(size_t(rows) * row),
@@ -229,14 +268,21 @@ Outputs<T> run(const Kernels<T>& kernels, const Layout& layout, const std::vecto
     const unsigned tiles = layout.tiles.size() / 5;
     const dim3 grid = kernels.dkv != nullptr ? dim3(tiles, heads) : dim3(heads, tiles);
     const unsigned* positions = layout.positions.data();
-    emulate::launch(kernels.forward, grid, 128, kernels.forward_bytes, o.out.data(), o.lse.data(),
-                    qkv.data(), layout.tiles.data(), positions, heads, kv_heads, dim, window,
-                    scale);
+    // Launches the variant with or without a soft-cap.
+    const auto launch = [&](auto plain, auto capped, dim3 blocks, size_t bytes, auto... arguments) {
+        if (softcap == 0)
+            emulate::launch(plain, blocks, 128, bytes, arguments...);
+        else
+            emulate::launch(capped, blocks, 128, bytes, arguments..., softcap);
+    };
+    launch(kernels.forward, kernels.forward_capped, grid, kernels.forward_bytes, o.out.data(),
+           o.lse.data(), qkv.data(), layout.tiles.data(), positions, heads, kv_heads, dim, window,
+           scale);
     emulate::launch(kernels.delta, unsigned(tokens * heads + 3) / 4, 128, 0, o.delta.data(),
                     o.out.data(), dout.data(), tokens, heads, dim);
-    emulate::launch(kernels.dq, grid, 128, kernels.backward_bytes, o.dqkv.data(), qkv.data(),
-                    dout.data(), o.lse.data(), o.delta.data(), layout.tiles.data(), positions,
-                    heads, kv_heads, dim, window, scale);
+    launch(kernels.dq, kernels.dq_capped, grid, kernels.backward_bytes, o.dqkv.data(), qkv.data(),
+           dout.data(), o.lse.data(), o.delta.data(), layout.tiles.data(), positions, heads,
+           kv_heads, dim, window, scale);
     for (size_t i = 0; i < o.dqkv.size(); i++)
         if (int(i % row) >= width && !is_poison(o.dqkv[i]))
             return expect(false, name + ": dq wrote outside of its columns"), o;
@@ -247,16 +293,17 @@ Outputs<T> run(const Kernels<T>& kernels, const Layout& layout, const std::vecto
                 return expect(false, name + ": wrote " + what + " after the last token");
     };
     if (kernels.dkv != nullptr) {
-        emulate::launch(kernels.dkv, {tiles, unsigned(kv_heads)}, 128, kernels.backward_bytes,
-                        o.dqkv.data(), qkv.data(), dout.data(), o.lse.data(), o.delta.data(),
-                        layout.key_tiles.data(), positions, heads, kv_heads, dim, window, scale);
+        launch(kernels.dkv, kernels.dkv_capped, dim3(tiles, unsigned(kv_heads)),
+               kernels.backward_bytes, o.dqkv.data(), qkv.data(), dout.data(), o.lse.data(),
+               o.delta.data(), layout.key_tiles.data(), positions, heads, kv_heads, dim, window,
+               scale);
     } else {
         const bool shared = heads != kv_heads;
         auto parts = poisoned<float>(shared ? size_t(rows) * 2 * width : 0);
-        emulate::launch(kernels.dkv_of_head, grid, 128, kernels.backward_bytes, o.dqkv.data(),
-                        qkv.data(), dout.data(), o.lse.data(), o.delta.data(),
-                        layout.key_tiles.data(), positions, heads, kv_heads, dim, window, scale,
-                        shared ? parts.data() : nullptr);
+        launch(kernels.dkv_of_head, kernels.dkv_of_head_capped, grid, kernels.backward_bytes,
+               o.dqkv.data(), qkv.data(), dout.data(), o.lse.data(), o.delta.data(),
+               layout.key_tiles.data(), positions, heads, kv_heads, dim, window, scale,
+               shared ? parts.data() : nullptr);
         if constexpr (std::is_same_v<T, bf16>)
             if (shared) {
                 expect(memcmp(o.dqkv.data(), queries.data(), queries.size() * sizeof(T)) == 0,
@@ -302,7 +349,7 @@ double worst[3][5];
 // of a score, and with it the relative error of the results, grows with `shift`.
 template <class T>
 void check(const char* kind, int place, const Kernels<T>& kernels, const std::vector<Group>& groups,
-           int heads, int kv_heads, int dim, int window, float shift = 0) {
+           int heads, int kv_heads, int dim, int window, float shift = 0, float softcap = 0) {
     const Layout layout(groups);
     const int row = (heads + 2 * kv_heads) * dim, width = heads * dim;
     const auto part = [](const char* label, int value) {
@@ -310,7 +357,8 @@ void check(const char* kind, int place, const Kernels<T>& kernels, const std::ve
     };
     const std::string name = kind + part("T", layout.tokens) + part("H", heads) +
                              part("K", kv_heads) + part("D", dim) + part("window", window) +
-                             (shift != 0 ? part("shift", int(shift)) : "");
+                             (shift != 0 ? part("shift", int(shift)) : "") +
+                             (softcap != 0 ? " capped" : "");
     std::normal_distribution<float> normal;
     // The score of a query and a key is shifted by ±constant² · D · scale, which is `shift`.
     const float constant = std::sqrt(std::fabs(shift) / std::sqrt(float(dim)));
@@ -332,11 +380,13 @@ void check(const char* kind, int place, const Kernels<T>& kernels, const std::ve
     Outputs<T> o;
     for (const char* order : ORDERS) {
         setenv("EMULATE_ORDER", order, 1);
-        auto next = run(kernels, layout, qkv, dout, heads, kv_heads, dim, window, scale, name);
+        auto next =
+            run(kernels, layout, qkv, dout, heads, kv_heads, dim, window, scale, softcap, name);
         if (o.out.empty()) o = next;
         expect(o.same(next), name + ": order " + order + " gives other bits");
     }
-    const Results r = reference(layout, exact_qkv, exact_dout, heads, kv_heads, dim, window, scale);
+    const Results r =
+        reference(layout, exact_qkv, exact_dout, heads, kv_heads, dim, window, scale, softcap);
     const double errors[5] = {error(o.out, r.out, width, 0, width),
                               error(o.lse, r.lse, heads, 0, heads),
                               error(o.dqkv, r.dqkv, row, 0, width),
@@ -354,6 +404,9 @@ void check(const char* kind, int place, const Kernels<T>& kernels, const std::ve
 
 const std::vector<Group> ROW{{150, {63, 1, 65}}, {1, {64}}, {64, {}}, {65, {5, 150}}, {0, {2, 3}}};
 
+// Near the size of the scores, so that it changes the results.
+constexpr float SOFTCAP = 1.5;
+
 void simt() {
     for (int window : WINDOWS) {
         check("f32", 0, F32, ROW, 9, 3, 16, window);
@@ -368,6 +421,12 @@ void simt() {
     check("f32", 0, F32, {{66, {3}}}, 2, 1, 130, 0);
     check("bf16", 1, BF16, {{66, {3}}}, 2, 1, 256, 0);
     for (float shift : {-150.0f, 150.0f}) check("f32", 0, F32, {{70, {3, 66}}}, 2, 1, 16, 0, shift);
+    for (int window : {0, 70}) {
+        check("f32", 0, F32, ROW, 9, 3, 16, window, 0, SOFTCAP);
+        check("bf16", 1, BF16, ROW, 4, 4, 32, window, 0, SOFTCAP);
+    }
+    check("f32", 0, F32, {{66, {3}}}, 2, 1, 130, 0, 0, SOFTCAP);
+    check("bf16", 1, BF16, {{66, {3}}}, 2, 1, 256, 0, 0, SOFTCAP);
 }
 
 void mma() {
@@ -386,6 +445,12 @@ void mma() {
     for (int window : {0, 70}) check("mma", 2, MMA_128, ROW, 2, 1, 128, window);
     check("mma", 2, MMA_128, {{130, {70, 1, 63}}}, 6, 2, 128, 0);
     check("mma", 2, MMA_128, {{63, {3}}}, 32, 8, 128, 5);
+    for (int window : {0, 5}) {
+        check("mma", 2, MMA_64, ROW, 2, 1, 64, window, 0, SOFTCAP);
+        check("mma", 2, MMA_64, ROW, 2, 2, 64, window, 0, SOFTCAP);
+        check("mma", 2, MMA_128, ROW, 2, 1, 128, window, 0, SOFTCAP);
+    }
+    check("mma", 2, MMA_128, {{130, {70, 1, 63}}}, 2, 2, 128, 0, 0, SOFTCAP);
 }
 
 }  // namespace

@@ -182,10 +182,10 @@ void casts(int n, int grid) {
 }
 
 template <class T>
-void rotary(int rows, int heads, int dim, int rest, int grid) {
+void rotary(int rows, int heads, int dim, int half, int rest, int grid) {
     for (float sign : {1.0f, -1.0f})
-        cases<T>("rope", text({rows, heads, dim, rest, grid, int(sign)}), [&](Run& run) {
-            const int stride = heads * dim + rest, half = dim / 2;
+        cases<T>("rope", text({rows, heads, dim, half, rest, grid, int(sign)}), [&](Run& run) {
+            const int stride = heads * dim + rest;
             auto x = run.random<T>(rows * stride);
             auto cosine = run.random<float>(rows * half), sine = run.random<float>(rows * half);
             Numbers want = x.values();
@@ -199,7 +199,31 @@ void rotary(int rows, int heads, int dim, int rest, int grid) {
                         *b = *b * c + old * s;
                     }
             launch(ENTRY(rope), grid, 256, 0, x.data(), cosine.data(), sine.data(), rows, stride,
-                   heads, dim, sign);
+                   heads, dim, half, sign);
+            run.expect(x, want);
+        });
+}
+
+template <class T>
+void interleaved_rotary(int rows, int heads, int dim, int half, int rest, int grid) {
+    const std::string sizes = text({rows, heads, dim, half, rest, grid});
+    for (float sign : {1.0f, -1.0f})
+        cases<T>("rope_interleaved", sizes + (sign > 0 ? "" : " back"), [&](Run& run) {
+            const int stride = heads * dim + rest;
+            auto x = run.random<T>(rows * stride);
+            auto cosine = run.random<float>(rows * half), sine = run.random<float>(rows * half);
+            Numbers want = x.values();
+            for (int t = 0; t < rows; ++t)
+                for (int h = 0; h < heads; ++h)
+                    for (int i = 0; i < half; ++i) {
+                        double *a = &want[t * stride + h * dim + 2 * i], *b = a + 1;
+                        const double c = cosine.at(t * half + i), s = sign * sine.at(t * half + i),
+                                     old = *a;
+                        *a = old * c - *b * s;
+                        *b = *b * c + old * s;
+                    }
+            launch(ENTRY(rope_interleaved), grid, 256, 0, x.data(), cosine.data(), sine.data(),
+                   rows, stride, heads, dim, half, sign);
             run.expect(x, want);
         });
 }
@@ -276,11 +300,11 @@ void row_norms(int rows, int width) {
 }
 
 template <class T>
-void head_norms(int rows, int heads, int dim, int offset, int rest) {
+void head_norms(int rows, int heads, int dim, int offset, int rest, bool wide = false) {
     const int stride = offset + heads * dim + rest, items = rows * heads;
     const std::string shape = text({rows, heads, dim, offset, rest});
     const auto start = [&](int i) { return i / heads * stride + offset + i % heads * dim; };
-    cases<T>("head_norm", shape, [&](Run& run) {
+    cases<T>(wide ? "wide_head_norm" : "head_norm", shape, [&](Run& run) {
         auto x = run.random<T>(rows * stride, 3);
         auto w = run.random<float>(dim);
         const Numbers before = x.values();
@@ -289,12 +313,17 @@ void head_norms(int rows, int heads, int dim, int offset, int rest) {
             const double inverse = inverse_of(&before[start(i)], dim);
             for (int c = 0; c < dim; ++c) want[start(i) + c] *= inverse * w.at(c);
         }
-        launch(ENTRY(head_norm), groups(items, 4), 128, 0, x.data(), w.data(), rows, stride, offset,
-               heads, dim, EPS);
+        if (wide)
+            launch(ENTRY(wide_head_norm), items, 256, 0, x.data(), w.data(), rows, stride, offset,
+                   heads, dim, EPS);
+        else
+            launch(ENTRY(head_norm), groups(items, 4), 128, 0, x.data(), w.data(), rows, stride,
+                   offset, heads, dim, EPS);
         run.expect(x, want);
     });
+    const char* const backward = wide ? "wide_head_norm_backward" : "head_norm_backward";
     for (int per_block : {0, 1, 7, 64})  // 0: 5 items per block, without ∂w
-        cases<T>("head_norm_backward", shape + text({per_block}), [&](Run& run) {
+        cases<T>(backward, shape + text({per_block}), [&](Run& run) {
             const int share = per_block == 0 ? 5 : per_block, blocks = groups(items, share);
             auto x = run.random<T>(rows * stride, 3), g = run.random<T>(rows * stride);
             auto w = run.random<float>(dim);
@@ -309,9 +338,13 @@ void head_norms(int rows, int heads, int dim, int offset, int rest) {
                     want_partial[i / share * dim + c] += up[start(i) + c] * head[c] * inverse;
                 }
             }
-            launch(ENTRY(head_norm_backward), blocks, 128, 0, g.data(),
-                   per_block == 0 ? nullptr : partial.data(), x.data(), w.data(), rows, stride,
-                   offset, heads, dim, EPS, share);
+            float* const sums = per_block == 0 ? nullptr : partial.data();
+            if (wide)
+                launch(ENTRY(wide_head_norm_backward), blocks, 256, 0, g.data(), sums, x.data(),
+                       w.data(), rows, stride, offset, heads, dim, EPS, share);
+            else
+                launch(ENTRY(head_norm_backward), blocks, 128, 0, g.data(), sums, x.data(),
+                       w.data(), rows, stride, offset, heads, dim, EPS, share);
             // With D = 1 the gradient is 0 but for ε: x/|x| is constant.
             run.expect(g, want, std::is_same_v<T, bf16> ? 1e-2 : 1e-5, dim == 1 ? 1 : 1e-30);
             run.expect(partial, want_partial);
@@ -322,16 +355,22 @@ void head_norms(int rows, int heads, int dim, int offset, int rest) {
 // head.cu
 
 // Checks the whole head over `vocabulary` tokens in tiles, with random W [vocabulary, hidden] and
-// random logits, which are not h·W because no kernel here computes them. `rise` is added to the
-// logits per token: if it is positive, later tiles tend to have larger maxima; if it is negative,
-// earlier ones.
+// random logits (not h·W). `rise` is added to the logits per token: if it is positive, later tiles
+// tend to have larger maxima; if it is negative, earlier ones. Without a soft-cap, `softcap` is 0.
 template <class T>
 void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, int gradient,
-                double rise) {
-    // `ld` is the distance between rows of logits.
+                double rise, float softcap = 0) {
     const int hidden = 35, ld = tile + pad;
+    // The cap rounds the logits, so that nothing that follows from them is exact.
+    const double tolerance = softcap == 0 ? 1e-5 : 3e-5;
+    // With a single token, 1 − p is 0, and only the rounding remains.
+    const double terms = softcap != 0 && vocabulary == 1 ? 1 : 1e-30;
+    const auto slope = [&](double logit) {
+        return softcap == 0 ? 1 : 1 - logit / softcap * logit / softcap;
+    };
     cases<T>(
-        "head", text({rows, vocabulary, tile, pad, distribution, gradient, int(rise * 1000)}),
+        softcap == 0 ? "head" : "head capped",
+        text({rows, vocabulary, tile, pad, distribution, gradient, int(rise * 1000)}),
         [&](Run& run) {
             auto state = run.empty<float>(rows * 8), scales = run.empty<float>(rows),
                  d = run.empty<float>(rows * hidden);
@@ -342,6 +381,10 @@ void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, i
             Numbers l(rows * vocabulary);
             for (size_t i = 0; i < l.size(); ++i)
                 l[i] = std::round(4 * (normal(run.engine) + rise * (i % vocabulary))) / 4;
+            // The logits as the kernels read them; `l` has those with the cap.
+            const Numbers uncapped = l;
+            if (softcap != 0)
+                for (double& x : l) x = softcap * std::tanh(x / softcap);
             launch(head_start, groups(rows, 256), 256, 0, state.data(), rows);
 
             Numbers largest(rows, -INFINITY), sums(rows * hidden);
@@ -354,11 +397,13 @@ void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, i
                 for (int i = 0; i < rows; ++i) {
                     const double older = largest[i];
                     for (int j = 0; j < width; ++j) {
-                        logits[i * ld + j] = float(l[i * vocabulary + first + j]);
+                        logits[i * ld + j] = float(uncapped[i * vocabulary + first + j]);
                         largest[i] = std::max(largest[i], l[i * vocabulary + first + j]);
                     }
-                    for (int j = 0; gradient && j < width; ++j)
-                        want_p[i * ld + j] = std::exp(l[i * vocabulary + first + j] - largest[i]);
+                    for (int j = 0; gradient && j < width; ++j) {
+                        const double logit = l[i * vocabulary + first + j];
+                        want_p[i * ld + j] = std::exp(logit - largest[i]) * slope(logit);
+                    }
                     if (gradient) want_scales[i] = std::exp(older - largest[i]);
                 }
                 // Every second tile is written in place: in f32, p may alias the logits.
@@ -366,13 +411,18 @@ void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, i
                 T* to = gradient ? p.data() : nullptr;
                 if constexpr (std::is_same_v<T, float>)
                     if (gradient && first / tile % 2 == 1) to = logits.data(), in_place = true;
-                launch(ENTRY(head_tile), rows, 256, 0, state.data(), to,
-                       gradient ? scales.data() : nullptr, logits.data(), targets.data(), rows,
-                       width, ld, first, distribution, gradient);
+                float* const factors = gradient ? scales.data() : nullptr;
+                if (softcap == 0)
+                    launch(ENTRY(head_tile), rows, 256, 0, state.data(), to, factors, logits.data(),
+                           targets.data(), rows, width, ld, first, distribution, gradient);
+                else
+                    launch(ENTRY(head_tile_capped), rows, 256, 0, state.data(), to, factors,
+                           logits.data(), targets.data(), rows, width, ld, first, distribution,
+                           gradient, softcap);
                 if constexpr (std::is_same_v<T, float>)
                     if (in_place) std::copy(logits.data(), logits.data() + logits.n, p.data());
-                run.expect(p, want_p);
-                run.expect(scales, want_scales);
+                run.expect(p, want_p, std::is_same_v<T, bf16> ? 1e-2 : tolerance);
+                run.expect(scales, want_scales, tolerance);
                 if (!gradient) continue;
                 // Does what the GEMM of cuBLAS does, with β = 0 for the first tile.
                 if (first > 0)
@@ -384,9 +434,12 @@ void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, i
                             sum += p.at(i * ld + j) * w.at((first + j) * hidden + c);
                         d[i * hidden + c] = float(sum);
                     }
-                if (last)
+                if (last && softcap == 0)
                     launch(ENTRY(head_finish), rows, 256, 0, d.data(), state.data(), w.data(),
                            targets.data(), rows, hidden);
+                else if (last)
+                    launch(ENTRY(head_finish_capped), rows, 256, 0, d.data(), state.data(),
+                           w.data(), targets.data(), rows, hidden, softcap);
             }
 
             Numbers fields[7], want_d(d.n, gradient ? 0 : NAN), lse(rows);
@@ -410,7 +463,8 @@ void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, i
                     fields[k].push_back((k >= 2 && k <= 4) || k == 6 ? distribution ? all[k] : 0
                                                                      : all[k]);
                 for (int v = 0; gradient && v < vocabulary; ++v) {
-                    const double error = (int(targets[i]) == v) - std::exp(row[v] - lse[i]);
+                    const double error =
+                        ((int(targets[i]) == v) - std::exp(row[v] - lse[i])) * slope(row[v]);
                     for (int c = 0; c < hidden; ++c)
                         want_d[i * hidden + c] += error * w.at(v * hidden + c);
                 }
@@ -419,10 +473,11 @@ void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, i
                 auto field = run.empty<float>(rows);
                 for (int i = 0; i < rows; ++i)
                     field[i] = k == 6 ? float(__float_as_uint(state[i * 8 + k])) : state[i * 8 + k];
-                run.expect(field, fields[k], k == 0 || k >= 5 ? 0 : 1e-5);
+                const bool exact = k == 6 || (softcap == 0 && (k == 0 || k == 5));
+                run.expect(field, fields[k], exact ? 0 : tolerance);
             }
             // With T = bf16, d is a sum over p that was rounded to bf16.
-            run.expect(d, want_d, std::is_same_v<T, bf16> ? 1e-2 : 1e-5);
+            run.expect(d, want_d, std::is_same_v<T, bf16> ? 1e-2 : tolerance, terms);
 
             if (!gradient) return;
             auto lse_f32 = run.empty<float>(rows), g = run.random<float>(rows);
@@ -435,13 +490,19 @@ void whole_head(int rows, int vocabulary, int tile, int pad, int distribution, i
                 for (int i = 0; i < rows; ++i)
                     for (int j = 0; j < width; ++j) {
                         const double x = l[i * vocabulary + first + j];
-                        logits[i * ld + j] = float(x);
-                        want[i * ld + j] = g.at(i) * ((int(targets[i]) == first + j) -
-                                                      std::exp(x - lse_f32.at(i)));
+                        logits[i * ld + j] = float(uncapped[i * vocabulary + first + j]);
+                        want[i * ld + j] =
+                            g.at(i) * slope(x) *
+                            ((int(targets[i]) == first + j) - std::exp(x - lse_f32.at(i)));
                     }
-                launch(ENTRY(head_errors), rows, 256, 0, e.data(), logits.data(), lse_f32.data(),
-                       g.data(), targets.data(), rows, width, ld, first);
-                run.expect(e, want);
+                if (softcap == 0)
+                    launch(ENTRY(head_errors), rows, 256, 0, e.data(), logits.data(),
+                           lse_f32.data(), g.data(), targets.data(), rows, width, ld, first);
+                else
+                    launch(ENTRY(head_errors_capped), rows, 256, 0, e.data(), logits.data(),
+                           lse_f32.data(), g.data(), targets.data(), rows, width, ld, first,
+                           softcap);
+                run.expect(e, want, std::is_same_v<T, bf16> ? 1e-2 : tolerance, terms);
             }
         });
 }
@@ -466,11 +527,23 @@ void all() {
     for (int rows : ROWS)
         for (int dim : {2, 6, 64, 128})
             for (int heads : {1, 3})
-                for (int rest : {0, 16, 7}) rotary<T>(rows, heads, dim, rest, rest == 0 ? 1 : rows);
+                for (int rest : {0, 16, 7}) {
+                    const int grid = rest == 0 ? 1 : rows;
+                    // All dimensions of a head, then about half of them.
+                    for (int half : {dim / 2, (dim + 2) / 4}) {
+                        rotary<T>(rows, heads, dim, half, rest, grid);
+                        interleaved_rotary<T>(rows, heads, dim, half, rest, grid);
+                    }
+                }
     for (int rows : ROWS)
         for (int dim : {1, 33, 64, 66, 128, 250, 256})
             for (int offset : {0, 64, 5})
                 head_norms<T>(rows, offset == 0 ? 1 : 3, dim, offset, offset == 5 ? 3 : 2 * offset);
+    for (int rows : ROWS)
+        for (int dim : {33, 264})
+            for (int offset : {0, 64, 5}) head_norms<T>(rows, 1 + offset % 2, dim, offset, 7, true);
+    head_norms<T>(3, 1, 2048, 0, 1024, true);
+    head_norms<T>(3, 1, 2053, 64, 7, true);
     for (int rows : ROWS)
         for (int vocabulary : {1, 3, 33, 576, 770})
             for (int tile : {1, 33, 256, 1024})
@@ -482,6 +555,9 @@ void all() {
                                   options >> 1, 0.01);
                     if (rows == 5 && options == 3)
                         whole_head<T>(rows, vocabulary, tile, 0, options & 1, options >> 1, -0.01);
+                    if (rows == 5)
+                        whole_head<T>(rows, vocabulary, tile, 3, options & 1, options >> 1, 0.01,
+                                      8);
                 }
 }
 

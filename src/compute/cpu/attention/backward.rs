@@ -10,7 +10,7 @@ use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{
     Kernel, NR, Operand, OutputTile, Product, Shared, View, panel_product,
 };
-use crate::compute::cpu::simd::{dispatch, dot, exp};
+use crate::compute::cpu::simd::{dispatch, dot, exp, soft_cap, soft_cap_slope};
 use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
 
@@ -218,9 +218,22 @@ impl Sweep<'_> {
                         p[cleared..part.start].fill(0.0);
                         ds[cleared..part.start].fill(0.0);
                         cleared = part.end;
-                        for (p, ds) in p[part.clone()].iter_mut().zip(&mut ds[part.clone()]) {
-                            *p = exp(*p * scale - lse);
-                            *ds = *p * (*ds - delta) * scale;
+                        let (p, ds) = (&mut p[part.clone()], &mut ds[part.clone()]);
+                        match heads.softcap {
+                            None => {
+                                for (p, ds) in p.iter_mut().zip(ds) {
+                                    *p = exp(*p * scale - lse);
+                                    *ds = *p * (*ds - delta) * scale;
+                                }
+                            }
+                            Some(cap) => {
+                                soft_cap(p, scale, cap);
+                                for (p, ds) in p.iter_mut().zip(ds) {
+                                    let slope = soft_cap_slope(*p, cap);
+                                    *p = exp(*p - lse);
+                                    *ds = *p * (*ds - delta) * slope * scale;
+                                }
+                            }
                         }
                     }
                     p[cleared..].fill(0.0);

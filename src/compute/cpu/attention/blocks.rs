@@ -23,6 +23,8 @@ pub struct Heads {
     pub window: Option<usize>,
     /// Factor that the scores q·k are multiplied by.
     pub scale: f32,
+    /// Soft-cap c: a scaled score s is replaced by c·tanh(s / c). `None` means that it is not.
+    pub softcap: Option<f32>,
 }
 
 impl Heads {

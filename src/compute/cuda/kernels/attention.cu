@@ -1,10 +1,11 @@
 // Attention over the segments of a packed row on CUDA cores, for any even head dimension up to 256.
 // Accumulation is in f32. No T×T matrix exists.
 //
-// Forward pass, per tile of 64 queries and head: S = scale·Q·Kᵀ one tile of keys at a time,
-// P = softmax(S) as an online softmax (running maximum and sum of each row), O = P·V. The backward
-// pass recomputes P = e^(S − lse): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − delta),
-// dQ = scale·dS·K, dK = scale·dSᵀ·Q.
+// Forward pass, per tile of 64 queries and head: S = scale·Q·Kᵀ one tile of keys at a time, P =
+// softmax(S) as an online softmax (running maximum and sum of each row), O = P·V. The backward
+// pass recomputes P = e^(S − lse): dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ⊙ (dP − delta), dQ =
+// scale·dS·K, dK = scale·dSᵀ·Q. The kernels with CAPPED apply a soft-cap c to S, S' =
+// c·tanh(S / c), and multiply dS by its slope, 1 − (S' / c)².
 //
 // A block has 128 threads, thread (ty, tx) of 8 × 16. "Own" are the 64 rows that the block writes,
 // "others" the 64 rows of the tile that it processes. For a 64 × 64 GEMM each thread computes 8
@@ -165,9 +166,10 @@ __device__ __forceinline__ float over_columns(float x, Op op) {
 
 // [(tiles, H); 128] 34 KiB static shared memory. out is [T, H·D]; lse is [T, H], the natural
 // logarithm of Σ_j e^(scale·q·k_j).
-template <class T>
+template <class T, bool CAPPED = false>
 __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles,
-                          const unsigned* positions, Shape shape, int window, float scale) {
+                          const unsigned* positions, Shape shape, int window, float scale,
+                          float softcap = 0.0f) {
     __shared__ Panel work, weights;
     const Queries queries(tiles + 5 * blockIdx.x, positions, window);
     const int head = blockIdx.y, kv = head / shape.group(), dim = shape.dim;
@@ -196,7 +198,7 @@ __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles,
                 for (int c = 0; c < 4; c++) {
                     const int i = start + row + r, j = keys.start + column + c;
                     const bool seen = j < keys.end && j <= i && i - j + position_shift < window;
-                    s[r][c] = seen ? s[r][c] * scale : MASKED;
+                    s[r][c] = seen ? scaled_score<CAPPED>(s[r][c], scale, softcap) : MASKED;
                     highest = fmaxf(highest, s[r][c]);
                 }
                 highest = over_columns(highest, Max());
@@ -238,6 +240,11 @@ INSTANTIATE(attention,
             (T * out, float* lse, const T* qkv, const int* tiles, const unsigned* positions,
              int heads, int kv_heads, int dim, int window, float scale),
             (out, lse, qkv, tiles, positions, {heads, kv_heads, dim}, limit(window), scale))
+INSTANTIATE_CAPPED(attention,
+                   (T * out, float* lse, const T* qkv, const int* tiles, const unsigned* positions,
+                    int heads, int kv_heads, int dim, int window, float scale, float softcap),
+                   (out, lse, qkv, tiles, positions, {heads, kv_heads, dim}, limit(window), scale,
+                    softcap))
 
 // [⌈T·H/4⌉; 128] delta[t, h] = Σ_d out·dout, one warp per token and head.
 template <class T>
@@ -257,10 +264,10 @@ INSTANTIATE(attention_delta,
             (delta, out, dout, tokens, heads, dim))
 
 // [(tiles, H); 128] 34 KiB static shared memory. Writes the q columns of dqkv.
-template <class T>
+template <class T, bool CAPPED = false>
 __device__ void attention_dq(T* dqkv, const T* qkv, const T* dout, const float* lse,
                              const float* delta, const int* tiles, const unsigned* positions,
-                             Shape shape, int window, float scale) {
+                             Shape shape, int window, float scale, float softcap = 0.0f) {
     __shared__ Panel work, weights;
     const Queries queries(tiles + 5 * blockIdx.x, positions, window);
     const int head = blockIdx.y, kv = head / shape.group(), dim = shape.dim;
@@ -294,8 +301,10 @@ __device__ void attention_dq(T* dqkv, const T* qkv, const T* dout, const float* 
                 for (int c = 0; c < 4; c++) {
                     const int i = start + row + r, j = keys.start + column + c;
                     const bool seen = j < keys.end && j <= i && i - j + position_shift < window;
-                    const float p = seen ? expf(s[r][c] * scale - own_lse[r]) : 0.0f;
+                    const float score = scaled_score<CAPPED>(s[r][c], scale, softcap);
+                    const float p = seen ? expf(score - own_lse[r]) : 0.0f;
                     s[r][c] = p * (dp[r][c] - own_delta[r]) * scale;
+                    if constexpr (CAPPED) s[r][c] *= soft_cap_slope(score, softcap);
                 }
             store_transposed(weights, s);
             accumulate(sum, weights, work, k, first, dim);
@@ -310,13 +319,19 @@ INSTANTIATE(attention_dq,
              int window, float scale),
             (dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, dim}, limit(window),
              scale))
+INSTANTIATE_CAPPED(attention_dq,
+                   (T * dqkv, const T* qkv, const T* dout, const float* lse, const float* delta,
+                    const int* tiles, const unsigned* positions, int heads, int kv_heads, int dim,
+                    int window, float scale, float softcap),
+                   (dqkv, qkv, dout, lse, delta, tiles, positions, {heads, kv_heads, dim},
+                    limit(window), scale, softcap))
 
 // [(key tiles, K); 128] 34.75 KiB static shared memory. Writes the k and v columns of dqkv, summed
 // over the query heads of the group, in order.
-template <class T>
+template <class T, bool CAPPED = false>
 __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float* lse,
                               const float* delta, const int* tiles, const unsigned* positions,
-                              Shape shape, int window, float scale) {
+                              Shape shape, int window, float scale, float softcap = 0.0f) {
     __shared__ Panel work, weights;
     __shared__ float other_lse[TILE], other_delta[TILE];
     __shared__ int other_position[TILE];
@@ -349,7 +364,8 @@ __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float*
                         inside ? delta[size_t(i) * shape.heads + head] : 0.0f;
                     other_position[threadIdx.x] = inside ? int(positions[i]) : 0;
                 }
-                Block p, ds;
+                // With a soft-cap, `sloped` is P times the slope.
+                Block p, ds, sloped;
                 scores(p, work, k, q, dim);
 #pragma unroll
                 for (int r = 0; r < 8; r++)
@@ -358,7 +374,10 @@ __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float*
                         const int i = others.start + column + c, j = start + row + r;
                         const bool seen =
                             j <= i && other_position[column + c] - (j + own_shift) < window;
-                        p[r][c] = seen ? expf(p[r][c] * scale - other_lse[column + c]) : 0.0f;
+                        const float score = scaled_score<CAPPED>(p[r][c], scale, softcap);
+                        p[r][c] = seen ? expf(score - other_lse[column + c]) : 0.0f;
+                        if constexpr (CAPPED)
+                            sloped[r][c] = p[r][c] * soft_cap_slope(score, softcap);
                     }
                 store_transposed(weights, p);
                 accumulate(dv, weights, work, g, first, dim);
@@ -366,8 +385,10 @@ __device__ void attention_dkv(T* dqkv, const T* qkv, const T* dout, const float*
 #pragma unroll
                 for (int r = 0; r < 8; r++)
 #pragma unroll
-                    for (int c = 0; c < 4; c++)
-                        ds[r][c] = p[r][c] * (ds[r][c] - other_delta[column + c]) * scale;
+                    for (int c = 0; c < 4; c++) {
+                        const float weight = CAPPED ? sloped[r][c] : p[r][c];
+                        ds[r][c] = weight * (ds[r][c] - other_delta[column + c]) * scale;
+                    }
                 store_transposed(weights, ds);
                 accumulate(dk, weights, work, q, first, dim);
             }
@@ -385,14 +406,26 @@ INSTANTIATE(attention_dkv,
              int window, float scale),
             (dqkv, qkv, dout, lse, delta, key_tiles, positions, {heads, kv_heads, dim},
              limit(window), scale))
+INSTANTIATE_CAPPED(attention_dkv,
+                   (T * dqkv, const T* qkv, const T* dout, const float* lse, const float* delta,
+                    const int* key_tiles, const unsigned* positions, int heads, int kv_heads,
+                    int dim, int window, float scale, float softcap),
+                   (dqkv, qkv, dout, lse, delta, key_tiles, positions, {heads, kv_heads, dim},
+                    limit(window), scale, softcap))
 
 }  // namespace attn
 
 using attn::attention_bf16;
+using attn::attention_capped_bf16;
+using attn::attention_capped_f32;
 using attn::attention_delta_bf16;
 using attn::attention_delta_f32;
 using attn::attention_dkv_bf16;
+using attn::attention_dkv_capped_bf16;
+using attn::attention_dkv_capped_f32;
 using attn::attention_dkv_f32;
 using attn::attention_dq_bf16;
+using attn::attention_dq_capped_bf16;
+using attn::attention_dq_capped_f32;
 using attn::attention_dq_f32;
 using attn::attention_f32;

@@ -113,6 +113,15 @@ struct Keys {
     }
 };
 
+// Score of a query and a key, given their dot product.
+template <bool CAPPED>
+__device__ __forceinline__ float scaled_score(float product, float scale, float softcap) {
+    if constexpr (CAPPED)
+        return soft_cap(product * scale, softcap);
+    else
+        return product * scale;
+}
+
 // Sizes of the packed rows [q | k | v] and of the outputs.
 struct Shape {
     int heads, kv_heads, dim;

@@ -36,11 +36,21 @@ __device__ __forceinline__ void mask_scores(Sums<N>& s, const Queries& queries, 
         }
 }
 
+// Replaces the dot products of a warp's rows by scores with the soft-cap.
+template <int N>
+__device__ __forceinline__ void cap_scores(Sums<N>& s, float scale, float softcap) {
+#pragma unroll
+    for (int b = 0; b < N; b++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[b][e] = scaled_score<true>(s[b][e], scale, softcap);
+}
+
 // Computes the output and the log-sum-exps of a tile of queries for one head.
-template <int D>
+template <int D, bool CAPPED = false>
 __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* qkv,
                                             const int* tiles, const unsigned* positions,
-                                            Shape shape, int window, float scale) {
+                                            Shape shape, int window, float scale,
+                                            float softcap = 0.0f) {
     constexpr int N = TILE / 8;
     SHARED(bf16, shared);
     // Shared memory: two tiles of keys, two of values.
@@ -67,7 +77,7 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
 #pragma unroll
     for (int d = 0; d < D / 16; d++) passing.left(q[d], row, d * 16);
 
-    const float scale2 = scale * LOG2E;
+    const float scale2 = (CAPPED ? 1.0f : scale) * LOG2E;
     Sums<D / 8> sum;
     clear_sums<D / 8>(sum);
     // Of the two rows of a lane. The maximum is that of the scores times log2(e).
@@ -91,6 +101,7 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
                 mma_m16n8k16_bf16(s[j], q[d], one);
                 mma_m16n8k16_bf16(s[j + 1], q[d], two);
             }
+        if constexpr (CAPPED) cap_scores<N>(s, scale, softcap);
         mask_scores<N>(s, queries, n, positions, row, lane, window);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -133,11 +144,12 @@ __device__ __forceinline__ void forward_mma(bf16* out, float* lse, const bf16* q
 }
 
 // Computes the gradients of a tile of queries for one head.
-template <int D>
+template <int D, bool CAPPED = false>
 __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv, const bf16* dout,
                                                      const float* lse, const float* delta,
                                                      const int* tiles, const unsigned* positions,
-                                                     Shape shape, int window, float scale) {
+                                                     Shape shape, int window, float scale,
+                                                     float softcap = 0.0f) {
     constexpr int N = TILE / 8;
     SHARED(bf16, shared);
     // Shared memory: Q, dO, V, two tiles of keys.
@@ -170,7 +182,7 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
         own_lse[half] = i < count ? lse[at] * LOG2E : INFINITY;
         own_delta[half] = i < count ? delta[at] : 0.0f;
     }
-    const float scale2 = scale * LOG2E;
+    const float scale2 = (CAPPED ? 1.0f : scale) * LOG2E;
     Sums<D / 8> sum;
     clear_sums<D / 8>(sum);
     for (int n = 0; n < queries.keys.tiles; n++) {
@@ -188,13 +200,17 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
         __syncthreads();
         if (n + 1 < queries.keys.tiles) fetch_values(n + 1);
         cp_async_commit();
+        if constexpr (CAPPED) cap_scores<N>(s, scale, softcap);
         mask_scores<N>(s, queries, n, positions, row, lane, window);
 #pragma unroll
         for (int b = 0; b < N; b++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
+            for (int e = 0; e < 4; e++) {
+                const float score = s[b][e];
                 s[b][e] =
-                    power_of_2(s[b][e] * scale2 - own_lse[e / 2]) * (dp[b][e] - own_delta[e / 2]);
+                    power_of_2(score * scale2 - own_lse[e / 2]) * (dp[b][e] - own_delta[e / 2]);
+                if constexpr (CAPPED) s[b][e] *= soft_cap_slope(score, softcap);
+            }
         uint32_t ds[N / 2][4];
         pack<N>(ds, s);
         accumulate<D, N / 2>(sum, ds, k, 0);
@@ -205,12 +221,12 @@ __device__ __forceinline__ void backward_queries_mma(bf16* dqkv, const bf16* qkv
 // Computes the gradients of a tile of keys and values from one query head. If several query heads
 // share these keys and values, the result goes to `parts` [T, 2K, H/K, D], from which attention_sum
 // computes the gradients.
-template <int D>
+template <int D, bool CAPPED = false>
 __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, const bf16* dout,
                                                   const float* lse, const float* delta,
                                                   const int* tiles, const unsigned* positions,
                                                   Shape shape, int window, float scale,
-                                                  float* parts) {
+                                                  float* parts, float softcap = 0.0f) {
     constexpr int N = TILE / 8;
     // Values of a tile of queries. Those of the next tile are written while the current delta is
     // still read.
@@ -225,7 +241,7 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
               own_shift = shift(positions, start);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const size_t stride = shape.row();
-    const float scale2 = scale * LOG2E;
+    const float scale2 = (CAPPED ? 1.0f : scale) * LOG2E;
     const auto fetch_queries = [&](int n, int buffer) {
         const Range others = keys.queries.tile(n);
         Tile<D>(shared, 3 + buffer)
@@ -281,6 +297,7 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
         const bool all = window == NO_WINDOW && others.start >= keys.tile.end - 1;
         Sums<N> s;
         scores<D, N>(s, k, row, q, 0);
+        if constexpr (CAPPED) cap_scores<N>(s, scale, softcap);
         if (!all) {
 #pragma unroll
             for (int b = 0; b < N; b++)
@@ -292,11 +309,16 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
                     if ((j > others.start + column) | (distance >= window)) s[b][e] = -INFINITY;
                 }
         }
+        // With a soft-cap, `sloped` is P times the slope.
+        Sums<N> sloped;
 #pragma unroll
         for (int b = 0; b < N; b++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                s[b][e] = power_of_2(s[b][e] * scale2 - other_lse[b * 8 + lane % 4 * 2 + e % 2]);
+            for (int e = 0; e < 4; e++) {
+                const float score = s[b][e];
+                s[b][e] = power_of_2(score * scale2 - other_lse[b * 8 + lane % 4 * 2 + e % 2]);
+                if constexpr (CAPPED) sloped[b][e] = s[b][e] * soft_cap_slope(score, softcap);
+            }
         uint32_t weights[N / 2][4];
         pack<N>(weights, s);
         accumulate<D, N / 2>(dv, weights, g, 0);
@@ -310,8 +332,10 @@ __device__ __forceinline__ void backward_keys_mma(bf16* dqkv, const bf16* qkv, c
 #pragma unroll
         for (int b = 0; b < N; b++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                s[b][e] *= dp[b][e] - other_delta[buffer][b * 8 + lane % 4 * 2 + e % 2];
+            for (int e = 0; e < 4; e++) {
+                const float weight = CAPPED ? sloped[b][e] : s[b][e];
+                s[b][e] = weight * (dp[b][e] - other_delta[buffer][b * 8 + lane % 4 * 2 + e % 2]);
+            }
         pack<N>(weights, s);
         accumulate<D, N / 2>(dk, weights, q, 0);
         if (more) write_row_values(buffer ^ 1);
@@ -392,6 +416,33 @@ KERNEL void attention_dkv_mma_128(bf16* dqkv, const bf16* qkv, const bf16* dout,
     attn::backward_keys_mma<128>(dqkv, qkv, dout, lse, delta, key_tiles, positions,
                                  {heads, kv_heads, 128}, attn::limit(window), scale, parts);
 }
+
+// The same three kernels with a soft-cap. They need more registers, so their number is not limited.
+#define CAPPED_KERNELS(D)                                                                         \
+    KERNEL void attention_mma_##D##_capped(                                                       \
+        bf16* out, float* lse, const bf16* qkv, const int* tiles, const unsigned* positions,      \
+        int heads, int kv_heads, int /*dim*/, int window, float scale, float softcap) {           \
+        attn::forward_mma<D, true>(out, lse, qkv, tiles, positions, {heads, kv_heads, D},         \
+                                   attn::limit(window), scale, softcap);                          \
+    }                                                                                             \
+    KERNEL void attention_dq_mma_##D##_capped(                                                    \
+        bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,      \
+        const int* tiles, const unsigned* positions, int heads, int kv_heads, int /*dim*/,        \
+        int window, float scale, float softcap) {                                                 \
+        attn::backward_queries_mma<D, true>(dqkv, qkv, dout, lse, delta, tiles, positions,        \
+                                            {heads, kv_heads, D}, attn::limit(window), scale,     \
+                                            softcap);                                             \
+    }                                                                                             \
+    KERNEL void attention_dkv_mma_##D##_capped(                                                   \
+        bf16* dqkv, const bf16* qkv, const bf16* dout, const float* lse, const float* delta,      \
+        const int* key_tiles, const unsigned* positions, int heads, int kv_heads, int /*dim*/,    \
+        int window, float scale, float* parts, float softcap) {                                   \
+        attn::backward_keys_mma<D, true>(dqkv, qkv, dout, lse, delta, key_tiles, positions,       \
+                                         {heads, kv_heads, D}, attn::limit(window), scale, parts, \
+                                         softcap);                                                \
+    }
+CAPPED_KERNELS(64)
+CAPPED_KERNELS(128)
 
 // [T; 256] Writes the k and v columns of dqkv: `parts` [T, 2K, H/K, D] summed over the query heads
 // of a group, in order. D is a multiple of 8.

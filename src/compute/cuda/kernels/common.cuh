@@ -32,6 +32,17 @@ using bf16 = __nv_bfloat16;
     INSTANTIATE_ONE(name, f32, float, parameters, arguments) \
     INSTANTIATE_ONE(name, bf16, bf16, parameters, arguments)
 
+// Entry points name_capped_f32 and name_capped_bf16 of name<T, true>, the variant with a soft-cap.
+#define INSTANTIATE_CAPPED_ONE(name, suffix, type, parameters, arguments)          \
+    namespace name##_capped_in_##suffix {                                          \
+        using T = type;                                                            \
+        KERNEL void name##_capped_##suffix parameters { name<T, true> arguments; } \
+    }                                                                              \
+    using name##_capped_in_##suffix::name##_capped_##suffix;
+#define INSTANTIATE_CAPPED(name, parameters, arguments)             \
+    INSTANTIATE_CAPPED_ONE(name, f32, float, parameters, arguments) \
+    INSTANTIATE_CAPPED_ONE(name, bf16, bf16, parameters, arguments)
+
 // The block's dynamic shared memory, 16-byte aligned, as `type* name`.
 #ifdef BRADLEY_EMULATE
 #define SHARED(type, name) type* name = reinterpret_cast<type*>(emulate::dynamic_shared())
@@ -76,6 +87,22 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) {
     return __uint_as_float(pair & 0xffff0000u);
+}
+
+// -------------------------------------------------------------------------------------------
+// soft-cap
+//
+// Kernels with a template parameter CAPPED exist twice, so that the variant without a soft-cap has
+// no instruction for it. The cap is the last parameter of the other variant.
+
+// Returns cap·tanh(x / cap), which is between -cap and cap (arXiv:2408.00118, section 2).
+__device__ __forceinline__ float soft_cap(float x, float cap) { return cap * tanhf(x / cap); }
+
+// Returns the derivative of soft_cap, given its result y: 1 − (y / cap)². For −∞, the value
+// of masked scores, it is 0.
+__device__ __forceinline__ float soft_cap_slope(float y, float cap) {
+    const float t = fmaxf(y / cap, -1.0f);
+    return 1.0f - t * t;
 }
 
 // -------------------------------------------------------------------------------------------

@@ -104,17 +104,17 @@ KERNEL void cast_f32(float* to, const bf16* from, long long n) { cast<bf16>(to, 
 // -------------------------------------------------------------------------------------------------
 // rotary positions
 
-// Rotates the first `heads` heads of every row in place, i in 0..D/2:
-//     (x_i, x_{i+D/2}) = (x_i·cos_i − x_{i+D/2}·s_i, x_{i+D/2}·cos_i + x_i·s_i),
-// with s = sign·sin, cos and sin [tokens, D/2]. sign = −1 rotates back, which maps the gradient
-// of the output to that of the input.   [any, e.g. tokens; 256]
+// Rotates the first 2·half dimensions of the first `heads` heads of every row in place, i in
+// 0..half, with n = half:
+//     (x_i, x_{i+n}) = (x_i·cos_i − x_{i+n}·s_i, x_{i+n}·cos_i + x_i·s_i),  s = sign·sin,
+// with cos and sin [tokens, half]. sign = −1 rotates back, which maps the gradient of the output
+// to that of the input.   [any, e.g. tokens; 256]
 template <class T>
 __device__ __forceinline__ void rope(T* qkv, const float* cos, const float* sin, int tokens,
-                                     int stride, int heads, int dim, float sign) {
-    const int half = dim / 2;
-    // If D/2 elements are a multiple of 16 bytes, then so is the start of every head.
-    const bool wide = rows_aligned_16(qkv, stride) && rows_aligned_16(qkv, half) &&
-                      rows_aligned_16(cos, half) && rows_aligned_16(sin, half);
+                                     int stride, int heads, int dim, int half, float sign) {
+    const bool wide = rows_aligned_16(qkv, stride) && rows_aligned_16(qkv, dim) &&
+                      rows_aligned_16(qkv, half) && rows_aligned_16(cos, half) &&
+                      rows_aligned_16(sin, half);
     by_width<T>(wide, [&](auto w) {
         constexpr int W = decltype(w)::value;
         const int per_head = half / W;
@@ -139,8 +139,27 @@ __device__ __forceinline__ void rope(T* qkv, const float* cos, const float* sin,
 }
 INSTANTIATE(rope,
             (T * qkv, const float* cos, const float* sin, int tokens, int stride, int heads,
-             int dim, float sign),
-            (qkv, cos, sin, tokens, stride, heads, dim, sign))
+             int dim, int half, float sign),
+            (qkv, cos, sin, tokens, stride, heads, dim, half, sign))
+
+// As rope, but rotates the dimensions 2i and 2i + 1 together.   [any, e.g. tokens; 256]
+template <class T>
+__device__ __forceinline__ void rope_interleaved(T* qkv, const float* cos, const float* sin,
+                                                 int tokens, int stride, int heads, int dim,
+                                                 int half, float sign) {
+    for (Cells at(heads * half); at.row < tokens; at.next()) {
+        const int head = at.column / half, i = at.column - head * half;
+        T* const x = qkv + at.row * stride + (long long)head * dim + 2 * i;
+        const float a = to_float(x[0]), b = to_float(x[1]);
+        const float c = cos[at.row * half + i], s = sign * sin[at.row * half + i];
+        x[0] = from_float<T>(a * c - b * s);
+        x[1] = from_float<T>(b * c + a * s);
+    }
+}
+INSTANTIATE(rope_interleaved,
+            (T * qkv, const float* cos, const float* sin, int tokens, int stride, int heads,
+             int dim, int half, float sign),
+            (qkv, cos, sin, tokens, stride, heads, dim, half, sign))
 
 // -------------------------------------------------------------------------------------------------
 // gated linear units

@@ -2,9 +2,12 @@
 // never exist as a whole.
 //
 // log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. cuBLAS computes a tile of logits and
-// accumulates Σ_v p_v·W_v. These kernels update the maximum, the sums and
-// ∂log p/∂h = W_y − Σ_v p_v·W_v, and rescale them whenever a larger logit appears (online
-// softmax, arXiv:1805.02867).
+// accumulates Σ_v p_v·W_v. These kernels update the maximum, the sums and ∂log p/∂h = W_y −
+// Σ_v p_v·W_v, and rescale them whenever a larger logit appears (online softmax,
+// arXiv:1805.02867).
+//
+// The kernels with CAPPED apply a soft-cap c to the logits as they read them: l' = c·tanh(l / c).
+// In the gradients, W_v is then multiplied by the slope of the cap at v, 1 − (l'_v / c)².
 #include "elements.cuh"
 
 // State of a row's online softmax: indices of the floats in state[row, 8].
@@ -20,6 +23,17 @@ enum State {
     STATE
 };
 
+// Applies the soft-cap of the kernels with CAPPED to W logits.
+template <bool CAPPED, int W>
+__device__ __forceinline__ void cap_logits(float (&l)[W], float softcap) {
+    if constexpr (CAPPED) {
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+            l[j] = soft_cap(l[j], softcap);
+        }
+    }
+}
+
 // Initialises every row's state before the first tile.   [ceil(rows / 256); 256]
 KERNEL void head_start(float* state, int rows) {
     const long long row = grid_thread();
@@ -34,11 +48,13 @@ KERNEL void head_start(float* state, int rows) {
 // Adds the logits of the tokens first..first + width to the state. Rows of the logits lie ld
 // elements apart. WEIGHTED, SQUARES, LOGITS and ARGMAX are updated only if `distribution`. With
 // `gradient`, writes p[i, j] = e^(l − max), in the layout of the logits, and scales[i], the
-// factor for sums over earlier tiles (0 for the first tile). p may alias the logits.   [rows; 256]
-template <class T>
+// factor for sums over earlier tiles (0 for the first tile). p may alias the logits. With CAPPED, p
+// is multiplied by the slope of the soft-cap.   [rows; 256]
+template <class T, bool CAPPED = false>
 __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, const float* logits,
                                           const unsigned* targets, int rows, int width, int ld,
-                                          int first, int distribution, int gradient) {
+                                          int first, int distribution, int gradient,
+                                          float softcap = 0.0f) {
     const long long start = (long long)blockIdx.x * ld;
     float* const s = state + (long long)blockIdx.x * STATE;
     const float old = s[MAXIMUM];
@@ -46,7 +62,10 @@ __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, con
     // to a large number if the target is below `first`.
     const unsigned target = targets[blockIdx.x] - unsigned(first);
     const bool has_target = threadIdx.x == 0 && target < unsigned(width);
-    const float of_target = has_target ? logits[start + target] : 0.0f;
+    float of_target = has_target ? logits[start + target] : 0.0f;
+    if constexpr (CAPPED) {
+        of_target = soft_cap(of_target, softcap);
+    }
     const bool wide = rows_aligned_16(logits, ld) && width % Vector<T>::N == 0 &&
                       (!gradient || rows_aligned_16(p, ld));
     by_width<T>(wide, [&](auto w) {
@@ -56,6 +75,7 @@ __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, con
         for (int c = threadIdx.x * W; c < width; c += blockDim.x * W) {
             float l[W];
             load(l, logits + start + c);
+            cap_logits<CAPPED>(l, softcap);
 #pragma unroll
             for (int j = 0; j < W; ++j) {
                 if (l[j] > top) {
@@ -80,13 +100,18 @@ __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, con
         for (int c = threadIdx.x * W; c < width; c += blockDim.x * W) {
             float l[W];
             load(l, logits + start + c);
+            cap_logits<CAPPED>(l, softcap);
 #pragma unroll
             for (int j = 0; j < W; ++j) {
                 const float t = l[j] - max, e = expf(t);
                 sum += e;
                 weighted += t * e;
                 squares += e * e;
-                l[j] = e;
+                if constexpr (CAPPED) {
+                    l[j] = e * soft_cap_slope(l[j], softcap);
+                } else {
+                    l[j] = e;
+                }
             }
             if (gradient) {
                 store(p + start + c, l);
@@ -127,6 +152,12 @@ INSTANTIATE(head_tile,
             (float* state, T* p, float* scales, const float* logits, const unsigned* targets,
              int rows, int width, int ld, int first, int distribution, int gradient),
             (state, p, scales, logits, targets, rows, width, ld, first, distribution, gradient))
+INSTANTIATE_CAPPED(head_tile,
+                   (float* state, T* p, float* scales, const float* logits,
+                    const unsigned* targets, int rows, int width, int ld, int first,
+                    int distribution, int gradient, float softcap),
+                   (state, p, scales, logits, targets, rows, width, ld, first, distribution,
+                    gradient, softcap))
 
 // d[i, :] *= scales[i]. Most rows keep their maximum; a scale of 1 is skipped.   [rows; 256]
 KERNEL void head_rescale(float* d, const float* scales, int rows, int width) {
@@ -149,11 +180,15 @@ KERNEL void head_rescale(float* d, const float* scales, int rows, int width) {
     });
 }
 
-// d = ∂log p/∂h: d[i, :] = W[y_i, :] − d[i, :] / Σ e^(l − max).   [rows; 256]
-template <class T>
+// d = ∂log p/∂h: d[i, :] = W[y_i, :] − d[i, :] / Σ e^(l − max). With CAPPED, W[y_i, :] is
+// first multiplied by the slope of the soft-cap.   [rows; 256]
+template <class T, bool CAPPED = false>
 __device__ __forceinline__ void head_finish(float* d, const float* state, const T* w,
-                                            const unsigned* targets, int rows, int width) {
-    const float inverse = 1.0f / state[(long long)blockIdx.x * STATE + TOTAL];
+                                            const unsigned* targets, int rows, int width,
+                                            float softcap = 0.0f) {
+    const float* const s = state + (long long)blockIdx.x * STATE;
+    const float inverse = 1.0f / s[TOTAL];
+    const float slope = CAPPED ? soft_cap_slope(s[TARGET], softcap) : 1.0f;
     float* const row = d + (long long)blockIdx.x * width;
     const T* const of_target = w + (long long)targets[blockIdx.x] * width;
     by_width<T>(rows_aligned_16(d, width) && rows_aligned_16(w, width), [&](auto elements) {
@@ -164,6 +199,9 @@ __device__ __forceinline__ void head_finish(float* d, const float* state, const 
             load(weight, of_target + c);
 #pragma unroll
             for (int j = 0; j < W; ++j) {
+                if constexpr (CAPPED) {
+                    weight[j] *= slope;
+                }
                 v[j] = weight[j] - v[j] * inverse;
             }
             store(row + c, v);
@@ -174,14 +212,18 @@ INSTANTIATE(head_finish,
             (float* d, const float* state, const T* w, const unsigned* targets, int rows,
              int width),
             (d, state, w, targets, rows, width))
+INSTANTIATE_CAPPED(head_finish,
+                   (float* d, const float* state, const T* w, const unsigned* targets, int rows,
+                    int width, float softcap),
+                   (d, state, w, targets, rows, width, softcap))
 
-// ∂loss/∂logits of a tile, for ∂W = eᵀ·h:
-// e[i, j] = g_i·(1{first + j = y_i} − e^(l − lse_i)), in the layout of the logits. e may alias
-// the logits.   [rows; 256]
-template <class T>
+// ∂loss/∂logits of a tile, for ∂W = eᵀ·h: e[i, j] = g_i·(1{first + j = y_i} − e^(l −
+// lse_i)), in the layout of the logits. e may alias the logits. With CAPPED, e is multiplied by the
+// slope of the soft-cap.   [rows; 256]
+template <class T, bool CAPPED = false>
 __device__ __forceinline__ void head_errors(T* e, const float* logits, const float* lse,
                                             const float* g, const unsigned* targets, int rows,
-                                            int width, int ld, int first) {
+                                            int width, int ld, int first, float softcap = 0.0f) {
     const long long start = (long long)blockIdx.x * ld;
     const float of_row = g[blockIdx.x], log_sum = lse[blockIdx.x];
     const unsigned target = targets[blockIdx.x] - unsigned(first);
@@ -192,9 +234,16 @@ __device__ __forceinline__ void head_errors(T* e, const float* logits, const flo
         for (int c = threadIdx.x * W; c < width; c += blockDim.x * W) {
             float l[W];
             load(l, logits + start + c);
+            cap_logits<CAPPED>(l, softcap);
 #pragma unroll
             for (int j = 0; j < W; ++j) {
-                l[j] = of_row * ((unsigned(c + j) == target ? 1.0f : 0.0f) - expf(l[j] - log_sum));
+                const float error =
+                    of_row * ((unsigned(c + j) == target ? 1.0f : 0.0f) - expf(l[j] - log_sum));
+                if constexpr (CAPPED) {
+                    l[j] = error * soft_cap_slope(l[j], softcap);
+                } else {
+                    l[j] = error;
+                }
             }
             store(e + start + c, l);
         }
@@ -204,3 +253,8 @@ INSTANTIATE(head_errors,
             (T * e, const float* logits, const float* lse, const float* g, const unsigned* targets,
              int rows, int width, int ld, int first),
             (e, logits, lse, g, targets, rows, width, ld, first))
+INSTANTIATE_CAPPED(head_errors,
+                   (T * e, const float* logits, const float* lse, const float* g,
+                    const unsigned* targets, int rows, int width, int ld, int first,
+                    float softcap),
+                   (e, logits, lse, g, targets, rows, width, ld, first, softcap))

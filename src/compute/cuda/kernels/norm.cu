@@ -258,3 +258,105 @@ INSTANTIATE(head_norm_backward,
             (T * g, float* partial, const T* before, const float* w, int rows, int stride,
              int offset, int heads, int dim, float eps, int per_block),
             (g, partial, before, w, rows, stride, offset, heads, dim, eps, per_block))
+
+// -------------------------------------------------------------------------------------------------
+// wide heads
+//
+// The same for heads of any width, one block per head. Families that norm all query heads at once
+// have a single head of H·D elements.
+
+// As head_norm.   [rows·heads; 256]
+template <class T>
+__device__ __forceinline__ void wide_head_norm(T* qkv, const float* w, int rows, int stride,
+                                               int offset, int heads, int dim, float eps) {
+    T* const head = qkv + head_start_of(blockIdx.x, stride, offset, heads, dim);
+    by_width<T>(heads_aligned_16(qkv, stride, offset, dim) && is_aligned_16(w), [&](auto elements) {
+        constexpr int W = decltype(elements)::value;
+        float squares = 0.0f;
+        for (int c = threadIdx.x * W; c < dim; c += blockDim.x * W) {
+            float v[W];
+            load(v, head + c);
+#pragma unroll
+            for (int j = 0; j < W; ++j) {
+                squares += v[j] * v[j];
+            }
+        }
+        const float r = inverse_rms(block_sum(squares), dim, eps);
+        for (int c = threadIdx.x * W; c < dim; c += blockDim.x * W) {
+            float v[W], weight[W];
+            load(v, head + c);
+            load(weight, w + c);
+#pragma unroll
+            for (int j = 0; j < W; ++j) {
+                v[j] = v[j] * r * weight[j];
+            }
+            store(head + c, v);
+        }
+    });
+}
+INSTANTIATE(wide_head_norm,
+            (T * qkv, const float* w, int rows, int stride, int offset, int heads, int dim,
+             float eps),
+            (qkv, w, rows, stride, offset, heads, dim, eps))
+
+// As head_norm_backward. A thread sums the elements of `partial` that it owns over the items of its
+// block, in order.   [ceil(rows·heads / per_block); 256]
+template <class T>
+__device__ __forceinline__ void wide_head_norm_backward(T* g, float* partial, const T* before,
+                                                        const float* w, int rows, int stride,
+                                                        int offset, int heads, int dim, float eps,
+                                                        int per_block) {
+    const long long items = (long long)rows * heads, first = (long long)blockIdx.x * per_block;
+    const long long end = first + per_block < items ? first + per_block : items;
+    float* const of_weight =
+        partial == nullptr ? nullptr : partial + (long long)blockIdx.x * dim;
+    const bool wide = heads_aligned_16(g, stride, offset, dim) &&
+                      heads_aligned_16(before, stride, offset, dim) && is_aligned_16(w) &&
+                      is_aligned_16(of_weight);
+    by_width<T>(wide, [&](auto elements) {
+        constexpr int W = decltype(elements)::value;
+        for (long long item = first; item < end; ++item) {
+            const long long start = head_start_of(item, stride, offset, heads, dim);
+            float squares = 0.0f, products = 0.0f;
+            for (int c = threadIdx.x * W; c < dim; c += blockDim.x * W) {
+                float v[W], weight[W], up[W];
+                load(v, before + start + c);
+                load(weight, w + c);
+                load(up, g + start + c);
+#pragma unroll
+                for (int j = 0; j < W; ++j) {
+                    squares += v[j] * v[j];
+                    products += up[j] * weight[j] * v[j];
+                }
+            }
+            const float r = inverse_rms(block_sum(squares), dim, eps);
+            const float along = block_sum(products) * r * r / float(dim);
+            for (int c = threadIdx.x * W; c < dim; c += blockDim.x * W) {
+                float v[W], weight[W], up[W];
+                load(v, before + start + c);
+                load(weight, w + c);
+                load(up, g + start + c);
+                if (of_weight != nullptr) {
+                    float sum[W] = {};
+                    if (item > first) {
+                        load(sum, of_weight + c);
+                    }
+#pragma unroll
+                    for (int j = 0; j < W; ++j) {
+                        sum[j] += up[j] * v[j] * r;
+                    }
+                    store(of_weight + c, sum);
+                }
+#pragma unroll
+                for (int j = 0; j < W; ++j) {
+                    up[j] = r * (up[j] * weight[j] - v[j] * along);
+                }
+                store(g + start + c, up);
+            }
+        }
+    });
+}
+INSTANTIATE(wide_head_norm_backward,
+            (T * g, float* partial, const T* before, const float* w, int rows, int stride,
+             int offset, int heads, int dim, float eps, int per_block),
+            (g, partial, before, w, rows, stride, offset, heads, dim, eps, per_block))

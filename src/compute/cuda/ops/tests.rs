@@ -8,6 +8,7 @@ const HEADS: Heads = Heads {
     dim: 64,
     window: None,
     scale: 0.125,
+    softcap: None,
 };
 
 /// Opens the GPU that BRADLEY_TEST_DEVICE names (`cuda:N`, which may be the emulator).
@@ -85,6 +86,8 @@ fn parts_of_key_gradients_exist_on_tensor_cores_where_heads_share_keys() {
     assert!(!has_key_gradient_parts(F32, HEADS));
     assert!(!has_key_gradient_parts(Bf16, Heads { dim: 32, ..HEADS }));
     assert!(!has_key_gradient_parts(Bf16, Heads { key: 4, ..HEADS }));
+    let softcap = Some(50.0);
+    assert!(has_key_gradient_parts(Bf16, Heads { softcap, ..HEADS }));
 }
 
 #[test]
@@ -189,6 +192,10 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
         gated(&gpu, ActivationFunction::GeluTanh, &y, &x, 2),
         &["geglu", "gate_up has 4 elements", "8"],
     );
+    let sum = f32s(&[1.0, -2.0, 3.0]);
+    add(&gpu, &sum, &f32s(&[0.5, 2.0, 1.0])).unwrap();
+    assert_eq!(read(&sum), [1.5, 0.0, 4.0]);
+    assert_refused(add(&gpu, &sum, &y), &["y has 3 elements", "4"]);
 
     // The head: one row, a tile of three of four columns.
     let logits = f32s(&[0.0, 1.0, 2.0, 9.0]);
@@ -212,6 +219,7 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
         targets: &targets,
         distribution: true,
         gradient: true,
+        softcap: None,
     };
     head_start(&gpu, &state).unwrap();
     head_tile(&gpu, head(&state, &p, tile)).unwrap();
@@ -233,6 +241,52 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
         head_tile(&gpu, head(&state, &p, LogitTile { width: 5, ..tile })),
         &["head_tile", "column 5"],
     );
+    // With a soft-cap: the maximum and the target's logit, and the exponential times the slope.
+    let with_cap = HeadTile {
+        softcap: Some(2.0),
+        ..head(&state, &p, tile)
+    };
+    head_start(&gpu, &state).unwrap();
+    head_tile(&gpu, with_cap).unwrap();
+    let (softmax, top) = (read(&state), 2.0 * 1f32.tanh());
+    assert!((softmax[0] - top).abs() < 1e-6, "{softmax:?}");
+    assert!(
+        (softmax[5] - 2.0 * 0.5f32.tanh()).abs() < 1e-6,
+        "{softmax:?}"
+    );
+    let slope = 1.0 - 1f32.tanh().powi(2);
+    assert!((read(&p)[2] - slope).abs() < 1e-6, "{:?}", read(&p));
+    let (lse, g, errors) = (f32s(&[top]), f32s(&[1.0]), zeros(F32, 4));
+    let of_errors = |g, softcap| HeadErrors {
+        errors: &errors,
+        tile,
+        lse: &lse,
+        g,
+        targets: &targets,
+        softcap,
+    };
+    head_errors(&gpu, of_errors(&g, Some(2.0))).unwrap();
+    assert!(
+        (read(&errors)[2] + slope).abs() < 1e-6,
+        "{:?}",
+        read(&errors)
+    );
+    assert_refused(
+        head_errors(&gpu, of_errors(&state, Some(2.0))),
+        &["head_errors", "g has 8 elements", "1"],
+    );
+    let (d, weight) = (f32s(&[0.0, 0.0]), f32s(&[1.0; 16]));
+    let finish = HeadFinish {
+        d: &d,
+        state: &state,
+        w: &weight,
+        targets: &targets,
+        width: 2,
+        softcap: Some(2.0),
+    };
+    head_finish(&gpu, finish).unwrap();
+    let slope = 1.0 - 0.5f32.tanh().powi(2);
+    assert!((read(&d)[0] - slope).abs() < 1e-6, "{:?}", read(&d));
     assert_refused(
         head_start(&gpu, &p),
         &["head_start", "state has 4 elements"],
@@ -249,6 +303,20 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
     };
     attention(&gpu, &out, &lse, &qkv, over).unwrap();
     assert!(read(&out).iter().all(|x| *x == 0.25), "{:?}", read(&out));
+    // Its score is 64 · 0.25² · 0.125 = 0.5.
+    assert!((read(&lse)[0] - 0.5).abs() < 1e-6, "{:?}", read(&lse));
+    let capped = AttentionTiles {
+        heads: Heads {
+            softcap: Some(0.25),
+            ..HEADS
+        },
+        ..over
+    };
+    attention(&gpu, &out, &lse, &qkv, capped).unwrap();
+    assert!(read(&out).iter().all(|x| *x == 0.25), "{:?}", read(&out));
+    let score = 0.25 * 2f32.tanh();
+    assert!((read(&lse)[0] - score).abs() < 1e-6, "{:?}", read(&lse));
+    attention(&gpu, &out, &lse, &qkv, over).unwrap();
     assert_refused(
         attention(&gpu, &out, &scales, &qkv, over),
         &["attention", "lse has 1 elements", "4"],
@@ -312,9 +380,19 @@ fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
         heads: 6,
         dim: 64,
     };
+    let tables = |half| RotaryTables {
+        cos: &lse,
+        sin: &lse,
+        half,
+        pairs: RotaryPairs::Halves,
+    };
     assert_refused(
-        rope(&gpu, &dqkv, &lse, &lse, places, Direction::Forward),
+        rope(&gpu, &dqkv, tables(32), places, Direction::Forward),
         &["rope", "cos has 4 elements", "32"],
+    );
+    assert_refused(
+        rope(&gpu, &dqkv, tables(33), places, Direction::Forward),
+        &["rope", "33 pairs", "64"],
     );
     assert_refused(
         head_norm(&gpu, &dqkv, &lse, places, 0.0),

@@ -133,6 +133,28 @@ fn refused_fields(job: pb::TrainingJob) -> Vec<String> {
         .collect()
 }
 
+#[test]
+fn all_linear_is_shown_as_the_names_that_it_stands_for() {
+    let with = |names: &[&str]| pb::TrainingJob {
+        method: Some(pb::training_job::Method::Lora(pb::LoraConfig {
+            target_modules: names.iter().map(|name| (*name).to_owned()).collect(),
+            ..Default::default()
+        })),
+        ..minimal()
+    };
+    let request = job_request(with(&["all-linear"])).unwrap();
+    let given = request.given_lora.target_modules.clone().unwrap();
+    assert_eq!(given, TARGET_MODULES);
+    let Some(pb::training_job::Method::Lora(shown)) = job(stored(request)).method else {
+        panic!("the job has no LoRA settings");
+    };
+    assert_eq!(shown.target_modules, TARGET_MODULES);
+    assert_eq!(
+        refused_fields(with(&["all-linear", "q_proj"])),
+        ["training_job.lora.target_modules[0]"]
+    );
+}
+
 fn with_dpo(loss: &str, dpo: pb::DpoConfig) -> pb::TrainingJob {
     let losses = vec![pb::WeightedLoss {
         loss_type: loss.into(),
