@@ -367,8 +367,8 @@ fn finish_gradient(
     });
 }
 
-/// Adds ∂loss/∂W to `dw` `[V, C]`, given the output of [`head`] for `input` and g =
-/// ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. With a
+/// Adds ∂loss/∂W to `dw` `[V, C]`, given the output of [`head`] for `input` and
+/// g = ∂loss/∂log p `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. With a
 /// soft-cap, E is multiplied by its slopes. Consumes the saved exponentials.
 pub fn head_weight_gradient(
     input: HeadInput<'_>,
