@@ -131,6 +131,26 @@ fn gradients(
         .collect()
 }
 
+/// Returns the name of the bias of the queries, if `tensor` is the bias of the keys of a block that
+/// does not rotate them. Such a bias adds the same number to all scores of a query, so it changes
+/// no log-prob.
+fn without_effect(spec: &ModelSpec, tensor: &str) -> Option<String> {
+    let module = tensor.strip_suffix("k_proj.bias")?;
+    let block = module.split('.').find_map(|part| part.parse().ok());
+    let block: usize = block.expect("the name of a block's tensor has the block's number");
+    spec.blocks[block]
+        .attention()
+        .rope
+        .is_none()
+        .then(|| format!("{module}q_proj.bias"))
+}
+
+fn norm(tensor: &Tensor) -> f64 {
+    let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let squares = values.iter().map(|x| f64::from(*x).powi(2));
+    squares.sum::<f64>().sqrt()
+}
+
 #[test]
 fn gradients_of_each_family_are_torchs_with_and_without_tapes() {
     for name in FAMILIES {
@@ -153,8 +173,21 @@ fn gradients_of_each_family_are_torchs_with_and_without_tapes() {
         );
         assert_eq!(kept.len(), expected.len(), "{name}");
         for ((tensor, g), (_, recomputed)) in kept.iter().zip(&again) {
-            let error = relative(g, &expected[tensor]);
-            assert!(error < 1e-4, "{name} {tensor}: relative error {error:e}");
+            match without_effect(&model.config.spec, tensor) {
+                // Both gradients are what rounding leaves of 0.
+                Some(of_queries) => {
+                    let bound = 1e-5 * norm(&expected[&of_queries]);
+                    let (got, want) = (norm(g), norm(&expected[tensor]));
+                    assert!(
+                        got < bound && want < bound,
+                        "{name} {tensor}: {got:e} and {want:e} are not 0"
+                    );
+                }
+                None => {
+                    let error = relative(g, &expected[tensor]);
+                    assert!(error < 1e-4, "{name} {tensor}: relative error {error:e}");
+                }
+            }
             if is_batch_invariant() {
                 assert_eq!(bits(g), bits(recomputed), "{name} {tensor}");
             }
