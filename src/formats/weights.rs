@@ -3,7 +3,7 @@
 
 pub(super) mod stored;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -265,6 +265,17 @@ impl Weights {
             }
         }
         best
+    }
+
+    /// Returns the name of the format in which most of the weights are stored: that of an element
+    /// type, or of a quantisation such as `q4_k`.
+    pub fn stored_format(&self) -> &'static str {
+        let mut elements: BTreeMap<&'static str, usize> = BTreeMap::new();
+        for tensor in self.stored() {
+            *elements.entry(tensor.format).or_default() += tensor.elements;
+        }
+        let most = elements.into_iter().max_by_key(|(_, elements)| *elements);
+        most.map_or(ElementType::F32.name(), |(format, _)| format)
     }
 
     /// Returns true if [`Weights::load`] in `precision` rounds nothing.

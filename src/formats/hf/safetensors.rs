@@ -262,6 +262,7 @@ impl SafetensorsWeights {
             };
             Some(StoredAs {
                 dtype,
+                format: dtype.name(),
                 dims: t.shape.len(),
                 elements: t.shape.iter().product(),
             })
