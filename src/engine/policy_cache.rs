@@ -347,7 +347,7 @@ fn describe(model: &LoadedModel, device: &str) -> ModelInfo {
         hidden_size: model.config.spec.hidden_size,
         max_position_embeddings: model.config.spec.max_position_embeddings,
         stored_format: model.weights.stored_format(),
-        text_only: model.config.part_of.is_some(),
+        text_only: model.config.whole_json.is_some(),
         chat_template: model.tokenizer.has_chat_template(),
         identity: model.identity(),
         device: device.to_owned(),

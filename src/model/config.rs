@@ -28,9 +28,6 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
     /// A config.json that transformers can load. Exports of merged models write it.
     pub hf_json: Value,
-    /// `model_type` of the multimodal model that contains this language model. `None` if the model
-    /// has no parts but the language model.
-    pub part_of: Option<String>,
 }
 
 impl ModelConfig {
@@ -94,7 +91,7 @@ impl ModelConfig {
 
     /// Reads a parsed config.json. `path` is used in error messages only.
     pub(crate) fn from_hf_value(json: Value, path: &Path) -> Result<Self, ModelError> {
-        let (json, part_of) = text_config(json);
+        let json = text_config(json);
         let fields = Fields::new(&json, path)?;
         let architecture = architecture(&fields)?;
         if !fields.is_null("quantization_config") {
@@ -117,7 +114,6 @@ impl ModelConfig {
             bos_token_id,
             eos_token_ids,
             hf_json: json,
-            part_of,
         })
     }
 
@@ -128,9 +124,8 @@ impl ModelConfig {
 }
 
 /// Returns the configuration of the language model inside a multimodal model, in the form of the
-/// config.json that it would have on its own, and the `model_type` of the multimodal model. Other
-/// configurations are returned unchanged, with `None`.
-fn text_config(mut json: Value) -> (Value, Option<String>) {
+/// config.json that it would have on its own. Other configurations are returned unchanged.
+fn text_config(mut json: Value) -> Value {
     let text_type = json
         .pointer("/text_config/model_type")
         .and_then(Value::as_str);
@@ -142,12 +137,8 @@ fn text_config(mut json: Value) -> (Value, Option<String>) {
         .and_then(|_| json.get_mut("text_config"))
         .map(Value::take);
     let Some(Value::Object(mut text)) = stored else {
-        return (json, None);
+        return json;
     };
-    let part_of = json
-        .get("model_type")
-        .and_then(Value::as_str)
-        .map(str::to_owned);
     for key in [
         "bos_token_id",
         "eos_token_id",
@@ -168,7 +159,7 @@ fn text_config(mut json: Value) -> (Value, Option<String>) {
             json!([family.family().causal_lm_class]),
         );
     }
-    (Value::Object(text), part_of)
+    Value::Object(text)
 }
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture, ModelError> {

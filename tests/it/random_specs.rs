@@ -403,7 +403,6 @@ impl Case {
             bos_token_id: None,
             eos_token_ids: Vec::new(),
             hf_json: serde_json::Value::Null,
-            part_of: None,
         };
         let parameters = random_parameters(&mut draw, &config);
         let adapter = draw.flag().then(|| random_adapter(&mut draw, &config));

@@ -165,19 +165,3 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
         [vec![None; 1], vec![Some(16); 29]].concat()
     );
 }
-
-#[test]
-fn a_language_model_knows_the_multimodal_model_that_it_is_part_of() {
-    let part_of = |json: Value| {
-        let path = Path::new("config.json");
-        let config = ModelConfig::from_hf_json(&json.to_string(), path).unwrap();
-        (config.architecture, config.part_of)
-    };
-    let text = json!({"model_type": "gemma3_text"});
-    assert_eq!(part_of(text.clone()), (Architecture::Gemma3, None));
-    let both = json!({"model_type": "gemma3", "text_config": text});
-    assert_eq!(
-        part_of(both),
-        (Architecture::Gemma3, Some("gemma3".to_owned()))
-    );
-}
