@@ -9,7 +9,6 @@ use crate::domain::training::{LoraConfig, Precision};
 use crate::formats::loader::{LoadedModel, load_model};
 use crate::formats::peft;
 use crate::formats::source::HubOptions;
-use crate::formats::weights::Weights;
 
 fn golden(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -29,7 +28,7 @@ fn save(
     layout: Layout,
 ) -> Result<(), ModelError> {
     let read = |param: &ParamSpec| model.weights.load(param, Precision::F32);
-    save_merged(dir, &model.config, adapter, layout, &read)
+    save_merged(dir, &model.config, adapter, layout, &read, None)
 }
 
 fn values(weights: &Weights, param: &ParamSpec) -> Vec<f32> {
@@ -191,6 +190,7 @@ fn a_value_beyond_f16_is_refused_by_its_tensor() {
         None,
         layout(ElementType::F16),
         &read,
+        None,
     )
     .unwrap_err()
     .to_string();
@@ -204,6 +204,7 @@ fn a_value_beyond_f16_is_refused_by_its_tensor() {
         None,
         layout(ElementType::Bf16),
         &read,
+        None,
     )
     .unwrap();
 }
@@ -319,7 +320,7 @@ fn an_adapter_names_its_base_as_peft_loads_it() {
         (hub, json!("owner/name"), json!("abc123")),
         (model.base.clone(), json!("llama"), Value::Null),
     ] {
-        peft::save(dir.path(), &adapter, &base).unwrap();
+        peft::save(dir.path(), &adapter, &model.config, &base).unwrap();
         let config = json_file(dir.path(), peft::CONFIG_FILE);
         assert_eq!(
             (&config["base_model_name_or_path"], &config["revision"]),
