@@ -414,11 +414,13 @@ impl TensorSource for Weights {
     }
 }
 
-/// Returns true for tensors that are redundant: rotary frequencies, and the copy of a tied head.
+/// Returns true for tensors that are redundant: rotary frequencies, which are part of the
+/// configuration, and the copy of a tied head.
 fn is_harmless(name: &str) -> bool {
     const SUFFIXES: [&str; 2] = [".rotary_emb.inv_freq", ".attn_rot_embd"];
-    const NAMES: [&str; 2] = [params::HF_HEAD, ModelConfig::GGUF_ROPE_FREQS];
-    NAMES.contains(&name) || SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
+    name == params::HF_HEAD
+        || ModelConfig::GGUF_ROPE_TENSORS.contains(&name)
+        || SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
 }
 
 #[cfg(test)]
