@@ -403,7 +403,7 @@ impl MetadataKeys<'_> {
         };
         let has_window = config.get("sliding_window").is_some_and(|w| !w.is_null());
         let slides = stored.unwrap_or_else(|| (0..shape.blocks).map(slides).collect());
-        let types = slides.iter().map(|slides| match slides && has_window {
+        let types = slides.iter().map(|slides| match *slides && has_window {
             true => "sliding_attention",
             false => "full_attention",
         });
