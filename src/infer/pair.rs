@@ -71,8 +71,8 @@ impl EncodedPair {
             + self.rejected.len()
     }
 
-    /// Returns the number of tokens in the pair's packed row, for a model whose frequencies depend on
-    /// the length of a sequence. The row stores a shared prompt twice if its two sequences have
+    /// Returns the number of tokens in the pair's packed row, for a model whose frequencies depend
+    /// on the length of a sequence. The row stores a shared prompt twice if its two sequences have
     /// different frequencies.
     pub fn packed_tokens_by_length(&self, class: &dyn Fn(usize) -> usize) -> usize {
         let of = |answer: &[u32]| class(self.prompt.len() + answer.len());

@@ -137,11 +137,10 @@ pub enum FeedForward {
 /// Names of the norms of a block in files. They differ only if there are norms on outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormNames {
-    /// As in Gemma: `post_attention_layernorm`, `pre_feedforward_layernorm` and
-    /// `post_feedforward_layernorm`.
+    /// As in Gemma: the norm before the feed-forward part has another name if there is a norm on
+    /// the output of the mixer.
     Gemma,
-    /// As in GLM-4: `post_self_attn_layernorm`, `post_attention_layernorm` and
-    /// `post_mlp_layernorm`.
+    /// As in GLM-4: the norm before the feed-forward part always has the same name.
     Glm,
 }
 
@@ -207,7 +206,7 @@ impl ModelSpec {
                 attention.projections == Projections::Fused,
                 block.fuses_gate_up(),
             ];
-            found.push(json!(["fused_projections", fused]));
+            found.push(json!(["fused_matrices", fused]));
         }
         match block.feed_forward {
             FeedForward::Gated {

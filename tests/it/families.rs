@@ -104,8 +104,8 @@ fn the_reference_has_the_log_probs_of_each_family() {
     }
 }
 
-/// Returns the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones, from
-/// one packed row.
+/// Returns the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones,
+/// from one packed row.
 fn gradients(
     policy: &TrainablePolicy,
     pairs: &[EncodedPair],

@@ -188,7 +188,8 @@ fn a_block_and_the_loop_over_blocks_are_written_once() {
     let calls = [
         (".new_qkv(", BLOCK),
         (".attention_operand(", BLOCK),
-        (".norm(StreamNorm::", BLOCK),
+        (".norm(norm, x)", BLOCK),
+        (".stream_operand(", BLOCK),
         (".feed_forward(", BLOCK),
         (".feed_forward_backward(", BLOCK),
         ("block_forward(&row.block", PASS),

@@ -4,8 +4,9 @@
 //! Forward pass, per block and head: S = scale·Q·Kᵀ over the keys of the prompt and of the segment
 //! itself, P = softmax(S), O = P·V. The log-sum-exp of each row is saved. The backward pass
 //! recomputes P from it (arXiv:2205.14135, §3.1, without the on-chip part): dV = Pᵀ·dO, dP = dO·Vᵀ,
-//! dS = P ⊙ (dP − rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q. With a soft-cap c, S is
-//! replaced by S' = c·tanh(S / c) before the softmax, and dS is multiplied by 1 − (S' / c)².
+//! dS = P ⊙ (dP − rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
+//! With a soft-cap c, S is replaced by S' = c·tanh(S / c) before the softmax, and dS is multiplied
+//! by 1 − (S' / c)².
 //!
 //! Blocks start at the start of their segment, so a segment's results do not depend on its position
 //! in the row.

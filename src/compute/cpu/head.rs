@@ -5,8 +5,8 @@
 //! are accumulated over the tiles and rescaled whenever a larger logit appears (online softmax,
 //! arXiv:1805.02867).
 //!
-//! With a soft-cap c, each logit l is replaced by l' = c·tanh(l / c). In the gradients, W_v is then
-//! multiplied by the slope of the cap at v, 1 − (l'_v / c)².
+//! With a soft-cap c, each logit l is replaced by l' = c·tanh(l / c). In the gradients, W_v is
+//! then multiplied by the slope of the cap at v, 1 − (l'_v / c)².
 
 use super::buffer::Buffer;
 use super::gemm::{
@@ -368,8 +368,8 @@ fn finish_gradient(
 }
 
 /// Adds ∂loss/∂W to `dw` `[V, C]`, given the output of [`head`] for `input` and g = ∂loss/∂log p
-/// `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. With a soft-cap, E is multiplied by
-/// its slopes. Consumes the saved exponentials.
+/// `[N]`: dW = Eᵀ·h with E = g ⊙ (onehot(y) − p), tile by tile. With a soft-cap, E is multiplied
+/// by its slopes. Consumes the saved exponentials.
 pub fn head_weight_gradient(
     input: HeadInput<'_>,
     output: &mut HeadOutput,

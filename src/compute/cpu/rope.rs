@@ -98,8 +98,8 @@ pub enum Direction {
     Backward,
 }
 
-/// Rotates the heads `heads` of width `dim` of every token in place. Each token is a row of `stride`
-/// elements. Dimensions of a head after the first R do not change.
+/// Rotates the heads `heads` of width `dim` of every token in place. Each token is a row of
+/// `stride` elements. Dimensions of a head after the first R do not change.
 pub fn rotate(
     x: &mut [f32],
     stride: usize,

@@ -18,8 +18,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     (y + 1.0) * power
 }
 
-/// Returns y = e^r − 1 and 2ⁿ, where x = n·ln 2 + r and |r| is at most about ln 2 / 2. x is clamped
-/// to [−87, 88]. Uses Cody–Waite reduction and a degree-6 polynomial (Cephes `expf`).
+/// Returns y = e^r − 1 and 2ⁿ, where x = n·ln 2 + r and |r| is at most about ln 2 / 2. x is
+/// clamped to [−87, 88]. Uses Cody–Waite reduction and a degree-6 polynomial (Cephes `expf`).
 #[inline(always)]
 fn reduced_exp(x: f32) -> (f32, f32) {
     // Adding and subtracting 1.5·2²³ rounds to the nearest integer without a call.

@@ -84,7 +84,7 @@ fn rotated_dims(fields: &Fields<'_>, key: &str, head_dim: usize) -> Result<usize
     }
     // Truncated, as in transformers.
     let dims = (head_dim as f64 * factor) as usize;
-    if dims == 0 || dims % 2 != 0 {
+    if dims == 0 || !dims.is_multiple_of(2) {
         return Err(fields.invalid(
             name,
             format!("is {factor}: it rotates {dims} of {head_dim} dimensions; must be even"),

@@ -1,6 +1,6 @@
 //! The properties that Gemma 2 and Gemma 3 share: norms before and after each part, all norms with
-//! the factors 1 + w, GELU in the feed-forward part, embeddings times √C, a scale of the scores that
-//! the configuration states, and optional soft-caps.
+//! the factors 1 + w, GELU in the feed-forward part, embeddings times √C, a scale of the scores
+//! that the configuration states, and optional soft-caps.
 
 use super::common::Common;
 use crate::model::config::json::Fields;

@@ -97,8 +97,8 @@ __device__ __forceinline__ float high_bf16(uint32_t pair) {
 // Returns cap·tanh(x / cap), which is between -cap and cap (arXiv:2408.00118, section 2).
 __device__ __forceinline__ float soft_cap(float x, float cap) { return cap * tanhf(x / cap); }
 
-// Returns the derivative of soft_cap, given its result y: 1 − (y / cap)². For −∞, the value of
-// masked scores, it is 0.
+// Returns the derivative of soft_cap, given its result y: 1 − (y / cap)². For −∞, the value
+// of masked scores, it is 0.
 __device__ __forceinline__ float soft_cap_slope(float y, float cap) {
     const float t = fmaxf(y / cap, -1.0f);
     return 1.0f - t * t;

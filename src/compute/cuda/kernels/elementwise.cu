@@ -107,8 +107,8 @@ KERNEL void cast_f32(float* to, const bf16* from, long long n) { cast<bf16>(to, 
 // Rotates the first 2·half dimensions of the first `heads` heads of every row in place, i in
 // 0..half, with n = half:
 //     (x_i, x_{i+n}) = (x_i·cos_i − x_{i+n}·s_i, x_{i+n}·cos_i + x_i·s_i),  s = sign·sin,
-// with cos and sin [tokens, half]. sign = −1 rotates back, which maps the gradient of the output to
-// that of the input.   [any, e.g. tokens; 256]
+// with cos and sin [tokens, half]. sign = −1 rotates back, which maps the gradient of the output
+// to that of the input.   [any, e.g. tokens; 256]
 template <class T>
 __device__ __forceinline__ void rope(T* qkv, const float* cos, const float* sin, int tokens,
                                      int stride, int heads, int dim, int half, float sign) {

@@ -179,8 +179,8 @@ KERNEL void head_rescale(float* d, const float* scales, int rows, int width) {
     });
 }
 
-// d = ∂log p/∂h: d[i, :] = W[y_i, :] − d[i, :] / Σ e^(l − max). With CAPPED, W[y_i, :] is first
-// multiplied by the slope of the soft-cap.   [rows; 256]
+// d = ∂log p/∂h: d[i, :] = W[y_i, :] − d[i, :] / Σ e^(l − max). With CAPPED, W[y_i, :] is
+// first multiplied by the slope of the soft-cap.   [rows; 256]
 template <class T, bool CAPPED = false>
 __device__ __forceinline__ void head_finish(float* d, const float* state, const T* w,
                                             const unsigned* targets, int rows, int width,
