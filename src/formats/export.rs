@@ -71,7 +71,7 @@ pub fn save_merged(
         name: whole.map_or(param.name(), |whole| whole.name_in_file(param.name())),
         dtype: safetensors_type(layout.dtype),
         shape: &param.shape,
-        value: Box::new(|| {
+        value: Box::new(move || {
             let value = merge(adapter, param.id, read(param)?)?;
             encode(param.name(), &value, layout.dtype)
         }),
@@ -82,7 +82,7 @@ pub fn save_merged(
             name: whole.name_in_file(&other.name),
             dtype: other.dtype,
             shape: &other.shape,
-            value: Box::new(|| whole.bytes(other)),
+            value: Box::new(move || whole.bytes(other)),
         })
     });
     let tensors: Vec<Written<'_>> = merged.chain(copied).collect();
