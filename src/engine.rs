@@ -615,18 +615,13 @@ impl Engine {
             }
             _ => base_models.reopen(model)?,
         };
+        let whole = base_models.whole(model)?;
+        let save = |read: &export::ReadWeight<'_>| {
+            export::save_merged(out, config, adapter.as_ref(), layout, read, whole.as_ref())
+        };
         let written = match &source {
-            Some(files) => {
-                let read = |param: &ParamSpec| files.load(param, Precision::F32);
-                export::save_merged(out, config, adapter.as_ref(), layout, &read)
-            }
-            None => export::save_merged(
-                out,
-                config,
-                adapter.as_ref(),
-                layout,
-                &base.policy.parameters.reader(),
-            ),
+            Some(files) => save(&|param: &ParamSpec| files.load(param, Precision::F32)),
+            None => save(&base.policy.parameters.reader()),
         };
         // Only a base model's files are checked against the content that was loaded.
         written.map_err(|e| base_models.unreadable(model, &e))?;

@@ -25,7 +25,8 @@ pub struct ModelInfo {
     pub source: String,
     /// Name under which other programs find the model.
     pub base: BaseName,
-    /// The family, as `model_type` in config.json, e.g. `llama` or `gemma3_text`.
+    /// `model_type` in config.json: of the family, e.g. `llama`, or of the model of text and images
+    /// that contains the language model, e.g. `gemma3`.
     pub architecture: String,
     /// Number of parameters; tied weights count once.
     pub parameters: u64,

@@ -76,7 +76,10 @@ impl GgufWeights {
         let Some(entry) = self.gguf.tensor(&param.gguf.name) else {
             return Ok(None);
         };
-        let tensor = self.dequantise(entry, check)?;
+        let mut tensor = self.dequantise(entry, check)?;
+        if param.adds_one {
+            tensor = (tensor - 1.0)?;
+        }
         match param.rotated_heads.filter(|_| self.is_interleaved) {
             Some(heads) => Ok(Some(deinterleave(&tensor, heads)?)),
             None => Ok(Some(tensor)),
