@@ -27,8 +27,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use self::api::{
-    EngineError, EngineOptions, ModelInfo, RunEnd, RunEvent, ScoreItem, ScoredItem, TrainingRun,
-    WeightsRef,
+    EngineError, EngineOptions, ModelInfo, ModelUse, RunEnd, RunEvent, ScoreItem, ScoredItem,
+    TrainingRun, WeightsRef,
 };
 use self::entry::{Entry, ScoringQueue};
 use self::memory::{HostMemory, Room};
@@ -36,7 +36,7 @@ use self::needs::{Extra, Needs};
 use self::policy_cache::BaseModels;
 use self::queue::Queue;
 use crate::domain::identity::ModelIdentity;
-use crate::domain::training::{Precision, TrainingSpec};
+use crate::domain::training::{LoraConfig, Method, Precision, TrainingSpec};
 use crate::formats::export::{self, Layout};
 use crate::formats::loader::LoadedModel;
 use crate::formats::peft;
@@ -50,6 +50,9 @@ use crate::model::params::ParamSpec;
 use crate::telemetry::trace;
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate::{Lengths, MemoryKind, on_host, plan};
+
+/// Packed tokens of the shortest pair: a prompt and two answers of one token each.
+const SHORTEST_PAIR: usize = 3;
 
 /// Handle to the device workers; clones share them. A worker ends when the queue was drained or the
 /// last handle is dropped.
@@ -319,6 +322,35 @@ impl Engine {
         Ok(self.shared.base_models.get(id)?.info.clone())
     }
 
+    /// Returns the work that this engine does with a base model. Training belongs to it if a run
+    /// with the default settings on the shortest pairs fits the memory limit.
+    ///
+    /// # Errors
+    /// `UnknownModel` if the server does not have it.
+    pub fn uses(&self, model: &str) -> Result<Vec<ModelUse>, EngineError> {
+        let base = WeightsRef::Base {
+            model: model.to_owned(),
+        };
+        let mut uses = Vec::new();
+        for (training, method) in [
+            (ModelUse::TrainLora, Method::Lora(LoraConfig::default())),
+            (ModelUse::TrainFull, Method::Full),
+        ] {
+            let spec = TrainingSpec {
+                method,
+                ..TrainingSpec::default()
+            };
+            match self.check(model, Some(&base), &spec, Lengths::one(SHORTEST_PAIR)) {
+                Ok(()) => uses.push(training),
+                Err(EngineError::OutOfMemory { .. }) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        // An engine starts only if a scoring batch fits, and an export needs no memory of its own.
+        uses.extend([ModelUse::Score, ModelUse::Export]);
+        Ok(uses)
+    }
+
     /// Returns the precision of jobs that do not choose one.
     pub fn precision(&self) -> Precision {
         self.shared.options.precision
@@ -585,18 +617,13 @@ impl Engine {
             }
             _ => base_models.reopen(model)?,
         };
+        let whole = base_models.whole(model)?;
+        let save = |read: &export::ReadWeight<'_>| {
+            export::save_merged(out, config, adapter.as_ref(), layout, read, whole.as_ref())
+        };
         let written = match &source {
-            Some(files) => {
-                let read = |param: &ParamSpec| files.load(param, Precision::F32);
-                export::save_merged(out, config, adapter.as_ref(), layout, &read)
-            }
-            None => export::save_merged(
-                out,
-                config,
-                adapter.as_ref(),
-                layout,
-                &base.policy.parameters.reader(),
-            ),
+            Some(files) => save(&|param: &ParamSpec| files.load(param, Precision::F32)),
+            None => save(&base.policy.parameters.reader()),
         };
         // Only a base model's files are checked against the content that was loaded.
         written.map_err(|e| base_models.unreadable(model, &e))?;

@@ -264,9 +264,38 @@ pub fn model(m: &pb::Model) -> Value {
         "num_layers": m.num_layers,
         "hidden_size": m.hidden_size,
         "max_position_embeddings": m.max_position_embeddings,
-        "chat_template": m.chat_template, "fingerprint": m.fingerprint, "device": m.device,
+        "chat_template": m.chat_template,
+        "dtype": m.dtype,
+        "text_only": m.text_only,
+        "uses": uses(m),
+        "fingerprint": m.fingerprint,
+        "device": m.device,
         "identity": m.identity.as_ref().map(identity),
     })
+}
+
+/// Returns the names of a model's uses without their prefix, in lower case: `train_lora`.
+fn uses(m: &pb::Model) -> Vec<String> {
+    let name = |of_model: pb::ModelUse| of_model.as_str_name().trim_start_matches("MODEL_USE_");
+    m.uses().map(|u| name(u).to_lowercase()).collect()
+}
+
+/// Describes the uses of a model for people: `train lora, score, text only`.
+pub fn supported(m: &pb::Model) -> String {
+    let mut parts: Vec<String> = uses(m).iter().map(|name| name.replace('_', " ")).collect();
+    if m.text_only {
+        parts.push("text only".to_owned());
+    }
+    parts.join(", ")
+}
+
+/// Formats a number of parameters for people: `135M`, `8.03B`.
+pub fn parameters(n: u64) -> String {
+    let millions = n as f64 / 1e6;
+    match millions < 999.5 {
+        true => format!("{millions:.0}M"),
+        false => format!("{:.2}B", millions / 1e3),
+    }
 }
 
 /// Renders an event as JSON.
@@ -303,6 +332,33 @@ pub fn bytes(n: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_model_shows_its_size_and_what_is_supported() {
+        let sizes = [123_456, 134_515_008, 999_885_952, 8_030_261_248];
+        assert_eq!(
+            sizes.map(parameters),
+            ["0M", "135M", "1.00B", "8.03B"].map(str::to_owned)
+        );
+        let mut of_text = pb::Model {
+            dtype: "bf16".into(),
+            ..Default::default()
+        };
+        for name in ["TRAIN_LORA", "TRAIN_FULL", "SCORE", "EXPORT"] {
+            let of_model = pb::ModelUse::from_str_name(&format!("MODEL_USE_{name}")).unwrap();
+            of_text.uses.push(of_model.into());
+        }
+        assert_eq!(supported(&of_text), "train lora, train full, score, export");
+        of_text.uses.remove(1);
+        of_text.text_only = true;
+        assert_eq!(supported(&of_text), "train lora, score, export, text only");
+        let json = model(&of_text);
+        assert_eq!(json["uses"], json!(["train_lora", "score", "export"]));
+        assert_eq!(
+            (&json["dtype"], &json["text_only"]),
+            (&json!("bf16"), &json!(true))
+        );
+    }
 
     #[test]
     fn hashes_are_short_in_tables_and_whole_in_json() {

@@ -25,7 +25,8 @@ pub struct ModelInfo {
     pub source: String,
     /// Name under which other programs find the model.
     pub base: BaseName,
-    /// Architecture name in lower case, e.g. `llama` or `qwen3`.
+    /// `model_type` in config.json: of the family, e.g. `llama`, or of the model of text and images
+    /// that contains the language model, e.g. `gemma3`.
     pub architecture: String,
     /// Number of parameters; tied weights count once.
     pub parameters: u64,
@@ -37,12 +38,29 @@ pub struct ModelInfo {
     pub hidden_size: usize,
     /// Longest sequence that the model was made for, in tokens.
     pub max_position_embeddings: usize,
+    /// Format of most of the stored weights, e.g. `bf16` or `q4_k`.
+    pub stored_format: &'static str,
+    /// True if the model is the language model of a multimodal model.
+    pub text_only: bool,
     /// True if the tokenizer has a chat template, so that chat rows can be rendered.
     pub chat_template: bool,
     /// Content hashes of weights, configuration, tokenizer and chat template.
     pub identity: ModelIdentity,
     /// Devices that compute with it, e.g. `cpu` or `cuda:0,cuda:1`.
     pub device: String,
+}
+
+/// Work that an engine does with a base model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModelUse {
+    /// Trains adapters on it.
+    TrainLora,
+    /// Trains all of its weights.
+    TrainFull,
+    /// Scores pairs with it and with the policies on it.
+    Score,
+    /// Exports the policies on it.
+    Export,
 }
 
 /// Weights that can score or start a run, resolved to something that the engine can load.

@@ -34,6 +34,9 @@ pub(super) struct Base {
     /// Files from which unrounded weights can be read again; `None` if the weights in memory are
     /// exact.
     files: Option<WeightFiles>,
+    /// Files of the model of text and images that contains the language model, if it is a part of
+    /// one.
+    whole: Option<WeightFiles>,
     /// Element type of most weights in the files.
     pub element_type: ElementType,
     /// True if the weights in memory have the exact values of the files.
@@ -77,10 +80,19 @@ impl BaseModels {
             let parameters = Parameters::load(&model.config, &model.weights, precision)
                 .map_err(|e| EngineError::Weights(e.to_string()))?;
             let info = describe(&model, devices);
-            let (files, element_type) = (
-                (!is_exact).then(|| model.weights.files()),
-                model.weights.element_type(),
-            );
+            let files = (!is_exact).then(|| model.weights.files());
+            let whole = match model.config.whole_json {
+                Some(_) => {
+                    model.weights.record_digests();
+                    model
+                        .weights
+                        .record_others(&model.config)
+                        .map_err(|e| EngineError::Weights(e.to_string()))?;
+                    Some(model.weights.files())
+                }
+                None => None,
+            };
+            let element_type = model.weights.element_type();
             order.push(model.id.clone());
             let policy = Policy {
                 config: Arc::new(model.config),
@@ -98,6 +110,7 @@ impl BaseModels {
                     policy,
                     tokenizer,
                     files,
+                    whole,
                     element_type,
                     is_exact,
                 },
@@ -242,6 +255,19 @@ impl BaseModels {
             .map_err(|e| self.unreadable(model, &e))
     }
 
+    /// Opens the files of the model of text and images that contains a base model, if it is a part
+    /// of one. The tensors of its other parts are checked when they are read.
+    ///
+    /// # Errors
+    /// `FilesChanged` if the files are gone.
+    pub fn whole(&self, model: &str) -> Result<Option<Weights>, EngineError> {
+        let whole = self.get(model)?.whole.as_ref();
+        whole
+            .map(WeightFiles::open)
+            .transpose()
+            .map_err(|e| self.unreadable(model, &e))
+    }
+
     /// Returns the error of a base model whose files cannot be read again.
     pub fn unreadable(&self, model: &str, e: &ModelError) -> EngineError {
         let ModelError::Changed { .. } = e else {
@@ -340,12 +366,14 @@ fn describe(model: &LoadedModel, device: &str) -> ModelInfo {
         id: model.id.clone(),
         source: model.origin.clone(),
         base: model.base.clone(),
-        architecture: format!("{:?}", model.config.architecture).to_lowercase(),
+        architecture: model.config.model_type().to_owned(),
         parameters: model.config.parameter_count() as u64,
         vocab_size: model.config.spec.vocab_size,
         num_layers: model.config.spec.blocks.len(),
         hidden_size: model.config.spec.hidden_size,
         max_position_embeddings: model.config.spec.max_position_embeddings,
+        stored_format: model.weights.stored_format(),
+        text_only: model.config.whole_json.is_some(),
         chat_template: model.tokenizer.has_chat_template(),
         identity: model.identity(),
         device: device.to_owned(),

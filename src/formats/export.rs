@@ -11,7 +11,7 @@ use safetensors::{Dtype, View};
 use serde_json::{Map, Value, json};
 
 use super::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
-use super::weights::ElementType;
+use super::weights::{ElementType, Weights};
 use crate::compute::cpu::with_values;
 use crate::model::adapter::{Adapter, LowRank};
 use crate::model::config::ModelConfig;
@@ -50,6 +50,10 @@ pub type ReadWeight<'a> = dyn Fn(&ParamSpec) -> Result<Tensor, ModelError> + 'a;
 /// rounded once. `read` returns a base weight. It is called for one weight at a time, so the whole
 /// model is never in memory.
 ///
+/// `whole` holds the files of the model of text and images that contains this language model. With
+/// it, the tensors have the names that they have there, the tensors of the other parts are copied
+/// as they are, and config.json is that of the whole model, unchanged.
+///
 /// # Errors
 /// Returns an error if a weight cannot be read or does not fit the element type, or if a file
 /// cannot be written.
@@ -59,10 +63,30 @@ pub fn save_merged(
     adapter: Option<&Adapter>,
     layout: Layout,
     read: &ReadWeight,
+    whole: Option<&Weights>,
 ) -> Result<(), ModelError> {
-    let tensors = params(&config.spec);
-    let bytes = |param: &ParamSpec| (param.elements() * layout.dtype.size()) as u64;
-    let shards = split(&tensors, bytes, layout.shard_bytes);
+    let params = params(&config.spec);
+    let others = whole.map(|whole| whole.others(config)).unwrap_or_default();
+    let merged = params.iter().map(|param| Written {
+        name: whole.map_or(param.name(), |whole| whole.name_in_file(param.name())),
+        dtype: safetensors_type(layout.dtype),
+        shape: &param.shape,
+        value: Box::new(move || {
+            let value = merge(adapter, param.id, read(param)?)?;
+            encode(param.name(), &value, layout.dtype)
+        }),
+    });
+    let copied = others.iter().filter_map(|other| {
+        let whole = whole?;
+        Some(Written {
+            name: whole.name_in_file(&other.name),
+            dtype: other.dtype,
+            shape: &other.shape,
+            value: Box::new(move || whole.bytes(other)),
+        })
+    });
+    let tensors: Vec<Written<'_>> = merged.chain(copied).collect();
+    let shards = split(&tensors, |t| t.bytes() as u64, layout.shard_bytes);
     let failed = RefCell::new(None);
     let mut weight_map = Map::new();
     for (i, shard) in shards.iter().enumerate() {
@@ -70,20 +94,10 @@ pub fn save_merged(
             1 => WEIGHTS_FILE.to_owned(),
             n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
         };
-        let views = shard.iter().map(|&param| {
-            let name = &param.hf.name;
-            weight_map.insert(name.clone(), json!(file));
-            let value =
-                move || encode(name, &merge(adapter, param.id, read(param)?)?, layout.dtype);
-            (
-                name.clone(),
-                Lazy {
-                    value,
-                    shape: param.shape.as_slice(),
-                    dtype: layout.dtype,
-                    failed: &failed,
-                },
-            )
+        let views = shard.iter().map(|&tensor| {
+            weight_map.insert(tensor.name.to_owned(), json!(file));
+            let failed = &failed;
+            (tensor.name.to_owned(), Lazy { tensor, failed })
         });
         let metadata = [("format".to_owned(), "pt".to_owned())]
             .into_iter()
@@ -101,8 +115,8 @@ pub fn save_merged(
         })?;
     }
     if shards.len() > 1 {
-        let elements: usize = tensors.iter().map(ParamSpec::elements).sum();
-        let size = elements * layout.dtype.size();
+        let elements: usize = tensors.iter().map(Written::elements).sum();
+        let size: usize = tensors.iter().map(Written::bytes).sum();
         weight_map.sort_keys();
         let index = json!({
             "metadata": {"total_parameters": elements, "total_size": size},
@@ -110,7 +124,10 @@ pub fn save_merged(
         });
         write_json(dir, INDEX_FILE, &index)?;
     }
-    write_json(dir, "config.json", &config_json(config, layout.dtype))
+    match config.whole_json.as_ref().filter(|_| whole.is_some()) {
+        Some(json) => write_json(dir, "config.json", json),
+        None => write_json(dir, "config.json", &config_json(config, layout.dtype)),
+    }
 }
 
 /// Writes the tokenizer's files for which `wanted` returns true. If generation_config.json is
@@ -204,33 +221,46 @@ fn split<T>(tensors: &[T], bytes: impl Fn(&T) -> u64, limit: u64) -> Vec<Vec<&T>
     shards
 }
 
+/// A tensor of an export.
+struct Written<'a> {
+    name: &'a str,
+    dtype: Dtype,
+    shape: &'a [usize],
+    /// Makes its bytes.
+    value: Box<dyn Fn() -> Result<Vec<u8>, ModelError> + 'a>,
+}
+
+impl Written<'_> {
+    fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    fn bytes(&self) -> usize {
+        (self.elements() * self.dtype.bitsize()).div_ceil(8)
+    }
+}
+
 /// A tensor that makes its bytes when they are written. [`View`] cannot return an error, so one is
 /// stored in `failed`.
-struct Lazy<'a, F> {
-    value: F,
-    shape: &'a [usize],
-    dtype: ElementType,
+struct Lazy<'a> {
+    tensor: &'a Written<'a>,
     failed: &'a RefCell<Option<ModelError>>,
 }
 
-impl<F: Fn() -> Result<Vec<u8>, ModelError>> View for Lazy<'_, F> {
+impl View for Lazy<'_> {
     fn dtype(&self) -> Dtype {
-        match self.dtype {
-            ElementType::F32 => Dtype::F32,
-            ElementType::Bf16 => Dtype::BF16,
-            ElementType::F16 => Dtype::F16,
-        }
+        self.tensor.dtype
     }
 
     fn shape(&self) -> &[usize] {
-        self.shape
+        self.tensor.shape
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
         if self.failed.borrow().is_some() {
             return Cow::Borrowed(&[]);
         }
-        match (self.value)() {
+        match (self.tensor.value)() {
             Ok(bytes) => Cow::Owned(bytes),
             Err(e) => {
                 self.failed.replace(Some(e));
@@ -240,7 +270,15 @@ impl<F: Fn() -> Result<Vec<u8>, ModelError>> View for Lazy<'_, F> {
     }
 
     fn data_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.size()
+        self.tensor.bytes()
+    }
+}
+
+fn safetensors_type(dtype: ElementType) -> Dtype {
+    match dtype {
+        ElementType::F32 => Dtype::F32,
+        ElementType::Bf16 => Dtype::BF16,
+        ElementType::F16 => Dtype::F16,
     }
 }
 

@@ -105,11 +105,7 @@ fn load_gguf(
     base: BaseName,
 ) -> Result<LoadedModel, ModelError> {
     let gguf = Gguf::open(path)?;
-    let freqs = match gguf.tensor(ModelConfig::GGUF_ROPE_FREQS) {
-        Some(entry) => Some(gguf.read_f32(entry)?),
-        None => None,
-    };
-    let config = ModelConfig::from_gguf(&gguf, freqs.as_deref())?;
+    let config = ModelConfig::from_gguf(&gguf)?;
     let tokenizer = ChatTokenizer::from_gguf(&gguf)?;
     let weights = Weights::from_gguf(GgufWeights::new(gguf, &config), path);
     weights.check_names(&config)?;

@@ -1,6 +1,6 @@
 //! Adapters on disk, in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use candle_core::Tensor;
@@ -14,7 +14,9 @@ use crate::domain::violation::shortened;
 use crate::model::adapter::Adapter;
 use crate::model::config::ModelConfig;
 use crate::model::error::ModelError;
-use crate::model::params::{Linear, lora_params, peft_example};
+use crate::model::params::{
+    Linear, lora_params, peft_example, text_peft_name, whole_peft_name, whole_target_modules,
+};
 
 /// File with the adapter's rank, α and target modules.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -146,11 +148,18 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
         .map_err(|e| ModelError::corrupt(&path, format!("{WEIGHTS_FILE}: {e}")))?;
 
     let config = read_config(&fields, &tensors).map_err(wrong)?;
+    // An adapter of a model of text and images has longer names.
+    let stored: HashMap<String, &str> = tensors
+        .names()
+        .into_iter()
+        .map(|name| (text_peft_name(name).into_owned(), name))
+        .collect();
     let mut used = 0;
     let layers = model.spec.blocks.len();
     let adapter = Adapter::build(model, &config, |tensor| {
         let (name, shape) = (tensor.name.as_str(), tensor.shape);
-        let view = tensors.tensor(name).map_err(|_| {
+        let in_file = stored.get(name).copied().unwrap_or(name);
+        let view = tensors.tensor(in_file).map_err(|_| {
             wrong(format!(
                 "tensor {name} is missing: \
                  the adapter must cover {} in every one of the {layers} layers",
@@ -178,7 +187,7 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Adapter, ModelError> {
         let extra = tensors
             .names()
             .into_iter()
-            .find(|n| !covered.contains(n))
+            .find(|n| !covered.contains(text_peft_name(n).as_ref()))
             .unwrap_or_default();
         return Err(wrong(format!(
             "tensor {extra} belongs to no projection of this model ({layers} layers): \
@@ -308,13 +317,28 @@ fn to_f32(view: &TensorView, name: &str) -> Result<Tensor, String> {
     Tensor::from_vec(values, view.shape(), &candle_core::Device::Cpu).map_err(|e| e.to_string())
 }
 
-/// Writes an adapter that `PeftModel.from_pretrained` loads. `AutoPeftModelForCausalLM` loads it,
+/// Writes an adapter of `model` that `PeftModel.from_pretrained` loads. `AutoPeftModelForCausalLM` loads it,
 /// too, where it finds the base model under the name `base`.
 ///
 /// # Errors
 /// Returns an error that names the file if it cannot be written.
-pub fn save(dir: &Path, adapter: &Adapter, base: &BaseName) -> Result<(), ModelError> {
+pub fn save(
+    dir: &Path,
+    adapter: &Adapter,
+    model: &ModelConfig,
+    base: &BaseName,
+) -> Result<(), ModelError> {
     let c = &adapter.config;
+    let (mut tensors, names) = (adapter.named(), adapter.target_modules());
+    let mut target_modules = json!(names);
+    // PEFT finds the base model, in which the language model is a part. The vision tower may have
+    // modules of the same names.
+    if model.whole_json.is_some() {
+        target_modules = json!(whole_target_modules(&names));
+        for (name, _) in &mut tensors {
+            *name = whole_peft_name(name);
+        }
+    }
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -323,7 +347,7 @@ pub fn save(dir: &Path, adapter: &Adapter, base: &BaseName) -> Result<(), ModelE
         "r": c.rank,
         "lora_alpha": c.alpha,
         "lora_dropout": 0.0,
-        "target_modules": adapter.target_modules(),
+        "target_modules": target_modules,
         "use_rslora": c.use_rslora,
         "bias": "none",
         "fan_in_fan_out": false,
@@ -335,7 +359,7 @@ pub fn save(dir: &Path, adapter: &Adapter, base: &BaseName) -> Result<(), ModelE
     let path = dir.join(CONFIG_FILE);
     let text = serde_json::to_vec_pretty(&config).unwrap_or_default();
     std::fs::write(&path, text).map_err(ModelError::io(&path))?;
-    save_tensors(&dir.join(WEIGHTS_FILE), &adapter.named())
+    save_tensors(&dir.join(WEIGHTS_FILE), &tensors)
 }
 
 /// Returns the adapter_config.json with the base model's name replaced by `base`.

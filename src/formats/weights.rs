@@ -3,11 +3,12 @@
 
 pub(super) mod stored;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::{DType, Tensor};
+use safetensors::Dtype;
 
 pub use self::stored::ElementType;
 use self::stored::StoredAs;
@@ -80,6 +81,17 @@ enum Digesting {
     Recorded(Mutex<Digests>),
     /// The hash must equal the recorded one.
     Expected(Arc<Digests>),
+}
+
+/// A tensor that is not of the language model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OtherTensor {
+    /// Name in the file, or in the directory of the files where these differ.
+    pub name: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: Vec<usize>,
 }
 
 /// The weights of one model.
@@ -172,6 +184,73 @@ impl Weights {
         Ok(tensor.to_dtype(dtype)?)
     }
 
+    /// Returns the tensors that are not of the language model, in the order of their names: those
+    /// of the other parts of a model of text and images. GGUF files have none.
+    pub fn others(&self, config: &ModelConfig) -> Vec<OtherTensor> {
+        let FileFormat::Safetensors(weights) = &self.kind else {
+            return Vec::new();
+        };
+        let params = params::params(&config.spec);
+        let of_text: BTreeSet<&str> = params.iter().map(|p| p.hf.name.as_str()).collect();
+        let other = |name: &str| {
+            let (dtype, shape) = weights.layout(name)?;
+            Some(OtherTensor {
+                name: name.to_owned(),
+                dtype,
+                shape: shape.to_vec(),
+            })
+        };
+        let mut others: Vec<OtherTensor> = weights
+            .names()
+            .filter(|name| !of_text.contains(name) && !is_harmless(name))
+            .filter_map(other)
+            .collect();
+        others.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        others
+    }
+
+    /// Reads the bytes of a tensor of [`Weights::others`] as they are stored.
+    ///
+    /// # Errors
+    /// Returns an error if the tensor is missing, or the errors of [`Weights::load`].
+    pub fn bytes(&self, other: &OtherTensor) -> Result<Vec<u8>, ModelError> {
+        let name = &other.name;
+        let check = |file: &Path, bytes: &[u8]| self.check_digest(name, file, bytes);
+        let bytes = match &self.kind {
+            FileFormat::Safetensors(weights) => weights.bytes(name, &check),
+            FileFormat::Gguf(_) => Ok(None),
+        };
+        let bytes = match &self.digests {
+            Digesting::Expected(_) => bytes.map_err(unreadable_again)?,
+            Digesting::Off | Digesting::Recorded(_) => bytes?,
+        };
+        let missing = || ModelError::MissingTensor {
+            name: name.clone(),
+            path: self.path.clone(),
+        };
+        Ok(bytes.ok_or_else(missing)?.into_owned())
+    }
+
+    /// Returns the name that a tensor of the language model has in its file. In a model of text and
+    /// images it has a prefix.
+    pub fn name_in_file<'a>(&'a self, name: &'a str) -> &'a str {
+        match &self.kind {
+            FileFormat::Safetensors(weights) => weights.name_in_file(name).unwrap_or(name),
+            FileFormat::Gguf(_) => name,
+        }
+    }
+
+    /// Reads the tensors of [`Weights::others`], so that their hashes are recorded.
+    ///
+    /// # Errors
+    /// The errors of [`Weights::bytes`].
+    pub fn record_others(&self, config: &ModelConfig) -> Result<(), ModelError> {
+        for other in self.others(config) {
+            self.bytes(&other)?;
+        }
+        Ok(())
+    }
+
     /// Records or checks the hash of a tensor's bytes.
     fn check_digest(&self, name: &str, file: &Path, bytes: &[u8]) -> Result<(), ModelError> {
         match &self.digests {
@@ -236,7 +315,13 @@ impl Weights {
                 others,
             });
         }
-        if let Some(first) = unexpected.first() {
+        if config.whole_json.is_some() {
+            tracing::info!(
+                path = %self.path.display(),
+                tensors = unexpected.len(),
+                "the tensors of the other parts of the model are left as they are"
+            );
+        } else if let Some(first) = unexpected.first() {
             tracing::warn!(
                 path = %self.path.display(),
                 tensor = *first,
@@ -265,6 +350,17 @@ impl Weights {
             }
         }
         best
+    }
+
+    /// Returns the name of the format in which most of the weights are stored: that of an element
+    /// type, or of a quantisation such as `q4_k`.
+    pub fn stored_format(&self) -> &'static str {
+        let mut elements: BTreeMap<&'static str, usize> = BTreeMap::new();
+        for tensor in self.stored() {
+            *elements.entry(tensor.format).or_default() += tensor.elements;
+        }
+        let most = elements.into_iter().max_by_key(|(_, elements)| *elements);
+        most.map_or(ElementType::F32.name(), |(format, _)| format)
     }
 
     /// Returns true if [`Weights::load`] in `precision` rounds nothing.
@@ -330,11 +426,13 @@ impl TensorSource for Weights {
     }
 }
 
-/// Returns true for tensors that are redundant: rotary frequencies, and the copy of a tied head.
+/// Returns true for tensors that are redundant: rotary frequencies, which are part of the
+/// configuration, and the copy of a tied head.
 fn is_harmless(name: &str) -> bool {
     const SUFFIXES: [&str; 2] = [".rotary_emb.inv_freq", ".attn_rot_embd"];
-    const NAMES: [&str; 2] = [params::HF_HEAD, ModelConfig::GGUF_ROPE_FREQS];
-    NAMES.contains(&name) || SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
+    name == params::HF_HEAD
+        || ModelConfig::GGUF_ROPE_TENSORS.contains(&name)
+        || SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use self::json::{Fields, invalid};
 use self::rope::check_ropes;
 use super::error::ModelError;
-use super::families::Architecture;
+use super::families::{Architecture, TextTower, TowerText, refusal};
 use super::params;
 use super::spec::{FeedForward, ModelSpec, QkNorm};
 
@@ -26,8 +26,12 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// Ids of the tokens that end a sequence. Any of them does.
     pub eos_token_ids: Vec<u32>,
-    /// A config.json that transformers can load. Exports of merged models write it.
+    /// A config.json with which transformers loads the language model alone. Exports of merged
+    /// models write it, unless the language model is a part of another model.
     pub hf_json: Value,
+    /// The config.json of the model of text and images that contains this language model, if it is
+    /// a part of one.
+    pub whole_json: Option<Value>,
 }
 
 impl ModelConfig {
@@ -91,9 +95,15 @@ impl ModelConfig {
 
     /// Reads a parsed config.json. `path` is used in error messages only.
     pub(crate) fn from_hf_value(json: Value, path: &Path) -> Result<Self, ModelError> {
-        let json = text_config(json);
+        let (json, whole_json, architecture) = match tower_text(&json, path)? {
+            Some(text) => (text.json, Some(json), Some(text.architecture)),
+            None => (json, None, None),
+        };
         let fields = Fields::new(&json, path)?;
-        let architecture = architecture(&fields)?;
+        let architecture = match architecture {
+            Some(architecture) => architecture,
+            None => self::architecture(&fields)?,
+        };
         if !fields.is_null("quantization_config") {
             let what = format!(
                 "{}: a quantised checkpoint (field 'quantization_config'); use the unquantised \
@@ -114,52 +124,52 @@ impl ModelConfig {
             bos_token_id,
             eos_token_ids,
             hf_json: json,
+            whole_json,
         })
     }
 
-    /// Returns the number of parameters. A tied embedding is counted once.
+    /// Returns the `model_type` of the model: that of the whole model, if the language model is a
+    /// part of one.
+    pub fn model_type(&self) -> &str {
+        let whole = self.whole_json.as_ref();
+        whole
+            .and_then(|json| json.get("model_type"))
+            .and_then(Value::as_str)
+            .unwrap_or_else(|| self.architecture.as_str())
+    }
+
+    /// Returns the number of parameters of the language model. A tied embedding is counted once.
     pub fn parameter_count(&self) -> usize {
         params::parameter_count(&self.spec)
     }
 }
 
-/// Returns the configuration of the language model inside a multimodal model, in the form of the
-/// config.json that it would have on its own. Other configurations are returned unchanged.
-fn text_config(mut json: Value) -> Value {
-    let text_type = json
-        .pointer("/text_config/model_type")
-        .and_then(Value::as_str);
-    let family = json
-        .get("model_type")
-        .and_then(Value::as_str)
-        .and_then(|model_type| Architecture::of_text_in(model_type, text_type));
-    let stored = family
-        .and_then(|_| json.get_mut("text_config"))
-        .map(Value::take);
-    let Some(Value::Object(mut text)) = stored else {
-        return json;
+/// Returns the language model of a model of text and images. `None` if the config.json is not that
+/// of such a model, or of one that is not implemented.
+///
+/// # Errors
+/// [`ModelError::Unsupported`] if the language model is not implemented.
+fn tower_text(json: &Value, path: &Path) -> Result<Option<TowerText>, ModelError> {
+    let model_type = json.get("model_type").and_then(Value::as_str);
+    let Some(tower) = model_type.and_then(TextTower::from_model_type) else {
+        return Ok(None);
     };
-    for key in [
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "dtype",
-        "torch_dtype",
-        "quantization_config",
-        "tie_word_embeddings",
-    ] {
-        if let (false, Some(value)) = (text.contains_key(key), json.get_mut(key).map(Value::take)) {
-            text.insert(key.to_owned(), value);
+    let text = tower.text(json).ok_or_else(|| {
+        let text_type = json
+            .pointer("/text_config/model_type")
+            .and_then(Value::as_str);
+        let supported: Vec<&str> = tower.text_types().collect();
+        ModelError::Unsupported {
+            what: format!(
+                "{}: architecture '{}' with text_config.model_type {}{}",
+                path.display(),
+                model_type.unwrap_or_default(),
+                text_type.map_or_else(|| "absent".to_owned(), |name| format!("'{name}'")),
+                refusal(text_type.unwrap_or_default(), &supported.join(", "))
+            ),
         }
-    }
-    if let Some(family) = family {
-        text.insert("model_type".to_owned(), json!(family.as_str()));
-        text.insert(
-            "architectures".to_owned(),
-            json!([family.family().causal_lm_class]),
-        );
-    }
-    Value::Object(text)
+    })?;
+    Ok(Some(text))
 }
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture, ModelError> {
@@ -167,11 +177,14 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture, ModelError> {
         fields.invalid("model_type", "is missing; is this a model's config.json?")
     })?;
     Architecture::from_model_type(name).ok_or_else(|| {
-        let supported = Architecture::ALL.map(Architecture::as_str).join(", ");
+        let text_of = TextTower::model_types().collect::<Vec<_>>().join(", ");
+        let alone = Architecture::ALL.map(Architecture::as_str).join(", ");
+        let supported = format!("{alone}, and the text of {text_of}");
         ModelError::Unsupported {
             what: format!(
-                "{}: architecture '{name}' (supported: {supported})",
-                fields.path().display()
+                "{}: architecture '{name}'{}",
+                fields.path().display(),
+                refusal(name, &supported)
             ),
         }
     })

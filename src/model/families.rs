@@ -16,9 +16,12 @@ mod olmo3;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod refused;
 mod smollm3;
+mod towers;
 
 pub(super) use self::common::Family;
+pub(super) use self::towers::{TextTower, TowerText};
 
 /// Model families with the Llama layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -82,16 +85,6 @@ impl Architecture {
         Self::ALL.into_iter().find(|a| a.as_str() == name)
     }
 
-    /// Returns the family of the language model inside a multimodal model of this `model_type`.
-    /// Multimodal models store the language model's configuration in `text_config`. Its
-    /// `model_type` is `text_type`; without one, the first family that fits is returned.
-    pub(super) fn of_text_in(model_type: &str, text_type: Option<&str>) -> Option<Self> {
-        Self::ALL
-            .into_iter()
-            .filter(|a| a.family().text_in.contains(&model_type))
-            .find(|a| text_type.is_none_or(|text_type| text_type == a.as_str()))
-    }
-
     /// Returns the class of transformers that loads a model of the family.
     pub(crate) fn causal_lm_class(self) -> &'static str {
         self.family().causal_lm_class
@@ -120,5 +113,14 @@ impl Architecture {
             Architecture::Ministral => &ministral::FAMILY,
             Architecture::Ministral3 => &ministral3::FAMILY,
         }
+    }
+}
+
+/// Returns the end of a message about a model that is not implemented: the reason, if there is one,
+/// and what is supported.
+pub(crate) fn refusal(name: &str, supported: &str) -> String {
+    match refused::reason(name) {
+        Some(reason) => format!(": {reason} (supported: {supported})"),
+        None => format!(" (supported: {supported})"),
     }
 }

@@ -241,6 +241,8 @@ const HF_BLOCKS: &str = "model.layers.";
 const GGUF_BLOCKS: &str = "blk.";
 /// Prefix that PEFT puts before the name of a module of the base model.
 const PEFT_MODEL: &str = "base_model.model.";
+/// Prefix of the names of the language model inside a model of text and images.
+const TOWER_TEXT: &str = "model.language_model.";
 /// PEFT's names of the two factors of an update.
 const LORA_A: &str = "lora_A";
 const LORA_B: &str = "lora_B";
@@ -508,10 +510,41 @@ pub fn text_name(stored: &str) -> Cow<'_, str> {
     {
         return Cow::Borrowed(name);
     }
-    match stored.strip_prefix("model.language_model.") {
+    match stored.strip_prefix(TOWER_TEXT) {
         Some(name) => Cow::Owned(format!("model.{name}")),
         None => Cow::Borrowed(stored),
     }
+}
+
+/// Returns PEFT's name of a tensor of an adapter for the model of text and images that contains the
+/// language model. `name` is the name for the language model alone.
+pub fn whole_peft_name(name: &str) -> String {
+    match name
+        .strip_prefix(PEFT_MODEL)
+        .and_then(|name| name.strip_prefix("model."))
+    {
+        Some(rest) => format!("{PEFT_MODEL}{TOWER_TEXT}{rest}"),
+        None => name.to_owned(),
+    }
+}
+
+/// Returns PEFT's name of a tensor of an adapter for the language model alone. `stored` may be a
+/// name for a model of text and images.
+pub fn text_peft_name(stored: &str) -> Cow<'_, str> {
+    match stored.strip_prefix(PEFT_MODEL).map(text_name) {
+        Some(Cow::Owned(name)) => Cow::Owned(format!("{PEFT_MODEL}{name}")),
+        Some(Cow::Borrowed(name)) if name.len() + PEFT_MODEL.len() < stored.len() => {
+            Cow::Owned(format!("{PEFT_MODEL}{name}"))
+        }
+        _ => Cow::Borrowed(stored),
+    }
+}
+
+/// Returns a regular expression of the modules of the language model's blocks with these names,
+/// inside a model of text and images. It does not match those of the vision tower.
+pub fn whole_target_modules(names: &[String]) -> String {
+    let blocks = format!("{TOWER_TEXT}layers.").replace('.', r"\.");
+    format!(r"{blocks}\d+\..*\.({})", names.join("|"))
 }
 
 /// Returns the full name of a module's weight or bias.

@@ -3,6 +3,7 @@
 
 pub(super) mod dataset;
 pub(super) mod json;
+pub(super) mod model;
 pub(super) mod scoring;
 pub(super) mod training;
 

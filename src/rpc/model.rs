@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use super::convert::{identity, invalid};
+use super::convert::invalid;
+use super::convert::model::model;
 use super::pb::{self, model_service_server::ModelService};
 use super::status::status;
 use crate::domain::names;
 use crate::domain::violation::quoted;
-use crate::engine::api::ModelInfo;
 use crate::service::server::Server;
 
 /// The gRPC service for base models.
@@ -28,32 +28,16 @@ impl ModelService for Models {
                 format!("is {}: it must look like models/ID", quoted(&r.name)),
             )
         })?;
-        Ok(Response::new(convert(self.0.model(id).map_err(status)?)))
+        Ok(Response::new(model(self.0.model(id).map_err(status)?)))
     }
 
     async fn list_models(
         &self,
         _: Request<pb::ListModelsRequest>,
     ) -> Result<Response<pb::ListModelsResponse>, Status> {
+        let models = self.0.models().map_err(status)?;
         Ok(Response::new(pb::ListModelsResponse {
-            models: self.0.models().into_iter().map(convert).collect(),
+            models: models.into_iter().map(model).collect(),
         }))
-    }
-}
-
-fn convert(m: ModelInfo) -> pb::Model {
-    pb::Model {
-        name: format!("models/{}", m.id),
-        source: m.source,
-        architecture: m.architecture,
-        parameters: m.parameters,
-        vocab_size: m.vocab_size as u32,
-        num_layers: m.num_layers as u32,
-        hidden_size: m.hidden_size as u32,
-        max_position_embeddings: m.max_position_embeddings as u32,
-        chat_template: m.chat_template,
-        fingerprint: m.identity.weights.clone(),
-        identity: Some(identity(m.identity)),
-        device: m.device,
     }
 }

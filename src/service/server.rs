@@ -11,7 +11,16 @@ use super::jobs::registry::RunRegistry;
 use super::shutdown::Shutdown;
 use super::store::Store;
 use crate::engine::Engine;
-use crate::engine::api::ModelInfo;
+use crate::engine::api::{ModelInfo, ModelUse};
+
+/// A base model and the work that the server does with it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServedModel {
+    /// The model.
+    pub info: ModelInfo,
+    /// The work, in a fixed order.
+    pub uses: Vec<ModelUse>,
+}
 
 /// Parts that live as long as the server, and its runners and background tasks.
 pub struct Server {
@@ -30,16 +39,25 @@ pub struct Server {
 
 impl Server {
     /// Returns the base models.
-    pub fn models(&self) -> Vec<ModelInfo> {
-        self.engine.models()
+    ///
+    /// # Errors
+    /// The errors of [`Server::model`].
+    pub fn models(&self) -> Result<Vec<ServedModel>> {
+        let all = self.engine.models().into_iter();
+        all.map(|info| self.served(info)).collect()
     }
 
     /// Returns one base model.
     ///
     /// # Errors
     /// `NotFound` if the server does not have it.
-    pub fn model(&self, id: &str) -> Result<ModelInfo> {
-        Ok(self.engine.model(id)?)
+    pub fn model(&self, id: &str) -> Result<ServedModel> {
+        self.served(self.engine.model(id)?)
+    }
+
+    fn served(&self, info: ModelInfo) -> Result<ServedModel> {
+        let uses = self.engine.uses(&info.id)?;
+        Ok(ServedModel { info, uses })
     }
 
     /// Returns the service that authenticates callers by their tokens.

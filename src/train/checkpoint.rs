@@ -239,7 +239,14 @@ pub fn save(folder: &Path, contents: &CheckpointContents) -> Result<u64, Checkpo
 fn write(temporary: &Path, contents: &CheckpointContents) -> Result<(), CheckpointError> {
     fs::create_dir_all(temporary).map_err(io_at(temporary))?;
     match &contents.policy.policy.adapter {
-        Some(adapter) => peft::save(temporary, adapter, contents.base)?,
+        Some(adapter) => {
+            peft::save(
+                temporary,
+                adapter,
+                &contents.policy.policy.config,
+                contents.base,
+            )?;
+        }
         None => save_full(temporary, &contents.policy.policy, contents.tokenizer)?,
     }
     peft::save_tensors(&temporary.join(OPTIMIZER_FILE), &moments(contents)?)?;
@@ -280,7 +287,7 @@ fn write(temporary: &Path, contents: &CheckpointContents) -> Result<(), Checkpoi
 }
 
 /// Writes full weights and the files that transformers needs to load them. Companion files in
-/// sub-folders are left out.
+/// sub-folders are left out. Of a model of text and images only the language model is written.
 fn save_full(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Result<(), ModelError> {
     export::save_merged(
         dir,
@@ -288,6 +295,7 @@ fn save_full(dir: &Path, policy: &Policy, tokenizer: &ChatTokenizer) -> Result<(
         None,
         Layout::CHECKPOINT,
         &policy.parameters.reader(),
+        None,
     )?;
     export::save_companions(dir, &policy.config, tokenizer, |name| !name.contains('/'))
 }

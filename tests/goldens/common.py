@@ -12,6 +12,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
@@ -24,8 +25,11 @@ from transformers import (
     Olmo3Config,
     Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen2VLConfig,
     Qwen3Config,
+    Qwen3VLConfig,
     SmolLM3Config,
 )
 from trl import DPOConfig, DPOTrainer
@@ -80,6 +84,9 @@ COMMON = dict(
 )
 # Context of the pretrained model with longrope, about as long as the sequences of CHAT.
 LONGROPE_CONTEXT = 50
+QWEN3_VISION = dict(
+    depth=1, hidden_size=8, intermediate_size=16, num_heads=2, patch_size=2, num_position_embeddings=16, deepstack_visual_indexes=[0]
+)
 SHAPES = {
     "llama": lambda: (
         LlamaConfig(
@@ -337,7 +344,66 @@ SHAPES = {
         ),
         tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
     ),
+    # Models of text and images. Their text has as many rotary frequencies as the three sections of a position.
+    "qwen2_vl": lambda: (
+        Qwen2VLConfig(
+            text_config=dict(
+                **COMMON,
+                num_hidden_layers=3,
+                use_sliding_window=True,
+                sliding_window=16,
+                max_window_layers=1,
+                rope_parameters=dict(rope_type="mrope", rope_theta=10000.0, mrope_section=[1, 1, 2]),
+            ),
+            vision_config=dict(depth=1, embed_dim=8, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=2),
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "qwen2_5_vl": lambda: (
+        Qwen2_5_VLConfig(
+            text_config=dict(
+                **{**COMMON, "num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 64},
+                num_hidden_layers=2,
+                rope_parameters=dict(
+                    rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32, mrope_section=[8, 12, 12]
+                ),
+            ),
+            vision_config=dict(
+                depth=1, hidden_size=8, intermediate_size=16, num_heads=2, patch_size=2, out_hidden_size=64, fullatt_block_indexes=[0]
+            ),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "qwen3_vl": lambda: (
+        Qwen3VLConfig(
+            text_config=dict(
+                **COMMON,
+                num_hidden_layers=2,
+                head_dim=16,
+                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2], mrope_interleaved=True),
+            ),
+            vision_config=QWEN3_VISION | dict(out_hidden_size=32),
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    "qwen3_vl-64": lambda: (
+        Qwen3VLConfig(
+            text_config=dict(
+                **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
+                num_hidden_layers=2,
+                head_dim=64,
+                attention_bias=True,
+                rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0, mrope_section=[12, 10, 10]),
+            ),
+            vision_config=QWEN3_VISION | dict(out_hidden_size=32),
+            tie_word_embeddings=True,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
 }
+# Models of text and images, whose text alone is trained.
+WITH_IMAGES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl-64"]
 # Models whose norms multiply by 1 + w.
 ADDS_ONE = ["gemma3", "gemma2", "gemma2-64"]
 
@@ -351,17 +417,22 @@ def randomise(model, seed, norm=1):
             p.copy_(norm + noise if "norm" in name else noise)
 
 
+def loader(name):
+    return AutoModelForImageTextToText if name in WITH_IMAGES else AutoModelForCausalLM
+
+
 def build(name, seed, folder):
     config, tok = SHAPES[name]()
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = tok.bos_token_id, tok.eos_token_id, tok.pad_token_id
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    for part in (config, config.get_text_config()):
+        part.bos_token_id, part.eos_token_id, part.pad_token_id = tok.bos_token_id, tok.eos_token_id, tok.pad_token_id
+    model = loader(name).from_config(config, attn_implementation="eager", dtype=torch.float32)
     randomise(model, seed, norm=0 if name in ADDS_ONE else 1)
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
 
 
 def load(name):
-    model = AutoModelForCausalLM.from_pretrained(MODELS / name, attn_implementation="eager", dtype=torch.float32)
+    model = loader(name).from_pretrained(MODELS / name, attn_implementation="eager", dtype=torch.float32)
     tok = PreTrainedTokenizerFast.from_pretrained(MODELS / name)
     return model, tok
 

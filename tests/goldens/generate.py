@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
-from common import HERE, MODELS, build, load, randomise, rows, strip, trainer
+from common import HERE, MODELS, WITH_IMAGES, build, load, randomise, rows, strip, trainer
 
 NAMES = ["llama", "mistral", "qwen2", "qwen3"]
 # Each model with its seed.
@@ -36,6 +36,10 @@ FAMILIES = {
     "ministral-64": 429,
     "ministral3": 430,
     "ministral3-64": 431,
+    "qwen2_vl": 440,
+    "qwen2_5_vl": 441,
+    "qwen3_vl": 442,
+    "qwen3_vl-64": 443,
 }
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -382,13 +386,20 @@ def ropes():
 
 
 def families():
-    """Models of further families: its log-probs, and the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones of two pairs."""
+    """Models of further families: its log-probs, and the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones of two pairs.
+
+    With names of models among the arguments: only those.
+    """
     for name, seed in FAMILIES.items():
+        if any(other in sys.argv[1:] for other in FAMILIES) and name not in sys.argv[1:]:
+            continue
         build(name, seed, MODELS / name)
         model, tok = load(name)
         # As in common.trainer: no gradient is dropped.
         model.get_input_embeddings().padding_idx = None
-        prepared = trainer(load(name)[0], tok, CHAT, ref=load(name)[0]).train_dataset
+        # TRL asks for images of a model that has them. The tokens depend on the tokenizer alone.
+        text = "qwen2" if name in WITH_IMAGES else name
+        prepared = trainer(load(text)[0], tok, CHAT, ref=load(text)[0]).train_dataset
         logps = {}
         for row, p in zip(CHAT, prepared, strict=True):
             logps[row["id"]] = {s: token_logps(model, p["prompt_ids"], p[f"{s}_ids"])["logps"] for s in ("chosen", "rejected")}
@@ -401,7 +412,9 @@ def families():
                 logp = torch.log_softmax(model(ids).logits[0].float(), -1)[n - 1 : -1]
                 total = total + sign * logp.gather(1, ids[0, n:, None]).sum()
         total.backward()
-        save_file({n: p.grad.contiguous() for n, p in model.named_parameters()}, HERE / f"grads_{name}.safetensors")
+        # The vision tower has no gradients. The text has the names that it would have alone.
+        named = {n.replace("language_model.", ""): p.grad for n, p in model.named_parameters()}
+        save_file({n: g.contiguous() for n, g in named.items() if g is not None}, HERE / f"grads_{name}.safetensors")
 
 
 PARTS = [formulas, ropes, models, families, tokens_and_logps, losses, grads, trajectories, rewards, references]

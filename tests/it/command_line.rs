@@ -152,10 +152,37 @@ fn commands_lead_from_a_file_of_pairs_to_an_adapter() {
         .unwrap()
         .to_owned();
     assert_eq!(json(&server, &["datasets", "get", &dataset])["rows"], 6);
+    let models = json(&server, &["models", "list"]);
+    let golden = std::fs::read_to_string(golden("models/llama/config.json")).unwrap();
+    let golden: serde_json::Value = serde_json::from_str(&golden).unwrap();
+    let context = &golden["max_position_embeddings"];
+    assert!(context.is_u64());
     assert_eq!(
-        json(&server, &["models", "list"])[0]["architecture"],
-        "llama"
+        (
+            &models[0]["architecture"],
+            &models[0]["dtype"],
+            &models[0]["max_position_embeddings"]
+        ),
+        (
+            &serde_json::json!("llama"),
+            &serde_json::json!("f32"),
+            context
+        )
     );
+    let uses = serde_json::json!(["train_lora", "train_full", "score", "export"]);
+    assert_eq!(
+        (&models[0]["uses"], &models[0]["text_only"]),
+        (&uses, &false.into())
+    );
+    assert_eq!(models[0], json(&server, &["models", "get", "tiny"]));
+    let table = succeed(&server, &["models", "list"]);
+    for shown in [
+        "llama",
+        "train lora, train full, score, export",
+        &context.to_string(),
+    ] {
+        assert!(table.contains(shown), "{shown} is not in\n{table}");
+    }
     succeed(&server, &["health", "--server", &server.address]);
     succeed(&server, &["jobs", "delete", &name]);
     succeed(&server, &["datasets", "delete", &dataset]);

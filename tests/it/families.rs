@@ -9,7 +9,7 @@ use bradley::infer::pair::{EncodedPair, SequenceGroup};
 use bradley::infer::scorer::score;
 use bradley::model::config::ModelConfig;
 use bradley::model::decoder::Policy;
-use bradley::model::rope::{RopeScaling, RotaryPairs};
+use bradley::model::rope::{RopeConfig, RopeScaling, RotaryPairs};
 use bradley::model::spec::{ModelSpec, Norms, QkNorm};
 use bradley::train::backprop::{SavePolicy, backward, forward};
 use bradley::train::trainable::{StepGradients, TrainablePolicy};
@@ -23,7 +23,7 @@ use crate::support::{
 };
 
 /// Models in tests/goldens/models.
-const FAMILIES: [&str; 19] = [
+const FAMILIES: [&str; 23] = [
     "gemma3",
     "gemma2",
     "gemma2-64",
@@ -43,6 +43,10 @@ const FAMILIES: [&str; 19] = [
     "ministral-64",
     "ministral3",
     "ministral3-64",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl-64",
 ];
 
 /// Compares the log-probs of every pair with the golden ones.
@@ -284,7 +288,9 @@ fn the_text_of_a_gemma_3_of_text_and_images_is_read() {
             "{before}: the same model"
         );
         assert_eq!(model.config.eos_token_ids, alone.config.eos_token_ids);
-        // An export is a model of text alone.
+        assert_eq!(model.config.whole_json, Some(config.clone()));
+        assert_eq!(model.config.model_type(), "gemma3");
+        // A checkpoint is a model of text alone.
         assert_eq!(
             model.config.hf_json["architectures"],
             json!(["Gemma3ForCausalLM"])
@@ -1010,4 +1016,160 @@ fn the_text_of_a_mistral_3_of_text_and_images_has_the_log_probs_of_the_text_alon
     assert_eq!(model.config.canonical(), alone.config.canonical());
     let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
     assert_golden_log_probs("ministral3", "mistral3", &policy(model).0, &pairs);
+}
+
+/// The fields of the language model in Qwen/Qwen2-VL-2B-Instruct's config.json.
+fn qwen2_vl_text() -> Value {
+    json!({
+        "attention_dropout": 0.0,
+        "bos_token_id": 151_643,
+        "eos_token_id": 151_645,
+        "hidden_act": "silu",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "max_position_embeddings": 32_768,
+        "max_window_layers": 28,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "sliding_window": 32_768,
+        "tie_word_embeddings": true,
+        "use_sliding_window": false,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vocab_size": 151_936,
+    })
+}
+
+#[test]
+fn the_text_of_a_qwen2_vl_is_read_nested_and_at_the_top_level() {
+    for name in ["qwen2_vl", "qwen2_5_vl"] {
+        let mut flat = qwen2_vl_text();
+        flat["model_type"] = json!(name);
+        flat["architectures"] = json!(["ForConditionalGeneration"]);
+        flat["vision_config"] = json!({"model_type": name, "hidden_size": 1536});
+        let config = read(&flat).unwrap();
+        assert_eq!(config.parameter_count(), 1_543_714_304);
+        assert_eq!(config.model_type(), name);
+        assert_eq!(config.whole_json.as_ref(), Some(&flat));
+        assert_eq!(config.eos_token_ids, [151_645]);
+        // Alone it is a Qwen2, which transformers can load.
+        assert_eq!(config.hf_json["model_type"], json!("qwen2"));
+        assert_eq!(
+            config.hf_json["rope_scaling"],
+            json!({"type": "default"}),
+            "{name}"
+        );
+        assert_eq!(config.spec.ropes, [RopeConfig::new(1_000_000.0)]);
+        let alone = read(&config.hf_json).unwrap();
+        assert_eq!(alone.canonical(), config.canonical());
+        assert_eq!(alone.whole_json, None);
+
+        let mut text = qwen2_vl_text();
+        text["model_type"] = json!(format!("{name}_text"));
+        let nested = json!({"model_type": name, "text_config": text, "vision_config": {}});
+        assert_eq!(read(&nested).unwrap().canonical(), config.canonical());
+        // transformers 5 stores the head's tie outside.
+        let mut moved = nested.clone();
+        moved["text_config"]["tie_word_embeddings"] = json!(false);
+        moved["tie_word_embeddings"] = json!(true);
+        assert_eq!(read(&moved).unwrap().canonical(), config.canonical());
+        // The defaults are those of the config class.
+        let defaults = read(&json!({"model_type": name, "text_config": {}})).unwrap();
+        let spec = &defaults.spec;
+        assert_eq!(
+            (spec.hidden_size, spec.blocks.len(), spec.rms_norm_eps),
+            (8192, 80, 1e-5)
+        );
+        assert_eq!(spec.ropes[0].theta, 1_000_000.0);
+        let other = json!({"model_type": name, "text_config": {"model_type": "llama"}});
+        let e = read(&other).unwrap_err().to_string();
+        assert!(e.contains("text_config.model_type 'llama'"), "{e}");
+    }
+}
+
+#[test]
+fn the_text_of_a_qwen3_vl_is_read_as_transformers_reads_it() {
+    // The fields of Qwen/Qwen3-VL-4B-Instruct's config.json that describe the model.
+    let published = json!({
+        "model_type": "qwen3_vl",
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "image_token_id": 151_655,
+        "text_config": {
+            "attention_bias": false,
+            "bos_token_id": 151_643,
+            "eos_token_id": 151_645,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "max_position_embeddings": 262_144,
+            "model_type": "qwen3_vl_text",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {
+                "mrope_interleaved": true,
+                "mrope_section": [24, 20, 20],
+                "rope_type": "default",
+            },
+            "rope_theta": 5_000_000,
+            "tie_word_embeddings": true,
+            "vocab_size": 151_936,
+        },
+        "tie_word_embeddings": true,
+        "vision_config": {"model_type": "qwen3_vl"},
+    });
+    let config = read(&published).unwrap();
+    assert_eq!(config.parameter_count(), 4_022_468_096);
+    assert_eq!(config.spec.ropes, [RopeConfig::new(5_000_000.0)]);
+    assert_eq!(config.hf_json["architectures"], json!(["Qwen3ForCausalLM"]));
+    for block in &config.spec.blocks {
+        let attention = block.attention();
+        assert_eq!(
+            (attention.qk_norm, attention.window),
+            (QkNorm::PerHead, None)
+        );
+    }
+    let defaults = read(&json!({"model_type": "qwen3_vl", "text_config": {}})).unwrap();
+    assert_eq!(defaults.spec.ropes[0].theta, 500_000.0);
+    assert_eq!(defaults.spec.hidden_size, 4096);
+}
+
+#[test]
+fn other_models_are_refused_with_the_reason_and_what_is_supported() {
+    for (name, reason) in [
+        ("qwen3_moe", "mixture of experts"),
+        ("mixtral", "mixture of experts"),
+        ("gpt_oss", "mixture of experts"),
+        ("deepseek_v3", "mixture of experts"),
+        ("phimoe", "mixture of experts"),
+        ("granitemoe", "mixture of experts"),
+        ("olmoe", "mixture of experts"),
+        ("qwen3_vl_moe", "mixture of experts"),
+        ("qwen3_next", "only softmax attention"),
+        ("falcon_h1", "only softmax attention"),
+        ("jamba", "only softmax attention"),
+        ("granitemoehybrid", "only softmax attention"),
+        ("gemma3n", "for each layer"),
+        ("gemma", "Gemma 2 and 3 are"),
+        ("t5gemma", "encoder-decoder"),
+        ("modernbert", "it is an encoder"),
+        ("gpt2", "only these are implemented"),
+        ("minicpm3", "latent attention"),
+        ("idefics3", "models of text, images or sound"),
+        ("unheard_of", "'unheard_of' (supported: llama, mistral"),
+    ] {
+        let e = read(&json!({"model_type": name})).unwrap_err().to_string();
+        assert!(
+            e.contains(&format!("architecture '{name}'")) && e.contains(reason),
+            "{e}"
+        );
+        assert!(
+            e.contains("glm4, smollm3") && e.contains("the text of gemma3, mistral3, qwen2_vl"),
+            "{e}"
+        );
+    }
 }

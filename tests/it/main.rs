@@ -28,6 +28,7 @@ mod layers;
 mod lifecycle;
 mod memory;
 mod model_files;
+mod models_page;
 mod pinned_inputs;
 mod pins;
 mod prose;

@@ -403,6 +403,7 @@ impl Case {
             bos_token_id: None,
             eos_token_ids: Vec::new(),
             hf_json: serde_json::Value::Null,
+            whole_json: None,
         };
         let parameters = random_parameters(&mut draw, &config);
         let adapter = draw.flag().then(|| random_adapter(&mut draw, &config));

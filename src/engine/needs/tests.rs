@@ -10,7 +10,7 @@ use super::*;
 use crate::domain::dpo::{LossType, ReferenceSync};
 use crate::domain::reason::Reason;
 use crate::domain::training::ActivationCheckpointing;
-use crate::engine::api::{EngineOptions, Report, RunEvent, TrainingRun};
+use crate::engine::api::{EngineOptions, ModelUse, Report, RunEvent, TrainingRun};
 use crate::engine::scoring::tests::{base, pair};
 use crate::engine::worker::explain;
 use crate::engine::{Engine, start};
@@ -423,6 +423,42 @@ fn copies_of_weights_are_part_of_the_estimate() {
         (extra(&moving), extra(&unrounded), extra(&plain)),
         (8 * parameters, 4 * parameters, 0)
     );
+}
+
+#[test]
+fn training_is_a_use_of_a_model_as_far_as_it_fits_the_memory() {
+    let largest = engine(u64::MAX / 2);
+    let base_models = &largest.shared.base_models;
+    let config = &base_models.get("tiny").unwrap().policy.config;
+    let least = |method: Method| {
+        let spec = TrainingSpec {
+            method,
+            ..TrainingSpec::default()
+        };
+        let (lengths, host) = (Lengths::one(3), MemoryKind::Host);
+        let leanest = estimate::plan(config, &spec, lengths, 0, host).unwrap_err();
+        base_models.needed() + leanest.total()
+    };
+    let (lora, full) = (least(Method::default()), least(Method::Full));
+    assert!(lora < full, "{lora} {full}");
+    let uses = |limit: u64| engine(limit).uses("tiny").unwrap();
+    assert_eq!(uses(lora - 1), [ModelUse::Score, ModelUse::Export]);
+    let with_lora = [ModelUse::TrainLora, ModelUse::Score, ModelUse::Export];
+    assert_eq!(
+        (uses(lora), uses(full - 1)),
+        (with_lora.into(), with_lora.into())
+    );
+    let all = [
+        ModelUse::TrainLora,
+        ModelUse::TrainFull,
+        ModelUse::Score,
+        ModelUse::Export,
+    ];
+    assert_eq!(uses(full), all);
+    assert!(matches!(
+        largest.uses("unknown"),
+        Err(EngineError::UnknownModel(_))
+    ));
 }
 
 #[test]

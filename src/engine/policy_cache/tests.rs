@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use super::*;
 use crate::engine::memory::HostMemory;
 use crate::engine::scoring::tests::base_models;
+use crate::formats::loader::load_model;
+use crate::formats::source::HubOptions;
 
 fn golden(folder: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -176,4 +178,27 @@ fn their_number_stays_limited() {
         policies.get(&base_models, &full(i)).unwrap();
     }
     assert_eq!(contents(&policies), ["2", "3"]);
+}
+
+#[test]
+fn a_model_of_text_and_images_is_described_as_text_only() {
+    let describe_golden = |folder: &str| {
+        let folder = golden(folder);
+        let path = folder.to_str().unwrap();
+        let model = load_model(Some("tiny"), path, &HubOptions::default()).unwrap();
+        describe(&model, "cpu")
+    };
+    let (alone, part) = (
+        describe_golden("models/gemma3"),
+        describe_golden("models/qwen2_vl"),
+    );
+    assert_eq!(
+        (alone.architecture.as_str(), alone.text_only),
+        ("gemma3_text", false)
+    );
+    assert_eq!(
+        (part.architecture.as_str(), part.text_only),
+        ("qwen2_vl", true)
+    );
+    assert_eq!((alone.stored_format, part.stored_format), ("f32", "f32"));
 }

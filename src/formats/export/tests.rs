@@ -9,7 +9,6 @@ use crate::domain::training::{LoraConfig, Precision};
 use crate::formats::loader::{LoadedModel, load_model};
 use crate::formats::peft;
 use crate::formats::source::HubOptions;
-use crate::formats::weights::Weights;
 
 fn golden(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -29,7 +28,7 @@ fn save(
     layout: Layout,
 ) -> Result<(), ModelError> {
     let read = |param: &ParamSpec| model.weights.load(param, Precision::F32);
-    save_merged(dir, &model.config, adapter, layout, &read)
+    save_merged(dir, &model.config, adapter, layout, &read, None)
 }
 
 fn values(weights: &Weights, param: &ParamSpec) -> Vec<f32> {
@@ -191,6 +190,7 @@ fn a_value_beyond_f16_is_refused_by_its_tensor() {
         None,
         layout(ElementType::F16),
         &read,
+        None,
     )
     .unwrap_err()
     .to_string();
@@ -204,6 +204,7 @@ fn a_value_beyond_f16_is_refused_by_its_tensor() {
         None,
         layout(ElementType::Bf16),
         &read,
+        None,
     )
     .unwrap();
 }
@@ -319,7 +320,7 @@ fn an_adapter_names_its_base_as_peft_loads_it() {
         (hub, json!("owner/name"), json!("abc123")),
         (model.base.clone(), json!("llama"), Value::Null),
     ] {
-        peft::save(dir.path(), &adapter, &base).unwrap();
+        peft::save(dir.path(), &adapter, &model.config, &base).unwrap();
         let config = json_file(dir.path(), peft::CONFIG_FILE);
         assert_eq!(
             (&config["base_model_name_or_path"], &config["revision"]),
@@ -353,4 +354,165 @@ fn an_adapter_names_its_base_as_peft_loads_it() {
         serde_json::from_slice::<Value>(&renamed).unwrap(),
         json!({"r": 4, "base_model_name_or_path": "id", "revision": null})
     );
+}
+
+/// Returns the bytes of every tensor of a safetensors file, with its element type and shape.
+fn stored(file: &Path) -> HashMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
+    let bytes = std::fs::read(file).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let all = tensors.tensors().into_iter();
+    all.map(|(name, view)| {
+        let (dtype, shape) = (view.dtype(), view.shape().to_vec());
+        (name, (dtype, shape, view.data().to_vec()))
+    })
+    .collect()
+}
+
+#[test]
+fn the_parts_around_a_language_model_are_exported_as_they_are() {
+    for name in ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl-64"] {
+        let folder = golden(&format!("models/{name}"));
+        let mut model = open(&format!("models/{name}"));
+        // As the engine does: the copies are checked against what was there at the start.
+        model.weights.record_digests();
+        model.weights.record_others(&model.config).unwrap();
+        let whole = model.weights.files().open().unwrap();
+        let source = stored(&folder.join(WEIGHTS_FILE));
+        let lora = LoraConfig {
+            target_modules: vec!["q_proj".into(), "down_proj".into()],
+            ..LoraConfig::default()
+        };
+        let untrained = Adapter::init(&model.config, &lora, 1).unwrap();
+        let trained = untrained
+            .map(|_, t| Ok::<_, ModelError>((t + 0.01)?))
+            .unwrap();
+        for (dtype, adapter) in [
+            (ElementType::F32, None),
+            (ElementType::F32, Some(&trained)),
+            (ElementType::Bf16, None),
+        ] {
+            let out = tempfile::tempdir().unwrap();
+            let read = |param: &ParamSpec| model.weights.load(param, Precision::F32);
+            let layout = Layout {
+                dtype,
+                shard_bytes: u64::MAX,
+            };
+            save_merged(
+                out.path(),
+                &model.config,
+                adapter,
+                layout,
+                &read,
+                Some(&whole),
+            )
+            .unwrap();
+            assert_eq!(
+                json_file(out.path(), "config.json"),
+                json_file(&folder, "config.json"),
+                "{name}"
+            );
+            let written = stored(&out.path().join(WEIGHTS_FILE));
+            assert_eq!(written.len(), source.len(), "{name}");
+            let mut copied = 0;
+            for (tensor, original) in &source {
+                let is_other = tensor.contains("visual.");
+                copied += usize::from(is_other);
+                let is_merged = adapter.is_some()
+                    && ["self_attn.q_proj.weight", "down_proj.weight"]
+                        .iter()
+                        .any(|end| tensor.ends_with(end));
+                let is_equal = written[tensor] == *original;
+                let expected = is_other || (dtype == ElementType::F32 && !is_merged);
+                assert_eq!(is_equal, expected, "{name} {dtype:?} {tensor}");
+            }
+            assert!(copied > 10, "{name}");
+            // What was written is the same kind of model again.
+            for file in ["tokenizer.json", "tokenizer_config.json"] {
+                std::fs::copy(folder.join(file), out.path().join(file)).unwrap();
+            }
+            let again =
+                load_model(None, out.path().to_str().unwrap(), &HubOptions::default()).unwrap();
+            assert_eq!(again.config, model.config, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_vision_tower_that_was_changed_meanwhile_is_not_exported() {
+    let (source, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for entry in std::fs::read_dir(golden("models/qwen3_vl")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, source.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let source_name = source.path().to_str().unwrap();
+    let mut model = load_model(None, source_name, &HubOptions::default()).unwrap();
+    model.weights.record_digests();
+    model.weights.record_others(&model.config).unwrap();
+    let files = model.weights.files();
+    let read = |param: &ParamSpec| {
+        let shape = param.shape.as_slice();
+        Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
+    };
+    let save = || {
+        let whole = files.open().unwrap();
+        let layout = Layout::CHECKPOINT;
+        save_merged(out.path(), &model.config, None, layout, &read, Some(&whole))
+    };
+    save().unwrap();
+    let path = source.path().join(WEIGHTS_FILE);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let text: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let (tensor, place) = text
+        .as_object()
+        .unwrap()
+        .iter()
+        .find(|(name, _)| name.contains("visual.blocks.0.norm1.weight"))
+        .unwrap();
+    bytes[8 + header + place["data_offsets"][0].as_u64().unwrap() as usize] ^= 1;
+    // The open map must not change, so the file is replaced.
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, &bytes).unwrap();
+    let e = save().unwrap_err();
+    assert!(
+        matches!(&e, ModelError::Changed { reason, .. } if reason.contains(tensor.as_str())),
+        "{e}"
+    );
+}
+
+#[test]
+fn an_adapter_of_the_text_of_a_larger_model_has_the_names_of_that_model() {
+    let model = open("models/qwen3_vl");
+    let lora = LoraConfig {
+        target_modules: vec!["q_proj".into(), "up_proj".into()],
+        ..LoraConfig::default()
+    };
+    let adapter = Adapter::init(&model.config, &lora, 1).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    peft::save(dir.path(), &adapter, &model.config, &model.base).unwrap();
+    let config = json_file(dir.path(), peft::CONFIG_FILE);
+    assert_eq!(
+        config["target_modules"],
+        json!(r"model\.language_model\.layers\.\d+\..*\.(q_proj|up_proj)")
+    );
+    let file = dir.path().join(peft::WEIGHTS_FILE);
+    let name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight";
+    assert!(stored(&file).contains_key(name));
+    // It can be read again, also with the names of the language model alone.
+    let text = ModelConfig {
+        whole_json: None,
+        ..model.config.clone()
+    };
+    let again = peft::load(dir.path(), &model.config).unwrap();
+    peft::save(dir.path(), &again, &text, &model.base).unwrap();
+    assert!(!stored(&file).contains_key(name));
+    let alone = peft::load(dir.path(), &model.config).unwrap();
+    let values = |adapter: &Adapter| -> Vec<Vec<f32>> {
+        let tensors = adapter.named().into_iter();
+        tensors
+            .map(|(_, t)| t.flatten_all().unwrap().to_vec1().unwrap())
+            .collect()
+    };
+    assert_eq!(values(&again), values(&adapter));
+    assert_eq!(values(&alone), values(&adapter));
 }

@@ -8,57 +8,61 @@ use serde_json::{Map, Value, json};
 use super::reader::Gguf;
 use crate::model::config::ModelConfig;
 use crate::model::error::ModelError;
-use crate::model::families::Architecture;
+use crate::model::families::{Architecture, refusal};
 use crate::model::params::{Linear, gguf_bias, gguf_embedding, gguf_head};
 use crate::model::rope::{RopeConfig, RopeScaling};
 
 /// Tensor in which llama.cpp stores the llama3 RoPE scaling, shape `[D/2]`: one divisor per
 /// frequency.
 const ROPE_FREQS: &str = "rope_freqs.weight";
+/// Tensors with the divisors of longrope, shape `[R/2]`, for sequences within the pretrained
+/// context and for longer ones.
+const SHORT_FACTORS: &str = "rope_factors_short.weight";
+const LONG_FACTORS: &str = "rope_factors_long.weight";
 /// `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings` of every published
 /// Llama 3.x. GGUF does not store them.
 const LLAMA3_RAMP: (f64, f64, usize) = (1.0, 4.0, 8192);
 /// Tokens that end a turn or a message if the chat template prints them.
 const TURN_ENDS: [&str; 3] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>"];
+/// Architectures of llama.cpp that are implemented.
+const SUPPORTED: &str = "llama, which Mistral uses too, qwen2, qwen2vl, qwen3, qwen3vl, gemma2, \
+                         gemma3, phi3, glm4, smollm3, granite, olmo2, which OLMo 3 uses too, \
+                         mistral3";
+/// Number of blocks of the Gemma 2 and the Gemma 3 in which the factor on the scores is 1/√(C / H)
+/// in place of 1/√D. Like llama.cpp, this module tells them by it, because GGUF does not store it.
+const GEMMA_27B_BLOCKS: [(Architecture, u64); 2] =
+    [(Architecture::Gemma2, 46), (Architecture::Gemma3, 62)];
 
 impl ModelConfig {
     /// Reads the configuration of a GGUF file.
     ///
     /// Mistral files have the architecture `llama` and no sliding window. Such a model attends to
-    /// all earlier positions, as in llama.cpp and transformers. `rope_freqs` holds the values of
-    /// the tensor [`ModelConfig::GGUF_ROPE_FREQS`], if the file has it.
+    /// all earlier positions, as in llama.cpp and transformers. The language models of Qwen2-VL and
+    /// Qwen3-VL compute the same as Qwen2 and Qwen3, and are read as such.
     ///
     /// # Errors
     /// The errors of [`ModelConfig::from_hf_json`].
-    pub(crate) fn from_gguf(gguf: &Gguf, rope_freqs: Option<&[f32]>) -> Result<Self, ModelError> {
+    pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
         let stored = gguf
             .string("general.architecture")?
             .ok_or_else(|| gguf.invalid("general.architecture", "is missing"))?;
-        let name = gguf
-            .string("general.name")?
-            .unwrap_or_default()
-            .to_lowercase();
-        let architecture = match stored {
-            "llama" if name.contains("mistral") => Architecture::Mistral,
-            "llama" => Architecture::Llama,
-            "qwen2" => Architecture::Qwen2,
-            "qwen3" => Architecture::Qwen3,
-            other => {
-                let what = format!(
-                    "{}: GGUF architecture '{other}' \
-                     (supported: llama, which Mistral uses too, qwen2, qwen3)",
-                    gguf.path.display()
-                );
-                return Err(ModelError::Unsupported { what });
-            }
-        };
         let keys = MetadataKeys {
             gguf,
             architecture: stored,
         };
+        let architecture = keys.family()?;
         if keys.integer("expert_count")?.is_some_and(|n| n > 0) {
             return Err(ModelError::Unsupported {
                 what: format!("{}: a mixture of experts", gguf.path.display()),
+            });
+        }
+        if stored == "glm4" && gguf.has(&keys.key("rope.dimension_sections")) {
+            return Err(ModelError::Unsupported {
+                what: format!(
+                    "{}: GGUF architecture 'glm4' of a model of text and images, whose Q and K have \
+                     another order of rows",
+                    gguf.path.display()
+                ),
             });
         }
 
@@ -67,7 +71,11 @@ impl ModelConfig {
             keys.required("attention.head_count")?,
         );
         let rotated = keys.integer("rope.dimension_count")?;
-        let head_dim = match keys.integer("attention.key_length")?.or(rotated) {
+        let is_partial = matches!(architecture, Architecture::Phi3 | Architecture::Glm4);
+        let head_dim = match keys
+            .integer("attention.key_length")?
+            .or(rotated.filter(|_| !is_partial))
+        {
             Some(d) => d,
             None if heads > 0 => width / heads,
             None => return Err(gguf.invalid(&keys.key("attention.head_count"), "is 0")),
@@ -76,6 +84,9 @@ impl ModelConfig {
             ("rope.dimension_count", "rotate"),
             ("attention.value_length", "be as long as"),
         ] {
+            if key == "rope.dimension_count" && is_partial {
+                continue;
+            }
             if keys.integer(key)?.is_some_and(|n| n != head_dim) {
                 return Err(gguf.invalid(
                     &keys.key(key),
@@ -89,6 +100,7 @@ impl ModelConfig {
             .ok_or_else(|| missing(gguf, &embedding))?;
         let has = |name: &str| gguf.tensor(name).is_some();
         let context = keys.required("context_length")?;
+        let blocks = keys.required("block_count")?;
 
         let mut config = Map::new();
         config.insert(
@@ -102,10 +114,7 @@ impl ModelConfig {
             "intermediate_size".into(),
             json!(keys.required("feed_forward_length")?),
         );
-        config.insert(
-            "num_hidden_layers".into(),
-            json!(keys.required("block_count")?),
-        );
+        config.insert("num_hidden_layers".into(), json!(blocks));
         config.insert("num_attention_heads".into(), json!(heads));
         config.insert(
             "num_key_value_heads".into(),
@@ -136,14 +145,30 @@ impl ModelConfig {
         config.insert("eos_token_id".into(), stop_tokens(gguf)?);
         let theta = shortest(keys.number("rope.freq_base")?.unwrap_or(10_000.0));
         config.insert("rope_theta".into(), json!(theta));
-        if let Some(scaling) = scaling(&keys, context, theta, head_dim as usize, rope_freqs)? {
+        let shape = Shape {
+            context,
+            blocks,
+            head_dim,
+            rotated: rotated.filter(|_| is_partial).unwrap_or(head_dim),
+        };
+        if let Some(scaling) = scaling(&keys, &shape, theta)? {
             config.insert("rope_scaling".into(), scaling);
         }
+        keys.fields_of_family(architecture, &shape, &mut config)?;
         Self::from_hf_value(Value::Object(config), &gguf.path)
     }
 
-    /// Name of the tensor that [`ModelConfig::from_gguf`] takes as `rope_freqs`.
-    pub(crate) const GGUF_ROPE_FREQS: &str = ROPE_FREQS;
+    /// Names of the tensors that [`ModelConfig::from_gguf`] reads.
+    pub(crate) const GGUF_ROPE_TENSORS: [&str; 3] = [ROPE_FREQS, SHORT_FACTORS, LONG_FACTORS];
+}
+
+/// Sizes that several fields depend on.
+struct Shape {
+    context: u64,
+    blocks: u64,
+    head_dim: u64,
+    /// Number of dimensions of each head that are rotated.
+    rotated: u64,
 }
 
 /// Returns the ids of the tokens at which generation stops, in the form of `eos_token_id` in a
@@ -210,19 +235,233 @@ impl MetadataKeys<'_> {
     fn number(&self, suffix: &str) -> Result<Option<f64>, ModelError> {
         self.gguf.number(&self.key(suffix))
     }
+
+    /// Returns the values of an f32 tensor, if the file has it.
+    fn values(&self, tensor: &str) -> Result<Option<Vec<f32>>, ModelError> {
+        let entry = self.gguf.tensor(tensor);
+        entry.map(|entry| self.gguf.read_f32(entry)).transpose()
+    }
+
+    /// Returns the family of the model.
+    fn family(&self) -> Result<Architecture, ModelError> {
+        let name = self
+            .gguf
+            .string("general.name")?
+            .unwrap_or_default()
+            .to_lowercase();
+        let is_set = |suffix: &str| Ok::<_, ModelError>(self.number(suffix)?.unwrap_or(0.0) != 0.0);
+        Ok(match self.architecture {
+            "llama" if name.contains("mistral") => Architecture::Mistral,
+            "llama" => Architecture::Llama,
+            "qwen2" | "qwen2vl" => Architecture::Qwen2,
+            "qwen3" | "qwen3vl" => Architecture::Qwen3,
+            "gemma2" => Architecture::Gemma2,
+            "gemma3" => Architecture::Gemma3,
+            "phi3" => Architecture::Phi3,
+            "glm4" => Architecture::Glm4,
+            "smollm3" => Architecture::SmolLm3,
+            "granite" => Architecture::Granite,
+            "olmo2" if is_set("attention.sliding_window")? => Architecture::Olmo3,
+            "olmo2" => Architecture::Olmo2,
+            "mistral3" if is_set("attention.temperature_scale")? => Architecture::Ministral3,
+            "mistral3" => Architecture::Mistral,
+            other => {
+                let what = format!(
+                    "{}: GGUF architecture '{other}'{}",
+                    self.gguf.path.display(),
+                    refusal(other, SUPPORTED)
+                );
+                return Err(ModelError::Unsupported { what });
+            }
+        })
+    }
+
+    /// Adds the fields that only some families have.
+    fn fields_of_family(
+        &self,
+        architecture: Architecture,
+        shape: &Shape,
+        config: &mut Map<String, Value>,
+    ) -> Result<(), ModelError> {
+        match architecture {
+            Architecture::Llama
+            | Architecture::Mistral
+            | Architecture::Qwen2
+            | Architecture::Qwen3
+            | Architecture::SmolLm3
+            | Architecture::Olmo2
+            | Architecture::Ministral => {}
+            Architecture::Gemma2 | Architecture::Gemma3 => {
+                config.insert("hidden_activation".into(), json!("gelu_pytorch_tanh"));
+                let is_27b = GEMMA_27B_BLOCKS.contains(&(architecture, shape.blocks));
+                let heads = self.required("attention.head_count")?.max(1);
+                let scalar = match is_27b {
+                    true => self.required("embedding_length")? / heads,
+                    false => shape.head_dim,
+                };
+                config.insert("query_pre_attn_scalar".into(), json!(scalar));
+                for field in ["attn_logit_softcapping", "final_logit_softcapping"] {
+                    if let Some(cap) = self.number(field)? {
+                        config.insert(field.into(), json!(shortest(cap)));
+                    }
+                }
+                if architecture == Architecture::Gemma3 {
+                    let slides = |layer: u64| (layer + 1) % 6 != 0;
+                    self.insert_layers(shape, 10_000.0, slides, config)?;
+                } else if !self.gguf.has(&self.key("attention.sliding_window")) {
+                    // The default of the family applies.
+                    config.remove("sliding_window");
+                }
+            }
+            Architecture::Olmo3 => {
+                let theta = self.number("rope.freq_base")?.unwrap_or(10_000.0);
+                let slides = |layer: u64| (layer + 1) % 4 != 0;
+                self.insert_layers(shape, theta, slides, config)?;
+            }
+            Architecture::Phi3 | Architecture::Glm4 => {
+                if shape.rotated == 0 || shape.rotated > shape.head_dim {
+                    return Err(self.gguf.invalid(
+                        &self.key("rope.dimension_count"),
+                        format!(
+                            "is {}; must be from 1 to the {} of a key",
+                            shape.rotated, shape.head_dim
+                        ),
+                    ));
+                }
+                let factor = rotary_factor(shape.rotated, shape.head_dim);
+                config.insert("partial_rotary_factor".into(), json!(factor));
+                if architecture == Architecture::Phi3 {
+                    let original = self
+                        .integer("rope.scaling.original_context_length")?
+                        .unwrap_or(shape.context);
+                    config.insert("original_max_position_embeddings".into(), json!(original));
+                }
+            }
+            Architecture::Granite => {
+                let default = (shape.head_dim as f64).powf(-0.5);
+                for (field, suffix, default) in [
+                    ("attention_multiplier", "attention.scale", default),
+                    ("embedding_multiplier", "embedding_scale", 1.0),
+                    ("residual_multiplier", "residual_scale", 1.0),
+                    ("logits_scaling", "logit_scale", 1.0),
+                ] {
+                    // In llama.cpp 0 means that there is no factor.
+                    let stored = self.number(suffix)?.filter(|factor| *factor != 0.0);
+                    config.insert(field.into(), json!(stored.map_or(default, shortest)));
+                }
+            }
+            Architecture::Ministral3 => {
+                let key = "attention.temperature_scale";
+                let beta = self.number(key)?.unwrap_or_default();
+                match config
+                    .get_mut("rope_scaling")
+                    .and_then(Value::as_object_mut)
+                {
+                    Some(scaling) => {
+                        scaling.insert("llama_4_scaling_beta".into(), json!(shortest(beta)));
+                    }
+                    None => {
+                        return Err(self.gguf.invalid(
+                            &self.key(key),
+                            "is implemented only together with rope.scaling.type 'yarn'",
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds `layer_types` and `rope_parameters` of a model that has frequencies of their own for
+    /// the layers with a window. Only the other layers have a context extension. `slides` returns
+    /// true for the layers with a window, if the file does not say which these are; `local` is
+    /// their θ, if the file does not say it.
+    fn insert_layers(
+        &self,
+        shape: &Shape,
+        local: f64,
+        slides: impl Fn(u64) -> bool,
+        config: &mut Map<String, Value>,
+    ) -> Result<(), ModelError> {
+        if shape.blocks > self.gguf.tensors().count() as u64 {
+            let reason = format!("is {}; the file has fewer tensors", shape.blocks);
+            return Err(self.gguf.invalid(&self.key("block_count"), reason));
+        }
+        let pattern = self.key("attention.sliding_window_pattern");
+        // It is one truth value for each layer, or a period.
+        let stored = match self.gguf.flags(&pattern) {
+            Ok(flags) => flags.map(<[bool]>::to_vec),
+            Err(_) => {
+                let period = self.gguf.integer(&pattern)?.unwrap_or_default();
+                let layers = 0..shape.blocks;
+                Some(
+                    layers
+                        .map(|layer| period == 0 || (layer + 1) % period != 0)
+                        .collect(),
+                )
+            }
+        };
+        let has_window = config.get("sliding_window").is_some_and(|w| !w.is_null());
+        let slides = stored.unwrap_or_else(|| (0..shape.blocks).map(slides).collect());
+        let types = slides.iter().map(|slides| match *slides && has_window {
+            true => "sliding_attention",
+            false => "full_attention",
+        });
+        config.insert("layer_types".into(), types.collect());
+        let mut full = match config.remove("rope_scaling") {
+            Some(Value::Object(scaling)) => scaling,
+            _ => Map::from_iter([("rope_type".to_owned(), json!("default"))]),
+        };
+        if let Some(theta) = config.remove("rope_theta") {
+            full.insert("rope_theta".into(), theta);
+        }
+        let local = shortest(self.number("rope.freq_base_swa")?.unwrap_or(local));
+        config.insert(
+            "rope_parameters".into(),
+            json!({
+                "full_attention": full,
+                "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            }),
+        );
+        Ok(())
+    }
+}
+
+/// Returns a factor that transformers and this crate turn into `rotated` of `head_dim` dimensions.
+/// Both truncate the product.
+fn rotary_factor(rotated: u64, head_dim: u64) -> f64 {
+    let exact = rotated as f64 / head_dim as f64;
+    match (head_dim as f64 * exact) as u64 == rotated {
+        true => exact,
+        false => (rotated as f64 + 0.5) / head_dim as f64,
+    }
 }
 
 /// Returns `rope_scaling` for the config.json, if the file has any.
 fn scaling(
     keys: &MetadataKeys<'_>,
-    context: u64,
+    shape: &Shape,
     theta: f64,
-    head_dim: usize,
-    freqs: Option<&[f32]>,
 ) -> Result<Option<Value>, ModelError> {
     let factor = keys
         .number("rope.scaling.factor")?
         .or(keys.number("rope.scale_linear")?);
+    let own_factor = keys.number("rope.scaling.attn_factor")?;
+    if let (Some(short), Some(long)) = (keys.values(SHORT_FACTORS)?, keys.values(LONG_FACTORS)?) {
+        let numbers = |values: &[f32]| -> Vec<f64> {
+            values.iter().map(|x| shortest(f64::from(*x))).collect()
+        };
+        let mut scaling = json!({
+            "rope_type": "longrope",
+            "type": "longrope",
+            "short_factor": numbers(&short),
+            "long_factor": numbers(&long),
+        });
+        if let Some(factor) = own_factor {
+            scaling["attention_factor"] = json!(shortest(factor));
+        }
+        return Ok(Some(scaling));
+    }
     match keys.gguf.string(&keys.key("rope.scaling.type"))? {
         None | Some("none") => {}
         Some("linear") => {
@@ -233,12 +472,37 @@ fn scaling(
         Some("yarn") => {
             let original = keys
                 .integer("rope.scaling.original_context_length")?
-                .unwrap_or(context);
-            return Ok(Some(json!({
+                .unwrap_or(shape.context);
+            let mut scaling = json!({
                 "rope_type": "yarn",
                 "factor": factor,
                 "original_max_position_embeddings": original,
-            })));
+            });
+            for (field, suffix) in [
+                ("beta_fast", "rope.scaling.yarn_beta_fast"),
+                ("beta_slow", "rope.scaling.yarn_beta_slow"),
+                ("attention_factor", "rope.scaling.yarn_attn_factor"),
+                ("mscale_all_dim", "rope.scaling.yarn_log_multiplier"),
+            ] {
+                if let Some(value) = keys.number(suffix)? {
+                    scaling[field] = json!(shortest(value));
+                }
+            }
+            // Older files of OLMo 3 have it under another key, which is a further factor elsewhere.
+            if let Some(factor) = own_factor.filter(|factor| *factor != 1.0) {
+                if keys.architecture != "olmo2" {
+                    return Err(keys.gguf.invalid(
+                        &keys.key("rope.scaling.attn_factor"),
+                        "is implemented only for olmo2 and for longrope; must be 1",
+                    ));
+                }
+                scaling["attention_factor"] = json!(shortest(factor));
+            }
+            // The converter writes only one of the two; the other is 1.
+            if !scaling["mscale_all_dim"].is_null() {
+                scaling["mscale"] = json!(1.0);
+            }
+            return Ok(Some(scaling));
         }
         Some(other) => {
             return Err(keys.gguf.invalid(
@@ -247,7 +511,10 @@ fn scaling(
             ));
         }
     }
-    let Some(freqs) = freqs else { return Ok(None) };
+    let Some(freqs) = keys.values(ROPE_FREQS)? else {
+        return Ok(None);
+    };
+    let head_dim = shape.head_dim as usize;
     // The largest divisor is the scaling factor. The ramp must then reproduce all other divisors.
     let factor = f64::from(freqs.iter().copied().fold(1.0, f32::max));
     let (low_freq_factor, high_freq_factor, original_max_position_embeddings) = LLAMA3_RAMP;
@@ -268,7 +535,7 @@ fn scaling(
         && plain
             .iter()
             .zip(&scaled)
-            .zip(freqs)
+            .zip(&freqs)
             .all(|((p, s), f)| (p / f / s - 1.0).abs() < 1e-3);
     if !same {
         return Err(keys.gguf.invalid(

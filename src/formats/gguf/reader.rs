@@ -48,6 +48,7 @@ pub(crate) enum Metadata {
     Strings(Vec<String>),
     Integers(Vec<i32>),
     Floats(Vec<f32>),
+    Flags(Vec<bool>),
     /// A value of a type that this crate does not use.
     Other,
 }
@@ -280,6 +281,14 @@ impl Gguf {
         })
     }
 
+    /// Returns the array of bools stored under `key`, if any.
+    pub(crate) fn flags(&self, key: &str) -> Result<Option<&[bool]>, ModelError> {
+        self.read(key, "an array of truth values", |v| match v {
+            Metadata::Flags(flags) => Some(flags.as_slice()),
+            _ => None,
+        })
+    }
+
     /// Returns true if anything is stored under `key`.
     pub(crate) fn has(&self, key: &str) -> bool {
         self.metadata.contains_key(key)
@@ -482,6 +491,10 @@ impl Reader<'_> {
                 .map(|_| self.array(key).map(i32::from_le_bytes))
                 .collect::<Result<_, _>>()
                 .map(Metadata::Integers),
+            7 => (0..count)
+                .map(|_| self.array::<1>(key).map(|byte| byte[0] != 0))
+                .collect::<Result<_, _>>()
+                .map(Metadata::Flags),
             _ => {
                 for _ in 0..count {
                     self.value(kind, key, depth + 1)?;

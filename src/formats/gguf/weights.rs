@@ -79,7 +79,10 @@ impl GgufWeights {
         let Some(entry) = self.gguf.tensor(&param.gguf.name) else {
             return Ok(None);
         };
-        let tensor = self.dequantise(entry, check)?;
+        let mut tensor = self.dequantise(entry, check)?;
+        if param.adds_one {
+            tensor = (tensor - 1.0)?;
+        }
         match param.rotated_heads.filter(|_| self.is_interleaved) {
             Some(heads) => Ok(Some(deinterleave(&tensor, heads)?)),
             None => Ok(Some(tensor)),
@@ -119,6 +122,7 @@ impl GgufWeights {
             };
             StoredAs {
                 dtype,
+                format: format_name(t.dtype),
                 dims: t.shape.len(),
                 elements: t.shape.iter().product(),
             }
@@ -149,6 +153,27 @@ fn deinterleave(t: &Tensor, heads: usize) -> Result<Tensor, ModelError> {
         .transpose(1, 2)?
         .contiguous()?
         .reshape(t.shape())?)
+}
+
+/// Returns llama.cpp's name of an element type, in lower case.
+fn format_name(dtype: GgmlDType) -> &'static str {
+    match dtype {
+        GgmlDType::F32 => "f32",
+        GgmlDType::F16 => "f16",
+        GgmlDType::BF16 => "bf16",
+        GgmlDType::Q4_0 => "q4_0",
+        GgmlDType::Q4_1 => "q4_1",
+        GgmlDType::Q5_0 => "q5_0",
+        GgmlDType::Q5_1 => "q5_1",
+        GgmlDType::Q8_0 => "q8_0",
+        GgmlDType::Q8_1 => "q8_1",
+        GgmlDType::Q2K => "q2_k",
+        GgmlDType::Q3K => "q3_k",
+        GgmlDType::Q4K => "q4_k",
+        GgmlDType::Q5K => "q5_k",
+        GgmlDType::Q6K => "q6_k",
+        GgmlDType::Q8K => "q8_k",
+    }
 }
 
 #[cfg(test)]

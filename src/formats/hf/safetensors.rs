@@ -81,6 +81,8 @@ impl SafetensorsDirectory {
 
 #[derive(Debug)]
 struct Stored {
+    /// Name in the file. The directory has the name that the tensor has in the language model alone.
+    name: String,
     file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
@@ -184,6 +186,7 @@ impl SafetensorsWeights {
                 tensors.insert(
                     text_name(&name).into_owned(),
                     Stored {
+                        name: name.clone(),
                         file,
                         dtype: info.dtype,
                         shape: info.shape.clone(),
@@ -204,6 +207,34 @@ impl SafetensorsWeights {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// Returns the name of a tensor in its file.
+    pub fn name_in_file(&self, name: &str) -> Option<&str> {
+        self.tensors.get(name).map(|stored| stored.name.as_str())
+    }
+
+    /// Returns a tensor's element type and shape.
+    pub fn layout(&self, name: &str) -> Option<(Dtype, &[usize])> {
+        let stored = self.tensors.get(name)?;
+        Some((stored.dtype, &stored.shape))
+    }
+
+    /// Reads the bytes of a tensor as they are stored. Returns `None` if there is no such tensor.
+    /// `check` gets the file's path and the bytes.
+    ///
+    /// # Errors
+    /// Returns an error if the bytes cannot be read, or the error of `check`.
+    pub fn bytes(&self, name: &str, check: &Check) -> Result<Option<Cow<'_, [u8]>>, ModelError> {
+        let Some(stored) = self.tensors.get(name) else {
+            return Ok(None);
+        };
+        let (path, contents) = &self.files[stored.file];
+        let bytes = contents
+            .bytes(stored.bytes.clone())
+            .map_err(ModelError::io(path))?;
+        check(path, &bytes)?;
+        Ok(Some(bytes))
+    }
+
     /// Reads a tensor as f32, or as bf16 if it is stored so and `keep_bf16` is true. Returns `None`
     /// if there is no such tensor. `check` gets the file's path and the tensor's bytes before they
     /// are converted.
@@ -217,14 +248,10 @@ impl SafetensorsWeights {
         keep_bf16: bool,
         check: &Check,
     ) -> Result<Option<Tensor>, ModelError> {
-        let Some(stored) = self.tensors.get(name) else {
+        let (Some(stored), Some(bytes)) = (self.tensors.get(name), self.bytes(name, check)?) else {
             return Ok(None);
         };
-        let (path, contents) = &self.files[stored.file];
-        let bytes = contents
-            .bytes(stored.bytes.clone())
-            .map_err(ModelError::io(path))?;
-        check(path, &bytes)?;
+        let path = &self.files[stored.file].0;
         let stored_bf16 = |b: &[u8]| bf16::from_le_bytes([b[0], b[1]]);
         let tensor = match stored.dtype {
             Dtype::F32 => stored.tensor(
@@ -275,6 +302,7 @@ impl SafetensorsWeights {
             };
             Some(StoredAs {
                 dtype,
+                format: dtype.name(),
                 dims: t.shape.len(),
                 elements: t.shape.iter().product(),
             })

@@ -26,7 +26,7 @@ const EXTRA_TEMPLATES: &str = "additional_chat_templates";
 pub const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// Files that this program does not use, but that other programs need beside the weights.
-pub const EXTRA_FILES: [&str; 9] = [
+pub const EXTRA_FILES: [&str; 12] = [
     GENERATION_CONFIG,
     "added_tokens.json",
     "vocab.json",
@@ -36,6 +36,9 @@ pub const EXTRA_FILES: [&str; 9] = [
     "sentencepiece.bpe.model",
     "spiece.model",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 ];
 
 /// Returns true for `additional_chat_templates/NAME.jinja`.

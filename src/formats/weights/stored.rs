@@ -54,6 +54,8 @@ impl ElementType {
 /// Element type, number of dimensions and number of elements of a stored tensor.
 pub(in crate::formats) struct StoredAs {
     pub dtype: ElementType,
+    /// Name of the format of the elements. It differs from that of `dtype` if they are quantised.
+    pub format: &'static str,
     pub dims: usize,
     pub elements: usize,
 }

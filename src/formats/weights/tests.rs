@@ -217,3 +217,37 @@ fn what_was_not_loaded_before_cannot_be_read_again() {
     let e = case.load(&files.open().unwrap(), NORM).unwrap_err();
     assert!(matches!(&e, ModelError::Changed { .. }), "{e}");
 }
+
+#[test]
+fn the_stored_format_is_that_of_most_weights() {
+    let format_of = |name: &str| Weights::open_folder(&golden(name)).unwrap().stored_format();
+    assert_eq!(
+        (format_of("llama"), format_of("llama-bf16")),
+        ("f32", "bf16")
+    );
+
+    let values = |shape: (usize, usize)| {
+        let numbers = (0..shape.0 * shape.1).map(|i| i as f32).collect();
+        Tensor::from_vec(numbers, shape, &candle_core::Device::Cpu).unwrap()
+    };
+    let quantised = QTensor::quantize(&values((4, 256)), GgmlDType::Q4K).unwrap();
+    let exact = QTensor::quantize(&values((3, 256)), GgmlDType::F32).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.gguf");
+    let mut writer = BufWriter::new(std::fs::File::create(&file).unwrap());
+    let tensors = [
+        ("blk.0.attn_q.weight", &quantised),
+        ("blk.0.attn_k.weight", &exact),
+        ("blk.0.attn_v.weight", &exact),
+    ];
+    gguf_file::write(&mut writer, &[], &tensors[..2]).unwrap();
+    writer.flush().unwrap();
+    let config = gguf().config;
+    let open = || GgufWeights::new(Gguf::open(&file).unwrap(), &config);
+    assert_eq!(Weights::from_gguf(open(), &file).stored_format(), "q4_k");
+
+    let mut writer = BufWriter::new(std::fs::File::create(&file).unwrap());
+    gguf_file::write(&mut writer, &[], &tensors).unwrap();
+    writer.flush().unwrap();
+    assert_eq!(Weights::from_gguf(open(), &file).stored_format(), "f32");
+}

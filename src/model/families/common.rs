@@ -18,8 +18,6 @@ pub struct Family {
     pub model_type: &'static str,
     /// The class of transformers that loads a model of the family.
     pub causal_lm_class: &'static str,
-    /// `model_type`s of the multimodal models that contain a language model of this family.
-    pub text_in: &'static [&'static str],
     /// True if llama.cpp interleaves the halves of each head in the rows of Q and K.
     pub is_interleaved_in_gguf: bool,
     /// Returns the defaults of the family's config class in transformers, as far as they differ
@@ -41,7 +39,6 @@ impl Family {
         Family {
             model_type,
             causal_lm_class,
-            text_in: &[],
             is_interleaved_in_gguf: false,
             defaults,
             spec,

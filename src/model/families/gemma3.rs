@@ -12,10 +12,7 @@ use crate::model::error::ModelError;
 use crate::model::rope::RopeConfig;
 use crate::model::spec::{AttentionSpec, ModelSpec, QkNorm};
 
-pub(super) static FAMILY: Family = Family {
-    text_in: &["gemma3"],
-    ..Family::new("gemma3_text", "Gemma3ForCausalLM", defaults, spec)
-};
+pub(super) static FAMILY: Family = Family::new("gemma3_text", "Gemma3ForCausalLM", defaults, spec);
 
 /// Default θ of the layers without a window and of those with one.
 const THETA: [f64; 2] = [1_000_000.0, 10_000.0];

@@ -8,7 +8,10 @@ use crate::model::config::json::Fields;
 use crate::model::error::ModelError;
 use crate::model::spec::{AttentionSpec, BlockSpec, ModelSpec};
 
-pub(super) static FAMILY: Family = Family::new("granite", "GraniteForCausalLM", defaults, spec);
+pub(super) static FAMILY: Family = Family {
+    is_interleaved_in_gguf: true,
+    ..Family::new("granite", "GraniteForCausalLM", defaults, spec)
+};
 
 fn defaults() -> Value {
     json!({

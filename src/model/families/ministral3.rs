@@ -11,7 +11,7 @@ use crate::model::rope::QueryScaling;
 use crate::model::spec::{AttentionSpec, ModelSpec};
 
 pub(super) static FAMILY: Family = Family {
-    text_in: &["mistral3"],
+    is_interleaved_in_gguf: true,
     ..Family::new("ministral3", "Ministral3ForCausalLM", defaults, spec)
 };
 

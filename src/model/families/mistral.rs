@@ -8,7 +8,6 @@ use crate::model::error::ModelError;
 use crate::model::spec::{AttentionSpec, ModelSpec};
 
 pub(super) static FAMILY: Family = Family {
-    text_in: &["mistral3"],
     is_interleaved_in_gguf: true,
     ..Family::new("mistral", "MistralForCausalLM", defaults, spec)
 };

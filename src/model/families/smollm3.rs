@@ -9,7 +9,10 @@ use crate::model::config::limits;
 use crate::model::error::ModelError;
 use crate::model::spec::{AttentionSpec, ModelSpec};
 
-pub(super) static FAMILY: Family = Family::new("smollm3", "SmolLM3ForCausalLM", defaults, spec);
+pub(super) static FAMILY: Family = Family {
+    is_interleaved_in_gguf: true,
+    ..Family::new("smollm3", "SmolLM3ForCausalLM", defaults, spec)
+};
 
 fn defaults() -> Value {
     json!({
