@@ -367,6 +367,7 @@ fn convert_family(
 
 #[test]
 fn a_converted_model_of_each_family_is_the_same_model() {
+    type OwnMetadata = Vec<(&'static str, Value)>;
     let text = |value: &str| Value::String(value.into());
     let factor = |first: f64, step: f64| -> Tensor {
         let values: Vec<f32> = (0..12)
@@ -424,7 +425,7 @@ fn a_converted_model_of_each_family_is_the_same_model() {
         ("attention.temperature_scale", Value::F32(0.3)),
         rotated(16),
     ];
-    let cases: Vec<(&str, &str, Vec<(&str, Value)>)> = vec![
+    let cases: Vec<(&str, &str, OwnMetadata)> = vec![
         (
             "gemma2-64",
             "gemma2",

@@ -306,7 +306,7 @@ impl MetadataKeys<'_> {
                     }
                 }
                 if architecture == Architecture::Gemma3 {
-                    let slides = |layer: u64| (layer + 1) % 6 != 0;
+                    let slides = |layer: u64| !(layer + 1).is_multiple_of(6);
                     self.insert_layers(shape, 10_000.0, slides, config)?;
                 } else if !self.gguf.has(&self.key("attention.sliding_window")) {
                     // The default of the family applies.
@@ -315,7 +315,7 @@ impl MetadataKeys<'_> {
             }
             Architecture::Olmo3 => {
                 let theta = self.number("rope.freq_base")?.unwrap_or(10_000.0);
-                let slides = |layer: u64| (layer + 1) % 4 != 0;
+                let slides = |layer: u64| !(layer + 1).is_multiple_of(4);
                 self.insert_layers(shape, theta, slides, config)?;
             }
             Architecture::Phi3 | Architecture::Glm4 => {
@@ -396,7 +396,7 @@ impl MetadataKeys<'_> {
                 let layers = 0..shape.blocks;
                 Some(
                     layers
-                        .map(|layer| period == 0 || (layer + 1) % period != 0)
+                        .map(|layer| !(layer + 1).is_multiple_of(period))
                         .collect(),
                 )
             }
