@@ -33,7 +33,7 @@ use self::api::{
 use self::entry::{Entry, ScoringQueue};
 use self::memory::{HostMemory, Room};
 use self::needs::{Extra, Needs};
-use self::policy_cache::BaseModels;
+use self::policy_cache::{Base, BaseModels};
 use self::queue::Queue;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::training::{LoraConfig, Method, Precision, TrainingSpec};
@@ -42,11 +42,12 @@ use crate::formats::loader::LoadedModel;
 use crate::formats::peft;
 use crate::formats::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use crate::formats::weights::{ElementType, Weights};
+use crate::infer::pack;
 use crate::infer::pair::EncodedPair;
 use crate::infer::reference_cache::ReferenceCache;
 use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::error::ModelError;
-use crate::model::params::ParamSpec;
+use crate::model::params::{self, ParamSpec};
 use crate::telemetry::trace;
 use crate::train::checkpoint::REFERENCE_FILE;
 use crate::train::estimate::{Lengths, MemoryKind, on_host, plan};
@@ -390,7 +391,10 @@ impl Engine {
         reference: Option<&WeightsRef>,
         item: ScoreItem,
     ) -> Result<ScoredItem, EngineError> {
-        let (tokens, limit) = (item.tokens(), self.shared.options.max_row_tokens);
+        let (tokens, limit) = (
+            self.row_tokens([Some(policy), reference], &item),
+            self.shared.options.max_row_tokens,
+        );
         if tokens > limit {
             return Err(EngineError::RowTooLong { tokens, limit });
         }
@@ -405,6 +409,47 @@ impl Engine {
         };
         self.shared.queue.push(entry)?;
         answer.await.unwrap_or(Err(EngineError::Draining))
+    }
+
+    /// Returns the number of tokens of a row with the item alone, for the one of these weights that
+    /// needs most. A model with other rotary frequencies for long sequences has prompts twice.
+    fn row_tokens(&self, weights: [Option<&WeightsRef>; 2], item: &ScoreItem) -> usize {
+        let models = &self.shared.base_models;
+        let of = |base: &Base| {
+            let spec = &base.policy.config.spec;
+            pack::row_tokens(&item.groups, &|length| spec.length_class(length))
+        };
+        let most = |weights: &WeightsRef| match weights.model() {
+            Some(model) => models.get(model).ok().map(of),
+            // The model of a running job may be any.
+            None => models.all().map(of).max(),
+        };
+        let needed = weights.into_iter().flatten().filter_map(most).max();
+        needed.unwrap_or_else(|| item.tokens())
+    }
+
+    /// Returns the targets of an adapter that stand for no layer of a base model.
+    ///
+    /// # Errors
+    /// `UnknownModel` if the server does not have the model.
+    pub fn unmatched_targets(
+        &self,
+        model: &str,
+        lora: &LoraConfig,
+    ) -> Result<Vec<String>, EngineError> {
+        let spec = &self.shared.base_models.get(model)?.policy.config.spec;
+        Ok(params::unmatched_targets(spec, lora))
+    }
+
+    /// Returns the number of tokens of the pairs in rows of `model`.
+    ///
+    /// # Errors
+    /// `UnknownModel` if the server does not have the model.
+    pub fn packed_tokens(&self, model: &str, pairs: &[EncodedPair]) -> Result<usize, EngineError> {
+        let spec = &self.shared.base_models.get(model)?.policy.config.spec;
+        let class = |length| spec.length_class(length);
+        let of = |pair: &EncodedPair| pair.packed_tokens_by_length(&class);
+        Ok(pairs.iter().map(of).sum())
     }
 
     /// Adds a run to the queue. Its progress is reported as events; `Ended` is the last one.

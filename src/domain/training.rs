@@ -21,6 +21,12 @@ pub const TARGET_MODULES: [&str; 7] = [
 /// Projections that LoRA can adapt in families that store several of them as one matrix.
 pub const FUSED_TARGET_MODULES: [&str; 2] = ["qkv_proj", "gate_up_proj"];
 
+/// Parts of each of [`FUSED_TARGET_MODULES`].
+const PARTS_OF_FUSED: [(&str, &[&str]); 2] = [
+    ("qkv_proj", &["q_proj", "k_proj", "v_proj"]),
+    ("gate_up_proj", &["gate_proj", "up_proj"]),
+];
+
 /// PEFT's word for every linear layer of the blocks, without the output head.
 pub const ALL_LINEAR: &str = "all-linear";
 
@@ -157,7 +163,15 @@ impl LoraConfig {
         if let Some(alpha) = given.alpha.filter(|alpha| *alpha != adapter.alpha) {
             differs("alpha", alpha.to_string(), adapter.alpha.to_string());
         }
-        let sorted = |names: &[String]| names.iter().cloned().collect::<BTreeSet<String>>();
+        let sorted = |names: &[String]| -> BTreeSet<String> {
+            let parts = |name: &String| -> Vec<String> {
+                match PARTS_OF_FUSED.iter().find(|(fused, _)| fused == name) {
+                    Some((_, parts)) => parts.iter().map(|part| (*part).to_owned()).collect(),
+                    None => vec![name.clone()],
+                }
+            };
+            names.iter().flat_map(parts).collect()
+        };
         if let Some(targets) = given
             .target_modules
             .as_ref()

@@ -174,6 +174,11 @@ impl BaseModels {
             .ok_or_else(|| EngineError::UnknownModel(id.to_owned()))
     }
 
+    /// Returns all models.
+    pub fn all(&self) -> impl Iterator<Item = &Base> {
+        self.by_id.values()
+    }
+
     /// Returns descriptions of all models, in the order of the settings.
     pub fn infos(&self) -> Vec<ModelInfo> {
         self.order

@@ -317,8 +317,8 @@ fn to_f32(view: &TensorView, name: &str) -> Result<Tensor, String> {
     Tensor::from_vec(values, view.shape(), &candle_core::Device::Cpu).map_err(|e| e.to_string())
 }
 
-/// Writes an adapter of `model` that `PeftModel.from_pretrained` loads. `AutoPeftModelForCausalLM` loads it,
-/// too, where it finds the base model under the name `base`.
+/// Writes an adapter of `model` that `PeftModel.from_pretrained` loads. `AutoPeftModelForCausalLM`
+/// loads it, too, where it finds the base model under the name `base`.
 ///
 /// # Errors
 /// Returns an error that names the file if it cannot be written.

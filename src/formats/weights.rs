@@ -285,7 +285,8 @@ impl Weights {
     ///
     /// # Errors
     /// [`ModelError::UnexpectedTensor`] for tensors of decoder layers, e.g. biases that the
-    /// configuration switches off.
+    /// configuration switches off; [`ModelError::Unsupported`] for a head that differs from the
+    /// embedding although the configuration ties them.
     pub fn check_names(&self, config: &ModelConfig) -> Result<(), ModelError> {
         let params = params::params(&config.spec);
         let (stored, called_for): (Vec<&str>, BTreeSet<&str>) = match &self.kind {
@@ -313,6 +314,15 @@ impl Weights {
                 name,
                 path: self.path.clone(),
                 others,
+            });
+        }
+        if config.spec.tie_word_embeddings && !self.is_tied()? {
+            return Err(ModelError::Unsupported {
+                what: format!(
+                    "{}: lm_head.weight differs from the embedding, but tie_word_embeddings is \
+                     true: set it to false in config.json",
+                    self.path.display()
+                ),
             });
         }
         if config.whole_json.is_some() {
@@ -404,6 +414,21 @@ impl Weights {
             directory,
             digests,
         }
+    }
+
+    /// Returns false if the files have a head that is not a copy of the embedding.
+    fn is_tied(&self) -> Result<bool, ModelError> {
+        let FileFormat::Safetensors(w) = &self.kind else {
+            // GGUF has no flag: a model is tied if its file has no head.
+            return Ok(true);
+        };
+        let (head, embedding) = (params::HF_HEAD, params::hf_embedding());
+        if w.layout(head).is_none() {
+            return Ok(true);
+        }
+        let unchecked = |_: &Path, _: &[u8]| Ok(());
+        Ok(w.layout(head) == w.layout(&embedding)
+            && w.bytes(head, &unchecked)? == w.bytes(&embedding, &unchecked)?)
     }
 
     /// Returns the BLAKE3 hash of the files' contents, in hex. It is computed once.

@@ -44,6 +44,11 @@ pub fn pack_by_length(items: &[&[SequenceGroup]], class: LengthClass) -> PackedR
     pack_items(&with_one_owner(items), (0..items.len()).collect(), class)
 }
 
+/// Returns the number of tokens of a row with one item.
+pub fn row_tokens(groups: &[SequenceGroup], class: LengthClass) -> usize {
+    added_tokens(&[(0, groups)], &[], 0, class)
+}
+
 fn with_one_owner<'a>(items: &[&'a [SequenceGroup]]) -> Vec<Owned<'a>> {
     items.iter().map(|groups| (0, *groups)).collect()
 }

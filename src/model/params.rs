@@ -5,6 +5,7 @@
 //! gradients, weight decay, the copies on a GPU and the parameter counts all read this table.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
 use super::spec::{
     AttentionSpec, BlockSpec, FeedForward, Mixer, ModelSpec, NormNames, Norms, Projections, QkNorm,
@@ -443,6 +444,21 @@ pub fn lora_layers(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraLayer> {
     layers
 }
 
+/// Returns the targets of `config` that stand for no linear layer of the model. The name of a part
+/// of a fused layer stands for it only together with the names of all other parts.
+pub fn unmatched_targets(spec: &ModelSpec, config: &LoraConfig) -> Vec<String> {
+    let updated: HashSet<Linear> = lora_layers(spec, config).iter().map(|l| l.linear).collect();
+    let stands_for = |name: &str, linear: &Linear| {
+        linear.lora_target() == name || linear.parts().iter().any(|p| p.lora_target() == name)
+    };
+    config
+        .target_modules
+        .iter()
+        .filter(|name| !updated.iter().any(|linear| stands_for(name, linear)))
+        .cloned()
+        .collect()
+}
+
 /// Returns the low-rank updates of an adapter with the targets of `config`, block by block.
 pub fn lora_params(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraSpec> {
     let update = |LoraLayer {
@@ -463,6 +479,11 @@ pub fn lora_params(spec: &ModelSpec, config: &LoraConfig) -> Vec<LoraSpec> {
         }
     };
     lora_layers(spec, config).into_iter().map(update).collect()
+}
+
+/// Returns the name of the embedding in safetensors files.
+pub fn hf_embedding() -> String {
+    file_name(EMBEDDING.hf, ParamRole::Matrix)
 }
 
 /// Returns the name of the embedding in GGUF files.

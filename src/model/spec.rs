@@ -24,6 +24,8 @@ pub struct ModelSpec {
     /// Factor on the token embeddings, not yet rounded. [`ModelSpec::embedding_scale_in`] rounds it
     /// to the precision of a pass.
     pub embedding_scale: f32,
+    /// True if passes in bf16 round that factor to bf16, as the classes of Gemma do.
+    pub rounds_embedding_scale: bool,
     /// True if every RMSNorm multiplies by 1 + w instead of w.
     pub norms_add_one: bool,
     /// The sets of rotary frequencies. A block refers to one by its index
@@ -315,8 +317,10 @@ impl ModelSpec {
     /// rounds it.
     pub fn embedding_scale_in(&self, precision: Precision) -> f32 {
         match precision {
-            Precision::F32 => self.embedding_scale,
-            Precision::Bf16 => half::bf16::from_f32(self.embedding_scale).to_f32(),
+            Precision::Bf16 if self.rounds_embedding_scale => {
+                half::bf16::from_f32(self.embedding_scale).to_f32()
+            }
+            Precision::F32 | Precision::Bf16 => self.embedding_scale,
         }
     }
 }

@@ -200,6 +200,7 @@ fn random_spec(draw: &mut Draw) -> ModelSpec {
         max_position_embeddings: 512,
         rms_norm_eps: draw.pick(&[1e-6, 1e-5, 1e-3, 1e-2]),
         embedding_scale: 1.0,
+        rounds_embedding_scale: false,
         norms_add_one: false,
         ropes: vec![random_rope(draw)],
         tie_word_embeddings: draw.flag(),

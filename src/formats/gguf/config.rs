@@ -28,8 +28,9 @@ const TURN_ENDS: [&str; 3] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>"];
 const SUPPORTED: &str = "llama, which Mistral uses too, qwen2, qwen2vl, qwen3, qwen3vl, gemma2, \
                          gemma3, phi3, glm4, smollm3, granite, olmo2, which OLMo 3 uses too, \
                          mistral3";
-/// Number of blocks of the Gemma 2 and the Gemma 3 in which the factor on the scores is 1/√(C / H)
-/// in place of 1/√D. Like llama.cpp, this module tells them by it, because GGUF does not store it.
+/// Number of blocks of the Gemma 2 and the Gemma 3 in which the factor on the scores is 1/√(C /
+/// H) in place of 1/√D. Like llama.cpp, this module tells them by it, because GGUF does not store
+/// it.
 const GEMMA_27B_BLOCKS: [(Architecture, u64); 2] =
     [(Architecture::Gemma2, 46), (Architecture::Gemma3, 62)];
 

@@ -81,7 +81,8 @@ impl SafetensorsDirectory {
 
 #[derive(Debug)]
 struct Stored {
-    /// Name in the file. The directory has the name that the tensor has in the language model alone.
+    /// Name in the file. The directory has the name that the tensor has in the language model
+    /// alone.
     name: String,
     file: usize,
     dtype: Dtype,

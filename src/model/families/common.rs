@@ -161,6 +161,7 @@ impl Common {
             max_position_embeddings: self.max_position_embeddings,
             rms_norm_eps: self.rms_norm_eps,
             embedding_scale: 1.0,
+            rounds_embedding_scale: false,
             norms_add_one: false,
             ropes: vec![self.rope],
             tie_word_embeddings: self.tie_word_embeddings,

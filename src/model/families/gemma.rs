@@ -77,6 +77,7 @@ impl Gemma {
         let model = self.common.model(blocks);
         ModelSpec {
             embedding_scale: (model.hidden_size as f64).sqrt() as f32,
+            rounds_embedding_scale: true,
             norms_add_one: true,
             logit_softcap: self.logit_softcap,
             ..model

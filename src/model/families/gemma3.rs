@@ -41,6 +41,8 @@ fn spec(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let gemma = Gemma::read(fields)?;
     let attention = AttentionSpec {
         qk_norm: QkNorm::PerHead,
+        // The class of transformers reads the field but does not apply it.
+        softcap: None,
         ..gemma.attention
     };
     let block = |slides: &bool| {

@@ -79,8 +79,8 @@ impl JobEstimator {
         });
         let inputs = loaded.await.map_err(ServiceError::internal)??;
         let (train, eval) = (&inputs.train, &inputs.eval);
-        let packed =
-            |pairs: &[EncodedPair]| pairs.iter().map(EncodedPair::packed_tokens).sum::<usize>();
+        let packed = |pairs: &[EncodedPair]| self.engine.packed_tokens(&inputs.model, pairs);
+        let (train_tokens, eval_tokens) = (packed(train)?, packed(eval)?);
         let spec = &job.request.spec;
         let size = spec.batch.batch_size;
         let lengths = self.engine.lengths(&inputs.model, train, eval, size)?;
@@ -90,7 +90,7 @@ impl JobEstimator {
 
         let total_steps = spec.batch.total_steps(train.len());
         let epochs = total_steps as f64 / spec.batch.steps_per_epoch(train.len()).max(1) as f64;
-        let mean = packed(train) as f64 / train.len() as f64;
+        let mean = train_tokens as f64 / train.len() as f64;
         let tokens = epochs * train.len() as f64 * mean;
         let evaluations = match (eval.is_empty(), spec.run.eval_steps) {
             (true, _) => 0,
@@ -114,11 +114,11 @@ impl JobEstimator {
                     Some(other) => self.seconds_per_token(other, train).await?,
                     None => forward,
                 };
-                rate * (packed(train) as f64).min(tokens)
+                rate * (train_tokens as f64).min(tokens)
             }
             None => 0.0,
         };
-        let evaluated = evaluations as f64 * packed(eval) as f64;
+        let evaluated = evaluations as f64 * eval_tokens as f64;
         Ok(JobEstimate {
             train_pairs: train.len() as u64,
             eval_pairs: eval.len() as u64,
@@ -137,10 +137,13 @@ impl JobEstimator {
     async fn seconds_per_token(&self, model: &str, pairs: &[EncodedPair]) -> Result<f64> {
         let (mut tokens, mut groups) = (0, Vec::new());
         for pair in pairs {
-            if tokens > 0 && tokens + pair.packed_tokens() > CALIBRATION_TOKENS {
+            let more = self
+                .engine
+                .packed_tokens(model, std::slice::from_ref(pair))?;
+            if tokens > 0 && tokens + more > CALIBRATION_TOKENS {
                 break;
             }
-            tokens += pair.packed_tokens();
+            tokens += more;
             groups.extend(pair.groups());
         }
         let weights = WeightsRef::Base {

@@ -152,6 +152,18 @@ impl RequestValidator {
             }
         } else if let WeightsRef::Adapter { dir, .. } = &start.weights {
             adopt_adapter(&mut request, dir.clone()).await?;
+        } else if let Method::Lora(lora) = &request.spec.method {
+            let unmatched = self.engine.unmatched_targets(&start.model, lora)?;
+            if !unmatched.is_empty() {
+                let message = format!(
+                    "{}: {} has no such layers: name layers that it has, or all parts of a fused \
+                     one",
+                    unmatched.join(", "),
+                    start.model
+                );
+                let field = "training_job.lora.target_modules";
+                return Err(ServiceError::invalid(field, message));
+            }
         }
         let mut reference = start.weights.clone();
         if let Some(name) = &request.reference {
