@@ -710,4 +710,22 @@ mod tests {
             assert_eq!(adopt(&given).1, [field]);
         }
     }
+
+    #[test]
+    fn the_names_of_the_parts_stand_for_a_fused_projection_of_the_adapter() {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let adapter = LoraConfig {
+            target_modules: names(&["o_proj", "down_proj", "qkv_proj", "gate_up_proj"]),
+            ..Default::default()
+        };
+        for (given, accepted) in [(&TARGET_MODULES[..], true), (&TARGET_MODULES[..6], false)] {
+            let given = GivenLora {
+                target_modules: Some(names(given)),
+                ..Default::default()
+            };
+            let (mut lora, mut bad) = (LoraConfig::default(), Violations::default());
+            lora.adopt(&adapter, &given, "the adapter x", "lora", &mut bad);
+            assert_eq!(bad.listed().is_empty(), accepted);
+        }
+    }
 }

@@ -273,6 +273,17 @@ mod tests {
     }
 
     #[test]
+    fn an_item_has_a_prompt_once_for_each_class_of_lengths() {
+        let item = item(1, 10, &[5, 50, 60]);
+        assert_eq!(row_tokens(&item, &|_| 0), 10 + 115);
+        assert_eq!(
+            row_tokens(&item, &|length| usize::from(length > 20)),
+            2 * 10 + 115
+        );
+        assert_eq!(row_tokens(&item, &|length| length), 3 * 10 + 115);
+    }
+
+    #[test]
     fn items_with_one_prompt_share_it() {
         let items = [
             item(1, 3, &[2, 1]),

@@ -376,11 +376,13 @@ fn a_gemma_3_is_read_as_transformers_4_and_5_write_it() {
     ] {
         assert!(with(field, value).unwrap_err().to_string().contains(field));
     }
-    // In Gemma 3 soft-caps are possible, but absent by default.
+    // Soft-caps are absent by default. transformers applies only that on the logits.
     let caps = |spec: &ModelSpec| (spec.blocks[0].attention().softcap, spec.logit_softcap);
     assert_eq!(caps(&spec), (None, None));
     let capped = with("attn_logit_softcapping", json!(50.0)).unwrap().spec;
-    assert_eq!(caps(&capped), (Some(50.0), None));
+    assert_eq!(caps(&capped), (None, None));
+    let capped = with("final_logit_softcapping", json!(30.0)).unwrap().spec;
+    assert_eq!(caps(&capped), (None, Some(30.0)));
     let pattern = with("sliding_window_pattern", json!(2)).unwrap().spec;
     assert_eq!(
         pattern
@@ -688,7 +690,7 @@ fn a_smollm3_is_read_as_transformers_reads_it() {
 #[test]
 fn a_granite_is_read_as_transformers_reads_it() {
     // The fields of ibm-granite/granite-3.3-2b-instruct's config.json that describe the model.
-    let published = json!({
+    let mut published = json!({
         "model_type": "granite",
         "architectures": ["GraniteForCausalLM"],
         "attention_bias": false,
@@ -738,6 +740,10 @@ fn a_granite_is_read_as_transformers_reads_it() {
             assert!(with(refused).unwrap_err().to_string().contains(field));
         }
     }
+    // The class multiplies by a number, so that only the product is rounded.
+    published["embedding_multiplier"] = json!(5.7);
+    let spec = read(&published).unwrap().spec;
+    assert_eq!(spec.embedding_scale_in(Precision::Bf16), 5.7);
     // By default all multipliers are 1, also that on the scores.
     let plain = read(&json!({"model_type": "granite"})).unwrap().spec;
     assert_eq!((plain.embedding_scale, plain.logit_factor), (1.0, 1.0));

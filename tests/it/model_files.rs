@@ -32,11 +32,13 @@ fn tensors_that_the_configuration_does_not_call_for_are_refused_by_name() {
     copy_model("llama", dir.path(), &["model.safetensors"]);
     let load_with = |names: &[&str]| {
         let mut all = tensors("models/llama/model.safetensors");
+        let embedding = all["model.embed_tokens.weight"].clone();
         all.extend(names.iter().map(|name| {
-            (
-                name.to_string(),
-                Tensor::ones(4, DType::F32, &Device::Cpu).unwrap(),
-            )
+            let tensor = match *name {
+                "lm_head.weight" => embedding.clone(),
+                _ => Tensor::ones(4, DType::F32, &Device::Cpu).unwrap(),
+            };
+            (name.to_string(), tensor)
         }));
         candle_core::safetensors::save(&all, dir.path().join("model.safetensors")).unwrap();
         load(dir.path())
@@ -64,6 +66,21 @@ fn tensors_that_the_configuration_does_not_call_for_are_refused_by_name() {
         "vision_tower.patch.weight",
     ])
     .unwrap();
+}
+
+#[test]
+fn a_head_that_differs_from_the_embedding_of_a_tied_model_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_model("llama", dir.path(), &["model.safetensors"]);
+    let mut all = tensors("models/llama/model.safetensors");
+    let trained = (&all["model.embed_tokens.weight"] + 0.25).unwrap();
+    all.insert("lm_head.weight".to_owned(), trained);
+    candle_core::safetensors::save(&all, dir.path().join("model.safetensors")).unwrap();
+    let e = load(dir.path()).unwrap_err();
+    assert!(
+        e.contains("lm_head.weight") && e.contains("tie_word_embeddings"),
+        "{e}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

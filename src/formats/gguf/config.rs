@@ -60,8 +60,8 @@ impl ModelConfig {
         if stored == "glm4" && gguf.has(&keys.key("rope.dimension_sections")) {
             return Err(ModelError::Unsupported {
                 what: format!(
-                    "{}: GGUF architecture 'glm4' of a model of text and images, whose Q and K have \
-                     another order of rows",
+                    "{}: GGUF architecture 'glm4' of a model of text and images, whose Q and K \
+                     have another order of rows",
                     gguf.path.display()
                 ),
             });

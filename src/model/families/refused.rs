@@ -3,14 +3,14 @@
 
 const MIXTURE: &str =
     "it is a mixture of experts, and only dense feed-forward parts are implemented";
-const HYBRID: &str = "it has state-space, recurrent, convolutional or linear-attention layers, and only softmax \
-     attention is implemented";
+const HYBRID: &str = "it has state-space, recurrent, convolutional or linear-attention layers, \
+                      and only softmax attention is implemented";
 const ENCODER_DECODER: &str = "it is an encoder-decoder, and only decoders are implemented";
 const ENCODER: &str = "it is an encoder, and only causal language models are implemented";
 const LAYER_NORM: &str = "its norms are not RMSNorms, and only these are implemented";
 const LATENT: &str = "it has multi-head latent attention, which is not implemented";
-const PER_LAYER: &str = "it has embeddings of their own for each layer, or layers that share keys and values, which is \
-     not implemented";
+const PER_LAYER: &str = "it has embeddings of their own for each layer, or layers that share \
+                         keys and values, which is not implemented";
 const GEMMA: &str = "the first Gemma is not implemented; Gemma 2 and 3 are";
 const IMAGES: &str =
     "of the models of text, images or sound, only the text of those in this list is implemented";

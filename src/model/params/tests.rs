@@ -235,6 +235,20 @@ fn the_default_targets_mean_every_layer_of_a_model_with_fused_projections() {
     );
     // One part alone does not stand for the whole matrix.
     assert_eq!(targets(&["q_proj", "up_proj", "o_proj"]), [Linear::Output]);
+    let unmatched = |names: &[&str]| {
+        let config = LoraConfig {
+            target_modules: names.iter().map(|name| name.to_string()).collect(),
+            ..LoraConfig::default()
+        };
+        unmatched_targets(&spec, &config)
+    };
+    assert_eq!(
+        unmatched(&["q_proj", "up_proj", "o_proj"]),
+        ["q_proj", "up_proj"]
+    );
+    for accepted in [&TARGET_MODULES[..], &["qkv_proj", "down_proj"]] {
+        assert!(unmatched(accepted).is_empty());
+    }
 
     let config = ModelConfig::from_hf_json(&config.to_string(), Path::new("config.json")).unwrap();
     let adapter = Adapter::init(&config, &LoraConfig::default(), 1).unwrap();
