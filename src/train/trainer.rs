@@ -9,6 +9,7 @@
 
 mod evaluation;
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -439,7 +440,7 @@ impl Trainer {
             self.phase = Phase::Step { done: done + 1 };
             return Ok(());
         }
-        self.update()?;
+        self.update(group)?;
         observe::step(
             self.step_started.elapsed(),
             self.state.tokens - self.before_step.0,
@@ -486,7 +487,8 @@ impl Trainer {
         (micro_batches, accumulate.min(micro_batches - start))
     }
 
-    fn batch_rows(&mut self) -> Vec<usize> {
+    /// Returns the indices of the pairs of these micro-batches of the current epoch.
+    fn batch_rows(&mut self, micro_batches: Range<usize>) -> Vec<usize> {
         if self.order.0 != self.state.epoch {
             let n = self.train.len();
             self.order = (self.state.epoch, order(&self.spec, n, self.state.epoch));
@@ -495,14 +497,15 @@ impl Trainer {
         self.order
             .1
             .iter()
-            .skip(self.state.micro_batch * size)
-            .take(size)
+            .skip(micro_batches.start * size)
+            .take(micro_batches.len() * size)
             .map(|i| *i as usize)
             .collect()
     }
 
     fn micro_batch(&mut self, scale: f64, context: &mut RunContext) -> Result<(), TrainError> {
-        let chosen = self.batch_rows();
+        let index = self.state.micro_batch;
+        let chosen = self.batch_rows(index..index + 1);
         let pairs: Vec<&EncodedPair> = chosen.iter().map(|i| &self.train[*i]).collect();
         let row_tokens = self.plan.row_tokens;
         let references = references(&self.reference, &pairs, row_tokens, context)?;
@@ -531,7 +534,8 @@ impl Trainer {
         Ok(())
     }
 
-    fn update(&mut self) -> Result<(), TrainError> {
+    /// Takes an optimizer step with the gradients of the last `group` micro-batches.
+    fn update(&mut self, group: usize) -> Result<(), TrainError> {
         let Some((gradients, others)) = self.gradients.split_first_mut() else {
             return Ok(());
         };
@@ -541,7 +545,9 @@ impl Trainer {
             .try_for_each(|other| gradients.reduce(other))?;
         let norm = gradients.norm();
         if !norm.is_finite() {
-            let rows = self.batch_rows();
+            // The gradients' last micro-batch is counted already.
+            let end = self.state.micro_batch;
+            let rows = self.batch_rows(end - group..end);
             return Err(self.non_finite("grad_norm", norm, &rows));
         }
         let o = &self.spec.optimizer;

@@ -94,6 +94,14 @@ pub fn events(run: Run) -> Vec<RunEvent> {
 
 /// Executes the run, and calls `yield_point(weights, cache)` between the blocks of every pass.
 fn events_with(run: Run, yield_point: &mut dyn FnMut(&Policy, &ReferenceCache)) -> Vec<RunEvent> {
+    try_events(run, yield_point).unwrap()
+}
+
+/// Does the same for a run that may fail.
+fn try_events(
+    run: Run,
+    yield_point: &mut dyn FnMut(&Policy, &ReferenceCache),
+) -> Result<Vec<RunEvent>, TrainError> {
     let input = TrainerInput {
         spec: run.spec,
         policy: run.policy,
@@ -116,8 +124,8 @@ fn events_with(run: Run, yield_point: &mut dyn FnMut(&Policy, &ReferenceCache)) 
         yield_point: &mut || yield_point(&live, &cache),
         emit: &mut |e| events.push(e),
     };
-    while trainer.advance(&mut context).unwrap() == Status::Working {}
-    events
+    while trainer.advance(&mut context)? == Status::Working {}
+    Ok(events)
 }
 
 /// Executes the run, removes its folder, and returns the metrics of each step.
@@ -287,6 +295,23 @@ fn scoring_between_the_blocks_of_a_pass_changes_neither_the_run_nor_the_scores()
         "{calls} calls in passes over {blocks} blocks"
     );
     assert_eq!(calls - same, 4, "the weights of the start and of each step");
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_names_the_rows_of_its_step() {
+    let (model, tokenizer) = tiny("llama");
+    let mut pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+    // The loss of this weight is finite in f64, but its gradient is not in f32.
+    pairs[0].weight = 1e39;
+    let step: Vec<u64> = pairs[..4].iter().map(|pair| pair.row).collect();
+    let mut spec = shuffled(3);
+    spec.batch.shuffle = false;
+    let run = Run::lora(&model, "adapters/llama-start", pairs, spec);
+    let error = try_events(run, &mut |_, _| {}).unwrap_err();
+    let TrainError::NonFinite { what, rows, .. } = error else {
+        panic!("{error}");
+    };
+    assert_eq!((what, rows), ("grad_norm", step));
 }
 
 #[test]
