@@ -104,8 +104,15 @@ where
                     inner.call(request).await
                 }
                 Err(e) => {
-                    metrics::counter!("bradley_refused_total").increment(1);
-                    if layer.log.try_log() {
+                    let is_refused = matches!(
+                        e,
+                        ServiceError::Unauthenticated { .. }
+                            | ServiceError::PermissionDenied { .. }
+                    );
+                    if is_refused {
+                        metrics::counter!("bradley_refused_total").increment(1);
+                    }
+                    if is_refused && layer.log.try_log() {
                         let peer = request
                             .extensions()
                             .get::<Peer>()

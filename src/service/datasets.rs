@@ -75,6 +75,8 @@ pub struct DatasetUpload {
     temporary: Temporary,
     hash: blake3::Hasher,
     size: u64,
+    /// Number of bytes that the client's datasets may still have, as of the upload's begin.
+    room: u64,
     /// The first 4 bytes, from which the format is detected.
     start: Vec<u8>,
 }
@@ -138,18 +140,7 @@ impl DatasetService {
                 format!("is {}: it must be at least 2", meta.max_length),
             ));
         }
-        if let Some(limit) = self.limits.max_bytes_per_client {
-            let used = self.store.dataset_bytes(&caller.owner).await?;
-            if used >= limit {
-                let message = format!(
-                    "your datasets have {used} bytes, at most {limit} are allowed: delete one"
-                );
-                return Err(ServiceError::ResourceExhausted {
-                    reason: Reason::TooManyBytes,
-                    message,
-                });
-            }
-        }
+        let room = self.room(&caller.owner, 1).await?;
         let checked = match meta.model.as_deref() {
             Some(model) => Some((
                 self.engine.tokenizer(model)?,
@@ -171,8 +162,25 @@ impl DatasetService {
             temporary,
             hash: blake3::Hasher::new(),
             size: 0,
+            room,
             start: Vec::new(),
         })
+    }
+
+    /// Returns the number of bytes that a client's further datasets may have, at least `needed`.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` if it would be less than `needed`.
+    async fn room(&self, owner: &str, needed: u64) -> Result<u64> {
+        let Some(limit) = self.limits.max_bytes_per_client else {
+            return Ok(u64::MAX);
+        };
+        let used = self.store.dataset_bytes(owner).await?;
+        let room = limit.saturating_sub(used);
+        if needed > room {
+            return Err(too_many_bytes(needed, limit - room, limit));
+        }
+        Ok(room)
     }
 }
 
@@ -180,7 +188,8 @@ impl DatasetUpload {
     /// Appends the next bytes.
     ///
     /// # Errors
-    /// `ResourceExhausted` if the upload exceeds its limit or the disk is full.
+    /// `ResourceExhausted` if the upload exceeds its limit or that of the client's datasets, or the
+    /// disk is full.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let limit = self.service.limits.max_upload_bytes;
         self.size += bytes.len() as u64;
@@ -192,6 +201,10 @@ impl DatasetUpload {
                 reason: Reason::UploadTooLarge,
                 message,
             });
+        }
+        if self.size > self.room {
+            let limit = self.service.limits.max_bytes_per_client.unwrap_or(u64::MAX);
+            return Err(too_many_bytes(self.size, limit - self.room, limit));
         }
         if self.start.len() < 4 {
             self.start.extend(bytes.iter().take(4 - self.start.len()));
@@ -207,7 +220,8 @@ impl DatasetUpload {
     ///
     /// # Errors
     /// `InvalidArgument` with the first findings if no row can be used, or if the file cannot be
-    /// decoded; `ResourceExhausted` (`DATASET_TOO_LARGE`) if its rows have too much text.
+    /// decoded; `ResourceExhausted` if its rows have too much text (`DATASET_TOO_LARGE`) or the
+    /// client's datasets are too large together (`TOO_MANY_BYTES`).
     pub async fn finish(mut self) -> Result<Dataset> {
         self.file
             .flush()
@@ -241,6 +255,8 @@ impl DatasetUpload {
                 no_usable_row_message(&report),
             ));
         }
+        // Other uploads of the client may have ended meanwhile.
+        self.service.room(&self.owner, self.size).await?;
         let id = uuid::Uuid::now_v7().to_string();
         let DatasetService {
             store, artifacts, ..
@@ -286,6 +302,17 @@ impl DatasetUpload {
             "dataset stored"
         );
         Ok(dataset)
+    }
+}
+
+fn too_many_bytes(needed: u64, used: u64, limit: u64) -> ServiceError {
+    let message = format!(
+        "your datasets have {used} bytes, so that {needed} more do not fit the {limit} that are \
+         allowed: delete one"
+    );
+    ServiceError::ResourceExhausted {
+        reason: Reason::TooManyBytes,
+        message,
     }
 }
 

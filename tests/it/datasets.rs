@@ -202,3 +202,33 @@ async fn a_file_that_cannot_be_read_to_its_end_is_not_stored() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn the_datasets_of_a_client_stay_within_their_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let models = format!("tiny={}", golden("models/llama").display());
+    let size = std::fs::metadata(golden("pairs.jsonl")).unwrap().len();
+    let limit = (size + size / 2).to_string();
+    let flags = ["--max-dataset-bytes-per-client", &*limit];
+    let server = Server::start_with(dir.path(), &models, &flags);
+    let is_refused = |result: Result<pb::Dataset, ClientError>| match result {
+        Err(ClientError::Refused(status)) => {
+            assert_has_reason("upload", &status);
+            assert!(status.message().contains(&limit), "{status}");
+        }
+        other => panic!("{other:?}"),
+    };
+    // The file is too large although the client has no dataset yet.
+    let rows = std::fs::read(golden("pairs.jsonl")).unwrap();
+    let large = dir.path().join("large.jsonl");
+    std::fs::write(&large, rows.repeat(2)).unwrap();
+    is_refused(upload(&server, &large).await);
+    // Both begin while there is room for each of them alone, and one ends after the other.
+    let file = golden("pairs.jsonl");
+    let (a, b) = tokio::join!(upload(&server, &file), upload(&server, &file));
+    assert!(a.is_ok() || b.is_ok(), "{a:?} {b:?}");
+    if a.is_err() || b.is_err() {
+        is_refused(if a.is_err() { a } else { b });
+    }
+    is_refused(upload(&server, &file).await);
+}

@@ -156,8 +156,8 @@ impl JobRunner {
             Ok(end) => Ok(End::Run(end)),
             Err(ServiceError::Aborted { message, .. }) => Err(message),
             Err(e) if may_succeed_later(&e) => {
-                tracing::warn!(job = job.id, error = %e, "the job is requeued because an input is \
-                    missing or has changed");
+                tracing::warn!(job = job.id, error = %e, "the job is requeued because it cannot \
+                    begin yet");
                 Ok(End::Waits(failure(&e)))
             }
             Err(e) => {
@@ -221,6 +221,9 @@ impl JobRunner {
             control: leased.control.clone(),
         };
         if let Err(e) = self.engine.train(run) {
+            if let EngineError::TooManyRuns { .. } = &e {
+                return Err(e.into());
+            }
             return Ok(match &e {
                 EngineError::Draining => RunEnd::Drained,
                 EngineError::OutOfMemory { .. } => RunEnd::Failed(JobError {
@@ -558,11 +561,14 @@ enum End {
 }
 
 /// Returns true if a job could not start for a reason that may pass: missing files may be restored,
-/// and another version of the server or the right model may be started.
+/// another version of the server or the right model may be started, and runs that wait may begin.
 fn may_succeed_later(e: &ServiceError) -> bool {
     matches!(
         e,
-        ServiceError::FailedPrecondition {
+        ServiceError::Unavailable {
+            reason: Reason::QueueFull,
+            ..
+        } | ServiceError::FailedPrecondition {
             reason: Reason::ArtifactMissing
                 | Reason::CheckpointFormat
                 | Reason::DatasetChanged
@@ -577,7 +583,8 @@ fn may_succeed_later(e: &ServiceError) -> bool {
 fn failure(e: &ServiceError) -> JobError {
     let reason = match e {
         ServiceError::FailedPrecondition { reason, .. }
-        | ServiceError::ResourceExhausted { reason, .. } => *reason,
+        | ServiceError::ResourceExhausted { reason, .. }
+        | ServiceError::Unavailable { reason, .. } => *reason,
         ServiceError::InvalidArgument(_) => Reason::DatasetInvalid,
         ServiceError::NotFound { .. } => Reason::NotFound,
         _ => Reason::Internal,
