@@ -5,8 +5,9 @@
 //! projection. Some families norm each head of Q(n) and K(n) before the rotation.
 //! x'' = x' + down(activation(gate(m)) ⊙ up(m)) with m = norm(x').
 //!
-//! In the code `n` is the output of a norm, `u_qkv` … `u_down` are x·Aᵀ of the groups of
-//! linear layers, `gx` and `gn` gradients.
+//! In the code `n` is the output of a norm and `u_qkv` … `u_down` are x·Aᵀ of the groups of
+//! linear layers. Gradients are `gx` (of the residual stream), `gn` (of a norm's output), `go` (of
+//! attention's output), `dqkv` (of `[q | k | v]`) and `d_gate_up` (of `[gate | up]`).
 //!
 //! The tape saves the activations that are expensive to recompute. The backward pass recomputes the
 //! norms and activation(gate) ⊙ up.

@@ -6,8 +6,8 @@
 //! pass recomputes P from it (arXiv:2205.14135, §3.1, without the on-chip part): dV = Pᵀ·dO,
 //! dP = dO·Vᵀ, dS = P ⊙ (dP − rowsum(dO ⊙ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
 //!
-//! Blocks start at the start of their segment, so a segment's results do not depend on its position
-//! in the row.
+//! Every segment is divided into blocks from its own first token on, so a segment's results do not
+//! depend on its position in the row.
 
 mod backward;
 mod blocks;
