@@ -51,7 +51,7 @@ pub enum TrainError {
         value: f64,
         /// Optimizer step in which it occurred.
         step: u64,
-        /// Dataset rows of the micro-batch.
+        /// Dataset rows of the micro-batch; empty for `eval_loss`.
         rows: Vec<u64>,
     },
     /// A checkpoint could not be written or read.

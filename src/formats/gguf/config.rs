@@ -29,7 +29,9 @@ impl ModelConfig {
     /// the tensor [`ModelConfig::GGUF_ROPE_FREQS`], if the file has it.
     ///
     /// # Errors
-    /// The errors of [`ModelConfig::from_hf_json`].
+    /// [`ModelError::Unsupported`] for another architecture or a mixture of experts,
+    /// [`ModelError::InvalidConfig`] for a metadata key that is missing or not supported, and the
+    /// errors of [`ModelConfig::from_hf_json`].
     pub(crate) fn from_gguf(gguf: &Gguf, rope_freqs: Option<&[f32]>) -> Result<Self, ModelError> {
         let stored = gguf
             .string("general.architecture")?
