@@ -1,8 +1,8 @@
 //! Groups of linear layers with the same input, computed together with their adapters:
 //! `[q | k | v]`, `o`, `[gate | up]`, `down`.
 //!
-//! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685), where s is the adapter's scale.
-//! The adapter's term is a further term of the same GEMM, except in
+//! y_i = x·W_iᵀ + b_i + s·(x·A_iᵀ)·B_iᵀ (arXiv:2106.09685), where s is the adapter's
+//! scale. The adapter's term is a further term of the same GEMM, except in
 //! [`CpuLinearGroup::add_low_rank`]. The gradient of a frozen W is never computed.
 
 use std::ops::Range;
