@@ -21,8 +21,8 @@ pub struct ReferenceModel {
     tensors: HashMap<ParamId, Vec<f64>>,
     /// The factor on B·A.
     lora_scale: f64,
-    /// For each of the model's rotations: the angle in radians for each position and each pair of
-    /// dimensions of a head, and the factor on cos and sin.
+    /// For each of the model's rotations: the angle in radians by which a pair of dimensions of a
+    /// head turns from one position to the next, for each pair, and the factor on cos and sin.
     rotations: Vec<(Vec<f64>, f64)>,
 }
 
