@@ -103,6 +103,7 @@ where
                     request.extensions_mut().insert(caller);
                     inner.call(request).await
                 }
+                // Any error counts, also that the database does not answer.
                 Err(e) => {
                     metrics::counter!("bradley_refused_total").increment(1);
                     if layer.log.try_log() {
