@@ -110,7 +110,8 @@ def model(shape):
 
 
 def usable_rows():
-    """Writes the rows whose prompt both sides accept, also with a few words more, to a file."""
+    """Writes the rows whose prompt both sides accept to a file. 32 tokens are left free, because
+    `load` makes prompts a little longer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)

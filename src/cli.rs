@@ -175,9 +175,9 @@ fn report(failure: Failure) -> u8 {
     code
 }
 
-/// Makes glibc reuse memory instead of returning it. Large activations are allocated and freed at
-/// every step. By default glibc maps and unmaps them each time, and the page faults cost more than
-/// the computation.
+/// Makes glibc reuse memory instead of returning it. By default it maps each large allocation anew
+/// and unmaps it when it is freed, which costs page faults. Activations do not come from glibc but
+/// from an arena of their own (`compute/cpu/buffer.rs`), unless that has no memory for them.
 pub fn tune_allocator() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt only sets glibc parameters, before any other thread exists.

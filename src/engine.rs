@@ -618,8 +618,8 @@ impl Engine {
     }
 
     /// Writes merged weights, the model's configuration and its tokenizer into the folder `out`.
-    /// Weights come from the checkpoint's files or from the base model's files, and are rounded to
-    /// `dtype` only once. Blocks.
+    /// Weights come from the checkpoint's files or from the base model, whose files are read again
+    /// if it is rounded in memory. So weights are rounded to `dtype` only once. Blocks.
     ///
     /// # Errors
     /// `UnknownModel` if the server does not have the base model. `Weights` if a file cannot be

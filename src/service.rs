@@ -89,7 +89,8 @@ pub struct ServiceOptions {
     pub max_jobs_per_client: Option<u64>,
     /// Highest priority that a client may give its jobs. Administrators may give any.
     pub max_client_priority: i32,
-    /// Maximum total size of one client's datasets, in bytes.
+    /// Total size of one client's datasets, in bytes, at which it may begin no further upload. The
+    /// total may exceed it by the uploads that have begun before.
     pub max_dataset_bytes_per_client: Option<u64>,
     /// Maximum text in one dataset, in bytes. It is limited because a job holds all its tokens in
     /// memory.
@@ -262,8 +263,8 @@ async fn open_data(options: &ServiceOptions) -> Result<(Store, Artifacts)> {
         lease: options.lease,
     };
     let store = Store::open(root, &store_options).await?;
-    // A missing artifact folder is created only for a database that has no files yet. For any other
-    // database it means a wrong URL or a share that is not mounted.
+    // A missing artifact folder is created only for a database that knows of no files in an
+    // artifact store. For any other database it means a wrong URL or a share that is not mounted.
     let is_new = store.property(ARTIFACT_STORE).await?.is_none()
         && !(store.is_shared() && store.has_artifacts().await?);
     let open = |(url, variables): &(String, BTreeMap<String, String>)| {

@@ -24,8 +24,8 @@ use crate::service::audit::AUDIT;
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Starts sending spans by OTLP over gRPC, in batches and from a separate thread. `ratio` is the
-/// share of traces that are exported, 0 to 1. The library reads OTEL_EXPORTER_OTLP_HEADERS and
-/// OTEL_RESOURCE_ATTRIBUTES.
+/// share of the traces that begin in this process that is exported, 0 to 1; for other traces the
+/// caller decides. The library reads OTEL_EXPORTER_OTLP_HEADERS and OTEL_RESOURCE_ATTRIBUTES.
 ///
 /// # Errors
 /// Returns an error if `endpoint` is not a URL.

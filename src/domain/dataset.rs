@@ -167,12 +167,12 @@ pub enum IssueReason {
     InvalidJson,
     /// The line is not UTF-8.
     InvalidUtf8,
-    /// A field has the wrong type or form.
+    /// A field has the wrong type or form, or the chat template refuses the row.
     InvalidType,
     /// `weight` is not a finite number above 0.
     InvalidWeight,
-    /// A field changes the meaning of the row but is not supported: images, audio, video, or tools
-    /// with plain text.
+    /// A field changes the meaning of the row but is not supported: images, audio, video, files, or
+    /// tools with plain text.
     UnsupportedField,
     /// A column is not used (a warning).
     IgnoredField,

@@ -128,7 +128,7 @@ impl LossType {
     }
 
     /// Returns true if an f-divergence other than reverse KL is defined for this loss. TRL rejects
-    /// the others.
+    /// such a divergence with the losses for which this returns false.
     pub fn accepts_divergence(self) -> bool {
         !matches!(
             self,

@@ -233,7 +233,7 @@ pub struct Job {
     /// Current state.
     pub state: JobState,
     /// Error that ended the job. For a queued or paused job, the reason why its last run could not
-    /// start: a missing input.
+    /// start: an input was missing or had changed.
     pub error: Option<JobError>,
     /// Progress of the training.
     pub progress: Progress,

@@ -10,12 +10,12 @@ pub const MAX_MESSAGES: usize = 16384;
 pub const MAX_TOOLS: usize = 1024;
 /// Maximum nesting depth of objects and lists in a message, a tool or a template argument.
 pub const MAX_DEPTH: usize = 64;
-/// Maximum size in bytes of the tools, and of the template arguments, of one row, job or scoring
-/// call.
+/// Maximum approximate size in memory of one list of tools, in bytes. The same limit holds for the
+/// template arguments of one row, job, pair or scoring call.
 pub const MAX_ARGUMENT_BYTES: usize = 1 << 20;
 
-/// Parameter names of transformers' `apply_chat_template`. A template never sees values that a
-/// caller passes under these names.
+/// Parameter names of transformers' `apply_chat_template`, and `messages`, the variable in which a
+/// template sees the dialogue. A template never sees values that a caller passes under these names.
 const RESERVED_KWARGS: [&str; 16] = [
     "messages",
     "conversation",
@@ -35,7 +35,8 @@ const RESERVED_KWARGS: [&str; 16] = [
     "tokenizer_kwargs",
 ];
 
-/// Types of content parts, and keys of messages, that hold something other than text.
+/// Types of content parts that hold something other than text. They are refused as keys of a part,
+/// too.
 const MEDIA_PARTS: [&str; 11] = [
     "image",
     "image_url",
@@ -49,6 +50,7 @@ const MEDIA_PARTS: [&str; 11] = [
     "file",
     "input_file",
 ];
+/// Keys of messages that hold something other than text.
 const MEDIA_KEYS: [&str; 6] = ["images", "image", "videos", "video", "audios", "audio"];
 /// Keys that count as an answer even if the message has no text.
 const ANSWER_KEYS: [&str; 7] = [
@@ -80,7 +82,7 @@ pub enum MessageProblem {
         /// Explanation, to be appended to the path.
         reason: String,
     },
-    /// The message holds an image, audio or video, which the models cannot process.
+    /// The message holds an image, audio, video or file, which the models cannot process.
     Media {
         /// Path in the message.
         path: String,

@@ -167,7 +167,7 @@ reasons! {
     // Reasons why the server does not start.
     /// Another process uses the data directory.
     DataDirInUse = "DATA_DIR_IN_USE" => Internal,
-    /// The artifact store belongs to another database.
+    /// The artifact store belongs to another database, or the database to another artifact store.
     WrongArtifactStore = "WRONG_ARTIFACT_STORE" => Internal,
 }
 

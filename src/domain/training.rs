@@ -346,7 +346,7 @@ pub struct BatchConfig {
     pub max_steps: Option<u64>,
     /// True to shuffle the rows in each epoch.
     pub shuffle: bool,
-    /// Maximum number of tokens in a packed row.
+    /// Maximum number of tokens in a packed row. A longer pair gets a row of its own.
     pub row_tokens: usize,
     /// Recomputation of activations in the backward pass.
     pub activation_checkpointing: ActivationCheckpointing,

@@ -257,7 +257,8 @@ pub struct EngineOptions {
     pub queue_tokens: usize,
     /// Maximum number of tokens in a scoring batch, which is one unit of work.
     pub batch_tokens: usize,
-    /// Maximum length of a row, in tokens; longer rows are refused.
+    /// Maximum length of a scored row, in tokens; longer rows are refused. It does not limit the
+    /// rows of training.
     pub max_row_tokens: usize,
     /// Capacity of the cache of reference log-probabilities, in tokens.
     pub reference_cache_tokens: usize,

@@ -1,4 +1,5 @@
-//! Memory that a run needs besides the base models.
+//! Memory that a run needs besides the base models: its plan (training state and activations, see
+//! [`estimate::plan`]), copies of weights, and more activations if the reference needs them.
 
 use super::api::{EngineError, WeightsRef};
 use super::policy_cache::{BaseModels, needs_exact, weight_bytes};

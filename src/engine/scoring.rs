@@ -145,8 +145,8 @@ impl PolicyScorer {
     }
 
     /// Scores a batch and answers the callers. If a run is in progress, charges the time to
-    /// scoring. Entries that name the same weights share a pass, both for policies and for
-    /// references.
+    /// scoring. Entries with the same reference share a pass, and so do entries whose policies have
+    /// the same base weights, with or without adapters.
     pub fn score_batch(&mut self, batch: Vec<Entry>, cache: &ReferenceCache, live: Option<&Live>) {
         self.evict_requested();
         let (start, began) = (Instant::now(), SystemTime::now());

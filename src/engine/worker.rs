@@ -447,8 +447,9 @@ impl Worker {
     }
 }
 
-/// Sends an event and blocks while the channel is full. A closed channel means that the service is
-/// shutting down; the run learns that from its control.
+/// Sends an event and blocks while the channel is full. A closed channel means that the service no
+/// longer handles the run, e.g. because the lease was lost; it then cancels the run through its
+/// control.
 fn send(run: &TrainingRun, event: RunEvent) {
     let _ = run.events.blocking_send(event.into());
 }

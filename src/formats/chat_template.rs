@@ -198,8 +198,8 @@ fn template_value(value: &serde_json::Value) -> Value {
 }
 
 /// Replaces the tags `{% generation %}` and `{% endgeneration %}` by `{% with %}` and
-/// `{% endwith %}`, which print their content in a scope of its own. With these tags transformers
-/// marks the assistant's tokens for its masks; minijinja does not know them.
+/// `{% endwith %}`, which print their content in a scope of its own. transformers uses `generation`
+/// to mark the assistant's tokens for its masks; minijinja does not know it.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

@@ -2,8 +2,10 @@
 //! share prompts: a row stores a prompt once for all of them. If a model has other rotary
 //! frequencies for long sequences, a row stores the prompt once for each set of frequencies.
 //!
-//! The position of an item does not change its results, bit for bit: tokens attend only to their
-//! own prompt and completion, and the kernels compute every token in the same order of operations.
+//! Tokens attend only to their own prompt and completion, so an item's results do not depend on its
+//! position or on the other items. On the CPU this holds bit for bit, because the kernels compute
+//! every token in the same order of operations. On a GPU the last bits may differ, because cuBLAS
+//! chooses its kernels by the shape of the whole row.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
@@ -64,7 +66,8 @@ pub fn pack_rows(
 }
 
 /// Packs items like [`pack_rows`], for `devices` devices that each take every `devices`-th row. The
-/// number of rows is a multiple of `devices` if there are enough items, so that no device is idle.
+/// aim is a number of rows that is a multiple of `devices`, so that no device is idle. It is missed
+/// if there are too few items, or if their sizes do not fill the rows well.
 pub fn pack_rows_for_devices(
     items: &[&[SequenceGroup]],
     row_tokens: usize,
@@ -79,7 +82,7 @@ pub fn pack_owned_rows(items: &[Owned], row_tokens: usize, class: LengthClass) -
     pack_into_multiple(items, row_tokens, 1, class)
 }
 
-/// Packs items into a number of rows that is a multiple of `multiple`, if there are enough items.
+/// Packs items into rows, the number of which should be a multiple of `multiple`.
 fn pack_into_multiple(
     items: &[Owned],
     row_tokens: usize,

@@ -23,6 +23,9 @@ const SYNC_INTERVAL: Duration = Duration::from_secs(2);
 /// Cache of reference log-probs, keyed by content. The log-probs of a fixed model never change, so
 /// a second epoch or a repeated request runs only the policy.
 ///
+/// On a GPU the last bits of a log-prob depend on the row in which it was computed. A run's numbers
+/// may therefore depend, in the last bits, on what the cache already holds.
+///
 /// The cache is bounded by its number of completion tokens, in memory and on disk alike. The oldest
 /// entries are evicted first. All device workers share it, and the lock is never held during a
 /// pass.

@@ -1,8 +1,9 @@
 //! Scores sequence groups: computes the log-prob of every completion token.
 //!
 //! Items share rows, and prompts within a row, but an item's results do not depend on the other
-//! items. The trainer's reference log-probs are computed here, too, so that a cached value equals
-//! the value that would be computed.
+//! items, except in the last bits on a GPU ([`super::pack`]). The trainer's reference log-probs are
+//! computed here, too, so that a cached value equals the value that would be computed: on the CPU
+//! bit for bit.
 
 use candle_core::Result;
 

@@ -36,7 +36,8 @@ pub struct PairLogps<'a> {
 /// Loss of a micro-batch and its gradient.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BatchLoss {
-    /// Σ_terms (weight of the term) · (mean over pairs). Not multiplied by `scale`.
+    /// Σ_terms (weight of the term) · (mean over pairs; for NLL terms, over chosen tokens). Not
+    /// multiplied by `scale`.
     pub loss: f64,
     /// scale · ∂loss/∂log p of each chosen token, one list per pair.
     pub grad_chosen: Vec<Vec<f32>>,

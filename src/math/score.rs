@@ -3,7 +3,7 @@
 //!
 //! Losses that compare means over tokens (ipo, sigmoid_norm, simpo, orpo) train
 //! r = β·(log π_θ − log π_ref)/n instead, with n the number of tokens. Training metrics and
-//! served scores are both computed by [`reward`], so that they are identical bit for bit.
+//! served scores are both computed by [`reward`], so that equal log-probs give the same bits.
 
 use super::sigmoid;
 use crate::domain::dpo::Normalization;

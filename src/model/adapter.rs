@@ -69,7 +69,7 @@ impl Adapter {
         })
     }
 
-    /// Calls `get` for each tensor: block by block, A before B.
+    /// Makes an adapter of the tensors that `get` returns. Calls `get` block by block, A before B.
     pub fn build<E>(
         model: &ModelConfig,
         config: &LoraConfig,

@@ -9,8 +9,9 @@
 //! In some families the output of each part passes through another norm before it is added, or is
 //! multiplied by a factor.
 //!
-//! In the code `n` is the output of a norm, `u_qkv` … `u_down` are x·Aᵀ of the groups of
-//! linear layers, `gx` and `gn` gradients.
+//! In the code `n` is the output of a norm and `u_qkv` … `u_down` are x·Aᵀ of the groups of
+//! linear layers. Gradients are `gx` (of the residual stream), `gn` (of a norm's output), `go` (of
+//! attention's output), `dqkv` (of `[q | k | v]`) and `d_gate_up` (of `[gate | up]`).
 //!
 //! The tape saves the activations that are expensive to recompute. The backward pass recomputes the
 //! norms and activation(gate) ⊙ up.

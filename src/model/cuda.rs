@@ -4,8 +4,8 @@
 //! pass's precision. The residual stream, sums, norms, softmax and accumulated gradients are f32.
 //! The loss, the master weights and the optimizer stay on the host: gradients are downloaded once
 //! per step, and changed weights are uploaded once per step. Within a pass the host waits for the
-//! device to read the log-probs of a row. Otherwise it waits only if device memory runs out, or if
-//! an upload has filled all slots of the staging memory. GEMMs are those of cuBLAS, all other
+//! device in three cases: when it downloads the log-probs of a row, if device memory runs out, and
+//! if an upload has filled all slots of the staging memory. GEMMs are those of cuBLAS, all other
 //! kernels are in `compute/cuda/kernels/*.cu`.
 
 mod attention;

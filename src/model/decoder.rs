@@ -140,8 +140,8 @@ impl Policy {
 
     /// Returns the log-probs of the row's completion tokens `[N]`, with adapters on parts of the
     /// row. The GEMMs of the base model are shared, and each adapter's low-rank terms are added to
-    /// its own range of tokens. A token's results are bit-identical to those with its adapter
-    /// alone.
+    /// its own range of tokens. A token's results are those with its adapter alone: bit-identical
+    /// on the CPU, up to rounding on a GPU.
     ///
     /// # Errors
     /// Fails as [`Policy::log_probs`] does, and if the policy itself has an adapter.

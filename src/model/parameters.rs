@@ -149,7 +149,7 @@ impl Parameters {
         Ok(Parameters { table, values })
     }
 
-    /// Calls `get` for each tensor, in the table's order.
+    /// Makes the parameters of the tensors that `get` returns. Calls `get` in the table's order.
     ///
     /// # Errors
     /// Returns the first error of `get`, and the errors of [`WeightMatrix::new`].

@@ -504,7 +504,7 @@ pub fn gguf_bias(block: usize, linear: Linear) -> String {
     )
 }
 
-/// Returns PEFT's name of the factor A of a linear layer.
+/// Returns PEFT's name of the factor A of a linear layer, as an example in error messages.
 pub fn peft_example(block: usize, linear: Linear) -> String {
     peft_name(block, linear, LORA_A)
 }

@@ -10,7 +10,7 @@ use crate::compute::cpu::gemm::WeightView;
 /// place.
 ///
 /// To add a quantised matrix, add a variant of [`WeightStorage`]. It needs a [`WeightView`] that
-/// packs its panels and reads its rows, and a conversion to a tensor.
+/// packs its panels and reads its rows, a conversion to a tensor, and an upload to a GPU.
 #[derive(Clone, Debug)]
 pub struct WeightMatrix {
     storage: WeightStorage,

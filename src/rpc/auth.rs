@@ -103,6 +103,7 @@ where
                     request.extensions_mut().insert(caller);
                     inner.call(request).await
                 }
+                // Any error counts, also that the database does not answer.
                 Err(e) => {
                     let is_refused = matches!(
                         e,

@@ -18,7 +18,7 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(15);
 /// Minimum idle time before a connection may be closed to admit a new one when the limit is
 /// reached. It gives a new connection time to send its first request.
 const MIN_IDLE: Duration = Duration::from_secs(1);
-/// Interval at which a waiting client retries to get a place among the connections.
+/// Interval at which the server looks again for a place for an accepted connection.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The open connections of a port, and the limit on their number.

@@ -293,7 +293,7 @@ pub(super) struct Connection {
     io: Io,
     peer: SocketAddr,
     /// Timer for the HTTP/2 preface; `None` when the client has sent it. The transport itself would
-    /// wait forever.
+    /// wait forever. On the HTTP port, any bytes of the same number count.
     preface_timer: Option<Pin<Box<Sleep>>>,
     /// Bytes read so far, up to the end of the preface.
     read: usize,

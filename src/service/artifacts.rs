@@ -705,7 +705,8 @@ impl Artifacts {
             .await
     }
 
-    /// Returns the local folder of a checkpoint; a missing one is fetched from the object store.
+    /// Returns the local folder of a checkpoint. A missing or damaged one is fetched from the
+    /// object store.
     ///
     /// # Errors
     /// `FailedPrecondition`: `ARTIFACT_DAMAGED` if its files are proven to differ from those that

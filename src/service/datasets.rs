@@ -44,7 +44,8 @@ pub struct UploadMeta {
 pub(super) struct DatasetLimits {
     /// Largest upload, in bytes.
     pub max_upload_bytes: u64,
-    /// Maximum total size of one client's datasets, in bytes.
+    /// Total size of one client's datasets, in bytes, at which it may begin no further upload. The
+    /// total may exceed it by the uploads that have begun before.
     pub max_bytes_per_client: Option<u64>,
     /// Maximum text in one dataset, in bytes. It is limited because a job holds all its tokens in
     /// memory.

@@ -323,7 +323,7 @@ impl ScoringService {
 }
 
 impl ScoringSession {
-    /// Returns the name of the policy, with its step unless the job is still training.
+    /// Returns the name of the policy, with the step for a stored checkpoint.
     pub fn policy_version(&self) -> String {
         self.policy.version.clone()
     }

@@ -2,7 +2,7 @@
 //! reached the disk when its call returns.
 //!
 //! The SQL is written once, in the subset that both databases understand; `Dialect` holds the few
-//! differences. All columns are BIGINT or TEXT.
+//! differences. All columns are 64-bit integers or TEXT.
 
 mod checkpoints;
 mod datasets;

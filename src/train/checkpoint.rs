@@ -228,7 +228,7 @@ pub fn save(folder: &Path, contents: &CheckpointContents) -> Result<u64, Checkpo
         let _ = fs::remove_dir_all(&temporary);
         return Err(e);
     }
-    // An intact checkpoint was returned above, so this one is damaged.
+    // The function has returned above if the folder is intact, so one that exists is damaged.
     remove_if_present(&target)?;
     fs::rename(&temporary, &target).map_err(io_at(&target))?;
     sync_folder(folder)?;

@@ -144,7 +144,8 @@ fn ranks(config: &ModelConfig, spec: &TrainingSpec) -> u64 {
     of_block.into_iter().max().unwrap_or(0)
 }
 
-/// Size per token of the activations that a forward pass saves for the backward pass.
+/// Size per token of the activations that a forward pass saves for the backward pass, in floats on
+/// the CPU and in bytes on a GPU.
 struct SavedActivations {
     /// For each token of all rows that still need their backward pass.
     of_row: u64,
@@ -269,7 +270,8 @@ pub fn on_host(config: &ModelConfig, spec: &TrainingSpec, devices: usize) -> u64
 }
 
 /// Returns the estimate for a GPU. Master weights and moments stay on the host. Weights and
-/// activations have the job's precision, the residual stream is in f32.
+/// activations have the job's precision, the residual stream is in f32. `t` is the length of the
+/// longest row in tokens, `saved` the result of [`saved_tokens`].
 fn on_gpu(
     config: &ModelConfig,
     spec: &TrainingSpec,

@@ -3,9 +3,10 @@
 //!
 //! One unit is one micro-batch (forward, loss, backward), with the optimizer update if it is the
 //! last of its step, one batch of an evaluation, or one checkpoint. Everything is a function of the
-//! spec, the data and the seed: the same run gives bit-identical numbers, even if it was
+//! spec, the data and the seed: on a CPU the same run gives bit-identical numbers, even if it was
 //! interrupted and continued. Another memory limit or other devices may change the last bits,
-//! because the rows may then be packed differently.
+//! because the rows may then be packed differently. On a GPU so may an interruption, because the
+//! reference's log-probs are then computed again in other rows.
 
 mod evaluation;
 
@@ -52,7 +53,7 @@ pub enum TrainError {
         value: f64,
         /// Optimizer step in which it occurred.
         step: u64,
-        /// Dataset rows of the micro-batch.
+        /// Dataset rows of the micro-batch; empty for `eval_loss`.
         rows: Vec<u64>,
     },
     /// A checkpoint could not be written or read.

@@ -2,7 +2,8 @@
 
 Usage: python balanced.py PROTO_DIR SERVICE_CONFIG MODEL_NAME ADDRESS,ADDRESS
 
-Prints "started" after 50 calls, and stops at the end of its input. A failed call is an error.
+Prints "started" after 50 calls, and stops at the end of its input, after at least 100 calls. A
+failed call is an error.
 """
 
 import shutil

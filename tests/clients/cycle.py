@@ -4,6 +4,8 @@ Uploads rows, submits a job, streams its events with interruptions, scores pairs
 adapter, and compares peft's log-probs with the served ones.
 
 Usage: python cycle.py ADDRESS PROTO_DIR PAIRS.jsonl BASE_MODEL_DIR MODEL_NAME OUT_DIR
+
+BASE_MODEL_DIR may also be a GGUF file.
 """
 
 import hashlib

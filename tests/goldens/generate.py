@@ -50,7 +50,7 @@ def write(name, value):
 
 
 def token_logps(model, prompt, completion):
-    """log p of each completion token, its distribution's mean logit and entropy, and whether it is the most likely."""
+    """log p of each completion token, its distribution's mean logit, entropy and log Σp², and whether it is the most likely."""
     ids = torch.tensor([prompt + completion])
     with torch.no_grad():
         logits = model(ids).logits[0].float()
@@ -248,7 +248,7 @@ def rewards():
     prepared = trainer(load("llama")[0], tok, data, ref=load("llama-ref")[0]).train_dataset
     batch = {}
     for side in ("chosen", "rejected"):
-        # The tokens are DPOTrainer's: what is compared is what becomes of their log-probs.
+        # The tokens are DPOTrainer's, so that only the rewards that are computed from their log-probs are compared.
         ids = [p["prompt_ids"] + p[f"{side}_ids"] for p in prepared]
         labels = [[-100] * len(p["prompt_ids"]) + p[f"{side}_ids"] for p in prepared]
         longest = max(map(len, ids))

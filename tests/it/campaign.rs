@@ -44,7 +44,7 @@ enum Disturbance {
     KillInCreate,
     /// The same while a dataset is uploaded.
     KillInUpload,
-    /// A server is stopped with SIGSTOP, half of the time for longer than its lease.
+    /// A server is stopped with SIGSTOP, mostly for longer than its lease.
     Freeze,
     /// PostgreSQL crashes and comes back.
     DatabaseAway,
@@ -412,7 +412,7 @@ impl Campaign {
             Disturbance::Freeze => {
                 let pid = fleet.servers[victim].as_ref().unwrap().pid();
                 signal(pid, libc::SIGSTOP);
-                // Half of the time it stays frozen for longer than its lease.
+                // It stays frozen for 1.4 to 6 s, or until the job ends; its lease lasts 2 s.
                 lasts(Duration::from_secs(1) + 2 * fault_time, &following).await;
                 signal(pid, libc::SIGCONT);
             }

@@ -84,8 +84,9 @@ async fn each_device_trains_a_job_and_scores_its_weights() {
         })
         .await;
         assert_eq!(state(&client, &third).await, pb::JobState::Queued);
-        // Weights in training are scored by the worker that trains them. Fixed weights are scored
-        // by the other worker, and a base model by either.
+        // Weights in training are scored by the worker that trains them: those of the first job by
+        // one worker; those of the second, which its learning rate leaves as they are, by the
+        // other. A base model is scored by either.
         until("the first one has learnt", PATIENCE, async || {
             let results = score(&client, &format!("{}/checkpoints/latest", jobs[0]), pairs())
                 .await

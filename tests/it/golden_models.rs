@@ -22,7 +22,7 @@ use crate::support::{
     relative, rows, tensors, tiny,
 };
 
-/// f32 log-probs agree to 1e-5 relative; values near 0 are compared on the scale of 1 nat / 10.
+/// f32 log-probs agree to 1e-5 relative; values below 0.1 nat are compared on that scale.
 const LOGP: f64 = 1e-5;
 
 #[test]
@@ -287,7 +287,7 @@ fn bf16_log_probs_are_within_a_percent_of_f32() {
     }
 }
 
-/// Compares the same numbers with a tolerance for the different rounding of operands.
+/// Checks that numbers are equal but for the rounding of operands and sums.
 fn assert_near(what: &str, got: &[f32], want: &[f32], precision: Precision) {
     let tolerance = if precision == Precision::Bf16 {
         0.02

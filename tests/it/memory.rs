@@ -218,7 +218,7 @@ fn run_as_child() -> bool {
         return false;
     };
     let case = Case::from_json(&serde_json::from_str(&case).unwrap());
-    // Each thread has its own scores of a block.
+    // Each thread holds the attention scores of one block, so the peak depends on their number.
     thread_pool::set_threads(2);
     let base = tiny(case.model).0;
     let planned = case.plan(&base);

@@ -47,7 +47,7 @@ const GRADIENT_F32: f64 = 5e-4;
 /// Fraction of the norm of all gradients to which a tensor's gradient is compared at least: a
 /// smaller gradient is the difference of larger numbers that cancel.
 const SMALL_GRADIENT: f64 = 0.02;
-/// Tolerance of all log-probs of a row in bf16, relative. An operand is rounded by up to 2⁻⁹,
+/// Tolerance of all log-probs of a row in bf16, relative. An operand is rounded by up to 2⁻⁸,
 /// so logits of about 1 are off by about 1e-2, at log-probs of about −4.
 const LOGP_BF16: f64 = 2e-2;
 /// Tolerance of all gradients in bf16, relative to their norm.

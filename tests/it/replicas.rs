@@ -532,7 +532,8 @@ async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
         replica(dir_b.path(), &postgres, &s3),
     );
     let (client_a, client_b) = (a.client().await, b.client().await);
-    // Numbers of datasets that a job kept, and that were deleted before the job was created.
+    // Numbers of datasets that stayed because a job needs them, and of those that were deleted
+    // before their job could be created.
     let mut outcomes = [0, 0];
     for i in 0..24_u64 {
         let dataset = upload(&client_a, "pairs.jsonl").await.name;

@@ -194,8 +194,8 @@ pub fn copy_files(from: &Path, to: &Path) {
     }
 }
 
-/// Returns the words in a message that may be hashes: at least 12 hexadecimal digits. Parts of a
-/// job's id have dashes around them.
+/// Returns the words in a message that may be hashes: at least 12 hexadecimal digits. A job's ID
+/// is none, because it has dashes.
 pub fn hashes(message: &str) -> BTreeSet<&str> {
     let words = message.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
     words

@@ -16,7 +16,8 @@ use tonic_types::StatusExt as _;
 use crate::server::{Server, create, finish, get, job, scored, submit};
 use crate::support::{copy_files, golden, needed};
 
-/// A template that prints all of its inputs: tools, arguments, every key, and the date.
+/// A template that prints tools, the argument `style`, the date, and of each message its role,
+/// content, tool calls and `reasoning_content`.
 const PRINTS_ALL: &str = r#"{%- if tools is not none %}{{ tools | tojson }}{% endif -%}
 {%- if style is defined %}<{{ style }}>{% endif -%}
 {%- for message in messages %}

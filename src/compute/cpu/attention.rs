@@ -8,8 +8,8 @@
 //! With a soft-cap c, S is replaced by S' = c·tanh(S / c) before the softmax, and dS is multiplied
 //! by 1 − (S' / c)².
 //!
-//! Blocks start at the start of their segment, so a segment's results do not depend on its position
-//! in the row.
+//! Every segment is divided into blocks from its own first token on, so a segment's results do not
+//! depend on its position in the row.
 
 mod backward;
 mod blocks;

@@ -19,7 +19,8 @@ const MAX_CHUNK: usize = 32 << 20;
 const MIN_CHUNK: usize = 2 << 20;
 
 /// A chunk is one part in this many of the device's memory, rounded up to a multiple of
-/// [`MIN_CHUNK`]. A small device (a MIG slice) thus loses little memory to a partly used chunk.
+/// [`MIN_CHUNK`], but at most [`MAX_CHUNK`]. A small device (a MIG slice) thus loses little memory
+/// to a partly used chunk.
 const MIN_CHUNKS: usize = 512;
 
 /// Every address and size is a multiple of this many bytes.

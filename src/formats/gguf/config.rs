@@ -42,7 +42,9 @@ impl ModelConfig {
     /// Qwen3-VL compute the same as Qwen2 and Qwen3, and are read as such.
     ///
     /// # Errors
-    /// The errors of [`ModelConfig::from_hf_json`].
+    /// [`ModelError::Unsupported`] for another architecture or a mixture of experts,
+    /// [`ModelError::InvalidConfig`] for a metadata key that is missing or not supported, and the
+    /// errors of [`ModelConfig::from_hf_json`].
     pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
         let stored = gguf
             .string("general.architecture")?

@@ -40,7 +40,7 @@ pub fn forward_floats(block: &BlockShape) -> usize {
 }
 
 /// Returns the values per predictor that the head takes: the hidden states before and after the
-/// last norm, and their gradients. A row has at most one predictor per completion token.
+/// last norm, and their gradients. A row has one predictor per completion token.
 pub fn head_floats(hidden: usize) -> usize {
     4 * hidden
 }

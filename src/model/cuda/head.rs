@@ -82,6 +82,7 @@ impl Head<'_> {
         let state = gpu.uninit(Kind::F32, rows * SOFTMAX_STATE)?;
         ops::head_start(gpu, &state)?;
         let logits = gpu.uninit(Kind::F32, head_tile(rows))?;
+        // Rows of the buffers that only the gradient needs.
         let of_gradient = if options.gradient { rows } else { 0 };
         let p = gpu.uninit(kind, head_tile(of_gradient))?;
         let scales = gpu.uninit(Kind::F32, rows)?;

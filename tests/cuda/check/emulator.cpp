@@ -107,7 +107,7 @@ static void test_bf16() {
 // A by ldmatrix, B (k × n) by ldmatrix.trans.
 KERNEL void product(float* d, const bf16* a, const bf16* b) {
     SHARED(bf16, shared);
-    bf16 *a_tile = shared, *b_tile = shared + 256;  // 16 × 16 and 16 × 16, of which 16 × 8 twice
+    bf16 *a_tile = shared, *b_tile = shared + 256;  // each 16 × 16; mma takes half of B
     const int lane = int(threadIdx.x), g = lane / 4, t = lane % 4;
     cp_async_16(a_tile + lane * 8, a + lane * 8, true);
     cp_async_16(b_tile + lane * 8, b + lane * 8, true);

@@ -126,8 +126,8 @@ class Memory {
                bytes <= piece.bytes - (address - start);
     }
 
-    // Aborts with a report if a guard zone is damaged. It is called after every operation on the
-    // device, with the operation's name.
+    // Aborts with a report if a guard zone is damaged. It is called after every kernel and
+    // GEMM, with its name.
     void check_after(const char* operation) {
         std::lock_guard<std::mutex> lock(mutex_);
         recent_[count_++ % RECENT] = operation;

@@ -57,8 +57,9 @@ class Races {
 
   private:
     static constexpr size_t GRANULE = 2;  // bytes; the kernels have nothing smaller
-    // The accesses of a warp. They count only if both numbers are those of the current period: the
-    // numbers of __syncthreads of the block, and of __syncwarp of the warp, that came before.
+    // The accesses of a warp to a granule. The numbers of the block's __syncthreads and of the
+    // warp's __syncwarp that came before say when they happened. Accesses before the last
+    // __syncthreads no longer count; those before the last __syncwarp count for other warps only.
     struct Accesses {
         unsigned between_barriers = 0, between_syncwarps = 0;
         unsigned lanes = 0, earlier = 0;  // since the last __syncwarp, and before it

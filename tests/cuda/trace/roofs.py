@@ -56,9 +56,9 @@ def moved(name, grid, tokens):
     return rows * per[kind]
 
 
-# Multiplications and additions per pair of tokens that are compared and element of a head's width,
-# in a step. Forward pass: S and O, computed twice (policy and reference). Backward pass: S, dP and
-# dQ; S, dP, dV and dK.
+# Multiplications and additions of a step, divided by the number of compared pairs of tokens and by
+# the width of all heads. Forward pass: S and O, computed twice (policy and reference). Backward
+# pass: S, dP and dQ; then S, dP, dV and dK.
 products = {
     f"attention_mma_{dim}": 2 * 2 * 2,
     f"attention_dq_mma_{dim}": 2 * 3,

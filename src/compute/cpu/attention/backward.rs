@@ -14,11 +14,12 @@ use crate::compute::cpu::simd::{dispatch, dot, exp, soft_cap, soft_cap_slope};
 use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
 
-/// Maximum of columns times [`NR`], summed over the heads and blocks of a round. A round saves the
-/// scores of its blocks between the two sweeps. Longer rows are processed in several rounds.
+/// Limit of a round: the sum of (score columns · [`NR`]) over its blocks and all heads. A round
+/// saves the scores of its blocks between the two sweeps. Longer rows are processed in several
+/// rounds, of at least one block each, even if that block alone exceeds the limit.
 const SCORE_BUDGET: usize = 1 << 24;
-/// Maximum number of scores that a round of whole blocks saves, for P and for dS each. A column has
-/// up to [`BLOCK`] of them.
+/// Maximum number of scores that a round saves, for P and for dS each, unless its only block
+/// exceeds [`SCORE_BUDGET`]. A column has up to [`BLOCK`] of them.
 const MAX_SAVED_SCORES: usize = SCORE_BUDGET / NR * BLOCK;
 
 /// Computes the gradients of [`super::attention`] for `g = ∂loss/∂out` `[T, H·D]`, given its
@@ -92,7 +93,8 @@ pub fn attention_backward(
 /// Estimates the size in bytes of P and dS that [`attention_backward`] saves between its two
 /// sweeps, for a row of `tokens` tokens in which the longest pair has `longest`. A query attends on
 /// average to at most half of the row's tokens, and to no more than `longest`. One `BLOCK` is added
-/// for the padding of blocks and panels.
+/// for the padding of blocks and panels. The estimate is too low if one block alone exceeds the
+/// limit of a round: `longest` · `heads` > 2¹⁹.
 pub fn score_bytes(kernel: Kernel, heads: usize, tokens: usize, longest: usize) -> usize {
     let element = if kernel.is_bf16() {
         size_of::<half::bf16>()

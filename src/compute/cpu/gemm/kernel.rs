@@ -275,9 +275,9 @@ mod x86 {
 
     use super::{NR, OutputTile, Product};
 
-    /// Vectors per row of C. With 14 rows, registers remain for B and for A, and B is streamed less
-    /// often than with wider panels. Half as many are used if they suffice, e.g. for a low LoRA
-    /// rank.
+    /// Vectors per row of C. The accumulators of 14 rows leave registers for B and for A. With more
+    /// vectors per row fewer rows would fit, and B would be streamed more often. Half as many are
+    /// used if they suffice, e.g. for a low LoRA rank.
     const V: usize = NR / 16;
     /// Prefetch distance in B, in units of depth.
     const AHEAD: usize = 8;

@@ -323,8 +323,8 @@ fn by_slices(
     });
 }
 
-/// Packs one panel after the other and multiplies each at once, while it is in the L1 cache. Used
-/// for few rows of A, which are in the cache too.
+/// Packs one panel after the other and multiplies each at once, while it is in the cache: L1 for a
+/// slice of [`by_slices`], L2 for a whole block of a GEMM on one thread.
 fn by_panels(task: &BlockTask, panels: Range<usize>) {
     let mut packed = Buffer::uninit(task.depth * NR);
     for panel in panels {
