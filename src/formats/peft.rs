@@ -318,7 +318,8 @@ fn to_f32(view: &TensorView, name: &str) -> Result<Tensor, String> {
 }
 
 /// Writes an adapter of `model` that `PeftModel.from_pretrained` loads. `AutoPeftModelForCausalLM`
-/// loads it, too, where it finds the base model under the name `base`.
+/// loads it, too, where it finds the base model under the name `base`. Of the models of text and
+/// images it can load only Gemma 3.
 ///
 /// # Errors
 /// Returns an error that names the file if it cannot be written.

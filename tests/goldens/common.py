@@ -14,12 +14,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     Glm4Config,
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
+    Mistral3Config,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
@@ -87,6 +89,7 @@ LONGROPE_CONTEXT = 50
 QWEN3_VISION = dict(
     depth=1, hidden_size=8, intermediate_size=16, num_heads=2, patch_size=2, num_position_embeddings=16, deepstack_visual_indexes=[0]
 )
+TOWER = dict(num_hidden_layers=1, hidden_size=8, intermediate_size=16, num_attention_heads=2, patch_size=2)
 SHAPES = {
     "llama": lambda: (
         LlamaConfig(
@@ -401,11 +404,28 @@ SHAPES = {
         ),
         tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
     ),
+    "gemma3-images": lambda: (
+        Gemma3Config(
+            text_config=dict(**COMMON, num_hidden_layers=2, head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+            vision_config=TOWER | dict(image_size=4),
+            mm_tokens_per_image=4,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
+    # The layers of its vision tower have the names of those of its text.
+    "mistral3-images": lambda: (
+        Mistral3Config(
+            text_config=dict(model_type="mistral", **COMMON, num_hidden_layers=2, head_dim=16, sliding_window=None, tie_word_embeddings=False),
+            vision_config=TOWER | dict(model_type="pixtral", head_dim=4, image_size=4),
+            tie_word_embeddings=False,
+        ),
+        tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
+    ),
 }
 # Models of text and images, whose text alone is trained.
-WITH_IMAGES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl-64"]
+WITH_IMAGES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl-64", "gemma3-images", "mistral3-images"]
 # Models whose norms multiply by 1 + w.
-ADDS_ONE = ["gemma3", "gemma2", "gemma2-64"]
+ADDS_ONE = ["gemma3", "gemma2", "gemma2-64", "gemma3-images"]
 
 
 def randomise(model, seed, norm=1):

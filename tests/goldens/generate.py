@@ -40,6 +40,8 @@ FAMILIES = {
     "qwen2_5_vl": 441,
     "qwen3_vl": 442,
     "qwen3_vl-64": 443,
+    "gemma3-images": 444,
+    "mistral3-images": 445,
 }
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -1,4 +1,4 @@
-"""Writes what transformers makes of dialogues.json with real tokenizers and with TRL's chat templates.
+"""Writes what transformers makes of dialogues.json with real tokenizers and with TRL's chat templates, and what TRL makes of rows.
 
     real_tokenizers.py TOKENIZERS OUT
 
@@ -12,10 +12,12 @@ import importlib.util
 import json
 import pathlib
 import sys
+import types
 
 import transformers
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
+from trl import DPOTrainer
 
 HERE = pathlib.Path(__file__).parent
 TEMPLATES = pathlib.Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
@@ -57,6 +59,29 @@ def chats(tokenizer, corpus, chat_template=None, tokenize=True):
     return results
 
 
+ROWS = ["pairs.jsonl", "plain.jsonl", "tools_pairs.jsonl"]
+
+
+class Rows(list):
+    """Rows with the interface of a dataset. `datasets` would give each message the keys of all others, with the value None."""
+
+    def map(self, function, fn_kwargs={}):
+        return Rows({**row, **function(dict(row), **fn_kwargs)} for row in self)
+
+
+def tokens_of_rows(tokenizer, file):
+    """What DPOTrainer makes of each row of a file."""
+    trainer, args = types.SimpleNamespace(_tokenizer=tokenizer), types.SimpleNamespace(dataset_num_proc=None, max_length=None)
+    results = []
+    for line in (HERE / file).read_text().splitlines():
+        try:
+            (row,) = DPOTrainer._prepare_dataset(trainer, Rows([json.loads(line)]), tokenizer, args, file)
+            results.append({part: row[f"{part}_ids"] for part in ("prompt", "chosen", "rejected")})
+        except Exception as e:
+            results.append({"error": f"{type(e).__name__}: {e}"})
+    return results
+
+
 def single_tokens(tokenizer, name):
     """About 2,000 ids, always the same ones, and every added token."""
     ids = range(len(tokenizer))
@@ -89,6 +114,7 @@ def main(tokenizers, out):
             "class": type(tokenizer).__name__,
             "encoded": encoded,
             "chats": rendered,
+            "rows": {file: tokens_of_rows(tokenizer, file) for file in ROWS},
             "decoded": decoded + single_tokens(tokenizer, source.name),
         }
     # Of any tokenizer: only its special tokens are seen.

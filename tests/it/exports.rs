@@ -5,19 +5,27 @@ use std::process::Command;
 
 use bradley::domain::dataset::Text;
 use bradley::domain::training::Precision;
+use bradley::formats::peft::save_tensors;
 use bradley::formats::weights::ElementType;
 use bradley::rpc::client::Client;
 use bradley::rpc::pb::{self, training_event::Event};
+use candle_core::Tensor;
 use serde_json::json;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
+use crate::families::FAMILIES;
+use crate::gguf::write_families;
 use crate::server::{
     Server, checkpoints_folder, create, finish, get, job, pairs, score, score_with, scored, submit,
     upload,
 };
 use crate::store_safety::waits;
-use crate::support::{copy_files, golden, needed, open, rows};
+use crate::support::{MODELS, copy_files, golden, needed, open, rows, tensors};
+
+/// Golden models of text and images. transformers writes them with the names that the tensors have
+/// in the files of older versions, which are those of the published models.
+const OLDER_FILES: [&str; 4] = ["gemma3-images", "mistral3-images", "qwen2_vl", "qwen2_5_vl"];
 
 /// Copies a golden model to `folder`, for tests that change or remove it.
 fn copy_model(name: &str, folder: &Path) {
@@ -253,37 +261,19 @@ async fn exports_loaded_in_transformers_and_peft_score_as_the_service_does() {
     )
     .await;
     let served = score(&client, &format!("{name}/checkpoints/latest"), pairs()).await;
-    let text = |t: &Text| match t {
-        Text::Chat(messages) => json!(messages),
-        Text::Plain(_) => panic!("a chat row"),
-    };
-    let rows = rows("pairs.jsonl");
-    let expected: Vec<_> = rows
-        .iter()
-        .zip(&served.results)
-        .map(|(row, result)| {
-            let logps = &scored(result).a.as_ref().unwrap().policy_token_logprobs;
-            json!({"prompt": text(&row.prompt), "chosen": text(&row.chosen), "logps": logps})
-        })
-        .collect();
+    let expected = chosen_answers(&served);
     let file = place.path().join("expected.json");
     std::fs::write(
         &file,
         json!({"dtype": "torch.bfloat16", "eos": 9, "pairs": expected}).to_string(),
     )
     .unwrap();
-    let output = Command::new(python)
-        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/exports.py"))
-        .args([&merged, &adapter, &file])
-        .current_dir(place.path())
-        .env("HF_HUB_OFFLINE", "1")
-        .output()
-        .unwrap();
-    let (said, errors) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
+    let said = run_script(
+        &python,
+        "exports.py",
+        &[&merged, &adapter, &file],
+        place.path(),
     );
-    assert!(output.status.success(), "{said}\n{errors}");
     let number = |what: &str| -> f64 {
         let line = said
             .lines()
@@ -317,6 +307,145 @@ async fn exports_loaded_in_transformers_and_peft_score_as_the_service_does() {
             "{got} is not {want}"
         );
     }
+}
+
+/// Returns the golden chat rows with the service's log-probs of the chosen answers' tokens, as the
+/// scripts in tests/clients read them.
+fn chosen_answers(served: &pb::ScorePairsResponse) -> Vec<serde_json::Value> {
+    let text = |t: &Text| match t {
+        Text::Chat(messages) => json!(messages),
+        Text::Plain(_) => panic!("a chat row"),
+    };
+    rows("pairs.jsonl")
+        .iter()
+        .zip(&served.results)
+        .map(|(row, result)| {
+            let logps = &scored(result).a.as_ref().unwrap().policy_token_logprobs;
+            json!({"prompt": text(&row.prompt), "chosen": text(&row.chosen), "logps": logps})
+        })
+        .collect()
+}
+
+/// Runs a script of tests/clients in a folder. It must succeed. Returns its output.
+fn run_script(python: &str, script: &str, arguments: &[&Path], folder: &Path) -> String {
+    let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients");
+    let output = Command::new(python)
+        .arg(scripts.join(script))
+        .args(arguments)
+        .current_dir(folder)
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    let (said, errors) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(output.status.success(), "{said}\n{errors}");
+    said.into_owned()
+}
+
+/// Returns the name of transformers' module for a tensor in an older file of a model of text and
+/// images. Newer files have these names.
+fn newer_name(stored: &str) -> String {
+    let other_parts = ["visual.", "vision_tower.", "multi_modal_projector."];
+    let name = stored.strip_prefix("language_model.").unwrap_or(stored);
+    if other_parts.iter().any(|part| name.starts_with(part)) {
+        return format!("model.{name}");
+    }
+    name.replacen("model.", "model.language_model.", 1)
+}
+
+/// Copies the golden models to `folder`, those of text and images also with the other names that
+/// their tensors have in files. Returns the names of the copies.
+fn copy_families(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for name in MODELS.into_iter().chain(FAMILIES) {
+        copy_model(name, &folder.join(name));
+        names.push(name.to_owned());
+    }
+    for name in OLDER_FILES {
+        let newer = format!("{name}-newer");
+        copy_model(name, &folder.join(&newer));
+        let renamed: Vec<(String, Tensor)> = tensors(&format!("models/{name}/model.safetensors"))
+            .into_iter()
+            .map(|(name, tensor)| (newer_name(&name), tensor))
+            .collect();
+        save_tensors(&folder.join(&newer).join("model.safetensors"), &renamed).unwrap();
+        names.push(newer);
+    }
+    names
+}
+
+/// Runs a job, exports its weights to folders whose names begin with `out`, and scores with them.
+/// Returns what tests/clients/families.py needs to know, except the base model.
+async fn exported(client: &Client, wanted: pb::TrainingJob, out: &Path) -> serde_json::Value {
+    let is_lora = matches!(wanted.method, Some(pb::training_job::Method::Lora(_)));
+    let name = submit(client, wanted).await;
+    step_metrics(client, &name).await;
+    let format = pb::ExportFormat::Merged;
+    let merged = download(client, &name, format, "", out.with_extension("merged")).await;
+    let mut adapter = None;
+    if is_lora {
+        let (format, out) = (pb::ExportFormat::Adapter, out.with_extension("adapter"));
+        adapter = Some(download(client, &name, format, "", out).await);
+    }
+    let served = score(client, &format!("{name}/checkpoints/latest"), pairs()).await;
+    json!({"merged": merged, "adapter": adapter, "pairs": chosen_answers(&served)})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Python with torch, transformers and peft (BRADLEY_TEST_PYTHON)"]
+async fn exports_of_each_family_have_the_log_probs_of_the_service_in_transformers_and_peft() {
+    let python = needed("BRADLEY_TEST_PYTHON");
+    let (dir, place) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let names = copy_families(place.path());
+    let gguf = place.path().join("gguf");
+    std::fs::create_dir(&gguf).unwrap();
+    let converted = write_families(&gguf);
+    let models: Vec<String> = names
+        .iter()
+        .map(|name| format!("{name}={}", place.path().join(name).display()))
+        .chain(
+            converted
+                .iter()
+                .map(|model| format!("{}-gguf={}", model.name, model.gguf.display())),
+        )
+        .collect();
+    let server = Server::start_with(dir.path(), &models.join(","), &["--precision", "f32"]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let lora = |model: &str| pb::TrainingJob {
+        policy: format!("models/{model}"),
+        ..job(&dataset, 4)
+    };
+    let mut cases = Vec::new();
+    for name in &names {
+        let mut case = exported(&client, lora(name), &place.path().join(name)).await;
+        case["base"] = json!(name);
+        cases.push(case);
+        // The checkpoint of a full fine-tune has only the tensors of the language model.
+        if name.contains("_vl") || name.contains("-images") {
+            let full = pb::TrainingJob {
+                method: Some(pb::training_job::Method::Full(pb::FullConfig {})),
+                ..lora(name)
+            };
+            let out = place.path().join(format!("{name}-full"));
+            let mut case = exported(&client, full, &out).await;
+            case["base"] = json!(name);
+            cases.push(case);
+        }
+    }
+    for model in &converted {
+        let id = format!("{}-gguf", model.name);
+        let mut case = exported(&client, lora(&id), &place.path().join(&id)).await;
+        case["same_weights"] = json!(model.folder);
+        cases.push(case);
+    }
+    let file = place.path().join("cases.json");
+    std::fs::write(&file, json!(cases).to_string()).unwrap();
+    let said = run_script(&python, "families.py", &[&file], place.path());
+    println!("{said}");
+    assert_eq!(said.lines().count(), cases.len(), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

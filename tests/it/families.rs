@@ -23,7 +23,7 @@ use crate::support::{
 };
 
 /// Models in tests/goldens/models.
-const FAMILIES: [&str; 23] = [
+pub const FAMILIES: [&str; 25] = [
     "gemma3",
     "gemma2",
     "gemma2-64",
@@ -47,6 +47,8 @@ const FAMILIES: [&str; 23] = [
     "qwen2_5_vl",
     "qwen3_vl",
     "qwen3_vl-64",
+    "gemma3-images",
+    "mistral3-images",
 ];
 
 /// Compares the log-probs of every pair with the golden ones.

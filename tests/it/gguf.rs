@@ -2,7 +2,7 @@
 //! one must give the same model.
 
 use std::io::BufWriter;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bradley::formats::export::save_companions;
 use bradley::formats::loader::load_model;
@@ -316,6 +316,7 @@ fn convert_family(
         ("self_attn.qkv_proj", "attn_qkv"),
         ("mlp.gate_up_proj", "ffn_up"),
     ];
+    let other_parts = ["visual.", "vision_tower.", "multi_modal_projector."];
     let is_permuted = ["granite", "smollm3", "mistral3"].contains(&architecture);
     let permuted = |t: &Tensor, heads: u32| {
         let rows = t.dim(0).unwrap();
@@ -329,7 +330,7 @@ fn convert_family(
             .unwrap();
     let stored: Vec<(String, QTensor)> = weights
         .into_iter()
-        .filter(|(name, _)| !name.contains("visual."))
+        .filter(|(name, _)| !other_parts.iter().any(|part| name.contains(part)))
         .map(|(name, t)| {
             let t = match () {
                 () if is_permuted && name.contains("q_proj") => permuted(&t, heads),
@@ -365,8 +366,19 @@ fn convert_family(
     .unwrap();
 }
 
-#[test]
-fn a_converted_model_of_each_family_is_the_same_model() {
+/// A golden model in two formats.
+pub struct TwoFormats {
+    /// Name of the golden model.
+    pub name: &'static str,
+    /// Folder with the files of transformers.
+    pub folder: PathBuf,
+    /// The same model as GGUF.
+    pub gguf: PathBuf,
+}
+
+/// Writes a model of each family that llama.cpp has to `dir`, in both formats. Settings that GGUF
+/// cannot store are changed.
+pub fn write_families(dir: &Path) -> Vec<TwoFormats> {
     type OwnMetadata = Vec<(&'static str, Value)>;
     let text = |value: &str| Value::String(value.into());
     let factor = |first: f64, step: f64| -> Tensor {
@@ -494,31 +506,67 @@ fn a_converted_model_of_each_family_is_the_same_model() {
             [yarn(4.0, 16).to_vec(), temperature.to_vec()].concat(),
         ),
         ("mistral", "mistral3", vec![rotated(8), window(16)]),
+        ("qwen2_vl", "qwen2vl", vec![theta(1e4)]),
         ("qwen2_5_vl", "qwen2vl", yarn(4.0, 32).to_vec()),
         ("qwen3_vl", "qwen3vl", vec![theta(1e4)]),
+        (
+            "gemma3-images",
+            "gemma3",
+            vec![
+                window(16),
+                theta(1e6),
+                local_theta(1e4),
+                pattern(&[true, false]),
+            ],
+        ),
+        ("mistral3-images", "mistral3", vec![rotated(16)]),
     ];
-    let dir = tempfile::tempdir().unwrap();
-    for (name, architecture, own) in cases {
-        let folder = dir.path().join(name);
+    // GGUF cannot store other factors on the scores, nor windows of Qwen.
+    let not_in_gguf = [
+        (
+            "gemma3",
+            "\"query_pre_attn_scalar\": 24",
+            "\"query_pre_attn_scalar\": 16",
+        ),
+        (
+            "gemma3-images",
+            "\"query_pre_attn_scalar\": 256",
+            "\"query_pre_attn_scalar\": 16",
+        ),
+        (
+            "qwen2_vl",
+            "\"use_sliding_window\": true",
+            "\"use_sliding_window\": false",
+        ),
+    ];
+    let write = |(name, architecture, own): (&'static str, &str, OwnMetadata)| {
+        let (folder, file) = (dir.join(name), dir.join(format!("{name}.gguf")));
         std::fs::create_dir(&folder).unwrap();
         crate::support::copy_files(&golden(&format!("models/{name}")), &folder);
-        if name == "gemma3" {
-            // GGUF cannot store another factor.
-            crate::support::replace(
-                folder.join("config.json"),
-                "\"query_pre_attn_scalar\": 24",
-                "\"query_pre_attn_scalar\": 16",
-            );
+        for (_, stored, other) in not_in_gguf.iter().filter(|(model, ..)| *model == name) {
+            crate::support::replace(folder.join("config.json"), stored, other);
         }
-        let file = dir.path().join(format!("{name}.gguf"));
         let factors = if name == "phi3-long" {
             &factors[..]
         } else {
             &[]
         };
         convert_family(&folder, name, architecture, &own, factors, &file);
+        TwoFormats {
+            name,
+            folder,
+            gguf: file,
+        }
+    };
+    cases.into_iter().map(write).collect()
+}
+
+#[test]
+fn a_converted_model_of_each_family_is_the_same_model() {
+    let dir = tempfile::tempdir().unwrap();
+    for TwoFormats { name, folder, gguf } in write_families(dir.path()) {
         let load = |path: &Path| load_model(None, path.to_str().unwrap(), &Default::default());
-        let (converted, original) = (load(&file).unwrap(), load(&folder).unwrap());
+        let (converted, original) = (load(&gguf).unwrap(), load(&folder).unwrap());
         assert_eq!(
             converted.config.canonical(),
             original.config.canonical(),
@@ -532,7 +580,7 @@ fn a_converted_model_of_each_family_is_the_same_model() {
         for pair in &pairs {
             let got = score(&converted, &pair.groups()).unwrap();
             let want = score(&original, &pair.groups()).unwrap();
-            if architecture.starts_with("gemma") {
+            if name.starts_with("gemma") {
                 // (w + 1) − 1 is rounded.
                 for (got, want) in got.concat().iter().zip(want.concat()) {
                     let (got, want) = (f64::from(*got), f64::from(want));

@@ -9,11 +9,14 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
 
-use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, ScheduleKind, TrainingSpec};
+use bradley::domain::training::{
+    BatchConfig, Method, OptimizerConfig, ScheduleKind, TrainingSpec, Truncation,
+};
 use bradley::formats::chat_template::{ChatMessage, ChatTemplate, RenderOptions};
 use bradley::formats::loader::load_model;
 use bradley::formats::source::HubOptions;
 use bradley::formats::tokenizer::ChatTokenizer;
+use bradley::infer::encode::PairEncoder;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -32,6 +35,12 @@ const TOKENIZERS: [&str; 7] = [
 ];
 /// Minimum numbers of texts and dialogues for each tokenizer.
 const MIN_CASES: usize = 40;
+/// Files of rows, with the minimum number of rows that every tokenizer's template accepts.
+const ROWS: [(&str, usize); 3] = [
+    ("pairs.jsonl", 6),
+    ("plain.jsonl", 2),
+    ("tools_pairs.jsonl", 5),
+];
 /// Number of chat templates of TRL 1.16.
 const TEMPLATES: usize = 72;
 
@@ -240,6 +249,50 @@ fn dialogues_are_rendered_and_encoded_as_in_transformers() {
         );
     }
     println!("{compared} dialogues compared");
+    assert_none(&differences, compared);
+}
+
+#[test]
+#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS) and Python with trl \
+            (BRADLEY_TEST_PYTHON)"]
+fn rows_have_the_tokens_of_trl() {
+    let expected = expected();
+    let date = text(&expected.values["date"]);
+    let date = date.parse::<jiff::civil::Date>().unwrap().at(0, 0, 0, 0);
+    let (mut compared, mut differences) = (0, Vec::new());
+    for name in TOKENIZERS {
+        let (tokenizer, values) = expected.tokenizer(name);
+        let encoder = PairEncoder::new(&tokenizer, 4096, Truncation::KeepStart).with_date(date);
+        for (file, at_least) in ROWS {
+            let (rows, wanted) = (rows(file), list(&values["rows"][file]));
+            assert_eq!(rows.len(), wanted.len(), "{name} {file}");
+            let mut accepted = 0;
+            for (row, want) in rows.iter().zip(wanted) {
+                compared += 1;
+                let difference = match (encoder.encode_row(row), want.get("error")) {
+                    (Ok(pair), None) => {
+                        accepted += 1;
+                        let got = [
+                            ("prompt", &pair.prompt),
+                            ("chosen", &pair.chosen),
+                            ("rejected", &pair.rejected),
+                        ];
+                        got.into_iter()
+                            .find(|(part, tokens)| **tokens != ids(&want[*part]))
+                            .map(|(part, tokens)| {
+                                format!("{part}: {tokens:?} is not {}", want[part])
+                            })
+                    }
+                    (Err(_), Some(_)) => None,
+                    (Ok(_), Some(error)) => Some(format!("is encoded, where TRL raises {error}")),
+                    (Err(issue), None) => Some(issue.message),
+                };
+                differences.extend(difference.map(|d| format!("{name} {file} {:?}: {d}", row.id)));
+            }
+            assert!(accepted >= at_least, "{name} accepts {accepted} of {file}");
+        }
+    }
+    println!("{compared} rows compared");
     assert_none(&differences, compared);
 }
 

@@ -370,7 +370,15 @@ fn stored(file: &Path) -> HashMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
 
 #[test]
 fn the_parts_around_a_language_model_are_exported_as_they_are() {
-    for name in ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl-64"] {
+    let other_parts = ["visual.", "vision_tower.", "multi_modal_projector."];
+    for name in [
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl-64",
+        "gemma3-images",
+        "mistral3-images",
+    ] {
         let folder = golden(&format!("models/{name}"));
         let mut model = open(&format!("models/{name}"));
         // As the engine does: the copies are checked against what was there at the start.
@@ -415,7 +423,7 @@ fn the_parts_around_a_language_model_are_exported_as_they_are() {
             assert_eq!(written.len(), source.len(), "{name}");
             let mut copied = 0;
             for (tensor, original) in &source {
-                let is_other = tensor.contains("visual.");
+                let is_other = other_parts.iter().any(|part| tensor.contains(part));
                 copied += usize::from(is_other);
                 let is_merged = adapter.is_some()
                     && ["self_attn.q_proj.weight", "down_proj.weight"]
