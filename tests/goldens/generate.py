@@ -43,6 +43,25 @@ FAMILIES = {
     "gemma3-images": 444,
     "mistral3-images": 445,
 }
+# The models of `family_trajectories`: of each family the one with more features.
+TRAINED = [
+    "gemma3",
+    "gemma2-64",
+    "phi3-long",
+    "glm4-64",
+    "smollm3-64",
+    "granite-64",
+    "olmo2-64",
+    "olmo3-64",
+    "ministral-64",
+    "ministral3-64",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl-64",
+]
+# Rows of other models than those of pairs.jsonl. With longrope, transformers takes the frequencies of a batch from its longest
+# sequence, and Bradley those of a sequence from its own length. Here all sequences of a batch are on one side of the pretrained context.
+OTHER_ROWS = {"phi3-long": "longrope_pairs.jsonl"}
 CHAT, PLAIN = rows("pairs.jsonl"), rows("plain.jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -220,6 +239,12 @@ KEYS = [
 ]
 
 
+def train(t):
+    """What TRL logs at each step of a run."""
+    t.train()
+    return [{k: h[k] for k in KEYS if k in h} for h in t.state.log_history if "loss" in h]
+
+
 def trajectories():
     out = {}
     for name in ("llama", "qwen2"):
@@ -234,10 +259,48 @@ def trajectories():
                 (start / "README.md").unlink(missing_ok=True)
             else:
                 t = trainer(model, tok, CHAT, ref=load(name)[0], **settings)
-            t.train()
-            steps = [{k: h[k] for k in KEYS if k in h} for h in t.state.log_history if "loss" in h]
+            steps = train(t)
             out[f"{name}/{run}"] = dict(model=name, settings=settings, steps=steps)
     write("trajectories.json", out)
+
+
+def family_trajectories():
+    """TRL's runs of ten steps of a model of each further family: full, and LoRA on all linear layers.
+
+    TRL trains the text of a model of text and images as it is, if the trainer gets a tokenizer instead of a processor. Its vision tower
+    then has no gradients. With names of models among the arguments: only those.
+    """
+    for name in TRAINED:
+        if any(other in sys.argv[1:] for other in FAMILIES) and name not in sys.argv[1:]:
+            continue
+        file = OTHER_ROWS.get(name, "pairs.jsonl")
+        # all-linear would include the layers of the vision tower.
+        targets = r"model\.language_model\.layers\..*_proj" if name in WITH_IMAGES else "all-linear"
+        runs = {}
+        for run in ("full", "lora"):
+            model, tok = load(name)
+            if run == "lora":
+                config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+                torch.manual_seed(7)
+                t = trainer(model, tok, rows(file), peft_config=config, **RUNS[run])
+                save_start(t.model, name)
+            else:
+                t = trainer(model, tok, rows(file), ref=load(name)[0], **RUNS[run])
+            runs[run] = dict(settings=RUNS[run], steps=train(t))
+        write(f"trajectories_{name}.json", dict(rows=file, runs=runs))
+
+
+def save_start(adapted, name):
+    """Writes an untrained adapter, without the path of its base model on this machine."""
+    folder = HERE / "adapters" / f"{name}-start"
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = name
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def rewards():
@@ -273,8 +336,7 @@ def rewards():
     model, tok = load("llama")
     settings = dict(loss_type=["sft"], max_steps=4, learning_rate=1e-3)
     t = trainer(model, tok, CHAT, ref=load("llama")[0], **settings)
-    t.train()
-    steps = [{k: h[k] for k in KEYS if k in h} for h in t.state.log_history if "loss" in h]
+    steps = train(t)
     write("rewards.json", dict(pairs=[r["id"] for r in data], logged=logged, sft=dict(settings=settings, steps=steps)))
 
 
@@ -300,8 +362,7 @@ def references():
             if run == "lora":
                 policy = PeftModel.from_pretrained(policy, HERE / "adapters" / f"{name}-start", is_trainable=True)
             t = trainer(policy, tok, CHAT, ref=ref, **settings)
-            t.train()
-            steps = [{k: h[k] for k in KEYS if k in h} for h in t.state.log_history if "loss" in h]
+            steps = train(t)
             runs[run] = dict(settings=settings, steps=steps)
         out.append(dict(policy=name, reference=other, scores=scores, runs=runs))
     write("references.json", out)
@@ -419,7 +480,7 @@ def families():
         save_file({n: g.contiguous() for n, g in named.items() if g is not None}, HERE / f"grads_{name}.safetensors")
 
 
-PARTS = [formulas, ropes, models, families, tokens_and_logps, losses, grads, trajectories, rewards, references]
+PARTS = [formulas, ropes, models, families, tokens_and_logps, losses, grads, trajectories, family_trajectories, rewards, references]
 
 if __name__ == "__main__":
     # With names of parts: only these, from the models that are there.

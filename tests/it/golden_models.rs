@@ -18,8 +18,8 @@ use bradley::train::trainable::{StepGradients, TrainablePolicy};
 use candle_core::{Device, Tensor};
 
 use crate::support::{
-    MODELS, assert_close, encode, golden, is_batch_invariant, json, numbers, open, policy,
-    relative, rows, tensors, tiny,
+    FAMILY_MODELS, MODELS, assert_close, encode, golden, is_batch_invariant, json, numbers, open,
+    policy, relative, rows, tensors, tiny,
 };
 
 /// f32 log-probs agree to 1e-5 relative; values below 0.1 nat are compared on that scale.
@@ -334,6 +334,7 @@ fn packed_rows_equal_separate_sequences() {
 fn adapters_that_share_rows_score_as_each_alone_bit_for_bit() {
     for (name, precision) in MODELS
         .into_iter()
+        .chain(FAMILY_MODELS)
         .flat_map(|m| [(m, Precision::F32), (m, Precision::Bf16)])
     {
         let (base, tokenizer) = tiny(name);

@@ -13,15 +13,19 @@ use bradley::formats::peft;
 use bradley::infer::pair::{EncodedPair, digest};
 use bradley::infer::reference_cache::ReferenceCache;
 use bradley::infer::scorer::score;
+use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
 use bradley::train::checkpoint;
 use bradley::train::event::RunEvent;
 use bradley::train::reference::Reference;
 use bradley::train::run_context::RunContext;
 use bradley::train::trainable::TrainablePolicy;
-use bradley::train::trainer::{Status, Trainer, TrainerInput, tokens_until};
+use bradley::train::trainer::{Status, TrainError, Trainer, TrainerInput, tokens_until};
+use serde_json::Value;
 
-use crate::support::{assert_close, encode, golden, json, open, rows, tiny};
+use crate::support::{
+    FAMILY_MODELS, assert_close, encode, golden, is_batch_invariant, json, open, rows, tiny,
+};
 
 /// Description of a run.
 pub struct Run {
@@ -65,12 +69,22 @@ impl Run {
         spec: TrainingSpec,
     ) -> Self {
         let adapter = peft::load(&golden(adapter), &model.config).unwrap();
+        Run::lora_from(model, &adapter, pairs, spec)
+    }
+
+    /// Returns a LoRA run from an adapter, with the base as the reference.
+    fn lora_from(
+        model: &Policy,
+        adapter: &Adapter,
+        pairs: Vec<EncodedPair>,
+        spec: TrainingSpec,
+    ) -> Self {
         let reference = Reference::Frozen {
             policy: model.clone(),
             identity: "base".into(),
         };
         Run {
-            policy: TrainablePolicy::lora(model, &adapter, model.precision).unwrap(),
+            policy: TrainablePolicy::lora(model, adapter, model.precision).unwrap(),
             reference,
             pairs,
             eval: vec![],
@@ -146,8 +160,8 @@ fn steps(events: &[RunEvent]) -> Vec<Metrics> {
         .collect()
 }
 
-fn spec(settings: &serde_json::Value, method: Method) -> TrainingSpec {
-    let number = |k: &str| settings.get(k).and_then(serde_json::Value::as_f64);
+fn spec(settings: &Value, method: Method) -> TrainingSpec {
+    let number = |k: &str| settings.get(k).and_then(Value::as_f64);
     TrainingSpec {
         method,
         optimizer: OptimizerConfig {
@@ -174,39 +188,56 @@ fn spec(settings: &serde_json::Value, method: Method) -> TrainingSpec {
     }
 }
 
+/// Repeats TRL's run of a model, and compares every metric of each step.
+fn assert_run_is_trls(name: &str, run: &str, rows_file: &str, trls: &Value) {
+    let (model, tokenizer) = tiny(name);
+    let pairs = encode(&rows(rows_file), &tokenizer, 256);
+    let spec = spec(&trls["settings"], method(run));
+    let got = train(if matches!(spec.method, Method::Lora(_)) {
+        Run::lora(&model, &format!("adapters/{name}-start"), pairs, spec)
+    } else {
+        Run::full(&model, &model, pairs, spec)
+    });
+    let want = trls["steps"].as_array().unwrap();
+    assert_eq!(got.len(), want.len(), "{name} {run}");
+    for (k, (got, want)) in got.iter().zip(want).enumerate() {
+        for (metric, value) in want.as_object().unwrap() {
+            let value = value.as_f64().unwrap();
+            let what = format!("{name} {run} step {} {metric}", k + 1);
+            let tolerance = if metric == "loss" || metric == "grad_norm" {
+                1e-4
+            } else {
+                1e-3
+            };
+            assert_close(&what, got[metric.as_str()], value, tolerance, 1e-2);
+        }
+    }
+}
+
+/// Returns the method of a run of TRL's, from its name.
+fn method(run: &str) -> Method {
+    match run {
+        "lora" => Method::Lora(LoraConfig::default()),
+        _ => Method::Full,
+    }
+}
+
 #[test]
 fn trajectories_are_trls() {
-    for (name, golden) in json("trajectories.json").as_object().unwrap() {
-        let model_name = golden["model"].as_str().unwrap();
-        let (model, tokenizer) = tiny(model_name);
-        let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
-        let got = match name.ends_with("/lora") {
-            true => train(Run::lora(
-                &model,
-                &format!("adapters/{model_name}-start"),
-                pairs,
-                spec(&golden["settings"], Method::Lora(LoraConfig::default())),
-            )),
-            false => train(Run::full(
-                &model,
-                &model,
-                pairs,
-                spec(&golden["settings"], Method::Full),
-            )),
-        };
-        let want = golden["steps"].as_array().unwrap();
-        assert_eq!(got.len(), want.len(), "{name}");
-        for (k, (got, want)) in got.iter().zip(want).enumerate() {
-            for (metric, value) in want.as_object().unwrap() {
-                let value = value.as_f64().unwrap();
-                let what = format!("{name} step {} {metric}", k + 1);
-                let tolerance = if metric == "loss" || metric == "grad_norm" {
-                    1e-4
-                } else {
-                    1e-3
-                };
-                assert_close(&what, got[metric.as_str()], value, tolerance, 1e-2);
-            }
+    for (name, trls) in json("trajectories.json").as_object().unwrap() {
+        let (model, run) = name.split_once('/').unwrap();
+        assert_run_is_trls(model, run, "pairs.jsonl", trls);
+    }
+}
+
+#[test]
+fn trajectories_of_each_family_are_trls() {
+    for name in FAMILY_MODELS {
+        let golden = json(&format!("trajectories_{name}.json"));
+        for run in ["full", "lora"] {
+            let trls = &golden["runs"][run];
+            assert_eq!(trls["steps"].as_array().unwrap().len(), 10, "{name} {run}");
+            assert_run_is_trls(name, run, golden["rows"].as_str().unwrap(), trls);
         }
     }
 }
@@ -361,6 +392,48 @@ fn a_continued_run_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
             .contains("adapter_model.safetensors does not match its checksum")
     );
     std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn a_continued_run_of_each_family_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
+    for (name, run) in FAMILY_MODELS
+        .into_iter()
+        .flat_map(|name| [(name, "full"), (name, "lora")])
+    {
+        let (model, tokenizer) = tiny(name);
+        let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);
+        let adapter = Adapter::init(&model.config, &LoraConfig::default(), 7).unwrap();
+        let mut spec = shuffled(5);
+        spec.method = method(run);
+        spec.optimizer.learning_rate = 1e-3;
+        spec.run.save_steps = 3;
+        let make = |resume: Option<PathBuf>| {
+            let (pairs, spec) = (pairs.clone(), spec.clone());
+            let new = if matches!(spec.method, Method::Lora(_)) {
+                Run::lora_from(&model, &adapter, pairs, spec)
+            } else {
+                Run::full(&model, &model, pairs, spec)
+            };
+            Run { resume, ..new }
+        };
+        let whole = make(None);
+        let folder = whole.folder.clone();
+        let undisturbed = steps(&events(whole));
+        let continued = train(make(Some(folder.join("3"))));
+        std::fs::remove_dir_all(folder).unwrap();
+        if is_batch_invariant() {
+            assert_eq!(bits(&continued), bits(&undisturbed[3..]), "{name} {run}");
+            continue;
+        }
+        // A GPU may compute the reference's log-probs again in other rows.
+        assert_eq!(continued.len(), 2, "{name} {run}");
+        for (got, want) in continued.iter().zip(&undisturbed[3..]) {
+            for (metric, want) in want {
+                let what = format!("{name} {run} {metric}");
+                assert_close(&what, got[metric.as_str()], *want, 1e-3, 1e-2);
+            }
+        }
+    }
 }
 
 #[test]

@@ -22,6 +22,24 @@ use serde_json::Value;
 /// Names of the tiny models, one of each family.
 pub const MODELS: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
+/// Names of tiny models of the further families, of each the one with more features. TRL's runs of
+/// them are in `trajectories_*.json`. tests/it/families.rs has the other models of these families.
+pub const FAMILY_MODELS: [&str; 13] = [
+    "gemma3",
+    "gemma2-64",
+    "phi3-long",
+    "glm4-64",
+    "smollm3-64",
+    "granite-64",
+    "olmo2-64",
+    "olmo3-64",
+    "ministral-64",
+    "ministral3-64",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl-64",
+];
+
 /// Returns a path below tests/goldens.
 pub fn golden(path: &str) -> PathBuf {
     // Tests start in the package's folder, wherever they were built.
