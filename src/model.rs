@@ -22,4 +22,5 @@ pub mod pass;
 pub mod rope;
 pub mod row;
 pub mod spec;
+mod towers;
 pub mod weight_matrix;

@@ -319,9 +319,10 @@ impl Weights {
         if config.spec.tie_word_embeddings && !self.is_tied()? {
             return Err(ModelError::Unsupported {
                 what: format!(
-                    "{}: lm_head.weight differs from the embedding, but tie_word_embeddings is \
-                     true: set it to false in config.json",
-                    self.path.display()
+                    "{}: {} differs from the embedding, but tie_word_embeddings is true: set it to \
+                     false in config.json",
+                    self.path.display(),
+                    params::HF_HEAD
                 ),
             });
         }

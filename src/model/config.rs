@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 use self::json::{Fields, invalid};
 use self::rope::check_ropes;
 use super::error::ModelError;
-use super::families::{Architecture, TextTower, TowerText, refusal};
+use super::families::{Architecture, refusal};
 use super::params;
 use super::spec::{FeedForward, ModelSpec, QkNorm};
+use super::towers::{TextTower, TowerText};
 
 /// A model's configuration: the decoder and the remaining information of config.json.
 #[derive(Clone, Debug, PartialEq)]

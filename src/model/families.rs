@@ -18,10 +18,8 @@ mod qwen2;
 mod qwen3;
 mod refused;
 mod smollm3;
-mod towers;
 
 pub(super) use self::common::Family;
-pub(super) use self::towers::{TextTower, TowerText};
 
 /// Model families with the Llama layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

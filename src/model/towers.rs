@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Architecture;
+use super::families::Architecture;
 
 /// A model of text and images.
 pub struct TextTower {
