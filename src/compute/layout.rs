@@ -67,7 +67,8 @@ impl RowLayout {
     }
 
     /// Returns for each segment the length in tokens of the longest sequence that it is part of. A
-    /// prompt is part of the sequences of its completions, a completion only of its own.
+    /// prompt is part of the sequences of its completions, a completion only of its own. Some
+    /// rotary embeddings (LongRoPE, `dynamic`) choose their frequencies by this length.
     pub fn sequence_lengths(&self) -> Vec<usize> {
         let own = |s: &Segment| s.prefix.len() + s.tokens.len();
         let mut lengths: Vec<usize> = self.segments.iter().map(own).collect();

@@ -21,8 +21,8 @@ const TILE: usize = 512;
 /// Maximum number of rows per task, before rounding up to whole strips of the kernel. These rows
 /// and their logits fit the L2 cache together.
 const MAX_ROWS: usize = 128;
-/// Maximum number of probabilities that one row's head saves for the weight's gradient: 256 MiB of
-/// f32.
+/// Maximum number of probabilities that the head saves of one packed row for the weight's gradient:
+/// 256 MiB of f32.
 pub const MAX_SAVED_PROBABILITIES: usize = 1 << 26;
 
 /// Returns the number of rows per task: every thread gets the same number of tasks, of about equal

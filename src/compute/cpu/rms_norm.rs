@@ -108,7 +108,8 @@ pub struct HeadColumns {
     pub count: usize,
 }
 
-/// Applies RMSNorm to every head in place (Qwen3). `w` is `[D]`.
+/// Applies RMSNorm to every head in place. `w` is `[D]`, and its length is the width of a head. If
+/// all heads are normed as one (OLMo 2), they count as a single head of H·D elements.
 pub fn head_norm(x: &mut [f32], heads: HeadColumns, w: &[f32], eps: f32) {
     let width = heads.count * w.len();
     thread_pool::chunks(x, heads.stride, |_, row| {

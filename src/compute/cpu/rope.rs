@@ -15,8 +15,9 @@ pub enum RotaryPairs {
     Interleaved,
 }
 
-/// cos and sin for each token of a row, `[T, R/2]` each, multiplied by the attention factor. R is
-/// the number of rotated dimensions of a head.
+/// cos and sin for each token of a row, `[T, R/2]` each. R is the number of rotated dimensions of a
+/// head. Both are multiplied by the attention factor, a constant of some context extensions (YaRN,
+/// LongRoPE); without one it is 1.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
     cos: Arc<Vec<f32>>,
@@ -53,8 +54,9 @@ impl RopeTable {
         }
     }
 
-    /// Returns the table times a factor for each token. If all dimensions are rotated, the rotated
-    /// vectors are then multiplied by these factors.
+    /// Returns the table times a factor for each token. If all dimensions of a head are rotated,
+    /// [`rotate`] then also multiplies the token's heads by its factor. Ministral 3 scales queries
+    /// in this way.
     pub fn scaled(&self, factors: &[f32]) -> Self {
         let scale = |table: &[f32]| -> Arc<Vec<f32>> {
             // The table of a row without tokens has no width.

@@ -127,7 +127,7 @@ pub enum GateUpTape {
     /// As computed.
     F32(Buffer),
     /// Rounded to bf16, which takes half the memory. Used with bf16 kernels when only an adapter is
-    /// trained; the gradient is rounded as well.
+    /// trained and gate and up have a matrix each; the gradient is rounded as well.
     Bf16(Operand<'static>),
 }
 
@@ -144,7 +144,8 @@ pub enum SavedGateUp {
 
 impl SavedGateUp {
     /// Returns the format for a tape. With a bf16 kernel and only an adapter to train, rounded
-    /// values are enough.
+    /// values are enough. If one matrix computes gate and up (Phi-3, GLM-4), callers pass false for
+    /// `is_adapted`, because the gradients of rounded values are separate operands.
     pub fn for_tape(kernel: Kernel, is_adapted: bool) -> Self {
         if kernel.is_bf16() && is_adapted {
             SavedGateUp::Bf16

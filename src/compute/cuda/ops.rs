@@ -37,7 +37,8 @@ const HEAD_THREADS: usize = 128;
 /// Heads per block in kernels that give each warp a head.
 const HEADS_PER_BLOCK: usize = 4;
 
-/// Widest head that a warp holds in registers (`MAX_DIM` in norm.cu). Wider ones get a block each.
+/// Widest head that a warp holds in registers (`MAX_DIM` in norm.cu). All threads of a block work
+/// together on a wider one.
 const MAX_WARP_HEAD: usize = 256;
 
 /// Threads per block of the attention kernels.

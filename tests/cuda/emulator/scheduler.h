@@ -37,7 +37,7 @@ struct dim3 {
 };
 
 // Saves the callee-saved registers, stores the stack pointer in *save and continues on the stack
-// `to`.
+// `to`. This is assembly for x86-64, the only processors that the emulator runs on.
 extern "C" void emulate_switch(void** save, void* to);
 asm(R"(
     .section .text.emulate_switch,"axG",@progbits,emulate_switch,comdat

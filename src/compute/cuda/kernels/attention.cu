@@ -165,7 +165,7 @@ __device__ __forceinline__ float over_columns(float x, Op op) {
 }
 
 // [(tiles, H); 128] 34 KiB static shared memory. out is [T, H·D]; lse is [T, H], the natural
-// logarithm of Σ_j e^(scale·q·k_j).
+// logarithm of Σ_j e^(S_j), or of Σ_j e^(S'_j) with a soft-cap.
 template <class T, bool CAPPED = false>
 __device__ void attention(T* out, float* lse, const T* qkv, const int* tiles,
                           const unsigned* positions, Shape shape, int window, float scale,

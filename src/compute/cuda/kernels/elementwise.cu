@@ -1,5 +1,5 @@
-// Kernels without a reduction over a row: moving rows, rotary embedding, SwiGLU, biases, casts; and
-// column sums.
+// Kernels without a reduction over a row: moving rows, rotary embedding, gated linear units (SwiGLU
+// and GEGLU), biases, casts; and column sums.
 //
 // The end of a kernel's comment gives its launch as [blocks; threads]. With "any" blocks, the
 // threads run a grid-stride loop, so that every grid is correct. It is fastest with one thread per

@@ -122,7 +122,8 @@ INSTANTIATE(rms_norm_weight,
 // heads
 //
 // One warp per head of a row, which it holds in registers. Item i is head i mod `heads` of row
-// i / heads. D ≤ MAX_DIM: the host refuses wider heads (`MAX_HEAD_DIM` in src/model/cuda.rs).
+// i / heads. D ≤ MAX_DIM: for wider heads the host launches the kernels of the next section
+// (`MAX_WARP_HEAD` in src/compute/cuda/ops.rs).
 
 constexpr int MAX_DIM = 256, HEAD_WARPS = 4;
 
@@ -262,8 +263,9 @@ INSTANTIATE(head_norm_backward,
 // -------------------------------------------------------------------------------------------------
 // wide heads
 //
-// The same for heads of any width, one block per head. Families that norm all query heads at once
-// have a single head of H·D elements.
+// The same for heads of any width. A block works on a whole head, in the backward pass on several
+// heads, one after the other. Families that norm all heads at once (OLMo 2) have a single head of
+// H·D elements for the queries, and one of K·D elements for the keys.
 
 // As head_norm.   [rows·heads; 256]
 template <class T>
