@@ -29,7 +29,7 @@ pub const SHARD_BYTES: u64 = 5_000_000_000;
 /// Element type and maximum file size of written weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// The element type of every tensor.
+    /// The element type of the language model's tensors.
     pub dtype: ElementType,
     /// Maximum size of a file, in bytes. A larger tensor gets a file of its own.
     pub shard_bytes: u64,

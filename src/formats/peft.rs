@@ -332,8 +332,8 @@ pub fn save(
     let c = &adapter.config;
     let (mut tensors, names) = (adapter.named(), adapter.target_modules());
     let mut target_modules = json!(names);
-    // PEFT finds the base model, in which the language model is a part. The vision tower may have
-    // modules of the same names.
+    // PEFT applies the adapter to the whole base model, of which the language model is a part. The
+    // vision tower may have modules of the same names.
     if model.whole_json.is_some() {
         target_modules = json!(whole_target_modules(&names));
         for (name, _) in &mut tensors {

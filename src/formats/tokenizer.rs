@@ -213,8 +213,8 @@ impl ChatTokenizer {
     }
 
     /// Returns name and contents of the files to write beside exported weights, as they were read:
-    /// the tokenizer's files, the chat templates and generation_config.json. A name may contain a
-    /// folder.
+    /// the tokenizer's files, the chat templates and those of [`EXTRA_FILES`] that the model has. A
+    /// name may contain a folder.
     pub fn files(&self) -> &[(String, Vec<u8>)] {
         &self.files
     }

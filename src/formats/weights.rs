@@ -86,7 +86,8 @@ enum Digesting {
 /// A tensor that is not of the language model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OtherTensor {
-    /// Name in the file, or in the directory of the files where these differ.
+    /// Name by which [`Weights`] finds the tensor. [`Weights::name_in_file`] returns the name in
+    /// the file, which may have a prefix.
     pub name: String,
     /// Element type.
     pub dtype: Dtype,
@@ -281,7 +282,8 @@ impl Weights {
 
     /// Checks that the configuration uses every stored tensor. An unused tensor outside of the
     /// decoder layers only causes a warning, because many files have parts that the language
-    /// model's forward pass does not use.
+    /// model's forward pass does not use. In a model of text and images such tensors are expected
+    /// and cause no warning.
     ///
     /// # Errors
     /// [`ModelError::UnexpectedTensor`] for tensors of decoder layers, e.g. biases that the

@@ -129,7 +129,8 @@ pub struct Gated<B: Backend> {
 /// holds it.
 pub enum OutputGradient<'a, B: Backend> {
     /// The gradient of the output of the last layer of a part, as wide as the residual stream and
-    /// in f32. It is the gradient of the stream itself, unless a norm comes before the sum.
+    /// in f32. It is the gradient of the stream itself, unless the output passes through a norm or
+    /// is multiplied by a factor before it is added.
     Stream(&'a B::Activation),
     /// The gradient of `[q | k | v]`.
     Qkv(&'a B::Activation),
@@ -293,8 +294,8 @@ pub trait BlockOps<B: Backend> {
         gradients: &mut B::Gradients,
     ) -> Result<()>;
 
-    /// Runs a norm backward: adds the gradient of its input `x` to the gradient `gx` of the
-    /// residual stream, given the gradient `g` of its output.
+    /// Runs a norm backward: adds the gradient of its input `x` to `gx`, given the gradient `g` of
+    /// its output.
     fn norm_backward(
         &self,
         norm: StreamNorm,

@@ -2,12 +2,14 @@
 //! block's steps is defined only here.
 //!
 //! x' = x + O(attention(rope(Q(n), K(n)), V(n))) with n = norm(x), where O is the output
-//! projection. Some families norm each head of Q(n) and K(n) before the rotation.
-//! Blocks without a rotation attend to the positions only through the causal mask.
-//! x'' = x' + down(activation(gate(m)) ⊙ up(m)) with m = norm(x').
-//! Some families norm all heads at once, and some have no norm on the inputs: n = x, m = x'.
-//! In some families the output of each part passes through another norm before it is added, or is
-//! multiplied by a factor.
+//! projection, and x'' = x' + down(activation(gate(m)) ⊙ up(m)) with m = norm(x').
+//!
+//! Some families differ from this in one or more of these points:
+//! - Q(n) and K(n) are normed before the rotation, each head on its own or all heads at once.
+//! - Queries and keys of some blocks are not rotated.
+//! - There is no norm on the inputs: n = x, m = x'.
+//! - The output of each part passes through another norm before it is added, or is multiplied by a
+//!   factor.
 //!
 //! In the code `n` is the output of a norm and `u_qkv` … `u_down` are x·Aᵀ of the groups of
 //! linear layers. Gradients are `gx` (of the residual stream), `gn` (of a norm's output), `go` (of

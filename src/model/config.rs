@@ -145,11 +145,11 @@ impl ModelConfig {
     }
 }
 
-/// Returns the language model of a model of text and images. `None` if the config.json is not that
-/// of such a model, or of one that is not implemented.
+/// Returns the language model of a model of text and images. `None` if the config.json describes
+/// another kind of model, or a model of text and images that [`TextTower`] does not list.
 ///
 /// # Errors
-/// [`ModelError::Unsupported`] if the language model is not implemented.
+/// Returns [`ModelError::Unsupported`] if the language model is not implemented.
 fn tower_text(json: &Value, path: &Path) -> Result<Option<TowerText>, ModelError> {
     let model_type = json.get("model_type").and_then(Value::as_str);
     let Some(tower) = model_type.and_then(TextTower::from_model_type) else {

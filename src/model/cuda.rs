@@ -65,9 +65,8 @@ impl DeviceTape {
     }
 }
 
-/// Width of the widest supported attention head, in elements. The kernels that norm queries and
-/// keys hold a head in the registers of one warp (`MAX_DIM` in norm.cu), and attention is tested up
-/// to this width.
+/// Width of the widest supported attention head, in elements: attention is tested up to this width.
+/// Norms over all heads of a token at once may be wider.
 const MAX_HEAD_DIM: usize = 256;
 
 impl Cuda {

@@ -21,7 +21,7 @@ mod smollm3;
 
 pub(super) use self::common::Family;
 
-/// Model families with the Llama layout.
+/// Model families: the decoders that [`crate::model::spec::ModelSpec`] can describe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Architecture {
     /// Llama 2 and 3.x, SmolLM2.

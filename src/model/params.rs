@@ -110,8 +110,9 @@ pub enum ParamRole {
     Bias,
 }
 
-/// Location of a parameter in a file. For a family whose files fuse several parameters into one
-/// tensor, add the range of rows here.
+/// Location of a parameter in a file. A matrix that is fused in both formats needs no more than a
+/// name: it is one parameter ([`Projections::Fused`]). For a matrix that only one of the formats
+/// fuses, add the range of rows here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileTensor {
     /// Name of the tensor in the file.
@@ -522,8 +523,8 @@ pub fn is_in_block(stored: &str) -> bool {
     stored.starts_with(HF_BLOCKS) || stored.starts_with(GGUF_BLOCKS)
 }
 
-/// Returns the name in the table of a stored tensor. The prefix that multimodal models put before
-/// the tensors of their language model is removed.
+/// Returns the name in the table of a stored tensor. The prefix that models of text and images put
+/// before the tensors of their language model is removed.
 pub fn text_name(stored: &str) -> Cow<'_, str> {
     if let Some(name) = stored
         .strip_prefix("language_model.")
@@ -561,8 +562,8 @@ pub fn text_peft_name(stored: &str) -> Cow<'_, str> {
     }
 }
 
-/// Returns a regular expression of the modules of the language model's blocks with these names,
-/// inside a model of text and images. It does not match those of the vision tower.
+/// Returns a regular expression that matches the modules with these names in the blocks of the
+/// language model inside a model of text and images. It does not match those of the vision tower.
 pub fn whole_target_modules(names: &[String]) -> String {
     let blocks = format!("{TOWER_TEXT}layers.").replace('.', r"\.");
     format!(r"{blocks}\d+\..*\.({})", names.join("|"))

@@ -117,8 +117,9 @@ impl RopeConfig {
         }
     }
 
-    /// Returns a number that is the same for two lengths of a sequence exactly if the frequencies
-    /// are. It does not decrease with the length.
+    /// Returns a number that identifies the frequencies of a sequence of this length: two lengths
+    /// have the same number exactly if their frequencies are equal. It does not decrease with the
+    /// length.
     pub fn length_class(&self, length: usize) -> usize {
         match self.scaling {
             RopeScaling::None

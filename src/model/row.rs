@@ -23,7 +23,7 @@ pub struct Row {
 /// The tables of one set of rotary frequencies.
 #[derive(Clone, Debug)]
 pub struct RowRope {
-    /// The table of the keys and, without one of their own, of the queries.
+    /// The table that rotates the keys, and also the queries unless `queries` is set.
     pub(super) table: RopeTable,
     /// The table of the queries if these have factors that depend on the position.
     pub(super) queries: Option<RopeTable>,

@@ -35,8 +35,7 @@ pub struct ModelSpec {
     pub tie_word_embeddings: bool,
     /// Factor on the logits, before the soft-cap.
     pub logit_factor: f32,
-    /// Soft-cap c of the logits: a logit l is replaced by c·tanh(l / c). `None` means that it is
-    /// not.
+    /// Soft-cap c of the logits: a logit l is replaced by c·tanh(l / c). `None` means no soft-cap.
     pub logit_softcap: Option<f32>,
     /// The decoder blocks, first to last. There is at least one.
     pub blocks: Vec<BlockSpec>,
@@ -79,8 +78,8 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Factor on the dot products of queries and keys.
     pub scale: f32,
-    /// Soft-cap c of the scaled scores: a score s is replaced by c·tanh(s / c). `None` means that
-    /// it is not.
+    /// Soft-cap c of the scaled scores: a score s is replaced by c·tanh(s / c). `None` means no
+    /// soft-cap.
     pub softcap: Option<f32>,
     /// Index in [`ModelSpec::ropes`] of the frequencies that rotate queries and keys. `None` means
     /// that they are not rotated.
@@ -136,13 +135,15 @@ pub enum FeedForward {
     },
 }
 
-/// Names of the norms of a block in files. They differ only if there are norms on outputs.
+/// Names of the norms of a block in files. The variants differ only for blocks with norms on
+/// outputs. In all others `post_attention_layernorm` is the norm before the feed-forward part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormNames {
-    /// As in Gemma: the norm before the feed-forward part has another name if there is a norm on
-    /// the output of the mixer.
+    /// As in Gemma and OLMo: `post_attention_layernorm` is the norm on the mixer's output. The norm
+    /// before the feed-forward part has another name.
     Gemma,
-    /// As in GLM-4: the norm before the feed-forward part always has the same name.
+    /// As in GLM-4: `post_attention_layernorm` is always the norm before the feed-forward part. The
+    /// norms on outputs have names that no other family uses.
     Glm,
 }
 
@@ -183,8 +184,8 @@ impl ModelSpec {
         self.blocks.iter().map(of).max().unwrap_or(0)
     }
 
-    /// Returns a number that is the same for two lengths of a sequence exactly if all rotary
-    /// frequencies are.
+    /// Returns a number that identifies the rotary frequencies of a sequence of this length: two
+    /// lengths have the same number exactly if all their frequencies are equal.
     pub fn length_class(&self, length: usize) -> usize {
         // No summand decreases with the length, so equal sums have equal summands.
         let of = |rope: &RopeConfig| rope.length_class(length);
@@ -378,9 +379,9 @@ impl BlockSpec {
             .count()
     }
 
-    /// Returns the number of such matrices that a forward pass holds at the same time: the residual
-    /// stream, the operand of a part, and an output before and after its norm, or only before a
-    /// factor, where blocks have these.
+    /// Returns the number of matrices as wide as the residual stream that a forward pass holds at
+    /// the same time. Two are the residual stream and the operand of a part. A norm on outputs adds
+    /// two, an output before and after it. A factor on outputs without such a norm adds one.
     pub fn forward_streams(&self) -> usize {
         let outputs = match self.normed_outputs() {
             0 => usize::from(self.output_factor != 1.0),

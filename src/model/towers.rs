@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::families::Architecture;
 
-/// A model of text and images.
+/// A model of text and images, of which only the text tower is used: its language model.
 pub struct TextTower {
     /// `model_type` of the whole model.
     model_type: &'static str,
@@ -14,7 +14,9 @@ pub struct TextTower {
     texts: &'static [(&'static str, Architecture)],
     /// True if older files have no `text_config`, but its fields at the top level.
     may_be_flat: bool,
-    /// True if the embeddings are tied where the whole model or its `text_config` says so.
+    /// True if `tie_word_embeddings: true` of the whole model ties the embeddings, whatever
+    /// `text_config` says. Otherwise the field of the whole model counts only if `text_config` has
+    /// none.
     is_tied_by_either: bool,
     /// Fields that the family has, but the config class of this language model does not.
     ignored: &'static [&'static str],
@@ -65,8 +67,6 @@ static TOWERS: [TextTower; 5] = [
     },
 ];
 
-/// Text positions have one number in place of three. The sections of a position (`mrope_section`)
-/// are then without effect, and the frequencies are the ordinary ones.
 fn qwen2_vl() -> Value {
     json!({
         "vocab_size": 152_064,
@@ -196,7 +196,9 @@ impl TextTower {
     }
 }
 
-/// Removes the sections of a position from an object that describes rotary frequencies.
+/// Removes the sections of a position (`mrope_section`) from an object that describes rotary
+/// frequencies. The three numbers of a position are the same for all text, so the sections have no
+/// effect and the frequencies are the ordinary ones.
 fn remove_sections(rope: &mut Map<String, Value>) {
     for key in ["mrope_section", "mrope_interleaved"] {
         rope.remove(key);

@@ -359,7 +359,11 @@ pub fn restore(
         ));
     }
     let weights = match file.adapter {
-        true => load(&dir.join(peft::WEIGHTS_FILE))?,
+        // A model of text and images has other names in the file, as PEFT expects them.
+        true => load(&dir.join(peft::WEIGHTS_FILE))?
+            .into_iter()
+            .map(|(name, tensor)| (text_peft_name(&name).into_owned(), tensor))
+            .collect(),
         false => load(&dir.join(export::WEIGHTS_FILE))?,
     };
     let moments = load(&dir.join(OPTIMIZER_FILE))?;

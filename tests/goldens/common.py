@@ -84,7 +84,7 @@ def tokenizer(template, specials, bos, eos, add_bos):
 COMMON = dict(
     vocab_size=320, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512
 )
-# Context of the pretrained model with longrope, about as long as the sequences of CHAT.
+# Context of the pretrained model with longrope, about as long as the sequences of pairs.jsonl.
 LONGROPE_CONTEXT = 50
 QWEN3_VISION = dict(
     depth=1, hidden_size=8, intermediate_size=16, num_heads=2, patch_size=2, num_position_embeddings=16, deepstack_visual_indexes=[0]
@@ -144,7 +144,7 @@ SHAPES = {
         ),
         tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
     ),
-    # Heads for tensor cores, one key head for all, a head of its own, three layers.
+    # Heads for tensor cores, one key head for all query heads, an output head that is not tied, three layers.
     "gemma2-64": lambda: (
         Gemma2Config(
             **{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1},
@@ -347,7 +347,7 @@ SHAPES = {
         ),
         tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>", False),
     ),
-    # Models of text and images. Their text has as many rotary frequencies as the three sections of a position.
+    # Models of text and images. The three sections of a position (mrope_section) add up to the number of rotary frequencies.
     "qwen2_vl": lambda: (
         Qwen2VLConfig(
             text_config=dict(

@@ -268,7 +268,7 @@ def family_trajectories():
     """TRL's runs of ten steps of a model of each further family: full, and LoRA on all linear layers.
 
     TRL trains the text of a model of text and images as it is, if the trainer gets a tokenizer instead of a processor. Its vision tower
-    then has no gradients. With names of models among the arguments: only those.
+    then has no gradients. With names of models among the arguments, beside the name of this part: only those.
     """
     for name in TRAINED:
         if any(other in sys.argv[1:] for other in FAMILIES) and name not in sys.argv[1:]:
@@ -449,9 +449,10 @@ def ropes():
 
 
 def families():
-    """Models of further families: its log-probs, and the gradients of Σ log p of the chosen answers minus Σ log p of the rejected ones of two pairs.
+    """Makes the models of further families, their log-probs, and the gradients of Σ log p of the chosen answers minus Σ log p of the
+    rejected ones of two pairs.
 
-    With names of models among the arguments: only those.
+    With names of models among the arguments, beside the name of this part: only those.
     """
     for name, seed in FAMILIES.items():
         if any(other in sys.argv[1:] for other in FAMILIES) and name not in sys.argv[1:]:
@@ -483,7 +484,8 @@ def families():
 PARTS = [formulas, ropes, models, families, tokens_and_logps, losses, grads, trajectories, family_trajectories, rewards, references]
 
 if __name__ == "__main__":
-    # With names of parts: only these, from the models that are there.
+    # With names of parts: only these, from the models that are there, except that `models` and `families` make theirs. `models` first
+    # deletes all models, also those of `families`.
     for part in PARTS:
         if not sys.argv[1:] or part.__name__ in sys.argv[1:]:
             part()

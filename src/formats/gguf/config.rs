@@ -28,23 +28,24 @@ const TURN_ENDS: [&str; 3] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>"];
 const SUPPORTED: &str = "llama, which Mistral uses too, qwen2, qwen2vl, qwen3, qwen3vl, gemma2, \
                          gemma3, phi3, glm4, smollm3, granite, olmo2, which OLMo 3 uses too, \
                          mistral3";
-/// Number of blocks of the Gemma 2 and the Gemma 3 in which the factor on the scores is 1/√(C /
-/// H) in place of 1/√D. Like llama.cpp, this module tells them by it, because GGUF does not store
-/// it.
+/// Numbers of blocks of Gemma 2 27B and Gemma 3 27B. In these models the factor on the scores is
+/// 1/√(C / H) in place of 1/√D. GGUF does not store the factor, so this module, like llama.cpp,
+/// recognises the models by their number of blocks.
 const GEMMA_27B_BLOCKS: [(Architecture, u64); 2] =
     [(Architecture::Gemma2, 46), (Architecture::Gemma3, 62)];
 
 impl ModelConfig {
     /// Reads the configuration of a GGUF file.
     ///
-    /// Mistral files have the architecture `llama` and no sliding window. Such a model attends to
-    /// all earlier positions, as in llama.cpp and transformers. The language models of Qwen2-VL and
+    /// Files of Mistral 7B have the architecture `llama` and no sliding window. Such a model
+    /// attends to all earlier positions, as in llama.cpp. The language models of Qwen2-VL and
     /// Qwen3-VL compute the same as Qwen2 and Qwen3, and are read as such.
     ///
     /// # Errors
     /// [`ModelError::Unsupported`] for another architecture or a mixture of experts,
-    /// [`ModelError::InvalidConfig`] for a metadata key that is missing or not supported, and the
-    /// errors of [`ModelConfig::from_hf_json`].
+    /// [`ModelError::InvalidConfig`] for a metadata key that is missing or not supported,
+    /// [`ModelError::MissingTensor`] for a file without an embedding, and the errors of
+    /// [`ModelConfig::from_hf_json`].
     pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
         let stored = gguf
             .string("general.architecture")?
@@ -375,8 +376,8 @@ impl MetadataKeys<'_> {
         Ok(())
     }
 
-    /// Adds `layer_types` and `rope_parameters` of a model that has frequencies of their own for
-    /// the layers with a window. Only the other layers have a context extension. `slides` returns
+    /// Adds `layer_types` and `rope_parameters` of a model whose layers with a window have their
+    /// own rotary frequencies. Only the other layers have a context extension. `slides` returns
     /// true for the layers with a window, if the file does not say which these are; `local` is
     /// their θ, if the file does not say it.
     fn insert_layers(
@@ -491,7 +492,8 @@ fn scaling(
                     scaling[field] = json!(shortest(value));
                 }
             }
-            // Older files of OLMo 3 have it under another key, which is a further factor elsewhere.
+            // Older files of OLMo 3 have the attention factor under this key. In those of other
+            // models the key holds a further factor.
             if let Some(factor) = own_factor.filter(|factor| *factor != 1.0) {
                 if keys.architecture != "olmo2" {
                     return Err(keys.gguf.invalid(
@@ -501,7 +503,7 @@ fn scaling(
                 }
                 scaling["attention_factor"] = json!(shortest(factor));
             }
-            // The converter writes only one of the two; the other is 1.
+            // llama.cpp's converter writes only `mscale_all_dim`, and `mscale` is then 1.
             if !scaling["mscale_all_dim"].is_null() {
                 scaling["mscale"] = json!(1.0);
             }

@@ -383,6 +383,7 @@ struct Reader<'a> {
     position: u64,
 }
 
+/// Name, shape, number of the element type, and offset from the start of the data.
 type RawTensor = (String, Vec<usize>, u32, u64);
 
 impl Reader<'_> {

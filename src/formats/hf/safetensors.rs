@@ -81,8 +81,8 @@ impl SafetensorsDirectory {
 
 #[derive(Debug)]
 struct Stored {
-    /// Name in the file. The directory has the name that the tensor has in the language model
-    /// alone.
+    /// Name in the file. The key in the directory is the name without the prefix that models of
+    /// text and images put before the tensors of their language model.
     name: String,
     file: usize,
     dtype: Dtype,

@@ -64,7 +64,7 @@ impl<'a> CpuRow<'a> {
             self.eps(),
             &mut normed,
         );
-        // The logits are proportional to the hidden states.
+        // The factor on the logits is applied to the hidden states, which is the same.
         let factor = self.policy.spec.logit_factor;
         if factor != 1.0 {
             thread_pool::chunks(&mut normed, width, |_, h| {

@@ -53,7 +53,7 @@ impl Deref for CudaOperand<'_> {
 pub(super) struct CudaHeadTape {
     /// The predictors' hidden states before the last norm `[N, C]`.
     pub before_norm: Memory,
-    /// The predictors' hidden states after the last norm `[N, C]`.
+    /// The predictors' hidden states after the last norm, times the factor on the logits `[N, C]`.
     pub normed: Memory,
     /// ∂log p/∂h `[N, C]`. `None` if there will be no backward pass.
     pub gradient: Option<Memory>,

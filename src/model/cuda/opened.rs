@@ -77,9 +77,9 @@ impl OpenRow<'_> {
             .transpose()
     }
 
-    /// Gathers the hidden states of the predictors and applies the last norm and the factor on the
-    /// logits, to which the logits are proportional. Returns the states before and after, each
-    /// `[N, C]`.
+    /// Gathers the hidden states of the predictors and applies the last norm. Multiplies the result
+    /// by the factor on the logits, which is the same as multiplying the logits. Returns the states
+    /// before and after, each `[N, C]`.
     fn last_norm(&self, x: &Memory) -> Result<(Memory, Memory)> {
         let OpenPolicy {
             gpu, kind, weights, ..

@@ -41,7 +41,7 @@ pub(super) struct DeviceRow {
 
 /// The tables of one set of rotary frequencies.
 pub(super) struct DeviceRope {
-    /// The table of the keys and, without one of their own, of the queries.
+    /// The table that rotates the keys, and also the queries unless `queries` is set.
     pub table: DeviceTable,
     /// The table of the queries if these have factors that depend on the position.
     pub queries: Option<DeviceTable>,

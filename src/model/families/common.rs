@@ -1,4 +1,4 @@
-//! Reads the fields of config.json that all families of the Llama layout share.
+//! Reads the fields of config.json that all families share.
 
 use serde_json::Value;
 
@@ -21,8 +21,9 @@ pub struct Family {
     /// True if llama.cpp interleaves the halves of each head in the rows of Q and K.
     pub is_interleaved_in_gguf: bool,
     /// Returns the defaults of the family's config class in transformers, as far as they differ
-    /// from those of `Common::read`. A field that not every class has is read only if it is listed
-    /// here.
+    /// from those of `Common::read`. Three fields that not every class has are used only if they
+    /// are listed here: `hidden_activation` (in place of `hidden_act`), `mlp_bias`, and
+    /// `partial_rotary_factor`, which is otherwise refused unless it is 1.
     pub defaults: fn() -> Value,
     /// Reads the model from the fields of config.json, to which `defaults` have been added.
     pub spec: fn(&Fields<'_>) -> Result<ModelSpec, ModelError>,

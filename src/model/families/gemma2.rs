@@ -1,5 +1,6 @@
-//! Gemma 2: as Gemma 3, with soft-caps on scores and logits, without norms on queries and keys. By
-//! default every second layer has a sliding window, beginning with the first.
+//! Gemma 2: as Gemma 3, with soft-caps on scores and logits, without norms on queries and keys, and
+//! with the same rotary frequencies on all layers. By default every second layer has a sliding
+//! window, beginning with the first.
 
 use serde_json::{Value, json};
 

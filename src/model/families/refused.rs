@@ -1,5 +1,4 @@
-//! Models that are refused, with the reason where they are near to the families that are
-//! implemented.
+//! Well-known models that are refused, each with the reason.
 
 const MIXTURE: &str =
     "it is a mixture of experts, and only dense feed-forward parts are implemented";
@@ -15,8 +14,8 @@ const GEMMA: &str = "the first Gemma is not implemented; Gemma 2 and 3 are";
 const IMAGES: &str =
     "of the models of text, images or sound, only the text of those in this list is implemented";
 
-/// Reasons, each with the names of the models as `model_type` and llama.cpp spell them, without
-/// separators.
+/// Reasons, each with the names of the models as `model_type` and llama.cpp spell them, in lower
+/// case and without separators.
 const REASONS: [(&str, &[&str]); 9] = [
     (
         MIXTURE,

@@ -255,8 +255,8 @@ fn byte_piece(byte: u8) -> String {
     format!("<0x{byte:02X}>")
 }
 
-/// Gives the byte of the tab the text of the tab, as GemmaConverter does where the tab has no piece
-/// (Gemma 1 and 2). Without it, two tabs could not be merged.
+/// Replaces the text `<0x09>` of the tab's byte piece by the tab itself, as GemmaConverter does
+/// where the tab has no piece (Gemma 1 and 2). Otherwise two tabs could not be merged.
 fn name_the_tab(pieces: &mut [SentencePiece]) {
     if pieces.iter().any(|piece| piece.text == "\t") {
         return;
