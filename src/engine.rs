@@ -324,7 +324,8 @@ impl Engine {
     }
 
     /// Returns the work that this engine does with a base model. Training belongs to it if a run
-    /// with the default settings on the shortest pairs fits the memory limit.
+    /// with the default settings on the shortest pairs fits the memory limit. Scoring and export
+    /// always belong to it.
     ///
     /// # Errors
     /// `UnknownModel` if the server does not have it.
@@ -347,7 +348,8 @@ impl Engine {
                 Err(e) => return Err(e),
             }
         }
-        // An engine starts only if a scoring batch fits, and an export needs no memory of its own.
+        // The weights fit, or the engine would not have started. The memory of a scoring batch is
+        // not checked, and an export reads one weight at a time.
         uses.extend([ModelUse::Score, ModelUse::Export]);
         Ok(uses)
     }
@@ -411,8 +413,9 @@ impl Engine {
         answer.await.unwrap_or(Err(EngineError::Draining))
     }
 
-    /// Returns the number of tokens of a row with the item alone, for the one of these weights that
-    /// needs most. A model with other rotary frequencies for long sequences has prompts twice.
+    /// Returns the number of tokens of a row that holds only this item, for the one of these
+    /// weights whose model needs the longest row. If a model's rotary frequencies depend on the
+    /// length of a sequence, sequences with different frequencies do not share their prompt.
     fn row_tokens(&self, weights: [Option<&WeightsRef>; 2], item: &ScoreItem) -> usize {
         let models = &self.shared.base_models;
         let of = |base: &Base| {
@@ -619,12 +622,14 @@ impl Engine {
 
     /// Writes merged weights, the model's configuration and its tokenizer into the folder `out`.
     /// Weights come from the checkpoint's files or from the base model, whose files are read again
-    /// if it is rounded in memory. So weights are rounded to `dtype` only once. Blocks.
+    /// if it is rounded in memory. So weights are rounded to `dtype` only once. If the base model
+    /// is part of a model of text and images, the other parts are copied from the files. Blocks.
     ///
     /// # Errors
     /// `UnknownModel` if the server does not have the base model. `Weights` if a file cannot be
-    /// read or written. `FilesChanged` if the base model is rounded in memory and its files are
-    /// gone or were changed. `NotResident` for the weights of a running job.
+    /// read or written. `FilesChanged` if the base model is rounded in memory, or is part of a
+    /// model of text and images, and its files are gone or were changed. `NotResident` for the
+    /// weights of a running job.
     pub fn export_merged(
         &self,
         weights: &WeightsRef,

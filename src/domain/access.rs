@@ -15,7 +15,7 @@ impl Role {
     /// All roles.
     pub const ALL: [Role; 3] = [Role::Submit, Role::Score, Role::Admin];
 
-    /// Returns the name in the store and in settings.
+    /// Returns the name in the store and in `bradley tokens create --roles`.
     pub fn name(self) -> &'static str {
         match self {
             Role::Submit => "submit",

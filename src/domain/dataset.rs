@@ -103,7 +103,7 @@ impl PreferenceRow {
     }
 }
 
-/// Supported row shapes; `train::rows` describes them.
+/// Supported row shapes; `src/train/rows/shapes.rs` describes them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RowShape {

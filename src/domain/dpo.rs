@@ -69,7 +69,7 @@ impl LossType {
         LossType::Orpo,
     ];
 
-    /// Returns the name in the API and in a settings file, as TRL spells it.
+    /// Returns the name in the API and in stored records, as TRL spells it.
     pub fn name(self) -> &'static str {
         match self {
             LossType::Sigmoid => "sigmoid",

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// Maximum number of messages in one text. Each message has at least one token, so a longer text
-/// would not fit a row of the default maximum length.
+/// would exceed the default of `max_row_tokens`, the limit of a scored row.
 pub const MAX_MESSAGES: usize = 16384;
 /// Maximum number of tools of one row, or of one pair or call of scoring. Jobs have no tools.
 pub const MAX_TOOLS: usize = 1024;

@@ -1,4 +1,6 @@
-//! Settings of a training run: method, optimizer, batches, evaluation. Defaults follow TRL.
+//! Settings of a training run: method, optimizer, batches, evaluation. The defaults of full
+//! fine-tuning's optimizer, of batches, and of LoRA's rank and α follow TRL; others do not, e.g.
+//! LoRA's targets, logging and checkpoints.
 
 use std::collections::BTreeSet;
 
@@ -18,10 +20,11 @@ pub const TARGET_MODULES: [&str; 7] = [
     "down_proj",
 ];
 
-/// Projections that LoRA can adapt in families that store several of them as one matrix.
+/// Matrices that hold several projections in some families, e.g. Phi-3. LoRA adapts such a matrix
+/// only as a whole.
 pub const FUSED_TARGET_MODULES: [&str; 2] = ["qkv_proj", "gate_up_proj"];
 
-/// Parts of each of [`FUSED_TARGET_MODULES`].
+/// Each of [`FUSED_TARGET_MODULES`] with the projections that it holds.
 const PARTS_OF_FUSED: [(&str, &[&str]); 2] = [
     ("qkv_proj", &["q_proj", "k_proj", "v_proj"]),
     ("gate_up_proj", &["gate_proj", "up_proj"]),

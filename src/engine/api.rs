@@ -134,7 +134,8 @@ pub struct ScoreItem {
 }
 
 impl ScoreItem {
-    /// Returns the number of tokens in the packed row.
+    /// Returns the number of tokens in the packed row. A model whose rotary frequencies depend on
+    /// the length of a sequence may need more, see [`crate::infer::pack::row_tokens`].
     pub fn tokens(&self) -> usize {
         self.groups.iter().map(SequenceGroup::tokens).sum()
     }

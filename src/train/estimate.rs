@@ -60,8 +60,8 @@ impl Lengths {
         Self::by_length(pairs, batch_size, &|_| 0)
     }
 
-    /// Returns the result of [`Lengths::of`] for a model whose frequencies depend on the length of
-    /// a sequence.
+    /// Returns the lengths as [`Lengths::of`] does, for a model whose rotary frequencies depend on
+    /// the length of a sequence. A pair has its prompt twice if `class` differs for its sequences.
     pub fn by_length(pairs: &[EncodedPair], batch_size: usize, class: LengthClass) -> Self {
         let tokens = |pair: &EncodedPair| pair.packed_tokens_by_length(class);
         let mut lengths: Vec<usize> = pairs.iter().map(tokens).collect();
