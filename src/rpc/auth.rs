@@ -103,7 +103,7 @@ where
                     request.extensions_mut().insert(caller);
                     inner.call(request).await
                 }
-                // Any error counts, also that the database does not answer.
+                // Only refusals are counted and logged, not e.g. a database that does not answer.
                 Err(e) => {
                     let is_refused = matches!(
                         e,

@@ -27,7 +27,7 @@ use crate::telemetry::trace;
 /// has it, too.
 const REQUEST_ID: &str = "x-request-id";
 
-/// Time by which a deadline is enforced here before the transport enforces it, because the
+/// Deadlines are enforced here this long before the transport enforces them, because the
 /// transport's error has no details.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(3);
 

@@ -26,8 +26,8 @@ const PER_VIOLATION: usize = 8;
 /// Maximum length of a resource's name, in characters.
 const MAX_NAME: usize = 300;
 
-/// Maps an error to its status: code, message, and BadRequest, ErrorInfo, RetryInfo or ResourceInfo
-/// details.
+/// Maps an error to its status: code, message, and details (ErrorInfo, and depending on the error
+/// BadRequest, ResourceInfo, RetryInfo or QuotaFailure).
 pub fn status(e: ServiceError) -> Status {
     let has_other_texts = matches!(
         e,

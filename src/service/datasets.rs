@@ -44,8 +44,9 @@ pub struct UploadMeta {
 pub(super) struct DatasetLimits {
     /// Largest upload, in bytes.
     pub max_upload_bytes: u64,
-    /// Total size of one client's datasets, in bytes, at which it may begin no further upload. The
-    /// total may exceed it by the uploads that have begun before.
+    /// Maximum total size of one client's datasets, in bytes. An upload that would exceed it is
+    /// refused at its begin, on the way, or at its end. Only uploads that end at the same moment
+    /// can exceed it together.
     pub max_bytes_per_client: Option<u64>,
     /// Maximum text in one dataset, in bytes. It is limited because a job holds all its tokens in
     /// memory.

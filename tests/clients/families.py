@@ -33,13 +33,14 @@ TOLERANCE = 1e-5
 def load(folder):
     """Loads a model, whose files must have exactly the tensors that the model has."""
     config = AutoConfig.from_pretrained(folder)
-    # GGUF has no padding token. That of a family is outside of the vocabulary of a tiny model.
+    # A config.json made from GGUF has no pad_token_id, so the default of the family's class
+    # applies. That token is outside of the vocabulary of a tiny model.
     text = config.get_text_config()
     if text.pad_token_id is not None and text.pad_token_id >= text.vocab_size:
         text.pad_token_id = None
     has_images = hasattr(config, "vision_config")
     loader = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
-    # The eager implementation is the only one with soft-caps on scores.
+    # The default implementation, SDPA, has no soft-caps on scores.
     options = dict(dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
     model, info = loader.from_pretrained(folder, config=config, **options)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -42,8 +42,9 @@ fn gpu_name() -> String {
     name
 }
 
-/// Shapes that reach every kernel: heads of 64 and of 128 dimensions, norms on queries and
-/// keys, biases, a window that limits attention, one that does not, and an untied head.
+/// Shapes for the tensor cores' kernels: heads of 64 and of 128 dimensions, norms on queries and
+/// keys, biases, a window that limits attention, one that does not, and an untied head. The
+/// features of further families, such as soft-caps, are in families.rs and random_specs.rs.
 const SHAPES: [(&str, &str); 5] = [
     (
         "llama",

@@ -23,8 +23,8 @@ use crate::server::{
 use crate::store_safety::waits;
 use crate::support::{MODELS, copy_files, golden, needed, open, rows, tensors};
 
-/// Golden models of text and images. transformers writes them with the names that the tensors have
-/// in the files of older versions, which are those of the published models.
+/// Golden models of text and images whose tensors have the names of older versions of transformers.
+/// The published models have these names, and newer versions still write them.
 const OLDER_FILES: [&str; 4] = ["gemma3-images", "mistral3-images", "qwen2_vl", "qwen2_5_vl"];
 
 /// Copies a golden model to `folder`, for tests that change or remove it.

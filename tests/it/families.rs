@@ -1,5 +1,6 @@
-//! Compares the families that have golden files of their own with transformers: log-probs and
-//! gradients, alone and in packed rows, in f32 and in bf16.
+//! The families that have golden files of their own: log-probs and gradients are those of
+//! transformers, alone and in packed rows, in f32 and in bf16. Published config.json files are read
+//! as transformers reads them, and those of other models are refused.
 
 use std::collections::HashMap;
 
@@ -22,7 +23,8 @@ use crate::support::{
     tensors, tiny,
 };
 
-/// Models in tests/goldens/models.
+/// Folders in tests/goldens/models. A model whose name ends in `-64` has heads of 64 dimensions,
+/// for which GPUs have kernels of their own, and other features than the model without the suffix.
 pub const FAMILIES: [&str; 25] = [
     "gemma3",
     "gemma2",

@@ -251,8 +251,8 @@ fn a_converted_model_is_the_same_model() {
 }
 
 /// Writes the golden model in `folder` as llama.cpp's converter writes models of the architecture.
-/// `own` are the metadata of the family, without the architecture's name; `factors` are the
-/// divisors of longrope.
+/// `own` has the family's metadata, by keys without the architecture's prefix. `factors` has
+/// longrope's divisors, by the names of their tensors.
 fn convert_family(
     folder: &Path,
     name: &str,
@@ -376,8 +376,8 @@ pub struct TwoFormats {
     pub gguf: PathBuf,
 }
 
-/// Writes a model of each family that llama.cpp has to `dir`, in both formats. Settings that GGUF
-/// cannot store are changed.
+/// Writes to `dir`, in both formats, models of the further families that llama.cpp has. Settings
+/// that GGUF cannot store are changed.
 pub fn write_families(dir: &Path) -> Vec<TwoFormats> {
     type OwnMetadata = Vec<(&'static str, Value)>;
     let text = |value: &str| Value::String(value.into());
@@ -521,7 +521,8 @@ pub fn write_families(dir: &Path) -> Vec<TwoFormats> {
         ),
         ("mistral3-images", "mistral3", vec![rotated(16)]),
     ];
-    // GGUF cannot store other factors on the scores, nor windows of Qwen.
+    // GGUF has neither Gemma 3's factor on the scores, which llama.cpp computes from the sizes, nor
+    // windows of Qwen.
     let not_in_gguf = [
         (
             "gemma3",
@@ -648,8 +649,8 @@ fn convert_blocks(file: &Path) -> String {
         .to_string()
 }
 
-/// The `eos_token_id` of such a file ends a text. Another token ends a turn, as in files of Llama
-/// 3.
+/// As in files of Llama 3, `eos_token_id` ends a text, and another token ends a turn. That token
+/// is known from `eot_token_id`, or because the chat template prints it.
 #[test]
 fn the_end_of_a_turn_stops_generation_beside_the_end_of_a_text() {
     let dir = tempfile::tempdir().unwrap();
@@ -787,8 +788,8 @@ fn a_truncated_or_hostile_file_is_an_error_that_names_it() {
         let e = load().unwrap_err().to_string();
         assert!(e.contains("damaged.gguf"), "{cut}: {e}");
     }
-    // Inverts every byte of the counts and the first entries: the result must be an error or the
-    // same model, never a panic or an endless allocation.
+    // Inverts every byte of the counts and the first entries. Such a file may be refused or read,
+    // but it must cause neither a panic nor an endless allocation.
     for at in 4..400 {
         let mut changed = bytes.clone();
         changed[at] ^= 0xff;

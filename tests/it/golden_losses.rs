@@ -1,5 +1,5 @@
-//! Compares every loss, divergence and weighting with TRL's own code: value, gradient norm and
-//! metrics.
+//! Compares every loss, divergence and weighting of TRL's DPOTrainer with its own code: value,
+//! gradient norm and metrics. Losses that it lacks are compared with their formulas.
 
 use bradley::domain::dpo::{Divergence, DpoConfig, LossType, WeightedLoss};
 use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, ScheduleKind, TrainingSpec};

@@ -1,4 +1,5 @@
-//! Compares log-probs and gradients of every architecture with transformers and TRL.
+//! Compares log-probs and gradients of the first four families with transformers and TRL.
+//! families.rs does the same for the further families.
 
 use std::sync::Arc;
 

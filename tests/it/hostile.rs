@@ -1,8 +1,7 @@
 //! Requests and files that nobody should send, generated and mutated from a seed. Each gets an
 //! answer with a reason, and the server continues to work.
 //!
-//! `BRADLEY_TEST_HOSTILE` is the number of cases of each kind (default 100); before a release it is
-//! 3000.
+//! `BRADLEY_TEST_HOSTILE` is the number of cases of each kind, 100 by default.
 
 use std::io::{Read, Write};
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! docs/models.md and the README's table of families: both have what the code computes today.
+//! docs/models.md and the README's table of families. The tables of docs/models.md have what the
+//! code computes today, and both pages have every family.
 
 use std::path::{Path, PathBuf};
 

@@ -210,8 +210,8 @@ fn random_spec(draw: &mut Draw) -> ModelSpec {
     }
 }
 
-/// Draws features that only some families have, from a generator of their own, so that a seed has
-/// the same sizes as before there were such families.
+/// Draws features that only some families have. `draw` is another generator than that of
+/// [`random_spec`], so that a new feature does not change the sizes that a seed gives.
 fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
     // Numbers that bf16 represents exactly.
     spec.embedding_scale = draw.pick(&[1.0, 1.0, 0.5, 3.0]);

@@ -19,11 +19,13 @@ use bradley::train::rows::read_rows;
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
-/// Names of the tiny models, one of each family.
+/// Names of the tiny models of the first four families, which most tests of models use. The other
+/// families are in [`FAMILY_MODELS`].
 pub const MODELS: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
 /// Names of tiny models of the further families, of each the one with more features. TRL's runs of
-/// them are in `trajectories_*.json`. tests/it/families.rs has the other models of these families.
+/// them are in `trajectories_*.json`. `FAMILIES` in tests/it/families.rs has all models of these
+/// families.
 pub const FAMILY_MODELS: [&str; 13] = [
     "gemma3",
     "gemma2-64",

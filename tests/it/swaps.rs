@@ -117,7 +117,7 @@ impl EarlierJobs {
         submit(client, job(&self.dataset, 2)).await
     }
 
-    /// Checks that a server refuses these jobs when another `part` of its model has changed.
+    /// Checks that a server refuses these jobs because the `part` of its model has changed.
     async fn assert_refused(&self, client: &Client, part: &str) {
         assert_refused("scoring", score_checkpoint(client, &self.ended).await, part);
         assert_refused("a merged export", export(client, &self.ended).await, part);

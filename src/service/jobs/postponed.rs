@@ -1,5 +1,5 @@
-//! Jobs that this process leaves in the queue for a while, because an input they need is missing or
-//! has changed, and is unlikely to be restored soon.
+//! Jobs that this process leaves in the queue for a while: an input that they need is missing or
+//! has changed, and is unlikely to be restored soon, or too many runs wait for a device.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};

@@ -13,6 +13,7 @@
 //! | Preparing, Running, Pausing | Cancelling | a client asks; the run is told to stop |
 //! | Preparing, Running | Queued | the run is drained or preempted |
 //! | Preparing, Running | Queued | an input is missing or has changed: the job is postponed |
+//! | Preparing | Queued | too many runs wait for a device: the job is postponed |
 //! | Pausing | Paused | the run is drained, or an input is missing or has changed |
 //! | Preparing, Running, Pausing, Cancelling | Failed | the run failed, or an input is unusable |
 //! | Cancelling | Cancelled | the run ended in any way but a failure |
@@ -78,7 +79,7 @@ pub(in crate::service) struct JobRunner {
     pub shutdown: Shutdown,
     /// Time after which a running job is preempted if another job of the same priority is queued.
     pub time_slice: Duration,
-    /// First pause of a job that was requeued because an input was missing or had changed.
+    /// First pause of a job that is postponed, see the table above.
     pub postponement: Duration,
 }
 
@@ -556,7 +557,8 @@ impl JobRunner {
 enum End {
     /// The run ended.
     Run(RunEnd),
-    /// The job is requeued because an input is missing or has changed.
+    /// The job is requeued because an input is missing or has changed, or because too many runs
+    /// wait for a device.
     Waits(JobError),
 }
 

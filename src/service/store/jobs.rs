@@ -347,7 +347,8 @@ impl Store {
 
     /// Returns the queued job for which a running one may be preempted: among those of the highest
     /// priority, the one that has waited longest. Jobs in `passed_over`, and jobs that were
-    /// requeued because an input was missing or had changed, do not count.
+    /// requeued with an error (an input is missing or has changed, or too many runs wait), do not
+    /// count.
     ///
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.

@@ -27,9 +27,9 @@ fn emulated_gpu_name() -> String {
 #[ignore = "needs the emulator (BRADLEY_TEST_DEVICE)"]
 async fn a_run_that_does_not_fit_the_gpu_shortens_its_rows_or_fails() {
     let device = emulated_gpu_name();
-    // The memory holds one pair of a row but not two, or not even one. With mapped memory these
-    // sizes are other ones, because it is mapped in larger pieces. In the last case the driver's
-    // call that releases memory reports a failure.
+    // The memory suffices for rows of one pair but not of two, or not even for one pair. Mapped
+    // memory needs other sizes, because it is mapped in larger pieces. In the last case the
+    // driver's call that releases memory reports a failure.
     let cases = [
         (46, "0", "0", None),
         (36, "0", "0", Some("out of memory")),

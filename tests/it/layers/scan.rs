@@ -45,7 +45,7 @@ pub fn paths(source: &str) -> Vec<PathUse> {
                 depth = depth.saturating_sub(1);
                 i += 1;
             }
-            // Not the first name of `use ::x`.
+            // Skipped, because `use ::x` would be read as the path `use::x`.
             "use" => i += 1,
             name if is_name(name) => {
                 let (first, line) = (found.len(), tokens[i].line);
