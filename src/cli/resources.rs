@@ -349,7 +349,7 @@ pub(super) async fn models(command: ModelsCommand, output: Output) -> Outcome {
                 output,
                 &[
                     "name",
-                    "family",
+                    "architecture",
                     "parameters",
                     "context",
                     "dtype",

@@ -96,7 +96,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "max_row_tokens",
         "16384",
-        "Maximum number of tokens in a row of a dataset or a scoring request",
+        "Maximum number of tokens in one scored row, with the prompt and all of its answers; \
+         training is limited by a job's max_length instead",
     ),
     (
         "reference_cache_tokens",

@@ -278,14 +278,25 @@ impl BaseModels {
         let ModelError::Changed { .. } = e else {
             return EngineError::unusable(e);
         };
-        tracing::error!(model, error = %e, "the weights in their own precision cannot be read");
-        EngineError::FilesChanged(format!(
-            "models/{model}: this needs the weights as their files have them, because the server \
-             computes in {} and the files are more precise, but {}; put the files back, restart \
-             the server with the model, or serve it in f32",
-            self.precision.name(),
-            e.for_clients()
-        ))
+        tracing::error!(model, error = %e, "the files of a base model cannot be read again");
+        let mut remedy = "put the files back, or restart the server with the model".to_owned();
+        EngineError::FilesChanged(match self.precision {
+            Precision::F32 => format!(
+                "models/{model}: an export copies the parts for images from the model's files, \
+                 but {}; {remedy}",
+                e.for_clients()
+            ),
+            Precision::Bf16 => {
+                if self.get(model).is_ok_and(|base| base.whole.is_none()) {
+                    remedy += ", or serve it in f32";
+                }
+                format!(
+                    "models/{model}: this needs the model's files, because the server computes in \
+                 bf16 and has rounded weights in memory, but {}; {remedy}",
+                    e.for_clients()
+                )
+            }
+        })
     }
 
     /// Reads a base model's unrounded weights in f32; `None` if those in memory are exact. Blocks.

@@ -73,7 +73,8 @@ const COUNTERS: [(&str, &str); 5] = [
     ),
     (
         "bradley_jobs_waiting_total",
-        "Times that a job was requeued because an input was missing, by reason.",
+        "Times that a job was requeued because an input was missing or had changed, or too many \
+         runs waited, by reason.",
     ),
     (
         "bradley_requests_total",
@@ -190,6 +191,7 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
         "dataset_changed",
         "model_changed",
         "model_files_changed",
+        "queue_full",
         "rows_changed",
     ] {
         counter!("bradley_jobs_waiting_total", "reason" => reason).increment(0);

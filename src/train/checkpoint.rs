@@ -28,6 +28,7 @@ use crate::formats::tokenizer::ChatTokenizer;
 use crate::formats::{export, peft};
 use crate::model::decoder::Policy;
 use crate::model::error::{ModelError, last_part};
+use crate::model::params::text_peft_name;
 
 /// File that marks a folder as a complete checkpoint; written last.
 pub const STATE_FILE: &str = "trainer_state.json";

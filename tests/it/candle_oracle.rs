@@ -622,7 +622,7 @@ fn candle_transformers_refuses_what_it_cannot_compute() {
         (
             "gemma3",
             oracle!(gemma3::Model, false),
-            "RequiresContiguous",
+            "slice-set only supports contiguous tensors",
         ),
     ];
     for (fixture, make, message) in refused {

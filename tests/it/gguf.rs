@@ -539,6 +539,7 @@ pub fn write_families(dir: &Path) -> Vec<TwoFormats> {
             "\"use_sliding_window\": true",
             "\"use_sliding_window\": false",
         ),
+        ("qwen2_vl", "\"sliding_attention\"", "\"full_attention\""),
     ];
     let write = |(name, architecture, own): (&'static str, &str, OwnMetadata)| {
         let (folder, file) = (dir.join(name), dir.join(format!("{name}.gguf")));
