@@ -43,22 +43,6 @@ FAMILIES = {
     "gemma3-images": 444,
     "mistral3-images": 445,
 }
-# The models of `family_trajectories`: of each family the one with more features.
-TRAINED = [
-    "gemma3",
-    "gemma2-64",
-    "phi3-long",
-    "glm4-64",
-    "smollm3-64",
-    "granite-64",
-    "olmo2-64",
-    "olmo3-64",
-    "ministral-64",
-    "ministral3-64",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl-64",
-]
 # Rows of other models than those of pairs.jsonl. With longrope, transformers takes the frequencies of a batch from its longest
 # sequence, and Bradley those of a sequence from its own length. Here all sequences of a batch are on one side of the pretrained context.
 OTHER_ROWS = {"phi3-long": "longrope_pairs.jsonl"}
@@ -265,12 +249,12 @@ def trajectories():
 
 
 def family_trajectories():
-    """TRL's runs of ten steps of a model of each further family: full, and LoRA on all linear layers.
+    """TRL's runs of ten steps of the models of each further family: full, and LoRA on all linear layers.
 
     TRL trains the text of a model of text and images as it is, if the trainer gets a tokenizer instead of a processor. Its vision tower
     then has no gradients. With names of models among the arguments, beside the name of this part: only those.
     """
-    for name in TRAINED:
+    for name in FAMILIES:
         if any(other in sys.argv[1:] for other in FAMILIES) and name not in sys.argv[1:]:
             continue
         file = OTHER_ROWS.get(name, "pairs.jsonl")

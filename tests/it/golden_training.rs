@@ -15,6 +15,7 @@ use bradley::infer::reference_cache::ReferenceCache;
 use bradley::infer::scorer::score;
 use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
+use bradley::model::device::ComputeDevice;
 use bradley::train::checkpoint;
 use bradley::train::event::RunEvent;
 use bradley::train::reference::Reference;
@@ -23,8 +24,9 @@ use bradley::train::trainable::TrainablePolicy;
 use bradley::train::trainer::{Status, TrainError, Trainer, TrainerInput, tokens_until};
 use serde_json::Value;
 
+use crate::families::FAMILIES;
 use crate::support::{
-    FAMILY_MODELS, assert_close, encode, golden, is_batch_invariant, json, open, rows, tiny,
+    FAMILY_MODELS, assert_close, device, encode, golden, is_batch_invariant, json, open, rows, tiny,
 };
 
 /// Description of a run.
@@ -232,7 +234,12 @@ fn trajectories_are_trls() {
 
 #[test]
 fn trajectories_of_each_family_are_trls() {
-    for name in FAMILY_MODELS {
+    // The emulator is slow, so that it runs one model of each family.
+    let names: &[&str] = match device() {
+        ComputeDevice::Cpu => &FAMILIES,
+        _ => &FAMILY_MODELS,
+    };
+    for &name in names {
         let golden = json(&format!("trajectories_{name}.json"));
         for run in ["full", "lora"] {
             let trls = &golden["runs"][run];

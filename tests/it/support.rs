@@ -23,9 +23,8 @@ use serde_json::Value;
 /// families are in [`FAMILY_MODELS`].
 pub const MODELS: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
-/// Names of tiny models of the further families, of each the one with more features. TRL's runs of
-/// them are in `trajectories_*.json`. `FAMILIES` in tests/it/families.rs has all models of these
-/// families.
+/// Names of tiny models of the further families, of each the one with more features. `FAMILIES` in
+/// tests/it/families.rs has all models of these families.
 pub const FAMILY_MODELS: [&str; 13] = [
     "gemma3",
     "gemma2-64",
