@@ -177,12 +177,11 @@ pub(super) fn describe(
         .filter(|(_, (_, kind))| matches!(**kind, CONTROL | USER_DEFINED))
         .map(|(id, (token, kind))| {
             let special = *kind == CONTROL;
-            added_token(
-                id,
-                token,
-                special,
-                if special { strips } else { Strips::Neither },
-            )
+            let strips = match special {
+                true => strips,
+                false => Strips::Neither,
+            };
+            added_token(id, token, special, strips)
         })
         .collect();
     let vocab: serde_json::Map<String, Value> = tokens
