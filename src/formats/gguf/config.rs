@@ -25,9 +25,8 @@ const LLAMA3_RAMP: (f64, f64, usize) = (1.0, 4.0, 8192);
 /// Tokens that end a turn or a message if the chat template prints them.
 const TURN_ENDS: [&str; 3] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>"];
 /// Architectures of llama.cpp that are implemented.
-const SUPPORTED: &str = "llama, which Mistral uses too, qwen2, qwen2vl, qwen3, qwen3vl, gemma2, \
-                         gemma3, phi3, glm4, smollm3, granite, olmo2, which OLMo 3 uses too, \
-                         mistral3";
+const SUPPORTED: &str = "llama (also Mistral), qwen2, qwen2vl, qwen3, qwen3vl, gemma2, gemma3, \
+                         phi3, glm4, smollm3, granite, olmo2 (also OLMo 3), mistral3";
 /// Numbers of blocks of Gemma 2 27B and Gemma 3 27B. In these models the factor on the scores is
 /// 1/√(C / H) in place of 1/√D. GGUF does not store the factor, so this module, like llama.cpp,
 /// recognises the models by their number of blocks.

@@ -4,6 +4,8 @@
 mod byte_level;
 mod description;
 mod sentencepiece;
+#[cfg(test)]
+mod testing;
 
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
@@ -55,7 +57,11 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let mut content = blake3::Hasher::new();
     let is_sentencepiece = model == "llama";
     // llama.cpp's defaults: SentencePiece models begin each text with the BOS token.
-    let starts = surrounding(gguf, (ADD_BOS, is_sentencepiece), BOS, bos.as_ref())?;
+    let adds_bos = match is_sentencepiece {
+        true => true,
+        false => byte_level::adds_bos(gguf)?,
+    };
+    let starts = surrounding(gguf, (ADD_BOS, adds_bos), BOS, bos.as_ref())?;
     let description = if is_sentencepiece {
         if bos.is_none() && gguf.flag(ADD_BOS)?.unwrap_or(true) {
             return Err(gguf.invalid(BOS, "is missing, but the tokenizer adds this token"));
@@ -65,7 +71,7 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
         sentencepiece::describe(gguf, tokens, unk.as_deref(), &mut content)?
             .into_json(&starts, &ends)
     } else {
-        let add_bos = gguf.flag(ADD_BOS)?.unwrap_or(false);
+        let add_bos = gguf.flag(ADD_BOS)?.unwrap_or(adds_bos);
         byte_level::describe(gguf, tokens, add_bos, &mut content)?.into_json(&starts, &[])
     };
     let file = serde_json::to_vec(&description).map_err(|e| wrong(&gguf.path, e.to_string()))?;

@@ -11,8 +11,8 @@ const LATENT: &str = "it has multi-head latent attention, which is not implement
 const PER_LAYER: &str = "it has embeddings of their own for each layer, or layers that share \
                          keys and values, which is not implemented";
 const GEMMA: &str = "the first Gemma is not implemented; Gemma 2 and 3 are";
-const IMAGES: &str =
-    "of the models of text, images or sound, only the text of those in this list is implemented";
+const IMAGES: &str = "of models of text and images or sound, only the text of the ones listed here \
+                      is implemented";
 
 /// Reasons, each with the names of the models as `model_type` and llama.cpp spell them, in lower
 /// case and without separators.

@@ -40,14 +40,22 @@ impl TokenizerDescription {
     }
 }
 
+/// Sides of an added token on which spaces and line breaks are dropped.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Strips {
+    Neither,
+    Right,
+    Both,
+}
+
 /// Returns an entry of `added_tokens`.
-pub(super) fn added_token(id: usize, content: &str, special: bool) -> Value {
+pub(super) fn added_token(id: usize, content: &str, special: bool, strips: Strips) -> Value {
     json!({
         "id": id,
         "content": content,
         "single_word": false,
-        "lstrip": false,
-        "rstrip": false,
+        "lstrip": strips == Strips::Both,
+        "rstrip": strips != Strips::Neither,
         "normalized": false,
         "special": special,
     })

@@ -9,7 +9,8 @@
 //! Two things are in tokenizer.json and not in GGUF. The first is transformers' option `legacy`:
 //! here, as in llama.cpp and in Llama 2's tokenizer.json, a space is put before the text and after
 //! each special token. The second is the treatment of the text around added tokens: here, as in
-//! SentencePiece, an added token is matched exactly, and the spaces around it stay.
+//! SentencePiece, an added token is matched exactly, and the spaces around it stay. Only Phi-3's
+//! tokens drop the spaces behind them, as in its tokenizer.json and in llama.cpp.
 //!
 //! A vocabulary from which the merges do not follow is refused.
 
@@ -18,7 +19,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 
 use super::description::{
-    BYTE, CONTROL, NORMAL, TokenizerDescription, UNKNOWN, UNUSED, USER_DEFINED, added_token,
+    BYTE, CONTROL, NORMAL, Strips, TokenizerDescription, UNKNOWN, UNUSED, USER_DEFINED, added_token,
 };
 use crate::formats::gguf::reader::Gguf;
 use crate::model::error::ModelError;
@@ -30,6 +31,10 @@ const SPACE: char = '▁';
 /// Maximum length of a token. The time to find the merges grows with its square; the longest piece
 /// of Gemma 3 has 93 bytes.
 const MAX_TOKEN_BYTES: usize = 256;
+/// Architecture of Phi-3. Its SentencePiece model is that of Llama 2.
+const PHI3: &str = "phi3";
+/// Added tokens of Phi-3 behind which spaces stay.
+const EXACT_IN_PHI3: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
 
 /// A token of the vocabulary, with its text as in tokenizer.json.
 struct SentencePiece {
@@ -45,7 +50,7 @@ struct SentencePiece {
 /// with which the published tokenizer.json was made.
 #[derive(Clone, Copy, PartialEq)]
 enum TieOrder {
-    /// The order of ids: Llama 2, Mistral.
+    /// The order of ids: Llama 2, Mistral, Phi-3.
     ById,
     /// Longer pieces first: Gemma 2 and 3. It decides how more than 31 spaces are divided.
     LongestFirst,
@@ -72,12 +77,12 @@ pub(super) fn describe(
     };
     let architecture = gguf.string("general.architecture")?.unwrap_or_default();
     let ties = match architecture {
-        "llama" => TieOrder::ById,
+        "llama" | PHI3 => TieOrder::ById,
         "gemma" | "gemma2" | "gemma3" => TieOrder::LongestFirst,
         other => {
             return Err(refuse(format!(
                 "the rules of architecture '{other}' are not in the file \
-                 (supported: llama, gemma, gemma2, gemma3)"
+                 (supported: llama, phi3, gemma, gemma2, gemma3)"
             )));
         }
     };
@@ -126,6 +131,14 @@ pub(super) fn describe(
         content.update(text.as_bytes());
     }
     content.update(&[u8::from(adds_space)]);
+    let is_phi3 = architecture == PHI3;
+    if is_phi3 {
+        content.update(PHI3.as_bytes());
+    }
+    let strips = |piece: &SentencePiece| match is_phi3 {
+        true if !EXACT_IN_PHI3.contains(&piece.text.as_str()) => Strips::Right,
+        _ => Strips::Neither,
+    };
 
     let unknown = unknown.or_else(|| {
         let piece = pieces.iter().find(|piece| piece.kind == UNKNOWN)?;
@@ -134,7 +147,10 @@ pub(super) fn describe(
     let added_tokens = pieces
         .iter()
         .filter(|piece| matches!(piece.kind, UNKNOWN | CONTROL | USER_DEFINED))
-        .map(|piece| added_token(piece.id, &piece.text, piece.kind != USER_DEFINED))
+        .map(|piece| {
+            let special = piece.kind != USER_DEFINED;
+            added_token(piece.id, &piece.text, special, strips(piece))
+        })
         .collect();
     let vocab: serde_json::Map<String, Value> = pieces
         .iter()

@@ -1,15 +1,12 @@
 use std::collections::HashSet;
-use std::io::BufWriter;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use candle_core::quantized::gguf_file::{self, Value as Stored};
-use serde_json::Value;
-use tokenizers::Tokenizer;
+use candle_core::quantized::gguf_file::Value as Stored;
+use serde_json::{Value, json};
 
 use super::super::description::{BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED};
+use super::super::testing::{assert_same_tokens, looks_special, read_written, real};
 use super::byte_piece;
-use crate::formats::chat_template::{ChatMessage, RenderOptions};
-use crate::formats::gguf::reader::Gguf;
 use crate::formats::tokenizer::ChatTokenizer;
 
 /// The metadata of a tokenizer that a test writes into a GGUF file.
@@ -58,8 +55,6 @@ impl GgufVocabulary {
 
     /// Writes a GGUF file and reads its tokenizer. The error is the message.
     fn read(&self) -> Result<ChatTokenizer, String> {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("tokenizer.gguf");
         let texts = self.tokens.iter().map(|(t, ..)| Stored::String(t.clone()));
         let scores = self.tokens.iter().map(|(_, score, _)| Stored::F32(*score));
         let types = self.tokens.iter().map(|(.., kind)| Stored::I32(*kind));
@@ -73,11 +68,7 @@ impl GgufVocabulary {
             .chain(&self.metadata)
             .map(|(key, value)| (*key, value))
             .collect();
-        let mut file = BufWriter::new(std::fs::File::create(&path).unwrap());
-        gguf_file::write(&mut file, &metadata, &[]).unwrap();
-        drop(file);
-        let gguf = Gguf::open(&path).unwrap();
-        ChatTokenizer::from_gguf(&gguf).map_err(|e| e.to_string())
+        read_written(&metadata)
     }
 }
 
@@ -184,6 +175,31 @@ fn runs_of_spaces_and_tabs_are_gemmas() {
     assert_eq!(tokenizer.decode(&[3 + 9]).unwrap(), "\t");
 }
 
+/// Phi-3's `<|endoftext|>` and the tokens of other families are matched exactly.
+#[test]
+fn added_tokens_of_phi_3_drop_the_spaces_behind_them() {
+    let mut vocabulary = GgufVocabulary::tiny("phi3");
+    for text in ["<|user|>", "<|endoftext|>"] {
+        vocabulary.add(text, -1000.0, CONTROL);
+    }
+    let phi3 = vocabulary.read().unwrap();
+    vocabulary.set("general.architecture", Stored::String("llama".into()));
+    let llama = vocabulary.read().unwrap();
+    let (space, newline) = (261, 3 + 10);
+    assert_eq!(ids(&phi3, "ab<|user|>  \n ab"), [1, 260, 264, 260]);
+    assert_eq!(
+        ids(&llama, "ab<|user|>\nab"),
+        [1, 260, 264, space, newline, 259]
+    );
+    for tokenizer in [&phi3, &llama] {
+        assert_eq!(
+            ids(tokenizer, "ab<|endoftext|>\nab"),
+            [1, 260, 265, space, newline, 259]
+        );
+    }
+    assert_ne!(phi3.content_hash(), llama.content_hash());
+}
+
 #[test]
 fn a_vocabulary_that_does_not_define_the_tokenizer_is_refused_by_name() {
     let tiny = || GgufVocabulary::tiny("llama");
@@ -237,7 +253,7 @@ fn a_vocabulary_that_does_not_define_the_tokenizer_is_refused_by_name() {
         ),
         (missing_byte, "the byte <0x41> is missing"),
         (no_bos, "'tokenizer.ggml.bos_token_id': is missing"),
-        (GgufVocabulary::tiny("phi3"), "architecture 'phi3'"),
+        (GgufVocabulary::tiny("plamo"), "architecture 'plamo'"),
         (
             keyed("tokenizer.ggml.merges", merges),
             "the merge 'b b' is not of two pieces",
@@ -312,10 +328,7 @@ fn converted(file: &Value, config: &Value, runs_are_last: bool) -> GgufVocabular
             token["id"].as_u64().unwrap(),
             token["content"].as_str().unwrap(),
         );
-        let looks_special = ["<pad>", "<mask>", "<2mass>", "[@BOS@]"].contains(&text)
-            || text.starts_with("<|") && text.ends_with("|>")
-            || text.starts_with("<unused") && text.ends_with('>');
-        tokens[id as usize] = if looks_special || token["special"] == true {
+        tokens[id as usize] = if looks_special(text) || token["special"] == true {
             (text.to_owned(), -1000.0, CONTROL)
         } else {
             (text.replace('▁', " "), -1000.0, USER_DEFINED)
@@ -340,10 +353,6 @@ fn converted(file: &Value, config: &Value, runs_are_last: bool) -> GgufVocabular
     vocabulary
 }
 
-fn json(path: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
 /// Returns the model of a tokenizer.json with its merges as pairs. Older files have them as text.
 fn model_with_pairs(file: &Value) -> Value {
     let mut model = file["model"].clone();
@@ -358,92 +367,101 @@ fn model_with_pairs(file: &Value) -> Value {
 
 /// Compares the tokenizer of a GGUF file with the tokenizer.json of the same model: merge for
 /// merge, and token for token on the texts and dialogues of tests/goldens/dialogues.json.
-fn assert_is_tokenizer_json(name: &str, architecture: &str, template: Option<&Path>) {
-    let tokenizers = std::env::var("BRADLEY_TEST_TOKENIZERS")
-        .expect("BRADLEY_TEST_TOKENIZERS: `.ci/run setup` prints it");
-    let folder = PathBuf::from(tokenizers).join(name);
-    let file = json(&folder.join("tokenizer.json"));
-    let config = json(&folder.join("tokenizer_config.json"));
-    let is_llama = architecture == "llama";
-    let mut vocabulary = converted(&file, &config, is_llama);
+fn assert_is_tokenizer_json(architecture: &str, file: &Value, config: &Value, template: &str) {
+    let is_llama = ["llama", "phi3"].contains(&architecture);
+    let mut vocabulary = converted(file, config, is_llama);
     vocabulary.set("general.architecture", Stored::String(architecture.into()));
     if !is_llama {
         vocabulary.set("tokenizer.ggml.add_space_prefix", Stored::Bool(false));
     }
-    let template = template.map_or_else(
-        || config["chat_template"].as_str().unwrap().to_owned(),
-        |path| std::fs::read_to_string(path).unwrap(),
-    );
-    vocabulary.set("tokenizer.chat_template", Stored::String(template));
+    vocabulary.set("tokenizer.chat_template", Stored::String(template.into()));
     let tokenizer = vocabulary.read().unwrap();
 
     let (_, rebuilt) = &tokenizer.files()[0];
     let rebuilt: Value = serde_json::from_slice(rebuilt).unwrap();
     for part in ["normalizer", "decoder", "post_processor"] {
-        assert_eq!(rebuilt[part], file[part], "{name}: {part}");
+        assert_eq!(rebuilt[part], file[part], "{architecture}: {part}");
     }
-    let (ours, theirs) = (model_with_pairs(&rebuilt), model_with_pairs(&file));
+    let (ours, theirs) = (model_with_pairs(&rebuilt), model_with_pairs(file));
     let merges = |model: &Value| model["merges"].as_array().unwrap().clone();
     let (our_merges, their_merges) = (merges(&ours), merges(&theirs));
-    assert_eq!(our_merges.len(), their_merges.len(), "{name}");
+    assert_eq!(our_merges.len(), their_merges.len(), "{architecture}");
     let other = our_merges
         .iter()
         .zip(&their_merges)
         .position(|(a, b)| a != b);
-    assert_eq!(other, None, "{name}: the first merge that differs");
+    assert_eq!(other, None, "{architecture}: the first merge that differs");
     let vocab = theirs["vocab"].as_object().unwrap();
     for (text, id) in vocab {
-        assert_eq!(ours["vocab"][text], *id, "{name}: {text:?}");
+        assert_eq!(ours["vocab"][text], *id, "{architecture}: {text:?}");
     }
 
-    let expected = Tokenizer::from_file(folder.join("tokenizer.json")).unwrap();
-    let corpus = json(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/dialogues.json"));
-    let mut texts: Vec<String> = corpus["texts"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|text| text.as_str().unwrap().to_owned())
+    let lengths = [15, 31, 40, 70, 129];
+    let runs: Vec<String> = lengths
+        .into_iter()
+        .flat_map(|length| {
+            let (tabs, lines) = ("\t".repeat(length), "-".repeat(length));
+            [
+                format!("a{}b", " ".repeat(length)),
+                format!("{tabs}\n\n\n{lines}"),
+            ]
+        })
         .collect();
-    for length in [15, 31, 40, 70, 129] {
-        texts.push(format!("a{}b", " ".repeat(length)));
-        texts.push(format!(
-            "{}\n\n\n{}",
-            "\t".repeat(length),
-            "-".repeat(length)
-        ));
-    }
-    let plain = texts.len();
-    for dialogue in corpus["dialogues"].as_array().unwrap() {
-        let messages: Result<Vec<ChatMessage>, _> = dialogue["messages"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|message| ChatMessage::from_json(message.clone()))
-            .collect();
-        let options = RenderOptions::new(true);
-        texts.extend(tokenizer.apply_chat_template(&messages.unwrap(), &options));
-    }
-    assert!(texts.len() >= plain + 40, "{name}: {} texts", texts.len());
-    for text in &texts {
-        for special in [true, false] {
-            let wanted = expected.encode(text.as_str(), special).unwrap();
-            let got = tokenizer.encode(text, special).unwrap();
-            assert_eq!(got, wanted.get_ids(), "{name}: {text:?}");
-            let decoded = expected.decode(wanted.get_ids(), false).unwrap();
-            assert_eq!(tokenizer.decode(&got).unwrap(), decoded, "{name}: {text:?}");
-        }
-    }
+    assert_same_tokens(architecture, &tokenizer, file, &runs);
+}
+
+fn llama2_template() -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/llama2.jinja");
+    std::fs::read_to_string(path).unwrap()
 }
 
 #[test]
 #[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS)"]
 fn a_gguf_file_of_llama_2_has_the_tokens_of_tokenizer_json() {
-    let template = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/llama2.jinja");
-    assert_is_tokenizer_json("llama2", "llama", Some(&template));
+    let (file, config) = real("llama2");
+    assert_is_tokenizer_json("llama", &file, &config, &llama2_template());
 }
 
 #[test]
 #[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS)"]
 fn a_gguf_file_of_gemma_3_has_the_tokens_of_tokenizer_json() {
-    assert_is_tokenizer_json("gemma3", "gemma3", None);
+    let (file, config) = real("gemma3");
+    let template = config["chat_template"].as_str().unwrap();
+    assert_is_tokenizer_json("gemma3", &file, &config, template);
+}
+
+/// The tokenizer.json of Phi-3-mini is that of Llama 2 with these added tokens.
+#[test]
+#[ignore = "needs real tokenizers (BRADLEY_TEST_TOKENIZERS)"]
+fn a_gguf_file_of_phi_3_has_the_tokens_of_tokenizer_json() {
+    let (mut file, config) = real("llama2");
+    let added = [
+        (0, "<unk>", false, true),
+        (1, "<s>", false, true),
+        (2, "</s>", true, false),
+        (32000, "<|endoftext|>", false, true),
+        (32001, "<|assistant|>", true, true),
+        (32002, "<|placeholder1|>", true, true),
+        (32003, "<|placeholder2|>", true, true),
+        (32004, "<|placeholder3|>", true, true),
+        (32005, "<|placeholder4|>", true, true),
+        (32006, "<|system|>", true, true),
+        (32007, "<|end|>", true, true),
+        (32008, "<|placeholder5|>", true, true),
+        (32009, "<|placeholder6|>", true, true),
+        (32010, "<|user|>", true, true),
+    ];
+    file["added_tokens"] = added
+        .into_iter()
+        .map(|(id, content, rstrip, special)| {
+            json!({
+                "id": id, "content": content, "single_word": false, "lstrip": false,
+                "rstrip": rstrip, "normalized": false, "special": special,
+            })
+        })
+        .collect();
+    let template = "{{ bos_token }}{% for message in messages %}\
+                    {{ '<|' + message['role'] + '|>\\n' }}{{ message['content'] }}\
+                    {{ '<|end|>\\n' }}{% endfor %}{{ '<|assistant|>\\n' }}";
+    assert_is_tokenizer_json("phi3", &file, &config, template);
 }
