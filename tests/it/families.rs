@@ -1174,7 +1174,7 @@ fn other_models_are_refused_with_the_reason_and_what_is_supported() {
         ("modernbert", "it is an encoder"),
         ("gpt2", "only these are implemented"),
         ("minicpm3", "latent attention"),
-        ("idefics3", "models of text, images or sound"),
+        ("idefics3", "models of text and images or sound"),
         ("unheard_of", "'unheard_of' (supported: llama, mistral"),
     ] {
         let e = read(&json!({"model_type": name})).unwrap_err().to_string();

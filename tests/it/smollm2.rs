@@ -88,7 +88,7 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
                 "row {i}: other tokens than transformers"
             );
         } else if !has_the_same_tokens {
-            // transformers ignores the GGUF's pre-tokenizer name and does not split digits as
+            // transformers does not know this pre-tokenizer name and does not split digits as
             // SmolLM2's own tokenizer does, so blank lines before a digit are tokenised
             // differently. The numbers below are for transformers' tokens in this case.
             println!("row {i}: transformers has other tokens around a digit");
