@@ -211,8 +211,8 @@ pub fn estimate(
     let scores = max_over_blocks(&blocks, |block| {
         score_bytes(kernel, block.heads.query, t as usize, lengths.longest)
     });
-    // Full fine-tuning trains the head and saves its probabilities for every row in memory: for one
-    // row, or for at most one row per pair if the loss compares pairs.
+    // Full fine-tuning trains the head. With `Tapes` it saves the head's probabilities for every
+    // row in memory: for one row, or for at most one row per pair if the loss compares pairs.
     let rows = if spec.dpo.compares_pairs() {
         spec.batch.batch_size as u64
     } else {

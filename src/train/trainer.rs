@@ -53,7 +53,8 @@ pub enum TrainError {
         value: f64,
         /// Optimizer step in which it occurred.
         step: u64,
-        /// Dataset rows of the micro-batch; empty for `eval_loss`.
+        /// Dataset rows of the micro-batch, for `grad_norm` those of the whole step; empty for
+        /// `eval_loss`.
         rows: Vec<u64>,
     },
     /// A checkpoint could not be written or read.
@@ -117,8 +118,9 @@ pub struct TrainerInput {
     /// Content hashes of the base model. Checkpoints record them, and a run continues only on the
     /// same content.
     pub identity: ModelIdentity,
-    /// Memory in bytes for the run besides the resident base weights and the run's copies of
-    /// weights. It decides how long the rows are and whether activations are recomputed.
+    /// Memory in bytes for the plan: training state and activations (see [`Estimate`]). Weights
+    /// that are not trained (the base's, the reference's) are not part of it. It decides how long
+    /// the rows are and whether activations are recomputed.
     pub memory: u64,
 }
 
@@ -326,7 +328,7 @@ impl Trainer {
         self.total_steps
     }
 
-    /// Returns the planned memory on each device in bytes, without copies of weights.
+    /// Returns the planned memory on each device in bytes, without weights that are not trained.
     pub fn planned_bytes(&self) -> u64 {
         self.plan.total()
     }
@@ -354,8 +356,8 @@ impl Trainer {
         })
     }
 
-    /// Writes a checkpoint of the last completed step, unless it exists. Used when the server
-    /// drains, or the run is preempted or paused.
+    /// Writes a checkpoint of the last completed step, unless it exists or no step is complete.
+    /// Used when the server drains, or the run is preempted or paused.
     ///
     /// # Errors
     /// Fails if the checkpoint cannot be written.

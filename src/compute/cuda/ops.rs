@@ -24,7 +24,8 @@ use crate::compute::cpu::swiglu::ActivationFunction;
 /// Number of floats in a row's softmax state (`State` in head.cu).
 pub(crate) const SOFTMAX_STATE: usize = 8;
 
-/// Number of integers in an entry of a tile list for attention.
+/// Number of integers in an entry of a tile list for attention. `Queries` and `Keys` in
+/// attention.cuh say what they are.
 pub(crate) const TILE_ENTRY: usize = 5;
 
 /// Number of rows (for head norms: heads) that one block of threads sums for the gradient of a

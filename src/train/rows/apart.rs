@@ -45,7 +45,7 @@ enum Line {
 ///
 /// # Errors
 /// Fails if the file cannot be opened. For Parquet also if its footer or columns are not usable, or
-/// decoding exceeds a limit. Returns errors of `row`.
+/// the decoding process exceeds a limit or is killed. Returns errors of `row`.
 pub fn for_each_row(
     path: &Path,
     format: DatasetFormat,

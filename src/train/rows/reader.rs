@@ -48,7 +48,8 @@ pub enum DataError {
 }
 
 /// Iterator over the pairs of a file in row order. A row has one pair, or one for each of several
-/// rejected answers; all carry the row's number. A bad row does not end the iteration.
+/// rejected answers; all carry the row's number. A bad row does not end the iteration. If the file
+/// cannot be read further, or a Parquet record cannot be decoded, that finding is the last item.
 pub type RowReader = Box<dyn Iterator<Item = Result<PreferenceRow, RowIssue>> + Send>;
 
 /// Returns a finding about a row without an id.

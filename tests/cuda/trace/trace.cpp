@@ -24,7 +24,8 @@
 namespace {
 
 constexpr size_t BUFFER = 8 << 20;
-constexpr int PERIOD = 2, AT_UNLOAD = 10, AT_EXIT = 20;  // seconds
+// Seconds between two flushes, and seconds that a flush before an unload or at the exit may take.
+constexpr int PERIOD = 2, AT_UNLOAD = 10, AT_EXIT = 20;
 constexpr const char* COPIES[] = {"?",    "HtoD", "DtoH", "HtoA", "AtoH", "AtoA",
                                   "AtoD", "DtoA", "DtoD", "HtoH", "PtoP"};
 using Count = unsigned long long;
@@ -34,14 +35,16 @@ pthread_mutex_t file_lock = PTHREAD_MUTEX_INITIALIZER;
 FILE* file;
 const char* path;
 Count skip;
+// Delivered kernels, written copies and memsets, records that CUPTI lost, and buffers that were not
+// read to their end.
 std::atomic<Count> kernels, others, dropped, cut;
-std::atomic<bool> used;
+std::atomic<bool> used;  // true once CUPTI has asked for a buffer
 
 // One thread does every flush, so that whoever asks for one can give up on it.
 pthread_mutex_t flush_lock = PTHREAD_MUTEX_INITIALIZER;
 pthread_cond_t asked = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
-Count wanted, finished;
-bool stopped = true;
+Count wanted, finished;  // flushes that were asked for, and those that are done
+bool stopped = true;     // true while the thread does not run, and once it is to end
 
 bool check(const char* what, CUptiResult result) {
     if (result == CUPTI_SUCCESS) return true;
