@@ -23,9 +23,9 @@ use crate::service::audit::AUDIT;
 /// Time limit for sending a batch of spans to the collector.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Starts sending spans by OTLP over gRPC, in batches and from a separate thread. `ratio` is the
-/// share of the traces that begin in this process that is exported, 0 to 1; for other traces the
-/// caller decides. The library reads OTEL_EXPORTER_OTLP_HEADERS and OTEL_RESOURCE_ATTRIBUTES.
+/// Starts sending spans by OTLP over gRPC, in batches and from a separate thread. Of the traces
+/// that begin in this process, the share `ratio` (0 to 1) is exported; for other traces the caller
+/// decides. The library reads OTEL_EXPORTER_OTLP_HEADERS and OTEL_RESOURCE_ATTRIBUTES.
 ///
 /// # Errors
 /// Returns an error if `endpoint` is not a URL.

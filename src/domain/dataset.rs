@@ -239,8 +239,9 @@ impl IssueReason {
         }
     }
 
-    /// Returns true if the finding depends on a job's model and `max_length`, so that each job must
-    /// check its rows for it.
+    /// Returns true for errors that depend on a job's model and `max_length`, so that each job must
+    /// check its rows for them. Returns false for a row that the model's chat template refuses,
+    /// because it has the same reason as a malformed row.
     pub fn depends_on_job(self) -> bool {
         matches!(
             self,
@@ -317,8 +318,8 @@ pub struct ValidationReport {
     /// Number of usable pairs, if rows have several; 0 if every row has one.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub pairs: u64,
-    /// Number of rows with an error that does not depend on model or length. `None` in reports of
-    /// version 0.2.0, in which a row has at most one finding that depends on the job.
+    /// Number of rows with an error for which [`IssueReason::depends_on_job`] is false. `None` in
+    /// reports of version 0.2.0, in which a row has at most one finding that depends on the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unusable_rows: Option<u64>,
 }
@@ -348,8 +349,10 @@ impl ValidationReport {
         self.rows - self.valid_rows
     }
 
-    /// Returns the number of rows that no job can use. Prompts that are too long and tokens outside
-    /// the vocabulary do not count: each job checks these with its own model and `max_length`.
+    /// Returns the number of rows that count as bad for every job. Prompts that are too long and
+    /// tokens outside the vocabulary do not count: each job checks these with its own model and
+    /// `max_length`. Rows that the chat template of the upload's model refuses do count, although a
+    /// job with another model could use them.
     pub fn bad_rows_of_any_job(&self) -> u64 {
         self.unusable_rows.unwrap_or_else(|| {
             let reasons = [

@@ -233,7 +233,7 @@ pub struct Job {
     /// Current state.
     pub state: JobState,
     /// Error that ended the job. For a queued or paused job, the reason why its last run could not
-    /// start: an input was missing or had changed.
+    /// start: an input was missing or had changed, or too many runs waited for a device.
     pub error: Option<JobError>,
     /// Progress of the training.
     pub progress: Progress,

@@ -91,7 +91,7 @@ reasons! {
     // Conditions that may be temporary.
     /// The server is stopping.
     Draining = "DRAINING" => Internal,
-    /// The scoring queue is full.
+    /// The scoring queue is full, or too many training runs wait for a device.
     QueueFull = "QUEUE_FULL" => Internal,
     /// The database does not answer.
     StoreUnavailable = "STORE_UNAVAILABLE" => Internal,

@@ -107,9 +107,9 @@ impl JobCreator {
             ),
         };
         if !is_stored && names_adapter(&job) {
-            // A failure is ignored. If the data directory has always been a cache of an artifact
-            // store, a later sweep removes the copy in it. Otherwise this copy remains. A copy that
-            // remains in the artifact store is never removed.
+            // A failure is ignored, and the copied adapter remains. A later sweep removes it from a
+            // data directory that has always been a cache of an artifact store. Nothing removes it
+            // from another data directory, or from the artifact store.
             let _ = self.artifacts.remove_job(&job.id).await;
         }
         inserted

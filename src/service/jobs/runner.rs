@@ -14,10 +14,10 @@
 //! | Preparing, Running | Queued | the run is drained or preempted |
 //! | Preparing, Running | Queued | an input is missing or has changed: the job is postponed |
 //! | Preparing | Queued | too many runs wait for a device: the job is postponed |
-//! | Pausing | Paused | the run is drained, or an input is missing or has changed |
+//! | Pausing | Paused | the run is drained, or the job would be postponed |
 //! | Preparing, Running, Pausing, Cancelling | Failed | the run failed, or an input is unusable |
 //! | Cancelling | Cancelled | the run ended in any way but a failure |
-//! | Running, Pausing | Succeeded | the run has taken all its steps |
+//! | Running, Pausing | Succeeded | the run has taken all its steps, or early stopping ended it |
 //! | Preparing, Running | Queued | the worker is gone |
 //! | Preparing, Running | Failed | workers were lost repeatedly without progress (`WORKER_LOST`) |
 //! | Pausing, Cancelling | Paused, Cancelled | the worker is gone |
