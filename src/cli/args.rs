@@ -524,7 +524,7 @@ pub struct UploadArgs {
     /// Check lengths, too, with the tokenizer of this model: models/ID or ID.
     #[arg(long, default_value = "")]
     pub model: String,
-    /// Maximum length of a row in tokens, for the check with --model.
+    /// Maximum number of tokens of prompt + answer, for the check with --model.
     #[arg(long, default_value_t = 1024)]
     pub max_length: u32,
 }

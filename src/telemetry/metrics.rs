@@ -163,7 +163,8 @@ const HISTOGRAMS: [(&str, &str); 10] = [
     ),
     (
         "bradley_checkpoint_seconds",
-        "Time to write a checkpoint to disk and to upload it to the artifact store, by phase.",
+        "Time to write a checkpoint to disk (phase write) and to upload it to the artifact store \
+         (phase keep).",
     ),
     (
         "bradley_event_lag_seconds",

@@ -699,7 +699,7 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
                 };
                 (to, format!("waits: {}", e.message))
             }
-            End::Run(RunEnd::Succeeded) => (JobState::Succeeded, "all steps are taken".to_owned()),
+            End::Run(RunEnd::Succeeded) => (JobState::Succeeded, "the run is complete".to_owned()),
             End::Run(RunEnd::Cancelled) => {
                 (JobState::Cancelled, "cancelled by a client".to_owned())
             }
