@@ -23,8 +23,8 @@ use super::{pb, status};
 use crate::service::error::ServiceError;
 use crate::telemetry::trace;
 
-/// Header with the id of a call. A client may send one; otherwise the server creates it. The answer
-/// has it, too.
+/// Header with the id of a call. A client may send one of at most 128 bytes of ASCII; otherwise the
+/// server creates it. The answer has it, too.
 const REQUEST_ID: &str = "x-request-id";
 
 /// Deadlines are enforced here this long before the transport enforces them, because the

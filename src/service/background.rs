@@ -50,7 +50,7 @@ impl BackgroundTasks {
 
     /// Renews leases forever. This is a task of its own, so that no other work delays a renewal.
     async fn renew_leases(&self) {
-        // Two renewals may fail before a lease runs out.
+        // If a renewal fails at once, there is time for another one before the lease runs out.
         let pause = self.store.lease_time() / 3;
         loop {
             tokio::time::sleep(pause).await;

@@ -31,8 +31,8 @@ use crate::infer::encode::{EncodedCompletion, PairEncoder, Part, group};
 use crate::math::score::{AnswerLogps, best_of, preference_probability, ranking, reward};
 use crate::telemetry::trace;
 
-/// Maximum text of one pair, or of a prompt and its answers, in bytes. A row of the default maximum
-/// length (16384 tokens) usually has less than a tenth of it.
+/// Maximum text of one pair, or of a prompt and its answers, in bytes. The longest row that a
+/// server scores by default (`max_row_tokens`: 16384) usually has less than a tenth of it.
 const MAX_TEXT_BYTES: usize = 16 << 20;
 
 /// Maximum number of requests that are tokenised at one time.

@@ -179,6 +179,7 @@ if base_dir.endswith(".gguf"):
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The weights were dequantised to f32, so PEFT must not treat the model as quantised.
     base.is_quantized, base.hf_quantizer = False, None
 else:
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)

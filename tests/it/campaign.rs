@@ -1,7 +1,10 @@
 //! A seeded campaign of faults: every round disturbs a job in one way at a random moment, then
 //! compares it with an undisturbed run.
 //!
-//!   BRADLEY_TEST_CAMPAIGN=200 BRADLEY_TEST_SEED=7 cargo test --test it campaign -- --nocapture
+//!   BRADLEY_TEST_CAMPAIGN=200 BRADLEY_TEST_SEED=7 \
+//!     cargo test --test it campaign -- --ignored --nocapture
+//!
+//! It needs PostgreSQL and moto; CONTRIBUTING.md says how to get them.
 //!
 //! Rounds alternate between two replicas on PostgreSQL and S3, and one server on SQLite and a
 //! folder (on a small file system of its own if the test may mount one). BRADLEY_TEST_FAULT names a
@@ -388,7 +391,8 @@ impl Campaign {
                 fleet.restart(victim);
                 if let Some(dataset) = uploaded {
                     self.tally.uploads_acknowledged += 1;
-                    // Both replicas find its row and its file.
+                    // The server that is asked, which may be the other one, finds its row and its
+                    // file.
                     let request = pb::EstimateTrainingJobRequest {
                         training_job: Some(checkpointing(&dataset.name, 2)),
                     };

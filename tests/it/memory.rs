@@ -300,7 +300,8 @@ fn a_run_takes_the_memory_that_is_planned() {
 }
 
 /// The plan of a row of several pairs does not know how each pair divides into prompt and
-/// completions, so it assumes the worst case. For the CPU only: .ci/run leaves it out on a GPU.
+/// completions, so it assumes the worst case. For the CPU only: leave it out on a GPU or the
+/// emulator, as .ci/run does.
 #[test]
 fn a_row_of_several_pairs_takes_no_more_than_planned() {
     assert_eq!(

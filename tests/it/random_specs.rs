@@ -283,8 +283,8 @@ fn draw_distinctions(draw: &mut Draw, spec: &mut ModelSpec) {
     }
 }
 
-/// Draws prompts with their completions. Half of the rows have a prompt and a completion that are
-/// longer than a block of queries; some prompts occur twice.
+/// Draws prompts with their completions. Half of the rows have a prompt and a completion of about a
+/// block of queries (64 tokens) or more; some prompts occur twice.
 fn random_groups(draw: &mut Draw, vocabulary: usize) -> Vec<SequenceGroup> {
     let tokens = |draw: &mut Draw, n: usize| -> Vec<u32> {
         (0..n).map(|_| draw.below(vocabulary) as u32).collect()

@@ -15,7 +15,7 @@ use crate::golden_training::{Run, train};
 use crate::support::{assert_close, encode, ids, needed, numbers, policy};
 
 /// Returns the repository's golden file, or the one that BRADLEY_TEST_SMOLLM2_GOLDEN names, which
-/// the same script wrote for other rows.
+/// the same script, tests/goldens/smollm2.py, wrote for other rows.
 fn golden() -> Value {
     match std::env::var("BRADLEY_TEST_SMOLLM2_GOLDEN") {
         Ok(path) => serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap(),

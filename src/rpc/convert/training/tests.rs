@@ -47,7 +47,8 @@ fn an_absent_field_has_its_default_and_a_job_survives_the_round_trip() {
     assert_eq!(again(message), request);
 }
 
-/// Makes the request for a job like the returned one. It sets every field.
+/// Converts a returned job to a request for the same job. The returned job has values for all
+/// fields of LoRA, so the record of those that the client gave is reset.
 fn again(shown: pb::TrainingJob) -> JobRequest {
     JobRequest {
         given_lora: GivenLora::default(),
