@@ -325,7 +325,10 @@ pub enum EngineError {
         retry_after: Duration,
     },
     /// One row is longer than the limit.
-    #[error("the row has {tokens} tokens, the limit is {limit}: shorten it or lower max_length")]
+    #[error(
+        "the row has {tokens} tokens, the limit is {limit}: shorten it, lower max_length, or send \
+         fewer answers at a time"
+    )]
     RowTooLong {
         /// Length of the row in tokens.
         tokens: usize,

@@ -460,7 +460,8 @@ impl Client {
                 Some(Part::File(file)) => {
                     if !stays_inside(&file.path) {
                         return Err(ClientError::Protocol(format!(
-                            "the file name {:?} leads outside of the folder",
+                            "the file name {:?} is not allowed: it must lie in the folder or one \
+                             below, without a leading dot",
                             file.path
                         )));
                     }

@@ -283,9 +283,10 @@ impl Artifacts {
             Some(found) if found == *known => Ok(()),
             _ => Err(ServiceError::Unavailable {
                 reason: Reason::ArtifactsUnavailable,
-                message:
-                    "the artifact store lacks its object bradley-store-id: is the share mounted?"
-                        .to_owned(),
+                message: "the artifact store is not the one that this server started with: its \
+                          object bradley-store-id is missing or has another identity; is the \
+                          right share mounted?"
+                    .to_owned(),
                 retry_after: Duration::from_secs(2),
             }),
         }

@@ -278,9 +278,14 @@ impl PolicyResolver {
             _ => Err(ServiceError::FailedPrecondition {
                 reason: Reason::NoCheckpoint,
                 message: format!(
-                    "trainingJobs/{job} is {} and has no {which} checkpoint: wait for one, or set \
-                     save_steps or an evaluation",
-                    state.name()
+                    "trainingJobs/{job} is {} and has no {which} checkpoint: {}",
+                    state.name(),
+                    match state.is_final() {
+                        true => {
+                            "name one by its step, or train a job with save_steps or an evaluation"
+                        }
+                        false => "wait for one, or set save_steps or an evaluation",
+                    }
                 ),
             }),
         }
