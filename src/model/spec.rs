@@ -136,14 +136,15 @@ pub enum FeedForward {
 }
 
 /// Names of the norms of a block in files. The variants differ only for blocks with norms on
-/// outputs. In all others `post_attention_layernorm` is the norm before the feed-forward part.
+/// outputs: families disagree on which norm "post-attention norm" means. In all other blocks it
+/// is the norm before the feed-forward part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormNames {
-    /// As in Gemma and OLMo: `post_attention_layernorm` is the norm on the mixer's output. The norm
-    /// before the feed-forward part has another name.
+    /// As in Gemma and OLMo: that is the norm on the mixer's output. The norm before the
+    /// feed-forward part has another name.
     Gemma,
-    /// As in GLM-4: `post_attention_layernorm` is always the norm before the feed-forward part. The
-    /// norms on outputs have names that no other family uses.
+    /// As in GLM-4: that is always the norm before the feed-forward part. The norms on outputs have
+    /// names that no other family uses.
     Glm,
 }
 

@@ -5,7 +5,7 @@ mod byte_level;
 mod description;
 mod sentencepiece;
 #[cfg(test)]
-mod testing;
+mod tests;
 
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;

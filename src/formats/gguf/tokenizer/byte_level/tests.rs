@@ -5,7 +5,7 @@ use serde_json::Value;
 use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizerWrapper};
 
 use super::super::description::{CONTROL, NORMAL, UNUSED, USER_DEFINED};
-use super::super::testing::{assert_same_tokens, looks_special, read_written, real};
+use super::super::tests::{assert_same_tokens, looks_special, read_written, real};
 use super::{PRE, PRE_TOKENIZERS, description};
 use crate::formats::tokenizer::ChatTokenizer;
 

@@ -5,7 +5,7 @@ use candle_core::quantized::gguf_file::Value as Stored;
 use serde_json::{Value, json};
 
 use super::super::description::{BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED};
-use super::super::testing::{assert_same_tokens, looks_special, read_written, real};
+use super::super::tests::{assert_same_tokens, looks_special, read_written, real};
 use super::byte_piece;
 use crate::formats::tokenizer::ChatTokenizer;
 
