@@ -337,8 +337,9 @@ fn derive_merges<'a>(
                 Some((*ids.get(left)?, *ids.get(right)?, [left, right]))
             })
             .collect();
-        // Llama 2's runs of spaces share a score. All other pieces that the BPE learnt have their
-        // own. It is 0 for the first, and also for pieces that were defined before.
+        // Llama 2's runs of spaces share a score. Each other piece that the BPE learnt has a score
+        // of its own. The score 0 is not checked: the first learnt piece has it, and all pieces
+        // that were not learnt.
         let is_spaces = piece.text.chars().all(|c| c == SPACE);
         if !splits.is_empty()
             && piece.score < 0.0
