@@ -185,7 +185,7 @@ impl<'a> PairEncoder<'a> {
     }
 
     /// Returns true if the tokenizer has an end-of-sequence token. It is then the last token of
-    /// every plain-text answer.
+    /// every plain-text answer whose end is not truncated.
     pub fn has_eos(&self) -> bool {
         self.tokenizer.eos_token().is_some()
     }

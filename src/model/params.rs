@@ -135,8 +135,9 @@ pub struct ParamSpec {
     /// Name in LoRA's `target_modules` that gives the parameter a low-rank update. `None` if it
     /// cannot have one.
     pub lora_target: Option<&'static str>,
-    /// Number of heads in its rows if these are rotated: for the weights and biases of queries and
-    /// keys. `None` for all others.
+    /// Number of heads in its rows, for the weights and biases of queries and keys: GGUF files of
+    /// some families have these rows in another order, also in blocks without a rotation. `None`
+    /// for all others, and for fused queries, keys and values.
     pub rotated_heads: Option<usize>,
     /// True if passes compute with 1 + w. The files of llama.cpp store 1 + w, those of transformers
     /// store w.

@@ -449,7 +449,7 @@ def families():
         model, tok = load(name)
         # As in common.trainer: no gradient is dropped.
         model.get_input_embeddings().padding_idx = None
-        # TRL asks for images of a model that has them. The tokens depend on the tokenizer alone.
+        # The tokens depend on the tokenizer alone, so a model of text serves for those with images.
         text = "qwen2" if name in WITH_IMAGES else name
         prepared = trainer(load(text)[0], tok, CHAT, ref=load(text)[0]).train_dataset
         logps = {}

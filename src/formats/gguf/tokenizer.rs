@@ -17,6 +17,7 @@ use crate::model::error::ModelError;
 const BOS: &str = "tokenizer.ggml.bos_token_id";
 const EOS: &str = "tokenizer.ggml.eos_token_id";
 const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
+/// Read only in files of SentencePiece tokenizers.
 const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
 
 /// Reads the tokenizer and chat templates from the metadata.

@@ -23,7 +23,9 @@ pub struct Family {
     /// Returns the defaults of the family's config class in transformers, as far as they differ
     /// from those of `Common::read`. Three fields that not every class has are used only if they
     /// are listed here: `hidden_activation` (in place of `hidden_act`), `mlp_bias`, and
-    /// `partial_rotary_factor`, which is otherwise refused unless it is 1.
+    /// `partial_rotary_factor`, which is otherwise refused unless it is 1. If the field
+    /// `original_max_position_embeddings` is listed, the rope types `su` and `yarn` mean
+    /// `longrope`, as in Phi-3.
     pub defaults: fn() -> Value,
     /// Reads the model from the fields of config.json, to which `defaults` have been added.
     pub spec: fn(&Fields<'_>) -> Result<ModelSpec, ModelError>,

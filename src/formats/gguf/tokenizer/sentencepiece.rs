@@ -6,11 +6,13 @@
 //! the same SentencePiece model. Some files also have the merges of that tokenizer.json, which are
 //! then used.
 //!
-//! Two things are in tokenizer.json and not in GGUF. The first is transformers' option `legacy`:
-//! here, as in llama.cpp and in Llama 2's tokenizer.json, a space is put before the text and after
-//! each special token. The second is the treatment of the text around added tokens: here, as in
-//! SentencePiece, an added token is matched exactly, and the spaces around it stay. Only Phi-3's
-//! tokens drop the spaces behind them, as in its tokenizer.json and in llama.cpp.
+//! Two things are in the files of transformers and not in GGUF. The first is the option `legacy` of
+//! tokenizer_config.json: here, as in llama.cpp and in Llama 2's tokenizer.json, a space is put
+//! before the text and after each special token, unless the file switches that off
+//! (`tokenizer.ggml.add_space_prefix`, as in Gemma). The second is the treatment of the text around
+//! added tokens: here, as in SentencePiece, an added token is matched exactly, and the spaces
+//! around it stay. Only Phi-3's tokens drop the spaces behind them, as in its tokenizer.json and in
+//! llama.cpp.
 //!
 //! A vocabulary from which the merges do not follow is refused.
 
@@ -337,8 +339,9 @@ fn derive_merges<'a>(
                 Some((*ids.get(left)?, *ids.get(right)?, [left, right]))
             })
             .collect();
-        // Llama 2's runs of spaces share a score. All other pieces that the BPE learnt have their
-        // own. It is 0 for the first, and also for pieces that were defined before.
+        // Llama 2's runs of spaces share a score. Each other piece that the BPE learnt has a score
+        // of its own. The score 0 is not checked: the first learnt piece has it, and all pieces
+        // that were not learnt.
         let is_spaces = piece.text.chars().all(|c| c == SPACE);
         if !splits.is_empty()
             && piece.score < 0.0

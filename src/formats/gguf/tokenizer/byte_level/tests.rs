@@ -82,10 +82,11 @@ fn divided<'a>(name: &str, text: &'a str) -> Vec<&'a str> {
         .collect()
 }
 
-/// The parts are those of Python's tokenizers 0.23. `Split(Regex(pattern), "isolated")` had the
-/// pattern of the tokenizer.json of cl100k, which Llama 3's and GLM-4's equal, of gpt-oss (o200k)
-/// and of Qwen3, or of Mistral NeMo's tekken.json; the last was
-/// `Sequence([Digits(True), ByteLevel(False)])`, which Granite 3 and SmolLM2 have.
+/// The parts were made by Python's tokenizers 0.23. The first four cases are of
+/// `Split(Regex(pattern), "isolated")`. In their order, the pattern is that of cl100k (Llama 3 and
+/// GLM-4 have the same in tokenizer.json), of gpt-oss's tokenizer.json (o200k), of Mistral NeMo's
+/// tekken.json, and of Qwen3's tokenizer.json. The last case is of
+/// `Sequence([Digits(True), ByteLevel(False)])`, the pre-tokenizer of Granite 3 and SmolLM2.
 #[test]
 fn texts_are_divided_as_by_the_patterns_of_the_models() {
     let cases: [(&[&str], [&str; 13]); 5] = [
