@@ -23,7 +23,7 @@ const LONG_FACTORS: &str = "rope_factors_long.weight";
 /// Llama 3.x. GGUF does not store them.
 const LLAMA3_RAMP: (f64, f64, usize) = (1.0, 4.0, 8192);
 /// Tokens that end a turn or a message if the chat template prints them.
-const TURN_ENDS: [&str; 3] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>"];
+const TURN_ENDS: [&str; 4] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>"];
 /// Architectures of llama.cpp that are implemented.
 const SUPPORTED: &str = "llama (also Mistral), qwen2, qwen2vl, qwen3, qwen3vl, gemma2, gemma3, \
                          phi3, glm4, smollm3, granite, olmo2 (also OLMo 3), mistral3";

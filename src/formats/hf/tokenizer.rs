@@ -14,9 +14,21 @@ const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
 const MODEL_CONFIG: &str = "config.json";
-/// Model types for which transformers ignores the class LlamaTokenizer in tokenizer_config.json and
-/// uses another class.
-const OTHER_CLASS: [&str; 3] = ["mistral", "mixtral", "qwen2"];
+/// Model types for which transformers ignores the class LlamaTokenizer in tokenizer_config.json: it
+/// uses tokenizer.json as it is, or another class.
+const OTHER_CLASS: [&str; 11] = [
+    "glm4",
+    "granite",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "mistral3",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+];
 const SPECIAL: &str = "special_tokens_map.json";
 
 /// Folder of the chat templates besides the default one.

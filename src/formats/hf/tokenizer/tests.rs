@@ -59,7 +59,12 @@ fn the_class_llama_tokenizer_replaces_the_pipeline_of_the_file() {
 fn other_classes_use_the_file_as_it_is() {
     let file = sentencepiece();
     let llama = json!({"tokenizer_class": "LlamaTokenizer"});
-    assert_eq!(ids(&file, &llama, Some("mistral"), "a"), None);
+    for model in ["glm4", "granite", "mistral", "mistral3", "olmo3", "phi3"] {
+        assert_eq!(ids(&file, &llama, Some(model), "a"), None, "{model}");
+    }
+    for model in ["gemma2", "qwen3", "smollm3"] {
+        assert!(ids(&file, &llama, Some(model), "a").is_some(), "{model}");
+    }
     assert_eq!(
         ids(
             &file,
