@@ -177,9 +177,10 @@ struct Shape {
 /// Returns the ids of the tokens at which generation stops, in the form of `eos_token_id` in a
 /// config.json.
 ///
-/// The first id is the tokenizer's `eos_token`, which ends a text. Llama 3 ends an assistant's turn
-/// with another token. An export must list that one, too, or generation would not stop after the
-/// answer. Many files have no metadata key for it, so it is also looked up in the chat template.
+/// The first id is the tokenizer's `eos_token`, which ends a text. Llama 3 and Phi-3 end an
+/// assistant's turn with another token. An export must list that one, too, or generation would not
+/// stop after the answer. Many files have no metadata key for it, so it is also looked up in the
+/// chat template.
 fn stop_tokens(gguf: &Gguf) -> Result<Value, ModelError> {
     let mut ids: Vec<u64> = gguf
         .integer("tokenizer.ggml.eos_token_id")?
