@@ -232,21 +232,20 @@ fn trajectories_are_trls() {
     }
 }
 
-/// Returns these models on the CPU. The emulator is slow, so there it is the few models with kernels
-/// that the other families do not use: soft-caps, longrope, interleaved rotation, norms over all
-/// heads.
-fn or_few(names: &'static [&'static str]) -> &'static [&'static str] {
-    match device() {
-        ComputeDevice::Cpu => names,
-        _ => &["gemma2-64", "phi3-long", "glm4-64", "olmo2-64"],
-    }
-}
-
 #[test]
 fn trajectories_of_each_family_are_trls() {
-    for &name in or_few(&FAMILIES) {
+    // The emulator is slow, so there it is a few models with kernels that other families do not
+    // use: soft-caps, longrope, interleaved rotation, norms over all heads.
+    let (names, runs): (&[&str], &[&str]) = match device() {
+        ComputeDevice::Cpu => (&FAMILIES, &["full", "lora"]),
+        _ => (
+            &["gemma2-64", "phi3-long", "glm4-64", "olmo2-64"],
+            &["lora"],
+        ),
+    };
+    for name in names {
         let golden = json(&format!("trajectories_{name}.json"));
-        for run in ["full", "lora"] {
+        for run in runs {
             let trls = &golden["runs"][run];
             assert_eq!(trls["steps"].as_array().unwrap().len(), 10, "{name} {run}");
             assert_run_is_trls(name, run, golden["rows"].as_str().unwrap(), trls);
@@ -408,7 +407,12 @@ fn a_continued_run_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
 
 #[test]
 fn a_continued_run_of_each_family_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
-    for (name, run) in or_few(&FAMILY_MODELS)
+    // The emulator is slow.
+    let names: &[&str] = match device() {
+        ComputeDevice::Cpu => &FAMILY_MODELS,
+        _ => &["gemma2-64"],
+    };
+    for (name, run) in names
         .iter()
         .flat_map(|name| [(*name, "full"), (*name, "lora")])
     {
