@@ -1,8 +1,8 @@
 """Compares the engine's speed on other families with that on a Llama of the same size.
 
   cargo build --release --benches
-  python benches/families.py TOKENIZER_FOLDER PAIRS.jsonl [--rounds 5] [--layers 6] [--pairs-a-round 2]
-      [--models DIR] [--only gemma3-1b:train-lora:f32 ...]
+  python benches/families.py TOKENIZER_FOLDER PAIRS.jsonl [--rounds 5] [--layers 6]
+      [--pairs-a-round 2] [--models DIR] [--only gemma3-1b:train-lora:f32 ...]
 
 The models have the shapes of Gemma 3 1B and Phi-4-mini but only --layers layers, and random
 weights; each has a Llama with the same sizes beside it. transformers writes them once. The rows
@@ -24,9 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 MAKE = """
-import sys, torch
+import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-import json
 tokenizer, config, folder = sys.argv[1:]
 config = json.loads(config)
 tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -109,7 +108,8 @@ def model(shape, family):
     """Returns the folder of a model, which is made if it is missing."""
     kind = family["model_type"]
     folder = args.models / f"{shape}-{args.layers}-{kind}"
-    if not (folder / "config.json").exists():
+    # The weights are written last.
+    if not (folder / "model.safetensors").exists():
         config = json.dumps({**SIZES[shape], **family, "num_hidden_layers": args.layers})
         subprocess.run(
             [sys.executable, "-c", MAKE, args.tokenizer, config, str(folder)],
