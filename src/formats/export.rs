@@ -164,23 +164,33 @@ fn write_json(dir: &Path, name: &str, value: &Value) -> Result<(), ModelError> {
 
 /// Returns the source's config.json with the element type of the written weights. Older versions of
 /// transformers write it as `torch_dtype`, later ones as `dtype`. The key of the source is used, or
-/// `torch_dtype`, which all versions read, if it has none.
+/// `torch_dtype`, which all versions read, if it has none. The description of the language model in
+/// a model of text and images (`text_config`) is corrected, too, if it has such a key.
 fn config_json(config: &ModelConfig, dtype: ElementType) -> Value {
     let mut json = config.hf_json.clone();
-    if let Some(fields) = json.as_object_mut() {
-        let known: Vec<&str> = ["dtype", "torch_dtype"]
-            .into_iter()
-            .filter(|key| fields.contains_key(*key))
-            .collect();
-        for key in if known.is_empty() {
-            vec!["torch_dtype"]
-        } else {
-            known
-        } {
-            fields.insert(key.to_owned(), json!(dtype.torch_name()));
-        }
+    let Some(fields) = json.as_object_mut() else {
+        return json;
+    };
+    let text = fields.get_mut("text_config").and_then(Value::as_object_mut);
+    if let Some(text) = text {
+        set_element_type(text, dtype);
+    }
+    if !set_element_type(fields, dtype) {
+        fields.insert("torch_dtype".to_owned(), json!(dtype.torch_name()));
     }
     json
+}
+
+/// Sets the keys of a config.json that name the element type. Returns false if there are none.
+fn set_element_type(fields: &mut Map<String, Value>, dtype: ElementType) -> bool {
+    let mut is_set = false;
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(value) = fields.get_mut(key) {
+            *value = json!(dtype.torch_name());
+            is_set = true;
+        }
+    }
+    is_set
 }
 
 /// Makes a generation_config.json with the tokens that start and end a sequence.

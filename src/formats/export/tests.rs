@@ -232,6 +232,18 @@ fn config_json_keeps_every_key_and_says_the_element_type_where_it_did() {
         (&json!("bfloat16"), None)
     );
     assert_eq!(with(&mut config, &[])["torch_dtype"], json!("bfloat16"));
+    config.hf_json["text_config"] = json!({"dtype": "float32", "hidden_size": 64});
+    config.hf_json["vision_config"] = json!({"dtype": "float32"});
+    let parts = with(&mut config, &[("dtype", "float32")]);
+    assert_eq!(
+        parts["text_config"],
+        json!({"dtype": "bfloat16", "hidden_size": 64})
+    );
+    assert_eq!(parts["vision_config"], json!({"dtype": "float32"}));
+    for key in ["text_config", "vision_config"] {
+        config.hf_json.as_object_mut().unwrap().remove(key);
+    }
+    with(&mut config, &[("torch_dtype", "float32")]);
     let (mut before, mut after) = (config.hf_json.clone(), v4.clone());
     for json in [&mut before, &mut after] {
         json.as_object_mut().unwrap().remove("torch_dtype");

@@ -58,10 +58,7 @@ pub(in crate::formats) fn read(gguf: &Gguf) -> Result<Parts, ModelError> {
     let mut content = blake3::Hasher::new();
     let is_sentencepiece = model == "llama";
     // llama.cpp's defaults: SentencePiece models begin each text with the BOS token.
-    let adds_bos = match is_sentencepiece {
-        true => true,
-        false => byte_level::adds_bos(gguf)?,
-    };
+    let adds_bos = is_sentencepiece || byte_level::adds_bos(gguf)?;
     let starts = surrounding(gguf, (ADD_BOS, adds_bos), BOS, bos.as_ref())?;
     let description = if is_sentencepiece {
         if bos.is_none() && gguf.flag(ADD_BOS)?.unwrap_or(true) {
