@@ -15,7 +15,6 @@ use bradley::infer::reference_cache::ReferenceCache;
 use bradley::infer::scorer::score;
 use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
-use bradley::model::device::ComputeDevice;
 use bradley::train::checkpoint;
 use bradley::train::event::RunEvent;
 use bradley::train::reference::Reference;
@@ -26,7 +25,8 @@ use serde_json::Value;
 
 use crate::families::FAMILIES;
 use crate::support::{
-    FAMILY_MODELS, assert_close, device, encode, golden, is_batch_invariant, json, open, rows, tiny,
+    FAMILY_MODELS, assert_close, chosen_families, encode, golden, is_batch_invariant, json, open,
+    rows, tiny,
 };
 
 /// Description of a run.
@@ -236,12 +236,12 @@ fn trajectories_are_trls() {
 fn trajectories_of_each_family_are_trls() {
     // The emulator is slow, so there it is a few models with kernels that other families do not
     // use: soft-caps, longrope, interleaved rotation, norms over all heads.
-    let (names, runs): (&[&str], &[&str]) = match device() {
-        ComputeDevice::Cpu => (&FAMILIES, &["full", "lora"]),
-        _ => (
-            &["gemma2-64", "phi3-long", "glm4-64", "olmo2-64"],
-            &["lora"],
-        ),
+    let few = &["gemma2-64", "phi3-long", "glm4-64", "olmo2-64"];
+    let names = chosen_families(&FAMILIES, few);
+    let runs: &[&str] = if names == few {
+        &["lora"]
+    } else {
+        &["full", "lora"]
     };
     for name in names {
         let golden = json(&format!("trajectories_{name}.json"));
@@ -407,14 +407,9 @@ fn a_continued_run_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
 
 #[test]
 fn a_continued_run_of_each_family_takes_the_steps_of_an_undisturbed_one_bit_for_bit() {
-    // The emulator is slow.
-    let names: &[&str] = match device() {
-        ComputeDevice::Cpu => &FAMILY_MODELS,
-        _ => &["gemma2-64"],
-    };
-    for (name, run) in names
-        .iter()
-        .flat_map(|name| [(*name, "full"), (*name, "lora")])
+    for (name, run) in chosen_families(&FAMILY_MODELS, &["gemma2-64"])
+        .into_iter()
+        .flat_map(|name| [(name, "full"), (name, "lora")])
     {
         let (model, tokenizer) = tiny(name);
         let pairs = encode(&rows("pairs.jsonl"), &tokenizer, 256);

@@ -97,6 +97,28 @@ pub fn device() -> ComputeDevice {
     DEVICE.get_or_init(open).clone()
 }
 
+/// Returns the names of the models that the tests of all families use. In the emulator, which is
+/// slow, these are `few`, unless BRADLEY_TEST_FAMILIES names others, separated by commas, or is
+/// `all`. On the CPU they are `all`.
+pub fn chosen_families(
+    all: &'static [&'static str],
+    few: &'static [&'static str],
+) -> Vec<&'static str> {
+    match std::env::var("BRADLEY_TEST_FAMILIES") {
+        Ok(wanted) if wanted != "all" => {
+            let wanted: Vec<_> = wanted.split(',').collect();
+            let chosen: Vec<_> = all.iter().copied().filter(|n| wanted.contains(n)).collect();
+            assert!(
+                !chosen.is_empty(),
+                "BRADLEY_TEST_FAMILIES names none of {all:?}"
+            );
+            chosen
+        }
+        Err(_) if !matches!(device(), ComputeDevice::Cpu) => few.to_vec(),
+        _ => all.to_vec(),
+    }
+}
+
 /// Returns true if a pair's results have the same bits whatever else shares its row. This does not
 /// hold on a GPU: cuBLAS chooses its kernels by the shape of the multiplication.
 pub fn is_batch_invariant() -> bool {
