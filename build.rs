@@ -1,5 +1,5 @@
 //! Compiles `proto/` into OUT_DIR with protox, so that no protoc is needed, and writes the
-//! descriptor set that reflection serves.
+//! descriptor set for reflection and canonical JSON.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,10 +22,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         compile_kernels(&out.join("kernels.ptx"))?;
     }
+    // The names connect a message with its descriptor, for its canonical JSON.
+    let mut config = prost_build::Config::new();
+    config.enable_type_names();
     tonic_prost_build::configure()
         .extern_path(".google.rpc.Status", "::tonic_types::Status")
         .btree_map(".")
-        .compile_fds(descriptors)?;
+        .compile_fds_with_config(descriptors, config)?;
     Ok(())
 }
 

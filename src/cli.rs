@@ -3,7 +3,11 @@
 mod args;
 mod demo;
 mod failure;
+mod flag_names;
+pub mod job_flags;
+mod job_rows;
 mod output;
+mod policy_names;
 mod remote;
 mod resources;
 mod score;

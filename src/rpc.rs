@@ -4,6 +4,7 @@
 //! **Only this layer knows protobuf, and only `status.rs` makes a gRPC status.**
 
 mod auth;
+pub mod canonical;
 mod checkpoint;
 pub mod client;
 mod connections;

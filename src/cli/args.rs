@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::job_flags::JobFlags;
 use super::settings::SETTINGS;
 use crate::rpc::client::Target;
 use crate::train::rows::apart::DECODE;
@@ -252,126 +253,66 @@ pub struct DemoArgs {
     pub data_dir: Option<PathBuf>,
 }
 
-/// Arguments of `train`.
+/// Arguments of `train`. [`JobFlags`] has those that set a field of the job.
 #[derive(Debug, Args)]
+#[command(after_help = TRAIN_HELP)]
 pub struct TrainArgs {
-    /// The server to connect to.
-    #[command(flatten)]
-    pub server: ServerArgs,
-    /// Preference pairs to upload: JSONL or Parquet.
-    #[arg(long, conflicts_with = "dataset", required_unless_present = "dataset")]
-    pub data: Option<PathBuf>,
-    /// A dataset that is already on the server: datasets/ID or ID.
-    #[arg(long)]
-    pub dataset: Option<String>,
-    /// Preference pairs to upload and evaluate on: JSONL or Parquet.
-    #[arg(long, conflicts_with = "eval_fraction")]
-    pub eval_data: Option<PathBuf>,
-    /// Share of the training pairs to evaluate on instead of training on them, between 0 and 1.
-    #[arg(long)]
-    pub eval_fraction: Option<f64>,
-    /// The policy to train: models/ID or trainingJobs/ID/checkpoints/STEP. Default: the server's
-    /// only model.
-    #[arg(long)]
-    pub policy: Option<String>,
-    /// The frozen reference: models/ID or trainingJobs/ID/checkpoints/STEP. Default: the policy's
-    /// start weights.
-    #[arg(long)]
-    pub reference: Option<String>,
-    /// Title of the job.
-    #[arg(long, default_value = "")]
-    pub name: String,
-    /// Priority of the job, -1000 to 1000. A job with a higher priority runs first and preempts a
-    /// running job with a lower one.
-    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
-    pub priority: i32,
-    /// Days that the job, its events and its checkpoints are stored after its end. Default: until
-    /// it is deleted.
-    #[arg(long, value_name = "DAYS")]
-    pub ttl_days: Option<u32>,
-    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
-    /// chat_template_kwargs override them.
-    #[arg(long, value_name = "JSON")]
-    pub template_args: Option<String>,
+    /// A job as YAML or JSON, with the fields of TrainingJob, e.g. from --print-job; - reads
+    /// standard input. Flags override it.
+    #[arg(short, long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
     /// Show the job's estimated cost in tokens, steps, memory and time, and create no job. The data
     /// is uploaded all the same.
     #[arg(long, conflicts_with_all = ["watch", "validate_only"])]
     pub estimate: bool,
-    /// Train every weight instead of a LoRA adapter.
-    #[arg(long)]
-    pub full: bool,
-    /// LoRA rank. Default: 16.
-    #[arg(long)]
-    pub rank: Option<u32>,
-    /// LoRA α. Default: 2 × rank.
-    #[arg(long)]
-    pub alpha: Option<f64>,
-    /// Linear layers that get a LoRA update, separated by commas, with their names in PEFT.
-    /// all-linear stands for all of them. Default: all-linear.
-    #[arg(
-        long,
-        value_name = "NAMES",
-        value_delimiter = ',',
-        conflicts_with = "full"
-    )]
-    pub target_modules: Vec<String>,
-    /// Loss, or a mix of losses such as sigmoid=0.8,sft=0.2. Default: sigmoid.
-    #[arg(long)]
-    pub loss: Option<String>,
-    /// β of the objective. Default: 0.1.
-    #[arg(long)]
-    pub beta: Option<f64>,
-    /// Label smoothing ε, at least 0 and below 0.5. Default: 0.
-    #[arg(long)]
-    pub label_smoothing: Option<f64>,
-    /// Peak learning rate. Default: 1e-4 for LoRA, 1e-6 with --full.
-    #[arg(long)]
-    pub learning_rate: Option<f64>,
-    /// Learning-rate schedule: constant, constant_with_warmup, linear, cosine or cosine_with_floor.
-    /// Default: linear.
-    #[arg(long)]
-    pub schedule: Option<String>,
-    /// Warm-up as a share of all steps. Default: 0. Not allowed with constant.
-    #[arg(long)]
-    pub warmup_ratio: Option<f64>,
-    /// Pairs in a micro-batch. Default: 8.
-    #[arg(long)]
-    pub batch_size: Option<u32>,
-    /// Micro-batches in an optimizer step. Default: 1.
-    #[arg(long)]
-    pub gradient_accumulation_steps: Option<u32>,
-    /// Maximum number of tokens of prompt + answer. Default: 1024.
-    #[arg(long)]
-    pub max_length: Option<u32>,
-    /// Passes over the data. Default: 3.
-    #[arg(long)]
-    pub epochs: Option<f64>,
-    /// Number of optimizer steps. Overrides --epochs.
-    #[arg(long)]
-    pub max_steps: Option<u64>,
-    /// Steps between checkpoints. The final one and each new best one are always written. Default:
-    /// only these.
-    #[arg(long)]
-    pub save_steps: Option<u32>,
-    /// Steps between evaluations. Default: only at the end.
-    #[arg(long)]
-    pub eval_steps: Option<u32>,
-    /// Seed of the shuffle, the evaluation split and the adapter's initialisation. Default: 42.
-    #[arg(long)]
-    pub seed: Option<u64>,
-    /// Precision of matrix multiplications, f32 or bf16. Default: the server's precision.
-    #[arg(long)]
-    pub precision: Option<String>,
-    /// Leave out rows that fail validation instead of refusing the job.
-    #[arg(long)]
-    pub skip_bad_rows: bool,
     /// Check the job and create none. The data is uploaded all the same.
     #[arg(long)]
     pub validate_only: bool,
+    /// Print the job as YAML, in the form that --file reads, and do nothing else.
+    #[arg(long, conflicts_with_all = ["watch", "validate_only", "estimate"])]
+    pub print_job: bool,
     /// Follow the job until it ends.
     #[arg(long)]
     pub watch: bool,
+    /// Preference pairs to train on: JSONL or Parquet. The file is uploaded, unless the server has
+    /// it already.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "dataset",
+        required_unless_present_any = ["dataset", "file", "print_job"],
+        help_heading = "Data"
+    )]
+    pub data: Option<PathBuf>,
+    /// Preference pairs to upload and evaluate on: JSONL or Parquet.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["eval-fraction", "eval-dataset"],
+        help_heading = "Data"
+    )]
+    pub eval_data: Option<PathBuf>,
+    /// Flags that set the job's fields.
+    #[command(flatten)]
+    pub job: JobFlags,
+    /// Days that the job is stored after its end.
+    #[arg(long, value_name = "DAYS", hide = true, conflicts_with = "ttl")]
+    pub ttl_days: Option<u32>,
+    /// The server to connect to.
+    #[command(flatten, next_help_heading = "Connection")]
+    pub server: ServerArgs,
 }
+
+const TRAIN_HELP: &str = "\
+Sweeps: a number, a choice, a loss or a policy may have several values, as in \
+--beta 0.05,0.1 --seed 1,2 (a loss or a policy by giving its flag again). There is a job for each \
+combination, at most 64, with the values as labels. --validate-only checks them all.
+
+Examples:
+  bradley train --data pairs.jsonl --eval-fraction 0.1 --watch
+  bradley train --data pairs.jsonl --loss ipo --beta 0.05,0.1,0.5 --label study=beta
+  bradley train --data pairs.jsonl --rank 32 --use-rslora --print-job > job.yaml
+  bradley train -f job.yaml --data pairs.jsonl --seed 7";
 
 /// Arguments of `watch`.
 #[derive(Debug, Args)]
@@ -395,11 +336,12 @@ pub struct ScoreArgs {
     /// File with pairs as JSONL or Parquet. chosen is answer a, rejected is answer b.
     #[arg(long)]
     pub data: PathBuf,
-    /// The policy: models/ID or trainingJobs/ID/checkpoints/STEP|latest|best.
+    /// The policy: a base model's name, a job (its latest checkpoint), or
+    /// JOB/checkpoints/STEP|latest|best.
     #[arg(long)]
     pub policy: String,
-    /// The reference: models/ID or a checkpoint. Default: the reference of the policy's job, or for
-    /// a base model the model itself.
+    /// The reference: named as the policy is. Default: the reference of the policy's job, or for a
+    /// base model the model itself.
     #[arg(long, default_value = "")]
     pub reference: String,
     /// β of the rewards. Default: the job's, or 0.1 for a base model.

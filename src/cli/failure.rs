@@ -19,16 +19,6 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-impl From<ClientError> for Failure {
-    fn from(e: ClientError) -> Self {
-        match &e {
-            ClientError::Unreachable { .. } => Failure::Unreachable(e.to_string()),
-            e if e.is_usage() => Failure::Usage(e.to_string()),
-            e => Failure::Failed(e.to_string()),
-        }
-    }
-}
-
 impl From<Status> for Failure {
     fn from(s: Status) -> Self {
         ClientError::from(s).into()

@@ -160,6 +160,7 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
                 format: pb::DatasetFormat::Unspecified.into(),
                 model,
                 max_length: args.max_length,
+                ..Default::default()
             };
             let size = std::fs::metadata(&args.file).map(|m| m.len()).unwrap_or(0);
             let bar = indicatif::ProgressBar::new(size);
@@ -179,6 +180,7 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
                     .list_datasets(pb::ListDatasetsRequest {
                         page_size: 1000,
                         page_token,
+                        ..Default::default()
                     })
                     .await?
                     .into_inner();

@@ -7,6 +7,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::args::{Output, ScoreArgs};
 use super::failure::{Failure, Outcome};
 use super::output;
+use super::policy_names::{PolicyNames, same_model_warning};
 use super::remote::connect;
 use crate::domain::dataset::{ChatMessage, PreferenceRow, Text};
 use crate::domain::message::TemplateArguments;
@@ -19,6 +20,7 @@ const MAX_QUEUED_PAIRS: usize = 64;
 
 pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
+    let args = complete_names(&client, args).await?;
     let rows = read(&args.data)?;
     warn_of_ignored_fields(&rows);
     let options = pb::ScoringOptions {
@@ -83,6 +85,19 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
             results.len()
         ))),
     }
+}
+
+/// Completes the names of policy and reference, and warns if they are the same base model.
+async fn complete_names(client: &Client, mut args: ScoreArgs) -> Result<ScoreArgs, Failure> {
+    let names = PolicyNames::of(client).await?;
+    args.policy = names.complete("--policy", &args.policy).await?;
+    if !args.reference.is_empty() {
+        args.reference = names.complete("--reference", &args.reference).await?;
+    }
+    if let Some(warning) = same_model_warning(&args.policy, &args.reference) {
+        warn(&warning);
+    }
+    Ok(args)
 }
 
 /// Reads the pairs of a JSONL or Parquet file.

@@ -1,193 +1,419 @@
-//! `bradley train`: uploads a dataset, submits a job and, with `--watch`, follows it.
+//! `bradley train`: reads jobs from flags and a file, uploads their data, creates them and, with
+//! `--watch`, follows one.
 
+use std::io::Read;
 use std::path::Path;
+
+use serde_json::{Value, json};
 
 use super::args::{Output, TrainArgs};
 use super::failure::{Failure, Outcome};
+use super::flag_names::{JobFile, JobWords};
+use super::job_flags::{JobVariant, OUTPUT_ONLY, get, remove, set};
+use super::job_rows::{JobRows, RowLimits};
+use super::policy_names::PolicyNames;
 use super::remote::{connect, full_name};
 use super::{output, watch};
-use crate::domain::dataset::IssueReason;
-use crate::rpc::client::{Client, ProtoDuration};
-use crate::rpc::pb;
+use crate::rpc::canonical::{self, CanonicalError, Fields};
+use crate::rpc::client::{Client, ClientError, field_violations};
+use crate::rpc::pb::{self, training_job::Evaluation};
 
 /// Maximum length of a chain of jobs in which each starts from a checkpoint of the next. Longer
 /// chains are not followed to the base model.
 const MAX_JOB_CHAIN: usize = 32;
-const SECONDS_PER_DAY: i64 = 24 * 3600;
+/// Maximum size of a job file in bytes.
+const MAX_JOB_FILE: u64 = 1 << 20;
+/// Label with the id of a sweep, which all its jobs have.
+const SWEEP_LABEL: &str = "sweep";
 
-pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
+pub(super) async fn run(mut args: TrainArgs, output: Output) -> Outcome {
+    if let Some(days) = args.ttl_days {
+        args.job.add("ttl", format!("{days}d"));
+    }
+    let file = args.file.as_deref().map(read_job_file).transpose()?;
+    let base = file
+        .as_ref()
+        .map_or_else(|| json!({}), |f| f.fields.clone());
+    let variants = args.job.apply(&base).map_err(Failure::Usage)?;
+    let uploads = [
+        ("data", args.data.is_some()),
+        ("eval-data", args.eval_data.is_some()),
+    ];
+    let words = JobWords {
+        flags: args.job.clone(),
+        file,
+        uploads: uploads
+            .into_iter()
+            .filter(|(_, is_given)| *is_given)
+            .map(|(flag, _)| flag)
+            .collect(),
+    };
+    let mut jobs = requested(variants, &args)?;
+    if args.print_job {
+        for (i, job) in jobs.iter().enumerate() {
+            if i > 0 {
+                output::line("---");
+            }
+            let yaml = canonical::to_yaml(&job.request, Fields::Set).map_err(unreadable)?;
+            output::line(yaml.trim_end());
+        }
+        return Ok(());
+    }
+    if args.watch && jobs.len() > 1 {
+        return Err(Failure::Usage(format!(
+            "--watch follows one job, and these values make {}: leave it out, and follow one with \
+             bradley watch",
+            jobs.len()
+        )));
+    }
+    if args.data.is_none() && jobs.iter().any(|job| job.request.dataset.is_empty()) {
+        let place = args.file.as_ref().map(|f| f.display().to_string());
+        return Err(Failure::Usage(format!(
+            "{} has no dataset: name --data or --dataset",
+            place.unwrap_or_else(|| "the job".into())
+        )));
+    }
     let client = connect(&args.server.target()).await?;
-    let policy = match &args.policy {
-        Some(p) => p.clone(),
-        None => only_model(&client).await?,
+    complete_names(&client, &mut jobs, &words).await?;
+    let mut call = TrainCall {
+        rows: JobRows::new(&client, output),
+        client,
+        words,
+        output,
     };
-    let limits = RowLimits {
-        model: base_model(&client, &policy).await?,
-        max_length: args.max_length.unwrap_or(0),
-    };
-    let dataset = match (&args.data, &args.dataset) {
-        (Some(path), _) => upload_for_job(&client, path, &limits, &args, output).await?,
-        (None, Some(name)) => full_name("datasets", name),
-        (None, None) => return Err(Failure::Usage("name --data or --dataset".into())),
-    };
-    let evaluation = match (&args.eval_data, args.eval_fraction) {
-        (Some(path), _) => Some(pb::training_job::Evaluation::EvalDataset(
-            upload_for_job(&client, path, &limits, &args, output).await?,
-        )),
-        (None, Some(f)) => Some(pb::training_job::Evaluation::EvalFraction(f)),
-        (None, None) => None,
-    };
-    let requested = job(&args, policy, dataset, evaluation)?;
-    if args.estimate {
-        let request = pb::EstimateTrainingJobRequest {
-            training_job: Some(requested),
-        };
-        let estimate = client
-            .training()
-            .estimate_training_job(request)
-            .await
-            .map_err(with_flag_names)?
-            .into_inner();
-        output::resource(output, &output::estimate(&estimate));
-        return Ok(());
+    match call.prepare(&args, &mut jobs).await {
+        Ok(()) => {}
+        Err(failure) => {
+            // Nothing uses the uploads of a refused call.
+            let failure = match call.rows.remove_uploads().await {
+                Some(remaining) => note(failure, &remaining),
+                None => failure,
+            };
+            return Err(failure);
+        }
     }
-    let request = pb::CreateTrainingJobRequest {
-        training_job: Some(requested),
-        request_id: String::new(),
-        validate_only: args.validate_only,
-    };
-    let job = client
-        .training()
-        .create_training_job(request)
-        .await
-        .map_err(with_flag_names)?
-        .into_inner();
-    if args.validate_only {
-        output::resource(output, &output::job(&job));
-        return Ok(());
-    }
-    if !args.watch {
-        output::resource(output, &output::job(&job));
-        return Ok(());
-    }
-    if output == Output::Table {
-        output::line(&format!("{} is queued", job.name));
-    }
-    watch::follow(&client, &job.name, 0, output).await
+    call.finish(&args, jobs).await
 }
 
-fn job(
-    args: &TrainArgs,
-    policy: String,
-    dataset: String,
-    evaluation: Option<pb::training_job::Evaluation>,
-) -> Result<pb::TrainingJob, Failure> {
-    let method = match args.full {
-        true => pb::training_job::Method::Full(pb::FullConfig {}),
-        false => pb::training_job::Method::Lora(pb::LoraConfig {
-            rank: args.rank,
-            alpha: args.alpha,
-            target_modules: args.target_modules.clone(),
-            ..Default::default()
-        }),
-    };
-    Ok(pb::TrainingJob {
-        display_name: args.name.clone(),
-        priority: args.priority,
-        policy,
-        reference: args.reference.clone().unwrap_or_default(),
-        dataset,
-        evaluation,
-        method: Some(method),
-        dpo: Some(pb::DpoConfig {
-            losses: losses(args.loss.as_deref())?,
-            beta: args.beta,
-            label_smoothing: args.label_smoothing,
-            ..Default::default()
-        }),
-        optimizer: Some(pb::OptimizerConfig {
-            learning_rate: args.learning_rate,
-            lr_scheduler_type: args.schedule.clone().unwrap_or_default(),
-            warmup_ratio: args.warmup_ratio,
-            ..Default::default()
-        }),
-        batch: Some(pb::BatchConfig {
-            batch_size: args.batch_size,
-            gradient_accumulation_steps: args.gradient_accumulation_steps,
-            max_length: args.max_length,
-            epochs: args.epochs,
-            max_steps: args.max_steps,
-            ..Default::default()
-        }),
-        run: Some(pb::RunConfig {
-            save_steps: args.save_steps,
-            eval_steps: args.eval_steps,
-            ..Default::default()
-        }),
-        seed: args.seed,
-        precision: args.precision.clone().unwrap_or_default(),
-        ttl: args.ttl_days.map(|days| ProtoDuration {
-            seconds: i64::from(days) * SECONDS_PER_DAY,
-            nanos: 0,
-        }),
-        chat_template_kwargs_json: super::score::template_arguments(args.template_args.as_deref())?,
-        row_policy: if args.skip_bad_rows {
-            pb::RowPolicy::Skip.into()
-        } else {
-            pb::RowPolicy::Reject.into()
-        },
-        ..Default::default()
-    })
+/// A job of the call.
+struct PlannedJob {
+    request: pb::TrainingJob,
+    /// The values in which it differs from the sweep's other jobs; empty for a single job.
+    difference: String,
 }
 
-/// Parses a loss or a mix: `sigmoid` or `sigmoid=0.8,sft=0.2`.
-fn losses(text: Option<&str>) -> Result<Vec<pb::WeightedLoss>, Failure> {
-    let mut losses = Vec::new();
-    for part in text
-        .unwrap_or_default()
-        .split(',')
-        .filter(|p| !p.is_empty())
-    {
-        let (name, weight) = part.split_once('=').unwrap_or((part, "1"));
-        let weight = weight.parse().map_err(|_| {
-            Failure::Usage(format!("--loss: the weight in {part:?} is not a number"))
-        })?;
-        losses.push(pb::WeightedLoss {
-            loss_type: name.to_owned(),
-            weight: Some(weight),
-            ..Default::default()
-        });
-    }
-    Ok(losses)
-}
-
-async fn only_model(client: &Client) -> Result<String, Failure> {
-    let models = client
-        .models()
-        .list_models(pb::ListModelsRequest {})
-        .await?
-        .into_inner()
-        .models;
-    match &models[..] {
-        [one] => Ok(one.name.clone()),
-        many => {
-            let names: Vec<&str> = many.iter().map(|m| m.name.as_str()).collect();
-            Err(Failure::Usage(format!(
-                "the server has {} models: name one with --policy ({})",
-                many.len(),
-                names.join(", ")
-            )))
+impl PlannedJob {
+    /// Puts the job's place in its sweep before a message.
+    fn place(&self, failure: Failure) -> Failure {
+        match self.difference.as_str() {
+            "" => failure,
+            difference => before(failure, difference),
         }
     }
 }
 
-/// Model and maximum length with which the server checks the rows of an uploaded file.
-#[derive(Clone, Debug, Default)]
-struct RowLimits {
-    /// `models/{id}`; empty leaves lengths unchecked.
-    model: String,
-    /// Tokens of prompt and answer; 0 is the server's default.
-    max_length: u32,
+fn change(failure: Failure, with: impl Fn(String) -> String) -> Failure {
+    match failure {
+        Failure::Failed(m) => Failure::Failed(with(m)),
+        Failure::Usage(m) => Failure::Usage(with(m)),
+        other => other,
+    }
+}
+
+fn before(failure: Failure, text: &str) -> Failure {
+    change(failure, |message| format!("{text}: {message}"))
+}
+
+fn note(failure: Failure, text: &str) -> Failure {
+    change(failure, |message| format!("{message}\n  {text}"))
+}
+
+/// Reads a job file, YAML or JSON. `-` reads standard input.
+fn read_job_file(path: &Path) -> Result<JobFile, Failure> {
+    let name = match path.to_str() {
+        Some("-") => "standard input".to_owned(),
+        _ => path.display().to_string(),
+    };
+    let failed = |e: std::io::Error| Failure::Failed(format!("{name}: {e}"));
+    let mut text = String::new();
+    let source: Box<dyn Read> = match path.to_str() {
+        Some("-") => Box::new(std::io::stdin()),
+        _ => Box::new(std::fs::File::open(path).map_err(failed)?),
+    };
+    source
+        .take(MAX_JOB_FILE + 1)
+        .read_to_string(&mut text)
+        .map_err(failed)?;
+    if text.len() as u64 > MAX_JOB_FILE {
+        return Err(Failure::Usage(format!(
+            "{name} is larger than {MAX_JOB_FILE} bytes: a job file has the fields of one job"
+        )));
+    }
+    let fields = read_job(&text).map_err(|e| Failure::Usage(format!("{name}: {e}")))?;
+    Ok(JobFile { name, fields })
+}
+
+/// Reads a job as canonical JSON, without the fields that only the server sets.
+fn read_job(text: &str) -> Result<Value, CanonicalError> {
+    let mut fields = canonical::value_of_yaml(text)?;
+    for name in OUTPUT_ONLY {
+        remove(&mut fields, name);
+    }
+    let job: pb::TrainingJob = canonical::from_value(fields)?;
+    canonical::to_value(&job, Fields::Set)
+}
+
+fn unreadable(error: CanonicalError) -> Failure {
+    Failure::Usage(error.to_string())
+}
+
+/// Converts the jobs of a call to messages. A job of a sweep gets labels and a title of its own.
+fn requested(variants: Vec<JobVariant>, args: &TrainArgs) -> Result<Vec<PlannedJob>, Failure> {
+    let is_sweep = variants.len() > 1;
+    let id = uuid::Uuid::now_v7().simple().to_string();
+    // The last digits are random, the first ones are the time.
+    let sweep = &id[id.len() - 8..];
+    let planned = variants.into_iter().map(|variant| {
+        let difference = variant.describe();
+        let mut fields = variant.fields;
+        if args.eval_data.is_some() {
+            remove(&mut fields, "eval_fraction");
+        }
+        if get(&fields, "full").is_none() && get(&fields, "lora").is_none() {
+            set(&mut fields, "lora", json!({}));
+        }
+        let mut request: pb::TrainingJob = canonical::from_value(fields).map_err(unreadable)?;
+        complete_datasets(&mut request);
+        if is_sweep {
+            let labels = &mut request.labels;
+            labels.insert(SWEEP_LABEL.to_owned(), sweep.to_owned());
+            for (flag, value) in variant.swept {
+                labels.insert(flag.replace('-', "_"), value);
+            }
+            request.display_name = format!("{} {difference}", request.display_name)
+                .trim_start()
+                .to_owned();
+        }
+        Ok(PlannedJob {
+            request,
+            difference,
+        })
+    });
+    planned.collect()
+}
+
+/// Adds the prefix `datasets/` to bare ids.
+fn complete_datasets(job: &mut pb::TrainingJob) {
+    if !job.dataset.is_empty() {
+        job.dataset = full_name("datasets", &job.dataset);
+    }
+    if let Some(Evaluation::EvalDataset(name)) = &mut job.evaluation {
+        *name = full_name("datasets", name);
+    }
+}
+
+/// Completes the names of policies and references.
+async fn complete_names(
+    client: &Client,
+    jobs: &mut [PlannedJob],
+    words: &JobWords,
+) -> Result<(), Failure> {
+    let names = PolicyNames::of(client).await?;
+    for job in jobs {
+        let request = &mut job.request;
+        request.policy = match request.policy.as_str() {
+            "" => names.only_model()?,
+            given => {
+                names
+                    .complete(&words.of_field("training_job.policy"), given)
+                    .await?
+            }
+        };
+        if !request.reference.is_empty() {
+            let word = words.of_field("training_job.reference");
+            request.reference = names.complete(&word, &request.reference).await?;
+        }
+    }
+    Ok(())
+}
+
+/// A call of `train` with its connection.
+struct TrainCall {
+    client: Client,
+    words: JobWords,
+    rows: JobRows,
+    output: Output,
+}
+
+impl TrainCall {
+    /// Checks the jobs, uploads their data, and checks them again with it.
+    async fn prepare(&mut self, args: &TrainArgs, jobs: &mut [PlannedJob]) -> Result<(), Failure> {
+        if jobs.len() > 1 && self.output == Output::Table {
+            output::line(&format!("{} jobs:", jobs.len()));
+            for job in jobs.iter() {
+                output::line(&format!("  {}", job.difference));
+            }
+        }
+        let uploads = args.data.is_some() || args.eval_data.is_some();
+        if uploads {
+            for job in jobs.iter() {
+                self.check_without_data(args, job).await?;
+            }
+        }
+        for job in jobs.iter_mut() {
+            let batch = job.request.batch.as_ref();
+            let limits = RowLimits {
+                model: match uploads {
+                    true => base_model(&self.client, &job.request.policy).await?,
+                    false => String::new(),
+                },
+                max_length: batch.and_then(|b| b.max_length).unwrap_or(0),
+            };
+            let skips = job.request.row_policy() == pb::RowPolicy::Skip;
+            if let Some(path) = &args.data {
+                job.request.dataset = self.rows.dataset(path, &limits, skips).await?;
+            }
+            if let Some(path) = &args.eval_data {
+                let name = self.rows.dataset(path, &limits, skips).await?;
+                job.request.evaluation = Some(Evaluation::EvalDataset(name));
+            }
+        }
+        // A sweep is created as a whole or not at all, as far as its jobs can be checked before.
+        if jobs.len() > 1 && !args.estimate && !args.validate_only {
+            for job in jobs.iter() {
+                self.create(job, true).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks everything in a job except its data, before the data is uploaded. The server refuses
+    /// the missing datasets in any case, and tells the other errors with them.
+    async fn check_without_data(&self, args: &TrainArgs, job: &PlannedJob) -> Result<(), Failure> {
+        let mut request = job.request.clone();
+        if args.data.is_some() {
+            request.dataset = String::new();
+        }
+        if args.eval_data.is_some() {
+            request.evaluation = Some(Evaluation::EvalDataset(String::new()));
+        }
+        let request = pb::CreateTrainingJobRequest {
+            training_job: Some(request),
+            request_id: String::new(),
+            validate_only: true,
+        };
+        let Err(refused) = self.client.training().create_training_job(request).await else {
+            return Ok(());
+        };
+        let missing = ["training_job.dataset", "training_job.eval_dataset"];
+        let has_other = field_violations(&refused)
+            .iter()
+            .any(|(field, _)| !missing.contains(&field.as_str()));
+        if !has_other {
+            return Ok(());
+        }
+        Err(job.place(self.words.failure_without(refused, &missing)))
+    }
+
+    async fn create(
+        &self,
+        job: &PlannedJob,
+        validate_only: bool,
+    ) -> Result<pb::TrainingJob, Failure> {
+        let request = pb::CreateTrainingJobRequest {
+            training_job: Some(job.request.clone()),
+            request_id: String::new(),
+            validate_only,
+        };
+        let answer = self.client.training().create_training_job(request).await;
+        Ok(answer.map_err(|e| self.refused(job, e))?.into_inner())
+    }
+
+    fn refused(&self, job: &PlannedJob, error: impl Into<ClientError>) -> Failure {
+        job.place(self.words.failure(error))
+    }
+
+    /// Estimates, validates or creates the jobs, and prints the answers.
+    async fn finish(self, args: &TrainArgs, jobs: Vec<PlannedJob>) -> Outcome {
+        if args.estimate {
+            return self.estimate(jobs).await;
+        }
+        let mut made = Vec::new();
+        for job in &jobs {
+            match self.create(job, args.validate_only).await {
+                Ok(answer) => made.push((job, answer)),
+                Err(failure) => return Err(self.give_up(args, failure, &made).await),
+            }
+        }
+        if let ([(_, job)], true, false) = (&made[..], args.watch, args.validate_only) {
+            if self.output == Output::Table {
+                output::line(&format!("{} is queued", job.name));
+            }
+            let end = watch::follow(&self.client, &job.name, 0, self.output).await;
+            return end.map_err(|e| change(e, |message| self.words.in_sentence(&message)));
+        }
+        if let [(_, job)] = &made[..] {
+            output::resource(self.output, &output::job(job));
+            return Ok(());
+        }
+        let header = ["name", "state", "differs in"];
+        let state = |job: &pb::TrainingJob| match args.validate_only {
+            true => "valid".to_owned(),
+            false => output::state(job.state),
+        };
+        let rows = made
+            .iter()
+            .map(|(planned, job)| vec![job.name.clone(), state(job), planned.difference.clone()])
+            .collect();
+        let json = made.iter().map(|(_, job)| output::job(job)).collect();
+        output::list(self.output, &header, rows, json);
+        Ok(())
+    }
+
+    /// Adds to a failure what happened before it: uploads are removed if no job was made, and
+    /// otherwise the made jobs are named.
+    async fn give_up(
+        self,
+        args: &TrainArgs,
+        failure: Failure,
+        made: &[(&PlannedJob, pb::TrainingJob)],
+    ) -> Failure {
+        if made.is_empty() || args.validate_only {
+            return match self.rows.remove_uploads().await {
+                Some(remaining) => note(failure, &remaining),
+                None => failure,
+            };
+        }
+        let names: Vec<&str> = made.iter().map(|(_, job)| job.name.as_str()).collect();
+        note(
+            failure,
+            &format!("these jobs of the sweep were created: {}", names.join(", ")),
+        )
+    }
+
+    async fn estimate(self, jobs: Vec<PlannedJob>) -> Outcome {
+        for job in jobs {
+            let request = pb::EstimateTrainingJobRequest {
+                training_job: Some(job.request.clone()),
+            };
+            let answer = self.client.training().estimate_training_job(request).await;
+            let estimate = match answer {
+                Ok(estimate) => estimate.into_inner(),
+                Err(error) => {
+                    let failure = self.refused(&job, error);
+                    return Err(match self.rows.remove_uploads().await {
+                        Some(remaining) => note(failure, &remaining),
+                        None => failure,
+                    });
+                }
+            };
+            if !job.difference.is_empty() && self.output == Output::Table {
+                output::line(&job.difference);
+            }
+            output::resource(self.output, &output::estimate(&estimate));
+        }
+        Ok(())
+    }
 }
 
 /// Returns the base model of a policy. For a checkpoint it follows the policies of the jobs back to
@@ -212,107 +438,4 @@ async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
         }
     }
     Ok(String::new())
-}
-
-/// Uploads a file and lets the server check it with the job's model and maximum length. Returns the
-/// dataset's name.
-///
-/// # Errors
-/// Returns a failure if the server would refuse the job because of these rows.
-async fn upload_for_job(
-    client: &Client,
-    path: &Path,
-    limits: &RowLimits,
-    args: &TrainArgs,
-    output: Output,
-) -> Result<String, Failure> {
-    let dataset = upload_checked(client, path, limits, output).await?;
-    let report = dataset.report.unwrap_or_default();
-    let bad = report.rows - report.valid_rows;
-    if bad == 0 || args.skip_bad_rows {
-        return Ok(dataset.name);
-    }
-    let is_error = |i: &&pb::RowIssue| i.severity() == pb::IssueSeverity::Error;
-    let example = report
-        .issues
-        .iter()
-        .find(is_error)
-        .map(|i| format!(" (row {}, {}: {})", i.row, i.reason, i.message));
-    let remedy = match report
-        .counts
-        .contains_key(IssueReason::PromptFillsMaxLength.name())
-    {
-        true => {
-            "give them more room with --max-length, correct the file, \
-             or leave them out with --skip-bad-rows"
-        }
-        false => "correct the file, or leave them out with --skip-bad-rows",
-    };
-    let (file, example) = (path.display(), example.unwrap_or_default());
-    Err(Failure::Failed(format!(
-        "{bad} of the {} rows of {file} cannot be used{example}: {remedy}",
-        report.rows
-    )))
-}
-
-/// Uploads a file and prints the findings of its validation.
-async fn upload_checked(
-    client: &Client,
-    path: &Path,
-    limits: &RowLimits,
-    output: Output,
-) -> Result<pb::Dataset, Failure> {
-    let display_name = path
-        .file_name()
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default();
-    let metadata = pb::UploadMetadata {
-        display_name,
-        model: limits.model.clone(),
-        max_length: limits.max_length,
-        ..Default::default()
-    };
-    let dataset = client.upload_dataset(path, metadata, |_| {}).await?;
-    if output == Output::Table {
-        let r = dataset.report.clone().unwrap_or_default();
-        output::line(&format!(
-            "{} holds {} rows, {} of them usable",
-            dataset.name, r.rows, r.valid_rows
-        ));
-        if let Some(shapes) = output::shapes(&r) {
-            output::line(&format!("  {shapes}"));
-        }
-        for i in r.issues.iter().take(10) {
-            output::line(&format!(
-                "  row {}: {} {}: {}",
-                i.row, i.field, i.reason, i.message
-            ));
-        }
-    }
-    Ok(dataset)
-}
-
-/// Converts a refused call to a failure, and replaces the API's field names in its text by flags.
-fn with_flag_names(status: crate::rpc::client::Status) -> Failure {
-    const FLAGS: [(&str, &str); 3] = [
-        (
-            "set row_policy to SKIP to train on the other",
-            "leave them out with --skip-bad-rows to train on the other",
-        ),
-        (
-            "set row_policy to SKIP",
-            "leave them out with --skip-bad-rows",
-        ),
-        ("with max_length", "with --max-length"),
-    ];
-    let replace = |message: String| {
-        FLAGS
-            .iter()
-            .fold(message, |text, (field, flag)| text.replace(field, flag))
-    };
-    match Failure::from(status) {
-        Failure::Failed(m) => Failure::Failed(replace(m)),
-        Failure::Usage(m) => Failure::Usage(replace(m)),
-        Failure::Unreachable(m) => Failure::Unreachable(m),
-    }
 }

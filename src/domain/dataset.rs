@@ -322,6 +322,19 @@ pub struct ValidationReport {
     /// reports of version 0.2.0, in which a row has at most one finding that depends on the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unusable_rows: Option<u64>,
+    /// Check of lengths that the report includes; `None` if lengths were not checked, and in
+    /// reports of version 0.2.0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub length_check: Option<LengthCheck>,
+}
+
+/// Check of the lengths of rows when a dataset is uploaded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LengthCheck {
+    /// Id of the model whose tokenizer was used.
+    pub model: String,
+    /// Maximum length in tokens.
+    pub max_length: usize,
 }
 
 fn is_zero(n: &u64) -> bool {

@@ -128,6 +128,26 @@ fn describe(status: &Status) -> String {
     }
 }
 
+/// Returns the bad fields of a refused call, each with the description of what is wrong.
+pub fn field_violations(status: &Status) -> Vec<(String, String)> {
+    let violations = status
+        .get_details_bad_request()
+        .map(|bad| bad.field_violations);
+    violations
+        .unwrap_or_default()
+        .into_iter()
+        .map(|v| (v.field, v.description))
+        .collect()
+}
+
+/// Returns true if a call was refused because the named resource does not exist for this caller.
+pub fn is_absent(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::NotFound | Code::PermissionDenied | Code::InvalidArgument
+    )
+}
+
 /// Result of a call.
 pub type ClientResult<T> = Result<T, ClientError>;
 

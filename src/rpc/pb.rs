@@ -3,5 +3,5 @@
 
 tonic::include_proto!("bradley.v1");
 
-/// The encoded descriptors of the protos, for reflection.
+/// The encoded descriptors of the protos, for reflection and canonical JSON.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bradley.bin"));

@@ -17,7 +17,7 @@ use super::shutdown::Shutdown;
 use super::store::{Page, Store, now};
 use super::template_date::TemplateDate;
 use crate::domain::access::Caller;
-use crate::domain::dataset::{Dataset, DatasetFormat, ValidationReport};
+use crate::domain::dataset::{Dataset, DatasetFormat, LengthCheck, ValidationReport};
 use crate::domain::reason::Reason;
 use crate::domain::training::Truncation;
 use crate::engine::Engine;
@@ -37,6 +37,8 @@ pub struct UploadMeta {
     pub model: Option<String>,
     /// Maximum length of a row in tokens for this check.
     pub max_length: usize,
+    /// Hash that the file must have, if the client knows it.
+    pub content_hash: Option<blake3::Hash>,
 }
 
 /// Limits on uploads.
@@ -93,18 +95,19 @@ impl DatasetService {
         own_dataset(&self.store, caller, id).await
     }
 
-    /// Returns a page of datasets, newest first.
+    /// Returns a page of datasets, newest first; with a hash, only those whose file has it.
     ///
     /// # Errors
     /// `InvalidArgument` for a page token that this list did not return.
     pub async fn list_datasets(
         &self,
         caller: &Caller,
+        content_hash: Option<blake3::Hash>,
         page_size: usize,
         page_token: &str,
     ) -> Result<Page<Dataset>> {
         self.store
-            .datasets(caller.visible_owner(), page_size, page_token)
+            .datasets(caller.visible_owner(), content_hash, page_size, page_token)
             .await
     }
 
@@ -222,13 +225,22 @@ impl DatasetUpload {
     ///
     /// # Errors
     /// `InvalidArgument` with the first findings if no row can be used, or if the file cannot be
-    /// decoded; `ResourceExhausted` if its rows have too much text (`DATASET_TOO_LARGE`) or the
+    /// decoded or has another hash than its metadata says; `ResourceExhausted` if its rows have too much text (`DATASET_TOO_LARGE`) or the
     /// client's datasets are too large together (`TOO_MANY_BYTES`).
     pub async fn finish(mut self) -> Result<Dataset> {
         self.file
             .flush()
             .await
             .map_err(|e| failed(&self.temporary.0, e))?;
+        let hash = self.hash.finalize();
+        if let Some(expected) = self.meta.content_hash.filter(|expected| *expected != hash) {
+            let message = format!(
+                "is {}, but the bytes that arrived have {}: send the file again",
+                expected.to_hex(),
+                hash.to_hex()
+            );
+            return Err(ServiceError::invalid("metadata.content_hash", message));
+        }
         let format = self
             .meta
             .format
@@ -241,7 +253,7 @@ impl DatasetUpload {
         let date = self.service.template_date.of(None);
         let permit = self.service.slow_tasks.acquire().await?;
         let limit = self.service.limits.max_text_bytes;
-        let report = blocking(move || {
+        let mut report = blocking(move || {
             let _permit = permit;
             let lengths = checked.as_ref().map(|(tokenizer, vocab_size)| {
                 PairEncoder::new(tokenizer, max_length, Truncation::KeepStart)
@@ -257,6 +269,10 @@ impl DatasetUpload {
                 no_usable_row_message(&report),
             ));
         }
+        report.length_check = self.meta.model.clone().map(|model| LengthCheck {
+            model,
+            max_length: self.meta.max_length,
+        });
         // Other uploads of the client may have ended meanwhile.
         self.service.room(&self.owner, self.size).await?;
         let id = uuid::Uuid::now_v7().to_string();
@@ -274,7 +290,7 @@ impl DatasetUpload {
             display_name: self.meta.display_name.clone(),
             format,
             size_bytes: self.size,
-            content_hash: self.hash.finalize().to_hex().to_string(),
+            content_hash: hash.to_hex().to_string(),
             report,
             create_time: now(),
             owner: self.owner.clone(),

@@ -24,6 +24,7 @@ mod golden_tokens;
 mod golden_training;
 mod hostile;
 mod hub;
+mod job_flags;
 mod layers;
 mod lifecycle;
 mod memory;

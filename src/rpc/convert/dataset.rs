@@ -43,6 +43,7 @@ pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, S
             }
         },
     };
+    let hash = content_hash("metadata.content_hash", &m.content_hash, &mut bad);
     let max_length = if m.max_length == 0 {
         1024
     } else {
@@ -54,9 +55,32 @@ pub(in crate::rpc) fn upload_meta(m: pb::UploadMetadata) -> Result<UploadMeta, S
             format,
             model,
             max_length,
+            content_hash: hash,
         },
         bad,
     )
+}
+
+/// Converts the hash in the filter of a list; an empty text means no filter.
+pub(in crate::rpc) fn filter(content_hash_field: &str) -> Result<Option<blake3::Hash>, Status> {
+    let mut bad = Violations::default();
+    let hash = content_hash("content_hash", content_hash_field, &mut bad);
+    finish(hash, bad)
+}
+
+fn content_hash(field: &str, text: &str, bad: &mut Violations) -> Option<blake3::Hash> {
+    if text.is_empty() {
+        return None;
+    }
+    let hash = blake3::Hash::from_hex(text);
+    if hash.is_err() {
+        let message = format!(
+            "is {}: it must be a BLAKE3 hash of 64 hex digits, or empty",
+            quoted(text)
+        );
+        bad.push(field, message);
+    }
+    hash.ok()
 }
 
 /// Converts a dataset. `with_issues` includes the list of findings in its report.
@@ -76,6 +100,13 @@ pub(in crate::rpc) fn dataset(d: Dataset, with_issues: bool) -> pb::Dataset {
 }
 
 fn report(r: ValidationReport, with_issues: bool) -> pb::ValidationReport {
+    let (model, max_length) = match r.length_check {
+        Some(check) => (
+            format!("models/{}", check.model),
+            u32::try_from(check.max_length).unwrap_or(u32::MAX),
+        ),
+        None => Default::default(),
+    };
     pb::ValidationReport {
         rows: r.rows,
         valid_rows: r.valid_rows,
@@ -88,6 +119,8 @@ fn report(r: ValidationReport, with_issues: bool) -> pb::ValidationReport {
         issues_truncated: r.issues_truncated,
         shapes: r.shapes,
         pairs: r.pairs,
+        model,
+        max_length,
     }
 }
 

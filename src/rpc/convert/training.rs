@@ -431,7 +431,8 @@ fn lora(mut c: pb::LoraConfig, bad: &mut Violations) -> (LoraConfig, GivenLora) 
     let rank = given.rank.unwrap_or(d.rank);
     let config = LoraConfig {
         rank,
-        alpha: given.alpha.unwrap_or(2.0 * rank as f64),
+        // A rank of 0 is refused. The α that follows from it would be an error that nobody made.
+        alpha: given.alpha.unwrap_or(2.0 * rank.max(1) as f64),
         target_modules: given.target_modules.clone().unwrap_or(d.target_modules),
         use_rslora: c.use_rslora,
         init_adapter: (!c.init_adapter.is_empty()).then_some(c.init_adapter),

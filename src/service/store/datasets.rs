@@ -47,18 +47,23 @@ impl Store {
     }
 
     /// Returns a page of the datasets of `owner` (of everyone if `None`), newest first, without the
-    /// findings in their reports.
+    /// findings in their reports. With a hash, only those whose file has it.
     ///
     /// # Errors
     /// `InvalidArgument` for a bad page token.
     pub async fn datasets(
         &self,
         owner: Option<&str>,
+        content_hash: Option<blake3::Hash>,
         page_size: usize,
         page_token: &str,
     ) -> Result<Page<Dataset>> {
+        // The hash is hex digits by its type.
+        let condition = content_hash
+            .map(|hash| format!(" AND content_hash = '{}'", hash.to_hex()))
+            .unwrap_or_default();
         let select = format!(
-            "SELECT {} FROM datasets WHERE {PAGE_CONDITION}",
+            "SELECT {} FROM datasets WHERE {PAGE_CONDITION}{condition}",
             rows::dataset_in_list(self.dialect)
         );
         self.page::<DatasetRow, _>(&select, owner, page_size, page_token)

@@ -1,0 +1,117 @@
+//! Completes the names of policies and references: a base model's or a job's bare name suffices.
+
+use super::failure::Failure;
+use super::remote::full_name;
+use crate::rpc::canonical::nearest;
+use crate::rpc::client::{Client, is_absent};
+use crate::rpc::pb;
+
+const MODELS: &str = "models/";
+const JOBS: &str = "trainingJobs/";
+const CHECKPOINTS: &str = "/checkpoints/";
+/// Maximum number of models that an error lists.
+const MAX_LISTED_MODELS: usize = 20;
+
+/// Completes names with the models and jobs of one server.
+pub(super) struct PolicyNames {
+    client: Client,
+    /// Ids of the server's models.
+    models: Vec<String>,
+}
+
+impl PolicyNames {
+    /// Asks the server for its models.
+    pub(super) async fn of(client: &Client) -> Result<Self, Failure> {
+        let mut service = client.models();
+        let answer = service.list_models(pb::ListModelsRequest {}).await?;
+        let models = answer.into_inner().models;
+        let id = |name: String| name.trim_start_matches(MODELS).to_owned();
+        Ok(PolicyNames {
+            client: client.clone(),
+            models: models.into_iter().map(|m| id(m.name)).collect(),
+        })
+    }
+
+    /// Returns the only model of the server.
+    ///
+    /// # Errors
+    /// Returns a failure with the models' names if there are several.
+    pub(super) fn only_model(&self) -> Result<String, Failure> {
+        match &self.models[..] {
+            [one] => Ok(format!("{MODELS}{one}")),
+            _ => Err(Failure::Usage(format!(
+                "the server has {} models: name one with --policy ({})",
+                self.models.len(),
+                self.listed()
+            ))),
+        }
+    }
+
+    /// Returns the full name of what `given` stands for: `models/ID` for a base model, and for a
+    /// job without a checkpoint its latest one. `word` is the caller's word for the field.
+    ///
+    /// # Errors
+    /// Returns a failure with the models of the server if there is neither such a model nor such a
+    /// job.
+    pub(super) async fn complete(&self, word: &str, given: &str) -> Result<String, Failure> {
+        if given.contains(CHECKPOINTS) {
+            return Ok(full_name("trainingJobs", given));
+        }
+        if given.starts_with(JOBS) {
+            return Ok(format!("{given}{CHECKPOINTS}latest"));
+        }
+        let id = given.strip_prefix(MODELS).unwrap_or(given);
+        if self.models.iter().any(|model| model == id) {
+            return Ok(format!("{MODELS}{id}"));
+        }
+        if !given.contains('/') && self.is_job(given).await? {
+            return Ok(format!("{JOBS}{given}{CHECKPOINTS}latest"));
+        }
+        let meant = nearest(id, self.models.iter().map(String::as_str))
+            .map(|model| format!("did you mean {MODELS}{model}? "))
+            .unwrap_or_default();
+        Err(Failure::Usage(format!(
+            "{word} {given} does not exist: {meant}This server has {}; a job is named by its id",
+            self.listed()
+        )))
+    }
+
+    /// Returns true if the caller may see a job with this id.
+    async fn is_job(&self, id: &str) -> Result<bool, Failure> {
+        let request = pb::GetTrainingJobRequest {
+            name: format!("{JOBS}{id}"),
+        };
+        match self.client.training().get_training_job(request).await {
+            Ok(_) => Ok(true),
+            // The id is not legal, the job does not exist, or it belongs to another client.
+            Err(refused) if is_absent(&refused) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn listed(&self) -> String {
+        let names: Vec<String> = self
+            .models
+            .iter()
+            .take(MAX_LISTED_MODELS)
+            .map(|id| format!("{MODELS}{id}"))
+            .collect();
+        match self.models.len().saturating_sub(MAX_LISTED_MODELS) {
+            0 if names.is_empty() => "no models".to_owned(),
+            0 => names.join(", "),
+            more => format!("{} and {more} more", names.join(", ")),
+        }
+    }
+}
+
+/// Returns a warning if policy and reference are the same base model. An empty reference stands for
+/// the policy's own.
+pub(super) fn same_model_warning(policy: &str, reference: &str) -> Option<String> {
+    let is_same = policy.starts_with(MODELS) && (reference.is_empty() || reference == policy);
+    is_same.then(|| {
+        format!(
+            "{policy} is compared with itself, so that every probability is 0.5: name a trained \
+             checkpoint with --policy, or another model with --reference"
+        )
+    })
+}

@@ -1,0 +1,539 @@
+//! Canonical JSON and YAML of the API's messages, in both directions.
+//!
+//! The form is protobuf's own JSON mapping, so that other protobuf libraries read it, with these
+//! choices: fields have their names of the proto files (`snake_case`); integers of 64 bits are
+//! numbers if a double holds them exactly (up to 2^53), else strings; the keys of maps are sorted.
+//! YAML has the same keys and values.
+//!
+//! Reading accepts everything that protobuf's mapping accepts, and enum values without their prefix
+//! and in lower case (`skip` for `ROW_POLICY_SKIP`). All wrong keys and values are reported
+//! together, with their paths.
+
+#[cfg(test)]
+mod tests;
+mod yaml;
+
+use std::sync::LazyLock;
+
+use prost::{Message, Name};
+use prost_reflect::{
+    DescriptorError, DescriptorPool, DynamicMessage, EnumDescriptor, FieldDescriptor, Kind,
+    MessageDescriptor, ReflectMessage, SerializeOptions,
+};
+use serde_json::{Number, Value, json};
+
+use super::pb;
+use crate::domain::violation::{Violations, quoted};
+
+/// Largest integer up to which a double holds every integer exactly.
+const MAX_EXACT: u64 = 1 << 53;
+/// Minimum similarity of a suggestion to a wrong name, between 0 and 1.
+const MIN_SIMILARITY: f64 = 0.6;
+/// Protobuf's own types, whose JSON is not an object of their fields.
+const WELL_KNOWN: &str = "google.protobuf.";
+
+static POOL: LazyLock<Result<DescriptorPool, DescriptorError>> =
+    LazyLock::new(|| DescriptorPool::decode(pb::FILE_DESCRIPTOR_SET));
+
+/// A message that has a canonical form: every message of [`pb`].
+pub trait Canonical: Message + Name + Default {}
+
+impl<M: Message + Name + Default> Canonical for M {}
+
+/// The fields that are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fields {
+    /// Those that are set, and of fields without presence those that differ from their default.
+    Set,
+    /// All: a field without a value is null, or its default if it has no presence.
+    All,
+}
+
+/// The reason why a message could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum CanonicalError {
+    /// The text is not JSON or YAML.
+    #[error("not valid {format}: {reason}")]
+    Syntax {
+        /// JSON or YAML.
+        format: &'static str,
+        /// The parser's error, with line and column.
+        reason: String,
+    },
+    /// Keys that the message does not have, and values that do not fit their fields.
+    #[error(transparent)]
+    Fields(Violations),
+    /// The message cannot be converted, e.g. because a timestamp is out of range.
+    #[error("the message cannot be converted: {0}")]
+    Conversion(String),
+}
+
+/// Returns a message as a JSON object.
+///
+/// # Errors
+/// [`CanonicalError::Conversion`] if the message has a value that JSON cannot have.
+pub fn to_value<M: Canonical>(message: &M, fields: Fields) -> Result<Value, CanonicalError> {
+    let descriptor = descriptor::<M>()?;
+    let mut dynamic = DynamicMessage::decode(descriptor.clone(), &message.encode_to_vec()[..])
+        .map_err(conversion)?;
+    drop_unknown_details(&mut dynamic);
+    let options = SerializeOptions::new()
+        .stringify_64_bit_integers(false)
+        .use_proto_field_name(true)
+        .skip_default_fields(fields == Fields::Set);
+    let mut value = dynamic
+        .serialize_with_options(serde_json::value::Serializer, &options)
+        .map_err(conversion)?;
+    tidy_message(&descriptor, &mut value, fields);
+    Ok(value)
+}
+
+/// Returns a message as YAML.
+///
+/// # Errors
+/// The same as of [`to_value`].
+pub fn to_yaml<M: Canonical>(message: &M, fields: Fields) -> Result<String, CanonicalError> {
+    yaml::write(&to_value(message, fields)?)
+}
+
+/// Returns JSON as YAML, e.g. a list of canonical messages.
+///
+/// # Errors
+/// [`CanonicalError::Conversion`] if YAML cannot have the value.
+pub fn yaml_of(value: &Value) -> Result<String, CanonicalError> {
+    yaml::write(value)
+}
+
+/// Reads a message from a JSON object.
+///
+/// # Errors
+/// [`CanonicalError::Fields`] with every unknown key and every value that does not fit its field.
+pub fn from_value<M: Canonical>(mut value: Value) -> Result<M, CanonicalError> {
+    let descriptor = descriptor::<M>()?;
+    let mut wrong = Violations::default();
+    check_message(&descriptor, &mut value, "", &mut wrong);
+    wrong.into_result().map_err(CanonicalError::Fields)?;
+    let dynamic = DynamicMessage::deserialize(descriptor, value).map_err(conversion)?;
+    dynamic.transcode_to().map_err(conversion)
+}
+
+/// Reads a message from JSON.
+///
+/// # Errors
+/// [`CanonicalError::Syntax`] if the text is not JSON; otherwise the same as of [`from_value`].
+pub fn from_json<M: Canonical>(text: &str) -> Result<M, CanonicalError> {
+    let value = serde_json::from_str(text).map_err(|e| CanonicalError::Syntax {
+        format: "JSON",
+        reason: e.to_string(),
+    })?;
+    from_value(value)
+}
+
+/// Reads a message from YAML, of which JSON is a part.
+///
+/// # Errors
+/// [`CanonicalError::Syntax`] if the text is not YAML; otherwise the same as of [`from_value`].
+pub fn from_yaml<M: Canonical>(text: &str) -> Result<M, CanonicalError> {
+    from_value(yaml::read(text)?)
+}
+
+/// Reads YAML as JSON, without a message's fields in mind.
+///
+/// # Errors
+/// [`CanonicalError::Syntax`] if the text is not YAML, or has values that JSON cannot have.
+pub fn value_of_yaml(text: &str) -> Result<Value, CanonicalError> {
+    yaml::read(text)
+}
+
+/// Returns the candidate that is most similar to a wrong name, if one is similar enough to be meant.
+pub fn nearest<'a>(wrong: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let wrong = wrong.to_lowercase();
+    candidates
+        .into_iter()
+        .map(|name| {
+            let similarity = strsim::normalized_damerau_levenshtein(&wrong, &name.to_lowercase());
+            (similarity, name)
+        })
+        .filter(|(similarity, _)| *similarity >= MIN_SIMILARITY)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, name)| name)
+}
+
+fn conversion(error: impl std::fmt::Display) -> CanonicalError {
+    CanonicalError::Conversion(error.to_string())
+}
+
+fn descriptor<M: Canonical>() -> Result<MessageDescriptor, CanonicalError> {
+    let pool = POOL.as_ref().map_err(conversion)?;
+    let name = M::full_name();
+    pool.get_message_by_name(&name)
+        .ok_or_else(|| conversion(format!("{name} is not part of the API")))
+}
+
+/// Removes the details of statuses whose type this client does not know, because they have no JSON
+/// form.
+fn drop_unknown_details(message: &mut DynamicMessage) {
+    use prost_reflect::Value;
+    for (_, value) in message.fields_mut() {
+        match value {
+            Value::Message(inner) => drop_unknown_details(inner),
+            Value::List(items) => {
+                items.retain(|item| item.as_message().is_none_or(is_readable));
+                items
+                    .iter_mut()
+                    .filter_map(Value::as_message_mut)
+                    .for_each(drop_unknown_details);
+            }
+            Value::Map(entries) => entries
+                .values_mut()
+                .filter_map(Value::as_message_mut)
+                .for_each(drop_unknown_details),
+            _ => {}
+        }
+    }
+}
+
+/// Returns true unless the message is an Any with content that cannot be decoded.
+fn is_readable(message: &DynamicMessage) -> bool {
+    let descriptor = message.descriptor();
+    if descriptor.full_name() != "google.protobuf.Any" {
+        return true;
+    }
+    let Ok(any) = message.transcode_to::<prost_types::Any>() else {
+        return false;
+    };
+    any_type(&descriptor, &any.type_url)
+        .is_some_and(|inner| DynamicMessage::decode(inner, &any.value[..]).is_ok())
+}
+
+/// Returns the type that the URL of an Any names.
+fn any_type(any: &MessageDescriptor, type_url: &str) -> Option<MessageDescriptor> {
+    let name = type_url.rsplit('/').next()?;
+    any.parent_pool().get_message_by_name(name)
+}
+
+/// Sorts the keys of maps, turns large integers into strings and, with [`Fields::All`], adds the
+/// fields without a value.
+fn tidy_message(descriptor: &MessageDescriptor, value: &mut Value, fields: Fields) {
+    let Value::Object(object) = value else {
+        return;
+    };
+    if descriptor.full_name() == "google.protobuf.Any" {
+        let inner = object.get("@type").and_then(Value::as_str);
+        if let Some(inner) = inner.and_then(|url| any_type(descriptor, url)) {
+            tidy_message(&inner, value, Fields::Set);
+        }
+        return;
+    }
+    if descriptor.full_name().starts_with(WELL_KNOWN) {
+        return;
+    }
+    for field in descriptor.fields() {
+        match object.get_mut(field.name()) {
+            Some(value) => tidy_field(&field, value, fields),
+            None if fields == Fields::All => {
+                object.insert(field.name().to_owned(), Value::Null);
+            }
+            None => {}
+        }
+    }
+}
+
+fn tidy_field(field: &FieldDescriptor, value: &mut Value, fields: Fields) {
+    match (field.kind(), value) {
+        (Kind::Message(entry), Value::Object(entries)) if field.is_map() => {
+            entries.sort_keys();
+            let kind = entry.map_entry_value_field().kind();
+            entries
+                .values_mut()
+                .for_each(|value| tidy_one(&kind, value, fields));
+        }
+        (kind, Value::Array(items)) if field.is_list() => items
+            .iter_mut()
+            .for_each(|item| tidy_one(&kind, item, fields)),
+        (kind, value) => tidy_one(&kind, value, fields),
+    }
+}
+
+fn tidy_one(kind: &Kind, value: &mut Value, fields: Fields) {
+    match kind {
+        Kind::Message(inner) => tidy_message(inner, value, fields),
+        Kind::Float => {
+            // The digits of an f32, not those of the f64 of the same value.
+            let short = value.as_f64().map(|x| (x as f32).to_string());
+            if let Some(short) = short.and_then(|digits| digits.parse::<f64>().ok()) {
+                *value = json!(short);
+            }
+        }
+        _ => {
+            let beyond = value.as_u64().is_some_and(|n| n > MAX_EXACT)
+                || value.as_i64().is_some_and(|n| n.unsigned_abs() > MAX_EXACT);
+            if beyond {
+                *value = Value::String(value.to_string());
+            }
+        }
+    }
+}
+
+/// Checks a message's JSON, and replaces short enum names in it by full ones.
+fn check_message(
+    descriptor: &MessageDescriptor,
+    value: &mut Value,
+    path: &str,
+    wrong: &mut Violations,
+) {
+    if descriptor.full_name().starts_with(WELL_KNOWN) {
+        return check_well_known(descriptor, value, path, wrong);
+    }
+    let Value::Object(object) = value else {
+        let at = if path.is_empty() {
+            descriptor.name()
+        } else {
+            path
+        };
+        return wrong.push(
+            at,
+            format!(
+                "is {}: it must be {}",
+                kind_of(value),
+                fields_of(descriptor)
+            ),
+        );
+    };
+    for (key, value) in object.iter_mut() {
+        let at = match path {
+            "" => key.clone(),
+            path => format!("{path}.{key}"),
+        };
+        let field = descriptor
+            .get_field_by_name(key)
+            .or_else(|| descriptor.get_field_by_json_name(key));
+        match field {
+            Some(field) => check_field(&field, value, &at, wrong),
+            None => wrong.push(at, unknown_key(descriptor, key, path)),
+        }
+    }
+    for oneof in descriptor.oneofs().filter(|o| !o.is_synthetic()) {
+        let named: Vec<String> = oneof
+            .fields()
+            .filter(|f| object.get(f.name()).is_some_and(|v| !v.is_null()))
+            .map(|f| f.name().to_owned())
+            .collect();
+        if named.len() > 1 {
+            wrong.push(
+                if path.is_empty() { oneof.name() } else { path },
+                format!("has {}: only one of them is accepted", named.join(" and ")),
+            );
+        }
+    }
+}
+
+/// Describes a key that the message does not have, with the one that was meant.
+fn unknown_key(descriptor: &MessageDescriptor, key: &str, path: &str) -> String {
+    let names: Vec<FieldDescriptor> = descriptor.fields().collect();
+    let within = |name: &str| match path {
+        "" => name.to_owned(),
+        path => format!("{path}.{name}"),
+    };
+    // A field of a nested message is often given without that message.
+    let nested = names.iter().find_map(|field| match field.kind() {
+        Kind::Message(inner)
+            if !field.is_map() && !field.is_list() && inner.get_field_by_name(key).is_some() =>
+        {
+            Some(format!("{}.{key}", field.name()))
+        }
+        _ => None,
+    });
+    let meant = nested
+        .or_else(|| nearest(key, names.iter().map(|f| f.name())).map(str::to_owned))
+        .map(|name| within(&name));
+    match meant {
+        Some(meant) => format!("does not exist: did you mean {meant}?"),
+        None => format!(
+            "does not exist: {} has {}",
+            descriptor.name(),
+            listed(&names)
+        ),
+    }
+}
+
+fn listed(fields: &[FieldDescriptor]) -> String {
+    let names: Vec<&str> = fields.iter().map(|f| f.name()).collect();
+    names.join(", ")
+}
+
+fn fields_of(descriptor: &MessageDescriptor) -> String {
+    let fields: Vec<FieldDescriptor> = descriptor.fields().collect();
+    match fields.is_empty() {
+        true => "an empty object: {}".to_owned(),
+        false => format!("an object with fields of {}", listed(&fields)),
+    }
+}
+
+fn check_field(field: &FieldDescriptor, value: &mut Value, path: &str, wrong: &mut Violations) {
+    match (field.kind(), value) {
+        // Null stands for a field that is not set.
+        (_, Value::Null) => {}
+        (Kind::Message(entry), Value::Object(entries)) if field.is_map() => {
+            let kind = entry.map_entry_value_field().kind();
+            for (key, value) in entries.iter_mut() {
+                check_one(&kind, value, &format!("{path}.{key}"), wrong);
+            }
+        }
+        (_, value) if field.is_map() => wrong.push(
+            path,
+            format!(
+                "is {}: it must be an object of keys and values",
+                kind_of(value)
+            ),
+        ),
+        (kind, Value::Array(items)) if field.is_list() => {
+            for (i, item) in items.iter_mut().enumerate() {
+                check_one(&kind, item, &format!("{path}[{i}]"), wrong);
+            }
+        }
+        (_, value) if field.is_list() => {
+            wrong.push(path, format!("is {}: it must be a list", kind_of(value)));
+        }
+        (kind, value) => check_one(&kind, value, path, wrong),
+    }
+}
+
+fn check_one(kind: &Kind, value: &mut Value, path: &str, wrong: &mut Violations) {
+    let needed = match kind {
+        Kind::Message(descriptor) => return check_message(descriptor, value, path, wrong),
+        Kind::Enum(values) => return check_enum(values, value, path, wrong),
+        Kind::Double | Kind::Float if is_number(value) => return,
+        Kind::Double | Kind::Float => "a number".to_owned(),
+        Kind::Bool if value.is_boolean() => return,
+        Kind::Bool => "true or false".to_owned(),
+        Kind::String if value.is_string() => return,
+        Kind::String if value.is_number() || value.is_boolean() => {
+            format!("text: write {}", quoted(&value.to_string()))
+        }
+        Kind::String => "text".to_owned(),
+        Kind::Bytes if value.is_string() => return,
+        Kind::Bytes => "bytes in base64".to_owned(),
+        Kind::Int32 | Kind::Sint32 | Kind::Sfixed32 => {
+            match check_integer(value, i32::MIN.into(), i32::MAX.into()) {
+                Ok(()) => return,
+                Err(needed) => needed,
+            }
+        }
+        Kind::Uint32 | Kind::Fixed32 => match check_integer(value, 0, u32::MAX.into()) {
+            Ok(()) => return,
+            Err(needed) => needed,
+        },
+        Kind::Int64 | Kind::Sint64 | Kind::Sfixed64 => {
+            match check_integer(value, i64::MIN.into(), i64::MAX.into()) {
+                Ok(()) => return,
+                Err(needed) => needed,
+            }
+        }
+        Kind::Uint64 | Kind::Fixed64 => match check_integer(value, 0, u64::MAX.into()) {
+            Ok(()) => return,
+            Err(needed) => needed,
+        },
+    };
+    wrong.push(path, format!("is {}: it must be {needed}", kind_of(value)));
+}
+
+fn is_number(value: &Value) -> bool {
+    match value {
+        Value::Number(_) => true,
+        Value::String(text) => {
+            text.parse::<f64>().is_ok() || ["NaN", "Infinity", "-Infinity"].contains(&&text[..])
+        }
+        _ => false,
+    }
+}
+
+/// Checks an integer, which may be a number without a fraction or a string of digits. An error says
+/// what is accepted.
+fn check_integer(value: &Value, min: i128, max: i128) -> Result<(), String> {
+    let integer = match value {
+        Value::Number(n) => integer(n),
+        Value::String(text) => text.parse::<i128>().ok(),
+        _ => None,
+    };
+    match integer {
+        Some(n) if (min..=max).contains(&n) => Ok(()),
+        _ => Err(format!("a whole number from {min} to {max}")),
+    }
+}
+
+fn integer(number: &Number) -> Option<i128> {
+    let whole = |x: f64| (x.fract() == 0.0 && x.abs() < u64::MAX as f64).then_some(x as i128);
+    number
+        .as_i64()
+        .map(i128::from)
+        .or_else(|| number.as_u64().map(i128::from))
+        .or_else(|| number.as_f64().and_then(whole))
+}
+
+/// Checks an enum's value, and replaces a name without the enum's prefix by the full name.
+fn check_enum(values: &EnumDescriptor, value: &mut Value, path: &str, wrong: &mut Violations) {
+    let number = value.as_i64().and_then(|n| i32::try_from(n).ok());
+    if number.is_some_and(|n| values.get_value(n).is_some()) {
+        return;
+    }
+    let names: Vec<String> = values.values().map(|v| v.name().to_owned()).collect();
+    if let Some(given) = value.as_str() {
+        // The name of the value 0 is the prefix and UNSPECIFIED.
+        let prefix = names
+            .first()
+            .map_or("", |name| name.trim_end_matches("UNSPECIFIED"));
+        let upper = given.to_uppercase();
+        let full = names
+            .iter()
+            .find(|name| **name == upper || name.strip_prefix(prefix) == Some(&upper));
+        if let Some(full) = full {
+            *value = Value::String(full.clone());
+            return;
+        }
+        let short: Vec<&str> = names
+            .iter()
+            .filter_map(|name| name.strip_prefix(prefix))
+            .collect();
+        if let Some(meant) = nearest(given, names.iter().map(String::as_str).chain(short)) {
+            return wrong.push(path, format!("is {}: did you mean {meant}?", quoted(given)));
+        }
+    }
+    wrong.push(
+        path,
+        format!(
+            "is {}: it must be one of {}",
+            kind_of(value),
+            names.join(", ")
+        ),
+    );
+}
+
+/// Checks a value of one of protobuf's own types.
+fn check_well_known(
+    descriptor: &MessageDescriptor,
+    value: &Value,
+    path: &str,
+    wrong: &mut Violations,
+) {
+    if let Err(error) = DynamicMessage::deserialize(descriptor.clone(), value.clone()) {
+        let needed = match descriptor.name() {
+            "Duration" => "a number of seconds such as \"90s\" or \"1.5s\"".to_owned(),
+            "Timestamp" => "a time such as \"2026-11-24T10:00:00Z\"".to_owned(),
+            "Struct" => "an object".to_owned(),
+            _ => format!("a {}: {error}", descriptor.full_name()),
+        };
+        wrong.push(path, format!("is {}: it must be {needed}", kind_of(value)));
+    }
+}
+
+/// Describes a value for an error: its kind, with the value itself if it is short.
+fn kind_of(value: &Value) -> String {
+    match value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(_) | Value::Number(_) => value.to_string(),
+        Value::String(text) => quoted(text),
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
+    }
+}
