@@ -4,6 +4,7 @@ mod args;
 mod demo;
 mod failure;
 mod output;
+mod progress;
 mod remote;
 mod resources;
 mod score;
@@ -170,6 +171,10 @@ fn report(failure: Failure) -> u8 {
         Failure::Failed(m) => (m, 1),
         Failure::Usage(m) => (m, 2),
         Failure::Unreachable(m) => (m, 3),
+        Failure::Interrupted(m) => {
+            eprintln!("{m}");
+            return 130;
+        }
     };
     eprintln!("error: {message}");
     code

@@ -184,11 +184,14 @@ impl Args for ServeArgs {
     }
 }
 
+/// Address of a server unless another one is given.
+pub const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
+
 /// Address and credentials of the server.
 #[derive(Clone, Debug, Args)]
 pub struct ServerArgs {
     /// The server's address: http://HOST:PORT, or https://HOST:PORT with TLS.
-    #[arg(long, default_value = "http://127.0.0.1:50051", env = "BRADLEY_SERVER")]
+    #[arg(long, default_value = DEFAULT_SERVER, env = "BRADLEY_SERVER")]
     pub server: String,
     /// A bearer token, for servers that require one.
     #[arg(long, env = "BRADLEY_TOKEN", hide_env_values = true)]
@@ -384,6 +387,10 @@ pub struct WatchArgs {
     /// Show only events after this sequence number.
     #[arg(long, default_value_t = 0)]
     pub after: u64,
+    /// Show only the newest N events and those that follow.
+    #[arg(long, value_name = "N", conflicts_with = "after",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub tail: Option<u32>,
 }
 
 /// Arguments of `score`.
@@ -418,6 +425,9 @@ pub struct ScoreArgs {
     /// Reward of an answer: from the sum over its tokens, from the mean, or as the job trained it.
     #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"])]
     pub normalization: String,
+    /// Also print the token ids and log-probs of every answer's tokens. Only in JSON.
+    #[arg(long)]
+    pub per_token_logprobs: bool,
 }
 
 /// `bradley jobs …`
@@ -431,6 +441,8 @@ pub enum JobsCommand {
     Update(UpdateArgs),
     /// Pause a job. A running job writes a checkpoint first.
     Pause(NamedArgs),
+    /// Follow a job's events until it ends.
+    Watch(WatchArgs),
     /// Resume a paused job, or try a job that waits for a missing input again at once.
     Resume(NamedArgs),
     /// Cancel a job. Its checkpoints stay.

@@ -5,9 +5,9 @@ use std::path::Path;
 use super::args::{Output, TrainArgs};
 use super::failure::{Failure, Outcome};
 use super::remote::{connect, full_name};
-use super::{output, watch};
+use super::{output, progress, watch};
 use crate::domain::dataset::IssueReason;
-use crate::rpc::client::{Client, ProtoDuration};
+use crate::rpc::client::{Client, FirstEvent, ProtoDuration};
 use crate::rpc::pb;
 
 /// Maximum length of a chain of jobs in which each starts from a checkpoint of the next. Longer
@@ -73,7 +73,14 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
     if output == Output::Table {
         output::line(&format!("{} is queued", job.name));
     }
-    watch::follow(&client, &job.name, 0, output).await
+    watch::follow(
+        &client,
+        &args.server,
+        &job.name,
+        FirstEvent::After(0),
+        output,
+    )
+    .await
 }
 
 fn job(
@@ -272,7 +279,7 @@ async fn upload_checked(
         max_length: limits.max_length,
         ..Default::default()
     };
-    let dataset = client.upload_dataset(path, metadata, |_| {}).await?;
+    let dataset = progress::upload(client, path, metadata).await?;
     if output == Output::Table {
         let r = dataset.report.clone().unwrap_or_default();
         output::line(&format!(
@@ -313,6 +320,6 @@ fn with_flag_names(status: crate::rpc::client::Status) -> Failure {
     match Failure::from(status) {
         Failure::Failed(m) => Failure::Failed(replace(m)),
         Failure::Usage(m) => Failure::Usage(replace(m)),
-        Failure::Unreachable(m) => Failure::Unreachable(m),
+        other => other,
     }
 }

@@ -222,6 +222,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     let request = pb::StreamTrainingEventsRequest {
         parent: long.clone(),
         after_sequence: 0,
+        ..Default::default()
     };
     let mut open = a
         .training()
