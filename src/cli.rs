@@ -2,7 +2,9 @@
 
 mod args;
 mod demo;
+mod doctor;
 mod failure;
+mod manual;
 mod output;
 mod progress;
 mod remote;
@@ -13,6 +15,7 @@ pub mod settings;
 mod telemetry;
 mod tokens;
 mod train;
+mod variables;
 mod watch;
 
 use std::process::ExitCode;
@@ -71,6 +74,9 @@ async fn run(cli: Cli) -> Outcome {
         Command::Datasets(command) => resources::datasets(command, output).await,
         Command::Checkpoints(command) => resources::checkpoints(command, output).await,
         Command::Models(command) => resources::models(command, output).await,
+        Command::Doctor(args) => doctor::run(*args, output).await,
+        Command::Completions { shell } => manual::completions(shell),
+        Command::Man { out } => manual::man(out.as_deref()),
         Command::Health(server) => match connect(&server.target()).await?.health().await? {
             true => Ok(()),
             false => Err(Failure::Failed(format!("{} is not serving", server.server))),

@@ -60,6 +60,20 @@ pub enum Command {
     /// Show the server's base models.
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Show what this machine offers and which settings are in force, and check that models,
+    /// database, stores and a running server answer. Exit code 1 means that a check failed.
+    Doctor(Box<DoctorArgs>),
+    /// Print the completion script of a shell: source <(bradley completions bash).
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, or write the pages of all commands.
+    Man {
+        /// Folder for one page per command. Default: print the page of bradley itself.
+        #[arg(long, value_name = "FOLDER")]
+        out: Option<PathBuf>,
+    },
     /// Check that a server is serving. Exit code 0 means yes; for container health checks.
     Health(ServerArgs),
     /// Create, list and revoke bearer tokens in the server's database.
@@ -231,6 +245,20 @@ impl ServerArgs {
                 .zip(self.tls_client_key.clone()),
         }
     }
+}
+
+/// Arguments of `doctor`: those of `serve`, and a running server.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// A running server to ask, too. Default: the value of --server.
+    #[arg(long)]
+    pub address: Option<String>,
+    /// Token and certificates for the running server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// The settings to check.
+    #[command(flatten)]
+    pub serve: ServeArgs,
 }
 
 /// Arguments of `demo`.

@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 use super::args::{DemoArgs, Output};
 use super::failure::{Failure, Outcome};
 use super::output::line;
+use super::progress::waiting;
 use super::remote::open;
 use super::score::result::Summary;
 use super::score::{self, Answer};
@@ -59,7 +60,7 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
         &sources,
     )
     .await?;
-    let client = server.connect_when_ready().await?;
+    let client = waiting("the server loads the model", server.connect_when_ready()).await?;
     let models = client
         .models()
         .list_models(pb::ListModelsRequest {})
@@ -322,13 +323,13 @@ async fn score_held_out(
     };
     let mut summary = Summary::default();
     let rows: Vec<_> = rows.iter().cloned().map(Ok).collect();
-    score::score(client, options, Box::new(rows.into_iter()), |answer| {
+    let scoring = score::score(client, options, Box::new(rows.into_iter()), |answer| {
         if let Answer::Row(row) = answer {
             summary.add(&row);
         }
         Ok(())
-    })
-    .await?;
+    });
+    waiting("scoring the held-out pairs", scoring).await?;
     Ok(summary)
 }
 

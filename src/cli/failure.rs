@@ -16,6 +16,16 @@ pub(super) enum Failure {
 }
 
 impl Failure {
+    /// Returns the message.
+    pub fn message(&self) -> &str {
+        match self {
+            Failure::Failed(m)
+            | Failure::Usage(m)
+            | Failure::Unreachable(m)
+            | Failure::Interrupted(m) => m,
+        }
+    }
+
     /// Puts `context` before the message.
     pub fn after(self, context: &str) -> Self {
         let with = |message| format!("{context}: {message}");
