@@ -15,7 +15,7 @@ use super::output::line;
 use super::progress::waiting;
 use super::remote::open;
 use super::score::result::Summary;
-use super::score::{self, Answer};
+use super::score::{self, StreamedAnswer};
 use super::settings::{Settings, Sources, hub};
 use super::watch::ProgressView;
 use super::{serve, telemetry};
@@ -324,7 +324,7 @@ async fn score_held_out(
     let mut summary = Summary::default();
     let rows: Vec<_> = rows.iter().cloned().map(Ok).collect();
     let scoring = score::score(client, options, Box::new(rows.into_iter()), |answer| {
-        if let Answer::Row(row) = answer {
+        if let StreamedAnswer::Row(row) = answer {
             summary.add(&row);
         }
         Ok(())

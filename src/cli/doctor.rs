@@ -24,42 +24,42 @@ use crate::service::check;
 
 /// Result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Status {
+enum CheckStatus {
     Ok,
     /// The server works, but perhaps not as intended.
     Warning,
     Failed,
 }
 
-impl Status {
+impl CheckStatus {
     fn name(self) -> &'static str {
         match self {
-            Status::Ok => "ok",
-            Status::Warning => "warning",
-            Status::Failed => "failed",
+            CheckStatus::Ok => "ok",
+            CheckStatus::Warning => "warning",
+            CheckStatus::Failed => "failed",
         }
     }
 }
 
 /// A check: what was checked, its result and the details.
-struct Check {
+struct CheckResult {
     name: String,
-    status: Status,
+    status: CheckStatus,
     detail: String,
 }
 
 /// Everything that the command prints.
 #[derive(Default)]
-struct Report {
+struct DoctorReport {
     machine: Vec<(&'static str, String)>,
     /// Name, value and source of each setting.
     settings: Vec<[String; 3]>,
-    checks: Vec<Check>,
+    checks: Vec<CheckResult>,
 }
 
-impl Report {
-    fn add(&mut self, name: impl Into<String>, status: Status, detail: impl Into<String>) {
-        self.checks.push(Check {
+impl DoctorReport {
+    fn add(&mut self, name: impl Into<String>, status: CheckStatus, detail: impl Into<String>) {
+        self.checks.push(CheckResult {
             name: name.into(),
             status,
             detail: detail.into(),
@@ -73,8 +73,8 @@ impl Report {
         result: Result<String, impl std::fmt::Display>,
     ) {
         match result {
-            Ok(detail) => self.add(name, Status::Ok, detail),
-            Err(e) => self.add(name, Status::Failed, e.to_string()),
+            Ok(detail) => self.add(name, CheckStatus::Ok, detail),
+            Err(e) => self.add(name, CheckStatus::Failed, e.to_string()),
         }
     }
 
@@ -120,14 +120,14 @@ impl Report {
 pub(super) async fn run(args: DoctorArgs, output: Output) -> Outcome {
     let sources = Sources::collect(args.serve.config.as_deref(), args.serve.flags.clone())
         .map_err(|e| Failure::Failed(e.to_string()))?;
-    let mut report = Report::default();
+    let mut report = DoctorReport::default();
     in_force(&sources, &mut report);
     for (variable, meant) in variables::unknown(&sources.environment) {
         let advice = match meant {
             Some(meant) => format!("is unknown and has no effect: did you mean {meant}?"),
             None => "is unknown and has no effect: unset it".to_owned(),
         };
-        report.add(variable, Status::Warning, advice);
+        report.add(variable, CheckStatus::Warning, advice);
     }
     let settings = resolve(&sources, &mut report);
     let for_machine = settings.clone();
@@ -146,7 +146,7 @@ pub(super) async fn run(args: DoctorArgs, output: Output) -> Outcome {
     let failed = report
         .checks
         .iter()
-        .filter(|check| check.status == Status::Failed)
+        .filter(|check| check.status == CheckStatus::Failed)
         .count();
     match failed {
         0 => Ok(()),
@@ -156,7 +156,7 @@ pub(super) async fn run(args: DoctorArgs, output: Output) -> Outcome {
 }
 
 /// Lists every setting with its value and its source.
-fn in_force(sources: &Sources, report: &mut Report) {
+fn in_force(sources: &Sources, report: &mut DoctorReport) {
     for (name, default, _) in SETTINGS {
         let (value, origin) = sources.get(name, default);
         let is_default = origin.starts_with("the default of");
@@ -175,12 +175,12 @@ fn in_force(sources: &Sources, report: &mut Report) {
 }
 
 /// Validates the settings. Each bad one is a failed check.
-fn resolve(sources: &Sources, report: &mut Report) -> Option<Settings> {
+fn resolve(sources: &Sources, report: &mut DoctorReport) -> Option<Settings> {
     let mut sources = sources.clone();
     let names_models = !sources.get("models", "").0.trim().is_empty();
     if !names_models {
         let advice = "none is named: bradley serve needs --models or BRADLEY_MODELS";
-        report.add("models", Status::Warning, advice);
+        report.add("models", CheckStatus::Warning, advice);
         // Without a model, the other settings would not be validated.
         sources.flags.insert("models".to_owned(), ".".to_owned());
     }
@@ -189,12 +189,16 @@ fn resolve(sources: &Sources, report: &mut Report) -> Option<Settings> {
             if !names_models {
                 settings.models.clear();
             }
-            report.add("settings", Status::Ok, "all of them can be used");
+            report.add("settings", CheckStatus::Ok, "all of them can be used");
             Some(settings)
         }
         Err(bad) => {
             for violation in bad.listed() {
-                report.add(&violation.field, Status::Failed, &violation.description);
+                report.add(
+                    &violation.field,
+                    CheckStatus::Failed,
+                    &violation.description,
+                );
             }
             None
         }
@@ -252,7 +256,7 @@ fn machine(settings: Option<&Settings>) -> Vec<(&'static str, String)> {
 }
 
 /// Checks the parts that `bradley serve` would use with these settings.
-async fn check_server_parts(settings: &Settings, report: &mut Report) -> Outcome {
+async fn check_server_parts(settings: &Settings, report: &mut DoctorReport) -> Outcome {
     for device in &settings.engine.devices {
         if let DeviceChoice::Cuda(_) = device {
             let opened = ComputeDevice::open_all(*device).map(|_| "can be opened".to_owned());
@@ -302,7 +306,7 @@ async fn check_server_parts(settings: &Settings, report: &mut Report) -> Outcome
 }
 
 /// Opens a model without computing with it. A model of the hub is looked for in the cache only.
-fn model(source: &str, hub: &HubOptions) -> (Status, String) {
+fn model(source: &str, hub: &HubOptions) -> (CheckStatus, String) {
     let is_local = Path::new(source).exists();
     let of_cache = HubOptions {
         offline: true,
@@ -311,13 +315,16 @@ fn model(source: &str, hub: &HubOptions) -> (Status, String) {
     match load_model(None, source, &of_cache) {
         Ok(model) => {
             let parameters = output::parameters(model.config.parameter_count() as u64);
-            (Status::Ok, format!("{source}, {parameters} parameters"))
+            (
+                CheckStatus::Ok,
+                format!("{source}, {parameters} parameters"),
+            )
         }
         Err(e) if is_local || hub.offline || !crate::domain::names::is_hub_id(hub_name(source)) => {
-            (Status::Failed, e.to_string())
+            (CheckStatus::Failed, e.to_string())
         }
         Err(e) => (
-            Status::Warning,
+            CheckStatus::Warning,
             format!("bradley serve downloads it at the start: {e}"),
         ),
     }
@@ -355,20 +362,20 @@ fn writable(folder: &Path) -> Result<String, String> {
 }
 
 /// Checks that a server could listen on an address.
-fn port(address: std::net::SocketAddr) -> (Status, String) {
+fn port(address: std::net::SocketAddr) -> (CheckStatus, String) {
     match std::net::TcpListener::bind(address) {
-        Ok(_) => (Status::Ok, "is free".to_owned()),
+        Ok(_) => (CheckStatus::Ok, "is free".to_owned()),
         Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => (
-            Status::Warning,
+            CheckStatus::Warning,
             "is in use, perhaps by a server that runs already".to_owned(),
         ),
-        Err(e) => (Status::Failed, format!("cannot be listened on: {e}")),
+        Err(e) => (CheckStatus::Failed, format!("cannot be listened on: {e}")),
     }
 }
 
 /// Asks a running server for its health and its models. Without --address and --server, a server
 /// at the default address is asked if there is one.
-async fn check_running_server(args: &DoctorArgs, report: &mut Report) {
+async fn check_running_server(args: &DoctorArgs, report: &mut DoctorReport) {
     let address = args.address.as_ref().unwrap_or(&args.server.server);
     let target = Target {
         address: address.clone(),
@@ -390,18 +397,24 @@ async fn check_running_server(args: &DoctorArgs, report: &mut Report) {
     };
     let asked = tokio::time::timeout(SERVER_TIMEOUT, waiting("asking the server", asked)).await;
     match asked {
-        Ok(Ok((true, models))) => report.add(name, Status::Ok, format!("serves {models}")),
-        Ok(Ok((false, _))) => report.add(name, Status::Failed, "is not serving: it is stopping"),
-        Ok(Err(Failure::Unreachable(_))) if is_optional => {
-            report.add(name, Status::Ok, "no server runs at the default address");
+        Ok(Ok((true, models))) => report.add(name, CheckStatus::Ok, format!("serves {models}")),
+        Ok(Ok((false, _))) => {
+            report.add(name, CheckStatus::Failed, "is not serving: it is stopping")
         }
-        Ok(Err(failure)) => report.add(name, Status::Failed, failure.message()),
+        Ok(Err(Failure::Unreachable(_))) if is_optional => {
+            report.add(
+                name,
+                CheckStatus::Ok,
+                "no server runs at the default address",
+            );
+        }
+        Ok(Err(failure)) => report.add(name, CheckStatus::Failed, failure.message()),
         Err(_) => {
             let detail = format!(
                 "does not answer within {} seconds: it may still be loading its models",
                 SERVER_TIMEOUT.as_secs()
             );
-            report.add(name, Status::Failed, detail);
+            report.add(name, CheckStatus::Failed, detail);
         }
     }
 }

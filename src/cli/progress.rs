@@ -19,7 +19,7 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 /// Time between two updates.
 const TICK: Duration = Duration::from_millis(250);
 
-/// What the position of a bar counts.
+/// Unit of the position of a bar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unit {
     Pairs,
@@ -29,7 +29,7 @@ enum Unit {
 }
 
 /// Progress of one piece of work. The bar is removed on drop.
-pub(super) struct Progress {
+pub(super) struct WorkProgress {
     unit: Unit,
     bar: ProgressBar,
     is_terminal: bool,
@@ -39,11 +39,11 @@ pub(super) struct Progress {
     next_line: Cell<Duration>,
 }
 
-impl Progress {
+impl WorkProgress {
     fn new(what: &str, unit: Unit, total: Option<u64>) -> Self {
         let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::hidden());
         bar.set_prefix(what.to_owned());
-        let progress = Progress {
+        let progress = WorkProgress {
             unit,
             bar,
             is_terminal: std::io::stderr().is_terminal(),
@@ -189,7 +189,7 @@ impl Progress {
     }
 }
 
-impl Drop for Progress {
+impl Drop for WorkProgress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }
@@ -203,7 +203,7 @@ pub(super) fn say(text: &str) {
 
 /// Runs `work` and shows how long it takes.
 pub(super) async fn waiting<T>(what: &str, work: impl Future<Output = T>) -> T {
-    Progress::of_task(what).during(work).await
+    WorkProgress::of_task(what).during(work).await
 }
 
 /// Uploads a dataset's file, and shows how much is sent and that the server then checks the rows.
@@ -220,7 +220,7 @@ pub(super) async fn upload(
         .map(|n| n.to_string_lossy().into_owned())
         .unwrap_or_default();
     let size = std::fs::metadata(path).map_or(0, |m| m.len());
-    let progress = Progress::bytes(&format!("sending {name}"), size);
+    let progress = WorkProgress::bytes(&format!("sending {name}"), size);
     let sent = |n| {
         progress.set(n);
         if n >= size {

@@ -35,6 +35,13 @@ pub(super) async fn connect(target: &Target) -> Result<Client, Failure> {
             let reason = root_cause(&*status);
             Err(Failure::Unreachable(explain(target, &reason).await))
         }
+        // A gateway may lack the health check, so that only Bradley's own other port is an error.
+        Ok(Err(e)) if e.is_unimplemented() => match Probe::of(&target.address) {
+            Some(probe) if probe.run().await == Speaks::Probes => {
+                Err(Failure::Unreachable(explain(target, &e.to_string()).await))
+            }
+            _ => Ok(client),
+        },
         Ok(_) => Ok(client),
         Err(_) => {
             say(&format!(

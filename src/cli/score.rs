@@ -15,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use self::result::{RowPrinter, Score, ScoredRow, Summary};
 use super::args::{Output, ScoreArgs};
 use super::failure::{Failure, Outcome};
-use super::progress::{Progress, say};
+use super::progress::{WorkProgress, say};
 use super::remote::connect;
 use crate::domain::dataset::{ChatMessage, PreferenceRow, RowIssue, Text};
 use crate::domain::message::TemplateArguments;
@@ -48,14 +48,14 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         },
         normalization: normalization(&args.normalization).into(),
     };
-    let progress = Progress::pairs("scoring");
+    let progress = WorkProgress::pairs("scoring");
     let total = RowCount::start(&args.data);
     let mut printer = RowPrinter::new(std::io::stdout(), output);
     let (mut summary, mut ignored) = (Summary::default(), IgnoredColumns::default());
     let each = |answer| -> Outcome {
         match answer {
-            Answer::Warning(text) => progress.suspend(|| warn(&text)),
-            Answer::Row(row) => {
+            StreamedAnswer::Warning(text) => progress.suspend(|| warn(&text)),
+            StreamedAnswer::Row(row) => {
                 summary.add(&row);
                 ignored.add(&row);
                 progress
@@ -231,7 +231,7 @@ impl Drop for RowCount {
 }
 
 /// A part of the server's answer to a stream of pairs.
-pub(super) enum Answer {
+pub(super) enum StreamedAnswer {
     /// The next row of the file.
     Row(Box<ScoredRow>),
     /// A warning about the weights that were named.
@@ -253,7 +253,7 @@ pub(super) async fn score(
     client: &Client,
     options: pb::ScoringOptions,
     rows: RowReader,
-    mut each: impl FnMut(Answer) -> Outcome,
+    mut each: impl FnMut(StreamedAnswer) -> Outcome,
 ) -> Outcome {
     let (sender, receiver) = mpsc::channel(MAX_QUEUED_PAIRS);
     let (read, mut unprinted) = mpsc::channel(MAX_UNPRINTED_ROWS);
@@ -277,7 +277,7 @@ pub(super) async fn score(
                 ));
             };
             for warning in std::mem::take(&mut answer.warnings) {
-                each(Answer::Warning(warning))?;
+                each(StreamedAnswer::Warning(warning))?;
             }
             let id = answer.result.as_ref().and_then(|r| r.id.parse().ok());
             // Other ids are of no row that waits.
@@ -286,7 +286,7 @@ pub(super) async fn score(
                 early.insert(id, answer);
             }
         }
-        each(Answer::Row(Box::new(row)))?;
+        each(StreamedAnswer::Row(Box::new(row)))?;
     }
     // The status of the call comes last.
     while answers.message().await?.is_some() {}

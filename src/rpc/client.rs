@@ -90,6 +90,14 @@ impl ClientError {
     }
 }
 
+impl ClientError {
+    /// Returns true if the server does not have the method, or is no gRPC server: a web server's
+    /// 404 becomes the same code.
+    pub fn is_unimplemented(&self) -> bool {
+        matches!(self, ClientError::Refused(s) if s.code() == Code::Unimplemented)
+    }
+}
+
 impl From<Status> for ClientError {
     fn from(s: Status) -> Self {
         ClientError::Refused(Box::new(s))

@@ -286,7 +286,7 @@ async fn ctrl_c_ends_the_watching_and_not_the_job() {
     assert!(cancel.status.success(), "{}", text(&cancel.stderr));
     let events = crate::server::finish(&client, &name).await;
     let newest = events.last().unwrap().sequence;
-    assert!(newest > 10, "{newest} events");
+    assert!(newest > 4, "{newest} events");
 
     // The newest events only; the last one is the end of the job.
     let args = ["jobs", "watch", id, "--tail", "3", "--output", "json"];

@@ -92,7 +92,7 @@ impl<W: Write> RowPrinter<W> {
     /// # Errors
     /// Returns an error if nobody reads the output any more.
     pub fn print(&mut self, row: &ScoredRow) -> std::io::Result<()> {
-        if self.output == Output::Json {
+        if self.output != Output::Table {
             writeln!(self.out, "{}", to_json(row))?;
             return self.out.flush();
         }
@@ -115,10 +115,10 @@ impl<W: Write> RowPrinter<W> {
     /// # Errors
     /// Returns an error if nobody reads the output any more.
     pub fn summary(&mut self, summary: &Summary) -> std::io::Result<()> {
-        match self.output {
-            Output::Table => writeln!(self.out, "{}", summary.line()),
-            Output::Json => Ok(()),
+        if self.output == Output::Table {
+            writeln!(self.out, "{}", summary.line())?;
         }
+        Ok(())
     }
 
     /// Returns the lines that list the first errors; `failed` is the number of all.
