@@ -2,12 +2,15 @@
 
 mod args;
 mod demo;
+mod doctor;
 mod failure;
 mod flag_names;
 pub mod job_flags;
 mod job_rows;
+mod manual;
 mod output;
 mod policy_names;
+mod progress;
 mod remote;
 mod resources;
 mod score;
@@ -16,6 +19,7 @@ pub mod settings;
 mod telemetry;
 mod tokens;
 mod train;
+mod variables;
 mod watch;
 
 use std::process::ExitCode;
@@ -74,6 +78,9 @@ async fn run(cli: Cli) -> Outcome {
         Command::Datasets(command) => resources::datasets(command, output).await,
         Command::Checkpoints(command) => resources::checkpoints(command, output).await,
         Command::Models(command) => resources::models(command, output).await,
+        Command::Doctor(args) => doctor::run(*args, output).await,
+        Command::Completions { shell } => manual::completions(shell),
+        Command::Man { out } => manual::man(out.as_deref()),
         Command::Health(server) => match connect(&server.target()).await?.health().await? {
             true => Ok(()),
             false => Err(Failure::Failed(format!("{} is not serving", server.server))),
@@ -174,6 +181,10 @@ fn report(failure: Failure) -> u8 {
         Failure::Failed(m) => (m, 1),
         Failure::Usage(m) => (m, 2),
         Failure::Unreachable(m) => (m, 3),
+        Failure::Interrupted(m) => {
+            eprintln!("{m}");
+            return 130;
+        }
     };
     eprintln!("error: {message}");
     code

@@ -11,7 +11,7 @@
 pub mod api;
 mod entry;
 mod fair_share;
-mod memory;
+pub mod memory;
 mod needs;
 mod policy_cache;
 mod queue;

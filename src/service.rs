@@ -10,6 +10,7 @@ pub mod audit;
 pub mod auth;
 mod background;
 mod blocking;
+pub mod check;
 mod checkpoint_files;
 pub mod checkpoints;
 pub mod datasets;

@@ -61,6 +61,20 @@ pub enum Command {
     /// Show the server's base models.
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Show what this machine offers and which settings are in force, and check that models,
+    /// database, stores and a running server answer. Exit code 1 means that a check failed.
+    Doctor(Box<DoctorArgs>),
+    /// Print the completion script of a shell: source <(bradley completions bash).
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, or write the pages of all commands.
+    Man {
+        /// Folder for one page per command. Default: print the page of bradley itself.
+        #[arg(long, value_name = "FOLDER")]
+        out: Option<PathBuf>,
+    },
     /// Check that a server is serving. Exit code 0 means yes; for container health checks.
     Health(ServerArgs),
     /// Create, list and revoke bearer tokens in the server's database.
@@ -185,11 +199,14 @@ impl Args for ServeArgs {
     }
 }
 
+/// Address of a server unless another one is given.
+pub const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
+
 /// Address and credentials of the server.
 #[derive(Clone, Debug, Args)]
 pub struct ServerArgs {
     /// The server's address: http://HOST:PORT, or https://HOST:PORT with TLS.
-    #[arg(long, default_value = "http://127.0.0.1:50051", env = "BRADLEY_SERVER")]
+    #[arg(long, default_value = DEFAULT_SERVER, env = "BRADLEY_SERVER")]
     pub server: String,
     /// A bearer token, for servers that require one.
     #[arg(long, env = "BRADLEY_TOKEN", hide_env_values = true)]
@@ -229,6 +246,20 @@ impl ServerArgs {
                 .zip(self.tls_client_key.clone()),
         }
     }
+}
+
+/// Arguments of `doctor`: those of `serve`, and a running server.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// A running server to ask, too. Default: the value of --server.
+    #[arg(long)]
+    pub address: Option<String>,
+    /// Token and certificates for the running server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// The settings to check.
+    #[command(flatten)]
+    pub serve: ServeArgs,
 }
 
 /// Arguments of `demo`.
@@ -325,6 +356,10 @@ pub struct WatchArgs {
     /// Show only events after this sequence number.
     #[arg(long, default_value_t = 0)]
     pub after: u64,
+    /// Show only the newest N events and those that follow.
+    #[arg(long, value_name = "N", conflicts_with = "after",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub tail: Option<u32>,
 }
 
 /// Arguments of `score`.
@@ -360,6 +395,9 @@ pub struct ScoreArgs {
     /// Reward of an answer: from the sum over its tokens, from the mean, or as the job trained it.
     #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"])]
     pub normalization: String,
+    /// Also print the token ids and log-probs of every answer's tokens. Only in JSON.
+    #[arg(long)]
+    pub per_token_logprobs: bool,
 }
 
 /// `bradley jobs …`
@@ -373,6 +411,8 @@ pub enum JobsCommand {
     Update(UpdateArgs),
     /// Pause a job. A running job writes a checkpoint first.
     Pause(NamedArgs),
+    /// Follow a job's events until it ends.
+    Watch(WatchArgs),
     /// Resume a paused job, or try a job that waits for a missing input again at once.
     Resume(NamedArgs),
     /// Cancel a job. Its checkpoints stay.

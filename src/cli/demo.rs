@@ -12,8 +12,10 @@ use tokio::sync::oneshot;
 use super::args::{DemoArgs, Output};
 use super::failure::{Failure, Outcome};
 use super::output::line;
-use super::remote::connect;
-use super::score::{self, Summary};
+use super::progress::waiting;
+use super::remote::open;
+use super::score::result::Summary;
+use super::score::{self, StreamedAnswer};
 use super::settings::{Settings, Sources, hub};
 use super::watch::ProgressView;
 use super::{serve, telemetry};
@@ -58,7 +60,7 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
         &sources,
     )
     .await?;
-    let client = server.connect_when_ready().await?;
+    let client = waiting("the server loads the model", server.connect_when_ready()).await?;
     let models = client
         .models()
         .list_models(pb::ListModelsRequest {})
@@ -127,9 +129,9 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
     let row = |name: &str, s: &Summary| {
         vec![
             name.into(),
-            format!("{:.1}%", 100.0 * s.accuracy),
-            format!("{:.3}", s.probability),
-            format!("{:+.3}", s.margin),
+            format!("{:.1}%", 100.0 * s.accuracy()),
+            format!("{:.3}", s.probability()),
+            format!("{:+.3}", s.margin()),
         ]
     };
     line(&super::output::table(
@@ -247,7 +249,7 @@ impl DemoServer {
     /// Connects and waits until the server answers, at most two minutes. Its port is open from the
     /// start, but it answers only when the models are loaded.
     async fn connect_when_ready(&self) -> Result<Client, Failure> {
-        let client = connect(&Target::plain(&self.address)).await?;
+        let client = open(&Target::plain(&self.address)).await?;
         for _ in 0..1200 {
             if self.task.is_finished() {
                 return Err(Failure::Failed(
@@ -319,9 +321,16 @@ async fn score_held_out(
         reference: reference.into(),
         ..Default::default()
     };
-    Ok(Summary::of(
-        &score::score(client, options, rows).await?.results,
-    ))
+    let mut summary = Summary::default();
+    let rows: Vec<_> = rows.iter().cloned().map(Ok).collect();
+    let scoring = score::score(client, options, Box::new(rows.into_iter()), |answer| {
+        if let StreamedAnswer::Row(row) = answer {
+            summary.add(&row);
+        }
+        Ok(())
+    });
+    waiting("scoring the held-out pairs", scoring).await?;
+    Ok(summary)
 }
 
 /// Returns the process's peak resident memory in MiB, if the system reports it.

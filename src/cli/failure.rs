@@ -11,6 +11,31 @@ pub(super) enum Failure {
     Usage(String),
     /// No server was reached: exit code 3.
     Unreachable(String),
+    /// The user ended the command with Ctrl-C: exit code 130, as shells have it.
+    Interrupted(String),
+}
+
+impl Failure {
+    /// Returns the message.
+    pub fn message(&self) -> &str {
+        match self {
+            Failure::Failed(m)
+            | Failure::Usage(m)
+            | Failure::Unreachable(m)
+            | Failure::Interrupted(m) => m,
+        }
+    }
+
+    /// Puts `context` before the message.
+    pub fn after(self, context: &str) -> Self {
+        let with = |message| format!("{context}: {message}");
+        match self {
+            Failure::Failed(m) => Failure::Failed(with(m)),
+            Failure::Usage(m) => Failure::Usage(with(m)),
+            Failure::Unreachable(m) => Failure::Unreachable(with(m)),
+            Failure::Interrupted(m) => Failure::Interrupted(with(m)),
+        }
+    }
 }
 
 impl From<anyhow::Error> for Failure {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::args::Output;
 use super::failure::Failure;
-use super::output;
+use super::{output, progress};
 use crate::domain::dataset::IssueReason;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
@@ -110,7 +110,7 @@ impl JobRows {
             content_hash: hash,
             ..Default::default()
         };
-        let dataset = self.client.upload_dataset(path, metadata, |_| {}).await?;
+        let dataset = progress::upload(&self.client, path, metadata).await?;
         self.uploaded.push(dataset.name.clone());
         self.describe(&dataset, "");
         Ok(dataset)

@@ -5,7 +5,9 @@ use super::args::{
 };
 use super::failure::{Failure, Outcome};
 use super::output::{self, bytes, state, time};
+use super::progress::{self, waiting};
 use super::remote::{connect, full_name};
+use super::watch;
 use crate::rpc::client::{Client, FieldMask};
 use crate::rpc::pb;
 
@@ -20,6 +22,7 @@ async fn open(args: &NamedArgs, collection: &str) -> Result<(Client, String), Fa
 pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
     const JOBS: &str = "trainingJobs";
     match command {
+        JobsCommand::Watch(args) => return watch::run(args, output).await,
         JobsCommand::List(server) => {
             let client = connect(&server.target()).await?;
             let (mut all, mut page_token) = (Vec::new(), String::new());
@@ -162,14 +165,8 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
                 max_length: args.max_length,
                 ..Default::default()
             };
-            let size = std::fs::metadata(&args.file).map(|m| m.len()).unwrap_or(0);
-            let bar = indicatif::ProgressBar::new(size);
-            let progress = bar.clone();
-            let uploaded = client
-                .upload_dataset(&args.file, metadata, move |n| progress.set_position(n))
-                .await;
-            bar.finish_and_clear();
-            output::resource(output, &output::dataset(&uploaded?));
+            let uploaded = progress::upload(&client, &args.file, metadata).await?;
+            output::resource(output, &output::dataset(&uploaded));
         }
         DatasetsCommand::List(server) => {
             let client = connect(&server.target()).await?;
@@ -268,7 +265,8 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
                 format: format(args.format).into(),
                 dtype: args.dtype,
             };
-            let names = client.download(request, &args.out).await?;
+            let downloading = client.download(request, &args.out);
+            let names = waiting("downloading the checkpoint", downloading).await?;
             let rows = names
                 .iter()
                 .map(|n| vec![args.out.join(n).display().to_string()])
@@ -290,11 +288,13 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
                 format: format(args.format).into(),
                 dtype: args.dtype,
             };
-            let export = client
-                .checkpoints()
-                .export_checkpoint(request)
-                .await?
-                .into_inner();
+            let mut checkpoints = client.checkpoints();
+            let export = waiting(
+                "the server exports the checkpoint",
+                checkpoints.export_checkpoint(request),
+            )
+            .await?
+            .into_inner();
             let files: Vec<&str> = export.files.iter().map(|f| f.path.as_str()).collect();
             output::resource(
                 output,

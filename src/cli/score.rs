@@ -1,34 +1,45 @@
-//! `bradley score`: streams the pairs of a file to the server and prints their scores.
+//! `bradley score`: streams the pairs of a file to the server and prints their scores as they
+//! come.
+
+pub(super) mod result;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
+use self::result::{RowPrinter, Score, ScoredRow, Summary};
 use super::args::{Output, ScoreArgs};
 use super::failure::{Failure, Outcome};
-use super::output;
 use super::policy_names::{PolicyNames, same_model_warning};
+use super::progress::{WorkProgress, say};
 use super::remote::connect;
-use crate::domain::dataset::{ChatMessage, PreferenceRow, Text};
+use crate::domain::dataset::{ChatMessage, PreferenceRow, RowIssue, Text};
 use crate::domain::message::TemplateArguments;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
-use crate::train::rows::{detect_format, read_rows};
+use crate::train::rows::{RowReader, detect_format, read_rows};
 
 /// Maximum number of pairs that are queued for sending.
 const MAX_QUEUED_PAIRS: usize = 64;
+/// Maximum number of rows that are read but not printed. Answers come in any order, rows are
+/// printed in the order of the file.
+const MAX_UNPRINTED_ROWS: usize = 1024;
 
 pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
     let args = complete_names(&client, args).await?;
-    let rows = read(&args.data)?;
-    warn_of_ignored_fields(&rows);
+    let rows = open(&args.data)?;
     let options = pb::ScoringOptions {
         policy: args.policy.clone(),
         reference: args.reference.clone(),
         beta: args.beta,
         max_length: args.max_length,
-        per_token_logprobs: false,
+        per_token_logprobs: args.per_token_logprobs,
         chat_template_kwargs: None,
         chat_template_kwargs_json: template_arguments(args.template_args.as_deref())?,
         tools: Vec::new(),
@@ -39,50 +50,47 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         },
         normalization: normalization(&args.normalization).into(),
     };
-    let Scores {
-        results,
-        normalization,
-        warnings,
-    } = score(&client, options, &rows).await?;
-    warnings.iter().for_each(|warning| warn(warning));
-    let failed = results
-        .iter()
-        .filter(|r| !matches!(r.result, Some(pb::pair_result::Result::Score(_))))
-        .count();
-    let summary = Summary::of(&results);
-    match output {
-        Output::Json => results
-            .iter()
-            .for_each(|r| output::json_line(&to_json(r, normalization))),
-        Output::Table => {
-            let rows = results.iter().map(to_row).collect();
-            output::line(&output::table(
-                &[
-                    "pair",
-                    "Pr(a ≻ b)",
-                    "margin",
-                    "reward a",
-                    "reward b",
-                    "tokens",
-                ],
-                rows,
-            ));
-            output::line(&format!(
-                "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, \
-                 mean margin {:+.3}; rewards are {}s over tokens",
-                results.len() - failed,
-                100.0 * summary.accuracy,
-                summary.probability,
-                summary.margin,
-                normalization_name(normalization)
-            ));
+    let progress = WorkProgress::pairs("scoring");
+    let total = RowCount::start(&args.data);
+    let mut printer = RowPrinter::new(std::io::stdout(), output);
+    let (mut summary, mut ignored) = (Summary::default(), IgnoredColumns::default());
+    let each = |answer| -> Outcome {
+        match answer {
+            StreamedAnswer::Warning(text) => progress.suspend(|| warn(&text)),
+            StreamedAnswer::Row(row) => {
+                summary.add(&row);
+                ignored.add(&row);
+                progress
+                    .suspend(|| printer.print(&row))
+                    .map_err(|e| Failure::Failed(format!("standard output: {e}")))?;
+                if let Some(total) = total.get() {
+                    progress.set_total(total.max(summary.rows()));
+                }
+                progress.set(summary.rows());
+            }
         }
+        Ok(())
+    };
+    let outcome = progress.during(score(&client, options, rows, each)).await;
+    let rate = progress.total();
+    drop(progress);
+    printer
+        .summary(&summary)
+        .map_err(|e| Failure::Failed(format!("standard output: {e}")))?;
+    for error in printer.errors(summary.failed()) {
+        say(&error);
     }
-    match failed {
+    ignored.warn();
+    say(&rate);
+    outcome.map_err(|failure| match summary.rows() {
+        0 => failure,
+        n => failure.after(&format!("after {n} pairs")),
+    })?;
+    match summary.failed() {
         0 => Ok(()),
         n => Err(Failure::Failed(format!(
             "{n} of {} pairs could not be scored",
-            results.len()
+            summary.rows()
         ))),
     }
 }
@@ -100,21 +108,39 @@ async fn complete_names(client: &Client, mut args: ScoreArgs) -> Result<ScoreArg
     Ok(args)
 }
 
+/// Opens a JSONL or Parquet file of pairs.
+///
+/// # Errors
+/// Returns a failure if the file cannot be opened or has no usable format.
+pub(super) fn open(path: &Path) -> Result<RowReader, Failure> {
+    let failed = |e: &dyn std::fmt::Display| Failure::Failed(format!("{}: {e}", path.display()));
+    let mut start = [0; 4];
+    let mut file = std::fs::File::open(path).map_err(|e| failed(&e))?;
+    let n = std::io::Read::read(&mut file, &mut start).map_err(|e| failed(&e))?;
+    read_rows(path, detect_format(&start[..n])).map_err(|e| failed(&e))
+}
+
 /// Reads the pairs of a JSONL or Parquet file.
 ///
 /// # Errors
 /// Returns a failure if the file cannot be opened, or one that names the row if a row cannot be
 /// read.
-pub(super) fn read(path: &std::path::Path) -> Result<Vec<PreferenceRow>, Failure> {
-    let failed = |e: &dyn std::fmt::Display| Failure::Failed(format!("{}: {e}", path.display()));
-    let mut start = [0; 4];
-    let mut file = std::fs::File::open(path).map_err(|e| failed(&e))?;
-    let n = std::io::Read::read(&mut file, &mut start).map_err(|e| failed(&e))?;
-    let mut rows = Vec::new();
-    for row in read_rows(path, detect_format(&start[..n])).map_err(|e| failed(&e))? {
-        rows.push(row.map_err(|i| failed(&format!("row {}, {}: {}", i.row, i.field, i.message)))?);
+pub(super) fn read(path: &Path) -> Result<Vec<PreferenceRow>, Failure> {
+    let rows = open(path)?.map(|row| {
+        row.map_err(|issue| {
+            let (path, row) = (path.display(), issue.row);
+            Failure::Failed(format!("{path}: row {row}, {}", reason(&issue)))
+        })
+    });
+    rows.collect()
+}
+
+/// Describes a finding without its row.
+fn reason(issue: &RowIssue) -> String {
+    match issue.field.is_empty() {
+        true => issue.message.clone(),
+        false => format!("{}: {}", issue.field, issue.message),
     }
-    Ok(rows)
 }
 
 /// Checks that the value of `--template-args` is a JSON object and returns it unchanged; without
@@ -141,102 +167,205 @@ fn normalization(name: &str) -> pb::RewardNormalization {
     }
 }
 
-/// Returns the name of a normalization in `--normalization`.
-fn normalization_name(normalization: pb::RewardNormalization) -> &'static str {
-    match normalization {
-        pb::RewardNormalization::Sum => "sum",
-        pb::RewardNormalization::Mean => "mean",
-        pb::RewardNormalization::AsTrained | pb::RewardNormalization::Unspecified => "as_trained",
-    }
-}
-
-#[allow(clippy::print_stderr)]
 fn warn(message: &str) {
-    eprintln!("warning: {message}");
+    say(&format!("warning: {message}"));
 }
 
-/// Warns if rows have fields that are not used.
-fn warn_of_ignored_fields(rows: &[PreferenceRow]) {
-    let affected = rows.iter().filter(|row| !row.ignored.is_empty()).count();
-    if let Some(row) = rows.iter().find(|row| !row.ignored.is_empty()) {
-        warn(&format!(
-            "{affected} rows have fields that are not used, e.g. row {}: {}",
-            row.row,
-            row.ignored.join(", ")
-        ));
+/// Number of rows that have columns which are not used, and the first of them.
+#[derive(Default)]
+struct IgnoredColumns {
+    rows: u64,
+    example: Option<String>,
+}
+
+impl IgnoredColumns {
+    fn add(&mut self, row: &ScoredRow) {
+        if !row.ignored.is_empty() {
+            self.rows += 1;
+            self.example
+                .get_or_insert_with(|| format!("row {}: {}", row.row, row.ignored.join(", ")));
+        }
+    }
+
+    fn warn(&self) {
+        if let Some(example) = &self.example {
+            warn(&format!(
+                "{} rows have fields that are not used, e.g. {example}",
+                self.rows
+            ));
+        }
     }
 }
 
-/// The server's answer to a file of pairs.
-pub(super) struct Scores {
-    /// One result per row, in the order of the rows.
-    pub results: Vec<pb::PairResult>,
-    /// The normalization of the rewards that was used.
-    normalization: pb::RewardNormalization,
-    /// The server's warnings about the weights that were named.
-    warnings: Vec<String>,
+/// Number of rows of a file. It is counted in the background, so that large files are scored from
+/// the start.
+struct RowCount {
+    counting: tokio::task::JoinHandle<()>,
+    total: Arc<std::sync::OnceLock<u64>>,
+    /// Tells the background task to stop.
+    is_over: Arc<AtomicBool>,
 }
 
-/// Scores every row over one stream.
+impl RowCount {
+    fn start(path: &Path) -> Self {
+        let (total, is_over) = (Arc::default(), Arc::default());
+        let (path, result, stop) = (path.to_owned(), Arc::clone(&total), Arc::clone(&is_over));
+        let counting = tokio::task::spawn_blocking(move || {
+            // Something else than a plain file can be read only once.
+            if !path.is_file() {
+                return;
+            }
+            let Ok(rows) = open(&path) else { return };
+            let mut n = 0;
+            for _ in rows {
+                n += 1;
+                if AtomicBool::load(&stop, Ordering::Relaxed) {
+                    return;
+                }
+            }
+            let _ = std::sync::OnceLock::set(&result, n);
+        });
+        RowCount {
+            counting,
+            total,
+            is_over,
+        }
+    }
+
+    /// Returns the number of rows once it is known.
+    fn get(&self) -> Option<u64> {
+        self.total.get().copied()
+    }
+}
+
+impl Drop for RowCount {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.counting.abort();
+    }
+}
+
+/// A part of the server's answer to a stream of pairs.
+pub(super) enum StreamedAnswer {
+    /// The next row of the file.
+    Row(Box<ScoredRow>),
+    /// A warning about the weights that were named.
+    Warning(String),
+}
+
+/// A row that was read and perhaps sent.
+struct ReadRow {
+    /// Number of the pair in the stream, from 0.
+    index: usize,
+    /// The row, so far with an empty score.
+    row: ScoredRow,
+}
+
+/// Scores rows over one stream and calls `each` for every row, in the order of the file. A row that
+/// cannot be read or scored gets an error of its own. At most [`MAX_UNPRINTED_ROWS`] rows are in
+/// memory, whatever the size of the file.
 pub(super) async fn score(
     client: &Client,
     options: pb::ScoringOptions,
-    rows: &[PreferenceRow],
-) -> Result<Scores, Failure> {
-    use pb::stream_score_pairs_request::Part;
+    rows: RowReader,
+    mut each: impl FnMut(StreamedAnswer) -> Outcome,
+) -> Outcome {
     let (sender, receiver) = mpsc::channel(MAX_QUEUED_PAIRS);
-    let mut messages = vec![Part::Options(options)];
-    messages.extend(
-        rows.iter()
-            .enumerate()
-            .map(|(i, r)| Part::Pair(pair(i.to_string(), r))),
-    );
-    tokio::spawn(async move {
-        for part in messages {
-            if sender
-                .send(pb::StreamScorePairsRequest { part: Some(part) })
-                .await
-                .is_err()
-            {
-                return;
-            }
-        }
-    });
+    let (read, mut unprinted) = mpsc::channel(MAX_UNPRINTED_ROWS);
+    tokio::task::spawn_blocking(move || send(options, rows, &sender, &read));
     let mut answers = client
         .scoring()
         .stream_score_pairs(ReceiverStream::new(receiver))
         .await?
         .into_inner();
-    let mut results: Vec<Option<pb::PairResult>> = vec![None; rows.len()];
-    let (mut normalization, mut warnings) = (pb::RewardNormalization::Unspecified, Vec::new());
-    while let Some(mut answer) = answers.message().await? {
-        normalization = answer.normalization();
-        warnings.append(&mut answer.warnings);
-        if let Some(mut result) = answer.result
-            && let Some(i) = result.id.parse::<usize>().ok().filter(|i| *i < rows.len())
-        {
-            result.id = row_name(&rows[i]);
-            results[i] = Some(result);
+    // Answers to later rows than the next one to print.
+    let mut early: HashMap<usize, pb::StreamScorePairsResponse> = HashMap::new();
+    while let Some(ReadRow { index, mut row }) = unprinted.recv().await {
+        while row.result.is_ok() {
+            if let Some(answer) = early.remove(&index) {
+                row.result = scored(answer);
+                break;
+            }
+            let Some(mut answer) = answers.message().await? else {
+                return Err(Failure::Failed(
+                    "the server ended the stream before every pair was answered".into(),
+                ));
+            };
+            for warning in std::mem::take(&mut answer.warnings) {
+                each(StreamedAnswer::Warning(warning))?;
+            }
+            let id = answer.result.as_ref().and_then(|r| r.id.parse().ok());
+            // Other ids are of no row that waits.
+            let waiting = index..=index + MAX_UNPRINTED_ROWS + 1;
+            if let Some(id) = id.filter(|id| waiting.contains(id)) {
+                early.insert(id, answer);
+            }
         }
+        each(StreamedAnswer::Row(Box::new(row)))?;
     }
-    let all: Option<Vec<pb::PairResult>> = results.into_iter().collect();
-    let results = all.ok_or_else(|| {
-        Failure::Failed("the server ended the stream before every pair was answered".into())
-    })?;
-    Ok(Scores {
-        results,
-        normalization,
-        warnings,
-    })
+    // The status of the call comes last.
+    while answers.message().await?.is_some() {}
+    Ok(())
 }
 
-/// Returns the row's id. Without an id it returns the row's number, with the pair's number if the
-/// row makes several pairs: `7#2`.
-fn row_name(row: &PreferenceRow) -> String {
-    match (&row.id, row.pair) {
-        (Some(id), _) => id.clone(),
-        (None, Some(pair)) => format!("{}#{pair}", row.row),
-        (None, None) => row.row.to_string(),
+fn scored(answer: pb::StreamScorePairsResponse) -> Result<Score, String> {
+    let normalization = answer.normalization();
+    match answer.result.and_then(|r| r.result) {
+        Some(pb::pair_result::Result::Score(pair)) => Ok(Score {
+            pair,
+            policy_version: answer.policy_version,
+            normalization,
+        }),
+        Some(pb::pair_result::Result::Error(e)) => Err(e.message),
+        None => Err("the server sent no result".to_owned()),
+    }
+}
+
+/// Reads rows and sends them, until the call or the printing ends.
+fn send(
+    options: pb::ScoringOptions,
+    rows: RowReader,
+    sender: &mpsc::Sender<pb::StreamScorePairsRequest>,
+    read: &mpsc::Sender<ReadRow>,
+) {
+    use pb::stream_score_pairs_request::Part;
+    let part = |part| pb::StreamScorePairsRequest { part: Some(part) };
+    if sender.blocking_send(part(Part::Options(options))).is_err() {
+        return;
+    }
+    for (index, row) in rows.enumerate() {
+        let (row, pair) = match row {
+            Ok(row) => {
+                let pair = pair(index.to_string(), &row);
+                let read = ScoredRow {
+                    row: row.row,
+                    pair: row.pair,
+                    id: row.id,
+                    ignored: row.ignored,
+                    result: Ok(Score::default()),
+                };
+                (read, Some(pair))
+            }
+            Err(issue) => {
+                let read = ScoredRow {
+                    row: issue.row,
+                    pair: None,
+                    ignored: Vec::new(),
+                    result: Err(reason(&issue)),
+                    id: issue.id,
+                };
+                (read, None)
+            }
+        };
+        // The row is announced before its pair is sent, so that its answer is awaited.
+        if read.blocking_send(ReadRow { index, row }).is_err() {
+            return;
+        }
+        if let Some(pair) = pair
+            && sender.blocking_send(part(Part::Pair(pair))).is_err()
+        {
+            return;
+        }
     }
 }
 
@@ -286,98 +415,5 @@ fn message(message: &ChatMessage) -> pb::Message {
             fields_json: json!(fields).to_string(),
             ..Default::default()
         },
-    }
-}
-
-/// Averages over the pairs that have a score. Answer a of each pair is the preferred one.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Summary {
-    /// Share of pairs with a positive margin; a tie counts half.
-    pub accuracy: f64,
-    /// Mean Pr(a ≻ b).
-    pub probability: f64,
-    /// Mean margin.
-    pub margin: f64,
-}
-
-impl Summary {
-    pub(super) fn of(results: &[pb::PairResult]) -> Self {
-        let scores: Vec<&pb::PairScore> = results
-            .iter()
-            .filter_map(|r| match &r.result {
-                Some(pb::pair_result::Result::Score(s)) => Some(s),
-                _ => None,
-            })
-            .collect();
-        let n = scores.len().max(1) as f64;
-        let mean = |f: &dyn Fn(&pb::PairScore) -> f64| scores.iter().map(|s| f(s)).sum::<f64>() / n;
-        let win = |s: &pb::PairScore| {
-            if s.margin > 0.0 {
-                1.0
-            } else if s.margin == 0.0 {
-                0.5
-            } else {
-                0.0
-            }
-        };
-        Summary {
-            accuracy: mean(&win),
-            probability: mean(&|s| s.probability),
-            margin: mean(&|s| s.margin),
-        }
-    }
-}
-
-fn to_json(r: &pb::PairResult, normalization: pb::RewardNormalization) -> Value {
-    match &r.result {
-        Some(pb::pair_result::Result::Score(s)) => {
-            let side = |c: &Option<pb::CompletionScore>| {
-                let c = c.clone().unwrap_or_default();
-                json!({
-                    "policy_logprob": c.policy_logprob,
-                    "reference_logprob": c.reference_logprob,
-                    "reward": c.reward,
-                    "tokens": c.tokens,
-                    "truncated": c.truncated,
-                })
-            };
-            json!({
-                "id": r.id,
-                "probability": s.probability,
-                "margin": s.margin,
-                "normalization": normalization_name(normalization),
-                "a": side(&s.a),
-                "b": side(&s.b),
-            })
-        }
-        Some(pb::pair_result::Result::Error(e)) => json!({"id": r.id, "error": e.message}),
-        None => json!({"id": r.id, "error": "no result"}),
-    }
-}
-
-fn to_row(r: &pb::PairResult) -> Vec<String> {
-    match &r.result {
-        Some(pb::pair_result::Result::Score(s)) => {
-            let (a, b) = (
-                s.a.clone().unwrap_or_default(),
-                s.b.clone().unwrap_or_default(),
-            );
-            let numbers = [
-                format!("{:.4}", s.probability),
-                format!("{:+.4}", s.margin),
-                format!("{:+.4}", a.reward),
-                format!("{:+.4}", b.reward),
-            ];
-            [
-                vec![r.id.clone()],
-                numbers.to_vec(),
-                vec![format!("{}+{}", a.tokens, b.tokens)],
-            ]
-            .concat()
-        }
-        Some(pb::pair_result::Result::Error(e)) => {
-            vec![r.id.clone(), format!("error: {}", e.message)]
-        }
-        None => vec![r.id.clone(), "no result".into()],
     }
 }

@@ -239,7 +239,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
 ];
 
 /// Settings with values that error messages must not show.
-const SECRET_SETTINGS: [&str; 1] = ["database_url"];
+pub(super) const SECRET_SETTINGS: [&str; 1] = ["database_url"];
 
 /// The sources of settings. A later field overrides the earlier ones.
 #[derive(Clone, Debug, Default)]
@@ -363,7 +363,7 @@ impl Sources {
 
     /// Returns the value of a setting from the first source that has it (flag, environment, file,
     /// default), and the name of that source for error messages.
-    fn get(&self, name: &str, default: &str) -> (String, String) {
+    pub(super) fn get(&self, name: &str, default: &str) -> (String, String) {
         if let Some(v) = self.flags.get(name) {
             return (v.clone(), format!("--{}", name.replace('_', "-")));
         }

@@ -1,6 +1,8 @@
 //! Sets up the logs and traces of the process.
 
+use std::fmt;
 use std::fs::OpenOptions;
+use std::io::IsTerminal as _;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Mutex;
@@ -13,7 +15,11 @@ use opentelemetry_otlp::tonic_types::transport::ClientTlsConfig;
 use opentelemetry_otlp::{SpanExporter, WithExportConfig as _, WithTonicConfig as _};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
+use tracing::field::{Field, Visit};
+use tracing_subscriber::field::{RecordFields, VisitOutput as _};
 use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::fmt::FormatFields;
+use tracing_subscriber::fmt::format::{DefaultVisitor, Writer};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
@@ -55,6 +61,46 @@ pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
     Ok(provider)
 }
 
+/// Formats the fields of text lines without those that are meant for exported spans: `otel.name`
+/// only repeats the method, and `otel.kind` is the same in every line.
+struct WithoutExportFields;
+
+impl<'writer> FormatFields<'writer> for WithoutExportFields {
+    fn format_fields<R: RecordFields>(&self, writer: Writer<'writer>, fields: R) -> fmt::Result {
+        let mut visitor = SkipExportFields(DefaultVisitor::new(writer, true));
+        fields.record(&mut visitor);
+        visitor.0.finish()
+    }
+}
+
+struct SkipExportFields<'a>(DefaultVisitor<'a>);
+
+impl SkipExportFields<'_> {
+    fn shows(field: &Field) -> bool {
+        !field.name().starts_with("otel.")
+    }
+}
+
+impl Visit for SkipExportFields<'_> {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if Self::shows(field) {
+            self.0.record_str(field, value);
+        }
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
+        if Self::shows(field) {
+            self.0.record_error(field, value);
+        }
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if Self::shows(field) {
+            self.0.record_debug(field, value);
+        }
+    }
+}
+
 /// Starts logging to standard error. Lines of the audit log also go to the file `audit`, and this
 /// program's spans to `traces`. A second call has no effect.
 ///
@@ -67,11 +113,15 @@ pub fn log(
     traces: Option<&SdkTracerProvider>,
 ) -> anyhow::Result<()> {
     let filter = EnvFilter::from_str(filter).unwrap_or_else(|_| EnvFilter::new("info"));
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let mut lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    if !std::io::stderr().is_terminal() {
+        // Files and pipes get no colours. On a terminal, NO_COLOR has the same effect.
+        lines = lines.with_ansi(false);
+    }
     let lines = if json {
         lines.json().boxed()
     } else {
-        lines.boxed()
+        lines.fmt_fields(WithoutExportFields).boxed()
     };
     let audit = match audit {
         None => None,

@@ -15,7 +15,7 @@ use super::policy_names::PolicyNames;
 use super::remote::{connect, full_name};
 use super::{output, watch};
 use crate::rpc::canonical::{self, CanonicalError, Fields};
-use crate::rpc::client::{Client, ClientError, field_violations};
+use crate::rpc::client::{Client, ClientError, FirstEvent, field_violations};
 use crate::rpc::pb::{self, training_job::Evaluation};
 
 /// Maximum length of a chain of jobs in which each starts from a checkpoint of the next. Longer
@@ -349,7 +349,9 @@ impl TrainCall {
             if self.output == Output::Table {
                 output::line(&format!("{} is queued", job.name));
             }
-            let end = watch::follow(&self.client, &job.name, 0, self.output).await;
+            let first = FirstEvent::After(0);
+            let end =
+                watch::follow(&self.client, &args.server, &job.name, first, self.output).await;
             return end.map_err(|e| change(e, |message| self.words.in_sentence(&message)));
         }
         if let [(_, job)] = &made[..] {

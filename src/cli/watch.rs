@@ -2,74 +2,161 @@
 
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::args::{Output, WatchArgs};
+use super::args::{Output, ServerArgs, WatchArgs};
 use super::failure::{Failure, Outcome};
 use super::output::{self, state};
-use super::remote::{connect, full_name};
-use crate::rpc::client::Client;
+use super::progress::say;
+use super::remote::{connect, full_name, server_flag};
+use crate::rpc::client::{Client, FirstEvent};
 use crate::rpc::pb::{self, training_event::Event};
 
 pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
-    follow(
-        &client,
-        &full_name("trainingJobs", &args.job),
-        args.after,
-        output,
-    )
-    .await
+    let first = match args.tail {
+        Some(n) => FirstEvent::Tail(n),
+        None => FirstEvent::After(args.after),
+    };
+    let job = full_name("trainingJobs", &args.job);
+    follow(&client, &args.server, &job, first, output).await
 }
 
-/// Follows a job to its end. Returns a failure unless the job succeeded.
-pub(super) async fn follow(client: &Client, job: &str, after: u64, output: Output) -> Outcome {
+/// Follows a job to its end and prints a summary. Ctrl-C only ends the following. Returns a failure
+/// unless the job succeeded.
+pub(super) async fn follow(
+    client: &Client,
+    server: &ServerArgs,
+    job: &str,
+    first: FirstEvent,
+    output: Output,
+) -> Outcome {
     let mut view = ProgressView::new(output);
-    let mut end = None;
-    client
-        .follow(job, after, |event| {
-            if let Some(Event::StateChange(change)) = &event.event {
-                end = Some(change.clone());
-            }
+    let interrupted = tokio::select! {
+        followed = client.follow_from(job, first, |event| {
             view.show(&event);
             true
-        })
-        .await?;
-    view.bar.finish_and_clear();
-    let end = match end {
-        Some(end) => end,
-        // No event was left to stream, because the job had already ended.
-        None => {
-            let request = pb::GetTrainingJobRequest {
-                name: job.to_owned(),
-            };
-            let job = client
-                .training()
-                .get_training_job(request)
-                .await?
-                .into_inner();
-            pb::StateChange {
-                from: 0,
-                to: job.state,
-                reason: job.error.map(|e| e.message).unwrap_or_default(),
-            }
+        }) => {
+            followed?;
+            false
         }
+        _ = tokio::signal::ctrl_c() => true,
     };
-    match end.to() {
+    view.finish();
+    let id = job.trim_start_matches("trainingJobs/");
+    let flag = server_flag(server);
+    if interrupted {
+        return Err(Failure::Interrupted(format!(
+            "the job goes on: bradley jobs watch {id}{flag}\n\
+             to end it, too:  bradley jobs cancel {id}{flag}"
+        )));
+    }
+    let request = pb::GetTrainingJobRequest {
+        name: job.to_owned(),
+    };
+    let ended = client
+        .training()
+        .get_training_job(request)
+        .await?
+        .into_inner();
+    if output == Output::Table {
+        let checkpoints = checkpoints(client, job).await;
+        for line in summary(&ended, &checkpoints, &flag) {
+            output::line(&line);
+        }
+    }
+    match ended.state() {
         pb::JobState::Succeeded => Ok(()),
         _ => Err(Failure::Failed(format!(
             "{job} ended {}: {}",
-            state(end.to),
-            end.reason
+            state(ended.state),
+            view.last_reason(&ended)
         ))),
     }
+}
+
+/// Returns the checkpoints of a job; none if the server does not list them. The summary then only
+/// lacks them.
+async fn checkpoints(client: &Client, job: &str) -> Vec<pb::Checkpoint> {
+    let request = pb::ListCheckpointsRequest {
+        parent: job.to_owned(),
+    };
+    match client.checkpoints().list_checkpoints(request).await {
+        Ok(listed) => listed.into_inner().checkpoints,
+        Err(e) => {
+            say(&format!(
+                "warning: the checkpoints are not listed: {}",
+                e.message()
+            ));
+            Vec::new()
+        }
+    }
+}
+
+/// Describes an ended job: its final metrics, its best checkpoint and the next commands.
+fn summary(job: &pb::TrainingJob, checkpoints: &[pb::Checkpoint], flag: &str) -> Vec<String> {
+    let id = job.name.trim_start_matches("trainingJobs/");
+    let steps = job.progress.unwrap_or_default().step;
+    let mut lines = vec![format!(
+        "{} {} after {steps} steps{}",
+        job.name,
+        state(job.state),
+        duration(job).map_or(String::new(), |d| format!(" and {}", HumanDuration(d))),
+    )];
+    let all = &job.latest_metrics;
+    if all.contains_key("loss") {
+        lines.push(format!("  training:    {}", metrics(all, "")));
+    }
+    if all.contains_key("eval_loss") {
+        lines.push(format!("  evaluation:  {}", metrics(all, "eval_")));
+    }
+    let best = checkpoints.iter().find(|c| c.best);
+    let newest = checkpoints.iter().max_by_key(|c| c.step);
+    if let Some(best) = best {
+        let evaluated = match best.metrics.contains_key("eval_loss") {
+            true => format!("  {}", metrics(&best.metrics, "eval_")),
+            false => String::new(),
+        };
+        lines.push(format!("  best:        {}{evaluated}", best.name));
+    }
+    if let Some(newest) = newest.filter(|newest| best.is_none_or(|b| b.step != newest.step)) {
+        lines.push(format!("  newest:      {}", newest.name));
+    }
+    let next = match (job.state(), best.or(newest)) {
+        (pb::JobState::Succeeded, Some(checkpoint)) => {
+            let name = &checkpoint.name;
+            vec![
+                format!("bradley score --policy {name} --data PAIRS{flag}"),
+                format!("bradley checkpoints download {name} --out FOLDER{flag}"),
+            ]
+        }
+        _ => vec![format!("bradley jobs get {id}{flag}")],
+    };
+    for (i, command) in next.iter().enumerate() {
+        let label = if i == 0 { "next:" } else { "" };
+        lines.push(format!("  {label:<12} {command}"));
+    }
+    lines
+}
+
+/// Returns the time from a job's start to its end.
+fn duration(job: &pb::TrainingJob) -> Option<Duration> {
+    let (start, end) = (job.start_time.as_ref()?, job.end_time.as_ref()?);
+    let seconds = end.seconds.checked_sub(start.seconds)?;
+    Some(Duration::from_secs(u64::try_from(seconds).ok()?))
 }
 
 /// Prints events: as text with a progress bar on a terminal, as text without one, or as JSON lines.
 pub(super) struct ProgressView {
     output: Output,
     bar: ProgressBar,
+    /// Reason of the last change of the job's state.
+    reason: String,
 }
+
+/// Template of the bar until the number of steps is known.
+const WITHOUT_STEPS: &str = "{spinner} {msg}  {elapsed}";
+const WITH_STEPS: &str = "{bar:30} {pos}/{len} steps  {elapsed} passed, {prefix} left  {msg}";
 
 impl ProgressView {
     pub(super) fn new(output: Output) -> Self {
@@ -78,13 +165,23 @@ impl ProgressView {
         } else {
             ProgressDrawTarget::stderr()
         };
-        let bar = ProgressBar::with_draw_target(Some(0), target);
-        let style = ProgressStyle::with_template(
-            "{bar:30} {pos}/{len} steps  {elapsed} passed, {prefix} left  {msg}",
-        );
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let bar = ProgressBar::with_draw_target(None, target);
+        set_template(&bar, WITHOUT_STEPS);
+        bar.set_message("waiting for the job's events");
         bar.enable_steady_tick(Duration::from_millis(500));
-        ProgressView { output, bar }
+        ProgressView {
+            output,
+            bar,
+            reason: String::new(),
+        }
+    }
+
+    /// Returns the reason why the job ended.
+    fn last_reason(&self, job: &pb::TrainingJob) -> String {
+        match &job.error {
+            Some(error) => error.message.clone(),
+            None => self.reason.clone(),
+        }
     }
 
     /// Clears the bar.
@@ -93,21 +190,34 @@ impl ProgressView {
     }
 
     pub(super) fn show(&mut self, event: &pb::TrainingEvent) {
+        if let Some(Event::StateChange(change)) = &event.event {
+            self.reason.clone_from(&change.reason);
+        }
         if self.output == Output::Json {
             return output::json_line(&output::event(event));
         }
         let text = match &event.event {
-            Some(Event::StateChange(s)) => format!("{}: {}", state(s.to), s.reason),
+            Some(Event::StateChange(s)) => {
+                if self.bar.length().is_none() {
+                    self.bar.set_message(state(s.to));
+                }
+                match s.reason.is_empty() {
+                    true => state(s.to),
+                    false => format!("{}: {}", state(s.to), s.reason),
+                }
+            }
             Some(Event::StepMetrics(s)) => {
                 let p = s.progress.unwrap_or_default();
-                self.bar.set_length(p.total_steps);
+                if self.bar.length().is_none() && p.total_steps > 0 {
+                    self.bar.set_length(p.total_steps);
+                    set_template(&self.bar, WITH_STEPS);
+                }
                 self.bar.set_position(p.step);
-                self.bar.set_prefix(p.eta_seconds.map_or("?".into(), |s| {
-                    format!(
-                        "{}",
-                        indicatif::HumanDuration(Duration::from_secs_f64(s.max(0.0)))
-                    )
-                }));
+                let left = p
+                    .eta_seconds
+                    .and_then(|s| Duration::try_from_secs_f64(s.max(0.0)).ok());
+                self.bar
+                    .set_prefix(left.map_or("?".into(), |d| HumanDuration(d).to_string()));
                 self.bar.set_message(metrics(&s.metrics, ""));
                 if !self.bar.is_hidden() {
                     return;
@@ -143,6 +253,11 @@ impl ProgressView {
             self.bar.println(text)
         }
     }
+}
+
+fn set_template(bar: &ProgressBar, template: &str) {
+    let style = ProgressStyle::with_template(template);
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
 }
 
 /// Formats the loss, the margin and the accuracy of the metrics whose names begin with `prefix`.

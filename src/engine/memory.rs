@@ -99,11 +99,18 @@ pub(super) fn host_limit(options: &EngineOptions) -> u64 {
 
 /// Returns the machine's memory, or the limit of this process's control group if that is lower.
 fn usable() -> Option<u64> {
+    let (machine, group) = of_process();
+    machine.into_iter().chain(group).min()
+}
+
+/// Returns the machine's memory and the limit of this process's control group, in bytes. Either is
+/// `None` if it is not known or there is none.
+pub fn of_process() -> (Option<u64>, Option<u64>) {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let machine = read("/proc/meminfo").and_then(|text| memory_total(&text));
     let group =
         read("/proc/self/cgroup").and_then(|text| group_limit(Path::new("/sys/fs/cgroup"), &text));
-    machine.into_iter().chain(group).min()
+    (machine, group)
 }
 
 /// Returns `MemTotal` of /proc/meminfo in bytes.

@@ -90,6 +90,14 @@ impl ClientError {
     }
 }
 
+impl ClientError {
+    /// Returns true if the server does not have the method, or is no gRPC server: a web server's
+    /// 404 becomes the same code.
+    pub fn is_unimplemented(&self) -> bool {
+        matches!(self, ClientError::Refused(s) if s.code() == Code::Unimplemented)
+    }
+}
+
 impl From<Status> for ClientError {
     fn from(s: Status) -> Self {
         ClientError::Refused(Box::new(s))
@@ -190,6 +198,15 @@ impl Target {
         }
         Ok(config)
     }
+}
+
+/// The event with which [`Client::follow_from`] begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstEvent {
+    /// The event after this sequence number.
+    After(u64),
+    /// The oldest of this many of the newest events, at least 1.
+    Tail(u32),
 }
 
 /// Interceptor that adds the bearer token, if there is one, to every call.
@@ -393,13 +410,31 @@ impl Client {
         &self,
         job: &str,
         after: u64,
+        each: impl FnMut(pb::TrainingEvent) -> bool,
+    ) -> ClientResult<u64> {
+        self.follow_from(job, FirstEvent::After(after), each).await
+    }
+
+    /// Does the same from the event that `first` names.
+    ///
+    /// # Errors
+    /// The errors of [`Client::follow`].
+    pub async fn follow_from(
+        &self,
+        job: &str,
+        first: FirstEvent,
         mut each: impl FnMut(pb::TrainingEvent) -> bool,
     ) -> ClientResult<u64> {
-        let (mut cursor, mut failures) = (after, 0);
+        let (mut cursor, mut tail) = match first {
+            FirstEvent::After(sequence) => (sequence, 0),
+            FirstEvent::Tail(n) => (0, n),
+        };
+        let mut failures = 0;
         loop {
             let request = pb::StreamTrainingEventsRequest {
                 parent: job.to_owned(),
                 after_sequence: cursor,
+                tail,
             };
             let error = match self.training().stream_training_events(request).await {
                 Ok(stream) => {
@@ -407,7 +442,7 @@ impl Client {
                     loop {
                         match stream.message().await {
                             Ok(Some(event)) => {
-                                (cursor, failures) = (event.sequence, 0);
+                                (cursor, failures, tail) = (event.sequence, 0, 0);
                                 if !each(event) {
                                     return Ok(cursor);
                                 }

@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{RawQuery, State};
 use axum::http::StatusCode;
 use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -18,8 +18,8 @@ use crate::service::server::Server;
 /// file descriptor.
 pub const MAX_CONNECTIONS: usize = 32;
 
-/// Serves `/metrics`, `/livez` (the process answers) and `/readyz` (the server is not draining)
-/// until `shutdown`.
+/// Serves `/metrics`, `/livez` (the process answers) and `/readyz` (the server is not draining;
+/// with `?verbose`, also the state of its parts) until `shutdown`.
 pub async fn serve_http(
     listener: TcpListener,
     server: Arc<Server>,
@@ -61,9 +61,26 @@ fn render_run_gauges(values: &[(String, &'static str, f64)]) -> String {
     lines_by_gauge.into_values().collect()
 }
 
-async fn ready(State(server): State<Arc<Server>>) -> (StatusCode, String) {
+/// Answers with the state in one line. With `?verbose`, a line for each part comes before it.
+async fn ready(
+    State(server): State<Arc<Server>>,
+    RawQuery(query): RawQuery,
+) -> (StatusCode, String) {
+    let is_verbose = query.is_some_and(|q| {
+        q.split('&')
+            .any(|part| part == "verbose" || part.starts_with("verbose="))
+    });
+    let mut text = String::new();
+    if is_verbose {
+        for (part, state) in server.parts().await {
+            text += &match state {
+                Ok(state) => format!("[+] {part}: {state}\n"),
+                Err(problem) => format!("[-] {part}: {problem}\n"),
+            };
+        }
+    }
     match server.ready().await {
-        Ok(state) => (StatusCode::OK, format!("{state}\n")),
-        Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{e}\n")),
+        Ok(state) => (StatusCode::OK, format!("{text}{state}\n")),
+        Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{text}{e}\n")),
     }
 }

@@ -183,7 +183,7 @@ impl TrainingService for Training {
         let id = job_id("parent", &r.parent)?.to_owned();
         let events = self
             .0
-            .stream_events(&caller, &id, r.after_sequence)
+            .stream_events(&caller, &id, r.after_sequence, r.tail)
             .await
             .map_err(status)?;
         let stream = events.map(move |e| e.map(|e| convert::event(&id, e)).map_err(status));

@@ -118,16 +118,26 @@ impl JobService {
     }
 
     /// Returns a stream of all events after the sequence number `after`: first the stored ones,
-    /// then new ones as they are stored. The stream ends with the job.
+    /// then new ones as they are stored. The stream ends with the job. If `tail` is above 0, it
+    /// begins with at most the `tail` newest events, however many more are stored.
     ///
     /// # Errors
-    /// The errors of [`JobService::list_events`].
+    /// The errors of [`JobService::list_events`]. With `tail`, only `after` beyond the newest event
+    /// is `OutOfRange`.
     pub async fn stream_events(
         &self,
         caller: &Caller,
         job: &str,
         after: u64,
+        tail: u32,
     ) -> Result<ReceiverStream<Result<Event>>> {
+        let after = match tail {
+            0 => after,
+            tail => {
+                own_job(&self.store, caller, job).await?;
+                after.max(self.store.sequence_before_newest(job, tail).await?)
+            }
+        };
         self.check_cursor(caller, job, after).await?;
         Ok(self.events.stream(caller.clone(), job.to_owned(), after))
     }

@@ -80,6 +80,26 @@ impl Server {
         })
     }
 
+    /// Returns the state of the server's parts, or the problem with each, for people.
+    pub async fn parts(&self) -> Vec<(&'static str, std::result::Result<String, String>)> {
+        let work = match self.shutdown.refuse_new_work() {
+            Ok(()) => Ok("accepted".to_owned()),
+            Err(e) => Err(e.to_string()),
+        };
+        let database = match self.store.ping().await {
+            Ok(()) => Ok("answers".to_owned()),
+            Err(e) => Err(format!("does not answer: {e}")),
+        };
+        let models: Vec<String> = self.engine.models().into_iter().map(|m| m.id).collect();
+        let runs = self.runs.all().len();
+        vec![
+            ("new work", work),
+            ("database", database),
+            ("models", Ok(models.join(", "))),
+            ("jobs that run here", Ok(runs.to_string())),
+        ]
+    }
+
     /// Returns the gauges of all runs in this process as (job id, gauge name, value).
     pub fn run_gauges(&self) -> Vec<(String, &'static str, f64)> {
         self.runs.gauges()

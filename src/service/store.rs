@@ -329,7 +329,7 @@ async fn is_clean(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Res
 
 /// Returns the SQLite URL of a file. All bytes but letters, digits, `/`, `.`, `-` and `_` are
 /// escaped.
-fn sqlite_url(path: &Path) -> String {
+pub(super) fn sqlite_url(path: &Path) -> String {
     use std::os::unix::ffi::OsStrExt;
     let escape = |b: &u8| match b {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'-' | b'_' => {

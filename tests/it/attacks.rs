@@ -509,6 +509,7 @@ async fn four_hundred_idle_connections_take_no_descriptor_that_the_server_needs(
     let request = pb::StreamTrainingEventsRequest {
         parent: waiting.clone(),
         after_sequence: 0,
+        ..Default::default()
     };
     let mut events = watcher
         .training()

@@ -184,6 +184,7 @@ async fn follow(addresses: Arc<Mutex<Vec<String>>>, job: String) -> Vec<pb::Trai
         let request = pb::StreamTrainingEventsRequest {
             parent: job.clone(),
             after_sequence: seen.len() as u64,
+            ..Default::default()
         };
         let asked = tokio::time::timeout(
             Duration::from_secs(3),

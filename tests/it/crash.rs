@@ -160,6 +160,7 @@ async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
             let request = pb::StreamTrainingEventsRequest {
                 parent: name,
                 after_sequence: 0,
+                ..Default::default()
             };
             let mut stream = client
                 .training()

@@ -344,6 +344,7 @@ async fn an_expired_cursor_is_out_of_range_and_names_the_oldest_event() {
     let request = pb::StreamTrainingEventsRequest {
         parent: name.clone(),
         after_sequence: 0,
+        ..Default::default()
     };
     assert_eq!(
         client

@@ -30,6 +30,7 @@ mod lifecycle;
 mod memory;
 mod model_files;
 mod models_page;
+mod people;
 mod pinned_inputs;
 mod pins;
 mod prose;

@@ -222,6 +222,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     let request = pb::StreamTrainingEventsRequest {
         parent: long.clone(),
         after_sequence: 0,
+        ..Default::default()
     };
     let mut open = a
         .training()
@@ -684,14 +685,14 @@ impl Authority {
 
 /// A server with TLS, and a folder with its certificates and those of two clients: `client`,
 /// which the server accepts, and `stranger`, whose certificate another authority signed.
-struct TlsServer {
+pub struct TlsServer {
     server: Server,
     files: tempfile::TempDir,
     _data_dir: tempfile::TempDir,
 }
 
 impl TlsServer {
-    fn start() -> Self {
+    pub fn start() -> Self {
         let (data_dir, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let at = |name: &str| files.path().join(name);
         let write = |name: &str, text: &str| std::fs::write(at(name), text).unwrap();
@@ -721,12 +722,12 @@ impl TlsServer {
         }
     }
 
-    fn port(&self) -> &str {
+    pub fn port(&self) -> &str {
         self.server.address.rsplit(':').next().unwrap()
     }
 
     /// Returns the path of one of the certificates or keys.
-    fn file(&self, name: &str) -> PathBuf {
+    pub fn file(&self, name: &str) -> PathBuf {
         self.files.path().join(name)
     }
 }

@@ -460,6 +460,7 @@ async fn invalid_requests_are_refused_with_their_reason_and_the_server_continues
     let cursor = pb::StreamTrainingEventsRequest {
         parent: first.name.clone(),
         after_sequence: 1000,
+        ..Default::default()
     };
     assert_eq!(
         client

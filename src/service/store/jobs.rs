@@ -572,6 +572,23 @@ impl Store {
         Ok(newest as u64)
     }
 
+    /// Returns the sequence number before the `n` newest stored events of a job, or before all of
+    /// them if there are fewer. Without events it is 0.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
+    pub async fn sequence_before_newest(&self, job: &str, n: u32) -> Result<u64> {
+        let first: i64 = sqlx::query_scalar(
+            "SELECT COALESCE(MIN(sequence), 1) FROM (SELECT sequence FROM events WHERE job = $1 \
+             ORDER BY sequence DESC LIMIT $2) AS newest",
+        )
+        .bind(job)
+        .bind(i64::from(n))
+        .fetch_one(&self.readers)
+        .await?;
+        Ok(first.saturating_sub(1) as u64)
+    }
+
     /// Appends an event, deletes events beyond the limit, and returns the new sequence number. The
     /// caller has locked the job's row, so that sequence numbers have no gaps.
     pub(super) async fn append(

@@ -1,0 +1,423 @@
+//! `bradley doctor`: shows what this machine offers and which settings are in force, and checks
+//! that models, database, stores, ports and a server answer. It changes nothing.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::args::{DEFAULT_SERVER, DoctorArgs, Output};
+use super::failure::{Failure, Outcome};
+use super::output::{self, bytes};
+use super::progress::waiting;
+use super::remote::connect;
+use super::settings::{SECRET_SETTINGS, SETTINGS, Settings, Sources};
+use super::variables;
+use crate::compute::cpu::gemm::Kernel;
+use crate::domain::training::Precision;
+use crate::engine::memory;
+use crate::formats::loader::load_model;
+use crate::formats::source::HubOptions;
+use crate::model::device::{ComputeDevice, DeviceChoice};
+use crate::rpc::client::Target;
+use crate::rpc::{Tls, pb};
+use crate::service::check;
+
+/// Result of a check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CheckStatus {
+    Ok,
+    /// The server works, but perhaps not as intended.
+    Warning,
+    Failed,
+}
+
+impl CheckStatus {
+    fn name(self) -> &'static str {
+        match self {
+            CheckStatus::Ok => "ok",
+            CheckStatus::Warning => "warning",
+            CheckStatus::Failed => "failed",
+        }
+    }
+}
+
+/// A check: what was checked, its result and the details.
+struct CheckResult {
+    name: String,
+    status: CheckStatus,
+    detail: String,
+}
+
+/// Everything that the command prints.
+#[derive(Default)]
+struct DoctorReport {
+    machine: Vec<(&'static str, String)>,
+    /// Name, value and source of each setting.
+    settings: Vec<[String; 3]>,
+    checks: Vec<CheckResult>,
+}
+
+impl DoctorReport {
+    fn add(&mut self, name: impl Into<String>, status: CheckStatus, detail: impl Into<String>) {
+        self.checks.push(CheckResult {
+            name: name.into(),
+            status,
+            detail: detail.into(),
+        });
+    }
+
+    /// Adds a check that either succeeds with a text or fails with one.
+    fn add_result(
+        &mut self,
+        name: impl Into<String>,
+        result: Result<String, impl std::fmt::Display>,
+    ) {
+        match result {
+            Ok(detail) => self.add(name, CheckStatus::Ok, detail),
+            Err(e) => self.add(name, CheckStatus::Failed, e.to_string()),
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        let machine: serde_json::Map<String, Value> = self
+            .machine
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), json!(value)))
+            .collect();
+        let settings: Vec<Value> = self
+            .settings
+            .iter()
+            .map(|[name, value, source]| json!({"name": name, "value": value, "source": source}))
+            .collect();
+        let checks: Vec<Value> = self
+            .checks
+            .iter()
+            .map(|c| json!({"name": c.name, "status": c.status.name(), "detail": c.detail}))
+            .collect();
+        json!({"machine": machine, "settings": settings, "checks": checks})
+    }
+
+    /// Returns the lines for people.
+    fn lines(&self) -> Vec<String> {
+        let mut lines = vec!["This machine".to_owned()];
+        for (name, value) in &self.machine {
+            lines.push(format!("  {name:<16} {value}"));
+        }
+        lines.push("Settings of bradley serve, and where each comes from".to_owned());
+        for [name, value, source] in &self.settings {
+            let value = if value.is_empty() { "-" } else { value };
+            lines.push(format!("  {name:<30} {value}  ({source})"));
+        }
+        lines.push("Checks".to_owned());
+        for check in &self.checks {
+            let (status, name) = (check.status.name(), &check.name);
+            lines.push(format!("  {status:<8} {name}: {}", check.detail));
+        }
+        lines
+    }
+}
+
+pub(super) async fn run(args: DoctorArgs, output: Output) -> Outcome {
+    let sources = Sources::collect(args.serve.config.as_deref(), args.serve.flags.clone())
+        .map_err(|e| Failure::Failed(e.to_string()))?;
+    let mut report = DoctorReport::default();
+    in_force(&sources, &mut report);
+    for (variable, meant) in variables::unknown(&sources.environment) {
+        let advice = match meant {
+            Some(meant) => format!("is unknown and has no effect: did you mean {meant}?"),
+            None => "is unknown and has no effect: unset it".to_owned(),
+        };
+        report.add(variable, CheckStatus::Warning, advice);
+    }
+    let settings = resolve(&sources, &mut report);
+    let for_machine = settings.clone();
+    let machine = tokio::task::spawn_blocking(move || machine(for_machine.as_ref()));
+    report.machine = waiting("looking at the machine", machine)
+        .await
+        .map_err(|e| Failure::Failed(e.to_string()))?;
+    if let Some(settings) = &settings {
+        check_server_parts(settings, &mut report).await?;
+    }
+    check_running_server(&args, &mut report).await;
+    match output == Output::Json {
+        true => output::json_document(&report.to_json()),
+        false => report.lines().iter().for_each(|line| output::line(line)),
+    }
+    let failed = report
+        .checks
+        .iter()
+        .filter(|check| check.status == CheckStatus::Failed)
+        .count();
+    match failed {
+        0 => Ok(()),
+        1 => Err(Failure::Failed("one check failed".to_owned())),
+        n => Err(Failure::Failed(format!("{n} checks failed"))),
+    }
+}
+
+/// Lists every setting with its value and its source.
+fn in_force(sources: &Sources, report: &mut DoctorReport) {
+    for (name, default, _) in SETTINGS {
+        let (value, origin) = sources.get(name, default);
+        let is_default = origin.starts_with("the default of");
+        let source = if is_default { "default" } else { &origin };
+        // The URL of a database may have a password.
+        let is_secret = SECRET_SETTINGS.contains(name) && !value.is_empty();
+        let value = if is_secret {
+            "(set, not shown)"
+        } else {
+            &value
+        };
+        report
+            .settings
+            .push([(*name).to_owned(), value.to_owned(), source.to_owned()]);
+    }
+}
+
+/// Validates the settings. Each bad one is a failed check.
+fn resolve(sources: &Sources, report: &mut DoctorReport) -> Option<Settings> {
+    let mut sources = sources.clone();
+    let names_models = !sources.get("models", "").0.trim().is_empty();
+    if !names_models {
+        let advice = "none is named: bradley serve needs --models or BRADLEY_MODELS";
+        report.add("models", CheckStatus::Warning, advice);
+        // Without a model, the other settings would not be validated.
+        sources.flags.insert("models".to_owned(), ".".to_owned());
+    }
+    match Settings::resolve(&sources) {
+        Ok(mut settings) => {
+            if !names_models {
+                settings.models.clear();
+            }
+            report.add("settings", CheckStatus::Ok, "all of them can be used");
+            Some(settings)
+        }
+        Err(bad) => {
+            for violation in bad.listed() {
+                report.add(
+                    &violation.field,
+                    CheckStatus::Failed,
+                    &violation.description,
+                );
+            }
+            None
+        }
+    }
+}
+
+/// Describes this machine.
+fn machine(settings: Option<&Settings>) -> Vec<(&'static str, String)> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = settings.map_or(0, |s| s.threads);
+    let cores = match threads {
+        0 => cores.to_string(),
+        threads => format!("{cores}, of which the setting threads uses {threads}"),
+    };
+    let kernels: Vec<String> = Kernel::available()
+        .iter()
+        .map(|k| format!("{k:?}"))
+        .collect();
+    let kernels = format!(
+        "{}; f32 uses {:?}, bf16 uses {:?}",
+        kernels.join(", "),
+        Kernel::best(Precision::F32),
+        Kernel::best(Precision::Bf16)
+    );
+    let known = |n: Option<u64>, none: &str| n.map_or(none.to_owned(), bytes);
+    let (machine, group) = memory::of_process();
+    let mut facts = vec![
+        (
+            "bradley",
+            format!(
+                "{} for {} on {}",
+                env!("CARGO_PKG_VERSION"),
+                std::env::consts::ARCH,
+                std::env::consts::OS
+            ),
+        ),
+        ("cores", cores),
+        ("kernels", kernels),
+        ("memory", known(machine, "unknown")),
+        ("container limit", known(group, "none")),
+    ];
+    // Whether this build and this machine have GPUs is known only by opening one.
+    match ComputeDevice::open_all(DeviceChoice::Cuda(0)) {
+        Ok(_) => {
+            for gpu in ComputeDevice::open_all(DeviceChoice::Auto).unwrap_or_default() {
+                let memory = gpu.memory().map_or(String::new(), |(free, total)| {
+                    format!(": {} of {} free", bytes(free), bytes(total))
+                });
+                facts.push(("GPU", format!("{}{memory}", gpu.name())));
+            }
+        }
+        Err(reason) => facts.push(("GPU", format!("none: {reason}"))),
+    }
+    facts
+}
+
+/// Checks the parts that `bradley serve` would use with these settings.
+async fn check_server_parts(settings: &Settings, report: &mut DoctorReport) -> Outcome {
+    for device in &settings.engine.devices {
+        if let DeviceChoice::Cuda(_) = device {
+            let opened = ComputeDevice::open_all(*device).map(|_| "can be opened".to_owned());
+            report.add_result(format!("device {device}"), opened);
+        }
+    }
+    for (id, source) in &settings.models {
+        let (name, hub) = (format!("model {id}"), settings.hub.clone());
+        let source = source.clone();
+        let opening = tokio::task::spawn_blocking(move || model(&source, &hub));
+        let opened = waiting(&format!("opening the model {id}"), opening).await;
+        let (status, detail) = opened.map_err(|e| Failure::Failed(e.to_string()))?;
+        report.add(name, status, detail);
+    }
+    report.add_result(
+        format!("data_dir {}", settings.data_dir.display()),
+        writable(&settings.data_dir),
+    );
+    let url = settings.database_url.as_deref();
+    let database = waiting(
+        "asking the database",
+        check::database(&settings.data_dir, url),
+    );
+    report.add_result("database", database.await);
+    if let Some((url, options)) = &settings.artifact_store {
+        let asked = waiting(
+            "asking the artifact store",
+            check::artifact_store(url, options),
+        );
+        report.add_result("artifact store", asked.await);
+    }
+    if let Some(files) = settings.tls.clone() {
+        let opened = Tls::open(files).map(|_| "certificate and key can be used".to_owned());
+        report.add_result("TLS", opened);
+    }
+    let ports = [
+        ("listen", Some(settings.listen)),
+        ("http_listen", settings.http_listen),
+    ];
+    for (name, address) in ports {
+        if let Some(address) = address {
+            let (status, detail) = port(address);
+            report.add(format!("{name} {address}"), status, detail);
+        }
+    }
+    Ok(())
+}
+
+/// Opens a model without computing with it. A model of the hub is looked for in the cache only.
+fn model(source: &str, hub: &HubOptions) -> (CheckStatus, String) {
+    let is_local = Path::new(source).exists();
+    let of_cache = HubOptions {
+        offline: true,
+        ..hub.clone()
+    };
+    match load_model(None, source, &of_cache) {
+        Ok(model) => {
+            let parameters = output::parameters(model.config.parameter_count() as u64);
+            (
+                CheckStatus::Ok,
+                format!("{source}, {parameters} parameters"),
+            )
+        }
+        Err(e) if is_local || hub.offline || !crate::domain::names::is_hub_id(hub_name(source)) => {
+            (CheckStatus::Failed, e.to_string())
+        }
+        Err(e) => (
+            CheckStatus::Warning,
+            format!("bradley serve downloads it at the start: {e}"),
+        ),
+    }
+}
+
+/// Returns the part of a hub id before its revision.
+fn hub_name(source: &str) -> &str {
+    source.split_once('@').map_or(source, |(name, _)| name)
+}
+
+/// Checks that files can be created in a folder, or that the folder can be created.
+fn writable(folder: &Path) -> Result<String, String> {
+    let existing = folder
+        .ancestors()
+        .map(|f| {
+            if f.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                f
+            }
+        })
+        .find(|f| f.exists())
+        .unwrap_or(folder);
+    // The file is removed at once.
+    tempfile::tempfile_in(existing).map_err(|e| {
+        format!(
+            "no file can be created in {}: {e}: correct its owner, or name another folder",
+            existing.display()
+        )
+    })?;
+    Ok(match existing == folder {
+        true => "is writable".to_owned(),
+        false => "is created at the first start".to_owned(),
+    })
+}
+
+/// Checks that a server could listen on an address.
+fn port(address: std::net::SocketAddr) -> (CheckStatus, String) {
+    match std::net::TcpListener::bind(address) {
+        Ok(_) => (CheckStatus::Ok, "is free".to_owned()),
+        Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => (
+            CheckStatus::Warning,
+            "is in use, perhaps by a server that runs already".to_owned(),
+        ),
+        Err(e) => (CheckStatus::Failed, format!("cannot be listened on: {e}")),
+    }
+}
+
+/// Asks a running server for its health and its models. Without --address and --server, a server
+/// at the default address is asked if there is one.
+async fn check_running_server(args: &DoctorArgs, report: &mut DoctorReport) {
+    let address = args.address.as_ref().unwrap_or(&args.server.server);
+    let target = Target {
+        address: address.clone(),
+        ..args.server.target()
+    };
+    let name = format!("server {address}");
+    let is_optional = args.address.is_none() && address == DEFAULT_SERVER;
+    let asked = async {
+        let client = connect(&target).await?;
+        let is_serving = client.health().await?;
+        let models = client
+            .models()
+            .list_models(pb::ListModelsRequest {})
+            .await?
+            .into_inner()
+            .models;
+        let names: Vec<&str> = models.iter().map(|m| m.name.as_str()).collect();
+        Ok::<_, Failure>((is_serving, names.join(", ")))
+    };
+    let asked = tokio::time::timeout(SERVER_TIMEOUT, waiting("asking the server", asked)).await;
+    match asked {
+        Ok(Ok((true, models))) => report.add(name, CheckStatus::Ok, format!("serves {models}")),
+        Ok(Ok((false, _))) => {
+            report.add(name, CheckStatus::Failed, "is not serving: it is stopping")
+        }
+        Ok(Err(Failure::Unreachable(_))) if is_optional => {
+            report.add(
+                name,
+                CheckStatus::Ok,
+                "no server runs at the default address",
+            );
+        }
+        Ok(Err(failure)) => report.add(name, CheckStatus::Failed, failure.message()),
+        Err(_) => {
+            let detail = format!(
+                "does not answer within {} seconds: it may still be loading its models",
+                SERVER_TIMEOUT.as_secs()
+            );
+            report.add(name, CheckStatus::Failed, detail);
+        }
+    }
+}
+
+/// Time limit for a running server.
+const SERVER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(20);

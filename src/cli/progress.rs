@@ -1,0 +1,233 @@
+//! Progress of long work, on standard error: a bar on a terminal, elsewhere a line now and then.
+//! Work that is done within a second shows nothing.
+
+use std::cell::Cell;
+use std::future::Future;
+use std::io::IsTerminal as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::rpc::client::{Client, ClientResult};
+use crate::rpc::pb;
+
+/// Time after which work gets a bar.
+const BAR_DELAY: Duration = Duration::from_secs(1);
+/// Time between two lines where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+/// Time between two updates.
+const TICK: Duration = Duration::from_millis(250);
+
+/// Unit of the position of a bar.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unit {
+    Pairs,
+    Bytes,
+    /// The work has no position, so that only the passed time is shown.
+    None,
+}
+
+/// Progress of one piece of work. The bar is removed on drop.
+pub(super) struct WorkProgress {
+    unit: Unit,
+    bar: ProgressBar,
+    is_terminal: bool,
+    started: Instant,
+    is_shown: Cell<bool>,
+    /// Time since the start at which the next line is due.
+    next_line: Cell<Duration>,
+}
+
+impl WorkProgress {
+    fn new(what: &str, unit: Unit, total: Option<u64>) -> Self {
+        let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::hidden());
+        bar.set_prefix(what.to_owned());
+        let progress = WorkProgress {
+            unit,
+            bar,
+            is_terminal: std::io::stderr().is_terminal(),
+            started: Instant::now(),
+            is_shown: Cell::new(false),
+            next_line: Cell::new(LINE_INTERVAL),
+        };
+        progress.set_style();
+        progress
+    }
+
+    /// Starts work on pairs, the number of which is not known yet.
+    pub fn pairs(what: &str) -> Self {
+        Self::new(what, Unit::Pairs, None)
+    }
+
+    /// Starts work on `total` bytes.
+    pub fn bytes(what: &str, total: u64) -> Self {
+        Self::new(what, Unit::Bytes, Some(total))
+    }
+
+    /// Starts work without a position.
+    pub fn of_task(what: &str) -> Self {
+        Self::new(what, Unit::None, None)
+    }
+
+    fn set_style(&self) {
+        let template = match (self.unit, self.bar.length()) {
+            (Unit::None, _) => "{spinner} {prefix}  {elapsed}",
+            (Unit::Pairs, None) => "{spinner} {prefix}  {pos} pairs  {msg}",
+            (Unit::Pairs, Some(_)) => "{prefix} {bar:20} {pos}/{len} pairs  {msg}",
+            (Unit::Bytes, _) => "{prefix} {bar:20} {bytes}/{total_bytes}  {msg}",
+        };
+        let style = ProgressStyle::with_template(template);
+        self.bar
+            .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    }
+
+    /// Sets the number that the position will reach.
+    pub fn set_total(&self, total: u64) {
+        if self.bar.length() != Some(total) {
+            self.bar.set_length(total);
+            self.set_style();
+        }
+    }
+
+    /// Sets the position.
+    pub fn set(&self, position: u64) {
+        self.bar.set_position(position);
+    }
+
+    /// Sets the text before the bar.
+    pub fn rename(&self, what: &str) {
+        self.bar.set_prefix(what.to_owned());
+    }
+
+    /// Runs `work` and shows the progress meanwhile.
+    pub async fn during<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        let mut ticks = tokio::time::interval(TICK);
+        loop {
+            tokio::select! {
+                biased;
+                result = &mut work => return result,
+                _ = ticks.tick() => self.tick(),
+            }
+        }
+    }
+
+    /// Runs `print` while the bar is removed from the terminal.
+    pub fn suspend<T>(&self, print: impl FnOnce() -> T) -> T {
+        self.bar.suspend(print)
+    }
+
+    /// Describes the number of pairs that were done since the start: `60 pairs in 1.5 s, 40
+    /// pairs/s`.
+    pub fn total(&self) -> String {
+        let passed = self.started.elapsed();
+        format!(
+            "{} pairs in {:.1} s, {}",
+            self.bar.position(),
+            passed.as_secs_f64(),
+            self.rate()
+        )
+    }
+
+    fn rate(&self) -> String {
+        let rate = self.bar.position() as f64 / self.started.elapsed().as_secs_f64().max(1e-3);
+        match rate < 10.0 {
+            true => format!("{rate:.1} pairs/s"),
+            false => format!("{rate:.0} pairs/s"),
+        }
+    }
+
+    /// Returns the rate and the time that is left, as far as they are known.
+    fn details(&self) -> String {
+        let mut parts = Vec::new();
+        if self.unit == Unit::Pairs {
+            parts.push(self.rate());
+        }
+        let done = self.bar.position();
+        if let Some(total) = self.bar.length().filter(|n| *n > done && done > 0) {
+            let left = self
+                .started
+                .elapsed()
+                .mul_f64((total - done) as f64 / done as f64);
+            parts.push(format!("{} left", HumanDuration(left)));
+        }
+        parts.join(", ")
+    }
+
+    fn tick(&self) {
+        let passed = self.started.elapsed();
+        if !self.is_terminal {
+            if passed >= self.next_line.get() {
+                self.next_line.set(passed + LINE_INTERVAL);
+                say(&self.line(passed));
+            }
+            return;
+        }
+        self.bar.set_message(self.details());
+        if passed >= BAR_DELAY && !self.is_shown.replace(true) {
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
+            self.bar.enable_steady_tick(TICK);
+        }
+    }
+
+    /// Returns the line for where there is no terminal.
+    fn line(&self, passed: Duration) -> String {
+        let (done, total) = (self.bar.position(), self.bar.length());
+        let done = match (self.unit, total) {
+            (Unit::None, _) => format!("{} passed", HumanDuration(passed)),
+            (Unit::Pairs, None) => format!("{done} pairs"),
+            (Unit::Pairs, Some(total)) => format!("{done} of {total} pairs"),
+            (Unit::Bytes, total) => {
+                let total = HumanBytes(total.unwrap_or(done));
+                format!("{} of {total}", HumanBytes(done))
+            }
+        };
+        let details = self.details();
+        let separator = if details.is_empty() { "" } else { ", " };
+        format!("{}: {done}{separator}{details}", self.bar.prefix())
+    }
+}
+
+impl Drop for WorkProgress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// Prints a line on standard error.
+#[allow(clippy::print_stderr)]
+pub(super) fn say(text: &str) {
+    eprintln!("{text}");
+}
+
+/// Runs `work` and shows how long it takes.
+pub(super) async fn waiting<T>(what: &str, work: impl Future<Output = T>) -> T {
+    WorkProgress::of_task(what).during(work).await
+}
+
+/// Uploads a dataset's file, and shows how much is sent and that the server then checks the rows.
+///
+/// # Errors
+/// The errors of [`Client::upload_dataset`].
+pub(super) async fn upload(
+    client: &Client,
+    path: &Path,
+    metadata: pb::UploadMetadata,
+) -> ClientResult<pb::Dataset> {
+    let name = path
+        .file_name()
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let size = std::fs::metadata(path).map_or(0, |m| m.len());
+    let progress = WorkProgress::bytes(&format!("sending {name}"), size);
+    let sent = |n| {
+        progress.set(n);
+        if n >= size {
+            progress.rename(&format!("the server checks the rows of {name}"));
+        }
+    };
+    progress
+        .during(client.upload_dataset(path, metadata, sent))
+        .await
+}

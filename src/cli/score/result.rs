@@ -1,0 +1,364 @@
+//! Results of scored rows: how they are printed, and their averages.
+
+use std::io::Write;
+
+use serde_json::{Value, json};
+
+use crate::cli::args::Output;
+use crate::rpc::pb;
+
+/// Maximum number of errors that are listed one by one.
+const MAX_LISTED_ERRORS: usize = 20;
+
+/// A row of the file, with its score.
+#[derive(Clone, Debug)]
+pub(crate) struct ScoredRow {
+    /// Number of the row in the file, from 1.
+    pub row: u64,
+    /// Number of the pair within the row, from 1, if the row has several rejected answers.
+    pub pair: Option<u32>,
+    /// Id that the row has in the file.
+    pub id: Option<String>,
+    /// Columns of the row that are not used.
+    pub ignored: Vec<String>,
+    /// The score, or the reason why there is none.
+    pub result: Result<Score, String>,
+}
+
+/// The score of a row.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Score {
+    /// Probability, margin and rewards.
+    pub pair: pb::PairScore,
+    /// Name of the weights that scored.
+    pub policy_version: String,
+    /// The normalization of the rewards that was used.
+    pub normalization: pb::RewardNormalization,
+}
+
+impl ScoredRow {
+    /// Returns the row's id. Without an id it returns the row's number, with the pair's number if
+    /// the row makes several pairs: `7#2`.
+    fn name(&self) -> String {
+        match (&self.id, self.pair) {
+            (Some(id), _) => id.clone(),
+            (None, Some(pair)) => format!("{}#{pair}", self.row),
+            (None, None) => self.row.to_string(),
+        }
+    }
+
+    /// Describes the error for people; `None` if the row has a score.
+    fn error(&self) -> Option<String> {
+        let error = self.result.as_ref().err()?;
+        let id = self.id.as_ref().map(|id| format!(" (id {id:?})"));
+        Some(format!(
+            "row {}{}: {error}",
+            self.row,
+            id.unwrap_or_default()
+        ))
+    }
+}
+
+/// Returns the name of a normalization in `--normalization`.
+pub(super) fn normalization_name(normalization: pb::RewardNormalization) -> &'static str {
+    match normalization {
+        pb::RewardNormalization::Sum => "sum",
+        pb::RewardNormalization::Mean => "mean",
+        pb::RewardNormalization::AsTrained | pb::RewardNormalization::Unspecified => "as_trained",
+    }
+}
+
+/// Prints rows one by one, as they are scored.
+pub(super) struct RowPrinter<W> {
+    out: W,
+    output: Output,
+    has_header: bool,
+    /// The first errors, which are listed below a table.
+    errors: Vec<String>,
+}
+
+impl<W: Write> RowPrinter<W> {
+    pub fn new(out: W, output: Output) -> Self {
+        RowPrinter {
+            out,
+            output,
+            has_header: false,
+            errors: Vec::new(),
+        }
+    }
+
+    /// Prints one row.
+    ///
+    /// # Errors
+    /// Returns an error if nobody reads the output any more.
+    pub fn print(&mut self, row: &ScoredRow) -> std::io::Result<()> {
+        if self.output != Output::Table {
+            writeln!(self.out, "{}", to_json(row))?;
+            return self.out.flush();
+        }
+        match &row.result {
+            Ok(score) => {
+                if !self.has_header {
+                    self.has_header = true;
+                    writeln!(self.out, "{}", table_header())?;
+                }
+                writeln!(self.out, "{}", table_row(&row.name(), &score.pair))?;
+            }
+            Err(_) if self.errors.len() < MAX_LISTED_ERRORS => self.errors.extend(row.error()),
+            Err(_) => {}
+        }
+        self.out.flush()
+    }
+
+    /// Prints the averages below a table.
+    ///
+    /// # Errors
+    /// Returns an error if nobody reads the output any more.
+    pub fn summary(&mut self, summary: &Summary) -> std::io::Result<()> {
+        if self.output == Output::Table {
+            writeln!(self.out, "{}", summary.line())?;
+        }
+        Ok(())
+    }
+
+    /// Returns the lines that list the first errors; `failed` is the number of all.
+    pub fn errors(&self, failed: u64) -> Vec<String> {
+        let mut lines = self.errors.clone();
+        let more = failed.saturating_sub(lines.len() as u64);
+        if !lines.is_empty() && more > 0 {
+            lines.push(format!("and {more} more; --output json shows all of them"));
+        }
+        lines
+    }
+}
+
+fn to_json(row: &ScoredRow) -> Value {
+    let mut line = json!({"row": row.row, "id": row.name()});
+    if let Some(pair) = row.pair {
+        line["pair"] = pair.into();
+    }
+    match &row.result {
+        Ok(score) => {
+            line["probability"] = score.pair.probability.into();
+            line["margin"] = score.pair.margin.into();
+            line["normalization"] = normalization_name(score.normalization).into();
+            line["policy_version"] = score.policy_version.clone().into();
+            line["a"] = answer(score.pair.a.as_ref());
+            line["b"] = answer(score.pair.b.as_ref());
+        }
+        Err(message) => line["error"] = message.clone().into(),
+    }
+    line
+}
+
+/// Returns the score of one answer as JSON. Log-probs of tokens are there if they were requested.
+fn answer(score: Option<&pb::CompletionScore>) -> Value {
+    let c = score.cloned().unwrap_or_default();
+    let mut all = json!({
+        "policy_logprob": c.policy_logprob,
+        "reference_logprob": c.reference_logprob,
+        "reward": c.reward,
+        "tokens": c.tokens,
+        "prompt_tokens": c.prompt_tokens,
+        "truncated": c.truncated,
+    });
+    if !c.token_ids.is_empty() {
+        all["token_ids"] = json!(c.token_ids);
+        all["policy_token_logprobs"] = json!(c.policy_token_logprobs);
+        all["reference_token_logprobs"] = json!(c.reference_token_logprobs);
+    }
+    all
+}
+
+/// Returns the header of the table. Its columns have fixed widths, because rows are printed before
+/// the later ones are known. The name is last, because its length differs.
+fn table_header() -> String {
+    format!(
+        "{:>9}  {:>9}  {:>9}  {:>9}  {:>9}  pair",
+        "Pr(a ≻ b)", "margin", "reward a", "reward b", "tokens"
+    )
+}
+
+fn table_row(name: &str, score: &pb::PairScore) -> String {
+    let default = pb::CompletionScore::default();
+    let (a, b) = (
+        score.a.as_ref().unwrap_or(&default),
+        score.b.as_ref().unwrap_or(&default),
+    );
+    format!(
+        "{:>9.4}  {:>+9.4}  {:>+9.4}  {:>+9.4}  {:>9}  {name}",
+        score.probability,
+        score.margin,
+        a.reward,
+        b.reward,
+        format!("{}+{}", a.tokens, b.tokens),
+    )
+}
+
+/// Sums over the rows that have a score. Answer a of each pair is the preferred one.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Summary {
+    /// Number of rows with a score.
+    scored: u64,
+    /// Number of rows without a score.
+    failed: u64,
+    /// Number of answers that were longer than the maximum length.
+    truncated: u64,
+    /// Number of pairs with a positive margin; a tie counts half.
+    wins: f64,
+    probabilities: f64,
+    margins: f64,
+    normalization: pb::RewardNormalization,
+}
+
+impl Summary {
+    /// Adds a row.
+    pub fn add(&mut self, row: &ScoredRow) {
+        let Ok(score) = &row.result else {
+            self.failed += 1;
+            return;
+        };
+        let pair = &score.pair;
+        self.scored += 1;
+        self.normalization = score.normalization;
+        self.probabilities += pair.probability;
+        self.margins += pair.margin;
+        self.wins += match pair.margin {
+            margin if margin > 0.0 => 1.0,
+            0.0 => 0.5,
+            _ => 0.0,
+        };
+        let answers = pair.a.iter().chain(&pair.b);
+        self.truncated += answers.filter(|answer| answer.truncated).count() as u64;
+    }
+
+    fn mean(&self, sum: f64) -> f64 {
+        sum / self.scored.max(1) as f64
+    }
+
+    /// Returns the share of pairs with a positive margin; a tie counts half.
+    pub fn accuracy(&self) -> f64 {
+        self.mean(self.wins)
+    }
+
+    /// Returns the mean of Pr(a ≻ b).
+    pub fn probability(&self) -> f64 {
+        self.mean(self.probabilities)
+    }
+
+    /// Returns the mean margin.
+    pub fn margin(&self) -> f64 {
+        self.mean(self.margins)
+    }
+
+    /// Returns the number of rows without a score.
+    pub fn failed(&self) -> u64 {
+        self.failed
+    }
+
+    /// Returns the number of all rows.
+    pub fn rows(&self) -> u64 {
+        self.scored + self.failed
+    }
+
+    fn line(&self) -> String {
+        let truncated = match self.truncated {
+            0 => String::new(),
+            1 => "; 1 answer was truncated".to_owned(),
+            n => format!("; {n} answers were truncated"),
+        };
+        format!(
+            "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, mean margin \
+             {:+.3}; rewards are {}s over tokens{truncated}",
+            self.scored,
+            100.0 * self.accuracy(),
+            self.probability(),
+            self.margin(),
+            normalization_name(self.normalization)
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(number: u64, result: Result<f64, &str>) -> ScoredRow {
+        let score = |margin| Score {
+            pair: pb::PairScore {
+                margin,
+                probability: 0.5,
+                a: Some(pb::CompletionScore {
+                    truncated: number == 1,
+                    prompt_tokens: 7,
+                    ..Default::default()
+                }),
+                b: Some(pb::CompletionScore::default()),
+            },
+            policy_version: "models/m".to_owned(),
+            normalization: pb::RewardNormalization::Sum,
+        };
+        ScoredRow {
+            row: number,
+            pair: None,
+            id: None,
+            ignored: Vec::new(),
+            result: result.map(score).map_err(str::to_owned),
+        }
+    }
+
+    fn printed(output: Output, rows: &[ScoredRow]) -> (String, Vec<String>) {
+        let (mut printer, mut summary) = (RowPrinter::new(Vec::new(), output), Summary::default());
+        for row in rows {
+            printer.print(row).unwrap();
+            summary.add(row);
+        }
+        printer.summary(&summary).unwrap();
+        let errors = printer.errors(summary.failed());
+        (String::from_utf8(printer.out).unwrap(), errors)
+    }
+
+    #[test]
+    fn a_table_has_scores_only_and_the_errors_are_listed_apart() {
+        let mut rows = vec![row(1, Ok(2.0)), row(2, Err("too long")), row(3, Ok(0.0))];
+        let (table, errors) = printed(Output::Table, &rows);
+        let lines: Vec<&str> = table.lines().collect();
+        assert_eq!(lines.len(), 4, "{table}");
+        assert!(
+            lines[0].ends_with("pair") && lines[1].ends_with("  1"),
+            "{table}"
+        );
+        assert!(
+            lines[3].contains("2 pairs: accuracy 75.0% (ties count half)")
+                && lines[3].ends_with("1 answer was truncated"),
+            "{table}"
+        );
+        assert_eq!(errors, ["row 2: too long"]);
+        rows.extend((4..40).map(|i| row(i, Err("too long"))));
+        let (_, errors) = printed(Output::Table, &rows);
+        assert_eq!(errors.len(), MAX_LISTED_ERRORS + 1);
+        assert!(
+            errors[MAX_LISTED_ERRORS].starts_with("and 17 more"),
+            "{errors:?}"
+        );
+    }
+
+    #[test]
+    fn json_lines_have_rows_of_both_kinds() {
+        let rows = [row(1, Ok(2.0)), row(2, Err("too long"))];
+        let (lines, errors) = printed(Output::Json, &rows);
+        let lines: Vec<Value> = lines
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(lines.len(), 2);
+        assert_eq!(
+            (&lines[0]["row"], &lines[0]["margin"]),
+            (&json!(1), &json!(2.0))
+        );
+        assert_eq!(lines[0]["a"]["prompt_tokens"], 7);
+        assert_eq!(lines[0]["policy_version"], "models/m");
+        assert_eq!(lines[1], json!({"row": 2, "id": "2", "error": "too long"}));
+        assert_eq!(errors, ["row 2: too long"; 0]);
+    }
+}

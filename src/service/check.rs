@@ -1,0 +1,74 @@
+//! Checks of the database and the artifact store that change nothing, for `bradley doctor`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use sqlx::any::AnyPoolOptions;
+
+use super::error::{Result, ServiceError};
+use super::remote::Remote;
+use super::store::sqlite_url;
+
+/// Time limit for the database and for the artifact store.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Asks the database at `database_url`, or the SQLite database in `data_dir`. Returns a text with
+/// its kind, its number of jobs and the version of its schema, or one that says that it does not
+/// exist yet. Neither creates nor migrates it.
+///
+/// # Errors
+/// `Internal` if it does not answer within five seconds, or is no database of Bradley's.
+pub async fn database(data_dir: &Path, database_url: Option<&str>) -> Result<String> {
+    sqlx::any::install_default_drivers();
+    let file = data_dir.join("bradley.db");
+    let (kind, url) = match database_url {
+        Some(url) => ("PostgreSQL", url.to_owned()),
+        None if !file.exists() => {
+            return Ok(format!("{} is created at the first start", file.display()));
+        }
+        None => ("SQLite", sqlite_url(&file).replace("?mode=rwc", "?mode=ro")),
+    };
+    let failed = |e: sqlx::Error| ServiceError::internal(format!("{kind} does not answer: {e}"));
+    let asked = async {
+        let pool = AnyPoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(TIMEOUT)
+            .connect(&url)
+            .await?;
+        let found = count(&pool).await;
+        pool.close().await;
+        found
+    };
+    let asked = tokio::time::timeout(TIMEOUT, asked).await;
+    let found = asked.unwrap_or(Err(sqlx::Error::PoolTimedOut));
+    match found.map_err(failed)? {
+        Some((jobs, schema)) => Ok(format!("{kind}, {jobs} jobs, schema version {schema}")),
+        None => Ok(format!(
+            "{kind}, empty: its schema is made at the first start"
+        )),
+    }
+}
+
+/// Returns the number of jobs and the version of the schema; `None` if the database has no schema.
+async fn count(pool: &sqlx::AnyPool) -> sqlx::Result<Option<(i64, i64)>> {
+    sqlx::query("SELECT 1").execute(pool).await?;
+    let schema = sqlx::query_scalar::<_, i64>("SELECT MAX(version) FROM _sqlx_migrations");
+    let Ok(schema) = schema.fetch_one(pool).await else {
+        return Ok(None);
+    };
+    let jobs: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM jobs")
+        .fetch_one(pool)
+        .await?;
+    Ok(Some((jobs, schema)))
+}
+
+/// Asks the artifact store at `url`. `options` are the variables of its vendor.
+///
+/// # Errors
+/// `InvalidArgument` if the URL cannot be used, `Unavailable` if the store does not answer.
+pub async fn artifact_store(url: &str, options: &BTreeMap<String, String>) -> Result<String> {
+    let remote = Remote::open(url, options, false)?;
+    remote.ping(TIMEOUT).await?;
+    Ok(format!("{} answers", remote.url()))
+}
