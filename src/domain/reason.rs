@@ -97,6 +97,8 @@ reasons! {
     StoreUnavailable = "STORE_UNAVAILABLE" => Internal,
     /// The artifact store does not answer.
     ArtifactsUnavailable = "ARTIFACTS_UNAVAILABLE" => Internal,
+    /// The issuer of OIDC tokens does not answer, so its keys are not known.
+    IssuerUnavailable = "ISSUER_UNAVAILABLE" => Internal,
     /// A file cannot be read at the moment.
     StorageUnavailable = "STORAGE_UNAVAILABLE" => Internal,
 
@@ -283,6 +285,7 @@ mod tests {
             ("QUEUE_FULL", FailureCode::Internal),
             ("STORE_UNAVAILABLE", FailureCode::Internal),
             ("ARTIFACTS_UNAVAILABLE", FailureCode::Internal),
+            ("ISSUER_UNAVAILABLE", FailureCode::Internal),
             ("STORAGE_UNAVAILABLE", FailureCode::Internal),
             ("CANCELLING", FailureCode::Internal),
             ("PAUSING", FailureCode::Internal),

@@ -12,6 +12,7 @@ mod crash;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod datasets;
+mod declared_tokens;
 mod devices;
 mod documents;
 mod exports;
@@ -29,6 +30,7 @@ mod lifecycle;
 mod memory;
 mod model_files;
 mod models_page;
+mod oidc;
 mod pinned_inputs;
 mod pins;
 mod prose;
