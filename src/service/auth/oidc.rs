@@ -21,6 +21,7 @@ use crate::domain::access::{Caller, Credential, Role};
 use crate::domain::job::Millis;
 use crate::domain::reason::Reason;
 use crate::service::error::{Result, ServiceError};
+use crate::service::store::now;
 
 /// Beginning of the names of owners. No owner of our own tokens has a colon in its name.
 const OWNER_PREFIX: &str = "oidc:";
@@ -249,12 +250,15 @@ impl Oidc {
             .get("exp")
             .and_then(Value::as_f64)
             .ok_or_else(|| Refusal::MissingClaim("exp".to_owned()))?;
+        let valid_until = ((expires + LEEWAY.as_secs_f64()) * 1000.0) as Millis;
+        // The library counts whole seconds. Open calls end at this time, so none may begin later.
+        if valid_until <= now() {
+            return Err(Refusal::Expired);
+        }
         Ok(Caller {
             owner: format!("{OWNER_PREFIX}{owner}"),
             roles,
-            token: Some(Credential::Issued {
-                valid_until: ((expires + LEEWAY.as_secs_f64()) * 1000.0) as Millis,
-            }),
+            token: Some(Credential::Issued { valid_until }),
         })
     }
 
