@@ -171,6 +171,8 @@ reasons! {
     DataDirInUse = "DATA_DIR_IN_USE" => Internal,
     /// The artifact store belongs to another database, or the database to another artifact store.
     WrongArtifactStore = "WRONG_ARTIFACT_STORE" => Internal,
+    /// A newer version has migrated the database so that this version may not use it.
+    SchemaTooNew = "SCHEMA_TOO_NEW" => Internal,
 }
 
 impl Reason {
@@ -318,6 +320,7 @@ mod tests {
             ("DEVICE_FAILED", FailureCode::Internal),
             ("DATA_DIR_IN_USE", FailureCode::Internal),
             ("WRONG_ARTIFACT_STORE", FailureCode::Internal),
+            ("SCHEMA_TOO_NEW", FailureCode::Internal),
         ];
         let now: Vec<(&str, FailureCode)> = Reason::ALL
             .iter()

@@ -40,6 +40,7 @@ mod references;
 mod replicas;
 mod review;
 mod rewards;
+mod rollback;
 mod security;
 mod server;
 mod service;
