@@ -34,6 +34,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use self::artifacts::Artifacts;
+use self::auth::declared::DeclaredTokens;
+use self::auth::oidc::{Oidc, OidcOptions};
 use self::auth::quota::ScoringQuota;
 use self::auth::tokens::TokenService;
 use self::background::BackgroundTasks;
@@ -103,6 +105,10 @@ pub struct ServiceOptions {
     pub adapter_dir: Option<PathBuf>,
     /// Date that chat templates see for models without a job. `None` is the current date.
     pub template_date: Option<jiff::civil::Date>,
+    /// File that declares tokens.
+    pub token_file: Option<PathBuf>,
+    /// Issuer whose tokens are accepted beside our own.
+    pub oidc: Option<OidcOptions>,
 }
 
 /// All services of a server. Clones share them.
@@ -130,6 +136,11 @@ impl Service {
     /// `ResourceExhausted` or `Internal` if the database, the data directory or the artifact store
     /// cannot be opened.
     pub async fn open(engine: Engine, options: ServiceOptions) -> Result<Service> {
+        let declared = options.token_file.as_deref().map(DeclaredTokens::open);
+        let (declared, oidc) = (
+            declared.transpose()?,
+            options.oidc.clone().map(Oidc::new).transpose()?,
+        );
         let (store, artifacts) = open_data(&options).await?;
         let (shutdown, runs, slow_tasks) = (
             Shutdown::default(),
@@ -137,7 +148,7 @@ impl Service {
             Limiter::new(MAX_SLOW_TASKS),
         );
         let template_date = TemplateDate(options.template_date);
-        let tokens = TokenService::new(store.clone());
+        let tokens = TokenService::new(store.clone(), declared, oidc);
         let events = EventFeed::new(store.clone(), tokens.clone(), shutdown.clone());
         let policies = PolicyResolver {
             store: store.clone(),
@@ -205,6 +216,9 @@ impl Service {
             time_slice: options.time_slice,
             postponement: options.lease,
         };
+        let mut background = tasks.start();
+        let following = tokens.clone();
+        background.push(tokio::spawn(async move { following.follow().await }));
         let start =
             |runner: JobRunner| tokio::spawn(async move { runner.run_until_drained().await });
         let runners = (0..engine.concurrent_runs())
@@ -248,7 +262,7 @@ impl Service {
                 shutdown,
                 drain_timeout: options.drain_timeout,
                 runners: Mutex::new(runners),
-                background: Mutex::new(tasks.start()),
+                background: Mutex::new(background),
             }),
         })
     }

@@ -108,6 +108,22 @@ pub enum TokensCommand {
         #[command(flatten)]
         database: DatabaseArgs,
     },
+    /// Print the entry of a token for the server's token_file, which has only the token's hash. The
+    /// token is a line of standard input. This command needs no database.
+    Hash {
+        /// Owner of the jobs and datasets that are created with this token.
+        #[arg(long)]
+        owner: String,
+        /// Roles of the token, separated by commas: submit, score, admin.
+        #[arg(long, value_delimiter = ',', default_value = "submit,score")]
+        roles: Vec<String>,
+        /// Days until the token expires. Default: never.
+        #[arg(long)]
+        days: Option<u32>,
+        /// Make a random token and print it to standard error. It cannot be shown again.
+        #[arg(long)]
+        generate: bool,
+    },
     /// List tokens, without their secrets.
     List(DatabaseArgs),
     /// Revoke a token. The server refuses it within seconds.

@@ -108,6 +108,8 @@ pub async fn serve_on(
         max_scoring_tokens_per_client: settings.max_scoring_tokens_per_client,
         adapter_dir: settings.adapter_dir.clone(),
         template_date: settings.template_date,
+        token_file: settings.token_file.clone(),
+        oidc: settings.oidc.clone(),
     };
     let tls = settings.tls.clone().map(Tls::open).transpose()?;
     // The limit is raised before the HTTP port is served, because its connections need descriptors,

@@ -4,6 +4,8 @@
 //! **The rest of the program gets environment variables from here.** Only libraries read others:
 //! clap those of the client's flags, OpenTelemetry `OTEL_*`, rustls `SSL_CERT_FILE`.
 
+mod oidc;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -18,6 +20,7 @@ use crate::formats::loader::default_id;
 use crate::formats::source::HubOptions;
 use crate::model::device::DeviceChoice;
 use crate::rpc::TlsFiles;
+use crate::service::auth::oidc::OidcOptions;
 
 /// Name, default and help of every setting. The setting `like_this` has the flag `--like-this`, the
 /// environment variable `BRADLEY_LIKE_THIS` and the TOML key `like_this`.
@@ -196,6 +199,63 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
          everything",
     ),
     (
+        "token_file",
+        "",
+        "File that declares tokens besides those of the database: a YAML list of owner, roles, \
+         sha256 and expires (see bradley tokens hash). It is read again when it changes",
+    ),
+    (
+        "oidc_issuer",
+        "",
+        "URL of an OpenID Connect issuer whose JWTs are accepted besides our own tokens, exactly \
+         as it stands in their claim iss; empty means none",
+    ),
+    (
+        "oidc_audience",
+        "",
+        "Audience that the issuer's tokens must name in their claim aud; of several, separated \
+         by commas, one",
+    ),
+    (
+        "oidc_owner_claim",
+        "sub",
+        "Claim that names the owner of jobs and datasets, which is then oidc:VALUE; email needs \
+         email_verified",
+    ),
+    (
+        "oidc_roles_claim",
+        "",
+        "Claim with the groups or roles that oidc_roles maps, e.g. groups, scope or \
+         realm_access.roles",
+    ),
+    (
+        "oidc_roles",
+        "",
+        "Roles for the values of oidc_roles_claim, as ROLE=VALUE separated by commas, e.g. \
+         submit=ml-team,score=*; * is every valid token",
+    ),
+    (
+        "oidc_jwks_url",
+        "",
+        "URL of the issuer's keys; empty means the jwks_uri of its discovery document",
+    ),
+    (
+        "oidc_ca_file",
+        "",
+        "PEM file of the certificate authorities of the issuer; empty means those of the system",
+    ),
+    (
+        "oidc_refresh",
+        "300",
+        "Time after which the issuer's keys are fetched again, in seconds; an unknown key causes \
+         a fetch at once",
+    ),
+    (
+        "oidc_max_key_age",
+        "86400",
+        "Maximum time for which the issuer's keys are used while it does not answer, in seconds",
+    ),
+    (
         "audit_log",
         "",
         "File for the audit log, as JSON lines; the audit log is also part of the normal log",
@@ -300,6 +360,10 @@ pub struct Settings {
     pub template_date: Option<jiff::civil::Date>,
     /// True if callers need a bearer token.
     pub tokens: bool,
+    /// File that declares tokens.
+    pub token_file: Option<PathBuf>,
+    /// Issuer whose tokens are accepted beside our own.
+    pub oidc: Option<OidcOptions>,
     /// File for the audit log.
     pub audit_log: Option<PathBuf>,
     /// Certificates of the gRPC port; `None` means no TLS.
@@ -459,6 +523,21 @@ impl Settings {
             reader.bad.push("data_parallel", problem);
         }
         let tls = reader.tls();
+        let tokens = reader
+            .parse("auth", "off or tokens", |s| match s {
+                "off" => Some(false),
+                "tokens" => Some(true),
+                _ => None,
+            })
+            .unwrap_or_default();
+        let token_file = reader.optional("token_file", "a path", |s| Some(PathBuf::from(s)));
+        if token_file.is_some() && !tokens {
+            reader.needs_tokens("token_file");
+        }
+        let oidc = reader.oidc();
+        if oidc.is_some() && !tokens {
+            reader.needs_tokens("oidc_issuer");
+        }
         let traces = reader.optional(
             "otlp_endpoint",
             "a URL such as http://collector:4317",
@@ -495,13 +574,9 @@ impl Settings {
             template_date: reader.optional("template_date", "a date such as 2026-07-26", |s| {
                 s.parse().ok().filter(|_| s.len() == "2026-07-26".len())
             }),
-            tokens: reader
-                .parse("auth", "off or tokens", |s| match s {
-                    "off" => Some(false),
-                    "tokens" => Some(true),
-                    _ => None,
-                })
-                .unwrap_or_default(),
+            tokens,
+            token_file,
+            oidc,
             audit_log: reader.optional("audit_log", "a path", |s| Some(PathBuf::from(s))),
             tls,
             max_connections: reader.number("max_connections", 1).unwrap_or_default(),
@@ -698,6 +773,13 @@ impl SettingsReader<'_> {
                 None
             }
         }
+    }
+
+    fn needs_tokens(&mut self, name: &str) {
+        self.bad.push(
+            name,
+            "has no effect while auth is off: set auth to tokens, too",
+        );
     }
 
     fn number(&mut self, name: &str, least: usize) -> Option<usize> {

@@ -1,17 +1,22 @@
 //! `bradley tokens`: manages tokens in the server's database, to which only administrators have
 //! access.
 
+use std::fmt::Display;
+use std::io::BufRead;
 use std::time::Duration;
 
 use super::args::{DatabaseArgs, Output, TokensCommand};
 use super::failure::{Failure, Outcome};
 use super::output;
 use crate::domain::access::Role;
+use crate::service::auth::declared::{MIN_TOKEN_LENGTH, TokenEntry};
 use crate::service::auth::tokens::{self, Token};
 use crate::service::error::ServiceError;
 use crate::service::store::{Store, StoreOptions};
 
 const DAY: u64 = 24 * 3600;
+/// Maximum length of a token that a file declares. A call's headers have a limit, too.
+const MAX_TOKEN_LENGTH: u64 = 4096;
 
 impl From<ServiceError> for Failure {
     fn from(e: ServiceError) -> Self {
@@ -32,15 +37,7 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
             days,
             database,
         } => {
-            let parse_role = |name: &String| {
-                Role::parse(name).ok_or_else(|| {
-                    Failure::Usage(format!("--roles: {name:?} is not submit, score or admin"))
-                })
-            };
-            let roles = roles
-                .iter()
-                .map(parse_role)
-                .collect::<Result<Vec<Role>, Failure>>()?;
+            let roles = parse_roles(&roles)?;
             let store = open(&database).await?;
             let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY));
             let (token, secret) = tokens::create(&store, &owner, &roles, lifetime).await?;
@@ -48,6 +45,30 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
             let mut shown = token_json(&token);
             shown["token"] = secret.into();
             output::resource(output_format, &shown);
+        }
+        TokensCommand::Hash {
+            owner,
+            roles,
+            days,
+            generate,
+        } => {
+            let token = if generate {
+                let token = tokens::random();
+                show(&token);
+                token
+            } else {
+                read_token(std::io::stdin().lock())?
+            };
+            let roles = parse_roles(&roles)?;
+            let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY));
+            let entry = TokenEntry::new(&owner, &roles, &token, lifetime)?;
+            let unprintable =
+                |e: &dyn Display| Failure::Failed(format!("the entry cannot be printed: {e}"));
+            let text = match output_format {
+                Output::Json => serde_json::to_string(&entry).map_err(|e| unprintable(&e))?,
+                _ => yaml_serde::to_string(&[entry]).map_err(|e| unprintable(&e))?,
+            };
+            output::line(text.trim_end());
         }
         TokensCommand::List(database) => {
             let store = open(&database).await?;
@@ -79,6 +100,44 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
         }
     }
     Ok(())
+}
+
+fn parse_roles(names: &[String]) -> Result<Vec<Role>, Failure> {
+    let parse = |name: &String| {
+        Role::parse(name).ok_or_else(|| {
+            Failure::Usage(format!("--roles: {name:?} is not submit, score or admin"))
+        })
+    };
+    names.iter().map(parse).collect()
+}
+
+/// Shows a new token apart from the entry, so that the entry can be redirected to a file.
+#[allow(clippy::print_stderr)]
+fn show(token: &str) {
+    eprintln!("token: {token}");
+}
+
+/// Reads the token, one line.
+fn read_token(input: impl BufRead) -> Result<String, Failure> {
+    let mut line = String::new();
+    input
+        .take(MAX_TOKEN_LENGTH + 1)
+        .read_line(&mut line)
+        .map_err(|e| Failure::Failed(format!("standard input: {e}")))?;
+    let token = line.trim_end_matches(['\n', '\r']);
+    let problem = if token.len() < MIN_TOKEN_LENGTH {
+        "is too short: anyone could find it by trying"
+    } else if line.len() as u64 > MAX_TOKEN_LENGTH {
+        "is too long for a header"
+    } else if token.bytes().any(|b| !b.is_ascii_graphic()) {
+        "has spaces, or characters that a header cannot have"
+    } else {
+        return Ok(token.to_owned());
+    };
+    Err(Failure::Usage(format!(
+        "standard input: the token {problem}: use a line of {MIN_TOKEN_LENGTH} to \
+         {MAX_TOKEN_LENGTH} random letters and digits, or --generate"
+    )))
 }
 
 async fn open(database: &DatabaseArgs) -> Result<Store, Failure> {

@@ -1,5 +1,7 @@
 //! Callers and their roles.
 
+use super::job::Millis;
+
 /// Permission that a token grants. Roles are independent, except that `Admin` includes the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
@@ -30,6 +32,20 @@ impl Role {
     }
 }
 
+/// Proof of identity that a caller presented. It may become invalid during a long call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Credential {
+    /// Id of a token in the database.
+    Stored(String),
+    /// SHA-256 of a token that a file declares.
+    Declared([u8; 32]),
+    /// Token of an OIDC issuer.
+    Issued {
+        /// Time of its end, in milliseconds since 1970.
+        valid_until: Millis,
+    },
+}
+
 /// Identity and permissions behind a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller {
@@ -37,8 +53,8 @@ pub struct Caller {
     pub owner: String,
     /// Roles of the caller.
     pub roles: Vec<Role>,
-    /// Id of the token that the caller presented. It may be revoked during a long call.
-    pub token: Option<String>,
+    /// The token that the caller presented; `None` if the server requires none.
+    pub token: Option<Credential>,
 }
 
 impl Caller {

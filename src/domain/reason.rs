@@ -97,6 +97,8 @@ reasons! {
     StoreUnavailable = "STORE_UNAVAILABLE" => Internal,
     /// The artifact store does not answer.
     ArtifactsUnavailable = "ARTIFACTS_UNAVAILABLE" => Internal,
+    /// The issuer of OIDC tokens does not answer, so its keys are not known.
+    IssuerUnavailable = "ISSUER_UNAVAILABLE" => Internal,
     /// A file cannot be read at the moment.
     StorageUnavailable = "STORAGE_UNAVAILABLE" => Internal,
 
@@ -169,6 +171,8 @@ reasons! {
     DataDirInUse = "DATA_DIR_IN_USE" => Internal,
     /// The artifact store belongs to another database, or the database to another artifact store.
     WrongArtifactStore = "WRONG_ARTIFACT_STORE" => Internal,
+    /// A newer version has migrated the database so that this version may not use it.
+    SchemaTooNew = "SCHEMA_TOO_NEW" => Internal,
 }
 
 impl Reason {
@@ -283,6 +287,7 @@ mod tests {
             ("QUEUE_FULL", FailureCode::Internal),
             ("STORE_UNAVAILABLE", FailureCode::Internal),
             ("ARTIFACTS_UNAVAILABLE", FailureCode::Internal),
+            ("ISSUER_UNAVAILABLE", FailureCode::Internal),
             ("STORAGE_UNAVAILABLE", FailureCode::Internal),
             ("CANCELLING", FailureCode::Internal),
             ("PAUSING", FailureCode::Internal),
@@ -315,6 +320,7 @@ mod tests {
             ("DEVICE_FAILED", FailureCode::Internal),
             ("DATA_DIR_IN_USE", FailureCode::Internal),
             ("WRONG_ARTIFACT_STORE", FailureCode::Internal),
+            ("SCHEMA_TOO_NEW", FailureCode::Internal),
         ];
         let now: Vec<(&str, FailureCode)> = Reason::ALL
             .iter()

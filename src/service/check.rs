@@ -27,7 +27,7 @@ pub async fn database(data_dir: &Path, database_url: Option<&str>) -> Result<Str
         None if !file.exists() => {
             return Ok(format!("{} is created at the first start", file.display()));
         }
-        None => ("SQLite", sqlite_url(&file).replace("?mode=rwc", "?mode=ro")),
+        None => ("SQLite", sqlite_url(&file, "ro")),
     };
     let failed = |e: sqlx::Error| ServiceError::internal(format!("{kind} does not answer: {e}"));
     let asked = async {

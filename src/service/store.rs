@@ -10,6 +10,7 @@ pub mod jobs;
 pub mod leases;
 pub mod listen;
 pub mod properties;
+mod readers;
 mod rows;
 pub(super) mod stale;
 pub mod tokens;
@@ -22,12 +23,15 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
+use sqlx::migrate::Migrator;
 use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Connection as _, FromRow};
 
 use super::error::{Result, ServiceError};
 use crate::domain::job::Millis;
 use crate::domain::violation::quoted;
 
+/// File of the SQLite database in the data directory.
+pub const DATABASE_FILE: &str = "bradley.db";
 /// Number of connections for reads from SQLite.
 const SQLITE_READERS: u32 = 4;
 /// Number of connections to PostgreSQL: this many for reads, and as many again for writes.
@@ -71,6 +75,27 @@ enum Dialect {
 }
 
 impl Dialect {
+    /// Returns the migrations that this version knows.
+    fn migrations(self) -> Migrator {
+        match self {
+            Dialect::Sqlite => sqlx::migrate!("src/service/migrations/sqlite"),
+            Dialect::Postgres => sqlx::migrate!("src/service/migrations/postgres"),
+        }
+    }
+
+    /// Returns SQL that counts the tables named `$1`.
+    fn count_tables(self) -> &'static str {
+        match self {
+            Dialect::Sqlite => {
+                "SELECT COUNT(*) FROM sqlite_master WHERE type = 'table' AND name = $1"
+            }
+            Dialect::Postgres => {
+                "SELECT COUNT(*) FROM information_schema.tables
+                 WHERE table_schema = current_schema() AND CAST(table_name AS TEXT) = $1"
+            }
+        }
+    }
+
     /// Returns SQL for the database's clock, in milliseconds since 1970. The clocks of the replicas
     /// need not agree.
     fn now(self) -> &'static str {
@@ -153,12 +178,16 @@ impl Store {
     /// schema.
     ///
     /// # Errors
-    /// `Internal` if the database cannot be opened or migrated.
+    /// `FailedPrecondition` (`SCHEMA_TOO_NEW`) if a newer version has migrated the database so that
+    /// this one may not use it; `Internal` if the database cannot be opened or migrated.
     pub async fn open(data_dir: &Path, options: &StoreOptions) -> Result<Self> {
         sqlx::any::install_default_drivers();
         let (dialect, url) = match &options.database_url {
             Some(url) => (Dialect::Postgres, url.clone()),
-            None => (Dialect::Sqlite, sqlite_url(&data_dir.join("bradley.db"))),
+            None => (
+                Dialect::Sqlite,
+                sqlite_url(&data_dir.join(DATABASE_FILE), "rwc"),
+            ),
         };
         let connect = AnyConnectOptions::from_str(&url)
             .map_err(|e| ServiceError::internal(format!("database_url: {e}")))?;
@@ -182,13 +211,12 @@ impl Store {
             .connect_with(connect.clone())
             .await
             .map_err(cannot_open)?;
-        let mut migrations = match dialect {
-            Dialect::Sqlite => sqlx::migrate!("src/service/migrations/sqlite"),
-            Dialect::Postgres => sqlx::migrate!("src/service/migrations/postgres"),
-        };
-        // Unknown migrations are ignored. Migrations only add tables and columns and replace
-        // indexes, so an older version can still run on the database of a newer one after a
-        // rollback.
+        let mut migrations = dialect.migrations();
+        // Migrations of newer versions are ignored if they allow it: after a rollback, this version
+        // still runs on a database to which a newer one has only added something.
+        let mut connection = writer.acquire().await.map_err(cannot_open)?;
+        readers::check(&mut connection, dialect.count_tables(), newest(&migrations)).await?;
+        drop(connection);
         migrations.set_ignore_missing(true);
         migrations.run(&writer).await.map_err(|e| {
             ServiceError::internal(format!(
@@ -327,9 +355,15 @@ async fn is_clean(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Res
     Ok(!connection.is_in_transaction())
 }
 
-/// Returns the SQLite URL of a file. All bytes but letters, digits, `/`, `.`, `-` and `_` are
+/// Returns the number of the newest migration.
+fn newest(migrations: &Migrator) -> i64 {
+    migrations.iter().map(|m| m.version).max().unwrap_or(0)
+}
+
+/// Returns the SQLite URL of a file that is opened in a `mode`: `ro`, `rw`, or `rwc`, which creates
+/// it. All bytes but letters, digits, `/`, `.`, `-` and `_` are
 /// escaped.
-pub(super) fn sqlite_url(path: &Path) -> String {
+pub(super) fn sqlite_url(path: &Path, mode: &str) -> String {
     use std::os::unix::ffi::OsStrExt;
     let escape = |b: &u8| match b {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'-' | b'_' => {
@@ -338,7 +372,7 @@ pub(super) fn sqlite_url(path: &Path) -> String {
         other => format!("%{other:02X}"),
     };
     let escaped: String = path.as_os_str().as_bytes().iter().map(escape).collect();
-    format!("sqlite://{escaped}?mode=rwc")
+    format!("sqlite://{escaped}?mode={mode}")
 }
 
 fn parse_token(token: &str) -> Result<i64> {

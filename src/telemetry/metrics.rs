@@ -66,7 +66,7 @@ const PLAIN_COUNTERS: [(&str, &str); 12] = [
 
 /// Counters with labels; their series appear when they are first incremented, except for those that
 /// [`install`] registers.
-const COUNTERS: [(&str, &str); 5] = [
+const COUNTERS: [(&str, &str); 8] = [
     (
         "bradley_jobs_ended_total",
         "Jobs that this process moved to a final state, by state.",
@@ -85,12 +85,24 @@ const COUNTERS: [(&str, &str); 5] = [
         "Additional tokens avoided by packing: padding, and copies of the prompt per answer.",
     ),
     (
+        "bradley_oidc_refused_total",
+        "Tokens of the OIDC issuer that were refused, by reason.",
+    ),
+    (
+        "bradley_oidc_fetches_total",
+        "Fetches of the OIDC issuer's keys, by result (ok, failed).",
+    ),
+    (
+        "bradley_token_file_reloads_total",
+        "Changes of the file that declares tokens, by result (ok, failed).",
+    ),
+    (
         "bradley_store_retries_total",
         "Retries after a failure of the database, the artifact store or the disk, by reason.",
     ),
 ];
 
-const GAUGES: [(&str, &str); 14] = [
+const GAUGES: [(&str, &str); 17] = [
     ("bradley_build_info", "1; the version is a label."),
     ("bradley_connections", "Open connections to the gRPC port."),
     ("bradley_event_streams", "Open streams of training events."),
@@ -126,6 +138,18 @@ const GAUGES: [(&str, &str); 14] = [
     (
         "bradley_jobs",
         "Jobs in the database, by state; every replica shows the same.",
+    ),
+    (
+        "bradley_declared_tokens",
+        "Tokens that the token file declares.",
+    ),
+    (
+        "bradley_oidc_keys",
+        "Keys of the OIDC issuer that can check tokens.",
+    ),
+    (
+        "bradley_oidc_up",
+        "1 when the last fetch of the OIDC issuer's keys succeeded, or there is no issuer.",
     ),
     ("bradley_store_up", "1 when the database answers."),
     (
@@ -209,6 +233,7 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
     HISTOGRAMS
         .iter()
         .for_each(|(name, help)| describe_histogram!(*name, *help));
+    metrics::gauge!("bradley_oidc_up").set(1.0);
     metrics::gauge!("bradley_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     Ok(handle)
 }

@@ -1,5 +1,5 @@
 //! A database that a newer version has written: this version works with everything in it that it
-//! can read. Also a finding as version 0.1 stored it.
+//! can read. Also a finding as version 0.1 stored it. Newer migrations are in `rollback.rs`.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,17 +7,14 @@ use std::time::Duration;
 
 use bradley::rpc::client::{Client, Status, Target};
 use bradley::rpc::pb;
-use sqlx::Connection as _;
 use tonic::Code;
 
 use crate::backends::Postgres;
 use crate::replicas::{check_history, checkpointing};
 use crate::server::{
-    Server, finish, id, is_step, job, losses, reason, state, submit, try_get, until_event, upload,
+    finish, id, is_step, job, losses, reason, state, submit, try_get, until_event, upload,
 };
-use crate::store_safety::{
-    LIMIT, STEPS, another_succeeds, cancel, expected, models, pause, replica,
-};
+use crate::store_safety::{LIMIT, STEPS, another_succeeds, cancel, expected, pause, replica};
 use crate::wait::{until, until_ok};
 
 // ---- columns that a newer version adds or changes
@@ -230,41 +227,6 @@ async fn a_job_with_an_unreadable_request_blocks_no_other() {
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_job_in_an_unknown_state_blocks_no_other() {
     assert_unreadable_job_blocks_no_other("state = 'dreaming'").await;
-}
-
-// ---- migrations that this version does not know
-
-/// Statement that records a migration of a newer version.
-const NEWER: &str = "INSERT INTO _sqlx_migrations
-         (version, description, installed_on, success, checksum, execution_time)
-     SELECT 20990101000000, 'the future', installed_on, success, checksum, execution_time
-     FROM _sqlx_migrations ORDER BY version LIMIT 1";
-
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
-async fn a_server_starts_on_a_newer_postgresql_schema() {
-    let postgres = Postgres::start();
-    let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let mut server = replica(dir.path(), &postgres, share.path(), &[]);
-    let dataset = upload(&server.client().await, "pairs.jsonl").await.name;
-    assert!(server.terminate(LIMIT).success());
-    postgres.sql(NEWER);
-    let server = replica(dir.path(), &postgres, share.path(), &[]);
-    another_succeeds(&server.client().await, &dataset).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_server_starts_on_a_newer_sqlite_schema() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut server = Server::start_with(dir.path(), &models(), &[]);
-    let dataset = upload(&server.client().await, "pairs.jsonl").await.name;
-    assert!(server.terminate(LIMIT).success());
-    let url = format!("sqlite://{}", dir.path().join("bradley.db").display());
-    let mut database = sqlx::SqliteConnection::connect(&url).await.unwrap();
-    sqlx::query(NEWER).execute(&mut database).await.unwrap();
-    database.close().await.unwrap();
-    let server = Server::start_with(dir.path(), &models(), &[]);
-    another_succeeds(&server.client().await, &dataset).await;
 }
 
 // ---- findings of version 0.1

@@ -1,5 +1,6 @@
-//! Bearer tokens. A token is `brd_<id>_<secret>`. The store has only the hash of the secret.
-//! Secrets are 256 random bits, so a fast hash is sufficient.
+//! Bearer tokens. A token of the database is `brd_<id>_<secret>`. The store has only the hash of
+//! the secret. Secrets are 256 random bits, so a fast hash is sufficient. Beside these there are
+//! tokens that a file declares, and those of an OIDC issuer.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,7 +9,9 @@ use std::time::{Duration, Instant};
 use rand::RngCore;
 use tokio::sync::Semaphore;
 
-use crate::domain::access::{Caller, Role};
+use super::declared::DeclaredTokens;
+use super::oidc::Oidc;
+use crate::domain::access::{Caller, Credential, Role};
 use crate::domain::job::Millis;
 use crate::domain::names::is_valid_id;
 use crate::service::error::{Result, ServiceError};
@@ -88,6 +91,13 @@ pub async fn create(
     Ok((token, format!("{PREFIX}_{id}_{secret}")))
 }
 
+/// Returns a random text that may serve as a token which a file declares.
+pub fn random() -> String {
+    let mut secret = [0; 32];
+    rand::rng().fill_bytes(&mut secret);
+    format!("{PREFIX}_{}", hex(&secret))
+}
+
 /// Returns all tokens, oldest first.
 ///
 /// # Errors
@@ -132,35 +142,66 @@ pub struct TokenService {
     /// Limits concurrent look-ups, so that guessed tokens cannot take all connections to the
     /// database.
     lookups: Arc<Semaphore>,
+    declared: Option<DeclaredTokens>,
+    oidc: Option<Arc<Oidc>>,
 }
 
 impl TokenService {
-    /// Creates the service for the tokens in `store`.
-    pub(in crate::service) fn new(store: Store) -> Self {
+    /// Creates the service for the tokens in `store`, those that a file declares, and those of an
+    /// issuer.
+    pub(in crate::service) fn new(
+        store: Store,
+        declared: Option<DeclaredTokens>,
+        oidc: Option<Oidc>,
+    ) -> Self {
         TokenService {
             store,
             cache: Arc::default(),
             lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+            declared,
+            oidc: oidc.map(Arc::new),
         }
+    }
+
+    /// Follows changes of the file and of the issuer's keys, forever.
+    pub(in crate::service) async fn follow(&self) {
+        let file = async {
+            if let Some(declared) = &self.declared {
+                declared.follow().await;
+            }
+        };
+        let issuer = async {
+            if let Some(oidc) = &self.oidc {
+                oidc.follow().await;
+            }
+        };
+        tokio::join!(file, issuer);
     }
 
     /// Waits until the caller's token has been revoked or has expired, and returns the error for
     /// the calls that are still open. Never returns for a caller without a token.
     pub async fn until_invalid(&self, caller: &Caller) -> ServiceError {
-        let Some(id) = &caller.token else {
+        let Some(credential) = &caller.token else {
             return std::future::pending().await;
         };
         loop {
             tokio::time::sleep(CACHE_TTL).await;
-            match self.store.token(id).await {
-                Ok(Some(row)) if row.expire_time.is_none_or(|t| t > now()) => {}
-                // If the look-up fails, it is repeated in the next round.
-                Err(_) => {}
-                Ok(_) => {
-                    return ServiceError::Unauthenticated {
-                        message: "the bearer token is no longer valid".into(),
-                    };
+            let is_valid = match credential {
+                Credential::Stored(id) => match self.store.token(id).await {
+                    Ok(row) => row.is_some_and(|r| r.expire_time.is_none_or(|t| t > now())),
+                    // If the look-up fails, it is repeated in the next round.
+                    Err(_) => true,
+                },
+                Credential::Declared(hash) => {
+                    self.declared.as_ref().is_some_and(|d| d.is_valid(hash))
                 }
+                Credential::Issued { valid_until } => *valid_until > now(),
+            };
+            if !is_valid {
+                return ServiceError::Unauthenticated {
+                    message: "the bearer token is no longer valid: repeat the call with a new one"
+                        .into(),
+                };
             }
         }
     }
@@ -168,8 +209,13 @@ impl TokenService {
     /// Returns the caller who presents `token`.
     ///
     /// # Errors
-    /// `Unauthenticated` if the token is unknown, expired or revoked. The error does not say which.
+    /// `Unauthenticated` if the token is unknown, expired or revoked; for tokens that the server
+    /// made, the error does not say which. `PermissionDenied` if an issuer's token gives no role,
+    /// `Unavailable` if it cannot be checked at the moment.
     pub async fn admit(&self, token: &str) -> Result<Caller> {
+        if let Some(caller) = self.declared.as_ref().and_then(|d| d.find(token)) {
+            return Ok(caller);
+        }
         let key = blake3::hash(token.as_bytes());
         if let Some((caller, until)) = self
             .cache
@@ -179,6 +225,14 @@ impl TokenService {
             && *until > Instant::now()
         {
             return Ok(caller.clone());
+        }
+        // Our own tokens have no dot, and JWTs have two.
+        if let Some(oidc) = &self.oidc
+            && token.contains('.')
+        {
+            let caller = oidc.admit(token).await?;
+            self.remember(key, &caller);
+            return Ok(caller);
         }
         let refused = || ServiceError::Unauthenticated {
             message: "the bearer token is not valid: ask an administrator for one".into(),
@@ -210,7 +264,20 @@ impl TokenService {
         let caller = Caller {
             owner: token.owner,
             roles: token.roles,
-            token: Some(token.id),
+            token: Some(Credential::Stored(token.id)),
+        };
+        self.remember(key, &caller);
+        Ok(caller)
+    }
+
+    /// Caches the caller of a token, but not beyond the end of an issuer's token.
+    fn remember(&self, key: blake3::Hash, caller: &Caller) {
+        let lifetime = match caller.token {
+            Some(Credential::Issued { valid_until }) => Duration::from_millis(
+                u64::try_from(valid_until.saturating_sub(now())).unwrap_or_default(),
+            )
+            .min(CACHE_TTL),
+            _ => CACHE_TTL,
         };
         let mut cached = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if cached.len() >= MAX_CACHED_TOKENS {
@@ -218,9 +285,8 @@ impl TokenService {
             cached.retain(|_, (_, until)| *until > at);
         }
         if cached.len() < MAX_CACHED_TOKENS {
-            cached.insert(key, (caller.clone(), Instant::now() + CACHE_TTL));
+            cached.insert(key, (caller.clone(), Instant::now() + lifetime));
         }
-        Ok(caller)
     }
 }
 

@@ -37,7 +37,8 @@ KUBERNETES = [f"1.{minor}.0" for minor in range(30, 38)]
 NAMESPACE = "models"
 # Settings that the chart sets from other values; `config` refuses them.
 MANAGED = {
-    "models", "data_dir", "listen", "http_listen", "device", "database_url", "artifact_url", "auth", "tls_cert", "tls_key", "tls_client_ca",
+    "models", "data_dir", "listen", "http_listen", "device", "database_url", "artifact_url", "auth", "token_file", "tls_cert", "tls_key", "tls_client_ca",
+    "oidc_issuer", "oidc_audience", "oidc_owner_claim", "oidc_roles_claim", "oidc_roles", "oidc_jwks_url", "oidc_ca_file",
 }  # fmt: skip
 CUSTOM = ("monitoring.coreos.com/", "keda.sh/", "gateway.networking.k8s.io/")
 
@@ -441,6 +442,11 @@ def references(name, found):
         if "pre-install" in hook["metadata"].get("annotations", {}).get("helm.sh/hook", ""):
             used = re.findall(r'"(?:configMapRef|secretRef|secretKeyRef)": \{"name": "([^"]+)"|"(?:secretName|serviceAccountName)": "([^"]+)"', json.dumps(hook["spec"]))
             must(not own & {name for pair in used for name in pair}, "a hook uses what does not exist yet")
+    # Files that settings name are mounted.
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    mounted = {f"{mounts[volume['name']]}/{item['path']}" for volume in pod["volumes"] for item in volume.get("secret", {}).get("items", [])}
+    for setting, value in config.items():
+        must(not value.startswith("/etc/bradley/") or value in mounted, f"{setting} names a file that is not mounted")
     if "BRADLEY_TLS_CERT" in config:
         (test,) = by_kind["Pod"]
         environment = {variable["name"]: variable["value"] for variable in test["spec"]["containers"][0]["env"]}

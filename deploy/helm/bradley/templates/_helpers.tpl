@@ -79,6 +79,42 @@ HF_TOKEN: {{ . | quote }}
 {{- default (printf "%s-tls" (include "bradley.fullname" .)) .Values.tls.existingSecret -}}
 {{- end -}}
 
+{{/* Not empty if a file declares tokens. */}}
+{{- define "bradley.tokenFile" -}}
+{{- if or .Values.auth.declared.tokens .Values.auth.declared.existingSecret -}}true{{- end -}}
+{{- end -}}
+
+{{- define "bradley.tokenSecret" -}}
+{{- default (printf "%s-tokens" (include "bradley.fullname" .)) .Values.auth.declared.existingSecret -}}
+{{- end -}}
+
+{{/* Settings of an OIDC issuer. */}}
+{{- define "bradley.oidcData" -}}
+{{- with .Values.auth.oidc }}
+{{- if .issuer }}
+BRADLEY_OIDC_ISSUER: {{ .issuer | quote }}
+BRADLEY_OIDC_AUDIENCE: {{ join "," .audiences | quote }}
+BRADLEY_OIDC_OWNER_CLAIM: {{ .ownerClaim | quote }}
+{{- with .rolesClaim }}
+BRADLEY_OIDC_ROLES_CLAIM: {{ . | quote }}
+{{- end }}
+{{- $roles := list }}
+{{- range $role, $values := .roles }}
+{{- range $values }}
+{{- $roles = append $roles (printf "%s=%s" $role .) }}
+{{- end }}
+{{- end }}
+BRADLEY_OIDC_ROLES: {{ join "," $roles | quote }}
+{{- with .jwksUrl }}
+BRADLEY_OIDC_JWKS_URL: {{ . | quote }}
+{{- end }}
+{{- if .caSecret }}
+BRADLEY_OIDC_CA_FILE: /etc/bradley/oidc-ca/ca.crt
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/*
   A setting's value as text. Helm reads numbers of a values file as floats, which it would write as
   4.194304e+06.
@@ -171,6 +207,12 @@ BRADLEY_MEMORY_LIMIT: {{ . }}
 {{- end }}
 {{- if .Values.auth.tokens }}
 BRADLEY_AUTH: tokens
+{{- end }}
+{{- if include "bradley.tokenFile" . }}
+BRADLEY_TOKEN_FILE: /etc/bradley/tokens/tokens.yaml
+{{- end }}
+{{- with include "bradley.oidcData" . | trim }}
+{{ . }}
 {{- end }}
 {{- if .Values.tls.enabled }}
 BRADLEY_TLS_CERT: /etc/bradley/tls/tls.crt

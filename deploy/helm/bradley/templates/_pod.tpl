@@ -121,6 +121,16 @@ spec:
           readOnly: true
         {{- end }}
         {{- end }}
+        {{- if include "bradley.tokenFile" . }}
+        - name: tokens
+          mountPath: /etc/bradley/tokens
+          readOnly: true
+        {{- end }}
+        {{- if and .Values.auth.oidc.issuer .Values.auth.oidc.caSecret }}
+        - name: oidc-ca
+          mountPath: /etc/bradley/oidc-ca
+          readOnly: true
+        {{- end }}
         {{- with .Values.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -163,6 +173,26 @@ spec:
         defaultMode: 0440
         items:
           - key: {{ $.Values.tls.clientCa.key }}
+            path: ca.crt
+    {{- end }}
+    {{- end }}
+    {{- if include "bradley.tokenFile" . }}
+    - name: tokens
+      secret:
+        secretName: {{ include "bradley.tokenSecret" . }}
+        defaultMode: 0440
+        items:
+          - key: {{ empty .Values.auth.declared.existingSecret | ternary "tokens.yaml" .Values.auth.declared.existingSecretKey }}
+            path: tokens.yaml
+    {{- end }}
+    {{- if .Values.auth.oidc.issuer }}
+    {{- with .Values.auth.oidc.caSecret }}
+    - name: oidc-ca
+      secret:
+        secretName: {{ . }}
+        defaultMode: 0440
+        items:
+          - key: {{ $.Values.auth.oidc.caSecretKey }}
             path: ca.crt
     {{- end }}
     {{- end }}

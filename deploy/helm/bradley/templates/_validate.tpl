@@ -47,6 +47,15 @@
 {{- $wrong = append $wrong "modelCache.prePull and huggingface.offline are both set: the Job has to ask the hub" -}}
 {{- end -}}
 {{- end -}}
+{{- if and $v.auth.declared.tokens $v.auth.declared.existingSecret -}}
+{{- $wrong = append $wrong "auth.declared.tokens and auth.declared.existingSecret are both set: keep one" -}}
+{{- end -}}
+{{- if and (or (include "bradley.tokenFile" .) $v.auth.oidc.issuer) (not $v.auth.tokens) -}}
+{{- $wrong = append $wrong "auth.declared or auth.oidc is set, but auth.tokens is false: everyone could do everything" -}}
+{{- end -}}
+{{- if and $v.auth.oidc.issuer (not (and $v.auth.oidc.audiences $v.auth.oidc.roles)) -}}
+{{- $wrong = append $wrong "auth.oidc.issuer needs auth.oidc.audiences and auth.oidc.roles: without them, tokens for other services would be accepted, or no token would have a role" -}}
+{{- end -}}
 {{- if and (hasKey $v.config "device_memory_limit") (not $v.gpu.enabled) -}}
 {{- $wrong = append $wrong "config.device_memory_limit limits the memory of GPUs, but gpu.enabled is false: remove it, or set config.memory_limit for the host's memory" -}}
 {{- end -}}
