@@ -1,6 +1,7 @@
 //! The command line: parses arguments and settings, runs commands and prints results.
 
 mod args;
+mod backup;
 mod demo;
 mod doctor;
 mod failure;
@@ -86,6 +87,9 @@ async fn run(cli: Cli) -> Outcome {
             false => Err(Failure::Failed(format!("{} is not serving", server.server))),
         },
         Command::Tokens(command) => tokens::run(command, output).await,
+        Command::Backup(args) => backup::back_up(args, output).await,
+        Command::Restore(args) => backup::restore(args, output).await,
+        Command::Migrate(args) => backup::migrate(args, output).await,
         Command::Decode { path } => Err(Failure::Usage(format!(
             "{} is decoded without a runtime",
             path.display()

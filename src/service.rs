@@ -9,10 +9,12 @@ pub mod artifacts;
 pub mod audit;
 pub mod auth;
 mod background;
+pub mod backup;
 mod blocking;
 pub mod check;
 mod checkpoint_files;
 pub mod checkpoints;
+mod data_dir;
 pub mod datasets;
 pub mod error;
 mod events;
@@ -26,10 +28,10 @@ pub mod server;
 mod shutdown;
 pub mod store;
 mod template_date;
+pub mod transfer;
 
 use std::collections::BTreeMap;
-use std::fs::{File, TryLockError};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -41,7 +43,7 @@ use self::auth::tokens::TokenService;
 use self::background::BackgroundTasks;
 use self::checkpoints::CheckpointService;
 use self::datasets::{DatasetLimits, DatasetService};
-use self::error::{Result, ServiceError, failed};
+use self::error::{Result, failed};
 use self::events::EventFeed;
 use self::jobs::JobService;
 use self::jobs::create::JobCreator;
@@ -60,7 +62,6 @@ use self::shutdown::Shutdown;
 use self::store::properties::ARTIFACT_STORE;
 use self::store::{Store, StoreOptions};
 use self::template_date::TemplateDate;
-use crate::domain::reason::Reason;
 use crate::engine::Engine;
 
 /// Maximum number of slow tasks at one time: job estimates, dataset validations, adapter copies and
@@ -272,7 +273,8 @@ impl Service {
 async fn open_data(options: &ServiceOptions) -> Result<(Store, Artifacts)> {
     let root = &options.data_dir;
     std::fs::create_dir_all(root).map_err(|e| failed(root, e))?;
-    let lock = lock(root)?;
+    let lock = data_dir::lock(root)?;
+    data_dir::check_restored(root)?;
     let store_options = StoreOptions {
         database_url: options.database_url.clone(),
         events_kept: options.events_kept,
@@ -291,24 +293,4 @@ async fn open_data(options: &ServiceOptions) -> Result<(Store, Artifacts)> {
     artifacts.ping().await?;
     artifacts.identify(&store).await?;
     Ok((store, artifacts))
-}
-
-/// Locks the data directory for this process.
-fn lock(root: &Path) -> Result<File> {
-    let path = root.join("bradley.lock");
-    let file = File::create(&path).map_err(|e| failed(&path, e))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            let message = format!(
-                "another server uses the data directory {}: stop it, or give each its own",
-                root.display()
-            );
-            Err(ServiceError::FailedPrecondition {
-                reason: Reason::DataDirInUse,
-                message,
-            })
-        }
-        Err(TryLockError::Error(e)) => Err(failed(&path, e)),
-    }
 }

@@ -80,6 +80,12 @@ pub enum Command {
     /// Create, list and revoke bearer tokens in the server's database.
     #[command(subcommand)]
     Tokens(TokensCommand),
+    /// Copy the database and the files of a server that uses SQLite. The server may run meanwhile.
+    Backup(BackupArgs),
+    /// Restore a backup into a new data directory.
+    Restore(RestoreArgs),
+    /// Copy a SQLite database to PostgreSQL, for several replicas. The server must be stopped.
+    Migrate(MigrateArgs),
     /// Decode an uploaded Parquet file. The server starts this command in a process of its own,
     /// because the file is not trusted.
     #[command(hide = true, name = DECODE)]
@@ -145,6 +151,47 @@ pub struct DatabaseArgs {
     /// The server's PostgreSQL database, if it uses one: postgres://…
     #[arg(long, env = "BRADLEY_DATABASE_URL", hide_env_values = true)]
     pub database_url: Option<String>,
+}
+
+/// Arguments of `backup`.
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    /// Folder for the backup. It must be new or empty.
+    pub dir: PathBuf,
+    /// The server's database.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+}
+
+/// Arguments of `restore`.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// Folder with the backup.
+    #[arg(value_name = "BACKUP")]
+    pub dir: PathBuf,
+    /// Data directory to restore into. It must be new or empty.
+    #[arg(long, default_value = "bradley-data", env = "BRADLEY_DATA_DIR")]
+    pub data_dir: PathBuf,
+}
+
+/// Arguments of `migrate`.
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// The new PostgreSQL database, which must be empty: postgres://…
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "BRADLEY_DATABASE_URL",
+        hide_env_values = true
+    )]
+    pub to: String,
+    /// Artifact store to which the files are copied: s3://BUCKET/PREFIX, gs://…, az://… or
+    /// file:///FOLDER, configured by the variables of its vendor. Not needed if the server has one.
+    #[arg(long, value_name = "URL", env = "BRADLEY_ARTIFACT_URL")]
+    pub artifact_url: Option<String>,
+    /// The server's data directory.
+    #[arg(long, default_value = "bradley-data", env = "BRADLEY_DATA_DIR")]
+    pub data_dir: PathBuf,
 }
 
 /// Flags of `serve`: one for each setting.

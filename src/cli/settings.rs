@@ -669,7 +669,7 @@ impl Settings {
 }
 
 /// Returns the environment variables with which vendors of object stores configure their clients.
-fn vendor_variables(sources: &Sources) -> BTreeMap<String, String> {
+pub(super) fn vendor_variables(sources: &Sources) -> BTreeMap<String, String> {
     let vendors = ["AWS_", "GOOGLE_", "AZURE_"];
     sources
         .environment

@@ -48,7 +48,11 @@ pub const ADAPTER_FILES: [&str; 2] = [peft::CONFIG_FILE, peft::WEIGHTS_FILE];
 const COPIES_ONLY_MARKER: &str = "copies-only";
 
 /// Folder for the files of jobs, in the data directory and in the artifact store.
-const JOBS_FOLDER: &str = "jobs";
+pub(super) const JOBS_FOLDER: &str = "jobs";
+/// Folder for the files of datasets, in the data directory and in the artifact store.
+pub(super) const DATASETS_FOLDER: &str = "datasets";
+/// Folder for unfinished files in the data directory. A server empties it when it starts.
+pub(super) const TEMPORARY_FOLDER: &str = "tmp";
 
 /// Maximum time for the object store to answer a ping.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -293,7 +297,7 @@ impl Artifacts {
     }
 
     fn temporary_folder(&self) -> PathBuf {
-        self.root.join("tmp")
+        self.root.join(TEMPORARY_FOLDER)
     }
 
     /// Returns a new path for unfinished files, on the same file system as the final ones, so that
@@ -619,6 +623,20 @@ impl Artifacts {
         Ok(hash)
     }
 
+    /// Uploads a job's copy of the adapter it starts from, if it has one, to the object store, if
+    /// there is one.
+    ///
+    /// # Errors
+    /// `Unavailable` if the object store does not answer or is not the database's.
+    pub async fn upload_init_adapter(&self, job: &str) -> Result<()> {
+        let dir = self.init_adapter(job);
+        let Some(remote) = self.remote.as_ref().filter(|_| dir.is_dir()) else {
+            return Ok(());
+        };
+        self.check_store().await?;
+        remote.put_folder(&dir, &init_adapter_key(job), "").await
+    }
+
     /// Returns the local folder with the job's copy of the adapter it starts from, after checking
     /// its hash. A missing or damaged copy is fetched from the object store.
     ///
@@ -876,7 +894,7 @@ impl Artifacts {
 }
 
 /// Syncs a file, or a folder and recursively its contents, to disk.
-fn sync(path: &Path) -> Result<()> {
+pub(super) fn sync(path: &Path) -> Result<()> {
     if path.is_dir() {
         for entry in fs::read_dir(path).map_err(|e| failed(path, e))? {
             let entry = entry.map_err(|e| failed(path, e))?;
@@ -947,7 +965,7 @@ fn hash_if_present(path: &Path) -> Result<Option<String>> {
 }
 
 /// Returns the size of a file in bytes and its BLAKE3 hash.
-fn hash_file(path: &Path) -> Result<(u64, String)> {
+pub(super) fn hash_file(path: &Path) -> Result<(u64, String)> {
     let mut hash = blake3::Hasher::new();
     let size = File::open(path)
         .and_then(|mut f| io::copy(&mut f, &mut hash))
@@ -998,7 +1016,8 @@ pub fn hash_files(dir: &Path, names: &[&str]) -> Result<String> {
     Ok(all.finalize().to_hex().to_string())
 }
 
-fn remove(path: &Path) -> Result<()> {
+/// Removes a file, or a folder with its contents, if it exists.
+pub(super) fn remove(path: &Path) -> Result<()> {
     let result = if path.is_dir() {
         fs::remove_dir_all(path)
     } else {

@@ -12,8 +12,10 @@ pub mod listen;
 pub mod properties;
 mod readers;
 mod rows;
+pub mod snapshot;
 pub(super) mod stale;
 pub mod tokens;
+pub mod transfer;
 
 #[cfg(test)]
 mod tests;

@@ -3,6 +3,7 @@
 
 mod attacks;
 mod backends;
+mod backup;
 mod campaign;
 mod candle_oracle;
 mod clients;

@@ -60,7 +60,8 @@ pub(super) async fn check(
     }
 }
 
-/// Returns true if the database has a table. `count_tables` is SQL that counts the tables named `$1`.
+/// Returns true if the database has a table. `count_tables` is SQL that counts the tables named
+/// `$1`.
 pub(super) async fn exists(
     connection: &mut AnyConnection,
     count_tables: &'static str,

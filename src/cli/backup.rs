@@ -1,0 +1,100 @@
+//! `bradley backup`, `restore` and `migrate`: work on a data directory, without a server.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+use serde_json::json;
+
+use super::args::{BackupArgs, MigrateArgs, Output, RestoreArgs};
+use super::failure::{Failure, Outcome};
+use super::output;
+use super::settings::{Sources, vendor_variables};
+use crate::service::backup::{self, BackupManifest};
+use crate::service::error::ServiceError;
+use crate::service::transfer;
+
+/// Maximum number of missing files that a message lists.
+const SHOWN: usize = 20;
+
+/// Shows on standard error, if it is a terminal, what a command does until it is done.
+async fn shown<T>(what: &'static str, work: impl Future<Output = T>) -> T {
+    let spinner = ProgressBar::new_spinner().with_message(what);
+    spinner.enable_steady_tick(Duration::from_millis(200));
+    let result = work.await;
+    spinner.finish_and_clear();
+    result
+}
+
+pub(super) async fn back_up(args: BackupArgs, output_format: Output) -> Outcome {
+    if args.database.database_url.is_some() {
+        return Err(Failure::Usage(
+            "--database-url: PostgreSQL has its own tools; back up the database with pg_dump, and \
+             then the bucket (docs/backup.md)"
+                .to_owned(),
+        ));
+    }
+    let work = backup::back_up(&args.database.data_dir, &args.dir);
+    let manifest = shown("copying the database and its files", work).await?;
+    output::resource(output_format, &summary(&manifest));
+    if manifest.missing.is_empty() {
+        return Ok(());
+    }
+    let shown: Vec<&str> = manifest
+        .missing
+        .iter()
+        .take(SHOWN)
+        .map(String::as_str)
+        .collect();
+    Err(Failure::Failed(format!(
+        "the backup is complete, but the data directory itself lacks {} of the files that its \
+         database names:\n  {}",
+        manifest.missing.len(),
+        shown.join("\n  ")
+    )))
+}
+
+pub(super) async fn restore(args: RestoreArgs, output_format: Output) -> Outcome {
+    let work = backup::restore(&args.dir, &args.data_dir);
+    let manifest = shown("restoring the database and its files", work).await?;
+    output::resource(output_format, &summary(&manifest));
+    Ok(())
+}
+
+pub(super) async fn migrate(args: MigrateArgs, output_format: Output) -> Outcome {
+    let sources = Sources::collect(None, BTreeMap::new())
+        .map_err(|bad| Failure::Usage(ServiceError::from(bad).to_string()))?;
+    let artifact_store = args
+        .artifact_url
+        .map(|url| (url, vendor_variables(&sources)));
+    let work = transfer::migrate(&args.data_dir, &args.to, artifact_store.as_ref());
+    let copied = shown("copying and comparing files and rows", work).await?;
+    let rows = copied
+        .iter()
+        .map(|table| vec![table.name.clone(), table.rows.to_string()])
+        .collect();
+    let json = copied
+        .iter()
+        .map(|table| json!({"table": table.name, "rows": table.rows}))
+        .collect();
+    output::list(output_format, &["table", "rows"], rows, json);
+    Ok(())
+}
+
+fn summary(manifest: &BackupManifest) -> serde_json::Value {
+    let bytes: u64 = manifest.files.values().map(|file| file.size_bytes).sum();
+    let mut summary = json!({
+        "created": manifest.create_time,
+        "version": manifest.bradley,
+        "jobs": manifest.jobs,
+        "datasets": manifest.datasets,
+        "checkpoints": manifest.checkpoints,
+        "files": manifest.files.len(),
+        "bytes": bytes,
+    });
+    if let Some(store) = &manifest.artifact_store {
+        summary["artifact_store"] = format!("{store}: not in the backup").into();
+    }
+    summary
+}

@@ -1,0 +1,110 @@
+//! Move of a server from SQLite and its data directory to PostgreSQL and an artifact store.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::artifacts::{Artifacts, hash_file};
+use super::blocking::blocking;
+use super::data_dir::{check_restored, lock};
+use super::error::{Result, ServiceError};
+use super::remote::Remote;
+use super::store::properties::ARTIFACT_STORE;
+use super::store::snapshot::Snapshot;
+use super::store::transfer::CopiedTable;
+use super::store::{DATABASE_FILE, Store, StoreOptions};
+use crate::train::checkpoint::{self, CheckpointError};
+
+/// Copies the files of a data directory to an artifact store, given by its URL and its vendor's
+/// variables, and the rows of the SQLite database to an empty PostgreSQL database. No server may
+/// use the data directory meanwhile. Nothing is removed. The call can be repeated after a failure.
+///
+/// # Errors
+/// `InvalidArgument` if the data directory has no database or has files that were changed, if no
+/// artifact store is given or known, or if the target is not an empty PostgreSQL database;
+/// `FailedPrecondition` if a server runs (`DATA_DIR_IN_USE`), a file is missing or damaged, or the
+/// database knows another artifact store; `Unavailable` or `Internal` if a database, the artifact
+/// store or the disk fails.
+pub async fn migrate(
+    data_dir: &Path,
+    to: &str,
+    artifact_store: Option<&(String, BTreeMap<String, String>)>,
+) -> Result<Vec<CopiedTable>> {
+    let schemes = ["postgres://", "postgresql://"];
+    if !schemes.iter().any(|scheme| to.starts_with(scheme)) {
+        let message =
+            "must be the URL of a PostgreSQL database: postgres://USER:PASSWORD@HOST/NAME";
+        return Err(ServiceError::invalid("--to", message));
+    }
+    let file = data_dir.join(DATABASE_FILE);
+    if !file.exists() {
+        let message = format!(
+            "{} has no {DATABASE_FILE}: name the data directory of a server that uses SQLite",
+            data_dir.display()
+        );
+        return Err(ServiceError::invalid("--data-dir", message));
+    }
+    let _lock = lock(data_dir)?;
+    check_restored(data_dir)?;
+    let source = Store::open(data_dir, &StoreOptions::default()).await?;
+    let known = source.property(ARTIFACT_STORE).await?;
+    if artifact_store.is_none() && known.is_none() {
+        let message = "is not set: servers that share a database must find the same files; name \
+                       the bucket or shared folder to which the files are copied";
+        return Err(ServiceError::invalid("--artifact-url", message));
+    }
+    let options = StoreOptions {
+        database_url: Some(to.to_owned()),
+        ..StoreOptions::default()
+    };
+    let target = Store::open(data_dir, &options).await?;
+    // The files may take hours, so this is checked before them, too.
+    source.check_empty(&target).await?;
+    if let Some((url, variables)) = artifact_store {
+        let remote = Remote::open(url, variables, known.is_none())?;
+        let artifacts = Artifacts::open(data_dir, Some(remote))?;
+        artifacts.ping().await?;
+        if known.is_none() {
+            upload(&Snapshot::read(&file).await?, &artifacts).await?;
+        }
+        // The SQLite database knows its store only when all files are there. From then on, no
+        // server starts on it without the store.
+        artifacts.identify(&source).await?;
+    }
+    let copied = source.copy_to(&target).await;
+    source.close().await;
+    target.close().await;
+    copied
+}
+
+/// Uploads the files that a database names, after comparing them with their hashes.
+async fn upload(snapshot: &Snapshot, artifacts: &Artifacts) -> Result<()> {
+    for (id, expected) in &snapshot.datasets {
+        let path = artifacts.dataset(id);
+        let (_, found) = blocking(move || hash_file(&path)).await??;
+        if found != *expected {
+            let message = format!(
+                "the file of datasets/{id} has the content hash {found}, but {expected} was \
+                 uploaded: restore it from a backup, or delete the dataset"
+            );
+            return Err(ServiceError::invalid("--data-dir", message));
+        }
+        artifacts.upload_dataset(id).await?;
+    }
+    for job in &snapshot.jobs {
+        artifacts.upload_init_adapter(job).await?;
+    }
+    for (job, step, digest) in &snapshot.checkpoints {
+        let step = *step as u64;
+        let dir = artifacts.checkpoint(job, step);
+        match blocking(move || checkpoint::check(&dir)).await? {
+            // A checkpoint in the format of another version is copied as it is.
+            Ok(()) | Err(CheckpointError::Version { .. }) => {}
+            Err(e) => {
+                let name = format!("trainingJobs/{job}/checkpoints/{step}");
+                return Err(artifacts.unusable(&e, &name));
+            }
+        }
+        artifacts.upload_checkpoint(job, step, digest).await?;
+    }
+    Ok(())
+}

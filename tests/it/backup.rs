@@ -1,0 +1,349 @@
+//! `bradley backup`, `restore` and `migrate`: nothing that was acknowledged before a backup began is
+//! missing after its restore, and jobs continue as if nothing had happened.
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bradley::rpc::client::Client;
+use bradley::rpc::pb;
+
+use crate::backends::Postgres;
+use crate::replicas::{adapter, check_history, checkpointing};
+use crate::server::{
+    Server, events, finish, is_step, job, losses, pause, resume, state, submit, until_event, upload,
+};
+use crate::store_safety::{
+    LIMIT, STEPS, another_succeeds, expected, files, models, refused_start, replica, url_of,
+};
+use crate::wait::until;
+
+/// Runs a command.
+fn bradley(args: &[&str]) -> Output {
+    Command::new(crate::support::binary())
+        .args(args)
+        .env_remove("BRADLEY_DATA_DIR")
+        .env_remove("BRADLEY_DATABASE_URL")
+        .output()
+        .unwrap()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn back_up(data_dir: &Path, to: &Path) -> Output {
+    bradley(&["backup", text(to), "--data-dir", text(data_dir)])
+}
+
+fn restore(backup: &Path, data_dir: &Path) -> Output {
+    bradley(&["restore", text(backup), "--data-dir", text(data_dir)])
+}
+
+fn assert_succeeds(done: &Output) {
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{said}");
+}
+
+/// Checks that a command ended with an exit code and a message that contains each of `parts`.
+fn assert_fails(done: &Output, code: i32, parts: &[&str]) {
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(code), "{said}");
+    for part in parts {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+}
+
+/// Returns a job of [`STEPS`] steps that writes a checkpoint after each and keeps only the newest.
+fn rotating(dataset: &str, steps: u64) -> pb::TrainingJob {
+    let mut wanted = job(dataset, steps);
+    wanted.run = Some(pb::RunConfig {
+        save_steps: Some(1),
+        save_total_limit: Some(1),
+        ..Default::default()
+    });
+    wanted
+}
+
+/// Uploads the same rows again and again until `stop` is set. Returns the datasets whose upload was
+/// acknowledged before the server ended.
+async fn keep_uploading(client: Client, stop: Arc<AtomicBool>) -> Vec<pb::Dataset> {
+    let mut acknowledged = Vec::new();
+    while !stop.load(Ordering::SeqCst) {
+        let rows = crate::support::golden("pairs.jsonl");
+        match client
+            .upload_dataset(&rows, pb::UploadMetadata::default(), |_| {})
+            .await
+        {
+            Ok(dataset) => acknowledged.push(dataset),
+            Err(_) => break,
+        }
+    }
+    acknowledged
+}
+
+async fn datasets(client: &Client) -> Vec<pb::Dataset> {
+    let mut all = Vec::new();
+    let mut request = pb::ListDatasetsRequest::default();
+    loop {
+        let page = client
+            .datasets()
+            .list_datasets(request.clone())
+            .await
+            .unwrap()
+            .into_inner();
+        all.extend(page.datasets);
+        if page.next_page_token.is_empty() {
+            return all;
+        }
+        request.page_token = page.next_page_token;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_under_load_has_everything_that_was_acknowledged_before_it() {
+    let (expected, weights) = expected().await;
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (backup, restored) = (other.path().join("backup"), other.path().join("data"));
+    let mut server = Server::start_with(dir.path(), &models(), &[]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let name = submit(&client, checkpointing(&dataset.name, STEPS)).await;
+    let waiting = submit(&client, job(&dataset.name, 3)).await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let uploads = tokio::spawn(keep_uploading(server.client().await, stop.clone()));
+    until_event(&client, &name, |e| is_step(e, 15)).await;
+
+    // Everything that is known before the backup begins must be in it.
+    let (known, history) = (datasets(&client).await, events(&client, &name).await);
+    let (from, to) = (dir.path().to_owned(), backup.clone());
+    let done = tokio::task::spawn_blocking(move || back_up(&from, &to))
+        .await
+        .unwrap();
+    assert_succeeds(&done);
+    assert_eq!(state(&client, &name).await, pb::JobState::Running);
+    stop.store(true, Ordering::SeqCst);
+    server.kill();
+    let uploaded = uploads.await.unwrap();
+    assert!(
+        known.len() > 1 && uploaded.len() > known.len(),
+        "no uploads came in during the backup: {} before it, {} in all",
+        known.len(),
+        uploaded.len()
+    );
+
+    assert_succeeds(&restore(&backup, &restored));
+    let server = Server::start_with(&restored, &models(), &[]);
+    let client = server.client().await;
+    let found = datasets(&client).await;
+    for dataset in &known {
+        assert!(found.contains(dataset), "{} is missing", dataset.name);
+    }
+    let now = events(&client, &name).await;
+    assert!(now.len() >= history.len());
+    assert_eq!(now[..history.len()], history, "events are missing");
+    let events = finish(&client, &name).await;
+    check_history(&events);
+    assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
+    assert_eq!(
+        losses(&events),
+        *expected,
+        "other losses than those of an undisturbed run"
+    );
+    assert!(
+        adapter(&client, &name).await == *weights,
+        "other weights than those of an undisturbed run"
+    );
+    finish(&client, &waiting).await;
+    assert_eq!(state(&client, &waiting).await, pb::JobState::Succeeded);
+    // The file of a dataset that was uploaded under load is there, too.
+    another_succeeds(&client, &known[0].name).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn backups_are_complete_though_checkpoints_are_removed_all_the_time() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = Server::start_with(dir.path(), &models(), &[]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let name = submit(&client, rotating(&dataset, 100_000)).await;
+    until_event(&client, &name, |e| is_step(e, 3)).await;
+    for i in 0..5 {
+        let (backup, restored) = (
+            other.path().join(format!("backup-{i}")),
+            other.path().join(format!("data-{i}")),
+        );
+        let from = dir.path().to_owned();
+        let done = tokio::task::spawn_blocking(move || {
+            let done = back_up(&from, &backup);
+            (done, restore(&backup, &restored))
+        });
+        let (made, restored) = done.await.unwrap();
+        // A checkpoint that is missing would be a failure.
+        assert_succeeds(&made);
+        assert_succeeds(&restored);
+    }
+    assert_eq!(state(&client, &name).await, pb::JobState::Running);
+    let left: Vec<_> = files(&dir.path().join("tmp"));
+    assert!(left.is_empty(), "a backup leaves files: {left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_is_restored_whole_or_not_at_all() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (backup, restored) = (other.path().join("backup"), other.path().join("data"));
+    assert_fails(&back_up(dir.path(), &backup), 2, &["has no bradley.db"]);
+    let mut server = Server::start_with(dir.path(), &models(), &[]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let name = submit(&client, job(&dataset, 2)).await;
+    finish(&client, &name).await;
+    assert_succeeds(&back_up(dir.path(), &backup));
+    assert_fails(
+        &back_up(dir.path(), &backup),
+        2,
+        &["is not empty", "name a new folder"],
+    );
+    let refused = bradley(&["backup", "x", "--database-url", "postgres://localhost/x"]);
+    assert_fails(&refused, 2, &["pg_dump"]);
+
+    // A server may run in the target, or it may have files.
+    let running = restore(&backup, dir.path());
+    assert_fails(&running, 1, &["another server uses the data directory"]);
+    assert!(server.terminate(LIMIT).success());
+    assert_fails(&restore(&backup, dir.path()), 2, &["is not empty"]);
+    assert_fails(&restore(dir.path(), &restored), 2, &["manifest.json"]);
+
+    // Each file of the backup is compared with its hash before anything is in its place.
+    let all = files(&backup);
+    assert!(
+        all.len() > 4,
+        "the backup has no database, dataset and checkpoint: {all:?}"
+    );
+    for file in all.iter().filter(|f| !f.ends_with("manifest.json")) {
+        let original = std::fs::read(file).unwrap();
+        let mut changed = original.clone();
+        changed[original.len() / 2] ^= 1;
+        std::fs::write(file, changed).unwrap();
+        let refused = restore(&backup, &restored);
+        assert_fails(&refused, 2, &[text(file), "has changed since the backup"]);
+        std::fs::write(file, original).unwrap();
+        assert_eq!(files(&restored), [restored.join("bradley.lock")]);
+    }
+    std::fs::rename(&all[1], other.path().join("aside")).unwrap();
+    assert_fails(&restore(&backup, &restored), 2, &["is missing"]);
+    std::fs::rename(other.path().join("aside"), &all[1]).unwrap();
+    assert_succeeds(&restore(&backup, &restored));
+
+    // A restore that was killed leaves a folder that no server uses.
+    std::fs::create_dir(restored.join("restoring")).unwrap();
+    let said = refused_start(&restored, &[]);
+    assert!(said.contains("was interrupted"), "{said}");
+    std::fs::remove_dir(restored.join("restoring")).unwrap();
+    let server = Server::start_with(&restored, &models(), &[]);
+    another_succeeds(&server.client().await, &dataset).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_names_what_the_data_directory_itself_lacks() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = Server::start_with(dir.path(), &models(), &[]);
+    let client = server.client().await;
+    let lost = upload(&client, "pairs.jsonl").await.name;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let name = submit(&client, job(&dataset, 2)).await;
+    finish(&client, &name).await;
+    std::fs::remove_file(dir.path().join(&lost)).unwrap();
+    let weights = files(&dir.path().join("jobs"))
+        .into_iter()
+        .find(|f| f.ends_with("adapter_model.safetensors"))
+        .unwrap();
+    crate::support::perturb_weights(weights);
+    let backup = other.path().join("backup");
+    let checkpoint = format!("{name}/checkpoints/2: ");
+    let said = back_up(dir.path(), &backup);
+    assert_fails(
+        &said,
+        1,
+        &["lacks 2 of the files", &lost, &checkpoint, "checksum"],
+    );
+    // The rest is in the backup.
+    let restored = other.path().join("data");
+    assert_succeeds(&restore(&backup, &restored));
+    let server = Server::start_with(&restored, &models(), &[]);
+    another_succeeds(&server.client().await, &dataset).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
+async fn a_server_moves_from_sqlite_to_postgresql_in_the_middle_of_a_job() {
+    let (expected, weights) = expected().await;
+    let postgres = Postgres::start();
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let share = tempfile::tempdir().unwrap();
+    let (url, artifacts) = (postgres.url(), url_of(share.path()));
+    let only_rows = ["migrate", "--to", &url, "--data-dir", text(dir.path())];
+    let migrate = || bradley(&[&only_rows[..], &["--artifact-url", &artifacts]].concat());
+    assert_fails(&migrate(), 2, &["has no bradley.db"]);
+    let mut server = Server::start_with(dir.path(), &models(), &[]);
+    assert_fails(&migrate(), 1, &["another server uses the data directory"]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let done = submit(&client, job(&dataset.name, 2)).await;
+    finish(&client, &done).await;
+    let name = submit(&client, checkpointing(&dataset.name, STEPS)).await;
+    until_event(&client, &name, |e| is_step(e, 15)).await;
+    pause(&client, &name).await;
+    until("the pause", LIMIT, async || {
+        state(&client, &name).await == pb::JobState::Paused
+    })
+    .await;
+    let histories = [events(&client, &done).await, events(&client, &name).await];
+    assert!(server.terminate(LIMIT).success());
+    let database = text(dir.path());
+    let token = ["tokens", "create", "--owner", "ops", "--data-dir", database];
+    assert_succeeds(&bradley(&token));
+
+    // Replicas could not find the files, so rows alone are not copied.
+    assert_fails(&bradley(&only_rows), 2, &["--artifact-url"]);
+    let moved = migrate();
+    assert_succeeds(&moved);
+    let said = String::from_utf8_lossy(&moved.stdout);
+    for table in ["jobs", "events", "checkpoints", "datasets", "tokens"] {
+        assert!(said.contains(table), "{table} is not in {said}");
+        let count = postgres.sql(&format!("SELECT COUNT(*) > 0 FROM {table}"));
+        assert_eq!(count, ["t"], "{table} is empty");
+    }
+    // The database has rows now, so a second copy is refused.
+    assert_fails(&migrate(), 2, &["--to", "is not empty"]);
+    let elsewhere = ["migrate", "--to", "mysql://x", "--data-dir", database];
+    assert_fails(&bradley(&elsewhere), 2, &["postgres://"]);
+
+    // On SQLite, the server would now miss the store.
+    let said = refused_start(dir.path(), &[]);
+    assert!(said.contains("set artifact_url"), "{said}");
+    // A replica on another machine has every file.
+    let server = replica(other.path(), &postgres, share.path(), &[]);
+    let client = server.client().await;
+    assert_eq!(
+        [events(&client, &done).await, events(&client, &name).await],
+        histories
+    );
+    assert_eq!(datasets(&client).await, std::slice::from_ref(&dataset));
+    resume(&client, &name).await.unwrap();
+    let events = finish(&client, &name).await;
+    check_history(&events);
+    assert_eq!(
+        losses(&events),
+        *expected,
+        "other losses than those of an undisturbed run"
+    );
+    assert!(
+        adapter(&client, &name).await == *weights,
+        "other weights than those of an undisturbed run"
+    );
+    // New rows get numbers after the copied ones.
+    upload(&client, "pairs.jsonl").await;
+    another_succeeds(&client, &dataset.name).await;
+}
