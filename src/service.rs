@@ -12,6 +12,7 @@ mod background;
 mod blocking;
 mod checkpoint_files;
 pub mod checkpoints;
+mod data_volume;
 pub mod datasets;
 pub mod error;
 mod events;
@@ -209,6 +210,8 @@ impl Service {
         let runners = (0..engine.concurrent_runs())
             .map(|_| start(runner.clone()))
             .collect();
+        let mut background = tasks.start();
+        background.push(tokio::spawn(data_volume::measure(options.data_dir)));
         Ok(Service {
             jobs,
             checkpoints: CheckpointService {
@@ -247,7 +250,7 @@ impl Service {
                 shutdown,
                 drain_timeout: options.drain_timeout,
                 runners: Mutex::new(runners),
-                background: Mutex::new(tasks.start()),
+                background: Mutex::new(background),
             }),
         })
     }

@@ -90,7 +90,7 @@ const COUNTERS: [(&str, &str); 5] = [
     ),
 ];
 
-const GAUGES: [(&str, &str); 14] = [
+const GAUGES: [(&str, &str); 17] = [
     ("bradley_build_info", "1; the version is a label."),
     ("bradley_connections", "Open connections to the gRPC port."),
     ("bradley_event_streams", "Open streams of training events."),
@@ -114,6 +114,18 @@ const GAUGES: [(&str, &str); 14] = [
     (
         "bradley_device_memory_bytes",
         "Total memory of a GPU in bytes.",
+    ),
+    (
+        "bradley_device_training",
+        "1 while a run trains on a device, or waits for its weights; 0 otherwise.",
+    ),
+    (
+        "bradley_data_volume_free_bytes",
+        "Free space in bytes of the volume of the data directory.",
+    ),
+    (
+        "bradley_data_volume_bytes",
+        "Size in bytes of the volume of the data directory.",
     ),
     (
         "bradley_memory_limit_bytes",

@@ -26,6 +26,7 @@ mod hostile;
 mod hub;
 mod layers;
 mod lifecycle;
+mod limits;
 mod memory;
 mod model_files;
 mod models_page;
