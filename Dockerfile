@@ -1,8 +1,9 @@
 # syntax=docker/dockerfile:1
 # `bradley serve` on a CPU (target cpu, the default):
-#   docker build -t bradley . && docker run -p 50051:50051 -p 9090:9090 -v bradley:/var/lib/bradley \
+#   docker build -t bradley . && docker run -p 50051:50051 -p 9464:9464 -v bradley:/var/lib/bradley \
 #     -e BRADLEY_MODELS=HuggingFaceTB/SmolLM2-135M-Instruct bradley
-# With CUDA (target cuda): docker build --target cuda -t bradley:cuda .
+# With CUDA (target cuda): docker build --target cuda -t bradley:0.2.0-cuda .
+# The chart adds -cuda to the tag of pods with a GPU.
 # Without an image registry: deploy/image/build.
 
 # Every base image is an argument, so that a mirror or a local image can replace it.
@@ -74,10 +75,10 @@ USER 10001:10001
 WORKDIR /
 # HF_HOME: models from the hub are stored on the data volume, so that they survive restarts.
 ENV BRADLEY_LISTEN=0.0.0.0:50051 \
-    BRADLEY_HTTP_LISTEN=0.0.0.0:9090 \
+    BRADLEY_HTTP_LISTEN=0.0.0.0:9464 \
     BRADLEY_DATA_DIR=/var/lib/bradley/data \
     HF_HOME=/var/lib/bradley/huggingface
-EXPOSE 50051 9090
+EXPOSE 50051 9464
 # The start period covers a first download of the model. For another port, TLS or a client
 # certificate set BRADLEY_SERVER, BRADLEY_TLS_SERVER_CA, BRADLEY_TLS_CLIENT_CERT, …
 HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --retries=3 \

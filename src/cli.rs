@@ -159,6 +159,7 @@ async fn serve_command(args: ServeArgs) -> Outcome {
         traces.as_ref(),
     )
     .map_err(|e| Failure::Failed(e.to_string()))?;
+    variables::warn_about_unknown(&sources.environment);
     let metrics = metrics::install().map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
     let served = serve::run(settings, metrics).await;
     if let Some(traces) = traces {

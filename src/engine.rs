@@ -109,7 +109,11 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         .sum();
     let devices = open_devices(&options, &models, needed)?;
     let names: Vec<String> = devices.iter().map(|(device, _)| device.name()).collect();
-    tracing::info!(devices = names.join(","), "computing on these devices");
+    tracing::info!(
+        devices = names.join(","),
+        because = reason_for(&options, &devices),
+        "computing on these devices"
+    );
     let loaded = BaseModels::load(
         models,
         devices[0].0.clone(),
@@ -212,6 +216,16 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
             concurrent_runs,
         }),
     })
+}
+
+/// Returns the reason why the engine computes on these devices, for the log.
+fn reason_for(options: &EngineOptions, devices: &[(ComputeDevice, u64)]) -> String {
+    let has_gpu = devices.iter().any(|(device, _)| device.memory().is_some());
+    match (options.devices.contains(&DeviceChoice::Auto), has_gpu) {
+        (false, _) => "the setting device names them".to_owned(),
+        (true, true) => "device is auto: every GPU that has room for the models is used".to_owned(),
+        (true, false) => format!("device is auto: {}", ComputeDevice::no_gpu_reason()),
+    }
 }
 
 /// Returns a worker's name in metrics: the name of its device, with a number if several workers

@@ -15,6 +15,7 @@ pub mod check;
 mod checkpoint_files;
 pub mod checkpoints;
 mod data_dir;
+mod data_volume;
 pub mod datasets;
 pub mod error;
 mod events;
@@ -225,6 +226,8 @@ impl Service {
         let runners = (0..engine.concurrent_runs())
             .map(|_| start(runner.clone()))
             .collect();
+        let mut background = tasks.start();
+        background.push(tokio::spawn(data_volume::measure(options.data_dir)));
         Ok(Service {
             jobs,
             checkpoints: CheckpointService {

@@ -338,9 +338,9 @@ pub struct DemoArgs {
     /// Precision of matrix multiplications: f32 or bf16.
     #[arg(long, default_value = "f32")]
     pub precision: String,
-    /// Devices to compute on: cpu, cuda:N, several separated by commas, or auto (every GPU, else
-    /// cpu).
-    #[arg(long, default_value = "cpu")]
+    /// Devices to compute on: auto (every GPU, else the CPU), cpu, cuda:N, or several separated by
+    /// commas.
+    #[arg(long, default_value = "auto")]
     pub device: String,
     /// Folder for the job and the trained adapter. Default: a temporary one, which is deleted.
     #[arg(long)]

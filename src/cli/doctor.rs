@@ -14,7 +14,7 @@ use super::settings::{SECRET_SETTINGS, SETTINGS, Settings, Sources};
 use super::variables;
 use crate::compute::cpu::gemm::Kernel;
 use crate::domain::training::Precision;
-use crate::engine::memory;
+use crate::engine::memory::HostMemoryOfProcess;
 use crate::formats::loader::load_model;
 use crate::formats::source::HubOptions;
 use crate::model::device::{ComputeDevice, DeviceChoice};
@@ -224,7 +224,7 @@ fn machine(settings: Option<&Settings>) -> Vec<(&'static str, String)> {
         Kernel::best(Precision::Bf16)
     );
     let known = |n: Option<u64>, none: &str| n.map_or(none.to_owned(), bytes);
-    let (machine, group) = memory::of_process();
+    let HostMemoryOfProcess { machine, group } = HostMemoryOfProcess::read();
     let mut facts = vec![
         (
             "bradley",

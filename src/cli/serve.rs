@@ -235,6 +235,7 @@ async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
         settings.hub.clone(),
         settings.engine.clone(),
     );
+    options.memory_limit = Some(engine::memory::host_limit_for(options.memory_limit));
     options.reference_cache_file = Some(settings.data_dir.join("reference-cache.redb"));
     let data_dir = settings.data_dir.clone();
     tokio::task::spawn_blocking(move || {

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::variables;
 use crate::domain::names::is_valid_id;
 use crate::domain::training::Precision;
 use crate::domain::violation::Violations;
@@ -38,14 +39,14 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     ("listen", "127.0.0.1:50051", "Address of the gRPC server"),
     (
         "http_listen",
-        "127.0.0.1:9090",
+        "127.0.0.1:9464",
         "Address of /metrics, /livez and /readyz; off disables it",
     ),
     (
         "device",
-        "cpu",
-        "Devices to compute on: cpu, cuda:N (one GPU), a list separated by commas (one worker \
-         per device), or auto (all GPUs, or the CPU if there is none)",
+        "auto",
+        "Devices to compute on: auto (all GPUs, or the CPU if there is none), cpu, cuda:N (one \
+         GPU), or a list separated by commas (one worker per device)",
     ),
     (
         "missing_devices",
@@ -73,13 +74,15 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "memory_limit",
         "0",
         "Limit on the estimated host memory of models and jobs together, e.g. 20GiB; 0 means \
-         nine tenths of the machine's memory, or of the control group's limit if that is lower",
+         nine tenths of the machine's memory, or of the container's limit if that is lower; a \
+         higher limit than this memory is lowered to it",
     ),
     (
         "device_memory_limit",
         "0",
-        "Limit on the estimated memory of models and a job on each GPU, e.g. 70GiB; 0 means nine \
-         tenths of the memory that is free at the start",
+        "Limit on the estimated memory of models and a job on each GPU or MIG slice, e.g. 70GiB; 0 \
+         means nine tenths of the memory that is free at the start; a higher limit than the free \
+         memory is lowered to it",
     ),
     (
         "scoring_share",
@@ -467,7 +470,10 @@ impl Settings {
             {
                 bad.push(
                     format!("{}: {key}", path.display()),
-                    format!("is not a setting: use {}", SETTINGS.joined_names()),
+                    match variables::nearest(key, SETTINGS.iter().map(|(name, ..)| *name)) {
+                        Some(name) => format!("is not a setting: did you mean {name}?"),
+                        None => format!("is not a setting: use {}", SETTINGS.joined_names()),
+                    },
                 );
             }
         }
@@ -505,7 +511,7 @@ impl Settings {
         let devices = reader
             .parse(
                 "device",
-                "cpu, cuda:N, auto, or different GPUs with commas between",
+                "auto, cpu, cuda:N, or different GPUs with commas between",
                 DeviceChoice::parse_list,
             )
             .unwrap_or_default();
@@ -597,7 +603,7 @@ impl Settings {
             http_listen: reader
                 .parse(
                     "http_listen",
-                    "an address such as 0.0.0.0:9090, or off",
+                    "an address such as 0.0.0.0:9464, or off",
                     |s| {
                         if s == "off" {
                             Some(None)

@@ -14,6 +14,20 @@ const OF_TESTS: [&str; 3] = ["BRADLEY_TEST_", "BRADLEY_CI_", "BRADLEY_FUZZ_"];
 /// Least similarity, from 0 to 1, of a word to the one that was probably meant.
 const SIMILAR: f64 = 0.7;
 
+/// Logs a warning for each variable whose name begins with `BRADLEY_` and that no setting and no
+/// flag has.
+pub(super) fn warn_about_unknown(environment: &BTreeMap<String, String>) {
+    for (variable, meant) in unknown(environment) {
+        let advice = match meant {
+            Some(meant) => format!("did you mean {meant}?"),
+            None => "bradley serve --help lists the settings".to_owned(),
+        };
+        tracing::warn!(
+            "the environment variable {variable} is unknown and has no effect: {advice}"
+        );
+    }
+}
+
 /// Returns the unknown variables, each with the known one that is most similar to it.
 pub(super) fn unknown(environment: &BTreeMap<String, String>) -> Vec<(&str, Option<String>)> {
     let known = known();
@@ -62,7 +76,7 @@ fn is_service_link(name: &str) -> bool {
 }
 
 /// Returns the name that is most similar to a misspelt one, if one is similar enough.
-fn nearest<'a>(misspelt: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub(super) fn nearest<'a>(misspelt: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     names
         .map(|name| (strsim::normalized_damerau_levenshtein(misspelt, name), name))
         .filter(|(similarity, _)| *similarity >= SIMILAR)
@@ -80,8 +94,11 @@ mod tests {
             "BRADLEY_QUUE_TOKENS",
             "BRADLEY_SOMETHING_ELSE_ALTOGETHER",
             "BRADLEY_DATA_DIR",
-            "BRADLEY_TLS_SERVER_CA",
+            "BRADLEY_CONFIG",
+            "BRADLEY_SERVER",
             "BRADLEY_TEST_DEVICE",
+            "BRADLEY_SERVICE_HOST",
+            "BRADLEY_HEADLESS_SERVICE_PORT_GRPC",
             "BRADLEY_PORT_50051_TCP_ADDR",
             "HOME",
         ];
@@ -96,5 +113,13 @@ mod tests {
                 ("BRADLEY_SOMETHING_ELSE_ALTOGETHER", None),
             ]
         );
+    }
+
+    #[test]
+    fn every_setting_and_every_flag_with_a_variable_is_known() {
+        let known = known();
+        for name in ["BRADLEY_DEVICE", "BRADLEY_TOKEN", "BRADLEY_TLS_SERVER_CA"] {
+            assert!(known.iter().any(|other| other == name), "{name}");
+        }
     }
 }

@@ -80,12 +80,29 @@ impl Room {
     }
 }
 
-/// Returns the memory limit of a device in bytes: of a GPU's own memory, or of the host's.
+/// Returns the memory limit of a device in bytes: of a GPU's own memory, or of the host's. A GPU
+/// that is divided by MIG reports the memory of its slice.
 pub(super) fn limit(options: &EngineOptions, device: &ComputeDevice) -> u64 {
-    match device.memory() {
-        Some((free, _)) => options.device_memory_limit.unwrap_or(free / 10 * 9),
-        None => host_limit(options),
+    let Some((free, total)) = device.memory() else {
+        return host_limit(options);
+    };
+    let limit = within(options.device_memory_limit, Some(free));
+    let name = device.name();
+    tracing::info!(
+        device = name,
+        limit_mib = limit >> 20,
+        free_mib = free >> 20,
+        total_mib = total >> 20,
+        "memory limit of a GPU"
+    );
+    if options.device_memory_limit.is_some_and(|set| set > limit) {
+        tracing::warn!(
+            device = name,
+            free_mib = free >> 20,
+            "device_memory_limit is lowered to the GPU's free memory"
+        );
     }
+    limit
 }
 
 /// Returns the host memory limit in bytes: the setting, or else nine tenths of the memory that this
@@ -93,24 +110,66 @@ pub(super) fn limit(options: &EngineOptions, device: &ComputeDevice) -> u64 {
 pub(super) fn host_limit(options: &EngineOptions) -> u64 {
     options
         .memory_limit
-        .or_else(|| usable().map(|bytes| bytes / 10 * 9))
-        .unwrap_or(u64::MAX)
+        .unwrap_or_else(|| within(None, HostMemoryOfProcess::read().usable()))
 }
 
-/// Returns the machine's memory, or the limit of this process's control group if that is lower.
-fn usable() -> Option<u64> {
-    let (machine, group) = of_process();
-    machine.into_iter().chain(group).min()
+/// Returns the limit in bytes for a setting, `None` for its default, and the memory that there is:
+/// at most this memory, by default nine tenths of it.
+fn within(setting: Option<u64>, there: Option<u64>) -> u64 {
+    match (setting, there) {
+        (Some(limit), Some(there)) => limit.min(there),
+        (Some(limit), None) => limit,
+        (None, Some(there)) => there / 10 * 9,
+        (None, None) => u64::MAX,
+    }
 }
 
-/// Returns the machine's memory and the limit of this process's control group, in bytes. Either is
-/// `None` if it is not known or there is none.
-pub fn of_process() -> (Option<u64>, Option<u64>) {
-    let read = |path: &str| std::fs::read_to_string(path).ok();
-    let machine = read("/proc/meminfo").and_then(|text| memory_total(&text));
-    let group =
-        read("/proc/self/cgroup").and_then(|text| group_limit(Path::new("/sys/fs/cgroup"), &text));
-    (machine, group)
+/// Returns the limit on host memory for the setting `memory_limit`, and logs what it follows from.
+/// A limit above the memory that this process may use is lowered to it: the kernel would kill the
+/// process before the limit is reached.
+pub fn host_limit_for(setting: Option<u64>) -> u64 {
+    let memory = HostMemoryOfProcess::read();
+    let limit = within(setting, memory.usable());
+    let mib = |bytes: Option<u64>| bytes.map(|bytes| bytes >> 20);
+    tracing::info!(
+        limit_mib = limit >> 20,
+        machine_mib = mib(memory.machine),
+        container_mib = mib(memory.group),
+        "limit on host memory"
+    );
+    if let Some(set) = setting.filter(|set| *set > limit) {
+        tracing::warn!(
+            memory_limit_mib = set >> 20,
+            lowered_to_mib = limit >> 20,
+            "memory_limit is lowered to the memory of the machine or the container"
+        );
+    }
+    limit
+}
+
+/// Host memory in bytes that this process may use.
+pub struct HostMemoryOfProcess {
+    /// The machine's memory; `None` if it is not known.
+    pub machine: Option<u64>,
+    /// The limit of this process's control group, such as a container's; `None` if there is none.
+    pub group: Option<u64>,
+}
+
+impl HostMemoryOfProcess {
+    /// Asks the kernel.
+    pub fn read() -> Self {
+        let read = |path: &str| std::fs::read_to_string(path).ok();
+        HostMemoryOfProcess {
+            machine: read("/proc/meminfo").and_then(|text| memory_total(&text)),
+            group: read("/proc/self/cgroup")
+                .and_then(|text| group_limit(Path::new("/sys/fs/cgroup"), &text)),
+        }
+    }
+
+    /// Returns the machine's memory, or the control group's limit if that is lower.
+    fn usable(&self) -> Option<u64> {
+        self.machine.into_iter().chain(self.group).min()
+    }
 }
 
 /// Returns `MemTotal` of /proc/meminfo in bytes.
@@ -135,7 +194,8 @@ fn group_limit(mount: &Path, groups: &str) -> Option<u64> {
             _ => None,
         }
     });
-    limits.min()
+    // A number above any memory means no limit.
+    limits.min().filter(|limit| *limit < 1 << 60)
 }
 
 /// Returns the lowest number in the files called `name` in a group's folder and its parents, up to

@@ -160,6 +160,10 @@ impl Worker {
                 .or(self.starting.as_ref().map(|s| &s.run));
             let job = run.map(|run| run.job.as_str());
             let training = self.training.as_ref();
+            if training.is_some() {
+                metrics::gauge!("bradley_device_training", "device" => self.label.clone())
+                    .set(f64::from(u8::from(run.is_some())));
+            }
             let (room, limit) = (
                 training.map(|t| free.unwrap_or(t.memory)),
                 training.map_or(0, |t| t.memory),

@@ -92,6 +92,14 @@ impl Cuda {
         (0..Gpu::count()).filter_map(open).collect()
     }
 
+    /// Returns the reason why [`Cuda::open_all`] has opened no GPU.
+    pub fn absence() -> String {
+        match Gpu::count() {
+            0 => "the machine has no NVIDIA driver (580 or newer) that sees a GPU".to_owned(),
+            _ => "no GPU could be opened".to_owned(),
+        }
+    }
+
     /// Returns `cuda:N`.
     pub fn name(&self) -> String {
         format!("cuda:{}", self.gpu.ordinal())

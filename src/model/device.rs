@@ -87,6 +87,11 @@ impl ComputeDevice {
         }
     }
 
+    /// Returns the reason why [`DeviceChoice::Auto`] has chosen the CPU.
+    pub fn no_gpu_reason() -> String {
+        Cuda::absence()
+    }
+
     /// Opens the device of a choice, the first one if there are several.
     ///
     /// # Errors

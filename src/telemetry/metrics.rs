@@ -128,6 +128,18 @@ const GAUGES: [(&str, &str); 17] = [
         "Total memory of a GPU in bytes.",
     ),
     (
+        "bradley_device_training",
+        "1 while a run trains on a device, or waits for its weights; 0 otherwise.",
+    ),
+    (
+        "bradley_data_volume_free_bytes",
+        "Free space in bytes of the volume of the data directory.",
+    ),
+    (
+        "bradley_data_volume_bytes",
+        "Size in bytes of the volume of the data directory.",
+    ),
+    (
         "bradley_memory_limit_bytes",
         "Limit on the estimated host memory of models and jobs, in bytes.",
     ),

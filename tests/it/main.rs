@@ -29,6 +29,7 @@ mod hub;
 mod job_flags;
 mod layers;
 mod lifecycle;
+mod limits;
 mod memory;
 mod model_files;
 mod models_page;

@@ -27,6 +27,8 @@ pub struct Server {
     pub data_dir: PathBuf,
     /// Lines of its log above the level INFO.
     log: Arc<Mutex<Vec<String>>>,
+    /// All lines of its log.
+    lines: Arc<Mutex<Vec<String>>>,
 }
 
 impl Server {
@@ -80,16 +82,21 @@ impl Server {
             .arg("--data-dir")
             .arg(data_dir)
             .env_remove("BRADLEY_CONFIG")
+            // A build with the feature `cuda` would otherwise choose an emulated GPU.
+            .env("BRADLEY_DEVICE", "cpu")
             .stderr(Stdio::piped());
         prepare(&mut command);
         let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let log_of_reader = log.clone();
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let lines_of_reader = lines.clone();
         let (sender, addresses) = mpsc::channel();
         let errors = BufReader::new(child.stderr.take().unwrap());
         std::thread::spawn(move || {
             for line in errors.lines().map_while(Result::ok) {
                 let json: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+                lines_of_reader.lock().unwrap().push(line.clone());
                 match json["fields"]["message"].as_str() {
                     Some("serving") => {
                         let address =
@@ -113,6 +120,7 @@ impl Server {
             http,
             data_dir: data_dir.to_owned(),
             log,
+            lines,
         }
     }
 
@@ -133,6 +141,16 @@ impl Server {
             .unwrap()
             .iter()
             .any(|line| line.contains(text))
+    }
+
+    /// Returns the lines of its log that contain `text`.
+    pub fn lines_with(&self, text: &str) -> Vec<String> {
+        let lines = self.lines.lock().unwrap();
+        lines
+            .iter()
+            .filter(|line| line.contains(text))
+            .cloned()
+            .collect()
     }
 
     /// Returns a connected client.

@@ -65,6 +65,26 @@ fn groups_of_version_1_have_their_limits_below_the_memory_controller() {
 }
 
 #[test]
+fn a_group_of_version_1_without_a_limit_has_none() {
+    let mount = tempfile::tempdir().unwrap();
+    write(
+        mount.path(),
+        "memory/memory.limit_in_bytes",
+        "9223372036854771712\n",
+    );
+    assert_eq!(group_limit(mount.path(), "4:memory:/\n"), None);
+}
+
+#[test]
+fn a_limit_is_at_most_the_memory_that_there_is() {
+    assert_eq!(within(None, Some(1000)), 900);
+    assert_eq!(within(Some(400), Some(1000)), 400);
+    assert_eq!(within(Some(4000), Some(1000)), 1000);
+    assert_eq!(within(Some(4000), None), 4000);
+    assert_eq!(within(None, None), u64::MAX);
+}
+
+#[test]
 fn the_machines_memory_is_read_in_bytes() {
     assert_eq!(
         memory_total("MemTotal:       16384 kB\nMemFree:  1 kB\n"),

@@ -47,6 +47,11 @@ impl AbsentGpu {
         Vec::new()
     }
 
+    /// Returns the reason why [`Self::open_all`] opens no GPU.
+    pub fn absence() -> String {
+        "this build has no GPU support".to_owned()
+    }
+
     /// Returns `cuda:N`.
     pub fn name(&self) -> String {
         match *self {}

@@ -31,7 +31,8 @@ import yaml
 CI = pathlib.Path(__file__).resolve().parent
 CHART = CI.parent
 ROOT = CHART.parents[2]
-VALUES = sorted(CI.glob("*-values.yaml"))
+# The files of ci/ set every value, those of examples/ have one purpose each.
+VALUES = sorted(CI.glob("*-values.yaml")) + sorted((CHART / "examples").glob("*.yaml"))
 # From the chart's kubeVersion to the newest with schemas.
 KUBERNETES = [f"1.{minor}.0" for minor in range(30, 38)]
 NAMESPACE = "models"
@@ -41,6 +42,8 @@ MANAGED = {
     "oidc_issuer", "oidc_audience", "oidc_owner_claim", "oidc_roles_claim", "oidc_roles", "oidc_jwks_url", "oidc_ca_file",
 }  # fmt: skip
 CUSTOM = ("monitoring.coreos.com/", "keda.sh/", "gateway.networking.k8s.io/")
+# Custom resources of examples whose schemas are in no package. They are not validated.
+UNKNOWN = ("cert-manager.io/",)
 
 failures = []
 
@@ -219,27 +222,34 @@ def documents(text):
 
 def memory():
     """Checks the memory limits: the host's follows from the container's memory on CPU and GPU pods,
-    a GPU's is set only by config."""
+    a GPU's or a MIG slice's is set only by config. Checks the devices, too."""
     gpu, large = {"gpu": {"enabled": True}}, {"resources": {"limits": {"memory": "64Gi"}}}
     cases = (
-        # Values, and the limits of the host's and of the GPUs' memory: 0.9 · (memory - 1 GiB), in
-        # MiB.
-        ({}, "4608MiB", None),
-        (large, "58060MiB", None),
-        (gpu, "4608MiB", None),
-        ({**gpu, **large}, "58060MiB", None),
-        ({"gpu": {"enabled": True, "device": "auto", "count": 8}, **large}, "58060MiB", None),
-        ({**gpu, **large, "config": {"device_memory_limit": "60GiB"}}, "58060MiB", "60GiB"),
-        ({**gpu, **large, "config": {"memory_limit": "20GiB"}}, "20GiB", None),
-        ({**gpu, **large, "config": {"memory_limit": "20GiB", "device_memory_limit": 8589934592}}, "20GiB", "8589934592"),
-        ({**gpu, "resources": {"limits": {"memory": None}}}, None, None),
+        # Values, the limits of the host's and of the GPUs' memory (0.9 · (memory - 1 GiB), in MiB),
+        # and the devices.
+        ({}, "4608MiB", None, None),
+        (large, "58060MiB", None, None),
+        (gpu, "4608MiB", None, "cuda:0"),
+        ({**gpu, **large}, "58060MiB", None, "cuda:0"),
+        ({"gpu": {"enabled": True, "count": 3}, **large}, "58060MiB", None, "cuda:0,cuda:1,cuda:2"),
+        ({"gpu": {"enabled": True, "device": "auto", "count": 8}, **large}, "58060MiB", None, "auto"),
+        ({**gpu, **large, "config": {"device_memory_limit": "60GiB"}}, "58060MiB", "60GiB", "cuda:0"),
+        ({**gpu, **large, "config": {"memory_limit": "20GiB"}}, "20GiB", None, "cuda:0"),
+        ({**gpu, **large, "config": {"memory_limit": "20GiB", "device_memory_limit": 8589934592}}, "20GiB", "8589934592", "cuda:0"),
+        ({**gpu, "resources": {"limits": {"memory": None}}}, None, None, "cuda:0"),
+        # The smallest and the largest slices of current GPUs: the size of the slice is no value.
+        *(
+            ({"gpu": {"enabled": True, "resource": f"nvidia.com/mig-{slice}"}, **large}, "58060MiB", None, "cuda:0")
+            for slice in ("1g.5gb", "1g.10gb", "3g.40gb", "7g.141gb")
+        ),
     )
-    for values, host, device in cases:
+    for values, host, device, devices in cases:
         result = template(values)
         check(result.returncode == 0, f"{values}: {result.stderr}")
         config = next((document["data"] for document in documents(result.stdout) if document["kind"] == "ConfigMap"), {})
-        found = config.get("BRADLEY_MEMORY_LIMIT"), config.get("BRADLEY_DEVICE_MEMORY_LIMIT")
-        check(found == (host, device), f"{values}: the limits of the host and of a GPU are {found}, not {(host, device)}")
+        found = tuple(config.get(f"BRADLEY_{name}") for name in ("MEMORY_LIMIT", "DEVICE_MEMORY_LIMIT", "DEVICE"))
+        expected = host, device, devices
+        check(found == expected, f"{values}: the limits of the host and of a GPU, and the devices, are {found}, not {expected}")
     print(f"{len(cases)} cases")
 
 
@@ -290,12 +300,14 @@ def custom_findings(documents):
 def manifests():
     folder, core, custom = pathlib.Path(os.environ["RENDERED"]), {}, {}
     for (name, version), text in rendered(KUBERNETES).items():
-        target = folder / version / name.replace("-values", "")
+        target = folder / version / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
         found = documents(text)
         for document in found:
             key = json.dumps(document)
+            if document["apiVersion"].startswith(UNKNOWN):
+                continue
             if is_custom(document):
                 custom.setdefault(key, f"{name} {document['kind']}")
             else:
@@ -324,6 +336,25 @@ def bytes_of(quantity):
     return int(number) * {"": 1, "Mi": 2**20, "MiB": 2**20, "Gi": 2**30, "GiB": 2**30}[unit]
 
 
+def values_of(name):
+    return yaml.safe_load(next(file for file in VALUES if file.name == name).read_text()) or {}
+
+
+def alerts(name):
+    """Returns files/alerts.yaml with the changes that a file of values asks for."""
+    wanted = values_of(name).get("metrics", {}).get("alerts", {})
+    spec = yaml.safe_load((CHART / "files/alerts.yaml").read_text())
+    for group in spec["groups"]:
+        group["rules"] = [rule for rule in group["rules"] if rule["alert"] not in wanted.get("disabled", [])]
+        for rule in group["rules"]:
+            rule["labels"].update(wanted.get("labels", {}))
+            if "runbookUrl" in wanted:
+                rule["annotations"]["runbook_url"] = f"{wanted['runbookUrl'].rstrip('#')}#{rule['alert'].lower()}"
+            if rule["alert"] in wanted.get("thresholds", {}):
+                rule["expr"] = re.sub(r"[\d.]+\s*$", f"{wanted['thresholds'][rule['alert']]:g}", rule["expr"])
+    return spec
+
+
 def references(name, found):
     """Checks the references between the objects of a release, and values that have to agree."""
     by_kind = {}
@@ -337,7 +368,7 @@ def references(name, found):
     (workload,) = by_kind.get("Deployment", []) + by_kind.get("StatefulSet", [])
     spec, pod = workload["spec"], workload["spec"]["template"]["spec"]
     labels = spec["template"]["metadata"]["labels"]
-    (container,) = pod["containers"]
+    (container,) = (each for each in pod["containers"] if each["name"] == "bradley")
     config = next(document["data"] for document in by_kind["ConfigMap"] if document["metadata"]["name"] == workload["metadata"]["name"])
 
     def selects(selector):
@@ -391,7 +422,7 @@ def references(name, found):
         protocol = ingress["metadata"]["annotations"].get("nginx.ingress.kubernetes.io/backend-protocol")
         must(protocol in (None, "GRPCS" if "BRADLEY_TLS_CERT" in config else "GRPC"), "Ingress speaks another protocol than the pods")
     for rule in by_kind.get("PrometheusRule", []):
-        must(rule["spec"] == yaml.safe_load((CHART / "files/alerts.yaml").read_text()), "PrometheusRule is not files/alerts.yaml")
+        must(rule["spec"] == alerts(name), "PrometheusRule is not files/alerts.yaml with the changes of metrics.alerts")
         must("{{" in json.dumps(rule["spec"]), "the alerts' own templates are gone")
     for dashboard in (document for document in by_kind["ConfigMap"] if document["metadata"]["name"].endswith("-dashboard")):
         must(dashboard["data"]["bradley.json"].strip() == (CHART / "files/dashboard.json").read_text().strip(), "the dashboard is not files/dashboard.json")
@@ -431,7 +462,20 @@ def references(name, found):
             must(context["capabilities"] == {"drop": ["ALL"]}, "a container has capabilities")
             must({mount["name"] for mount in part.get("volumeMounts", [])} <= volumes, "a volume that is mounted does not exist")
             must("command" not in part, "the image's entry point is replaced")
+    # The registry that a parent chart sets wins, and its pull secrets come first.
+    values = values_of(name)
+    registry = values.get("global", {}).get("imageRegistry") or values.get("image", {}).get("registry")
+    repository = values.get("image", {}).get("repository", "bradley")
+    must(re.split("[:@]", container["image"])[0] == (f"{registry}/{repository}" if registry else repository), "the image has another registry")
+    secrets = [each if isinstance(each, dict) else {"name": each} for each in values.get("global", {}).get("imagePullSecrets", []) + values.get("imagePullSecrets", [])]
+    must(pod.get("imagePullSecrets", []) == list({each["name"]: each for each in secrets}.values()), "other pull secrets")
+    extras = [each["name"] for key in ("initContainers", "extraContainers") for each in values.get(key, [])]
+    must(extras == [each["name"] for each in pod.get("initContainers", []) + pod["containers"] if each is not container], "other containers beside the server")
+    must(all(source in container["envFrom"] for source in values.get("extraEnvFrom", [])), "extraEnvFrom is left out")
+    must("{{" not in json.dumps([pod, [each for each in found if each["kind"] == "ConfigMap" and "bradley.json" not in each["data"]]]), "a template was not rendered")
     for reference in container["envFrom"]:
+        if reference in values.get("extraEnvFrom", []):
+            continue
         if "configMapRef" in reference:
             must(reference["configMapRef"]["name"] in names["ConfigMap"], "a ConfigMap does not exist")
         elif reference["secretRef"]["name"] == workload["metadata"]["name"]:
@@ -481,7 +525,7 @@ def places(node, path=()):
 
 def mutations():
     newest, seen, core, custom = KUBERNETES[-1], set(), 0, []
-    every = [document for text in rendered([newest]).values() for document in documents(text)]
+    every = [document for text in rendered([newest]).values() for document in documents(text) if not document["apiVersion"].startswith(UNKNOWN)]
     for document in every:
         for path in places(document):
             place = (document["kind"], tuple(key for key in path if isinstance(key, str)))

@@ -40,12 +40,79 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
+{{/*
+  global.imageRegistry replaces image.registry, as in the charts that a parent chart may have beside
+  this one.
+*/}}
 {{- define "bradley.image" -}}
+{{- with default .Values.image.registry .Values.global.imageRegistry -}}
+{{ trimSuffix "/" . }}/
+{{- end -}}
 {{- if .Values.image.digest -}}
 {{ .Values.image.repository }}@{{ .Values.image.digest }}
 {{- else -}}
 {{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}{{ if .Values.gpu.enabled }}{{ .Values.gpu.imageTagSuffix }}{{ end }}
 {{- end -}}
+{{- end -}}
+
+{{/* The pull secrets of all pods: those of the parent chart, which may be names only, and our own. */}}
+{{- define "bradley.pullSecrets" -}}
+{{- $secrets := list -}}
+{{- range concat .Values.global.imagePullSecrets .Values.imagePullSecrets -}}
+{{- $secrets = append $secrets (ternary (dict "name" .) . (kindIs "string" .)) -}}
+{{- end -}}
+{{- with $secrets | uniq -}}
+imagePullSecrets:
+{{- toYaml . | nindent 2 }}
+{{- end -}}
+{{- end -}}
+
+{{/* The setting `device` of a GPU pod: all of its GPUs, by number, unless gpu.device is set. */}}
+{{- define "bradley.device" -}}
+{{- $devices := list -}}
+{{- range until (int .Values.gpu.count) -}}
+{{- $devices = append $devices (printf "cuda:%d" .) -}}
+{{- end -}}
+{{- default (join "," $devices) .Values.gpu.device -}}
+{{- end -}}
+
+{{/* files/alerts.yaml with the changes that metrics.alerts asks for. */}}
+{{- define "bradley.alerts" -}}
+{{- $alerts := .Values.metrics.alerts -}}
+{{- $file := .Files.Get "files/alerts.yaml" | required "files/alerts.yaml is not in the chart" | fromYaml -}}
+{{- $threshold := "([<>]=?)\\s*[0-9.]+$" -}}
+{{- $names := list -}}
+{{- $groups := list -}}
+{{- range $group := $file.groups -}}
+{{- $rules := list -}}
+{{- range $rule := $group.rules -}}
+{{- $name := $rule.alert -}}
+{{- $names = append $names $name -}}
+{{- if hasKey $alerts.thresholds $name -}}
+{{- if not (regexMatch $threshold (trim $rule.expr)) -}}
+{{- fail (printf "metrics.alerts.thresholds has %s, whose expression in files/alerts.yaml does not end with a threshold: remove it" $name) -}}
+{{- end -}}
+{{- $value := include "bradley.text" (get $alerts.thresholds $name) -}}
+{{- $_ := set $rule "expr" (regexReplaceAll $threshold (trim $rule.expr) (printf "${1} %s" $value)) -}}
+{{- end -}}
+{{- $_ := set $rule "labels" (mergeOverwrite $rule.labels $alerts.labels) -}}
+{{- with $alerts.runbookUrl -}}
+{{- $_ := set $rule.annotations "runbook_url" (printf "%s#%s" (trimSuffix "#" .) (lower $name)) -}}
+{{- end -}}
+{{- if not (has $name $alerts.disabled) -}}
+{{- $rules = append $rules $rule -}}
+{{- end -}}
+{{- end -}}
+{{- with $rules -}}
+{{- $groups = append $groups (dict "name" $group.name "rules" .) -}}
+{{- end -}}
+{{- end -}}
+{{- range concat (keys $alerts.thresholds) $alerts.disabled | sortAlpha -}}
+{{- if not (has . $names) -}}
+{{- fail (printf "metrics.alerts names %s, which is no alert of files/alerts.yaml: use %s" . (join ", " $names)) -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml (dict "groups" $groups) -}}
 {{- end -}}
 
 {{/* Not empty if database and artifacts are outside the pod, so several replicas are possible. */}}
@@ -195,10 +262,10 @@ limits:
 {{- define "bradley.configData" -}}
 BRADLEY_MODELS: {{ join "," .Values.models | quote }}
 BRADLEY_LISTEN: 0.0.0.0:50051
-BRADLEY_HTTP_LISTEN: 0.0.0.0:9090
+BRADLEY_HTTP_LISTEN: 0.0.0.0:9464
 BRADLEY_DATA_DIR: /var/lib/bradley/data
 {{- if .Values.gpu.enabled }}
-BRADLEY_DEVICE: {{ .Values.gpu.device | quote }}
+BRADLEY_DEVICE: {{ include "bradley.device" . | quote }}
 {{- end }}
 {{- if not (hasKey .Values.config "memory_limit") }}
 {{- with include "bradley.memoryLimit" . }}

@@ -17,7 +17,7 @@ metadata:
     {{- end }}
     {{- if not .Values.metrics.monitor }}
     prometheus.io/scrape: "true"
-    prometheus.io/port: "9090"
+    prometheus.io/port: "9464"
     prometheus.io/path: /metrics
     {{- end }}
     {{- with .Values.podAnnotations }}
@@ -36,12 +36,15 @@ spec:
   {{- with .Values.runtimeClassName }}
   runtimeClassName: {{ . }}
   {{- end }}
-  {{- with .Values.imagePullSecrets }}
-  imagePullSecrets:
-    {{- toYaml . | nindent 4 }}
+  {{- with include "bradley.pullSecrets" . }}
+  {{- . | nindent 2 }}
   {{- end }}
   securityContext:
     {{- toYaml .Values.podSecurityContext | nindent 4 }}
+  {{- with .Values.initContainers }}
+  initContainers:
+    {{- tpl (toYaml .) $ | nindent 4 }}
+  {{- end }}
   containers:
     - name: bradley
       image: {{ include "bradley.image" . | quote }}
@@ -57,6 +60,9 @@ spec:
         {{- with .Values.artifacts.existingSecret }}
         - secretRef:
             name: {{ . }}
+        {{- end }}
+        {{- with .Values.extraEnvFrom }}
+        {{- toYaml . | nindent 8 }}
         {{- end }}
       env:
         {{- include "bradley.hubEnv" . | nindent 8 }}
@@ -74,7 +80,7 @@ spec:
         - name: grpc
           containerPort: 50051
         - name: http
-          containerPort: 9090
+          containerPort: 9464
       startupProbe:
         {{- include "bradley.probe" (dict "path" "/livez" "timing" .Values.probes.startup) | nindent 8 }}
       livenessProbe:
@@ -134,6 +140,9 @@ spec:
         {{- with .Values.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
+    {{- with .Values.extraContainers }}
+    {{- tpl (toYaml .) $ | nindent 4 }}
+    {{- end }}
   volumes:
     {{- if $shared }}
     - name: data

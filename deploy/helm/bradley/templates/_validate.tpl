@@ -59,6 +59,9 @@
 {{- if and (hasKey $v.config "device_memory_limit") (not $v.gpu.enabled) -}}
 {{- $wrong = append $wrong "config.device_memory_limit limits the memory of GPUs, but gpu.enabled is false: remove it, or set config.memory_limit for the host's memory" -}}
 {{- end -}}
+{{- if and $v.gpu.enabled (contains "/mig-" $v.gpu.resource) (gt (int $v.gpu.count) 1) -}}
+{{- $wrong = append $wrong "gpu.count is above 1, but a process can use only one MIG slice: set it to 1, and use replicas for more slices" -}}
+{{- end -}}
 {{- if and $v.grpcRoute.enabled (not $v.grpcRoute.parentRefs) -}}
 {{- $wrong = append $wrong "grpcRoute.enabled needs grpcRoute.parentRefs" -}}
 {{- end -}}
