@@ -102,7 +102,7 @@ const COUNTERS: [(&str, &str); 8] = [
     ),
 ];
 
-const GAUGES: [(&str, &str); 17] = [
+const GAUGES: [(&str, &str); 20] = [
     ("bradley_build_info", "1; the version is a label."),
     ("bradley_connections", "Open connections to the gRPC port."),
     ("bradley_event_streams", "Open streams of training events."),

@@ -119,6 +119,7 @@ async fn a_file_declares_tokens_and_takes_them_back() {
     let request = pb::StreamTrainingEventsRequest {
         parent: name.clone(),
         after_sequence: 0,
+        ..Default::default()
     };
     let mut open = of_a
         .training()

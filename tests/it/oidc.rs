@@ -542,6 +542,7 @@ async fn open_calls_end_with_their_token() {
     let request = pb::StreamTrainingEventsRequest {
         parent: name.clone(),
         after_sequence: 0,
+        ..Default::default()
     };
     let mut open = client(&server, &ending)
         .await
