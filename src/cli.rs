@@ -12,6 +12,7 @@ pub mod settings;
 mod telemetry;
 mod tokens;
 mod train;
+mod usage;
 mod watch;
 
 use std::process::ExitCode;
@@ -70,6 +71,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::Datasets(command) => resources::datasets(command, output).await,
         Command::Checkpoints(command) => resources::checkpoints(command, output).await,
         Command::Models(command) => resources::models(command, output).await,
+        Command::Usage(args) => usage::run(args, output).await,
         Command::Health(server) => match connect(&server.target()).await?.health().await? {
             true => Ok(()),
             false => Err(Failure::Failed(format!("{} is not serving", server.server))),

@@ -25,6 +25,7 @@ pub mod server;
 mod shutdown;
 pub mod store;
 mod template_date;
+pub mod usage;
 
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
@@ -59,6 +60,7 @@ use self::shutdown::Shutdown;
 use self::store::properties::ARTIFACT_STORE;
 use self::store::{Store, StoreOptions};
 use self::template_date::TemplateDate;
+use self::usage::UsageMeter;
 use crate::domain::reason::Reason;
 use crate::engine::Engine;
 
@@ -121,6 +123,8 @@ pub struct Service {
     pub datasets: DatasetService,
     /// Scores of preference pairs and of completions.
     pub scoring: Arc<ScoringService>,
+    /// Work that was done for each owner.
+    pub usage: UsageMeter,
     /// Base models, callers' tokens, readiness and shutdown.
     pub server: Arc<Server>,
 }
@@ -148,6 +152,7 @@ impl Service {
         );
         let template_date = TemplateDate(options.template_date);
         let tokens = TokenService::new(store.clone(), declared, oidc);
+        let usage = UsageMeter::new(store.clone());
         let events = EventFeed::new(store.clone(), tokens.clone(), shutdown.clone());
         let policies = PolicyResolver {
             store: store.clone(),
@@ -214,10 +219,13 @@ impl Service {
             shutdown: shutdown.clone(),
             time_slice: options.time_slice,
             postponement: options.lease,
+            usage: usage.clone(),
         };
         let mut background = tasks.start();
         let following = tokens.clone();
         background.push(tokio::spawn(async move { following.follow().await }));
+        let meter = usage.clone();
+        background.push(tokio::spawn(async move { meter.follow().await }));
         let start =
             |runner: JobRunner| tokio::spawn(async move { runner.run_until_drained().await });
         let runners = (0..engine.concurrent_runs())
@@ -250,10 +258,13 @@ impl Service {
                 policies,
                 engine.clone(),
                 ScoringQuota::new(options.max_scoring_tokens_per_client),
+                usage.clone(),
                 shutdown.clone(),
                 template_date,
             )),
+            usage: usage.clone(),
             server: Arc::new(Server {
+                usage,
                 engine,
                 store,
                 runs,

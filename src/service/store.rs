@@ -14,6 +14,7 @@ mod readers;
 mod rows;
 pub(super) mod stale;
 pub mod tokens;
+mod usage;
 
 #[cfg(test)]
 mod tests;

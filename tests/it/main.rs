@@ -53,4 +53,5 @@ mod support;
 mod swaps;
 mod templates;
 mod tokenizers;
+mod usage;
 mod wait;
