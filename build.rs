@@ -10,8 +10,15 @@ const KERNELS: &str = "src/compute/cuda/kernels";
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let files = ["training", "dataset", "checkpoint", "scoring", "model"]
-        .map(|f| format!("bradley/v1/{f}.proto"));
+    let files = [
+        "training",
+        "dataset",
+        "checkpoint",
+        "scoring",
+        "model",
+        "usage",
+    ]
+    .map(|f| format!("bradley/v1/{f}.proto"));
     // Includes the types of error details, so that clients that use reflection can decode them.
     let files = files
         .into_iter()

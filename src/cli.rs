@@ -21,6 +21,7 @@ mod telemetry;
 mod tokens;
 mod train;
 mod variables;
+mod usage;
 mod watch;
 
 use std::process::ExitCode;
@@ -82,6 +83,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::Doctor(args) => doctor::run(*args, output).await,
         Command::Completions { shell } => manual::completions(shell),
         Command::Man { out } => manual::man(out.as_deref()),
+        Command::Usage(args) => usage::run(args, output).await,
         Command::Health(server) => match connect(&server.target()).await?.health().await? {
             true => Ok(()),
             false => Err(Failure::Failed(format!("{} is not serving", server.server))),

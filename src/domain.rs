@@ -10,4 +10,5 @@ pub mod message;
 pub mod names;
 pub mod reason;
 pub mod training;
+pub mod usage;
 pub mod violation;

@@ -18,6 +18,7 @@ pub mod pb;
 mod scoring;
 mod status;
 mod training;
+mod usage;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -35,6 +36,7 @@ use self::pb::dataset_service_server::DatasetServiceServer;
 use self::pb::model_service_server::ModelServiceServer;
 use self::pb::scoring_service_server::ScoringServiceServer;
 use self::pb::training_service_server::TrainingServiceServer;
+use self::pb::usage_service_server::UsageServiceServer;
 use crate::service::Service;
 
 /// Maximum number of open HTTP/2 streams per connection.
@@ -113,6 +115,8 @@ pub async fn serve(
     .send_compressed(CompressionEncoding::Gzip);
     let models = ModelServiceServer::new(model::Models(service.server.clone()))
         .max_decoding_message_size(max);
+    let usage = UsageServiceServer::new(usage::UsageRpc(service.usage.clone()))
+        .max_decoding_message_size(max);
     for name in service_names() {
         health
             .set_service_status(name, tonic_health::ServingStatus::Serving)
@@ -148,7 +152,8 @@ pub async fn serve(
         .add_service(datasets)
         .add_service(checkpoints)
         .add_service(scoring)
-        .add_service(models);
+        .add_service(models)
+        .add_service(usage);
 
     let (stop, mut stopping) = watch::channel(false);
     let incoming = listener::incoming(listener, options.tls, options.max_connections);
@@ -186,7 +191,7 @@ pub async fn serve(
 }
 
 /// Names of the services that report their health. The empty name stands for the whole server.
-fn service_names() -> [&'static str; 6] {
+fn service_names() -> [&'static str; 7] {
     [
         "",
         "bradley.v1.TrainingService",
@@ -194,5 +199,6 @@ fn service_names() -> [&'static str; 6] {
         "bradley.v1.CheckpointService",
         "bradley.v1.ScoringService",
         "bradley.v1.ModelService",
+        "bradley.v1.UsageService",
     ]
 }

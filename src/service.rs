@@ -30,6 +30,7 @@ mod shutdown;
 pub mod store;
 mod template_date;
 pub mod transfer;
+pub mod usage;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -63,6 +64,7 @@ use self::shutdown::Shutdown;
 use self::store::properties::ARTIFACT_STORE;
 use self::store::{Store, StoreOptions};
 use self::template_date::TemplateDate;
+use self::usage::UsageMeter;
 use crate::engine::Engine;
 
 /// Maximum number of slow tasks at one time: job estimates, dataset validations, adapter copies and
@@ -124,6 +126,8 @@ pub struct Service {
     pub datasets: DatasetService,
     /// Scores of preference pairs and of completions.
     pub scoring: Arc<ScoringService>,
+    /// Work that was done for each owner.
+    pub usage: UsageMeter,
     /// Base models, callers' tokens, readiness and shutdown.
     pub server: Arc<Server>,
 }
@@ -151,6 +155,7 @@ impl Service {
         );
         let template_date = TemplateDate(options.template_date);
         let tokens = TokenService::new(store.clone(), declared, oidc);
+        let usage = UsageMeter::new(store.clone());
         let events = EventFeed::new(store.clone(), tokens.clone(), shutdown.clone());
         let policies = PolicyResolver {
             store: store.clone(),
@@ -217,10 +222,13 @@ impl Service {
             shutdown: shutdown.clone(),
             time_slice: options.time_slice,
             postponement: options.lease,
+            usage: usage.clone(),
         };
         let mut background = tasks.start();
         let following = tokens.clone();
         background.push(tokio::spawn(async move { following.follow().await }));
+        let meter = usage.clone();
+        background.push(tokio::spawn(async move { meter.follow().await }));
         let start =
             |runner: JobRunner| tokio::spawn(async move { runner.run_until_drained().await });
         let runners = (0..engine.concurrent_runs())
@@ -255,10 +263,13 @@ impl Service {
                 policies,
                 engine.clone(),
                 ScoringQuota::new(options.max_scoring_tokens_per_client),
+                usage.clone(),
                 shutdown.clone(),
                 template_date,
             )),
+            usage: usage.clone(),
             server: Arc::new(Server {
+                usage,
                 engine,
                 store,
                 runs,

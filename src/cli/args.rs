@@ -75,6 +75,8 @@ pub enum Command {
         #[arg(long, value_name = "FOLDER")]
         out: Option<PathBuf>,
     },
+    /// Show the work that was done for each owner: pairs and tokens scored, device time trained.
+    Usage(UsageArgs),
     /// Check that a server is serving. Exit code 0 means yes; for container health checks.
     Health(ServerArgs),
     /// Create, list and revoke bearer tokens in the server's database.
@@ -543,6 +545,26 @@ pub enum ModelsCommand {
     List(ServerArgs),
     /// Show one model.
     Get(NamedArgs),
+}
+
+/// Arguments of `usage`.
+#[derive(Debug, Args)]
+pub struct UsageArgs {
+    /// The server to connect to.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Only the work of this owner. Default: yours, for administrators that of all owners.
+    #[arg(long)]
+    pub owner: Option<String>,
+    /// First day (UTC), YYYY-MM-DD. Default: the first day of this month.
+    #[arg(long)]
+    pub from: Option<String>,
+    /// Last day (UTC), YYYY-MM-DD. Default: today.
+    #[arg(long)]
+    pub to: Option<String>,
+    /// Show each day.
+    #[arg(long)]
+    pub by_day: bool,
 }
 
 /// A resource on a server.

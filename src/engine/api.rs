@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -159,9 +159,14 @@ pub struct ScoredItem {
     pub live_step: Option<u64>,
 }
 
-/// Flag through which a run in progress is told to stop. The run reads it between units of work.
+/// Flag through which a run in progress is told to stop, and the device time that it has used. The
+/// run reads the flag between units of work.
 #[derive(Debug, Default)]
-pub struct RunControl(AtomicU8);
+pub struct RunControl {
+    command: AtomicU8,
+    /// Device time since it was last taken, in microseconds.
+    device_us: AtomicU64,
+}
 
 /// Current instruction to a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,23 +182,34 @@ pub enum RunCommand {
 impl RunControl {
     /// Asks the run to stop for good. Wins over a drain.
     pub fn cancel(&self) {
-        self.0.store(1, Ordering::Release);
+        self.command.store(1, Ordering::Release);
     }
 
     /// Asks the run to write a checkpoint and stop.
     pub fn drain(&self) {
         let _ = self
-            .0
+            .command
             .compare_exchange(0, 2, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// Returns the current instruction.
     pub fn command(&self) -> RunCommand {
-        match self.0.load(Ordering::Acquire) {
+        match self.command.load(Ordering::Acquire) {
             0 => RunCommand::Run,
             1 => RunCommand::Cancel,
             _ => RunCommand::Drain,
         }
+    }
+
+    /// Adds device time that the run has used.
+    pub fn add_device_time(&self, time: Duration) {
+        let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.device_us.fetch_add(us, Ordering::Relaxed);
+    }
+
+    /// Returns the device time since the last call, in microseconds.
+    pub fn take_device_us(&self) -> u64 {
+        self.device_us.swap(0, Ordering::Relaxed)
     }
 }
 

@@ -161,6 +161,7 @@ fn required_role(path: &str) -> Option<Role> {
     match path.trim_start_matches('/').split('/').next() {
         Some(
             "bradley.v1.ModelService"
+            | "bradley.v1.UsageService"
             | "grpc.health.v1.Health"
             | "grpc.reflection.v1.ServerReflection"
             | "grpc.reflection.v1alpha.ServerReflection",
@@ -204,6 +205,7 @@ mod tests {
             Some(Role::Submit)
         );
         assert_eq!(required_role("/bradley.v1.ModelService/ListModels"), None);
+        assert_eq!(required_role("/bradley.v1.UsageService/GetUsage"), None);
         assert_eq!(required_role("/bradley.v1.Unheard/Of"), Some(Role::Admin));
         assert_eq!(
             required_role("bradley.v1.ScoringServiceX/Y"),

@@ -24,6 +24,7 @@ use super::pb::dataset_service_client::DatasetServiceClient;
 use super::pb::model_service_client::ModelServiceClient;
 use super::pb::scoring_service_client::ScoringServiceClient;
 use super::pb::training_service_client::TrainingServiceClient;
+use super::pb::usage_service_client::UsageServiceClient;
 
 /// Converts a JSON object to a protobuf Struct, which loses the order of its keys.
 pub fn json_struct(fields: &serde_json::Map<String, serde_json::Value>) -> prost_types::Struct {
@@ -303,6 +304,12 @@ impl Client {
     /// Returns a client for models.
     pub fn models(&self) -> ModelServiceClient<Transport> {
         ModelServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Returns a client for usage.
+    pub fn usage(&self) -> UsageServiceClient<Transport> {
+        UsageServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
             .max_decoding_message_size(MAX_MESSAGE)
     }
 

@@ -18,12 +18,14 @@ use super::limiter::Limiter;
 use super::policies::{PolicyResolver, Resolved};
 use super::shutdown::Shutdown;
 use super::template_date::TemplateDate;
+use super::usage::UsageMeter;
 use crate::domain::access::Caller;
 use crate::domain::dataset::Text;
 use crate::domain::dpo::Normalization;
 use crate::domain::message::TemplateArguments;
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::training::Truncation;
+use crate::domain::usage::Usage;
 use crate::engine::Engine;
 use crate::engine::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
 use crate::formats::tokenizer::ChatTokenizer;
@@ -127,6 +129,7 @@ pub struct ScoringService {
     policies: PolicyResolver,
     engine: Engine,
     quota: ScoringQuota,
+    usage: UsageMeter,
     tokenizers: Limiter,
     /// Text budget; one permit is 1 KiB.
     texts: Limiter,
@@ -213,6 +216,7 @@ impl ScoringService {
         policies: PolicyResolver,
         engine: Engine,
         quota: ScoringQuota,
+        usage: UsageMeter,
         shutdown: Shutdown,
         template_date: TemplateDate,
     ) -> Self {
@@ -224,6 +228,7 @@ impl ScoringService {
             policies,
             engine,
             quota,
+            usage,
             tokenizers,
             texts,
             shutdown,
@@ -636,7 +641,11 @@ impl AdmittedPair {
     /// sufficient; `FailedPrecondition` if weights can no longer be read.
     pub async fn score(self) -> Result<ScoredPair> {
         let policy_version = self.0.session.policy.version.clone();
-        let (scored, live_step) = self.0.score().await?;
+        let count = |_: u64| Usage {
+            scored_pairs: 1,
+            ..Usage::default()
+        };
+        let (scored, live_step) = self.0.score(count).await?;
         let policy_version = match live_step {
             Some(step) => format!("{policy_version}@{step}"),
             None => policy_version,
@@ -667,7 +676,13 @@ impl AdmittedCompletions {
     /// The errors of [`AdmittedPair::score`].
     pub async fn score(self) -> Result<RankedCompletions> {
         let scored = match self.row {
-            Some(row) => row.score().await?.0,
+            Some(row) => {
+                let count = |n: u64| Usage {
+                    scored_completions: n,
+                    ..Usage::default()
+                };
+                row.score(count).await?.0
+            }
             None => Vec::new(),
         };
         Ok(ranked(self.errors, scored))
@@ -676,7 +691,11 @@ impl AdmittedCompletions {
 
 impl Admitted {
     /// Returns the scores of the row's answers, and the step at which a live policy scored them.
-    async fn score(self) -> Result<(Vec<ScoredCompletion>, Option<u64>)> {
+    /// `count` gets the number of answers, and returns the work besides the tokens.
+    async fn score(
+        self,
+        count: impl FnOnce(u64) -> Usage,
+    ) -> Result<(Vec<ScoredCompletion>, Option<u64>)> {
         // The bindings hold quota and budget until the row is scored.
         let Admitted {
             session,
@@ -685,7 +704,15 @@ impl Admitted {
             _quota,
             _room,
         } = self;
+        let tokens = item.tokens() as u64;
         let scored = session.score(item).await?;
+        session.service.usage.count(
+            &session.owner,
+            Usage {
+                scored_tokens: tokens,
+                ..count(encoded.len() as u64)
+            },
+        );
         let live_step = scored.live_step;
         Ok((session.describe(encoded, scored), live_step))
     }

@@ -10,6 +10,7 @@ use super::error::Result;
 use super::jobs::registry::RunRegistry;
 use super::shutdown::Shutdown;
 use super::store::Store;
+use super::usage::UsageMeter;
 use crate::engine::Engine;
 use crate::engine::api::{ModelInfo, ModelUse};
 
@@ -28,6 +29,7 @@ pub struct Server {
     pub(super) store: Store,
     pub(super) runs: RunRegistry,
     pub(super) tokens: TokenService,
+    pub(super) usage: UsageMeter,
     pub(super) shutdown: Shutdown,
     /// Maximum time that [`Server::drain`] waits for the runners.
     pub(super) drain_timeout: Duration,
@@ -131,6 +133,9 @@ impl Server {
             .drain(..)
         {
             task.abort();
+        }
+        if let Err(e) = self.usage.flush().await {
+            tracing::warn!(error = %e, "the last seconds of usage cannot be stored");
         }
         self.store.close().await;
     }

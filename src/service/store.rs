@@ -16,6 +16,7 @@ pub mod snapshot;
 pub(super) mod stale;
 pub mod tokens;
 pub mod transfer;
+mod usage;
 
 #[cfg(test)]
 mod tests;

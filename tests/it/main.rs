@@ -57,4 +57,5 @@ mod support;
 mod swaps;
 mod templates;
 mod tokenizers;
+mod usage;
 mod wait;

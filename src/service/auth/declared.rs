@@ -292,8 +292,10 @@ mod tests {
     #[test]
     fn yaml_and_json_lines_declare_the_same() {
         let yaml = format!(
-            "# Tokens of the platform.\n- owner: team-a\n  roles: [submit, score]\n  sha256: {ABC}\n\
-             - owner: ops\n  roles:\n  - admin\n  sha256: \"{}\"\n  expires: 2027-01-31T00:00:00Z\n",
+            "# Tokens of the platform.\n\
+             - owner: team-a\n  roles: [submit, score]\n  sha256: {ABC}\n\
+             - owner: ops\n  roles:\n  - admin\n  sha256: \"{}\"\n  \
+             expires: 2027-01-31T00:00:00Z\n",
             "0".repeat(64)
         );
         let json = format!(

@@ -42,6 +42,7 @@ use super::resume::{CheckpointSource, check_pairs, newest_intact, progress};
 use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, EventKind, Job, JobError, JobState};
 use crate::domain::reason::Reason;
+use crate::domain::usage::Usage;
 use crate::engine::Engine;
 use crate::engine::api::{EngineError, Report, RunCommand, RunEnd, RunEvent, TrainingRun};
 use crate::service::artifacts::Artifacts;
@@ -53,6 +54,7 @@ use crate::service::policies::PolicyResolver;
 use crate::service::shutdown::Shutdown;
 use crate::service::store::leases::{Lease, RunWriteEffect};
 use crate::service::store::{Store, now};
+use crate::service::usage::UsageMeter;
 use crate::telemetry::trace;
 use crate::train::checkpoint;
 use crate::train::validate::BadRows;
@@ -81,6 +83,8 @@ pub(in crate::service) struct JobRunner {
     pub time_slice: Duration,
     /// First pause of a job that is postponed, see the table above.
     pub postponement: Duration,
+    /// Counts the device time of runs.
+    pub usage: UsageMeter,
 }
 
 /// Everything a run needs before it can start on the device.
@@ -237,7 +241,20 @@ impl JobRunner {
                 }),
             });
         }
-        self.supervise(job, leased, reported).await
+        let ended = self.supervise(job, leased, reported).await;
+        self.count_device_time(job, leased);
+        ended
+    }
+
+    /// Counts the device time that a run has used since the last call.
+    fn count_device_time(&self, job: &Job, leased: &LeasedJob) {
+        let work = Usage {
+            training_device_us: leased.control.take_device_us(),
+            ..Usage::default()
+        };
+        if work != Usage::default() {
+            self.usage.count(&job.owner, work);
+        }
     }
 
     /// Loads the inputs of the run and finds the checkpoint to continue from. The inner `Err` is
@@ -320,6 +337,7 @@ impl JobRunner {
                                 made - std::mem::replace(&mut previous_event, made),
                             );
                         }
+                        self.count_device_time(job, leased);
                         self.persist_event(job, leased, event).await?;
                         metrics::histogram!("bradley_event_lag_seconds")
                             .record(made.elapsed().as_secs_f64());

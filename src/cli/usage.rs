@@ -1,0 +1,54 @@
+//! `bradley usage`: shows the work that was done for each owner.
+
+use super::args::{Output, UsageArgs};
+use super::failure::Outcome;
+use super::output;
+use super::remote::connect;
+use crate::rpc::pb;
+
+pub(super) async fn run(args: UsageArgs, output_format: Output) -> Outcome {
+    let client = connect(&args.server.target()).await?;
+    let request = pb::GetUsageRequest {
+        owner: args.owner.unwrap_or_default(),
+        start_date: args.from.unwrap_or_default(),
+        end_date: args.to.unwrap_or_default(),
+        by_day: args.by_day,
+    };
+    let answer = client.usage().get_usage(request).await?.into_inner();
+    let days = format!("{} to {}", answer.start_date, answer.end_date);
+    let rows = answer.usage.iter().map(|u| {
+        vec![
+            u.owner.clone(),
+            if u.date.is_empty() { &days } else { &u.date }.clone(),
+            u.scored_pairs.to_string(),
+            u.scored_completions.to_string(),
+            u.scored_tokens.to_string(),
+            format!("{:.1}", u.training_device_seconds),
+        ]
+    });
+    let json = answer.usage.iter().map(|u| {
+        serde_json::json!({
+            "owner": u.owner,
+            "from": if u.date.is_empty() { &answer.start_date } else { &u.date },
+            "to": if u.date.is_empty() { &answer.end_date } else { &u.date },
+            "scored_pairs": u.scored_pairs,
+            "scored_completions": u.scored_completions,
+            "scored_tokens": u.scored_tokens,
+            "training_device_seconds": u.training_device_seconds,
+        })
+    });
+    output::list(
+        output_format,
+        &[
+            "owner",
+            "days",
+            "pairs",
+            "completions",
+            "tokens",
+            "device seconds",
+        ],
+        rows.collect(),
+        json.collect(),
+    );
+    Ok(())
+}

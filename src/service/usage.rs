@@ -1,0 +1,161 @@
+//! Counts the work that is done for each owner, and reports it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::error::{Result, ServiceError};
+use super::store::{Store, now};
+use crate::domain::access::Caller;
+use crate::domain::usage::{OwnerUsage, Usage};
+
+/// Interval at which counted work is stored.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(10);
+/// Maximum number of owners and days whose work waits to be stored. The work of further ones is not
+/// counted while the database does not answer.
+const MAX_PENDING: usize = 100_000;
+/// Maximum number of records in an answer.
+const MAX_RECORDS: usize = 10_000;
+/// Maximum number of days in a report.
+const MAX_DAYS: i64 = 400;
+const DAY_MS: i64 = 24 * 3600 * 1000;
+
+/// Work that is counted, by owner and day.
+type Pending = BTreeMap<(String, i64), Usage>;
+
+/// Counts work, and stores it from time to time. Clones share the counts.
+#[derive(Clone)]
+pub struct UsageMeter {
+    store: Store,
+    pending: Arc<Mutex<Pending>>,
+}
+
+/// Days and owner of a report.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UsageQuery {
+    /// The owner; `None` means the caller, for administrators everyone.
+    pub owner: Option<String>,
+    /// First day since 1970 (UTC).
+    pub first: i64,
+    /// Last day since 1970 (UTC).
+    pub last: i64,
+    /// True for a record of each day.
+    pub by_day: bool,
+}
+
+/// Returns the number of this day since 1970 (UTC).
+pub fn today() -> i64 {
+    now().div_euclid(DAY_MS)
+}
+
+impl UsageMeter {
+    /// Creates a meter without counts.
+    pub(super) fn new(store: Store) -> Self {
+        UsageMeter {
+            store,
+            pending: Arc::default(),
+        }
+    }
+
+    /// Counts work that was done now.
+    pub(super) fn count(&self, owner: &str, work: Usage) {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (owner.to_owned(), today());
+        if pending.len() < MAX_PENDING || pending.contains_key(&key) {
+            *pending.entry(key).or_default() += work;
+        }
+    }
+
+    /// Stores what was counted since the last time. If the database fails, the counts are kept.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
+    pub(super) async fn flush(&self) -> Result<()> {
+        let taken =
+            std::mem::take(&mut *self.pending.lock().unwrap_or_else(PoisonError::into_inner));
+        if taken.is_empty() {
+            return Ok(());
+        }
+        // If the caller leaves meanwhile, the counts return to the others.
+        let mut unstored = Unstored {
+            meter: self,
+            work: taken,
+        };
+        self.store.add_usage(&unstored.work).await?;
+        unstored.work.clear();
+        Ok(())
+    }
+
+    /// Stores the counts every ten seconds, forever.
+    pub(super) async fn follow(&self) {
+        loop {
+            tokio::time::sleep(FLUSH_INTERVAL).await;
+            if let Err(e) = self.flush().await {
+                tracing::debug!(error = %e, "the usage cannot be stored yet");
+            }
+        }
+    }
+
+    /// Returns the work of a range of days.
+    ///
+    /// # Errors
+    /// `PermissionDenied` if a caller who is no administrator asks for another owner,
+    /// `InvalidArgument` if the range is too long or there are too many records.
+    pub async fn report(&self, caller: &Caller, query: &UsageQuery) -> Result<Vec<OwnerUsage>> {
+        let owner = match (&query.owner, caller.visible_owner()) {
+            (Some(asked), Some(own)) if asked != own => {
+                return Err(ServiceError::PermissionDenied {
+                    message: "only administrators may see the usage of others: leave out the \
+                              owner to see your own"
+                        .to_owned(),
+                });
+            }
+            (Some(asked), _) => Some(asked.as_str()),
+            (None, own) => own,
+        };
+        if query.first > query.last {
+            return Err(ServiceError::invalid(
+                "start_date",
+                "is after end_date: exchange them",
+            ));
+        }
+        if query.last - query.first >= MAX_DAYS {
+            return Err(ServiceError::invalid(
+                "start_date",
+                format!("is more than {MAX_DAYS} days before end_date: ask for fewer days"),
+            ));
+        }
+        self.flush().await?;
+        let days = (query.first, query.last);
+        let found = self
+            .store
+            .usage(owner, days, query.by_day, MAX_RECORDS + 1)
+            .await?;
+        if found.len() > MAX_RECORDS {
+            return Err(ServiceError::invalid(
+                "by_day",
+                format!("gives more than {MAX_RECORDS} records: ask for fewer days or one owner"),
+            ));
+        }
+        Ok(found)
+    }
+}
+
+/// Counts on their way to the database. What is left when it is dropped is counted again.
+struct Unstored<'a> {
+    meter: &'a UsageMeter,
+    work: Pending,
+}
+
+impl Drop for Unstored<'_> {
+    fn drop(&mut self) {
+        let mut pending = self
+            .meter
+            .pending
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        for (key, usage) in std::mem::take(&mut self.work) {
+            *pending.entry(key).or_default() += usage;
+        }
+    }
+}
