@@ -1,6 +1,7 @@
-//! docs/tutorial.md: its commands run as they stand on the page, one after another, against the
-//! server that the page starts. A few lines are replaced: those that build the program, and names
-//! of the model, for which a tiny one stands.
+//! Pages that a reader follows with a shell: docs/tutorial.md, and the first steps of README.md and
+//! docs/usage.md. Their commands run as they stand there, one after another, against the server that
+//! the page starts. A few lines are replaced: those that build the program, the ID of the job, and
+//! names of the model, for which a tiny one stands.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::pages::{fenced, read};
+use crate::pages::{Fenced, fenced, read};
 use crate::server::free_port;
 use crate::support::{binary, golden, needed};
 use crate::wait::until_blocking;
@@ -18,6 +19,8 @@ use crate::wait::until_blocking;
 const HUB_MODEL: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
 /// ID of the model on the server, which the commands of the page use.
 const MODEL: &str = "SmolLM2-135M-Instruct";
+/// Stands for the job in commands; a reader replaces it.
+const JOB: &str = "trainingJobs/ID";
 /// Lines that are not run: the test has built the program.
 const BUILD: [&str; 3] = [
     "git clone https://github.com/bradley-dpo/bradley",
@@ -51,11 +54,10 @@ impl Clone {
             fs::create_dir_all(folder.join(inner)).unwrap();
         }
         let pairs = "src/cli/demo/pairs.jsonl";
-        fs::copy(
-            Path::new(env!("CARGO_MANIFEST_DIR")).join(pairs),
-            folder.join(pairs),
-        )
-        .unwrap();
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(pairs);
+        for name in [pairs, "pairs.jsonl"] {
+            fs::copy(&source, folder.join(name)).unwrap();
+        }
         symlink(binary(), folder.join("target/release/bradley")).unwrap();
         Clone {
             folder: folder.to_owned(),
@@ -108,123 +110,218 @@ fn is_variable(line: &str) -> bool {
     line.starts_with("export ") || line.starts_with("JOB=")
 }
 
-/// Runs the commands of the page. `python` runs the Python code, too.
-fn follow(python: Option<&str>) {
-    let dir = tempfile::tempdir().unwrap();
-    let mut clone = Clone::new(dir.path());
-    let model = golden("models/llama").display().to_string();
-    let mut server = None;
-    let mut job = None;
-    let mut replaced = 0;
-    let mut scripts = String::new();
-    for block in fenced(&read("docs/tutorial.md")) {
-        if block.language == "python" {
-            replaced += block.lines.iter().filter(|l| l.contains(HUB_MODEL)).count();
-            // The blocks are one session.
-            scripts += &block.lines.join("\n").replace(HUB_MODEL, &model);
-            scripts += "\n";
-            if let Some(python) = python {
-                let mut command = clone.command(python);
-                checked(&scripts, command.args(["-c", &scripts]).output().unwrap());
-            }
-            continue;
+/// A page that is followed, or a part of it.
+struct Guide {
+    text: String,
+    /// Number of lines of the page that do not run as they stand there.
+    replaced: usize,
+}
+
+/// A reader who follows a guide.
+struct Reader {
+    clone: Clone,
+    /// Folder of the model that stands for [`HUB_MODEL`].
+    model: String,
+    /// Python that runs the Python code, if it runs.
+    python: Option<String>,
+    /// Python code so far: the blocks of a page are one session.
+    session: String,
+    server: Option<Running>,
+    /// Name of the trained job.
+    job: Option<String>,
+    /// Number of lines that were replaced or left out.
+    replaced: usize,
+}
+
+impl Reader {
+    /// Returns a line as it runs here.
+    fn line(&mut self, line: String) -> String {
+        let mut changed = line.clone();
+        if line.contains(JOB) {
+            let job = self.job.as_ref().expect("the job is trained before");
+            changed = changed.replace(JOB, job);
         }
-        assert_eq!(block.language, "sh", "{block:?}");
+        let model = match line.starts_with("bradley serve ") {
+            true => format!("{MODEL}={}", self.model),
+            false => self.model.clone(),
+        };
+        changed = changed.replace(HUB_MODEL, &model);
+        self.replaced += usize::from(changed != line);
+        changed
+    }
+
+    /// Follows one block of a page.
+    fn block(&mut self, block: Fenced) {
         let all = block.lines.len();
         let lines: Vec<String> = block
             .lines
             .into_iter()
             .filter(|line| !BUILD.contains(&line.as_str()))
             .collect();
-        replaced += all - lines.len();
-        if let Some(line) = lines.iter().find(|line| line.starts_with("bradley serve ")) {
-            assert_eq!(lines.len(), 1, "the server has a terminal of its own");
-            replaced += 1;
-            let line = line.replace(HUB_MODEL, &format!("{MODEL}={model}"));
-            let child = clone.shell(&[format!("exec {line}")]).spawn().unwrap();
-            server = Some(Running(child));
-            until_blocking("the start of the server", LIMIT, || {
-                let health = clone.shell(&["bradley health".into()]).output().unwrap();
-                health.status.success()
-            });
-            continue;
+        self.replaced += all - lines.len();
+        let lines: Vec<String> = lines.into_iter().map(|line| self.line(line)).collect();
+        if block.language == "python" {
+            self.session += &lines.join("\n");
+            self.session += "\n";
+            if let Some(python) = &self.python {
+                let mut command = self.clone.command(python);
+                let said = command.args(["-c", &self.session]).output().unwrap();
+                checked(&self.session, said);
+            }
+            return;
         }
+        assert!(matches!(block.language.as_str(), "" | "sh"));
         let (variables, commands): (Vec<String>, Vec<String>) =
             lines.into_iter().partition(|line| is_variable(line));
-        for line in variables {
-            replaced += usize::from(line.contains("trainingJobs/ID"));
-            let id: &Option<String> = &job;
-            clone.variables.push(match line.as_str() {
-                "JOB=trainingJobs/ID" => format!("JOB={}", id.as_ref().unwrap()),
-                _ => line,
-            });
+        self.clone.variables.extend(variables);
+        match commands
+            .iter()
+            .find(|line| line.starts_with("bradley serve "))
+        {
+            Some(line) => {
+                assert_eq!(commands.len(), 1, "the server has a terminal of its own");
+                self.start(line);
+            }
+            None => {
+                let said = self.clone.run(&commands);
+                self.check_claims(&commands, &said);
+            }
         }
-        let said = clone.run(&commands);
-        if commands.iter().any(|line| line.ends_with("--watch")) {
-            // The page says that the command prints the name.
+    }
+
+    /// Starts the server, and waits until it serves.
+    fn start(&mut self, line: &str) {
+        let child = self.clone.shell(&[format!("exec {line}")]).spawn().unwrap();
+        self.server = Some(Running(child));
+        until_blocking("the start of the server", LIMIT, || {
+            let health = self.clone.shell(&["bradley health".into()]).output();
+            health.unwrap().status.success()
+        });
+    }
+
+    /// Ends the server as with Ctrl-C.
+    fn stop(&mut self) {
+        let server = &mut self.server.as_mut().unwrap().0;
+        // SAFETY: signals the child that this test owns and has not reaped.
+        assert_eq!(unsafe { libc::kill(server.id() as i32, libc::SIGINT) }, 0);
+        let mut status = None;
+        until_blocking("the end of the server after Ctrl-C", LIMIT, || {
+            status = server.try_wait().unwrap();
+            status.is_some()
+        });
+        assert!(status.unwrap().success(), "{status:?}");
+    }
+
+    /// Checks what pages say about the result of a block.
+    fn check_claims(&mut self, commands: &[String], said: &str) {
+        let has = |part: &str| commands.iter().any(|line| line.contains(part));
+        if has("bradley train ") && has("--watch") {
+            // The command prints the name of the job.
             let name = said
                 .split_whitespace()
                 .find(|word| word.starts_with("trainingJobs/") && !word.contains("checkpoints"));
-            job = Some(
+            self.job = Some(
                 name.unwrap_or_else(|| panic!("no job in:\n{said}"))
                     .to_owned(),
             );
             assert!(said.contains("succeeded"), "{said}");
         }
-        check_claims(&clone.folder, &commands, &said);
-    }
-    assert_eq!(replaced, BUILD.len() + 3, "lines that were replaced");
-
-    let mut server = server.unwrap();
-    // SAFETY: signals the child that this test owns and has not reaped.
-    assert_eq!(unsafe { libc::kill(server.0.id() as i32, libc::SIGINT) }, 0);
-    let mut status = None;
-    until_blocking("the end of the server after Ctrl-C", LIMIT, || {
-        status = server.0.try_wait().unwrap();
-        status.is_some()
-    });
-    assert!(status.unwrap().success(), "{status:?}");
-    assert!(dir.path().join("bradley-data").is_dir());
-}
-
-/// Checks what the page says about the result of a block.
-fn check_claims(folder: &Path, commands: &[String], said: &str) {
-    let has = |part: &str| commands.iter().any(|line| line.contains(part));
-    if has("wc -l") {
-        assert!(said.contains("93 ") && said.contains("31 "), "{said}");
-    }
-    if has("datasets upload") {
-        assert!(said.contains("93") && said.contains("split"), "{said}");
-    }
-    if has("score --policy models/") {
-        assert!(said.contains("mean probability 0.500"), "{said}");
-    }
-    if has("score --policy $JOB") && !has("json") {
-        assert!(said.lines().last().unwrap().contains("accuracy"), "{said}");
-    }
-    if has("scores.jsonl") {
-        let scores = fs::read_to_string(folder.join("tutorial/scores.jsonl")).unwrap();
-        assert_eq!(scores.lines().count(), 31);
-        let first: Value = serde_json::from_str(said.trim()).unwrap();
-        assert!(first["probability"].is_f64(), "{said}");
-    }
-    if has("checkpoints download") {
-        for file in [
-            "adapter/adapter_model.safetensors",
-            "model/model.safetensors",
-        ] {
-            assert!(folder.join("tutorial").join(file).is_file(), "{file}");
+        if has("wc -l") {
+            assert!(said.contains("93 ") && said.contains("31 "), "{said}");
+        }
+        if has("datasets upload") {
+            assert!(said.contains("93") && said.contains("split"), "{said}");
+        }
+        if has("score --policy models/") {
+            assert!(said.contains("mean probability 0.500"), "{said}");
+        }
+        if has("score --policy $JOB") && !has("json ") {
+            assert!(said.lines().last().unwrap().contains("accuracy"), "{said}");
+        }
+        if has("tutorial/scores.jsonl") {
+            let scores = self.clone.folder.join("tutorial/scores.jsonl");
+            assert_eq!(fs::read_to_string(scores).unwrap().lines().count(), 31);
+            let first: Value = serde_json::from_str(said.trim()).unwrap();
+            assert!(first["probability"].is_f64(), "{said}");
+        }
+        for line in commands
+            .iter()
+            .filter(|line| line.contains("checkpoints download"))
+        {
+            let (_, out) = line.split_once("--out ").unwrap();
+            let file = match line.contains("merged") {
+                true => "model.safetensors",
+                false => "adapter_model.safetensors",
+            };
+            let path = self.clone.folder.join(out).join(file);
+            assert!(path.is_file(), "{} is missing", path.display());
         }
     }
 }
 
+/// Runs the commands of a guide. `python` runs the Python code, too.
+fn follow(guide: &Guide, python: Option<String>) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut reader = Reader {
+        clone: Clone::new(dir.path()),
+        model: golden("models/llama").display().to_string(),
+        python,
+        session: String::new(),
+        server: None,
+        job: None,
+        replaced: 0,
+    };
+    for block in fenced(&guide.text) {
+        reader.block(block);
+    }
+    assert!(reader.job.is_some(), "no job was trained");
+    assert_eq!(reader.replaced, guide.replaced, "lines that were replaced");
+    reader.stop();
+    assert!(dir.path().join("bradley-data").is_dir());
+}
+
+fn tutorial() -> Guide {
+    Guide {
+        text: read("docs/tutorial.md"),
+        // The model's name occurs twice, the job's ID once.
+        replaced: BUILD.len() + 3,
+    }
+}
+
+/// Returns the part of a page from one heading to the next of the same level.
+fn section(page: &str, heading: &str) -> String {
+    let page = read(page);
+    let (_, rest) = page.split_once(&format!("\n## {heading}\n")).unwrap();
+    rest.split("\n## ").next().unwrap().to_owned()
+}
+
 #[test]
 fn the_commands_of_the_tutorial_lead_to_a_trained_model() {
-    follow(None);
+    follow(&tutorial(), None);
 }
 
 #[test]
 #[ignore = "needs Python with transformers and peft (BRADLEY_TEST_PYTHON)"]
 fn the_model_of_the_tutorial_loads_in_python() {
-    follow(Some(&needed("BRADLEY_TEST_PYTHON")));
+    follow(&tutorial(), Some(needed("BRADLEY_TEST_PYTHON")));
+}
+
+#[test]
+fn the_commands_of_the_quick_start_lead_to_a_trained_model() {
+    let guide = Guide {
+        text: section("README.md", "Quick start"),
+        replaced: 3,
+    };
+    follow(&guide, None);
+}
+
+#[test]
+fn the_commands_for_training_in_the_manual_run() {
+    let serve = format!("```\nbradley serve --models {HUB_MODEL}\n```\n");
+    let path = "```\nexport PATH=$PWD/target/release:$PATH\n```\n";
+    let guide = Guide {
+        text: path.to_owned() + &serve + &section("docs/usage.md", "Training"),
+        replaced: 3,
+    };
+    follow(&guide, None);
 }
