@@ -61,6 +61,8 @@ fn other_documents_use_every_term() {
         .into_iter()
         .filter(|path| !path.ends_with(PAGE))
         .map(|path| fs::read_to_string(path).unwrap().to_lowercase())
+        // `scoring_share` is a use of "scoring share".
+        .map(|text| text.replace('_', " "))
         .collect();
     let unused: Vec<String> = terms(&read(PAGE))
         .into_iter()

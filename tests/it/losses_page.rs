@@ -153,6 +153,8 @@ async fn completed(client: &Client, dataset: &str, dpo: pb::DpoConfig) -> pb::Dp
     let request = pb::CreateTrainingJobRequest {
         training_job: Some(pb::TrainingJob {
             dpo: Some(dpo),
+            // TR-DPO needs full fine-tuning.
+            method: Some(pb::training_job::Method::Full(pb::FullConfig {})),
             ..job(dataset, 1)
         }),
         validate_only: true,

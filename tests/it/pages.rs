@@ -14,11 +14,11 @@ use crate::documents::documents;
 const HISTORY: [&str; 1] = ["CHANGELOG.md"];
 /// Flags of other programs that the documents name in their text.
 const FOREIGN_FLAGS: [&str; 5] = [
-    "--no-deps",
-    "--release",
-    "--reset-then-reuse-values",
-    "--set",
-    "--values",
+    "--include-ignored",
+    "--only",
+    "--timeout",
+    "--train-steps",
+    "--trl",
 ];
 
 /// Returns the text of a document.
@@ -179,6 +179,8 @@ fn wrong_mention(arguments: &[String]) -> Option<String> {
         {
             None
         }
+        // The flag alone is mentioned, without its value.
+        Err((ErrorKind::InvalidValue, text)) if text.ends_with("none was supplied") => None,
         Err((_, text)) => Some(text),
         Ok(()) => None,
     }
@@ -279,7 +281,7 @@ fn commands_in_the_documents_are_ones_that_the_program_has() {
 fn a_command_or_a_flag_that_does_not_exist_is_found() {
     let known = known_flags();
     let fine = "\
-`bradley jobs get JOB`, `bradley train --estimate`, `bradley COMMAND --help`, `--models`, `--set x`
+`bradley jobs get JOB`, `bradley train --estimate`, `bradley COMMAND --help`, `--models`, `--only x`
 ```sh
 BRADLEY_TOKEN=x bradley jobs list --server http://h:1 | head -n 2   # bradley nothing
 kubectl -n N exec POD -- bradley health
