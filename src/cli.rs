@@ -27,7 +27,7 @@ mod watch;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser};
 
 use self::args::{Cli, Command, ServeArgs};
 use self::failure::{Failure, Outcome};
@@ -38,6 +38,12 @@ use crate::train::rows::apart;
 
 /// Time limit for sending the last spans when the process ends.
 const TRACE_FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Returns the definition of the command line: all commands with their flags. Tests compare the
+/// commands in the documents with it.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
 
 /// Parses the arguments and runs the command.
 pub fn main() -> ExitCode {

@@ -11,7 +11,7 @@ fn root() -> &'static Path {
 }
 
 /// Returns every Markdown file of the repository.
-fn documents() -> Vec<PathBuf> {
+pub fn documents() -> Vec<PathBuf> {
     let mut found = Vec::new();
     collect_documents(root(), &mut found);
     found.sort();

@@ -149,7 +149,7 @@ fn targets_table() -> String {
 }
 
 /// Returns the page with another table between two comments.
-fn with_table(page: &str, name: &str, table: &str) -> String {
+pub fn with_table(page: &str, name: &str, table: &str) -> String {
     let begin = format!("<!-- begin {name} -->\n");
     let end = format!("<!-- end {name} -->");
     let (before, rest) = page.split_once(&begin).unwrap();
