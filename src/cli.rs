@@ -17,6 +17,7 @@ mod resources;
 mod score;
 pub mod serve;
 pub mod settings;
+mod similar;
 mod telemetry;
 mod tokens;
 mod train;

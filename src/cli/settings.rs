@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::variables;
+use super::similar::nearest;
 use crate::domain::names::is_valid_id;
 use crate::domain::training::Precision;
 use crate::domain::violation::Violations;
@@ -470,7 +470,7 @@ impl Settings {
             {
                 bad.push(
                     format!("{}: {key}", path.display()),
-                    match variables::nearest(key, SETTINGS.iter().map(|(name, ..)| *name)) {
+                    match nearest(key, SETTINGS.iter().map(|(name, ..)| *name)) {
                         Some(name) => format!("is not a setting: did you mean {name}?"),
                         None => format!("is not a setting: use {}", SETTINGS.joined_names()),
                     },

@@ -7,12 +7,10 @@ use clap::CommandFactory as _;
 
 use super::args::Cli;
 use super::settings::SETTINGS;
+use super::similar::nearest;
 
 /// Prefixes of variables that belong to the tests and the tools of this repository.
 const OF_TESTS: [&str; 3] = ["BRADLEY_TEST_", "BRADLEY_CI_", "BRADLEY_FUZZ_"];
-
-/// Least similarity, from 0 to 1, of a word to the one that was probably meant.
-const SIMILAR: f64 = 0.7;
 
 /// Logs a warning for each variable whose name begins with `BRADLEY_` and that no setting and no
 /// flag has.
@@ -73,15 +71,6 @@ fn is_service_link(name: &str) -> bool {
         || name
             .split_once("_PORT_")
             .is_some_and(|(_, rest)| rest.starts_with(|first: char| first.is_ascii_digit()))
-}
-
-/// Returns the name that is most similar to a misspelt one, if one is similar enough.
-pub(super) fn nearest<'a>(misspelt: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    names
-        .map(|name| (strsim::normalized_damerau_levenshtein(misspelt, name), name))
-        .filter(|(similarity, _)| *similarity >= SIMILAR)
-        .max_by(|(a, _), (b, _)| a.total_cmp(b))
-        .map(|(_, name)| name)
 }
 
 #[cfg(test)]
