@@ -3,12 +3,16 @@
 mod args;
 mod demo;
 mod failure;
+mod job_columns;
+mod job_diff;
+mod job_metrics;
 mod output;
 mod remote;
 mod resources;
 mod score;
 pub mod serve;
 pub mod settings;
+mod short_names;
 mod telemetry;
 mod tokens;
 mod train;
@@ -58,8 +62,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-async fn run(cli: Cli) -> Outcome {
-    let output = cli.output;
+async fn run(mut cli: Cli) -> Outcome {
+    let output = cli.take_format().map_err(Failure::Usage)?;
     match cli.command {
         Command::Serve(args) => serve_command(args).await,
         Command::Demo(args) => demo::run(args).await,

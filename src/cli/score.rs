@@ -49,9 +49,13 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         .count();
     let summary = Summary::of(&results);
     match output {
-        Output::Json => results
+        Output::Json | Output::Yaml => results
             .iter()
             .for_each(|r| output::json_line(&to_json(r, normalization))),
+        Output::Csv => {
+            let scores: Vec<Value> = results.iter().map(|r| to_json(r, normalization)).collect();
+            output::list(output, &[], vec![], scores);
+        }
         Output::Table => {
             let rows = results.iter().map(to_row).collect();
             output::line(&output::table(
@@ -65,6 +69,9 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
                 ],
                 rows,
             ));
+            for (pair, message) in results.iter().filter_map(error) {
+                output::line(&format!("pair {pair}: {message}"));
+            }
             output::line(&format!(
                 "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, \
                  mean margin {:+.3}; rewards are {}s over tokens",
@@ -360,9 +367,15 @@ fn to_row(r: &pb::PairResult) -> Vec<String> {
             ]
             .concat()
         }
-        Some(pb::pair_result::Result::Error(e)) => {
-            vec![r.id.clone(), format!("error: {}", e.message)]
-        }
-        None => vec![r.id.clone(), "no result".into()],
+        _ => vec![r.id.clone(), "error".into()],
+    }
+}
+
+/// Returns a pair's id and error, if it has no score.
+fn error(r: &pb::PairResult) -> Option<(&str, &str)> {
+    match &r.result {
+        Some(pb::pair_result::Result::Score(_)) => None,
+        Some(pb::pair_result::Result::Error(e)) => Some((&r.id, &e.message)),
+        None => Some((&r.id, "no result")),
     }
 }

@@ -4,9 +4,10 @@ use std::path::Path;
 
 use super::args::{Output, TrainArgs};
 use super::failure::{Failure, Outcome};
-use super::remote::{connect, full_name};
-use super::{output, watch};
+use super::remote::connect;
+use super::{output, short_names, watch};
 use crate::domain::dataset::IssueReason;
+use crate::rpc::canonical::Fields;
 use crate::rpc::client::{Client, ProtoDuration};
 use crate::rpc::pb;
 
@@ -27,7 +28,7 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
     };
     let dataset = match (&args.data, &args.dataset) {
         (Some(path), _) => upload_for_job(&client, path, &limits, &args, output).await?,
-        (None, Some(name)) => full_name("datasets", name),
+        (None, Some(name)) => short_names::dataset(&client, name).await?,
         (None, None) => return Err(Failure::Usage("name --data or --dataset".into())),
     };
     let evaluation = match (&args.eval_data, args.eval_fraction) {
@@ -63,11 +64,11 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
         .map_err(with_flag_names)?
         .into_inner();
     if args.validate_only {
-        output::resource(output, &output::job(&job));
+        output::show_job(output, &job, Fields::Set)?;
         return Ok(());
     }
     if !args.watch {
-        output::resource(output, &output::job(&job));
+        output::show_job(output, &job, Fields::Set)?;
         return Ok(());
     }
     if output == Output::Table {

@@ -7,19 +7,15 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::args::{Output, WatchArgs};
 use super::failure::{Failure, Outcome};
 use super::output::{self, state};
-use super::remote::{connect, full_name};
+use super::remote::connect;
+use super::short_names;
 use crate::rpc::client::Client;
 use crate::rpc::pb::{self, training_event::Event};
 
 pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
-    follow(
-        &client,
-        &full_name("trainingJobs", &args.job),
-        args.after,
-        output,
-    )
-    .await
+    let job = short_names::job(&client, &args.job).await?;
+    follow(&client, &job, args.after, output).await
 }
 
 /// Follows a job to its end. Returns a failure unless the job succeeded.
@@ -73,7 +69,7 @@ pub(super) struct ProgressView {
 
 impl ProgressView {
     pub(super) fn new(output: Output) -> Self {
-        let target = if output == Output::Json {
+        let target = if output != Output::Table {
             ProgressDrawTarget::hidden()
         } else {
             ProgressDrawTarget::stderr()
@@ -93,7 +89,7 @@ impl ProgressView {
     }
 
     pub(super) fn show(&mut self, event: &pb::TrainingEvent) {
-        if self.output == Output::Json {
+        if self.output != Output::Table {
             return output::json_line(&output::event(event));
         }
         let text = match &event.event {

@@ -537,3 +537,46 @@ fn kind_of(value: &Value) -> String {
         Value::Object(_) => "an object".to_owned(),
     }
 }
+
+/// A field of a message, by its path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldPath {
+    /// The path, e.g. `dpo.beta`.
+    pub path: String,
+    /// True if the field has keys of its own, as maps have: `labels.team`.
+    pub has_keys: bool,
+}
+
+/// Returns the paths of all fields of a message and of the messages in it. Fields of messages in
+/// lists are not included.
+///
+/// # Errors
+/// [`CanonicalError::Conversion`] if the API does not have the message.
+pub fn field_paths<M: Canonical>() -> Result<Vec<FieldPath>, CanonicalError> {
+    /// Maximum nesting of messages. The API's are not recursive.
+    const MAX_DEPTH: usize = 8;
+    let mut all = Vec::new();
+    add_paths(&descriptor::<M>()?, "", MAX_DEPTH, &mut all);
+    Ok(all)
+}
+
+fn add_paths(descriptor: &MessageDescriptor, prefix: &str, depth: usize, all: &mut Vec<FieldPath>) {
+    for field in descriptor.fields() {
+        let path = format!("{prefix}{}", field.name());
+        let inner = match field.kind() {
+            Kind::Message(inner) if !field.is_list() && !field.is_map() => Some(inner),
+            _ => None,
+        };
+        let is_struct = |m: &MessageDescriptor| m.full_name() == "google.protobuf.Struct";
+        all.push(FieldPath {
+            path: path.clone(),
+            has_keys: field.is_map() || inner.as_ref().is_some_and(is_struct),
+        });
+        match inner {
+            Some(inner) if depth > 0 && !inner.full_name().starts_with(WELL_KNOWN) => {
+                add_paths(&inner, &format!("{path}."), depth - 1, all);
+            }
+            _ => {}
+        }
+    }
+}

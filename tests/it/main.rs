@@ -7,6 +7,7 @@ mod campaign;
 mod candle_oracle;
 mod clients;
 mod command_line;
+mod command_output;
 mod corpus;
 mod crash;
 #[cfg(feature = "cuda")]
