@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::args::Output;
 use super::failure::Failure;
 use super::output::{self, flat};
-use crate::rpc::canonical::{self, FieldPath, Fields};
+use crate::rpc::canonical::{self, FieldPath, FieldSelection};
 use crate::rpc::pb;
 
 /// Columns that are shown by default.
@@ -49,7 +49,7 @@ pub(super) fn list(
     };
     let values: Vec<Value> = jobs
         .iter()
-        .map(|job| output::message(job, Fields::All))
+        .map(|job| output::message(job, FieldSelection::All))
         .collect::<Result<_, _>>()?;
     let header: Vec<&str> = columns.iter().map(|c| c.title.as_str()).collect();
     let rows = values

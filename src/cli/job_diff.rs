@@ -7,7 +7,7 @@ use super::failure::{Failure, Outcome};
 use super::output::{self, flat};
 use super::remote::connect;
 use super::short_names;
-use crate::rpc::canonical::Fields;
+use crate::rpc::canonical::FieldSelection;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
@@ -27,7 +27,7 @@ pub(super) async fn run(args: DiffArgs, output: Output) -> Outcome {
     let a = get(&client, &args.a).await?;
     let b = get(&client, &args.b).await?;
     let side = |job: &pb::TrainingJob| -> Result<Value, Failure> {
-        let whole = output::message(job, Fields::Set)?;
+        let whole = output::message(job, FieldSelection::Set)?;
         Ok(match args.all {
             true => whole,
             false => compared(&whole),

@@ -30,7 +30,7 @@ const FIRST: [&str; 8] = [
 
 /// Metrics of a step.
 #[derive(Debug, Default)]
-struct Row {
+struct StepRow {
     /// Epochs done; `None` if the step has only an evaluation.
     epoch: Option<f64>,
     metrics: BTreeMap<String, f64>,
@@ -87,8 +87,8 @@ fn file_format(path: &Path, output: Output) -> Output {
 
 /// Returns the metrics of all stored events, by step. A step that was repeated after a restart has
 /// its last values.
-async fn read(client: &Client, job: &str, after: u64) -> Result<BTreeMap<u64, Row>, Failure> {
-    let mut steps: BTreeMap<u64, Row> = BTreeMap::new();
+async fn read(client: &Client, job: &str, after: u64) -> Result<BTreeMap<u64, StepRow>, Failure> {
+    let mut steps: BTreeMap<u64, StepRow> = BTreeMap::new();
     let mut after_sequence = after;
     loop {
         let request = pb::ListTrainingEventsRequest {
@@ -132,7 +132,7 @@ fn name_the_flag(status: crate::rpc::client::Status) -> Failure {
 }
 
 /// Returns the names of all columns: those that matter most first.
-fn columns(steps: &BTreeMap<u64, Row>) -> Vec<String> {
+fn columns(steps: &BTreeMap<u64, StepRow>) -> Vec<String> {
     let mut names: Vec<&String> = steps.values().flat_map(|row| row.metrics.keys()).collect();
     names.sort_unstable();
     names.dedup();
@@ -146,7 +146,7 @@ fn columns(steps: &BTreeMap<u64, Row>) -> Vec<String> {
 }
 
 /// Returns a row with all columns; null where a step has no value.
-fn item(step: u64, row: &Row, header: &[&str]) -> Value {
+fn item(step: u64, row: &StepRow, header: &[&str]) -> Value {
     let value = |name: &str| match name {
         "step" => json!(step),
         "epoch" => json!(row.epoch),
@@ -199,14 +199,14 @@ mod tests {
         let steps = BTreeMap::from([
             (
                 1,
-                Row {
+                StepRow {
                     epoch: Some(0.5),
                     metrics: metrics(&[("a", 1.0), ("loss", f64::NAN)]),
                 },
             ),
             (
                 2,
-                Row {
+                StepRow {
                     epoch: None,
                     metrics: metrics(&[("eval_loss", 0.25)]),
                 },

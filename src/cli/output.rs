@@ -15,7 +15,7 @@ use self::table::{Section, Shown};
 use super::args::Output;
 use super::failure::Failure;
 use crate::domain::dataset::RowShape;
-use crate::rpc::canonical::{self, Canonical, Fields};
+use crate::rpc::canonical::{self, Canonical, FieldSelection};
 use crate::rpc::client::Timestamp;
 use crate::rpc::pb;
 
@@ -99,7 +99,7 @@ fn view(output: Output, value: &Value, sections: impl FnOnce() -> Vec<Section>) 
 ///
 /// # Errors
 /// Returns a failure if the server sent a value that has no JSON form.
-pub fn message<M: Canonical>(message: &M, fields: Fields) -> Result<Value, Failure> {
+pub fn message<M: Canonical>(message: &M, fields: FieldSelection) -> Result<Value, Failure> {
     canonical::to_value(message, fields)
         .map_err(|e| Failure::Failed(format!("the server's answer cannot be shown: {e}")))
 }
@@ -109,14 +109,20 @@ pub fn message<M: Canonical>(message: &M, fields: Fields) -> Result<Value, Failu
 /// # Errors
 /// The same as of [`message`].
 pub fn messages<M: Canonical>(all: &[M]) -> Result<Vec<Value>, Failure> {
-    all.iter().map(|m| message(m, Fields::Set)).collect()
+    all.iter()
+        .map(|m| message(m, FieldSelection::Set))
+        .collect()
 }
 
 /// Prints a job.
 ///
 /// # Errors
 /// The same as of [`message`].
-pub fn show_job(output: Output, job: &pb::TrainingJob, fields: Fields) -> Result<(), Failure> {
+pub fn show_job(
+    output: Output,
+    job: &pb::TrainingJob,
+    fields: FieldSelection,
+) -> Result<(), Failure> {
     let value = message(job, fields)?;
     view(output, &value, || job_sections(job, &value));
     Ok(())

@@ -1,14 +1,14 @@
 //! `bradley jobs | datasets | checkpoints | models`: commands for resources of a server.
 
 use super::args::{
-    CheckpointsCommand, Contents, DatasetsCommand, GetArgs, JobsCommand, ModelsCommand, NamedArgs,
-    Output,
+    CheckpointsCommand, DatasetsCommand, ExportContents, GetArgs, JobsCommand, ModelsCommand,
+    NamedArgs, Output,
 };
 use super::failure::{Failure, Outcome};
 use super::output::{self, bytes, human, time};
 use super::remote::connect;
 use super::{job_columns, job_diff, job_metrics, short_names};
-use crate::rpc::canonical::{Canonical, Fields};
+use crate::rpc::canonical::{Canonical, FieldSelection};
 use crate::rpc::client::{Client, FieldMask};
 use crate::rpc::pb;
 
@@ -34,15 +34,15 @@ async fn open_dataset(args: &NamedArgs) -> Result<(Client, String), Failure> {
 }
 
 /// Returns the fields that a command shows.
-fn fields(args: &GetArgs) -> Fields {
+fn fields(args: &GetArgs) -> FieldSelection {
     match args.all {
-        true => Fields::All,
-        false => Fields::Set,
+        true => FieldSelection::All,
+        false => FieldSelection::Set,
     }
 }
 
 /// Prints a message: all of its fields, in the format that is asked for.
-fn show<M: Canonical>(output: Output, message: &M, fields: Fields) -> Outcome {
+fn show<M: Canonical>(output: Output, message: &M, fields: FieldSelection) -> Outcome {
     output::resource(output, &output::message(message, fields)?);
     Ok(())
 }
@@ -94,7 +94,7 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                 .update_training_job(request)
                 .await?
                 .into_inner();
-            output::show_job(output, &job, Fields::Set)?;
+            output::show_job(output, &job, FieldSelection::Set)?;
         }
         JobsCommand::Pause(args) => {
             let (client, name) = open_job(&args).await?;
@@ -103,7 +103,7 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                 .pause_training_job(pb::PauseTrainingJobRequest { name })
                 .await?
                 .into_inner();
-            output::show_job(output, &job, Fields::Set)?;
+            output::show_job(output, &job, FieldSelection::Set)?;
         }
         JobsCommand::Resume(args) => {
             let (client, name) = open_job(&args).await?;
@@ -112,7 +112,7 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                 .resume_training_job(pb::ResumeTrainingJobRequest { name })
                 .await?
                 .into_inner();
-            output::show_job(output, &job, Fields::Set)?;
+            output::show_job(output, &job, FieldSelection::Set)?;
         }
         JobsCommand::Cancel(args) => {
             let (client, name) = open_job(&args).await?;
@@ -121,7 +121,7 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                 .cancel_training_job(pb::CancelTrainingJobRequest { name })
                 .await?
                 .into_inner();
-            output::show_job(output, &job, Fields::Set)?;
+            output::show_job(output, &job, FieldSelection::Set)?;
         }
         JobsCommand::Delete(args) => {
             let (client, name) = open_job(&args).await?;
@@ -162,7 +162,7 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
                 .upload_dataset(&args.file, metadata, move |n| progress.set_position(n))
                 .await;
             bar.finish_and_clear();
-            show(output, &uploaded?, Fields::Set)?;
+            show(output, &uploaded?, FieldSelection::Set)?;
         }
         DatasetsCommand::List(server) => {
             let client = connect(&server.target()).await?;
@@ -300,11 +300,11 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
     Ok(())
 }
 
-fn export_format(contents: Contents) -> pb::ExportFormat {
+fn export_format(contents: ExportContents) -> pb::ExportFormat {
     match contents {
-        Contents::Auto => pb::ExportFormat::Unspecified,
-        Contents::Adapter => pb::ExportFormat::Adapter,
-        Contents::Merged => pb::ExportFormat::Merged,
+        ExportContents::Auto => pb::ExportFormat::Unspecified,
+        ExportContents::Adapter => pb::ExportFormat::Adapter,
+        ExportContents::Merged => pb::ExportFormat::Merged,
     }
 }
 

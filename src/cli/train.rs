@@ -7,7 +7,7 @@ use super::failure::{Failure, Outcome};
 use super::remote::connect;
 use super::{output, short_names, watch};
 use crate::domain::dataset::IssueReason;
-use crate::rpc::canonical::Fields;
+use crate::rpc::canonical::FieldSelection;
 use crate::rpc::client::{Client, ProtoDuration};
 use crate::rpc::pb;
 
@@ -64,11 +64,11 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
         .map_err(with_flag_names)?
         .into_inner();
     if args.validate_only {
-        output::show_job(output, &job, Fields::Set)?;
+        output::show_job(output, &job, FieldSelection::Set)?;
         return Ok(());
     }
     if !args.watch {
-        output::show_job(output, &job, Fields::Set)?;
+        output::show_job(output, &job, FieldSelection::Set)?;
         return Ok(());
     }
     if output == Output::Table {

@@ -181,7 +181,7 @@ fn every_format_has_the_whole_job_and_a_short_name_suffices() {
     let checkpoint = &checkpoints[0];
     assert_eq!(checkpoint["step"], 3);
     assert_eq!(
-        &as_json(&server, &["checkpoints", "get", "@last/checkpoints/best"]),
+        &as_json(&server, &["checkpoints", "get", "@last/checkpoints/3"]),
         checkpoint
     );
     assert_eq!(

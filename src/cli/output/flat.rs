@@ -215,6 +215,9 @@ pub fn csv(header: Option<&[&str]>, items: &[Value]) -> String {
             }
         }
     }
+    if columns.is_empty() {
+        return String::new();
+    }
     let mut writer = csv::Writer::from_writer(Vec::new());
     // Writing to memory fails only if rows differ in length, and these do not.
     let _ = writer.write_record(&columns);

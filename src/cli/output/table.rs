@@ -50,8 +50,8 @@ pub fn render(header: &[&str], mut rows: Vec<Vec<String>>, width: Option<usize>)
     let natural: Vec<usize> = (0..header.len())
         .map(|i| column_width(header[i], rows.iter().map(|row| &row[i])))
         .collect();
-    // Frame and padding do not depend on the contents.
-    let frame = |columns: usize| 2 + 2 * columns;
+    // The frame's sides, a space on both sides of each column, and one more between two.
+    let frame = |columns: usize| 3 * columns + 1;
     let mut shown = header.len();
     let minimum = |i: usize| match i {
         0 => natural[0].min(width / 2),
@@ -204,8 +204,8 @@ pub fn render_sections(sections: &[Section], width: Option<usize>) -> String {
     let names = filled().flat_map(|s| s.fields.iter().map(|(name, _)| name.width()));
     let titles = filled().map(|s| s.title.width());
     let name_width = names.chain(titles).max().unwrap_or(0);
-    // Both frames and the padding of two columns.
-    let room = width.map(|width| width.saturating_sub(name_width + 6).max(MIN_COLUMN));
+    // The frame of two columns, as above.
+    let room = width.map(|width| width.saturating_sub(name_width + 7).max(MIN_COLUMN));
     let (mut parts, mut below) = (Vec::new(), Vec::new());
     for section in filled() {
         let mut rows = Vec::new();

@@ -89,7 +89,7 @@ fn shown<'a>(view: &'a str, field: &str) -> Option<&'a str> {
 
 #[test]
 fn a_job_shows_its_settings_and_the_beginning_of_hashes() {
-    let value = message(&job(), Fields::Set).unwrap();
+    let value = message(&job(), FieldSelection::Set).unwrap();
     assert_eq!(value["pins"]["dataset"], "d".repeat(64));
     let view = render_sections(&job_sections(&job(), &value), Some(80));
     assert!(widest(&view) <= 80, "{view}");
@@ -140,7 +140,7 @@ fn findings_have_a_line_each_with_their_severity() {
         }),
         ..Default::default()
     };
-    let value = message(&dataset, Fields::Set).unwrap();
+    let value = message(&dataset, FieldSelection::Set).unwrap();
     assert_eq!(
         value["report"]["issues"][0]["severity"],
         "ISSUE_SEVERITY_ERROR"
@@ -221,7 +221,7 @@ fn csv_has_a_column_for_every_path() {
         "name,dpo.beta,labels.x,list\na,0.1,\"1,2\",\nb,,,\"[\"\"q\"\",\"\"v\"\"]\"\n"
     );
     assert_eq!(flat::csv(Some(&["b", "name"]), &items), "b,name\n,a\n,b\n");
-    assert_eq!(flat::csv(None, &[]), "\n");
+    assert_eq!(flat::csv(None, &[]), "");
     assert_eq!(flat::at(&items[0], "dpo.beta"), Some(&json!(0.1)));
     let dotted = json!({"m": {"a.b": 1, "a": {"c": 2}}});
     assert_eq!(flat::at(&dotted, "m.a.b"), Some(&json!(1)));
