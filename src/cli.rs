@@ -6,7 +6,10 @@ mod demo;
 mod doctor;
 mod failure;
 mod flag_names;
+mod job_columns;
+mod job_diff;
 pub mod job_flags;
+mod job_metrics;
 mod job_rows;
 mod manual;
 mod output;
@@ -17,12 +20,13 @@ mod resources;
 mod score;
 pub mod serve;
 pub mod settings;
+mod short_names;
 mod similar;
 mod telemetry;
 mod tokens;
 mod train;
-mod variables;
 mod usage;
+mod variables;
 mod watch;
 
 use std::process::ExitCode;
@@ -75,8 +79,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-async fn run(cli: Cli) -> Outcome {
-    let output = cli.output;
+async fn run(mut cli: Cli) -> Outcome {
+    let output = cli.take_format().map_err(Failure::Usage)?;
     match cli.command {
         Command::Serve(args) => serve_command(args).await,
         Command::Demo(args) => demo::run(args).await,

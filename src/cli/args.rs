@@ -18,22 +18,84 @@ pub struct Cli {
     /// The command to run.
     #[command(subcommand)]
     pub command: Command,
-    /// Format of the results.
-    #[arg(long, global = true, value_enum, default_value_t = Output::Table, env = "BRADLEY_OUTPUT")]
-    pub output: Output,
+    /// Format of the results. Default: table.
+    #[arg(long, global = true, value_enum)]
+    pub format: Option<FormatFlag>,
+    /// The old name of `--format`. Its variable still sets the default.
+    #[arg(long, global = true, value_enum, hide = true, env = "BRADLEY_OUTPUT")]
+    pub output: Option<Output>,
+}
+
+impl Cli {
+    /// Returns the format of the results. `--format merged` of an export, its old meaning, is moved
+    /// to `--contents`.
+    ///
+    /// # Errors
+    /// Returns a message if the flag has a value that the command does not accept.
+    pub fn take_format(&mut self) -> Result<Output, String> {
+        let default = self.output.unwrap_or(Output::Table);
+        let Some(format) = self.format else {
+            return Ok(default);
+        };
+        let old = match format {
+            FormatFlag::Table => return Ok(Output::Table),
+            FormatFlag::Json => return Ok(Output::Json),
+            FormatFlag::Yaml => return Ok(Output::Yaml),
+            FormatFlag::Csv => return Ok(Output::Csv),
+            FormatFlag::Auto => ExportContents::Auto,
+            FormatFlag::Adapter => ExportContents::Adapter,
+            FormatFlag::Merged => ExportContents::Merged,
+        };
+        let contents = match &mut self.command {
+            Command::Checkpoints(CheckpointsCommand::Export(args)) => &mut args.contents,
+            Command::Checkpoints(CheckpointsCommand::Download(args)) => &mut args.contents,
+            _ => return Err("--format is one of table, json, yaml and csv".to_owned()),
+        };
+        if *contents == ExportContents::Auto {
+            *contents = old;
+        }
+        Ok(default)
+    }
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure (a job failed or was cancelled, \
                           a file or the server failed), 2 wrong arguments or settings, \
                           3 no server reached.";
 
-/// Table for people, JSON for programs.
+/// Format of the results: a table for people, the others for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Output {
-    /// Columns.
+    /// Columns that fit the terminal.
     Table,
-    /// One JSON document, or for streams one document per line.
+    /// One JSON document with the whole resource, or for streams one document per line.
     Json,
+    /// One YAML document with the whole resource.
+    Yaml,
+    /// A header, and a line for each resource.
+    Csv,
+}
+
+/// Values of `--format`: those of [`Output`], and the contents of an export, which this flag named
+/// until version 0.2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FormatFlag {
+    /// Columns that fit the terminal.
+    Table,
+    /// One JSON document with the whole resource, or for streams one document per line.
+    Json,
+    /// One YAML document with the whole resource.
+    Yaml,
+    /// A header, and a line for each resource.
+    Csv,
+    /// See [`ExportContents::Auto`].
+    #[value(hide = true)]
+    Auto,
+    /// See [`ExportContents::Adapter`].
+    #[value(hide = true)]
+    Adapter,
+    /// See [`ExportContents::Merged`].
+    #[value(hide = true)]
+    Merged,
 }
 
 /// The subcommands.
@@ -469,9 +531,13 @@ pub struct ScoreArgs {
 #[derive(Debug, Subcommand)]
 pub enum JobsCommand {
     /// List jobs, newest first.
-    List(ServerArgs),
+    List(ListJobsArgs),
     /// Show one job.
-    Get(NamedArgs),
+    Get(GetArgs),
+    /// Compare the settings and the contents of two jobs.
+    Diff(DiffArgs),
+    /// Print the metrics of a job, one row for each logged step.
+    Metrics(MetricsArgs),
     /// Change a job's title, labels or priority.
     Update(UpdateArgs),
     /// Pause a job. A running job writes a checkpoint first.
@@ -493,7 +559,7 @@ pub struct UpdateArgs {
     #[command(flatten)]
     pub named: NamedArgs,
     /// A new title.
-    #[arg(long, required_unless_present_any = ["priority", "label"])]
+    #[arg(long, alias = "name", required_unless_present_any = ["priority", "label"])]
     pub title: Option<String>,
     /// A new priority: higher goes first.
     #[arg(long, allow_negative_numbers = true)]
@@ -519,7 +585,7 @@ pub enum DatasetsCommand {
     /// List datasets, newest first.
     List(ServerArgs),
     /// Show one dataset with its findings.
-    Get(NamedArgs),
+    Get(GetArgs),
     /// Delete a dataset.
     Delete(NamedArgs),
 }
@@ -529,6 +595,8 @@ pub enum DatasetsCommand {
 pub enum CheckpointsCommand {
     /// List a job's checkpoints.
     List(NamedArgs),
+    /// Show one checkpoint with its metrics.
+    Get(GetArgs),
     /// Download a checkpoint's files.
     Download(DownloadArgs),
     /// Export a checkpoint into the server's data directory or artifact store, and print the
@@ -544,7 +612,7 @@ pub enum ModelsCommand {
     /// List the models.
     List(ServerArgs),
     /// Show one model.
-    Get(NamedArgs),
+    Get(GetArgs),
 }
 
 /// Arguments of `usage`.
@@ -573,8 +641,62 @@ pub struct NamedArgs {
     /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// The resource's name. The prefix, such as trainingJobs/, may be left out.
+    /// The resource's name. The prefix, such as trainingJobs/, may be left out; the beginning of an
+    /// ID suffices if no other ID begins so, and @last is the newest resource.
     pub name: String,
+}
+
+/// A resource that is shown.
+#[derive(Debug, Args)]
+pub struct GetArgs {
+    /// The resource.
+    #[command(flatten)]
+    pub named: NamedArgs,
+    /// Show fields without a value, too. Only in JSON, YAML and CSV.
+    #[arg(long)]
+    pub all: bool,
+}
+
+/// Arguments of `jobs list`.
+#[derive(Debug, Args)]
+pub struct ListJobsArgs {
+    /// The server to connect to.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Columns, separated by commas: name, state, steps, policy, title, created, or any field of a
+    /// job, such as beta, dpo.losses, batch.batch_size, latest_metrics.loss or labels.KEY.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub columns: Vec<String>,
+}
+
+/// Arguments of `jobs diff`.
+#[derive(Debug, Args)]
+pub struct DiffArgs {
+    /// The server to connect to.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// A job, as for `jobs get`.
+    pub a: String,
+    /// The job to compare it with.
+    pub b: String,
+    /// Compare every field, also names, states, times and metrics.
+    #[arg(long)]
+    pub all: bool,
+}
+
+/// Arguments of `jobs metrics`.
+#[derive(Debug, Args)]
+pub struct MetricsArgs {
+    /// The job.
+    #[command(flatten)]
+    pub named: NamedArgs,
+    /// A file to write to instead of standard output. Its extension is the format unless --format
+    /// is given: .csv, .json or .yaml; any other is CSV.
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Use only events after this sequence number, for jobs whose first events have been deleted.
+    #[arg(long, default_value_t = 0)]
+    pub after: u64,
 }
 
 /// Arguments of `datasets upload`.
@@ -586,8 +708,8 @@ pub struct UploadArgs {
     /// The file.
     pub file: PathBuf,
     /// Title of the dataset. Default: the file's name.
-    #[arg(long)]
-    pub name: Option<String>,
+    #[arg(long, alias = "name")]
+    pub title: Option<String>,
     /// Check lengths, too, with the tokenizer of this model: models/ID or ID.
     #[arg(long, default_value = "")]
     pub model: String,
@@ -598,7 +720,7 @@ pub struct UploadArgs {
 
 /// Contents of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub enum ExportContents {
     /// An adapter for LoRA jobs, merged weights for full fine-tunes.
     Auto,
     /// A PEFT adapter.
@@ -614,8 +736,8 @@ pub struct ExportArgs {
     #[command(flatten)]
     pub named: NamedArgs,
     /// Contents of the export.
-    #[arg(long, value_enum, default_value_t = Format::Auto)]
-    pub format: Format,
+    #[arg(long, value_enum, default_value_t = ExportContents::Auto)]
+    pub contents: ExportContents,
     /// Element type of merged weights: f32, bf16 or f16. Default: the type in the base model's
     /// files, or f16 if these are quantised.
     #[arg(long, default_value = "")]
@@ -629,8 +751,8 @@ pub struct DownloadArgs {
     #[command(flatten)]
     pub named: NamedArgs,
     /// Contents of the download.
-    #[arg(long, value_enum, default_value_t = Format::Auto)]
-    pub format: Format,
+    #[arg(long, value_enum, default_value_t = ExportContents::Auto)]
+    pub contents: ExportContents,
     /// Element type of merged weights: f32, bf16 or f16. Default: the type in the base model's
     /// files, or f16 if these are quantised.
     #[arg(long, default_value = "")]

@@ -314,7 +314,7 @@ fn model(source: &str, hub: &HubOptions) -> (CheckStatus, String) {
     };
     match load_model(None, source, &of_cache) {
         Ok(model) => {
-            let parameters = output::parameters(model.config.parameter_count() as u64);
+            let parameters = output::human::parameters(model.config.parameter_count() as u64);
             (
                 CheckStatus::Ok,
                 format!("{source}, {parameters} parameters"),

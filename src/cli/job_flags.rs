@@ -657,7 +657,7 @@ pub const JOB_FLAGS: &[JobFlag] = &[
          time. auto does so if memory requires it.",
     ),
     flag(
-        "name",
+        "title",
         "display_name",
         RUN,
         FlagKind::Text,
@@ -774,7 +774,7 @@ impl JobFlag {
             arg = arg.value_delimiter(',');
         }
         match self.name {
-            "name" => arg.alias("title"),
+            "title" => arg.alias("name"),
             _ => arg,
         }
     }

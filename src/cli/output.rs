@@ -1,18 +1,39 @@
-//! Output of the commands: tables for people, JSON for programs.
+//! Output of the commands: tables for people; JSON, YAML and CSV for programs.
 #![allow(clippy::print_stdout)]
 
-use comfy_table::{Table, presets};
+pub mod flat;
+pub mod human;
+pub mod table;
+#[cfg(test)]
+mod tests;
+
 use serde_json::{Value, json};
 
+use self::flat::section;
+pub use self::human::bytes;
+use self::table::{Section, Shown};
 use super::args::Output;
+use super::failure::Failure;
 use crate::domain::dataset::RowShape;
+use crate::rpc::canonical::{self, Canonical, FieldSelection};
 use crate::rpc::client::Timestamp;
 use crate::rpc::pb;
 
-/// Fields of resources whose value is an object of content hashes.
-const HASHES: [&str; 3] = ["identity", "pins", "base"];
-/// Number of digits of a hash that a table shows.
-const HASH_DIGITS: usize = 12;
+/// The fields of a job that are its settings.
+const JOB_SETTINGS: [&str; 12] = [
+    "dpo",
+    "optimizer",
+    "lora",
+    "full",
+    "batch",
+    "run",
+    "seed",
+    "precision",
+    "row_policy",
+    "chat_template_kwargs",
+    "chat_template_kwargs_json",
+    "eval_fraction",
+];
 
 /// Prints a line on standard output.
 pub fn line(text: &str) {
@@ -29,102 +50,171 @@ pub fn json_line(value: &Value) {
     println!("{value}");
 }
 
-/// Renders a table with a header.
-pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_BORDERS_ONLY);
-    table.set_header(header.to_vec());
-    for row in rows {
-        table.add_row(row);
-    }
-    table.to_string()
+/// Prints one YAML document.
+fn yaml_document(value: &Value) {
+    // JSON is YAML, too.
+    let text = canonical::yaml_of(value).unwrap_or_else(|_| format!("{value:#}\n"));
+    print!("{text}");
 }
 
-/// Prints a list: `rows` as a table with a header, or `json` as a JSON array.
-pub fn list(output: Output, header: &[&str], rows: Vec<Vec<String>>, json: Vec<Value>) {
+/// Renders a table with a header that fits the terminal.
+pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+    table::render(header, rows, table::terminal_width())
+}
+
+/// Prints a list: `rows` as a table with a header, or `items` as JSON, YAML or CSV.
+pub fn list(output: Output, header: &[&str], rows: Vec<Vec<String>>, items: Vec<Value>) {
     match output {
         Output::Table => line(&table(header, rows)),
-        Output::Json => json_document(&Value::Array(json)),
+        Output::Json => json_document(&Value::Array(items)),
+        Output::Yaml => yaml_document(&Value::Array(items)),
+        Output::Csv => print!("{}", flat::csv(None, &items)),
     }
 }
 
-/// Prints one resource: one field per line, or JSON.
+/// Prints objects as CSV with some of their fields as columns.
+pub fn csv(header: &[&str], items: Vec<Value>) {
+    print!("{}", flat::csv(Some(header), &items));
+}
+
+/// Prints one resource: one field per line, JSON, YAML, or CSV with one row.
 pub fn resource(output: Output, value: &Value) {
-    match (output, value) {
-        (Output::Table, Value::Object(fields)) => {
-            let rows = fields
-                .iter()
-                .flat_map(|(k, v)| cells(k, v))
-                .map(|(field, value)| vec![field, value])
-                .collect();
-            line(&table(&["field", "value"], rows));
-        }
-        _ => json_document(value),
+    view(output, value, || vec![section("field", value)]);
+}
+
+/// Prints one resource: for people as the sections that `sections` returns, else as it is.
+fn view(output: Output, value: &Value, sections: impl FnOnce() -> Vec<Section>) {
+    match output {
+        Output::Table => line(&table::render_sections(
+            &sections(),
+            table::terminal_width(),
+        )),
+        Output::Json => json_document(value),
+        Output::Yaml => yaml_document(value),
+        Output::Csv => print!("{}", flat::csv(None, std::slice::from_ref(value))),
     }
 }
 
-/// Returns the table rows of a resource's field. Content hashes get a row each and are shortened;
-/// JSON output has them in full.
-fn cells(field: &str, value: &Value) -> Vec<(String, String)> {
-    match value {
-        Value::Object(parts) if HASHES.contains(&field) => {
-            let rows = parts
-                .iter()
-                .flat_map(|(part, value)| hash_cells(&format!("{field}.{part}"), value));
-            rows.collect()
-        }
-        _ => vec![(
-            field.to_owned(),
-            value
-                .as_str()
-                .map_or_else(|| value.to_string(), str::to_owned),
-        )],
+/// Returns the canonical form of a message.
+///
+/// # Errors
+/// Returns a failure if the server sent a value that has no JSON form.
+pub fn message<M: Canonical>(message: &M, fields: FieldSelection) -> Result<Value, Failure> {
+    canonical::to_value(message, fields)
+        .map_err(|e| Failure::Failed(format!("the server's answer cannot be shown: {e}")))
+}
+
+/// Returns the canonical forms of messages, without fields that are not set.
+///
+/// # Errors
+/// The same as of [`message`].
+pub fn messages<M: Canonical>(all: &[M]) -> Result<Vec<Value>, Failure> {
+    all.iter()
+        .map(|m| message(m, FieldSelection::Set))
+        .collect()
+}
+
+/// Prints a job.
+///
+/// # Errors
+/// The same as of [`message`].
+pub fn show_job(
+    output: Output,
+    job: &pb::TrainingJob,
+    fields: FieldSelection,
+) -> Result<(), Failure> {
+    let value = message(job, fields)?;
+    view(output, &value, || job_sections(job, &value));
+    Ok(())
+}
+
+/// Prints what a command has deleted.
+pub fn deleted(output: Output, name: &str) {
+    match output {
+        Output::Table => line(&format!("deleted {name}")),
+        other => resource(other, &json!({"deleted": name})),
     }
 }
 
-fn hash_cells(field: &str, value: &Value) -> Vec<(String, String)> {
-    match value {
-        Value::Object(parts) => parts
-            .iter()
-            .flat_map(|(part, value)| hash_cells(&format!("{field}.{part}"), value))
-            .collect(),
-        _ => vec![(field.to_owned(), short(value.as_str().unwrap_or_default()))],
+/// Returns the parts of a job for people: what it is and how it stands, its settings, its newest
+/// metrics, and the hashes of its inputs.
+fn job_sections(job: &pb::TrainingJob, value: &Value) -> Vec<Section> {
+    let p = job.progress.unwrap_or_default();
+    let shown = |path: &str| {
+        flat::at(value, path)
+            .map(|value| flat::readable(path, value))
+            .unwrap_or_default()
+    };
+    let mut about = Section::new("job");
+    about.add("name", &job.name);
+    about.add("title", &job.display_name);
+    about.add("state", state(job.state));
+    if let Some(error) = &job.error {
+        let details = flat::at(value, "error.details").and_then(Value::as_array);
+        let reason = details
+            .into_iter()
+            .flatten()
+            .find_map(|detail| detail["reason"].as_str());
+        about.add("reason", reason.unwrap_or_default());
+        about.add("error", &error.message);
     }
+    if p.total_steps > 0 {
+        let epoch = (p.epoch * 100.0).round() / 100.0;
+        about.add(
+            "progress",
+            format!("step {} of {}, epoch {epoch}", p.step, p.total_steps),
+        );
+    }
+    if let Some(left) = p.eta_seconds {
+        about.add("time left", human::seconds(left));
+    }
+    if p.tokens > 0 {
+        about.add("tokens", p.tokens.to_string());
+    }
+    for (title, path) in [
+        ("policy", "policy"),
+        ("reference", "reference"),
+        ("dataset", "dataset"),
+        ("evaluated on", "eval_dataset"),
+        ("owner", "owner"),
+        ("created", "create_time"),
+        ("started", "start_time"),
+        ("ended", "end_time"),
+        ("stored after its end for", "ttl"),
+        ("etag", "etag"),
+    ] {
+        about.add(title, shown(path));
+    }
+    if job.priority != 0 {
+        about.add("priority", job.priority.to_string());
+    }
+    let labels: Vec<String> = job.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
+    about.add("labels", labels.join(", "));
+    if !job.skipped_rows.is_empty() {
+        let lines = job.skipped_rows.clone();
+        about
+            .fields
+            .push(("rows left out".into(), Shown::Lines(lines)));
+    }
+    vec![
+        about,
+        section("settings", &settings(value)),
+        section("metrics", &part(value, "latest_metrics")),
+        section("contents", &part(value, "pins")),
+    ]
 }
 
-/// Returns the first [`HASH_DIGITS`] digits of a hash, which suffice to distinguish models and
-/// datasets.
-pub fn short(hash: &str) -> String {
-    hash.chars().take(HASH_DIGITS).collect()
+/// Returns the settings of a job: its canonical form without names, state and results.
+pub fn settings(job: &Value) -> Value {
+    let chosen = JOB_SETTINGS
+        .iter()
+        .filter_map(|name| Some(((*name).to_owned(), job.get(*name)?.clone())));
+    Value::Object(chosen.collect())
 }
 
-fn identity(i: &pb::ModelIdentity) -> Value {
-    json!({
-        "weights": i.weights,
-        "config": i.config,
-        "tokenizer": i.tokenizer,
-        "chat_template": i.chat_template,
-    })
-}
-
-fn pins(p: &pb::JobPins) -> Value {
-    let hashes = [
-        ("init_adapter", &p.init_adapter),
-        ("policy", &p.policy),
-        ("reference", &p.reference),
-        ("dataset", &p.dataset),
-        ("eval_dataset", &p.eval_dataset),
-    ];
-    let named = hashes.into_iter().filter(|(_, hash)| !hash.is_empty());
-    let mut all: serde_json::Map<String, Value> = named
-        .map(|(name, hash)| (name.to_owned(), json!(hash)))
-        .collect();
-    all.extend(
-        p.base
-            .as_ref()
-            .map(|base| ("base".to_owned(), identity(base))),
-    );
-    Value::Object(all)
+/// Returns an object's field; an empty object if there is none.
+fn part(value: &Value, field: &str) -> Value {
+    value.get(field).cloned().unwrap_or_else(|| json!({}))
 }
 
 /// Renders the estimated cost of a job as JSON.
@@ -161,65 +251,6 @@ pub fn state(state: i32) -> String {
     name.trim_start_matches("JOB_STATE_").to_lowercase()
 }
 
-/// Renders a job as JSON.
-pub fn job(j: &pb::TrainingJob) -> Value {
-    let p = j.progress.unwrap_or_default();
-    json!({
-        "name": j.name,
-        "display_name": j.display_name,
-        "labels": j.labels,
-        "priority": j.priority,
-        "etag": j.etag,
-        "state": state(j.state),
-        "policy": j.policy,
-        "reference": j.reference,
-        "dataset": j.dataset,
-        "step": p.step,
-        "total_steps": p.total_steps,
-        "epoch": p.epoch,
-        "tokens": p.tokens,
-        "eta_seconds": p.eta_seconds,
-        "metrics": j.latest_metrics,
-        "pins": j.pins.as_ref().map(pins),
-        "error": j.error.as_ref().map(|e| e.message.clone()),
-        "skipped_rows": j.skipped_rows,
-        "create_time": time(j.create_time.as_ref()),
-        "start_time": time(j.start_time.as_ref()),
-        "end_time": time(j.end_time.as_ref()),
-    })
-}
-
-/// Renders a dataset as JSON.
-pub fn dataset(d: &pb::Dataset) -> Value {
-    let r = d.report.clone().unwrap_or_default();
-    let issues: Vec<Value> = r
-        .issues
-        .iter()
-        .map(|i| {
-            json!({
-                "row": i.row,
-                "id": i.id,
-                "field": i.field,
-                "reason": i.reason,
-                "message": i.message,
-            })
-        })
-        .collect();
-    json!({
-        "name": d.name,
-        "display_name": d.display_name,
-        "size_bytes": d.size_bytes,
-        "content_hash": d.content_hash,
-        "rows": r.rows,
-        "valid_rows": r.valid_rows,
-        "shapes": r.shapes,
-        "pairs": r.pairs,
-        "findings": r.counts,
-        "issues": issues,
-        "create_time": time(d.create_time.as_ref()),
-    })
-}
-
 /// Describes the shapes of a dataset's rows. Returns `None` if all are plain preference rows with
 /// one pair each.
 pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
@@ -239,41 +270,6 @@ pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
     (!is_plain).then(|| format!("rows by shape: {}", parts.join(", ")))
 }
 
-/// Renders a checkpoint as JSON.
-pub fn checkpoint(c: &pb::Checkpoint) -> Value {
-    json!({
-        "name": c.name,
-        "step": c.step,
-        "best": c.best,
-        "adapter": c.adapter,
-        "size_bytes": c.size_bytes,
-        "metrics": c.metrics,
-        "base": c.base.as_ref().map(identity),
-        "create_time": time(c.create_time.as_ref()),
-    })
-}
-
-/// Renders a model as JSON.
-pub fn model(m: &pb::Model) -> Value {
-    json!({
-        "name": m.name,
-        "source": m.source,
-        "architecture": m.architecture,
-        "parameters": m.parameters,
-        "vocab_size": m.vocab_size,
-        "num_layers": m.num_layers,
-        "hidden_size": m.hidden_size,
-        "max_position_embeddings": m.max_position_embeddings,
-        "chat_template": m.chat_template,
-        "dtype": m.dtype,
-        "text_only": m.text_only,
-        "uses": uses(m),
-        "fingerprint": m.fingerprint,
-        "device": m.device,
-        "identity": m.identity.as_ref().map(identity),
-    })
-}
-
 /// Returns the names of a model's uses without their prefix, in lower case: `train_lora`.
 fn uses(m: &pb::Model) -> Vec<String> {
     let name = |of_model: pb::ModelUse| of_model.as_str_name().trim_start_matches("MODEL_USE_");
@@ -287,15 +283,6 @@ pub fn supported(m: &pb::Model) -> String {
         parts.push("text only".to_owned());
     }
     parts.join(", ")
-}
-
-/// Formats a number of parameters for people: `135M`, `8.03B`.
-pub fn parameters(n: u64) -> String {
-    let millions = n as f64 / 1e6;
-    match millions < 999.5 {
-        true => format!("{millions:.0}M"),
-        false => format!("{:.2}B", millions / 1e3),
-    }
 }
 
 /// Renders an event as JSON.
@@ -322,76 +309,4 @@ pub fn event(e: &pb::TrainingEvent) -> Value {
         None => ("unknown", Value::Null),
     };
     json!({"sequence": e.sequence, "time": time(e.time.as_ref()), kind: body})
-}
-
-/// Formats a number of bytes for people.
-pub fn bytes(n: u64) -> String {
-    indicatif::HumanBytes(n).to_string()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_model_shows_its_size_and_what_is_supported() {
-        let sizes = [123_456, 134_515_008, 999_885_952, 8_030_261_248];
-        assert_eq!(
-            sizes.map(parameters),
-            ["0M", "135M", "1.00B", "8.03B"].map(str::to_owned)
-        );
-        let mut of_text = pb::Model {
-            dtype: "bf16".into(),
-            ..Default::default()
-        };
-        for name in ["TRAIN_LORA", "TRAIN_FULL", "SCORE", "EXPORT"] {
-            let of_model = pb::ModelUse::from_str_name(&format!("MODEL_USE_{name}")).unwrap();
-            of_text.uses.push(of_model.into());
-        }
-        assert_eq!(supported(&of_text), "train lora, train full, score, export");
-        of_text.uses.remove(1);
-        of_text.text_only = true;
-        assert_eq!(supported(&of_text), "train lora, score, export, text only");
-        let json = model(&of_text);
-        assert_eq!(json["uses"], json!(["train_lora", "score", "export"]));
-        assert_eq!(
-            (&json["dtype"], &json["text_only"]),
-            (&json!("bf16"), &json!(true))
-        );
-    }
-
-    #[test]
-    fn hashes_are_short_in_tables_and_whole_in_json() {
-        let hash = |digit: &str| digit.repeat(64);
-        let base = pb::ModelIdentity {
-            weights: hash("a"),
-            config: hash("b"),
-            tokenizer: hash("c"),
-            chat_template: String::new(),
-        };
-        let pins = pb::JobPins {
-            base: Some(base),
-            dataset: hash("d"),
-            ..Default::default()
-        };
-        let job = job(&pb::TrainingJob {
-            pins: Some(pins),
-            ..Default::default()
-        });
-        assert_eq!(job["pins"]["base"]["weights"], hash("a"));
-        assert_eq!(job["pins"]["dataset"], hash("d"));
-        let rows = cells("pins", &job["pins"]);
-        assert!(
-            rows.contains(&("pins.base.weights".into(), "a".repeat(12))),
-            "{rows:?}"
-        );
-        assert!(
-            rows.contains(&("pins.dataset".into(), "d".repeat(12))),
-            "{rows:?}"
-        );
-        assert!(
-            !rows.iter().any(|(field, _)| field == "pins.reference"),
-            "{rows:?}"
-        );
-    }
 }

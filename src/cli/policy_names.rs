@@ -1,7 +1,7 @@
 //! Completes the names of policies and references: a base model's or a job's bare name suffices.
 
 use super::failure::Failure;
-use super::remote::full_name;
+use super::short_names;
 use crate::rpc::canonical::nearest;
 use crate::rpc::client::{Client, is_absent};
 use crate::rpc::pb;
@@ -54,18 +54,18 @@ impl PolicyNames {
     /// Returns a failure with the models of the server if there is neither such a model nor such a
     /// job.
     pub(super) async fn complete(&self, word: &str, given: &str) -> Result<String, Failure> {
-        if given.contains(CHECKPOINTS) {
-            return Ok(full_name("trainingJobs", given));
-        }
-        if given.starts_with(JOBS) {
-            return Ok(format!("{given}{CHECKPOINTS}latest"));
+        if given.contains(CHECKPOINTS) || given.starts_with(JOBS) || given == short_names::LAST {
+            return short_names::checkpoint(&self.client, given).await;
         }
         let id = given.strip_prefix(MODELS).unwrap_or(given);
         if self.models.iter().any(|model| model == id) {
             return Ok(format!("{MODELS}{id}"));
         }
-        if !given.contains('/') && self.is_job(given).await? {
-            return Ok(format!("{JOBS}{given}{CHECKPOINTS}latest"));
+        if !given.contains('/') {
+            let job = short_names::job(&self.client, given).await?;
+            if self.is_job(&job).await? {
+                return Ok(format!("{job}{CHECKPOINTS}latest"));
+            }
         }
         let meant = nearest(id, self.models.iter().map(String::as_str))
             .map(|model| format!("did you mean {MODELS}{model}? "))
@@ -76,10 +76,10 @@ impl PolicyNames {
         )))
     }
 
-    /// Returns true if the caller may see a job with this id.
-    async fn is_job(&self, id: &str) -> Result<bool, Failure> {
+    /// Returns true if the caller may see a job with this name.
+    async fn is_job(&self, name: &str) -> Result<bool, Failure> {
         let request = pb::GetTrainingJobRequest {
-            name: format!("{JOBS}{id}"),
+            name: name.to_owned(),
         };
         match self.client.training().get_training_job(request).await {
             Ok(_) => Ok(true),

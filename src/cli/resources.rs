@@ -1,80 +1,74 @@
 //! `bradley jobs | datasets | checkpoints | models`: commands for resources of a server.
 
 use super::args::{
-    CheckpointsCommand, DatasetsCommand, Format, JobsCommand, ModelsCommand, NamedArgs, Output,
+    CheckpointsCommand, DatasetsCommand, ExportContents, GetArgs, JobsCommand, ModelsCommand,
+    NamedArgs, Output,
 };
 use super::failure::{Failure, Outcome};
-use super::output::{self, bytes, state, time};
+use super::output::{self, bytes, human, time};
 use super::progress::{self, waiting};
-use super::remote::{connect, full_name};
-use super::watch;
+use super::remote::connect;
+use super::{job_columns, job_diff, job_metrics, short_names, watch};
+use crate::rpc::canonical::{Canonical, FieldSelection};
 use crate::rpc::client::{Client, FieldMask};
 use crate::rpc::pb;
 
-/// Connects to the server and completes the resource's name with the prefix `{collection}/`.
-async fn open(args: &NamedArgs, collection: &str) -> Result<(Client, String), Failure> {
-    Ok((
-        connect(&args.server.target()).await?,
-        full_name(collection, &args.name),
-    ))
+/// Connects to the server and returns the name of the job that is meant.
+async fn open_job(args: &NamedArgs) -> Result<(Client, String), Failure> {
+    let client = connect(&args.server.target()).await?;
+    let name = short_names::job(&client, &args.name).await?;
+    Ok((client, name))
+}
+
+/// Connects to the server and returns the name of the checkpoint that is meant.
+async fn open_checkpoint(args: &NamedArgs) -> Result<(Client, String), Failure> {
+    let client = connect(&args.server.target()).await?;
+    let name = short_names::checkpoint(&client, &args.name).await?;
+    Ok((client, name))
+}
+
+/// Connects to the server and returns the name of the dataset that is meant.
+async fn open_dataset(args: &NamedArgs) -> Result<(Client, String), Failure> {
+    let client = connect(&args.server.target()).await?;
+    let name = short_names::dataset(&client, &args.name).await?;
+    Ok((client, name))
+}
+
+/// Returns the fields that a command shows.
+fn fields(args: &GetArgs) -> FieldSelection {
+    match args.all {
+        true => FieldSelection::All,
+        false => FieldSelection::Set,
+    }
+}
+
+/// Prints a message: all of its fields, in the format that is asked for.
+fn show<M: Canonical>(output: Output, message: &M, fields: FieldSelection) -> Outcome {
+    output::resource(output, &output::message(message, fields)?);
+    Ok(())
 }
 
 pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
-    const JOBS: &str = "trainingJobs";
     match command {
         JobsCommand::Watch(args) => return watch::run(args, output).await,
-        JobsCommand::List(server) => {
-            let client = connect(&server.target()).await?;
-            let (mut all, mut page_token) = (Vec::new(), String::new());
-            loop {
-                let request = pb::ListTrainingJobsRequest {
-                    page_size: 1000,
-                    page_token,
-                    states: vec![],
-                };
-                let page = client
-                    .training()
-                    .list_training_jobs(request)
-                    .await?
-                    .into_inner();
-                all.extend(page.training_jobs);
-                page_token = page.next_page_token;
-                if page_token.is_empty() {
-                    break;
-                }
-            }
-            let rows = all
-                .iter()
-                .map(|j| {
-                    let p = j.progress.unwrap_or_default();
-                    vec![
-                        j.name.clone(),
-                        state(j.state),
-                        format!("{}/{}", p.step, p.total_steps),
-                        j.policy.clone(),
-                        j.display_name.clone(),
-                        time(j.create_time.as_ref()),
-                    ]
-                })
-                .collect();
-            output::list(
-                output,
-                &["name", "state", "steps", "policy", "title", "created"],
-                rows,
-                all.iter().map(output::job).collect(),
-            );
+        JobsCommand::List(args) => {
+            let client = connect(&args.server.target()).await?;
+            let all = short_names::all_jobs(&client).await?;
+            job_columns::list(output, &args.columns, &all)?;
         }
+        JobsCommand::Diff(args) => job_diff::run(args, output).await?,
+        JobsCommand::Metrics(args) => job_metrics::run(args, output).await?,
         JobsCommand::Get(args) => {
-            let (client, name) = open(&args, JOBS).await?;
+            let (client, name) = open_job(&args.named).await?;
             let job = client
                 .training()
                 .get_training_job(pb::GetTrainingJobRequest { name })
                 .await?
                 .into_inner();
-            output::resource(output, &output::job(&job));
+            output::show_job(output, &job, fields(&args))?;
         }
         JobsCommand::Update(args) => {
-            let (client, name) = open(&args.named, JOBS).await?;
+            let (client, name) = open_job(&args.named).await?;
             let changed = [
                 ("display_name", args.title.is_some()),
                 ("priority", args.priority.is_some()),
@@ -102,48 +96,48 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                 .update_training_job(request)
                 .await?
                 .into_inner();
-            output::resource(output, &output::job(&job));
+            output::show_job(output, &job, FieldSelection::Set)?;
         }
         JobsCommand::Pause(args) => {
-            let (client, name) = open(&args, JOBS).await?;
+            let (client, name) = open_job(&args).await?;
             let job = client
                 .training()
                 .pause_training_job(pb::PauseTrainingJobRequest { name })
                 .await?
                 .into_inner();
-            output::resource(output, &output::job(&job));
+            output::show_job(output, &job, FieldSelection::Set)?;
         }
         JobsCommand::Resume(args) => {
-            let (client, name) = open(&args, JOBS).await?;
+            let (client, name) = open_job(&args).await?;
             let job = client
                 .training()
                 .resume_training_job(pb::ResumeTrainingJobRequest { name })
                 .await?
                 .into_inner();
-            output::resource(output, &output::job(&job));
+            output::show_job(output, &job, FieldSelection::Set)?;
         }
         JobsCommand::Cancel(args) => {
-            let (client, name) = open(&args, JOBS).await?;
+            let (client, name) = open_job(&args).await?;
             let job = client
                 .training()
                 .cancel_training_job(pb::CancelTrainingJobRequest { name })
                 .await?
                 .into_inner();
-            output::resource(output, &output::job(&job));
+            output::show_job(output, &job, FieldSelection::Set)?;
         }
         JobsCommand::Delete(args) => {
-            let (client, name) = open(&args, JOBS).await?;
+            let (client, name) = open_job(&args).await?;
             client
                 .training()
-                .delete_training_job(pb::DeleteTrainingJobRequest { name })
+                .delete_training_job(pb::DeleteTrainingJobRequest { name: name.clone() })
                 .await?;
+            output::deleted(output, &name);
         }
     }
     Ok(())
 }
 
 pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcome {
-    const DATASETS: &str = "datasets";
     match command {
         DatasetsCommand::Upload(args) => {
             let client = connect(&args.server.target()).await?;
@@ -153,40 +147,23 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
                     .map(|n| n.to_string_lossy().into_owned())
                     .unwrap_or_default()
             };
-            let model = if args.model.is_empty() {
-                String::new()
-            } else {
-                full_name("models", &args.model)
+            let model = match args.model.as_str() {
+                "" => String::new(),
+                given => short_names::model(&client, given).await?,
             };
             let metadata = pb::UploadMetadata {
-                display_name: args.name.clone().unwrap_or_else(file_name),
+                display_name: args.title.clone().unwrap_or_else(file_name),
                 format: pb::DatasetFormat::Unspecified.into(),
                 model,
                 max_length: args.max_length,
                 ..Default::default()
             };
             let uploaded = progress::upload(&client, &args.file, metadata).await?;
-            output::resource(output, &output::dataset(&uploaded));
+            show(output, &uploaded, FieldSelection::Set)?;
         }
         DatasetsCommand::List(server) => {
             let client = connect(&server.target()).await?;
-            let (mut all, mut page_token) = (Vec::new(), String::new());
-            loop {
-                let page = client
-                    .datasets()
-                    .list_datasets(pb::ListDatasetsRequest {
-                        page_size: 1000,
-                        page_token,
-                        ..Default::default()
-                    })
-                    .await?
-                    .into_inner();
-                all.extend(page.datasets);
-                page_token = page.next_page_token;
-                if page_token.is_empty() {
-                    break;
-                }
-            }
+            let all = short_names::all_datasets(&client).await?;
             let rows = all
                 .iter()
                 .map(|d| {
@@ -205,34 +182,34 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
                 output,
                 &["name", "title", "rows", "usable", "size", "created"],
                 rows,
-                all.iter().map(output::dataset).collect(),
+                output::messages(&all)?,
             );
         }
         DatasetsCommand::Get(args) => {
-            let (client, name) = open(&args, DATASETS).await?;
+            let (client, name) = open_dataset(&args.named).await?;
             let dataset = client
                 .datasets()
                 .get_dataset(pb::GetDatasetRequest { name })
                 .await?
                 .into_inner();
-            output::resource(output, &output::dataset(&dataset));
+            show(output, &dataset, fields(&args))?;
         }
         DatasetsCommand::Delete(args) => {
-            let (client, name) = open(&args, DATASETS).await?;
+            let (client, name) = open_dataset(&args).await?;
             client
                 .datasets()
-                .delete_dataset(pb::DeleteDatasetRequest { name })
+                .delete_dataset(pb::DeleteDatasetRequest { name: name.clone() })
                 .await?;
+            output::deleted(output, &name);
         }
     }
     Ok(())
 }
 
 pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> Outcome {
-    const JOBS: &str = "trainingJobs";
     match command {
         CheckpointsCommand::List(args) => {
-            let (client, parent) = open(&args, JOBS).await?;
+            let (client, parent) = open_job(&args).await?;
             let all = client
                 .checkpoints()
                 .list_checkpoints(pb::ListCheckpointsRequest { parent })
@@ -255,14 +232,23 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
                 output,
                 &["name", "step", "best", "size", "created"],
                 rows,
-                all.iter().map(output::checkpoint).collect(),
+                output::messages(&all)?,
             );
         }
+        CheckpointsCommand::Get(args) => {
+            let (client, name) = open_checkpoint(&args.named).await?;
+            let checkpoint = client
+                .checkpoints()
+                .get_checkpoint(pb::GetCheckpointRequest { name })
+                .await?
+                .into_inner();
+            show(output, &checkpoint, fields(&args))?;
+        }
         CheckpointsCommand::Download(args) => {
-            let (client, name) = open(&args.named, JOBS).await?;
+            let (client, name) = open_checkpoint(&args.named).await?;
             let request = pb::DownloadCheckpointRequest {
                 name,
-                format: format(args.format).into(),
+                format: export_format(args.contents).into(),
                 dtype: args.dtype,
             };
             let downloading = client.download(request, &args.out);
@@ -282,10 +268,10 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
             );
         }
         CheckpointsCommand::Export(args) => {
-            let (client, name) = open(&args.named, JOBS).await?;
+            let (client, name) = open_checkpoint(&args.named).await?;
             let request = pb::ExportCheckpointRequest {
                 name,
-                format: format(args.format).into(),
+                format: export_format(args.contents).into(),
                 dtype: args.dtype,
             };
             let mut checkpoints = client.checkpoints();
@@ -302,21 +288,23 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
             );
         }
         CheckpointsCommand::Delete(args) => {
-            let (client, name) = open(&args, JOBS).await?;
+            let client = connect(&args.server.target()).await?;
+            let name = short_names::one_checkpoint(&client, &args.name).await?;
             client
                 .checkpoints()
-                .delete_checkpoint(pb::DeleteCheckpointRequest { name })
+                .delete_checkpoint(pb::DeleteCheckpointRequest { name: name.clone() })
                 .await?;
+            output::deleted(output, &name);
         }
     }
     Ok(())
 }
 
-fn format(f: Format) -> pb::ExportFormat {
-    match f {
-        Format::Auto => pb::ExportFormat::Unspecified,
-        Format::Adapter => pb::ExportFormat::Adapter,
-        Format::Merged => pb::ExportFormat::Merged,
+fn export_format(contents: ExportContents) -> pb::ExportFormat {
+    match contents {
+        ExportContents::Auto => pb::ExportFormat::Unspecified,
+        ExportContents::Adapter => pb::ExportFormat::Adapter,
+        ExportContents::Merged => pb::ExportFormat::Merged,
     }
 }
 
@@ -324,25 +312,20 @@ pub(super) async fn models(command: ModelsCommand, output: Output) -> Outcome {
     match command {
         ModelsCommand::List(server) => {
             let client = connect(&server.target()).await?;
-            let all = client
-                .models()
-                .list_models(pb::ListModelsRequest {})
-                .await?
-                .into_inner()
-                .models;
+            let all = short_names::all_models(&client).await?;
             let rows = all
                 .iter()
                 .map(|m| {
                     vec![
                         m.name.clone(),
                         m.architecture.clone(),
-                        output::parameters(m.parameters),
+                        human::parameters(m.parameters),
                         m.max_position_embeddings.to_string(),
                         m.dtype.clone(),
                         if m.chat_template { "yes" } else { "no" }.to_owned(),
                         output::supported(m),
                         m.device.clone(),
-                        output::short(&m.fingerprint),
+                        output::flat::short(&m.fingerprint),
                         m.source.clone(),
                     ]
                 })
@@ -362,17 +345,18 @@ pub(super) async fn models(command: ModelsCommand, output: Output) -> Outcome {
                     "source",
                 ],
                 rows,
-                all.iter().map(output::model).collect(),
+                output::messages(&all)?,
             );
         }
         ModelsCommand::Get(args) => {
-            let (client, name) = open(&args, "models").await?;
+            let client = connect(&args.named.server.target()).await?;
+            let name = short_names::model(&client, &args.named.name).await?;
             let model = client
                 .models()
                 .get_model(pb::GetModelRequest { name })
                 .await?
                 .into_inner();
-            output::resource(output, &output::model(&model));
+            show(output, &model, fields(&args))?;
         }
     }
     Ok(())

@@ -859,6 +859,11 @@ fn parse_bytes(text: &str) -> Option<u64> {
     n.checked_mul(1 << shift)
 }
 
+/// Returns the width of the terminal that the variable COLUMNS names.
+pub fn terminal_columns() -> Option<usize> {
+    std::env::var("COLUMNS").ok()?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

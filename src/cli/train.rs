@@ -12,9 +12,9 @@ use super::flag_names::{JobFile, JobWords};
 use super::job_flags::{JobVariant, OUTPUT_ONLY, get, remove, set};
 use super::job_rows::{JobRows, RowLimits};
 use super::policy_names::PolicyNames;
-use super::remote::{connect, full_name};
-use super::{output, watch};
-use crate::rpc::canonical::{self, CanonicalError, Fields};
+use super::remote::connect;
+use super::{output, short_names, watch};
+use crate::rpc::canonical::{self, CanonicalError, FieldSelection};
 use crate::rpc::client::{Client, ClientError, FirstEvent, field_violations};
 use crate::rpc::pb::{self, training_job::Evaluation};
 
@@ -54,7 +54,7 @@ pub(super) async fn run(mut args: TrainArgs, output: Output) -> Outcome {
             if i > 0 {
                 output::line("---");
             }
-            let yaml = canonical::to_yaml(&job.request, Fields::Set).map_err(unreadable)?;
+            let yaml = canonical::to_yaml(&job.request, FieldSelection::Set).map_err(unreadable)?;
             output::line(yaml.trim_end());
         }
         return Ok(());
@@ -160,7 +160,7 @@ fn read_job(text: &str) -> Result<Value, CanonicalError> {
         remove(&mut fields, name);
     }
     let job: pb::TrainingJob = canonical::from_value(fields)?;
-    canonical::to_value(&job, Fields::Set)
+    canonical::to_value(&job, FieldSelection::Set)
 }
 
 fn unreadable(error: CanonicalError) -> Failure {
@@ -183,7 +183,6 @@ fn requested(variants: Vec<JobVariant>, args: &TrainArgs) -> Result<Vec<PlannedJ
             set(&mut fields, "lora", json!({}));
         }
         let mut request: pb::TrainingJob = canonical::from_value(fields).map_err(unreadable)?;
-        complete_datasets(&mut request);
         if is_sweep {
             let labels = &mut request.labels;
             labels.insert(SWEEP_LABEL.to_owned(), sweep.to_owned());
@@ -200,16 +199,6 @@ fn requested(variants: Vec<JobVariant>, args: &TrainArgs) -> Result<Vec<PlannedJ
         })
     });
     planned.collect()
-}
-
-/// Adds the prefix `datasets/` to bare ids.
-fn complete_datasets(job: &mut pb::TrainingJob) {
-    if !job.dataset.is_empty() {
-        job.dataset = full_name("datasets", &job.dataset);
-    }
-    if let Some(Evaluation::EvalDataset(name)) = &mut job.evaluation {
-        *name = full_name("datasets", name);
-    }
 }
 
 /// Completes the names of policies and references.
@@ -232,6 +221,12 @@ async fn complete_names(
         if !request.reference.is_empty() {
             let word = words.of_field("training_job.reference");
             request.reference = names.complete(&word, &request.reference).await?;
+        }
+        if !request.dataset.is_empty() {
+            request.dataset = short_names::dataset(client, &request.dataset).await?;
+        }
+        if let Some(Evaluation::EvalDataset(name)) = &mut request.evaluation {
+            *name = short_names::dataset(client, name).await?;
         }
     }
     Ok(())
@@ -355,8 +350,7 @@ impl TrainCall {
             return end.map_err(|e| change(e, |message| self.words.in_sentence(&message)));
         }
         if let [(_, job)] = &made[..] {
-            output::resource(self.output, &output::job(job));
-            return Ok(());
+            return output::show_job(self.output, job, FieldSelection::Set);
         }
         let header = ["name", "state", "differs in"];
         let state = |job: &pb::TrainingJob| match args.validate_only {
@@ -367,8 +361,8 @@ impl TrainCall {
             .iter()
             .map(|(planned, job)| vec![job.name.clone(), state(job), planned.difference.clone()])
             .collect();
-        let json = made.iter().map(|(_, job)| output::job(job)).collect();
-        output::list(self.output, &header, rows, json);
+        let all: Vec<pb::TrainingJob> = made.iter().map(|(_, job)| job.clone()).collect();
+        output::list(self.output, &header, rows, output::messages(&all)?);
         Ok(())
     }
 

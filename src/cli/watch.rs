@@ -8,7 +8,8 @@ use super::args::{Output, ServerArgs, WatchArgs};
 use super::failure::{Failure, Outcome};
 use super::output::{self, state};
 use super::progress::say;
-use super::remote::{connect, full_name, server_flag};
+use super::remote::{connect, server_flag};
+use super::short_names;
 use crate::rpc::client::{Client, FirstEvent};
 use crate::rpc::pb::{self, training_event::Event};
 
@@ -18,7 +19,7 @@ pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
         Some(n) => FirstEvent::Tail(n),
         None => FirstEvent::After(args.after),
     };
-    let job = full_name("trainingJobs", &args.job);
+    let job = short_names::job(&client, &args.job).await?;
     follow(&client, &args.server, &job, first, output).await
 }
 
@@ -160,7 +161,7 @@ const WITH_STEPS: &str = "{bar:30} {pos}/{len} steps  {elapsed} passed, {prefix}
 
 impl ProgressView {
     pub(super) fn new(output: Output) -> Self {
-        let target = if output == Output::Json {
+        let target = if output != Output::Table {
             ProgressDrawTarget::hidden()
         } else {
             ProgressDrawTarget::stderr()
@@ -193,7 +194,7 @@ impl ProgressView {
         if let Some(Event::StateChange(change)) = &event.event {
             self.reason.clone_from(&change.reason);
         }
-        if self.output == Output::Json {
+        if self.output != Output::Table {
             return output::json_line(&output::event(event));
         }
         let text = match &event.event {

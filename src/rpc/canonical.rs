@@ -9,6 +9,7 @@
 //! and in lower case (`skip` for `ROW_POLICY_SKIP`). All wrong keys and values are reported
 //! together, with their paths.
 
+mod error;
 #[cfg(test)]
 mod tests;
 mod yaml;
@@ -22,6 +23,7 @@ use prost_reflect::{
 };
 use serde_json::{Number, Value, json};
 
+pub use self::error::CanonicalError;
 use super::pb;
 use crate::domain::violation::{Violations, quoted};
 
@@ -42,37 +44,21 @@ impl<M: Message + Name + Default> Canonical for M {}
 
 /// The fields that are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fields {
+pub enum FieldSelection {
     /// Those that are set, and of fields without presence those that differ from their default.
     Set,
     /// All: a field without a value is null, or its default if it has no presence.
     All,
 }
 
-/// The reason why a message could not be read or written.
-#[derive(Debug, thiserror::Error)]
-pub enum CanonicalError {
-    /// The text is not JSON or YAML.
-    #[error("not valid {format}: {reason}")]
-    Syntax {
-        /// JSON or YAML.
-        format: &'static str,
-        /// The parser's error, with line and column.
-        reason: String,
-    },
-    /// Keys that the message does not have, and values that do not fit their fields.
-    #[error(transparent)]
-    Fields(Violations),
-    /// The message cannot be converted, e.g. because a timestamp is out of range.
-    #[error("the message cannot be converted: {0}")]
-    Conversion(String),
-}
-
 /// Returns a message as a JSON object.
 ///
 /// # Errors
 /// [`CanonicalError::Conversion`] if the message has a value that JSON cannot have.
-pub fn to_value<M: Canonical>(message: &M, fields: Fields) -> Result<Value, CanonicalError> {
+pub fn to_value<M: Canonical>(
+    message: &M,
+    fields: FieldSelection,
+) -> Result<Value, CanonicalError> {
     let descriptor = descriptor::<M>()?;
     let mut dynamic = DynamicMessage::decode(descriptor.clone(), &message.encode_to_vec()[..])
         .map_err(conversion)?;
@@ -80,7 +66,7 @@ pub fn to_value<M: Canonical>(message: &M, fields: Fields) -> Result<Value, Cano
     let options = SerializeOptions::new()
         .stringify_64_bit_integers(false)
         .use_proto_field_name(true)
-        .skip_default_fields(fields == Fields::Set);
+        .skip_default_fields(fields == FieldSelection::Set);
     let mut value = dynamic
         .serialize_with_options(serde_json::value::Serializer, &options)
         .map_err(conversion)?;
@@ -92,7 +78,10 @@ pub fn to_value<M: Canonical>(message: &M, fields: Fields) -> Result<Value, Cano
 ///
 /// # Errors
 /// The same as of [`to_value`].
-pub fn to_yaml<M: Canonical>(message: &M, fields: Fields) -> Result<String, CanonicalError> {
+pub fn to_yaml<M: Canonical>(
+    message: &M,
+    fields: FieldSelection,
+) -> Result<String, CanonicalError> {
     yaml::write(&to_value(message, fields)?)
 }
 
@@ -145,7 +134,7 @@ pub fn value_of_yaml(text: &str) -> Result<Value, CanonicalError> {
     yaml::read(text)
 }
 
-/// Returns the candidate that is most similar to a wrong name, if one is similar enough to be meant.
+/// Returns the candidate that is most similar to a wrong name, if one is similar enough.
 pub fn nearest<'a>(wrong: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let wrong = wrong.to_lowercase();
     candidates
@@ -212,16 +201,16 @@ fn any_type(any: &MessageDescriptor, type_url: &str) -> Option<MessageDescriptor
     any.parent_pool().get_message_by_name(name)
 }
 
-/// Sorts the keys of maps, turns large integers into strings and, with [`Fields::All`], adds the
-/// fields without a value.
-fn tidy_message(descriptor: &MessageDescriptor, value: &mut Value, fields: Fields) {
+/// Sorts the keys of maps, turns large integers into strings and, with [`FieldSelection::All`],
+/// adds the fields without a value.
+fn tidy_message(descriptor: &MessageDescriptor, value: &mut Value, fields: FieldSelection) {
     let Value::Object(object) = value else {
         return;
     };
     if descriptor.full_name() == "google.protobuf.Any" {
         let inner = object.get("@type").and_then(Value::as_str);
         if let Some(inner) = inner.and_then(|url| any_type(descriptor, url)) {
-            tidy_message(&inner, value, Fields::Set);
+            tidy_message(&inner, value, FieldSelection::Set);
         }
         return;
     }
@@ -231,7 +220,7 @@ fn tidy_message(descriptor: &MessageDescriptor, value: &mut Value, fields: Field
     for field in descriptor.fields() {
         match object.get_mut(field.name()) {
             Some(value) => tidy_field(&field, value, fields),
-            None if fields == Fields::All => {
+            None if fields == FieldSelection::All => {
                 object.insert(field.name().to_owned(), Value::Null);
             }
             None => {}
@@ -239,7 +228,7 @@ fn tidy_message(descriptor: &MessageDescriptor, value: &mut Value, fields: Field
     }
 }
 
-fn tidy_field(field: &FieldDescriptor, value: &mut Value, fields: Fields) {
+fn tidy_field(field: &FieldDescriptor, value: &mut Value, fields: FieldSelection) {
     match (field.kind(), value) {
         (Kind::Message(entry), Value::Object(entries)) if field.is_map() => {
             entries.sort_keys();
@@ -255,7 +244,7 @@ fn tidy_field(field: &FieldDescriptor, value: &mut Value, fields: Fields) {
     }
 }
 
-fn tidy_one(kind: &Kind, value: &mut Value, fields: Fields) {
+fn tidy_one(kind: &Kind, value: &mut Value, fields: FieldSelection) {
     match kind {
         Kind::Message(inner) => tidy_message(inner, value, fields),
         Kind::Float => {
@@ -535,5 +524,48 @@ fn kind_of(value: &Value) -> String {
         Value::String(text) => quoted(text),
         Value::Array(_) => "a list".to_owned(),
         Value::Object(_) => "an object".to_owned(),
+    }
+}
+
+/// A field of a message, by its path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldPath {
+    /// The path, e.g. `dpo.beta`.
+    pub path: String,
+    /// True if the field has keys of its own, as maps have: `labels.team`.
+    pub has_keys: bool,
+}
+
+/// Returns the paths of all fields of a message and of the messages in it. Fields of messages in
+/// lists are not included.
+///
+/// # Errors
+/// [`CanonicalError::Conversion`] if the API does not have the message.
+pub fn field_paths<M: Canonical>() -> Result<Vec<FieldPath>, CanonicalError> {
+    /// Maximum nesting of messages. The API's are not recursive.
+    const MAX_DEPTH: usize = 8;
+    let mut all = Vec::new();
+    add_paths(&descriptor::<M>()?, "", MAX_DEPTH, &mut all);
+    Ok(all)
+}
+
+fn add_paths(descriptor: &MessageDescriptor, prefix: &str, depth: usize, all: &mut Vec<FieldPath>) {
+    for field in descriptor.fields() {
+        let path = format!("{prefix}{}", field.name());
+        let inner = match field.kind() {
+            Kind::Message(inner) if !field.is_list() && !field.is_map() => Some(inner),
+            _ => None,
+        };
+        let is_struct = |m: &MessageDescriptor| m.full_name() == "google.protobuf.Struct";
+        all.push(FieldPath {
+            path: path.clone(),
+            has_keys: field.is_map() || inner.as_ref().is_some_and(is_struct),
+        });
+        match inner {
+            Some(inner) if depth > 0 && !inner.full_name().starts_with(WELL_KNOWN) => {
+                add_paths(&inner, &format!("{path}."), depth - 1, all);
+            }
+            _ => {}
+        }
     }
 }

@@ -69,8 +69,11 @@ fn commands_lead_from_a_file_of_pairs_to_an_adapter() {
     let jobs = json(&server, &["jobs", "list"]);
     let name = jobs[0]["name"].as_str().unwrap().to_owned();
     assert_eq!(
-        (jobs[0]["state"].as_str(), jobs[0]["step"].as_u64()),
-        (Some("succeeded"), Some(12))
+        (
+            jobs[0]["state"].as_str(),
+            jobs[0]["progress"]["step"].as_u64()
+        ),
+        (Some("JOB_STATE_SUCCEEDED"), Some(12))
     );
 
     let latest = format!("{name}/checkpoints/latest");
@@ -151,7 +154,10 @@ fn commands_lead_from_a_file_of_pairs_to_an_adapter() {
         .as_str()
         .unwrap()
         .to_owned();
-    assert_eq!(json(&server, &["datasets", "get", &dataset])["rows"], 6);
+    assert_eq!(
+        json(&server, &["datasets", "get", &dataset])["report"]["rows"],
+        6
+    );
     let models = json(&server, &["models", "list"]);
     let golden = std::fs::read_to_string(golden("models/llama/config.json")).unwrap();
     let golden: serde_json::Value = serde_json::from_str(&golden).unwrap();
@@ -169,10 +175,13 @@ fn commands_lead_from_a_file_of_pairs_to_an_adapter() {
             context
         )
     );
-    let uses = serde_json::json!(["train_lora", "train_full", "score", "export"]);
+    let uses = ["TRAIN_LORA", "TRAIN_FULL", "SCORE", "EXPORT"].map(|u| format!("MODEL_USE_{u}"));
+    assert_eq!(models[0]["uses"], serde_json::json!(uses));
+    // Fields that are not set are shown on request only.
+    let all = json(&server, &["models", "get", "tiny", "--all"]);
     assert_eq!(
-        (&models[0]["uses"], &models[0]["text_only"]),
-        (&uses, &false.into())
+        (models[0].get("text_only"), &all["text_only"]),
+        (None, &false.into())
     );
     assert_eq!(models[0], json(&server, &["models", "get", "tiny"]));
     let table = succeed(&server, &["models", "list"]);

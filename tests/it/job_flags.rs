@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use bradley::cli::job_flags::{FlagKind, JOB_FLAGS, JobFlags, OUTPUT_ONLY, get, remove};
-use bradley::rpc::canonical::{self, Fields};
+use bradley::rpc::canonical::{self, FieldSelection};
 use bradley::rpc::pb;
 use clap::{CommandFactory as _, Parser as _};
 use prost::Message as _;
@@ -45,7 +45,7 @@ fn fields(set: &FileDescriptorSet, message: &str, prefix: &str) -> Vec<String> {
     let find = |name: &str| -> Option<DescriptorProto> {
         let short = name.strip_prefix(".bradley.v1.")?;
         let all = set.file.iter().flat_map(|f| &f.message_type);
-        all.cloned().find(|m| m.name() == short)
+        all.find(|m| m.name() == short).cloned()
     };
     let mut paths = Vec::new();
     for field in find(message).unwrap().field {
@@ -443,17 +443,17 @@ fn random_jobs_come_back_from_flags_and_from_yaml() {
     for seed in 0..JOBS {
         let mut draw = Random(ChaCha8Rng::seed_from_u64(seed));
         let job = random_job(&mut draw, "datasets/d");
-        let value = canonical::to_value(&job, Fields::Set).unwrap();
+        let value = canonical::to_value(&job, FieldSelection::Set).unwrap();
         let args = flags_of(&value);
         let from_flags: pb::TrainingJob =
             canonical::from_value(applied(&args, &json!({}))).unwrap();
-        let again = canonical::to_value(&from_flags, Fields::Set).unwrap();
+        let again = canonical::to_value(&from_flags, FieldSelection::Set).unwrap();
         assert_eq!(
             without_empty_messages(again),
             without_empty_messages(value),
             "seed {seed}: {args:?}"
         );
-        let yaml = canonical::to_yaml(&from_flags, Fields::Set).unwrap();
+        let yaml = canonical::to_yaml(&from_flags, FieldSelection::Set).unwrap();
         let from_yaml: pb::TrainingJob = canonical::from_yaml(&yaml).unwrap();
         assert_eq!(from_yaml, from_flags, "seed {seed}:\n{yaml}");
     }
@@ -561,12 +561,12 @@ async fn a_server_accepts_random_jobs_and_their_answers_as_files() {
         let job = random_job(&mut draw, &dataset);
         let answer = check(job.clone()).await;
         let answer = answer.unwrap_or_else(|e| panic!("seed {seed}: {e}\n{job:#?}"));
-        let yaml = canonical::to_yaml(&answer, Fields::Set).unwrap();
+        let yaml = canonical::to_yaml(&answer, FieldSelection::Set).unwrap();
         let again: pb::TrainingJob = canonical::from_yaml(&yaml).unwrap();
         let second = check(again).await;
         let second = second.unwrap_or_else(|e| panic!("seed {seed}: {e}\n{yaml}"));
         let settings = |job: &pb::TrainingJob| {
-            let mut value = canonical::to_value(job, Fields::Set).unwrap();
+            let mut value = canonical::to_value(job, FieldSelection::Set).unwrap();
             for name in OUTPUT_ONLY {
                 remove(&mut value, name);
             }

@@ -5,10 +5,33 @@ use std::io::Write;
 use serde_json::{Value, json};
 
 use crate::cli::args::Output;
+use crate::cli::output::flat;
 use crate::rpc::pb;
 
 /// Maximum number of errors that are listed one by one.
 const MAX_LISTED_ERRORS: usize = 20;
+
+/// Columns of CSV.
+const CSV_COLUMNS: [&str; 18] = [
+    "row",
+    "id",
+    "pair",
+    "probability",
+    "margin",
+    "normalization",
+    "policy_version",
+    "a.policy_logprob",
+    "a.reference_logprob",
+    "a.reward",
+    "a.tokens",
+    "a.truncated",
+    "b.policy_logprob",
+    "b.reference_logprob",
+    "b.reward",
+    "b.tokens",
+    "b.truncated",
+    "error",
+];
 
 /// A row of the file, with its score.
 #[derive(Clone, Debug)]
@@ -92,9 +115,23 @@ impl<W: Write> RowPrinter<W> {
     /// # Errors
     /// Returns an error if nobody reads the output any more.
     pub fn print(&mut self, row: &ScoredRow) -> std::io::Result<()> {
-        if self.output != Output::Table {
-            writeln!(self.out, "{}", to_json(row))?;
-            return self.out.flush();
+        match self.output {
+            Output::Table => {}
+            Output::Csv => {
+                let cells = Value::from_iter(flat::fields(&to_json(row)));
+                let lines = flat::csv(Some(&CSV_COLUMNS), &[cells]);
+                let without_header = || lines.split_once('\n').map_or("", |(_, rest)| rest);
+                let lines = match std::mem::replace(&mut self.has_header, true) {
+                    true => without_header(),
+                    false => &lines,
+                };
+                self.out.write_all(lines.as_bytes())?;
+                return self.out.flush();
+            }
+            Output::Json | Output::Yaml => {
+                writeln!(self.out, "{}", to_json(row))?;
+                return self.out.flush();
+            }
         }
         match &row.result {
             Ok(score) => {
@@ -126,7 +163,7 @@ impl<W: Write> RowPrinter<W> {
         let mut lines = self.errors.clone();
         let more = failed.saturating_sub(lines.len() as u64);
         if !lines.is_empty() && more > 0 {
-            lines.push(format!("and {more} more; --output json shows all of them"));
+            lines.push(format!("and {more} more; --format json shows all of them"));
         }
         lines
     }

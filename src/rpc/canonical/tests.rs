@@ -71,7 +71,7 @@ fn pb_any(name: &str, value: &[u8]) -> Any {
 
 #[test]
 fn a_job_is_written_with_the_names_of_the_proto_files() {
-    let value = to_value(&job(), Fields::Set).unwrap();
+    let value = to_value(&job(), FieldSelection::Set).unwrap();
     let mut metrics = value["latest_metrics"].clone();
     let names: Vec<&String> = metrics.as_object().unwrap().keys().collect();
     assert!(names.is_sorted(), "{names:?}");
@@ -111,7 +111,7 @@ fn a_job_is_written_with_the_names_of_the_proto_files() {
 fn json_and_yaml_give_the_same_job_back() {
     let mut expected = job();
     expected.error.as_mut().unwrap().details.pop();
-    for fields in [Fields::Set, Fields::All] {
+    for fields in [FieldSelection::Set, FieldSelection::All] {
         let text = to_value(&job(), fields).unwrap().to_string();
         assert_eq!(from_json::<pb::TrainingJob>(&text).unwrap(), expected);
         let text = to_yaml(&job(), fields).unwrap();
@@ -125,7 +125,7 @@ fn json_and_yaml_give_the_same_job_back() {
 
 #[test]
 fn all_fields_are_present_on_request() {
-    let value = to_value(&job(), Fields::All).unwrap();
+    let value = to_value(&job(), FieldSelection::All).unwrap();
     assert_eq!(
         value.as_object().unwrap().len(),
         descriptor::<pb::TrainingJob>().unwrap().fields().len()
@@ -151,7 +151,7 @@ fn every_message_of_the_api_can_be_written_and_read() {
         }
         messages += 1;
         let mut value = json!({});
-        tidy_message(&descriptor, &mut value, Fields::All);
+        tidy_message(&descriptor, &mut value, FieldSelection::All);
         let mut wrong = Violations::default();
         check_message(&descriptor, &mut value, "", &mut wrong);
         assert!(wrong.is_empty(), "{}: {wrong}", descriptor.name());

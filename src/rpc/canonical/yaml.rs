@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Number, Value};
 
-use super::CanonicalError;
+use super::error::CanonicalError;
 
 /// Maximum nesting of lists and mappings that is read.
 const MAX_DEPTH: usize = 64;

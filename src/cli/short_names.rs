@@ -1,0 +1,264 @@
+//! Names as people give them: whole, without the collection, the beginning of an ID as in git, or
+//! `@last`.
+
+use super::failure::Failure;
+use super::remote::full_name;
+use crate::rpc::canonical::nearest;
+use crate::rpc::client::Client;
+use crate::rpc::pb;
+
+/// The newest resource of a collection.
+pub(super) const LAST: &str = "@last";
+/// Minimum number of characters of the beginning of an ID, as in git.
+const MIN_PREFIX: usize = 4;
+/// Number of characters of a whole ID, a UUID.
+const WHOLE_ID: usize = 36;
+/// Maximum number of candidates that an error names.
+const MAX_NAMED: usize = 8;
+/// Maximum size of a page.
+const PAGE: i32 = 1000;
+/// Maximum number of pages of a list. A server with more resources repeats its pages.
+const MAX_PAGES: usize = 10_000;
+
+/// Collection of jobs in names.
+pub(super) const JOBS: &str = "trainingJobs";
+/// Collection of datasets in names.
+pub(super) const DATASETS: &str = "datasets";
+/// Collection of base models in names.
+pub(super) const MODELS: &str = "models";
+
+/// Returns every job, newest first.
+pub(super) async fn all_jobs(client: &Client) -> Result<Vec<pb::TrainingJob>, Failure> {
+    let (mut all, mut page_token) = (Vec::new(), String::new());
+    for _ in 0..MAX_PAGES {
+        let request = pb::ListTrainingJobsRequest {
+            page_size: PAGE,
+            page_token,
+            states: vec![],
+        };
+        let page = client
+            .training()
+            .list_training_jobs(request)
+            .await?
+            .into_inner();
+        all.extend(page.training_jobs);
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            return Ok(all);
+        }
+    }
+    Err(endless("jobs"))
+}
+
+/// Returns every dataset, newest first, without the findings of its rows.
+pub(super) async fn all_datasets(client: &Client) -> Result<Vec<pb::Dataset>, Failure> {
+    let (mut all, mut page_token) = (Vec::new(), String::new());
+    for _ in 0..MAX_PAGES {
+        let request = pb::ListDatasetsRequest {
+            page_size: PAGE,
+            page_token,
+            ..Default::default()
+        };
+        let page = client.datasets().list_datasets(request).await?.into_inner();
+        all.extend(page.datasets);
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            return Ok(all);
+        }
+    }
+    Err(endless("datasets"))
+}
+
+fn endless(what: &str) -> Failure {
+    Failure::Failed(format!(
+        "the server's list of {what} does not end after {MAX_PAGES} pages"
+    ))
+}
+
+/// Returns every base model of the server.
+pub(super) async fn all_models(client: &Client) -> Result<Vec<pb::Model>, Failure> {
+    let answer = client
+        .models()
+        .list_models(pb::ListModelsRequest {})
+        .await?;
+    Ok(answer.into_inner().models)
+}
+
+/// Returns the name of the job that a user means. A name that nothing begins with is returned as it
+/// is, so that the server refuses it.
+///
+/// # Errors
+/// Returns a failure that names the candidates if several jobs are meant.
+pub(super) async fn job(client: &Client, given: &str) -> Result<String, Failure> {
+    if given == LAST {
+        let request = pb::ListTrainingJobsRequest {
+            page_size: 1,
+            ..Default::default()
+        };
+        let page = client.training().list_training_jobs(request).await?;
+        let newest = page.into_inner().training_jobs.into_iter().next();
+        return newest.map(|job| job.name).ok_or_else(|| none_yet("job"));
+    }
+    let id = without(JOBS, given);
+    if is_whole(id) {
+        return Ok(full_name(JOBS, id));
+    }
+    let names: Vec<String> = all_jobs(client)
+        .await?
+        .into_iter()
+        .map(|j| j.name)
+        .collect();
+    pick(JOBS, id, &names)
+}
+
+/// Does the same for a dataset.
+///
+/// # Errors
+/// The same as of [`job`].
+pub(super) async fn dataset(client: &Client, given: &str) -> Result<String, Failure> {
+    if given == LAST {
+        let request = pb::ListDatasetsRequest {
+            page_size: 1,
+            ..Default::default()
+        };
+        let page = client.datasets().list_datasets(request).await?;
+        let newest = page.into_inner().datasets.into_iter().next();
+        return newest
+            .map(|dataset| dataset.name)
+            .ok_or_else(|| none_yet("dataset"));
+    }
+    let id = without(DATASETS, given);
+    if is_whole(id) {
+        return Ok(full_name(DATASETS, id));
+    }
+    let all = all_datasets(client).await?;
+    let names: Vec<String> = all.into_iter().map(|d| d.name).collect();
+    pick(DATASETS, id, &names)
+}
+
+/// Does the same for a base model.
+///
+/// # Errors
+/// Returns a failure that names the server's models if none or several are meant.
+pub(super) async fn model(client: &Client, given: &str) -> Result<String, Failure> {
+    let id = without(MODELS, given);
+    let all = all_models(client).await?;
+    let names: Vec<String> = all.into_iter().map(|m| m.name).collect();
+    let name = pick(MODELS, id, &names)?;
+    if names.contains(&name) {
+        return Ok(name);
+    }
+    let meant = nearest(&name, names.iter().map(String::as_str))
+        .map(|meant| format!("did you mean {meant}? "))
+        .unwrap_or_default();
+    Err(Failure::Usage(format!(
+        "{name} does not exist: {meant}This server has {}",
+        names.join(", ")
+    )))
+}
+
+/// Does the same for a checkpoint, `JOB/checkpoints/STEP`. A job alone means its newest checkpoint.
+///
+/// # Errors
+/// The same as of [`job`].
+pub(super) async fn checkpoint(client: &Client, given: &str) -> Result<String, Failure> {
+    let (of, step) = given
+        .split_once("/checkpoints/")
+        .unwrap_or((given, "latest"));
+    Ok(format!("{}/checkpoints/{step}", job(client, of).await?))
+}
+
+/// Does the same for a checkpoint that is deleted: its step must be given.
+///
+/// # Errors
+/// The same as of [`job`], and a failure if the step is missing.
+pub(super) async fn one_checkpoint(client: &Client, given: &str) -> Result<String, Failure> {
+    if !given.contains("/checkpoints/") {
+        return Err(Failure::Usage(format!(
+            "{given} is a job: name one of its checkpoints, {given}/checkpoints/STEP"
+        )));
+    }
+    checkpoint(client, given).await
+}
+
+fn without<'a>(collection: &str, name: &'a str) -> &'a str {
+    name.strip_prefix(collection)
+        .and_then(|rest| rest.strip_prefix('/'))
+        .unwrap_or(name)
+}
+
+fn is_whole(id: &str) -> bool {
+    id.len() == WHOLE_ID && id.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
+}
+
+fn none_yet(what: &str) -> Failure {
+    Failure::Usage(format!("{LAST} names no {what}: the server has none yet"))
+}
+
+/// Returns the one name with the ID `id`, or else the one whose ID begins with it.
+fn pick(collection: &str, id: &str, names: &[String]) -> Result<String, Failure> {
+    let exact = full_name(collection, id);
+    if names.contains(&exact) || id.chars().count() < MIN_PREFIX {
+        return Ok(exact);
+    }
+    let meant: Vec<&String> = names
+        .iter()
+        .filter(|name| name.starts_with(&exact))
+        .collect();
+    match &meant[..] {
+        [] => Ok(exact),
+        [one] => Ok((*one).clone()),
+        many => {
+            let mut named: Vec<&str> = many.iter().take(MAX_NAMED).map(|n| n.as_str()).collect();
+            let more = format!("and {} more", many.len().saturating_sub(MAX_NAMED));
+            if many.len() > MAX_NAMED {
+                named.push(&more);
+            }
+            Err(Failure::Usage(format!(
+                "{id} may be any of {}: {}; give more characters of the ID",
+                many.len(),
+                named.join(", ")
+            )))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use super::*;
+
+    #[test]
+    fn the_beginning_of_an_id_suffices_if_it_is_unique() {
+        let names: Vec<String> = ["0193a000", "0193a0ff", "0193b000", "0193"]
+            .map(|id| format!("{JOBS}/{id}"))
+            .to_vec();
+        let picked = |id: &str| pick(JOBS, id, &names).unwrap();
+        assert_eq!(picked("0193b"), "trainingJobs/0193b000");
+        // An ID that is the beginning of others.
+        assert_eq!(picked("0193"), "trainingJobs/0193");
+        // The server refuses these with its own error.
+        assert_eq!(picked("none"), "trainingJobs/none");
+        assert_eq!(picked("019"), "trainingJobs/019");
+        match pick(JOBS, "0193a0", &names) {
+            Err(Failure::Usage(said)) => assert_eq!(
+                said,
+                "0193a0 may be any of 2: trainingJobs/0193a000, trainingJobs/0193a0ff; give more \
+                 characters of the ID"
+            ),
+            other => panic!("{other:?}"),
+        }
+        let many: Vec<String> = (0..20).map(|i| format!("{JOBS}/aaaa{i}")).collect();
+        match pick(JOBS, "aaaa", &many) {
+            Err(Failure::Usage(said)) => assert!(said.contains("aaaa7, and 12 more;"), "{said}"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn ids_are_found_in_names_with_and_without_their_collection() {
+        assert_eq!(without(JOBS, "trainingJobs/x"), "x");
+        assert_eq!(without(JOBS, "trainingJobsx"), "trainingJobsx");
+        assert!(is_whole("0193c8e4-7a3f-7000-8000-000000000000") && !is_whole("0193c8e4-7a3f"));
+    }
+}
