@@ -44,7 +44,7 @@ fn applied(args: &[String], base: &Value) -> Value {
 fn fields(set: &FileDescriptorSet, message: &str, prefix: &str) -> Vec<String> {
     let find = |name: &str| -> Option<DescriptorProto> {
         let short = name.strip_prefix(".bradley.v1.")?;
-        let all = set.file.iter().flat_map(|f| &f.message_type);
+        let mut all = set.file.iter().flat_map(|f| &f.message_type);
         all.find(|m| m.name() == short).cloned()
     };
     let mut paths = Vec::new();
