@@ -42,16 +42,16 @@ impl Cli {
             FormatFlag::Json => return Ok(Output::Json),
             FormatFlag::Yaml => return Ok(Output::Yaml),
             FormatFlag::Csv => return Ok(Output::Csv),
-            FormatFlag::Auto => ExportContents::Auto,
-            FormatFlag::Adapter => ExportContents::Adapter,
-            FormatFlag::Merged => ExportContents::Merged,
+            FormatFlag::Auto => ContentsFlag::Auto,
+            FormatFlag::Adapter => ContentsFlag::Adapter,
+            FormatFlag::Merged => ContentsFlag::Merged,
         };
         let contents = match &mut self.command {
             Command::Checkpoints(CheckpointsCommand::Export(args)) => &mut args.contents,
             Command::Checkpoints(CheckpointsCommand::Download(args)) => &mut args.contents,
             _ => return Err("--format is one of table, json, yaml and csv".to_owned()),
         };
-        if *contents == ExportContents::Auto {
+        if *contents == ContentsFlag::Auto {
             *contents = old;
         }
         Ok(default)
@@ -87,13 +87,13 @@ pub enum FormatFlag {
     Yaml,
     /// A header, and a line for each resource.
     Csv,
-    /// See [`ExportContents::Auto`].
+    /// See [`ContentsFlag::Auto`].
     #[value(hide = true)]
     Auto,
-    /// See [`ExportContents::Adapter`].
+    /// See [`ContentsFlag::Adapter`].
     #[value(hide = true)]
     Adapter,
-    /// See [`ExportContents::Merged`].
+    /// See [`ContentsFlag::Merged`].
     #[value(hide = true)]
     Merged,
 }
@@ -720,7 +720,7 @@ pub struct UploadArgs {
 
 /// Contents of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ExportContents {
+pub enum ContentsFlag {
     /// An adapter for LoRA jobs, merged weights for full fine-tunes.
     Auto,
     /// A PEFT adapter.
@@ -736,8 +736,8 @@ pub struct ExportArgs {
     #[command(flatten)]
     pub named: NamedArgs,
     /// Contents of the export.
-    #[arg(long, value_enum, default_value_t = ExportContents::Auto)]
-    pub contents: ExportContents,
+    #[arg(long, value_enum, default_value_t = ContentsFlag::Auto)]
+    pub contents: ContentsFlag,
     /// Element type of merged weights: f32, bf16 or f16. Default: the type in the base model's
     /// files, or f16 if these are quantised.
     #[arg(long, default_value = "")]
@@ -751,8 +751,8 @@ pub struct DownloadArgs {
     #[command(flatten)]
     pub named: NamedArgs,
     /// Contents of the download.
-    #[arg(long, value_enum, default_value_t = ExportContents::Auto)]
-    pub contents: ExportContents,
+    #[arg(long, value_enum, default_value_t = ContentsFlag::Auto)]
+    pub contents: ContentsFlag,
     /// Element type of merged weights: f32, bf16 or f16. Default: the type in the base model's
     /// files, or f16 if these are quantised.
     #[arg(long, default_value = "")]

@@ -1,7 +1,7 @@
 //! `bradley jobs | datasets | checkpoints | models`: commands for resources of a server.
 
 use super::args::{
-    CheckpointsCommand, DatasetsCommand, ExportContents, GetArgs, JobsCommand, ModelsCommand,
+    CheckpointsCommand, ContentsFlag, DatasetsCommand, GetArgs, JobsCommand, ModelsCommand,
     NamedArgs, Output,
 };
 use super::failure::{Failure, Outcome};
@@ -300,11 +300,11 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
     Ok(())
 }
 
-fn export_format(contents: ExportContents) -> pb::ExportFormat {
+fn export_format(contents: ContentsFlag) -> pb::ExportFormat {
     match contents {
-        ExportContents::Auto => pb::ExportFormat::Unspecified,
-        ExportContents::Adapter => pb::ExportFormat::Adapter,
-        ExportContents::Merged => pb::ExportFormat::Merged,
+        ContentsFlag::Auto => pb::ExportFormat::Unspecified,
+        ContentsFlag::Adapter => pb::ExportFormat::Adapter,
+        ContentsFlag::Merged => pb::ExportFormat::Merged,
     }
 }
 
