@@ -118,7 +118,7 @@ impl JobWords {
         error: impl Into<ClientError>,
         left_out: &[&str],
     ) -> Failure {
-        let words = Vocabulary {
+        let words = ErrorWords {
             of_field: |field: &str| self.of_field(field),
             in_sentence: |text: &str| self.in_sentence(text),
         };
@@ -129,7 +129,7 @@ impl JobWords {
 /// A failed call, with flags in place of the fields' paths.
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
-        let words = Vocabulary {
+        let words = ErrorWords {
             of_field: of_other_field,
             in_sentence: str::to_owned,
         };
@@ -145,14 +145,14 @@ fn of_other_field(path: &str) -> String {
 }
 
 /// The caller's words for fields, and for the names of fields in sentences.
-struct Vocabulary<F, S> {
+struct ErrorWords<F, S> {
     of_field: F,
     in_sentence: S,
 }
 
 fn failure_in_words<F, S>(
     error: ClientError,
-    words: &Vocabulary<F, S>,
+    words: &ErrorWords<F, S>,
     left_out: &[&str],
 ) -> Failure
 where
@@ -170,7 +170,7 @@ where
     }
 }
 
-fn refusal<F, S>(status: &Status, words: &Vocabulary<F, S>, left_out: &[&str]) -> String
+fn refusal<F, S>(status: &Status, words: &ErrorWords<F, S>, left_out: &[&str]) -> String
 where
     F: Fn(&str) -> String,
     S: Fn(&str) -> String,

@@ -20,7 +20,7 @@ const SHORT: [(&str, &str); 3] = [
 const STEPS: &str = "progress.step/total_steps";
 
 /// A column of the list of jobs.
-struct Column {
+struct ListedColumn {
     /// The name that the user gave.
     title: String,
     /// Path of the field, or [`STEPS`].
@@ -43,7 +43,7 @@ pub(super) fn list(
     }
     let paths =
         canonical::field_paths::<pb::TrainingJob>().map_err(|e| Failure::Failed(e.to_string()))?;
-    let columns: Vec<Column> = match names.is_empty() {
+    let columns: Vec<ListedColumn> = match names.is_empty() {
         true => column_list(&DEFAULT.map(str::to_owned), &paths)?,
         false => column_list(names, &paths)?,
     };
@@ -68,11 +68,11 @@ pub(super) fn list(
     Ok(())
 }
 
-fn column_list(names: &[String], paths: &[FieldPath]) -> Result<Vec<Column>, Failure> {
+fn column_list(names: &[String], paths: &[FieldPath]) -> Result<Vec<ListedColumn>, Failure> {
     names
         .iter()
         .map(|name| {
-            Ok(Column {
+            Ok(ListedColumn {
                 title: name.clone(),
                 path: path(name, paths)?,
             })

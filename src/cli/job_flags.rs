@@ -463,7 +463,8 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         OPTIMIZER,
         FlagKind::Number,
         "1e-4 for LoRA, 1e-6 with --full",
-        "The peak learning rate, above 0. The setting to try first if training is slow or unstable.",
+        "The peak learning rate, above 0. The setting to try first if training is slow or \
+         unstable.",
     ),
     flag(
         "schedule",
@@ -678,7 +679,8 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         RUN,
         FlagKind::Signed,
         "0",
-        "-1000 to 1000. A job of a higher priority runs first and preempts running ones of a lower.",
+        "-1000 to 1000. A job of a higher priority runs first and preempts running ones of a \
+         lower.",
     ),
     flag(
         "ttl",

@@ -225,8 +225,9 @@ impl DatasetUpload {
     ///
     /// # Errors
     /// `InvalidArgument` with the first findings if no row can be used, or if the file cannot be
-    /// decoded or has another hash than its metadata says; `ResourceExhausted` if its rows have too much text (`DATASET_TOO_LARGE`) or the
-    /// client's datasets are too large together (`TOO_MANY_BYTES`).
+    /// decoded or has another hash than its metadata says; `ResourceExhausted` if its rows have too
+    /// much text (`DATASET_TOO_LARGE`) or the client's datasets are too large together
+    /// (`TOO_MANY_BYTES`).
     pub async fn finish(mut self) -> Result<Dataset> {
         self.file
             .flush()

@@ -707,7 +707,7 @@ async fn a_sweep_makes_a_labelled_job_for_each_combination() {
         &with(&["--learning-rate", "1e-4,-1", "--validate-only"]),
     );
     assert!(
-        said.contains("learning-rate=-1: --learning-rate is -1"),
+        said.contains("learning-rate=-1 seed=1: --learning-rate is -1"),
         "{said}"
     );
     assert!(refused(&server, &with(&["--watch"])).contains("--watch follows one job"));

@@ -13,7 +13,8 @@ use crate::documents::documents;
 /// Documents that name commands of other versions.
 const HISTORY: [&str; 1] = ["CHANGELOG.md"];
 /// Flags of other programs that the documents name in their text.
-const FOREIGN_FLAGS: [&str; 5] = [
+const FOREIGN_FLAGS: [&str; 6] = [
+    "--cascade=orphan",
     "--include-ignored",
     "--only",
     "--timeout",

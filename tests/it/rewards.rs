@@ -844,11 +844,15 @@ async fn the_command_line_asks_for_a_normalization_and_says_which_was_used() {
             "{said}"
         );
     }
-    let lines = bradley(&policy, &["--output", "json"]);
+    let lines = bradley(&policy, &["--format", "json"]);
+    // The other lines are from standard error.
+    let scores: Vec<serde_json::Value> = lines
+        .lines()
+        .filter(|line| line.starts_with('{'))
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
     assert!(
-        lines.lines().all(
-            |l| serde_json::from_str::<serde_json::Value>(l).unwrap()["normalization"] == "mean"
-        ),
+        !scores.is_empty() && scores.iter().all(|score| score["normalization"] == "mean"),
         "{lines}"
     );
     let said = bradley("models/tiny", &[]);
