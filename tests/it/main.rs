@@ -55,6 +55,7 @@ mod security;
 mod server;
 mod service;
 mod shapes;
+mod sizing_page;
 mod smollm2;
 mod soak;
 mod store_safety;

@@ -15,29 +15,29 @@ use serde_json::Value;
 /// Tokens of a packed row in the table.
 const ROW_TOKENS: usize = 8192;
 /// Tokens of a scoring row, for which a server holds memory free.
-const SCORING_ROW_TOKENS: usize = 2048;
-const GIB: f64 = (1u64 << 30) as f64;
+pub const SCORING_ROW_TOKENS: usize = 2048;
+pub const GIB: f64 = (1u64 << 30) as f64;
 
-fn root() -> &'static Path {
+pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn read(path: &str) -> String {
+pub fn read(path: &str) -> String {
     std::fs::read_to_string(root().join(path)).unwrap()
 }
 
 /// A model on the Hugging Face hub.
-struct Published {
+pub struct Published {
     /// Family and size.
-    model: String,
+    pub model: String,
     repository: String,
     /// The decoder in its config.json.
-    config: ModelConfig,
+    pub config: ModelConfig,
 }
 
 /// Returns the models of tests/it/models_page.json, which has the fields of each config.json that
 /// determine the model's shape.
-fn published() -> Vec<Published> {
+pub fn published() -> Vec<Published> {
     let list: Vec<Value> = serde_json::from_str(&read("tests/it/models_page.json")).unwrap();
     let text = |entry: &Value, field: &str| entry[field].as_str().unwrap().to_owned();
     list.iter()
@@ -91,7 +91,7 @@ fn count(n: u64) -> String {
 }
 
 /// Returns the rows of a table, each with its line break.
-fn table(header: [&str; 2], rows: impl Iterator<Item = String>) -> String {
+pub fn table(header: [&str; 2], rows: impl Iterator<Item = String>) -> String {
     let header = header.map(str::to_owned).into_iter();
     header.chain(rows).map(|row| row + "\n").collect()
 }
