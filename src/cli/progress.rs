@@ -119,15 +119,13 @@ impl WorkProgress {
     }
 
     /// Describes the number of pairs that were done since the start: `60 pairs in 1.5 s, 40
-    /// pairs/s`.
-    pub fn total(&self) -> String {
+    /// pairs/s`. `None` if it took less than a second.
+    pub fn total(&self) -> Option<String> {
         let passed = self.started.elapsed();
-        format!(
-            "{} pairs in {:.1} s, {}",
-            self.bar.position(),
-            passed.as_secs_f64(),
-            self.rate()
-        )
+        (passed >= BAR_DELAY).then(|| {
+            let (pairs, seconds) = (self.bar.position(), passed.as_secs_f64());
+            format!("{pairs} pairs in {seconds:.1} s, {}", self.rate())
+        })
     }
 
     fn rate(&self) -> String {

@@ -81,7 +81,9 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         say(&error);
     }
     ignored.warn();
-    say(&rate);
+    if let Some(rate) = rate {
+        say(&rate);
+    }
     outcome.map_err(|failure| match summary.rows() {
         0 => failure,
         n => failure.after(&format!("after {n} pairs")),
