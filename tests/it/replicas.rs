@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use bradley::rpc::client::Client;
+use bradley::rpc::client::{Client, FirstEvent};
 use bradley::rpc::pb;
 use bradley::rpc::pb::training_event::Event;
 use tonic::Code;
@@ -286,6 +286,34 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
         state(&client_b, &name).await == pb::JobState::Cancelled
     })
     .await;
+    // The newest events are those of the cancellation.
+    let mut newest = Vec::new();
+    let tail = client_b.follow_from(&name, FirstEvent::Tail(2), |event| {
+        newest.push(event);
+        true
+    });
+    tokio::time::timeout(Duration::from_secs(60), tail)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(newest.len(), 2, "{newest:?}");
+    assert_eq!(changes(&newest).last().unwrap().0, pb::JobState::Cancelled);
+    let doctor = std::process::Command::new(crate::support::binary())
+        .args([
+            "doctor",
+            "--http-listen",
+            "off",
+            "--database-url",
+            &postgres.url(),
+        ])
+        .args(["--artifact-url", "file:///"])
+        .output()
+        .unwrap();
+    let found = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert!(
+        found.contains("ok       database: PostgreSQL, 1 jobs, schema"),
+        "{found}"
+    );
     // A job deleted on one replica is gone from both, including its objects.
     assert!(!s3.keys("runs/jobs").is_empty());
     client_b

@@ -109,6 +109,22 @@ async fn a_job_that_waits_for_something_preempts_nobody_and_is_still_tried() {
 }
 
 #[tokio::test]
+async fn the_newest_events_are_those_that_are_still_stored() {
+    let (_dir, store) = open().await;
+    insert(&store, &job("j", request(0)), None).await;
+    for sequence in 2..=9 {
+        let event = format!("INSERT INTO events VALUES ('j', {sequence}, 0, '{{}}')");
+        run(&store, &event).await;
+    }
+    run(&store, "DELETE FROM events WHERE sequence <= 4").await;
+    let before = async |job, n| store.sequence_before_newest(job, n).await.unwrap();
+    assert_eq!(before("j", 1).await, 8);
+    assert_eq!(before("j", 3).await, 6);
+    assert_eq!(before("j", 100).await, 4, "older ones are deleted");
+    assert_eq!(before("another", 5).await, 0);
+}
+
+#[tokio::test]
 async fn a_request_id_is_known_to_its_owner_alone() {
     let (_dir, store) = open().await;
     insert(&store, &job("one", request(0)), Some("once")).await;
