@@ -1,6 +1,7 @@
 //! The command line: parses arguments and settings, runs commands and prints results.
 
 mod args;
+mod data;
 mod demo;
 mod failure;
 mod output;

@@ -3,6 +3,7 @@
 use super::args::{
     CheckpointsCommand, DatasetsCommand, Format, JobsCommand, ModelsCommand, NamedArgs, Output,
 };
+use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::output::{self, bytes, state, time};
 use super::remote::{connect, full_name};
@@ -144,31 +145,32 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
     match command {
         DatasetsCommand::Upload(args) => {
             let client = connect(&args.server.target()).await?;
-            let file_name = || {
-                args.file
-                    .file_name()
-                    .map(|n| n.to_string_lossy().into_owned())
-                    .unwrap_or_default()
-            };
+            let data = DataFiles::find(&args.files, &args.reading).await?;
             let model = if args.model.is_empty() {
                 String::new()
             } else {
                 full_name("models", &args.model)
             };
             let metadata = pb::UploadMetadata {
-                display_name: args.name.clone().unwrap_or_else(file_name),
+                display_name: args.name.clone().unwrap_or_else(|| data.title()),
                 format: pb::DatasetFormat::Unspecified.into(),
                 model,
                 max_length: args.max_length,
             };
-            let size = std::fs::metadata(&args.file).map(|m| m.len()).unwrap_or(0);
-            let bar = indicatif::ProgressBar::new(size);
+            let bar = match data.bytes() {
+                Some(size) => indicatif::ProgressBar::new(size),
+                None => indicatif::ProgressBar::new_spinner(),
+            };
             let progress = bar.clone();
-            let uploaded = client
-                .upload_dataset(&args.file, metadata, move |n| progress.set_position(n))
+            let uploaded = data
+                .upload(&client, metadata, move |n| progress.set_position(n))
                 .await;
             bar.finish_and_clear();
-            output::resource(output, &output::dataset(&uploaded?));
+            let uploaded = uploaded?;
+            if let Some(warning) = uploaded.left_out.warning() {
+                super::score::warn(&warning);
+            }
+            output::resource(output, &output::dataset(&uploaded.dataset));
         }
         DatasetsCommand::List(server) => {
             let client = connect(&server.target()).await?;

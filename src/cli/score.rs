@@ -5,10 +5,11 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::args::{Output, ScoreArgs};
+use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::output;
 use super::remote::connect;
-use crate::domain::dataset::{ChatMessage, PreferenceRow, Text};
+use crate::domain::dataset::{ChatMessage, PreferenceRow, RowIssue, Text};
 use crate::domain::message::TemplateArguments;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
@@ -19,7 +20,15 @@ const MAX_QUEUED_PAIRS: usize = 64;
 
 pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
-    let rows = read(&args.data)?;
+    let (reader, trouble) = DataFiles::find(&args.data, &args.reading).await?.reader();
+    let read = tokio::task::spawn_blocking(move || reader.collect::<Vec<_>>());
+    let all = read.await.map_err(|e| Failure::Failed(e.to_string()))?;
+    trouble.check()?;
+    let rows: Vec<PreferenceRow> = all
+        .iter()
+        .filter_map(|r| r.as_ref().ok())
+        .cloned()
+        .collect();
     warn_of_ignored_fields(&rows);
     let options = pb::ScoringOptions {
         policy: args.policy.clone(),
@@ -43,32 +52,36 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         warnings,
     } = score(&client, options, &rows).await?;
     warnings.iter().for_each(|warning| warn(warning));
-    let failed = results
-        .iter()
-        .filter(|r| !matches!(r.result, Some(pb::pair_result::Result::Score(_))))
-        .count();
     let summary = Summary::of(&results);
+    let mut results = results.into_iter();
+    let lines: Vec<ScoredLine> = all
+        .into_iter()
+        .filter_map(|row| ScoredLine::of(row, &mut results))
+        .collect();
+    let failed = lines.iter().filter(|line| line.result.is_err()).count();
+    let truncated: usize = lines.iter().map(ScoredLine::truncated).sum();
     match output {
-        Output::Json => results
+        Output::Json => lines
             .iter()
-            .for_each(|r| output::json_line(&to_json(r, normalization))),
+            .for_each(|line| output::json_line(&to_json(line, normalization))),
         Output::Table => {
-            let rows = results.iter().map(to_row).collect();
+            let rows = lines.iter().map(to_row).collect();
             output::line(&output::table(
                 &[
                     "pair",
-                    "Pr(a ≻ b)",
+                    "Pr(chosen ≻ rejected)",
                     "margin",
-                    "reward a",
-                    "reward b",
+                    "reward chosen",
+                    "reward rejected",
                     "tokens",
                 ],
                 rows,
             ));
             output::line(&format!(
                 "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, \
-                 mean margin {:+.3}; rewards are {}s over tokens",
-                results.len() - failed,
+                 mean margin {:+.3}; rewards are {}s over tokens; {failed} rows without a score, \
+                 {truncated} truncated answers",
+                lines.len() - failed,
                 100.0 * summary.accuracy,
                 summary.probability,
                 summary.margin,
@@ -78,10 +91,70 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     }
     match failed {
         0 => Ok(()),
+        n if args.skip_bad_rows && n < lines.len() => {
+            warn(&format!("{n} of {} rows were skipped", lines.len()));
+            Ok(())
+        }
         n => Err(Failure::Failed(format!(
-            "{n} of {} pairs could not be scored",
-            results.len()
+            "{n} of {} rows could not be scored: correct them, or skip them with --skip-bad-rows",
+            lines.len()
         ))),
+    }
+}
+
+/// A row of the files with its score, or with the reason why it has none.
+struct ScoredLine {
+    /// Number of the row, from 1 and through all files.
+    row: u64,
+    /// Number of the pair within its row, if the row has several rejected answers.
+    pair: Option<u32>,
+    id: Option<String>,
+    result: Result<pb::PairScore, String>,
+}
+
+impl ScoredLine {
+    /// Combines a row with its result. Rows that cannot be read have none.
+    fn of(
+        row: Result<PreferenceRow, RowIssue>,
+        results: &mut impl Iterator<Item = pb::PairResult>,
+    ) -> Option<Self> {
+        Some(match row {
+            Ok(row) => ScoredLine {
+                row: row.row,
+                pair: row.pair,
+                id: row.id,
+                result: match results.next()?.result {
+                    Some(pb::pair_result::Result::Score(score)) => Ok(score),
+                    Some(pb::pair_result::Result::Error(e)) => Err(e.message),
+                    None => Err("no result".to_owned()),
+                },
+            },
+            Err(issue) => ScoredLine {
+                row: issue.row,
+                pair: None,
+                id: issue.id,
+                result: Err(issue.message),
+            },
+        })
+    }
+
+    /// Returns the number of answers that were cut.
+    fn truncated(&self) -> usize {
+        let answers = self
+            .result
+            .iter()
+            .flat_map(|score| score.a.iter().chain(&score.b));
+        answers.filter(|answer| answer.truncated).count()
+    }
+
+    /// Returns the row's id, or without one its number, with the pair's number if the row makes
+    /// several pairs: `7#2`.
+    fn name(&self) -> String {
+        match (&self.id, self.pair) {
+            (Some(id), _) => id.clone(),
+            (None, Some(pair)) => format!("{}#{pair}", self.row),
+            (None, None) => self.row.to_string(),
+        }
     }
 }
 
@@ -136,7 +209,7 @@ fn normalization_name(normalization: pb::RewardNormalization) -> &'static str {
 }
 
 #[allow(clippy::print_stderr)]
-fn warn(message: &str) {
+pub(super) fn warn(message: &str) {
     eprintln!("warning: {message}");
 }
 
@@ -313,36 +386,42 @@ impl Summary {
     }
 }
 
-fn to_json(r: &pb::PairResult, normalization: pb::RewardNormalization) -> Value {
-    match &r.result {
-        Some(pb::pair_result::Result::Score(s)) => {
-            let side = |c: &Option<pb::CompletionScore>| {
-                let c = c.clone().unwrap_or_default();
-                json!({
-                    "policy_logprob": c.policy_logprob,
-                    "reference_logprob": c.reference_logprob,
-                    "reward": c.reward,
-                    "tokens": c.tokens,
-                    "truncated": c.truncated,
-                })
-            };
-            json!({
-                "id": r.id,
-                "probability": s.probability,
-                "margin": s.margin,
-                "normalization": normalization_name(normalization),
-                "a": side(&s.a),
-                "b": side(&s.b),
-            })
-        }
-        Some(pb::pair_result::Result::Error(e)) => json!({"id": r.id, "error": e.message}),
-        None => json!({"id": r.id, "error": "no result"}),
+fn to_json(line: &ScoredLine, normalization: pb::RewardNormalization) -> Value {
+    let mut all = json!({"row": line.row});
+    if let Some(pair) = line.pair {
+        all["pair"] = pair.into();
     }
+    if let Some(id) = &line.id {
+        all["id"] = id.clone().into();
+    }
+    let score = match &line.result {
+        Ok(score) => score,
+        Err(message) => {
+            all["error"] = message.clone().into();
+            return all;
+        }
+    };
+    let side = |c: &Option<pb::CompletionScore>| {
+        let c = c.clone().unwrap_or_default();
+        json!({
+            "policy_logprob": c.policy_logprob,
+            "reference_logprob": c.reference_logprob,
+            "reward": c.reward,
+            "tokens": c.tokens,
+            "truncated": c.truncated,
+        })
+    };
+    all["probability"] = score.probability.into();
+    all["margin"] = score.margin.into();
+    all["normalization"] = normalization_name(normalization).into();
+    all["chosen"] = side(&score.a);
+    all["rejected"] = side(&score.b);
+    all
 }
 
-fn to_row(r: &pb::PairResult) -> Vec<String> {
-    match &r.result {
-        Some(pb::pair_result::Result::Score(s)) => {
+fn to_row(line: &ScoredLine) -> Vec<String> {
+    match &line.result {
+        Ok(s) => {
             let (a, b) = (
                 s.a.clone().unwrap_or_default(),
                 s.b.clone().unwrap_or_default(),
@@ -354,15 +433,12 @@ fn to_row(r: &pb::PairResult) -> Vec<String> {
                 format!("{:+.4}", b.reward),
             ];
             [
-                vec![r.id.clone()],
+                vec![line.name()],
                 numbers.to_vec(),
                 vec![format!("{}+{}", a.tokens, b.tokens)],
             ]
             .concat()
         }
-        Some(pb::pair_result::Result::Error(e)) => {
-            vec![r.id.clone(), format!("error: {}", e.message)]
-        }
-        None => vec![r.id.clone(), "no result".into()],
+        Err(message) => vec![line.name(), format!("error: {message}")],
     }
 }

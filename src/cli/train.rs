@@ -1,12 +1,10 @@
 //! `bradley train`: uploads a dataset, submits a job and, with `--watch`, follows it.
 
-use std::path::Path;
-
 use super::args::{Output, TrainArgs};
+use super::data::{DataFiles, Uploaded};
 use super::failure::{Failure, Outcome};
 use super::remote::{connect, full_name};
 use super::{output, watch};
-use crate::domain::dataset::IssueReason;
 use crate::rpc::client::{Client, ProtoDuration};
 use crate::rpc::pb;
 
@@ -25,17 +23,20 @@ pub(super) async fn run(args: TrainArgs, output: Output) -> Outcome {
         model: base_model(&client, &policy).await?,
         max_length: args.max_length.unwrap_or(0),
     };
-    let dataset = match (&args.data, &args.dataset) {
-        (Some(path), _) => upload_for_job(&client, path, &limits, &args, output).await?,
-        (None, Some(name)) => full_name("datasets", name),
-        (None, None) => return Err(Failure::Usage("name --data or --dataset".into())),
+    // All files are found before the first one is uploaded.
+    let data = DataFiles::find(&args.data, &args.reading).await?;
+    let eval_data = DataFiles::find(&args.eval_data, &args.reading).await?;
+    let dataset = match &args.dataset {
+        _ if !data.is_empty() => upload_for_job(&client, &data, &limits, &args, output).await?,
+        Some(name) => full_name("datasets", name),
+        None => return Err(Failure::Usage("name --data or --dataset".into())),
     };
-    let evaluation = match (&args.eval_data, args.eval_fraction) {
-        (Some(path), _) => Some(pb::training_job::Evaluation::EvalDataset(
-            upload_for_job(&client, path, &limits, &args, output).await?,
+    let evaluation = match args.eval_fraction {
+        _ if !eval_data.is_empty() => Some(pb::training_job::Evaluation::EvalDataset(
+            upload_for_job(&client, &eval_data, &limits, &args, output).await?,
         )),
-        (None, Some(f)) => Some(pb::training_job::Evaluation::EvalFraction(f)),
-        (None, None) => None,
+        Some(f) => Some(pb::training_job::Evaluation::EvalFraction(f)),
+        None => None,
     };
     let requested = job(&args, policy, dataset, evaluation)?;
     if args.estimate {
@@ -214,82 +215,63 @@ async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
     Ok(String::new())
 }
 
-/// Uploads a file and lets the server check it with the job's model and maximum length. Returns the
-/// dataset's name.
+/// Uploads files and lets the server check them with the job's model and maximum length. Returns
+/// the dataset's name.
 ///
 /// # Errors
 /// Returns a failure if the server would refuse the job because of these rows.
 async fn upload_for_job(
     client: &Client,
-    path: &Path,
+    data: &DataFiles,
     limits: &RowLimits,
     args: &TrainArgs,
     output: Output,
 ) -> Result<String, Failure> {
-    let dataset = upload_checked(client, path, limits, output).await?;
-    let report = dataset.report.unwrap_or_default();
-    let bad = report.rows - report.valid_rows;
-    if bad == 0 || args.skip_bad_rows {
-        return Ok(dataset.name);
-    }
-    let is_error = |i: &&pb::RowIssue| i.severity() == pb::IssueSeverity::Error;
-    let example = report
-        .issues
-        .iter()
-        .find(is_error)
-        .map(|i| format!(" (row {}, {}: {})", i.row, i.reason, i.message));
-    let remedy = match report
-        .counts
-        .contains_key(IssueReason::PromptFillsMaxLength.name())
-    {
-        true => {
-            "give them more room with --max-length, correct the file, \
-             or leave them out with --skip-bad-rows"
-        }
-        false => "correct the file, or leave them out with --skip-bad-rows",
-    };
-    let (file, example) = (path.display(), example.unwrap_or_default());
-    Err(Failure::Failed(format!(
-        "{bad} of the {} rows of {file} cannot be used{example}: {remedy}",
-        report.rows
-    )))
-}
-
-/// Uploads a file and prints the findings of its validation.
-async fn upload_checked(
-    client: &Client,
-    path: &Path,
-    limits: &RowLimits,
-    output: Output,
-) -> Result<pb::Dataset, Failure> {
-    let display_name = path
-        .file_name()
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default();
     let metadata = pb::UploadMetadata {
-        display_name,
+        display_name: data.title(),
         model: limits.model.clone(),
         max_length: limits.max_length,
         ..Default::default()
     };
-    let dataset = client.upload_dataset(path, metadata, |_| {}).await?;
+    let uploaded = data.upload(client, metadata, |_| {}).await?;
     if output == Output::Table {
-        let r = dataset.report.clone().unwrap_or_default();
-        output::line(&format!(
-            "{} holds {} rows, {} of them usable",
-            dataset.name, r.rows, r.valid_rows
-        ));
-        if let Some(shapes) = output::shapes(&r) {
-            output::line(&format!("  {shapes}"));
-        }
-        for i in r.issues.iter().take(10) {
-            output::line(&format!(
-                "  row {}: {} {}: {}",
-                i.row, i.field, i.reason, i.message
-            ));
-        }
+        print_findings(&uploaded);
     }
-    Ok(dataset)
+    match uploaded.refusal() {
+        Some(refusal) if !args.skip_bad_rows => {
+            let example = match output {
+                // The findings have been printed.
+                Output::Table => None,
+                Output::Json => uploaded.first_error(),
+            };
+            let example = example.map(|e| format!(" ({e})")).unwrap_or_default();
+            Err(Failure::Failed(format!(
+                "{} of {} cannot be used{example}: {}",
+                refusal.rows,
+                data.title(),
+                refusal.remedy
+            )))
+        }
+        _ => Ok(uploaded.dataset.name),
+    }
+}
+
+/// Prints the findings of the validation of an upload.
+fn print_findings(uploaded: &Uploaded) {
+    let r = uploaded.dataset.report.clone().unwrap_or_default();
+    output::line(&format!(
+        "{} holds {} rows, {} of them usable",
+        uploaded.dataset.name, r.rows, r.valid_rows
+    ));
+    if let Some(shapes) = output::shapes(&r) {
+        output::line(&format!("  {shapes}"));
+    }
+    for finding in uploaded.findings(10) {
+        output::line(&format!("  {finding}"));
+    }
+    if let Some(warning) = uploaded.left_out.warning() {
+        output::line(&format!("  {warning}"));
+    }
 }
 
 /// Converts a refused call to a failure, and replaces the API's field names in its text by flags.

@@ -11,6 +11,7 @@ mod corpus;
 mod crash;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod data_files;
 mod datasets;
 mod devices;
 mod documents;
