@@ -116,7 +116,8 @@ impl DataFiles {
         upload::upload(client, rows, metadata, sent).await
     }
 
-    /// Returns true if the rows can be read several times, unlike those of standard input and pipes.
+    /// Returns true if the rows can be read several times, unlike those of standard input and of
+    /// pipes.
     pub(super) fn is_rereadable(&self) -> bool {
         let is_file = |place: &DataPlace| matches!(place, DataPlace::File(path) if path.is_file());
         self.places.iter().all(is_file)

@@ -190,8 +190,8 @@ impl IgnoredColumns {
     }
 }
 
-/// Number of rows of the files. It is counted in the background, so that large files are scored from
-/// the start.
+/// Number of rows of the files. It is counted in the background, so that large files are scored
+/// from the start.
 struct RowCount {
     counting: tokio::task::JoinHandle<()>,
     total: Arc<std::sync::OnceLock<u64>>,
@@ -255,9 +255,9 @@ struct ReadRow {
     row: ScoredRow,
 }
 
-/// Scores rows over one stream and calls `each` for every row, in the order of the files. A row that
-/// cannot be read or scored gets an error of its own. At most [`MAX_UNPRINTED_ROWS`] rows are in
-/// memory, whatever the size of the files.
+/// Scores rows over one stream and calls `each` for every row, in the order of the files. A row
+/// that cannot be read or scored gets an error of its own. At most [`MAX_UNPRINTED_ROWS`] rows are
+/// in memory, whatever the size of the files.
 pub(super) async fn score(
     client: &Client,
     options: pb::ScoringOptions,

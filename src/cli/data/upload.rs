@@ -45,7 +45,7 @@ impl LeftOut {
 }
 
 /// The reason why a job would be refused because of its rows.
-pub(in crate::cli) struct Refusal {
+pub(in crate::cli) struct RowRefusal {
     /// Number of bad rows and of all rows.
     pub rows: String,
     pub remedy: &'static str,
@@ -117,13 +117,13 @@ impl Uploaded {
     }
 
     /// Returns the reason why a job that takes every row would be refused.
-    pub(in crate::cli) fn refusal(&self) -> Option<Refusal> {
+    pub(in crate::cli) fn refusal(&self) -> Option<RowRefusal> {
         let report = self.report();
         let bad = report.rows - report.valid_rows + self.left_out.rows;
         let is_too_long = report
             .counts
             .contains_key(IssueReason::PromptFillsMaxLength.name());
-        (bad > 0).then(|| Refusal {
+        (bad > 0).then(|| RowRefusal {
             rows: format!("{bad} of the {} rows", report.rows + self.left_out.rows),
             remedy: if is_too_long {
                 "give them more room with --max-length, correct them, or leave them out with \
