@@ -2,6 +2,7 @@
 
 mod args;
 mod backup;
+mod data;
 mod demo;
 mod doctor;
 mod failure;

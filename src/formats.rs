@@ -4,6 +4,7 @@ pub mod chat_template;
 pub mod export;
 mod gguf;
 mod hf;
+pub mod hub_dataset;
 pub mod loader;
 pub mod peft;
 pub mod source;

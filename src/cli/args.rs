@@ -112,7 +112,7 @@ pub enum Command {
     Jobs(JobsCommand),
     /// Follow a job's events until it ends.
     Watch(WatchArgs),
-    /// Score the pairs of a JSONL or Parquet file.
+    /// Score the pairs of a file.
     Score(ScoreArgs),
     /// Upload, list, show and delete datasets.
     #[command(subcommand)]
@@ -411,6 +411,21 @@ pub struct DemoArgs {
     pub data_dir: Option<PathBuf>,
 }
 
+/// How data files are read.
+#[derive(Clone, Debug, Default, Args)]
+pub struct DataArgs {
+    /// Names of columns in the files, as OURS=THEIRS separated by commas:
+    /// prompt=question,chosen=good,rejected=bad. OURS is prompt, chosen, rejected, weight, id,
+    /// system, tools, chat_template_kwargs or question.
+    #[arg(long, value_name = "OURS=THEIRS", value_delimiter = ',')]
+    pub columns: Vec<String>,
+}
+
+const DATA_HELP: &str = "Formats are recognised by content: JSONL, a JSON array, CSV, Parquet and \
+    Arrow, also compressed with gzip or zstd. A FILE may be a pattern such as 'part-*.jsonl', a \
+    folder that save_to_disk() of Hugging Face's datasets wrote, \
+    hf://datasets/OWNER/NAME[@REVISION][/CONFIG][/SPLIT], or - for standard input.";
+
 /// Arguments of `train`. [`JobFlags`] has those that set a field of the job.
 #[derive(Debug, Args)]
 #[command(after_help = TRAIN_HELP)]
@@ -432,24 +447,33 @@ pub struct TrainArgs {
     /// Follow the job until it ends.
     #[arg(long)]
     pub watch: bool,
-    /// Preference pairs to train on: JSONL or Parquet. The file is uploaded, unless the server has
-    /// it already.
+    /// Files of preference pairs to train on, as one dataset. They are uploaded, unless the server
+    /// has their rows already.
     #[arg(
         long,
         value_name = "FILE",
+        num_args = 1..,
         conflicts_with = "dataset",
         required_unless_present_any = ["dataset", "file", "print_job"],
-        help_heading = "Data"
+        help_heading = "Data",
+        long_help = format!(
+            "Files of preference pairs to train on, as one dataset. They are uploaded, unless the \
+             server has their rows already. {DATA_HELP}"
+        )
     )]
-    pub data: Option<PathBuf>,
-    /// Preference pairs to upload and evaluate on: JSONL or Parquet.
+    pub data: Vec<String>,
+    /// Files of preference pairs to upload and evaluate on, in the formats of --data.
     #[arg(
         long,
         value_name = "FILE",
+        num_args = 1..,
         conflicts_with_all = ["eval-fraction", "eval-dataset"],
         help_heading = "Data"
     )]
-    pub eval_data: Option<PathBuf>,
+    pub eval_data: Vec<String>,
+    /// How the files are read.
+    #[command(flatten, next_help_heading = "Data")]
+    pub reading: DataArgs,
     /// Flags that set the job's fields.
     #[command(flatten)]
     pub job: JobFlags,
@@ -495,9 +519,22 @@ pub struct ScoreArgs {
     /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// File with pairs as JSONL or Parquet. chosen is answer a, rejected is answer b.
+    /// Files of pairs. chosen is answer a, rejected is answer b.
+    #[arg(
+        long,
+        value_name = "FILE",
+        num_args = 1..,
+        required = true,
+        long_help = format!("Files of pairs. chosen is answer a, rejected is answer b. {DATA_HELP}")
+    )]
+    pub data: Vec<String>,
+    /// How the files are read.
+    #[command(flatten)]
+    pub reading: DataArgs,
+    /// Do not fail because of rows that cannot be read or scored, e.g. because they are too long.
+    /// They have an error in place of a score with and without this flag.
     #[arg(long)]
-    pub data: PathBuf,
+    pub skip_bad_rows: bool,
     /// The policy: a base model's name, a job (its latest checkpoint), or
     /// JOB/checkpoints/STEP|latest|best.
     #[arg(long)]
@@ -580,7 +617,7 @@ fn label(text: &str) -> Result<(String, String), String> {
 /// `bradley datasets …`
 #[derive(Debug, Subcommand)]
 pub enum DatasetsCommand {
-    /// Upload a JSONL or Parquet file and show the findings of its validation.
+    /// Upload files as one dataset and show the findings of its validation.
     Upload(UploadArgs),
     /// List datasets, newest first.
     List(ServerArgs),
@@ -705,8 +742,16 @@ pub struct UploadArgs {
     /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// The file.
-    pub file: PathBuf,
+    /// The files.
+    #[arg(
+        value_name = "FILE",
+        required = true,
+        long_help = format!("The files. {DATA_HELP}")
+    )]
+    pub files: Vec<String>,
+    /// How the files are read.
+    #[command(flatten)]
+    pub reading: DataArgs,
     /// Title of the dataset. Default: the file's name.
     #[arg(long, alias = "name")]
     pub title: Option<String>,

@@ -4,12 +4,13 @@
 use std::cell::Cell;
 use std::future::Future;
 use std::io::IsTerminal as _;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::rpc::client::{Client, ClientResult};
+use super::data::{DataFiles, Uploaded};
+use super::failure::Failure;
+use crate::rpc::client::Client;
 use crate::rpc::pb;
 
 /// Time after which work gets a bar.
@@ -60,9 +61,9 @@ impl WorkProgress {
         Self::new(what, Unit::Pairs, None)
     }
 
-    /// Starts work on `total` bytes.
-    pub fn bytes(what: &str, total: u64) -> Self {
-        Self::new(what, Unit::Bytes, Some(total))
+    /// Starts work on `total` bytes, or on an unknown number of them.
+    pub fn bytes(what: &str, total: Option<u64>) -> Self {
+        Self::new(what, Unit::Bytes, total)
     }
 
     /// Starts work without a position.
@@ -75,7 +76,8 @@ impl WorkProgress {
             (Unit::None, _) => "{spinner} {prefix}  {elapsed}",
             (Unit::Pairs, None) => "{spinner} {prefix}  {pos} pairs  {msg}",
             (Unit::Pairs, Some(_)) => "{prefix} {bar:20} {pos}/{len} pairs  {msg}",
-            (Unit::Bytes, _) => "{prefix} {bar:20} {bytes}/{total_bytes}  {msg}",
+            (Unit::Bytes, None) => "{spinner} {prefix}  {bytes}",
+            (Unit::Bytes, Some(_)) => "{prefix} {bar:20} {bytes}/{total_bytes}  {msg}",
         };
         let style = ProgressStyle::with_template(template);
         self.bar
@@ -176,9 +178,9 @@ impl WorkProgress {
             (Unit::None, _) => format!("{} passed", HumanDuration(passed)),
             (Unit::Pairs, None) => format!("{done} pairs"),
             (Unit::Pairs, Some(total)) => format!("{done} of {total} pairs"),
-            (Unit::Bytes, total) => {
-                let total = HumanBytes(total.unwrap_or(done));
-                format!("{} of {total}", HumanBytes(done))
+            (Unit::Bytes, None) => HumanBytes(done).to_string(),
+            (Unit::Bytes, Some(total)) => {
+                format!("{} of {}", HumanBytes(done), HumanBytes(total))
             }
         };
         let details = self.details();
@@ -199,33 +201,32 @@ pub(super) fn say(text: &str) {
     eprintln!("{text}");
 }
 
+/// Prints a warning on standard error.
+pub(super) fn warn(text: &str) {
+    say(&format!("warning: {text}"));
+}
+
 /// Runs `work` and shows how long it takes.
 pub(super) async fn waiting<T>(what: &str, work: impl Future<Output = T>) -> T {
     WorkProgress::of_task(what).during(work).await
 }
 
-/// Uploads a dataset's file, and shows how much is sent and that the server then checks the rows.
+/// Uploads data files, and shows how much is sent and that the server then checks the rows.
 ///
 /// # Errors
-/// The errors of [`Client::upload_dataset`].
+/// The errors of [`DataFiles::upload`].
 pub(super) async fn upload(
     client: &Client,
-    path: &Path,
+    data: &DataFiles,
     metadata: pb::UploadMetadata,
-) -> ClientResult<pb::Dataset> {
-    let name = path
-        .file_name()
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default();
-    let size = std::fs::metadata(path).map_or(0, |m| m.len());
-    let progress = WorkProgress::bytes(&format!("sending {name}"), size);
+) -> Result<Uploaded, Failure> {
+    let (title, size) = (data.title(), data.bytes());
+    let progress = WorkProgress::bytes(&format!("sending {title}"), size);
     let sent = |n| {
         progress.set(n);
-        if n >= size {
-            progress.rename(&format!("the server checks the rows of {name}"));
+        if size.is_some_and(|size| n >= size) {
+            progress.rename(&format!("the server checks the rows of {title}"));
         }
     };
-    progress
-        .during(client.upload_dataset(path, metadata, sent))
-        .await
+    progress.during(data.upload(client, metadata, sent)).await
 }

@@ -4,6 +4,7 @@ use super::args::{
     CheckpointsCommand, ContentsFlag, DatasetsCommand, GetArgs, JobsCommand, ModelsCommand,
     NamedArgs, Output,
 };
+use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::output::{self, bytes, human, time};
 use super::progress::{self, waiting};
@@ -141,25 +142,23 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
     match command {
         DatasetsCommand::Upload(args) => {
             let client = connect(&args.server.target()).await?;
-            let file_name = || {
-                args.file
-                    .file_name()
-                    .map(|n| n.to_string_lossy().into_owned())
-                    .unwrap_or_default()
-            };
+            let data = DataFiles::find(&args.files, &args.reading).await?;
             let model = match args.model.as_str() {
                 "" => String::new(),
                 given => short_names::model(&client, given).await?,
             };
             let metadata = pb::UploadMetadata {
-                display_name: args.title.clone().unwrap_or_else(file_name),
+                display_name: args.title.clone().unwrap_or_else(|| data.title()),
                 format: pb::DatasetFormat::Unspecified.into(),
                 model,
                 max_length: args.max_length,
                 ..Default::default()
             };
-            let uploaded = progress::upload(&client, &args.file, metadata).await?;
-            show(output, &uploaded, FieldSelection::Set)?;
+            let uploaded = progress::upload(&client, &data, metadata).await?;
+            if let Some(warning) = uploaded.left_out.warning() {
+                progress::warn(&warning);
+            }
+            show(output, &uploaded.dataset, FieldSelection::Set)?;
         }
         DatasetsCommand::List(server) => {
             let client = connect(&server.target()).await?;

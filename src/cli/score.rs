@@ -1,4 +1,4 @@
-//! `bradley score`: streams the pairs of a file to the server and prints their scores as they
+//! `bradley score`: streams the pairs of files to the server and prints their scores as they
 //! come.
 
 pub(super) mod result;
@@ -14,9 +14,10 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use self::result::{RowPrinter, Score, ScoredRow, Summary};
 use super::args::{Output, ScoreArgs};
+use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::policy_names::{PolicyNames, same_model_warning};
-use super::progress::{WorkProgress, say};
+use super::progress::{WorkProgress, say, warn};
 use super::remote::connect;
 use crate::domain::dataset::{ChatMessage, PreferenceRow, RowIssue, Text};
 use crate::domain::message::TemplateArguments;
@@ -27,13 +28,13 @@ use crate::train::rows::{RowReader, detect_format, read_rows};
 /// Maximum number of pairs that are queued for sending.
 const MAX_QUEUED_PAIRS: usize = 64;
 /// Maximum number of rows that are read but not printed. Answers come in any order, rows are
-/// printed in the order of the file.
+/// printed in the order of the files.
 const MAX_UNPRINTED_ROWS: usize = 1024;
 
 pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
     let args = complete_names(&client, args).await?;
-    let rows = open(&args.data)?;
+    let data = DataFiles::find(&args.data, &args.reading).await?;
     let options = pb::ScoringOptions {
         policy: args.policy.clone(),
         reference: args.reference.clone(),
@@ -51,7 +52,8 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         normalization: normalization(&args.normalization).into(),
     };
     let progress = WorkProgress::pairs("scoring");
-    let total = RowCount::start(&args.data);
+    let total = RowCount::start(data.clone());
+    let (rows, trouble) = data.reader();
     let mut printer = RowPrinter::new(std::io::stdout(), output);
     let (mut summary, mut ignored) = (Summary::default(), IgnoredColumns::default());
     let each = |answer| -> Outcome {
@@ -71,7 +73,9 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         }
         Ok(())
     };
-    let outcome = progress.during(score(&client, options, rows, each)).await;
+    let answered = progress.during(score(&client, options, rows, each)).await;
+    // A file that cannot be read to its end is also the reason why the stream ended.
+    let outcome = trouble.check().and(answered);
     let rate = progress.total();
     drop(progress);
     printer
@@ -86,13 +90,18 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     }
     outcome.map_err(|failure| match summary.rows() {
         0 => failure,
-        n => failure.after(&format!("after {n} pairs")),
+        n => failure.after(&format!("after {n} rows")),
     })?;
+    let rows = summary.rows();
     match summary.failed() {
         0 => Ok(()),
+        n if args.skip_bad_rows && n < rows => {
+            warn(&format!("{n} of {rows} rows were skipped"));
+            Ok(())
+        }
         n => Err(Failure::Failed(format!(
-            "{n} of {} pairs could not be scored",
-            summary.rows()
+            "{n} of {rows} rows could not be scored: correct them, or skip them with \
+             --skip-bad-rows"
         ))),
     }
 }
@@ -110,36 +119,24 @@ async fn complete_names(client: &Client, mut args: ScoreArgs) -> Result<ScoreArg
     Ok(args)
 }
 
-/// Opens a JSONL or Parquet file of pairs.
-///
-/// # Errors
-/// Returns a failure if the file cannot be opened or has no usable format.
-pub(super) fn open(path: &Path) -> Result<RowReader, Failure> {
-    let failed = |e: &dyn std::fmt::Display| Failure::Failed(format!("{}: {e}", path.display()));
-    let mut start = [0; 4];
-    let mut file = std::fs::File::open(path).map_err(|e| failed(&e))?;
-    let n = std::io::Read::read(&mut file, &mut start).map_err(|e| failed(&e))?;
-    read_rows(path, detect_format(&start[..n])).map_err(|e| failed(&e))
-}
-
 /// Reads the pairs of a JSONL or Parquet file.
 ///
 /// # Errors
 /// Returns a failure if the file cannot be opened, or one that names the row if a row cannot be
 /// read.
 pub(super) fn read(path: &Path) -> Result<Vec<PreferenceRow>, Failure> {
-    let rows = open(path)?.map(|row| {
-        row.map_err(|issue| {
-            let (path, row) = (path.display(), issue.row);
-            Failure::Failed(format!("{path}: row {row}, {}", reason(&issue)))
-        })
-    });
-    rows.collect()
+    let failed = |e: &dyn std::fmt::Display| Failure::Failed(format!("{}: {e}", path.display()));
+    let mut start = [0; 4];
+    let mut file = std::fs::File::open(path).map_err(|e| failed(&e))?;
+    let n = std::io::Read::read(&mut file, &mut start).map_err(|e| failed(&e))?;
+    let rows = read_rows(path, detect_format(&start[..n])).map_err(|e| failed(&e))?;
+    rows.map(|row| row.map_err(|issue| failed(&format!("row {}, {}", issue.row, reason(&issue)))))
+        .collect()
 }
 
-/// Describes a finding without its row.
+/// Describes a finding without its row. Most messages begin with the field.
 fn reason(issue: &RowIssue) -> String {
-    match issue.field.is_empty() {
+    match issue.message.starts_with(&issue.field) {
         true => issue.message.clone(),
         false => format!("{}: {}", issue.field, issue.message),
     }
@@ -169,10 +166,6 @@ fn normalization(name: &str) -> pb::RewardNormalization {
     }
 }
 
-fn warn(message: &str) {
-    say(&format!("warning: {message}"));
-}
-
 /// Number of rows that have columns which are not used, and the first of them.
 #[derive(Default)]
 struct IgnoredColumns {
@@ -199,8 +192,8 @@ impl IgnoredColumns {
     }
 }
 
-/// Number of rows of a file. It is counted in the background, so that large files are scored from
-/// the start.
+/// Number of rows of the files. It is counted in the background, so that large files are scored
+/// from the start.
 struct RowCount {
     counting: tokio::task::JoinHandle<()>,
     total: Arc<std::sync::OnceLock<u64>>,
@@ -209,15 +202,14 @@ struct RowCount {
 }
 
 impl RowCount {
-    fn start(path: &Path) -> Self {
+    fn start(data: DataFiles) -> Self {
         let (total, is_over) = (Arc::default(), Arc::default());
-        let (path, result, stop) = (path.to_owned(), Arc::clone(&total), Arc::clone(&is_over));
+        let (result, stop) = (Arc::clone(&total), Arc::clone(&is_over));
         let counting = tokio::task::spawn_blocking(move || {
-            // Something else than a plain file can be read only once.
-            if !path.is_file() {
+            if !data.is_rereadable() {
                 return;
             }
-            let Ok(rows) = open(&path) else { return };
+            let (rows, trouble) = data.reader();
             let mut n = 0;
             for _ in rows {
                 n += 1;
@@ -225,7 +217,9 @@ impl RowCount {
                     return;
                 }
             }
-            let _ = std::sync::OnceLock::set(&result, n);
+            if trouble.check().is_ok() {
+                let _ = std::sync::OnceLock::set(&result, n);
+            }
         });
         RowCount {
             counting,
@@ -249,7 +243,7 @@ impl Drop for RowCount {
 
 /// A part of the server's answer to a stream of pairs.
 pub(super) enum StreamedAnswer {
-    /// The next row of the file.
+    /// The next row of the files.
     Row(Box<ScoredRow>),
     /// A warning about the weights that were named.
     Warning(String),
@@ -263,9 +257,9 @@ struct ReadRow {
     row: ScoredRow,
 }
 
-/// Scores rows over one stream and calls `each` for every row, in the order of the file. A row that
-/// cannot be read or scored gets an error of its own. At most [`MAX_UNPRINTED_ROWS`] rows are in
-/// memory, whatever the size of the file.
+/// Scores rows over one stream and calls `each` for every row, in the order of the files. A row
+/// that cannot be read or scored gets an error of its own. At most [`MAX_UNPRINTED_ROWS`] rows are
+/// in memory, whatever the size of the files.
 pub(super) async fn score(
     client: &Client,
     options: pb::ScoringOptions,

@@ -420,6 +420,18 @@ impl Sources {
         })
     }
 
+    /// Collects the process's environment only, for commands that have no settings of a server.
+    pub fn environment() -> Self {
+        let environment = std::env::vars_os()
+            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+            .collect();
+        Sources {
+            file: None,
+            environment,
+            flags: BTreeMap::new(),
+        }
+    }
+
     /// Returns an environment variable, unless it is unset or empty.
     pub fn variable(&self, name: &str) -> Option<&str> {
         self.environment

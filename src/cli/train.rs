@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::args::{Output, TrainArgs};
+use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::flag_names::{JobFile, JobWords};
 use super::job_flags::{JobVariant, OUTPUT_ONLY, get, remove, set};
@@ -30,14 +31,27 @@ pub(super) async fn run(mut args: TrainArgs, output: Output) -> Outcome {
     if let Some(days) = args.ttl_days {
         args.job.add("ttl", format!("{days}d"));
     }
+    let is_job_piped = args.file.as_ref().is_some_and(|f| f.as_os_str() == "-");
+    let piped = args
+        .data
+        .iter()
+        .chain(&args.eval_data)
+        .filter(|f| *f == "-");
+    if usize::from(is_job_piped) + piped.count() > 1 {
+        return Err(Failure::Usage(
+            "- stands for the standard input and can be named once in --file, --data and \
+             --eval-data"
+                .into(),
+        ));
+    }
     let file = args.file.as_deref().map(read_job_file).transpose()?;
     let base = file
         .as_ref()
         .map_or_else(|| json!({}), |f| f.fields.clone());
     let variants = args.job.apply(&base).map_err(Failure::Usage)?;
     let uploads = [
-        ("data", args.data.is_some()),
-        ("eval-data", args.eval_data.is_some()),
+        ("data", !args.data.is_empty()),
+        ("eval-data", !args.eval_data.is_empty()),
     ];
     let words = JobWords {
         flags: args.job.clone(),
@@ -66,7 +80,7 @@ pub(super) async fn run(mut args: TrainArgs, output: Output) -> Outcome {
             jobs.len()
         )));
     }
-    if args.data.is_none() && jobs.iter().any(|job| job.request.dataset.is_empty()) {
+    if args.data.is_empty() && jobs.iter().any(|job| job.request.dataset.is_empty()) {
         let place = args.file.as_ref().map(|f| f.display().to_string());
         return Err(Failure::Usage(format!(
             "{} has no dataset: name --data or --dataset",
@@ -176,7 +190,7 @@ fn requested(variants: Vec<JobVariant>, args: &TrainArgs) -> Result<Vec<PlannedJ
     let planned = variants.into_iter().map(|variant| {
         let difference = variant.describe();
         let mut fields = variant.fields;
-        if args.eval_data.is_some() {
+        if !args.eval_data.is_empty() {
             remove(&mut fields, "eval_fraction");
         }
         if get(&fields, "full").is_none() && get(&fields, "lora").is_none() {
@@ -249,12 +263,15 @@ impl TrainCall {
                 output::line(&format!("  {}", job.difference));
             }
         }
-        let uploads = args.data.is_some() || args.eval_data.is_some();
+        let uploads = !args.data.is_empty() || !args.eval_data.is_empty();
         if uploads {
             for job in jobs.iter() {
                 self.check_without_data(args, job).await?;
             }
         }
+        // All files are found before the first one is uploaded.
+        let data = DataFiles::find(&args.data, &args.reading).await?;
+        let eval_data = DataFiles::find(&args.eval_data, &args.reading).await?;
         for job in jobs.iter_mut() {
             let batch = job.request.batch.as_ref();
             let limits = RowLimits {
@@ -265,11 +282,11 @@ impl TrainCall {
                 max_length: batch.and_then(|b| b.max_length).unwrap_or(0),
             };
             let skips = job.request.row_policy() == pb::RowPolicy::Skip;
-            if let Some(path) = &args.data {
-                job.request.dataset = self.rows.dataset(path, &limits, skips).await?;
+            if !data.is_empty() {
+                job.request.dataset = self.rows.dataset(&data, &limits, skips).await?;
             }
-            if let Some(path) = &args.eval_data {
-                let name = self.rows.dataset(path, &limits, skips).await?;
+            if !eval_data.is_empty() {
+                let name = self.rows.dataset(&eval_data, &limits, skips).await?;
                 job.request.evaluation = Some(Evaluation::EvalDataset(name));
             }
         }
@@ -286,10 +303,10 @@ impl TrainCall {
     /// the missing datasets in any case, and tells the other errors with them.
     async fn check_without_data(&self, args: &TrainArgs, job: &PlannedJob) -> Result<(), Failure> {
         let mut request = job.request.clone();
-        if args.data.is_some() {
+        if !args.data.is_empty() {
             request.dataset = String::new();
         }
-        if args.eval_data.is_some() {
+        if !args.eval_data.is_empty() {
             request.evaluation = Some(Evaluation::EvalDataset(String::new()));
         }
         let request = pb::CreateTrainingJobRequest {

@@ -47,6 +47,9 @@ pub struct PreferenceRow {
     /// Tools and template arguments of the row. Only rows of chat messages have them.
     #[serde(default, skip_serializing_if = "TemplateArguments::is_empty")]
     pub arguments: TemplateArguments,
+    /// True if the prompt's system message is from the column `system`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub has_system_column: bool,
     /// Columns of the row that are not used, e.g. `score`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignored: Vec<String>,
@@ -75,6 +78,9 @@ impl PreferenceRow {
         }
         if !self.arguments.kwargs.is_empty() {
             return Some("chat_template_kwargs".to_owned());
+        }
+        if self.has_system_column {
+            return Some("system".to_owned());
         }
         let fields = [
             ("prompt", &self.prompt),
@@ -120,6 +126,8 @@ pub enum RowShape {
     Hh,
     /// Whole dialogues, and a prompt column with the text of their first user message.
     Ultrafeedback,
+    /// Columns question, chosen and rejected, and often system, as plain texts: a dialogue.
+    Orca,
     /// One chosen answer and a list of rejected ones.
     SeveralRejected,
 }
@@ -134,6 +142,7 @@ impl RowShape {
             RowShape::OpenaiPreference => "openai_preference",
             RowShape::Hh => "hh",
             RowShape::Ultrafeedback => "ultrafeedback",
+            RowShape::Orca => "orca",
             RowShape::SeveralRejected => "several_rejected",
         }
     }
@@ -335,6 +344,10 @@ pub struct LengthCheck {
     pub model: String,
     /// Maximum length in tokens.
     pub max_length: usize,
+}
+
+fn is_false(b: &bool) -> bool {
+    !*b
 }
 
 fn is_zero(n: &u64) -> bool {

@@ -17,7 +17,9 @@ use super::shutdown::Shutdown;
 use super::store::{Page, Store, now};
 use super::template_date::TemplateDate;
 use crate::domain::access::Caller;
-use crate::domain::dataset::{Dataset, DatasetFormat, LengthCheck, ValidationReport};
+use crate::domain::dataset::{
+    Dataset, DatasetFormat, LengthCheck, RowIssue, Severity, ValidationReport,
+};
 use crate::domain::reason::Reason;
 use crate::domain::training::Truncation;
 use crate::engine::Engine;
@@ -339,18 +341,29 @@ fn no_usable_row_message(report: &ValidationReport) -> String {
     if report.rows == 0 {
         return "the file holds no row: send one JSON object a line, or a Parquet file".into();
     }
-    let first: Vec<String> = report
-        .issues
-        .iter()
-        .take(5)
-        .map(|i| {
-            format!(
-                "row {}, {} {}: {}",
-                i.row,
-                i.field,
-                i.reason.name(),
-                i.message
-            )
+    // Rows of one file often have the same error, which is said once.
+    let mut different: Vec<(&RowIssue, u64)> = Vec::new();
+    let errors = |i: &&RowIssue| i.reason.severity() == Severity::Error;
+    for issue in report.issues.iter().filter(errors) {
+        let is_same = |(other, _): &(&RowIssue, u64)| {
+            (&other.field, other.reason, &other.message)
+                == (&issue.field, issue.reason, &issue.message)
+        };
+        match different.iter().position(is_same) {
+            Some(i) => different[i].1 += 1,
+            None if different.len() < 5 => different.push((issue, 1)),
+            None => {}
+        }
+    }
+    let first: Vec<String> = different
+        .into_iter()
+        .map(|(i, rows)| {
+            let rows = if rows == 1 {
+                format!("row {}", i.row)
+            } else {
+                format!("{rows} rows from row {}", i.row)
+            };
+            format!("{rows}, {} {}: {}", i.field, i.reason.name(), i.message)
         })
         .collect();
     format!(

@@ -3,6 +3,7 @@
 pub mod apart;
 mod columnar;
 mod jsonl;
+pub mod names;
 mod reader;
 mod row;
 mod shapes;
@@ -12,7 +13,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 pub use self::reader::{DataError, MAX_LINE_BYTES, RowReader};
-use crate::domain::dataset::{DatasetFormat, RowIssue};
+use crate::domain::dataset::{DatasetFormat, PreferenceRow, RowIssue};
 
 /// Returns the format of a file: Parquet if it starts with `PAR1`, else JSONL.
 pub fn detect_format(first_bytes: &[u8]) -> DatasetFormat {
@@ -30,8 +31,41 @@ pub fn detect_format(first_bytes: &[u8]) -> DatasetFormat {
 pub fn read_rows(path: &Path, format: DatasetFormat) -> Result<RowReader, DataError> {
     match format {
         DatasetFormat::Jsonl => jsonl::read(path),
-        DatasetFormat::Parquet => Ok(numbered(columnar::decode(path)?)),
+        DatasetFormat::Parquet => Ok(numbered(columnar::decode(path, as_it_is)?)),
     }
+}
+
+/// Keeps the name of a column of a Parquet file.
+fn as_it_is(column: &str) -> Option<String> {
+    Some(column.to_owned())
+}
+
+/// Reads the records of a trusted Parquet file as JSON objects. `rename` returns the new name of a
+/// column, or `None` for a column that is left out.
+///
+/// # Errors
+/// Fails if the file cannot be opened, or its footer or its renamed columns are not usable.
+pub fn parquet_records<R: Fn(&str) -> Option<String> + Send + 'static>(
+    path: &Path,
+    rename: R,
+) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<R>, DataError> {
+    columnar::decode(path, rename)
+}
+
+/// Returns the pairs of one line of a JSONL file, or the finding that it cannot be read.
+pub fn pairs_of_line(
+    row: u64,
+    line: &[u8],
+) -> impl Iterator<Item = Result<PreferenceRow, RowIssue>> + Send + use<> {
+    shapes::pairs(jsonl::parse(row, line))
+}
+
+/// Returns the pairs of one record.
+pub fn pairs_of_record(
+    row: u64,
+    fields: Map<String, Value>,
+) -> impl Iterator<Item = Result<PreferenceRow, RowIssue>> + Send {
+    shapes::pairs(Ok((row, fields)))
 }
 
 /// Turns decoded records into numbered pairs.

@@ -593,7 +593,7 @@ mod tests {
         let loaded = report(&[
             r#"{"prompt":"p","chosen":"a","rejected":["b","c","d"]}"#,
             r#"{"prompt":"q","chosen":"a","rejected":"b"}"#,
-            r#"{"prompt":"q","chosen":"a","rejected":["b","a",""],"system":"s"}"#,
+            r#"{"prompt":"q","chosen":"a","rejected":["b","a",""],"score":"s"}"#,
             r#"{"prompt":"q","chosen":" ","rejected":["b","c"]}"#,
             r#"{"chosen":"1 2","rejected":"1 3"}"#,
             r#"{"neither":1}"#,
@@ -623,7 +623,7 @@ mod tests {
             .map(|i| (i.row, i.field.as_str(), i.reason))
             .collect();
         let expected = [
-            (3, "system", IssueReason::IgnoredField),
+            (3, "score", IssueReason::IgnoredField),
             (3, "", IssueReason::DuplicatePair),
             (3, "rejected[1]", IssueReason::IdenticalAnswers),
             (3, "rejected[2]", IssueReason::EmptyCompletion),

@@ -828,30 +828,34 @@ async fn extra_fields_of_a_row_are_used_or_reported() {
         row["chosen"][0]["content"] = json!([{"type": "image_url", "image_url": {"url": "a.png"}}])
     });
     add(&|row| row["system"] = json!("Be long."));
-    // Only dialogues can have tools.
+    add(&|row| row["note"] = json!("A note."));
+    add(&|row| row["note"] = json!("Another note."));
+    // Only dialogues can have tools or a system message.
     rows.push(json!({"prompt": "1 2", "chosen": " 3", "rejected": " 4", "tools": tools}));
     rows.push(json!({"prompt": "2 3", "chosen": " 4", "rejected": " 5",
                      "chat_template_kwargs": {"a": 1}}));
+    rows.push(json!({"prompt": "3 4", "chosen": " 5", "rejected": " 6", "system": "Be brief."}));
     let file = jsonl(dir.path(), &rows);
     let report = upload_file(&client, &file).await.unwrap().report.unwrap();
-    // Tools, tool calls, reasoning, names and template arguments are used.
+    // Tools, tool calls, reasoning, names, template arguments and system messages are used.
     let expected: BTreeSet<Finding<'_>> = [
         (3, "images", "unsupported_field", true),
-        (8, "system", "ignored_field", false),
         (11, "chosen[0].content[0].type", "unsupported_field", true),
-        (13, "tools", "unsupported_field", true),
-        (14, "chat_template_kwargs", "ignored_field", false),
+        (13, "note", "ignored_field", false),
+        (15, "tools", "unsupported_field", true),
+        (16, "chat_template_kwargs", "ignored_field", false),
+        (17, "system", "unsupported_field", true),
     ]
     .into();
     assert_eq!(findings(&report), expected, "{report:?}");
-    assert_eq!((report.rows, report.valid_rows), (14, 11));
+    assert_eq!((report.rows, report.valid_rows), (17, 13));
     // An unused column is listed once and counted in every row.
     assert_eq!(
         (
             report.counts["unsupported_field"],
             report.counts["ignored_field"]
         ),
-        (3, 3)
+        (4, 3)
     );
 }
 
@@ -871,7 +875,8 @@ async fn extra_columns_of_a_parquet_row_are_used_or_reported() {
          required group chosen {}
          required group rejected {}
          optional binary tools (UTF8); optional binary images (UTF8);
-         optional binary chat_template_kwargs (UTF8); optional binary system (UTF8);",
+         optional binary chat_template_kwargs (UTF8); optional binary system (UTF8);
+         optional binary note (UTF8);",
         message(""),
         message("optional binary reasoning_content (UTF8); optional binary tool_calls (UTF8);"),
         message("")
@@ -896,13 +901,14 @@ async fn extra_columns_of_a_parquet_row_are_used_or_reported() {
         one(4, "a.png"),
         one(5, r#"{"enable_thinking": false}"#),
         one(6, "Be brief."),
+        one(7, "A note."),
     ];
     let file = dir.path().join("rows.parquet");
     write_parquet(&file, &schema, columns);
     let report = upload_file(&client, &file).await.unwrap().report.unwrap();
     let expected: BTreeSet<Finding<'_>> = [
         (4, "images", "unsupported_field", true),
-        (1, "system", "ignored_field", false),
+        (1, "note", "ignored_field", false),
     ]
     .into();
     assert_eq!(findings(&report), expected, "{report:?}");

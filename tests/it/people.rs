@@ -154,7 +154,7 @@ fn scores_are_printed_as_they_come_with_progress_on_standard_error() {
         assert_eq!(row["id"], format!("p{}", i + 1));
         assert_eq!(row["row"], i as u64 + 1);
         assert_eq!(row["policy_version"], "models/tiny");
-        assert!(row["a"]["prompt_tokens"].as_u64() > Some(0) && row["probability"] == 0.5);
+        assert!(row["chosen"]["prompt_tokens"].as_u64() > Some(0) && row["probability"] == 0.5);
     }
     let shown = terminal.shows();
     // The model against itself: the server's warning comes first, the bar knows the number of rows.
@@ -197,7 +197,7 @@ fn a_bad_row_is_listed_apart_and_the_others_are_scored() {
     assert!(
         stderr.contains("row 4: not JSON")
             && stderr.contains("row 5 (id \"long\")")
-            && stderr.contains("error: 2 of 8 pairs could not be scored"),
+            && stderr.contains("error: 2 of 8 rows could not be scored: correct them"),
         "{stderr}"
     );
     // JSON has a line for each row, with or without a score.
@@ -225,7 +225,10 @@ fn a_bad_row_is_listed_apart_and_the_others_are_scored() {
     ];
     let out = bradley(&server.address, &args).output().unwrap();
     let row: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
-    let (tokens, logprobs) = (&row["a"]["tokens"], &row["a"]["policy_token_logprobs"]);
+    let (tokens, logprobs) = (
+        &row["chosen"]["tokens"],
+        &row["chosen"]["policy_token_logprobs"],
+    );
     assert_eq!(
         tokens.as_u64().unwrap() as usize,
         logprobs.as_array().unwrap().len()

@@ -546,7 +546,7 @@ async fn template_arguments_as_json_keep_their_order_and_numbers_as_in_a_row() {
     for said in [by_flag, run(&flags)] {
         let said: Value = serde_json::from_str(said.trim()).unwrap();
         assert_eq!(
-            said["a"]["policy_logprob"].as_f64(),
+            said["chosen"]["policy_logprob"].as_f64(),
             Some(expected.a.as_ref().unwrap().policy_logprob),
             "{said}"
         );

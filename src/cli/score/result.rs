@@ -20,23 +20,23 @@ const CSV_COLUMNS: [&str; 18] = [
     "margin",
     "normalization",
     "policy_version",
-    "a.policy_logprob",
-    "a.reference_logprob",
-    "a.reward",
-    "a.tokens",
-    "a.truncated",
-    "b.policy_logprob",
-    "b.reference_logprob",
-    "b.reward",
-    "b.tokens",
-    "b.truncated",
+    "chosen.policy_logprob",
+    "chosen.reference_logprob",
+    "chosen.reward",
+    "chosen.tokens",
+    "chosen.truncated",
+    "rejected.policy_logprob",
+    "rejected.reference_logprob",
+    "rejected.reward",
+    "rejected.tokens",
+    "rejected.truncated",
     "error",
 ];
 
-/// A row of the file, with its score.
+/// A row of the files, with its score.
 #[derive(Clone, Debug)]
 pub(crate) struct ScoredRow {
-    /// Number of the row in the file, from 1.
+    /// Number of the row, from 1 and through all files.
     pub row: u64,
     /// Number of the pair within the row, from 1, if the row has several rejected answers.
     pub pair: Option<u32>,
@@ -170,7 +170,10 @@ impl<W: Write> RowPrinter<W> {
 }
 
 fn to_json(row: &ScoredRow) -> Value {
-    let mut line = json!({"row": row.row, "id": row.name()});
+    let mut line = json!({"row": row.row});
+    if let Some(id) = &row.id {
+        line["id"] = id.clone().into();
+    }
     if let Some(pair) = row.pair {
         line["pair"] = pair.into();
     }
@@ -180,8 +183,8 @@ fn to_json(row: &ScoredRow) -> Value {
             line["margin"] = score.pair.margin.into();
             line["normalization"] = normalization_name(score.normalization).into();
             line["policy_version"] = score.policy_version.clone().into();
-            line["a"] = answer(score.pair.a.as_ref());
-            line["b"] = answer(score.pair.b.as_ref());
+            line["chosen"] = answer(score.pair.a.as_ref());
+            line["rejected"] = answer(score.pair.b.as_ref());
         }
         Err(message) => line["error"] = message.clone().into(),
     }
@@ -211,8 +214,8 @@ fn answer(score: Option<&pb::CompletionScore>) -> Value {
 /// the later ones are known. The name is last, because its length differs.
 fn table_header() -> String {
     format!(
-        "{:>9}  {:>9}  {:>9}  {:>9}  {:>9}  pair",
-        "Pr(a ≻ b)", "margin", "reward a", "reward b", "tokens"
+        "{:>10}  {:>9}  {:>13}  {:>15}  {:>9}  pair",
+        "Pr(chosen)", "margin", "reward chosen", "reward rejected", "tokens"
     )
 }
 
@@ -223,7 +226,7 @@ fn table_row(name: &str, score: &pb::PairScore) -> String {
         score.b.as_ref().unwrap_or(&default),
     );
     format!(
-        "{:>9.4}  {:>+9.4}  {:>+9.4}  {:>+9.4}  {:>9}  {name}",
+        "{:>10.4}  {:>+9.4}  {:>+13.4}  {:>+15.4}  {:>9}  {name}",
         score.probability,
         score.margin,
         a.reward,
@@ -299,19 +302,16 @@ impl Summary {
     }
 
     fn line(&self) -> String {
-        let truncated = match self.truncated {
-            0 => String::new(),
-            1 => "; 1 answer was truncated".to_owned(),
-            n => format!("; {n} answers were truncated"),
-        };
         format!(
             "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, mean margin \
-             {:+.3}; rewards are {}s over tokens{truncated}",
+             {:+.3}; rewards are {}s over tokens; {} rows without a score, {} truncated answers",
             self.scored,
             100.0 * self.accuracy(),
             self.probability(),
             self.margin(),
-            normalization_name(self.normalization)
+            normalization_name(self.normalization),
+            self.failed,
+            self.truncated
         )
     }
 }
@@ -367,7 +367,7 @@ mod tests {
         );
         assert!(
             lines[3].contains("2 pairs: accuracy 75.0% (ties count half)")
-                && lines[3].ends_with("1 answer was truncated"),
+                && lines[3].ends_with("1 rows without a score, 1 truncated answers"),
             "{table}"
         );
         assert_eq!(errors, ["row 2: too long"]);
@@ -393,9 +393,9 @@ mod tests {
             (&lines[0]["row"], &lines[0]["margin"]),
             (&json!(1), &json!(2.0))
         );
-        assert_eq!(lines[0]["a"]["prompt_tokens"], 7);
+        assert_eq!(lines[0]["chosen"]["prompt_tokens"], 7);
         assert_eq!(lines[0]["policy_version"], "models/m");
-        assert_eq!(lines[1], json!({"row": 2, "id": "2", "error": "too long"}));
+        assert_eq!(lines[1], json!({"row": 2, "error": "too long"}));
         assert_eq!(errors, ["row 2: too long"; 0]);
     }
 }

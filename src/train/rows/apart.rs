@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::reader::{DataError, MAX_LINE_BYTES, issue};
-use super::{columnar, numbered};
+use super::{as_it_is, columnar, numbered};
 use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue};
 
 /// Subcommand that runs [`decode`].
@@ -83,7 +83,7 @@ pub fn seconds(file_bytes: u64) -> u64 {
 /// Fails if the reading process has closed `out`, or the file cannot be opened.
 pub fn decode(path: &Path, out: impl Write) -> std::io::Result<()> {
     let mut out = BufWriter::with_capacity(1 << 16, out);
-    match columnar::decode(path) {
+    match columnar::decode(path, as_it_is) {
         Err(e) => {
             let DataError::BadFile { reason, .. } = e else {
                 return Err(std::io::Error::other(e.to_string()));

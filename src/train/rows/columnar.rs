@@ -13,14 +13,14 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
+use super::names::{self, MEDIA_COLUMNS, OPENAI_COLUMNS, QUESTION_COLUMN, is_openai};
 use super::reader::{DataError, issue};
-use super::row::{KWARGS_COLUMN, MEDIA_COLUMNS, TOOLS_COLUMN, invalid_weight};
-use super::shapes::OPENAI_COLUMNS;
+use super::row::{KWARGS_COLUMN, SYSTEM_COLUMN, TOOLS_COLUMN, invalid_weight};
 use crate::domain::dataset::{IssueReason, RowIssue};
 use crate::domain::message::without_nulls;
 use crate::model::guard::guarded;
 
-const COLUMNS: [&str; 7] = [
+const COLUMNS: [&str; 8] = [
     "prompt",
     "chosen",
     "rejected",
@@ -28,6 +28,7 @@ const COLUMNS: [&str; 7] = [
     "id",
     TOOLS_COLUMN,
     KWARGS_COLUMN,
+    SYSTEM_COLUMN,
 ];
 
 /// Returns true if a column is decoded: the columns of a row, and columns that lead to a finding if
@@ -36,10 +37,12 @@ fn is_wanted(column: &str) -> bool {
     COLUMNS.contains(&column) || MEDIA_COLUMNS.contains(&column)
 }
 
-/// Returns the decoded columns of each record.
-pub(super) fn decode(
+/// Returns the decoded columns of each record. `rename` returns the new name of a column, or `None`
+/// for a column that is left out.
+pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
     path: &Path,
-) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<>, DataError> {
+    rename: R,
+) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<R>, DataError> {
     let file = File::open(path).map_err(|source| DataError::Io {
         path: path.to_owned(),
         source,
@@ -54,34 +57,29 @@ pub(super) fn decode(
         .map_err(|e| unreadable(&e))?
         .map_err(|e| unreadable(&e))?;
     let schema = reader.metadata().file_metadata().schema();
-    let names: Vec<&str> = schema.get_fields().iter().map(|f| f.name()).collect();
-    let is_openai = !names.contains(&"chosen")
-        && !names.contains(&"rejected")
-        && OPENAI_COLUMNS.iter().any(|column| names.contains(column));
-    let needed = if is_openai {
-        &OPENAI_COLUMNS[..]
-    } else {
-        &["chosen", "rejected"]
+    let names: Vec<String> = schema
+        .get_fields()
+        .iter()
+        .filter_map(|f| rename(f.name()))
+        .collect();
+    names::check(&names).map_err(bad)?;
+    let is_openai = is_openai(&names);
+    let is_orca = !names.iter().any(|name| name == "prompt");
+    let is_wanted = |name: &str| {
+        is_wanted(name)
+            || (is_openai && OPENAI_COLUMNS.contains(&name))
+            || (is_orca && name == QUESTION_COLUMN)
     };
-    for needed in needed {
-        if !names.contains(needed) {
-            return Err(bad(format!(
-                "no column {needed:?} among {names:?}: a preference set has prompt, chosen and \
-                 rejected, or OpenAI's columns"
-            )));
-        }
-    }
-    let is_wanted = |name: &str| is_wanted(name) || (is_openai && OPENAI_COLUMNS.contains(&name));
     // These columns are not decoded, only reported as not used.
     let unknown: Vec<String> = names
         .iter()
         .filter(|name| !is_wanted(name))
-        .map(|name| (*name).to_owned())
+        .cloned()
         .collect();
     let wanted = schema
         .get_fields()
         .iter()
-        .filter(|f| is_wanted(f.name()))
+        .filter(|f| rename(f.name()).is_some_and(|name| is_wanted(&name)))
         .cloned()
         .collect();
     let wanted = Type::group_type_builder(schema.name())
@@ -105,7 +103,10 @@ pub(super) fn decode(
                 )
             })?;
             let mut fields = Map::new();
-            for (name, field) in record.get_column_iter() {
+            for (column, field) in record.get_column_iter() {
+                let Some(name) = rename(column) else {
+                    continue;
+                };
                 if name == "weight"
                     && let Some(weight) = not_finite(field)
                 {
@@ -119,11 +120,11 @@ pub(super) fn decode(
                     Err(kind) => {
                         let message =
                             format!("{name} holds {kind}: use text or a list of messages");
-                        return Err(issue(row, name, IssueReason::InvalidType, message));
+                        return Err(issue(row, &name, IssueReason::InvalidType, message));
                     }
                 };
                 // In a column of structs, a key that a row lacks is null if another row has it.
-                fields.insert(name.clone(), without_nulls(value));
+                fields.insert(name, without_nulls(value));
             }
             fields.extend(unknown.iter().map(|name| (name.clone(), Value::Bool(true))));
             Ok(fields)

@@ -99,7 +99,7 @@ impl Lines {
     }
 }
 
-fn parse(row: u64, line: &[u8]) -> Record {
+pub(super) fn parse(row: u64, line: &[u8]) -> Record {
     let text = std::str::from_utf8(line).map_err(|e| {
         issue(
             row,

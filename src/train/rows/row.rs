@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::names::{MEDIA_COLUMNS, found};
 use super::reader::issue;
 use crate::domain::dataset::{
     ChatMessage, IssueReason, MAX_MESSAGES, MAX_QUOTED_VALUE, PreferenceRow, RowIssue, RowShape,
@@ -12,12 +13,11 @@ use crate::domain::message::{
 };
 use crate::domain::violation::shortened;
 
-/// Columns with images, video or audio, which the models cannot process.
-pub(super) const MEDIA_COLUMNS: [&str; 6] =
-    ["images", "image", "videos", "video", "audios", "audio"];
 /// Columns with the tools and with the variables for the chat template.
 pub(super) const TOOLS_COLUMN: &str = "tools";
 pub(super) const KWARGS_COLUMN: &str = "chat_template_kwargs";
+/// Column with the text of a system message, which becomes the first message of the prompt.
+pub(super) const SYSTEM_COLUMN: &str = "system";
 
 /// Maximum number of unknown columns of a row that are reported.
 const MAX_IGNORED: usize = 16;
@@ -60,6 +60,15 @@ pub(super) fn from_fields(
         return Err(named(unsupported(row, field)));
     }
     let arguments = arguments(row, &mut fields).map_err(named)?;
+    let system = system(row, &mut fields).map_err(named)?;
+    let is_incomplete = ["chosen", "rejected"]
+        .iter()
+        .any(|column| fields.get(*column).is_none_or(Value::is_null));
+    let columns: Vec<String> = if is_incomplete {
+        fields.keys().cloned().collect()
+    } else {
+        Vec::new()
+    };
     let mut text = |field: &str| match fields.remove(field) {
         None | Some(Value::Null) => Ok(None),
         Some(v) => to_text(row, field, v).map(Some).map_err(named),
@@ -67,13 +76,11 @@ pub(super) fn from_fields(
     let (prompt, chosen, rejected) = (text("prompt")?, text("chosen")?, text("rejected")?);
     let need = |field: &str, t: Option<Text>| {
         t.ok_or_else(|| {
-            let shapes = "a row has prompt, chosen and rejected, or OpenAI's input, \
-                preferred_output and non_preferred_output";
             named(issue(
                 row,
                 field,
                 IssueReason::MissingField,
-                format!("{field} is missing: {shapes}"),
+                format!("{field} is missing; {}", found(&columns, field)),
             ))
         })
     };
@@ -91,6 +98,11 @@ pub(super) fn from_fields(
                 message,
             )));
         }
+    };
+    let has_system_column = system.is_some();
+    let prompt = match system {
+        Some(system) => with_system(row, prompt, system).map_err(named)?,
+        None => prompt,
     };
     let plain = |t: &Text| matches!(t, Text::Plain(_));
     for (field, t) in [("chosen", &chosen), ("rejected", &rejected)] {
@@ -140,6 +152,7 @@ pub(super) fn from_fields(
         rejected,
         weight,
         arguments,
+        has_system_column,
         ignored,
         shape: RowShape::default(),
         pair: None,
@@ -176,6 +189,52 @@ fn arguments(row: u64, fields: &mut Map<String, Value>) -> Result<TemplateArgume
     };
     check_kwargs(&kwargs).map_err(|e| wrong(KWARGS_COLUMN, e))?;
     Ok(TemplateArguments { tools, kwargs })
+}
+
+/// Takes the system message out of a row's columns, if it has one.
+fn system(row: u64, fields: &mut Map<String, Value>) -> Result<Option<String>, RowIssue> {
+    match fields.remove(SYSTEM_COLUMN) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text).filter(|text| !text.trim().is_empty())),
+        Some(other) => Err(issue(
+            row,
+            SYSTEM_COLUMN,
+            IssueReason::InvalidType,
+            format!(
+                "system is {}: use the text of the system message",
+                kind(&other)
+            ),
+        )),
+    }
+}
+
+/// Puts the text of the column `system` before the prompt, as a system message.
+///
+/// # Errors
+/// A plain prompt has no messages, and a dialogue may have another system message already: to
+/// ignore the column would change the meaning of the row.
+fn with_system(row: u64, prompt: Text, system: String) -> Result<Text, RowIssue> {
+    let Text::Chat(mut messages) = prompt else {
+        let message = "system needs a dialogue: make prompt, chosen and rejected lists of \
+            messages, name the column with the prompt question, or remove system";
+        return Err(issue(
+            row,
+            SYSTEM_COLUMN,
+            IssueReason::UnsupportedField,
+            message,
+        ));
+    };
+    let system = ChatMessage::new(SYSTEM_COLUMN, system);
+    match messages.first() {
+        Some(first) if *first == system => {}
+        Some(first) if first.role() == SYSTEM_COLUMN => {
+            let message = "system differs from the system message with which the dialogue \
+                begins: remove one of them";
+            return Err(issue(row, SYSTEM_COLUMN, IssueReason::InvalidType, message));
+        }
+        _ => messages.insert(0, system),
+    }
+    Ok(Text::Chat(messages))
 }
 
 /// Returns the finding about a weight that is not a finite number above 0.

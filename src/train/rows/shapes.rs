@@ -12,8 +12,11 @@
 //!   Anthropic's HH-RLHF.
 //! - `ultrafeedback`: `chosen` and `rejected` as whole dialogues, and `prompt` with the text of
 //!   their first user message (UltraFeedback, binarised).
+//! - `orca`: `question`, `chosen` and `rejected` as plain texts, as in Intel/orca_dpo_pairs. They
+//!   become messages of the user and of the assistant.
 //! - `several_rejected`: a list of rejected answers. Each makes a pair with the chosen answer.
 //!
+//! A `system` column becomes the system message of a dialogue ([`row::from_fields`]).
 //! Every other column stays as it is. A row with several rejected answers counts as one row: each
 //! of its n pairs has the row's weight divided by n, and its id has the suffix `#1` to `#n`.
 
@@ -21,14 +24,15 @@ use std::vec::IntoIter;
 
 use serde_json::{Map, Value, json};
 
+use super::names::{OPENAI_COLUMNS, QUESTION_COLUMN};
 use super::reader::issue;
 use super::row;
 use crate::domain::dataset::{IssueReason, MAX_MESSAGES, PreferenceRow, RowIssue, RowShape};
 
 /// Maximum number of rejected answers in a row.
 pub(super) const MAX_REJECTED: usize = 64;
-/// Column names of OpenAI's format.
-pub(super) const OPENAI_COLUMNS: [&str; 3] = ["input", "preferred_output", "non_preferred_output"];
+/// Pairs of our column name and the file's in the shape `orca`.
+const ORCA_NAMES: [(&str, &str); 1] = [("prompt", QUESTION_COLUMN)];
 /// Pairs of our column name and OpenAI's.
 const OPENAI_NAMES: [(&str, &str); 3] = [
     ("prompt", "input.messages"),
@@ -122,6 +126,7 @@ impl Several {
         }
         let splits_dialogues = |text: &str| hh_messages(text).is_some();
         if is_absent(&fields, "prompt")
+            && !fields.get(QUESTION_COLUMN).is_some_and(Value::is_string)
             && rejected.iter().any(Value::is_string)
             && !fields
                 .get("chosen")
@@ -190,6 +195,7 @@ fn read(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIs
         Err(issue) if shape == RowShape::OpenaiPreference => {
             return Err(renamed(issue, &OPENAI_NAMES));
         }
+        Err(issue) if shape == RowShape::Orca => return Err(renamed(issue, &ORCA_NAMES)),
         pair => pair?,
     };
     if shape == RowShape::OpenaiPreference {
@@ -216,6 +222,22 @@ fn normalise(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowI
     let prompt = fields.get("prompt").filter(|prompt| !prompt.is_null());
     match (prompt, fields.get("chosen"), fields.get("rejected")) {
         (None, Some(Value::Array(_)), Some(Value::Array(_))) => Ok(RowShape::ImplicitPrompt),
+        (None, Some(Value::String(chosen)), Some(Value::String(rejected)))
+            if fields.get(QUESTION_COLUMN).is_some_and(Value::is_string) =>
+        {
+            let message = |role: &str, text: &str| json!([{"role": role, "content": text}]);
+            let answers = [message(ASSISTANT, chosen), message(ASSISTANT, rejected)];
+            let question = fields.remove(QUESTION_COLUMN);
+            let question = question
+                .as_ref()
+                .and_then(Value::as_str)
+                .unwrap_or_default();
+            fields.insert("prompt".to_owned(), message(USER, question));
+            for (column, answer) in ["chosen", "rejected"].into_iter().zip(answers) {
+                fields.insert(column.to_owned(), answer);
+            }
+            Ok(RowShape::Orca)
+        }
         (None, Some(Value::String(chosen)), Some(Value::String(rejected))) => {
             let (shape, texts) = match (hh_messages(chosen), hh_messages(rejected)) {
                 (Some(chosen), Some(rejected)) => (RowShape::Hh, split_hh(row, chosen, rejected)?),

@@ -112,6 +112,12 @@ fn what_version_0_2_0_did_not_use_of_a_row_is_named() {
             r#"{"chosen":"2 4","rejected":"2 5"}"#.to_owned(),
             Some("implicit_prompt_text"),
         ),
+        (chat(hello, r#","system":"S""#), Some("system")),
+        (chat(hello, r#","system":" ""#), None),
+        (
+            r#"{"question":"2","chosen":"4","rejected":"5"}"#.to_owned(),
+            Some("orca"),
+        ),
     ];
     for (line, expected) in cases {
         let row = jsonl(line.as_bytes()).remove(0).unwrap();

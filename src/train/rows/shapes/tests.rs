@@ -112,6 +112,86 @@ fn a_prompt_that_repeats_the_first_user_message_gives_way_to_the_dialogues() {
 }
 
 #[test]
+fn questions_with_plain_answers_become_dialogues() {
+    let row = one(json!({"system": "Be brief.", "question": "Q", "chosen": "a", "rejected": "b"}));
+    let prompt = chat(&[("system", "Be brief."), ("user", "Q")]);
+    let answers = [chat(&[("assistant", "a")]), chat(&[("assistant", "b")])];
+    assert_eq!(texts(&row), [&prompt, &answers[0], &answers[1]]);
+    assert_eq!((row.shape, row.has_system_column), (RowShape::Orca, true));
+    let row = one(json!({"system": "", "question": "Q", "chosen": "a", "rejected": "b"}));
+    assert_eq!(row.prompt, chat(&[("user", "Q")]));
+    assert!(!row.has_system_column && row.ignored.is_empty());
+    let rows = all(&[json!({"question": "Q", "chosen": "a", "rejected": ["b", "c"]})]);
+    let second = rows[1].as_ref().unwrap();
+    assert_eq!(second.rejected, chat(&[("assistant", "c")]));
+    assert_eq!(second.shape, RowShape::SeveralRejected);
+    // With a prompt, the question is another column.
+    let row = one(json!({"prompt": "P", "question": "Q", "chosen": "a", "rejected": "b"}));
+    assert_eq!(
+        (row.shape, &row.ignored[..]),
+        (RowShape::Preference, &["question".into()][..])
+    );
+    let (field, reason, _) = refusal(json!({"question": "Q", "chosen": "a"}));
+    assert_eq!(
+        (field.as_str(), reason),
+        ("rejected", IssueReason::MissingField)
+    );
+}
+
+#[test]
+fn a_system_column_is_used_in_dialogues_and_refused_elsewhere() {
+    let answers = |prompt: Value, system: Value| {
+        json!({
+            "prompt": prompt,
+            "chosen": [{"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "assistant", "content": "b"}],
+            "system": system,
+        })
+    };
+    let user = json!({"role": "user", "content": "Q"});
+    let expected = chat(&[("system", "S"), ("user", "Q")]);
+    assert_eq!(one(answers(json!([user]), json!("S"))).prompt, expected);
+    let own = json!({"role": "system", "content": "S"});
+    assert_eq!(
+        one(answers(json!([own, user]), json!("S"))).prompt,
+        expected
+    );
+    let (field, _, message) = refusal(answers(json!([own, user]), json!("T")));
+    assert_eq!(field, "system");
+    assert!(
+        message.contains("differs from the system message"),
+        "{message}"
+    );
+    let (_, reason, message) = refusal(answers(json!([user]), json!(["S"])));
+    assert_eq!(reason, IssueReason::InvalidType, "{message}");
+    // Whole dialogues without a prompt get it, too.
+    let dialogue = |answer: &str| json!([user, {"role": "assistant", "content": answer}]);
+    let row = json!({"chosen": dialogue("a"), "rejected": dialogue("b"), "system": "S"});
+    assert_eq!(one(row).prompt, expected);
+    let plain = json!({"prompt": "p", "chosen": "a", "rejected": "b", "system": "S"});
+    let (field, reason, message) = refusal(plain);
+    assert_eq!(
+        (field.as_str(), reason),
+        ("system", IssueReason::UnsupportedField)
+    );
+    assert!(
+        message.contains("name the column with the prompt question"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_misspelt_column_is_named() {
+    let (field, _, message) = refusal(json!({"prompt": "p", "choosen": "a", "rejected": "b"}));
+    assert_eq!(field, "chosen");
+    assert_eq!(
+        message,
+        "chosen is missing; found: prompt, choosen, rejected; did you mean chosen instead of \
+         choosen?"
+    );
+}
+
+#[test]
 fn dialogues_and_plain_rows_keep_their_names() {
     let dialogue = |answer: &str| {
         json!([

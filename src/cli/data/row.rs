@@ -1,0 +1,41 @@
+//! The form in which the readers of all formats return rows.
+
+use serde_json::{Map, Value};
+
+use crate::domain::dataset::IssueReason;
+
+/// A row of a file.
+#[derive(Debug)]
+pub(super) enum DataRow {
+    /// The text of a line or of an element of an array, without a line feed. It is not checked yet,
+    /// and a blank one counts as a line without being a row.
+    Line(Vec<u8>),
+    /// The columns of a record.
+    Fields(Map<String, Value>),
+    /// A row that cannot be read, while later ones can.
+    Bad(RowProblem),
+}
+
+/// The reason why a row cannot be read.
+#[derive(Clone, Debug)]
+pub(super) struct RowProblem {
+    /// The column, or empty for the whole row.
+    pub field: String,
+    pub reason: IssueReason,
+    /// Explanation with the remedy.
+    pub message: String,
+}
+
+impl DataRow {
+    pub(super) fn bad(field: &str, reason: IssueReason, message: impl Into<String>) -> Self {
+        DataRow::Bad(RowProblem {
+            field: field.to_owned(),
+            reason,
+            message: message.into(),
+        })
+    }
+}
+
+/// The rows of one file, in order. An error means that the file cannot be read further; it is the
+/// last item, and its text does not name the file.
+pub(super) type DataRows = Box<dyn Iterator<Item = Result<DataRow, String>> + Send>;

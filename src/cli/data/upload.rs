@@ -1,0 +1,262 @@
+//! Uploads rows: a file that the server can read as it is, and any other input as JSONL that is
+//! made while it is sent.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, ReadBuf};
+use tokio::sync::mpsc;
+
+use super::row::DataRow;
+use super::stream::{Labels, RowStream};
+use crate::cli::failure::Failure;
+use crate::domain::dataset::IssueReason;
+use crate::rpc::client::{Client, ClientError, UploadError};
+use crate::rpc::pb;
+
+/// Size of a piece of the JSONL text in bytes, and maximum number of pieces that wait to be sent.
+const PIECE: usize = 1 << 20;
+const MAX_PIECES: usize = 2;
+
+/// Rows that the client could not read. The server got a blank line in place of each.
+#[derive(Clone, Debug, Default)]
+pub(in crate::cli) struct LeftOut {
+    pub rows: u64,
+    /// Description of the first one.
+    pub first: String,
+}
+
+impl LeftOut {
+    /// Describes the rows, if there are any.
+    pub(in crate::cli) fn warning(&self) -> Option<String> {
+        match self.rows {
+            0 => None,
+            1 => Some(format!(
+                "1 row cannot be read and was left out: {}",
+                self.first
+            )),
+            n => Some(format!(
+                "{n} rows cannot be read and were left out, the first one: {}",
+                self.first
+            )),
+        }
+    }
+}
+
+/// The reason why a job would be refused because of its rows.
+pub(in crate::cli) struct RowRefusal {
+    /// Number of bad rows and of all rows.
+    pub rows: String,
+    pub remedy: &'static str,
+}
+
+/// An uploaded dataset, or a stored one with the same content.
+#[derive(Clone, Debug)]
+pub(in crate::cli) struct Uploaded {
+    pub dataset: pb::Dataset,
+    pub left_out: LeftOut,
+    labels: Labels,
+}
+
+impl Uploaded {
+    pub(super) fn plain(dataset: pb::Dataset, labels: Labels) -> Self {
+        Uploaded {
+            dataset,
+            left_out: LeftOut::default(),
+            labels,
+        }
+    }
+
+    fn report(&self) -> pb::ValidationReport {
+        self.dataset.report.clone().unwrap_or_default()
+    }
+
+    /// Describes at most `limit` findings. Findings of several rows that say the same are one.
+    pub(in crate::cli) fn findings(&self, limit: usize) -> Vec<String> {
+        let report = self.report();
+        let mut different: Vec<(&pb::RowIssue, u64)> = Vec::new();
+        for issue in &report.issues {
+            let is_same = |(other, _): &(&pb::RowIssue, u64)| {
+                (&other.field, &other.reason, &other.message)
+                    == (&issue.field, &issue.reason, &issue.message)
+            };
+            match different.iter().position(is_same) {
+                Some(i) => different[i].1 += 1,
+                None if different.len() < limit => different.push((issue, 1)),
+                None => {}
+            }
+        }
+        different
+            .into_iter()
+            .map(|(issue, rows)| match rows {
+                1 => self.finding(issue, ""),
+                n => self.finding(issue, &format!(" and {} more", n - 1)),
+            })
+            .collect()
+    }
+
+    /// Describes a finding, with the row's place and the column's name in the file.
+    fn finding(&self, issue: &pb::RowIssue, more: &str) -> String {
+        let place = self.labels.place(issue.row);
+        let field = self.labels.column(&issue.field);
+        let message = self.labels.message(&issue.field, &issue.message);
+        let space = if field.is_empty() { "" } else { " " };
+        format!("{place}{more}: {field}{space}{}: {message}", issue.reason)
+    }
+
+    /// Describes the first error.
+    pub(in crate::cli) fn first_error(&self) -> Option<String> {
+        if self.left_out.rows > 0 {
+            return Some(self.left_out.first.clone());
+        }
+        let report = self.report();
+        let is_error = |i: &&pb::RowIssue| i.severity() == pb::IssueSeverity::Error;
+        let first = report.issues.iter().find(is_error);
+        first.map(|issue| self.finding(issue, ""))
+    }
+
+    /// Returns the reason why a job that takes every row would be refused.
+    pub(in crate::cli) fn refusal(&self) -> Option<RowRefusal> {
+        let report = self.report();
+        let bad = report.rows - report.valid_rows + self.left_out.rows;
+        let is_too_long = report
+            .counts
+            .contains_key(IssueReason::PromptFillsMaxLength.name());
+        (bad > 0).then(|| RowRefusal {
+            rows: format!("{bad} of the {} rows", report.rows + self.left_out.rows),
+            remedy: if is_too_long {
+                "give them more room with --max-length, correct them, or leave them out with \
+                 --skip-bad-rows"
+            } else {
+                "correct them, or leave them out with --skip-bad-rows"
+            },
+        })
+    }
+}
+
+/// Converts the rows to JSONL and uploads them. `sent` is called with the number of bytes queued so
+/// far.
+///
+/// # Errors
+/// Returns a failure if a file cannot be read to its end, in which case the server stores nothing,
+/// or if the server refuses the upload.
+pub(super) async fn upload(
+    client: &Client,
+    rows: RowStream,
+    metadata: pb::UploadMetadata,
+    sent: impl FnMut(u64),
+) -> Result<Uploaded, Failure> {
+    let (sender, receiver) = mpsc::channel(MAX_PIECES);
+    let converted = tokio::task::spawn_blocking(move || convert(rows, &sender));
+    let pipe = Pipe {
+        pieces: receiver,
+        rest: io::Cursor::new(Vec::new()),
+        has_ended: false,
+    };
+    let answer = client.upload_rows(pipe, metadata, sent).await;
+    let converted = converted
+        .await
+        .map_err(|e| Failure::Failed(format!("the rows cannot be read: {e}")))?;
+    match answer {
+        Ok(dataset) => {
+            let (labels, left_out) = converted?;
+            Ok(Uploaded {
+                dataset,
+                left_out,
+                labels,
+            })
+        }
+        Err(UploadError::Read(e)) => {
+            converted?;
+            Err(Failure::Failed(format!("the rows cannot be read: {e}")))
+        }
+        Err(UploadError::Call(status)) => Err(ClientError::Refused(status).into()),
+    }
+}
+
+/// Part of the JSONL text, or its end. Without the end, the text counts as incomplete.
+enum JsonlPiece {
+    Text(Vec<u8>),
+    End,
+}
+
+fn convert(
+    rows: RowStream,
+    sender: &mpsc::Sender<JsonlPiece>,
+) -> Result<(Labels, LeftOut), Failure> {
+    // A closed channel means that the server has refused the upload.
+    let converted = to_jsonl(rows, |text| {
+        sender.blocking_send(JsonlPiece::Text(text)).is_ok()
+    })?;
+    let _ = sender.blocking_send(JsonlPiece::End);
+    Ok(converted)
+}
+
+/// Passes the rows as JSONL to `write`, in pieces, until it returns false. A row that cannot be
+/// read becomes a blank line, which the server counts as a line but not as a row, so that later
+/// rows have their numbers.
+pub(super) fn to_jsonl(
+    mut rows: RowStream,
+    mut write: impl FnMut(Vec<u8>) -> bool,
+) -> Result<(Labels, LeftOut), Failure> {
+    let mut left_out = LeftOut::default();
+    let mut text = Vec::with_capacity(PIECE);
+    while let Some((number, row)) = rows.next().transpose()? {
+        match row {
+            DataRow::Line(line) => text.extend(line),
+            DataRow::Fields(fields) => serde_json::to_writer(&mut text, &fields)
+                .map_err(|e| Failure::Failed(e.to_string()))?,
+            DataRow::Bad(problem) => {
+                if left_out.rows == 0 {
+                    left_out.first = rows.labels().describe(number, &problem);
+                }
+                left_out.rows += 1;
+            }
+        }
+        text.push(b'\n');
+        if text.len() >= PIECE {
+            let full = std::mem::replace(&mut text, Vec::with_capacity(PIECE));
+            if !write(full) {
+                return Ok((rows.into_labels(), left_out));
+            }
+        }
+    }
+    write(text);
+    Ok((rows.into_labels(), left_out))
+}
+
+/// Reads the pieces as one text.
+struct Pipe {
+    pieces: mpsc::Receiver<JsonlPiece>,
+    rest: io::Cursor<Vec<u8>>,
+    has_ended: bool,
+}
+
+impl AsyncRead for Pipe {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            if self.has_ended {
+                return Poll::Ready(Ok(()));
+            }
+            let before = buffer.filled().len();
+            match Pin::new(&mut self.rest).poll_read(context, buffer) {
+                Poll::Ready(Ok(())) if buffer.filled().len() == before => {}
+                other => return other,
+            }
+            match self.pieces.poll_recv(context) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Some(JsonlPiece::Text(text))) => self.rest = io::Cursor::new(text),
+                Poll::Ready(Some(JsonlPiece::End)) => self.has_ended = true,
+                Poll::Ready(None) => {
+                    let reason = "a file cannot be read to its end";
+                    return Poll::Ready(Err(io::Error::other(reason)));
+                }
+            }
+        }
+    }
+}

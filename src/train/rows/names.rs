@@ -1,0 +1,150 @@
+//! Names of columns: which a file must have, and what a misspelt one was meant to be.
+
+use crate::domain::violation::shortened;
+
+/// Column names of OpenAI's format.
+pub(super) const OPENAI_COLUMNS: [&str; 3] = ["input", "preferred_output", "non_preferred_output"];
+/// Column with the prompt of the shape `orca`.
+pub(super) const QUESTION_COLUMN: &str = "question";
+/// Columns with images, video or audio, which the models cannot process.
+pub(super) const MEDIA_COLUMNS: [&str; 6] =
+    ["images", "image", "videos", "video", "audios", "audio"];
+
+/// Columns of a row in our own format.
+pub const COLUMNS: [&str; 8] = [
+    "prompt",
+    "chosen",
+    "rejected",
+    "weight",
+    "id",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+];
+/// Maximum number of columns that a message lists.
+const MAX_LISTED: usize = 12;
+/// Maximum number of characters of a name in a message.
+const MAX_NAME_CHARS: usize = 40;
+/// Minimum similarity of two names, from 0 to 1, for one to be taken for a misspelling of the
+/// other. `choosen` and `chosen` have 0.86, `reject` and `rejected` 0.75.
+const MIN_SIMILARITY: f64 = 0.65;
+
+/// Checks that a file with these columns has the answers of pairs.
+///
+/// # Errors
+/// Returns a text that names the missing column, those that there are, and a misspelt one.
+pub fn check(columns: &[String]) -> Result<(), String> {
+    let needed = if is_openai(columns) {
+        &OPENAI_COLUMNS[..]
+    } else {
+        &["chosen", "rejected"]
+    };
+    match needed.iter().find(|name| !has(columns, name)) {
+        Some(missing) => Err(format!(
+            "no column {missing:?}; {}",
+            found(columns, missing)
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Returns true if the columns are those of OpenAI's format.
+pub(super) fn is_openai(columns: &[String]) -> bool {
+    !has(columns, "chosen")
+        && !has(columns, "rejected")
+        && OPENAI_COLUMNS.iter().any(|name| has(columns, name))
+}
+
+fn has(columns: &[String], name: &str) -> bool {
+    columns.iter().any(|column| column == name)
+}
+
+/// Lists the columns of a row or file that lacks the column `missing`, and says which of them is
+/// probably meant.
+pub fn found(columns: &[String], missing: &str) -> String {
+    if columns.is_empty() {
+        return "there is no column of a preference pair".to_owned();
+    }
+    let list = listed(columns);
+    match similar(columns, missing) {
+        Some(column) => format!("found: {list}; did you mean {missing} instead of {column}?"),
+        None => format!(
+            "found: {list}; a row has prompt, chosen and rejected, or OpenAI's input, \
+             preferred_output and non_preferred_output"
+        ),
+    }
+}
+
+/// Lists the first columns, separated by commas.
+pub fn listed(columns: &[String]) -> String {
+    let mut list = columns
+        .iter()
+        .take(MAX_LISTED)
+        .map(|name| shortened(name, MAX_NAME_CHARS))
+        .collect::<Vec<_>>()
+        .join(", ");
+    if columns.len() > MAX_LISTED {
+        list.push_str(&format!(" and {} more", columns.len() - MAX_LISTED));
+    }
+    list
+}
+
+/// Returns true if a column is used, or leads to a finding if it is not empty.
+pub fn is_used(column: &str) -> bool {
+    COLUMNS.contains(&column)
+        || column == QUESTION_COLUMN
+        || OPENAI_COLUMNS.contains(&column)
+        || MEDIA_COLUMNS.contains(&column)
+}
+
+/// Returns the name that is most similar to `wanted`, if it is similar enough and no legal name
+/// itself.
+pub fn similar<'a>(names: &'a [String], wanted: &str) -> Option<&'a str> {
+    let wanted = wanted.to_lowercase();
+    names
+        .iter()
+        .filter(|name| name.len() <= 64)
+        .filter(|name| {
+            !COLUMNS.contains(&name.as_str()) && !OPENAI_COLUMNS.contains(&name.as_str())
+        })
+        .map(|name| {
+            let similarity = strsim::normalized_damerau_levenshtein(&name.to_lowercase(), &wanted);
+            (similarity, name.as_str())
+        })
+        .filter(|(similarity, _)| *similarity >= MIN_SIMILARITY)
+        .max_by(|(a, _), (b, _)| a.total_cmp(b))
+        .map(|(_, name)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_misspelt_column_is_recognised_and_an_unrelated_one_is_not() {
+        let names =
+            |list: &[&str]| -> Vec<String> { list.iter().map(|name| (*name).to_owned()).collect() };
+        assert_eq!(
+            check(&names(&["prompt", "choosen", "rejected"])).unwrap_err(),
+            "no column \"chosen\"; found: prompt, choosen, rejected; did you mean chosen instead \
+             of choosen?"
+        );
+        let e = check(&names(&["question", "good", "bad"])).unwrap_err();
+        assert!(
+            e.contains("found: question, good, bad; a row has prompt"),
+            "{e}"
+        );
+        let e = check(&names(&[
+            "input",
+            "prefered_output",
+            "non_preferred_output",
+        ]))
+        .unwrap_err();
+        assert!(
+            e.ends_with("did you mean preferred_output instead of prefered_output?"),
+            "{e}"
+        );
+        check(&names(&["question", "chosen", "rejected"])).unwrap();
+        assert_eq!(similar(&names(&["prompt"]), "prompts"), None);
+    }
+}
