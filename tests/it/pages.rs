@@ -14,7 +14,7 @@ use crate::documents::documents;
 const HISTORY: [&str; 1] = ["CHANGELOG.md"];
 /// Flags of other programs that the documents name in their text.
 const FOREIGN_FLAGS: [&str; 6] = [
-    "--cascade=orphan",
+    "--cascade",
     "--include-ignored",
     "--only",
     "--timeout",

@@ -343,7 +343,7 @@ fn the_commands_for_training_in_the_manual_run() {
     let path = "```\nexport PATH=$PWD/target/release:$PATH\n```\n";
     let guide = Guide {
         text: path.to_owned() + &serve + &section("docs/usage.md", "Training"),
-        replaced: 3,
+        replaced: 1,
     };
     follow(&guide, None);
 }
