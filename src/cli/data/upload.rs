@@ -19,6 +19,9 @@ use crate::rpc::pb;
 const PIECE: usize = 1 << 20;
 const MAX_PIECES: usize = 2;
 
+/// Maximum number of rows that a finding names.
+const MAX_NAMED_ROWS: usize = 8;
+
 /// Rows that the client could not read. The server got a blank line in place of each.
 #[derive(Clone, Debug, Default)]
 pub(in crate::cli) struct LeftOut {
@@ -72,37 +75,46 @@ impl Uploaded {
         self.dataset.report.clone().unwrap_or_default()
     }
 
-    /// Describes at most `limit` findings. Findings of several rows that say the same are one.
+    /// Describes at most `limit` findings. Findings of several rows that say the same are one, which
+    /// names the first rows.
     pub(in crate::cli) fn findings(&self, limit: usize) -> Vec<String> {
         let report = self.report();
-        let mut different: Vec<(&pb::RowIssue, u64)> = Vec::new();
+        let mut different: Vec<(&pb::RowIssue, Vec<u64>)> = Vec::new();
         for issue in &report.issues {
-            let is_same = |(other, _): &(&pb::RowIssue, u64)| {
+            let is_same = |(other, _): &(&pb::RowIssue, Vec<u64>)| {
                 (&other.field, &other.reason, &other.message)
                     == (&issue.field, &issue.reason, &issue.message)
             };
             match different.iter().position(is_same) {
-                Some(i) => different[i].1 += 1,
-                None if different.len() < limit => different.push((issue, 1)),
+                Some(i) => different[i].1.push(issue.row),
+                None if different.len() < limit => different.push((issue, vec![issue.row])),
                 None => {}
             }
         }
         different
             .into_iter()
-            .map(|(issue, rows)| match rows {
-                1 => self.finding(issue, ""),
-                n => self.finding(issue, &format!(" and {} more", n - 1)),
-            })
+            .map(|(issue, rows)| self.finding(issue, &rows))
             .collect()
     }
 
-    /// Describes a finding, with the row's place and the column's name in the file.
-    fn finding(&self, issue: &pb::RowIssue, more: &str) -> String {
-        let place = self.labels.place(issue.row);
+    /// Describes a finding of some rows, with their places and the column's name in the files.
+    fn finding(&self, issue: &pb::RowIssue, rows: &[u64]) -> String {
+        let named = rows.iter().take(MAX_NAMED_ROWS);
+        let mut places: Vec<String> = named.map(|row| self.labels.place(*row)).collect();
+        match rows.len().saturating_sub(MAX_NAMED_ROWS) {
+            0 => {}
+            more => places.push(format!("{more} more")),
+        }
+        // The place in one of several files has a comma.
+        let places = places.join(if self.labels.has_several_files() {
+            "; "
+        } else {
+            ", "
+        });
         let field = self.labels.column(&issue.field);
         let message = self.labels.message(&issue.field, &issue.message);
         let space = if field.is_empty() { "" } else { " " };
-        format!("{place}{more}: {field}{space}{}: {message}", issue.reason)
+        format!("{places}: {field}{space}{}: {message}", issue.reason)
     }
 
     /// Describes the first error.
@@ -113,7 +125,7 @@ impl Uploaded {
         let report = self.report();
         let is_error = |i: &&pb::RowIssue| i.severity() == pb::IssueSeverity::Error;
         let first = report.issues.iter().find(is_error);
-        first.map(|issue| self.finding(issue, ""))
+        first.map(|issue| self.finding(issue, &[issue.row]))
     }
 
     /// Returns the reason why a job that takes every row would be refused.
