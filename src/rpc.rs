@@ -102,9 +102,11 @@ pub async fn serve(
     let datasets = DatasetServiceServer::new(dataset::Datasets(service.datasets.clone()))
         .max_decoding_message_size(max)
         .accept_compressed(CompressionEncoding::Gzip);
-    let checkpoints =
-        CheckpointServiceServer::new(checkpoint::Checkpoints(service.checkpoints.clone()))
-            .max_decoding_message_size(max);
+    let checkpoints = CheckpointServiceServer::new(checkpoint::Checkpoints(
+        service.checkpoints.clone(),
+        service.server.tokens().clone(),
+    ))
+    .max_decoding_message_size(max);
     let scoring = ScoringServiceServer::new(scoring::ScoringRpc {
         scoring: service.scoring.clone(),
         tokens: service.server.tokens().clone(),

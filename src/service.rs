@@ -234,7 +234,6 @@ impl Service {
         let runners = (0..engine.concurrent_runs())
             .map(|_| start(runner.clone()))
             .collect();
-        let mut background = tasks.start();
         background.push(tokio::spawn(data_volume::measure(options.data_dir)));
         Ok(Service {
             jobs,

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::args::{BackupArgs, MigrateArgs, Output, RestoreArgs};
 use super::failure::{Failure, Outcome};
 use super::output;
+use super::progress::say;
 use super::settings::{Sources, vendor_variables};
 use crate::service::backup::{self, BackupManifest};
 use crate::service::error::ServiceError;
@@ -59,6 +60,9 @@ pub(super) async fn restore(args: RestoreArgs, output_format: Output) -> Outcome
     let work = backup::restore(&args.dir, &args.data_dir);
     let manifest = shown("restoring the database and its files", work).await?;
     output::resource(output_format, &summary(&manifest));
+    for lost in manifest.missing.iter().take(SHOWN) {
+        say(&format!("warning: the backup itself lacks {lost}"));
+    }
     Ok(())
 }
 

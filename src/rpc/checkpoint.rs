@@ -19,6 +19,7 @@ use crate::domain::names::{self, CheckpointRef};
 use crate::domain::violation::quoted;
 use crate::formats::weights::ElementType;
 use crate::service::artifacts::{ExportFormat, ExportedFile};
+use crate::service::auth::tokens::TokenService;
 use crate::service::checkpoints::{self, ExportRequest};
 use crate::service::error::ServiceError;
 
@@ -27,8 +28,8 @@ const CHUNK: usize = 256 << 10;
 /// Maximum number of messages that wait for a slow client.
 const BUFFER: usize = 4;
 
-/// The gRPC service for checkpoints.
-pub(super) struct Checkpoints(pub checkpoints::CheckpointService);
+/// The gRPC service for checkpoints. The tokens end the downloads of those that become invalid.
+pub(super) struct Checkpoints(pub checkpoints::CheckpointService, pub TokenService);
 
 #[tonic::async_trait]
 impl CheckpointService for Checkpoints {
@@ -110,13 +111,21 @@ impl CheckpointService for Checkpoints {
             .await
             .map_err(status)?;
         let (sender, receiver) = mpsc::channel(BUFFER);
+        let tokens = self.1.clone();
         tokio::spawn(async move {
-            for f in export.files {
-                let path = export.path.join(&f.path);
-                if !send_file(&sender, f, path).await {
-                    return;
+            let sending = async {
+                for f in export.files {
+                    let path = export.path.join(&f.path);
+                    if !send_file(&sender, f, path).await {
+                        return;
+                    }
                 }
-            }
+            };
+            let invalid = tokio::select! {
+                () = sending => return,
+                e = tokens.until_invalid(&caller) => e,
+            };
+            let _ = sender.send(Err(status(invalid))).await;
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }

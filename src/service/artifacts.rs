@@ -53,6 +53,8 @@ pub(super) const JOBS_FOLDER: &str = "jobs";
 pub(super) const DATASETS_FOLDER: &str = "datasets";
 /// Folder for unfinished files in the data directory. A server empties it when it starts.
 pub(super) const TEMPORARY_FOLDER: &str = "tmp";
+/// File of a temporary folder that another process than the server uses, and has locked.
+pub(super) const IN_USE_FILE: &str = "in-use";
 
 /// Maximum time for the object store to answer a ping.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -147,13 +149,11 @@ impl Artifacts {
             fetching: Arc::default(),
             _lock: None,
         };
-        remove(&artifacts.temporary_folder())?;
+        let temporary = artifacts.temporary_folder();
+        fs::create_dir_all(&temporary).map_err(|e| failed(&temporary, e))?;
+        clear(&temporary)?;
         let mut empty = true;
-        for dir in [
-            artifacts.temporary_folder(),
-            root.join("datasets"),
-            root.join("jobs"),
-        ] {
+        for dir in [root.join("datasets"), root.join("jobs")] {
             fs::create_dir_all(&dir).map_err(|e| failed(&dir, e))?;
             empty &= fs::read_dir(&dir)
                 .map_err(|e| failed(&dir, e))?
@@ -758,7 +758,8 @@ impl Artifacts {
         blocking(move || {
             let state = checkpoint::digest(&temporary.0);
             match state.and_then(|digest| checkpoint::check(&temporary.0).map(|()| digest)) {
-                Ok(digest) if digest == expected => {}
+                // Checkpoints of before migration 3 have no recorded hash.
+                Ok(digest) if expected.is_empty() || digest == expected => {}
                 Ok(_) => return Err(damaged(&name, "its hash differs from the recorded one")),
                 // A file may be missing because the list of objects lags or an object is gone. That
                 // does not prove damage.
@@ -996,7 +997,7 @@ fn init_adapter_key(job: &str) -> String {
     format!("{JOBS_FOLDER}/{job}/init_adapter")
 }
 
-fn damaged(name: &str, why: impl std::fmt::Display) -> ServiceError {
+pub(super) fn damaged(name: &str, why: impl std::fmt::Display) -> ServiceError {
     ServiceError::FailedPrecondition {
         reason: Reason::ArtifactDamaged,
         message: format!("the stored files of {name} are damaged: {why}"),
@@ -1014,6 +1015,20 @@ pub fn hash_files(dir: &Path, names: &[&str]) -> Result<String> {
         all.update(format!("{name} {size} {hash}\n").as_bytes());
     }
     Ok(all.finalize().to_hex().to_string())
+}
+
+/// Removes what interrupted work left in the folder of temporary files, but not what another
+/// process, such as a backup, uses.
+fn clear(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).map_err(|e| failed(folder, e))? {
+        let path = entry.map_err(|e| failed(folder, e))?.path();
+        let is_in_use = File::open(path.join(IN_USE_FILE))
+            .is_ok_and(|file| matches!(file.try_lock(), Err(fs::TryLockError::WouldBlock)));
+        if !is_in_use {
+            remove(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes a file, or a folder with its contents, if it exists.

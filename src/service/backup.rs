@@ -15,7 +15,8 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{
-    DATASETS_FOLDER, JOBS_FOLDER, TEMPORARY_FOLDER, Temporary, describe, hash_file, remove, sync,
+    DATASETS_FOLDER, IN_USE_FILE, JOBS_FOLDER, TEMPORARY_FOLDER, Temporary, describe, hash_file,
+    remove, sync,
 };
 use super::blocking::blocking;
 use super::data_dir::{LOCK_FILE, RESTORING_FOLDER, check_restored, lock};
@@ -82,15 +83,25 @@ pub async fn back_up(data_dir: &Path, target: &Path) -> Result<BackupManifest> {
     check_empty("DIR", target)?;
     let partial = Temporary(partial_folder(target)?);
     fs::create_dir_all(&partial.0).map_err(|e| failed(&partial.0, e))?;
-    let links = Temporary(
-        data_dir
-            .join(TEMPORARY_FOLDER)
-            .join(format!("backup-{}", uuid::Uuid::now_v7())),
-    );
-    let snapshot = copy_database(&live, data_dir, &links.0, &partial.0).await?;
+    let temporary = data_dir.join(TEMPORARY_FOLDER);
+    let held = Temporary(temporary.join(format!("backup-{}", uuid::Uuid::now_v7())));
+    fs::create_dir_all(&held.0).map_err(|e| failed(&held.0, e))?;
+    // A server that starts meanwhile does not remove a folder whose file is locked.
+    let in_use_path = held.0.join(IN_USE_FILE);
+    let in_use = File::create(&in_use_path).map_err(|e| failed(&in_use_path, e))?;
+    in_use.lock().map_err(|e| failed(&in_use_path, e))?;
+    let links = held.0.join("links");
+    let snapshot = copy_database(&live, data_dir, &links, &partial.0).await?;
     let target = target.to_owned();
     blocking(move || {
-        let (files, missing) = copy_files(&snapshot, &links.0, &partial.0)?;
+        let (_in_use, held) = (in_use, held);
+        let (files, missing) = copy_files(&snapshot, &links, &partial.0)?;
+        if !fs::exists(held.0.join(IN_USE_FILE)).unwrap_or(false) {
+            // A server of version 0.2.0 clears the whole folder.
+            return Err(ServiceError::internal(
+                "a server started meanwhile and removed the links of this backup: run it again",
+            ));
+        }
         let manifest = BackupManifest {
             format: FORMAT,
             bradley: env!("CARGO_PKG_VERSION").to_owned(),

@@ -108,8 +108,13 @@ impl DatasetService {
         page_size: usize,
         page_token: &str,
     ) -> Result<Page<Dataset>> {
+        // Who asks for a hash wants to use the dataset, and others may delete theirs.
+        let owner = match content_hash {
+            Some(_) => Some(caller.owner.as_str()),
+            None => caller.visible_owner(),
+        };
         self.store
-            .datasets(caller.visible_owner(), content_hash, page_size, page_token)
+            .datasets(owner, content_hash, page_size, page_token)
             .await
     }
 

@@ -109,7 +109,15 @@ impl EventFeed {
                     cursor = event.sequence;
                     let last =
                         matches!(&event.kind, EventKind::StateChange { to, .. } if to.is_final());
-                    if sender.send(Ok(event)).await.is_err() || last {
+                    // A slow reader must not go on with a token that is no longer valid.
+                    let sent = tokio::select! {
+                        sent = sender.send(Ok(event)) => sent,
+                        e = &mut invalid => {
+                            let _ = sender.send(Err(e)).await;
+                            return;
+                        }
+                    };
+                    if sent.is_err() || last {
                         return;
                     }
                 }

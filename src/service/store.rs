@@ -226,6 +226,10 @@ impl Store {
                 "the database's schema cannot be brought up to date: {e}"
             ))
         })?;
+        // Once more: a newer version may have migrated while this one waited for its turn.
+        let mut connection = writer.acquire().await.map_err(cannot_open)?;
+        readers::check(&mut connection, dialect.count_tables(), newest(&migrations)).await?;
+        drop(connection);
         Ok(Store {
             dialect,
             url,

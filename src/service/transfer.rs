@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::artifacts::{Artifacts, hash_file};
+use super::artifacts::{Artifacts, damaged, hash_file};
 use super::blocking::blocking;
 use super::data_dir::{check_restored, lock};
 use super::error::{Result, ServiceError};
@@ -96,13 +96,17 @@ async fn upload(snapshot: &Snapshot, artifacts: &Artifacts) -> Result<()> {
     for (job, step, digest) in &snapshot.checkpoints {
         let step = *step as u64;
         let dir = artifacts.checkpoint(job, step);
-        match blocking(move || checkpoint::check(&dir)).await? {
-            // A checkpoint in the format of another version is copied as it is.
-            Ok(()) | Err(CheckpointError::Version { .. }) => {}
-            Err(e) => {
-                let name = format!("trainingJobs/{job}/checkpoints/{step}");
-                return Err(artifacts.unusable(&e, &name));
-            }
+        let name = format!("trainingJobs/{job}/checkpoints/{step}");
+        let checked = blocking(move || {
+            checkpoint::digest(&dir).and_then(|found| match checkpoint::check(&dir) {
+                // A checkpoint in the format of another version is copied as it is.
+                Ok(()) | Err(CheckpointError::Version { .. }) => Ok(found),
+                Err(e) => Err(e),
+            })
+        });
+        let found = checked.await?.map_err(|e| artifacts.unusable(&e, &name))?;
+        if !digest.is_empty() && found != *digest {
+            return Err(damaged(&name, "its hash differs from the recorded one"));
         }
         artifacts.upload_checkpoint(job, step, digest).await?;
     }

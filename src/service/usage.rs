@@ -28,6 +28,8 @@ type Pending = BTreeMap<(String, i64), Usage>;
 pub struct UsageMeter {
     store: Store,
     pending: Arc<Mutex<Pending>>,
+    /// Held while counts are stored.
+    storing: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Days and owner of a report.
@@ -54,6 +56,7 @@ impl UsageMeter {
         UsageMeter {
             store,
             pending: Arc::default(),
+            storing: Arc::default(),
         }
     }
 
@@ -71,12 +74,23 @@ impl UsageMeter {
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
     pub(super) async fn flush(&self) -> Result<()> {
+        // A task of its own: a caller that leaves during a commit would not learn whether it took
+        // effect, and the counts would be stored twice.
+        let meter = self.clone();
+        tokio::spawn(async move { meter.store_pending().await })
+            .await
+            .map_err(ServiceError::internal)?
+    }
+
+    async fn store_pending(&self) -> Result<()> {
+        // The last flush of a shutdown waits for one that is under way.
+        let _storing = self.storing.lock().await;
         let taken =
             std::mem::take(&mut *self.pending.lock().unwrap_or_else(PoisonError::into_inner));
         if taken.is_empty() {
             return Ok(());
         }
-        // If the caller leaves meanwhile, the counts return to the others.
+        // If the database fails, the counts return to the others.
         let mut unstored = Unstored {
             meter: self,
             work: taken,

@@ -17,9 +17,11 @@ use crate::service::audit::AUDIT;
 use crate::service::error::{Result, ServiceError};
 use crate::service::store::now;
 
-/// Interval at which the file is checked for changes. A token that is removed from it is accepted
-/// at most this long.
+/// Interval at which the file is checked for changes.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+/// Time for which a changed file must stay the same before it is used. A token that is removed from
+/// the file is accepted for two intervals and this time at most.
+const SETTLE_TIME: Duration = Duration::from_millis(300);
 /// Maximum size of the file, in bytes. A Secret cannot be larger.
 const MAX_FILE_BYTES: usize = 1 << 20;
 /// Minimum length of a token that `bradley tokens hash` accepts: an unsalted hash protects random
@@ -95,6 +97,20 @@ pub fn sha256(token: &str) -> [u8; 32] {
     hash
 }
 
+/// Reads the file, but at most one byte more than may be used.
+async fn read(path: &Path) -> std::result::Result<Vec<u8>, String> {
+    use tokio::io::AsyncReadExt as _;
+    let file = tokio::fs::File::open(path)
+        .await
+        .map_err(|e| e.to_string())?;
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE_BYTES as u64 + 1)
+        .read_to_end(&mut bytes)
+        .await
+        .map_err(|e| e.to_string())?;
+    Ok(bytes)
+}
+
 impl DeclaredTokens {
     /// Reads the file.
     ///
@@ -117,8 +133,13 @@ impl DeclaredTokens {
         let mut known: std::result::Result<Vec<u8>, String> = Ok(self.first.to_vec());
         loop {
             tokio::time::sleep(CHECK_INTERVAL).await;
-            let current = tokio::fs::read(&self.path).await.map_err(|e| e.to_string());
+            let current = read(&self.path).await;
             if current == known {
+                continue;
+            }
+            // Somebody may be writing the file at this moment. Then the next round looks again.
+            tokio::time::sleep(SETTLE_TIME).await;
+            if read(&self.path).await != current {
                 continue;
             }
             let table = current.as_deref().map_err(Clone::clone).and_then(parse);
@@ -156,9 +177,13 @@ impl DeclaredTokens {
         })
     }
 
-    /// Returns true while the file declares the token with this hash.
-    pub fn is_valid(&self, hash: &[u8; 32]) -> bool {
-        self.current(hash).is_some()
+    /// Returns true while the file declares the token with this hash for the caller, with all roles
+    /// that the caller has.
+    pub fn is_valid(&self, hash: &[u8; 32], caller: &Caller) -> bool {
+        self.current(hash).is_some_and(|declared| {
+            let keeps = |role| declared.roles.contains(role);
+            declared.owner == caller.owner && caller.roles.iter().all(keeps)
+        })
     }
 
     // A caller learns nothing from the time that a look-up takes: it does not choose the hash of

@@ -313,7 +313,12 @@ fn is_printable(name: &str) -> bool {
             c.is_control()
                 || matches!(c, '\u{ad}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
                 || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')
-                || matches!(c, '\u{2060}'..='\u{206f}')
+                || matches!(c, '\u{2060}'..='\u{206f}' | '\u{180b}'..='\u{180f}')
+                || matches!(
+                    c,
+                    '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{2800}' | '\u{3164}'
+                )
+                || matches!(c, '\u{ffa0}' | '\u{e0000}'..='\u{e0fff}')
         })
 }
 

@@ -193,7 +193,8 @@ impl TokenService {
                     Err(_) => true,
                 },
                 Credential::Declared(hash) => {
-                    self.declared.as_ref().is_some_and(|d| d.is_valid(hash))
+                    let declared = self.declared.as_ref();
+                    declared.is_some_and(|d| d.is_valid(hash, caller))
                 }
                 Credential::Issued { valid_until } => *valid_until > now(),
             };

@@ -52,6 +52,13 @@ impl Default for Expired {
     }
 }
 
+/// Returns the key of an owner's request id. Names of OIDC owners may have slashes; with these
+/// escaped, the first slash ends the owner. Owners of other tokens have neither character.
+fn request_key(owner: &str, id: &str) -> String {
+    let owner = owner.replace('%', "%25").replace('/', "%2F");
+    format!("{owner}/{id}")
+}
+
 impl Store {
     /// Adds a job with its first event. If the owner's `request_id` has already created a job from
     /// the same request, that job is returned instead.
@@ -63,7 +70,7 @@ impl Store {
     pub async fn insert_job(&self, job: &Job, creation: Creation<'_>) -> Result<Job> {
         let mut tx = self.writer.begin().await?;
         // Request ids are unique per owner.
-        let key = creation.request_id.map(|id| format!("{}/{id}", job.owner));
+        let key = creation.request_id.map(|id| request_key(&job.owner, id));
         if let Some(quota) = creation.quota {
             self.lock_owner(&mut tx, &job.owner).await?;
             if key.is_none() || self.job_of_request(&mut tx, &key).await?.is_none() {
@@ -173,7 +180,7 @@ impl Store {
         };
         let count = "SELECT COUNT(*) FROM jobs WHERE request_id = $1";
         let made: i64 = sqlx::query_scalar(count)
-            .bind(format!("{owner}/{id}"))
+            .bind(request_key(owner, id))
             .fetch_one(&self.readers)
             .await?;
         Ok(made > 0)

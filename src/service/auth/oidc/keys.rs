@@ -96,17 +96,20 @@ struct KeySet {
 /// Returns true if nobody between this server and the URL's server can change an answer: `https`,
 /// or `http` on this machine.
 pub fn is_safe_url(url: &str) -> bool {
-    Url::parse(url).is_ok_and(|url| match url.scheme() {
-        "https" => url.host().is_some(),
-        "http" => match url.host_str() {
-            Some("localhost" | "[::1]") => true,
-            Some(host) => host
-                .parse::<std::net::Ipv4Addr>()
-                .is_ok_and(|address| address.is_loopback()),
-            None => false,
-        },
-        _ => false,
-    })
+    // The clients of this function compare the scheme with lower case.
+    let is_lower = url.starts_with("https:") || url.starts_with("http:");
+    is_lower
+        && Url::parse(url).is_ok_and(|url| match url.scheme() {
+            "https" => url.host().is_some(),
+            "http" => match url.host_str() {
+                Some("localhost" | "[::1]") => true,
+                Some(host) => host
+                    .parse::<std::net::Ipv4Addr>()
+                    .is_ok_and(|address| address.is_loopback()),
+                None => false,
+            },
+            _ => false,
+        })
 }
 
 impl IssuerKeys {
@@ -165,13 +168,17 @@ impl IssuerKeys {
             return Ok(key);
         }
         let Ok(_place) = self.waiting.try_acquire() else {
-            return Err(self.missing(&known));
+            return Err(NoKey::Unavailable);
         };
         self.wanted.notify_one();
-        let _ = tokio::time::timeout(MAX_WAIT, changes.changed()).await;
+        let fetched = tokio::time::timeout(MAX_WAIT, changes.changed()).await;
         let known = self.published.borrow().clone();
         self.look(&known, id, algorithm)
-            .ok_or_else(|| self.missing(&known))
+            .ok_or_else(|| match fetched {
+                Ok(_) => self.missing(&known),
+                // The fetch has not ended, so nobody knows whether the issuer has this key.
+                Err(_) => NoKey::Unavailable,
+            })
     }
 
     fn is_current(&self, known: &Published) -> bool {
