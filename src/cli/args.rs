@@ -148,7 +148,8 @@ pub enum Command {
     Backup(BackupArgs),
     /// Restore a backup into a new data directory.
     Restore(RestoreArgs),
-    /// Copy a SQLite database to PostgreSQL, for several replicas. The server must be stopped.
+    /// Move a server from SQLite to PostgreSQL and an artifact store, for several replicas: copies rows
+    /// and files, and removes nothing. The server must be stopped. The server must be stopped.
     Migrate(MigrateArgs),
     /// Decode an uploaded Parquet file. The server starts this command in a process of its own,
     /// because the file is not trusted.
@@ -544,7 +545,7 @@ pub struct ScoreArgs {
     #[arg(long, default_value = "")]
     pub reference: String,
     /// β of the rewards. Default: the job's, or 0.1 for a base model.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub beta: Option<f64>,
     /// Maximum number of tokens of prompt + answer. Default: the job's, or 1024 for a base model.
     #[arg(long)]
@@ -661,7 +662,7 @@ pub struct UsageArgs {
     /// Only the work of this owner. Default: yours, for administrators that of all owners.
     #[arg(long)]
     pub owner: Option<String>,
-    /// First day (UTC), YYYY-MM-DD. Default: the first day of this month.
+    /// First day (UTC), YYYY-MM-DD. Default: the first day of the month of --to.
     #[arg(long)]
     pub from: Option<String>,
     /// Last day (UTC), YYYY-MM-DD. Default: today.

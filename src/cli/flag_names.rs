@@ -11,7 +11,7 @@ use crate::rpc::client::{ClientError, Status, field_violations};
 const JOB: &str = "training_job.";
 /// Fields outside of a job, or of a job that a command other than `train` changes, with the
 /// caller's words for them.
-const OTHER_FIELDS: [(&str, &str); 17] = [
+const OTHER_FIELDS: [(&str, &str); 20] = [
     ("options.policy", "--policy"),
     ("options.reference", "--reference"),
     ("options.beta", "--beta"),
@@ -19,7 +19,10 @@ const OTHER_FIELDS: [(&str, &str); 17] = [
     ("options.normalization", "--normalization"),
     ("options.tools_json", "--tools"),
     ("options.chat_template_kwargs_json", "--template-args"),
-    ("metadata.display_name", "--name"),
+    ("metadata.display_name", "--title"),
+    ("start_date", "--from"),
+    ("end_date", "--to"),
+    ("by_day", "--by-day"),
     ("metadata.model", "--model"),
     ("metadata.max_length", "--max-length"),
     ("metadata.content_hash", "the file's hash"),

@@ -209,7 +209,7 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         DATA,
         FlagKind::Choice(truncation_modes),
         "keep_start",
-        "The part of a pair that is too long that stays: its start or its end.",
+        "Part of a pair that is kept if the pair is too long: its start or its end.",
     ),
     flag(
         "shuffle",
@@ -236,8 +236,8 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         DATA,
         FlagKind::RowPolicy,
         "false",
-        "Leave out rows that fail validation and train on the others. Without it, a bad row \
-         refuses the job.",
+        "Leave out rows that fail validation and train on the others. Without it, a job with \
+         a bad row is refused.",
     ),
     flag(
         "policy",
@@ -263,7 +263,7 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         MODEL,
         FlagKind::Message,
         "false",
-        "Train every weight in place of a LoRA adapter. It needs about ten times the memory.",
+        "Train every weight in place of a LoRA adapter. It needs about four times the memory (docs/sizing.md).",
     )
     .replacing(&["lora"]),
     flag(
@@ -872,12 +872,16 @@ fn weighted(text: &str) -> Result<Value, String> {
 /// Converts a time with its unit to the canonical JSON of a Duration: seconds, with up to nine
 /// decimals.
 fn seconds(text: &str) -> Option<String> {
-    let (digits, unit) = text.split_at(text.len().checked_sub(1)?);
+    let unit = text.chars().last()?;
+    let digits = text.strip_suffix(unit)?;
     let factor: u64 = match unit {
-        "s" => return digits.parse::<f64>().ok().map(|_| text.to_owned()),
-        "m" => 60,
-        "h" => 3600,
-        "d" => 24 * 3600,
+        's' => {
+            let seconds: f64 = digits.parse().ok()?;
+            return seconds.is_finite().then(|| text.to_owned());
+        }
+        'm' => 60,
+        'h' => 3600,
+        'd' => 24 * 3600,
         _ => return None,
     };
     let n: u64 = digits.parse().ok()?;
@@ -976,7 +980,11 @@ impl JobFlags {
         }
         let flags: Vec<&JobFlag> = JOB_FLAGS.iter().filter(|f| self.has(f.name)).collect();
         for flag in &flags {
-            for replaced in flag.replaces {
+            // --full=false and --reference-free=false replace nothing.
+            let is_off = flag.group != LORA
+                && matches!(flag.kind, FlagKind::Message | FlagKind::Switch)
+                && self.value(flag.name) == Some("false");
+            for replaced in flag.replaces.iter().filter(|_| !is_off) {
                 remove(&mut fields, replaced);
             }
         }

@@ -158,6 +158,9 @@ impl JobRows {
     /// Prints the number of rows and the first findings.
     fn describe(&self, rows: &Uploaded, before: &str) {
         if self.output != Output::Table {
+            if let Some(warning) = rows.left_out.warning() {
+                progress::warn(&warning);
+            }
             return;
         }
         let r = rows.dataset.report.clone().unwrap_or_default();

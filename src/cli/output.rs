@@ -1,5 +1,4 @@
 //! Output of the commands: tables for people; JSON, YAML and CSV for programs.
-#![allow(clippy::print_stdout)]
 
 pub mod flat;
 pub mod human;
@@ -14,10 +13,14 @@ pub use self::human::bytes;
 use self::table::{Section, Shown};
 use super::args::Output;
 use super::failure::Failure;
+use super::progress::say;
 use crate::domain::dataset::RowShape;
 use crate::rpc::canonical::{self, Canonical, FieldSelection};
 use crate::rpc::client::Timestamp;
 use crate::rpc::pb;
+
+/// Exit code if nobody reads standard output any more, as shells have it for SIGPIPE.
+const EXIT_BROKEN_PIPE: i32 = 141;
 
 /// The fields of a job that are its settings.
 const JOB_SETTINGS: [&str; 12] = [
@@ -37,24 +40,43 @@ const JOB_SETTINGS: [&str; 12] = [
 
 /// Prints a line on standard output.
 pub fn line(text: &str) {
-    println!("{text}");
+    emit(&format!("{text}\n"));
+}
+
+/// Writes to standard output. If nobody reads it any more or the disk is full, the process ends:
+/// there is nobody left to work for.
+fn emit(text: &str) {
+    use std::io::Write as _;
+    let mut out = std::io::stdout().lock();
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    drop(out);
+    match written {
+        Ok(()) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => {
+            std::process::exit(EXIT_BROKEN_PIPE)
+        }
+        Err(e) => {
+            say(&format!("error: standard output: {e}"));
+            std::process::exit(1)
+        }
+    }
 }
 
 /// Prints one JSON document on several indented lines.
 pub fn json_document(value: &Value) {
-    println!("{value:#}");
+    emit(&format!("{value:#}\n"));
 }
 
 /// Prints one JSON document on one line, as an item of a stream.
 pub fn json_line(value: &Value) {
-    println!("{value}");
+    emit(&format!("{value}\n"));
 }
 
 /// Prints one YAML document.
 fn yaml_document(value: &Value) {
     // JSON is YAML, too.
     let text = canonical::yaml_of(value).unwrap_or_else(|_| format!("{value:#}\n"));
-    print!("{text}");
+    emit(&text);
 }
 
 /// Renders a table with a header that fits the terminal.
@@ -68,13 +90,13 @@ pub fn list(output: Output, header: &[&str], rows: Vec<Vec<String>>, items: Vec<
         Output::Table => line(&table(header, rows)),
         Output::Json => json_document(&Value::Array(items)),
         Output::Yaml => yaml_document(&Value::Array(items)),
-        Output::Csv => print!("{}", flat::csv(None, &items)),
+        Output::Csv => emit(&flat::csv(None, &items)),
     }
 }
 
 /// Prints objects as CSV with some of their fields as columns.
 pub fn csv(header: &[&str], items: Vec<Value>) {
-    print!("{}", flat::csv(Some(header), &items));
+    emit(&flat::csv(Some(header), &items));
 }
 
 /// Prints one resource: one field per line, JSON, YAML, or CSV with one row.
@@ -91,7 +113,7 @@ fn view(output: Output, value: &Value, sections: impl FnOnce() -> Vec<Section>) 
         )),
         Output::Json => json_document(value),
         Output::Yaml => yaml_document(value),
-        Output::Csv => print!("{}", flat::csv(None, std::slice::from_ref(value))),
+        Output::Csv => emit(&flat::csv(None, std::slice::from_ref(value))),
     }
 }
 

@@ -133,7 +133,9 @@ fn value(column: &str, text: &str) -> Result<Value, String> {
         let parsed: Option<Value> = serde_json::from_str(trimmed).ok();
         let is_message = |value: &Value| value.get("role").is_some();
         match parsed {
-            Some(Value::Array(messages)) if messages.iter().all(is_message) => {
+            Some(Value::Array(messages))
+                if !messages.is_empty() && messages.iter().all(is_message) =>
+            {
                 return Ok(Value::Array(messages));
             }
             Some(Value::Object(input)) if column == "input" => return Ok(Value::Object(input)),

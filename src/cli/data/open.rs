@@ -9,7 +9,7 @@ use tempfile::NamedTempFile;
 use super::columns::{ColumnMap, SeenColumns};
 use super::kind::{Compression, HEAD, RowFormat, compression, kind};
 use super::places::DataPlace;
-use super::row::{DataRow, DataRows, RowProblem};
+use super::row::{DataRow, DataRows};
 use super::{arrow, delimited, elements, lines};
 use crate::train::rows::{DataError, parquet_records};
 
@@ -172,13 +172,7 @@ fn parquet(
     })?;
     Ok(Box::new(records.map(move |record| {
         let _exists = &copy;
-        Ok(match record {
-            Ok(fields) => DataRow::Fields(fields),
-            Err(issue) => DataRow::Bad(RowProblem {
-                field: issue.field,
-                reason: issue.reason,
-                message: issue.message,
-            }),
-        })
+        // After an error, the file cannot be read further.
+        record.map(DataRow::Fields).map_err(|issue| issue.message)
     })))
 }

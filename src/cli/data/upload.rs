@@ -183,7 +183,15 @@ pub(super) async fn upload(
             converted?;
             Err(Failure::Failed(format!("the rows cannot be read: {e}")))
         }
-        Err(UploadError::Call(status)) => Err(ClientError::Refused(status).into()),
+        Err(UploadError::Call(status)) => {
+            let refused = Failure::from(ClientError::Refused(status));
+            // Rows that could not be read may be the reason.
+            let left_out = converted.ok().and_then(|(_, rows)| rows.warning());
+            Err(match left_out {
+                Some(warning) => refused.after(&warning),
+                None => refused,
+            })
+        }
     }
 }
 

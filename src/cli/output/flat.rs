@@ -122,19 +122,19 @@ fn readable_text(name: &str, text: &str) -> String {
     )
 }
 
-/// Formats a loss mix as the flag `--loss` takes it: `sigmoid` or `sigmoid=0.8,sft=0.2`.
+/// Formats a loss mix as the flag `--loss` takes it: `sigmoid`, `sigmoid=0.8,sft=0.2`, or
+/// with label smoothing `exo_pair=1:0.01`.
 fn losses(items: &[Value]) -> String {
     let name = |item: &Value| plain(item.get("loss_type").unwrap_or(&Value::Null));
     let weight = |item: &Value| item.get("weight").and_then(Value::as_f64).unwrap_or(1.0);
+    let smoothing = |item: &Value| item.get("label_smoothing").and_then(Value::as_f64);
+    let term = |item: &Value| match smoothing(item) {
+        Some(smoothing) => format!("{}={}:{smoothing}", name(item), weight(item)),
+        None => format!("{}={}", name(item), weight(item)),
+    };
     match items {
-        [one] if weight(one) == 1.0 => name(one),
-        many => {
-            let terms: Vec<String> = many
-                .iter()
-                .map(|item| format!("{}={}", name(item), weight(item)))
-                .collect();
-            terms.join(",")
-        }
+        [one] if weight(one) == 1.0 && smoothing(one).is_none() => name(one),
+        many => many.iter().map(term).collect::<Vec<_>>().join(","),
     }
 }
 

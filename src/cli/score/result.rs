@@ -302,6 +302,9 @@ impl Summary {
     }
 
     fn line(&self) -> String {
+        if self.scored == 0 {
+            return format!("no pair has a score; {} rows without one", self.failed);
+        }
         format!(
             "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, mean margin \
              {:+.3}; rewards are {}s over tokens; {} rows without a score, {} truncated answers",
