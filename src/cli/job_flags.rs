@@ -263,7 +263,8 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         MODEL,
         FlagKind::Message,
         "false",
-        "Train every weight in place of a LoRA adapter. It needs about four times the memory (docs/sizing.md).",
+        "Train every weight in place of a LoRA adapter. It needs about four times the memory \
+         (docs/sizing.md).",
     )
     .replacing(&["lora"]),
     flag(

@@ -75,8 +75,8 @@ impl Uploaded {
         self.dataset.report.clone().unwrap_or_default()
     }
 
-    /// Describes at most `limit` findings. Findings of several rows that say the same are one, which
-    /// names the first rows.
+    /// Describes at most `limit` findings. Findings of several rows that say the same are one,
+    /// which names the first rows.
     pub(in crate::cli) fn findings(&self, limit: usize) -> Vec<String> {
         let report = self.report();
         let mut different: Vec<(&pb::RowIssue, Vec<u64>)> = Vec::new();
