@@ -149,7 +149,7 @@ pub enum Command {
     /// Restore a backup into a new data directory.
     Restore(RestoreArgs),
     /// Move a server from SQLite to PostgreSQL and an artifact store, for several replicas: copies
-    /// rows and files, and removes nothing. The server must be stopped. The server must be stopped.
+    /// rows and files, and removes nothing. The server must be stopped.
     Migrate(MigrateArgs),
     /// Decode an uploaded Parquet file. The server starts this command in a process of its own,
     /// because the file is not trusted.
