@@ -81,8 +81,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "device_memory_limit",
         "0",
         "Limit on the estimated memory of models and a job on each GPU or MIG slice, e.g. 70GiB; 0 \
-         means nine tenths of the memory that is free at the start; a higher limit than the free \
-         memory is lowered to it",
+         means nine tenths of the memory that is free at the start",
     ),
     (
         "scoring_share",

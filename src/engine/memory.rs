@@ -86,7 +86,11 @@ pub(super) fn limit(options: &EngineOptions, device: &ComputeDevice) -> u64 {
     let Some((free, total)) = device.memory() else {
         return host_limit(options);
     };
-    let limit = within(options.device_memory_limit, Some(free));
+    // A setting above what is free now holds: another process may give memory back.
+    let limit = match options.device_memory_limit {
+        Some(set) => set,
+        None => within(None, Some(free)),
+    };
     let name = device.name();
     tracing::info!(
         device = name,
@@ -95,11 +99,11 @@ pub(super) fn limit(options: &EngineOptions, device: &ComputeDevice) -> u64 {
         total_mib = total >> 20,
         "memory limit of a GPU"
     );
-    if options.device_memory_limit.is_some_and(|set| set > limit) {
+    if limit > free {
         tracing::warn!(
             device = name,
             free_mib = free >> 20,
-            "device_memory_limit is lowered to the GPU's free memory"
+            "device_memory_limit is above the GPU's free memory: jobs may run out of memory"
         );
     }
     limit
