@@ -240,7 +240,7 @@ fn machine(settings: Option<&Settings>) -> Vec<(&'static str, String)> {
         ("memory", known(machine, "unknown")),
         ("container limit", known(group, "none")),
     ];
-    // Whether this build and this machine have GPUs is known only by opening one.
+    // Only opening a GPU tells if this build and this machine have one.
     match ComputeDevice::open_all(DeviceChoice::Cuda(0)) {
         Ok(_) => {
             for gpu in ComputeDevice::open_all(DeviceChoice::Auto).unwrap_or_default() {
