@@ -97,8 +97,8 @@ pub struct ServiceOptions {
     /// Highest priority that a client may give its jobs. Administrators may give any.
     pub max_client_priority: i32,
     /// Maximum total size of one client's datasets, in bytes. An upload that would exceed it is
-    /// refused at its begin, on the way, or at its end. Only uploads that end at the same moment
-    /// can exceed it together.
+    /// refused at its beginning, on the way, or at its end. Only uploads that end at the same
+    /// moment can exceed it together.
     pub max_dataset_bytes_per_client: Option<u64>,
     /// Maximum text in one dataset, in bytes. It is limited because a job holds all its tokens in
     /// memory.

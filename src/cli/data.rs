@@ -4,8 +4,9 @@
 //! arguments ─▶ places ─▶ open (decompress, recognise) ─▶ reader ─▶ rows
 //! ```
 //!
-//! Readers hold one row, line or batch at a time. What a format cannot express row by row
-//! (Parquet's footer is at its end) is copied to a temporary file if it is compressed or piped.
+//! Readers hold one row, line or batch at a time. Files that are not read from their beginning
+//! (Parquet, and Arrow files with a footer) are first copied to a temporary file. A Parquet file
+//! that is neither compressed nor piped is read in place.
 
 mod arrow;
 mod columns;

@@ -962,7 +962,8 @@ impl JobFlags {
         self.given.get(name)?.last().map(String::as_str)
     }
 
-    /// Returns the given flag that sets a field or a part of it.
+    /// Returns the flag that sets a field, or the message that the field is a part of, if the flag
+    /// was given.
     pub fn flag_of(&self, field: &str) -> Option<&'static JobFlag> {
         flag_for(field).filter(|flag| self.has(flag.name))
     }
@@ -1059,8 +1060,8 @@ impl JobFlags {
     }
 }
 
-/// Returns the flag that sets a field, or the field that this one is a part of. Indices such as
-/// `[0]` are ignored.
+/// Returns the flag that sets a field, or else the one that sets the message that the field is a
+/// part of. Indices such as `[0]` are ignored.
 pub fn flag_for(field: &str) -> Option<&'static JobFlag> {
     let mut path: String = String::new();
     let mut is_index = false;

@@ -139,7 +139,7 @@ impl JobRows {
         };
         let found = page.into_inner().datasets.into_iter().find(|d| {
             let report = d.report.as_ref();
-            // Servers before this field send every dataset.
+            // Older servers do not know the filter `content_hash` and send every dataset.
             d.content_hash == hash.hex
                 && report.is_some_and(|r| r.model == limits.model && r.max_length == max_length)
         });

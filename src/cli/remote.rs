@@ -30,12 +30,14 @@ pub(super) async fn connect(target: &Target) -> Result<Client, Failure> {
         Err(e) => return Err(e.into()),
     };
     match tokio::time::timeout(HEALTH_TIMEOUT, client.health()).await {
-        // A refusal is an answer of a gRPC server, or of a proxy before it.
+        // A status with a source is an error of the transport. Every other status is the answer of
+        // a gRPC server, or of a proxy in front of it.
         Ok(Err(ClientError::Refused(status))) if std::error::Error::source(&*status).is_some() => {
             let reason = root_cause(&*status);
             Err(Failure::Unreachable(explain(target, &reason).await))
         }
-        // A gateway may lack the health check, so that only Bradley's own other port is an error.
+        // A gateway may lack the health check. So this is an error only if the port is Bradley's
+        // port for metrics and probes.
         Ok(Err(e)) if e.is_unimplemented() => match Probe::of(&target.address) {
             Some(probe) if probe.run().await == Speaks::Probes => {
                 Err(Failure::Unreachable(explain(target, &e.to_string()).await))

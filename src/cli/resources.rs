@@ -43,7 +43,7 @@ fn fields(args: &GetArgs) -> FieldSelection {
     }
 }
 
-/// Prints a message: all of its fields, in the format that is asked for.
+/// Prints the chosen fields of a message, in the format that is asked for.
 fn show<M: Canonical>(output: Output, message: &M, fields: FieldSelection) -> Outcome {
     output::resource(output, &output::message(message, fields)?);
     Ok(())

@@ -240,7 +240,7 @@ async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
     let data_dir = settings.data_dir.clone();
     tokio::task::spawn_blocking(move || {
         std::fs::create_dir_all(&data_dir)
-            .with_context(|| format!("{} cannot be made", data_dir.display()))?;
+            .with_context(|| format!("{} cannot be created", data_dir.display()))?;
         let mut loaded: Vec<LoadedModel> = Vec::new();
         for (id, source) in &models {
             let start = std::time::Instant::now();

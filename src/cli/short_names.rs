@@ -168,7 +168,7 @@ pub(super) async fn checkpoint(client: &Client, given: &str) -> Result<String, F
     Ok(format!("{}/checkpoints/{step}", job(client, of).await?))
 }
 
-/// Does the same for a checkpoint that is deleted: its step must be given.
+/// Does the same for a checkpoint that the user wants to delete: its step must be given.
 ///
 /// # Errors
 /// The same as of [`job`], and a failure if the step is missing.

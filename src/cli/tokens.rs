@@ -1,5 +1,5 @@
 //! `bradley tokens`: manages tokens in the server's database, to which only administrators have
-//! access.
+//! access, and prints entries for the server's `token_file`.
 
 use std::fmt::Display;
 use std::io::BufRead;

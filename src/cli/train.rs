@@ -126,6 +126,8 @@ impl PlannedJob {
     }
 }
 
+/// Changes the message of a failure of the call. A server that is not reached and Ctrl-C have
+/// messages of their own, which stay as they are.
 fn change(failure: Failure, with: impl Fn(String) -> String) -> Failure {
     match failure {
         Failure::Failed(m) => Failure::Failed(with(m)),
@@ -134,10 +136,12 @@ fn change(failure: Failure, with: impl Fn(String) -> String) -> Failure {
     }
 }
 
+/// Puts a text before the message.
 fn before(failure: Failure, text: &str) -> Failure {
     change(failure, |message| format!("{text}: {message}"))
 }
 
+/// Adds a line to the message.
 fn note(failure: Failure, text: &str) -> Failure {
     change(failure, |message| format!("{message}\n  {text}"))
 }

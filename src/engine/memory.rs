@@ -86,7 +86,8 @@ pub(super) fn limit(options: &EngineOptions, device: &ComputeDevice) -> u64 {
     let Some((free, total)) = device.memory() else {
         return host_limit(options);
     };
-    // A setting above what is free now holds: another process may give memory back.
+    // A setting above the memory that is free now is used all the same: another process may free
+    // memory later.
     let limit = match options.device_memory_limit {
         Some(set) => set,
         None => within(None, Some(free)),

@@ -25,7 +25,7 @@ pub struct TextTower {
     defaults: fn() -> Value,
 }
 
-/// All of them.
+/// All models of text and images that are supported.
 static TOWERS: [TextTower; 5] = [
     TextTower {
         texts: &[("gemma3_text", Architecture::Gemma3)],

@@ -51,7 +51,8 @@ const COPIES_ONLY_MARKER: &str = "copies-only";
 pub(super) const JOBS_FOLDER: &str = "jobs";
 /// Folder for the files of datasets, in the data directory and in the artifact store.
 pub(super) const DATASETS_FOLDER: &str = "datasets";
-/// Folder for unfinished files in the data directory. A server empties it when it starts.
+/// Folder for unfinished files in the data directory. A server empties it when it starts, except
+/// for what another process has locked with [`IN_USE_FILE`].
 pub(super) const TEMPORARY_FOLDER: &str = "tmp";
 /// File of a temporary folder that another process than the server uses, and has locked.
 pub(super) const IN_USE_FILE: &str = "in-use";

@@ -15,10 +15,11 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Asks the database at `database_url`, or the SQLite database in `data_dir`. Returns a text with
 /// its kind, its number of jobs and the version of its schema, or one that says that it does not
-/// exist yet. Neither creates nor migrates it.
+/// exist yet or is empty. The database is neither created nor migrated.
 ///
 /// # Errors
-/// `Internal` if it does not answer within five seconds, or is no database of Bradley's.
+/// `Internal` if it does not answer within five seconds, or has migrations but no table of jobs, so
+/// that it is not Bradley's.
 pub async fn database(data_dir: &Path, database_url: Option<&str>) -> Result<String> {
     sqlx::any::install_default_drivers();
     let file = data_dir.join("bradley.db");

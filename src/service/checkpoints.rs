@@ -52,10 +52,10 @@ impl CheckpointService {
         job: &str,
         which: CheckpointRef,
     ) -> Result<(Checkpoint, Option<ModelIdentity>)> {
-        let owner = own_job(&self.store, caller, job).await?;
+        let owning_job = own_job(&self.store, caller, job).await?;
         Ok((
             self.policies.find_checkpoint(job, which).await?,
-            pinned_base(owner),
+            pinned_base(owning_job),
         ))
     }
 
@@ -69,8 +69,8 @@ impl CheckpointService {
         caller: &Caller,
         job: &str,
     ) -> Result<(Vec<Checkpoint>, Option<ModelIdentity>)> {
-        let owner = own_job(&self.store, caller, job).await?;
-        Ok((self.store.checkpoints(job).await?, pinned_base(owner)))
+        let owning_job = own_job(&self.store, caller, job).await?;
+        Ok((self.store.checkpoints(job).await?, pinned_base(owning_job)))
     }
 
     /// Deletes a checkpoint.

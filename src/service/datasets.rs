@@ -49,8 +49,8 @@ pub(super) struct DatasetLimits {
     /// Largest upload, in bytes.
     pub max_upload_bytes: u64,
     /// Maximum total size of one client's datasets, in bytes. An upload that would exceed it is
-    /// refused at its begin, on the way, or at its end. Only uploads that end at the same moment
-    /// can exceed it together.
+    /// refused at its beginning, on the way, or at its end. Only uploads that end at the same
+    /// moment can exceed it together.
     pub max_bytes_per_client: Option<u64>,
     /// Maximum text in one dataset, in bytes. It is limited because a job holds all its tokens in
     /// memory.
@@ -81,7 +81,7 @@ pub struct DatasetUpload {
     temporary: Temporary,
     hash: blake3::Hasher,
     size: u64,
-    /// Number of bytes that the client's datasets may still have, as of the upload's begin.
+    /// Number of bytes that the client's datasets may still have, counted when the upload began.
     room: u64,
     /// The first 4 bytes, from which the format is detected.
     start: Vec<u8>,
@@ -108,7 +108,8 @@ impl DatasetService {
         page_size: usize,
         page_token: &str,
     ) -> Result<Page<Dataset>> {
-        // Who asks for a hash wants to use the dataset, and others may delete theirs.
+        // A caller who asks for a hash wants to use the dataset. Other owners may delete theirs, so
+        // an administrator does not get those either.
         let owner = match content_hash {
             Some(_) => Some(caller.owner.as_str()),
             None => caller.visible_owner(),

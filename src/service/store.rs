@@ -368,8 +368,7 @@ fn newest(migrations: &Migrator) -> i64 {
 }
 
 /// Returns the SQLite URL of a file that is opened in a `mode`: `ro`, `rw`, or `rwc`, which creates
-/// it. All bytes but letters, digits, `/`, `.`, `-` and `_` are
-/// escaped.
+/// it. All bytes but letters, digits, `/`, `.`, `-` and `_` are escaped.
 pub(super) fn sqlite_url(path: &Path, mode: &str) -> String {
     use std::os::unix::ffi::OsStrExt;
     let escape = |b: &u8| match b {

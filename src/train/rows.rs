@@ -35,7 +35,7 @@ pub fn read_rows(path: &Path, format: DatasetFormat) -> Result<RowReader, DataEr
     }
 }
 
-/// Keeps the name of a column of a Parquet file.
+/// Returns a column's name unchanged.
 fn as_it_is(column: &str) -> Option<String> {
     Some(column.to_owned())
 }

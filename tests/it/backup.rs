@@ -55,7 +55,7 @@ fn assert_fails(done: &Output, code: i32, parts: &[&str]) {
     }
 }
 
-/// Returns a job of [`STEPS`] steps that writes a checkpoint after each and keeps only the newest.
+/// Returns a job that writes a checkpoint after each step and keeps only the newest.
 fn rotating(dataset: &str, steps: u64) -> pb::TrainingJob {
     let mut wanted = job(dataset, steps);
     wanted.run = Some(pb::RunConfig {

@@ -97,9 +97,9 @@ pub fn device() -> ComputeDevice {
     DEVICE.get_or_init(open).clone()
 }
 
-/// Returns the names of the models that the tests of all families use. In the emulator, which is
-/// slow, these are `few`, unless BRADLEY_TEST_FAMILIES names others, separated by commas, or is
-/// `all`. On the CPU they are `all`.
+/// Returns the names of the models that the tests of all families use: those that
+/// BRADLEY_TEST_FAMILIES names, separated by commas; without it `few` on a GPU or in the emulator,
+/// which is slow, and `all` on the CPU. BRADLEY_TEST_FAMILIES=all means `all` on every device.
 pub fn chosen_families(
     all: &'static [&'static str],
     few: &'static [&'static str],

@@ -99,7 +99,7 @@ fn row(batch: &RecordBatch, names: &[Option<String>], i: usize) -> DataRow {
             continue;
         };
         if !is_used(name) {
-            // Only reported as not used.
+            // The column is only reported as not used.
             let value = if array.is_null(i) {
                 Value::Null
             } else {

@@ -117,7 +117,7 @@ fn value(column: &str, text: &str) -> Result<Value, String> {
         return Ok(Value::Null);
     }
     if !is_used(column) {
-        // Only reported as not used.
+        // The column is only reported as not used.
         return Ok(Value::Bool(true));
     }
     if column == "weight" {

@@ -13,7 +13,7 @@ use super::row::{DataRow, DataRows};
 use super::{arrow, delimited, elements, lines};
 use crate::train::rows::{DataError, parquet_records};
 
-/// Maximum number of compressions around each other.
+/// Maximum number of nested compressions, e.g. a .gz file inside a .zst file.
 const MAX_COMPRESSIONS: usize = 2;
 
 /// The rows of a file.
@@ -82,7 +82,7 @@ pub(super) fn open(place: &DataPlace, columns: &ColumnMap) -> Result<Opened, Str
         RowFormat::JsonValues => unchanged(elements::read(rest)),
         RowFormat::Delimited(delimiter) => renamed(delimited::read(rest, delimiter, columns)?),
         RowFormat::ArrowStream => renamed(arrow::read_stream(rest, columns)?),
-        // The last two need the end of the file first.
+        // These two formats are not read from the beginning of the file.
         RowFormat::ArrowFile => renamed(arrow::read_file(on_disk(rest)?.into_file(), columns)?),
         RowFormat::Parquet => match place {
             DataPlace::File(path) if is_whole_file => renamed(parquet(path, None, columns)?),

@@ -99,7 +99,8 @@ fn local(argument: &str) -> Result<Vec<DataPlace>, String> {
     Ok(files)
 }
 
-/// Returns a suggestion of a file with a similar name in the same folder.
+/// Returns the end of the message about a missing file: a file with a similar name in the same
+/// folder, or that the folder is missing, too.
 fn neighbour(path: &Path) -> String {
     let folder = path
         .parent()

@@ -231,7 +231,8 @@ pub fn csv(header: Option<&[&str]>, items: &[Value]) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Returns an object with some paths of another one, each under its own path.
+/// Returns an object with the values at some paths of another one. `paths` are pairs of the new
+/// name and the path. A path without a value becomes null.
 pub fn select(value: &Value, paths: &[(&str, &str)]) -> Value {
     let chosen = paths.iter().map(|(title, path)| {
         let found = at(value, path).cloned().unwrap_or_else(|| json!(null));

@@ -110,7 +110,7 @@ fn column_width<'a>(title: &str, cells: impl Iterator<Item = &'a String>) -> usi
         .unwrap_or(0)
 }
 
-/// Replaces resource names in the column `name` by the shortest ones that commands accept:
+/// Replaces resource names in the column `name` by short ones, which commands accept, too:
 /// `0193c8e4-7a3f` for `trainingJobs/0193c8e4-7a3f-…`.
 fn shorten_names(header: &[&str], rows: &mut [Vec<String>]) {
     if header.first() != Some(&"name") {

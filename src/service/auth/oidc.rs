@@ -194,7 +194,7 @@ impl Oidc {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(Refusal::TooLong);
         }
-        // This does not know the algorithm `none`, so such a token is malformed.
+        // The library does not know the algorithm `none`, so such a token is malformed.
         let header = jsonwebtoken::decode_header(token).map_err(|_| Refusal::Malformed)?;
         if !ALGORITHMS.contains(&header.alg) {
             return Err(Refusal::Algorithm);

@@ -16,7 +16,7 @@ const ROWS_AT_A_TIME: usize = 200;
 /// Maximum size of the text in one INSERT, in bytes.
 const BYTES_AT_A_TIME: usize = 4 << 20;
 
-/// A table that is copied, with its columns and the number of its rows.
+/// A copied table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CopiedTable {
     /// Name of the table.

@@ -1,4 +1,4 @@
-//! Names of columns: which a file must have, and what a misspelt one was meant to be.
+//! Names of columns: those that a file must have, and suggestions for misspelt ones.
 
 use crate::domain::violation::shortened;
 

@@ -96,7 +96,7 @@ struct KeySet {
 /// Returns true if nobody between this server and the URL's server can change an answer: `https`,
 /// or `http` on this machine.
 pub fn is_safe_url(url: &str) -> bool {
-    // The clients of this function compare the scheme with lower case.
+    // Callers look for the prefix "https:" in lower case.
     let is_lower = url.starts_with("https:") || url.starts_with("http:");
     is_lower
         && Url::parse(url).is_ok_and(|url| match url.scheme() {

@@ -1,5 +1,5 @@
-//! Defects that a review of the store found: lost answers, models that are not served, stores that
-//! were begun but not finished, probes without an end, and files of jobs that were never stored.
+//! Regressions: lost answers, models that are not served, stores that were begun but not finished,
+//! probes without an end, and files of jobs that were never stored.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
