@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use sqlx::{Connection as _, Executor as _};
 
 use super::*;
+use crate::formats::peft;
 use crate::service::store::{Store, StoreOptions, sqlite_url};
 
 #[test]
@@ -38,6 +39,45 @@ fn links_of_an_interrupted_backup_are_removed_and_those_of_another_stay() {
     left.sort();
     assert_eq!(left, ["backup-2", "upload"]);
     remove_abandoned(&dir.path().join("none")).unwrap();
+}
+
+#[test]
+fn an_adapter_that_a_job_starts_from_is_compared_with_its_hash() {
+    let dir = tempfile::tempdir().unwrap();
+    let (links, backup) = (dir.path().join("links"), dir.path().join("backup"));
+    fs::create_dir_all(&backup).unwrap();
+    fs::write(backup.join(DATABASE_FILE), "rows").unwrap();
+    let mut jobs = Vec::new();
+    for job in ["same", "changed", "lost", "without"] {
+        let folder = links.join(format!("{JOBS_FOLDER}/{job}/{INIT_ADAPTER}"));
+        fs::create_dir_all(&folder).unwrap();
+        for name in [peft::CONFIG_FILE, peft::WEIGHTS_FILE] {
+            fs::write(folder.join(name), format!("{name} of {job}")).unwrap();
+        }
+        let hash = hash_adapter(&folder).unwrap();
+        jobs.push((job.to_owned(), (job != "without").then_some(hash)));
+        match job {
+            "changed" => fs::write(folder.join(peft::WEIGHTS_FILE), "other").unwrap(),
+            "lost" => fs::remove_dir_all(&folder).unwrap(),
+            _ => {}
+        }
+    }
+    let snapshot = Snapshot {
+        migration: 1,
+        artifact_store: None,
+        jobs,
+        datasets: Vec::new(),
+        checkpoints: Vec::new(),
+    };
+    let (files, missing) = copy_files(&snapshot, &links, &backup).unwrap();
+    assert_eq!(
+        missing,
+        [
+            "trainingJobs/changed's init_adapter: its files have changed",
+            "trainingJobs/lost's init_adapter: its files are missing or cannot be read",
+        ]
+    );
+    assert_eq!(files.len(), 1 + 3 * 2, "{files:?}");
 }
 
 /// Writers wait while links are made, and go on while a large database is copied.
