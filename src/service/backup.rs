@@ -526,7 +526,7 @@ fn check_empty(argument: &str, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a folder on which a file system is mounted: the complete backup could not take its place.
+/// Refuses a folder on which a file system is mounted, because a backup could not take its place.
 fn refuse_mount_point(folder: &Path) -> Result<()> {
     match is_mount_point(folder) {
         true => Err(ServiceError::invalid(
