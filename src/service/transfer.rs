@@ -94,10 +94,13 @@ async fn upload(snapshot: &Snapshot, artifacts: &Artifacts) -> Result<()> {
     for (job, init_adapter) in &snapshot.jobs {
         if let Some(expected) = init_adapter {
             let dir = artifacts.init_adapter(job);
-            let found = blocking(move || hash_adapter(&dir)).await??;
-            if found != *expected {
+            let found = blocking(move || hash_adapter(&dir)).await?;
+            if found.ok().as_ref() != Some(expected) {
                 let name = format!("trainingJobs/{job}'s init_adapter");
-                return Err(damaged(&name, "their hash differs from the recorded one"));
+                return Err(damaged(
+                    &name,
+                    "they are missing, or their hash is another one",
+                ));
             }
         }
         artifacts.upload_init_adapter(job).await?;

@@ -246,7 +246,7 @@ impl Store {
             .bind(id)
             .fetch_optional(&self.readers)
             .await?;
-        let found = row.ok_or_else(|| missing(id))?.try_into()?;
+        let found: JobAndHolder = row.ok_or_else(|| missing(id))?.try_into()?;
         Ok(self.with_worker(found))
     }
 

@@ -149,7 +149,7 @@ impl TryFrom<JobRow> for JobAndHolder {
 
     fn try_from(mut row: JobRow) -> Result<JobAndHolder> {
         let holder = row.lease_owner.take().zip(Some(row.lease_until));
-        let job = row.try_into()?;
+        let job = Job::try_from(row)?;
         Ok(JobAndHolder { job, holder })
     }
 }

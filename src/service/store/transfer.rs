@@ -174,11 +174,11 @@ async fn refuse_columns(
     table: &str,
     columns: &[Column],
 ) -> Result<()> {
-    let select = "SELECT CAST(column_name AS TEXT), CASE WHEN is_nullable = 'NO' AND \
-                  column_default IS NULL AND is_identity = 'NO' THEN 1 ELSE 0 END
+    let select = "SELECT CAST(column_name AS TEXT), CAST(CASE WHEN is_nullable = 'NO' AND \
+                  column_default IS NULL AND is_identity = 'NO' THEN 1 ELSE 0 END AS BIGINT)
                   FROM information_schema.columns
                   WHERE table_schema = current_schema() AND CAST(table_name AS TEXT) = $1";
-    let found: Vec<(String, i32)> = sqlx::query_as(select)
+    let found: Vec<(String, i64)> = sqlx::query_as(select)
         .bind(table)
         .fetch_all(&mut **copy)
         .await?;
