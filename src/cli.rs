@@ -22,7 +22,6 @@ mod score;
 pub mod serve;
 pub mod settings;
 mod short_names;
-mod similar;
 mod telemetry;
 mod tokens;
 mod train;
@@ -37,7 +36,6 @@ use clap::{CommandFactory as _, Parser};
 
 use self::args::{Cli, Command, ServeArgs};
 use self::failure::{Failure, Outcome};
-use self::remote::connect;
 use self::settings::{Settings, Sources};
 use crate::telemetry::metrics;
 use crate::train::rows::apart;
@@ -96,10 +94,7 @@ async fn run(mut cli: Cli) -> Outcome {
         Command::Completions { shell } => manual::completions(shell),
         Command::Man { out } => manual::man(out.as_deref()),
         Command::Usage(args) => usage::run(args, output).await,
-        Command::Health(server) => match connect(&server.target()).await?.health().await? {
-            true => Ok(()),
-            false => Err(Failure::Failed(format!("{} is not serving", server.server))),
-        },
+        Command::Health(server) => remote::check_health(&server.target()).await,
         Command::Tokens(command) => tokens::run(command, output).await,
         Command::Backup(args) => backup::back_up(args, output).await,
         Command::Restore(args) => backup::restore(args, output).await,

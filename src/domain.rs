@@ -9,6 +9,7 @@ pub mod job;
 pub mod message;
 pub mod names;
 pub mod reason;
+pub mod similar;
 pub mod training;
 pub mod usage;
 pub mod violation;

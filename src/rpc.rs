@@ -188,6 +188,7 @@ pub async fn serve(
         Ok(result) => result?,
         Err(_) => tracing::warn!("open calls did not end in time: their connections are closed"),
     }
+    service.server.close().await;
     tracing::info!("stopped");
     Ok(())
 }

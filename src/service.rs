@@ -22,6 +22,7 @@ mod events;
 mod in_use;
 pub mod jobs;
 mod limiter;
+mod model_card;
 mod policies;
 mod remote;
 pub mod scoring;

@@ -4,18 +4,25 @@ use serde_json::Value;
 
 use super::args::Output;
 use super::failure::Failure;
-use super::output::{self, flat};
+use super::output::{self, flat, human};
+use crate::domain::similar::nearest;
 use crate::rpc::canonical::{self, FieldPath, FieldSelection};
 use crate::rpc::pb;
 
 /// Columns that are shown by default.
 const DEFAULT: [&str; 6] = ["name", "state", "steps", "policy", "title", "created"];
 /// Names of columns that differ from those of their fields.
-const SHORT: [(&str, &str); 3] = [
+const SHORT: [(&str, &str); 4] = [
     ("title", "display_name"),
     ("created", "create_time"),
     ("steps", STEPS),
+    ("heard", HEARD),
 ];
+/// Columns that are shown by default if a server runs one of the jobs: which one, and how long ago
+/// it was heard.
+const OF_RUNNING: [&str; 2] = ["replica", "heard"];
+/// The column with the time since the server that runs a job was heard.
+const HEARD: &str = "replica_time";
 /// The column with both numbers of steps.
 const STEPS: &str = "progress.step/total_steps";
 
@@ -44,7 +51,13 @@ pub(super) fn list(
     let paths =
         canonical::field_paths::<pb::TrainingJob>().map_err(|e| Failure::Failed(e.to_string()))?;
     let columns: Vec<ListedColumn> = match names.is_empty() {
-        true => column_list(&DEFAULT.map(str::to_owned), &paths)?,
+        true => {
+            let is_running = jobs.iter().any(|job| !job.replica.is_empty());
+            let of_running = OF_RUNNING.iter().filter(|_| is_running);
+            let names = DEFAULT.iter().chain(of_running);
+            let names: Vec<String> = names.map(|&name| name.to_owned()).collect();
+            column_list(&names, &paths)?
+        }
         false => column_list(names, &paths)?,
     };
     let values: Vec<Value> = jobs
@@ -104,7 +117,7 @@ fn path(name: &str, paths: &[FieldPath]) -> Result<String, Failure> {
         [] => {
             let known = paths.iter().map(|p| p.path.as_str()).chain(DEFAULT);
             let parts = paths.iter().filter_map(|p| p.path.rsplit('.').next());
-            let hint = canonical::nearest(name, known.chain(parts)).map_or_else(
+            let hint = nearest(name, known.chain(parts)).map_or_else(
                 || "`bradley jobs get @last --format yaml --all` shows all fields".to_owned(),
                 |meant| format!("did you mean {meant}?"),
             );
@@ -120,6 +133,14 @@ fn path(name: &str, paths: &[FieldPath]) -> Result<String, Failure> {
 }
 
 fn cell(path: &str, job: &Value) -> String {
+    if path == HEARD {
+        let heard = flat::at(job, path).and_then(Value::as_str);
+        let heard: Option<jiff::Timestamp> = heard.and_then(|time| time.parse().ok());
+        return heard.map_or_else(String::new, |time| {
+            let seconds = jiff::Timestamp::now().duration_since(time).as_secs_f64();
+            format!("{} ago", human::seconds(seconds.max(0.0)))
+        });
+    }
     if path != STEPS {
         return flat::at(job, path)
             .map(|value| flat::readable(path, value))

@@ -13,7 +13,7 @@ use crate::domain::training::{ALL_LINEAR, FUSED_TARGET_MODULES, TARGET_MODULES};
 pub const MAX_SWEEP: usize = 64;
 
 /// Fields that only the server sets. A job file may have them, because `jobs get` prints them.
-pub const OUTPUT_ONLY: [&str; 13] = [
+pub const OUTPUT_ONLY: [&str; 15] = [
     "name",
     "uid",
     "etag",
@@ -27,7 +27,12 @@ pub const OUTPUT_ONLY: [&str; 13] = [
     "skipped_rows",
     "owner",
     "pins",
+    "replica",
+    "replica_time",
 ];
+
+/// Value of `--reference` for a job without a reference.
+const NO_REFERENCE: &str = "none";
 
 const DATA: &str = "Data";
 const MODEL: &str = "Model";
@@ -254,9 +259,11 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         MODEL,
         FlagKind::Policy,
         "",
-        "The frozen model that rewards are measured against, named as the policy is. Without it, \
-         the policy's weights at the start.",
-    ),
+        "The frozen model that rewards are measured against, named as the policy is, or none to \
+         train without one, as with --reference-free. Without it, the policy's weights at the \
+         start.",
+    )
+    .replacing(&["dpo.reference_free"]),
     flag(
         "full",
         "full",
@@ -968,6 +975,22 @@ impl JobFlags {
         flag_for(field).filter(|flag| self.has(flag.name))
     }
 
+    /// Refuses `--reference none` beside a flag that asks for a reference.
+    fn refuse_none_with_a_reference(&self) -> Result<(), String> {
+        let is_none = |text: &String| text == NO_REFERENCE;
+        let none = self
+            .given
+            .get("reference")
+            .is_some_and(|all| all.iter().any(is_none));
+        match none && self.value("reference-free") == Some("false") {
+            true => Err(format!(
+                "--reference {NO_REFERENCE} and --reference-free=false contradict each other: \
+                 leave one of them out"
+            )),
+            false => Ok(()),
+        }
+    }
+
     /// Applies the flags to `base`, a job as canonical JSON. Returns one job, or one for each
     /// combination of the values of flags with several.
     ///
@@ -976,6 +999,7 @@ impl JobFlags {
     /// other, or the sweep has more than [`MAX_SWEEP`] jobs.
     pub fn apply(&self, base: &Value) -> Result<Vec<JobVariant>, String> {
         self.refuse_lora_with_full()?;
+        self.refuse_none_with_a_reference()?;
         let mut fields = base.clone();
         if !fields.is_object() {
             fields = json!({});
@@ -1031,6 +1055,10 @@ impl JobFlags {
             for text in &distinct {
                 let mut next = variant.clone();
                 match flag.parse(text)? {
+                    Some(_) if flag.name == "reference" && *text == NO_REFERENCE => {
+                        set(&mut next.fields, "dpo.reference_free", json!(true));
+                        remove(&mut next.fields, flag.field);
+                    }
                     Some(value) => set(&mut next.fields, flag.field, value),
                     None => remove(&mut next.fields, flag.field),
                 }

@@ -1,7 +1,6 @@
 //! `bradley completions` and `bradley man`: completion scripts and manual pages, made from the
 //! definition of the arguments.
 
-use std::io::Write as _;
 use std::path::Path;
 
 use clap::CommandFactory as _;
@@ -10,13 +9,14 @@ use clap_mangen::Man;
 
 use super::args::Cli;
 use super::failure::{Failure, Outcome};
+use super::output;
 use super::progress::say;
 
 /// Prints the completion script of a shell.
 pub(super) fn completions(shell: Shell) -> Outcome {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "bradley", &mut script);
-    print(&script)
+    output::write(&script)
 }
 
 /// Writes one manual page per command into the folder `out`; without it, prints the page of
@@ -27,7 +27,7 @@ pub(super) fn man(out: Option<&Path>) -> Outcome {
         Man::new(Cli::command())
             .render(&mut page)
             .map_err(|e| Failure::Failed(e.to_string()))?;
-        return print(&page);
+        return output::write(&page);
     };
     let failed = |e: std::io::Error| Failure::Failed(format!("{}: {e}", out.display()));
     std::fs::create_dir_all(out).map_err(failed)?;
@@ -38,10 +38,4 @@ pub(super) fn man(out: Option<&Path>) -> Outcome {
         out.display()
     ));
     Ok(())
-}
-
-fn print(bytes: &[u8]) -> Outcome {
-    std::io::stdout()
-        .write_all(bytes)
-        .map_err(|e| Failure::Failed(format!("standard output: {e}")))
 }

@@ -46,20 +46,31 @@ pub fn line(text: &str) {
 /// Writes to standard output. If nobody reads it any more or the disk is full, the process ends:
 /// there is nobody left to work for.
 fn emit(text: &str) {
+    if let Err(failure) = write(text.as_bytes()) {
+        say(&format!("error: {}", failure.message()));
+        std::process::exit(1)
+    }
+}
+
+/// Writes to standard output. If nobody reads it any more, the process ends, as with `| head`.
+///
+/// # Errors
+/// Returns a failure if the output cannot be written, e.g. because the disk is full.
+pub fn write(bytes: &[u8]) -> Result<(), Failure> {
     use std::io::Write as _;
     let mut out = std::io::stdout().lock();
-    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    let written = out.write_all(bytes).and_then(|()| out.flush());
     drop(out);
-    match written {
-        Ok(()) => {}
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => {
-            std::process::exit(EXIT_BROKEN_PIPE)
-        }
-        Err(e) => {
-            say(&format!("error: standard output: {e}"));
-            std::process::exit(1)
-        }
+    written.map_err(|e| unwritten(&e))
+}
+
+/// Returns the failure of a write to standard output. If nobody reads that any more, the process
+/// ends.
+pub fn unwritten(error: &std::io::Error) -> Failure {
+    if error.kind() == std::io::ErrorKind::BrokenPipe {
+        std::process::exit(EXIT_BROKEN_PIPE)
     }
+    Failure::Failed(format!("standard output: {error}"))
 }
 
 /// Prints one JSON document on several indented lines.
@@ -67,9 +78,17 @@ pub fn json_document(value: &Value) {
     emit(&format!("{value:#}\n"));
 }
 
-/// Prints one JSON document on one line, as an item of a stream.
-pub fn json_line(value: &Value) {
-    emit(&format!("{value}\n"));
+/// Prints one item of a stream.
+pub fn item(output: Output, value: &Value) {
+    emit(&stream_item(output, value));
+}
+
+/// Returns one item of a stream: an item of a YAML list, so that all items together are one
+/// document, or else one line of JSON.
+pub fn stream_item(output: Output, value: &Value) -> String {
+    let list = || canonical::yaml_of(&Value::Array(vec![value.clone()])).ok();
+    let yaml = (output == Output::Yaml).then(list).flatten();
+    yaml.unwrap_or_else(|| format!("{value}\n"))
 }
 
 /// Prints one YAML document.
@@ -152,9 +171,14 @@ pub fn show_job(
 
 /// Prints what a command has deleted.
 pub fn deleted(output: Output, name: &str) {
+    done(output, "deleted", name);
+}
+
+/// Prints what a command has done with a resource: `deleted trainingJobs/ID`.
+pub fn done(output: Output, what: &str, name: &str) {
     match output {
-        Output::Table => line(&format!("deleted {name}")),
-        other => resource(other, &json!({"deleted": name})),
+        Output::Table => line(&format!("{what} {name}")),
+        other => resource(other, &json!({ what: name })),
     }
 }
 
@@ -204,6 +228,8 @@ fn job_sections(job: &pb::TrainingJob, value: &Value) -> Vec<Section> {
         ("ended", "end_time"),
         ("stored after its end for", "ttl"),
         ("etag", "etag"),
+        ("runs on", "replica"),
+        ("heard at", "replica_time"),
     ] {
         about.add(title, shown(path));
     }

@@ -2,7 +2,7 @@
 
 use super::failure::Failure;
 use super::short_names;
-use crate::rpc::canonical::nearest;
+use crate::domain::similar::nearest;
 use crate::rpc::client::{Client, is_absent};
 use crate::rpc::pb;
 
@@ -54,26 +54,46 @@ impl PolicyNames {
     /// Returns a failure with the models of the server if there is neither such a model nor such a
     /// job.
     pub(super) async fn complete(&self, word: &str, given: &str) -> Result<String, Failure> {
-        if given.contains(CHECKPOINTS) || given.starts_with(JOBS) || given == short_names::LAST {
+        let (of, _) = given.split_once(CHECKPOINTS).unwrap_or((given, ""));
+        if of != given || given.starts_with(JOBS) || given == short_names::LAST {
+            if !short_names::is_whole_job(of) && !self.may_list_jobs().await? {
+                return Err(Failure::Usage(format!(
+                    "{word} {given}: only a token with the role submit can list jobs, which {of} \
+                     needs: name the job with its whole ID, trainingJobs/ID/checkpoints/STEP"
+                )));
+            }
             return short_names::checkpoint(&self.client, given).await;
         }
         let id = given.strip_prefix(MODELS).unwrap_or(given);
         if self.models.iter().any(|model| model == id) {
             return Ok(format!("{MODELS}{id}"));
         }
+        let mut hint = "";
         if !given.contains('/') {
-            let job = short_names::job(&self.client, given).await?;
-            if self.is_job(&job).await? {
-                return Ok(format!("{job}{CHECKPOINTS}latest"));
+            if self.may_list_jobs().await? {
+                let job = short_names::job(&self.client, given).await?;
+                if self.is_job(&job).await? {
+                    return Ok(format!("{job}{CHECKPOINTS}latest"));
+                }
+            } else if short_names::is_whole_job(given) {
+                // The server checks the name when it is used.
+                return Ok(format!("{JOBS}{given}{CHECKPOINTS}latest"));
+            } else {
+                hint = ", its whole id for a token without the role submit";
             }
         }
         let meant = nearest(id, self.models.iter().map(String::as_str))
             .map(|model| format!("did you mean {MODELS}{model}? "))
             .unwrap_or_default();
         Err(Failure::Usage(format!(
-            "{word} {given} does not exist: {meant}This server has {}; a job is named by its id",
+            "{word} {given} does not exist: {meant}This server has {}; a job is named by its \
+             id{hint}",
             self.listed()
         )))
+    }
+
+    async fn may_list_jobs(&self) -> Result<bool, Failure> {
+        short_names::may_list_jobs(&self.client).await
     }
 
     /// Returns true if the caller may see a job with this name.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use self::probe::{Probe, Speaks};
 use super::args::{DEFAULT_SERVER, ServerArgs};
-use super::failure::Failure;
+use super::failure::{Failure, Outcome};
 use super::progress::say;
 use crate::rpc::client::{Client, ClientError, Target};
 
@@ -54,6 +54,22 @@ pub(super) async fn connect(target: &Target) -> Result<Client, Failure> {
             Ok(client)
         }
     }
+}
+
+/// Checks that a server is serving. A server that does not answer in time is not.
+pub(super) async fn check_health(target: &Target) -> Outcome {
+    let client = connect(target).await?;
+    let address = &target.address;
+    let why = match tokio::time::timeout(HEALTH_TIMEOUT, client.health()).await {
+        Ok(Ok(true)) => return Ok(()),
+        Ok(Ok(false)) => format!("{address} is not serving"),
+        Ok(Err(error)) => return Err(error.into()),
+        Err(_) => format!(
+            "{address} accepts connections and answered no health check within {} seconds",
+            (2 * HEALTH_TIMEOUT).as_secs()
+        ),
+    };
+    Err(Failure::Failed(why))
 }
 
 /// Connects to a server without checking what it speaks.

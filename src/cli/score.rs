@@ -16,6 +16,7 @@ use self::result::{RowPrinter, Score, ScoredRow, Summary};
 use super::args::{Output, ScoreArgs};
 use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
+use super::output::unwritten;
 use super::policy_names::{PolicyNames, same_model_warning};
 use super::progress::{WorkProgress, say, warn};
 use super::remote::connect;
@@ -64,7 +65,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
                 ignored.add(&row);
                 progress
                     .suspend(|| printer.print(&row))
-                    .map_err(|e| Failure::Failed(format!("standard output: {e}")))?;
+                    .map_err(|e| unwritten(&e))?;
                 if let Some(total) = total.get() {
                     progress.set_total(total.max(summary.rows()));
                 }
@@ -78,9 +79,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let outcome = trouble.check().and(answered);
     let rate = progress.total();
     drop(progress);
-    printer
-        .summary(&summary)
-        .map_err(|e| Failure::Failed(format!("standard output: {e}")))?;
+    printer.summary(&summary).map_err(|e| unwritten(&e))?;
     for error in printer.errors(summary.failed()) {
         say(&error);
     }

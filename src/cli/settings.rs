@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::similar::nearest;
 use crate::domain::names::is_valid_id;
+use crate::domain::similar::nearest;
 use crate::domain::training::Precision;
 use crate::domain::violation::Violations;
 use crate::engine::api::EngineOptions;

@@ -3,8 +3,8 @@
 
 use super::failure::Failure;
 use super::remote::full_name;
-use crate::rpc::canonical::nearest;
-use crate::rpc::client::Client;
+use crate::domain::similar::nearest;
+use crate::rpc::client::{Client, is_denied};
 use crate::rpc::pb;
 
 /// The newest resource of a collection.
@@ -48,6 +48,24 @@ pub(super) async fn all_jobs(client: &Client) -> Result<Vec<pb::TrainingJob>, Fa
         }
     }
     Err(endless("jobs"))
+}
+
+/// Returns true if the caller may list jobs, which needs the role submit.
+pub(super) async fn may_list_jobs(client: &Client) -> Result<bool, Failure> {
+    let request = pb::ListTrainingJobsRequest {
+        page_size: 1,
+        ..Default::default()
+    };
+    match client.training().list_training_jobs(request).await {
+        Ok(_) => Ok(true),
+        Err(refused) if is_denied(&refused) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Returns true if `given` names a job with its whole ID, so that no list is needed.
+pub(super) fn is_whole_job(given: &str) -> bool {
+    is_whole(without(JOBS, given))
 }
 
 /// Returns every dataset, newest first, without the findings of its rows.

@@ -97,6 +97,7 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
             let store = open(&database).await?;
             tokens::revoke(&store, &id).await?;
             store.close().await;
+            output::done(output_format, "revoked", &id);
         }
     }
     Ok(())

@@ -10,7 +10,7 @@ use super::args::{Output, TrainArgs};
 use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::flag_names::{JobFile, JobWords};
-use super::job_flags::{JobVariant, OUTPUT_ONLY, get, remove, set};
+use super::job_flags::{JobVariant, MAX_SWEEP, OUTPUT_ONLY, get, remove, set};
 use super::job_rows::{JobRows, RowLimits};
 use super::policy_names::PolicyNames;
 use super::remote::connect;
@@ -44,11 +44,14 @@ pub(super) async fn run(mut args: TrainArgs, output: Output) -> Outcome {
                 .into(),
         ));
     }
-    let file = args.file.as_deref().map(read_job_file).transpose()?;
-    let base = file
-        .as_ref()
-        .map_or_else(|| json!({}), |f| f.fields.clone());
-    let variants = args.job.apply(&base).map_err(Failure::Usage)?;
+    if args.watch {
+        watch::check_format(output)?;
+    }
+    let (file, documents) = match args.file.as_deref().map(read_job_file).transpose()? {
+        Some((file, documents)) => (Some(file), documents),
+        None => (None, vec![json!({})]),
+    };
+    let variants = variants(&args, file.as_ref(), &documents)?;
     let uploads = [
         ("data", !args.data.is_empty()),
         ("eval-data", !args.eval_data.is_empty()),
@@ -146,8 +149,44 @@ fn note(failure: Failure, text: &str) -> Failure {
     change(failure, |message| format!("{message}\n  {text}"))
 }
 
-/// Reads a job file, YAML or JSON. `-` reads standard input.
-fn read_job_file(path: &Path) -> Result<JobFile, Failure> {
+/// A job of the call, with its place in a file of several jobs; the place is empty otherwise.
+struct PlacedVariant {
+    place: String,
+    variant: JobVariant,
+}
+
+/// Applies the flags to each job of the file.
+fn variants(
+    args: &TrainArgs,
+    file: Option<&JobFile>,
+    documents: &[Value],
+) -> Result<Vec<PlacedVariant>, Failure> {
+    let mut all = Vec::new();
+    for (i, document) in documents.iter().enumerate() {
+        let place = match file {
+            Some(file) if documents.len() > 1 => format!("{} job {}", file.name, i + 1),
+            _ => String::new(),
+        };
+        let of_document = args.job.apply(document).map_err(Failure::Usage)?;
+        all.extend(of_document.into_iter().map(|variant| PlacedVariant {
+            place: place.clone(),
+            variant,
+        }));
+    }
+    if all.len() > MAX_SWEEP {
+        return Err(Failure::Usage(format!(
+            "the file's {} jobs make {} with the values of the flags: at most {MAX_SWEEP} are \
+             created together",
+            documents.len(),
+            all.len()
+        )));
+    }
+    Ok(all)
+}
+
+/// Reads a job file, YAML or JSON, with one job or, as YAML documents, several. `-` reads standard
+/// input. The fields of the returned file are those of all its jobs.
+fn read_job_file(path: &Path) -> Result<(JobFile, Vec<Value>), Failure> {
     let name = match path.to_str() {
         Some("-") => "standard input".to_owned(),
         _ => path.display().to_string(),
@@ -164,16 +203,40 @@ fn read_job_file(path: &Path) -> Result<JobFile, Failure> {
         .map_err(failed)?;
     if text.len() as u64 > MAX_JOB_FILE {
         return Err(Failure::Usage(format!(
-            "{name} is larger than {MAX_JOB_FILE} bytes: a job file has the fields of one job"
+            "{name} is larger than {MAX_JOB_FILE} bytes: a job file has the fields of jobs"
         )));
     }
-    let fields = read_job(&text).map_err(|e| Failure::Usage(format!("{name}: {e}")))?;
-    Ok(JobFile { name, fields })
+    let usage = |e: CanonicalError| Failure::Usage(format!("{name}: {e}"));
+    let mut documents = canonical::values_of_yaml(&text).map_err(usage)?;
+    if documents.is_empty() {
+        documents.push(Value::Null);
+    }
+    let is_one = documents.len() == 1;
+    let mut fields = json!({});
+    for (i, document) in documents.iter_mut().enumerate() {
+        *document = read_job(std::mem::take(document)).map_err(|e| match is_one {
+            true => usage(e),
+            false => Failure::Usage(format!("{name} job {}: {e}", i + 1)),
+        })?;
+        merge(&mut fields, document);
+    }
+    Ok((JobFile { name, fields }, documents))
+}
+
+/// Adds the fields of `other`, also those of nested objects.
+fn merge(fields: &mut Value, other: &Value) {
+    match (fields, other) {
+        (Value::Object(fields), Value::Object(other)) => {
+            for (key, value) in other {
+                merge(fields.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (field, other) => *field = other.clone(),
+    }
 }
 
 /// Reads a job as canonical JSON, without the fields that only the server sets.
-fn read_job(text: &str) -> Result<Value, CanonicalError> {
-    let mut fields = canonical::value_of_yaml(text)?;
+fn read_job(mut fields: Value) -> Result<Value, CanonicalError> {
     for name in OUTPUT_ONLY {
         remove(&mut fields, name);
     }
@@ -186,36 +249,47 @@ fn unreadable(error: CanonicalError) -> Failure {
 }
 
 /// Converts the jobs of a call to messages. A job of a sweep gets labels and a title of its own.
-fn requested(variants: Vec<JobVariant>, args: &TrainArgs) -> Result<Vec<PlannedJob>, Failure> {
-    let is_sweep = variants.len() > 1;
+fn requested(variants: Vec<PlacedVariant>, args: &TrainArgs) -> Result<Vec<PlannedJob>, Failure> {
     let id = uuid::Uuid::now_v7().simple().to_string();
     // The last digits are random, the first ones are the time.
     let sweep = &id[id.len() - 8..];
-    let planned = variants.into_iter().map(|variant| {
-        let difference = variant.describe();
-        let mut fields = variant.fields;
-        if !args.eval_data.is_empty() {
-            remove(&mut fields, "eval_fraction");
-        }
-        if get(&fields, "full").is_none() && get(&fields, "lora").is_none() {
-            set(&mut fields, "lora", json!({}));
-        }
-        let mut request: pb::TrainingJob = canonical::from_value(fields).map_err(unreadable)?;
-        if is_sweep {
-            let labels = &mut request.labels;
-            labels.insert(SWEEP_LABEL.to_owned(), sweep.to_owned());
-            for (flag, value) in variant.swept {
-                labels.insert(flag.replace('-', "_"), value);
+    let planned = variants
+        .into_iter()
+        .map(|PlacedVariant { place, variant }| {
+            let values = variant.describe();
+            let difference = format!("{place} {values}").trim().to_owned();
+            let mut fields = variant.fields;
+            if !args.eval_data.is_empty() {
+                remove(&mut fields, "eval_fraction");
             }
-            request.display_name = format!("{} {difference}", request.display_name)
-                .trim_start()
-                .to_owned();
-        }
-        Ok(PlannedJob {
-            request,
-            difference,
-        })
-    });
+            if get(&fields, "full").is_none() && get(&fields, "lora").is_none() {
+                set(&mut fields, "lora", json!({}));
+            }
+            let mut request: pb::TrainingJob = canonical::from_value(fields).map_err(unreadable)?;
+            if !variant.swept.is_empty() {
+                let labels = &mut request.labels;
+                // The caller may name the sweep.
+                let name = labels.entry(SWEEP_LABEL.to_owned());
+                name.or_insert_with(|| sweep.to_owned());
+                for (flag, value) in variant.swept {
+                    let label = flag.replace('-', "_");
+                    if labels.contains_key(&label) {
+                        return Err(Failure::Usage(format!(
+                            "--label {label}: a sweep over --{flag} sets this label itself: choose \
+                         another key, or leave the label out"
+                        )));
+                    }
+                    labels.insert(label, value);
+                }
+                request.display_name = format!("{} {values}", request.display_name)
+                    .trim_start()
+                    .to_owned();
+            }
+            Ok(PlannedJob {
+                request,
+                difference,
+            })
+        });
     planned.collect()
 }
 
@@ -409,6 +483,8 @@ impl TrainCall {
     }
 
     async fn estimate(self, jobs: Vec<PlannedJob>) -> Outcome {
+        let is_one = jobs.len() == 1;
+        let mut all = Vec::new();
         for job in jobs {
             let request = pb::EstimateTrainingJobRequest {
                 training_job: Some(job.request.clone()),
@@ -424,10 +500,19 @@ impl TrainCall {
                     });
                 }
             };
-            if !job.difference.is_empty() && self.output == Output::Table {
-                output::line(&job.difference);
+            let mut shown = output::estimate(&estimate);
+            if is_one || self.output == Output::Table {
+                if !job.difference.is_empty() {
+                    output::line(&job.difference);
+                }
+                output::resource(self.output, &shown);
+                continue;
             }
-            output::resource(self.output, &output::estimate(&estimate));
+            shown["differs_in"] = job.difference.into();
+            all.push(shown);
+        }
+        if !all.is_empty() {
+            output::list(self.output, &[], Vec::new(), all);
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use super::args::{Output, UsageArgs};
 use super::failure::Outcome;
-use super::output;
+use super::output::{self, human};
 use super::remote::connect;
 use crate::rpc::pb;
 
@@ -23,7 +23,7 @@ pub(super) async fn run(args: UsageArgs, output_format: Output) -> Outcome {
             u.scored_pairs.to_string(),
             u.scored_completions.to_string(),
             u.scored_tokens.to_string(),
-            format!("{:.1}", u.training_device_seconds),
+            human::seconds(u.training_device_seconds),
         ]
     });
     let json = answer.usage.iter().map(|u| {
@@ -45,7 +45,7 @@ pub(super) async fn run(args: UsageArgs, output_format: Output) -> Outcome {
             "pairs",
             "completions",
             "tokens",
-            "device seconds",
+            "device time",
         ],
         rows.collect(),
         json.collect(),

@@ -7,7 +7,7 @@ use clap::CommandFactory as _;
 
 use super::args::Cli;
 use super::settings::SETTINGS;
-use super::similar::nearest;
+use crate::domain::similar::nearest;
 
 /// Prefixes of variables that belong to the tests and the tools of this repository.
 const OF_TESTS: [&str; 3] = ["BRADLEY_TEST_", "BRADLEY_CI_", "BRADLEY_FUZZ_"];

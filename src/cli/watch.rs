@@ -1,5 +1,6 @@
-//! `bradley watch`: follows a job with a progress bar, or as JSON lines.
+//! `bradley watch`: follows a job with a progress bar, as JSON lines or as a YAML list.
 
+use std::io::IsTerminal as _;
 use std::time::Duration;
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -14,6 +15,7 @@ use crate::rpc::client::{Client, FirstEvent};
 use crate::rpc::pb::{self, training_event::Event};
 
 pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
+    check_format(output)?;
     let client = connect(&args.server.target()).await?;
     let first = match args.tail {
         Some(n) => FirstEvent::Tail(n),
@@ -21,6 +23,21 @@ pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
     };
     let job = short_names::job(&client, &args.job).await?;
     follow(&client, &args.server, &job, first, output).await
+}
+
+/// Refuses a format that events do not have.
+///
+/// # Errors
+/// Returns a failure that names the formats there are.
+pub(super) fn check_format(output: Output) -> Outcome {
+    match output {
+        Output::Csv => Err(Failure::Usage(
+            "--format csv: a job's events have different fields, so that they have no table: use \
+             --format json or yaml, or bradley jobs metrics for the metrics as CSV"
+                .into(),
+        )),
+        Output::Table | Output::Json | Output::Yaml => Ok(()),
+    }
 }
 
 /// Follows a job to its end and prints a summary. Ctrl-C only ends the following. Returns a failure
@@ -147,7 +164,7 @@ fn duration(job: &pb::TrainingJob) -> Option<Duration> {
     Some(Duration::from_secs(u64::try_from(seconds).ok()?))
 }
 
-/// Prints events: as text with a progress bar on a terminal, as text without one, or as JSON lines.
+/// Prints events on standard output, with a progress bar on standard error if that is a terminal.
 pub(super) struct ProgressView {
     output: Output,
     bar: ProgressBar,
@@ -195,7 +212,7 @@ impl ProgressView {
             self.reason.clone_from(&change.reason);
         }
         if self.output != Output::Table {
-            return output::json_line(&output::event(event));
+            return output::item(self.output, &output::event(event));
         }
         let text = match &event.event {
             Some(Event::StateChange(s)) => {
@@ -220,10 +237,11 @@ impl ProgressView {
                 self.bar
                     .set_prefix(left.map_or("?".into(), |d| HumanDuration(d).to_string()));
                 self.bar.set_message(metrics(&s.metrics, ""));
-                if !self.bar.is_hidden() {
+                // The bar shows the step. Where there is none, or where the output goes to a file,
+                // each step prints a line.
+                if !self.bar.is_hidden() && std::io::stdout().is_terminal() {
                     return;
                 }
-                // Without a terminal there is no bar, so each step prints a line.
                 format!(
                     "step {}/{}  {}",
                     p.step,
@@ -248,11 +266,7 @@ impl ProgressView {
             Some(Event::Log(l)) => format!("{}: {}", l.severity, l.message),
             None => return,
         };
-        if self.bar.is_hidden() {
-            output::line(&text)
-        } else {
-            self.bar.println(text)
-        }
+        self.bar.suspend(|| output::line(&text));
     }
 }
 

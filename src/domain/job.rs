@@ -254,6 +254,17 @@ pub struct Job {
     pub trace: Option<String>,
     /// Client that created the job; empty without authentication.
     pub owner: String,
+    /// Process that runs the job. Only jobs that are read for a client have it.
+    pub worker: Option<JobWorker>,
+}
+
+/// The process that runs a job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobWorker {
+    /// Name of its machine, which in Kubernetes is that of the pod; its id if there is no name.
+    pub replica: String,
+    /// Time at which it last renewed the job's lease.
+    pub heard: Millis,
 }
 
 impl Job {

@@ -54,9 +54,13 @@ impl FairShare {
         self.scored = Duration::ZERO;
     }
 
-    /// Ends the unit and returns the part of its time that scoring took.
-    pub fn stop(&mut self, now: Instant) -> Duration {
+    /// Ends the unit.
+    pub fn stop(&mut self, now: Instant) {
         self.pay(now);
+    }
+
+    /// Returns the time that scoring has taken since the unit's start.
+    pub fn scored(&self) -> Duration {
         self.scored
     }
 
@@ -123,14 +127,12 @@ mod tests {
         // 3 seconds of debt, 1 of credit: 2 to go, from the end of the batch on.
         account.pay(start + 5 * SECOND);
         assert!(!account.may_score());
-        assert_eq!(account.stop(start + 6 * SECOND), 3 * SECOND);
+        account.stop(start + 6 * SECOND);
+        assert_eq!(account.scored(), 3 * SECOND);
         assert!(account.may_score());
         account.start(start + 7 * SECOND);
-        assert_eq!(
-            account.stop(start + 8 * SECOND),
-            Duration::ZERO,
-            "each unit counts its own"
-        );
+        account.stop(start + 8 * SECOND);
+        assert_eq!(account.scored(), Duration::ZERO, "each unit counts its own");
     }
 
     #[test]

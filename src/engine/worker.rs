@@ -246,6 +246,8 @@ impl Worker {
             })
         });
         drop(live);
+        // The wait for a full channel, i.e. for the database, is no work of the device.
+        let spent = start.elapsed().saturating_sub(scoring.fair_share.scored());
         // The unit may have updated the weights, so scoring must use the new ones. After a panic
         // the weights are not reliable, so no scoring happens; the events reported before the panic
         // are still sent.
@@ -261,9 +263,7 @@ impl Worker {
             });
         }
         drop(live);
-        let spent = start
-            .elapsed()
-            .saturating_sub(self.scoring.fair_share.stop(Instant::now()));
+        self.scoring.fair_share.stop(Instant::now());
         metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone())
             .record(spent.as_secs_f64());
         let helpers = self.training.as_ref().map_or(0, |t| t.helpers.len());

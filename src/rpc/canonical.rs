@@ -25,12 +25,11 @@ use serde_json::{Number, Value, json};
 
 pub use self::error::CanonicalError;
 use super::pb;
+use crate::domain::similar::nearest;
 use crate::domain::violation::{Violations, quoted};
 
 /// Largest integer up to which a double holds every integer exactly.
 const MAX_EXACT: u64 = 1 << 53;
-/// Minimum similarity of a suggestion to a wrong name, between 0 and 1.
-const MIN_SIMILARITY: f64 = 0.6;
 /// Protobuf's own types, whose JSON is not an object of their fields.
 const WELL_KNOWN: &str = "google.protobuf.";
 
@@ -134,18 +133,12 @@ pub fn value_of_yaml(text: &str) -> Result<Value, CanonicalError> {
     yaml::read(text)
 }
 
-/// Returns the candidate that is most similar to a wrong name, if one is similar enough.
-pub fn nearest<'a>(wrong: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let wrong = wrong.to_lowercase();
-    candidates
-        .into_iter()
-        .map(|name| {
-            let similarity = strsim::normalized_damerau_levenshtein(&wrong, &name.to_lowercase());
-            (similarity, name)
-        })
-        .filter(|(similarity, _)| *similarity >= MIN_SIMILARITY)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, name)| name)
+/// Reads the documents of a YAML text as JSON; empty ones are left out.
+///
+/// # Errors
+/// The same as of [`value_of_yaml`].
+pub fn values_of_yaml(text: &str) -> Result<Vec<Value>, CanonicalError> {
+    yaml::read_all(text)
 }
 
 fn conversion(error: impl std::fmt::Display) -> CanonicalError {

@@ -149,6 +149,11 @@ pub fn field_violations(status: &Status) -> Vec<(String, String)> {
         .collect()
 }
 
+/// Returns true if a call was refused because the caller may not make it.
+pub fn is_denied(status: &Status) -> bool {
+    status.code() == Code::PermissionDenied
+}
+
 /// Returns true if a call was refused because the named resource does not exist for this caller.
 pub fn is_absent(status: &Status) -> bool {
     matches!(

@@ -1005,6 +1005,14 @@ pub(super) fn damaged(name: &str, why: impl std::fmt::Display) -> ServiceError {
     }
 }
 
+/// Returns the hash of a job's copy of the adapter that it starts from.
+///
+/// # Errors
+/// `Internal` if a file is missing or cannot be read.
+pub(super) fn hash_adapter(dir: &Path) -> Result<String> {
+    hash_files(dir, &ADAPTER_FILES)
+}
+
 /// Returns one hash over the names, sizes and contents of the files `names` in `dir`.
 ///
 /// # Errors

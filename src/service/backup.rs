@@ -4,19 +4,20 @@
 //! A row's files are stored before the row and removed after it. So every file that a copy of the
 //! database names existed when the copy was made. Links to all files are made before the copy and
 //! again after it, so that a file which the server removes meanwhile is still there. A checkpoint
-//! that is written and removed between the two is missing; then the copy is made again, and in the
-//! last attempt the server cannot write meanwhile.
+//! that is written and removed between the two is missing; then the copy is made again. In the last
+//! attempt the server cannot write while links are made, until the copy has begun.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{
-    DATASETS_FOLDER, IN_USE_FILE, JOBS_FOLDER, TEMPORARY_FOLDER, Temporary, describe, hash_file,
-    remove, sync,
+    DATASETS_FOLDER, IN_USE_FILE, JOBS_FOLDER, TEMPORARY_FOLDER, Temporary, describe, hash_adapter,
+    hash_file, remove, sync,
 };
 use super::blocking::blocking;
 use super::data_dir::{LOCK_FILE, RESTORING_FOLDER, check_restored, lock};
@@ -31,8 +32,14 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 const FORMAT: u32 = 1;
 /// Number of copies of the database that are tried.
 const ATTEMPTS: u32 = 4;
+/// Interval at which the last attempt checks that the copy has begun.
+const COPY_CHECK_INTERVAL: Duration = Duration::from_millis(5);
+/// Beginning of the names of folders with the links of backups, in the folder of temporary files.
+const HELD_PREFIX: &str = "backup-";
 /// Number of bytes copied at a time.
 const COPY_BYTES: usize = 1 << 20;
+/// Folder of a job with its copy of the adapter that it starts from.
+const INIT_ADAPTER: &str = "init_adapter";
 /// Names that an empty data directory may have.
 const IGNORED: [&str; 2] = ["lost+found", LOCK_FILE];
 
@@ -80,11 +87,13 @@ pub struct BackupFile {
 pub async fn back_up(data_dir: &Path, target: &Path) -> Result<BackupManifest> {
     let create_time = jiff::Timestamp::now().to_string();
     let live = LiveDatabase::open(data_dir).await?;
+    refuse_mount_point(target)?;
     check_empty("DIR", target)?;
     let partial = Temporary(partial_folder(target)?);
     fs::create_dir_all(&partial.0).map_err(|e| failed(&partial.0, e))?;
     let temporary = data_dir.join(TEMPORARY_FOLDER);
-    let held = Temporary(temporary.join(format!("backup-{}", uuid::Uuid::now_v7())));
+    remove_abandoned(&temporary)?;
+    let held = Temporary(temporary.join(format!("{HELD_PREFIX}{}", uuid::Uuid::now_v7())));
     fs::create_dir_all(&held.0).map_err(|e| failed(&held.0, e))?;
     // A server that starts meanwhile does not remove a folder whose file is locked.
     let in_use_path = held.0.join(IN_USE_FILE);
@@ -188,19 +197,16 @@ async fn copy_database(
     loop {
         remove(&database)?;
         remove(links)?;
-        let block = match attempt == ATTEMPTS {
-            true => Some(live.block_writes().await?),
-            false => None,
-        };
-        if has_files {
-            link_files(data_dir, links).await?;
-        }
-        live.copy_to(&database).await?;
-        if has_files {
-            link_files(data_dir, links).await?;
-        }
-        if let Some(block) = block {
-            block.release().await?;
+        if attempt == ATTEMPTS {
+            copy_blocked(live, &database, || link_files(data_dir, links)).await?;
+        } else {
+            if has_files {
+                link_files(data_dir, links).await?;
+            }
+            live.copy_to(&database).await?;
+            if has_files {
+                link_files(data_dir, links).await?;
+            }
         }
         let snapshot = Snapshot::read(&database).await?;
         if !has_files || attempt == ATTEMPTS || is_complete(&snapshot, links) {
@@ -208,6 +214,56 @@ async fn copy_database(
         }
         attempt += 1;
     }
+}
+
+/// Copies the database as it is when `link` is called, and lets nobody write from then until the
+/// copy has begun: it reads the database as it was at its begin, which may take minutes to its end.
+async fn copy_blocked(
+    live: &LiveDatabase,
+    database: &Path,
+    link: impl AsyncFnOnce() -> Result<()>,
+) -> Result<()> {
+    let mut block = Some(live.block_writes().await?);
+    link().await?;
+    let copy = live.copy_to(database);
+    tokio::pin!(copy);
+    loop {
+        tokio::select! {
+            copied = &mut copy => break copied?,
+            () = tokio::time::sleep(COPY_CHECK_INTERVAL), if block.is_some() => {
+                // SQLite writes to the copy only after it has begun to read.
+                let has_begun = fs::metadata(database).is_ok_and(|m| m.len() > 0);
+                if let Some(block) = block.take_if(|_| has_begun) {
+                    block.release().await?;
+                }
+            }
+        }
+    }
+    match block {
+        Some(block) => block.release().await,
+        None => Ok(()),
+    }
+}
+
+/// Removes the links of backups that were interrupted.
+fn remove_abandoned(temporary: &Path) -> Result<()> {
+    let entries = match fs::read_dir(temporary) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(|e| failed(temporary, e))?,
+    };
+    for entry in entries {
+        let entry = entry.map_err(|e| failed(temporary, e))?;
+        let is_of_backup = entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(HELD_PREFIX.as_bytes());
+        // A backup that is at work has locked its file.
+        let in_use = File::open(entry.path().join(IN_USE_FILE));
+        if is_of_backup && in_use.is_ok_and(|file| file.try_lock().is_ok()) {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes links to the finished files of a data directory that have none yet.
@@ -306,8 +362,8 @@ fn copy_files(
         }
         files.insert(path, copied);
     }
-    for job in &snapshot.jobs {
-        for part in ["init_adapter", "exports"] {
+    for (job, init_adapter) in &snapshot.jobs {
+        for part in [INIT_ADAPTER, "exports"] {
             copy_folder(
                 links,
                 backup,
@@ -315,6 +371,16 @@ fn copy_files(
                 &mut files,
             )?;
         }
+        let Some(expected) = init_adapter else {
+            continue;
+        };
+        let copied = backup.join(format!("{JOBS_FOLDER}/{job}/{INIT_ADAPTER}"));
+        let problem = match hash_adapter(&copied) {
+            Ok(found) if found == *expected => continue,
+            Ok(_) => "its files have changed",
+            Err(_) => "its files are missing or cannot be read",
+        };
+        missing.push(format!("trainingJobs/{job}'s init_adapter: {problem}"));
     }
     for (job, step, digest) in &snapshot.checkpoints {
         let path = checkpoint_path(job, *step);
@@ -460,6 +526,48 @@ fn check_empty(argument: &str, folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a folder on which a file system is mounted, because a backup could not take its place.
+fn refuse_mount_point(folder: &Path) -> Result<()> {
+    match is_mount_point(folder) {
+        true => Err(ServiceError::invalid(
+            "DIR",
+            format!(
+                "{} is a mount point, which a backup cannot replace when it is complete: name a \
+                 new folder below it",
+                folder.display()
+            ),
+        )),
+        false => Ok(()),
+    }
+}
+
+fn is_mount_point(folder: &Path) -> bool {
+    use std::os::unix::ffi::OsStrExt as _;
+    let (Ok(folder), Ok(mounts)) = (
+        folder.canonicalize(),
+        fs::read_to_string("/proc/self/mountinfo"),
+    ) else {
+        return false;
+    };
+    // The file escapes these four characters.
+    let escape = |byte: &u8| match byte {
+        b' ' | b'\t' | b'\n' | b'\\' => format!("\\{byte:03o}").into_bytes(),
+        other => vec![*other],
+    };
+    let folder: Vec<u8> = folder
+        .as_os_str()
+        .as_bytes()
+        .iter()
+        .flat_map(escape)
+        .collect();
+    let of_line = |line: &str| {
+        line.split(' ')
+            .nth(4)
+            .map(|place| place.as_bytes() == folder)
+    };
+    mounts.lines().filter_map(of_line).any(|is_it| is_it)
+}
+
 /// Returns a path beside the target for an unfinished backup.
 fn partial_folder(target: &Path) -> Result<PathBuf> {
     let name = target.file_name().ok_or_else(|| {
@@ -488,3 +596,6 @@ fn sync_folder(folder: &Path) -> Result<()> {
         .and_then(|f| f.sync_all())
         .map_err(|e| failed(folder, e))
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,7 @@ use sqlx::any::AnyPoolOptions;
 
 use super::error::{Result, ServiceError};
 use super::remote::Remote;
-use super::store::sqlite_url;
+use super::store::{check_version, sqlite_url};
 
 /// Time limit for the database and for the artifact store.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -19,7 +19,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// `Internal` if it does not answer within five seconds, or has migrations but no table of jobs, so
-/// that it is not Bradley's.
+/// that it is not Bradley's; `FailedPrecondition` (`SCHEMA_TOO_NEW`) if this version may not use it.
 pub async fn database(data_dir: &Path, database_url: Option<&str>) -> Result<String> {
     sqlx::any::install_default_drivers();
     let file = data_dir.join("bradley.db");
@@ -38,12 +38,19 @@ pub async fn database(data_dir: &Path, database_url: Option<&str>) -> Result<Str
             .connect(&url)
             .await?;
         let found = count(&pool).await;
+        let version = match &found {
+            Ok(Some(_)) => check_version(&mut pool.acquire().await?, database_url.is_some()).await,
+            _ => Ok(()),
+        };
         pool.close().await;
-        found
+        found.map(|found| (found, version))
     };
     let asked = tokio::time::timeout(TIMEOUT, asked).await;
-    let found = asked.unwrap_or(Err(sqlx::Error::PoolTimedOut));
-    match found.map_err(failed)? {
+    let asked = asked.unwrap_or(Err(sqlx::Error::PoolTimedOut));
+    let (found, version) = asked.map_err(failed)?;
+    // A server of this version would not start on it.
+    version?;
+    match found {
         Some((jobs, schema)) => Ok(format!("{kind}, {jobs} jobs, schema version {schema}")),
         None => Ok(format!(
             "{kind}, empty: its schema is made at the first start"
@@ -72,4 +79,44 @@ pub async fn artifact_store(url: &str, options: &BTreeMap<String, String>) -> Re
     let remote = Remote::open(url, options, false)?;
     remote.ping(TIMEOUT).await?;
     Ok(format!("{} answers", remote.url()))
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{Connection as _, Executor as _};
+
+    use super::*;
+    use crate::domain::reason::Reason;
+    use crate::service::store::{DATABASE_FILE, Store, StoreOptions};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_database_that_this_version_may_not_use_is_a_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = StoreOptions::default();
+        Store::open(dir.path(), &options)
+            .await
+            .unwrap()
+            .close()
+            .await;
+        let answer = database(dir.path(), None).await.unwrap();
+        assert!(answer.contains("SQLite, 0 jobs"), "{answer}");
+        let url = sqlite_url(&dir.path().join(DATABASE_FILE), "rw");
+        let mut newer = sqlx::AnyConnection::connect(&url).await.unwrap();
+        for statement in [
+            "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+             VALUES (9000, 'newer', 1, x'00', 0)",
+            "INSERT INTO migration_readers (migration, reader, reader_release)
+             VALUES (9000, 9000, '9.0.0')",
+        ] {
+            newer.execute(statement).await.unwrap();
+        }
+        newer.close().await.unwrap();
+        match database(dir.path(), None).await {
+            Err(ServiceError::FailedPrecondition { reason, message }) => {
+                assert_eq!(reason, Reason::SchemaTooNew);
+                assert!(message.contains("start Bradley 9.0.0"), "{message}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
 }

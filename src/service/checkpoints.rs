@@ -11,6 +11,7 @@ use super::error::{Result, ServiceError, failed};
 use super::in_use::{Needed, check};
 use super::jobs::registry::RunRegistry;
 use super::limiter::Limiter;
+use super::model_card::{CARD_FILE, ModelCard};
 use super::policies::PolicyResolver;
 use super::store::Store;
 use crate::domain::access::Caller;
@@ -171,7 +172,10 @@ impl CheckpointService {
                                trained: leave it empty, or ask for MERGED";
                 return Err(ServiceError::invalid("dtype", message));
             }
-            ExportFormat::Adapter => self.adapter_contents(&job, &checkpoint).await?,
+            ExportFormat::Adapter => {
+                let card = ModelCard::of(&job, &checkpoint);
+                self.adapter_contents(&job, &checkpoint, card).await?
+            }
             ExportFormat::Merged => {
                 let model = self.policies.base_model(&job).await?;
                 let weights = self
@@ -231,6 +235,7 @@ impl CheckpointService {
         &self,
         job: &Job,
         checkpoint: &Checkpoint,
+        card: ModelCard,
     ) -> Result<(ExportName, ExportContents)> {
         let folder = self.artifacts.fetch_checkpoint(checkpoint).await?;
         let model = self.policies.base_model(job).await?;
@@ -246,6 +251,7 @@ impl CheckpointService {
                     folder,
                     base: Some(info.base),
                     model,
+                    card,
                 },
             ),
             None => (
@@ -254,6 +260,7 @@ impl CheckpointService {
                     folder,
                     base: None,
                     model,
+                    card,
                 },
             ),
         })
@@ -282,6 +289,8 @@ enum ExportContents {
         base: Option<BaseName>,
         /// Id of the base model.
         model: String,
+        /// Describes the adapter.
+        card: ModelCard,
     },
 }
 
@@ -294,6 +303,7 @@ fn write(engine: &Engine, contents: &ExportContents, out: &Path) -> Result<()> {
             folder,
             base,
             model,
+            card,
         } => {
             let (from, to) = (
                 folder.join(peft::WEIGHTS_FILE),
@@ -308,6 +318,8 @@ fn write(engine: &Engine, contents: &ExportContents, out: &Path) -> Result<()> {
             };
             let config = peft::with_base(&config, &name).map_err(ServiceError::internal)?;
             std::fs::write(&to, config).map_err(|e| failed(&to, e))?;
+            let to = out.join(CARD_FILE);
+            std::fs::write(&to, card.text(&name)).map_err(|e| failed(&to, e))?;
             match base {
                 Some(_) => Ok(engine.export_tokenizer(model, out)?),
                 None => Ok(()),

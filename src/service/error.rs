@@ -216,7 +216,7 @@ impl From<EngineError> for ServiceError {
                 message,
                 retry_after,
             },
-            EngineError::RowTooLong { .. } => ServiceError::invalid("pairs", message),
+            EngineError::RowTooLong { .. } => ServiceError::invalid("", message),
             EngineError::NotResident(_) => ServiceError::FailedPrecondition {
                 reason: Reason::NotRunning,
                 message,

@@ -146,6 +146,15 @@ pub struct RankedCompletion {
     pub probability: f64,
 }
 
+/// The reason why a row could not be scored.
+#[derive(Debug, thiserror::Error)]
+enum ScoreError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+}
+
 /// Scores and ranking of several answers to one prompt.
 #[derive(Debug)]
 pub struct RankedCompletions {
@@ -522,7 +531,7 @@ impl ScoringSession {
 
     /// Scores a row. If the job of a live policy has stopped running meanwhile, its latest
     /// checkpoint is used.
-    async fn score(&self, item: ScoreItem) -> Result<ScoredItem> {
+    async fn score(&self, item: ScoreItem) -> std::result::Result<ScoredItem, ScoreError> {
         let (engine, policies) = (&self.service.engine, &self.service.policies);
         let reference = self.reference.as_ref().map(|r| &r.weights);
         match engine
@@ -534,7 +543,8 @@ impl ScoringSession {
             // after that checkpoint.
             Err(EngineError::NotResident(_)) => {
                 let Some(job) = self.policy.job.clone() else {
-                    return Err(ServiceError::internal("a live policy without a job"));
+                    let defect = "a live policy without a job";
+                    return Err(ServiceError::internal(defect).into());
                 };
                 let stored = policies
                     .resolve_stored(job, self.policy.model.clone(), CheckpointRef::Latest)
@@ -645,7 +655,7 @@ impl AdmittedPair {
             scored_pairs: 1,
             ..Usage::default()
         };
-        let (scored, live_step) = self.0.score(count).await?;
+        let (scored, live_step) = self.0.score("pairs", count).await?;
         let policy_version = match live_step {
             Some(step) => format!("{policy_version}@{step}"),
             None => policy_version,
@@ -681,7 +691,7 @@ impl AdmittedCompletions {
                     scored_completions: n,
                     ..Usage::default()
                 };
-                row.score(count).await?.0
+                row.score("completions", count).await?.0
             }
             None => Vec::new(),
         };
@@ -691,9 +701,11 @@ impl AdmittedCompletions {
 
 impl Admitted {
     /// Returns the scores of the row's answers, and the step at which a live policy scored them.
-    /// `count` gets the number of answers, and returns the work besides the tokens.
+    /// `field` names the row's texts in errors. `count` gets the number of answers, and returns the
+    /// work besides the tokens.
     async fn score(
         self,
+        field: &'static str,
         count: impl FnOnce(u64) -> Usage,
     ) -> Result<(Vec<ScoredCompletion>, Option<u64>)> {
         // The bindings hold quota and budget until the row is scored.
@@ -705,7 +717,13 @@ impl Admitted {
             _room,
         } = self;
         let tokens = item.tokens() as u64;
-        let scored = session.score(item).await?;
+        let scored = session.score(item).await.map_err(|e| match e {
+            ScoreError::Engine(e @ EngineError::RowTooLong { .. }) => {
+                ServiceError::invalid(field, e.to_string())
+            }
+            ScoreError::Engine(e) => e.into(),
+            ScoreError::Service(e) => e,
+        })?;
         session.service.usage.count(
             &session.owner,
             Usage {

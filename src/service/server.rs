@@ -14,6 +14,9 @@ use super::usage::UsageMeter;
 use crate::engine::Engine;
 use crate::engine::api::{ModelInfo, ModelUse};
 
+/// Time limit for storing the usage that was counted last.
+const USAGE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// A base model and the work that the server does with it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ServedModel {
@@ -108,7 +111,8 @@ impl Server {
     }
 
     /// Shuts down: refuses new work, waits at most `drain_timeout` for running jobs to write a
-    /// checkpoint and go back to the queue, stops the background tasks and closes the store.
+    /// checkpoint and go back to the queue, and stops the background tasks. Open calls may go on
+    /// until [`Server::close`].
     pub async fn drain(&self) {
         self.shutdown.begin();
         self.engine.drain();
@@ -134,9 +138,21 @@ impl Server {
         {
             task.abort();
         }
-        if let Err(e) = self.usage.flush().await {
-            tracing::warn!(error = %e, "the last seconds of usage cannot be stored");
-        }
+        self.store_usage().await;
+    }
+
+    /// Ends the use of the database, when all calls have ended. Calls that ended after the drain
+    /// are counted, too.
+    pub async fn close(&self) {
+        self.store_usage().await;
         self.store.close().await;
+    }
+
+    async fn store_usage(&self) {
+        match tokio::time::timeout(USAGE_TIMEOUT, self.usage.flush()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => tracing::warn!(error = %e, "the last usage cannot be stored"),
+            Err(_) => tracing::warn!("the database does not answer: the last usage is not stored"),
+        }
     }
 }

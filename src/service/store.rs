@@ -46,6 +46,8 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum text in the rows of a page, in bytes. Most gRPC clients accept messages of at most 4
 /// MiB. A page ends before the row that would exceed the limit.
 const PAGE_BYTES: usize = 2 << 20;
+/// Maximum number of characters of a machine's name in the id of a replica.
+const MAX_MACHINE_NAME: usize = 100;
 /// Maximum number of rows of a page read from the database at a time.
 const ROWS_AT_A_TIME: usize = 32;
 
@@ -167,8 +169,31 @@ pub struct Store {
     readers: AnyPool,
     events_kept: i64,
     lease: Duration,
-    /// Random id of this process among the replicas.
+    /// Id of this process among the replicas: the machine's name, `@` and a random part.
     replica: String,
+}
+
+/// Returns a new id of this process.
+fn new_replica() -> String {
+    let id = uuid::Uuid::now_v7();
+    // In Kubernetes this is the name of the pod.
+    let machine = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let is_legal = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    let machine: String = machine
+        .chars()
+        .filter(is_legal)
+        .take(MAX_MACHINE_NAME)
+        .collect();
+    match machine.is_empty() {
+        true => id.to_string(),
+        false => format!("{machine}@{id}"),
+    }
+}
+
+/// Returns the name of the replica that holds a lease: that of its machine, or else its id.
+fn replica_name(lease_owner: &str) -> &str {
+    let replica = lease_owner.split('/').next().unwrap_or_default();
+    replica.split('@').next().unwrap_or_default()
 }
 
 /// Returns this machine's time, in milliseconds since 1970.
@@ -221,7 +246,19 @@ impl Store {
         readers::check(&mut connection, dialect.count_tables(), newest(&migrations)).await?;
         drop(connection);
         migrations.set_ignore_missing(true);
-        migrations.run(&writer).await.map_err(|e| {
+        let migrating = pool(1)
+            .after_connect(move |connection, _| {
+                Box::pin(async move {
+                    configure(dialect, connection).await?;
+                    be_patient(dialect, connection).await
+                })
+            })
+            .connect_with(connect.clone())
+            .await
+            .map_err(cannot_open)?;
+        let migrated = migrations.run(&migrating).await;
+        migrating.close().await;
+        migrated.map_err(|e| {
             ServiceError::internal(format!(
                 "the database's schema cannot be brought up to date: {e}"
             ))
@@ -240,7 +277,7 @@ impl Store {
                 .map_err(cannot_open)?,
             events_kept: options.events_kept.clamp(1, i64::MAX as u64) as i64,
             lease: options.lease,
-            replica: uuid::Uuid::now_v7().to_string(),
+            replica: new_replica(),
         })
     }
 
@@ -365,6 +402,36 @@ async fn is_clean(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Res
 /// Returns the number of the newest migration.
 fn newest(migrations: &Migrator) -> i64 {
     migrations.iter().map(|m| m.version).max().unwrap_or(0)
+}
+
+/// Checks that this version may use a database, in PostgreSQL or in SQLite.
+///
+/// # Errors
+/// `FailedPrecondition` (`SCHEMA_TOO_NEW`) if not; `Unavailable` or `Internal` if it fails.
+pub(super) async fn check_version(connection: &mut AnyConnection, is_postgres: bool) -> Result<()> {
+    let dialect = match is_postgres {
+        true => Dialect::Postgres,
+        false => Dialect::Sqlite,
+    };
+    let known = newest(&dialect.migrations());
+    readers::check(connection, dialect.count_tables(), known).await
+}
+
+/// Sets the limits of a connection that migrates. A migration may take longer than any statement of
+/// the server, and must wait for another replica that migrates.
+async fn be_patient(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Result<()> {
+    if dialect == Dialect::Postgres {
+        for setting in [
+            "idle_in_transaction_session_timeout = 0",
+            "lock_timeout = '60s'",
+            "statement_timeout = 0",
+        ] {
+            sqlx::query(AssertSqlSafe(format!("SET {setting}")))
+                .execute(&mut *connection)
+                .await?;
+        }
+    }
+    Ok(())
 }
 
 /// Returns the SQLite URL of a file that is opened in a `mode`: `ro`, `rw`, or `rwc`, which creates

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::artifacts::{Artifacts, damaged, hash_file};
+use super::artifacts::{Artifacts, damaged, hash_adapter, hash_file};
 use super::blocking::blocking;
 use super::data_dir::{check_restored, lock};
 use super::error::{Result, ServiceError};
@@ -57,8 +57,9 @@ pub async fn migrate(
         ..StoreOptions::default()
     };
     let target = Store::open(data_dir, &options).await?;
-    // The files may take hours, so this is checked before them, too.
-    source.check_empty(&target).await?;
+    // The files may take hours, and a database that knows its store cannot do without it, so this
+    // is checked before both.
+    source.check_target(&target).await?;
     if let Some((url, variables)) = artifact_store {
         let remote = Remote::open(url, variables, known.is_none())?;
         let artifacts = Artifacts::open(data_dir, Some(remote))?;
@@ -90,7 +91,18 @@ async fn upload(snapshot: &Snapshot, artifacts: &Artifacts) -> Result<()> {
         }
         artifacts.upload_dataset(id).await?;
     }
-    for job in &snapshot.jobs {
+    for (job, init_adapter) in &snapshot.jobs {
+        if let Some(expected) = init_adapter {
+            let dir = artifacts.init_adapter(job);
+            let found = blocking(move || hash_adapter(&dir)).await?;
+            if found.ok().as_ref() != Some(expected) {
+                let name = format!("trainingJobs/{job}'s init_adapter");
+                return Err(damaged(
+                    &name,
+                    "they are missing, or their hash is another one",
+                ));
+            }
+        }
         artifacts.upload_init_adapter(job).await?;
     }
     for (job, step, digest) in &snapshot.checkpoints {

@@ -173,3 +173,34 @@ impl Drop for Unstored<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::store::StoreOptions;
+
+    /// A caller may leave at any moment, also while a commit is under way whose answer it then does
+    /// not get.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn work_is_stored_once_though_callers_leave_while_it_is_stored() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = StoreOptions::default();
+        let store = Store::open(dir.path(), &options).await.unwrap();
+        let meter = UsageMeter::new(store.clone());
+        let one = Usage {
+            scored_pairs: 1,
+            ..Usage::default()
+        };
+        for i in 0..200 {
+            meter.count("team", one);
+            let patience = Duration::from_micros(i * 20);
+            let _ = tokio::time::timeout(patience, meter.flush()).await;
+        }
+        meter.flush().await.unwrap();
+        let days = (today() - 1, today() + 1);
+        let stored = store.usage(None, days, false, 10).await.unwrap();
+        assert_eq!(stored.len(), 1);
+        assert_eq!(stored[0].usage.scored_pairs, 200);
+        store.close().await;
+    }
+}

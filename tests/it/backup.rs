@@ -307,6 +307,25 @@ async fn a_server_moves_from_sqlite_to_postgresql_in_the_middle_of_a_job() {
 
     // Replicas could not find the files, so rows alone are not copied.
     assert_fails(&bradley(&only_rows), 2, &["--artifact-url"]);
+    // A database with other columns is refused before any file is copied, and before the SQLite
+    // database knows a store.
+    let list = [
+        "tokens",
+        "list",
+        "--database-url",
+        &url,
+        "--data-dir",
+        text(other.path()),
+    ];
+    assert_succeeds(&bradley(&list));
+    postgres.sql("ALTER TABLE jobs RENAME COLUMN trace TO other");
+    assert_fails(
+        &migrate(),
+        2,
+        &["--to", "table jobs lacks the column trace"],
+    );
+    assert!(files(share.path()).is_empty());
+    postgres.sql("ALTER TABLE jobs RENAME COLUMN other TO trace");
     let moved = migrate();
     assert_succeeds(&moved);
     let said = String::from_utf8_lossy(&moved.stdout);

@@ -102,8 +102,21 @@ fn commands_lead_from_a_file_of_pairs_to_an_adapter() {
             out.to_str().unwrap(),
         ],
     );
-    // The two files of the adapter, and the tokenizer's files.
-    assert_eq!(files.as_array().unwrap().len(), 5, "{files}");
+    // The two files of the adapter, its model card, and the tokenizer's files.
+    assert_eq!(files.as_array().unwrap().len(), 6, "{files}");
+    let card = std::fs::read_to_string(out.join("README.md")).unwrap();
+    let config = std::fs::read_to_string(out.join("adapter_config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    let base = config["base_model_name_or_path"].as_str().unwrap();
+    let dataset = &json(&server, &["datasets", "list"])[0]["content_hash"];
+    for part in [
+        "library_name: peft".to_owned(),
+        format!("base_model: {base}"),
+        "| loss | sigmoid |".to_owned(),
+        format!("| dataset (BLAKE3) | {} |", dataset.as_str().unwrap()),
+    ] {
+        assert!(card.contains(&part), "{part} is not in {card}");
+    }
     assert!(
         out.join("adapter_config.json").is_file()
             && out.join("adapter_model.safetensors").is_file()

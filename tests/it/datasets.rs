@@ -19,7 +19,7 @@ use rand_chacha::ChaCha8Rng;
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
 use crate::hostile::{assert_has_reason, mutate, number_of_cases, resident_kib};
-use crate::server::{Server, job, submit, succeed};
+use crate::server::{Server, get, job, submit, succeed};
 use crate::support::golden;
 use crate::wait::holds_for;
 
@@ -88,6 +88,75 @@ async fn a_job_trains_on_a_parquet_file() {
     let client = server.client().await;
     let name = submit(&client, job(&dataset.name, 2)).await;
     succeed(&client, &name).await;
+}
+
+/// Writes pairs of texts in row groups of two. The answers of `damaged` are in the file with a
+/// length that its page does not have.
+fn write_groups(path: &Path, pairs: usize, damaged: usize) {
+    let columns = ["prompt", "chosen", "rejected"];
+    let schema = columns.map(|c| format!("required binary {c} (UTF8);"));
+    let schema = format!("message pairs {{ {} }}", schema.concat());
+    let properties = WriterProperties::builder()
+        .set_dictionary_enabled(false)
+        .set_statistics_enabled(parquet::file::properties::EnabledStatistics::None);
+    let mut writer = SerializedFileWriter::new(
+        std::fs::File::create(path).unwrap(),
+        Arc::new(parse_message_type(&schema).unwrap()),
+        Arc::new(properties.build()),
+    )
+    .unwrap();
+    let text = |column: &str, row: usize| format!("{column} number {row:03}");
+    for first in (1..=pairs).step_by(2) {
+        let mut group = writer.next_row_group().unwrap();
+        let mut names = columns.iter();
+        while let Some(mut column) = group.next_column().unwrap() {
+            let name = names.next().unwrap();
+            let values: Vec<ByteArray> = (first..=pairs.min(first + 1))
+                .map(|row| ByteArray::from(text(name, row).as_str()))
+                .collect();
+            let typed = column.typed::<ByteArrayType>();
+            typed.write_batch(&values, None, None).unwrap();
+            column.close().unwrap();
+        }
+        group.close().unwrap();
+    }
+    writer.close().unwrap();
+    let mut bytes = std::fs::read(path).unwrap();
+    let needle = text("chosen", damaged);
+    let at = bytes
+        .windows(needle.len())
+        .position(|window| window == needle.as_bytes())
+        .unwrap();
+    bytes[at - 4..at].copy_from_slice(&u32::MAX.to_le_bytes());
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// Only the row group with the damage is lost, and a job that skips bad rows says which rows it did
+/// not train on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_row_group_loses_its_own_rows_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let file = dir.path().join("groups.parquet");
+    write_groups(&file, 8, 3);
+    let dataset = upload(&server, &file).await.unwrap();
+    let report = dataset.report.unwrap();
+    assert_eq!((report.rows, report.valid_rows), (8, 6), "{report:?}");
+    let client = server.client().await;
+    let mut skipping = job(&dataset.name, 2);
+    skipping.row_policy = pb::RowPolicy::Skip.into();
+    let name = submit(&client, skipping).await;
+    succeed(&client, &name).await;
+    let skipped = get(&client, &name).await.skipped_rows;
+    let rows: Vec<&str> = skipped
+        .iter()
+        .filter_map(|line| line.split(',').next())
+        .collect();
+    assert_eq!(rows, ["row 3", "row 4"], "{skipped:?}");
+    assert!(
+        skipped[1].contains("an earlier record of its row group"),
+        "{skipped:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

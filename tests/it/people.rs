@@ -33,13 +33,13 @@ fn text(bytes: &[u8]) -> String {
 }
 
 /// A terminal of 80 columns, and what was written to it.
-struct Terminal {
+pub struct Terminal {
     written: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Terminal {
     /// Returns the terminal and its end for a child process.
-    fn open() -> (Self, Stdio) {
+    pub fn open() -> (Self, Stdio) {
         let (mut ours, mut theirs) = (0, 0);
         let size = libc::winsize {
             ws_row: 24,
@@ -77,7 +77,7 @@ impl Terminal {
         (Terminal { written }, Stdio::from(theirs))
     }
 
-    fn shows(&self) -> String {
+    pub fn shows(&self) -> String {
         text(&self.written.lock().unwrap())
     }
 }

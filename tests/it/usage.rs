@@ -143,3 +143,57 @@ async fn an_owner_sees_its_own_work_and_an_administrator_all() {
         assert!(refused.message().contains(field), "{refused:?}");
     }
 }
+
+/// The device ends the batch that it computes when the server begins to drain. Its clients get
+/// their scores, so that the work is theirs.
+#[tokio::test(flavor = "multi_thread")]
+async fn work_that_ends_while_the_server_drains_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let team = token(dir.path(), "team", "score");
+    let mut server = serve(dir.path());
+    let pair = pb::Pair {
+        a: Some(plain("An answer. ".repeat(60))),
+        b: Some(plain("Another answer. ".repeat(60))),
+        ..Default::default()
+    };
+    let mut calls = tokio::task::JoinSet::new();
+    for caller in 0..4 {
+        let (client, mut pair) = (client(&server, &team).await, pair.clone());
+        calls.spawn(async move {
+            let mut scored: u64 = 0;
+            loop {
+                // The cache has no log-probs of a new prompt.
+                let prompt = format!("{caller}.{scored} A question. ");
+                pair.prompt = Some(plain(prompt.repeat(60)));
+                let request = pb::ScorePairsRequest {
+                    options: Some(pb::ScoringOptions {
+                        policy: "models/tiny".into(),
+                        ..Default::default()
+                    }),
+                    pairs: vec![pair.clone()],
+                };
+                match client.scoring().score_pairs(request).await {
+                    Ok(_) => scored += 1,
+                    Err(_) => return scored,
+                }
+            }
+        });
+    }
+    let limit = Duration::from_secs(60);
+    crate::wait::until("some scores", limit, async || {
+        usage(&server, &team, &[])
+            .first()
+            .is_some_and(|record| record["scored_pairs"].as_u64() >= Some(4))
+    })
+    .await;
+    assert!(server.terminate(limit).success());
+    let scored: u64 = calls.join_all().await.into_iter().sum();
+    let server = serve(dir.path());
+    assert_eq!(usage(&server, &team, &[])[0]["scored_pairs"], scored);
+}
+
+fn plain(text: String) -> pb::Text {
+    pb::Text {
+        form: Some(pb::text::Form::Plain(text)),
+    }
+}

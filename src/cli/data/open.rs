@@ -82,8 +82,14 @@ pub(super) fn open(place: &DataPlace, columns: &ColumnMap) -> Result<Opened, Str
         RowFormat::JsonValues => unchanged(elements::read(rest)),
         RowFormat::Delimited(delimiter) => renamed(delimited::read(rest, delimiter, columns)?),
         RowFormat::ArrowStream => renamed(arrow::read_stream(rest, columns)?),
-        // These two formats are not read from the beginning of the file.
-        RowFormat::ArrowFile => renamed(arrow::read_file(on_disk(rest)?.into_file(), columns)?),
+        // The last two need the end of the file first, so that a stream is copied to a file.
+        RowFormat::ArrowFile => match place {
+            DataPlace::File(path) if is_whole_file => {
+                let file = File::open(path).map_err(|e| e.to_string())?;
+                renamed(arrow::read_file(file, columns)?)
+            }
+            _ => renamed(arrow::read_file(on_disk(rest)?.into_file(), columns)?),
+        },
         RowFormat::Parquet => match place {
             DataPlace::File(path) if is_whole_file => renamed(parquet(path, None, columns)?),
             _ => {

@@ -5,7 +5,7 @@ use std::io::Write;
 use serde_json::{Value, json};
 
 use crate::cli::args::Output;
-use crate::cli::output::flat;
+use crate::cli::output::{flat, stream_item};
 use crate::rpc::pb;
 
 /// Maximum number of errors that are listed one by one.
@@ -129,7 +129,8 @@ impl<W: Write> RowPrinter<W> {
                 return self.out.flush();
             }
             Output::Json | Output::Yaml => {
-                writeln!(self.out, "{}", to_json(row))?;
+                let item = stream_item(self.output, &to_json(row));
+                self.out.write_all(item.as_bytes())?;
                 return self.out.flush();
             }
         }
@@ -380,6 +381,18 @@ mod tests {
         assert!(
             errors[MAX_LISTED_ERRORS].starts_with("and 17 more"),
             "{errors:?}"
+        );
+    }
+
+    #[test]
+    fn yaml_is_one_list_of_all_rows() {
+        let rows = [row(1, Ok(2.0)), row(2, Err("too long"))];
+        let (text, _) = printed(Output::Yaml, &rows);
+        let list = crate::rpc::canonical::value_of_yaml(&text).unwrap();
+        assert_eq!(list.as_array().map(Vec::len), Some(2), "{text}");
+        assert_eq!(
+            (&list[0]["margin"], &list[1]),
+            (&json!(2.0), &json!({"row": 2, "error": "too long"}))
         );
     }
 

@@ -222,6 +222,46 @@ async fn the_device_scores_while_the_files_of_a_run_are_read() {
     assert!(engine.wait_for_end(PATIENCE));
 }
 
+/// Without a store that answers, a run waits at an event, and its device scores.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_wait_for_a_full_channel_is_no_device_time() {
+    let (model, dir) = (copied_model(), tempfile::tempdir().unwrap());
+    let engine = engine(model.path(), Precision::F32);
+    let (run, mut events) = run_lora(dir.path().into());
+    let control = run.control.clone();
+    let began = Instant::now();
+    engine.train(run).unwrap();
+    let live = WeightsRef::Live { job: "job".into() };
+    loop {
+        assert!(began.elapsed() < PATIENCE, "the run takes its first step");
+        let item = ScoreItem { groups: groups() };
+        match engine.score(&live, Some(&base()), item).await {
+            // The channel is full, so the run waits at the event of its first step.
+            Ok(scored) if scored.live_step == Some(1) => break,
+            Ok(_) | Err(EngineError::NotResident(_)) => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+    let wait = Duration::from_millis(900);
+    tokio::time::sleep(wait).await;
+    control.cancel();
+    loop {
+        if let RunEvent::Ended(end) = next(&mut events).await {
+            break assert_eq!(end, RunEnd::Cancelled);
+        }
+    }
+    let (worked, all) = (control.take_device_us(), began.elapsed());
+    assert!(worked > 0);
+    assert!(
+        Duration::from_micros(worked) + wait <= all,
+        "{worked} µs of work and {wait:?} of waiting in {all:?}"
+    );
+    engine.drain();
+    assert!(engine.wait_for_end(PATIENCE));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
     let (model, dir) = (copied_model(), tempfile::tempdir().unwrap());

@@ -1,5 +1,6 @@
 //! YAML as JSON values, and back.
 
+use serde::Deserialize as _;
 use serde_json::{Map, Number, Value};
 
 use super::error::CanonicalError;
@@ -17,6 +18,20 @@ pub(super) fn read(text: &str) -> Result<Value, CanonicalError> {
     let document: yaml_serde::Value =
         yaml_serde::from_str(text).map_err(|e| syntax(e.to_string()))?;
     convert(document, MAX_DEPTH)
+}
+
+/// Reads the documents of a YAML text, without those that are empty.
+pub(super) fn read_all(text: &str) -> Result<Vec<Value>, CanonicalError> {
+    let mut all = Vec::new();
+    for document in yaml_serde::Deserializer::from_str(text) {
+        let document =
+            yaml_serde::Value::deserialize(document).map_err(|e| syntax(e.to_string()))?;
+        let value = convert(document, MAX_DEPTH)?;
+        if !value.is_null() {
+            all.push(value);
+        }
+    }
+    Ok(all)
 }
 
 fn syntax(reason: String) -> CanonicalError {

@@ -573,6 +573,8 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
             seconds: (ms / 1000) as i64,
             nanos: (ms % 1000) as i32 * 1_000_000,
         }),
+        replica_time: j.worker.as_ref().map(|worker| timestamp(worker.heard)),
+        replica: j.worker.map(|worker| worker.replica).unwrap_or_default(),
     }
 }
 

@@ -156,6 +156,7 @@ pub(super) fn draft(caller: &Caller, request: JobRequest) -> Job {
         start_time: None,
         end_time: None,
         turn: now,
+        worker: None,
         owner: caller.owner.clone(),
         trace: trace::format(&trace::current()),
     }

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 
 use sqlx::{Any, AssertSqlSafe, Transaction};
 
-use super::rows::{EventRow, JOB, JobRow, to_json};
-use super::{Dialect, PAGE_CONDITION, Page, Store, now};
-use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState, Millis};
+use super::rows::{EventRow, JOB, JobAndHolder, JobRow, to_json};
+use super::{Dialect, PAGE_CONDITION, Page, Store, now, replica_name};
+use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState, JobWorker, Millis};
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::reason::Reason;
 use crate::service::error::{Result, ServiceError};
@@ -246,7 +246,19 @@ impl Store {
             .bind(id)
             .fetch_optional(&self.readers)
             .await?;
-        row.ok_or_else(|| missing(id))?.try_into()
+        let found: JobAndHolder = row.ok_or_else(|| missing(id))?.try_into()?;
+        Ok(self.with_worker(found))
+    }
+
+    /// Adds to a job which process runs it, and when that last renewed its lease.
+    fn with_worker(&self, found: JobAndHolder) -> Job {
+        let JobAndHolder { mut job, holder } = found;
+        let lease = i64::try_from(self.lease.as_millis()).unwrap_or(i64::MAX);
+        job.worker = holder.map(|(owner, until)| JobWorker {
+            replica: replica_name(&owner).to_owned(),
+            heard: until.saturating_sub(lease),
+        });
+        job
     }
 
     /// Returns a page of the jobs of `owner` (of everyone if `None`) in one of `states` (in any
@@ -264,8 +276,14 @@ impl Store {
         let wanted = state_list(|s| states.is_empty() || states.contains(&s));
         let select =
             format!("SELECT {JOB} FROM jobs WHERE state IN ({wanted}) AND {PAGE_CONDITION}");
-        self.page::<JobRow, _>(&select, owner, page_size, page_token)
-            .await
+        let page = self
+            .page::<JobRow, JobAndHolder>(&select, owner, page_size, page_token)
+            .await?;
+        let items = page.items.into_iter();
+        Ok(Page {
+            items: items.map(|found| self.with_worker(found)).collect(),
+            next_page_token: page.next_page_token,
+        })
     }
 
     /// Returns the number of jobs per state, by the name of the state. States without jobs are

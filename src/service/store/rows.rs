@@ -23,8 +23,8 @@ fn from_json<T: DeserializeOwned>(text: &str, what: &str) -> Result<T> {
 /// newer one has added columns.
 pub(super) const JOB: &str = "seq, id, version, state, request, error, progress, latest_metrics, \
                               skipped_rows, create_time, start_time, end_time, request_hash, turn, \
-                              owner, lease_token, lease_owner, lease_writes, reclaims, \
-                              reclaim_step, trace";
+                              owner, lease_token, lease_owner, lease_until, \
+                              lease_writes, reclaims, reclaim_step, trace";
 /// Columns of a [`CheckpointRow`].
 pub(super) const CHECKPOINT: &str =
     "job, step, best, adapter, size_bytes, metrics, create_time, digest";
@@ -72,6 +72,7 @@ pub(super) struct JobRow {
     pub owner: String,
     pub lease_token: i64,
     pub lease_owner: Option<String>,
+    pub lease_until: Millis,
     pub lease_writes: i64,
     pub reclaims: i64,
     pub reclaim_step: i64,
@@ -132,7 +133,24 @@ impl TryFrom<JobRow> for Job {
             turn: r.turn,
             owner: r.owner,
             trace: r.trace,
+            worker: None,
         })
+    }
+}
+
+/// A job for a client, with the holder of its lease and the lease's end.
+pub(super) struct JobAndHolder {
+    pub job: Job,
+    pub holder: Option<(String, Millis)>,
+}
+
+impl TryFrom<JobRow> for JobAndHolder {
+    type Error = ServiceError;
+
+    fn try_from(mut row: JobRow) -> Result<JobAndHolder> {
+        let holder = row.lease_owner.take().zip(Some(row.lease_until));
+        let job = Job::try_from(row)?;
+        Ok(JobAndHolder { job, holder })
     }
 }
 

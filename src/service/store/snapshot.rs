@@ -22,8 +22,8 @@ pub struct Snapshot {
     pub migration: i64,
     /// Identity of the artifact store, if the files are in one.
     pub artifact_store: Option<String>,
-    /// Ids of the jobs.
-    pub jobs: Vec<String>,
+    /// Ids of the jobs, with the hash of the adapter that a job starts from, if it has a copy.
+    pub jobs: Vec<(String, Option<String>)>,
     /// Ids of the datasets, with the hash of each file.
     pub datasets: Vec<(String, String)>,
     /// Job, step and digest of the checkpoints.
@@ -120,9 +120,13 @@ impl Snapshot {
         let migration = sqlx::query_scalar("SELECT MAX(version) FROM _sqlx_migrations")
             .fetch_one(&mut connection)
             .await?;
-        let jobs = sqlx::query_scalar("SELECT id FROM jobs ORDER BY id")
-            .fetch_all(&mut connection)
-            .await?;
+        let jobs: Vec<(String, String)> =
+            sqlx::query_as("SELECT id, request FROM jobs ORDER BY id")
+                .fetch_all(&mut connection)
+                .await?;
+        let jobs = jobs
+            .into_iter()
+            .map(|(id, request)| (id, init_adapter(&request)));
         let datasets = sqlx::query_as("SELECT id, content_hash FROM datasets ORDER BY id")
             .fetch_all(&mut connection)
             .await?;
@@ -133,11 +137,17 @@ impl Snapshot {
         Ok(Snapshot {
             migration,
             artifact_store,
-            jobs,
+            jobs: jobs.collect(),
             datasets,
             checkpoints,
         })
     }
+}
+
+/// Returns the hash of the adapter that a stored request starts from.
+fn init_adapter(request: &str) -> Option<String> {
+    let request: serde_json::Value = serde_json::from_str(request).ok()?;
+    Some(request.pointer("/pins/init_adapter")?.as_str()?.to_owned())
 }
 
 async fn connect(file: &Path, mode: &str) -> Result<AnyConnection> {

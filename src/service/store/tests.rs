@@ -67,6 +67,7 @@ fn job(id: &str, request: JobRequest) -> Job {
         start_time: None,
         end_time: None,
         turn: 1,
+        worker: None,
         owner: "a".into(),
         trace: None,
     }

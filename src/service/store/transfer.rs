@@ -63,14 +63,17 @@ impl Checksum {
 }
 
 impl Store {
-    /// Checks that a PostgreSQL database has no rows in the tables of this SQLite database.
+    /// Checks that a PostgreSQL database has the tables of this SQLite database, with the same
+    /// columns and without rows.
     ///
     /// # Errors
-    /// `InvalidArgument` if it has; `Unavailable` or `Internal` if a database fails.
-    pub async fn check_empty(&self, target: &Store) -> Result<()> {
+    /// `InvalidArgument` if it has not; `Unavailable` or `Internal` if a database fails.
+    pub async fn check_target(&self, target: &Store) -> Result<()> {
         let mut source = self.readers.acquire().await?;
         let mut found = target.readers.begin().await?;
         for table in tables(&mut source).await? {
+            let columns = columns(&mut source, &table).await?;
+            refuse_columns(&mut found, &table, &columns).await?;
             refuse_rows(&mut found, &table).await?;
         }
         Ok(())
@@ -163,6 +166,39 @@ async fn columns(source: &mut AnyConnection, table: &str) -> Result<Vec<Column>>
         .into_iter()
         .map(|(name, kind)| (name, kind == "TEXT"))
         .collect())
+}
+
+/// Refuses a table that lacks some of the columns, or needs values for others.
+async fn refuse_columns(
+    copy: &mut Transaction<'_, Any>,
+    table: &str,
+    columns: &[Column],
+) -> Result<()> {
+    let select = "SELECT CAST(column_name AS TEXT), CAST(CASE WHEN is_nullable = 'NO' AND \
+                  column_default IS NULL AND is_identity = 'NO' THEN 1 ELSE 0 END AS BIGINT)
+                  FROM information_schema.columns
+                  WHERE table_schema = current_schema() AND CAST(table_name AS TEXT) = $1";
+    let found: Vec<(String, i64)> = sqlx::query_as(select)
+        .bind(table)
+        .fetch_all(&mut **copy)
+        .await?;
+    let has = |name: &str| found.iter().any(|(other, _)| other == name);
+    let lacks = columns.iter().find(|(name, _)| !has(name));
+    let needs = found.iter().find(|(name, is_needed)| {
+        *is_needed == 1 && !columns.iter().any(|(other, _)| other == name)
+    });
+    let difference = match (lacks, needs) {
+        (Some((name, _)), _) => format!("lacks the column {name}"),
+        (None, Some((name, _))) => format!("also has the column {name}, which has no default"),
+        (None, None) => return Ok(()),
+    };
+    Err(ServiceError::invalid(
+        "--to",
+        format!(
+            "the database is of another version: its table {table} {difference}; create a new \
+             database and name that one, or use the newest version of Bradley for both"
+        ),
+    ))
 }
 
 async fn refuse_rows(copy: &mut Transaction<'_, Any>, table: &str) -> Result<()> {

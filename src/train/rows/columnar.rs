@@ -6,11 +6,12 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::record::reader::RowIter;
+use parquet::record::reader::{ReaderIter, TreeBuilder};
 use parquet::record::{Field, Row};
-use parquet::schema::types::Type;
+use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
 use serde_json::{Map, Value};
 
 use super::names::{self, MEDIA_COLUMNS, OPENAI_COLUMNS, QUESTION_COLUMN, is_openai};
@@ -30,6 +31,9 @@ const COLUMNS: [&str; 8] = [
     KWARGS_COLUMN,
     SYSTEM_COLUMN,
 ];
+
+/// Maximum number of records that are reported one by one because their row group is damaged.
+const MAX_LOST: u64 = 1 << 20;
 
 /// Returns true if a column is decoded: the columns of a row, and columns that lead to a finding if
 /// they are not empty.
@@ -86,11 +90,13 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
         .with_fields(wanted)
         .build()
         .map_err(|e| unreadable(&e))?;
-    let rows = guarded(|| RowIter::from_file_into(Box::new(reader)).project(Some(wanted)));
-    let rows = rows
-        .map_err(|e| unreadable(&e))?
-        .map_err(|e| unreadable(&e))?;
-    Ok(Records { rows: Some(rows) }
+    if !schema.check_contains(&wanted) {
+        return Err(bad(
+            "not a readable Parquet file: its columns differ".to_owned()
+        ));
+    }
+    let columns = Arc::new(SchemaDescriptor::new(Arc::new(wanted)));
+    Ok(Records::new(reader, columns)
         .enumerate()
         .map(move |(i, record)| {
             let row = i as u64 + 1;
@@ -131,24 +137,87 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
         }))
 }
 
-/// Iterator over records that ends at the first failure, because later data cannot be trusted.
+/// Iterator over the records of all row groups. After a failure the rest of a row group cannot be
+/// trusted, so that each of its records fails, too; the next row group has pages of its own.
 struct Records {
-    rows: Option<RowIter<'static>>,
+    file: SerializedFileReader<File>,
+    columns: SchemaDescPtr,
+    /// The row group that is opened next.
+    group: usize,
+    /// Number of records of the open row group that have not been returned.
+    left: u64,
+    /// The records of the open row group, or the reason why the others cannot be decoded.
+    rows: Result<ReaderIter, String>,
+    /// Number of records that may still be returned although another one of their row group failed.
+    /// A file may claim any number of records.
+    losses_left: u64,
+}
+
+impl Records {
+    fn new(file: SerializedFileReader<File>, columns: SchemaDescPtr) -> Self {
+        Records {
+            file,
+            columns,
+            group: 0,
+            left: 0,
+            rows: Err(String::new()),
+            losses_left: MAX_LOST,
+        }
+    }
+
+    /// Opens the next row group.
+    fn open(&mut self) {
+        let (file, group) = (&self.file, self.group);
+        let rows = self.file.metadata().row_group(group).num_rows();
+        self.group += 1;
+        self.left = u64::try_from(rows).unwrap_or(0);
+        let columns = self.columns.clone();
+        let opened = guarded(|| {
+            let reader = file.get_row_group(group)?;
+            TreeBuilder::new().as_iter(columns, &*reader)
+        });
+        self.rows = match opened {
+            Ok(Ok(rows)) => Ok(rows),
+            Ok(Err(e)) => Err(e.to_string()),
+            Err(panic) => Err(panic),
+        };
+    }
 }
 
 impl Iterator for Records {
     type Item = Result<Row, String>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let mut rows = self.rows.take()?;
-        let record = match guarded(|| rows.next()) {
-            Ok(Some(Ok(record))) => Ok(record),
-            Ok(None) => return None,
-            Ok(Some(Err(e))) => return Some(Err(e.to_string())),
-            Err(panic) => return Some(Err(panic)),
-        };
-        self.rows = Some(rows);
-        Some(record)
+        while self.left == 0 {
+            if self.group == self.file.num_row_groups() {
+                return None;
+            }
+            self.open();
+        }
+        self.left -= 1;
+        if let Ok(rows) = &mut self.rows {
+            let failure = match guarded(|| rows.next()) {
+                Ok(Some(Ok(record))) => return Some(Ok(record)),
+                Ok(Some(Err(e))) => e.to_string(),
+                Ok(None) => "its row group has fewer records than the file says".to_owned(),
+                Err(panic) => panic,
+            };
+            self.rows = Err(failure);
+        }
+        if self.losses_left == 0 {
+            (self.left, self.group) = (0, self.file.num_row_groups());
+            return Some(Err(format!(
+                "it and all later records are left out, because more than {MAX_LOST} records are \
+                 lost"
+            )));
+        }
+        self.losses_left -= 1;
+        match &mut self.rows {
+            Err(reason) if !reason.is_empty() => Some(Err(std::mem::take(reason))),
+            _ => Some(Err(
+                "an earlier record of its row group cannot be decoded".to_owned()
+            )),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Names of columns: those that a file must have, and suggestions for misspelt ones.
 
+use crate::domain::similar::nearest;
 use crate::domain::violation::shortened;
 
 /// Column names of OpenAI's format.
@@ -25,9 +26,6 @@ pub const COLUMNS: [&str; 8] = [
 const MAX_LISTED: usize = 12;
 /// Maximum number of characters of a name in a message.
 const MAX_NAME_CHARS: usize = 40;
-/// Minimum similarity of two names, from 0 to 1, for one to be taken for a misspelling of the
-/// other. `choosen` and `chosen` have 0.86, `reject` and `rejected` 0.75.
-const MIN_SIMILARITY: f64 = 0.65;
 
 /// Checks that a file with these columns has the answers of pairs.
 ///
@@ -100,20 +98,12 @@ pub fn is_used(column: &str) -> bool {
 /// Returns the name that is most similar to `wanted`, if it is similar enough and no legal name
 /// itself.
 pub fn similar<'a>(names: &'a [String], wanted: &str) -> Option<&'a str> {
-    let wanted = wanted.to_lowercase();
-    names
+    let candidates = names
         .iter()
+        .map(String::as_str)
         .filter(|name| name.len() <= 64)
-        .filter(|name| {
-            !COLUMNS.contains(&name.as_str()) && !OPENAI_COLUMNS.contains(&name.as_str())
-        })
-        .map(|name| {
-            let similarity = strsim::normalized_damerau_levenshtein(&name.to_lowercase(), &wanted);
-            (similarity, name.as_str())
-        })
-        .filter(|(similarity, _)| *similarity >= MIN_SIMILARITY)
-        .max_by(|(a, _), (b, _)| a.total_cmp(b))
-        .map(|(_, name)| name)
+        .filter(|name| !COLUMNS.contains(name) && !OPENAI_COLUMNS.contains(name));
+    nearest(wanted, candidates)
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ fn stored(request: JobRequest) -> Job {
         start_time: None,
         end_time: None,
         turn: 0,
+        worker: None,
         trace: None,
         owner: String::new(),
     }

@@ -1,0 +1,130 @@
+//! Tests of parts of a backup that need no server.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use sqlx::{Connection as _, Executor as _};
+
+use super::*;
+use crate::formats::peft;
+use crate::service::store::{Store, StoreOptions, sqlite_url};
+
+#[test]
+fn only_a_folder_with_a_file_system_on_it_is_a_mount_point() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(is_mount_point(Path::new("/proc")));
+    assert!(!is_mount_point(dir.path()) && !is_mount_point(&dir.path().join("new")));
+    let refused = refuse_mount_point(Path::new("/proc")).unwrap_err();
+    assert!(
+        refused.to_string().contains("name a new folder below it"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn links_of_an_interrupted_backup_are_removed_and_those_of_another_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = |name: &str| {
+        let folder = dir.path().join(name);
+        fs::create_dir(&folder).unwrap();
+        File::create(folder.join(IN_USE_FILE)).unwrap()
+    };
+    let (_abandoned, at_work, _other) = (folder("backup-1"), folder("backup-2"), folder("upload"));
+    at_work.lock().unwrap();
+    remove_abandoned(dir.path()).unwrap();
+    let mut left: Vec<_> = fs::read_dir(dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["backup-2", "upload"]);
+    remove_abandoned(&dir.path().join("none")).unwrap();
+}
+
+#[test]
+fn an_adapter_that_a_job_starts_from_is_compared_with_its_hash() {
+    let dir = tempfile::tempdir().unwrap();
+    let (links, backup) = (dir.path().join("links"), dir.path().join("backup"));
+    fs::create_dir_all(&backup).unwrap();
+    fs::write(backup.join(DATABASE_FILE), "rows").unwrap();
+    let mut jobs = Vec::new();
+    for job in ["same", "changed", "lost", "without"] {
+        let folder = links.join(format!("{JOBS_FOLDER}/{job}/{INIT_ADAPTER}"));
+        fs::create_dir_all(&folder).unwrap();
+        for name in [peft::CONFIG_FILE, peft::WEIGHTS_FILE] {
+            fs::write(folder.join(name), format!("{name} of {job}")).unwrap();
+        }
+        let hash = hash_adapter(&folder).unwrap();
+        jobs.push((job.to_owned(), (job != "without").then_some(hash)));
+        match job {
+            "changed" => fs::write(folder.join(peft::WEIGHTS_FILE), "other").unwrap(),
+            "lost" => fs::remove_dir_all(&folder).unwrap(),
+            _ => {}
+        }
+    }
+    let snapshot = Snapshot {
+        migration: 1,
+        artifact_store: None,
+        jobs,
+        datasets: Vec::new(),
+        checkpoints: Vec::new(),
+    };
+    let (files, missing) = copy_files(&snapshot, &links, &backup).unwrap();
+    assert_eq!(
+        missing,
+        [
+            "trainingJobs/changed's init_adapter: its files have changed",
+            "trainingJobs/lost's init_adapter: its files are missing or cannot be read",
+        ]
+    );
+    assert_eq!(files.len(), 1 + 3 * 2, "{files:?}");
+}
+
+/// Writers wait while links are made, and go on while a large database is copied.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_attempt_lets_the_server_write_once_the_copy_has_begun() {
+    let dir = tempfile::tempdir().unwrap();
+    Store::open(dir.path(), &StoreOptions::default())
+        .await
+        .unwrap()
+        .close()
+        .await;
+    let url = sqlite_url(&dir.path().join(DATABASE_FILE), "rw");
+    let mut writer = sqlx::AnyConnection::connect(&url).await.unwrap();
+    for statement in [
+        "PRAGMA busy_timeout = 30000",
+        "PRAGMA synchronous = OFF",
+        "CREATE TABLE filler (text TEXT)",
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)
+         INSERT INTO filler SELECT hex(randomblob(1500)) FROM n",
+    ] {
+        writer.execute(statement).await.unwrap();
+    }
+    let live = LiveDatabase::open(dir.path()).await.unwrap();
+    let copy = dir.path().join("copy.db");
+    let (is_over, during) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicU32::new(0)),
+    );
+    let writing = {
+        let (is_over, during, copy) = (is_over.clone(), during.clone(), copy.clone());
+        tokio::spawn(async move {
+            while !is_over.load(Ordering::SeqCst) {
+                let has_begun = fs::metadata(&copy).is_ok_and(|m| m.len() > 0);
+                writer
+                    .execute("INSERT INTO filler VALUES ('late')")
+                    .await
+                    .unwrap();
+                if has_begun && !is_over.load(Ordering::SeqCst) {
+                    during.fetch_add(1, Ordering::SeqCst);
+                }
+            }
+        })
+    };
+    copy_blocked(&live, &copy, async || Ok(())).await.unwrap();
+    is_over.store(true, Ordering::SeqCst);
+    writing.await.unwrap();
+    let written = during.load(Ordering::SeqCst);
+    assert!(written >= 3, "{written} writes during the copy");
+    Snapshot::read(&copy).await.unwrap();
+}

@@ -1,0 +1,501 @@
+//! The command line at its edges: job files with several jobs, formats of streams, a server that
+//! does not answer, tokens with few roles, and readers that stop reading.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bradley::rpc::canonical;
+use bradley::rpc::pb;
+use serde_json::{Value, json};
+
+use crate::people::Terminal;
+use crate::server::{Server, finish, get, is_step, job, submit, until_event, upload};
+use crate::support::golden;
+use crate::wait::until_blocking;
+
+/// Limit for what takes seconds at most, on a busy machine.
+const SOON: Duration = Duration::from_secs(120);
+
+/// The command without the caller's settings.
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(crate::support::binary());
+    command.args(args);
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("BRADLEY_")) {
+        command.env_remove(name);
+    }
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    command(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Runs a command that must succeed, and returns its standard output.
+#[track_caller]
+fn succeed(args: &[&str]) -> String {
+    let out = run(args);
+    assert!(out.status.success(), "{args:?}: {}", text(&out.stderr));
+    text(&out.stdout)
+}
+
+/// Runs a command that must fail with this exit code, and returns what it says.
+#[track_caller]
+fn fails(code: i32, args: &[&str]) -> String {
+    let out = run(args);
+    let said = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
+    said
+}
+
+/// Reads the documents of a YAML text.
+fn documents(text: &str) -> Vec<Value> {
+    canonical::values_of_yaml(text).unwrap()
+}
+
+#[test]
+fn no_reference_is_a_reference_by_the_name_none() {
+    let print = ["train", "--print-job"];
+    let printed = |more: &[&str]| documents(&succeed(&[&print[..], more].concat()));
+    let one = printed(&["--reference", "none"]);
+    assert_eq!(one[0]["dpo"], json!({"reference_free": true}));
+    assert_eq!(one[0].get("reference"), None);
+    let both = printed(&["--reference", "none", "--reference", "models/base"]);
+    assert_eq!(both.len(), 2);
+    assert_eq!(both[0]["labels"]["reference"], "none");
+    assert_eq!(both[0]["dpo"]["reference_free"], true);
+    assert_eq!(both[1]["reference"], "models/base");
+    assert_eq!(both[1]["dpo"].get("reference_free"), None);
+    let contradicting = ["--reference", "none", "--reference-free=false"];
+    let said = fails(2, &[&print[..], &contradicting].concat());
+    assert!(said.contains("--reference none and"), "{said}");
+}
+
+#[test]
+fn the_printed_jobs_of_a_sweep_are_a_job_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("sweep.yaml");
+    let path = file.to_str().unwrap();
+    let sweep = ["--beta", "0.1,0.2", "--seed", "1,2", "--label", "by=me"];
+    let printed = succeed(&[&["train", "--print-job"][..], &sweep].concat());
+    assert_eq!(documents(&printed).len(), 4);
+    std::fs::write(&file, &printed).unwrap();
+    // With their labels and titles.
+    assert_eq!(succeed(&["train", "-f", path, "--print-job"]), printed);
+    let overridden = succeed(&["train", "-f", path, "--print-job", "--rank", "3"]);
+    for job in documents(&overridden) {
+        assert_eq!(
+            (&job["lora"]["rank"], &job["labels"]["by"]),
+            (&json!(3), &json!("me"))
+        );
+    }
+    let said = fails(2, &["train", "-f", path, "--print-job", "--seed", "5,6"]);
+    assert!(said.contains("--label seed: a sweep over --seed"), "{said}");
+
+    std::fs::write(&file, "seed: 1\n---\n\n---\ndpo:\n  bta: 2\n").unwrap();
+    let said = fails(2, &["train", "-f", path, "--print-job"]);
+    assert!(
+        said.contains("sweep.yaml job 2: dpo.bta does not exist"),
+        "{said}"
+    );
+    std::fs::write(&file, "seed: 1\n---\n".repeat(33)).unwrap();
+    let said = fails(2, &["train", "-f", path, "--print-job", "--epochs", "1,2"]);
+    assert!(said.contains("33 jobs make 66"), "{said}");
+}
+
+#[test]
+fn a_sweep_overwrites_no_label_of_the_caller() {
+    let sweep = ["train", "--print-job", "--beta", "0.1,0.2", "--label"];
+    let said = fails(2, &[&sweep[..], &["beta=mine"]].concat());
+    assert!(said.contains("--label beta: a sweep over --beta"), "{said}");
+    let named = documents(&succeed(&[&sweep[..], &["sweep=study"]].concat()));
+    assert!(
+        named.iter().all(|job| job["labels"]["sweep"] == "study"),
+        "{named:?}"
+    );
+}
+
+#[test]
+fn a_time_to_live_is_a_time_or_is_refused_by_name() {
+    let print = |ttl: &str| run(&["train", "--print-job", &format!("--ttl={ttl}")]);
+    for (ttl, stored) in [
+        ("0s", "0s"),
+        ("90s", "90s"),
+        ("1.5s", "1.500s"),
+        ("7d", "604800s"),
+    ] {
+        let out = print(ttl);
+        let job = &documents(&text(&out.stdout))[0];
+        assert_eq!(job["ttl"], stored, "{ttl}: {}", text(&out.stderr));
+    }
+    for ttl in [
+        "",
+        "s",
+        "é",
+        "7",
+        "-1d",
+        "1e300s",
+        "NaNs",
+        "infs",
+        "99999999999999999999d",
+        "18446744073709551615d",
+        "18446744073709551615s",
+        "9223372036854775807m",
+    ] {
+        let out = print(ttl);
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{ttl}: {said}");
+        assert!(said.contains("ttl"), "{ttl}: {said}");
+    }
+}
+
+#[test]
+fn a_server_that_says_nothing_is_not_healthy() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", silent.local_addr().unwrap());
+    std::thread::spawn(move || {
+        // Connections stay open and get no answer.
+        let open: Vec<_> = silent.incoming().collect();
+        drop(open);
+    });
+    let mut child = command(&["health", "--server", &address])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Without a limit of its own, the command ends when keep-alive gives up, after 50 s.
+    let mut status = None;
+    let limit = Duration::from_secs(30);
+    until_blocking("the end of the health check", limit, || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    let mut said = String::new();
+    child.stderr.unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(status.unwrap().code(), Some(1), "{said}");
+    assert!(said.contains("answered no health check within"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_and_estimates_have_the_format_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let job_name = submit(&client, job(&dataset, 2)).await;
+    finish(&client, &job_name).await;
+    let at = ["--server", &server.address];
+    let with = |args: &[&str], format: &str| [args, &at, &["--format", format]].concat().join(" ");
+    let said = |args: &[&str], format: &str| {
+        let line = with(args, format);
+        succeed(&line.split(' ').collect::<Vec<_>>())
+    };
+
+    let pairs = golden("pairs.jsonl");
+    let score = [
+        "score",
+        "--policy",
+        "tiny",
+        "--data",
+        pairs.to_str().unwrap(),
+    ];
+    let rows = canonical::value_of_yaml(&said(&score, "yaml")).unwrap();
+    let lines = said(&score, "json");
+    let lines: Vec<Value> = lines
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert_eq!(rows, Value::Array(lines));
+
+    let watch = ["watch", &job_name];
+    let events = canonical::value_of_yaml(&said(&watch, "yaml")).unwrap();
+    let lines = said(&watch, "json");
+    let lines: Vec<Value> = lines
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert_eq!(events, Value::Array(lines));
+    let refused = with(&watch, "csv");
+    let refused = fails(2, &refused.split(' ').collect::<Vec<_>>());
+    assert!(
+        refused.contains("--format csv") && refused.contains("json or yaml"),
+        "{refused}"
+    );
+
+    let estimate = [
+        "train",
+        "--dataset",
+        &dataset,
+        "--max-length",
+        "128",
+        "--estimate",
+    ];
+    let sweep = [&estimate[..], &["--beta", "0.1,0.2"]].concat();
+    let yaml = canonical::value_of_yaml(&said(&sweep, "yaml")).unwrap();
+    let betas: Vec<&Value> = (0..2).map(|i| &yaml[i]["differs_in"]).collect();
+    assert_eq!(betas, ["beta=0.1", "beta=0.2"]);
+    let csv = said(&sweep, "csv");
+    assert_eq!(
+        csv.lines().count(),
+        3,
+        "a header and a line for each job: {csv}"
+    );
+    let one = canonical::value_of_yaml(&said(&estimate, "yaml")).unwrap();
+    assert_eq!(one["total_steps"], yaml[0]["total_steps"]);
+
+    // On a terminal, the bar is on standard error, and the events are where results are.
+    let (terminal, stderr) = Terminal::open();
+    let watch = [&["watch", &job_name][..], &at].concat();
+    let out = command(&watch).stderr(stderr).output().unwrap();
+    assert!(out.status.success(), "{}", terminal.shows());
+    let said = text(&out.stdout);
+    for event in ["running", "step 2/2", "checkpoint trainingJobs/"] {
+        assert!(said.contains(event), "{event} is not in {said}");
+    }
+    assert!(
+        !terminal.shows().contains("checkpoint trainingJobs/"),
+        "{}",
+        terminal.shows()
+    );
+}
+
+/// Creates a token; returns its id and the token.
+fn token(data_dir: &Path, owner: &str, roles: &str) -> (String, String) {
+    let made = command(&["--format", "json", "tokens", "create", "--owner", owner])
+        .args(["--roles", roles, "--data-dir"])
+        .arg(data_dir)
+        .output()
+        .unwrap();
+    let made: Value = serde_json::from_slice(&made.stdout).unwrap();
+    let field = |name: &str| made[name].as_str().unwrap().to_owned();
+    (field("id"), field("token"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_may_only_score_works_with_whole_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, team) = token(dir.path(), "team", "submit,score");
+    let (id, scorer) = token(dir.path(), "team", "score");
+    let models = format!("tiny={}", golden("models/llama").display());
+    let server = Server::start_with(dir.path(), &models, &["--auth", "tokens"]);
+    let pairs = golden("pairs.jsonl");
+    let pairs = pairs.to_str().unwrap();
+    let train = [
+        "train",
+        "--server",
+        &server.address,
+        "--token",
+        &team,
+        "--data",
+        pairs,
+    ];
+    succeed(
+        &[
+            &train[..],
+            &["--max-steps", "1", "--batch-size", "2", "--watch"],
+        ]
+        .concat(),
+    );
+    let list = [
+        "jobs",
+        "list",
+        "--server",
+        &server.address,
+        "--token",
+        &team,
+    ];
+    let jobs = succeed(&[&list[..], &["--format", "json"]].concat());
+    let jobs: Value = serde_json::from_str(&jobs).unwrap();
+    let name = jobs[0]["name"].as_str().unwrap();
+    let whole = name.trim_start_matches("trainingJobs/");
+
+    let score = |policy: &str| {
+        let fixed = ["score", "--server", &server.address, "--token", &scorer];
+        let more = ["--data", pairs, "--policy", policy];
+        [&fixed[..], &more].concat().join(" ")
+    };
+    let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    for policy in [whole, name, &format!("{name}/checkpoints/latest")] {
+        let args = words(&score(policy));
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        assert!(succeed(&args).contains("accuracy"), "{policy}");
+    }
+    for (policy, parts) in [
+        ("tinny", ["did you mean models/tiny?", "whole id"]),
+        (
+            &whole[..8],
+            [
+                "does not exist",
+                "whole id for a token without the role submit",
+            ],
+        ),
+        (
+            "@last",
+            [
+                "--policy @last: only a token with the role submit",
+                "whole ID",
+            ],
+        ),
+    ] {
+        let args = words(&score(policy));
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let said = fails(2, &args);
+        for part in parts {
+            assert!(said.contains(part), "{policy}: {part} is not in {said}");
+        }
+    }
+
+    // Other answers for people: times with a unit, and what was done.
+    let usage = succeed(&["usage", "--server", &server.address, "--token", &team]);
+    assert!(
+        usage.contains("device time") && usage.contains(" s"),
+        "{usage}"
+    );
+    let folder = dir.path().to_str().unwrap();
+    let revoked = succeed(&["tokens", "revoke", &id, "--data-dir", folder]);
+    assert_eq!(revoked, format!("revoked {id}\n"));
+}
+
+/// `bradley … | head -1` ends in silence, with the exit code that shells have for SIGPIPE.
+#[test]
+fn a_command_whose_reader_has_gone_ends_quietly() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let file = dir.path().join("many.jsonl");
+    let row = json!({"prompt": "2+2=", "chosen": "4", "rejected": "5"});
+    // More than a pipe holds.
+    std::fs::write(&file, format!("{row}\n").repeat(2000)).unwrap();
+    let data = ["--data", file.to_str().unwrap(), "--policy", "tiny"];
+    for args in [
+        [&["score", "--format", "json"][..], &data].concat(),
+        [&["score"][..], &data].concat(),
+        vec!["completions", "bash"],
+    ] {
+        let mut child = command(&args)
+            .env("BRADLEY_SERVER", &server.address)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut reader = BufReader::with_capacity(64, child.stdout.take().unwrap());
+        reader.read_line(&mut String::new()).unwrap();
+        drop(reader);
+        let mut status = None;
+        until_blocking("the end of the command", SOON, || {
+            status = child.try_wait().unwrap();
+            status.is_some()
+        });
+        let mut said = String::new();
+        child.stderr.unwrap().read_to_string(&mut said).unwrap();
+        assert_eq!(status.unwrap().code(), Some(141), "{args:?}: {said}");
+        assert!(!said.contains("error"), "{args:?}: {said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_of_jobs_says_which_server_runs_each_and_when_it_was_heard() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let name = submit(&client, job(&dataset, 100_000)).await;
+    until_event(&client, &name, |event| is_step(event, 1)).await;
+    let at = ["--server", &server.address];
+    let list = [&["jobs", "list"][..], &at].concat();
+    let machine = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let machine = machine.trim();
+    let table = succeed(&list);
+    for shown in ["replica", "heard", machine, " s ago"] {
+        assert!(table.contains(shown), "{shown} is not in {table}");
+    }
+    let running = get(&client, &name).await;
+    assert_eq!(running.replica, machine);
+    let heard = running.replica_time.unwrap().seconds;
+    let began = running.start_time.unwrap().seconds;
+    assert!(
+        (began - 1..began + 600).contains(&heard),
+        "{heard} is far from {began}"
+    );
+    let request = pb::CancelTrainingJobRequest { name: name.clone() };
+    client
+        .training()
+        .cancel_training_job(request)
+        .await
+        .unwrap();
+    finish(&client, &name).await;
+    let ended = get(&client, &name).await;
+    assert_eq!((ended.replica.as_str(), ended.replica_time), ("", None));
+    assert!(!succeed(&list).contains("heard"));
+}
+
+/// A row that is too long is an error of the field that has its texts.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_is_too_long_names_the_field_of_its_call() {
+    let dir = tempfile::tempdir().unwrap();
+    let models = format!("tiny={}", golden("models/llama").display());
+    let server = Server::start_with(dir.path(), &models, &["--max-row-tokens", "256"]);
+    let client = server.client().await;
+    let text = |text: String| pb::Text {
+        form: Some(pb::text::Form::Plain(text)),
+    };
+    let request = pb::ScoreCompletionsRequest {
+        options: Some(pb::ScoringOptions {
+            policy: "models/tiny".into(),
+            ..Default::default()
+        }),
+        prompt: Some(text("2+2=".into())),
+        completions: (0..9).map(|i| text(format!(" {i}").repeat(100))).collect(),
+    };
+    let answer = client.scoring().score_completions(request).await;
+    let refused = answer.unwrap_err();
+    let fields = bradley::rpc::client::field_violations(&refused);
+    assert_eq!(fields[0].0, "completions", "{refused:?}");
+    assert!(fields[0].1.contains("send fewer answers"), "{refused:?}");
+}
+
+/// Arrow files are read where they are, which needs no room for a copy.
+#[test]
+fn an_arrow_file_is_not_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let file = dir.path().join("pairs.arrow");
+    let column = |values: [&str; 2]| -> Arc<dyn arrow_array::Array> {
+        Arc::new(arrow_array::StringArray::from(values.to_vec()))
+    };
+    let batch = arrow_array::RecordBatch::try_from_iter([
+        ("prompt", column(["2+2=", "3+3="])),
+        ("chosen", column(["4", "6"])),
+        ("rejected", column(["5", "7"])),
+    ])
+    .unwrap();
+    let out = std::fs::File::create(&file).unwrap();
+    let mut writer = arrow_ipc::writer::FileWriter::try_new(out, &batch.schema()).unwrap();
+    writer.write(&batch).unwrap();
+    writer.finish().unwrap();
+    let file = file.to_str().unwrap();
+    let score = [
+        "score",
+        "--policy",
+        "tiny",
+        "--server",
+        &server.address,
+        "--data",
+        file,
+    ];
+    let out = command(&score)
+        .env("TMPDIR", "/does/not/exist")
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", text_of(&out));
+    assert!(text_of(&out).contains("2 pairs"), "{}", text_of(&out));
+}
+
+fn text_of(out: &Output) -> String {
+    text(&out.stdout) + &text(&out.stderr)
+}
