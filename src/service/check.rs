@@ -19,7 +19,8 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// `Internal` if it does not answer within five seconds, or has migrations but no table of jobs, so
-/// that it is not Bradley's; `FailedPrecondition` (`SCHEMA_TOO_NEW`) if this version may not use it.
+/// that it is not Bradley's; `FailedPrecondition` (`SCHEMA_TOO_NEW`) if this version may not use
+/// it.
 pub async fn database(data_dir: &Path, database_url: Option<&str>) -> Result<String> {
     sqlx::any::install_default_drivers();
     let file = data_dir.join("bradley.db");
