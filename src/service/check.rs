@@ -39,7 +39,10 @@ pub async fn database(data_dir: &Path, database_url: Option<&str>) -> Result<Str
             .await?;
         let found = count(&pool).await;
         let version = match &found {
-            Ok(Some(_)) => check_version(&mut pool.acquire().await?, database_url.is_some()).await,
+            Ok(Some(_)) => {
+                let mut connection = pool.acquire().await?;
+                check_version(&mut connection, database_url.is_some()).await
+            }
             _ => Ok(()),
         };
         pool.close().await;
