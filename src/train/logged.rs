@@ -101,9 +101,7 @@ impl Comparison {
         model: &Logps,
         precision: Precision,
     ) -> Option<String> {
-        let Some(logged) = pair.logged else {
-            return None;
-        };
+        let logged = pair.logged?;
         let mut problem = None;
         for ((column, logged), tokens) in REFERENCE_COLUMNS.into_iter().zip(logged).zip(model) {
             let (computed, allowed) = (total(tokens), allowed_difference(precision, tokens.len()));

@@ -24,7 +24,7 @@ impl Trainer {
         let groups = pair.groups();
         let scored = score_all(
             policy,
-            &[&groups],
+            &[groups.as_slice()],
             self.plan.row_tokens,
             context.yield_point,
         );
