@@ -1,8 +1,8 @@
 //! Logged reference log-probs: which rows have them, and whether the model agrees with them.
 //!
-//! A run does not compute the log-probs that its rows carry. Before its first step it computes those
-//! of a sample of rows, with the weights that it starts from. Rows that were logged with another
-//! model, chat template or tokenizer differ by far more than rounding does.
+//! A run does not compute the log-probs that its rows carry. Before its first step it computes
+//! those of a sample of rows, with the weights that it starts from. Rows that were logged with
+//! another model, chat template or tokenizer differ by far more than rounding does.
 
 use super::event::RunEvent;
 use crate::domain::dataset::{IssueReason, PreferenceRow, RowIssue};
@@ -57,10 +57,10 @@ pub fn with_logged(pair: EncodedPair, row: &PreferenceRow) -> Result<EncodedPair
 /// Returns the largest difference in nats between the sums of two correct computations of an answer
 /// of `tokens` tokens.
 ///
-/// In f32, libraries that add in another order differ by less than 10⁻⁴ nats a token. Rounding the
-/// operands of a matrix multiplication to bf16 changes each by at most 2⁻⁹, and a token's log-prob
-/// by some 10⁻² nats, with either sign. Another model or another prompt changes a token by a tenth
-/// of a nat and more. The constant part is for short answers, in which one token decides.
+/// In f32, libraries that add in another order differ by less than 1e-4 nats a token. Rounding the
+/// operands of a matrix multiplication to bf16 changes each by at most 1 in 512, and a token's
+/// log-prob by some 0.01 nats, with either sign. Another model or another prompt changes a token by
+/// a tenth of a nat and more. The constant part is for short answers, in which one token decides.
 pub fn allowed_difference(precision: Precision, tokens: usize) -> f64 {
     let (once, each_token) = match precision {
         Precision::F32 => (0.01, 1e-3),
@@ -93,8 +93,8 @@ pub(super) struct Comparison {
 }
 
 impl Comparison {
-    /// Compares a pair with the log-probs of its tokens. Returns the description of its first answer
-    /// that differs too much.
+    /// Compares a pair with the log-probs of its tokens. Returns the description of its first
+    /// answer that differs too much.
     pub fn add(
         &mut self,
         pair: &EncodedPair,

@@ -303,9 +303,8 @@ impl Trainer {
         Ok(trainer)
     }
 
-    /// Returns the first phase of a new or continued run, after the comparison of logged log-probs: an
-    /// evaluation that is due but was not
-    /// made, or the next step.
+    /// Returns the first phase of a new or continued run, after the comparison of logged log-probs:
+    /// an evaluation that is due but was not made, or the next step.
     fn first_phase(&self) -> Phase {
         let due = if self.state.step == 0 {
             self.spec.run.eval_on_start && !self.eval.is_empty()

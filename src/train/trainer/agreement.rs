@@ -1,4 +1,5 @@
-//! Comparison of logged reference log-probs with the model, one pair per unit, before the first step.
+//! Comparison of logged reference log-probs with the model before the first step, one pair per
+//! unit.
 
 use super::{Phase, TrainError, Trainer};
 use crate::domain::logged::LoggedCheck;
