@@ -35,6 +35,7 @@ mod job_flags;
 mod layers;
 mod lifecycle;
 mod limits;
+mod logged;
 mod losses_page;
 mod memory;
 mod model_files;
