@@ -139,9 +139,9 @@ pub(super) async fn run(args: DoctorArgs, output: Output) -> Outcome {
         check_server_parts(settings, &mut report).await?;
     }
     check_running_server(&args, &mut report).await;
-    match output == Output::Json {
-        true => output::json_document(&report.to_json()),
-        false => report.lines().iter().for_each(|line| output::line(line)),
+    match output {
+        Output::Table => report.lines().iter().for_each(|line| output::line(line)),
+        _ => output::resource(output, &report.to_json()),
     }
     let failed = report
         .checks

@@ -267,7 +267,7 @@ mod tests {
         for (path, word) in [
             ("training_job.dpo.beta", "--beta"),
             ("training_job.dpo.losses[0].loss_type", "--loss"),
-            ("training_job.dpo.divergence.alpha", "--f-alpha"),
+            ("training_job.dpo.f_alpha", "--f-alpha"),
             ("training_job.lora.target_modules[2]", "--target-modules"),
             ("training_job.dpo.reference_sync", "--reference-sync"),
             (

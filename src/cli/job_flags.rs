@@ -1118,10 +1118,6 @@ pub fn flag_for(field: &str) -> Option<&'static JobFlag> {
             _ => {}
         }
     }
-    // The server's names for parts that have another name in the proto.
-    if path == "dpo.divergence.alpha" {
-        path = "dpo.f_alpha".to_owned();
-    }
     loop {
         if let Some(flag) = JOB_FLAGS.iter().find(|flag| flag.field == path) {
             return Some(flag);

@@ -122,13 +122,14 @@ fn show(token: &str) {
 fn read_token(input: impl BufRead) -> Result<String, Failure> {
     let mut line = String::new();
     input
-        .take(MAX_TOKEN_LENGTH + 1)
+        // The line may end with \r\n.
+        .take(MAX_TOKEN_LENGTH + 3)
         .read_line(&mut line)
         .map_err(|e| Failure::Failed(format!("standard input: {e}")))?;
     let token = line.trim_end_matches(['\n', '\r']);
     let problem = if token.len() < MIN_TOKEN_LENGTH {
         "is too short: anyone could find it by trying"
-    } else if line.len() as u64 > MAX_TOKEN_LENGTH {
+    } else if token.len() as u64 > MAX_TOKEN_LENGTH {
         "is too long for a header"
     } else if token.bytes().any(|b| !b.is_ascii_graphic()) {
         "has spaces, or characters that a header cannot have"

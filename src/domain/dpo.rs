@@ -385,9 +385,9 @@ impl DpoConfig {
             }
             if self.divergence != Divergence::ReverseKl && !l.loss.accepts_divergence() {
                 out.push(
-                    format!("{field}.losses[{i}].loss"),
+                    format!("{field}.losses[{i}].loss_type"),
                     format!(
-                        "{} is defined for reverse_kl only: set divergence to reverse_kl or \
+                        "{} is defined for reverse_kl only: set f_divergence to reverse_kl or \
                         choose another loss",
                         l.loss.name()
                     ),
@@ -407,7 +407,7 @@ impl DpoConfig {
             && (!alpha.is_finite() || (alpha - 1.0).abs() < 1e-9)
         {
             out.push(
-                format!("{field}.divergence.alpha"),
+                format!("{field}.f_alpha"),
                 "must be finite and differ from 1 (use reverse_kl or forward_kl for the limits)",
             );
         }

@@ -284,7 +284,8 @@ impl Job {
         )
     }
 
-    /// Returns a tag that changes with title, labels, priority and state, but not with progress.
+    /// Returns a tag that changes with title, labels, priority, time to live and state, but not with
+    /// progress.
     pub fn etag(&self) -> String {
         let mut hash = blake3::Hasher::new();
         let r = &self.request;
@@ -296,6 +297,9 @@ impl Job {
             hash.update(part.as_bytes());
         }
         hash.update(&r.priority.to_le_bytes());
+        if let Some(ttl_ms) = r.ttl_ms {
+            hash.update(&ttl_ms.to_le_bytes());
+        }
         hash.finalize().to_hex()[..16].to_owned()
     }
 }

@@ -467,6 +467,12 @@ fn doctor_shows_settings_with_their_sources_and_fails_if_something_does_not_answ
         "--http-listen",
         &free,
     ];
+    let out = doctor(&[&good[..], &["--output", "yaml"]].concat());
+    let report: serde_json::Value = yaml_serde::from_slice(&out.stdout).unwrap();
+    assert!(
+        report["checks"].is_array() && report["settings"].is_array(),
+        "{report}"
+    );
     let out = doctor(&[&good[..], &["--output", "json"]].concat());
     assert!(
         out.status.success(),

@@ -1,7 +1,7 @@
 //! Finds the files that the arguments of `--data` name: paths, patterns, folders of Hugging Face's
 //! datasets, data sets on the hub, and the standard input.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
 
@@ -158,7 +158,10 @@ fn folder(path: &Path) -> Result<Vec<DataPlace>, String> {
             .filter_map(Value::as_str)
             .collect();
         return match splits[..] {
-            [one] => folder(&path.join(one)),
+            [one] if is_file_name(one) => folder(&path.join(one)),
+            [one] => Err(format!(
+                "{shown}: the split {one:?} in its dataset_dict.json is not the name of a folder"
+            )),
             _ => Err(format!(
                 "{shown}: the data set has the splits {}: name one of them, such as {}",
                 splits.join(", "),
@@ -171,6 +174,15 @@ fn folder(path: &Path) -> Result<Vec<DataPlace>, String> {
          files or a pattern, such as '{}'",
         path.join("*.jsonl").display()
     ))
+}
+
+/// Returns true if a text names something directly inside a folder.
+fn is_file_name(text: &str) -> bool {
+    let mut parts = Path::new(text).components();
+    matches!(
+        (parts.next(), parts.next()),
+        (Some(Component::Normal(_)), None)
+    )
 }
 
 #[cfg(test)]
@@ -240,5 +252,11 @@ mod tests {
             "{said}"
         );
         assert!(found(&[&at("i")]).unwrap_err().contains("flatten_indices"));
+        for (folder, split) in [("e", ""), ("dot", "."), ("up", "../d/train")] {
+            let names = serde_json::json!({ "splits": [split] });
+            write(&format!("{folder}/dataset_dict.json"), &names.to_string());
+            let said = found(&[&at(folder)]).unwrap_err();
+            assert!(said.contains("is not the name of a folder"), "{said}");
+        }
     }
 }
