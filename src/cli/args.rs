@@ -855,6 +855,7 @@ pub struct CurateArgs {
     /// Passes over the pairs; may be fractional.
     #[arg(
         long,
+        allow_negative_numbers = true,
         value_name = "NUMBER",
         default_value = "2",
         help_heading = "Training"
@@ -863,6 +864,7 @@ pub struct CurateArgs {
     /// The peak learning rate, above 0.
     #[arg(
         long,
+        allow_negative_numbers = true,
         value_name = "NUMBER",
         default_value = "1e-4",
         help_heading = "Training"
@@ -871,13 +873,19 @@ pub struct CurateArgs {
     /// β, above 0: how strongly an adapter is held to the model.
     #[arg(
         long,
+        allow_negative_numbers = true,
         value_name = "NUMBER",
         default_value = "0.1",
         help_heading = "Training"
     )]
     pub beta: String,
     /// Share ε of labels that are assumed to be wrong, at least 0 and below 0.5. Default: 0.
-    #[arg(long, value_name = "NUMBER", help_heading = "Training")]
+    #[arg(
+        allow_negative_numbers = true,
+        long,
+        value_name = "NUMBER",
+        help_heading = "Training"
+    )]
     pub label_smoothing: Option<String>,
     /// Rank of the adapters, 1 to 1024.
     #[arg(
@@ -903,8 +911,8 @@ pub struct CurateArgs {
     /// Priority of the jobs, -1000 to 1000: higher goes first. Default: 0.
     #[arg(
         long,
+        allow_negative_numbers = true,
         value_name = "N",
-        allow_hyphen_values = true,
         help_heading = "Training"
     )]
     pub priority: Option<String>,

@@ -10,7 +10,7 @@ use bradley::rpc::client::Client;
 use bradley::rpc::pb;
 use serde_json::{Value, json};
 
-use crate::server::{Server, id, job, pause, resume, submit, upload};
+use crate::server::{Server, id, job, resume, submit, upload};
 use crate::wait::until;
 
 /// Number of folds of the tests.
@@ -445,7 +445,9 @@ async fn interruptions_change_nothing_in_the_output() {
     }
 
     // The first fold is scored, the second one waits, and the third one was cancelled.
-    pause(&client, &job_of(&client, 2).await).await;
+    let name = job_of(&client, 2).await;
+    let request = pb::PauseTrainingJobRequest { name };
+    client.training().pause_training_job(request).await.unwrap();
     cancel(&client, &job_of(&client, 3).await).await;
     let cancelled = job_of(&client, 3).await;
     let running = start();

@@ -217,8 +217,8 @@ impl FoldJobs {
         }
         (!lines.is_empty()).then(|| {
             format!(
-                "on the server are {} jobs with the label {RUN_LABEL}={} and {} datasets; to remove \
-                 them:\n{}",
+                "on the server are {} jobs with the label {RUN_LABEL}={} and {} datasets; to \
+                 remove them:\n{}",
                 self.jobs.len(),
                 self.run,
                 self.datasets.len(),
