@@ -2,6 +2,7 @@
 
 mod args;
 mod backup;
+mod curate;
 mod data;
 mod demo;
 mod doctor;
@@ -87,6 +88,7 @@ async fn run(mut cli: Cli) -> Outcome {
         Command::Jobs(command) => resources::jobs(command, output).await,
         Command::Watch(args) => watch::run(args, output).await,
         Command::Score(args) => score::run(args, output).await,
+        Command::Curate(args) => curate::run(*args, output).await,
         Command::Datasets(command) => resources::datasets(command, output).await,
         Command::Checkpoints(command) => resources::checkpoints(command, output).await,
         Command::Models(command) => resources::models(command, output).await,

@@ -114,6 +114,8 @@ pub enum Command {
     Watch(WatchArgs),
     /// Score the pairs of a file.
     Score(ScoreArgs),
+    /// Find wrong labels: scores each pair of a file by an adapter that was trained without it.
+    Curate(Box<CurateArgs>),
     /// Upload, list, show and delete datasets.
     #[command(subcommand)]
     Datasets(DatasetsCommand),
@@ -821,3 +823,121 @@ pub struct DownloadArgs {
     #[arg(long)]
     pub out: PathBuf,
 }
+
+/// Arguments of `curate`.
+#[derive(Debug, Args)]
+#[command(after_help = CURATE_HELP)]
+pub struct CurateArgs {
+    /// Files of preference pairs.
+    #[arg(
+        long,
+        value_name = "FILE",
+        num_args = 1..,
+        required = true,
+        long_help = format!("Files of preference pairs. They are read several times. {DATA_HELP}")
+    )]
+    pub data: Vec<String>,
+    /// How the files are read.
+    #[command(flatten)]
+    pub reading: DataArgs,
+    /// The JSONL file to write: every row in order, with its own columns and the results.
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// A JSON file for the report.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Number of parts of the rows. For each part, an adapter is trained on the others.
+    #[arg(long, value_name = "N", default_value_t = 5,
+          value_parser = clap::value_parser!(u32).range(2..=100))]
+    pub folds: u32,
+    /// Seed of the division into folds and of the training.
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    pub seed: u64,
+    /// Probability from which a row agrees with the other rows. Rows between this and
+    /// --flipped-below are doubtful.
+    #[arg(long, value_name = "PROBABILITY", default_value_t = 0.6)]
+    pub agrees_from: f64,
+    /// Probability below which the label of a row is probably flipped.
+    #[arg(long, value_name = "PROBABILITY", default_value_t = 0.4)]
+    pub flipped_below: f64,
+    /// Do not delete the jobs and datasets at the end.
+    #[arg(long)]
+    pub keep: bool,
+    /// The base model. Default: the server's only model.
+    #[arg(long, default_value = "", help_heading = "Training")]
+    pub model: String,
+    /// Passes over the pairs; may be fractional.
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "NUMBER",
+        default_value = "2",
+        help_heading = "Training"
+    )]
+    pub epochs: String,
+    /// The peak learning rate, above 0.
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "NUMBER",
+        default_value = "1e-4",
+        help_heading = "Training"
+    )]
+    pub learning_rate: String,
+    /// β, above 0: how strongly an adapter is held to the model.
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "NUMBER",
+        default_value = "0.1",
+        help_heading = "Training"
+    )]
+    pub beta: String,
+    /// Share ε of labels that are assumed to be wrong, at least 0 and below 0.5. Default: 0.
+    #[arg(
+        allow_negative_numbers = true,
+        long,
+        value_name = "NUMBER",
+        help_heading = "Training"
+    )]
+    pub label_smoothing: Option<String>,
+    /// Rank of the adapters, 1 to 1024.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "16",
+        help_heading = "Training"
+    )]
+    pub rank: String,
+    /// Pairs in a step.
+    #[arg(long, value_name = "N", default_value = "4", help_heading = "Training")]
+    pub batch_size: String,
+    /// Maximum number of tokens of prompt + answer. Longer pairs are cut. Default: 1024.
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    pub max_length: Option<String>,
+    /// Precision of matrix multiplications: f32 or bf16. Default: the server's own.
+    #[arg(long, value_name = "VALUE", help_heading = "Training")]
+    pub precision: Option<String>,
+    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
+    /// chat_template_kwargs override them.
+    #[arg(long, value_name = "JSON", help_heading = "Training")]
+    pub template_args: Option<String>,
+    /// Priority of the jobs, -1000 to 1000: higher goes first. Default: 0.
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "N",
+        help_heading = "Training"
+    )]
+    pub priority: Option<String>,
+    /// The server to connect to.
+    #[command(flatten, next_help_heading = "Connection")]
+    pub server: ServerArgs,
+}
+
+const CURATE_HELP: &str = "\
+The same command continues after an interruption: it finds its jobs by their label curate=RUN, and \
+the scores so far in a folder beside --out.
+
+Example:
+  bradley curate --data pairs.jsonl --out curated.jsonl --report report.json";

@@ -16,6 +16,7 @@ mod kind;
 mod lines;
 mod open;
 mod places;
+mod records;
 mod row;
 mod stream;
 mod upload;
@@ -25,6 +26,8 @@ use std::sync::{Arc, OnceLock};
 use self::columns::ColumnMap;
 use self::open::is_plain;
 use self::places::DataPlace;
+pub(super) use self::records::DataRecord;
+use self::records::RecordReader;
 use self::row::DataRow;
 use self::stream::{Labels, RowStream};
 pub(super) use self::upload::Uploaded;
@@ -160,6 +163,25 @@ impl DataFiles {
         hash.map_err(|e| Failure::Failed(e.to_string()))?
     }
 
+    /// Returns true if `path` is one of the files.
+    pub(super) fn contains(&self, path: &std::path::Path) -> bool {
+        let is_same = |file: &std::path::Path| {
+            let whole = |path: &std::path::Path| path.canonicalize().ok();
+            whole(file).is_some_and(|file| Some(file) == whole(path))
+        };
+        self.places
+            .iter()
+            .any(|place| matches!(place, DataPlace::File(file) if is_same(file)))
+    }
+
+    /// Returns the rows of all files with their own columns. A file that cannot be read to its end
+    /// is the last item.
+    pub(super) fn records(
+        &self,
+    ) -> impl Iterator<Item = Result<DataRecord, Failure>> + Send + use<> {
+        RecordReader::new(RowStream::new(self.places.clone(), self.columns.clone()))
+    }
+
     /// Returns the pairs of all files, with findings about rows that cannot be read, and the place
     /// where a failure is found after the last pair.
     pub(super) fn reader(self) -> (RowReader, Trouble) {
@@ -209,29 +231,13 @@ struct PairReader {
     trouble: Trouble,
 }
 
-impl PairReader {
-    /// Names the file in a finding, if there are several, and the column as it is in the file.
-    fn placed(&self, issue: RowIssue) -> RowIssue {
-        let labels = self.rows.labels();
-        let mut message = labels.message(&issue.field, &issue.message);
-        if labels.has_several_files() {
-            message.push_str(&format!(" ({})", labels.place(issue.row)));
-        }
-        RowIssue {
-            field: labels.column(&issue.field),
-            message,
-            ..issue
-        }
-    }
-}
-
 impl Iterator for PairReader {
     type Item = Result<PreferenceRow, RowIssue>;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             if let Some(pair) = self.current.next() {
-                return Some(pair.map_err(|issue| self.placed(issue)));
+                return Some(pair.map_err(|issue| self.rows.labels().placed(issue)));
             }
             let (row, content) = match self.rows.next()? {
                 Ok(next) => next,

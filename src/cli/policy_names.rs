@@ -32,15 +32,15 @@ impl PolicyNames {
         })
     }
 
-    /// Returns the only model of the server.
+    /// Returns the only model of the server. `flag` is the one that names a model.
     ///
     /// # Errors
     /// Returns a failure with the models' names if there are several.
-    pub(super) fn only_model(&self) -> Result<String, Failure> {
+    pub(super) fn only_model(&self, flag: &str) -> Result<String, Failure> {
         match &self.models[..] {
             [one] => Ok(format!("{MODELS}{one}")),
             _ => Err(Failure::Usage(format!(
-                "the server has {} models: name one with --policy ({})",
+                "the server has {} models: name one with {flag} ({})",
                 self.models.len(),
                 self.listed()
             ))),

@@ -24,6 +24,8 @@ const TICK: Duration = Duration::from_millis(250);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unit {
     Pairs,
+    /// Optimizer steps of a job.
+    Steps,
     Bytes,
     /// The work has no position, so that only the passed time is shown.
     None,
@@ -38,6 +40,8 @@ pub(super) struct WorkProgress {
     is_shown: Cell<bool>,
     /// Time since the start at which the next line is due.
     next_line: Cell<Duration>,
+    /// The time that is left, if somebody else estimates it.
+    left: Cell<Option<Duration>>,
 }
 
 impl WorkProgress {
@@ -51,6 +55,7 @@ impl WorkProgress {
             started: Instant::now(),
             is_shown: Cell::new(false),
             next_line: Cell::new(LINE_INTERVAL),
+            left: Cell::new(None),
         };
         progress.set_style();
         progress
@@ -59,6 +64,11 @@ impl WorkProgress {
     /// Starts work on pairs, the number of which is not known yet.
     pub fn pairs(what: &str) -> Self {
         Self::new(what, Unit::Pairs, None)
+    }
+
+    /// Starts to wait for a job, the number of whose steps is not known yet.
+    pub fn steps(what: &str) -> Self {
+        Self::new(what, Unit::Steps, None)
     }
 
     /// Starts work on `total` bytes, or on an unknown number of them.
@@ -76,6 +86,8 @@ impl WorkProgress {
             (Unit::None, _) => "{spinner} {prefix}  {elapsed}",
             (Unit::Pairs, None) => "{spinner} {prefix}  {pos} pairs  {msg}",
             (Unit::Pairs, Some(_)) => "{prefix} {bar:20} {pos}/{len} pairs  {msg}",
+            (Unit::Steps, None) => "{spinner} {prefix}  {elapsed}",
+            (Unit::Steps, Some(_)) => "{prefix} {bar:20} {pos}/{len} steps  {msg}",
             (Unit::Bytes, None) => "{spinner} {prefix}  {bytes}",
             (Unit::Bytes, Some(_)) => "{prefix} {bar:20} {bytes}/{total_bytes}  {msg}",
         };
@@ -95,6 +107,11 @@ impl WorkProgress {
     /// Sets the position.
     pub fn set(&self, position: u64) {
         self.bar.set_position(position);
+    }
+
+    /// Sets the time that is left, as the server estimates it.
+    pub fn set_left(&self, left: Option<Duration>) {
+        self.left.set(left);
     }
 
     /// Sets the text before the bar.
@@ -145,7 +162,14 @@ impl WorkProgress {
             parts.push(self.rate());
         }
         let done = self.bar.position();
-        if let Some(total) = self.bar.length().filter(|n| *n > done && done > 0) {
+        if self.unit == Unit::Steps {
+            // A job may have begun before this command, so that its rate is not known here.
+            let left = self
+                .left
+                .get()
+                .map(|left| format!("{} left", HumanDuration(left)));
+            parts.extend(left);
+        } else if let Some(total) = self.bar.length().filter(|n| *n > done && done > 0) {
             let left = self
                 .started
                 .elapsed()
@@ -176,6 +200,8 @@ impl WorkProgress {
         let (done, total) = (self.bar.position(), self.bar.length());
         let done = match (self.unit, total) {
             (Unit::None, _) => format!("{} passed", HumanDuration(passed)),
+            (Unit::Steps, None) => format!("{} passed", HumanDuration(passed)),
+            (Unit::Steps, Some(total)) => format!("step {done} of {total}"),
             (Unit::Pairs, None) => format!("{done} pairs"),
             (Unit::Pairs, Some(total)) => format!("{done} of {total} pairs"),
             (Unit::Bytes, None) => HumanBytes(done).to_string(),

@@ -138,7 +138,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<PreferenceRow>, Failure> {
 }
 
 /// Describes a finding without its row. Most messages begin with the field.
-fn reason(issue: &RowIssue) -> String {
+pub(super) fn reason(issue: &RowIssue) -> String {
     match issue.message.starts_with(&issue.field) {
         true => issue.message.clone(),
         false => format!("{}: {}", issue.field, issue.message),
@@ -368,7 +368,8 @@ fn send(
     }
 }
 
-fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
+/// Converts a pair to a message.
+pub(super) fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
     let TemplateArguments { tools, kwargs } = &row.arguments;
     pb::Pair {
         id,

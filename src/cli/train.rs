@@ -304,7 +304,7 @@ async fn complete_names(
     for job in jobs {
         let request = &mut job.request;
         request.policy = match request.policy.as_str() {
-            "" => names.only_model()?,
+            "" => names.only_model("--policy")?,
             given => {
                 names
                     .complete(&words.of_field("training_job.policy"), given)

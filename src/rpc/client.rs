@@ -162,6 +162,39 @@ pub fn is_absent(status: &Status) -> bool {
     )
 }
 
+/// Returns true if the same call may succeed later: the connection dropped, or the server is
+/// starting, stopping or busy.
+pub fn is_transient(code: i32) -> bool {
+    matches!(
+        Code::from_i32(code),
+        Code::Unavailable
+            | Code::ResourceExhausted
+            | Code::Unknown
+            | Code::Cancelled
+            | Code::Internal
+            | Code::DeadlineExceeded
+            | Code::Aborted
+    )
+}
+
+/// Returns true if a code blames the arguments of a call.
+pub fn blames_arguments(code: i32) -> bool {
+    matches!(
+        Code::from_i32(code),
+        Code::InvalidArgument | Code::OutOfRange
+    )
+}
+
+/// Returns true if a call was refused because of a limit or a quota.
+pub fn is_exhausted(status: &Status) -> bool {
+    status.code() == Code::ResourceExhausted
+}
+
+/// Returns true if a call was refused because the named resource does not exist.
+pub fn is_not_found(status: &Status) -> bool {
+    status.code() == Code::NotFound
+}
+
 /// Result of a call.
 pub type ClientResult<T> = Result<T, ClientError>;
 

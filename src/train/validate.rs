@@ -311,7 +311,7 @@ fn issue(
 }
 
 /// Returns the findings that follow from the row alone.
-fn check(row: &PreferenceRow) -> Vec<RowIssue> {
+pub fn check(row: &PreferenceRow) -> Vec<RowIssue> {
     let mut issues = Vec::new();
     if is_empty(&row.prompt) {
         issues.push(issue(
@@ -433,7 +433,7 @@ impl Seen {
 
 /// Returns the content hash of a pair. Text lengths are included, so that different pairs never
 /// give the same input bytes.
-fn hash(row: &PreferenceRow, a: &Text, b: &Text) -> [u8; 32] {
+pub fn hash(row: &PreferenceRow, a: &Text, b: &Text) -> [u8; 32] {
     let mut hash = blake3::Hasher::new();
     let mut add = |s: &str| {
         hash.update(&(s.len() as u64).to_le_bytes());

@@ -14,6 +14,7 @@ mod corpus;
 mod crash;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod curate;
 mod data_files;
 mod datasets;
 mod declared_tokens;

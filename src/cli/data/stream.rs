@@ -9,6 +9,7 @@ use super::open::{Opened, open};
 use super::places::DataPlace;
 use super::row::{DataRow, RowProblem};
 use crate::cli::failure::Failure;
+use crate::domain::dataset::RowIssue;
 
 /// Iterator over the rows of several files with their numbers, from 1 and through all files. Files
 /// are opened one after the other. A failure, which names the file, is the last item.
@@ -66,6 +67,19 @@ impl Labels {
     pub(super) fn describe(&self, row: u64, problem: &RowProblem) -> String {
         let message = self.message(&problem.field, &problem.message);
         format!("{}: {message}", self.place(row))
+    }
+
+    /// Names the file in a finding, if there are several, and the column as it is in the file.
+    pub(super) fn placed(&self, issue: RowIssue) -> RowIssue {
+        let mut message = self.message(&issue.field, &issue.message);
+        if self.has_several_files() {
+            message.push_str(&format!(" ({})", self.place(issue.row)));
+        }
+        RowIssue {
+            field: self.column(&issue.field),
+            message,
+            ..issue
+        }
     }
 
     pub(super) fn has_several_files(&self) -> bool {

@@ -1,0 +1,309 @@
+//! `bradley curate`: finds wrong labels. Rows are divided into folds; for each, an adapter is
+//! trained on the other folds through the service, and scores the rows that it has not seen.
+
+mod folder;
+mod index;
+mod jobs;
+mod report;
+mod scorer;
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::json;
+
+use self::folder::{ScoreFolder, SyncedFile, check_output};
+use self::index::RowIndex;
+use self::jobs::{CreateError, FoldJob, FoldJobs, JobTemplate, RUN_LABEL};
+use self::report::{CurationReport, Thresholds, write_rows};
+use self::scorer::score_fold;
+use super::args::{CurateArgs, Output};
+use super::data::DataFiles;
+use super::failure::{Failure, Outcome};
+use super::output::{self, line};
+use super::policy_names::PolicyNames;
+use super::progress::{WorkProgress, say, waiting, warn};
+use super::remote::{connect, server_flag};
+use crate::rpc::client::Client;
+use crate::rpc::pb;
+
+/// Version of the computation: scores of another one are not used.
+const RUN_VERSION: u32 = 1;
+/// Number of hexadecimal digits of the id of a curation.
+const ID_DIGITS: usize = 16;
+
+pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
+    let thresholds = Thresholds::new(&args)?;
+    check_output("--out", &args.out)?;
+    if let Some(report) = &args.report {
+        check_output("--report", report)?;
+    }
+    let data = DataFiles::find(&args.data, &args.reading).await?;
+    check_files(&args, &data)?;
+    let client = connect(&args.server.target()).await?;
+    let model = model(&client, &args.model).await?;
+    let template = JobTemplate::new(&args, &model.name)?;
+    template.check(&client).await?;
+    let index = read_index(&data, &args).await?;
+    let run = run_id(&args, &model, &template, &index)?;
+    if args.out.exists() && !ScoreFolder::path(&args.out, &run).exists() {
+        return Err(Failure::Usage(format!(
+            "--out {} exists: remove it, or name another file",
+            args.out.display()
+        )));
+    }
+    for other in ScoreFolder::others(&args.out, &run) {
+        let folder = ScoreFolder::path(&args.out, &other);
+        warn(&format!(
+            "{} is of an interrupted curation with other rows, another model or other flags; its \
+             jobs have the label {RUN_LABEL}={other}",
+            folder.display()
+        ));
+    }
+    let mut curation = Curation {
+        folder: ScoreFolder::open(&args.out, &run)?,
+        jobs: FoldJobs::find(&client, template, &run, args.folds).await?,
+        client,
+        folds: args.folds,
+        data,
+        index: Arc::new(index),
+        thresholds,
+    };
+    let result = tokio::select! {
+        result = curation.work(&args.out) => result,
+        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted("interrupted".to_owned())),
+    };
+    let report = match result {
+        Ok(report) => report,
+        Err(failure) => return Err(resumable(failure, &curation.jobs, &args)),
+    };
+    let document = report.to_json(&run, &model.name);
+    if let Some(path) = &args.report {
+        let text = format!("{document:#}\n");
+        std::fs::write(path, text)
+            .map_err(|e| Failure::Failed(format!("--report {}: {e}", path.display())))?;
+    }
+    match output {
+        Output::Table => report.print(),
+        other => output::resource(other, &document),
+    }
+    if !report.replaced.is_empty() {
+        warn(&format!(
+            "these columns of the rows are replaced by the results: {}",
+            report.replaced.join(", ")
+        ));
+    }
+    if report.errors() > 0 {
+        warn(&format!(
+            "{} rows were not scored: the column error of {} says why",
+            report.errors(),
+            args.out.display()
+        ));
+    }
+    curation.clean_up(&args, output).await
+}
+
+/// Checks that the files can be read several times and are not written.
+fn check_files(args: &CurateArgs, data: &DataFiles) -> Outcome {
+    if !data.is_rereadable() {
+        return Err(Failure::Usage(
+            "--data names standard input or a pipe, and the rows are read several times: write \
+             them to a file first"
+                .to_owned(),
+        ));
+    }
+    let outputs = [
+        ("--out", Some(&args.out)),
+        ("--report", args.report.as_ref()),
+    ];
+    for (flag, path) in outputs {
+        if let Some(path) = path.filter(|path| data.contains(path)) {
+            return Err(Failure::Usage(format!(
+                "{flag} {} is one of the files of --data: name another file",
+                path.display()
+            )));
+        }
+    }
+    match args.report.as_ref() == Some(&args.out) {
+        true => Err(Failure::Usage(
+            "--report names the file of --out: name another file".to_owned(),
+        )),
+        false => Ok(()),
+    }
+}
+
+/// Returns the base model with its content hashes.
+async fn model(client: &Client, given: &str) -> Result<pb::Model, Failure> {
+    let names = PolicyNames::of(client).await?;
+    let name = match given {
+        "" => names.only_model("--model")?,
+        given => names.complete("--model", given).await?,
+    };
+    if !name.starts_with("models/") {
+        return Err(Failure::Usage(format!(
+            "--model {given} is a job: name a base model, on which the adapters are trained"
+        )));
+    }
+    let request = pb::GetModelRequest { name };
+    Ok(client.models().get_model(request).await?.into_inner())
+}
+
+/// Reads the rows for the first time, and checks that they can be divided.
+async fn read_index(data: &DataFiles, args: &CurateArgs) -> Result<RowIndex, Failure> {
+    let (files, seed, folds) = (data.clone(), args.seed, args.folds);
+    let reading = tokio::task::spawn_blocking(move || RowIndex::read(&files, seed, folds));
+    let index = waiting(&format!("reading {}", data.title()), reading).await;
+    let index = index.map_err(|e| Failure::Failed(e.to_string()))??;
+    for fold in (0..folds).filter(|fold| index.scored_by(*fold) > 0) {
+        if index.training(fold) == 0 {
+            return Err(Failure::Failed(format!(
+                "{} leaves no row to train on for fold {}: more rows with different prompts are \
+                 needed, or another --seed",
+                data.title(),
+                fold + 1
+            )));
+        }
+    }
+    if index.rows.iter().any(|row| row.fold.is_ok()) {
+        return Ok(index);
+    }
+    let first = index.rows.into_iter().find_map(|row| row.fold.err());
+    Err(Failure::Failed(match first {
+        Some(first) => format!(
+            "no row of {} can be used; the first one: {first}",
+            data.title()
+        ),
+        None => format!("{} has no rows", data.title()),
+    }))
+}
+
+/// Returns the id of a curation: a hash of everything that its scores depend on.
+fn run_id(
+    args: &CurateArgs,
+    model: &pb::Model,
+    template: &JobTemplate,
+    index: &RowIndex,
+) -> Result<String, Failure> {
+    let identity = model.identity.clone().unwrap_or_default();
+    let content = json!([
+        RUN_VERSION,
+        index.content.to_hex().as_str(),
+        args.folds,
+        args.seed,
+        [
+            identity.weights,
+            identity.config,
+            identity.tokenizer,
+            identity.chat_template,
+        ],
+        template.settings()?,
+    ]);
+    let hash = blake3::hash(content.to_string().as_bytes()).to_hex();
+    Ok(hash.chars().take(ID_DIGITS).collect())
+}
+
+/// Adds to a failure how to continue, and what is on the server meanwhile.
+fn resumable(failure: Failure, jobs: &FoldJobs, args: &CurateArgs) -> Failure {
+    let mut text = "the same command continues from here".to_owned();
+    if let Some(remaining) = jobs.remaining(&server_flag(&args.server)) {
+        text.push_str(&format!("; {remaining}"));
+    }
+    let with = |message: String| format!("{message}\n{text}");
+    match failure {
+        Failure::Failed(m) => Failure::Failed(with(m)),
+        Failure::Usage(m) => Failure::Usage(with(m)),
+        Failure::Unreachable(m) => Failure::Unreachable(with(m)),
+        Failure::Interrupted(m) => Failure::Interrupted(with(m)),
+    }
+}
+
+/// A curation in progress.
+struct Curation {
+    client: Client,
+    data: DataFiles,
+    index: Arc<RowIndex>,
+    folds: u32,
+    thresholds: Thresholds,
+    folder: ScoreFolder,
+    jobs: FoldJobs,
+}
+
+impl Curation {
+    /// Trains and scores what earlier starts have not, and writes the output.
+    async fn work(&mut self, out: &Path) -> Result<CurationReport, Failure> {
+        // All jobs are created first, so that a server with several devices uses them.
+        let mut created: VecDeque<(u32, FoldJob)> = VecDeque::new();
+        for fold in 0..self.folds {
+            if self.folder.has_scores(fold) || self.index.scored_by(fold) == 0 {
+                continue;
+            }
+            let job = loop {
+                let file = self.folder.temporary(&format!("train-{}", fold + 1));
+                let rows = (&self.data, &self.index);
+                match self.jobs.ensure(rows, fold, file).await {
+                    Ok(job) => break job,
+                    Err(CreateError::Other(failure)) => return Err(failure),
+                    Err(CreateError::Exhausted(failure)) => match created.pop_front() {
+                        Some((earlier, job)) => self.finish_fold(earlier, &job).await?,
+                        None => return Err(failure),
+                    },
+                }
+            };
+            created.push_back((fold, job));
+        }
+        for (fold, job) in created {
+            self.finish_fold(fold, &job).await?;
+        }
+        self.write_output(out).await
+    }
+
+    /// Waits for the job of a fold and scores the fold's rows.
+    async fn finish_fold(&self, fold: u32, job: &FoldJob) -> Outcome {
+        let name = format!("fold {} of {}", fold + 1, self.folds);
+        let training = WorkProgress::steps(&format!("{name}: training"));
+        self.jobs.wait(job, &training).await?;
+        drop(training);
+        let progress = WorkProgress::pairs(&format!("{name}: scoring"));
+        progress.set_total(self.index.scored_by(fold));
+        let policy = format!("{}/checkpoints/latest", job.name);
+        let rows = (&self.data, &self.index);
+        let writer = self.folder.create_scores(fold)?;
+        let scoring = score_fold(&self.client, &policy, rows, fold, (writer, &progress));
+        progress.during(scoring).await?;
+        drop(progress);
+        say(&format!("{name} is scored"));
+        Ok(())
+    }
+
+    async fn write_output(&self, out: &Path) -> Result<CurationReport, Failure> {
+        let path = self.folder.temporary("output");
+        let mut file = SyncedFile::create(path)?;
+        let rows = (&self.data, &*self.index);
+        let report = write_rows(rows, &self.folder, self.folds, self.thresholds, &mut file)?;
+        file.move_to(out)?;
+        Ok(report)
+    }
+
+    /// Deletes jobs and datasets, unless they are to be kept, and the folder with the scores.
+    async fn clean_up(mut self, args: &CurateArgs, output: Output) -> Outcome {
+        if args.keep {
+            if output == Output::Table {
+                line(&format!(
+                    "kept on the server: {}",
+                    self.jobs.names().join(", ")
+                ));
+            }
+            return self.folder.remove();
+        }
+        match self.jobs.delete().await {
+            Ok(()) => self.folder.remove(),
+            Err(failure) => {
+                let flag = server_flag(&args.server);
+                let remaining = self.jobs.remaining(&flag).unwrap_or_default();
+                let done = format!("{} is complete, but {remaining}", args.out.display());
+                Err(Failure::Failed(format!("{done}\n{}", failure.message())))
+            }
+        }
+    }
+}
