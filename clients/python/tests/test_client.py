@@ -323,6 +323,37 @@ def test_many_pairs_are_several_calls(client: Client, monkeypatch: pytest.Monkey
     assert len(set(whole.warnings)) == len(whole.warnings)
 
 
+def test_rows_mean_the_same_as_for_the_command_line(
+    server: Server, client: Client, policy: str, tmp_path: Path
+) -> None:
+    """Other shapes of rows, tools and arguments, against `bradley score`."""
+    first = CHAT_ROWS[0]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"b": 1, "a": 2.0}}}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"z": 1}}}]}
+    dialogue = {k: first["prompt"] + first[k] for k in ("chosen", "rejected")}
+    rows: list[dict[str, Any]] = [
+        *ROWS,
+        {**first, "system": "Be brief."},
+        {**first, "tools": [tool], "chat_template_kwargs": {"x": 1.0}},
+        {**first, "chosen": [{**call, "content": None}]},
+        dialogue,
+        {**dialogue, "prompt": first["prompt"][0]["content"]},
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["score", "--server", server.target, "--policy", policy, "--data", str(data)]
+    said = subprocess.run(
+        [os.environ["BRADLEY_TEST_BINARY"], *command, "--format", "json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = [json.loads(line) for line in said.stdout.splitlines()]
+    found = scores(client, rows, policy)
+    assert [score.margin for score in found] == [row["margin"] for row in expected]
+    assert len({score.margin for score in found}) == len(rows) - 2, "two rows are the first again"
+
+
 def test_whole_dialogues_are_pairs(client: Client, policy: str) -> None:
     whole = [
         {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]}
@@ -332,7 +363,7 @@ def test_whole_dialogues_are_pairs(client: Client, policy: str) -> None:
 
 
 def test_a_pair_that_cannot_be_scored_has_an_error(client: Client) -> None:
-    bad = {**CHAT_ROWS[0], "chosen": "Paris."}
+    bad = {**CHAT_ROWS[0], "prompt": [{"role": "user", "x": 1}]}
     results = client.score_pairs([PLAIN_ROWS[0], bad], "tiny").results
     assert results[0].HasField("score")
     error = from_status(results[1].error)

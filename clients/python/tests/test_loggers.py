@@ -46,7 +46,7 @@ def watch_in_two_parts(
         cursor = event.sequence
         if event.step_metrics.step == 3:
             break
-    watching.close()  # type: ignore[attr-defined]
+    watching.close()
     for _ in client.watch(job, after=cursor, log_to=[second]):
         pass
     return cursor

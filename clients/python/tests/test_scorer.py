@@ -122,15 +122,19 @@ def test_bad_rows_stay_with_an_error(scorer: Scorer, plain_scores: Scores) -> No
     rows[1]["chosen"] = None
     rows[2]["prompt"] = None
     mixed = [*rows, {**CHAT_ROWS[0], "chosen": "Paris."}, {**CHAT_ROWS[0], "prompt": [{"x": 1}]}]
-    mixed.append({**CHAT_ROWS[0], "prompt": 7})
+    mixed.append({**PLAIN_ROWS[0], "prompt": 7})
+    mixed.append({**CHAT_ROWS[0], "images": [b"png"]})
+    mixed.append({**PLAIN_ROWS[0], "system": "Be brief."})
     scored = scorer.rows(mixed)
     assert [row["id"] for row in scored] == [row["id"] for row in mixed]
     errors = [row["error"] for row in scored]
     assert errors[1] == "chosen: is missing"
     assert errors[2] == "prompt: is missing"
-    assert errors[6].startswith("INVALID_ARGUMENT"), errors
+    assert errors[6] == "chosen: give texts or lists of messages for both the prompt and chosen"
     assert errors[7].startswith("INVALID_ARGUMENT"), errors
-    assert errors[8] == "prompt: is int; give a text or a list of messages"
+    assert errors[8] == "chosen: give texts or lists of messages for both the prompt and chosen"
+    assert errors[9] == "images: cannot be used, because models here see text only"
+    assert errors[10] == "system: needs a dialogue; make the prompt a list of messages"
     assert [row["probability"] is None for row in scored] == [e is not None for e in errors]
     good = [0, 3, 4, 5]
     check_scores([scored[i] for i in good], [plain_scores[i] for i in good])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
     Awaitable,
@@ -24,7 +25,7 @@ from bradley.client import FileWriter, unreachable
 from bradley.connection import Address, Pem
 from bradley.errors import BradleyError, from_rpc
 from bradley.loggers import EventLogger, LogTo, open_logger
-from bradley.retry import Deadline, RetryPolicy
+from bradley.retry import Deadline, RetryPolicy, given
 from bradley.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -143,7 +144,7 @@ class AsyncClient:
                 raise
 
         retry = self._retry if repeatable else RetryPolicy(max_attempts=1)
-        deadline = Deadline(timeout or self._scoring_timeout)
+        deadline = Deadline(given(timeout, self._scoring_timeout))
         return await self._repeat(send, None, deadline, retry, repeatable=False)
 
     async def dataset(self, name: str, *, timeout: float | None = None) -> dataset_pb2.Dataset:
@@ -191,7 +192,7 @@ class AsyncClient:
         created = calls.job_request(job, fields).training_job
         request = training_pb2.EstimateTrainingJobRequest(training_job=created)
         return await self._call(
-            self._training.EstimateTrainingJob, request, timeout or self._scoring_timeout
+            self._training.EstimateTrainingJob, request, given(timeout, self._scoring_timeout)
         )
 
     async def job(self, job: JobLike, *, timeout: float | None = None) -> training_pb2.TrainingJob:
@@ -257,7 +258,7 @@ class AsyncClient:
         tail: int = 0,
         log_to: LogTo | None = None,
         timeout: float | None = None,
-    ) -> AsyncIterator[training_pb2.TrainingEvent]:
+    ) -> AsyncGenerator[training_pb2.TrainingEvent, None]:
         """Returns the events of a job after the sequence number `after`; see `Client.watch`."""
         cursor = calls.EventCursor(job, after, tail, self._retry, timeout)
         logger = open_logger(log_to, _no_job)
@@ -351,7 +352,7 @@ class AsyncClient:
             name=calls.checkpoint_name(checkpoint), format=calls.export_format(format), dtype=dtype
         )
         return await self._call(
-            self._checkpoints.ExportCheckpoint, request, timeout or self._scoring_timeout
+            self._checkpoints.ExportCheckpoint, request, given(timeout, self._scoring_timeout)
         )
 
     async def download(
@@ -375,7 +376,7 @@ class AsyncClient:
                     await asyncio.to_thread(writer.take, part)
             return writer.paths
 
-        deadline = Deadline(timeout or 3600)
+        deadline = Deadline(given(timeout, 3600))
         return await self._repeat(receive, None, deadline, self._retry, repeatable=True)
 
     # Scoring --------------------------------------------------------------------------------------
@@ -390,7 +391,7 @@ class AsyncClient:
     ) -> scoring_pb2.ScorePairsResponse:
         """Scores pairs. The results have the order of the pairs; see `Client.score_pairs`."""
         options = calls.options(policy, arguments)
-        deadline = Deadline(timeout or self._scoring_timeout)
+        deadline = Deadline(given(timeout, self._scoring_timeout))
         chunks = messages.chunks_of(calls.pairs(pairs), calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
         return calls.join_responses([await self._score(options, c, deadline) for c in chunks])
 
@@ -421,9 +422,11 @@ class AsyncClient:
     ) -> scoring_pb2.ScoreCompletionsResponse:
         """Scores up to 256 answers to a prompt: log-probs, rewards and a ranking."""
         options = calls.options(policy, arguments)
-        request = messages.completions_request(options, prompt, list(completions))
+        request = messages.completions_request(
+            options, {"prompt": prompt, "completions": list(completions)}
+        )
         return await self._call(
-            self._scoring.ScoreCompletions, request, timeout or self._scoring_timeout
+            self._scoring.ScoreCompletions, request, given(timeout, self._scoring_timeout)
         )
 
     async def stream_scores(
@@ -433,7 +436,7 @@ class AsyncClient:
         *,
         timeout: float = 86_400.0,
         **arguments: Unpack[ScoringArguments],
-    ) -> AsyncIterator[scoring_pb2.StreamScorePairsResponse]:
+    ) -> AsyncGenerator[scoring_pb2.StreamScorePairsResponse, None]:
         """Scores pairs as they come, in any order; see `Client.stream_scores`."""
         options = calls.options(policy, arguments)
         deadline = Deadline(timeout)
@@ -494,7 +497,7 @@ class AsyncClient:
         *,
         repeatable: bool = True,
     ) -> _T:
-        deadline = Deadline(timeout or self._timeout)
+        deadline = Deadline(given(timeout, self._timeout))
         return await self._repeat(method, request, deadline, self._retry, repeatable=repeatable)
 
     async def _repeat(

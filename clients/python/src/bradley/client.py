@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
@@ -16,7 +16,7 @@ from bradley.calls import JobLike, PolicyLike, ScoringArguments
 from bradley.connection import Address, Pem
 from bradley.errors import BradleyError, ErrorInfo, from_info, from_rpc
 from bradley.loggers import LogTo, open_logger
-from bradley.retry import Deadline, RetryPolicy
+from bradley.retry import Deadline, RetryPolicy, given
 from bradley.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -142,7 +142,7 @@ class Client:
                 raise
 
         retry = self._retry if repeatable else RetryPolicy(max_attempts=1)
-        deadline = Deadline(timeout or self._scoring_timeout)
+        deadline = Deadline(given(timeout, self._scoring_timeout))
         return self._repeat(send, None, deadline, retry, repeatable=False)
 
     def dataset(self, name: str, *, timeout: float | None = None) -> dataset_pb2.Dataset:
@@ -195,7 +195,7 @@ class Client:
         created = calls.job_request(job, fields).training_job
         request = training_pb2.EstimateTrainingJobRequest(training_job=created)
         return self._call(
-            self._training.EstimateTrainingJob, request, timeout or self._scoring_timeout
+            self._training.EstimateTrainingJob, request, given(timeout, self._scoring_timeout)
         )
 
     def job(self, job: JobLike, *, timeout: float | None = None) -> training_pb2.TrainingJob:
@@ -250,7 +250,7 @@ class Client:
         tail: int = 0,
         log_to: LogTo | None = None,
         timeout: float | None = None,
-    ) -> Iterator[training_pb2.TrainingEvent]:
+    ) -> Generator[training_pb2.TrainingEvent, None, None]:
         """Returns the events of a job after the sequence number `after`, until the job ends.
 
         The cursor is `event.sequence` of the last event, a number that can be saved: a later call
@@ -347,7 +347,7 @@ class Client:
             name=calls.checkpoint_name(checkpoint), format=calls.export_format(format), dtype=dtype
         )
         return self._call(
-            self._checkpoints.ExportCheckpoint, request, timeout or self._scoring_timeout
+            self._checkpoints.ExportCheckpoint, request, given(timeout, self._scoring_timeout)
         )
 
     def download(
@@ -374,7 +374,9 @@ class Client:
             with _cancelled_at_exit(stream):
                 return save_files(stream, folder)
 
-        return self._repeat(receive, None, Deadline(timeout or 3600), self._retry, repeatable=True)
+        return self._repeat(
+            receive, None, Deadline(given(timeout, 3600)), self._retry, repeatable=True
+        )
 
     # Scoring --------------------------------------------------------------------------------------
 
@@ -394,7 +396,7 @@ class Client:
         calls.
         """
         options = calls.options(policy, arguments)
-        deadline = Deadline(timeout or self._scoring_timeout)
+        deadline = Deadline(given(timeout, self._scoring_timeout))
         chunks = messages.chunks_of(calls.pairs(pairs), calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
         return calls.join_responses([self.score_call(options, c, deadline) for c in chunks])
 
@@ -426,8 +428,12 @@ class Client:
     ) -> scoring_pb2.ScoreCompletionsResponse:
         """Scores up to 256 answers to a prompt: log-probs, rewards and a ranking."""
         options = calls.options(policy, arguments)
-        request = messages.completions_request(options, prompt, list(completions))
-        return self._call(self._scoring.ScoreCompletions, request, timeout or self._scoring_timeout)
+        request = messages.completions_request(
+            options, {"prompt": prompt, "completions": list(completions)}
+        )
+        return self._call(
+            self._scoring.ScoreCompletions, request, given(timeout, self._scoring_timeout)
+        )
 
     def completions_call(
         self, request: scoring_pb2.ScoreCompletionsRequest, deadline: Deadline
@@ -444,7 +450,7 @@ class Client:
         *,
         timeout: float = 86_400.0,
         **arguments: Unpack[ScoringArguments],
-    ) -> Iterator[scoring_pb2.StreamScorePairsResponse]:
+    ) -> Generator[scoring_pb2.StreamScorePairsResponse, None, None]:
         """Scores pairs as they come, and returns results as they come, in any order.
 
         The result of a pair has its `id`, or its number from 0 if it has none. At most 512 pairs
@@ -511,7 +517,7 @@ class Client:
         *,
         repeatable: bool = True,
     ) -> _T:
-        deadline = Deadline(timeout or self._timeout)
+        deadline = Deadline(given(timeout, self._timeout))
         return self._repeat(method, request, deadline, self._retry, repeatable=repeatable)
 
     def _repeat(

@@ -9,6 +9,7 @@ metrics go to the same run again.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -109,7 +110,7 @@ class MLflow:
             return
         run = self._client.create_run(
             experiment,
-            tags={"bradley.job": job.name, **job.labels},
+            tags={"bradley.job": job.name},
             run_name=job.display_name or _job_id(job),
         )
         self._run_id = run.info.run_id
@@ -236,11 +237,14 @@ class EventLogger:
 
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
-    """Returns a job's settings as MLflow's parameters: dotted names, and texts."""
+    """Returns a job's settings as MLflow's parameters: dotted names, and texts.
+
+    A label may have any characters, a name of MLflow may not.
+    """
     if isinstance(value, dict):
         return [
             item
             for key, inner in value.items()
             for item in _flat(f"{prefix}.{key}" if prefix else key, inner)
         ]
-    return [(prefix, str(value)[:500])]
+    return [(re.sub(r"[^\w\-. /]", "_", prefix), str(value)[:500])]

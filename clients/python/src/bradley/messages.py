@@ -20,6 +20,12 @@ PairLike = scoring_pb2.Pair | Mapping[str, Any]
 _JOB_SECTIONS = ("dpo", "optimizer", "lora", "batch", "run")
 
 
+MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
+"""Columns without which a row would mean something else."""
+FURTHER_COLUMNS = ("system", "tools", "chat_template_kwargs", *MEDIA_COLUMNS)
+"""Columns of a row besides the prompt and the answers."""
+
+
 class RowError(ValueError):
     """A row has no pair that could be sent."""
 
@@ -94,9 +100,11 @@ def to_json(value: Any) -> str:
 
 
 def pair_message(row: PairLike, pair_id: str | None = None) -> scoring_pb2.Pair:
-    """Converts a row to a pair. Raises `RowError` if it has none.
+    """Converts a row to a pair, as `bradley score` does. Raises `RowError` if it has none.
 
-    Without `prompt`, the messages that both dialogues begin with are the prompt.
+    Without `prompt`, the messages that both dialogues begin with are the prompt. So they are if
+    `prompt` is only the text of their first user message (UltraFeedback). A `system` column is the
+    text of the system message.
     """
     if isinstance(row, scoring_pb2.Pair):
         pair = scoring_pb2.Pair()
@@ -105,21 +113,26 @@ def pair_message(row: PairLike, pair_id: str | None = None) -> scoring_pb2.Pair:
             pair.id = pair_id
         return pair
     a_name, b_name = ("a", "b") if "a" in row and "b" in row else ("chosen", "rejected")
-    prompt, a, b = row.get("prompt"), row.get(a_name), row.get(b_name)
-    for name, value in ((a_name, a), (b_name, b)):
-        if is_missing(value):
+    for name in (a_name, b_name):
+        if is_missing(row.get(name)):
             raise RowError(f"{name}: is missing")
-    if is_missing(prompt):
-        a, b = plain(a), plain(b)
-        prompt, a, b = _split_dialogues(a, b, f"{a_name} and {b_name}")
     try:
+        _refuse_media(row)
+        prompt, a, b = plain(row.get("prompt")), plain(row[a_name]), plain(row[b_name])
+        if prompt is None or _is_first_user_text(prompt, a, b):
+            prompt, a, b = _split_dialogues(a, b, f"{a_name} and {b_name}")
+        prompt = _with_system(prompt, row.get("system"))
+        for name, answer in ((a_name, a), (b_name, b)):
+            _check_form(prompt, answer, name)
         pair = scoring_pb2.Pair(
             id=_id(row) if pair_id is None else pair_id,
             prompt=text_message(prompt, "prompt"),
             a=text_message(a, a_name),
             b=text_message(b, b_name),
         )
-        set_arguments(pair, row.get("tools"), row.get("chat_template_kwargs"))
+        kwargs = row.get("chat_template_kwargs")
+        # Without a template there is nothing that variables could change.
+        set_arguments(pair, row.get("tools"), None if isinstance(prompt, str) else kwargs)
     except RowError:
         raise
     except (TypeError, ValueError) as error:
@@ -132,6 +145,23 @@ def _id(row: Mapping[str, Any]) -> str:
     return "" if is_missing(given) else str(given)
 
 
+def _refuse_media(row: Mapping[str, Any]) -> None:
+    for name in MEDIA_COLUMNS:
+        value: Any = row.get(name)
+        if not is_missing(value) and not (hasattr(value, "__len__") and len(value) == 0):
+            raise RowError(f"{name}: cannot be used, because models here see text only")
+
+
+def _is_first_user_text(prompt: Any, *dialogues: Any) -> bool:
+    for dialogue in dialogues:
+        if not (isinstance(dialogue, list) and all(isinstance(m, dict) for m in dialogue)):
+            return False
+        said = [message.get("content") for message in dialogue if message.get("role") == "user"]
+        if not said or said[0] != prompt:
+            return False
+    return True
+
+
 def _split_dialogues(a: Any, b: Any, names: str) -> tuple[Any, Any, Any]:
     if not (isinstance(a, list) and isinstance(b, list)):
         raise RowError("prompt: is missing")
@@ -141,6 +171,26 @@ def _split_dialogues(a: Any, b: Any, names: str) -> tuple[Any, Any, Any]:
     if same == 0:
         raise RowError(f"prompt: is missing, and {names} do not begin with the same messages")
     return a[:same], a[same:], b[same:]
+
+
+def _with_system(prompt: Any, system: Any) -> Any:
+    if is_missing(system) or (isinstance(system, str) and not system.strip()):
+        return prompt
+    if not isinstance(system, str):
+        raise RowError(f"system: is {type(system).__name__}; give the text of the system message")
+    if not isinstance(prompt, list):
+        raise RowError("system: needs a dialogue; make the prompt a list of messages")
+    message = {"role": "system", "content": system}
+    if prompt and prompt[0] == message:
+        return prompt
+    if prompt and isinstance(prompt[0], dict) and prompt[0].get("role") == "system":
+        raise RowError("system: differs from the system message of the prompt")
+    return [message, *prompt]
+
+
+def _check_form(prompt: Any, answer: Any, name: str) -> None:
+    if isinstance(prompt, str) is not isinstance(answer, str):
+        raise RowError(f"{name}: give texts or lists of messages for both the prompt and {name}")
 
 
 def set_arguments(
@@ -155,23 +205,28 @@ def set_arguments(
 
 
 def completions_request(
-    options: scoring_pb2.ScoringOptions,
-    prompt: Any,
-    completions: Any,
-    tools: Any = None,
-    chat_template_kwargs: Any = None,
+    options: scoring_pb2.ScoringOptions, row: Mapping[str, Any]
 ) -> scoring_pb2.ScoreCompletionsRequest:
-    """Builds the request for N answers to a prompt. Raises `RowError` if it cannot be built."""
-    if is_missing(completions):
-        raise RowError("completions: is missing")
-    answers = plain(completions)
-    if not isinstance(answers, list):
-        raise RowError("completions: give a list of answers")
+    """Builds the request for a row with `prompt` and `completions`.
+
+    Raises `RowError` if it cannot be built.
+    """
+    for name in ("prompt", "completions"):
+        if is_missing(row.get(name)):
+            raise RowError(f"{name}: is missing")
     own = scoring_pb2.ScoringOptions()
     own.CopyFrom(options)
     try:
+        _refuse_media(row)
+        answers = plain(row["completions"])
+        if not isinstance(answers, list):
+            raise RowError("completions: give a list of answers")
+        prompt = _with_system(plain(row["prompt"]), row.get("system"))
+        for i, answer in enumerate(answers):
+            _check_form(prompt, answer, f"completions[{i}]")
         # The answers of a request have no arguments of their own.
-        set_arguments(own, tools, chat_template_kwargs)
+        kwargs = row.get("chat_template_kwargs")
+        set_arguments(own, row.get("tools"), None if isinstance(prompt, str) else kwargs)
         return scoring_pb2.ScoreCompletionsRequest(
             options=own,
             prompt=text_message(prompt, "prompt"),

@@ -42,6 +42,11 @@ class RetryPolicy:
         return None
 
 
+def given(timeout: float | None, default: float) -> float:
+    """Returns a timeout, or the default if none is given."""
+    return default if timeout is None else timeout
+
+
 class Deadline:
     """The end of a call's time."""
 

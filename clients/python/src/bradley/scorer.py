@@ -237,7 +237,7 @@ class Scorer:
 
     def _inputs(self) -> list[str]:
         answers = [self._completions] if self._completions else [self._chosen, self._rejected]
-        return [self._prompt, *answers, "tools", "chat_template_kwargs"]
+        return [self._prompt, *answers, *messages.FURTHER_COLUMNS]
 
     def _check_columns(self, names: Sequence[str]) -> None:
         needed = {"completions": self._completions, "prompt": self._prompt}
@@ -273,11 +273,10 @@ class Scorer:
         pairs = []
         for number, row in enumerate(rows):
             named = {
+                **{name: row.get(name) for name in messages.FURTHER_COLUMNS},
                 "prompt": row.get(self._prompt),
                 "chosen": row.get(self._chosen),
                 "rejected": row.get(self._rejected),
-                "tools": row.get("tools"),
-                "chat_template_kwargs": row.get("chat_template_kwargs"),
             }
             try:
                 pairs.append(messages.pair_message(named, str(number)))
@@ -316,13 +315,12 @@ class Scorer:
 
         def call(row: Mapping[str, Any]) -> dict[str, Any]:
             try:
-                request = messages.completions_request(
-                    options,
-                    row.get(self._prompt),
-                    row.get(self._completions),
-                    row.get("tools"),
-                    row.get("chat_template_kwargs"),
-                )
+                named = {
+                    **{name: row.get(name) for name in messages.FURTHER_COLUMNS},
+                    "prompt": row.get(self._prompt),
+                    "completions": row.get(self._completions),
+                }
+                request = messages.completions_request(options, named)
             except messages.RowError as error:
                 return {"error": str(error)}
             try:
