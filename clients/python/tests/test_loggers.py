@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,12 @@ def test_wandb(
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
     assert all(path.stem == f"run-{trained.name.rpartition('/')[2]}" for path in files)
-    for path in files:
-        for step, metrics in _wandb_history(path):
-            if "loss" in metrics:
-                found[step] = metrics["loss"]
+    # W&B's own process writes the end of a file after `finish` has returned.
+    deadline = time.monotonic() + 60
+    while len(found) < len(STEPS) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        for path in files:
+            found |= {s: values["loss"] for s, values in _wandb_history(path) if "loss" in values}
     assert list(found) == STEPS
     # W&B writes the last digits differently.
     assert list(found.values()) == pytest.approx(losses(client, trained), rel=1e-12)

@@ -94,6 +94,19 @@ class Fake(
                 result.score.probability = 0.25
         return response
 
+    def StreamScorePairs(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
+        self._begin("StreamScorePairs", None, context)
+        for part in request_iterator:
+            if part.WhichOneof("part") == "options":
+                continue
+            answer = scoring_pb2.StreamScorePairsResponse()
+            answer.result.id = part.pair.id
+            if part.pair.id in self.bad_pairs:
+                answer.result.error.CopyFrom(self.bad_pairs.pop(part.pair.id))
+            else:
+                answer.result.score.probability = 0.25
+            yield answer
+
     def GetTrainingJob(self, request: Any, context: Any) -> Any:  # noqa: N802
         self._begin("GetTrainingJob", request, context)
         return training_pb2.TrainingJob(name=request.name)
@@ -201,6 +214,18 @@ def test_only_the_pairs_that_failed_are_sent_again(fake: tuple[Fake, Client]) ->
         ["1"],
     ]
     assert from_status(response.results[3].error).reason == "INVALID_ARGUMENT"
+
+
+def test_pairs_of_a_stream_that_failed_are_sent_again(fake: tuple[Fake, Client]) -> None:
+    servicer, client = fake
+    servicer.bad_pairs = {"1": busy(0.1), "3": busy(None, code=3, reason="INVALID_ARGUMENT")}
+    pairs = [{**pair, "id": f"pair-{i}"} for i, pair in enumerate(PAIRS)]
+    answers = {a.result.id: a.result for a in client.stream_scores(iter(pairs), "models/x")}
+    assert sorted(answers) == ["pair-0", "pair-1", "pair-2", "pair-3"]
+    assert not answers["pair-3"].HasField("score")
+    assert answers["pair-1"].HasField("score")
+    assert [name for name, _, _ in servicer.calls] == ["StreamScorePairs"] * 2
+    assert gaps(servicer)[0] >= 0.1
 
 
 def test_retries_can_be_turned_off(fake: tuple[Fake, Client]) -> None:

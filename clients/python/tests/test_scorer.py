@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -223,28 +225,44 @@ def test_datasets_map(scorer: Scorer, client: Client, policy: str, plain_scores:
     check_scores(list(scored), scores(client, CHAT_ROWS, policy))
 
 
-def test_ray_data(server: Server, policy: str, plain_scores: Scores) -> None:
+@pytest.fixture(scope="module")
+def ray_data() -> Iterator[Any]:
+    """Ray Data on a cluster of this machine."""
     ray = pytest.importorskip("ray")
     data = pytest.importorskip("ray.data")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    try:
-        # A bad row, so that one block has errors and the others have none.
-        bad = {**PLAIN_ROWS[0], "id": "bad", "chosen": None}
-        pairs = data.from_items([*PLAIN_ROWS, bad], override_num_blocks=4)
-        for batch_format in ("numpy", "pyarrow"):
-            scored = pairs.map_batches(
-                Scorer,
-                fn_constructor_args=(server.target, policy),
-                batch_size=16,
-                batch_format=batch_format,
-                concurrency=2,
-                num_cpus=0.1,
-            ).take_all()
-            by_id = {row["id"]: row for row in scored}
-            assert by_id["bad"]["error"] == "chosen: is missing"
-            check_scores([by_id[row["id"]] for row in PLAIN_ROWS], plain_scores)
-    finally:
-        ray.shutdown()
+    # A short path, because its sockets lie there.
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    # Ray gives its workers little of a busy machine otherwise.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=100_000_000,
+        _temp_dir=folder,
+    )
+    yield data
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_ray_data(ray_data: Any, server: Server, policy: str, plain_scores: Scores) -> None:
+    # A bad row, so that one block has errors and the others have none.
+    bad = {**PLAIN_ROWS[0], "id": "bad", "chosen": None}
+    pairs = ray_data.from_items([*PLAIN_ROWS, bad], override_num_blocks=4)
+    for batch_format in ("numpy", "pyarrow"):
+        scored = pairs.map_batches(
+            Scorer,
+            fn_constructor_args=(server.target, policy),
+            batch_size=16,
+            batch_format=batch_format,
+            concurrency=2,
+            num_cpus=0.1,
+        ).take_all()
+        by_id = {row["id"]: row for row in scored}
+        assert by_id["bad"]["error"] == "chosen: is missing"
+        check_scores([by_id[row["id"]] for row in PLAIN_ROWS], plain_scores)
 
 
 def test_daft(scorer: Scorer, client: Client, policy: str, plain_scores: Scores) -> None:
@@ -304,6 +322,7 @@ def _examples() -> list[tuple[str, str]]:
 def test_the_examples_run(
     name: str,
     library: str,
+    request: pytest.FixtureRequest,
     server: Server,
     policy: str,
     plain_scores: Scores,
@@ -311,6 +330,9 @@ def test_the_examples_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip(library)
+    if name == "ray_data":
+        # Otherwise the example would start a cluster of its own.
+        request.getfixturevalue("ray_data")
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "examples")

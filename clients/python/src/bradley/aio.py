@@ -443,9 +443,9 @@ class AsyncClient:
         feed = _Feed(options, _aiter(pairs))
         failures = 0
         while True:
-            stream: Any = None
+            error: BradleyError | None = None
             try:
-                stream = self._scoring.StreamScorePairs(
+                stream: Any = self._scoring.StreamScorePairs(
                     feed.requests(),
                     timeout=max(deadline.remaining(), 0.001),
                     metadata=self._address.call_metadata(),
@@ -454,23 +454,29 @@ class AsyncClient:
                 with _cancelled_at_exit(stream):
                     async for response in stream:
                         self._has_answered = True
+                        error = feed.must_repeat(response, self._retry)
+                        if error is not None:
+                            break
                         failures = 0
                         if feed.answered(response):
                             yield response
-                    if feed.is_done():
-                        return
-                    raise calls.protocol_error("the stream ended before all pairs were answered")
-            except (grpc.RpcError, asyncio.CancelledError) as raised:
-                if feed.error is not None:
-                    raise feed.error from None
-                if isinstance(raised, asyncio.CancelledError):
+            except grpc.RpcError as rpc_error:
+                error = self._explained(from_rpc(rpc_error))
+            except asyncio.CancelledError:
+                # Either the caller's task is cancelled, or the call, because a row failed.
+                if feed.error is None:
                     raise
-                error = self._explained(from_rpc(raised))
-                failures += 1
-                delay = self._retry.delay(error, failures, repeatable=True)
-                if delay is None or not deadline.allows(delay):
-                    raise error from raised
-                await asyncio.sleep(delay)
+            if feed.error is not None:
+                raise feed.error
+            if error is None:
+                if feed.is_done():
+                    return
+                raise calls.protocol_error("the stream ended before all pairs were answered")
+            failures += 1
+            delay = self._retry.delay(error, failures, repeatable=True)
+            if delay is None or not deadline.allows(delay):
+                raise error
+            await asyncio.sleep(delay)
 
     # Usage ----------------------------------------------------------------------------------------
 
@@ -618,6 +624,11 @@ class _Feed:
         if is_new:
             self._slots.release()
         return is_new
+
+    def must_repeat(
+        self, response: scoring_pb2.StreamScorePairsResponse, retry: RetryPolicy
+    ) -> BradleyError | None:
+        return self._source.must_repeat(response, retry)
 
     def is_done(self) -> bool:
         return self._source.is_exhausted and not self._source.pending

@@ -305,6 +305,7 @@ class StreamedPairs:
     def __init__(self) -> None:
         self._count = 0
         self._ids: dict[int, str] = {}
+        self._attempts: dict[str, int] = {}
         self.pending: dict[int, scoring_pb2.Pair] = {}
         self.is_exhausted = False
 
@@ -321,6 +322,20 @@ class StreamedPairs:
         self.pending[number] = pair
         return pair
 
+    def must_repeat(
+        self, response: scoring_pb2.StreamScorePairsResponse, retry: RetryPolicy
+    ) -> BradleyError | None:
+        """Returns the error of a pair that must be sent again: of a server that stops, for example.
+
+        A pair whose attempts are used up has its error as its result.
+        """
+        result = response.result
+        if not result.HasField("error"):
+            return None
+        error = from_status(result.error)
+        attempts = self._attempts[result.id] = self._attempts.get(result.id, 0) + 1
+        return None if retry.delay(error, attempts, repeatable=False) is None else error
+
     def answered(self, response: scoring_pb2.StreamScorePairsResponse) -> bool:
         """Takes an answer and gives it the caller's id.
 
@@ -330,6 +345,7 @@ class StreamedPairs:
         number = int(result.id) if result.id.isdigit() else -1
         if self.pending.pop(number, None) is None:
             return False
+        self._attempts.pop(result.id, None)
         result.id = self._ids.pop(number)
         return True
 

@@ -459,10 +459,11 @@ class Client:
         """
         options = calls.options(policy, arguments)
         deadline = Deadline(timeout)
-        state = _SharedSource(iter(pairs))
+        source = _SharedSource(iter(pairs))
         failures = 0
         while True:
-            feed = _Feed(options, state)
+            feed = _Feed(options, source)
+            error: BradleyError | None = None
             try:
                 stream = self._scoring.StreamScorePairs(
                     feed.requests(),
@@ -472,25 +473,27 @@ class Client:
                 with _cancelled_at_exit(stream):
                     for response in stream:
                         self._has_answered = True
+                        error = source.must_repeat(response, self._retry)
+                        if error is not None:
+                            break
                         failures = 0
-                        if state.answered(response):
+                        if source.answered(response):
                             yield response
-                    if feed.error is not None:
-                        raise feed.error
-                    if state.is_done():
-                        return
-                    raise calls.protocol_error("the stream ended before all pairs were answered")
             except grpc.RpcError as rpc_error:
-                if feed.error is not None:
-                    raise feed.error from None
                 error = self._explained(from_rpc(rpc_error))
-                failures += 1
-                delay = self._retry.delay(error, failures, repeatable=True)
-                if delay is None or not deadline.allows(delay):
-                    raise error from rpc_error
-                time.sleep(delay)
             finally:
                 feed.stop()
+            if feed.error is not None:
+                raise feed.error
+            if error is None:
+                if source.is_done():
+                    return
+                raise calls.protocol_error("the stream ended before all pairs were answered")
+            failures += 1
+            delay = self._retry.delay(error, failures, repeatable=True)
+            if delay is None or not deadline.allows(delay):
+                raise error
+            time.sleep(delay)
 
     # Usage ----------------------------------------------------------------------------------------
 
@@ -654,6 +657,11 @@ class _SharedSource:
         if is_new:
             self._slots.release()
         return is_new
+
+    def must_repeat(
+        self, response: scoring_pb2.StreamScorePairsResponse, retry: RetryPolicy
+    ) -> BradleyError | None:
+        return self._source.must_repeat(response, retry)
 
     def is_done(self) -> bool:
         return self._source.is_exhausted and not self._source.pending
