@@ -1,0 +1,436 @@
+"""The client against a real server: datasets, jobs, events, checkpoints, scores, usage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from conftest import (
+    CHAT_ROWS,
+    GOLDENS,
+    JOB_FIELDS,
+    PLAIN_ROWS,
+    ROWS,
+    Server,
+    StartServer,
+    scores,
+)
+
+from bradley import (
+    BradleyError,
+    Client,
+    InvalidArgumentError,
+    NotFoundError,
+    OutOfRangeError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from bradley.errors import from_status
+from bradley.v1 import checkpoint_pb2, dataset_pb2, training_pb2
+
+PAIRS = GOLDENS / "pairs.jsonl"
+
+
+def test_models_are_listed(client: Client) -> None:
+    [model] = client.models()
+    assert (model.name, model.architecture) == ("models/tiny", "llama")
+    assert client.model("tiny") == model
+
+
+def _frame() -> Any:
+    return pytest.importorskip("pandas").DataFrame(CHAT_ROWS)
+
+
+def _table() -> Any:
+    return pytest.importorskip("pyarrow").Table.from_pylist(CHAT_ROWS)
+
+
+def _dataset() -> Any:
+    return pytest.importorskip("datasets").Dataset.from_list(CHAT_ROWS)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PAIRS,
+        lambda: str(PAIRS),
+        lambda: PAIRS.read_bytes(),
+        lambda: iter([PAIRS.read_bytes()[:777], PAIRS.read_bytes()[777:]]),
+        lambda: PAIRS.open("rb"),
+        lambda: CHAT_ROWS,
+        lambda: iter(CHAT_ROWS),
+        _frame,
+        _table,
+        _dataset,
+    ],
+    ids=[
+        "path",
+        "str",
+        "bytes",
+        "iterator",
+        "file",
+        "dicts",
+        "dicts-once",
+        "pandas",
+        "arrow",
+        "hf",
+    ],
+)
+def test_every_kind_of_data_is_uploaded(client: Client, make: Callable[[], Any]) -> None:
+    uploaded = client.upload(make(), display_name="kinds", model="models/tiny", max_length=256)
+    assert uploaded.report.valid_rows == uploaded.report.rows == len(CHAT_ROWS), uploaded
+    assert (uploaded.display_name, uploaded.report.max_length) == ("kinds", 256)
+    assert client.dataset(uploaded.name).content_hash == uploaded.content_hash
+    client.delete_dataset(uploaded)
+    with pytest.raises(NotFoundError):
+        client.dataset(uploaded.name)
+
+
+def test_datasets_are_listed_page_by_page(client: Client) -> None:
+    names = [client.upload(CHAT_ROWS[:1]).name for _ in range(51)]
+    listed = [one.name for one in client.datasets()]
+    assert listed[:51] == names[::-1]
+    for name in names:
+        client.delete_dataset(name)
+
+
+def test_an_upload_whose_rows_fail_stores_nothing(client: Client) -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        yield CHAT_ROWS[0]
+        raise OSError("the disk is gone")
+
+    before = [one.name for one in client.datasets()]
+    with pytest.raises(OSError, match="the disk is gone"):
+        client.upload(rows())
+    with pytest.raises(ValueError, match="row 2: object is no JSON value"):
+        client.upload([CHAT_ROWS[0], {"prompt": object()}])
+    with pytest.raises(TypeError, match="give a path, bytes, rows"):
+        client.upload({"prompt": "one row is no dataset"})
+    assert [one.name for one in client.datasets()] == before
+
+
+def test_a_job_is_made_of_single_fields_and_whole_messages(client: Client, dataset: str) -> None:
+    job = client.train(
+        {"policy": "tiny", "lora": {"rank": 4}, "labels": {"team": "a"}},
+        dataset=client.dataset(dataset),
+        validate_only=True,
+        lora={"alpha": 3},
+        target_modules=["q_proj"],
+        losses=[{"loss_type": "ipo"}],
+        beta=0.3,
+        epochs=2,
+    )
+    assert (job.policy, job.dataset, job.name) == ("models/tiny", dataset, "")
+    assert (job.lora.rank, job.lora.alpha, list(job.lora.target_modules)) == (4, 3, ["q_proj"])
+    assert (job.dpo.beta, job.dpo.losses[0].loss_type) == (0.3, "ipo")
+    assert (job.batch.epochs, dict(job.labels)) == (2, {"team": "a"})
+    estimate = client.estimate(job, epochs=1)
+    assert estimate.train_pairs == len(CHAT_ROWS)
+    with pytest.raises(ValueError, match="learning_rat is no field of a job; learning_rate is one"):
+        client.train(policy="tiny", dataset=dataset, learning_rat=1)
+    with pytest.raises(ValueError, match='has no field named "rnk"'):
+        client.train(policy="tiny", dataset=dataset, lora={"rnk": 1})
+
+
+def test_a_repeated_request_is_one_job(client: Client, dataset: str) -> None:
+    made = [
+        client.train(JOB_FIELDS, dataset=dataset, request_id="once", display_name="once")
+        for _ in range(2)
+    ]
+    assert made[0].name == made[1].name
+    ended = client.wait(made[0], timeout=60)
+    assert ended.state == training_pb2.JOB_STATE_SUCCEEDED
+    assert made[0].name in [job.name for job in client.jobs("succeeded")]
+    assert made[0].name not in [job.name for job in client.jobs("queued", "running")]
+    changed = client.update(ended, display_name="twice", labels={"a": "b"})
+    assert (changed.display_name, dict(changed.labels)) == ("twice", {"a": "b"})
+    client.delete_job(ended)
+    with pytest.raises(NotFoundError):
+        client.job(ended.name)
+
+
+def test_events_come_once_and_in_order(client: Client, trained: training_pb2.TrainingJob) -> None:
+    events = list(client.watch(trained))
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert events == list(client.events(trained))
+    steps = [e.step_metrics.step for e in events if e.HasField("step_metrics")]
+    assert steps == list(range(1, 9))
+    assert list(client.watch(trained, after=5)) == events[5:]
+    assert list(client.watch(trained, tail=2)) == events[-2:]
+    assert list(client.watch(trained, after=len(events))) == []
+    with pytest.raises(OutOfRangeError):
+        list(client.watch(trained, after=len(events) + 1))
+
+
+WATCHER = """
+import json, os, sys
+from bradley import Client
+target, job, out = sys.argv[1:]
+lines = open(out).read().splitlines() if os.path.exists(out) else []
+cursor = json.loads(lines[-1]) if lines else 0
+with open(out, "a") as saved:
+    for event in Client(target).watch(job, after=cursor):
+        saved.write(json.dumps(event.sequence) + "\\n")
+        saved.flush()
+"""
+
+
+def test_a_watcher_that_is_killed_continues_at_its_cursor(
+    client: Client, server: Server, dataset: str, tmp_path: Path
+) -> None:
+    job = client.train(JOB_FIELDS, dataset=dataset, max_steps=60, display_name="killed")
+    out = tmp_path / "cursor"
+    kills = 0
+    while True:
+        before = _lines(out)
+        watcher = subprocess.Popen([sys.executable, "-c", WATCHER, server.target, job.name, out])
+        while watcher.poll() is None and (kills == 3 or _lines(out) < before + 5):
+            time.sleep(0.002)
+        if watcher.poll() is None:
+            os.kill(watcher.pid, signal.SIGKILL)
+            kills += 1
+        if watcher.wait() == 0:
+            break
+    assert kills == 3, "the job was over before the watcher was killed three times"
+    stored = [event.sequence for event in client.events(job)]
+    assert len(stored) > 60
+    assert [int(line) for line in out.read_text().splitlines()] == stored
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_watching_and_scoring_survive_the_restart_of_the_server(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    server = start_server(data=data)
+    with Client(server.target) as client:
+        dataset = client.upload(CHAT_ROWS)
+        job = client.train(JOB_FIELDS, dataset=dataset, max_steps=30, save_steps=1)
+        seen = []
+
+        def rows() -> Iterator[dict[str, str]]:
+            for i, row in enumerate(PLAIN_ROWS):
+                if i == 30:
+                    killed.wait(60)
+                yield row
+
+        killed = threading.Event()
+        streamed = client.stream_scores(rows(), "tiny")
+        answers = [next(streamed) for _ in range(10)]
+        for event in client.watch(job):
+            seen.append(event.sequence)
+            if len(seen) == 10:
+                server.stop()
+                # The same port and data.
+                start_server(data=data, listen=server.address)
+                killed.set()
+        answers += list(streamed)
+        assert seen == [event.sequence for event in client.events(job)]
+        assert client.job(job).state == training_pb2.JOB_STATE_SUCCEEDED
+        expected = scores(client, PLAIN_ROWS, "tiny")
+    assert sorted(int(a.result.id) for a in answers) == list(range(len(PLAIN_ROWS)))
+    for answer in answers:
+        assert answer.result.score == expected[int(answer.result.id)]
+
+
+def test_checkpoints_are_listed_and_downloaded(
+    client: Client, trained: training_pb2.TrainingJob, tmp_path: Path
+) -> None:
+    listed = client.checkpoints(trained)
+    assert [checkpoint.step for checkpoint in listed] == [4, 8]
+    assert client.checkpoint(f"{trained.name}/checkpoints/latest") == listed[-1]
+    paths = client.download(trained, tmp_path / "adapter")
+    assert {path.name for path in paths} >= {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["r"] == 4
+    exported = client.export(listed[0], format="adapter")
+    assert {file.path for file in exported.files} >= {"adapter_config.json"}
+    merged = client.download(listed[0], tmp_path / "merged", format="merged", dtype="bf16")
+    assert "model.safetensors" in {path.name for path in merged}
+    client.delete_checkpoint(listed[0])
+    assert [checkpoint.step for checkpoint in client.checkpoints(trained)] == [8]
+
+
+def test_files_outside_of_the_folder_are_refused(tmp_path: Path) -> None:
+    from bradley.client import save_files
+
+    for name in ["../x", "/x", "a/b/c", ".hidden", "a/../b", ""]:
+        part = checkpoint_pb2.DownloadCheckpointResponse(
+            file=checkpoint_pb2.ExportedFile(path=name)
+        )
+        with pytest.raises(BradleyError, match="is not allowed"):
+            save_files([part], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_paused_job_is_resumed_and_cancelled(client: Client, dataset: str) -> None:
+    job = client.train(JOB_FIELDS, dataset=dataset, max_steps=100_000)
+    with pytest.raises(TimeoutError, match=r"has not ended within 0\.3 seconds"):
+        client.wait(job, timeout=0.3)
+    client.pause(job)
+    for event in client.watch(job, timeout=60):
+        if event.state_change.to == training_pb2.JOB_STATE_PAUSED:
+            client.resume(job)
+        if event.step_metrics.step and client.job(job).state == training_pb2.JOB_STATE_RUNNING:
+            client.cancel(job)
+            break
+    assert client.wait(job, timeout=60).state == training_pb2.JOB_STATE_CANCELLED
+
+
+def test_scores_are_those_of_every_way(client: Client, policy: str) -> None:
+    whole = client.score_pairs(ROWS, policy)
+    assert [result.id for result in whole.results] == [row["id"] for row in ROWS]
+    assert whole.policy_version == policy
+    assert all(result.score.probability != 0.5 for result in whole.results)
+    # Rows as they come, in two calls, by another name of the columns, and as a stream.
+    streamed = {a.result.id: a.result.score for a in client.stream_scores(ROWS, policy)}
+    named = [{"prompt": r["prompt"], "a": r["chosen"], "b": r["rejected"]} for r in ROWS]
+    for result, other in zip(whole.results, client.score_pairs(named, policy).results, strict=True):
+        assert result.score == other.score == streamed[result.id]
+    for row, result in zip(ROWS, whole.results, strict=True):
+        answers = [row["chosen"], row["rejected"]]
+        scored = client.score_completions(row["prompt"], answers, policy)
+        assert [r.score for r in scored.results] == [result.score.a, result.score.b]
+        assert list(scored.ranking) == ([0, 1] if result.score.margin > 0 else [1, 0])
+    details = client.score_pairs(
+        ROWS[:1], policy, per_token_logprobs=True, beta=0.7, normalization="mean", reference="tiny"
+    )
+    score = details.results[0].score
+    assert len(score.a.policy_token_logprobs) == score.a.tokens
+    assert score.margin != whole.results[0].score.margin
+
+
+def test_many_pairs_are_several_calls(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bradley.calls.PAIRS_PER_CALL", 16)
+    many = PLAIN_ROWS
+    whole = client.score_pairs(many, "tiny")
+    assert [r.id for r in whole.results] == [row["id"] for row in many]
+    assert whole.warnings, "the base model is its own reference"
+    assert len(set(whole.warnings)) == len(whole.warnings)
+
+
+def test_rows_mean_the_same_as_for_the_command_line(
+    server: Server, client: Client, policy: str, tmp_path: Path
+) -> None:
+    """Other shapes of rows, tools and arguments, against `bradley score`."""
+    first = CHAT_ROWS[0]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"b": 1, "a": 2.0}}}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"z": 1}}}]}
+    dialogue = {k: first["prompt"] + first[k] for k in ("chosen", "rejected")}
+    rows: list[dict[str, Any]] = [
+        *ROWS,
+        {**first, "system": "Be brief."},
+        {**first, "tools": [tool], "chat_template_kwargs": {"x": 1.0}},
+        {**first, "chosen": [{**call, "content": None}]},
+        dialogue,
+        {**dialogue, "prompt": first["prompt"][0]["content"]},
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["score", "--server", server.target, "--policy", policy, "--data", str(data)]
+    said = subprocess.run(
+        [os.environ["BRADLEY_TEST_BINARY"], *command, "--format", "json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = [json.loads(line) for line in said.stdout.splitlines()]
+    found = scores(client, rows, policy)
+    assert [score.margin for score in found] == [row["margin"] for row in expected]
+    # The last two rows are the first one again, and the template shows no tools.
+    assert len({score.margin for score in found}) == len(rows) - 3
+
+
+def test_whole_dialogues_are_pairs(client: Client, policy: str) -> None:
+    whole = [
+        {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]}
+        for row in CHAT_ROWS
+    ]
+    assert scores(client, whole, policy) == scores(client, CHAT_ROWS, policy)
+
+
+def test_a_pair_that_cannot_be_scored_has_an_error(client: Client) -> None:
+    bad = {**CHAT_ROWS[0], "prompt": [{"x": 1}]}
+    results = client.score_pairs([PLAIN_ROWS[0], bad], "tiny").results
+    assert results[0].HasField("score")
+    error = from_status(results[1].error)
+    assert isinstance(error, InvalidArgumentError)
+    assert error.violations, error
+    with pytest.raises(ValueError, match=r"pairs\[1\]: chosen: is missing"):
+        client.score_pairs([PLAIN_ROWS[0], {"prompt": "x"}], "tiny")
+    with pytest.raises(ValueError, match=r"pairs\[1\]: chosen: is missing"):
+        list(client.stream_scores([PLAIN_ROWS[0], {"prompt": "x"}], "tiny"))
+
+
+def test_usage_is_counted(client: Client, policy: str) -> None:
+    client.score_pairs(PLAIN_ROWS, policy)
+    deadline = time.monotonic() + 60
+    while not (usage := client.usage(by_day=True)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert usage[0].scored_pairs > 0
+    assert usage[0].date
+
+
+def test_errors_have_the_fields_of_the_server(client: Client, dataset: str) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        client.train(policy="tiny", dataset=dataset, beta=-1.0, epochs=-1.0)
+    error = refused.value
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
+    fields = {violation.field for violation in error.violations}
+    assert fields == {"training_job.dpo.beta", "training_job.batch.epochs"}
+    assert error.request_id
+    assert error.retry_delay is None
+    with pytest.raises(NotFoundError) as missing:
+        client.job("no-such-job")
+    assert missing.value.resource is not None
+    assert missing.value.resource.name == "trainingJobs/no-such-job"
+    with pytest.raises(NotFoundError):
+        client.score_pairs(PLAIN_ROWS[:1], "models/no-such-model")
+    with pytest.raises(ValueError, match="it must be sum, mean or as_trained"):
+        client.score_pairs(PLAIN_ROWS[:1], "tiny", normalization="average")
+
+
+def test_tokens_are_sent(start_server: StartServer, tmp_path: Path) -> None:
+    words = ["tokens", "hash", "--owner", "team", "--roles", "score", "--generate"]
+    made = subprocess.run(
+        [os.environ["BRADLEY_TEST_BINARY"], *words], capture_output=True, text=True, check=True
+    )
+    tokens = tmp_path / "tokens.yaml"
+    tokens.write_text(made.stdout)
+    token = next(word for word in made.stderr.split() if word.startswith("brd_"))
+    server = start_server("--auth", "tokens", "--token-file", str(tokens))
+    with Client(server.target) as client, pytest.raises(UnauthenticatedError):
+        client.models()
+    with Client(server.target, token=lambda: token) as client:
+        assert client.score_pairs(PLAIN_ROWS[:2], "tiny").results[0].HasField("score")
+        with pytest.raises(PermissionDeniedError):
+            client.upload(CHAT_ROWS)
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with (
+        Client("http://127.0.0.1:9", connect_timeout=0.5) as client,
+        pytest.raises(UnavailableError, match=r"cannot reach 127\.0\.0\.1:9: .*bradley serve"),
+    ):
+        client.models()
+    with pytest.raises(ValueError, match="write http://HOST:PORT"):
+        Client("ftp://127.0.0.1:9")
+
+
+def test_a_message_of_a_dataset_may_stand_for_its_name(client: Client, dataset: str) -> None:
+    job = client.train(policy="tiny", dataset=dataset_pb2.Dataset(name=dataset), validate_only=True)
+    assert job.dataset == dataset
