@@ -23,7 +23,7 @@ mod in_use;
 pub mod jobs;
 mod limiter;
 mod policies;
-mod remote;
+pub mod remote;
 pub mod scoring;
 pub mod server;
 mod shutdown;

@@ -135,7 +135,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<PreferenceRow>, Failure> {
 }
 
 /// Describes a finding without its row. Most messages begin with the field.
-fn reason(issue: &RowIssue) -> String {
+pub(super) fn reason(issue: &RowIssue) -> String {
     match issue.message.starts_with(&issue.field) {
         true => issue.message.clone(),
         false => format!("{}: {}", issue.field, issue.message),
@@ -158,7 +158,7 @@ pub(super) fn template_arguments(text: Option<&str>) -> Result<String, Failure> 
 }
 
 /// Parses the value of `--normalization`.
-fn normalization(name: &str) -> pb::RewardNormalization {
+pub(super) fn normalization(name: &str) -> pb::RewardNormalization {
     match name {
         "sum" => pb::RewardNormalization::Sum,
         "mean" => pb::RewardNormalization::Mean,
@@ -365,7 +365,8 @@ fn send(
     }
 }
 
-fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
+/// Converts a row into a pair: chosen is answer a, rejected is answer b.
+pub(super) fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
     let TemplateArguments { tools, kwargs } = &row.arguments;
     pb::Pair {
         id,
@@ -386,7 +387,8 @@ fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
     }
 }
 
-fn text(t: &Text) -> pb::Text {
+/// Converts a text or dialogue.
+pub(super) fn text(t: &Text) -> pb::Text {
     let form = match t {
         Text::Plain(s) => pb::text::Form::Plain(s.clone()),
         Text::Chat(messages) => {

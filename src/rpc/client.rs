@@ -9,7 +9,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Code;
+/// The code of a status.
+pub use tonic::Code;
 /// The error status with which a server refuses a call.
 pub use tonic::Status;
 use tonic::metadata::{Ascii, MetadataValue};
@@ -147,6 +148,26 @@ pub fn field_violations(status: &Status) -> Vec<(String, String)> {
         .into_iter()
         .map(|v| (v.field, v.description))
         .collect()
+}
+
+/// Returns the time after which the server asks to repeat a call.
+pub fn retry_after(status: &Status) -> Option<Duration> {
+    status.get_details_retry_info()?.retry_delay
+}
+
+/// Returns true if a call with this code may succeed when it is repeated, here or at another
+/// replica.
+pub fn is_transient(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unavailable
+            | Code::ResourceExhausted
+            | Code::Aborted
+            | Code::Cancelled
+            | Code::DeadlineExceeded
+            | Code::Internal
+            | Code::Unknown
+    )
 }
 
 /// Returns true if a call was refused because the named resource does not exist for this caller.

@@ -52,6 +52,7 @@ mod replicas;
 mod review;
 mod rewards;
 mod rollback;
+mod score_files;
 mod security;
 mod server;
 mod service;
