@@ -13,6 +13,7 @@ mod job_diff;
 pub mod job_flags;
 mod job_metrics;
 mod job_rows;
+mod loopback;
 mod manual;
 mod output;
 mod policy_names;
@@ -20,6 +21,7 @@ mod progress;
 mod remote;
 mod resources;
 mod score;
+mod score_files;
 pub mod serve;
 pub mod settings;
 mod short_names;
@@ -56,8 +58,8 @@ pub fn main() -> ExitCode {
     // Selects the cryptography for TLS. It fails only if one is already selected.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let cli = Cli::parse();
-    if let Command::Decode { path } = &cli.command {
-        return decode(path);
+    if let Command::Decode { path, records } = &cli.command {
+        return decode(path, records.as_deref());
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -89,6 +91,7 @@ async fn run(mut cli: Cli) -> Outcome {
         Command::Watch(args) => watch::run(args, output).await,
         Command::Score(args) => score::run(args, output).await,
         Command::Curate(args) => curate::run(*args, output).await,
+        Command::ScoreFiles(args) => score_files::run(*args, output).await,
         Command::Datasets(command) => resources::datasets(command, output).await,
         Command::Checkpoints(command) => resources::checkpoints(command, output).await,
         Command::Models(command) => resources::models(command, output).await,
@@ -101,7 +104,7 @@ async fn run(mut cli: Cli) -> Outcome {
         Command::Backup(args) => backup::back_up(args, output).await,
         Command::Restore(args) => backup::restore(args, output).await,
         Command::Migrate(args) => backup::migrate(args, output).await,
-        Command::Decode { path } => Err(Failure::Usage(format!(
+        Command::Decode { path, .. } => Err(Failure::Usage(format!(
             "{} is decoded without a runtime",
             path.display()
         ))),
@@ -110,7 +113,7 @@ async fn run(mut cli: Cli) -> Outcome {
 
 /// Decodes an untrusted file for the server that started this process. Limits on memory and CPU
 /// time are set before the first byte is read.
-fn decode(path: &std::path::Path) -> ExitCode {
+fn decode(path: &std::path::Path, records: Option<&str>) -> ExitCode {
     let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
     limit(libc::RLIMIT_AS, apart::MEMORY, apart::MEMORY);
     // The soft limit sends SIGXCPU, which the server can tell from a kill.
@@ -128,7 +131,12 @@ fn decode(path: &std::path::Path) -> ExitCode {
         // SAFETY: SIG_IGN installs no handler, so no code of this process runs on a signal.
         unsafe { libc::signal(ignored, libc::SIG_IGN) };
     }
-    match apart::decode(path, std::io::stdout().lock()) {
+    let out = std::io::stdout().lock();
+    let decoded = match records {
+        Some(choice) => apart::decode_records(path, choice, out),
+        None => apart::decode(path, out),
+    };
+    match decoded {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }

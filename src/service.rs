@@ -24,7 +24,7 @@ pub mod jobs;
 mod limiter;
 mod model_card;
 mod policies;
-mod remote;
+pub mod remote;
 pub mod scoring;
 pub mod server;
 mod shutdown;

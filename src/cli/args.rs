@@ -28,7 +28,7 @@ pub struct Cli {
 
 impl Cli {
     /// Returns the format of the results. `--format merged` of an export, its old meaning, is moved
-    /// to `--contents`.
+    /// to `--contents`; `--format parquet` of `score-files` is moved to `--out-format`.
     ///
     /// # Errors
     /// Returns a message if the flag has a value that the command does not accept.
@@ -37,7 +37,18 @@ impl Cli {
         let Some(format) = self.format else {
             return Ok(default);
         };
+        if let FormatFlag::Parquet | FormatFlag::Jsonl = format {
+            let Command::ScoreFiles(args) = &mut self.command else {
+                return Err("--format is one of table, json, yaml and csv".to_owned());
+            };
+            args.out_format = match format {
+                FormatFlag::Jsonl => PartFormat::Jsonl,
+                _ => PartFormat::Parquet,
+            };
+            return Ok(default);
+        }
         let old = match format {
+            FormatFlag::Parquet | FormatFlag::Jsonl => return Ok(default),
             FormatFlag::Table => return Ok(Output::Table),
             FormatFlag::Json => return Ok(Output::Json),
             FormatFlag::Yaml => return Ok(Output::Yaml),
@@ -96,6 +107,12 @@ pub enum FormatFlag {
     /// See [`ContentsFlag::Merged`].
     #[value(hide = true)]
     Merged,
+    /// See [`PartFormat::Parquet`].
+    #[value(hide = true)]
+    Parquet,
+    /// See [`PartFormat::Jsonl`].
+    #[value(hide = true)]
+    Jsonl,
 }
 
 /// The subcommands.
@@ -116,6 +133,9 @@ pub enum Command {
     Score(ScoreArgs),
     /// Find wrong labels: scores each pair of a file by an adapter that was trained without it.
     Curate(Box<CurateArgs>),
+    /// Score files of any size in parts, each written once: on several machines, restarted at any
+    /// time, from and to object stores.
+    ScoreFiles(Box<ScoreFilesArgs>),
     /// Upload, list, show and delete datasets.
     #[command(subcommand)]
     Datasets(DatasetsCommand),
@@ -159,6 +179,9 @@ pub enum Command {
     Decode {
         /// The file.
         path: PathBuf,
+        /// Write the records that this JSON object chooses, as they are, instead of all pairs.
+        #[arg(long)]
+        records: Option<String>,
     },
 }
 
@@ -580,6 +603,165 @@ pub enum LoggedColumns {
     /// Those of reference and policy.
     Both,
 }
+
+/// Format of the parts that `score-files` writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PartFormat {
+    /// Parquet with zstd.
+    Parquet,
+    /// One JSON object a line.
+    Jsonl,
+}
+
+impl PartFormat {
+    /// Returns the ending of the parts' names.
+    pub fn ending(self) -> &'static str {
+        match self {
+            PartFormat::Parquet => "parquet",
+            PartFormat::Jsonl => "jsonl",
+        }
+    }
+}
+
+/// Addresses and credentials of the servers that `score-files` uses.
+#[derive(Clone, Debug, Args)]
+pub struct FleetArgs {
+    /// A server's address: http://HOST:PORT, https://HOST:PORT with TLS, or dns:///HOST:PORT for
+    /// every address that the name has, e.g. of a headless Service. Several with commas between, or
+    /// with the flag repeated.
+    #[arg(
+        long = "server",
+        value_delimiter = ',',
+        default_value = DEFAULT_SERVER,
+        env = "BRADLEY_SERVER"
+    )]
+    pub servers: Vec<String>,
+    /// Number of connections to each address. One address may stand for several servers.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub connections: u8,
+    /// Time in seconds for which calls are repeated while no server answers.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub retry_timeout: u64,
+    /// Time in seconds to wait for a first server, for jobs that start together with the servers.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub wait_for_server: u64,
+    /// A bearer token, for servers that require one.
+    #[arg(long, env = "BRADLEY_TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
+    /// PEM file of the authority that signed the server's certificate. Default: the system's
+    /// authorities. With dns:/// it also turns on TLS.
+    #[arg(long, value_name = "FILE", env = "BRADLEY_TLS_SERVER_CA")]
+    pub tls_server_ca: Option<PathBuf>,
+    /// PEM file of the client's certificate, for servers that require one.
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "tls_client_key",
+        env = "BRADLEY_TLS_CLIENT_CERT"
+    )]
+    pub tls_client_cert: Option<PathBuf>,
+    /// PEM file of the private key of the client's certificate.
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "tls_client_cert",
+        env = "BRADLEY_TLS_CLIENT_KEY"
+    )]
+    pub tls_client_key: Option<PathBuf>,
+}
+
+impl FleetArgs {
+    /// Returns the client's target for one address.
+    pub fn target(&self, address: &str) -> Target {
+        Target {
+            address: address.to_owned(),
+            token: self.token.clone(),
+            tls_ca: self.tls_server_ca.clone(),
+            tls_identity: self
+                .tls_client_cert
+                .clone()
+                .zip(self.tls_client_key.clone()),
+        }
+    }
+}
+
+/// Arguments of `score-files`.
+#[derive(Debug, Args)]
+#[command(after_help = SCORE_FILES_HELP)]
+pub struct ScoreFilesArgs {
+    /// Files of pairs, JSONL (also .gz and .zst) or Parquet: a path, a pattern such as
+    /// 'pairs/**/*.parquet', or a URL of s3://, gs:// or az://, also with a pattern. A URL that
+    /// ends with / means every object below it.
+    #[arg(long = "in", value_name = "GLOB|URL", num_args = 1.., required = true)]
+    pub inputs: Vec<String>,
+    /// Folder or URL for the parts.
+    #[arg(long, value_name = "DIR|URL")]
+    pub out: String,
+    /// The policy: a base model's name, a job that has ended (its latest checkpoint), or
+    /// JOB/checkpoints/STEP|latest|best.
+    #[arg(long)]
+    pub policy: String,
+    /// The reference: named as the policy is. Default: the reference of the policy's job, or for a
+    /// base model the model itself.
+    #[arg(long, default_value = "")]
+    pub reference: String,
+    /// β of the rewards. Default: the job's, or 0.1 for a base model.
+    #[arg(long, allow_negative_numbers = true)]
+    pub beta: Option<f64>,
+    /// Maximum number of tokens of prompt + answer. Default: the job's, or 1024 for a base model.
+    #[arg(long)]
+    pub max_length: Option<u32>,
+    /// Reward of an answer: from the sum over its tokens, from the mean, or as the job trained it.
+    #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"])]
+    pub normalization: String,
+    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
+    /// chat_template_kwargs override them.
+    #[arg(long, value_name = "JSON")]
+    pub template_args: Option<String>,
+    /// Columns of the input to copy into the output, as text, separated by commas.
+    #[arg(long, value_name = "COL,COL", value_delimiter = ',')]
+    pub carry: Vec<String>,
+    /// Number of rows of a part.
+    #[arg(
+        long,
+        default_value_t = 8192,
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000)
+    )]
+    pub part_rows: u32,
+    /// Do shard I of N only, I from 0. Default: JOB_COMPLETION_INDEX of a Kubernetes Job with
+    /// --shards or JOB_COMPLETIONS, else SLURM_ARRAY_TASK_ID of a Slurm array, else everything.
+    #[arg(long, value_name = "I/N")]
+    pub shard: Option<String>,
+    /// Number of shards, where only their index comes from the environment.
+    #[arg(long, value_name = "N", conflicts_with = "shard")]
+    pub shards: Option<u32>,
+    /// Format of the parts; --format parquet and --format jsonl mean the same.
+    #[arg(long, value_enum, default_value = "parquet")]
+    pub out_format: PartFormat,
+    /// The servers that score.
+    #[command(flatten)]
+    pub fleet: FleetArgs,
+    /// Models to load into this process, which then scores without a server: [ID=]SOURCE, separated
+    /// by commas. A SOURCE is a folder, a GGUF file or a hub id.
+    #[arg(long, value_name = "[ID=]SOURCE", value_delimiter = ',')]
+    pub models: Vec<String>,
+    /// With --models: devices to compute on: auto (every GPU, else the CPU), cpu, cuda:N, or
+    /// several separated by commas.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// With --models: precision of matrix multiplications: f32 or bf16.
+    #[arg(long, default_value = "f32")]
+    pub precision: String,
+    /// With --models: number of CPU threads for compute; 0 means all cores.
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+}
+
+const SCORE_FILES_HELP: &str = "Every part is written once, under a name that depends on its rows, \
+    the weights and the options. A command that was interrupted in any way is simply run again: it \
+    continues with the parts that are missing. The last shard that ends writes _manifest.json.\n\n\
+    Exit codes: as for the other commands. A row that cannot be scored has the reason in its \
+    column error and does not change the exit code.";
 
 /// `bradley jobs …`
 #[derive(Debug, Subcommand)]

@@ -25,10 +25,11 @@ use std::sync::{Arc, OnceLock};
 
 use self::columns::ColumnMap;
 use self::open::is_plain;
+pub(super) use self::open::{InputContent, open_input};
 use self::places::DataPlace;
 pub(super) use self::records::DataRecord;
 use self::records::RecordReader;
-use self::row::DataRow;
+pub(super) use self::row::{DataRow, DataRows};
 use self::stream::{Labels, RowStream};
 pub(super) use self::upload::Uploaded;
 use super::args::DataArgs;

@@ -6,28 +6,26 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use tokio::net::TcpListener;
-use tokio::sync::oneshot;
-
 use super::args::{DemoArgs, Output};
 use super::failure::{Failure, Outcome};
+use super::loopback::LoopbackServer;
 use super::output::line;
 use super::progress::waiting;
-use super::remote::open;
 use super::score::result::Summary;
 use super::score::{self, StreamedAnswer};
-use super::settings::{Settings, Sources, hub};
+use super::settings::{Sources, hub};
+use super::telemetry;
 use super::watch::ProgressView;
-use super::{serve, telemetry};
 use crate::domain::dataset::PreferenceRow;
 use crate::rpc::client::Client;
-use crate::rpc::client::Target;
 use crate::rpc::pb::{self, training_event::Event};
 
 /// 124 pairs in JSONL that prefer a direct answer to a padded one. A quarter of them is held out of
 /// the training.
 const PAIRS: &str = include_str!("demo/pairs.jsonl");
 const MODEL_ID: &str = "demo";
+/// Maximum time for the server to load the model.
+const START_LIMIT: Duration = Duration::from_secs(120);
 
 pub(super) async fn run(args: DemoArgs) -> Outcome {
     let start = Instant::now();
@@ -53,14 +51,15 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
         .data_dir
         .clone()
         .unwrap_or_else(|| temporary.path().join("data"));
-    let server = DemoServer::start(
-        &source,
-        &data_dir,
-        [&args.precision, &args.device],
-        &sources,
-    )
-    .await?;
-    let client = waiting("the server loads the model", server.connect_when_ready()).await?;
+    let flags = [
+        ("models", format!("{MODEL_ID}={source}")),
+        ("data_dir", data_dir.display().to_string()),
+        ("precision", args.precision.clone()),
+        ("device", args.device.clone()),
+    ];
+    let server = LoopbackServer::start(&flags, &sources).await?;
+    let ready = server.connect_when_ready(START_LIMIT);
+    let client = waiting("the server loads the model", ready).await?;
     let models = client
         .models()
         .list_models(pb::ListModelsRequest {})
@@ -188,96 +187,6 @@ fn job_request(dataset: &str, epochs: f64) -> pb::CreateTrainingJobRequest {
             ..Default::default()
         }),
         ..Default::default()
-    }
-}
-
-/// A server that runs in this process, on a free loopback port.
-struct DemoServer {
-    address: String,
-    stop: oneshot::Sender<()>,
-    task: tokio::task::JoinHandle<anyhow::Result<serve::Ended>>,
-}
-
-impl DemoServer {
-    async fn start(
-        source: &str,
-        data_dir: &Path,
-        [precision, device]: [&str; 2],
-        sources: &Sources,
-    ) -> Result<Self, Failure> {
-        let flags = [
-            ("models", format!("{MODEL_ID}={source}")),
-            ("data_dir", data_dir.display().to_string()),
-            ("listen", "127.0.0.1:0".into()),
-            ("http_listen", "off".into()),
-            ("precision", precision.to_owned()),
-            ("device", device.to_owned()),
-        ];
-        let own = Sources {
-            flags: flags.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
-            file: None,
-            // BRADLEY_* variables are meant for a deployment and do not apply to the demo. Others,
-            // such as those of the hub, do.
-            environment: sources
-                .environment
-                .iter()
-                .filter(|(k, _)| !k.starts_with("BRADLEY_"))
-                .map(|(k, v)| (k.clone(), v.clone()))
-                .collect(),
-        };
-        let settings = Settings::resolve(&own).map_err(|e| Failure::Failed(e.to_string()))?;
-        let listener = TcpListener::bind(settings.listen)
-            .await
-            .map_err(|e| Failure::Failed(e.to_string()))?;
-        let address = format!(
-            "http://{}",
-            listener
-                .local_addr()
-                .map_err(|e| Failure::Failed(e.to_string()))?
-        );
-        let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(serve::serve_on(settings, listener, None, async {
-            let _ = stopped.await;
-        }));
-        Ok(DemoServer {
-            address,
-            stop,
-            task,
-        })
-    }
-
-    /// Connects and waits until the server answers, at most two minutes. Its port is open from the
-    /// start, but it answers only when the models are loaded.
-    async fn connect_when_ready(&self) -> Result<Client, Failure> {
-        let client = open(&Target::plain(&self.address)).await?;
-        for _ in 0..1200 {
-            if self.task.is_finished() {
-                return Err(Failure::Failed(
-                    "the server stopped while it was starting; run `bradley serve` to see why"
-                        .into(),
-                ));
-            }
-            let asked = tokio::time::timeout(Duration::from_millis(500), client.health()).await;
-            if matches!(asked, Ok(Ok(true))) {
-                return Ok(client);
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        Err(Failure::Failed(
-            "the server did not become ready within two minutes".into(),
-        ))
-    }
-
-    async fn stop(self) -> Outcome {
-        let _ = self.stop.send(());
-        match self
-            .task
-            .await
-            .map_err(|e| Failure::Failed(e.to_string()))??
-        {
-            serve::Ended::AtRest => Ok(()),
-            serve::Ended::AtWork(result) => Ok(result?),
-        }
     }
 }
 

@@ -161,7 +161,7 @@ pub(super) fn template_arguments(text: Option<&str>) -> Result<String, Failure> 
 }
 
 /// Parses the value of `--normalization`.
-fn normalization(name: &str) -> pb::RewardNormalization {
+pub(super) fn normalization(name: &str) -> pb::RewardNormalization {
     match name {
         "sum" => pb::RewardNormalization::Sum,
         "mean" => pb::RewardNormalization::Mean,
@@ -368,7 +368,7 @@ fn send(
     }
 }
 
-/// Converts a pair to a message.
+/// Converts a row into a pair: chosen is answer a, rejected is answer b.
 pub(super) fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
     let TemplateArguments { tools, kwargs } = &row.arguments;
     pb::Pair {
@@ -391,7 +391,8 @@ pub(super) fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
     }
 }
 
-fn text(t: &Text) -> pb::Text {
+/// Converts a text or dialogue.
+pub(super) fn text(t: &Text) -> pb::Text {
     let form = match t {
         Text::Plain(s) => pb::text::Form::Plain(s.clone()),
         Text::Chat(messages) => {

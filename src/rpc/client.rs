@@ -9,7 +9,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Code;
+/// The code of a status.
+pub use tonic::Code;
 /// The error status with which a server refuses a call.
 pub use tonic::Status;
 use tonic::metadata::{Ascii, MetadataValue};
@@ -152,6 +153,26 @@ pub fn field_violations(status: &Status) -> Vec<(String, String)> {
 /// Returns true if a call was refused because the caller may not make it.
 pub fn is_denied(status: &Status) -> bool {
     status.code() == Code::PermissionDenied
+}
+
+/// Returns the time after which the server asks to repeat a call.
+pub fn retry_after(status: &Status) -> Option<Duration> {
+    status.get_details_retry_info()?.retry_delay
+}
+
+/// Returns true if a call with this code may succeed when it is repeated, here or at another
+/// replica.
+pub fn is_transient(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unavailable
+            | Code::ResourceExhausted
+            | Code::Aborted
+            | Code::Cancelled
+            | Code::DeadlineExceeded
+            | Code::Internal
+            | Code::Unknown
+    )
 }
 
 /// Returns true if a call was refused because the named resource does not exist for this caller.

@@ -42,6 +42,22 @@ impl std::fmt::Debug for Remote {
     }
 }
 
+/// Opens the store of a URL. `options` are the variables of the vendor (`AWS_REGION`, …). Returns
+/// it with the key that the URL's path names.
+///
+/// # Errors
+/// Returns a text without the URL if that or an option cannot be used.
+pub fn open_store(
+    url: &str,
+    options: &BTreeMap<String, String>,
+) -> std::result::Result<(Box<dyn ObjectStore>, Key), String> {
+    let parsed = reqwest::Url::parse(url).map_err(|e| e.to_string())?;
+    let vendor = options
+        .iter()
+        .map(|(k, v)| (k.to_ascii_lowercase(), v.clone()));
+    object_store::parse_url_opts(&parsed, vendor).map_err(|e| e.to_string())
+}
+
 impl Remote {
     /// Opens `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`. `options` are the
     /// variables of the vendor (`AWS_REGION`, …). A missing folder is created if `is_new`;
@@ -54,11 +70,7 @@ impl Remote {
             ServiceError::invalid("artifact_url", format!("{url:?} cannot be used: {e}"))
         };
         let parsed = reqwest::Url::parse(url).map_err(|e| wrong(&e))?;
-        let vendor = options
-            .iter()
-            .map(|(k, v)| (k.to_ascii_lowercase(), v.clone()));
-        let (mut store, prefix) =
-            object_store::parse_url_opts(&parsed, vendor).map_err(|e| wrong(&e))?;
+        let (mut store, prefix) = open_store(url, options).map_err(|e| wrong(&e))?;
         if parsed.scheme() == "file" {
             let folder = parsed
                 .to_file_path()

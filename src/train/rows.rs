@@ -13,6 +13,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+pub use self::columnar::RecordChoice;
 pub use self::reader::{DataError, MAX_LINE_BYTES, RowReader};
 use crate::domain::dataset::{DatasetFormat, PreferenceRow, RowIssue};
 

@@ -56,6 +56,7 @@ mod regressions;
 mod replicas;
 mod rewards;
 mod rollback;
+mod score_files;
 mod security;
 mod server;
 mod service;

@@ -49,24 +49,11 @@ pub(super) fn is_plain(path: &Path) -> Result<bool, String> {
 /// # Errors
 /// Returns a text, without the file's name, that says why it cannot be read and what to do.
 pub(super) fn open(place: &DataPlace, columns: &ColumnMap) -> Result<Opened, String> {
-    let mut bytes: ByteStream = match place {
-        DataPlace::StandardInput => Box::new(std::io::stdin()),
-        DataPlace::File(path) => Box::new(File::open(path).map_err(|e| e.to_string())?),
-    };
-    let mut is_whole_file = matches!(place, DataPlace::File(path) if path.is_file());
-    let mut compressions = 0;
-    let first = loop {
-        let first = head(&mut bytes).map_err(|e| e.to_string())?;
-        let Some(compression) = compression(&first) else {
-            break first;
-        };
-        compressions += 1;
-        if compressions > MAX_COMPRESSIONS {
-            return Err("is compressed several times: decompress it".to_owned());
-        }
-        is_whole_file = false;
-        bytes = decompressed(compression, std::io::Cursor::new(first).chain(bytes))?;
-    };
+    let Unpacked {
+        first,
+        bytes,
+        is_whole_file,
+    } = unpacked(place)?;
     let kind = kind(&first, &place.name(), |column| columns.is_mapped(column))?;
     let rest = std::io::Cursor::new(first).chain(bytes);
     let renamed = |rows: DataRows| Opened {
@@ -98,6 +85,77 @@ pub(super) fn open(place: &DataPlace, columns: &ColumnMap) -> Result<Opened, Str
                 renamed(parquet(&path, Some(copy), columns)?)
             }
         },
+    })
+}
+
+/// A decompressed file.
+struct Unpacked {
+    /// Its first bytes.
+    first: Vec<u8>,
+    /// The bytes after them.
+    bytes: ByteStream,
+    /// True if the file itself has these bytes.
+    is_whole_file: bool,
+}
+
+fn unpacked(place: &DataPlace) -> Result<Unpacked, String> {
+    let mut bytes: ByteStream = match place {
+        DataPlace::StandardInput => Box::new(std::io::stdin()),
+        DataPlace::File(path) => Box::new(File::open(path).map_err(|e| e.to_string())?),
+    };
+    let mut is_whole_file = matches!(place, DataPlace::File(path) if path.is_file());
+    let mut compressions = 0;
+    loop {
+        let first = head(&mut bytes).map_err(|e| e.to_string())?;
+        let Some(compression) = compression(&first) else {
+            return Ok(Unpacked {
+                first,
+                bytes,
+                is_whole_file,
+            });
+        };
+        compressions += 1;
+        if compressions > MAX_COMPRESSIONS {
+            return Err("is compressed several times: decompress it".to_owned());
+        }
+        is_whole_file = false;
+        bytes = decompressed(compression, std::io::Cursor::new(first).chain(bytes))?;
+    }
+}
+
+/// The content of an input of `score-files`.
+pub(in crate::cli) enum InputContent {
+    /// Rows in JSON.
+    Json(DataRows),
+    /// A Parquet file, decompressed into a temporary file if it was compressed.
+    Parquet(Option<NamedTempFile>),
+}
+
+/// Opens an input of `score-files`.
+///
+/// # Errors
+/// Returns a text, without the file's name, that says why it cannot be read and what to do.
+pub(in crate::cli) fn open_input(path: &Path) -> Result<InputContent, String> {
+    let place = DataPlace::File(path.to_owned());
+    let Unpacked {
+        first,
+        bytes,
+        is_whole_file,
+    } = unpacked(&place)?;
+    let kind = kind(&first, &place.name(), |_| false)?;
+    let rest = std::io::Cursor::new(first).chain(bytes);
+    Ok(match kind {
+        RowFormat::JsonLines => InputContent::Json(lines::read(rest)),
+        RowFormat::JsonValues => InputContent::Json(elements::read(rest)),
+        RowFormat::Parquet if is_whole_file => InputContent::Parquet(None),
+        RowFormat::Parquet => InputContent::Parquet(Some(on_disk(rest)?)),
+        RowFormat::Delimited(_) | RowFormat::ArrowStream | RowFormat::ArrowFile => {
+            return Err(
+                "is CSV or Arrow: score-files reads JSONL and Parquet, so write the rows as one of \
+                 them"
+                    .to_owned(),
+            );
+        }
     })
 }
 

@@ -6,7 +6,7 @@ use crate::domain::dataset::IssueReason;
 
 /// A row of a file.
 #[derive(Debug)]
-pub(super) enum DataRow {
+pub(in crate::cli) enum DataRow {
     /// The text of a line or of an element of an array, without a line feed. It is not checked yet,
     /// and a blank one counts as a line without being a row.
     Line(Vec<u8>),
@@ -18,7 +18,7 @@ pub(super) enum DataRow {
 
 /// The reason why a row cannot be read.
 #[derive(Clone, Debug)]
-pub(super) struct RowProblem {
+pub(in crate::cli) struct RowProblem {
     /// The column, or empty for the whole row.
     pub field: String,
     pub reason: IssueReason,
@@ -38,4 +38,4 @@ impl DataRow {
 
 /// The rows of one file, in order. An error means that the file cannot be read further; it is the
 /// last item, and its text does not name the file.
-pub(super) type DataRows = Box<dyn Iterator<Item = Result<DataRow, String>> + Send>;
+pub(in crate::cli) type DataRows = Box<dyn Iterator<Item = Result<DataRow, String>> + Send>;

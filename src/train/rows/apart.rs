@@ -6,12 +6,14 @@
 
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
+use super::columnar::{NumberedRecord, RecordChoice};
 use super::reader::{DataError, MAX_LINE_BYTES, issue};
 use super::{as_it_is, columnar, numbered};
 use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue};
@@ -34,6 +36,10 @@ static DECODE_LOCK: Mutex<()> = Mutex::new(());
 enum Line {
     Row(Box<PreferenceRow>),
     Issue(RowIssue),
+    /// Number of records of the file.
+    Total(u64),
+    /// A record with its number.
+    Record(u64, Map<String, Value>),
     /// The file cannot be read at all.
     Unusable(String),
     /// End of the file; all rows were sent.
@@ -55,11 +61,12 @@ pub fn for_each_row(
         return super::read_rows(path, format)?.try_for_each(row);
     }
     let _lock = DECODE_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut decoder = Decoder::start(path)?;
+    let mut decoder = Decoder::start(path, None)?;
     loop {
         match decoder.line(path)? {
             Line::Row(r) => row(Ok(*r))?,
             Line::Issue(i) => row(Err(i))?,
+            Line::Total(_) | Line::Record(..) => {}
             Line::Unusable(reason) => {
                 return Err(DataError::BadFile {
                     path: path.to_owned(),
@@ -69,6 +76,118 @@ pub fn for_each_row(
             Line::End => return Ok(()),
         }
     }
+}
+
+/// Records of a Parquet file that another process decodes.
+pub struct ApartRecords {
+    path: PathBuf,
+    decoder: Decoder,
+    total: u64,
+    has_ended: bool,
+}
+
+impl ApartRecords {
+    /// Starts the process. Unlike [`for_each_row`] it does not wait until another file is decoded.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be opened, or its footer or columns are not usable.
+    pub fn open(path: &Path, choice: &RecordChoice) -> Result<Self, DataError> {
+        let mut decoder = Decoder::start(path, Some(choice))?;
+        let bad = |reason: String| DataError::BadFile {
+            path: path.to_owned(),
+            reason,
+        };
+        let total = match decoder.line(path)? {
+            Line::Total(total) => total,
+            Line::Unusable(reason) => return Err(bad(reason)),
+            _ => {
+                return Err(bad(
+                    "the decoding process sent no number of records".to_owned()
+                ));
+            }
+        };
+        Ok(ApartRecords {
+            path: path.to_owned(),
+            decoder,
+            total,
+            has_ended: false,
+        })
+    }
+
+    /// Returns the number of records of the whole file.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+}
+
+impl Iterator for ApartRecords {
+    /// An error means that the file cannot be read further. It is the last item.
+    type Item = Result<NumberedRecord, DataError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.has_ended {
+            return None;
+        }
+        let next = match self.decoder.line(&self.path) {
+            Ok(Line::Record(row, fields)) => return Some(Ok((row, Ok(fields)))),
+            Ok(Line::Issue(issue)) => return Some(Ok((issue.row, Err(issue)))),
+            Ok(Line::End) => None,
+            Ok(Line::Unusable(reason)) => Some(Err(DataError::BadFile {
+                path: self.path.clone(),
+                reason,
+            })),
+            Ok(Line::Row(_) | Line::Total(_)) => Some(Err(DataError::BadFile {
+                path: self.path.clone(),
+                reason: "the decoding process sent something else than a record".to_owned(),
+            })),
+            Err(e) => Some(Err(e)),
+        };
+        self.has_ended = true;
+        next
+    }
+}
+
+/// Main function of the decoding process for [`ApartRecords`]: writes the records of the file at
+/// `path` that `choice`, a [`RecordChoice`] in JSON, selects.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_records(path: &Path, choice: &str, out: impl Write) -> std::io::Result<()> {
+    let mut out = BufWriter::with_capacity(1 << 16, out);
+    match columnar::chosen(path, serde_json::from_str(choice)?) {
+        Err(e) => {
+            let DataError::BadFile { reason, .. } = e else {
+                return Err(std::io::Error::other(e.to_string()));
+            };
+            write_line(&mut out, &Line::Unusable(reason))?;
+        }
+        Ok((total, records)) => {
+            write_line(&mut out, &Line::Total(total))?;
+            for record in records {
+                let (row, record) = match record {
+                    Ok(record) => record,
+                    Err(reason) => {
+                        write_line(&mut out, &Line::Unusable(reason))?;
+                        return out.flush();
+                    }
+                };
+                let line = record.map_or_else(Line::Issue, |fields| Line::Record(row, fields));
+                if !write_line(&mut out, &line)? {
+                    write_line(&mut out, &Line::Issue(too_long(row)))?;
+                }
+            }
+            write_line(&mut out, &Line::End)?;
+        }
+    }
+    out.flush()
+}
+
+fn too_long(row: u64) -> RowIssue {
+    let message = format!(
+        "the record has more than {} MiB: split it",
+        MAX_LINE_BYTES >> 20
+    );
+    issue(row, "", IssueReason::InvalidType, message)
 }
 
 /// Returns the limit of processor seconds for a file of `file_bytes` bytes.
@@ -96,14 +215,7 @@ pub fn decode(path: &Path, out: impl Write) -> std::io::Result<()> {
                     row;
                 let line = row.map_or_else(Line::Issue, |row| Line::Row(Box::new(row)));
                 if !write_line(&mut out, &line)? {
-                    let message = format!(
-                        "the record has more than {} MiB: split it",
-                        MAX_LINE_BYTES >> 20
-                    );
-                    write_line(
-                        &mut out,
-                        &Line::Issue(issue(number, "", IssueReason::InvalidType, message)),
-                    )?;
+                    write_line(&mut out, &Line::Issue(too_long(number)))?;
                 }
             }
             write_line(&mut out, &Line::End)?;
@@ -130,7 +242,7 @@ struct Decoder {
 }
 
 impl Decoder {
-    fn start(path: &Path) -> Result<Self, DataError> {
+    fn start(path: &Path, choice: Option<&RecordChoice>) -> Result<Self, DataError> {
         let failed = |source| DataError::Io {
             path: path.to_owned(),
             source,
@@ -146,6 +258,10 @@ impl Decoder {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null());
+        if let Some(choice) = choice {
+            let json = serde_json::to_string(choice).map_err(|e| failed(e.into()))?;
+            command.arg("--records").arg(json);
+        }
         let mut child = command.spawn().map_err(failed)?;
         match child.stdout.take() {
             Some(out) => Ok(Self {

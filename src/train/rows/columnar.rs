@@ -12,9 +12,12 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::{ReaderIter, TreeBuilder};
 use parquet::record::{Field, Row};
 use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::names::{self, MEDIA_COLUMNS, OPENAI_COLUMNS, QUESTION_COLUMN, is_openai};
+use super::names::{
+    self, COMPLETIONS_COLUMN, MEDIA_COLUMNS, OPENAI_COLUMNS, QUESTION_COLUMN, is_openai,
+};
 use super::reader::{DataError, issue};
 use super::row::{KWARGS_COLUMN, SYSTEM_COLUMN, TOOLS_COLUMN, invalid_weight};
 use crate::domain::dataset::{IssueReason, RowIssue};
@@ -140,6 +143,128 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
             fields.extend(unknown.iter().map(|name| (name.clone(), Value::Bool(true))));
             Ok(fields)
         }))
+}
+
+/// The records and columns of a Parquet file that [`chosen`] returns.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordChoice {
+    /// Columns that are decoded besides those of pairs and completions, whatever their type.
+    pub columns: Vec<String>,
+    /// Ranges of records, counted from 0 and without the end; empty means all records.
+    pub ranges: Vec<(u64, u64)>,
+}
+
+impl RecordChoice {
+    fn has(&self, record: u64) -> bool {
+        self.ranges.is_empty()
+            || self
+                .ranges
+                .iter()
+                .any(|(start, end)| (*start..*end).contains(&record))
+    }
+}
+
+/// Returns the number of records of a file, and the chosen ones with their numbers from 1. A column
+/// `completions` stands for `chosen` and `rejected`.
+pub(super) fn chosen(
+    path: &Path,
+    choice: RecordChoice,
+) -> Result<(u64, NumberedRecords), DataError> {
+    let file = File::open(path).map_err(|source| DataError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    let bad = |reason: String| DataError::BadFile {
+        path: path.to_owned(),
+        reason,
+    };
+    let unreadable = |e: &dyn std::fmt::Display| bad(format!("not a readable Parquet file: {e}"));
+    let reader = guarded(|| SerializedFileReader::new(file))
+        .map_err(|e| unreadable(&e))?
+        .map_err(|e| unreadable(&e))?;
+    let metadata = reader.metadata().file_metadata();
+    let total = u64::try_from(metadata.num_rows()).unwrap_or_default();
+    let schema = metadata.schema();
+    let names: Vec<String> = schema
+        .get_fields()
+        .iter()
+        .map(|f| f.name().to_owned())
+        .collect();
+    let has = |column: &str| names.iter().any(|name| name == column);
+    if !has(COMPLETIONS_COLUMN) {
+        names::check(&names).map_err(bad)?;
+    }
+    let (is_openai, is_orca) = (is_openai(&names), !has("prompt"));
+    let wanted = |name: &str| {
+        is_wanted(name)
+            || name == COMPLETIONS_COLUMN
+            || (is_openai && OPENAI_COLUMNS.contains(&name))
+            || (is_orca && name == QUESTION_COLUMN)
+            || choice.columns.iter().any(|column| column == name)
+    };
+    let fields = schema.get_fields().iter().filter(|f| wanted(f.name()));
+    let projection = Type::group_type_builder(schema.name())
+        .with_fields(fields.cloned().collect())
+        .build()
+        .map_err(|e| unreadable(&e))?;
+    if !schema.check_contains(&projection) {
+        return Err(bad(
+            "not a readable Parquet file: its columns differ".to_owned()
+        ));
+    }
+    let columns = Arc::new(SchemaDescriptor::new(Arc::new(projection)));
+    // Records behind a damaged one are not read, although `Records` would return some of them.
+    let mut is_damaged = false;
+    let records = Records::new(reader, columns).map_while(move |record| {
+        let is_readable = !std::mem::replace(&mut is_damaged, record.is_err());
+        is_readable.then_some(record)
+    });
+    let records = records.zip(0..);
+    let last = choice.ranges.iter().map(|(_, end)| *end).max();
+    let records = records
+        .take_while(move |(_, at)| last.is_none_or(|end| *at < end))
+        .filter_map(move |(record, at)| {
+            let row = at + 1;
+            match record {
+                Ok(_) if !choice.has(at) => None,
+                Ok(record) => Some(Ok((row, fields_of(row, &record, &choice.columns)))),
+                Err(e) => Some(Err(format!(
+                    "record {row} cannot be decoded ({e}): the file is damaged, write it again"
+                ))),
+            }
+        });
+    Ok((total, Box::new(records)))
+}
+
+/// A record's number from 1 and its columns, or the finding about them.
+pub type NumberedRecord = (u64, Result<Map<String, Value>, RowIssue>);
+
+/// Records in order. An error, which says why the file cannot be read further, is the last item.
+pub(super) type NumberedRecords = Box<dyn Iterator<Item = Result<NumberedRecord, String>> + Send>;
+
+/// Converts a record. The `carried` columns may have values of any type.
+fn fields_of(row: u64, record: &Row, carried: &[String]) -> Result<Map<String, Value>, RowIssue> {
+    let mut fields = Map::new();
+    for (name, field) in record.get_column_iter() {
+        if name == "weight"
+            && let Some(weight) = not_finite(field)
+        {
+            return Err(invalid_weight(row, &weight.to_string()));
+        }
+        let is_ours = COLUMNS.contains(&name.as_str()) || name == COMPLETIONS_COLUMN;
+        let value = match to_json(field) {
+            Ok(value) if is_ours => without_nulls(value),
+            Ok(value) => value,
+            Err(_) if carried.contains(name) => Value::String(field.to_string()),
+            Err(_) if !is_ours => Value::Bool(true),
+            Err(kind) => {
+                let message = format!("{name} holds {kind}: use text or a list of messages");
+                return Err(issue(row, name, IssueReason::InvalidType, message));
+            }
+        };
+        fields.insert(name.clone(), value);
+    }
+    Ok(fields)
 }
 
 /// Iterator over the records of all row groups. After a failure the rest of a row group cannot be

@@ -12,6 +12,9 @@ pub(super) const QUESTION_COLUMN: &str = "question";
 pub(super) const MEDIA_COLUMNS: [&str; 6] =
     ["images", "image", "videos", "video", "audios", "audio"];
 
+/// Column with several answers to one prompt, which are scored and ranked but not trained on.
+pub const COMPLETIONS_COLUMN: &str = "completions";
+
 /// Columns of a row in our own format.
 pub const COLUMNS: [&str; 12] = [
     "prompt",

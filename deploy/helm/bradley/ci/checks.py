@@ -395,6 +395,10 @@ def references(name, found):
         test = next(document for document in by_kind["Pod"])["metadata"]["labels"]
         let_in = [peer["podSelector"]["matchLabels"] for rule in policy["spec"]["ingress"][:1] for peer in rule["from"] if "namespaceSelector" not in peer]
         must(any(selector.items() <= test.items() for selector in let_in), "NetworkPolicy keeps out helm test's pod")
+        for job in by_kind.get("Job", []):
+            peer, arguments = job["spec"]["template"]["metadata"]["labels"], job["spec"]["template"]["spec"]["containers"][0]["args"]
+            calls = arguments[0] == "score-files" and "--models" not in arguments
+            must(not calls or any(selector.items() <= peer.items() for selector in let_in), "NetworkPolicy keeps out the Job that scores files")
     for monitor in by_kind.get("ServiceMonitor", []):
         selector = monitor["spec"]["selector"]["matchLabels"]
         chosen = [service for service in by_kind["Service"] if selector.items() <= service["metadata"]["labels"].items()]

@@ -47,6 +47,22 @@
 {{- $wrong = append $wrong "modelCache.prePull and huggingface.offline are both set: the Job has to ask the hub" -}}
 {{- end -}}
 {{- end -}}
+{{- with $v.scoreFiles -}}
+{{- if .enabled -}}
+{{- if not (and .inputs .out .policy) -}}
+{{- $wrong = append $wrong "scoreFiles.enabled needs scoreFiles.inputs, scoreFiles.out and scoreFiles.policy" -}}
+{{- end -}}
+{{- if and $v.auth.tokens (not .models) (not .tokenSecret) -}}
+{{- $wrong = append $wrong "scoreFiles needs scoreFiles.tokenSecret, because auth.tokens is true and the servers score" -}}
+{{- end -}}
+{{- if and $v.tls.clientCa.existingSecret (not .models) (not .clientSecret) -}}
+{{- $wrong = append $wrong "scoreFiles needs scoreFiles.clientSecret, because clients need a certificate (tls.clientCa) and the servers score" -}}
+{{- end -}}
+{{- if and .models (contains "trainingJobs/" .policy) -}}
+{{- $wrong = append $wrong "scoreFiles.policy is a checkpoint of the servers, but scoreFiles.models lets each pod score by itself: export the checkpoint and name it in scoreFiles.models, or leave that empty" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if and $v.auth.declared.tokens $v.auth.declared.existingSecret -}}
 {{- $wrong = append $wrong "auth.declared.tokens and auth.declared.existingSecret are both set: keep one" -}}
 {{- end -}}

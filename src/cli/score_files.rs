@@ -1,0 +1,468 @@
+//! `bradley score-files`: scores files of any size in parts, each of which is written once.
+//!
+//! ```text
+//! inputs ─▶ reader ─▶ parts ─▶ servers ─▶ Parquet or JSON lines ─▶ output
+//! ```
+//!
+//! There is no coordinator. A part's name follows from its rows, the weights and the options, and
+//! its shard from the name, so that every process finds out alone what is left to do. Memory is
+//! bounded by the parts in work: two are scored, one waits and one is read.
+
+mod batch;
+mod encode;
+mod fleet;
+mod input;
+mod manifest;
+mod reader;
+mod row;
+mod store;
+mod weights;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use self::encode::{PartCounts, ScoredPart};
+use self::fleet::Fleet;
+use self::input::ScoreInput;
+use self::manifest::RunDescription;
+use self::reader::{PartNaming, PartReader, PartToScore, PlannedRows, Shard};
+use self::store::PartStore;
+use super::args::{Output, PartFormat, ScoreFilesArgs};
+use super::failure::{Failure, Outcome};
+use super::loopback::LoopbackServer;
+use super::output::{line, resource};
+use super::policy_names::same_model_warning;
+use super::progress::{WorkProgress, say, waiting, warn};
+use super::score::{normalization, template_arguments};
+use super::settings::{Sources, vendor_variables};
+use crate::rpc::client::ClientError;
+use crate::rpc::pb;
+
+/// Number of parts that are scored at the same time, so that the servers have work while the last
+/// pairs of a part are scored.
+const PARTS_AT_ONCE: usize = 2;
+/// Maximum time for the own engine to load its models.
+const START_LIMIT: Duration = Duration::from_secs(1800);
+/// Time for which the identity of the weights is asked for again while the server is busy.
+const IDENTITY_PAUSE: Duration = Duration::from_secs(1);
+/// Time between two updates of the display.
+const TICK: Duration = Duration::from_millis(250);
+
+pub(super) async fn run(mut args: ScoreFilesArgs, output: Output) -> Outcome {
+    let sources = Sources::environment();
+    let shard = shard(&args, &sources)?;
+    check_carry(&args.carry)?;
+    if args.models.is_empty() {
+        return score(args, shard, &sources, output).await;
+    }
+    super::telemetry::log("warn", false, None, None)?;
+    // The engine's log of jobs and its cache of reference log-probs are of no use later.
+    let folder = tempfile::tempdir().map_err(|e| Failure::Failed(e.to_string()))?;
+    let settings = [
+        ("models", args.models.join(",")),
+        ("data_dir", folder.path().display().to_string()),
+        ("device", args.device.clone()),
+        ("precision", args.precision.clone()),
+        ("threads", args.threads.to_string()),
+    ];
+    let server = LoopbackServer::start(&settings, &sources).await?;
+    let ready = waiting("loading the models", server.connect_when_ready(START_LIMIT)).await;
+    if let Err(failure) = ready {
+        // If the server has ended with an error, that is the cause.
+        return Err(server.stop().await.err().unwrap_or(failure));
+    }
+    args.fleet.servers = vec![server.address.clone()];
+    let outcome = score(args, shard, &sources, output).await;
+    outcome.and(server.stop().await)
+}
+
+/// Returns the shard that the flags name, or else the environment of Kubernetes or Slurm.
+fn shard(args: &ScoreFilesArgs, sources: &Sources) -> Result<Shard, Failure> {
+    let wrong = |what: String| Failure::Usage(format!("{what}: give --shard I/N with I below N"));
+    let number = |name: &str| -> Result<Option<u64>, Failure> {
+        match sources.variable(name) {
+            None => Ok(None),
+            Some(text) => match text.parse() {
+                Ok(number) => Ok(Some(number)),
+                Err(_) => Err(wrong(format!("the variable {name} is {text:?}"))),
+            },
+        }
+    };
+    let (index, count, origin) = if let Some(given) = &args.shard {
+        let parsed = given
+            .split_once('/')
+            .and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+        let (index, count) =
+            parsed.ok_or_else(|| wrong(format!("--shard {given:?} is not of the form I/N")))?;
+        (index, count, "--shard")
+    } else if let Some(index) = number("JOB_COMPLETION_INDEX")? {
+        let count = match args.shards {
+            Some(count) => Some(u64::from(count)),
+            None => number("JOB_COMPLETIONS")?,
+        };
+        let count = count.ok_or_else(|| {
+            Failure::Usage(
+                "JOB_COMPLETION_INDEX is set, but not the number of shards: give --shards, or set \
+                 JOB_COMPLETIONS"
+                    .to_owned(),
+            )
+        })?;
+        (index, count, "JOB_COMPLETION_INDEX")
+    } else if let Some(task) = number("SLURM_ARRAY_TASK_ID")? {
+        let first = number("SLURM_ARRAY_TASK_MIN")?.unwrap_or(0);
+        let count = match args.shards {
+            Some(count) => Some(u64::from(count)),
+            None => number("SLURM_ARRAY_TASK_COUNT")?,
+        };
+        let count = count.ok_or_else(|| {
+            Failure::Usage(
+                "SLURM_ARRAY_TASK_ID is set, but not SLURM_ARRAY_TASK_COUNT: give --shards"
+                    .to_owned(),
+            )
+        })?;
+        (task.saturating_sub(first), count, "SLURM_ARRAY_TASK_ID")
+    } else {
+        match args.shards {
+            Some(count) if count > 1 => {
+                return Err(Failure::Usage(format!(
+                    "--shards {count} says how many shards there are, but nothing says which one \
+                     this is: give --shard I/{count}"
+                )));
+            }
+            _ => (0, 1, "--shard"),
+        }
+    };
+    match index < count {
+        true => Ok(Shard { index, count }),
+        false => Err(wrong(format!(
+            "{origin}: shard {index} of {count} does not exist"
+        ))),
+    }
+}
+
+fn check_carry(carry: &[String]) -> Outcome {
+    let mut seen = std::collections::BTreeSet::new();
+    for name in carry {
+        if encode::COLUMNS.contains(&name.as_str()) {
+            return Err(Failure::Usage(format!(
+                "--carry {name}: the output has a column of this name already: leave it out"
+            )));
+        }
+        if name.is_empty() || !seen.insert(name) {
+            return Err(Failure::Usage(format!(
+                "--carry: the column {name:?} is empty or named twice"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Everything that a part's task needs.
+struct ScoringRun {
+    fleet: Arc<Fleet>,
+    options: pb::ScoringOptions,
+    out: PartStore,
+    format: PartFormat,
+    carry: Vec<String>,
+    about: Vec<(&'static str, String)>,
+    done: AtomicU64,
+}
+
+async fn score(args: ScoreFilesArgs, shard: Shard, sources: &Sources, output: Output) -> Outcome {
+    let started = Instant::now();
+    let vendor = vendor_variables(sources);
+    let out = PartStore::open(&args.out, &vendor)?;
+    let inputs = input::find(&args.inputs, &vendor).await?;
+    let (fleet, client) = Fleet::connect(args.fleet.clone()).await?;
+    let mut options = pb::ScoringOptions {
+        policy: args.policy.clone(),
+        reference: args.reference.clone(),
+        beta: args.beta,
+        max_length: args.max_length,
+        chat_template_kwargs_json: template_arguments(args.template_args.as_deref())?,
+        normalization: normalization(&args.normalization).into(),
+        ..Default::default()
+    };
+    weights::complete_names(&client, &mut options).await?;
+    if let Some(warning) = same_model_warning(&options.policy, &options.reference) {
+        warn(&warning);
+    }
+    let patience = Duration::from_secs(args.fleet.retry_timeout);
+    let weights = loop {
+        match weights::identify(&client, &options).await {
+            Ok(weights) => break weights,
+            Err(status)
+                if crate::rpc::client::is_transient(status.code())
+                    && started.elapsed() < patience =>
+            {
+                let pause = crate::rpc::client::retry_after(&status);
+                tokio::time::sleep(pause.unwrap_or(IDENTITY_PAUSE)).await;
+            }
+            Err(status) => return Err(ClientError::from(status).into()),
+        }
+    };
+    weights.pin(&mut options)?;
+    let run = RunDescription {
+        weights: weights.clone(),
+        beta: args.beta,
+        max_length: args.max_length,
+        template_args: options.chat_template_kwargs_json.clone(),
+        precision: match args.models.is_empty() {
+            true => String::new(),
+            false => args.precision.clone(),
+        },
+        carry: args.carry.clone(),
+        part_rows: args.part_rows,
+        format: args.out_format.ending().to_owned(),
+    };
+    run.claim(&out).await?;
+    fleet.expect(options.clone(), weights.clone());
+    let naming = PartNaming {
+        options: run.options_hash(),
+        rows: args.part_rows.into(),
+        format: args.out_format,
+    };
+    let work = ScoringRun {
+        fleet,
+        options,
+        out: out.clone(),
+        format: args.out_format,
+        carry: args.carry.clone(),
+        about: vec![
+            ("bradley.policy", weights.policy.clone()),
+            ("bradley.reference", weights.reference.clone()),
+            ("bradley.normalization", weights.normalization.clone()),
+            ("bradley.options_hash", naming.options.clone()),
+        ],
+        done: AtomicU64::new(0),
+    };
+    let planned = Arc::new(PlannedRows::default());
+    let reader = PartReader {
+        inputs: inputs.clone(),
+        written: out.list().await?,
+        out: out.clone(),
+        naming: naming.clone(),
+        shard,
+        carry: args.carry,
+        planned: Arc::clone(&planned),
+    };
+    let scored = score_parts(Arc::new(work), reader, &inputs, &planned).await?;
+    let complete = manifest::complete(&out, &inputs, &naming, &run, started).await?;
+    report(output, &scored, shard, complete, started);
+    match scored.bad_inputs.as_slice() {
+        [] => Ok(()),
+        bad => Err(Failure::Failed(format!(
+            "{} of {} inputs could not be read:\n  {}",
+            bad.len(),
+            inputs.len(),
+            bad.join("\n  ")
+        ))),
+    }
+}
+
+/// What one process has done.
+#[derive(Default)]
+struct ScoredParts {
+    parts: u64,
+    counts: PartCounts,
+    bad_inputs: Vec<String>,
+}
+
+/// Scores the parts that the reader sends, and shows the progress.
+async fn score_parts(
+    work: Arc<ScoringRun>,
+    reader: PartReader,
+    inputs: &[ScoreInput],
+    planned: &PlannedRows,
+) -> Result<ScoredParts, Failure> {
+    let (sender, mut parts) = mpsc::channel(1);
+    let runtime = tokio::runtime::Handle::current();
+    let reading = tokio::task::spawn_blocking(move || reader.run(&runtime, &sender));
+    let all_bytes: u64 = inputs.iter().map(|input| input.bytes).sum();
+    let progress = WorkProgress::pairs("scoring");
+    let mut scored = ScoredParts::default();
+    let doing = async {
+        let mut running = JoinSet::new();
+        let mut is_open = true;
+        let mut ticks = tokio::time::interval(TICK);
+        while is_open || !running.is_empty() {
+            tokio::select! {
+                part = parts.recv(), if is_open && running.len() < PARTS_AT_ONCE => match part {
+                    Some(part) => drop(running.spawn(score_part(Arc::clone(&work), part))),
+                    None => is_open = false,
+                },
+                Some(done) = running.join_next() => {
+                    let counts = done.map_err(|e| Failure::Failed(e.to_string()))??;
+                    scored.parts += 1;
+                    scored.counts.rows += counts.rows;
+                    scored.counts.errors += counts.errors;
+                }
+                _ = ticks.tick() => {
+                    let done = work.done.load(Ordering::Relaxed);
+                    progress.set(done);
+                    if let Some(total) = expected_rows(planned, all_bytes) {
+                        progress.set_total(total.max(done));
+                    }
+                }
+            }
+        }
+        Ok::<(), Failure>(())
+    };
+    progress.during(doing).await?;
+    progress.set(work.done.load(Ordering::Relaxed));
+    let rate = progress.total();
+    drop(progress);
+    if let Some(rate) = rate {
+        say(&rate);
+    }
+    let read = reading.await.map_err(|e| Failure::Failed(e.to_string()))?;
+    scored.bad_inputs = read?;
+    Ok(scored)
+}
+
+/// Estimates the rows of this shard from those that are known and the bytes of the other inputs.
+fn expected_rows(planned: &PlannedRows, all_bytes: u64) -> Option<u64> {
+    let known = planned.known.load(Ordering::Relaxed);
+    let bytes = planned.bytes.load(Ordering::Relaxed);
+    match bytes {
+        // The first input: its rows may be known before it is read.
+        0 => (known > 0).then_some(known),
+        bytes => {
+            let all = known as f64 * all_bytes as f64 / bytes as f64;
+            Some((all as u64).max(known))
+        }
+    }
+}
+
+/// Scores a part and writes it, if the weights are still those of the start.
+async fn score_part(work: Arc<ScoringRun>, part: PartToScore) -> Result<PartCounts, Failure> {
+    let add = |rows| {
+        work.done.fetch_add(rows, Ordering::Relaxed);
+    };
+    let results = batch::score(&work.fleet, &work.options, &part.rows, add).await?;
+    let encoding = Arc::clone(&work);
+    let encoded = tokio::task::spawn_blocking(move || {
+        let scored = ScoredPart {
+            input: &part.input,
+            rows: &part.rows,
+            results: &results,
+            carry: &encoding.carry,
+            about: &encoding.about,
+        };
+        let bytes = scored.encode(encoding.format)?;
+        Ok::<_, String>((part.name, scored.counts(), bytes))
+    });
+    let encoded = encoded.await.map_err(|e| Failure::Failed(e.to_string()))?;
+    let (name, counts, bytes) = encoded.map_err(Failure::Failed)?;
+    work.fleet.verify().await?;
+    // If another process has written it meanwhile, it is the same.
+    work.out.create(&name, bytes).await?;
+    Ok(counts)
+}
+
+/// Says what was done, and what is left.
+fn report(
+    output: Output,
+    scored: &ScoredParts,
+    shard: Shard,
+    complete: Option<manifest::RunCounts>,
+    started: Instant,
+) {
+    let PartCounts { rows, errors } = scored.counts;
+    if output != Output::Table {
+        let all =
+            complete.map(|all| json!({"parts": all.parts, "rows": all.rows, "errors": all.errors}));
+        let value = json!({
+            "shard": {"index": shard.index, "count": shard.count},
+            "written": {"parts": scored.parts, "rows": rows, "errors": errors},
+            "complete": all,
+            "seconds": started.elapsed().as_secs_f64(),
+        });
+        return resource(output, &value);
+    }
+    line(&format!(
+        "{} parts with {rows} rows written, {errors} rows with an error",
+        scored.parts
+    ));
+    match complete {
+        Some(all) => line(&format!(
+            "complete: {} parts, {} rows, {} with an error; see _manifest.json",
+            all.parts, all.rows, all.errors
+        )),
+        None => line("parts of other shards, or of inputs that cannot be read, are missing"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser as _;
+
+    fn shard_of(flags: &[&str], environment: &[(&str, &str)]) -> Result<(u64, u64), String> {
+        let fixed = [
+            "bradley",
+            "score-files",
+            "--in",
+            "x",
+            "--out",
+            "y",
+            "--policy",
+            "p",
+        ];
+        let cli = crate::cli::args::Cli::parse_from([&fixed[..], flags].concat());
+        let crate::cli::args::Command::ScoreFiles(args) = cli.command else {
+            panic!("{flags:?}")
+        };
+        let environment = environment
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect();
+        let sources = Sources {
+            environment,
+            ..Default::default()
+        };
+        match shard(&args, &sources) {
+            Ok(shard) => Ok((shard.index, shard.count)),
+            Err(failure) => Err(failure.message().to_owned()),
+        }
+    }
+
+    #[test]
+    fn the_shard_comes_from_the_flag_or_the_environment() {
+        let kubernetes = [("JOB_COMPLETION_INDEX", "2"), ("JOB_COMPLETIONS", "5")];
+        let slurm = [
+            ("SLURM_ARRAY_TASK_ID", "4"),
+            ("SLURM_ARRAY_TASK_MIN", "1"),
+            ("SLURM_ARRAY_TASK_COUNT", "4"),
+        ];
+        assert_eq!(shard_of(&[], &[]), Ok((0, 1)));
+        assert_eq!(shard_of(&["--shard", "1/3"], &kubernetes), Ok((1, 3)));
+        assert_eq!(shard_of(&[], &kubernetes), Ok((2, 5)));
+        assert_eq!(shard_of(&["--shards", "8"], &kubernetes[..1]), Ok((2, 8)));
+        assert_eq!(shard_of(&[], &slurm), Ok((3, 4)));
+        let refused = |flags: &[&str], environment: &[(&str, &str)]| {
+            shard_of(flags, environment).unwrap_err()
+        };
+        assert!(refused(&["--shard", "3/3"], &[]).contains("shard 3 of 3 does not exist"));
+        assert!(refused(&["--shard", "3"], &[]).contains("I/N"));
+        assert!(refused(&["--shards", "3"], &[]).contains("--shard I/3"));
+        assert!(refused(&[], &kubernetes[..1]).contains("--shards"));
+        assert!(refused(&[], &[("JOB_COMPLETION_INDEX", "x")]).contains("\"x\""));
+    }
+
+    #[test]
+    fn columns_of_the_output_cannot_be_carried() {
+        let check = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|n| (*n).to_owned()).collect();
+            check_carry(&names).map_err(|failure| failure.message().to_owned())
+        };
+        assert!(check(&["prompt", "source"]).is_ok());
+        assert!(check(&["margin"]).unwrap_err().contains("--carry margin"));
+        assert!(check(&["a", "a"]).unwrap_err().contains("twice"));
+    }
+}

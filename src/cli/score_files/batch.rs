@@ -1,0 +1,399 @@
+//! Scores the rows of a part: pairs in calls of several, with those that share a prompt next to
+//! each other, and several answers to a prompt in a call of their own.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+use tokio::task::JoinSet;
+
+use super::fleet::{CallError, Fleet, ScoringAnswer, ScoringCall};
+use super::row::{InputRow, PromptAnswers, RowContent};
+use crate::cli::failure::Failure;
+use crate::cli::score::{pair, text};
+use crate::domain::dataset::Text;
+use crate::rpc::client::{Code, is_transient};
+use crate::rpc::pb;
+
+/// Maximum number of pairs in a call.
+const CALL_PAIRS: usize = 64;
+/// Maximum text of the pairs in a call, unless one pair has more. The server's limit on messages is
+/// 16 MiB by default.
+const CALL_BYTES: usize = 1 << 20;
+/// Time after which pairs that failed for a passing reason are scored again.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Maximum number of times that a pair is scored again.
+const MAX_RETRIES: u32 = 100;
+/// Maximum number of times that a pair is scored again after an internal error of the server. A
+/// pair that always causes one must not stop the others.
+const MAX_INTERNAL: u32 = 3;
+
+/// The result of a row.
+#[derive(Debug)]
+pub(super) enum RowResult {
+    Pair(Box<pb::PairScore>),
+    Answers(Box<AnswerScores>),
+    Error(String),
+}
+
+/// Scores of several answers, in their order.
+#[derive(Debug, Default)]
+pub(super) struct AnswerScores {
+    /// `None` for an answer that has no score.
+    pub rewards: Vec<Option<f64>>,
+    /// From 1, the best one.
+    pub ranks: Vec<Option<i32>>,
+    /// True if an answer was truncated.
+    pub is_truncated: bool,
+    /// The error of the first answer without a score.
+    pub error: Option<String>,
+}
+
+/// A call with the places of its rows in the part.
+struct RowCall {
+    places: Vec<usize>,
+    call: ScoringCall,
+}
+
+/// Scores rows. Results have the order of the rows.
+///
+/// # Errors
+/// Returns a failure if nothing more can be scored.
+pub(super) async fn score(
+    fleet: &Arc<Fleet>,
+    options: &pb::ScoringOptions,
+    rows: &[InputRow],
+    mut scored: impl FnMut(u64),
+) -> Result<Vec<RowResult>, Failure> {
+    let mut results: Vec<Option<RowResult>> = rows
+        .iter()
+        .map(|row| match &row.content {
+            RowContent::Bad(message) => Some(RowResult::Error(message.clone())),
+            _ => None,
+        })
+        .collect();
+    scored(results.iter().flatten().count() as u64);
+    let (mut calls, mut running) = (calls(options, rows).into_iter(), JoinSet::new());
+    let mut is_over = false;
+    while !is_over || !running.is_empty() {
+        // More calls than the servers take would only wait.
+        while !is_over && running.len() < fleet.capacity().max(1) {
+            let Some(call) = calls.next() else {
+                is_over = true;
+                break;
+            };
+            let fleet = Arc::clone(fleet);
+            running.spawn(async move { answer(&fleet, call).await });
+        }
+        let Some(done) = running.join_next().await else {
+            continue;
+        };
+        for (place, result) in done.map_err(|e| Failure::Failed(e.to_string()))?? {
+            results[place] = Some(result);
+            scored(1);
+        }
+    }
+    let missing = || RowResult::Error("the server sent no result".to_owned());
+    Ok(results
+        .into_iter()
+        .map(|result| result.unwrap_or_else(missing))
+        .collect())
+}
+
+/// Divides rows into calls.
+fn calls(options: &pb::ScoringOptions, rows: &[InputRow]) -> Vec<RowCall> {
+    // Pairs in the order in which their prompts occur first.
+    let mut of_prompt: HashMap<&Text, usize> = HashMap::new();
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    let mut calls = Vec::new();
+    for (place, row) in rows.iter().enumerate() {
+        match &row.content {
+            RowContent::Pair(pair) => {
+                let group = *of_prompt.entry(&pair.prompt).or_insert(groups.len());
+                if group == groups.len() {
+                    groups.push(Vec::new());
+                }
+                groups[group].push(place);
+            }
+            RowContent::Answers(answers) => calls.push(RowCall {
+                places: vec![place],
+                call: ScoringCall::Answers(answers_call(options, answers)),
+            }),
+            RowContent::Bad(_) => {}
+        }
+    }
+    let (mut places, mut pairs, mut bytes) = (Vec::new(), Vec::new(), 0);
+    let call = |places: &mut Vec<usize>, pairs: &mut Vec<pb::Pair>| RowCall {
+        places: std::mem::take(places),
+        call: ScoringCall::Pairs(pb::ScorePairsRequest {
+            options: Some(options.clone()),
+            pairs: std::mem::take(pairs),
+        }),
+    };
+    for place in groups.into_iter().flatten() {
+        let RowContent::Pair(row) = &rows[place].content else {
+            continue;
+        };
+        let size = [&row.prompt, &row.chosen, &row.rejected].map(text_bytes);
+        let size: usize = size.iter().sum();
+        if !pairs.is_empty() && (pairs.len() == CALL_PAIRS || bytes + size > CALL_BYTES) {
+            calls.push(call(&mut places, &mut pairs));
+            bytes = 0;
+        }
+        bytes += size;
+        pairs.push(pair(place.to_string(), row));
+        places.push(place);
+    }
+    if !pairs.is_empty() {
+        calls.push(call(&mut places, &mut pairs));
+    }
+    calls
+}
+
+fn text_bytes(text: &Text) -> usize {
+    match text {
+        Text::Plain(text) => text.len(),
+        Text::Chat(messages) => messages
+            .iter()
+            .filter_map(|m| m.fields().get("content").and_then(Value::as_str))
+            .map(str::len)
+            .sum(),
+    }
+}
+
+/// Builds the call for a row with several answers. It has no tools and variables of its own, so
+/// those of the row become those of the options.
+fn answers_call(options: &pb::ScoringOptions, row: &PromptAnswers) -> pb::ScoreCompletionsRequest {
+    let mut options = options.clone();
+    if let Some(tools) = &row.arguments.tools {
+        options.tools_json = Value::from(tools.clone()).to_string();
+    }
+    if !row.arguments.kwargs.is_empty() {
+        let given = &options.chat_template_kwargs_json;
+        let mut all: Map<String, Value> = serde_json::from_str(given).unwrap_or_default();
+        all.extend(row.arguments.kwargs.clone());
+        options.chat_template_kwargs_json = Value::Object(all).to_string();
+    }
+    pb::ScoreCompletionsRequest {
+        options: Some(options),
+        prompt: Some(text(&row.prompt)),
+        completions: row.answers.iter().map(text).collect(),
+    }
+}
+
+type Answered = Vec<(usize, RowResult)>;
+
+/// Scores the rows of a call, until each has a score or an error of its own.
+async fn answer(fleet: &Fleet, call: RowCall) -> Result<Answered, Failure> {
+    match call.call {
+        ScoringCall::Pairs(request) => pairs(fleet, call.places, request).await,
+        ScoringCall::Answers(request) => {
+            let Some(place) = call.places.first() else {
+                return Ok(Vec::new());
+            };
+            Ok(vec![(*place, answers(fleet, request).await?)])
+        }
+    }
+}
+
+/// Pairs that are scored, with their places and the number of attempts so far.
+struct WaitingPairs {
+    places: Vec<usize>,
+    request: pb::ScorePairsRequest,
+    attempts: u32,
+}
+
+async fn pairs(
+    fleet: &Fleet,
+    places: Vec<usize>,
+    request: pb::ScorePairsRequest,
+) -> Result<Answered, Failure> {
+    let mut answered = Vec::with_capacity(places.len());
+    let mut waiting = vec![WaitingPairs {
+        places,
+        request,
+        attempts: 0,
+    }];
+    while let Some(WaitingPairs {
+        places,
+        request,
+        attempts,
+    }) = waiting.pop()
+    {
+        let call = ScoringCall::Pairs(request);
+        let answer = fleet.call(&call).await;
+        let ScoringCall::Pairs(request) = call else {
+            break;
+        };
+        let results = match answer {
+            Ok(ScoringAnswer::Pairs(answer)) => answer.results,
+            Ok(ScoringAnswer::Answers(_)) => Vec::new(),
+            Err(CallError::Fatal(failure)) => return Err(failure),
+            Err(CallError::Refused(message)) if places.len() == 1 => {
+                answered.extend(
+                    places
+                        .into_iter()
+                        .map(|at| (at, RowResult::Error(message.clone()))),
+                );
+                continue;
+            }
+            // One of the pairs is refused as a message: each half is sent alone.
+            Err(CallError::Refused(_)) => {
+                let half = places.len() / 2;
+                for range in [half..places.len(), 0..half] {
+                    waiting.push(WaitingPairs {
+                        places: places[range.clone()].to_vec(),
+                        request: pb::ScorePairsRequest {
+                            options: request.options.clone(),
+                            pairs: request.pairs[range].to_vec(),
+                        },
+                        attempts,
+                    });
+                }
+                continue;
+            }
+        };
+        if results.len() != places.len() {
+            return Err(Failure::Failed(format!(
+                "the server sent {} results for {} pairs",
+                results.len(),
+                places.len()
+            )));
+        }
+        let (mut again_places, mut again) = (Vec::new(), Vec::new());
+        for ((place, pair), result) in places.into_iter().zip(request.pairs).zip(results) {
+            let result = match result.result {
+                Some(pb::pair_result::Result::Score(score)) => RowResult::Pair(Box::new(score)),
+                Some(pb::pair_result::Result::Error(e)) if is_passing(e.code, attempts) => {
+                    if attempts >= MAX_RETRIES {
+                        return Err(Failure::Failed(format!(
+                            "a pair failed {MAX_RETRIES} times: {}",
+                            e.message
+                        )));
+                    }
+                    again_places.push(place);
+                    again.push(pair);
+                    continue;
+                }
+                Some(pb::pair_result::Result::Error(e)) => RowResult::Error(e.message),
+                None => RowResult::Error("the server sent no result".to_owned()),
+            };
+            answered.push((place, result));
+        }
+        if !again.is_empty() {
+            tokio::time::sleep(PAUSE).await;
+            waiting.push(WaitingPairs {
+                places: again_places,
+                request: pb::ScorePairsRequest {
+                    options: request.options,
+                    pairs: again,
+                },
+                attempts: attempts + 1,
+            });
+        }
+    }
+    Ok(answered)
+}
+
+/// Returns true if an error may pass when the pair is scored again.
+fn is_passing(code: i32, attempts: u32) -> bool {
+    match Code::from(code) {
+        Code::Internal | Code::Unknown => attempts < MAX_INTERNAL,
+        code => is_transient(code),
+    }
+}
+
+async fn answers(
+    fleet: &Fleet,
+    request: pb::ScoreCompletionsRequest,
+) -> Result<RowResult, Failure> {
+    let call = ScoringCall::Answers(request);
+    let mut attempts = 0;
+    loop {
+        let answer = match fleet.call(&call).await {
+            Ok(ScoringAnswer::Answers(answer)) => answer,
+            Ok(ScoringAnswer::Pairs(_)) => {
+                return Ok(RowResult::Error("the server sent no result".to_owned()));
+            }
+            Err(CallError::Fatal(failure)) => return Err(failure),
+            Err(CallError::Refused(message)) => return Ok(RowResult::Error(message)),
+        };
+        let passing = answer
+            .results
+            .iter()
+            .find_map(|result| match &result.result {
+                Some(pb::completion_result::Result::Error(e)) if is_passing(e.code, attempts) => {
+                    Some(e.message.clone())
+                }
+                _ => None,
+            });
+        let Some(message) = passing else {
+            return Ok(RowResult::Answers(Box::new(ranked(answer))));
+        };
+        attempts += 1;
+        if attempts > MAX_RETRIES {
+            return Err(Failure::Failed(format!(
+                "an answer failed {MAX_RETRIES} times: {message}"
+            )));
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+fn ranked(answer: pb::ScoreCompletionsResponse) -> AnswerScores {
+    let mut scores = AnswerScores {
+        ranks: vec![None; answer.results.len()],
+        ..Default::default()
+    };
+    for (rank, at) in (1..).zip(&answer.ranking) {
+        if let Some(place) = scores.ranks.get_mut(*at as usize) {
+            *place = Some(rank);
+        }
+    }
+    for (at, result) in answer.results.into_iter().enumerate() {
+        let (reward, message) = match result.result {
+            Some(pb::completion_result::Result::Score(score)) => {
+                scores.is_truncated |= score.truncated;
+                (Some(score.reward), None)
+            }
+            Some(pb::completion_result::Result::Error(e)) => (None, Some(e.message)),
+            None => (None, Some("the server sent no result".to_owned())),
+        };
+        scores.rewards.push(reward);
+        if let Some(message) = message {
+            scores
+                .error
+                .get_or_insert_with(|| format!("completions[{at}]: {message}"));
+        }
+    }
+    scores
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(prompt: &str, answer: &str) -> InputRow {
+        let line = serde_json::json!({"prompt": prompt, "chosen": answer, "rejected": "b"});
+        InputRow::of_line(1, line.to_string().as_bytes(), &[]).unwrap()
+    }
+
+    #[test]
+    fn pairs_that_share_a_prompt_are_sent_together_within_the_limits() {
+        let mut rows: Vec<InputRow> = (0..100).map(|i| row(["p", "q"][i % 2], "a")).collect();
+        rows.push(InputRow::bad(101, "bad".to_owned()));
+        rows.push(row("long", &"x".repeat(CALL_BYTES)));
+        let calls = calls(&pb::ScoringOptions::default(), &rows);
+        let sizes: Vec<usize> = calls.iter().map(|call| call.places.len()).collect();
+        assert_eq!(sizes, [64, 36, 1]);
+        let places: Vec<usize> = calls.iter().flat_map(|call| call.places.clone()).collect();
+        assert!(
+            places[..50].iter().all(|place| place % 2 == 0),
+            "{places:?}"
+        );
+        let mut sorted = places;
+        sorted.sort_unstable();
+        assert!(sorted.iter().copied().eq((0..100).chain([101])));
+    }
+}

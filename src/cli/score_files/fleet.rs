@@ -1,0 +1,465 @@
+//! The servers that score: calls go to the one with the fewest calls in flight, and a call that
+//! fails for a passing reason is repeated, if possible at another server.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use super::weights::{WeightsIdentity, identify};
+use crate::cli::args::FleetArgs;
+use crate::cli::failure::Failure;
+use crate::cli::progress::say;
+use crate::cli::remote::{connect, open};
+use crate::rpc::client::{Client, ClientError, Code, Status, is_transient, retry_after};
+use crate::rpc::pb;
+
+/// Number of calls in flight on one connection.
+const CALLS_PER_CONNECTION: usize = 2;
+/// Time limit for a call. A server that has died is noticed much earlier, by the connection.
+const CALL_LIMIT: Duration = Duration::from_secs(1800);
+/// Time limit for the answer about the weights.
+const IDENTITY_LIMIT: Duration = Duration::from_secs(120);
+/// First and longest time for which a server that failed gets no calls.
+const REST: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+/// Time between two looks for a server, if none was freed meanwhile.
+const LOOK: Duration = Duration::from_millis(200);
+/// Time between two attempts to reach a first server.
+const WAIT_INTERVAL: Duration = Duration::from_secs(2);
+/// Maximum number of repetitions of one call.
+const MAX_REPETITIONS: u32 = 100;
+/// Prefix of names that are resolved to all of their addresses.
+const DNS: &str = "dns:///";
+/// Time between two resolutions of such a name.
+const RESOLVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A call that scores.
+#[derive(Clone, Debug)]
+pub(super) enum ScoringCall {
+    Pairs(pb::ScorePairsRequest),
+    Answers(pb::ScoreCompletionsRequest),
+}
+
+/// The answer to a call.
+#[derive(Debug)]
+pub(super) enum ScoringAnswer {
+    Pairs(pb::ScorePairsResponse),
+    Answers(pb::ScoreCompletionsResponse),
+}
+
+/// The reason why a call was not answered.
+#[derive(Debug)]
+pub(super) enum CallError {
+    /// The server refuses the content of this call.
+    Refused(String),
+    /// Nothing more can be scored.
+    Fatal(Failure),
+}
+
+/// Servers with the same weights.
+pub(super) struct Fleet {
+    args: FleetArgs,
+    replicas: Mutex<Vec<Arc<Replica>>>,
+    /// Options with pinned names, and what the weights were at the start.
+    expected: Mutex<Option<(pb::ScoringOptions, WeightsIdentity)>>,
+    /// Wakes calls that wait for a server.
+    freed: Notify,
+    last_answer: Mutex<Instant>,
+    last_resolution: Mutex<Instant>,
+}
+
+struct Replica {
+    address: String,
+    connections: Vec<tokio::sync::Mutex<Option<Client>>>,
+    next: AtomicUsize,
+    in_flight: AtomicUsize,
+    /// Number of failures since the last answer.
+    failures: AtomicU32,
+    rests_until: Mutex<Option<Instant>>,
+    /// True if it may be another process since its weights were identified.
+    is_unverified: AtomicBool,
+    /// True while one call identifies its weights.
+    is_verifying: tokio::sync::Mutex<()>,
+}
+
+/// A call's place at a replica.
+struct CallSlot<'a> {
+    fleet: &'a Fleet,
+    replica: Arc<Replica>,
+}
+
+impl Drop for CallSlot<'_> {
+    fn drop(&mut self) {
+        self.replica.in_flight.fetch_sub(1, Ordering::AcqRel);
+        self.fleet.freed.notify_one();
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Replica {
+    fn new(address: String, connections: u8) -> Arc<Self> {
+        Arc::new(Replica {
+            address,
+            connections: (0..connections).map(|_| Default::default()).collect(),
+            next: AtomicUsize::new(0),
+            in_flight: AtomicUsize::new(0),
+            failures: AtomicU32::new(0),
+            rests_until: Mutex::new(None),
+            is_unverified: AtomicBool::new(true),
+            is_verifying: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    fn capacity(&self) -> usize {
+        self.connections.len() * CALLS_PER_CONNECTION
+    }
+
+    fn rests(&self) -> bool {
+        locked(&self.rests_until).is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Gives it no calls for a while.
+    fn rest(&self, asked: Option<Duration>) {
+        let failures = self.failures.fetch_add(1, Ordering::AcqRel).min(16);
+        let time = (REST.0 * (1 << failures.min(8))).min(REST.1);
+        *locked(&self.rests_until) = Some(Instant::now() + asked.unwrap_or(time).min(REST.1));
+    }
+
+    /// Returns one of its connections, in turn.
+    async fn client(&self, args: &FleetArgs) -> Result<Client, ClientError> {
+        let turn = self.next.fetch_add(1, Ordering::Relaxed) % self.connections.len().max(1);
+        let mut connection = self.connections[turn].lock().await;
+        if let Some(client) = &*connection {
+            return Ok(client.clone());
+        }
+        let client = open(&args.target(&self.address)).await?;
+        *connection = Some(client.clone());
+        Ok(client)
+    }
+}
+
+impl Fleet {
+    /// Finds the servers and connects to the first one that answers.
+    ///
+    /// # Errors
+    /// Returns a failure if an address is wrong, or no server is reached within
+    /// `--wait-for-server`.
+    pub(super) async fn connect(args: FleetArgs) -> Result<(Arc<Self>, Client), Failure> {
+        let (started, wait) = (Instant::now(), Duration::from_secs(args.wait_for_server));
+        let mut is_told = false;
+        let (addresses, client) = loop {
+            let failure = match first(&args).await {
+                Ok(found) => break found,
+                Err(failure @ Failure::Unreachable(_)) if started.elapsed() < wait => failure,
+                Err(failure) => return Err(failure),
+            };
+            if !std::mem::replace(&mut is_told, true) {
+                say(&format!("waiting for a server: {}", failure.message()));
+            }
+            tokio::time::sleep(WAIT_INTERVAL).await;
+        };
+        let replicas = addresses
+            .into_iter()
+            .map(|address| Replica::new(address, args.connections))
+            .collect();
+        let fleet = Fleet {
+            args,
+            replicas: Mutex::new(replicas),
+            expected: Mutex::new(None),
+            freed: Notify::new(),
+            last_answer: Mutex::new(Instant::now()),
+            last_resolution: Mutex::new(Instant::now()),
+        };
+        Ok((Arc::new(fleet), client))
+    }
+
+    /// Sets the options, and the weights that every server must have.
+    pub(super) fn expect(&self, options: pb::ScoringOptions, weights: WeightsIdentity) {
+        *locked(&self.expected) = Some((options, weights));
+        *locked(&self.last_answer) = Instant::now();
+    }
+
+    /// Returns the number of calls that all servers together take.
+    pub(super) fn capacity(&self) -> usize {
+        locked(&self.replicas).iter().map(|r| r.capacity()).sum()
+    }
+
+    /// Scores, as often as it takes.
+    pub(super) async fn call(&self, call: &ScoringCall) -> Result<ScoringAnswer, CallError> {
+        let mut repetitions = 0;
+        loop {
+            let slot = self.slot().await.map_err(CallError::Fatal)?;
+            let (code, after, reason) = match self.try_call(&slot.replica, call).await {
+                Ok(answer) => {
+                    slot.replica.failures.store(0, Ordering::Release);
+                    *locked(&self.last_answer) = Instant::now();
+                    return Ok(answer);
+                }
+                Err(Attempt::Changed(failure)) => return Err(CallError::Fatal(failure)),
+                Err(Attempt::Silent(reason)) => (Code::Unavailable, None, reason),
+                Err(Attempt::Refused(status)) => {
+                    let code = status.code();
+                    let is_too_large = code == Code::ResourceExhausted && is_size(status.message());
+                    if matches!(code, Code::InvalidArgument | Code::OutOfRange) || is_too_large {
+                        let message = ClientError::from(*status).to_string();
+                        return Err(CallError::Refused(message));
+                    }
+                    if !is_transient(code) {
+                        return Err(CallError::Fatal((*status).into()));
+                    }
+                    let after = retry_after(&status);
+                    (code, after, ClientError::from(*status).to_string())
+                }
+            };
+            let address = &slot.replica.address;
+            slot.replica.rest(after);
+            // A server that is busy is the same process as before.
+            if code != Code::ResourceExhausted {
+                slot.replica.is_unverified.store(true, Ordering::Release);
+            }
+            repetitions += 1;
+            if repetitions > MAX_REPETITIONS {
+                return Err(CallError::Fatal(Failure::Failed(format!(
+                    "{address}: a call failed {MAX_REPETITIONS} times: {reason}"
+                ))));
+            }
+            self.check_patience(address, &reason)
+                .map_err(CallError::Fatal)?;
+            tracing::debug!(%address, reason, "a call is repeated");
+        }
+    }
+
+    /// Checks that every server that answers still has the weights of the start.
+    ///
+    /// # Errors
+    /// Returns a failure that names a server with other weights.
+    pub(super) async fn verify(&self) -> Result<(), Failure> {
+        let replicas = locked(&self.replicas).clone();
+        for replica in replicas {
+            let is_used = !replica.is_unverified.load(Ordering::Acquire);
+            if is_used {
+                match self.identify(&replica).await {
+                    Ok(()) => {}
+                    Err(Attempt::Changed(failure)) => return Err(failure),
+                    // It is asked again before its next call.
+                    Err(Attempt::Refused(_) | Attempt::Silent(_)) => {
+                        replica.is_unverified.store(true, Ordering::Release);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_patience(&self, address: &str, reason: &str) -> Result<(), Failure> {
+        let silent = locked(&self.last_answer).elapsed();
+        if silent.as_secs() < self.args.retry_timeout {
+            return Ok(());
+        }
+        Err(Failure::Failed(format!(
+            "no server has answered for {} seconds (--retry-timeout); {address}: {reason}; run the \
+             command again later: it continues",
+            silent.as_secs()
+        )))
+    }
+
+    /// Waits for a server that takes a call.
+    async fn slot(&self) -> Result<CallSlot<'_>, Failure> {
+        loop {
+            let freed = self.freed.notified();
+            {
+                let replicas = locked(&self.replicas);
+                let free = replicas
+                    .iter()
+                    .filter(|r| !r.rests() && r.in_flight.load(Ordering::Acquire) < r.capacity())
+                    .min_by_key(|r| r.in_flight.load(Ordering::Acquire));
+                if let Some(replica) = free {
+                    replica.in_flight.fetch_add(1, Ordering::AcqRel);
+                    return Ok(CallSlot {
+                        fleet: self,
+                        replica: Arc::clone(replica),
+                    });
+                }
+            }
+            self.resolve_again().await;
+            let _ = tokio::time::timeout(LOOK, freed).await;
+        }
+    }
+
+    /// Looks for new addresses of names, at most every 10 seconds.
+    async fn resolve_again(&self) {
+        if !self.args.servers.iter().any(|s| s.starts_with(DNS)) {
+            return;
+        }
+        {
+            let mut last = locked(&self.last_resolution);
+            if last.elapsed() < RESOLVE_INTERVAL {
+                return;
+            }
+            *last = Instant::now();
+        }
+        // While the name does not resolve, the known addresses stay.
+        let Ok(addresses) = addresses(&self.args).await else {
+            return;
+        };
+        let mut replicas = locked(&self.replicas);
+        replicas.retain(|r| addresses.contains(&r.address));
+        for address in addresses {
+            if !replicas.iter().any(|r| r.address == address) {
+                replicas.push(Replica::new(address, self.args.connections));
+            }
+        }
+    }
+
+    async fn try_call(
+        &self,
+        replica: &Replica,
+        call: &ScoringCall,
+    ) -> Result<ScoringAnswer, Attempt> {
+        if replica.is_unverified.load(Ordering::Acquire) {
+            let _one = replica.is_verifying.lock().await;
+            if replica.is_unverified.load(Ordering::Acquire) {
+                self.identify(replica).await?;
+                replica.is_unverified.store(false, Ordering::Release);
+            }
+        }
+        let client = replica.client(&self.args).await.map_err(Attempt::of)?;
+        let answer = async {
+            Ok::<_, Status>(match call.clone() {
+                ScoringCall::Pairs(request) => {
+                    let answer = client.scoring().score_pairs(request).await?;
+                    ScoringAnswer::Pairs(answer.into_inner())
+                }
+                ScoringCall::Answers(request) => {
+                    let answer = client.scoring().score_completions(request).await?;
+                    ScoringAnswer::Answers(answer.into_inner())
+                }
+            })
+        };
+        let answer = match tokio::time::timeout(CALL_LIMIT, answer).await {
+            Ok(answer) => answer?,
+            Err(_) => return Err(Attempt::timeout(CALL_LIMIT)),
+        };
+        let (policy, reference) = match &answer {
+            ScoringAnswer::Pairs(a) => (&a.policy_version, &a.reference_version),
+            ScoringAnswer::Answers(a) => (&a.policy_version, &a.reference_version),
+        };
+        if let Some((_, expected)) = &*locked(&self.expected) {
+            let now = WeightsIdentity {
+                policy: policy.clone(),
+                reference: reference.clone(),
+                ..expected.clone()
+            };
+            now.check(expected, &replica.address)
+                .map_err(Attempt::Changed)?;
+        }
+        Ok(answer)
+    }
+
+    async fn identify(&self, replica: &Replica) -> Result<(), Attempt> {
+        let Some((options, expected)) = locked(&self.expected).clone() else {
+            return Ok(());
+        };
+        let client = replica.client(&self.args).await.map_err(Attempt::of)?;
+        let answer = identify(&client, &options);
+        let weights = match tokio::time::timeout(IDENTITY_LIMIT, answer).await {
+            Ok(Ok(weights)) => weights,
+            // At the start these names meant weights, so this server is another one.
+            Ok(Err(status)) if status.code() == Code::NotFound => {
+                return Err(Attempt::Changed(Failure::Failed(format!(
+                    "{} does not have the weights of the start any more: {}",
+                    replica.address,
+                    ClientError::from(status)
+                ))));
+            }
+            Ok(Err(status)) => return Err(status.into()),
+            Err(_) => return Err(Attempt::timeout(IDENTITY_LIMIT)),
+        };
+        weights
+            .check(&expected, &replica.address)
+            .map_err(Attempt::Changed)
+    }
+}
+
+/// The reason why one attempt failed.
+enum Attempt {
+    Refused(Box<Status>),
+    /// The server is not reached or does not answer.
+    Silent(String),
+    /// The server has other weights.
+    Changed(Failure),
+}
+
+impl From<Status> for Attempt {
+    fn from(status: Status) -> Self {
+        Attempt::Refused(Box::new(status))
+    }
+}
+
+impl Attempt {
+    fn of(error: ClientError) -> Self {
+        match error {
+            ClientError::Refused(status) => Attempt::Refused(status),
+            ClientError::Unreachable { .. } => Attempt::Silent(error.to_string()),
+            other => Attempt::Changed(other.into()),
+        }
+    }
+
+    fn timeout(limit: Duration) -> Self {
+        Attempt::Silent(format!("no answer within {} seconds", limit.as_secs()))
+    }
+}
+
+/// Returns true for the message with which a transport refuses a call because of its size.
+fn is_size(message: &str) -> bool {
+    message.contains("message length too large") || message.contains("larger than max")
+}
+
+/// Returns the addresses of all servers, and a connection to the first one that answers.
+async fn first(args: &FleetArgs) -> Result<(Vec<String>, Client), Failure> {
+    let addresses = addresses(args).await?;
+    let mut failure = Failure::Usage("--server names no server".to_owned());
+    for address in &addresses {
+        match connect(&args.target(address)).await {
+            Ok(client) => return Ok((addresses, client)),
+            Err(e @ Failure::Unreachable(_)) => failure = e,
+            Err(e) => return Err(e),
+        }
+    }
+    Err(failure)
+}
+
+/// Returns the addresses of all servers, without duplicates.
+async fn addresses(args: &FleetArgs) -> Result<Vec<String>, Failure> {
+    let mut all = Vec::new();
+    for server in args.servers.iter().filter(|s| !s.is_empty()) {
+        let Some(name) = server.strip_prefix(DNS) else {
+            all.push(server.clone());
+            continue;
+        };
+        let wrong = |e: &dyn std::fmt::Display| {
+            Failure::Unreachable(format!(
+                "--server {server}: {e}: the form is dns:///HOST:PORT with a name that this \
+                 machine can resolve"
+            ))
+        };
+        let found = tokio::net::lookup_host(name).await.map_err(|e| wrong(&e))?;
+        let scheme = match args.tls_server_ca {
+            Some(_) => "https",
+            None => "http",
+        };
+        let mut found: Vec<String> = found.map(|a| format!("{scheme}://{a}")).collect();
+        if found.is_empty() {
+            return Err(wrong(&"the name has no address"));
+        }
+        found.sort();
+        all.extend(found);
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    all.retain(|address| seen.insert(address.clone()));
+    Ok(all)
+}

@@ -1,0 +1,237 @@
+//! Rows of inputs: pairs, several answers to a prompt, or the reason why a row is neither.
+
+use serde_json::{Map, Value};
+
+use crate::cli::score::reason;
+use crate::domain::dataset::{PreferenceRow, RowIssue, Text};
+use crate::domain::message::TemplateArguments;
+use crate::train::rows::names::COMPLETIONS_COLUMN;
+use crate::train::rows::{pairs_of_line, pairs_of_record};
+
+/// Maximum number of answers to one prompt, as the server has it.
+const MAX_ANSWERS: usize = 256;
+
+/// A row of an input.
+#[derive(Debug)]
+pub(super) struct InputRow {
+    /// Its number in the input, from 1; blank lines count.
+    pub row: u64,
+    pub id: Option<String>,
+    /// Values of the columns that are carried, in the order of `--carry`.
+    pub carried: Vec<Value>,
+    pub content: RowContent,
+}
+
+/// The texts of a row.
+#[derive(Debug)]
+pub(super) enum RowContent {
+    Pair(Box<PreferenceRow>),
+    Answers(Box<PromptAnswers>),
+    /// The reason why the row cannot be scored.
+    Bad(String),
+}
+
+/// Several answers to one prompt.
+#[derive(Debug)]
+pub(super) struct PromptAnswers {
+    pub prompt: Text,
+    pub answers: Vec<Text>,
+    pub arguments: TemplateArguments,
+}
+
+impl InputRow {
+    /// Reads a line of JSON; `None` for a blank one.
+    pub(super) fn of_line(row: u64, line: &[u8], carry: &[String]) -> Option<Self> {
+        if line.iter().all(u8::is_ascii_whitespace) {
+            return None;
+        }
+        Some(match serde_json::from_slice::<Map<String, Value>>(line) {
+            Ok(fields) => InputRow::of_record(row, fields, carry),
+            Err(_) => {
+                let findings = pairs_of_line(row, line).find_map(Result::err);
+                let message = findings.map_or_else(
+                    || "the line is not a JSON object".to_owned(),
+                    |issue| reason(&issue),
+                );
+                InputRow::bad(row, message)
+            }
+        })
+    }
+
+    /// Reads a record.
+    pub(super) fn of_record(row: u64, fields: Map<String, Value>, carry: &[String]) -> Self {
+        let value = |name: &String| fields.get(name).cloned().unwrap_or_default();
+        let carried = carry.iter().map(value).collect();
+        let id = match fields.get("id") {
+            Some(Value::String(id)) => Some(id.clone()),
+            Some(Value::Number(id)) => Some(id.to_string()),
+            _ => None,
+        };
+        let has_completions = fields
+            .get(COMPLETIONS_COLUMN)
+            .is_some_and(|completions| !completions.is_null());
+        let content = match has_completions {
+            true => answers(row, fields),
+            false => pairs(row, fields),
+        };
+        InputRow {
+            row,
+            id,
+            carried,
+            content: content.unwrap_or_else(|issue| RowContent::Bad(reason(&issue))),
+        }
+    }
+
+    /// Returns a row that cannot be read at all.
+    pub(super) fn bad(row: u64, message: String) -> Self {
+        InputRow {
+            row,
+            id: None,
+            carried: Vec::new(),
+            content: RowContent::Bad(message),
+        }
+    }
+}
+
+/// Reads a row with `chosen` and `rejected`. Several rejected answers are ranked with the chosen
+/// one.
+fn pairs(row: u64, fields: Map<String, Value>) -> Result<RowContent, RowIssue> {
+    let mut pairs = pairs_of_record(row, fields).collect::<Result<Vec<_>, _>>()?;
+    if pairs.len() > 1 {
+        let PreferenceRow {
+            prompt,
+            chosen,
+            arguments,
+            ..
+        } = pairs[0].clone();
+        let rejected = pairs.into_iter().map(|pair| pair.rejected);
+        return Ok(RowContent::Answers(Box::new(PromptAnswers {
+            prompt,
+            answers: std::iter::once(chosen).chain(rejected).collect(),
+            arguments,
+        })));
+    }
+    Ok(match pairs.pop() {
+        Some(pair) => RowContent::Pair(Box::new(pair)),
+        None => RowContent::Bad("rejected has no answer".to_owned()),
+    })
+}
+
+/// Reads a row with `completions`. Each is read as the rejected answer to the first one, so that
+/// answers have the same forms as in pairs.
+fn answers(row: u64, mut fields: Map<String, Value>) -> Result<RowContent, RowIssue> {
+    let bad = |message: String| Ok(RowContent::Bad(message));
+    let completions = match fields.remove(COMPLETIONS_COLUMN) {
+        Some(Value::Array(completions)) => completions,
+        _ => return bad("completions is not a list: make it a list of answers".to_owned()),
+    };
+    if completions.is_empty() || completions.len() > MAX_ANSWERS {
+        return bad(format!(
+            "completions has {} answers: give 1 to {MAX_ANSWERS}",
+            completions.len()
+        ));
+    }
+    if fields.get("prompt").is_none_or(Value::is_null) {
+        return bad("prompt is missing: a row with completions needs one".to_owned());
+    }
+    for column in ["chosen", "rejected", "input", "question"] {
+        fields.remove(column);
+    }
+    let mut texts: Option<PromptAnswers> = None;
+    for (at, completion) in completions.iter().enumerate() {
+        let mut pair = fields.clone();
+        pair.insert("chosen".to_owned(), completions[0].clone());
+        pair.insert("rejected".to_owned(), completion.clone());
+        let pair = pairs_of_record(row, pair).next();
+        let named = |issue: RowIssue| {
+            let (field, place) = (issue.field.as_str(), format!("completions[{at}]"));
+            let answer = ["chosen", "rejected"]
+                .into_iter()
+                .find(|answer| field.starts_with(answer));
+            let renamed = |answer: &str, text: &str| match text.strip_prefix(answer) {
+                Some(rest) => format!("{place}{rest}"),
+                None => text.to_owned(),
+            };
+            match answer {
+                Some(answer) => RowIssue {
+                    field: renamed(answer, field),
+                    message: renamed(answer, &issue.message),
+                    ..issue
+                },
+                None => issue,
+            }
+        };
+        let Some(pair) = pair.transpose().map_err(named)? else {
+            return bad(format!("completions[{at}] is empty: give an answer"));
+        };
+        match &mut texts {
+            None => {
+                texts = Some(PromptAnswers {
+                    prompt: pair.prompt,
+                    answers: vec![pair.rejected],
+                    arguments: pair.arguments,
+                });
+            }
+            Some(texts) if texts.prompt == pair.prompt => texts.answers.push(pair.rejected),
+            Some(_) => {
+                return bad(format!(
+                    "completions[{at}] continues another prompt than completions[0]: give only the \
+                     messages after the prompt"
+                ));
+            }
+        }
+    }
+    Ok(match texts {
+        Some(texts) => RowContent::Answers(Box::new(texts)),
+        None => RowContent::Bad("completions is empty".to_owned()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> InputRow {
+        InputRow::of_line(7, line.as_bytes(), &["source".to_owned()]).unwrap()
+    }
+
+    fn refusal(line: &str) -> String {
+        match read(line).content {
+            RowContent::Bad(message) => message,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn pairs_and_several_answers_are_read() {
+        let row =
+            read(r#"{"id": 3, "prompt": "p", "chosen": "a", "rejected": "b", "source": [1]}"#);
+        assert_eq!((row.row, row.id.as_deref()), (7, Some("3")));
+        assert_eq!(row.carried, [serde_json::json!([1])]);
+        assert!(matches!(row.content, RowContent::Pair(pair) if pair.pair.is_none()));
+        let plain = |text: &str| Text::Plain(text.to_owned());
+        for line in [
+            r#"{"prompt": "p", "completions": ["a", "b", "c"]}"#,
+            r#"{"prompt": "p", "chosen": "a", "rejected": ["b", "c"]}"#,
+        ] {
+            let RowContent::Answers(row) = read(line).content else {
+                panic!("{line}")
+            };
+            assert_eq!(row.prompt, plain("p"));
+            assert_eq!(row.answers, ["a", "b", "c"].map(plain));
+        }
+        assert!(InputRow::of_line(1, b" \t", &[]).is_none());
+    }
+
+    #[test]
+    fn a_bad_row_says_what_is_wrong() {
+        assert!(refusal("{\"prompt\": 1").contains("JSON"));
+        assert!(refusal("[]").contains("JSON"));
+        assert!(refusal(r#"{"prompt": "p", "chosen": "a"}"#).contains("rejected is missing"));
+        assert!(refusal(r#"{"completions": ["a"]}"#).contains("prompt is missing"));
+        assert!(refusal(r#"{"prompt": "p", "completions": []}"#).contains("1 to 256"));
+        assert!(refusal(r#"{"prompt": "p", "completions": "a"}"#).contains("not a list"));
+        let message = refusal(r#"{"prompt": "p", "completions": ["a", 5]}"#);
+        assert!(message.contains("completions[1] is a number"), "{message}");
+    }
+}

@@ -1,0 +1,885 @@
+//! `bradley score-files`: scores are those of ScorePairs bit for bit, every row is written once
+//! whatever is killed, and nothing of one run is mixed with another.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use bradley::rpc::client::{Client, Target};
+use bradley::rpc::pb;
+use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
+use parquet::file::properties::WriterProperties;
+use parquet::file::reader::{FileReader as _, SerializedFileReader};
+use parquet::file::writer::SerializedFileWriter;
+use parquet::record::Field;
+use parquet::schema::parser::parse_message_type;
+use rand::{Rng as _, SeedableRng as _};
+use serde_json::{Map, Value, json};
+
+use crate::backends::{Fault, Proxy, S3};
+use crate::server::{Server, create, finish, free_port, job, upload};
+use crate::support::{copy_files, golden, perturb_weights};
+use crate::wait::until_blocking;
+
+/// Time limit for a command.
+const LIMIT: Duration = Duration::from_secs(240);
+
+/// Returns the `--models` flag for a tuned copy of the tiny model, and the tiny model.
+fn models(dir: &Path) -> String {
+    let (base, tuned) = (golden("models/llama"), dir.join("tuned"));
+    if !tuned.exists() {
+        std::fs::create_dir(&tuned).unwrap();
+        copy_files(&base, &tuned);
+        perturb_weights(tuned.join("model.safetensors"));
+    }
+    format!("tuned={},base={}", tuned.display(), base.display())
+}
+
+const WEIGHTS: [&str; 4] = ["--policy", "models/tuned", "--reference", "models/base"];
+
+/// Returns `score-files` of inputs to a folder, against a server.
+fn command(server: &str, input: &str, out: &Path, more: &[&str]) -> Command {
+    let mut command = Command::new(crate::support::binary());
+    command
+        .args(["score-files", "--in", input, "--out"])
+        .arg(out)
+        .args(["--server", server])
+        .args(more)
+        .env_remove("BRADLEY_CONFIG")
+        .env_remove("JOB_COMPLETION_INDEX")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+fn said(out: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    format!("{}{}", text(&out.stdout), text(&out.stderr))
+}
+
+fn succeed(command: &mut Command) -> String {
+    let out = command.output().unwrap();
+    assert!(out.status.success(), "{command:?}: {}", said(&out));
+    said(&out)
+}
+
+/// Runs a command that must fail with this exit code, and returns everything that it prints.
+fn fail(command: &mut Command, code: i32) -> String {
+    let out = command.output().unwrap();
+    assert_eq!(out.status.code(), Some(code), "{command:?}: {}", said(&out));
+    said(&out)
+}
+
+/// Returns the files below a folder, without those that begin with an underscore.
+fn parts(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    files(folder)
+        .into_iter()
+        .filter(|(name, _)| !name.starts_with('_'))
+        .collect()
+}
+
+/// Returns all files below a folder that another process may be writing to.
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let (mut found, mut folders) = (BTreeMap::new(), vec![folder.to_owned()]);
+    while let Some(at) = folders.pop() {
+        let Ok(entries) = std::fs::read_dir(&at) else {
+            continue;
+        };
+        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+            if path.is_dir() {
+                folders.push(path);
+            } else if let Ok(content) = std::fs::read(&path) {
+                let name = path.strip_prefix(folder).unwrap().to_str().unwrap();
+                found.insert(name.to_owned(), content);
+            }
+        }
+    }
+    found
+}
+
+fn json_of(field: &Field) -> Value {
+    match field {
+        Field::Null => Value::Null,
+        Field::Bool(x) => json!(x),
+        Field::Int(x) => json!(x),
+        Field::Long(x) => json!(x),
+        Field::Double(x) => json!(x),
+        Field::Str(x) => json!(x),
+        Field::ListInternal(list) => list.elements().iter().map(json_of).collect(),
+        other => panic!("an unexpected value: {other:?}"),
+    }
+}
+
+/// Returns the rows of all parts in the order of their names.
+fn rows(folder: &Path) -> Vec<Map<String, Value>> {
+    let mut rows = Vec::new();
+    for (name, content) in parts(folder) {
+        if name.ends_with(".jsonl") {
+            let text = String::from_utf8(content).unwrap();
+            rows.extend(text.lines().map(|line| serde_json::from_str(line).unwrap()));
+            continue;
+        }
+        let file = SerializedFileReader::new(bytes::Bytes::from(content)).unwrap();
+        for row in file.get_row_iter(None).unwrap() {
+            let row = row.unwrap();
+            let cells = row.get_column_iter();
+            rows.push(cells.map(|(name, f)| (name.clone(), json_of(f))).collect());
+        }
+    }
+    rows
+}
+
+fn manifest(folder: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(folder.join("_manifest.json")).unwrap()).unwrap()
+}
+
+/// Returns pairs of which every fourth shares its prompt with others.
+fn pairs(count: usize) -> Vec<Value> {
+    let pair = |i: usize| {
+        let prompt = if i.is_multiple_of(4) { 0 } else { i };
+        json!({
+            "id": format!("pair-{i}"),
+            "prompt": format!("Question {prompt}: what is {prompt} + 1?"),
+            "chosen": format!(" It is {}.", prompt + 1),
+            "rejected": " I do not know; ask someone else".repeat(1 + i % 3),
+            "source": {"page": i},
+        })
+    };
+    (0..count).map(pair).collect()
+}
+
+fn write_lines(path: &Path, rows: &[Value]) {
+    let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
+    std::fs::write(path, lines.join("\n") + "\n").unwrap();
+}
+
+/// Writes text columns and a column `page` of numbers, in row groups of 50 rows.
+fn write_parquet(path: &Path, rows: &[Value]) {
+    let schema = "message rows { optional binary id (UTF8); optional binary prompt (UTF8); \
+                  optional binary chosen (UTF8); optional binary rejected (UTF8); required \
+                  int64 page; }";
+    let schema = parse_message_type(schema).unwrap().into();
+    let file = std::fs::File::create(path).unwrap();
+    let properties = WriterProperties::builder().build().into();
+    let mut writer = SerializedFileWriter::new(file, schema, properties).unwrap();
+    for group in rows.chunks(50) {
+        let mut columns = writer.next_row_group().unwrap();
+        for name in ["id", "prompt", "chosen", "rejected"] {
+            let text = |row: &Value| Some(ByteArray::from(row[name].as_str()?.as_bytes().to_vec()));
+            let cells: Vec<Option<ByteArray>> = group.iter().map(text).collect();
+            let levels: Vec<i16> = cells.iter().map(|c| i16::from(c.is_some())).collect();
+            let values: Vec<ByteArray> = cells.into_iter().flatten().collect();
+            let mut column = columns.next_column().unwrap().unwrap();
+            let typed = column.typed::<ByteArrayType>();
+            typed.write_batch(&values, Some(&levels), None).unwrap();
+            column.close().unwrap();
+        }
+        let pages: Vec<i64> = group
+            .iter()
+            .map(|r| r["source"]["page"].as_i64().unwrap())
+            .collect();
+        let mut column = columns.next_column().unwrap().unwrap();
+        column
+            .typed::<Int64Type>()
+            .write_batch(&pages, None, None)
+            .unwrap();
+        column.close().unwrap();
+        columns.close().unwrap();
+    }
+    writer.close().unwrap();
+}
+
+fn plain(text: &Value) -> Option<pb::Text> {
+    let text = text.as_str().unwrap().to_owned();
+    Some(pb::Text {
+        form: Some(pb::text::Form::Plain(text)),
+    })
+}
+
+fn options() -> Option<pb::ScoringOptions> {
+    Some(pb::ScoringOptions {
+        policy: "models/tuned".into(),
+        reference: "models/base".into(),
+        ..Default::default()
+    })
+}
+
+/// Scores pairs by ScorePairs.
+async fn expected(client: &Client, rows: &[Value]) -> Vec<pb::PairScore> {
+    let pair = |row: &Value| pb::Pair {
+        prompt: plain(&row["prompt"]),
+        a: plain(&row["chosen"]),
+        b: plain(&row["rejected"]),
+        ..Default::default()
+    };
+    let request = pb::ScorePairsRequest {
+        options: options(),
+        pairs: rows.iter().map(pair).collect(),
+    };
+    let answer = client.scoring().score_pairs(request).await.unwrap();
+    let results = answer.into_inner().results.into_iter();
+    results
+        .map(|result| match result.result.unwrap() {
+            pb::pair_result::Result::Score(score) => score,
+            pb::pair_result::Result::Error(e) => panic!("{}", e.message),
+        })
+        .collect()
+}
+
+fn assert_is_score(row: &Map<String, Value>, score: &pb::PairScore) {
+    let (a, b) = (score.a.as_ref().unwrap(), score.b.as_ref().unwrap());
+    for (column, number) in [
+        ("probability", score.probability),
+        ("margin", score.margin),
+        ("policy_logprob_a", a.policy_logprob),
+        ("policy_logprob_b", b.policy_logprob),
+        ("reference_logprob_a", a.reference_logprob),
+        ("reference_logprob_b", b.reference_logprob),
+        ("reward_a", a.reward),
+        ("reward_b", b.reward),
+    ] {
+        let found = row[column].as_f64().unwrap();
+        assert_eq!(found.to_bits(), number.to_bits(), "{column} of {row:?}");
+    }
+    assert_eq!(
+        (&row["tokens_a"], &row["tokens_b"]),
+        (&json!(a.tokens), &json!(b.tokens))
+    );
+    assert_eq!(row["truncated"], json!(a.truncated || b.truncated));
+    assert_eq!(row["error"], Value::Null);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scores_of_every_format_are_those_of_score_pairs_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    let all = pairs(70);
+    std::fs::create_dir_all(at("in/a")).unwrap();
+    write_lines(&at("in/a/x.jsonl"), &all);
+    write_parquet(&at("in/a/y.parquet"), &all);
+    let text = std::fs::read(at("in/a/x.jsonl")).unwrap();
+    let file = std::fs::File::create(at("in/z.jsonl.gz")).unwrap();
+    let mut gzip = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
+    gzip.write_all(&text).unwrap();
+    gzip.finish().unwrap();
+    let zstd = zstd::encode_all(&text[..], 1).unwrap();
+    std::fs::write(at("in/z.jsonl.zst"), zstd).unwrap();
+    let scores = expected(&server.client().await, &all).await;
+    let pattern = at("in/**/*.*");
+    let run = |out: &Path, more: &[&str]| {
+        let fixed = ["--part-rows", "32"];
+        let args = [&WEIGHTS[..], &fixed, more].concat();
+        let pattern = pattern.to_str().unwrap();
+        succeed(&mut command(&server.address, pattern, out, &args))
+    };
+    let text = run(&at("out"), &["--carry", "source,prompt"]);
+    assert!(
+        text.contains("complete: 12 parts, 280 rows, 0 with an error"),
+        "{text}"
+    );
+    let written = rows(&at("out"));
+    let inputs = ["a/x.jsonl", "a/y.parquet", "z.jsonl.gz", "z.jsonl.zst"];
+    assert_eq!(written.len(), inputs.len() * all.len());
+    for (at, row) in written.iter().enumerate() {
+        let (input, i) = (inputs[at / all.len()], at % all.len());
+        assert_eq!((&row["input"], &row["row"]), (&json!(input), &json!(i + 1)));
+        assert_eq!(
+            (&row["id"], &row["prompt"]),
+            (&all[i]["id"], &all[i]["prompt"])
+        );
+        let source = match input {
+            "a/y.parquet" => Value::Null,
+            _ => json!(all[i]["source"].to_string()),
+        };
+        assert_eq!(row["source"], source);
+        assert_is_score(row, &scores[i]);
+    }
+    let manifest = manifest(&at("out"));
+    assert_eq!(
+        (&manifest["rows"], &manifest["errors"]),
+        (&json!(280), &json!(0))
+    );
+    assert_eq!(manifest["parts"].as_array().unwrap().len(), 12);
+    assert_eq!(manifest["run"]["weights"]["policy"], json!("models/tuned"));
+    // Nothing is left to do, and a number of a Parquet file is carried as text.
+    assert!(run(&at("out"), &["--carry", "source,prompt"]).contains("0 parts with 0 rows written"));
+    run(&at("jsonl"), &["--format", "jsonl", "--carry", "page"]);
+    let lines = rows(&at("jsonl"));
+    assert_eq!(lines.len(), written.len());
+    for (i, row) in lines.iter().enumerate() {
+        assert_is_score(row, &scores[i % all.len()]);
+    }
+    assert_eq!(lines[all.len() + 7]["page"], json!(7));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_rows_keep_their_place_and_several_answers_are_ranked() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    let good = pairs(3);
+    let answers = json!([" one", " two, or three", " none"]);
+    let lines = [
+        good[0].to_string(),
+        "{\"prompt\": \"cut off".to_owned(),
+        String::new(),
+        json!({"id": 7, "prompt": "p", "chosen": " a"}).to_string(),
+        json!({"prompt": "p", "completions": answers, "id": "n"}).to_string(),
+        json!({"prompt": "p", "chosen": "", "rejected": ""}).to_string(),
+        json!({"prompt": "p", "chosen": " one", "rejected": [" two, or three", " none"]})
+            .to_string(),
+        json!({"prompt": "p ".repeat(40_000), "chosen": " a", "rejected": " b"}).to_string(),
+        json!({"prompt": "p", "completions": []}).to_string(),
+        good[1].to_string(),
+    ];
+    std::fs::write(at("x.jsonl"), lines.join("\n")).unwrap();
+    let input = at("x.jsonl");
+    let args = [
+        &WEIGHTS[..],
+        &["--part-rows", "4", "--max-length", "200000"],
+    ]
+    .concat();
+    succeed(&mut command(
+        &server.address,
+        input.to_str().unwrap(),
+        &at("out"),
+        &args,
+    ));
+    let rows = rows(&at("out"));
+    let numbers: Vec<&Value> = rows.iter().map(|row| &row["row"]).collect();
+    assert_eq!(
+        numbers,
+        [1, 2, 4, 5, 6, 7, 8, 9, 10]
+            .map(|n| json!(n))
+            .iter()
+            .collect::<Vec<_>>()
+    );
+    let error = |at: usize| rows[at]["error"].as_str().unwrap_or_default();
+    assert!(error(1).contains("JSON"), "{}", error(1));
+    assert!(error(2).contains("rejected is missing"), "{}", error(2));
+    assert_eq!(rows[2]["id"], json!("7"));
+    // An empty answer is the end of a text, which has a probability.
+    assert_eq!(rows[4]["probability"], json!(0.5));
+    for at in [6, 7] {
+        assert!(!error(at).is_empty(), "{:?}", rows[at]);
+        assert_eq!(rows[at]["probability"], Value::Null);
+    }
+    assert!(error(7).contains("1 to 256"), "{}", error(7));
+    let client = server.client().await;
+    let scores = expected(&client, &good[..2]).await;
+    assert_is_score(&rows[0], &scores[0]);
+    assert_is_score(&rows[8], &scores[1]);
+    let request = pb::ScoreCompletionsRequest {
+        options: options().map(|o| pb::ScoringOptions {
+            max_length: Some(200_000),
+            ..o
+        }),
+        prompt: plain(&json!("p")),
+        completions: answers
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(plain)
+            .collect(),
+    };
+    let ranked = client
+        .scoring()
+        .score_completions(request)
+        .await
+        .unwrap()
+        .into_inner();
+    for row in [&rows[3], &rows[5]] {
+        let rewards: Vec<f64> = row["rewards"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(Value::as_f64)
+            .collect();
+        for (at, result) in ranked.results.iter().enumerate() {
+            let Some(pb::completion_result::Result::Score(score)) = &result.result else {
+                panic!("{result:?}")
+            };
+            assert_eq!(rewards[at].to_bits(), score.reward.to_bits());
+        }
+        let best = ranked.ranking[0] as usize;
+        assert_eq!(
+            (&row["ranks"][best], &row["error"]),
+            (&json!(1), &Value::Null)
+        );
+    }
+    assert_eq!(manifest(&at("out"))["errors"], json!(4));
+}
+
+fn spawn(server: &str, input: &str, out: &Path, shard: usize) -> Child {
+    let mut command = command(server, input, out, &WEIGHTS);
+    command
+        .args(["--part-rows", "8", "--connections", "1"])
+        .env("JOB_COMPLETION_INDEX", shard.to_string())
+        .env("JOB_COMPLETIONS", "2")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// Runs two shards that are killed now and then, until both have ended. Returns the number of
+/// kills.
+fn disturbed(server: &str, input: &str, out: &Path, kills: usize, seed: u64) -> usize {
+    let mut random = rand::rngs::StdRng::seed_from_u64(seed);
+    let mut shards = [0, 1].map(|i| Some(spawn(server, input, out, i)));
+    let mut killed = 0;
+    while shards.iter().any(Option::is_some) {
+        let wanted = parts(out).len() + random.random_range(0..4);
+        let ends = |shards: &mut [Option<Child>; 2]| {
+            for shard in shards.iter_mut() {
+                let Some(child) = shard else { continue };
+                if let Some(status) = child.try_wait().unwrap() {
+                    assert!(status.success(), "a shard failed: {status}");
+                    *shard = None;
+                }
+            }
+            shards.iter().all(Option::is_none)
+        };
+        until_blocking("progress of the shards", LIMIT, || {
+            ends(&mut shards) || (killed < kills && parts(out).len() >= wanted)
+        });
+        let victim = random.random_range(0..2);
+        if killed < kills
+            && let Some(mut child) = shards[victim].take()
+        {
+            std::thread::sleep(Duration::from_millis(random.random_range(0..120)));
+            child.kill().unwrap();
+            child.wait().unwrap();
+            killed += 1;
+            shards[victim] = Some(spawn(server, input, out, victim));
+        }
+    }
+    killed
+}
+
+/// Returns an address of the same server, to and from which every message takes some time. So a run
+/// takes seconds, whatever the machine, and can be disturbed in its middle.
+fn slowed(address: &str) -> String {
+    let (_, port) = address.rsplit_once(':').unwrap();
+    let proxy = Proxy::start(port.parse().unwrap());
+    proxy.set(Fault::Slow(Duration::from_millis(20)));
+    format!("http://127.0.0.1:{}", proxy.port())
+}
+
+/// Compares two outputs: all files are equal, except for the time in the manifest.
+fn assert_same(a: &Path, b: &Path) {
+    let (mut of_a, mut of_b) = (files(a), files(b));
+    let without_seconds = |content: Vec<u8>| {
+        let mut manifest: Value = serde_json::from_slice(&content).unwrap();
+        manifest["seconds"].take();
+        manifest
+    };
+    let manifests = [&mut of_a, &mut of_b].map(|all| all.remove("_manifest.json").unwrap());
+    let [left, right] = manifests.map(without_seconds);
+    assert_eq!(left, right);
+    let names = |all: &BTreeMap<String, Vec<u8>>| all.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&of_a), names(&of_b));
+    assert!(of_a == of_b, "the parts differ");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shards_that_are_killed_and_restarted_write_the_bytes_of_an_undisturbed_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    std::fs::create_dir(at("in")).unwrap();
+    write_lines(&at("in/x.jsonl"), &pairs(200));
+    write_parquet(&at("in/y.parquet"), &pairs(120));
+    let input = at("in/*");
+    let input = input.to_str().unwrap();
+    let args = [&WEIGHTS[..], &["--part-rows", "8"]].concat();
+    succeed(&mut command(&server.address, input, &at("calm"), &args));
+    let slow = slowed(&server.address);
+    let killed = disturbed(&slow, input, &at("disturbed"), 6, 22);
+    assert!(
+        killed >= 3,
+        "the shards ended before they were killed: {killed}"
+    );
+    assert_same(&at("calm"), &at("disturbed"));
+    assert_eq!(rows(&at("disturbed")).len(), 320);
+}
+
+/// Starts a server at a given port, so that another one can take its place.
+fn serve_at(port: u16, data: &Path, models: &str) -> Child {
+    Command::new(crate::support::binary())
+        .args(["serve", "--listen", &format!("127.0.0.1:{port}")])
+        .args(["--http-listen", "off", "--models", models, "--data-dir"])
+        .arg(data)
+        .env_remove("BRADLEY_CONFIG")
+        .env("BRADLEY_DEVICE", "cpu")
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+async fn until_ready(port: u16) {
+    let target = Target::plain(format!("http://127.0.0.1:{port}"));
+    crate::wait::until(
+        "the start of the server",
+        LIMIT,
+        async || match Client::connect(&target, Duration::from_secs(1)).await {
+            Ok(client) => matches!(client.health().await, Ok(true)),
+            Err(_) => false,
+        },
+    )
+    .await;
+}
+
+/// Ends a child when a test ends.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_replica_loses_no_row_and_other_weights_in_its_place_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let models = models(dir.path());
+    let stable = Server::start_with(&at("data-0"), &models, &[]);
+    write_lines(&at("x.jsonl"), &pairs(240));
+    let input = at("x.jsonl");
+    let input = input.to_str().unwrap();
+    let paced = [
+        "--part-rows",
+        "8",
+        "--connections",
+        "1",
+        "--retry-timeout",
+        "100",
+    ];
+    let args = [&WEIGHTS[..], &paced].concat();
+    succeed(&mut command(&stable.address, input, &at("calm"), &args));
+
+    let port = free_port();
+    let mut replica = Ended(serve_at(port, &at("data-1"), &models));
+    until_ready(port).await;
+    let address = slowed(&format!("http://127.0.0.1:{port}"));
+    let both = format!("{address},{}", slowed(&stable.address));
+    let mut running = command(&both, input, &at("two"), &args).spawn().unwrap();
+    until_blocking("the first parts", LIMIT, || parts(&at("two")).len() > 2);
+    replica.0.kill().unwrap();
+    replica.0.wait().unwrap();
+    assert!(
+        running.try_wait().unwrap().is_none(),
+        "the run ended before the replica did"
+    );
+    let out = running.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", said(&out));
+    assert_same(&at("calm"), &at("two"));
+
+    // A server with the same names and other weights takes the place of the only one.
+    let mut first = Ended(serve_at(port, &at("data-2"), &models));
+    until_ready(port).await;
+    let mut running = command(&address, input, &at("changed"), &args)
+        .spawn()
+        .unwrap();
+    until_blocking("the first parts", LIMIT, || parts(&at("changed")).len() > 2);
+    first.0.kill().unwrap();
+    first.0.wait().unwrap();
+    assert!(
+        running.try_wait().unwrap().is_none(),
+        "the run ended before the server did"
+    );
+    let base = golden("models/llama").display().to_string();
+    let swapped = format!("tuned={base},base={base}");
+    let _second = Ended(serve_at(port, &at("data-3"), &swapped));
+    let out = running.wait_with_output().unwrap();
+    let text = said(&out);
+    assert_eq!(out.status.code(), Some(1), "{text}");
+    assert!(
+        text.contains("the policy's content has changed at"),
+        "{text}"
+    );
+    let calm = parts(&at("calm"));
+    for (name, content) in parts(&at("changed")) {
+        assert!(
+            calm.get(&name) == Some(&content),
+            "{name} is of other weights"
+        );
+    }
+    assert!(!at("changed/_manifest.json").exists());
+    // Another run with these weights does not continue the parts of the others.
+    let text = fail(&mut command(&address, input, &at("changed"), &args), 2);
+    assert!(
+        text.contains("has the parts of another run") && text.contains("weights"),
+        "{text}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_scored_or_written_is_named_with_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    std::fs::create_dir(at("in")).unwrap();
+    write_lines(&at("in/x.jsonl"), &pairs(10));
+    let input = at("in/x.jsonl");
+    let input = input.to_str().unwrap();
+    let refused = |out: &str, args: &[&str], code: i32| {
+        fail(&mut command(&server.address, input, &at(out), args), code)
+    };
+    let text = refused("o1", &["--policy", "models/tuneed"], 2);
+    assert!(text.contains("did you mean models/tuned?"), "{text}");
+    let text = refused("o2", &[&WEIGHTS[..], &["--beta", "-1"]].concat(), 2);
+    assert!(text.contains("--beta"), "{text}");
+    let text = refused("o3", &[&WEIGHTS[..], &["--carry", "margin"]].concat(), 2);
+    assert!(text.contains("--carry margin"), "{text}");
+    let text = fail(
+        &mut command(&server.address, "/none/x*.jsonl", &at("o4"), &WEIGHTS),
+        2,
+    );
+    assert!(text.contains("nothing matches this pattern"), "{text}");
+    // The output is a file, or its file system has no room.
+    let text = refused("in/x.jsonl", &WEIGHTS, 1);
+    assert!(
+        text.contains("--out") && text.contains("name another folder"),
+        "{text}"
+    );
+
+    // A disk that takes no file of this size: nothing is half written, and the run continues later.
+    let whole = command(&server.address, input, &at("full"), &WEIGHTS);
+    let mut limited = Command::new("sh");
+    limited
+        .args(["-c", "trap '' XFSZ; ulimit -f 4; exec \"$0\" \"$@\""])
+        .arg(whole.get_program())
+        .args(whole.get_args());
+    let text = fail(&mut limited, 1);
+    assert!(
+        text.contains("File too large") && text.contains("--out"),
+        "{text}"
+    );
+    assert!(parts(&at("full")).is_empty());
+    let mut again = command(&server.address, input, &at("full"), &WEIGHTS);
+    assert!(succeed(&mut again).contains("complete: 1 parts, 10 rows"));
+
+    // Another number of rows in a part would write rows twice.
+    let args = [&WEIGHTS[..], &["--part-rows", "4"]].concat();
+    succeed(&mut command(&server.address, input, &at("out"), &args));
+    let text = refused("out", &[&WEIGHTS[..], &["--part-rows", "5"]].concat(), 2);
+    assert!(text.contains("part_rows (there: 4, here: 5)"), "{text}");
+    // So would another content of an input.
+    write_lines(&at("in/x.jsonl"), &pairs(11));
+    let text = refused("out", &args, 1);
+    assert!(text.contains("not the content of which --out"), "{text}");
+    write_lines(&at("in/x.jsonl"), &pairs(10));
+
+    // A damaged input does not keep the others from being scored.
+    let whole = std::fs::read(golden("pairs.jsonl")).unwrap();
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&whole).unwrap();
+    let gzip = gzip.finish().unwrap();
+    std::fs::write(at("in/cut.jsonl.gz"), &gzip[..gzip.len() / 2]).unwrap();
+    std::fs::write(at("in/false.parquet"), b"PAR1 and nothing else").unwrap();
+    std::fs::write(at("in/table.csv"), "prompt,chosen,rejected\na,b,c\n").unwrap();
+    let pattern = at("in/*");
+    let mut mixed = command(
+        &server.address,
+        pattern.to_str().unwrap(),
+        &at("mixed"),
+        &WEIGHTS,
+    );
+    let text = fail(&mut mixed, 1);
+    for expected in [
+        "3 of 4 inputs could not be read",
+        "cut.jsonl.gz: ",
+        "its gzip data is damaged or cut off",
+        "false.parquet: not a readable Parquet file",
+        "score-files reads JSONL and Parquet",
+    ] {
+        assert!(text.contains(expected), "{expected} is missing: {text}");
+    }
+    let scored = rows(&at("mixed"));
+    assert_eq!(
+        scored
+            .iter()
+            .filter(|row| row["input"] == "x.jsonl")
+            .count(),
+        10
+    );
+    assert!(!at("mixed/_manifest.json").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_is_pinned_and_latest_of_a_running_job_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start(&at("data"));
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    write_lines(&at("x.jsonl"), &pairs(10));
+    let input = at("x.jsonl");
+    let input = input.to_str().unwrap();
+    let ended = create(&client, job(&dataset.name, 2)).await.unwrap().name;
+    finish(&client, &ended).await;
+    let policy = format!("{ended}/checkpoints/latest");
+    succeed(&mut command(
+        &server.address,
+        input,
+        &at("ended"),
+        &["--policy", &policy],
+    ));
+    let run = manifest(&at("ended"));
+    let weights = &run["run"]["weights"];
+    assert_eq!(weights["policy"], json!(format!("{ended}/checkpoints/2")));
+    assert_eq!(weights["reference"], json!("models/tiny"));
+    let endless = create(&client, job(&dataset.name, 100_000))
+        .await
+        .unwrap()
+        .name;
+    for name in ["latest", "best"] {
+        let policy = format!("{endless}/checkpoints/{name}");
+        let mut command = command(&server.address, input, &at(name), &["--policy", &policy]);
+        let text = fail(&mut command, 2);
+        assert!(
+            text.contains(&policy) && text.contains("bradley checkpoints list"),
+            "{text}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_own_engine_writes_what_a_server_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let models = models(dir.path());
+    write_lines(&at("x.jsonl"), &pairs(40));
+    let input = at("x.jsonl");
+    let input = input.to_str().unwrap();
+    let own = ["--part-rows", "16", "--models", &models, "--device", "cpu"];
+    // The address of a server is not used.
+    let args = [&WEIGHTS[..], &own].concat();
+    let text = succeed(&mut command("http://127.0.0.1:1", input, &at("own"), &args));
+    assert!(text.contains("complete: 3 parts, 40 rows"), "{text}");
+    let server = Server::start_with(&at("data"), &models, &[]);
+    let scores = expected(&server.client().await, &pairs(40)).await;
+    for (row, score) in rows(&at("own")).iter().zip(&scores) {
+        assert_is_score(row, score);
+    }
+    assert_eq!(manifest(&at("own"))["run"]["precision"], json!("f32"));
+    let missing = ["--models", "tuned=/none", "--policy", "models/tuned"];
+    let text = fail(
+        &mut command("http://127.0.0.1:1", input, &at("none"), &missing),
+        1,
+    );
+    assert!(text.contains("/none"), "{text}");
+}
+
+/// Reads and writes objects of moto by the command's own client, which signs nothing that matters
+/// there.
+fn put_object(s3: &S3, key: &str, content: &[u8]) {
+    use std::io::Read as _;
+    let mut connection = std::net::TcpStream::connect(("127.0.0.1", s3.port())).unwrap();
+    let head = format!(
+        "PUT /bradley/{key} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: AWS4-HMAC-SHA256 \
+         Credential=test/20260101/us-east-1/s3/aws4_request\r\nContent-Length: {}\r\nConnection: \
+         close\r\n\r\n",
+        content.len()
+    );
+    connection.write_all(head.as_bytes()).unwrap();
+    connection.write_all(content).unwrap();
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Python with moto (BRADLEY_TEST_PYTHON)"]
+async fn objects_of_a_bucket_are_scored_into_a_bucket_that_fails_now_and_then() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let s3 = S3::start();
+    let proxy = Proxy::start(s3.port());
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    let slow = slowed(&server.address);
+    write_lines(&at("x.jsonl"), &pairs(152));
+    write_parquet(&at("y.parquet"), &pairs(76));
+    for name in ["x.jsonl", "y.parquet"] {
+        put_object(
+            &s3,
+            &format!("pairs/day=1/{name}"),
+            &std::fs::read(at(name)).unwrap(),
+        );
+    }
+    let start = |shard: &str| {
+        let paced = ["--part-rows", "8", "--connections", "1", "--shard", shard];
+        let args = [&WEIGHTS[..], &paced].concat();
+        let (input, out) = (
+            "s3://bradley/pairs/**/*.*",
+            Path::new("s3://bradley/scored/"),
+        );
+        let mut command = command(&slow, input, out, &args);
+        command.envs(s3.environment_at(proxy.port()));
+        command
+    };
+    let mut first = start("0/2").spawn().unwrap();
+    let written = || s3.keys("scored/day").len();
+    until_blocking("the first parts", LIMIT, || written() > 2);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let shards = ["0/2", "1/2"].map(|shard| start(shard).spawn().unwrap());
+    let before = written();
+    until_blocking("more parts", LIMIT, || written() > before);
+    proxy.set(Fault::Error);
+    std::thread::sleep(Duration::from_millis(700));
+    proxy.set(Fault::None);
+    for shard in shards {
+        let out = shard.wait_with_output().unwrap();
+        assert!(out.status.success(), "{}", said(&out));
+    }
+    let keys = s3.keys("scored/");
+    assert!(
+        keys.contains(&"scored/_manifest.json".to_owned()),
+        "{keys:?}"
+    );
+    // 19 parts of x and 10 of y.
+    assert_eq!(written(), 29, "{keys:?}");
+    let text = succeed(&mut start("1/2"));
+    assert!(
+        text.contains("complete: 29 parts, 228 rows, 0 with an error"),
+        "{text}"
+    );
+    let mut elsewhere = command(&server.address, "s3://nobody/x", &at("o"), &WEIGHTS);
+    elsewhere.envs(s3.environment());
+    let text = fail(&mut elsewhere, 2);
+    assert!(
+        text.contains("s3://nobody/x") && text.contains("check the URL"),
+        "{text}"
+    );
+}
+
+/// A million rows, two shards, twenty kills: an hour, so it runs by hand.
+/// `BRADLEY_TEST_MILLION` is the number of rows.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs an hour, and the number of rows in BRADLEY_TEST_MILLION"]
+async fn a_million_rows_are_written_once() {
+    let rows_wanted: usize = crate::support::needed("BRADLEY_TEST_MILLION")
+        .parse()
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    std::fs::create_dir(at("in")).unwrap();
+    for (i, file) in pairs(rows_wanted)
+        .chunks(rows_wanted.div_ceil(8))
+        .enumerate()
+    {
+        write_parquet(&at(&format!("in/{i}.parquet")), file);
+    }
+    let input: PathBuf = at("in/*");
+    let killed = disturbed(&server.address, input.to_str().unwrap(), &at("out"), 20, 1);
+    assert_eq!(manifest(&at("out"))["rows"], json!(rows_wanted));
+    eprintln!("{rows_wanted} rows, {killed} kills");
+}
