@@ -183,21 +183,6 @@ pub fn is_absent(status: &Status) -> bool {
     )
 }
 
-/// Returns true if the same call may succeed later: the connection dropped, or the server is
-/// starting, stopping or busy.
-pub fn is_transient(code: i32) -> bool {
-    matches!(
-        Code::from_i32(code),
-        Code::Unavailable
-            | Code::ResourceExhausted
-            | Code::Unknown
-            | Code::Cancelled
-            | Code::Internal
-            | Code::DeadlineExceeded
-            | Code::Aborted
-    )
-}
-
 /// Returns true if a code blames the arguments of a call.
 pub fn blames_arguments(code: i32) -> bool {
     matches!(

@@ -12,7 +12,7 @@ use crate::cli::failure::Failure;
 use crate::cli::progress::WorkProgress;
 use crate::cli::score::pair as message;
 use crate::domain::dataset::PreferenceRow;
-use crate::rpc::client::{Client, ClientError, blames_arguments, is_transient};
+use crate::rpc::client::{Client, ClientError, Code, blames_arguments, is_transient};
 use crate::rpc::pb::{self, pair_result};
 
 /// Number of pairs from which a batch is sent, and the same for its text in bytes.
@@ -152,7 +152,7 @@ async fn score(
             }
             Err(status) => (status.code() as i32, ClientError::from(status).into()),
         };
-        if !is_transient(code) || tries >= MAX_TRIES {
+        if !is_transient(Code::from_i32(code)) || tries >= MAX_TRIES {
             return Err(failure);
         }
         tokio::time::sleep(Duration::from_millis(200 * u64::from(tries.min(25)))).await;
