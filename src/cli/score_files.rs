@@ -265,7 +265,7 @@ async fn score(args: ScoreFilesArgs, shard: Shard, sources: &Sources, output: Ou
     }
 }
 
-/// What one process has done.
+/// Parts that one process has written.
 #[derive(Default)]
 struct ScoredParts {
     parts: u64,

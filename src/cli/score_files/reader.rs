@@ -73,7 +73,7 @@ impl Shard {
     }
 }
 
-/// What the output says about an input before its first part is written.
+/// Record of an input, which the output has before the input's first part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct InputRecord {
     /// Name of the input.
@@ -82,7 +82,7 @@ pub(super) struct InputRecord {
     pub identity: String,
 }
 
-/// What the output says about an input that was read to its end.
+/// Record of an input that was read to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct InputRows {
     pub rows: u64,

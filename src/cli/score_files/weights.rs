@@ -8,7 +8,7 @@ use crate::cli::policy_names::PolicyNames;
 use crate::rpc::client::{Client, Status, is_absent};
 use crate::rpc::pb;
 
-/// What policy and reference are at one server.
+/// Identity of the policy and the reference at one server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct WeightsIdentity {
     /// Name of the policy's weights, with the step.
