@@ -6,6 +6,7 @@ pub mod dataset;
 pub mod dpo;
 pub mod identity;
 pub mod job;
+pub mod logged;
 pub mod message;
 pub mod names;
 pub mod reason;

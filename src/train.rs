@@ -4,6 +4,7 @@ pub mod backprop;
 pub mod checkpoint;
 pub mod estimate;
 pub mod event;
+pub mod logged;
 mod micro_batch;
 mod observe;
 pub mod optimizer;

@@ -563,6 +563,20 @@ pub struct ScoreArgs {
     /// Also print the token ids and log-probs of every answer's tokens. Only in JSON.
     #[arg(long)]
     pub per_token_logprobs: bool,
+    /// Use log-probs that the rows have: those of the reference (ref_chosen_logps and
+    /// ref_rejected_logps), or of both models (chosen_logps and rejected_logps, too), which are
+    /// scored without any model. Every row must have them.
+    #[arg(long, value_enum)]
+    pub logged: Option<LoggedColumns>,
+}
+
+/// The log-probs of rows that `score` uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LoggedColumns {
+    /// Those of the reference.
+    Reference,
+    /// Those of reference and policy.
+    Both,
 }
 
 /// `bradley jobs …`

@@ -12,9 +12,10 @@ use crate::rpc::client::Client;
 use crate::rpc::pb;
 
 /// Fields that say what a job trains on, beside its settings.
-const INPUTS: [&str; 7] = [
+const INPUTS: [&str; 8] = [
     "policy",
     "reference",
+    "logged_check",
     "dataset",
     "eval_dataset",
     "labels",

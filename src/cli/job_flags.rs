@@ -7,6 +7,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args};
 use serde_json::{Map, Number, Value, json};
 
 use crate::domain::dpo::LossType;
+use crate::domain::logged::LoggedCheck;
 use crate::domain::training::{ALL_LINEAR, FUSED_TARGET_MODULES, TARGET_MODULES};
 
 /// Maximum number of jobs of a sweep.
@@ -161,6 +162,12 @@ fn metrics() -> Vec<&'static str> {
     ]
 }
 
+fn logged_checks() -> Vec<&'static str> {
+    [LoggedCheck::Fail, LoggedCheck::Warn]
+        .map(LoggedCheck::name)
+        .to_vec()
+}
+
 fn precisions() -> Vec<&'static str> {
     vec!["f32", "bf16"]
 }
@@ -255,6 +262,16 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         FlagKind::Policy,
         "",
         "The frozen model that rewards are measured against, named as the policy is. Without it, \
+         the policy's weights at the start. `logged` uses the log-probs in the rows' columns \
+         ref_chosen_logps and ref_rejected_logps.",
+    ),
+    flag(
+        "logged-check",
+        "logged_check",
+        MODEL,
+        FlagKind::Choice(logged_checks),
+        "fail",
+        "With --reference logged: what happens if the log-probs of a sampled row are not those of \
          the policy's weights at the start.",
     ),
     flag(

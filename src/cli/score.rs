@@ -1,6 +1,7 @@
 //! `bradley score`: streams the pairs of files to the server and prints their scores as they
 //! come.
 
+mod logged;
 pub(super) mod result;
 
 use std::collections::HashMap;
@@ -73,6 +74,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         }
         Ok(())
     };
+    let rows = logged::rows(rows, args.logged);
     let answered = progress.during(score(&client, options, rows, each)).await;
     // A file that cannot be read to its end is also the reason why the stream ended.
     let outcome = trouble.check().and(answered);
@@ -113,7 +115,9 @@ async fn complete_names(client: &Client, mut args: ScoreArgs) -> Result<ScoreArg
     if !args.reference.is_empty() {
         args.reference = names.complete("--reference", &args.reference).await?;
     }
-    if let Some(warning) = same_model_warning(&args.policy, &args.reference) {
+    if let Some(warning) =
+        same_model_warning(&args.policy, &args.reference).filter(|_| args.logged.is_none())
+    {
         warn(&warning);
     }
     Ok(args)
@@ -383,6 +387,7 @@ fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
         } else {
             json!(kwargs).to_string()
         },
+        logged: logged::message(&row.logged),
     }
 }
 

@@ -15,6 +15,7 @@ use super::job_rows::{JobRows, RowLimits};
 use super::policy_names::PolicyNames;
 use super::remote::connect;
 use super::{output, short_names, watch};
+use crate::domain::logged::LOGGED_REFERENCE;
 use crate::rpc::canonical::{self, CanonicalError, FieldSelection};
 use crate::rpc::client::{Client, ClientError, FirstEvent, field_violations};
 use crate::rpc::pb::{self, training_job::Evaluation};
@@ -232,7 +233,7 @@ async fn complete_names(
                     .await?
             }
         };
-        if !request.reference.is_empty() {
+        if !request.reference.is_empty() && request.reference != LOGGED_REFERENCE {
             let word = words.of_field("training_job.reference");
             request.reference = names.complete(&word, &request.reference).await?;
         }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::job::Millis;
+use super::logged::LoggedLogprobs;
 use super::message::TemplateArguments;
 pub use super::message::{ChatMessage, MAX_MESSAGES};
 use super::violation::shortened;
@@ -59,6 +60,10 @@ pub struct PreferenceRow {
     /// Number of the pair within its row, from 1, if the row has several rejected answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pair: Option<u32>,
+    /// Log-probs that the row carries. Their columns are in `ignored`, too, because only some jobs
+    /// and calls use them.
+    #[serde(default, skip_serializing_if = "LoggedLogprobs::is_absent")]
+    pub logged: LoggedLogprobs,
 }
 
 impl PreferenceRow {

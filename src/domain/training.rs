@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use super::dpo::{DpoConfig, Normalization};
+use super::logged::{LOGGED_REFERENCE, LoggedCheck};
 use super::violation::{Violations, quoted};
 
 /// Projections that LoRA can adapt, in the decoder's order.
@@ -51,6 +52,9 @@ pub struct TrainingSpec {
     pub precision: Option<Precision>,
     /// Seed of the shuffle, the evaluation split and the initial LoRA weights.
     pub seed: Seed,
+    /// Set if the reference's log-probs are those in the rows, so that the run computes none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logged_reference: Option<LoggedCheck>,
 }
 
 /// Random seed; the default is 42.
@@ -491,6 +495,9 @@ impl TrainingSpec {
                 );
             }
         }
+        if self.logged_reference.is_some() {
+            self.refuse_unloggable(field, out);
+        }
         self.batch.validate(&format!("{field}.batch"), out);
         if self.run.logging_steps == 0 {
             out.push(
@@ -502,6 +509,44 @@ impl TrainingSpec {
             out.push(
                 format!("{field}.run.save_total_limit"),
                 "is 0: at least the newest checkpoint must be kept",
+            );
+        }
+    }
+
+    /// Records the settings that sums over a fixed reference's tokens cannot serve.
+    fn refuse_unloggable(&self, field: &str, out: &mut Violations) {
+        let reference = format!("{field}.reference");
+        if self.dpo.reference_free {
+            out.push(
+                reference,
+                "has no meaning with dpo.reference_free: remove one of them",
+            );
+        } else if !self.dpo.needs_reference() && !self.dpo.losses.is_empty() {
+            let names: Vec<&str> = self.dpo.losses.iter().map(|l| l.loss.name()).collect();
+            let message = format!(
+                "is {LOGGED_REFERENCE}, but {} trains without a reference: leave it empty, or add \
+                 a loss that needs one",
+                names.join(", ")
+            );
+            out.push(reference, message);
+        }
+        let message = if self.dpo.reference_sync.is_some() {
+            Some((
+                "reference_sync",
+                "moves the reference, but the log-probs in the rows are those of a fixed one",
+            ))
+        } else if self.dpo.ld_alpha.is_some() {
+            Some((
+                "ld_alpha",
+                "weighs tokens, but the log-probs in the rows are sums over whole answers",
+            ))
+        } else {
+            None
+        };
+        if let Some((name, why)) = message {
+            out.push(
+                format!("{field}.dpo.{name}"),
+                format!("{why}: remove it, or name a model as the reference"),
             );
         }
     }

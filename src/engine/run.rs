@@ -232,6 +232,9 @@ fn reference(
     precision: Precision,
     helpers: &Arc<[ComputeDevice]>,
 ) -> Result<Reference, EngineError> {
+    if run.spec.logged_reference.is_some() {
+        return Ok(Reference::Logged);
+    }
     let Some(weights) = &run.reference else {
         return Ok(Reference::None);
     };

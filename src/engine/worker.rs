@@ -512,6 +512,7 @@ pub(super) fn explain(e: &TrainError) -> JobError {
     let reason = match e {
         e if e.is_out_of_memory() => Reason::OutOfMemory,
         TrainError::NonFinite { .. } => Reason::NonFiniteLoss,
+        TrainError::LoggedDisagrees(_) => Reason::DatasetInvalid,
         TrainError::Checkpoint(_) => Reason::CheckpointFailed,
         TrainError::Tensor(_) | TrainError::NoPlan { .. } => Reason::DeviceFailed,
     };

@@ -284,6 +284,7 @@ impl<'a> PairEncoder<'a> {
             rejected: rejected.tokens,
             chosen_truncated: chosen.truncated,
             rejected_truncated: rejected.truncated,
+            logged: None,
         };
         Ok((pair, encoded.cut))
     }

@@ -39,6 +39,8 @@ pub struct EncodedPair {
     pub chosen_truncated: bool,
     /// True if prompt + rejected was truncated to `max_length`.
     pub rejected_truncated: bool,
+    /// Σ log π_ref of chosen and rejected as the row has them; only in runs that use them.
+    pub logged: Option<[f64; 2]>,
 }
 
 impl EncodedPair {
@@ -91,7 +93,7 @@ impl EncodedPair {
 }
 
 /// Returns the BLAKE3 hash, in hex, of everything that a run reads from its pairs: token ids, the
-/// boundaries between prompts and answers, and weights, in order.
+/// boundaries between prompts and answers, weights, and logged log-probs, in order.
 pub fn digest(train: &[EncodedPair], eval: &[EncodedPair]) -> String {
     let mut hash = blake3::Hasher::new();
     let mut bytes = Vec::new();
@@ -111,6 +113,10 @@ pub fn digest(train: &[EncodedPair], eval: &[EncodedPair]) -> String {
             ] {
                 bytes.extend((ids.len() as u64).to_le_bytes());
                 bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
+            }
+            if let Some(sums) = pair.logged {
+                bytes.extend(b"logged");
+                bytes.extend(sums.iter().flat_map(|sum| sum.to_bits().to_le_bytes()));
             }
             hash.update(&bytes);
         }
@@ -153,6 +159,7 @@ mod tests {
             rejected: vec![3],
             chosen_truncated: false,
             rejected_truncated: false,
+            logged: None,
         };
         rows.iter().map(pair).collect()
     }
@@ -175,6 +182,8 @@ mod tests {
             digest(&all[..1], &all[1..]),
             digest(&[], &all),
             changed(&|pair| pair.weight = 0.5),
+            changed(&|pair| pair.logged = Some([-1.0, -2.0])),
+            changed(&|pair| pair.logged = Some([-2.0, -1.0])),
             changed(&|pair| pair.prompt = vec![9]),
             changed(&|pair| pair.chosen = vec![9]),
             changed(&|pair| pair.rejected = vec![9]),

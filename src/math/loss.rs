@@ -16,6 +16,7 @@ mod pairwise;
 mod tests;
 
 use self::pairwise::{Sums, sorted_transport, value_and_slopes};
+use super::score::total;
 use crate::domain::dpo::{DpoConfig, LossType};
 
 /// Inputs of the loss for one pair. Log-probs are per completion token, in nats.
@@ -25,12 +26,32 @@ pub struct PairLogps<'a> {
     pub policy_chosen: &'a [f32],
     /// log π of each rejected token.
     pub policy_rejected: &'a [f32],
-    /// log π_ref of each chosen and each rejected token. `None` means no reference (lr = log π).
-    pub reference: Option<(&'a [f32], &'a [f32])>,
+    /// Reference log-probs. `None` means no reference (lr = log π).
+    pub reference: Option<ReferenceLogps<'a>>,
     /// Factor on the pair's loss.
     pub weight: f64,
     /// With WPO: the policy's log Σ_v p_v² at each chosen and each rejected token.
     pub wpo: Option<(&'a [f32], &'a [f32])>,
+}
+
+/// Reference log-probs of a pair, in nats.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ReferenceLogps<'a> {
+    /// log π_ref of each chosen and each rejected token.
+    Tokens(&'a [f32], &'a [f32]),
+    /// Σ log π_ref of the chosen and of the rejected answer. LD-DPO, which weights tokens, needs
+    /// [`ReferenceLogps::Tokens`].
+    Sums([f64; 2]),
+}
+
+impl ReferenceLogps<'_> {
+    /// Returns Σ log π_ref of the chosen and of the rejected answer.
+    pub fn sums(self) -> [f64; 2] {
+        match self {
+            ReferenceLogps::Tokens(chosen, rejected) => [total(chosen), total(rejected)],
+            ReferenceLogps::Sums(sums) => sums,
+        }
+    }
 }
 
 /// Loss of a micro-batch and its gradient.
@@ -165,12 +186,16 @@ fn sums(config: &DpoConfig, p: &PairLogps) -> Sums {
             .map(|(t, x)| *x as f64 * token_weight(config, t, shared))
             .sum::<f64>()
     };
-    let reference = p.reference.filter(|_| !config.reference_free);
+    let [reference_w, reference_l] = match p.reference.filter(|_| !config.reference_free) {
+        Some(ReferenceLogps::Tokens(chosen, rejected)) => [sum(chosen), sum(rejected)],
+        Some(ReferenceLogps::Sums(sums)) => sums,
+        None => [0.0; 2],
+    };
     Sums {
         policy_w: sum(p.policy_chosen),
         policy_l: sum(p.policy_rejected),
-        reference_w: reference.map_or(0.0, |r| sum(r.0)),
-        reference_l: reference.map_or(0.0, |r| sum(r.1)),
+        reference_w,
+        reference_l,
         n_w: p.policy_chosen.len().max(1) as f64,
         n_l: p.policy_rejected.len().max(1) as f64,
     }

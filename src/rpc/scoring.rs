@@ -85,6 +85,12 @@ impl ScoringService for ScoringRpc {
         {
             return Err(status(e));
         }
+        // The warnings are about the reference, which these pairs do not use.
+        let uses_logged = |scored: &Option<Scored>| matches!(scored, Some(Ok(pair)) if pair.logged);
+        let warnings = match results.iter().all(|(_, scored)| uses_logged(scored)) {
+            true => Vec::new(),
+            false => session.warnings(),
+        };
         let results = results
             .into_iter()
             .map(|(id, scored)| {
@@ -100,7 +106,7 @@ impl ScoringService for ScoringRpc {
             policy_version: session.policy_version(),
             reference_version: session.reference_version().unwrap_or_default(),
             normalization: convert::normalization(session.normalization()),
-            warnings: session.warnings(),
+            warnings,
         }))
     }
 
@@ -225,7 +231,8 @@ async fn score_stream(
 ) -> Result<(), Status> {
     let mut tasks: JoinSet<(String, Scored)> = JoinSet::new();
     let mut open = true;
-    // Only the first answer has the warnings.
+    // Only the first answer has the warnings. They are about the reference, so that it is the first
+    // to a pair that uses it.
     let mut warnings = session.warnings();
     while open || !tasks.is_empty() {
         tokio::select! {
@@ -257,11 +264,15 @@ async fn score_stream(
                 let policy_version = scored
                     .as_ref()
                     .map_or_else(|_| session.policy_version(), |s| s.policy_version.clone());
+                let uses_logged = scored.as_ref().is_ok_and(|s| s.logged);
                 let answer = pb::StreamScorePairsResponse {
                     result: Some(pair_result(id, scored, per_token)),
                     policy_version,
                     normalization: convert::normalization(session.normalization()),
-                    warnings: std::mem::take(&mut warnings),
+                    warnings: match uses_logged {
+                        true => Vec::new(),
+                        false => std::mem::take(&mut warnings),
+                    },
                 };
                 if answers.send(Ok(answer)).await.is_err() {
                     return Ok(()); // the client has left; dropping the tasks abandons their work

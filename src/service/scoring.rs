@@ -4,12 +4,15 @@
 //! Steps for a pair: [`ScoringService::session`] → [`ScoringSession::admit`] (text budget,
 //! tokens, quota) → [`AdmittedPair::score`].
 
+pub mod logged;
+
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use jiff::civil::DateTime;
 use tokio::sync::OwnedSemaphorePermit;
 
+use self::logged::LoggedPair;
 use super::auth::access::check_weights;
 use super::auth::quota::{QuotaShare, ScoringQuota};
 use super::blocking::blocking;
@@ -30,7 +33,7 @@ use crate::engine::Engine;
 use crate::engine::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
 use crate::formats::tokenizer::ChatTokenizer;
 use crate::infer::encode::{EncodedCompletion, PairEncoder, Part, group};
-use crate::math::score::{AnswerLogps, best_of, preference_probability, ranking, reward};
+use crate::math::score::{AnswerLogps, best_of, preference_probability, ranking, reward, total};
 use crate::telemetry::trace;
 
 /// Maximum text of one pair, or of a prompt and its answers, in bytes. The longest row that a
@@ -84,6 +87,8 @@ pub struct PairToScore {
     pub b: Text,
     /// Tools and chat template variables of this pair; they override those of the request.
     pub arguments: TemplateArguments,
+    /// Log-probs that the caller has computed before.
+    pub logged: LoggedPair,
 }
 
 /// Score of one answer.
@@ -96,7 +101,9 @@ pub struct ScoredCompletion {
     /// Reward: β·lr, or β·lr/n for n tokens, depending on the session's normalization, where
     /// lr = Σ log π_θ − Σ log π_ref.
     pub reward: f64,
-    /// Token ids of the answer.
+    /// Number of tokens of the answer; 0 if it is not known.
+    pub tokens: usize,
+    /// Token ids of the answer; empty if it was not tokenised.
     pub token_ids: Vec<u32>,
     /// Number of prompt tokens before the answer.
     pub prompt_tokens: usize,
@@ -122,6 +129,8 @@ pub struct ScoredPair {
     /// Name of the policy's weights. For a running job `@` and the step at which it scored are
     /// appended.
     pub policy_version: String,
+    /// True if log-probs that the caller had computed before were used.
+    pub logged: bool,
 }
 
 /// Scores pairs and completions.
@@ -165,6 +174,8 @@ pub struct ScoringSession {
     owner: String,
     policy: Arc<Resolved>,
     reference: Option<Arc<Resolved>>,
+    /// True if the request itself names the reference.
+    names_reference: bool,
     warnings: Arc<[String]>,
     tokenizer: Arc<ChatTokenizer>,
     beta: f64,
@@ -190,7 +201,14 @@ pub struct ReservedPair {
 
 /// A tokenised pair that holds its share of the text budget and of the client's quota.
 #[must_use = "nothing is scored until `score` is called"]
-pub struct AdmittedPair(Admitted);
+pub struct AdmittedPair(PairWork);
+
+enum PairWork {
+    /// The policy computes the pair, and the reference if the caller has not.
+    Compute(Admitted),
+    /// The caller has computed the answers.
+    Logged(ScoringSession, [AnswerLogps; 2]),
+}
 
 /// Answers to one prompt that are admitted and scored together in one row.
 #[must_use = "nothing is scored until `score` is called"]
@@ -206,6 +224,8 @@ struct Admitted {
     session: ScoringSession,
     encoded: Vec<EncodedCompletion>,
     item: ScoreItem,
+    /// Σ log π_ref of a pair's answers, if the caller has computed them before.
+    logged: Option<[f64; 2]>,
     _quota: Option<QuotaShare>,
     _room: OwnedSemaphorePermit,
 }
@@ -271,6 +291,7 @@ impl ScoringService {
             Some(name) => Some(self.policies.resolve(name).await?),
             None => self.policies.default_reference(&policy).await?,
         };
+        let names_reference = options.reference.is_some();
         if let Some(WeightsRef::Live { job }) = reference.as_ref().map(|r| &r.weights) {
             let message = format!(
                 "trainingJobs/{job} is still training: a reference must not move, name a \
@@ -322,6 +343,7 @@ impl ScoringService {
             owner: caller.owner.clone(),
             policy: Arc::new(policy),
             reference: reference.map(Arc::new),
+            names_reference,
             warnings: warnings.into(),
         })
     }
@@ -515,6 +537,7 @@ impl ScoringSession {
             session: self.clone(),
             encoded,
             item,
+            logged: None,
             _quota: quota,
             _room: room,
         })
@@ -558,25 +581,64 @@ impl ScoringSession {
         }
     }
 
+    /// Scores a pair from the log-probs of its answers.
+    fn score_logged(&self, answers: [AnswerLogps; 2]) -> ScoredPair {
+        let work = Usage {
+            scored_pairs: 1,
+            ..Usage::default()
+        };
+        self.service.usage.count(&self.owner, work);
+        metrics::counter!("bradley_scored_pairs_total").increment(1);
+        let [a, b] = answers.map(|answer| ScoredCompletion {
+            policy_logprob: answer.policy,
+            reference_logprob: answer.reference.unwrap_or(0.0),
+            reward: reward(self.beta, self.normalization, answer),
+            tokens: answer.tokens,
+            token_ids: Vec::new(),
+            prompt_tokens: 0,
+            truncated: false,
+            policy_tokens: Vec::new(),
+            reference_tokens: Vec::new(),
+        });
+        let margin = a.reward - b.reward;
+        ScoredPair {
+            probability: preference_probability(margin),
+            margin,
+            a,
+            b,
+            policy_version: self.policy_version(),
+            logged: true,
+        }
+    }
+
+    /// Describes the answers. `logged` has the reference's log-probs of a pair if the caller has
+    /// computed them before.
     fn describe(
         &self,
         encoded: Vec<EncodedCompletion>,
         scored: ScoredItem,
+        logged: Option<[f64; 2]>,
     ) -> Vec<ScoredCompletion> {
         encoded
             .into_iter()
             .zip(scored.completions)
-            .map(|(e, logps)| {
-                let answer = AnswerLogps::new(&logps.policy, logps.reference.as_deref());
+            .enumerate()
+            .map(|(i, (e, logps))| {
+                let computed = logps.reference.filter(|_| logged.is_none());
+                let mut answer = AnswerLogps::new(&logps.policy, computed.as_deref());
+                if let Some(sum) = logged.and_then(|sums| sums.get(i).copied()) {
+                    answer.reference = Some(sum);
+                }
                 ScoredCompletion {
                     policy_logprob: answer.policy,
                     reference_logprob: answer.reference.unwrap_or(0.0),
                     reward: reward(self.beta, self.normalization, answer),
                     prompt_tokens: e.prompt.len(),
                     truncated: e.truncated,
+                    tokens: answer.tokens,
                     token_ids: e.tokens,
                     policy_tokens: logps.policy,
-                    reference_tokens: logps.reference.unwrap_or_default(),
+                    reference_tokens: computed.unwrap_or_default(),
                 }
             })
             .collect()
@@ -599,9 +661,18 @@ impl ReservedPair {
                     a,
                     b,
                     arguments: own,
+                    logged,
                 },
             room,
         } = self;
+        if let Some(policy) = logged.policy {
+            let answers = policy.answers(
+                logged.reference,
+                session.reference.is_some(),
+                session.normalization,
+            )?;
+            return Ok(AdmittedPair(PairWork::Logged(session, answers)));
+        }
         if let Text::Plain(_) = prompt
             && !own.is_empty()
         {
@@ -628,7 +699,17 @@ impl ReservedPair {
             };
             ServiceError::invalid(field, e.to_string())
         })?;
-        Ok(AdmittedPair(session.admitted(encoded, room)?))
+        let mut session = session;
+        if logged.reference.is_some() {
+            logged::refuse_truncated(&encoded)?;
+            if !session.names_reference || !logged::is_checked(&encoded) {
+                session.reference = None;
+            }
+        }
+        Ok(AdmittedPair(PairWork::Compute(Admitted {
+            logged: logged.reference,
+            ..session.admitted(encoded, room)?
+        })))
     }
 }
 
@@ -640,12 +721,19 @@ impl AdmittedPair {
     /// queue is full or the server is shutting down; `ResourceExhausted` if memory is not
     /// sufficient; `FailedPrecondition` if weights can no longer be read.
     pub async fn score(self) -> Result<ScoredPair> {
-        let policy_version = self.0.session.policy.version.clone();
+        let admitted = match self.0 {
+            PairWork::Compute(admitted) => admitted,
+            PairWork::Logged(session, answers) => return Ok(session.score_logged(answers)),
+        };
+        let (policy_version, logged) = (
+            admitted.session.policy.version.clone(),
+            admitted.logged.is_some(),
+        );
         let count = |_: u64| Usage {
             scored_pairs: 1,
             ..Usage::default()
         };
-        let (scored, live_step) = self.0.score(count).await?;
+        let (scored, live_step) = admitted.score(count).await?;
         let policy_version = match live_step {
             Some(step) => format!("{policy_version}@{step}"),
             None => policy_version,
@@ -664,6 +752,7 @@ impl AdmittedPair {
             a,
             b,
             policy_version,
+            logged,
         })
     }
 }
@@ -701,6 +790,7 @@ impl Admitted {
             session,
             encoded,
             item,
+            logged,
             _quota,
             _room,
         } = self;
@@ -713,8 +803,14 @@ impl Admitted {
                 ..count(encoded.len() as u64)
             },
         );
+        if let (Some(logged), [a, b]) = (logged, scored.completions.as_slice()) {
+            let [a, b] = [a, b].map(|answer| answer.reference.as_deref());
+            let tokens = [0, 1].map(|i| encoded.get(i).map_or(0, |e| e.tokens.len()));
+            let precision = session.service.engine.precision();
+            logged::compare(logged, [a, b].map(|of| of.map(total)), tokens, precision)?;
+        }
         let live_step = scored.live_step;
-        Ok((session.describe(encoded, scored), live_step))
+        Ok((session.describe(encoded, scored, logged), live_step))
     }
 }
 

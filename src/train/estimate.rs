@@ -374,6 +374,7 @@ mod tests {
             rejected: vec![3],
             chosen_truncated: false,
             rejected_truncated: false,
+            logged: None,
         }
     }
 

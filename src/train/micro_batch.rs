@@ -4,19 +4,17 @@
 //! of only one row at a time. Only losses that compare pairs with each other (AOT) need the forward
 //! passes of all rows first.
 
-use std::sync::Arc;
-
 use candle_core::Result;
 
 use super::backprop::{self, RowTape, SavePolicy};
+use super::reference::BatchReferences;
 use super::trainable::StepGradients;
 use crate::domain::dpo::{DpoConfig, Normalization};
 use crate::domain::job::Metrics;
 use crate::infer::data_parallel::over_devices;
 use crate::infer::pack::{PackedRow, pack_rows_for_devices};
 use crate::infer::pair::{EncodedPair, SequenceGroup};
-use crate::infer::scorer::Logps;
-use crate::math::loss::{BatchSize, PairLogps, partial_loss};
+use crate::math::loss::{BatchSize, PairLogps, ReferenceLogps, partial_loss};
 use crate::math::metrics::{PairObservation, TokenStats, micro_batch};
 use crate::math::score::{AnswerLogps, reward};
 use crate::model::decoder::Policy;
@@ -26,8 +24,7 @@ pub(super) struct MicroBatch<'a> {
     pub dpo: &'a DpoConfig,
     pub policy: &'a Policy,
     pub pairs: &'a [&'a EncodedPair],
-    /// Reference log-probs of each pair; `None` without a reference.
-    pub references: Option<&'a [Arc<Logps>]>,
+    pub references: &'a BatchReferences,
     pub row_tokens: usize,
 }
 
@@ -165,9 +162,7 @@ impl MicroBatch<'_> {
             .map(|s| PairLogps {
                 policy_chosen: s.logps[0],
                 policy_rejected: s.logps[1],
-                reference: self
-                    .references
-                    .map(|r| (r[s.pair][0].as_slice(), r[s.pair][1].as_slice())),
+                reference: self.references.of(s.pair),
                 weight: self.pairs[s.pair].weight,
                 wpo: self
                     .dpo
@@ -193,11 +188,10 @@ impl MicroBatch<'_> {
             upstream[r][ranges[1].clone()].copy_from_slice(&loss.grad_rejected[i]);
         }
         for s in all {
-            let answer = |side: usize| {
-                AnswerLogps::new(
-                    s.logps[side],
-                    self.references.map(|r| r[s.pair][side].as_slice()),
-                )
+            let reference = self.references.of(s.pair).map(ReferenceLogps::sums);
+            let answer = |side: usize| AnswerLogps {
+                reference: reference.map(|sums| sums[side]),
+                ..AnswerLogps::new(s.logps[side], None)
             };
             let (w, l) = (answer(0), answer(1));
             let rewards = |normalization| {

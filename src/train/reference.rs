@@ -1,10 +1,12 @@
 //! The reference π_ref: frozen weights, weights that are moved towards the policy at intervals
-//! (TR-DPO), or none.
+//! (TR-DPO), log-probs that the rows carry, or none.
 
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
 
+use crate::infer::scorer::Logps;
+use crate::math::loss::ReferenceLogps;
 use crate::model::decoder::Policy;
 
 /// Reference for the log-ratios.
@@ -12,6 +14,8 @@ use crate::model::decoder::Policy;
 pub enum Reference {
     /// No reference: lr = log π.
     None,
+    /// Log-probs that the pairs carry (`EncodedPair::logged`), without weights.
+    Logged,
     /// Frozen weights.
     Frozen {
         /// The frozen weights.
@@ -30,6 +34,30 @@ pub enum Reference {
     },
 }
 
+/// Reference log-probs of a micro-batch, with one entry for each pair.
+#[derive(Debug)]
+pub(super) enum BatchReferences {
+    /// No reference.
+    None,
+    /// log π_ref of each token.
+    Tokens(Vec<Arc<Logps>>),
+    /// Σ log π_ref of the chosen and of the rejected answer.
+    Sums(Vec<[f64; 2]>),
+}
+
+impl BatchReferences {
+    /// Returns the log-probs of the pair with the index `pair`.
+    pub fn of(&self, pair: usize) -> Option<ReferenceLogps<'_>> {
+        match self {
+            BatchReferences::None => None,
+            BatchReferences::Tokens(all) => {
+                Some(ReferenceLogps::Tokens(&all[pair][0], &all[pair][1]))
+            }
+            BatchReferences::Sums(all) => Some(ReferenceLogps::Sums(all[pair])),
+        }
+    }
+}
+
 impl Reference {
     /// Returns a moving reference that starts as `policy`.
     pub fn moving_from(policy: Policy, run: &str) -> Self {
@@ -43,7 +71,7 @@ impl Reference {
     /// Returns the current weights and their identity.
     pub fn weights(&self) -> Option<(&Policy, &str)> {
         match self {
-            Reference::None => None,
+            Reference::None | Reference::Logged => None,
             Reference::Frozen { policy, identity }
             | Reference::Moving {
                 policy, identity, ..

@@ -3,6 +3,7 @@
 pub mod apart;
 mod columnar;
 mod jsonl;
+mod logged;
 pub mod names;
 mod reader;
 mod row;

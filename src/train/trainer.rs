@@ -8,6 +8,7 @@
 //! because the rows may then be packed differently. On a GPU so may an interruption, because the
 //! reference's log-probs are then computed again in other rows.
 
+mod agreement;
 mod evaluation;
 
 use std::ops::Range;
@@ -19,10 +20,11 @@ use super::backprop::SavePolicy;
 use super::checkpoint::{self, CheckpointContents, CheckpointError, RunState};
 use super::estimate::{self, Estimate, Lengths, MemoryKind};
 use super::event::RunEvent;
+use super::logged::{self, Comparison};
 use super::micro_batch::MicroBatch;
 use super::observe::{self, EvaluationSums, Window};
 use super::optimizer::AdamW;
-use super::reference::Reference;
+use super::reference::{BatchReferences, Reference};
 use super::run_context::RunContext;
 use super::trainable::{StepGradients, TrainablePolicy};
 use crate::domain::identity::ModelIdentity;
@@ -31,7 +33,6 @@ use crate::domain::names::BaseName;
 use crate::domain::training::TrainingSpec;
 use crate::formats::tokenizer::ChatTokenizer;
 use crate::infer::pair::{EncodedPair, SequenceGroup, digest};
-use crate::infer::scorer::Logps;
 use crate::math::clip::clip_coefficient;
 use crate::math::rng::epoch_order;
 use crate::math::schedule::learning_rate;
@@ -57,6 +58,12 @@ pub enum TrainError {
         /// `eval_loss`.
         rows: Vec<u64>,
     },
+    /// The reference log-probs in a row are not those of the weights that the run starts from.
+    #[error(
+        "{0}: log them with these weights, the same chat template and precision, compute the \
+         reference by leaving reference empty, or set logged_check to warn"
+    )]
+    LoggedDisagrees(String),
     /// A checkpoint could not be written or read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -82,7 +89,9 @@ impl TrainError {
         match self {
             TrainError::Tensor(e) => is_out_of_memory(e),
             TrainError::NoPlan { .. } => true,
-            TrainError::NonFinite { .. } | TrainError::Checkpoint(_) => false,
+            TrainError::NonFinite { .. }
+            | TrainError::LoggedDisagrees(_)
+            | TrainError::Checkpoint(_) => false,
         }
     }
 
@@ -134,6 +143,8 @@ pub enum Status {
 }
 
 enum Phase {
+    /// Compare the logged log-probs of this pair of the sample with the model.
+    Compare { next: usize },
     /// Compute micro-batch `done` of the current step.
     Step { done: usize },
     /// Continue the evaluation at this pair.
@@ -183,6 +194,10 @@ pub struct Trainer {
     before_step: (u64, Window),
     step_started: Instant,
     evaluation: EvaluationSums,
+    /// Pairs whose logged log-probs are compared with the model before the first step: indices into
+    /// `train` followed by `eval`.
+    sample: Vec<usize>,
+    comparison: Comparison,
     /// Newest value of each metric.
     latest: Metrics,
     saved_step: Option<u64>,
@@ -253,6 +268,11 @@ impl Trainer {
             before_step: Default::default(),
             step_started: Instant::now(),
             evaluation: EvaluationSums::default(),
+            sample: match reference {
+                Reference::Logged => logged::sample(train.len() + eval.len(), spec.seed.0),
+                _ => Vec::new(),
+            },
+            comparison: Comparison::default(),
             started: Instant::now(),
             pairs: digest(&train, &eval),
             spec,
@@ -275,12 +295,16 @@ impl Trainer {
             shortened: false,
             first_step,
         };
-        trainer.phase = trainer.first_phase();
+        trainer.phase = match trainer.sample.is_empty() || trainer.state.step > 0 {
+            true => trainer.first_phase(),
+            // Only before the first step are the policy's weights those that it started from.
+            false => Phase::Compare { next: 0 },
+        };
         Ok(trainer)
     }
 
-    /// Returns the first phase of a new or continued run: an evaluation that is due but was not
-    /// made, or the next step.
+    /// Returns the first phase of a new or continued run, after the comparison of logged log-probs:
+    /// an evaluation that is due but was not made, or the next step.
     fn first_phase(&self) -> Phase {
         let due = if self.state.step == 0 {
             self.spec.run.eval_on_start && !self.eval.is_empty()
@@ -345,6 +369,7 @@ impl Trainer {
     pub fn advance(&mut self, context: &mut RunContext) -> Result<Status, TrainError> {
         match self.phase {
             Phase::Done => return Ok(Status::Finished),
+            Phase::Compare { next } => self.compare_unit(next, context)?,
             Phase::Step { done } => self.step_unit(done, context)?,
             Phase::Evaluate { next } => self.evaluate_unit(next, context)?,
             Phase::Save { best } => self.save_unit(best, context)?,
@@ -516,7 +541,7 @@ impl Trainer {
             dpo: &self.spec.dpo,
             policy: &self.policy.policy,
             pairs: &pairs,
-            references: references.as_deref(),
+            references: &references,
             row_tokens,
         };
         let (loss, metrics) = batch.train(
@@ -713,13 +738,17 @@ fn references(
     pairs: &[&EncodedPair],
     row_tokens: usize,
     context: &mut RunContext,
-) -> Result<Option<Vec<Arc<Logps>>>, TrainError> {
+) -> Result<BatchReferences, TrainError> {
+    if let Reference::Logged = reference {
+        let sums = pairs.iter().map(|pair| pair.logged.unwrap_or_default());
+        return Ok(BatchReferences::Sums(sums.collect()));
+    }
     let Some((policy, identity)) = reference.weights() else {
-        return Ok(None);
+        return Ok(BatchReferences::None);
     };
     let groups: Vec<Vec<SequenceGroup>> = pairs.iter().map(|p| p.groups()).collect();
     let items: Vec<&[SequenceGroup]> = groups.iter().map(Vec::as_slice).collect();
-    Ok(Some(context.cache.score(
+    Ok(BatchReferences::Tokens(context.cache.score(
         policy,
         identity,
         &items,

@@ -8,6 +8,7 @@ use crate::domain::dataset::{
     ChatMessage, DatasetFormat, IssueReason, MAX_LISTED_ISSUES, PreferenceRow, RowIssue, Severity,
     Text, ValidationReport,
 };
+use crate::domain::logged::{POLICY_COLUMNS, REFERENCE_COLUMNS};
 use crate::domain::violation::quoted;
 use crate::infer::encode::PairEncoder;
 
@@ -161,6 +162,18 @@ fn scan(
             }
         };
         tally.read(&row);
+        for problem in row.logged.problems() {
+            let message = format!(
+                "{}; a job with reference logged refuses the row",
+                problem.message
+            );
+            tally.add(issue(
+                &row,
+                &problem.column,
+                IssueReason::IgnoredField,
+                message,
+            ));
+        }
         for column in &row.ignored {
             columns.report(&row, column, &mut tally);
         }
@@ -378,10 +391,15 @@ impl UnusedColumns {
             return tally.count(column, IssueReason::IgnoredField);
         }
         self.0.insert(column.to_owned());
-        let message = format!(
-            "{column} is not used: the model does not see it (further rows with this column are \
-             counted, not listed)"
-        );
+        let why = if REFERENCE_COLUMNS.contains(&column) {
+            "is used only by jobs with reference logged"
+        } else if POLICY_COLUMNS.contains(&column) {
+            "is not used by jobs: only scoring uses it, if asked to"
+        } else {
+            "is not used: the model does not see it"
+        };
+        let message =
+            format!("{column} {why} (further rows with this column are counted, not listed)");
         tally.add(issue(row, column, IssueReason::IgnoredField, message));
     }
 }

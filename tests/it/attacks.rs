@@ -622,7 +622,7 @@ fn jsonl(dir: &Path, rows: &[serde_json::Value]) -> PathBuf {
 
 /// Values of a Parquet column: one for each row, possibly absent. A column of messages has one
 /// message per row.
-enum Column {
+pub enum Column {
     Text(Vec<Option<&'static str>>),
     Double(Vec<Option<f64>>),
     Float(Vec<Option<f32>>),
@@ -630,7 +630,7 @@ enum Column {
 
 /// Writes a Parquet file. `schema` has a leaf for each column. Only a leaf itself may be optional,
 /// not a group above it.
-fn write_parquet(file: &Path, schema: &str, columns: Vec<Column>) {
+pub fn write_parquet(file: &Path, schema: &str, columns: Vec<Column>) {
     let schema = Arc::new(parse_message_type(&format!("message rows {{ {schema} }}")).unwrap());
     let leaves = SchemaDescriptor::new(schema.clone());
     let properties = Arc::new(

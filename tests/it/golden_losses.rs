@@ -3,7 +3,7 @@
 
 use bradley::domain::dpo::{Divergence, DpoConfig, LossType, WeightedLoss};
 use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, ScheduleKind, TrainingSpec};
-use bradley::math::loss::{PairLogps, batch_loss};
+use bradley::math::loss::{PairLogps, ReferenceLogps, batch_loss};
 use serde_json::Value;
 
 use crate::golden_training::{Run, train};
@@ -157,7 +157,7 @@ fn losses_that_trl_lacks_follow_their_formulas() {
             .map(|[w, l, rw, rl, ..]| PairLogps {
                 policy_chosen: w,
                 policy_rejected: l,
-                reference: Some((rw, rl)),
+                reference: Some(ReferenceLogps::Tokens(rw, rl)),
                 weight: 1.0,
                 wpo: None,
             })

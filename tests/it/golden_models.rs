@@ -9,7 +9,7 @@ use bradley::formats::peft;
 use bradley::infer::pack::{Owned, pack};
 use bradley::infer::pair::{EncodedPair, SequenceGroup};
 use bradley::infer::scorer::{score, score_shared};
-use bradley::math::loss::{PairLogps, batch_loss};
+use bradley::math::loss::{PairLogps, ReferenceLogps, batch_loss};
 use bradley::math::rng::kaiming_uniform;
 use bradley::model::adapter::Adapter;
 use bradley::model::decoder::Policy;
@@ -158,7 +158,7 @@ fn gradients(
         .map(|i| PairLogps {
             policy_chosen: side(i, 0),
             policy_rejected: side(i, 1),
-            reference: Some((&references[i][0], &references[i][1])),
+            reference: Some(ReferenceLogps::Tokens(&references[i][0], &references[i][1])),
             weight: 1.0,
             wpo: None,
         })

@@ -297,6 +297,16 @@ fn random_job(draw: &mut Random, dataset: &str) -> pb::TrainingJob {
     };
     let has_evaluation = evaluation.is_some();
     let dpo = random_objective(draw, is_full);
+    let needs_reference = |l: &pb::WeightedLoss| !["sft", "simpo", "orpo"].contains(&&*l.loss_type);
+    let can_be_logged = !dpo.reference_free
+        && dpo.reference_sync.is_none()
+        && dpo.ld_alpha.is_none()
+        && (dpo.losses.is_empty() || dpo.losses.iter().any(needs_reference));
+    let reference = match draw.below(3) {
+        0 if !dpo.reference_free => "models/tiny",
+        1 if can_be_logged => "logged",
+        _ => "",
+    };
     let texts = [
         "",
         "a title",
@@ -319,9 +329,10 @@ fn random_job(draw: &mut Random, dataset: &str) -> pb::TrainingJob {
         display_name: draw.pick(&texts).to_owned(),
         labels,
         policy: "models/tiny".into(),
-        reference: match !dpo.reference_free && draw.flag() {
-            true => "models/tiny".into(),
-            false => String::new(),
+        reference: reference.into(),
+        logged_check: match reference {
+            "logged" => draw.pick(&["", "fail", "warn"]).into(),
+            _ => String::new(),
         },
         dataset: dataset.into(),
         evaluation,
@@ -598,7 +609,12 @@ async fn every_choice_in_the_help_is_one_that_the_server_accepts() {
         let name = format!("--{}", flag.name);
         let values = values().join(",");
         let args = ["train", "--dataset", &dataset, "--max-length", "128"];
-        let args = [&args[..], &["--validate-only", &name, &values]].concat();
+        // This flag has a meaning only beside the other one.
+        let beside: &[&str] = match flag.name {
+            "logged-check" => &["--reference", "logged"],
+            _ => &[],
+        };
+        let args = [&args[..], beside, &["--validate-only", &name, &values]].concat();
         succeed(&server, &args);
     }
     let mut args = vec!["train", "--dataset", &dataset, "--max-length", "128"];

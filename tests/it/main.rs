@@ -34,6 +34,7 @@ mod job_flags;
 mod layers;
 mod lifecycle;
 mod limits;
+mod logged;
 mod losses_page;
 mod memory;
 mod model_files;

@@ -118,6 +118,7 @@ impl Case {
             rejected: tokens(3 * i + 2, rejected),
             chosen_truncated: false,
             rejected_truncated: false,
+            logged: None,
         };
         (0..self.pairs).map(pair).collect()
     }

@@ -26,7 +26,7 @@ const STEPS: u64 = 120;
 const BETA: f64 = 0.1;
 
 /// Returns the `--models` flag for golden models under their own names.
-fn models(names: &[&str]) -> String {
+pub fn models(names: &[&str]) -> String {
     let named = names
         .iter()
         .map(|name| format!("{name}={}", golden(&format!("models/{name}")).display()));
@@ -123,7 +123,7 @@ async fn scores_against_another_model_are_those_of_transformers() {
 }
 
 /// Returns a job with the settings of a golden run.
-fn golden_job(dataset: &str, case: &Value, kind: &str) -> pb::TrainingJob {
+pub fn golden_job(dataset: &str, case: &Value, kind: &str) -> pb::TrainingJob {
     let settings = &case["runs"][kind]["settings"];
     let policy = case["policy"].as_str().unwrap();
     let method = match kind {

@@ -35,6 +35,7 @@ fn from_ids(v: &Value) -> EncodedPair {
         rejected: ids(&v["rejected"]["ids"]),
         chosen_truncated: false,
         rejected_truncated: false,
+        logged: None,
     }
 }
 

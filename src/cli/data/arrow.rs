@@ -17,6 +17,7 @@ use serde_json::{Map, Value};
 use super::columns::ColumnMap;
 use super::row::{DataRow, DataRows};
 use crate::domain::dataset::IssueReason;
+use crate::domain::logged::is_logged_column;
 use crate::domain::message::without_nulls;
 use crate::model::guard::guarded;
 use crate::train::rows::names::{self, is_used};
@@ -112,6 +113,8 @@ fn row(batch: &RecordBatch, names: &[Option<String>], i: usize) -> DataRow {
             Ok(value) => fields.insert(name.clone(), without_nulls(value)),
             // For example the bytes of an image. The value does not matter, because the column
             // leads to a finding anyway.
+            // As a text it is reported, if anyone needs it.
+            Err(kind) if is_logged_column(name) => fields.insert(name.clone(), Value::String(kind)),
             Err(_) if !names::COLUMNS.contains(&name.as_str()) => {
                 fields.insert(name.clone(), Value::Bool(true))
             }

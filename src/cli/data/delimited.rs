@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use super::columns::ColumnMap;
 use super::row::{DataRow, DataRows};
 use crate::domain::dataset::IssueReason;
+use crate::domain::logged::is_logged_column;
 use crate::train::rows::names::is_used;
 use crate::train::rows::{MAX_LINE_BYTES, names};
 
@@ -120,7 +121,7 @@ fn value(column: &str, text: &str) -> Result<Value, String> {
         // Only reported as not used.
         return Ok(Value::Bool(true));
     }
-    if column == "weight" {
+    if column == "weight" || is_logged_column(column) {
         let number = serde_json::from_str::<serde_json::Number>(trimmed);
         return Ok(number.map_or_else(|_| Value::from(text), Value::Number));
     }

@@ -183,6 +183,9 @@ fn to_json(row: &ScoredRow) -> Value {
             line["margin"] = score.pair.margin.into();
             line["normalization"] = normalization_name(score.normalization).into();
             line["policy_version"] = score.policy_version.clone().into();
+            if score.pair.logged {
+                line["logged"] = true.into();
+            }
             line["chosen"] = answer(score.pair.a.as_ref());
             line["rejected"] = answer(score.pair.b.as_ref());
         }
@@ -334,6 +337,7 @@ mod tests {
                     ..Default::default()
                 }),
                 b: Some(pb::CompletionScore::default()),
+                ..Default::default()
             },
             policy_version: "models/m".to_owned(),
             normalization: pb::RewardNormalization::Sum,

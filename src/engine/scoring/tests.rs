@@ -45,6 +45,7 @@ pub(in crate::engine) fn pair(tokens: usize) -> EncodedPair {
         rejected: vec![90],
         chosen_truncated: false,
         rejected_truncated: false,
+        logged: None,
     }
 }
 

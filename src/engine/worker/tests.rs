@@ -68,6 +68,7 @@ fn pair() -> EncodedPair {
         rejected: (0..20).map(|i| 90 - i).collect(),
         chosen_truncated: false,
         rejected_truncated: false,
+        logged: None,
     }
 }
 

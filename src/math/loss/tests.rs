@@ -21,7 +21,8 @@ fn view<'a>(pairs: &'a [Pair], config: &DpoConfig) -> Vec<PairLogps<'a>> {
         .map(|p| PairLogps {
             policy_chosen: &p.chosen,
             policy_rejected: &p.rejected,
-            reference: (!config.reference_free).then_some((&p.reference.0, &p.reference.1)),
+            reference: (!config.reference_free)
+                .then_some(ReferenceLogps::Tokens(&p.reference.0, &p.reference.1)),
             weight: p.weight,
             wpo: config.wpo.then_some((&p.p2.0, &p.p2.1)),
         })
@@ -258,7 +259,7 @@ fn enormous_margins_stay_finite() {
             let p = PairLogps {
                 policy_chosen: &[w],
                 policy_rejected: &[l],
-                reference: Some((&[-1.0], &[-1.0])),
+                reference: Some(ReferenceLogps::Tokens(&[-1.0], &[-1.0])),
                 weight: 1.0,
                 wpo: None,
             };

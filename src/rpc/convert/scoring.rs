@@ -7,11 +7,13 @@ use serde_json::{Map, Value};
 use super::{finish, json};
 use crate::domain::dataset::{ChatMessage, MAX_MESSAGES, Text};
 use crate::domain::dpo::Normalization;
+use crate::domain::logged::sum_problem;
 use crate::domain::message::{MessageProblem, TemplateArguments};
 use crate::domain::names;
 use crate::domain::violation::{Violations, quoted};
 use crate::rpc::pb;
 use crate::service::error::ServiceError;
+use crate::service::scoring::logged::{LoggedPair, LoggedPolicy};
 use crate::service::scoring::{PairToScore, ScoreOptions, ScoredCompletion, ScoredPair};
 
 /// Converts the scoring options of a request. The second value is true if the request wants the
@@ -168,12 +170,65 @@ pub(in crate::rpc) fn pair(p: pb::Pair) -> Result<PairToScore, ServiceError> {
         &p.chat_template_kwargs_json,
     )
     .map_err(|(field, e)| ServiceError::invalid(field, e))?;
+    let logged = logged(p.logged.unwrap_or_default())?;
+    let text = |field, given| match logged.policy {
+        None => text(field, given),
+        Some(_) => Ok(Text::Plain(String::new())),
+    };
     Ok(PairToScore {
         prompt: text("pair.prompt", p.prompt)?,
         a: text("pair.a", p.a)?,
         b: text("pair.b", p.b)?,
         arguments,
+        logged,
     })
+}
+
+/// Converts the log-probs that a pair carries.
+fn logged(l: pb::LoggedLogprobs) -> Result<LoggedPair, ServiceError> {
+    let reference = logged_sums("reference", [l.reference_a, l.reference_b])?;
+    let sums = logged_sums("policy", [l.policy_a, l.policy_b])?;
+    for (name, tokens) in [("tokens_a", l.tokens_a), ("tokens_b", l.tokens_b)] {
+        let problem = match tokens {
+            Some(_) if sums.is_none() => {
+                "has no meaning without policy_a and policy_b, because the server then counts the \
+                 tokens: leave it out"
+            }
+            Some(0) => "is 0: an answer has at least one token",
+            _ => continue,
+        };
+        return Err(ServiceError::invalid(
+            format!("pair.logged.{name}"),
+            problem,
+        ));
+    }
+    Ok(LoggedPair {
+        reference,
+        policy: sums.map(|sums| LoggedPolicy {
+            sums,
+            tokens: [l.tokens_a, l.tokens_b],
+        }),
+    })
+}
+
+/// Checks the log-probs of both answers under one model.
+fn logged_sums(model: &str, given: [Option<f64>; 2]) -> Result<Option<[f64; 2]>, ServiceError> {
+    let field = |side: &str| format!("pair.logged.{model}_{side}");
+    let sums = match given {
+        [None, None] => return Ok(None),
+        [Some(a), Some(b)] => [a, b],
+        [a, _] => {
+            let (missing, there) = if a.is_none() { ("a", "b") } else { ("b", "a") };
+            let message = format!("is missing, but {model}_{there} is given: set both or none");
+            return Err(ServiceError::invalid(field(missing), message));
+        }
+    };
+    for (side, sum) in ["a", "b"].into_iter().zip(sums) {
+        if let Some(problem) = sum_problem(sum) {
+            return Err(ServiceError::invalid(field(side), problem));
+        }
+    }
+    Ok(Some(sums))
 }
 
 /// Converts a pair's score, with the log-probs of each token if `per_token`.
@@ -183,6 +238,7 @@ pub(in crate::rpc) fn pair_score(s: ScoredPair, per_token: bool) -> pb::PairScor
         margin: s.margin,
         a: Some(completion(s.a, per_token)),
         b: Some(completion(s.b, per_token)),
+        logged: s.logged,
     }
 }
 
@@ -193,7 +249,7 @@ pub(in crate::rpc) fn completion(c: ScoredCompletion, per_token: bool) -> pb::Co
         policy_logprob: c.policy_logprob,
         reference_logprob: c.reference_logprob,
         reward: c.reward,
-        tokens: c.token_ids.len() as u32,
+        tokens: c.tokens as u32,
         prompt_tokens: c.prompt_tokens as u32,
         truncated: c.truncated,
         policy_token_logprobs: keep(c.policy_tokens),

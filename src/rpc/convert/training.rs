@@ -8,6 +8,7 @@ use crate::domain::identity::Pins;
 use crate::domain::job::{
     Evaluation, Event, EventKind, Job, JobRequest, JobState, Progress, RowPolicy,
 };
+use crate::domain::logged::{LOGGED_REFERENCE, LoggedCheck};
 use crate::domain::names;
 use crate::domain::reason::{FailureCode, StoredReason};
 use crate::domain::training::{
@@ -52,15 +53,17 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
             ),
         );
     }
+    let logged_reference = logged_check(&job.reference, &job.logged_check, &mut bad);
     let reference = match job.reference.as_str() {
-        "" => None,
+        "" | LOGGED_REFERENCE => None,
         name => {
             let parsed = names::parse_policy(name);
             if parsed.is_none() {
                 bad.push(
                     "training_job.reference",
                     format!(
-                        "is {}: it must be empty, models/ID or trainingJobs/ID/checkpoints/STEP",
+                        "is {}: it must be empty, models/ID, trainingJobs/ID/checkpoints/STEP or \
+                         {LOGGED_REFERENCE}",
                         quoted(name)
                     ),
                 );
@@ -129,6 +132,7 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         precision,
         seed: Seed(job.seed.unwrap_or(Seed::default().0)),
         method,
+        logged_reference,
     };
     // The domain checks the ranges. It adds to the same list, so that one error has all bad fields.
     spec.validate("training_job", &mut bad);
@@ -164,6 +168,28 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         chat_template_kwargs,
     };
     finish(request, bad)
+}
+
+/// Converts `reference` and `logged_check` to the check of logged log-probs; `None` if the job does
+/// not use any.
+fn logged_check(reference: &str, check: &str, bad: &mut Violations) -> Option<LoggedCheck> {
+    let field = "training_job.logged_check";
+    let is_logged = reference == LOGGED_REFERENCE;
+    if !is_logged && !check.is_empty() {
+        let message = format!("has no meaning unless reference is {LOGGED_REFERENCE}: remove it");
+        bad.push(field, message);
+    }
+    let parsed = match check {
+        "" => LoggedCheck::default(),
+        name => LoggedCheck::parse(name).unwrap_or_else(|| {
+            bad.push(
+                field,
+                format!("is {}: it must be fail or warn", quoted(name)),
+            );
+            LoggedCheck::default()
+        }),
+    };
+    is_logged.then_some(parsed)
 }
 
 /// Converts a time to live to milliseconds.
@@ -536,7 +562,14 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
             .error
             .map(|e| job_error(code_of(&e.reason), e.reason.name(), e.message)),
         policy: r.policy.to_string(),
-        reference: r.reference.map(|p| p.to_string()).unwrap_or_default(),
+        reference: match r.spec.logged_reference {
+            Some(_) => LOGGED_REFERENCE.to_owned(),
+            None => r.reference.map(|p| p.to_string()).unwrap_or_default(),
+        },
+        logged_check: r
+            .spec
+            .logged_reference
+            .map_or_else(String::new, |check| check.name().to_owned()),
         dataset: format!("datasets/{}", r.dataset),
         evaluation: match r.evaluation {
             Evaluation::None => None,

@@ -7,6 +7,7 @@ use jiff::civil::DateTime;
 
 use crate::domain::dataset::{Dataset, PreferenceRow};
 use crate::domain::job::{Evaluation, Job, JobRequest, RowPolicy};
+use crate::domain::logged::{LOGGED_REFERENCE, LoggedSums};
 use crate::domain::message::TemplateArguments;
 use crate::domain::reason::Reason;
 use crate::engine::Engine;
@@ -20,6 +21,7 @@ use crate::service::error::{Result, ServiceError, unreadable};
 use crate::service::policies::PolicyResolver;
 use crate::service::store::Store;
 use crate::service::template_date::TemplateDate;
+use crate::train::logged::with_logged;
 use crate::train::validate::{BadRows, load_rows};
 
 /// Inputs of a job, ready for the device.
@@ -27,6 +29,7 @@ pub(in crate::service) struct JobInputs {
     /// Id of the base model.
     pub model: String,
     pub start: WeightsRef,
+    /// `None` if the job computes no reference.
     pub reference: Option<WeightsRef>,
     pub train: Vec<EncodedPair>,
     pub eval: Vec<EncodedPair>,
@@ -36,6 +39,8 @@ pub(in crate::service) struct JobInputs {
     /// `None` if there is none.
     pub new_since_0_2_0: Option<String>,
     pub skipped: BadRows,
+    /// Number of rows with reference log-probs that the job does not use.
+    pub unused_logged: u64,
 }
 
 /// Loads the inputs of jobs.
@@ -56,11 +61,11 @@ impl InputLoader {
     /// cannot be used. `InvalidArgument` if no row is left to train on.
     pub async fn load(&self, job: &Job) -> Result<JobInputs> {
         let start = self.policies.start_weights(job).await?;
-        let reference = self
-            .policies
-            .reference_weights(job)
-            .await?
-            .map(|r| r.weights);
+        let reference = match job.request.spec.logged_reference {
+            Some(_) => None,
+            None => self.policies.reference_weights(job).await?,
+        };
+        let reference = reference.map(|r| r.weights);
         let tokenizer = self.engine.tokenizer(&start.model)?;
         let dataset = self.store.dataset(&job.request.dataset).await?;
         let eval_dataset = match &job.request.evaluation {
@@ -93,11 +98,12 @@ impl InputLoader {
             date: self.template_date.of(Some(job)),
             vocab_size: self.engine.model(&start.model)?.vocab_size,
         };
-        let (train, eval, digest, new_since_0_2_0, skipped) = blocking(move || {
+        let (train, eval, digest, new_since_0_2_0, bad) = blocking(move || {
             let EncodedDataset {
                 pairs: mut train,
                 bad: mut skipped,
                 mut new_since_0_2_0,
+                mut unused_logged,
             } = encode_dataset(&file, &dataset, &context, &request)?;
             let mut eval = Vec::new();
             match (&request.evaluation, &eval_file) {
@@ -106,6 +112,7 @@ impl InputLoader {
                     eval = more.pairs;
                     skipped.extend(more.bad);
                     new_since_0_2_0 = new_since_0_2_0.or(more.new_since_0_2_0);
+                    unused_logged += more.unused_logged;
                 }
                 (Evaluation::Fraction(f), None) => {
                     (train, eval) = split_rows(&train, *f, request.spec.seed.0);
@@ -113,9 +120,11 @@ impl InputLoader {
                 _ => {}
             }
             let digest = digest(&train, &eval);
-            Ok::<_, ServiceError>((train, eval, digest, new_since_0_2_0, skipped))
+            let bad = (skipped, unused_logged);
+            Ok::<_, ServiceError>((train, eval, digest, new_since_0_2_0, bad))
         })
         .await??;
+        let (skipped, unused_logged) = bad;
         if train.is_empty() {
             return Err(ServiceError::invalid(
                 "training_job.dataset",
@@ -131,6 +140,7 @@ impl InputLoader {
             digest,
             new_since_0_2_0,
             skipped,
+            unused_logged,
         })
     }
 }
@@ -150,6 +160,8 @@ struct EncodedDataset {
     bad: BadRows,
     /// Description of the first data in the rows that version 0.2.0 ignored or could not read.
     new_since_0_2_0: Option<String>,
+    /// Number of rows with reference log-probs that the job does not use.
+    unused_logged: u64,
 }
 
 /// Tokenises a dataset under the job's row policy.
@@ -196,10 +208,15 @@ fn encode_dataset(
     .with_arguments(&context.arguments)
     .with_date(context.date)
     .with_vocab_size(context.vocab_size);
+    let uses_logged = request.spec.logged_reference.is_some();
     let mut bad = loaded.bad;
     let mut pairs = Vec::with_capacity(loaded.rows.len());
     for row in &loaded.rows {
-        match encoder.encode_row(row) {
+        let encoded = encoder.encode_row(row).and_then(|pair| match uses_logged {
+            true => with_logged(pair, row),
+            false => Ok(pair),
+        });
+        match encoded {
             Ok(pair) => pairs.push(pair),
             Err(issue) => bad.add(issue),
         }
@@ -207,9 +224,13 @@ fn encode_dataset(
     if request.row_policy == RowPolicy::Reject
         && let Some(first) = bad.first()
     {
+        let with_reference = match uses_logged {
+            true => format!("reference {LOGGED_REFERENCE} and "),
+            false => String::new(),
+        };
         let message = format!(
-            "datasets/{} has {} rows that cannot be used with max_length {}; row {}, {}: {}. Fix \
-             them, or set row_policy to SKIP",
+            "datasets/{} has {} rows that cannot be used with {with_reference}max_length {}; row \
+             {}, {}: {}. Fix them, or set row_policy to SKIP",
             dataset.id,
             bad.rows(),
             request.spec.batch.max_length,
@@ -230,9 +251,14 @@ fn encode_dataset(
             dataset.id
         ))
     };
+    let has_logged = |row: &&PreferenceRow| row.logged.reference != LoggedSums::Absent;
     Ok(EncodedDataset {
         pairs,
         bad,
+        unused_logged: match uses_logged {
+            true => 0,
+            false => loaded.rows.iter().filter(has_logged).count() as u64,
+        },
         new_since_0_2_0: loaded.rows.iter().find_map(ignored_by_0_2_0),
     })
 }

@@ -41,6 +41,7 @@ use super::registry::{RunRegistry, count_ended};
 use super::resume::{CheckpointSource, check_pairs, newest_intact, progress};
 use crate::domain::identity::Pins;
 use crate::domain::job::{Checkpoint, EventKind, Job, JobError, JobState};
+use crate::domain::logged::{LOGGED_REFERENCE, REFERENCE_COLUMNS};
 use crate::domain::reason::Reason;
 use crate::domain::usage::Usage;
 use crate::engine::Engine;
@@ -274,6 +275,9 @@ impl JobRunner {
         let mut inputs = inputs?;
         if inputs.skipped.rows() > 0 {
             log_skipped_rows(leased, &inputs.skipped).await?;
+        }
+        if inputs.unused_logged > 0 && job.progress.step == 0 {
+            log_unused(leased, inputs.unused_logged).await?;
         }
         let source = CheckpointSource {
             store: &self.store,
@@ -668,6 +672,25 @@ fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, to
         took,
         about,
     );
+}
+
+/// Logs that rows carry reference log-probs, but the job computes its own.
+async fn log_unused(leased: &LeasedJob, rows: u64) -> Result<()> {
+    let [chosen, rejected] = REFERENCE_COLUMNS;
+    let message = format!(
+        "{rows} rows have {chosen} or {rejected}, which are not used: set reference to \
+         {LOGGED_REFERENCE} to train on them without computing a reference"
+    );
+    let note = |_: &mut Job| {
+        Ok(vec![EventKind::Log {
+            severity: "info".into(),
+            message: message.clone(),
+        }])
+    };
+    leased
+        .write(note, RunWriteEffect::Nothing)
+        .await
+        .map(|_| ())
 }
 
 async fn log_skipped_rows(leased: &LeasedJob, skipped: &BadRows) -> Result<()> {

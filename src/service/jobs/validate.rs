@@ -217,11 +217,9 @@ impl RequestValidator {
             .get_or_insert(self.engine.precision());
         // The size of a micro-batch is known only after the rows are tokenised. The engine checks
         // the actual lengths before the run; here the longest possible pair is assumed.
-        let reference = request
-            .spec
-            .dpo
-            .has_reference(request.reference.is_some())
-            .then_some(&reference);
+        let computes_reference = request.spec.logged_reference.is_none()
+            && request.spec.dpo.has_reference(request.reference.is_some());
+        let reference = computes_reference.then_some(&reference);
         self.engine.check(
             &start.model,
             reference,

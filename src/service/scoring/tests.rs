@@ -7,6 +7,7 @@ fn scored(reward: f64) -> ScoredCompletion {
         policy_logprob: reward,
         reference_logprob: 0.0,
         reward,
+        tokens: 1,
         token_ids: vec![1],
         prompt_tokens: 1,
         truncated: false,

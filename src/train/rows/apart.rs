@@ -32,7 +32,7 @@ static DECODE_LOCK: Mutex<()> = Mutex::new(());
 /// Message of the decoding process, one JSON line each.
 #[derive(Serialize, Deserialize)]
 enum Line {
-    Row(PreferenceRow),
+    Row(Box<PreferenceRow>),
     Issue(RowIssue),
     /// The file cannot be read at all.
     Unusable(String),
@@ -58,7 +58,7 @@ pub fn for_each_row(
     let mut decoder = Decoder::start(path)?;
     loop {
         match decoder.line(path)? {
-            Line::Row(r) => row(Ok(r))?,
+            Line::Row(r) => row(Ok(*r))?,
             Line::Issue(i) => row(Err(i))?,
             Line::Unusable(reason) => {
                 return Err(DataError::BadFile {
@@ -94,7 +94,7 @@ pub fn decode(path: &Path, out: impl Write) -> std::io::Result<()> {
             for row in numbered(records) {
                 let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) =
                     row;
-                let line = row.map_or_else(Line::Issue, Line::Row);
+                let line = row.map_or_else(Line::Issue, |row| Line::Row(Box::new(row)));
                 if !write_line(&mut out, &line)? {
                     let message = format!(
                         "the record has more than {} MiB: split it",

@@ -17,6 +17,7 @@ use super::names::{self, MEDIA_COLUMNS, OPENAI_COLUMNS, QUESTION_COLUMN, is_open
 use super::reader::{DataError, issue};
 use super::row::{KWARGS_COLUMN, SYSTEM_COLUMN, TOOLS_COLUMN, invalid_weight};
 use crate::domain::dataset::{IssueReason, RowIssue};
+use crate::domain::logged::is_logged_column;
 use crate::domain::message::without_nulls;
 use crate::model::guard::guarded;
 
@@ -34,7 +35,7 @@ const COLUMNS: [&str; 8] = [
 /// Returns true if a column is decoded: the columns of a row, and columns that lead to a finding if
 /// they are not empty.
 fn is_wanted(column: &str) -> bool {
-    COLUMNS.contains(&column) || MEDIA_COLUMNS.contains(&column)
+    COLUMNS.contains(&column) || MEDIA_COLUMNS.contains(&column) || is_logged_column(column)
 }
 
 /// Returns the decoded columns of each record. `rename` returns the new name of a column, or `None`
@@ -113,6 +114,10 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
                     return Err(invalid_weight(row, &weight.to_string()));
                 }
                 let value = match to_json(field) {
+                    // JSON has no such number; as a text it is reported.
+                    Ok(_) if is_logged_column(&name) && not_finite(field).is_some() => {
+                        Value::String(field.to_string())
+                    }
                     Ok(value) => value,
                     // For example the bytes of an image. The value does not matter, because the
                     // column leads to a finding anyway.

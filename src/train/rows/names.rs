@@ -1,5 +1,6 @@
 //! Names of columns: which a file must have, and what a misspelt one was meant to be.
 
+use crate::domain::logged::{POLICY_COLUMNS, REFERENCE_COLUMNS};
 use crate::domain::violation::shortened;
 
 /// Column names of OpenAI's format.
@@ -11,7 +12,7 @@ pub(super) const MEDIA_COLUMNS: [&str; 6] =
     ["images", "image", "videos", "video", "audios", "audio"];
 
 /// Columns of a row in our own format.
-pub const COLUMNS: [&str; 8] = [
+pub const COLUMNS: [&str; 12] = [
     "prompt",
     "chosen",
     "rejected",
@@ -20,6 +21,10 @@ pub const COLUMNS: [&str; 8] = [
     "system",
     "tools",
     "chat_template_kwargs",
+    REFERENCE_COLUMNS[0],
+    REFERENCE_COLUMNS[1],
+    POLICY_COLUMNS[0],
+    POLICY_COLUMNS[1],
 ];
 /// Maximum number of columns that a message lists.
 const MAX_LISTED: usize = 12;

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::logged::logged;
 use super::names::{MEDIA_COLUMNS, found};
 use super::reader::issue;
 use crate::domain::dataset::{
@@ -136,6 +137,7 @@ pub(super) fn from_fields(
     } else {
         arguments
     };
+    let logged = logged(&fields);
     let unknown = fields
         .iter()
         .filter(|(name, value)| !MEDIA_COLUMNS.contains(&name.as_str()) && has_content(value));
@@ -156,6 +158,7 @@ pub(super) fn from_fields(
         ignored,
         shape: RowShape::default(),
         pair: None,
+        logged,
     })
 }
 

@@ -24,6 +24,7 @@ use std::vec::IntoIter;
 
 use serde_json::{Map, Value, json};
 
+use super::logged::OfSeveral;
 use super::names::{OPENAI_COLUMNS, QUESTION_COLUMN};
 use super::reader::issue;
 use super::row;
@@ -81,6 +82,7 @@ struct Several {
     /// All columns except `rejected`.
     fields: Map<String, Value>,
     rejected: IntoIter<Value>,
+    logged: OfSeveral,
     id: Option<String>,
     count: usize,
 }
@@ -149,9 +151,11 @@ impl Several {
         if let Some(weight) = weight.filter(|weight| *weight > 0.0) {
             fields.insert("weight".to_owned(), json!(weight / count as f64));
         }
+        let logged = OfSeveral::take(&mut fields, count);
         Ok(Several {
             row,
             fields,
+            logged,
             rejected: rejected.into_iter(),
             id,
             count,
@@ -168,6 +172,7 @@ impl Several {
             self.fields.clone()
         };
         fields.insert("rejected".to_owned(), answer);
+        self.logged.add(place - 1, &mut fields);
         if let (Some(id), true) = (&self.id, self.count > 1) {
             fields.insert("id".to_owned(), Value::String(format!("{id}#{place}")));
         }

@@ -67,7 +67,7 @@ impl Trainer {
             dpo: &self.spec.dpo,
             policy: &self.policy.policy,
             pairs: &pairs,
-            references: references.as_deref(),
+            references: &references,
             row_tokens,
         };
         Ok(batch.evaluate(context.yield_point)?)
