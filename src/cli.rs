@@ -5,6 +5,7 @@ mod backup;
 mod data;
 mod demo;
 mod doctor;
+mod evaluate;
 mod failure;
 mod flag_names;
 mod job_columns;
@@ -57,8 +58,8 @@ pub fn main() -> ExitCode {
     // Selects the cryptography for TLS. It fails only if one is already selected.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let cli = Cli::parse();
-    if let Command::Decode { path } = &cli.command {
-        return decode(path);
+    if let Command::Decode { path, columns } = &cli.command {
+        return decode(path, columns);
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -89,6 +90,7 @@ async fn run(mut cli: Cli) -> Outcome {
         Command::Jobs(command) => resources::jobs(command, output).await,
         Command::Watch(args) => watch::run(args, output).await,
         Command::Score(args) => score::run(args, output).await,
+        Command::Evaluate(args) => evaluate::run(*args, output).await,
         Command::Datasets(command) => resources::datasets(command, output).await,
         Command::Checkpoints(command) => resources::checkpoints(command, output).await,
         Command::Models(command) => resources::models(command, output).await,
@@ -104,7 +106,7 @@ async fn run(mut cli: Cli) -> Outcome {
         Command::Backup(args) => backup::back_up(args, output).await,
         Command::Restore(args) => backup::restore(args, output).await,
         Command::Migrate(args) => backup::migrate(args, output).await,
-        Command::Decode { path } => Err(Failure::Usage(format!(
+        Command::Decode { path, .. } => Err(Failure::Usage(format!(
             "{} is decoded without a runtime",
             path.display()
         ))),
@@ -113,7 +115,7 @@ async fn run(mut cli: Cli) -> Outcome {
 
 /// Decodes an untrusted file for the server that started this process. Limits on memory and CPU
 /// time are set before the first byte is read.
-fn decode(path: &std::path::Path) -> ExitCode {
+fn decode(path: &std::path::Path, columns: &[String]) -> ExitCode {
     let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
     limit(libc::RLIMIT_AS, apart::MEMORY, apart::MEMORY);
     // The soft limit sends SIGXCPU, which the server can tell from a kill.
@@ -131,7 +133,7 @@ fn decode(path: &std::path::Path) -> ExitCode {
         // SAFETY: SIG_IGN installs no handler, so no code of this process runs on a signal.
         unsafe { libc::signal(ignored, libc::SIG_IGN) };
     }
-    match apart::decode(path, std::io::stdout().lock()) {
+    match apart::decode(path, columns, std::io::stdout().lock()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }

@@ -158,7 +158,7 @@ pub(super) fn template_arguments(text: Option<&str>) -> Result<String, Failure> 
 }
 
 /// Parses the value of `--normalization`.
-fn normalization(name: &str) -> pb::RewardNormalization {
+pub(super) fn normalization(name: &str) -> pb::RewardNormalization {
     match name {
         "sum" => pb::RewardNormalization::Sum,
         "mean" => pb::RewardNormalization::Mean,

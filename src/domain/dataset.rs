@@ -56,7 +56,7 @@ pub struct PreferenceRow {
     /// Shape of the row in the file.
     #[serde(default)]
     pub shape: RowShape,
-    /// Number of the pair within its row, from 1, if the row has several rejected answers.
+    /// Number of the pair within its row, from 1, if the row makes several pairs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pair: Option<u32>,
 }
@@ -99,11 +99,13 @@ impl PreferenceRow {
         })
     }
 
-    /// Returns the name of a column as it is in the file. With several rejected answers, `rejected`
-    /// becomes the entry of this pair.
+    /// Returns the name of a column as it is in the file. With one chosen and several rejected
+    /// answers, `rejected` becomes the entry of this pair.
     pub fn column(&self, name: &str) -> String {
         match self.pair {
-            Some(pair) if name == "rejected" => format!("rejected[{}]", pair.saturating_sub(1)),
+            Some(pair) if name == "rejected" && self.shape == RowShape::SeveralRejected => {
+                format!("rejected[{}]", pair.saturating_sub(1))
+            }
             _ => name.to_owned(),
         }
     }
@@ -130,6 +132,8 @@ pub enum RowShape {
     Orca,
     /// One chosen answer and a list of rejected ones.
     SeveralRejected,
+    /// A list of several chosen answers, and one or more rejected ones.
+    SeveralAnswers,
 }
 
 impl RowShape {
@@ -144,6 +148,7 @@ impl RowShape {
             RowShape::Ultrafeedback => "ultrafeedback",
             RowShape::Orca => "orca",
             RowShape::SeveralRejected => "several_rejected",
+            RowShape::SeveralAnswers => "several_answers",
         }
     }
 }

@@ -3,6 +3,8 @@
 pub mod apart;
 mod columnar;
 mod jsonl;
+pub mod labelled;
+mod labels;
 pub mod names;
 mod reader;
 mod row;
@@ -31,7 +33,7 @@ pub fn detect_format(first_bytes: &[u8]) -> DatasetFormat {
 pub fn read_rows(path: &Path, format: DatasetFormat) -> Result<RowReader, DataError> {
     match format {
         DatasetFormat::Jsonl => jsonl::read(path),
-        DatasetFormat::Parquet => Ok(numbered(columnar::decode(path, as_it_is)?)),
+        DatasetFormat::Parquet => Ok(numbered(columnar::decode(path, &[], as_it_is)?)),
     }
 }
 
@@ -49,7 +51,7 @@ pub fn parquet_records<R: Fn(&str) -> Option<String> + Send + 'static>(
     path: &Path,
     rename: R,
 ) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<R>, DataError> {
-    columnar::decode(path, rename)
+    columnar::decode(path, &[], rename)
 }
 
 /// Returns the pairs of one line of a JSONL file, or the finding that it cannot be read.
@@ -72,12 +74,15 @@ pub fn pairs_of_record(
 fn numbered(
     records: impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + 'static,
 ) -> RowReader {
-    Box::new(
-        records
-            .enumerate()
-            .map(|(i, fields)| Ok((i as u64 + 1, fields?)))
-            .flat_map(shapes::pairs),
-    )
+    Box::new(with_numbers(records).flat_map(shapes::pairs))
+}
+
+fn with_numbers(
+    records: impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + 'static,
+) -> impl Iterator<Item = shapes::Record> + Send + 'static {
+    records
+        .enumerate()
+        .map(|(i, fields)| Ok((i as u64 + 1, fields?)))
 }
 
 #[cfg(test)]

@@ -180,6 +180,9 @@ fn to_json(row: &ScoredRow) -> Value {
     match &row.result {
         Ok(score) => {
             line["probability"] = score.pair.probability.into();
+            if let Some(calibrated) = score.pair.calibrated_probability {
+                line["calibrated_probability"] = calibrated.into();
+            }
             line["margin"] = score.pair.margin.into();
             line["normalization"] = normalization_name(score.normalization).into();
             line["policy_version"] = score.policy_version.clone().into();
@@ -334,6 +337,7 @@ mod tests {
                     ..Default::default()
                 }),
                 b: Some(pb::CompletionScore::default()),
+                calibrated_probability: None,
             },
             policy_version: "models/m".to_owned(),
             normalization: pb::RewardNormalization::Sum,
