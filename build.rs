@@ -15,6 +15,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "dataset",
         "checkpoint",
         "scoring",
+        "evaluation",
         "model",
         "usage",
     ]

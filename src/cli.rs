@@ -6,6 +6,7 @@ mod curate;
 mod data;
 mod demo;
 mod doctor;
+mod evaluate;
 mod failure;
 mod flag_names;
 mod job_columns;
@@ -58,8 +59,13 @@ pub fn main() -> ExitCode {
     // Selects the cryptography for TLS. It fails only if one is already selected.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let cli = Cli::parse();
-    if let Command::Decode { path, records } = &cli.command {
-        return decode(path, records.as_deref());
+    if let Command::Decode {
+        path,
+        columns,
+        records,
+    } = &cli.command
+    {
+        return decode(path, columns, records.as_deref());
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -92,6 +98,7 @@ async fn run(mut cli: Cli) -> Outcome {
         Command::Score(args) => score::run(args, output).await,
         Command::Curate(args) => curate::run(*args, output).await,
         Command::ScoreFiles(args) => score_files::run(*args, output).await,
+        Command::Evaluate(args) => evaluate::run(*args, output).await,
         Command::Datasets(command) => resources::datasets(command, output).await,
         Command::Checkpoints(command) => resources::checkpoints(command, output).await,
         Command::Models(command) => resources::models(command, output).await,
@@ -113,7 +120,7 @@ async fn run(mut cli: Cli) -> Outcome {
 
 /// Decodes an untrusted file for the server that started this process. Limits on memory and CPU
 /// time are set before the first byte is read.
-fn decode(path: &std::path::Path, records: Option<&str>) -> ExitCode {
+fn decode(path: &std::path::Path, columns: &[String], records: Option<&str>) -> ExitCode {
     let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
     limit(libc::RLIMIT_AS, apart::MEMORY, apart::MEMORY);
     // The soft limit sends SIGXCPU, which the server can tell from a kill.
@@ -134,7 +141,7 @@ fn decode(path: &std::path::Path, records: Option<&str>) -> ExitCode {
     let out = std::io::stdout().lock();
     let decoded = match records {
         Some(choice) => apart::decode_records(path, choice, out),
-        None => apart::decode(path, out),
+        None => apart::decode(path, columns, out),
     };
     match decoded {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,7 +1,10 @@
-//! Losses, their gradients with respect to log-probs, metrics, schedules and seeded random numbers.
+//! Losses, their gradients with respect to log-probs, metrics, calibration, schedules and seeded
+//! random numbers.
 //! Everything here is pure: no input or output, no device.
 
+pub mod calibration;
 pub mod clip;
+pub mod evaluation;
 pub mod loss;
 pub mod metrics;
 pub mod rng;

@@ -10,6 +10,7 @@ pub mod client;
 mod connections;
 mod convert;
 mod dataset;
+mod evaluation;
 mod http;
 mod listener;
 mod model;
@@ -33,6 +34,7 @@ pub use self::http::serve_http;
 pub use self::listener::{Tls, TlsError, TlsFiles};
 use self::pb::checkpoint_service_server::CheckpointServiceServer;
 use self::pb::dataset_service_server::DatasetServiceServer;
+use self::pb::evaluation_service_server::EvaluationServiceServer;
 use self::pb::model_service_server::ModelServiceServer;
 use self::pb::scoring_service_server::ScoringServiceServer;
 use self::pb::training_service_server::TrainingServiceServer;
@@ -115,6 +117,11 @@ pub async fn serve(
     .max_encoding_message_size(max)
     .accept_compressed(CompressionEncoding::Gzip)
     .send_compressed(CompressionEncoding::Gzip);
+    let evaluations = EvaluationServiceServer::new(evaluation::EvaluationRpc {
+        evaluations: service.evaluations.clone(),
+        tokens: service.server.tokens().clone(),
+    })
+    .max_decoding_message_size(max);
     let models = ModelServiceServer::new(model::Models(service.server.clone()))
         .max_decoding_message_size(max);
     let usage = UsageServiceServer::new(usage::UsageRpc(service.usage.clone()))
@@ -154,6 +161,7 @@ pub async fn serve(
         .add_service(datasets)
         .add_service(checkpoints)
         .add_service(scoring)
+        .add_service(evaluations)
         .add_service(models)
         .add_service(usage);
 
@@ -194,13 +202,14 @@ pub async fn serve(
 }
 
 /// Names of the services that report their health. The empty name stands for the whole server.
-fn service_names() -> [&'static str; 7] {
+fn service_names() -> [&'static str; 8] {
     [
         "",
         "bradley.v1.TrainingService",
         "bradley.v1.DatasetService",
         "bradley.v1.CheckpointService",
         "bradley.v1.ScoringService",
+        "bradley.v1.EvaluationService",
         "bradley.v1.ModelService",
         "bradley.v1.UsageService",
     ]

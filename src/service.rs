@@ -18,6 +18,7 @@ mod data_dir;
 mod data_volume;
 pub mod datasets;
 pub mod error;
+pub mod evaluation;
 mod events;
 mod in_use;
 pub mod jobs;
@@ -47,6 +48,7 @@ use self::background::BackgroundTasks;
 use self::checkpoints::CheckpointService;
 use self::datasets::{DatasetLimits, DatasetService};
 use self::error::{Result, failed};
+use self::evaluation::EvaluationService;
 use self::events::EventFeed;
 use self::jobs::JobService;
 use self::jobs::create::JobCreator;
@@ -127,6 +129,8 @@ pub struct Service {
     pub datasets: DatasetService,
     /// Scores of preference pairs and of completions.
     pub scoring: Arc<ScoringService>,
+    /// Evaluations of policies on datasets.
+    pub evaluations: EvaluationService,
     /// Work that was done for each owner.
     pub usage: UsageMeter,
     /// Base models, callers' tokens, readiness and shutdown.
@@ -236,6 +240,14 @@ impl Service {
             .map(|_| start(runner.clone()))
             .collect();
         background.push(tokio::spawn(data_volume::measure(options.data_dir)));
+        let scoring = Arc::new(ScoringService::new(
+            policies.clone(),
+            engine.clone(),
+            ScoringQuota::new(options.max_scoring_tokens_per_client),
+            usage.clone(),
+            shutdown.clone(),
+            template_date,
+        ));
         Ok(Service {
             jobs,
             checkpoints: CheckpointService {
@@ -248,7 +260,7 @@ impl Service {
             },
             datasets: DatasetService {
                 store: store.clone(),
-                artifacts,
+                artifacts: artifacts.clone(),
                 engine: engine.clone(),
                 slow_tasks,
                 shutdown: shutdown.clone(),
@@ -259,14 +271,8 @@ impl Service {
                     max_text_bytes: options.max_dataset_text_bytes,
                 },
             },
-            scoring: Arc::new(ScoringService::new(
-                policies,
-                engine.clone(),
-                ScoringQuota::new(options.max_scoring_tokens_per_client),
-                usage.clone(),
-                shutdown.clone(),
-                template_date,
-            )),
+            evaluations: EvaluationService::new(store.clone(), artifacts.clone(), scoring.clone()),
+            scoring,
             usage: usage.clone(),
             server: Arc::new(Server {
                 usage,

@@ -136,6 +136,8 @@ pub enum Command {
     /// Score files of any size in parts, each written once: on several machines, restarted at any
     /// time, from and to object stores.
     ScoreFiles(Box<ScoreFilesArgs>),
+    /// Report how well a policy's scores agree with the pairs of files or of a dataset.
+    Evaluate(Box<EvaluateArgs>),
     /// Upload, list, show and delete datasets.
     #[command(subcommand)]
     Datasets(DatasetsCommand),
@@ -182,6 +184,8 @@ pub enum Command {
         /// Write the records that this JSON object chooses, as they are, instead of all pairs.
         #[arg(long)]
         records: Option<String>,
+        /// Columns whose values are returned, too.
+        columns: Vec<String>,
     },
 }
 
@@ -762,6 +766,82 @@ const SCORE_FILES_HELP: &str = "Every part is written once, under a name that de
     continues with the parts that are missing. The last shard that ends writes _manifest.json.\n\n\
     Exit codes: as for the other commands. A row that cannot be scored has the reason in its \
     column error and does not change the exit code.";
+
+/// Arguments of `evaluate`.
+#[derive(Debug, Args)]
+pub struct EvaluateArgs {
+    /// The server to connect to.
+    #[command(flatten, next_help_heading = "Connection")]
+    pub server: ServerArgs,
+    /// Files of pairs. They are uploaded, unless the server has their rows already, and an upload
+    /// is deleted in the end.
+    #[arg(
+        long,
+        value_name = "FILE",
+        num_args = 1..,
+        conflicts_with = "dataset",
+        required_unless_present = "dataset",
+        help_heading = "Data",
+        long_help = format!(
+            "Files of pairs. They are uploaded, unless the server has their rows already, and an \
+             upload is deleted in the end. {DATA_HELP}"
+        )
+    )]
+    pub data: Vec<String>,
+    /// A dataset on the server: datasets/ID, ID, the beginning of an ID, or @last.
+    #[arg(long, help_heading = "Data")]
+    pub dataset: Option<String>,
+    /// How the files are read.
+    #[command(flatten, next_help_heading = "Data")]
+    pub reading: DataArgs,
+    /// A column by whose values the accuracy is shown separately.
+    #[arg(long, value_name = "COLUMN", help_heading = "Data")]
+    pub subset_column: Option<String>,
+    /// Two columns with the scores that somebody has given to the chosen and to the rejected
+    /// answer, with which the margins are compared. Default: score_chosen,score_rejected.
+    #[arg(long, value_name = "CHOSEN,REJECTED", help_heading = "Data")]
+    pub score_columns: Option<String>,
+    /// Do not fail because of rows that cannot be read or scored. They are in no figure with and
+    /// without this flag.
+    #[arg(long, help_heading = "Data")]
+    pub skip_bad_rows: bool,
+    /// The policy: a base model's name, a job (its latest checkpoint), or
+    /// JOB/checkpoints/STEP|latest|best.
+    #[arg(long, help_heading = "Scoring")]
+    pub policy: String,
+    /// The reference: named as the policy is. Default: the reference of the policy's job, or for a
+    /// base model the model itself.
+    #[arg(long, default_value = "", help_heading = "Scoring")]
+    pub reference: String,
+    /// β of the rewards. Default: the job's, or 0.1 for a base model.
+    #[arg(long, allow_negative_numbers = true, help_heading = "Scoring")]
+    pub beta: Option<f64>,
+    /// Maximum number of tokens of prompt + answer. Default: the job's, or 1024 for a base model.
+    #[arg(long, help_heading = "Scoring")]
+    pub max_length: Option<u32>,
+    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
+    /// chat_template_kwargs override them.
+    #[arg(long, value_name = "JSON", help_heading = "Scoring")]
+    pub template_args: Option<String>,
+    /// A file with a JSON array of tools, for rows without tools of their own.
+    #[arg(long, value_name = "FILE", help_heading = "Scoring")]
+    pub tools: Option<PathBuf>,
+    /// Reward of an answer: from the sum over its tokens, from the mean, or as the job trained it.
+    #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"],
+          help_heading = "Scoring")]
+    pub normalization: String,
+    /// Number of bins of the reliability diagram and of the ECE.
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=100),
+          help_heading = "Report")]
+    pub bins: u32,
+    /// Store the calibration with the policy's checkpoint. Scores with the same checkpoint,
+    /// reference, β and normalization then have a calibrated probability beside Pr.
+    #[arg(long, help_heading = "Report")]
+    pub save_calibration: bool,
+    /// Folder for the reliability diagram and the histogram of margins, as SVG.
+    #[arg(long, value_name = "FOLDER", help_heading = "Report")]
+    pub plots: Option<PathBuf>,
+}
 
 /// `bradley jobs …`
 #[derive(Debug, Subcommand)]

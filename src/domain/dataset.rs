@@ -57,7 +57,7 @@ pub struct PreferenceRow {
     /// Shape of the row in the file.
     #[serde(default)]
     pub shape: RowShape,
-    /// Number of the pair within its row, from 1, if the row has several rejected answers.
+    /// Number of the pair within its row, from 1, if the row makes several pairs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pair: Option<u32>,
     /// Log-probs that the row carries. Their columns are in `ignored`, too, because only some jobs
@@ -104,11 +104,13 @@ impl PreferenceRow {
         })
     }
 
-    /// Returns the name of a column as it is in the file. With several rejected answers, `rejected`
-    /// becomes the entry of this pair.
+    /// Returns the name of a column as it is in the file. With one chosen and several rejected
+    /// answers, `rejected` becomes the entry of this pair.
     pub fn column(&self, name: &str) -> String {
         match self.pair {
-            Some(pair) if name == "rejected" => format!("rejected[{}]", pair.saturating_sub(1)),
+            Some(pair) if name == "rejected" && self.shape == RowShape::SeveralRejected => {
+                format!("rejected[{}]", pair.saturating_sub(1))
+            }
             _ => name.to_owned(),
         }
     }
@@ -135,6 +137,8 @@ pub enum RowShape {
     Orca,
     /// One chosen answer and a list of rejected ones.
     SeveralRejected,
+    /// A list of several chosen answers, and one or more rejected ones.
+    SeveralAnswers,
 }
 
 impl RowShape {
@@ -149,6 +153,7 @@ impl RowShape {
             RowShape::Ultrafeedback => "ultrafeedback",
             RowShape::Orca => "orca",
             RowShape::SeveralRejected => "several_rejected",
+            RowShape::SeveralAnswers => "several_answers",
         }
     }
 }

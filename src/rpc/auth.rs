@@ -166,7 +166,7 @@ fn required_role(path: &str) -> Option<Role> {
             | "grpc.reflection.v1.ServerReflection"
             | "grpc.reflection.v1alpha.ServerReflection",
         ) => None,
-        Some("bradley.v1.ScoringService") => Some(Role::Score),
+        Some("bradley.v1.ScoringService" | "bradley.v1.EvaluationService") => Some(Role::Score),
         Some(
             "bradley.v1.TrainingService"
             | "bradley.v1.DatasetService"
@@ -198,6 +198,10 @@ mod tests {
     fn every_service_has_its_role() {
         assert_eq!(
             required_role("/bradley.v1.ScoringService/ScorePairs"),
+            Some(Role::Score)
+        );
+        assert_eq!(
+            required_role("/bradley.v1.EvaluationService/EvaluatePolicy"),
             Some(Role::Score)
         );
         assert_eq!(

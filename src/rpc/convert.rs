@@ -2,6 +2,7 @@
 //! their paths, and reported in one error.
 
 pub(super) mod dataset;
+pub(super) mod evaluation;
 pub(super) mod json;
 pub(super) mod model;
 pub(super) mod scoring;

@@ -20,19 +20,21 @@ use super::error::{Result, ServiceError};
 use super::limiter::Limiter;
 use super::policies::{PolicyResolver, Resolved};
 use super::shutdown::Shutdown;
+use super::store::calibrations::CalibrationKey;
 use super::template_date::TemplateDate;
 use super::usage::UsageMeter;
 use crate::domain::access::Caller;
 use crate::domain::dataset::Text;
 use crate::domain::dpo::Normalization;
 use crate::domain::message::TemplateArguments;
-use crate::domain::names::{CheckpointRef, PolicyName};
+use crate::domain::names::{CheckpointRef, PolicyName, parse_policy};
 use crate::domain::training::Truncation;
 use crate::domain::usage::Usage;
 use crate::engine::Engine;
 use crate::engine::api::{EngineError, ScoreItem, ScoredItem, WeightsRef};
 use crate::formats::tokenizer::ChatTokenizer;
 use crate::infer::encode::{EncodedCompletion, PairEncoder, Part, group};
+use crate::math::calibration::{Calibration, CalibrationPoint};
 use crate::math::score::{AnswerLogps, best_of, preference_probability, ranking, reward, total};
 use crate::telemetry::trace;
 
@@ -122,6 +124,8 @@ pub struct ScoredPair {
     pub probability: f64,
     /// Margin r_a − r_b of the rewards.
     pub margin: f64,
+    /// Calibrated probability that a is preferred, if the session has a calibration.
+    pub calibrated_probability: Option<f64>,
     /// Score of the first answer.
     pub a: ScoredCompletion,
     /// Score of the second answer.
@@ -198,6 +202,11 @@ pub struct ScoringSession {
     /// Date that chat templates see.
     date: DateTime,
     vocab_size: usize,
+    /// Key of a calibration of this session's scores. `None` if its weights change, or if the
+    /// policy is a base model.
+    calibration_key: Option<Arc<CalibrationKey>>,
+    /// The stored calibration.
+    calibration: Option<Calibration>,
 }
 
 /// A pair for whose text the budget is reserved.
@@ -332,17 +341,27 @@ impl ScoringService {
         {
             warnings.push(MOVING_REFERENCE.to_owned());
         }
+        let beta = options.beta.or(spec.map(|s| s.dpo.beta)).unwrap_or(0.1);
+        let normalization = options
+            .normalization
+            .or(spec.map(|s| s.dpo.reward_normalization()))
+            .unwrap_or(Normalization::Sum);
+        let calibration_key =
+            self.calibration_key(&policy, reference.as_ref(), beta, normalization)?;
+        let calibration = match &calibration_key {
+            Some(key) => self.policies.store.calibration(key).await?,
+            None => None,
+        };
         Ok(ScoringSession {
             has_tools: options.arguments.tools.iter().flatten().next().is_some(),
             arguments: Arc::new(options.arguments.over(&job_arguments)),
             date: self.template_date.of(policy.job.as_ref()),
             vocab_size: self.engine.model(&policy.model)?.vocab_size,
             tokenizer: self.engine.tokenizer(&policy.model)?,
-            beta: options.beta.or(spec.map(|s| s.dpo.beta)).unwrap_or(0.1),
-            normalization: options
-                .normalization
-                .or(spec.map(|s| s.dpo.reward_normalization()))
-                .unwrap_or(Normalization::Sum),
+            beta,
+            normalization,
+            calibration_key: calibration_key.map(Arc::new),
+            calibration,
             max_length: options
                 .max_length
                 .or(spec.map(|s| s.batch.max_length))
@@ -355,6 +374,53 @@ impl ScoringService {
             names_reference,
             warnings: warnings.into(),
         })
+    }
+
+    /// Returns what a calibration with these weights and options belongs to. Contents identify the
+    /// weights, because a name may stand for other ones later.
+    fn calibration_key(
+        &self,
+        policy: &Resolved,
+        reference: Option<&Resolved>,
+        beta: f64,
+        normalization: Normalization,
+    ) -> Result<Option<CalibrationKey>> {
+        let (WeightsRef::Adapter { content, .. } | WeightsRef::Full { content, .. }) =
+            &policy.weights
+        else {
+            return Ok(None);
+        };
+        let Some(PolicyName::Checkpoint {
+            job,
+            which: CheckpointRef::Step(step),
+        }) = parse_policy(&policy.version)
+        else {
+            return Ok(None);
+        };
+        let reference = match reference.map(|r| &r.weights) {
+            None => "none".to_owned(),
+            Some(WeightsRef::Base { model }) => {
+                format!("base {}", self.engine.identity(model)?.hash())
+            }
+            Some(WeightsRef::Adapter { content, .. } | WeightsRef::Full { content, .. }) => {
+                format!("checkpoint {content}")
+            }
+            Some(WeightsRef::StoredReference { content, .. }) => format!("moved {content}"),
+            Some(WeightsRef::Live { .. } | WeightsRef::LiveReference { .. }) => return Ok(None),
+        };
+        let base = self.engine.identity(&policy.model)?.hash();
+        let normalization = match normalization {
+            Normalization::Sum => "sum",
+            Normalization::Mean => "mean",
+        };
+        let beta = beta.to_string();
+        let parts: [&str; 5] = [&base, content, &reference, &beta, normalization];
+        let hash = blake3::hash(parts.join("\n").as_bytes());
+        Ok(Some(CalibrationKey {
+            job,
+            step,
+            hash: hash.to_hex().to_string(),
+        }))
     }
 }
 
@@ -372,6 +438,34 @@ impl ScoringSession {
     /// Returns the normalization of the rewards over an answer's tokens.
     pub fn normalization(&self) -> Normalization {
         self.normalization
+    }
+
+    /// Returns β of the rewards.
+    pub fn beta(&self) -> f64 {
+        self.beta
+    }
+
+    /// Returns true if a calibration of this session's scores can be stored: the policy is a stored
+    /// checkpoint.
+    pub fn may_be_calibrated(&self) -> bool {
+        self.calibration_key.is_some()
+    }
+
+    /// Stores a calibration for this session's weights, β and normalization.
+    ///
+    /// # Errors
+    /// `NotFound` if the checkpoint has been deleted meanwhile.
+    pub(super) async fn store_calibration(&self, calibration: &Calibration) -> Result<()> {
+        let Some(key) = &self.calibration_key else {
+            return Err(ServiceError::internal("no checkpoint to calibrate"));
+        };
+        let store = &self.service.policies.store;
+        store.put_calibration(key, calibration).await
+    }
+
+    /// Returns true if the policy is trained at present, so that its weights change.
+    pub fn is_live(&self) -> bool {
+        matches!(self.policy.weights, WeightsRef::Live { .. })
     }
 
     /// Returns warnings about the chosen weights for the readers of the scores.
@@ -613,6 +707,7 @@ impl ScoringSession {
         let margin = a.reward - b.reward;
         ScoredPair {
             probability: preference_probability(margin),
+            calibrated_probability: None,
             margin,
             a,
             b,
@@ -739,6 +834,8 @@ impl AdmittedPair {
             admitted.session.policy.version.clone(),
             admitted.logged.is_some(),
         );
+        // A calibration is for exactly one reference, and logged log-probs may be of any.
+        let calibration = admitted.session.calibration.filter(|_| !logged);
         let count = |_: u64| Usage {
             scored_pairs: 1,
             ..Usage::default()
@@ -756,8 +853,14 @@ impl AdmittedPair {
         };
         metrics::counter!("bradley_scored_pairs_total").increment(1);
         let margin = a.reward - b.reward;
+        let point = CalibrationPoint {
+            margin,
+            length_difference: a.token_ids.len() as f64 - b.token_ids.len() as f64,
+        };
         Ok(ScoredPair {
             probability: preference_probability(margin),
+            calibrated_probability: calibration
+                .map(|calibration| preference_probability(calibration.margin(point))),
             margin,
             a,
             b,

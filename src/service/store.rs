@@ -4,6 +4,7 @@
 //! The SQL is written once, in the subset that both databases understand; `Dialect` holds the few
 //! differences. All columns are 64-bit integers or TEXT.
 
+pub mod calibrations;
 mod checkpoints;
 mod datasets;
 pub mod jobs;

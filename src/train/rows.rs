@@ -3,6 +3,8 @@
 pub mod apart;
 mod columnar;
 mod jsonl;
+pub mod labelled;
+mod labels;
 mod logged;
 pub mod names;
 mod reader;
@@ -33,7 +35,7 @@ pub fn detect_format(first_bytes: &[u8]) -> DatasetFormat {
 pub fn read_rows(path: &Path, format: DatasetFormat) -> Result<RowReader, DataError> {
     match format {
         DatasetFormat::Jsonl => jsonl::read(path),
-        DatasetFormat::Parquet => Ok(numbered(columnar::decode(path, as_it_is)?)),
+        DatasetFormat::Parquet => Ok(numbered(columnar::decode(path, &[], as_it_is)?)),
     }
 }
 
@@ -51,7 +53,7 @@ pub fn parquet_records<R: Fn(&str) -> Option<String> + Send + 'static>(
     path: &Path,
     rename: R,
 ) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<R>, DataError> {
-    columnar::decode(path, rename)
+    columnar::decode(path, &[], rename)
 }
 
 /// Returns the pairs of one line of a JSONL file, or the finding that it cannot be read.
@@ -74,12 +76,15 @@ pub fn pairs_of_record(
 fn numbered(
     records: impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + 'static,
 ) -> RowReader {
-    Box::new(
-        records
-            .enumerate()
-            .map(|(i, fields)| Ok((i as u64 + 1, fields?)))
-            .flat_map(shapes::pairs),
-    )
+    Box::new(with_numbers(records).flat_map(shapes::pairs))
+}
+
+fn with_numbers(
+    records: impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + 'static,
+) -> impl Iterator<Item = shapes::Record> + Send + 'static {
+    records
+        .enumerate()
+        .map(|(i, fields)| Ok((i as u64 + 1, fields?)))
 }
 
 #[cfg(test)]

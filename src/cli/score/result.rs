@@ -181,6 +181,9 @@ fn to_json(row: &ScoredRow) -> Value {
     match &row.result {
         Ok(score) => {
             line["probability"] = score.pair.probability.into();
+            if let Some(calibrated) = score.pair.calibrated_probability {
+                line["calibrated_probability"] = calibrated.into();
+            }
             line["margin"] = score.pair.margin.into();
             line["normalization"] = normalization_name(score.normalization).into();
             line["policy_version"] = score.policy_version.clone().into();

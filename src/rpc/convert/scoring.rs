@@ -236,6 +236,7 @@ pub(in crate::rpc) fn pair_score(s: ScoredPair, per_token: bool) -> pb::PairScor
     pb::PairScore {
         probability: s.probability,
         margin: s.margin,
+        calibrated_probability: s.calibrated_probability,
         a: Some(completion(s.a, per_token)),
         b: Some(completion(s.b, per_token)),
         logged: s.logged,

@@ -2,7 +2,8 @@
 //! malicious file can only exhaust that process, and the error then blames the file.
 //!
 //! The process runs this binary with [`DECODE`] as the first argument. It writes one JSON line for
-//! each pair or finding, and one at the end.
+//! each pair or finding, and one at the end. If labels are asked for, a line with those of a row
+//! comes before its first pair.
 
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::process::ExitStatusExt as _;
@@ -14,8 +15,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::columnar::{NumberedRecord, RecordChoice};
+use super::labels::{RowLabels, labelled};
 use super::reader::{DataError, MAX_LINE_BYTES, issue};
-use super::{as_it_is, columnar, numbered};
+use super::{as_it_is, columnar, with_numbers};
 use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue};
 
 /// Subcommand that runs [`decode`].
@@ -34,6 +36,8 @@ static DECODE_LOCK: Mutex<()> = Mutex::new(());
 /// Message of the decoding process, one JSON line each.
 #[derive(Serialize, Deserialize)]
 enum Line {
+    /// Labels of the pairs that follow.
+    Labels(RowLabels),
     Row(Box<PreferenceRow>),
     Issue(RowIssue),
     /// Number of records of the file.
@@ -60,12 +64,23 @@ pub fn for_each_row(
     if format == DatasetFormat::Jsonl {
         return super::read_rows(path, format)?.try_for_each(row);
     }
+    for_each_decoded(path, &[], |_, pair| row(pair))
+}
+
+/// Does the same for a Parquet file, with the labels of each row: its values in `columns`.
+pub(super) fn for_each_decoded(
+    path: &Path,
+    columns: &[String],
+    mut row: impl FnMut(&RowLabels, Result<PreferenceRow, RowIssue>) -> Result<(), DataError>,
+) -> Result<(), DataError> {
     let _lock = DECODE_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut decoder = Decoder::start(path, None)?;
+    let mut decoder = Decoder::start(path, columns, None)?;
+    let mut labels = RowLabels::new();
     loop {
         match decoder.line(path)? {
-            Line::Row(r) => row(Ok(*r))?,
-            Line::Issue(i) => row(Err(i))?,
+            Line::Labels(next) => labels = next,
+            Line::Row(r) => row(&labels, Ok(*r))?,
+            Line::Issue(i) => row(&labels, Err(i))?,
             Line::Total(_) | Line::Record(..) => {}
             Line::Unusable(reason) => {
                 return Err(DataError::BadFile {
@@ -92,7 +107,7 @@ impl ApartRecords {
     /// # Errors
     /// Fails if the file cannot be opened, or its footer or columns are not usable.
     pub fn open(path: &Path, choice: &RecordChoice) -> Result<Self, DataError> {
-        let mut decoder = Decoder::start(path, Some(choice))?;
+        let mut decoder = Decoder::start(path, &[], Some(choice))?;
         let bad = |reason: String| DataError::BadFile {
             path: path.to_owned(),
             reason,
@@ -136,7 +151,7 @@ impl Iterator for ApartRecords {
                 path: self.path.clone(),
                 reason,
             })),
-            Ok(Line::Row(_) | Line::Total(_)) => Some(Err(DataError::BadFile {
+            Ok(Line::Labels(_) | Line::Row(_) | Line::Total(_)) => Some(Err(DataError::BadFile {
                 path: self.path.clone(),
                 reason: "the decoding process sent something else than a record".to_owned(),
             })),
@@ -196,13 +211,14 @@ pub fn seconds(file_bytes: u64) -> u64 {
 }
 
 /// Main function of the decoding process, which has already set its own limits: writes every row of
-/// the file at `path` to `out`.
+/// the file at `path` to `out`, and before its first pair its values in `columns`, if there are
+/// any columns.
 ///
 /// # Errors
 /// Fails if the reading process has closed `out`, or the file cannot be opened.
-pub fn decode(path: &Path, out: impl Write) -> std::io::Result<()> {
+pub fn decode(path: &Path, columns: &[String], out: impl Write) -> std::io::Result<()> {
     let mut out = BufWriter::with_capacity(1 << 16, out);
-    match columnar::decode(path, as_it_is) {
+    match columnar::decode(path, columns, as_it_is) {
         Err(e) => {
             let DataError::BadFile { reason, .. } = e else {
                 return Err(std::io::Error::other(e.to_string()));
@@ -210,9 +226,17 @@ pub fn decode(path: &Path, out: impl Write) -> std::io::Result<()> {
             write_line(&mut out, &Line::Unusable(reason))?;
         }
         Ok(records) => {
-            for row in numbered(records) {
+            let mut labels_sent = 0;
+            for (labels, row) in labelled(with_numbers(records), columns) {
                 let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) =
                     row;
+                if !columns.is_empty() && labels_sent != number {
+                    labels_sent = number;
+                    let line = Line::Labels(RowLabels::clone(&labels));
+                    if !write_line(&mut out, &line)? {
+                        write_line(&mut out, &Line::Labels(RowLabels::new()))?;
+                    }
+                }
                 let line = row.map_or_else(Line::Issue, |row| Line::Row(Box::new(row)));
                 if !write_line(&mut out, &line)? {
                     write_line(&mut out, &Line::Issue(too_long(number)))?;
@@ -242,7 +266,11 @@ struct Decoder {
 }
 
 impl Decoder {
-    fn start(path: &Path, choice: Option<&RecordChoice>) -> Result<Self, DataError> {
+    fn start(
+        path: &Path,
+        columns: &[String],
+        choice: Option<&RecordChoice>,
+    ) -> Result<Self, DataError> {
         let failed = |source| DataError::Io {
             path: path.to_owned(),
             source,
@@ -251,17 +279,19 @@ impl Decoder {
         std::fs::File::open(path).map_err(failed)?;
         // This path stays valid if the binary's file is replaced.
         let mut command = Command::new("/proc/self/exe");
-        command
-            .arg(DECODE)
-            .arg(path)
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null());
+        command.arg(DECODE);
         if let Some(choice) = choice {
             let json = serde_json::to_string(choice).map_err(|e| failed(e.into()))?;
             command.arg("--records").arg(json);
         }
+        command
+            .arg("--")
+            .arg(path)
+            .args(columns)
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
         let mut child = command.spawn().map_err(failed)?;
         match child.stdout.take() {
             Some(out) => Ok(Self {

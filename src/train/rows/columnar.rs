@@ -46,9 +46,10 @@ fn is_wanted(column: &str) -> bool {
 }
 
 /// Returns the decoded columns of each record. `rename` returns the new name of a column, or `None`
-/// for a column that is left out.
+/// for a column that is left out. The columns `labels` are decoded besides those of a row.
 pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
     path: &Path,
+    labels: &[String],
     rename: R,
 ) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<R>, DataError> {
     let file = File::open(path).map_err(|source| DataError::Io {
@@ -77,6 +78,7 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
         is_wanted(name)
             || (is_openai && OPENAI_COLUMNS.contains(&name))
             || (is_orca && name == QUESTION_COLUMN)
+            || labels.iter().any(|label| label == name)
     };
     // These columns are not decoded, only reported as not used.
     let unknown: Vec<String> = names

@@ -12,16 +12,22 @@ use crate::domain::dataset::IssueReason;
 use crate::domain::message::kind;
 
 pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
+    Ok(Box::new(records(path)?.flat_map(shapes::pairs)))
+}
+
+/// Reads the lines as records.
+pub(super) fn records(
+    path: &Path,
+) -> Result<impl Iterator<Item = Record> + Send + use<>, DataError> {
     let file = File::open(path).map_err(|source| DataError::Io {
         path: path.to_owned(),
         source,
     })?;
-    let lines = Lines {
+    Ok(Lines {
         reader: BufReader::with_capacity(1 << 18, file),
         row: 0,
         failed: false,
-    };
-    Ok(Box::new(lines.flat_map(shapes::pairs)))
+    })
 }
 
 struct Lines {

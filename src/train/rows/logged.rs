@@ -9,8 +9,11 @@ use crate::domain::logged::{
 };
 use crate::domain::violation::shortened;
 
-/// Columns with one value for each rejected answer.
-const OF_REJECTED: [&str; 2] = [REFERENCE_COLUMNS[1], POLICY_COLUMNS[1]];
+/// Columns of the chosen and of the rejected answers, each with one value for each answer.
+const OF_SIDE: [[&str; 2]; 2] = [
+    [REFERENCE_COLUMNS[0], POLICY_COLUMNS[0]],
+    [REFERENCE_COLUMNS[1], POLICY_COLUMNS[1]],
+];
 
 /// Reads the log-probs among a row's columns.
 pub(super) fn logged(fields: &Map<String, Value>) -> LoggedLogprobs {
@@ -57,34 +60,42 @@ fn number(value: &Value) -> Result<f64, String> {
     }
 }
 
-/// Log-probs of several rejected answers.
-pub(super) struct OfSeveral(Vec<(&'static str, Vec<Value>)>);
+/// Log-probs of several answers: the columns of the chosen and of the rejected ones.
+pub(super) struct OfSeveral([Vec<(&'static str, Vec<Value>)>; 2]);
 
 impl OfSeveral {
-    /// Takes the columns that have a value for each of `count` rejected answers. A single value for
-    /// several answers belongs to none of them and becomes a list, which is reported later.
-    pub(super) fn take(fields: &mut Map<String, Value>, count: usize) -> Self {
-        let mut taken = Vec::new();
-        for column in OF_REJECTED {
-            match fields.remove(column) {
-                Some(Value::Array(values)) if values.len() == count => taken.push((column, values)),
-                Some(value) if count > 1 && value.is_number() => {
-                    fields.insert(column.to_owned(), Value::Array(vec![value]));
+    /// Takes the columns that have a value for each of `counts` chosen and rejected answers. A
+    /// single value for several answers belongs to none of them and becomes a list, which is
+    /// reported later.
+    pub(super) fn take(fields: &mut Map<String, Value>, counts: [usize; 2]) -> Self {
+        let mut taken = [Vec::new(), Vec::new()];
+        for side in 0..2 {
+            for column in OF_SIDE[side] {
+                match fields.remove(column) {
+                    Some(Value::Array(values)) if values.len() == counts[side] => {
+                        taken[side].push((column, values));
+                    }
+                    Some(value) if counts[side] > 1 && value.is_number() => {
+                        fields.insert(column.to_owned(), Value::Array(vec![value]));
+                    }
+                    Some(value) => {
+                        fields.insert(column.to_owned(), value);
+                    }
+                    None => {}
                 }
-                Some(value) => {
-                    fields.insert(column.to_owned(), value);
-                }
-                None => {}
             }
         }
         OfSeveral(taken)
     }
 
-    /// Adds the values of the answer with the index `place` to its pair's columns.
-    pub(super) fn add(&self, place: usize, fields: &mut Map<String, Value>) {
-        for (column, values) in &self.0 {
-            if let Some(value) = values.get(place) {
-                fields.insert((*column).to_owned(), value.clone());
+    /// Adds the values of the chosen and the rejected answer with the indices `places` to their
+    /// pair's columns.
+    pub(super) fn add(&self, places: [usize; 2], fields: &mut Map<String, Value>) {
+        for (columns, place) in self.0.iter().zip(places) {
+            for (column, values) in columns {
+                if let Some(value) = values.get(place) {
+                    fields.insert((*column).to_owned(), value.clone());
+                }
             }
         }
     }
@@ -146,17 +157,21 @@ mod tests {
     fn each_of_several_rejected_answers_has_its_own_value() {
         let mut row = json!({"ref_chosen_logps": -1, "ref_rejected_logps": [-2, -3]});
         let fields = row.as_object_mut().unwrap();
-        let several = OfSeveral::take(fields, 2);
+        let several = OfSeveral::take(fields, [1, 2]);
         for (place, sum) in [(0, -2.0), (1, -3.0)] {
             let mut pair = fields.clone();
-            several.add(place, &mut pair);
+            several.add([0, place], &mut pair);
             assert_eq!(logged(&pair).of_reference(), Ok([-1.0, sum]));
         }
+        let mut row = json!({"ref_chosen_logps": [-1, -4], "ref_rejected_logps": [-2, -3]});
+        let fields = row.as_object_mut().unwrap();
+        OfSeveral::take(fields, [2, 2]).add([1, 0], fields);
+        assert_eq!(logged(fields).of_reference(), Ok([-4.0, -2.0]));
         // One value for two answers, and two for three.
         for (value, count) in [(json!(-2), 2), (json!([-2, -3]), 3)] {
             let mut row = json!({"ref_chosen_logps": -1, "ref_rejected_logps": value});
             let fields = row.as_object_mut().unwrap();
-            OfSeveral::take(fields, count).add(0, fields);
+            OfSeveral::take(fields, [1, count]).add([0, 0], fields);
             let problem = logged(fields).of_reference().unwrap_err();
             assert_eq!(problem.column, "ref_rejected_logps");
         }

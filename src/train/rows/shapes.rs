@@ -14,13 +14,14 @@
 //!   their first user message (UltraFeedback, binarised).
 //! - `orca`: `question`, `chosen` and `rejected` as plain texts, as in Intel/orca_dpo_pairs. They
 //!   become messages of the user and of the assistant.
-//! - `several_rejected`: a list of rejected answers. Each makes a pair with the chosen answer.
+//! - `several_rejected`: a list of rejected answers. Each makes a pair with the chosen answer,
+//!   which may be the only element of a list, as in RewardBench 2.
+//! - `several_answers`: a list of several chosen answers, each of which makes a pair with each
+//!   rejected answer.
 //!
 //! A `system` column becomes the system message of a dialogue ([`row::from_fields`]).
-//! Every other column stays as it is. A row with several rejected answers counts as one row: each
-//! of its n pairs has the row's weight divided by n, and its id has the suffix `#1` to `#n`.
-
-use std::vec::IntoIter;
+//! Every other column stays as it is. A row with several answers counts as one row: each of its n
+//! pairs has the row's weight divided by n, and its id has the suffix `#1` to `#n`.
 
 use serde_json::{Map, Value, json};
 
@@ -30,8 +31,10 @@ use super::reader::issue;
 use super::row;
 use crate::domain::dataset::{IssueReason, MAX_MESSAGES, PreferenceRow, RowIssue, RowShape};
 
-/// Maximum number of rejected answers in a row.
+/// Maximum number of chosen or of rejected answers in a row.
 pub(super) const MAX_REJECTED: usize = 64;
+/// Maximum number of pairs that a row makes.
+const MAX_PAIRS: usize = 1024;
 /// Pairs of our column name and the file's in the shape `orca`.
 const ORCA_NAMES: [(&str, &str); 1] = [("prompt", QUESTION_COLUMN)];
 /// Pairs of our column name and OpenAI's.
@@ -44,12 +47,12 @@ const OPENAI_NAMES: [(&str, &str); 3] = [
 /// A row's number and columns, or the finding that it cannot be read.
 pub(super) type Record = Result<(u64, Map<String, Value>), RowIssue>;
 
-/// Returns the pairs of a record: one, or one for each of several rejected answers. They are
-/// created one at a time, because each has a copy of the prompt.
+/// Returns the pairs of a record: one, or those of several answers. They are created one at a time,
+/// because each has a copy of the prompt.
 pub(super) fn pairs(record: Record) -> Pairs {
     Pairs(match record {
         Err(issue) => Rest::One(Some(Err(issue))),
-        Ok((row, fields)) if has_several_rejected(&fields) => match Several::new(row, fields) {
+        Ok((row, fields)) if has_several_answers(&fields) => match Several::new(row, fields) {
             Ok(several) => Rest::Several(several),
             Err(issue) => Rest::One(Some(Err(issue))),
         },
@@ -76,24 +79,82 @@ impl Iterator for Pairs {
     }
 }
 
-/// Iterator over the pairs of a row with several rejected answers.
+/// Iterator over the pairs of a row with several answers, with the chosen answers in the outer
+/// loop.
 struct Several {
     row: u64,
-    /// All columns except `rejected`.
+    /// All columns except `chosen` and `rejected`.
     fields: Map<String, Value>,
-    rejected: IntoIter<Value>,
     logged: OfSeveral,
+    chosen: AnswerColumn,
+    rejected: AnswerColumn,
     id: Option<String>,
+    /// Number of pairs, and of those that have been returned.
     count: usize,
+    returned: usize,
 }
 
-/// Returns true if `rejected` is a list of answers (texts or lists of messages). A list of objects
-/// is a single answer.
-fn has_several_rejected(fields: &Map<String, Value>) -> bool {
-    let rejected = fields.get("rejected").and_then(Value::as_array);
-    rejected
-        .and_then(|answers| answers.first())
-        .is_some_and(|first| first.is_string() || first.is_array())
+/// The answers in one column.
+struct AnswerColumn {
+    column: &'static str,
+    values: Vec<Value>,
+    /// False if the column has a single answer without a list.
+    is_list: bool,
+}
+
+/// Returns true if a column is a list of answers (texts or lists of messages). A list of objects is
+/// a single answer.
+fn is_list_of_answers(value: Option<&Value>) -> bool {
+    let first = value.and_then(Value::as_array).and_then(|all| all.first());
+    first.is_some_and(|first| first.is_string() || first.is_array())
+}
+
+fn has_several_answers(fields: &Map<String, Value>) -> bool {
+    is_list_of_answers(fields.get("chosen")) || is_list_of_answers(fields.get("rejected"))
+}
+
+impl AnswerColumn {
+    /// Takes a column's answers out of a row. `refuse` makes the finding for a message.
+    fn take(
+        fields: &mut Map<String, Value>,
+        column: &'static str,
+        refuse: impl Fn(&str, IssueReason, String) -> RowIssue,
+    ) -> Result<Self, RowIssue> {
+        let is_list = is_list_of_answers(fields.get(column));
+        let values = match fields.remove(column) {
+            Some(Value::Array(values)) if is_list => values,
+            None | Some(Value::Null) => {
+                let message = format!("{column} is missing");
+                return Err(refuse(column, IssueReason::MissingField, message));
+            }
+            Some(one) => vec![one],
+        };
+        let count = values.len();
+        if count > MAX_REJECTED {
+            let message = format!(
+                "{column} has {count} answers: {MAX_REJECTED} are the limit, so split the row"
+            );
+            return Err(refuse(column, IssueReason::InvalidType, message));
+        }
+        if is_list && !values.iter().all(Value::is_string) && !values.iter().all(Value::is_array) {
+            let message =
+                format!("{column} mixes texts and lists of messages: use one form for all answers");
+            return Err(refuse(column, IssueReason::InvalidType, message));
+        }
+        Ok(AnswerColumn {
+            column,
+            values,
+            is_list,
+        })
+    }
+
+    /// Returns the path of an answer.
+    fn path(&self, index: usize) -> String {
+        match self.is_list {
+            true => format!("{}[{index}]", self.column),
+            false => self.column.to_owned(),
+        }
+    }
 }
 
 impl Several {
@@ -103,40 +164,26 @@ impl Several {
             id: id.clone(),
             ..issue(row, field, reason, message)
         };
-        let Some(Value::Array(rejected)) = fields.remove("rejected") else {
-            return Err(wrong(
-                "rejected",
-                IssueReason::MissingField,
-                "rejected is missing".to_owned(),
-            ));
-        };
-        let count = rejected.len();
-        if count > MAX_REJECTED {
+        let rejected = AnswerColumn::take(&mut fields, "rejected", wrong)?;
+        let chosen = AnswerColumn::take(&mut fields, "chosen", wrong)?;
+        let count = chosen.values.len() * rejected.values.len();
+        if count > MAX_PAIRS {
             let message = format!(
-                "rejected has {count} answers: {MAX_REJECTED} are the limit, so split the row"
+                "chosen and rejected make {count} pairs: {MAX_PAIRS} are the limit, so split the \
+                 row"
             );
             return Err(wrong("rejected", IssueReason::InvalidType, message));
-        }
-        if !rejected.iter().all(Value::is_string) && !rejected.iter().all(Value::is_array) {
-            let message =
-                "rejected mixes texts and lists of messages: use one form for all answers";
-            return Err(wrong(
-                "rejected",
-                IssueReason::InvalidType,
-                message.to_owned(),
-            ));
         }
         let splits_dialogues = |text: &str| hh_messages(text).is_some();
         if is_absent(&fields, "prompt")
             && !fields.get(QUESTION_COLUMN).is_some_and(Value::is_string)
-            && rejected.iter().any(Value::is_string)
-            && !fields
-                .get("chosen")
-                .and_then(Value::as_str)
-                .is_some_and(splits_dialogues)
+            && rejected.values.iter().any(Value::is_string)
+            && !chosen
+                .values
+                .iter()
+                .all(|answer| answer.as_str().is_some_and(splits_dialogues))
         {
-            let message =
-                "prompt is missing: a row with several rejected answers in plain text needs one";
+            let message = "prompt is missing: a row with several answers in plain text needs one";
             return Err(wrong(
                 "prompt",
                 IssueReason::MissingField,
@@ -151,48 +198,61 @@ impl Several {
         if let Some(weight) = weight.filter(|weight| *weight > 0.0) {
             fields.insert("weight".to_owned(), json!(weight / count as f64));
         }
-        let logged = OfSeveral::take(&mut fields, count);
+        let counts = [chosen.values.len(), rejected.values.len()];
+        let logged = OfSeveral::take(&mut fields, counts);
         Ok(Several {
             row,
             fields,
             logged,
-            rejected: rejected.into_iter(),
+            chosen,
+            rejected,
             id,
             count,
+            returned: 0,
         })
     }
 
     fn next(&mut self) -> Option<Result<PreferenceRow, RowIssue>> {
-        let answer = self.rejected.next()?;
-        let place = self.count - self.rejected.len();
+        if self.returned == self.count {
+            return None;
+        }
+        let (chosen, rejected) = (
+            self.returned / self.rejected.values.len(),
+            self.returned % self.rejected.values.len(),
+        );
+        self.returned += 1;
+        let place = self.returned;
         let is_last = place == self.count;
         let mut fields = if is_last {
             std::mem::take(&mut self.fields)
         } else {
             self.fields.clone()
         };
-        fields.insert("rejected".to_owned(), answer);
-        self.logged.add(place - 1, &mut fields);
+        let answers = [(&self.chosen, chosen), (&self.rejected, rejected)];
+        for (answers, index) in answers {
+            fields.insert(answers.column.to_owned(), answers.values[index].clone());
+        }
+        self.logged.add([chosen, rejected], &mut fields);
         if let (Some(id), true) = (&self.id, self.count > 1) {
             fields.insert("id".to_owned(), Value::String(format!("{id}#{place}")));
         }
         let pair = (self.count > 1).then_some(place as u32);
-        let named = [("rejected", format!("rejected[{}]", place - 1))];
-        let named = named
+        let paths = answers.map(|(answers, index)| (answers.column, answers.path(index)));
+        let named = paths
             .each_ref()
             .map(|(ours, theirs)| (*ours, theirs.as_str()));
+        let shape = match self.chosen.values.len() {
+            1 => RowShape::SeveralRejected,
+            _ => RowShape::SeveralAnswers,
+        };
         Some(match read(self.row, fields) {
-            Ok(row) => Ok(PreferenceRow {
-                shape: RowShape::SeveralRejected,
-                pair,
-                ..row
-            }),
+            Ok(row) => Ok(PreferenceRow { shape, pair, ..row }),
             Err(issue) => Err(renamed(issue, &named)),
         })
     }
 }
 
-/// Reads a row with one rejected answer.
+/// Reads a row with one chosen and one rejected answer.
 fn read(row: u64, mut fields: Map<String, Value>) -> Result<PreferenceRow, RowIssue> {
     let id = id(&fields);
     let shape = normalise(row, &mut fields).map_err(|issue| RowIssue { id, ..issue })?;

@@ -493,3 +493,72 @@ fn a_list_of_answers_that_cannot_be_used_is_named() {
         assert_eq!(issue.id.as_deref(), Some("q#1"));
     }
 }
+
+#[test]
+fn every_chosen_answer_makes_a_pair_with_every_rejected_one() {
+    let rows = all(&[
+        json!({"id": "t", "prompt": "Q", "chosen": ["a", "b"], "rejected": ["x", "y"],
+            "weight": 2}),
+        // RewardBench 2: the chosen answer is a list of one.
+        json!({"prompt": "Q", "chosen": ["a"], "rejected": ["x", "y", "z"]}),
+        json!({"prompt": "Q", "chosen": ["a", "b"], "rejected": "x"}),
+        json!({"prompt": [{"role": "user", "content": "Q"}],
+            "chosen": [[{"role": "assistant", "content": "a"}]],
+            "rejected": [{"role": "assistant", "content": "x"}]}),
+    ]);
+    let rows: Vec<PreferenceRow> = rows.into_iter().map(Result::unwrap).collect();
+    let plain = |text: &Text| match text {
+        Text::Plain(text) => text.clone(),
+        Text::Chat(messages) => messages[0].fields()["content"].as_str().unwrap().to_owned(),
+    };
+    let pairs: Vec<(u64, String, Option<u32>)> = rows
+        .iter()
+        .map(|r| (r.row, plain(&r.chosen) + &plain(&r.rejected), r.pair))
+        .collect();
+    let expected = [
+        (1, "ax", Some(1)),
+        (1, "ay", Some(2)),
+        (1, "bx", Some(3)),
+        (1, "by", Some(4)),
+        (2, "ax", Some(1)),
+        (2, "ay", Some(2)),
+        (2, "az", Some(3)),
+        (3, "ax", Some(1)),
+        (3, "bx", Some(2)),
+        (4, "ax", None),
+    ];
+    assert_eq!(
+        pairs,
+        expected.map(|(row, pair, place)| (row, pair.to_owned(), place))
+    );
+    assert_eq!((rows[3].weight, rows[3].id.as_deref()), (0.5, Some("t#4")));
+    let shapes: Vec<RowShape> = rows.iter().map(|r| r.shape).collect();
+    assert_eq!(shapes[0], RowShape::SeveralAnswers);
+    assert_eq!(shapes[4], RowShape::SeveralRejected);
+    assert_eq!(
+        (shapes[7], shapes[9]),
+        (RowShape::SeveralAnswers, RowShape::SeveralRejected)
+    );
+    // Only pairs of one chosen answer have the index of their rejected answer.
+    assert_eq!(rows[5].column("rejected"), "rejected[1]");
+    assert_eq!(rows[1].column("rejected"), "rejected");
+
+    let (field, reason, message) =
+        refusal(json!({"prompt": "Q", "chosen": ["a", [], "b"], "rejected": "x"}));
+    assert_eq!(
+        (field.as_str(), reason),
+        ("chosen", IssueReason::InvalidType)
+    );
+    assert!(message.contains("mixes"), "{message}");
+    let (field, _, message) =
+        refusal(json!({"prompt": "Q", "chosen": vec!["a"; 40], "rejected": vec!["x"; 40]}));
+    assert!(
+        field == "rejected" && message.contains("1600 pairs"),
+        "{message}"
+    );
+    let (field, reason, _) = refusal(json!({"prompt": "Q", "chosen": ["a"]}));
+    assert_eq!(
+        (field.as_str(), reason),
+        ("rejected", IssueReason::MissingField)
+    );
+}

@@ -1,0 +1,163 @@
+//! `bradley evaluate`: reports how well a policy's scores agree with a dataset.
+
+mod plots;
+mod report;
+
+use super::args::{EvaluateArgs, Output};
+use super::data::DataFiles;
+use super::failure::{Failure, Outcome};
+use super::job_rows::{JobRows, RowLimits};
+use super::policy_names::{PolicyNames, same_model_warning};
+use super::progress::{WorkProgress, say, warn};
+use super::remote::connect;
+use super::{output, score, short_names};
+use crate::rpc::canonical::FieldSelection;
+use crate::rpc::client::Client;
+use crate::rpc::pb::{self, evaluate_policy_response::Part};
+
+pub(super) async fn run(args: EvaluateArgs, output: Output) -> Outcome {
+    let mut request = request(&args)?;
+    let client = connect(&args.server.target()).await?;
+    let names = PolicyNames::of(&client).await?;
+    let options = request.options.get_or_insert_default();
+    options.policy = names.complete("--policy", &args.policy).await?;
+    if !args.reference.is_empty() {
+        options.reference = names.complete("--reference", &args.reference).await?;
+    }
+    if let Some(warning) = same_model_warning(&options.policy, &options.reference) {
+        warn(&warning);
+    }
+    // The files are described by the report.
+    let mut rows = JobRows::new(&client, Output::Json);
+    let evaluated = evaluate(&client, &args, request, &mut rows).await;
+    if let Some(remaining) = rows.remove_uploads().await {
+        warn(&remaining);
+    }
+    let evaluated = evaluated?;
+    finish(&args, output, &evaluated)
+}
+
+/// Returns the request without the names that the server completes.
+fn request(args: &EvaluateArgs) -> Result<pb::EvaluatePolicyRequest, Failure> {
+    let (chosen, rejected) = match args.score_columns.as_deref().map(|s| s.split_once(',')) {
+        None => ("", ""),
+        Some(Some((chosen, rejected))) if !chosen.is_empty() && !rejected.is_empty() => {
+            (chosen, rejected)
+        }
+        Some(_) => {
+            return Err(Failure::Usage(
+                "--score-columns names two columns: --score-columns CHOSEN,REJECTED".into(),
+            ));
+        }
+    };
+    let options = pb::ScoringOptions {
+        beta: args.beta,
+        max_length: args.max_length,
+        chat_template_kwargs_json: score::template_arguments(args.template_args.as_deref())?,
+        tools_json: match &args.tools {
+            Some(path) => std::fs::read_to_string(path)
+                .map_err(|e| Failure::Failed(format!("{}: {e}", path.display())))?,
+            None => String::new(),
+        },
+        normalization: score::normalization(&args.normalization).into(),
+        ..Default::default()
+    };
+    Ok(pb::EvaluatePolicyRequest {
+        options: Some(options),
+        dataset: String::new(),
+        subset_column: args.subset_column.clone().unwrap_or_default(),
+        chosen_score_column: chosen.to_owned(),
+        rejected_score_column: rejected.to_owned(),
+        bins: args.bins,
+        save_calibration: args.save_calibration,
+    })
+}
+
+/// Uploads the files, unless the rows are on the server, and evaluates the policy.
+async fn evaluate(
+    client: &Client,
+    args: &EvaluateArgs,
+    mut request: pb::EvaluatePolicyRequest,
+    rows: &mut JobRows,
+) -> Result<pb::EvaluationReport, Failure> {
+    request.dataset = match &args.dataset {
+        Some(name) => short_names::dataset(client, name).await?,
+        None => {
+            let data = DataFiles::find(&args.data, &args.reading).await?;
+            // Rows that cannot be used are in the report.
+            rows.dataset(&data, &RowLimits::default(), true).await?
+        }
+    };
+    let progress = WorkProgress::pairs("evaluating");
+    let receive = async {
+        let mut messages = client
+            .evaluations()
+            .evaluate_policy(request)
+            .await?
+            .into_inner();
+        while let Some(message) = messages.message().await? {
+            match message.part {
+                Some(Part::Progress(p)) => {
+                    let done = p.scored_pairs + p.failed_pairs;
+                    progress.set_total(p.total_pairs.max(done));
+                    progress.set(done);
+                }
+                Some(Part::Report(report)) => {
+                    progress.set(report.pairs + report.failed_pairs);
+                    return Ok(report);
+                }
+                None => {}
+            }
+        }
+        Err(Failure::Failed(
+            "the server ended the evaluation without a report".into(),
+        ))
+    };
+    let report = progress.during(receive).await?;
+    let rate = progress.total();
+    drop(progress);
+    if let Some(rate) = rate {
+        say(&rate);
+    }
+    Ok(report)
+}
+
+/// Prints the report and writes the plots.
+fn finish(args: &EvaluateArgs, format: Output, report: &pb::EvaluationReport) -> Outcome {
+    for warning in &report.warnings {
+        warn(warning);
+    }
+    match format {
+        Output::Table => output::line(&report::tables(report)),
+        other => output::resource(other, &output::message(report, FieldSelection::Set)?),
+    }
+    if let Some(folder) = &args.plots {
+        for file in plots::write(folder, report)? {
+            say(&format!("written: {}", file.display()));
+        }
+    }
+    if let Some(calibration) = &report.calibration
+        && args.save_calibration
+        && !calibration.saved
+    {
+        return Err(Failure::Failed(format!(
+            "no calibration was saved: {}",
+            calibration.problem
+        )));
+    }
+    if report.failed_pairs == 0 {
+        return Ok(());
+    }
+    for line in report::errors(report) {
+        say(&line);
+    }
+    let (failed, all) = (report.failed_pairs, report.pairs + report.failed_pairs);
+    if args.skip_bad_rows && report.pairs > 0 {
+        warn(&format!("{failed} of {all} pairs were skipped"));
+        return Ok(());
+    }
+    Err(Failure::Failed(format!(
+        "{failed} of {all} pairs could not be scored: correct them, or skip them with \
+         --skip-bad-rows"
+    )))
+}
