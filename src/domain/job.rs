@@ -284,8 +284,8 @@ impl Job {
         )
     }
 
-    /// Returns a tag that changes with title, labels, priority, time to live and state, but not with
-    /// progress.
+    /// Returns a tag that changes with title, labels, priority, time to live and state, but not
+    /// with progress.
     pub fn etag(&self) -> String {
         let mut hash = blake3::Hasher::new();
         let r = &self.request;

@@ -14,7 +14,7 @@ pub(super) const CARD_FILE: &str = "README.md";
 /// Title of a card whose job has none.
 const NO_TITLE: &str = "An adapter trained by Bradley";
 
-/// Text of a card about an adapter, apart from its base model.
+/// Content of a card, apart from the base model.
 pub(super) struct ModelCard {
     title: String,
     /// Rows of the table "training".
