@@ -6,8 +6,8 @@
 //! ```
 //!
 //! A Parquet file is first copied as lines, because only one can be decoded at a time.
-//! Memory holds some numbers for each pair, and the texts of at most [`IN_FLIGHT`] and
-//! [`READ_AHEAD`] pairs.
+//! Memory holds some numbers for each pair, and the texts of at most `IN_FLIGHT` and
+//! `READ_AHEAD` pairs.
 
 pub mod report;
 

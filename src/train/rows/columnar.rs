@@ -147,7 +147,7 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
         }))
 }
 
-/// The records and columns of a Parquet file that [`chosen`] returns.
+/// The records and columns of a Parquet file that `chosen` returns.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecordChoice {
     /// Columns that are decoded besides those of pairs and completions, whatever their type.
