@@ -231,6 +231,8 @@ impl Fleet {
                         || is_too_large
                         || server_failures == MAX_SERVER_FAILURES
                     {
+                        // A refusal is an answer, too.
+                        *locked(&self.last_answer) = Instant::now();
                         let message = ClientError::from(*status).to_string();
                         return Err(CallError::Refused(message));
                     }
