@@ -603,9 +603,9 @@ pub struct ScoreArgs {
 /// The log-probs of rows that `score` uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum LoggedColumns {
-    /// Those of the reference.
+    /// The reference's: ref_chosen_logps and ref_rejected_logps.
     Reference,
-    /// Those of reference and policy.
+    /// The reference's and the policy's: chosen_logps and rejected_logps, too.
     Both,
 }
 
@@ -737,7 +737,7 @@ pub struct ScoreFilesArgs {
     /// --shards or JOB_COMPLETIONS, else SLURM_ARRAY_TASK_ID of a Slurm array, else everything.
     #[arg(long, value_name = "I/N")]
     pub shard: Option<String>,
-    /// Number of shards, where only their index comes from the environment.
+    /// Number of shards, if the environment names only the index of this one.
     #[arg(long, value_name = "N", conflicts_with = "shard")]
     pub shards: Option<u32>,
     /// Format of the parts; --format parquet and --format jsonl mean the same.

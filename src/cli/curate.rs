@@ -1,5 +1,6 @@
-//! `bradley curate`: finds wrong labels. Rows are divided into folds; for each, an adapter is
-//! trained on the other folds through the service, and scores the rows that it has not seen.
+//! `bradley curate`: finds wrong labels. Rows are divided into folds. For each fold, a server trains
+//! an adapter on the rows of the others, which then scores the rows of the fold: it has not seen
+//! them.
 
 mod folder;
 mod index;
@@ -28,7 +29,7 @@ use super::remote::{connect, server_flag};
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
-/// Version of the computation: scores of another one are not used.
+/// Version of the computation. A curation does not continue with the scores of another version.
 const RUN_VERSION: u32 = 1;
 /// Number of hexadecimal digits of the id of a curation.
 const ID_DIGITS: usize = 16;
@@ -104,7 +105,7 @@ pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
     curation.clean_up(&args, output).await
 }
 
-/// Checks that the files can be read several times and are not written.
+/// Checks that the files can be read several times, and that the output replaces none of them.
 fn check_files(args: &CurateArgs, data: &DataFiles) -> Outcome {
     if !data.is_rereadable() {
         return Err(Failure::Usage(
@@ -155,8 +156,8 @@ async fn read_index(data: &DataFiles, args: &CurateArgs) -> Result<RowIndex, Fai
     let reading = tokio::task::spawn_blocking(move || RowIndex::read(&files, seed, folds));
     let index = waiting(&format!("reading {}", data.title()), reading).await;
     let index = index.map_err(|e| Failure::Failed(e.to_string()))??;
-    for fold in (0..folds).filter(|fold| index.scored_by(*fold) > 0) {
-        if index.training(fold) == 0 {
+    for fold in (0..folds).filter(|fold| index.scored_count(*fold) > 0) {
+        if index.trained_count(fold) == 0 {
             return Err(Failure::Failed(format!(
                 "{} leaves no row to train on for fold {}: more rows with different prompts are \
                  needed, or another --seed",
@@ -230,12 +231,12 @@ struct Curation {
 }
 
 impl Curation {
-    /// Trains and scores what earlier starts have not, and writes the output.
+    /// Trains and scores the folds that earlier starts have not finished, and writes the output.
     async fn work(&mut self, out: &Path) -> Result<CurationReport, Failure> {
         // All jobs are created first, so that a server with several devices uses them.
         let mut created: VecDeque<(u32, FoldJob)> = VecDeque::new();
         for fold in 0..self.folds {
-            if self.folder.has_scores(fold) || self.index.scored_by(fold) == 0 {
+            if self.folder.has_scores(fold) || self.index.scored_count(fold) == 0 {
                 continue;
             }
             let job = loop {
@@ -265,7 +266,7 @@ impl Curation {
         self.jobs.wait(job, &training).await?;
         drop(training);
         let progress = WorkProgress::pairs(&format!("{name}: scoring"));
-        progress.set_total(self.index.scored_by(fold));
+        progress.set_total(self.index.scored_count(fold));
         let policy = format!("{}/checkpoints/latest", job.name);
         let rows = (&self.data, &self.index);
         let writer = self.folder.create_scores(fold)?;

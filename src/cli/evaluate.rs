@@ -27,9 +27,12 @@ pub(super) async fn run(args: EvaluateArgs, output: Output) -> Outcome {
     if let Some(warning) = same_model_warning(&options.policy, &options.reference) {
         warn(&warning);
     }
-    // The files are described by the report.
+    // With this format nothing about the upload is printed. The report counts its rows.
     let mut rows = JobRows::new(&client, Output::Json);
-    let evaluated = evaluate(&client, &args, request, &mut rows).await;
+    let evaluated = tokio::select! {
+        evaluated = evaluate(&client, &args, request, &mut rows) => evaluated,
+        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted("interrupted".to_owned())),
+    };
     if let Some(remaining) = rows.remove_uploads().await {
         warn(&remaining);
     }
@@ -37,7 +40,7 @@ pub(super) async fn run(args: EvaluateArgs, output: Output) -> Outcome {
     finish(&args, output, &evaluated)
 }
 
-/// Returns the request without the names that the server completes.
+/// Returns the request, so far without the names of policy, reference and dataset.
 fn request(args: &EvaluateArgs) -> Result<pb::EvaluatePolicyRequest, Failure> {
     let (chosen, rejected) = match args.score_columns.as_deref().map(|s| s.split_once(',')) {
         None => ("", ""),
@@ -73,7 +76,7 @@ fn request(args: &EvaluateArgs) -> Result<pb::EvaluatePolicyRequest, Failure> {
     })
 }
 
-/// Uploads the files, unless the rows are on the server, and evaluates the policy.
+/// Uploads the files, unless the server has their rows already, and evaluates the policy.
 async fn evaluate(
     client: &Client,
     args: &EvaluateArgs,

@@ -1,4 +1,4 @@
-//! A server that runs in the process of a command, for commands that bring their own models.
+//! A server in the process of a command, for commands that load models themselves.
 
 use std::time::{Duration, Instant};
 
@@ -11,14 +11,14 @@ use super::serve;
 use super::settings::{Settings, Sources};
 use crate::rpc::client::{Client, Target};
 
-/// Time between two questions whether the server is ready.
+/// Time between two health checks while the server starts.
 const POLL: Duration = Duration::from_millis(100);
-/// Time limit for an answer to such a question.
+/// Time limit for the answer to a health check.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 
 /// A server on a free loopback port.
 pub(super) struct LoopbackServer {
-    /// Its address.
+    /// Address for clients, `http://127.0.0.1:PORT`.
     pub address: String,
     stop: oneshot::Sender<()>,
     task: tokio::task::JoinHandle<anyhow::Result<serve::Ended>>,
@@ -27,6 +27,9 @@ pub(super) struct LoopbackServer {
 impl LoopbackServer {
     /// Starts a server with these settings, by name. It has no HTTP port. `BRADLEY_*` variables are
     /// meant for a deployment and do not apply to it; others, such as those of the hub, do.
+    ///
+    /// # Errors
+    /// Returns a failure if a setting cannot be used, or there is no free port.
     pub(super) async fn start(
         settings: &[(&str, String)],
         sources: &Sources,

@@ -335,7 +335,10 @@ fn send(
     for (index, row) in rows.enumerate() {
         let (row, pair) = match row {
             Ok(row) => {
-                let pair = pair(index.to_string(), &row);
+                let pair = pb::Pair {
+                    logged: logged::message(&row.logged),
+                    ..pair(index.to_string(), &row)
+                };
                 let read = ScoredRow {
                     row: row.row,
                     pair: row.pair,
@@ -368,7 +371,8 @@ fn send(
     }
 }
 
-/// Converts a row into a pair: chosen is answer a, rejected is answer b.
+/// Converts a row into a pair: chosen is answer a, rejected is answer b. Log-probs that the row
+/// carries are left out, because models compute them unless the caller asks for the row's own.
 pub(super) fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
     let TemplateArguments { tools, kwargs } = &row.arguments;
     pb::Pair {
@@ -387,7 +391,7 @@ pub(super) fn pair(id: String, row: &PreferenceRow) -> pb::Pair {
         } else {
             json!(kwargs).to_string()
         },
-        logged: logged::message(&row.logged),
+        logged: None,
     }
 }
 

@@ -32,6 +32,7 @@ use self::input::ScoreInput;
 use self::manifest::RunDescription;
 use self::reader::{PartNaming, PartReader, PartToScore, PlannedRows, Shard};
 use self::store::PartStore;
+use self::weights::WeightsIdentity;
 use super::args::{Output, PartFormat, ScoreFilesArgs};
 use super::failure::{Failure, Outcome};
 use super::loopback::LoopbackServer;
@@ -40,7 +41,7 @@ use super::policy_names::same_model_warning;
 use super::progress::{WorkProgress, say, waiting, warn};
 use super::score::{normalization, template_arguments};
 use super::settings::{Sources, vendor_variables};
-use crate::rpc::client::ClientError;
+use crate::rpc::client::{Client, ClientError, is_transient, retry_after};
 use crate::rpc::pb;
 
 /// Number of parts that are scored at the same time, so that the servers have work while the last
@@ -48,7 +49,8 @@ use crate::rpc::pb;
 const PARTS_AT_ONCE: usize = 2;
 /// Maximum time for the own engine to load its models.
 const START_LIMIT: Duration = Duration::from_secs(1800);
-/// Time for which the identity of the weights is asked for again while the server is busy.
+/// Time between two requests for the identity of the weights while the server is busy, unless the
+/// server asks for another one.
 const IDENTITY_PAUSE: Duration = Duration::from_secs(1);
 /// Time between two updates of the display.
 const TICK: Duration = Duration::from_millis(250);
@@ -82,6 +84,9 @@ pub(super) async fn run(mut args: ScoreFilesArgs, output: Output) -> Outcome {
 }
 
 /// Returns the shard that the flags name, or else the environment of Kubernetes or Slurm.
+///
+/// # Errors
+/// Returns a failure if there is no such shard, or if it is not clear which one this is.
 fn shard(args: &ScoreFilesArgs, sources: &Sources) -> Result<Shard, Failure> {
     let wrong = |what: String| Failure::Usage(format!("{what}: give --shard I/N with I below N"));
     let number = |name: &str| -> Result<Option<u64>, Failure> {
@@ -115,9 +120,16 @@ fn shard(args: &ScoreFilesArgs, sources: &Sources) -> Result<Shard, Failure> {
         (index, count, "JOB_COMPLETION_INDEX")
     } else if let Some(task) = number("SLURM_ARRAY_TASK_ID")? {
         let first = number("SLURM_ARRAY_TASK_MIN")?.unwrap_or(0);
-        let count = match args.shards {
-            Some(count) => Some(u64::from(count)),
-            None => number("SLURM_ARRAY_TASK_COUNT")?,
+        let step = number("SLURM_ARRAY_TASK_STEP")?.unwrap_or(1).max(1);
+        let count = match (number("SLURM_ARRAY_TASK_COUNT")?, args.shards) {
+            // The shard of a task follows from the ids of all tasks.
+            (Some(tasks), Some(shards)) if tasks != u64::from(shards) => {
+                return Err(Failure::Usage(format!(
+                    "the Slurm array has {tasks} tasks, but --shards is {shards}, so that it is \
+                     not clear which shard task {task} is: give --shard I/{shards}"
+                )));
+            }
+            (tasks, shards) => tasks.or(shards.map(u64::from)),
         };
         let count = count.ok_or_else(|| {
             Failure::Usage(
@@ -125,7 +137,11 @@ fn shard(args: &ScoreFilesArgs, sources: &Sources) -> Result<Shard, Failure> {
                     .to_owned(),
             )
         })?;
-        (task.saturating_sub(first), count, "SLURM_ARRAY_TASK_ID")
+        (
+            task.saturating_sub(first) / step,
+            count,
+            "SLURM_ARRAY_TASK_ID",
+        )
     } else {
         match args.shards {
             Some(count) if count > 1 => {
@@ -162,14 +178,16 @@ fn check_carry(carry: &[String]) -> Outcome {
     Ok(())
 }
 
-/// Everything that a part's task needs.
+/// Everything that the tasks of the parts need.
 struct ScoringRun {
     fleet: Arc<Fleet>,
     options: pb::ScoringOptions,
     out: PartStore,
     format: PartFormat,
     carry: Vec<String>,
+    /// Names and values for the metadata of Parquet files.
     about: Vec<(&'static str, String)>,
+    /// Number of rows that have a result.
     done: AtomicU64,
 }
 
@@ -193,19 +211,7 @@ async fn score(args: ScoreFilesArgs, shard: Shard, sources: &Sources, output: Ou
         warn(&warning);
     }
     let patience = Duration::from_secs(args.fleet.retry_timeout);
-    let weights = loop {
-        match weights::identify(&client, &options).await {
-            Ok(weights) => break weights,
-            Err(status)
-                if crate::rpc::client::is_transient(status.code())
-                    && started.elapsed() < patience =>
-            {
-                let pause = crate::rpc::client::retry_after(&status);
-                tokio::time::sleep(pause.unwrap_or(IDENTITY_PAUSE)).await;
-            }
-            Err(status) => return Err(ClientError::from(status).into()),
-        }
-    };
+    let weights = identify_patiently(&client, &options, patience).await?;
     weights.pin(&mut options)?;
     let run = RunDescription {
         weights: weights.clone(),
@@ -221,7 +227,7 @@ async fn score(args: ScoreFilesArgs, shard: Shard, sources: &Sources, output: Ou
         format: args.out_format.ending().to_owned(),
     };
     run.claim(&out).await?;
-    fleet.expect(options.clone(), weights.clone());
+    fleet.set_expected(options.clone(), weights.clone());
     let naming = PartNaming {
         options: run.options_hash(),
         rows: args.part_rows.into(),
@@ -265,11 +271,49 @@ async fn score(args: ScoreFilesArgs, shard: Shard, sources: &Sources, output: Ou
     }
 }
 
-/// Parts that one process has written.
+/// Identifies the weights. While the server is busy it is asked again, for at most `patience`.
+///
+/// # Errors
+/// Returns the last failure.
+async fn identify_patiently(
+    client: &Client,
+    options: &pb::ScoringOptions,
+    patience: Duration,
+) -> Result<WeightsIdentity, Failure> {
+    let started = Instant::now();
+    loop {
+        let answer = weights::identify(client, options);
+        let (failure, pause) = match tokio::time::timeout(weights::IDENTITY_LIMIT, answer).await {
+            Ok(Ok(weights)) => return Ok(weights),
+            Ok(Err(status)) if !is_transient(status.code()) => {
+                return Err(ClientError::from(status).into());
+            }
+            Ok(Err(status)) => {
+                let pause = retry_after(&status).unwrap_or(IDENTITY_PAUSE);
+                (ClientError::from(status).into(), pause)
+            }
+            Err(_) => {
+                let message = format!(
+                    "the server has not scored a first pair within {} seconds: see its log, and \
+                     run the command again",
+                    weights::IDENTITY_LIMIT.as_secs()
+                );
+                (Failure::Failed(message), Duration::ZERO)
+            }
+        };
+        if started.elapsed() + pause >= patience {
+            return Err(failure);
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Parts that one process has scored, and the inputs that it could not read.
 #[derive(Default)]
 struct ScoredParts {
     parts: u64,
     counts: PartCounts,
+    /// A text for each input that cannot be read, with the reason.
     bad_inputs: Vec<String>,
 }
 
@@ -325,18 +369,15 @@ async fn score_parts(
     Ok(scored)
 }
 
-/// Estimates the rows of this shard from those that are known and the bytes of the other inputs.
+/// Estimates the number of rows that this shard has to score: other inputs have as many rows for
+/// each byte as those whose rows are known. `None` if no input's rows are known yet.
 fn expected_rows(planned: &PlannedRows, all_bytes: u64) -> Option<u64> {
-    let known = planned.known.load(Ordering::Relaxed);
+    let known = planned.rows.load(Ordering::Relaxed);
     let bytes = planned.bytes.load(Ordering::Relaxed);
-    match bytes {
-        // The first input: its rows may be known before it is read.
-        0 => (known > 0).then_some(known),
-        bytes => {
-            let all = known as f64 * all_bytes as f64 / bytes as f64;
-            Some((all as u64).max(known))
-        }
-    }
+    (bytes > 0).then(|| {
+        let all = known as f64 * all_bytes as f64 / bytes as f64;
+        (all as u64).max(known)
+    })
 }
 
 /// Scores a part and writes it, if the weights are still those of the start.
@@ -360,7 +401,7 @@ async fn score_part(work: Arc<ScoringRun>, part: PartToScore) -> Result<PartCoun
     let encoded = encoded.await.map_err(|e| Failure::Failed(e.to_string()))?;
     let (name, counts, bytes) = encoded.map_err(Failure::Failed)?;
     work.fleet.verify().await?;
-    // If another process has written it meanwhile, it is the same.
+    // If another process has written the part meanwhile, it has the same bytes.
     work.out.create(&name, bytes).await?;
     Ok(counts)
 }
@@ -445,6 +486,10 @@ mod tests {
         assert_eq!(shard_of(&[], &kubernetes), Ok((2, 5)));
         assert_eq!(shard_of(&["--shards", "8"], &kubernetes[..1]), Ok((2, 8)));
         assert_eq!(shard_of(&[], &slurm), Ok((3, 4)));
+        assert_eq!(shard_of(&["--shards", "4"], &slurm), Ok((3, 4)));
+        assert_eq!(shard_of(&["--shards", "8"], &slurm[..2]), Ok((3, 8)));
+        let with_step = [slurm[0], slurm[2], ("SLURM_ARRAY_TASK_STEP", "2")];
+        assert_eq!(shard_of(&[], &with_step), Ok((2, 4)));
         let refused = |flags: &[&str], environment: &[(&str, &str)]| {
             shard_of(flags, environment).unwrap_err()
         };
@@ -453,6 +498,18 @@ mod tests {
         assert!(refused(&["--shards", "3"], &[]).contains("--shard I/3"));
         assert!(refused(&[], &kubernetes[..1]).contains("--shards"));
         assert!(refused(&[], &[("JOB_COMPLETION_INDEX", "x")]).contains("\"x\""));
+        // One task of an array is run again: its id alone does not say which shard it was.
+        assert!(refused(&["--shards", "16"], &slurm).contains("--shard I/16"));
+    }
+
+    #[test]
+    fn the_expected_rows_follow_from_the_known_ones_and_the_bytes() {
+        let planned = PlannedRows::default();
+        assert_eq!(expected_rows(&planned, 400), None);
+        planned.add(100, 200);
+        assert_eq!(expected_rows(&planned, 400), Some(200));
+        planned.add(30, 200);
+        assert_eq!(expected_rows(&planned, 400), Some(130));
     }
 
     #[test]

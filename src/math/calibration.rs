@@ -7,9 +7,10 @@
 //! the probability must become its complement. Both orders of a pair have the same likelihood, so
 //! that each pair is used once.
 //!
-//! The likelihood has a maximum if no line through the origin has all points (m, d) on one side.
-//! Otherwise the data are separable: the likelihood grows with the parameters without end. Then the
-//! length is left out, and if all margins alone have one sign there is no calibration.
+//! The likelihood has exactly one maximum unless a line through the origin has all points (m, d) on
+//! one side or on itself. With such a line the likelihood grows with the parameters without end, or,
+//! if all points are on the line, many parameters are equally good. Then the length is left out. If
+//! all margins, too, have one sign or are 0, there is no calibration.
 
 use std::f64::consts::{PI, TAU};
 
@@ -19,9 +20,9 @@ use super::{log_sigmoid, sigmoid};
 
 /// Maximum number of Newton steps. The likelihood is concave, and 20 usually suffice.
 const MAX_STEPS: usize = 200;
-/// Length of the scaled gradient at which the fit has converged.
+/// Length of the gradient, for scaled features, at which the fit has converged.
 const GRADIENT_TOLERANCE: f64 = 1e-14;
-/// Angle by which points must leave a half-plane to count as outside of it.
+/// Angle in radians by which points must lie outside of a half-plane, because angles are rounded.
 const ANGLE_TOLERANCE: f64 = 1e-12;
 
 /// Margin and length difference of a pair whose first answer is the chosen one.
@@ -52,7 +53,7 @@ impl Calibration {
 /// The reason why there is no calibration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CalibrationProblem {
-    /// No finite temperature is the best.
+    /// All margins are at least 0, or all are at most 0.
     #[error(
         "all margins have the same sign, so that no finite temperature is the best: use more pairs"
     )]
@@ -65,9 +66,9 @@ pub enum CalibrationProblem {
     Reversed,
 }
 
-/// Fits temperature and length coefficient. If the points are separable in the plane, or if beside
-/// the length a larger margin would make a win less likely, the temperature alone is fitted, and
-/// the coefficient is 0.
+/// Fits temperature and length coefficient. If the two have no single best values, or if a larger
+/// margin would make a win less likely at the same length difference, the temperature alone is
+/// fitted, and the coefficient is 0.
 ///
 /// # Errors
 /// Returns the problem if there is no best temperature.
@@ -111,8 +112,8 @@ fn calibration(slope: f64, length_coefficient: f64) -> Result<Calibration, Calib
     })
 }
 
-/// Returns true if no closed half-plane with the origin on its border holds all points. Then the
-/// likelihood has exactly one maximum.
+/// Returns true if no closed half-plane with the origin on its border holds all points: sorted by
+/// angle, two neighbours are always less than π apart. Then the likelihood has exactly one maximum.
 fn surrounds_origin(points: &[CalibrationPoint]) -> bool {
     let mut angles: Vec<f64> = points
         .iter()
@@ -159,8 +160,8 @@ fn newton<const K: usize>(rows: &[[f64; K]]) -> [f64; K] {
                 }
             }
         }
-        let slope = gradient.iter().map(|g| g * g).sum::<f64>();
-        if slope.sqrt() < GRADIENT_TOLERANCE {
+        let length = gradient.iter().map(|g| g * g).sum::<f64>().sqrt();
+        if length < GRADIENT_TOLERANCE {
             break;
         }
         let direction = solve(hessian, gradient);

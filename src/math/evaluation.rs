@@ -51,7 +51,7 @@ impl Wins {
     }
 }
 
-/// How good the predicted probabilities are.
+/// Measures of predicted probabilities.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ProbabilityScores {
     /// Area under the ROC curve: the probability that a sample with label 1 has a larger margin

@@ -27,6 +27,8 @@ use super::pb::model_service_client::ModelServiceClient;
 use super::pb::scoring_service_client::ScoringServiceClient;
 use super::pb::training_service_client::TrainingServiceClient;
 use super::pb::usage_service_client::UsageServiceClient;
+use super::status::DOMAIN;
+use crate::domain::reason::Reason;
 
 /// Converts a JSON object to a protobuf Struct, which loses the order of its keys.
 pub fn json_struct(fields: &serde_json::Map<String, serde_json::Value>) -> prost_types::Struct {
@@ -182,6 +184,16 @@ pub fn is_absent(status: &Status) -> bool {
         status.code(),
         Code::NotFound | Code::PermissionDenied | Code::InvalidArgument
     )
+}
+
+/// Returns true if the server itself failed while it worked on a call: its memory was exhausted, or
+/// it had an internal error. The content of the call may be the cause. Errors of the transport and
+/// of proxies have the same codes, but no reason that Bradley gives.
+pub fn is_server_failure(status: &Status) -> bool {
+    let names = [Reason::OutOfMemory, Reason::Internal].map(Reason::name);
+    status
+        .get_details_error_info()
+        .is_some_and(|info| info.domain == DOMAIN && names.contains(&info.reason.as_str()))
 }
 
 /// Returns true if a code blames the arguments of a call.
@@ -622,4 +634,25 @@ fn root_cause(e: &dyn std::error::Error) -> String {
         cause = next;
     }
     cause.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rpc::status::status;
+    use crate::service::error::ServiceError;
+
+    #[test]
+    fn a_server_failure_is_told_from_a_full_quota_and_from_the_transport() {
+        let exhausted = |reason| {
+            status(ServiceError::ResourceExhausted {
+                reason,
+                message: "m".to_owned(),
+            })
+        };
+        assert!(is_server_failure(&exhausted(Reason::OutOfMemory)));
+        assert!(is_server_failure(&status(ServiceError::internal("defect"))));
+        assert!(!is_server_failure(&exhausted(Reason::TooManyTokens)));
+        assert!(!is_server_failure(&Status::internal("h2 protocol error")));
+    }
 }

@@ -1,13 +1,13 @@
-//! Evaluations: every pair of a dataset is scored as any other pair, and a report says how well the
-//! scores agree with the dataset.
+//! Evaluations: every pair of a dataset is scored in the same way as a pair of a call, and a report
+//! says how well the scores agree with the dataset.
 //!
 //! ```text
 //! file ─▶ reader ─▶ bounded channel ─▶ admit, score ─▶ tally ─▶ report
 //! ```
 //!
-//! A Parquet file is first copied as lines, because only one can be decoded at a time.
-//! Memory holds some numbers for each pair, and the texts of at most `IN_FLIGHT` and
-//! `READ_AHEAD` pairs.
+//! A Parquet file is first copied as lines, because a server decodes one file at a time, and scoring
+//! takes long. Memory holds some numbers for each pair, and the texts of at most `IN_FLIGHT` pairs
+//! that are scored and `READ_AHEAD` that wait.
 
 pub mod report;
 
@@ -50,14 +50,15 @@ const IN_FLIGHT: usize = 256;
 const READ_AHEAD: usize = 64;
 /// Interval of progress messages.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
-/// Maximum delay before a pair for which there was no room is tried again; it doubles each time.
+/// Maximum delay before a pair for which there was no room is tried again. It doubles with each try
+/// up to [`MAX_DELAY`].
 const FIRST_DELAY: Duration = Duration::from_millis(50);
 const MAX_DELAY: Duration = Duration::from_secs(2);
 /// Time without any scored pair after which pairs are not tried again.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Maximum number of characters of a subset's name.
 const MAX_SUBSET_CHARS: usize = 200;
-/// Fields of a pair to score, and the columns that they have in a dataset.
+/// Fields of a pair in the scoring API, and their columns in a dataset. Errors name the column.
 const PAIR_FIELDS: [(&str, &str); 3] = [
     ("pair.prompt", "prompt"),
     ("pair.a", "chosen"),
@@ -113,13 +114,13 @@ pub struct AcceptedEvaluation {
     dataset: Dataset,
 }
 
-/// A pair that is sent to be scored, without its text.
+/// Facts about a pair, besides its score, that the report needs.
 struct PairFacts {
     place: (u64, u32),
     id: Option<String>,
     subset: Option<String>,
     given: Option<f64>,
-    half: bool,
+    is_held_out: bool,
 }
 
 /// The thread that reads pairs.
@@ -188,7 +189,9 @@ impl AcceptedEvaluation {
     ///
     /// # Errors
     /// `FailedPrecondition` if the dataset's file has changed; `InvalidArgument` if the subset
-    /// column has too many values; errors of scoring that are not about a single pair, such as
+    /// column has too many values or one that is a list or an object, or if the dataset's file
+    /// cannot be decoded; `NotFound` if the calibration cannot be stored, because the checkpoint has
+    /// been deleted meanwhile; errors of scoring that are not about a single pair, such as
     /// `Unavailable` if the server is shutting down or has no room for two minutes.
     pub async fn run(
         self,
@@ -243,7 +246,7 @@ impl AcceptedEvaluation {
         reading
             .await
             .map_err(|e| ServiceError::internal(format!("reading the dataset failed: {e}")))?
-            .map_err(|e| unreadable(&e))?;
+            .map_err(|e| undecodable(&e))?;
         let mut warnings = self.session.warnings();
         if let Some(column) = &self.request.subset_column
             && !has_subsets
@@ -286,11 +289,13 @@ impl AcceptedEvaluation {
         let mut copy = None;
         if format == DatasetFormat::Parquet {
             let temporary = Temporary(artifacts.temporary());
-            let (from, to, columns) = (path, temporary.0.clone(), columns.clone());
-            path = to.clone();
-            let copied = blocking(move || copy_as_lines(&from, &to, &columns)).await?;
-            copied?;
-            copy = Some(temporary);
+            let (from, columns) = (path, columns.clone());
+            path = temporary.0.clone();
+            // The guard is in the work, which goes on if the client leaves, and then removes the
+            // copy.
+            let copied =
+                blocking(move || copy_as_lines(&from, &temporary.0, &columns).map(|()| temporary));
+            copy = Some(copied.await??);
         }
         let reading = tokio::task::spawn_blocking(move || {
             let result = match &copy {
@@ -307,13 +312,14 @@ impl AcceptedEvaluation {
         Ok((receiver, reading))
     }
 
+    /// Returns the columns that are read besides those of a pair.
     fn columns(&self) -> Vec<String> {
         let (chosen, rejected) = &self.request.score_columns;
         let subset = self.request.subset_column.iter();
         subset.chain([chosen, rejected]).cloned().collect()
     }
 
-    /// Returns what the report needs to know of a pair besides its score.
+    /// Returns the facts about a pair. `labels` has the values of [`Self::columns`].
     fn facts(
         &self,
         labels: &serde_json::Map<String, Value>,
@@ -345,14 +351,14 @@ impl AcceptedEvaluation {
             given: score(chosen)
                 .zip(score(rejected))
                 .map(|(chosen, rejected)| chosen - rejected),
-            half: half(row),
+            is_held_out: is_held_out(row),
         })
     }
 }
 
-/// Decides by a hash of the prompt on which half of the data a pair is. Pairs with the same prompt
-/// are on the same half, so that the half on which a calibration is judged has other prompts.
-fn half(row: &PreferenceRow) -> bool {
+/// Returns true if a pair belongs to the half of the data on which a calibration is judged. A hash
+/// of the prompt decides, so that this half has other prompts than the one of the fit.
+fn is_held_out(row: &PreferenceRow) -> bool {
     let text = serde_json::to_vec(&row.prompt).unwrap_or_default();
     blake3::hash(&text).as_bytes()[0] & 1 == 1
 }
@@ -404,9 +410,9 @@ async fn score(
     scored
 }
 
-/// Pairs of an evaluation for which the quota or the queue has no room.
+/// The place where pairs wait for room in the quota or in the queue.
 struct WaitingRoom {
-    /// Wakes the next one.
+    /// Wakes one of them.
     next: Notify,
     /// Time at which a pair was scored last.
     last_score: Mutex<Instant>,
@@ -467,7 +473,7 @@ fn add(tally: &mut EvaluationTally, facts: PairFacts, scored: Result<ScoredPair>
             length_difference: pair.a.token_ids.len() as i64 - pair.b.token_ids.len() as i64,
             truncated: u64::from(pair.a.truncated) + u64::from(pair.b.truncated),
             given: facts.given,
-            half: facts.half,
+            is_held_out: facts.is_held_out,
         })?,
         Ok(pair) => tally.fail(failure(format!(
             "the margin is {}, so that the answers cannot be compared",
@@ -516,8 +522,16 @@ fn copy_as_lines(from: &Path, to: &Path, columns: &[String]) -> Result<()> {
             source,
         })
     });
-    copied.map_err(|e| unreadable(&e))?;
+    copied.map_err(|e| undecodable(&e))?;
     out.flush().map_err(|e| failed(to, e))
+}
+
+/// Returns the error for a dataset's file that cannot be decoded.
+fn undecodable(e: &DataError) -> ServiceError {
+    match e {
+        DataError::BadFile { reason, .. } => ServiceError::invalid("dataset", reason.clone()),
+        other => unreadable(other),
+    }
 }
 
 /// Reads the lines of [`copy_as_lines`].

@@ -217,7 +217,8 @@ pub struct ReservedPair {
     room: OwnedSemaphorePermit,
 }
 
-/// A tokenised pair that holds its share of the text budget and of the client's quota.
+/// A pair that is ready to be scored: tokenised, with its share of the text budget and of the
+/// client's quota, or with the log-probs of both models, which need neither.
 #[must_use = "nothing is scored until `score` is called"]
 pub struct AdmittedPair(PairWork);
 
@@ -376,8 +377,9 @@ impl ScoringService {
         })
     }
 
-    /// Returns what a calibration with these weights and options belongs to. Contents identify the
-    /// weights, because a name may stand for other ones later.
+    /// Returns the key of the calibration for these weights and options; `None` if weights change,
+    /// or if the policy is a base model. The key has hashes of contents, because a name may stand
+    /// for other weights later.
     fn calibration_key(
         &self,
         policy: &Resolved,
@@ -754,9 +756,9 @@ impl ReservedPair {
     /// Tokenises the pair and takes its client's quota.
     ///
     /// # Errors
-    /// `InvalidArgument` if the pair cannot be encoded, or if it has tools or template variables
-    /// and its prompt is plain text; `ResourceExhausted` if the client has too many tokens in the
-    /// queue.
+    /// `InvalidArgument` if the pair cannot be encoded, if it has tools or template variables and
+    /// its prompt is plain text, or if the log-probs that it carries do not suffice or are of a
+    /// longer answer; `ResourceExhausted` if the client has too many tokens in the queue.
     pub async fn admit(self) -> Result<AdmittedPair> {
         let ReservedPair {
             session,
@@ -822,9 +824,10 @@ impl AdmittedPair {
     /// Scores the pair. The result does not depend on other requests.
     ///
     /// # Errors
-    /// `InvalidArgument` if the row has more tokens than the server allows; `Unavailable` if the
-    /// queue is full or the server is shutting down; `ResourceExhausted` if memory is not
-    /// sufficient; `FailedPrecondition` if weights can no longer be read.
+    /// `InvalidArgument` if the row has more tokens than the server allows, or if the named
+    /// reference gives other log-probs than the pair carries; `Unavailable` if the queue is full or
+    /// the server is shutting down; `ResourceExhausted` if memory is not sufficient;
+    /// `FailedPrecondition` if weights can no longer be read.
     pub async fn score(self) -> Result<ScoredPair> {
         let admitted = match self.0 {
             PairWork::Compute(admitted) => admitted,

@@ -195,6 +195,15 @@ async fn every_row_is_written_and_scored_by_the_adapter_that_has_not_seen_it() {
     let mut input = rows(15);
     input[2]["id"] = json!("two");
     input[2]["source"] = json!({"list": [1, 2.0, null], "text": "ü"});
+    // Log-probs that another tool has computed do not replace those of the adapter.
+    for column in [
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+        "chosen_logps",
+        "rejected_logps",
+    ] {
+        input[4][column] = json!(-1.0);
+    }
     // The same pair as row 1, and the opposite of row 4.
     let duplicate = json!({"prompt": "Count 0.", "chosen": " one", "rejected": " no 0", "id": 9});
     let opposite = row("Count 2.", " no 2", " one");

@@ -2,7 +2,7 @@
 //! of the scores that ScorePairs and ScoreCompletions return.
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -786,6 +786,34 @@ async fn the_command_prints_a_report_and_writes_plots() {
     assert!(done.status.success(), "{done:?}");
     assert!(String::from_utf8(done.stdout).unwrap().contains("auc: "));
     assert_eq!(number_of_datasets(&client).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupted_command_deletes_its_upload() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = serve(dir.path(), &[]);
+    let client = server.client().await;
+    let file = dir.path().join("rows.jsonl");
+    write_rows(&file, &rows(5000));
+    let child = Command::new(crate::support::binary())
+        .args(["evaluate", "--policy", "tiny", "--reference", "ref"])
+        .args(["--server", &server.address, "--data"])
+        .arg(&file)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    until("a scored pair", Duration::from_secs(60), async || {
+        scored_pairs(&server) > 0
+    })
+    .await;
+    assert_eq!(number_of_datasets(&client).await, 1);
+    crate::backends::signal(child.id(), libc::SIGINT);
+    let done = child.wait_with_output().unwrap();
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert_eq!(done.status.code(), Some(130), "{said}");
+    assert!(!said.contains("remains on the server"), "{said}");
+    assert_eq!(number_of_datasets(&client).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -258,7 +258,19 @@ async fn scores_of_every_format_are_those_of_score_pairs_bit_for_bit() {
     let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
     let all = pairs(70);
     std::fs::create_dir_all(at("in/a")).unwrap();
-    write_lines(&at("in/a/x.jsonl"), &all);
+    // Log-probs of other models, which nobody has asked for.
+    let mut logged = all.clone();
+    for row in &mut logged {
+        for (column, sum) in [
+            ("ref_chosen_logps", -1.0),
+            ("ref_rejected_logps", -2.0),
+            ("chosen_logps", -3.0),
+            ("rejected_logps", -4.0),
+        ] {
+            row[column] = json!(sum);
+        }
+    }
+    write_lines(&at("in/a/x.jsonl"), &logged);
     write_parquet(&at("in/a/y.parquet"), &all);
     let text = std::fs::read(at("in/a/x.jsonl")).unwrap();
     let file = std::fs::File::create(at("in/z.jsonl.gz")).unwrap();
@@ -675,6 +687,13 @@ async fn what_cannot_be_scored_or_written_is_named_with_the_remedy() {
     let text = refused("out", &args, 1);
     assert!(text.contains("not the content of which --out"), "{text}");
     write_lines(&at("in/x.jsonl"), &pairs(10));
+    // A later version may describe runs in another way.
+    std::fs::write(at("out/_run.json"), "{\"weights\": 1}").unwrap();
+    let text = refused("out", &args, 2);
+    assert!(
+        text.contains("_run.json does not describe a run of this version"),
+        "{text}"
+    );
 
     // A damaged input does not keep the others from being scored.
     let whole = std::fs::read(golden("pairs.jsonl")).unwrap();

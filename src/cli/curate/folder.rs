@@ -164,13 +164,21 @@ impl ScoreFolder {
         }))
     }
 
+    /// Returns the failure for scores of a fold that lack a row.
+    pub fn lacks_a_row(&self, fold: u32) -> Failure {
+        Failure::Failed(format!(
+            "{} lacks a row: delete the file, and its fold is scored again",
+            self.scores(fold).display()
+        ))
+    }
+
     /// Removes the folder.
     pub fn remove(self) -> Result<(), Failure> {
         fs::remove_dir_all(&self.path).map_err(failed(&self.path))
     }
 }
 
-/// Writes the scores of a fold, which count once they are complete.
+/// Writes the scores of a fold. They are used only if [`ScoreWriter::finish`] has completed them.
 pub(super) struct ScoreWriter {
     file: SyncedFile,
     target: PathBuf,
@@ -186,7 +194,7 @@ impl ScoreWriter {
     }
 }
 
-/// A new file that replaces another one when it is on disk.
+/// A file that is written under a temporary name, and gets its own when it is on disk.
 pub(super) struct SyncedFile {
     path: PathBuf,
     file: BufWriter<File>,
@@ -209,7 +217,7 @@ impl SyncedFile {
             .and_then(|()| self.file.write_all(b"\n").map_err(failed(path)))
     }
 
-    /// Writes everything to the file.
+    /// Writes what is buffered, so that others can read it.
     pub fn flush(&mut self) -> Result<(), Failure> {
         self.file.flush().map_err(failed(&self.path))
     }

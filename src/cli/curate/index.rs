@@ -11,7 +11,7 @@ use crate::train::validate;
 /// Part of a BLAKE3 hash that identifies a pair within the files.
 type PairKey = [u8; 16];
 
-/// Place of a row in the curation.
+/// A row with the findings of the first pass.
 #[derive(Clone, Debug)]
 pub(super) struct IndexedRow {
     /// Number of the row, from 1 and through all files.
@@ -20,7 +20,7 @@ pub(super) struct IndexedRow {
     pub fold: Result<u32, String>,
     /// The first row with the same prompt and answers, if it is an earlier one.
     pub duplicate_of: Option<u64>,
-    /// The first row that prefers the opposite answer of the same two.
+    /// The first row with the same prompt and the same two answers that prefers the other one.
     pub contradicts: Option<u64>,
 }
 
@@ -32,7 +32,7 @@ impl IndexedRow {
 
     /// Returns true if the adapter of this fold is trained on the row. A duplicate would count
     /// twice, and one of two rows that contradict each other is wrong.
-    pub fn trains(&self, fold: u32) -> bool {
+    pub fn is_trained_by(&self, fold: u32) -> bool {
         let is_outside = self.fold.as_ref().is_ok_and(|own| *own != fold);
         is_outside && self.duplicate_of.is_none() && self.contradicts.is_none()
     }
@@ -100,14 +100,15 @@ impl RowIndex {
     }
 
     /// Returns the number of rows that a fold's adapter scores.
-    pub fn scored_by(&self, fold: u32) -> u64 {
+    pub fn scored_count(&self, fold: u32) -> u64 {
         let scored = self.rows.iter().filter(|row| row.is_scored_by(fold));
         scored.count() as u64
     }
 
     /// Returns the number of rows that a fold's adapter is trained on.
-    pub fn training(&self, fold: u32) -> u64 {
-        self.rows.iter().filter(|row| row.trains(fold)).count() as u64
+    pub fn trained_count(&self, fold: u32) -> u64 {
+        let trained = self.rows.iter().filter(|row| row.is_trained_by(fold));
+        trained.count() as u64
     }
 }
 
@@ -139,8 +140,8 @@ fn usable(pairs: Result<Vec<PreferenceRow>, RowIssue>) -> Result<Vec<PreferenceR
 }
 
 /// Returns the fold of a row: a hash of its prompt and the seed. So all rows with a prompt are in
-/// one fold, with them all duplicates and contradictions: an adapter that was trained on a prompt
-/// knows the preference for it, and would only repeat the label.
+/// one fold, and with them all duplicates and contradictions. An adapter that was trained on a
+/// prompt knows the preference for it, and would only repeat the label.
 fn fold(pairs: &[PreferenceRow], seed: u64, folds: u32) -> u32 {
     let prompts = pairs.iter().map(|pair| &pair.prompt);
     // Pairs of one row may divide dialogues at different messages. The shortest beginning is

@@ -28,7 +28,7 @@ const FOLD_LABEL: &str = "fold";
 /// Number of datasets with the same content that are looked at.
 const MAX_CANDIDATES: i32 = 1000;
 
-/// The job of every fold, so far without its dataset, and the caller's words for its fields.
+/// The settings that the jobs of all folds share, and the caller's words for the fields.
 pub(super) struct JobTemplate {
     pub job: pb::TrainingJob,
     words: JobWords,
@@ -106,11 +106,11 @@ impl JobTemplate {
             return Ok(());
         };
         // The dataset is missing in any case.
-        let missing = "training_job.dataset";
-        let others = field_violations(&refused);
-        match !others.is_empty() && others.iter().all(|(field, _)| field == missing) {
+        let dataset = "training_job.dataset";
+        let violations = field_violations(&refused);
+        match !violations.is_empty() && violations.iter().all(|(field, _)| field == dataset) {
             true => Ok(()),
-            false => Err(self.words.failure_without(refused, &[missing])),
+            false => Err(self.words.failure_without(refused, &[dataset])),
         }
     }
 }
@@ -228,7 +228,8 @@ impl FoldJobs {
     }
 
     /// Returns the job of a fold, which is created unless an earlier start has done so. A job that
-    /// failed or was cancelled since is deleted and created again.
+    /// failed or was cancelled since is deleted and created again. `file` is the path for the rows
+    /// that are uploaded.
     pub async fn ensure(
         &mut self,
         (data, index): (&DataFiles, &Arc<RowIndex>),
@@ -415,7 +416,7 @@ fn write_training_rows(
     let mut hasher = blake3::Hasher::new();
     for (record, row) in data.records().zip(&index.rows) {
         let record = record?;
-        if row.trains(fold) {
+        if row.is_trained_by(fold) {
             file.json_line(&record.columns)?;
             hasher.update(&serde_json::to_vec(&record.columns).unwrap_or_default());
             hasher.update(b"\n");

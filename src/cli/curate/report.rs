@@ -22,15 +22,16 @@ const COLUMNS: [&str; 8] = [
     "contradicts",
     "error",
 ];
-/// Number of suspicious rows in the report, and in its table.
+/// Maximum number of suspicious rows in the report.
 const MAX_SUSPICIOUS: usize = 100;
+/// Maximum number of them in the table.
 const MAX_SHOWN: usize = 10;
 /// Width of a prompt in the table, so that the table fits 80 columns.
 const PROMPT_WIDTH: usize = 40;
 /// Maximum number of characters of a prompt in the report.
 const MAX_PROMPT: usize = 200;
 
-/// Judgement of a row's label.
+/// A guess about the label of a row, from its out-of-fold probability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Agrees,
@@ -150,22 +151,22 @@ pub(super) fn write_rows(
     let mut readers: Vec<_> = readers.collect::<Result<_, _>>()?;
     let mut report = CurationReport::new(thresholds, folds);
     let mut content = ContentHasher::default();
-    let mut places = index.rows.iter();
+    let mut indexed_rows = index.rows.iter();
     for record in data.records() {
         let record = record?;
         content.add(&record);
-        let Some(place) = places.next().filter(|place| place.row == record.row) else {
+        let Some(indexed) = indexed_rows.next().filter(|row| row.row == record.row) else {
             return Err(changed(data));
         };
-        let score = match &place.fold {
+        let score = match &indexed.fold {
             Ok(fold) => {
                 let next = readers.get_mut(*fold as usize).and_then(Iterator::next);
-                let score = next.transpose()?.filter(|score| score.row == place.row);
-                Some((*fold, score.ok_or_else(|| lacks_scores(*fold))?))
+                let score = next.transpose()?.filter(|score| score.row == indexed.row);
+                Some((*fold, score.ok_or_else(|| folder.lacks_a_row(*fold))?))
             }
             Err(_) => None,
         };
-        let columns = report.add(&record, place, score);
+        let columns = report.add(&record, indexed, score);
         file.json_line(&columns)?;
     }
     match content.finish() == index.content {
@@ -176,16 +177,9 @@ pub(super) fn write_rows(
 
 fn changed(data: &DataFiles) -> Failure {
     Failure::Failed(format!(
-        "{} has changed since the start: run the command again, which scores the new rows",
+        "{} has changed since the start: restore it to continue, or curate the new rows from the \
+         beginning",
         data.title()
-    ))
-}
-
-fn lacks_scores(fold: u32) -> Failure {
-    Failure::Failed(format!(
-        "the scores of fold {} lack a row: delete the folder beside --out whose name ends in the \
-         id of this curation, and run the command again",
-        fold + 1
     ))
 }
 
@@ -208,7 +202,7 @@ impl CurationReport {
     fn add(
         &mut self,
         record: &DataRecord,
-        place: &IndexedRow,
+        indexed: &IndexedRow,
         score: Option<(u32, FoldScore)>,
     ) -> Map<String, Value> {
         let mut columns = record.columns.clone();
@@ -219,7 +213,7 @@ impl CurationReport {
         }
         let mut set = |name: &str, value: Value| columns.insert(name.to_owned(), value);
         self.rows += 1;
-        if let Ok(fold) = place.fold {
+        if let Ok(fold) = indexed.fold {
             set("fold", (fold + 1).into());
         }
         let error = match score {
@@ -243,13 +237,13 @@ impl CurationReport {
                 }
                 FoldResult::Failed { error } => Some(error),
             },
-            None => place.fold.clone().err(),
+            None => indexed.fold.clone().err(),
         };
-        if let Some(row) = place.duplicate_of {
+        if let Some(row) = indexed.duplicate_of {
             self.duplicates += 1;
             set("duplicate_of", row.into());
         }
-        if let Some(row) = place.contradicts {
+        if let Some(row) = indexed.contradicts {
             self.contradictions += 1;
             set("contradicts", row.into());
         }
@@ -260,6 +254,7 @@ impl CurationReport {
         columns
     }
 
+    /// Adds a margin to the accuracy of its fold.
     fn count(&mut self, fold: u32, margin: f64) {
         if let Some(tally) = self.folds.get_mut(fold as usize) {
             tally.scored += 1;
@@ -271,6 +266,8 @@ impl CurationReport {
         }
     }
 
+    /// Lists a row among the suspicious ones, if its verdict is not `agrees` and its margin is among
+    /// the lowest.
     fn suspect(&mut self, record: &DataRecord, probability: f64, margin: f64) {
         if self.thresholds.verdict(probability) == Verdict::Agrees {
             return;

@@ -10,18 +10,22 @@ use super::index::RowIndex;
 use crate::cli::data::DataFiles;
 use crate::cli::failure::Failure;
 use crate::cli::progress::WorkProgress;
-use crate::cli::score::pair as message;
+use crate::cli::score::pair as to_message;
 use crate::domain::dataset::PreferenceRow;
 use crate::rpc::client::{Client, ClientError, Code, blames_arguments, is_transient};
 use crate::rpc::pb::{self, pair_result};
 
-/// Number of pairs from which a batch is sent, and the same for its text in bytes.
+/// Number of pairs with which a batch is full.
 const BATCH_PAIRS: usize = 32;
+/// Bytes of text with which a batch is full.
 const BATCH_BYTES: usize = 1 << 20;
 /// Maximum number of batches that are read ahead.
 const MAX_WAITING: usize = 2;
 /// Maximum number of times that a batch is sent.
 const MAX_TRIES: u32 = 30;
+/// Number of times that a batch is sent until an internal error of the server is a pair's own. A
+/// pair that always causes one must not stop the others.
+const MAX_INTERNAL: u32 = 3;
 
 /// Rows with their pairs.
 type RowBatch = Vec<(u64, Vec<PreferenceRow>)>;
@@ -45,7 +49,7 @@ pub(super) async fn score_fold(
         let pairs = batch.iter().flat_map(|(_, pairs)| pairs);
         let pairs: Vec<pb::Pair> = pairs
             .enumerate()
-            .map(|(i, pair)| message(i.to_string(), pair))
+            .map(|(i, pair)| to_message(i.to_string(), pair))
             .collect();
         let mut results = score(client, policy, pairs).await?.into_iter();
         for (row, pairs) in &batch {
@@ -145,7 +149,7 @@ async fn score(
         let (code, failure) = match client.scoring().score_pairs(request.clone()).await {
             Ok(answer) => {
                 let results = answer.into_inner().results;
-                match results_of(results, request.pairs.len()) {
+                match results_of(results, request.pairs.len(), tries) {
                     Ok(scores) => return Ok(scores),
                     Err((code, reason)) => (code, Failure::Failed(reason)),
                 }
@@ -159,21 +163,50 @@ async fn score(
     }
 }
 
-/// Returns the results of a batch, or the code and message of an error that is not the fault of its
-/// pair.
+/// Returns the results of a batch that was sent `tries` times, or the code and message of an error
+/// that is not the fault of its pair.
 fn results_of(
     results: Vec<pb::PairResult>,
     expected: usize,
+    tries: u32,
 ) -> Result<Vec<Result<pb::PairScore, String>>, (i32, String)> {
     let incomplete = || (0, "the server did not answer every pair".to_owned());
     if results.len() != expected {
         return Err(incomplete());
     }
+    let is_own = |code: i32| {
+        let is_internal = Code::from_i32(code) == Code::Internal;
+        blames_arguments(code) || (is_internal && tries >= MAX_INTERNAL)
+    };
     let one = |result: pb::PairResult| match result.result {
         Some(pair_result::Result::Score(score)) => Ok(Ok(score)),
-        Some(pair_result::Result::Error(e)) if blames_arguments(e.code) => Ok(Err(e.message)),
+        Some(pair_result::Result::Error(e)) if is_own(e.code) => Ok(Err(e.message)),
         Some(pair_result::Result::Error(e)) => Err((e.code, e.message)),
         None => Err(incomplete()),
     };
     results.into_iter().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_lasting_internal_error_is_the_pairs_own() {
+        let failed = |code: Code| {
+            let mut result = pair_result::Result::Error(Default::default());
+            if let pair_result::Result::Error(error) = &mut result {
+                error.code = code as i32;
+            }
+            vec![pb::PairResult {
+                result: Some(result),
+                ..Default::default()
+            }]
+        };
+        let own = |code, tries| results_of(failed(code), 1, tries).is_ok();
+        assert!(own(Code::InvalidArgument, 1));
+        assert!(!own(Code::Internal, 1) && own(Code::Internal, MAX_INTERNAL));
+        assert!(!own(Code::Unavailable, MAX_TRIES));
+        assert!(results_of(Vec::new(), 1, MAX_TRIES).is_err());
+    }
 }

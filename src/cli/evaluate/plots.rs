@@ -9,13 +9,14 @@ use plotters::prelude::*;
 use crate::cli::failure::Failure;
 use crate::rpc::pb;
 
+/// Width and height of a plot in pixels.
 const SIZE: (u32, u32) = (720, 560);
 const FONT: &str = "sans-serif";
 const CAPTION_SIZE: i32 = 20;
 const BAR: RGBColor = RGBColor(70, 130, 180);
 const CALIBRATED: RGBColor = RGBColor(200, 90, 40);
 
-/// An area of an SVG text.
+/// An area of a plot.
 type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), DrawingAreaErrorKind<std::io::Error>>;
 
@@ -40,7 +41,10 @@ pub(super) fn write(folder: &Path, report: &pb::EvaluationReport) -> Result<Vec<
 }
 
 fn failed(path: &Path, reason: &dyn Display) -> Failure {
-    Failure::Failed(format!("--plots: {}: {reason}", path.display()))
+    Failure::Failed(format!(
+        "--plots: {}: {reason}: name a folder that can be written",
+        path.display()
+    ))
 }
 
 /// Returns the bins that have samples as points of the diagram.
@@ -131,7 +135,7 @@ fn draw_margins(canvas: &Canvas<'_>, report: &pb::EvaluationReport) -> Drawn {
     Ok(())
 }
 
-/// Returns what `draw` draws on a white canvas.
+/// Returns the SVG of what `draw` draws on a white canvas.
 fn on_white(draw: impl FnOnce(&Canvas<'_>) -> Result<(), String>) -> Result<String, String> {
     let mut svg = String::new();
     {

@@ -73,12 +73,10 @@ impl ScoredRow {
     /// Describes the error for people; `None` if the row has a score.
     fn error(&self) -> Option<String> {
         let error = self.result.as_ref().err()?;
+        let pair = self.pair.map(|pair| format!(", pair {pair}"));
         let id = self.id.as_ref().map(|id| format!(" (id {id:?})"));
-        Some(format!(
-            "row {}{}: {error}",
-            self.row,
-            id.unwrap_or_default()
-        ))
+        let (pair, id) = (pair.unwrap_or_default(), id.unwrap_or_default());
+        Some(format!("row {}{pair}{id}: {error}", self.row))
     }
 }
 
@@ -382,6 +380,13 @@ mod tests {
             "{table}"
         );
         assert_eq!(errors, ["row 2: too long"]);
+        let of_several = ScoredRow {
+            pair: Some(3),
+            id: Some("x".to_owned()),
+            ..row(7, Err("too long"))
+        };
+        let (_, errors) = printed(Output::Table, &[of_several]);
+        assert_eq!(errors, ["row 7, pair 3 (id \"x\"): too long"]);
         rows.extend((4..40).map(|i| row(i, Err("too long"))));
         let (_, errors) = printed(Output::Table, &rows);
         assert_eq!(errors.len(), MAX_LISTED_ERRORS + 1);

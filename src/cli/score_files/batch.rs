@@ -18,8 +18,8 @@ use crate::rpc::pb;
 
 /// Maximum number of pairs in a call.
 const CALL_PAIRS: usize = 64;
-/// Maximum text of the pairs in a call, unless one pair has more. The server's limit on messages is
-/// 16 MiB by default.
+/// Maximum text of the pairs in a call in bytes, unless one pair has more. The server's limit on
+/// messages is 16 MiB by default.
 const CALL_BYTES: usize = 1 << 20;
 /// Time after which pairs that failed for a passing reason are scored again.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -42,7 +42,7 @@ pub(super) enum RowResult {
 pub(super) struct AnswerScores {
     /// `None` for an answer that has no score.
     pub rewards: Vec<Option<f64>>,
-    /// From 1, the best one.
+    /// Ranks of the answers; the best one has rank 1. `None` for an answer that has no score.
     pub ranks: Vec<Option<i32>>,
     /// True if an answer was truncated.
     pub is_truncated: bool,
@@ -56,10 +56,12 @@ struct RowCall {
     call: ScoringCall,
 }
 
-/// Scores rows. Results have the order of the rows.
+/// Scores rows. Results have the order of the rows. `scored` is called with the number of rows that
+/// have a result since its last call.
 ///
 /// # Errors
-/// Returns a failure if nothing more can be scored.
+/// Returns a failure if the run cannot go on; a row that cannot be scored has an error as its
+/// result.
 pub(super) async fn score(
     fleet: &Arc<Fleet>,
     options: &pb::ScoringOptions,
@@ -101,7 +103,7 @@ pub(super) async fn score(
         .collect())
 }
 
-/// Divides rows into calls.
+/// Divides rows into calls. Bad rows are in none.
 fn calls(options: &pb::ScoringOptions, rows: &[InputRow]) -> Vec<RowCall> {
     // Pairs in the order in which their prompts occur first.
     let mut of_prompt: HashMap<&Text, usize> = HashMap::new();
@@ -162,8 +164,8 @@ fn text_bytes(text: &Text) -> usize {
     }
 }
 
-/// Builds the call for a row with several answers. It has no tools and variables of its own, so
-/// those of the row become those of the options.
+/// Builds the call for a row with several answers. The request has tools and template variables
+/// only in its options, so those of the row are merged into them.
 fn answers_call(options: &pb::ScoringOptions, row: &PromptAnswers) -> pb::ScoreCompletionsRequest {
     let mut options = options.clone();
     if let Some(tools) = &row.arguments.tools {
@@ -182,10 +184,11 @@ fn answers_call(options: &pb::ScoringOptions, row: &PromptAnswers) -> pb::ScoreC
     }
 }
 
-type Answered = Vec<(usize, RowResult)>;
+/// Results with the places of their rows in the part.
+type PlacedResults = Vec<(usize, RowResult)>;
 
 /// Scores the rows of a call, until each has a score or an error of its own.
-async fn answer(fleet: &Fleet, call: RowCall) -> Result<Answered, Failure> {
+async fn answer(fleet: &Fleet, call: RowCall) -> Result<PlacedResults, Failure> {
     match call.call {
         ScoringCall::Pairs(request) => pairs(fleet, call.places, request).await,
         ScoringCall::Answers(request) => {
@@ -197,18 +200,21 @@ async fn answer(fleet: &Fleet, call: RowCall) -> Result<Answered, Failure> {
     }
 }
 
-/// Pairs that are scored, with their places and the number of attempts so far.
+/// Pairs that are to be scored, with their places.
 struct WaitingPairs {
     places: Vec<usize>,
     request: pb::ScorePairsRequest,
+    /// Number of times that they have failed.
     attempts: u32,
 }
 
+/// Scores pairs. Those with a passing error are scored again, and if the server refuses a call
+/// because of its content, each half of it is sent alone.
 async fn pairs(
     fleet: &Fleet,
     places: Vec<usize>,
     request: pb::ScorePairsRequest,
-) -> Result<Answered, Failure> {
+) -> Result<PlacedResults, Failure> {
     let mut answered = Vec::with_capacity(places.len());
     let mut waiting = vec![WaitingPairs {
         places,
@@ -238,7 +244,7 @@ async fn pairs(
                 );
                 continue;
             }
-            // One of the pairs is refused as a message: each half is sent alone.
+            // One of the pairs is the reason.
             Err(CallError::Refused(_)) => {
                 let half = places.len() / 2;
                 for range in [half..places.len(), 0..half] {
@@ -266,11 +272,8 @@ async fn pairs(
             let result = match result.result {
                 Some(pb::pair_result::Result::Score(score)) => RowResult::Pair(Box::new(score)),
                 Some(pb::pair_result::Result::Error(e)) if is_passing(e.code, attempts) => {
-                    if attempts >= MAX_RETRIES {
-                        return Err(Failure::Failed(format!(
-                            "a pair failed {MAX_RETRIES} times: {}",
-                            e.message
-                        )));
+                    if attempts == MAX_RETRIES {
+                        return Err(too_many_retries(&e.message));
                     }
                     again_places.push(place);
                     again.push(pair);
@@ -296,6 +299,14 @@ async fn pairs(
     Ok(answered)
 }
 
+/// Returns the failure for a server that has no room for a row for a long time.
+fn too_many_retries(message: &str) -> Failure {
+    Failure::Failed(format!(
+        "a row was sent {MAX_RETRIES} times, and the server could not score it: {message}; run the \
+         command again later: it continues"
+    ))
+}
+
 /// Returns true if an error may pass when the pair is scored again.
 fn is_passing(code: i32, attempts: u32) -> bool {
     match Code::from(code) {
@@ -304,6 +315,7 @@ fn is_passing(code: i32, attempts: u32) -> bool {
     }
 }
 
+/// Scores the answers of one row, again if one of them has a passing error.
 async fn answers(
     fleet: &Fleet,
     request: pb::ScoreCompletionsRequest,
@@ -331,16 +343,15 @@ async fn answers(
         let Some(message) = passing else {
             return Ok(RowResult::Answers(Box::new(ranked(answer))));
         };
-        attempts += 1;
-        if attempts > MAX_RETRIES {
-            return Err(Failure::Failed(format!(
-                "an answer failed {MAX_RETRIES} times: {message}"
-            )));
+        if attempts == MAX_RETRIES {
+            return Err(too_many_retries(&message));
         }
+        attempts += 1;
         tokio::time::sleep(PAUSE).await;
     }
 }
 
+/// Puts scores and ranks in the order of the answers.
 fn ranked(answer: pb::ScoreCompletionsResponse) -> AnswerScores {
     let mut scores = AnswerScores {
         ranks: vec![None; answer.results.len()],

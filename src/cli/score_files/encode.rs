@@ -41,7 +41,8 @@ pub(super) const COLUMNS: [&str; 17] = [
 ];
 /// Key of the number of rows with an error, in a part's metadata.
 const ERRORS_KEY: &str = "bradley.errors";
-/// Number of bytes at the end of a Parquet file that are read for its numbers.
+/// Number of bytes at the end of a Parquet part that are read for its counts. The metadata of a
+/// thousand columns fits into them.
 pub(super) const TAIL: u64 = 256 << 10;
 
 /// A part that is scored.
@@ -51,11 +52,11 @@ pub(super) struct ScoredPart<'a> {
     pub results: &'a [RowResult],
     /// Names of the carried columns.
     pub carry: &'a [String],
-    /// Names and values that the metadata of a Parquet file gets.
+    /// Names and values for the metadata of a Parquet file.
     pub about: &'a [(&'static str, String)],
 }
 
-/// Numbers of a written part.
+/// Counts of a part's rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct PartCounts {
     pub rows: u64,
@@ -63,11 +64,11 @@ pub(super) struct PartCounts {
 }
 
 impl ScoredPart<'_> {
-    /// Returns the numbers of this part.
+    /// Counts the rows of this part.
     pub(super) fn counts(&self) -> PartCounts {
         PartCounts {
             rows: self.rows.len() as u64,
-            errors: self.lines().filter(|line| line.error.is_some()).count() as u64,
+            errors: self.cells().filter(|cells| cells.error.is_some()).count() as u64,
         }
     }
 
@@ -82,13 +83,14 @@ impl ScoredPart<'_> {
         }
     }
 
-    fn lines(&self) -> impl Iterator<Item = ResultCells<'_>> {
+    /// Returns the cells of every row's result.
+    fn cells(&self) -> impl Iterator<Item = ResultCells<'_>> {
         self.results.iter().map(ResultCells::of)
     }
 
     fn jsonl(&self) -> Vec<u8> {
         let mut text = Vec::new();
-        for (row, cells) in self.rows.iter().zip(self.lines()) {
+        for (row, cells) in self.rows.iter().zip(self.cells()) {
             let pair = cells.pair;
             let a = pair.and_then(|p| p.a.as_ref());
             let b = pair.and_then(|p| p.b.as_ref());
@@ -189,16 +191,16 @@ impl ScoredPart<'_> {
             |cells| Some(cells.pair?.b.as_ref()?.reward),
         ];
         for number in numbers {
-            optional::<DoubleType, _>(group, self.lines().map(|cells| number(&cells)))?;
+            optional::<DoubleType, _>(group, self.cells().map(|cells| number(&cells)))?;
         }
         let tokens_a = |c: ResultCells<'_>| Some(c.pair?.a.as_ref()?.tokens as i32);
         let tokens_b = |c: ResultCells<'_>| Some(c.pair?.b.as_ref()?.tokens as i32);
-        optional::<Int32Type, _>(group, self.lines().map(tokens_a))?;
-        optional::<Int32Type, _>(group, self.lines().map(tokens_b))?;
-        optional::<BoolType, _>(group, self.lines().map(|cells| cells.truncated))?;
-        lists::<DoubleType, _>(group, self.lines().map(|cells| cells.rewards))?;
-        lists::<Int32Type, _>(group, self.lines().map(|cells| cells.ranks))?;
-        let errors = self.lines().map(|cells| cells.error.map(string));
+        optional::<Int32Type, _>(group, self.cells().map(tokens_a))?;
+        optional::<Int32Type, _>(group, self.cells().map(tokens_b))?;
+        optional::<BoolType, _>(group, self.cells().map(|cells| cells.truncated))?;
+        lists::<DoubleType, _>(group, self.cells().map(|cells| cells.rewards))?;
+        lists::<Int32Type, _>(group, self.cells().map(|cells| cells.ranks))?;
+        let errors = self.cells().map(|cells| cells.error.map(string));
         optional::<ByteArrayType, _>(group, errors)?;
         let inputs = vec![string(self.input); self.rows.len()];
         write::<ByteArrayType, _>(group, &inputs, None, None)?;
@@ -214,7 +216,7 @@ impl ScoredPart<'_> {
     }
 }
 
-/// The cells of a row's result.
+/// The cells of a row's result; `None` becomes null.
 struct ResultCells<'a> {
     pair: Option<&'a crate::rpc::pb::PairScore>,
     truncated: Option<bool>,
@@ -309,7 +311,7 @@ fn list(name: &str, element: Physical) -> ParquetResult<TypePtr> {
     Ok(Arc::new(field.build()?))
 }
 
-/// Writes the next column. `levels` and `repeats` are its definition and repetition levels.
+/// Writes the next column. `levels` and `repeats` are Parquet's definition and repetition levels.
 fn write<T: DataType, W: std::io::Write + Send>(
     group: &mut SerializedRowGroupWriter<'_, W>,
     values: &[T::T],
@@ -359,7 +361,7 @@ fn lists<'a, T: DataType, W: std::io::Write + Send>(
     write::<T, W>(group, &values, Some(&levels), Some(&repeats))
 }
 
-/// Returns the numbers of a Parquet part from its last bytes, or `None` if these do not have them.
+/// Returns the counts of a Parquet part from its last bytes, or `None` if these do not have them.
 pub(super) fn parquet_counts(tail: &[u8]) -> Option<PartCounts> {
     let end = tail.len().checked_sub(8)?;
     let length = u32::from_le_bytes(tail.get(end..end + 4)?.try_into().ok()?) as usize;
@@ -376,7 +378,7 @@ pub(super) fn parquet_counts(tail: &[u8]) -> Option<PartCounts> {
     })
 }
 
-/// Returns the numbers of a part of JSON lines.
+/// Returns the counts of a part of JSON lines, or `None` if a line is no result.
 pub(super) fn jsonl_counts(content: &[u8]) -> Option<PartCounts> {
     let mut counts = PartCounts::default();
     for line in content.split(|byte| *byte == b'\n') {

@@ -7,28 +7,36 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use super::weights::{WeightsIdentity, identify};
+use super::weights::{IDENTITY_LIMIT, WeightsIdentity, identify};
 use crate::cli::args::FleetArgs;
 use crate::cli::failure::Failure;
 use crate::cli::progress::say;
 use crate::cli::remote::{connect, open};
-use crate::rpc::client::{Client, ClientError, Code, Status, is_transient, retry_after};
+use crate::rpc::client::{
+    Client, ClientError, Code, Status, is_server_failure, is_transient, retry_after,
+};
 use crate::rpc::pb;
 
 /// Number of calls in flight on one connection.
 const CALLS_PER_CONNECTION: usize = 2;
 /// Time limit for a call. A server that has died is noticed much earlier, by the connection.
 const CALL_LIMIT: Duration = Duration::from_secs(1800);
-/// Time limit for the answer about the weights.
-const IDENTITY_LIMIT: Duration = Duration::from_secs(120);
-/// First and longest time for which a server that failed gets no calls.
-const REST: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+/// Time for which a server that failed gets no calls. It doubles with each failure up to
+/// [`LONGEST_REST`].
+const FIRST_REST: Duration = Duration::from_millis(200);
+const LONGEST_REST: Duration = Duration::from_secs(10);
+/// Maximum time for which a server gets no calls because it asked for this.
+const LONGEST_ASKED_REST: Duration = Duration::from_secs(60);
 /// Time between two looks for a server, if none was freed meanwhile.
-const LOOK: Duration = Duration::from_millis(200);
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// Time between two attempts to reach a first server.
 const WAIT_INTERVAL: Duration = Duration::from_secs(2);
 /// Maximum number of repetitions of one call.
 const MAX_REPETITIONS: u32 = 100;
+/// Number of failures of a server at one call after which the call's content counts as the reason:
+/// the server's memory is exhausted, or it has an internal error. While nothing else succeeds, they
+/// take about a minute.
+const MAX_SERVER_FAILURES: u32 = 10;
 /// Prefix of names that are resolved to all of their addresses.
 const DNS: &str = "dns:///";
 /// Time between two resolutions of such a name.
@@ -51,9 +59,9 @@ pub(super) enum ScoringAnswer {
 /// The reason why a call was not answered.
 #[derive(Debug)]
 pub(super) enum CallError {
-    /// The server refuses the content of this call.
+    /// The server refuses the content of this call, or fails each time that it gets it.
     Refused(String),
-    /// Nothing more can be scored.
+    /// The whole run fails.
     Fatal(Failure),
 }
 
@@ -61,7 +69,7 @@ pub(super) enum CallError {
 pub(super) struct Fleet {
     args: FleetArgs,
     replicas: Mutex<Vec<Arc<Replica>>>,
-    /// Options with pinned names, and what the weights were at the start.
+    /// Options with pinned names, and the identity of the weights at the start.
     expected: Mutex<Option<(pb::ScoringOptions, WeightsIdentity)>>,
     /// Wakes calls that wait for a server.
     freed: Notify,
@@ -69,18 +77,23 @@ pub(super) struct Fleet {
     last_resolution: Mutex<Instant>,
 }
 
+/// A server, or several behind one address.
 struct Replica {
     address: String,
+    /// Connections, each opened when it is needed first.
     connections: Vec<tokio::sync::Mutex<Option<Client>>>,
+    /// Number of times that a connection was chosen.
     next: AtomicUsize,
+    /// Number of open calls.
     in_flight: AtomicUsize,
     /// Number of failures since the last answer.
     failures: AtomicU32,
     rests_until: Mutex<Option<Instant>>,
-    /// True if it may be another process since its weights were identified.
+    /// True if its weights must be identified before its next call: at first, and after a failure,
+    /// because another process may have taken its place.
     is_unverified: AtomicBool,
-    /// True while one call identifies its weights.
-    is_verifying: tokio::sync::Mutex<()>,
+    /// Held by the one call that identifies its weights.
+    verifying: tokio::sync::Mutex<()>,
 }
 
 /// A call's place at a replica.
@@ -110,7 +123,7 @@ impl Replica {
             failures: AtomicU32::new(0),
             rests_until: Mutex::new(None),
             is_unverified: AtomicBool::new(true),
-            is_verifying: tokio::sync::Mutex::new(()),
+            verifying: tokio::sync::Mutex::new(()),
         })
     }
 
@@ -122,11 +135,14 @@ impl Replica {
         locked(&self.rests_until).is_some_and(|until| Instant::now() < until)
     }
 
-    /// Gives it no calls for a while.
+    /// Gives it no calls for a while: for the time that it asked for, if it did.
     fn rest(&self, asked: Option<Duration>) {
-        let failures = self.failures.fetch_add(1, Ordering::AcqRel).min(16);
-        let time = (REST.0 * (1 << failures.min(8))).min(REST.1);
-        *locked(&self.rests_until) = Some(Instant::now() + asked.unwrap_or(time).min(REST.1));
+        let failures = self.failures.fetch_add(1, Ordering::AcqRel);
+        let time = match asked {
+            Some(asked) => asked.min(LONGEST_ASKED_REST),
+            None => (FIRST_REST * (1 << failures.min(8))).min(LONGEST_REST),
+        };
+        *locked(&self.rests_until) = Some(Instant::now() + time);
     }
 
     /// Returns one of its connections, in turn.
@@ -178,7 +194,7 @@ impl Fleet {
     }
 
     /// Sets the options, and the weights that every server must have.
-    pub(super) fn expect(&self, options: pb::ScoringOptions, weights: WeightsIdentity) {
+    pub(super) fn set_expected(&self, options: pb::ScoringOptions, weights: WeightsIdentity) {
         *locked(&self.expected) = Some((options, weights));
         *locked(&self.last_answer) = Instant::now();
     }
@@ -188,9 +204,15 @@ impl Fleet {
         locked(&self.replicas).iter().map(|r| r.capacity()).sum()
     }
 
-    /// Scores, as often as it takes.
+    /// Sends a call to a server. If that fails for a passing reason, the call is repeated, if
+    /// possible at another server.
+    ///
+    /// # Errors
+    /// [`CallError::Refused`] if the content of the call is the reason. [`CallError::Fatal`] if a
+    /// server has other weights or refuses the caller, after [`MAX_REPETITIONS`] repetitions, or if
+    /// no server has answered for `--retry-timeout`.
     pub(super) async fn call(&self, call: &ScoringCall) -> Result<ScoringAnswer, CallError> {
-        let mut repetitions = 0;
+        let (mut repetitions, mut server_failures) = (0, 0);
         loop {
             let slot = self.slot().await.map_err(CallError::Fatal)?;
             let (code, after, reason) = match self.try_call(&slot.replica, call).await {
@@ -204,7 +226,13 @@ impl Fleet {
                 Err(Attempt::Refused(status)) => {
                     let code = status.code();
                     let is_too_large = code == Code::ResourceExhausted && is_size(status.message());
-                    if matches!(code, Code::InvalidArgument | Code::OutOfRange) || is_too_large {
+                    server_failures += u32::from(is_server_failure(&status));
+                    if matches!(code, Code::InvalidArgument | Code::OutOfRange)
+                        || is_too_large
+                        || server_failures == MAX_SERVER_FAILURES
+                    {
+                        // A refusal is an answer, too.
+                        *locked(&self.last_answer) = Instant::now();
                         let message = ClientError::from(*status).to_string();
                         return Err(CallError::Refused(message));
                     }
@@ -224,7 +252,8 @@ impl Fleet {
             repetitions += 1;
             if repetitions > MAX_REPETITIONS {
                 return Err(CallError::Fatal(Failure::Failed(format!(
-                    "{address}: a call failed {MAX_REPETITIONS} times: {reason}"
+                    "{address}: a call was repeated {MAX_REPETITIONS} times without success: \
+                     {reason}; run the command again later: it continues"
                 ))));
             }
             self.check_patience(address, &reason)
@@ -233,7 +262,8 @@ impl Fleet {
         }
     }
 
-    /// Checks that every server that answers still has the weights of the start.
+    /// Checks that every server that has answered calls still has the weights of the start. One
+    /// that does not answer now is checked before its next call.
     ///
     /// # Errors
     /// Returns a failure that names a server with other weights.
@@ -245,7 +275,6 @@ impl Fleet {
                 match self.identify(&replica).await {
                     Ok(()) => {}
                     Err(Attempt::Changed(failure)) => return Err(failure),
-                    // It is asked again before its next call.
                     Err(Attempt::Refused(_) | Attempt::Silent(_)) => {
                         replica.is_unverified.store(true, Ordering::Release);
                     }
@@ -267,7 +296,7 @@ impl Fleet {
         )))
     }
 
-    /// Waits for a server that takes a call.
+    /// Waits for a server that takes a call: it has room, and does not rest.
     async fn slot(&self) -> Result<CallSlot<'_>, Failure> {
         loop {
             let freed = self.freed.notified();
@@ -286,7 +315,7 @@ impl Fleet {
                 }
             }
             self.resolve_again().await;
-            let _ = tokio::time::timeout(LOOK, freed).await;
+            let _ = tokio::time::timeout(LOOK_INTERVAL, freed).await;
         }
     }
 
@@ -321,9 +350,11 @@ impl Fleet {
         call: &ScoringCall,
     ) -> Result<ScoringAnswer, Attempt> {
         if replica.is_unverified.load(Ordering::Acquire) {
-            let _one = replica.is_verifying.lock().await;
+            let _one = replica.verifying.lock().await;
             if replica.is_unverified.load(Ordering::Acquire) {
-                self.identify(replica).await?;
+                self.identify(replica)
+                    .await
+                    .map_err(Attempt::before_the_call)?;
                 replica.is_unverified.store(false, Ordering::Release);
             }
         }
@@ -360,6 +391,7 @@ impl Fleet {
         Ok(answer)
     }
 
+    /// Asks a server for the identity of its weights and compares it with the expected one.
     async fn identify(&self, replica: &Replica) -> Result<(), Attempt> {
         let Some((options, expected)) = locked(&self.expected).clone() else {
             return Ok(());
@@ -387,6 +419,7 @@ impl Fleet {
 
 /// The reason why one attempt failed.
 enum Attempt {
+    /// The server answered with an error.
     Refused(Box<Status>),
     /// The server is not reached or does not answer.
     Silent(String),
@@ -406,6 +439,16 @@ impl Attempt {
             ClientError::Refused(status) => Attempt::Refused(status),
             ClientError::Unreachable { .. } => Attempt::Silent(error.to_string()),
             other => Attempt::Changed(other.into()),
+        }
+    }
+
+    /// Turns a failure of the server into silence, so that it does not count as one at the call.
+    fn before_the_call(self) -> Self {
+        match self {
+            Attempt::Refused(status) if is_server_failure(&status) => {
+                Attempt::Silent(ClientError::from(*status).to_string())
+            }
+            other => other,
         }
     }
 
@@ -462,4 +505,25 @@ async fn addresses(args: &FleetArgs) -> Result<Vec<String>, Failure> {
     let mut seen = std::collections::BTreeSet::new();
     all.retain(|address| seen.insert(address.clone()));
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_rests_for_as_long_as_it_asks_and_else_longer_each_time() {
+        let replica = Replica::new("http://a".to_owned(), 1);
+        let rest = |asked| {
+            let before = Instant::now();
+            replica.rest(asked);
+            locked(&replica.rests_until).unwrap() - before
+        };
+        let asked = Duration::from_secs(30);
+        assert!((asked..LONGEST_ASKED_REST).contains(&rest(Some(asked))));
+        assert!(rest(Some(Duration::from_secs(9999))) < 2 * LONGEST_ASKED_REST);
+        let (third, fourth) = (rest(None), rest(None));
+        assert!(third < fourth && third > FIRST_REST, "{third:?} {fourth:?}");
+        assert!((0..99).all(|_| rest(None) < 2 * LONGEST_REST));
+    }
 }

@@ -20,7 +20,7 @@ use crate::service::remote::open_store;
 const MAX_INPUTS: usize = 1_000_000;
 /// Characters of patterns.
 const WILDCARDS: [char; 3] = ['*', '?', '['];
-/// A pattern's `*` stands for characters of one folder.
+/// A `*` of a pattern matches only within a folder's or file's name.
 const MATCHING: MatchOptions = MatchOptions {
     case_sensitive: true,
     require_literal_separator: true,
@@ -30,7 +30,8 @@ const MATCHING: MatchOptions = MatchOptions {
 /// A file or object with rows.
 #[derive(Clone)]
 pub(super) struct ScoreInput {
-    /// Its name in the names of its parts: the path below the folder that the argument names.
+    /// Its name, with which those of its parts begin: the path below the folder that the argument
+    /// names.
     pub name: String,
     /// Its whole path or URL, for messages.
     pub shown: String,
@@ -52,7 +53,7 @@ pub(super) struct LocalCopy {
     pub identity: String,
     /// Size and time of change of a file at the time when its content was hashed.
     seen: Option<(u64, std::time::SystemTime)>,
-    /// The temporary file, which exists as long as this.
+    /// The temporary file of an object. It is deleted when this is dropped.
     _copy: Option<NamedTempFile>,
 }
 
@@ -121,7 +122,11 @@ impl ScoreInput {
         meta: &ObjectMeta,
     ) -> Result<LocalCopy, String> {
         let on_disk = |e: std::io::Error| {
-            format!("{}: cannot be copied to a temporary file: {e}", self.shown)
+            format!(
+                "{}: cannot be copied to a temporary file: {e}: free some space, or name another \
+                 folder with the variable TMPDIR",
+                self.shown
+            )
         };
         let refused = |e: object_store::Error| match e {
             object_store::Error::Precondition { .. } => format!(
@@ -194,7 +199,7 @@ pub(super) async fn find(
     Ok(inputs)
 }
 
-/// Splits a path before the first part with a wildcard.
+/// Splits a path into the folder before the first name with a wildcard, and the rest.
 fn fixed_part(path: &str) -> (&str, &str) {
     let wild = path.find(WILDCARDS).unwrap_or(path.len());
     match path[..wild].rfind('/') {
@@ -203,6 +208,7 @@ fn fixed_part(path: &str) -> (&str, &str) {
     }
 }
 
+/// Finds the files that a path or pattern names.
 fn files(argument: &str) -> Result<Vec<ScoreInput>, String> {
     let input = |path: PathBuf| -> Result<ScoreInput, String> {
         let shown = path.display().to_string();
@@ -235,7 +241,8 @@ fn files(argument: &str) -> Result<Vec<ScoreInput>, String> {
     Ok(found)
 }
 
-/// Finds objects below the part of a URL that has no wildcard.
+/// Finds the objects that a URL names, with or without a pattern. A URL that ends with / names all
+/// objects below it.
 async fn objects(
     url: &str,
     scheme: &str,

@@ -1,5 +1,5 @@
-//! `_run.json`, the description of a run that every process of it must have, and `_manifest.json`,
-//! which lists the parts when all of them exist.
+//! `_run.json`, which describes a run and is the same for all of its processes, and
+//! `_manifest.json`, which lists the parts when all of them exist.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -20,7 +20,7 @@ use crate::cli::failure::Failure;
 const RUN: &str = "_run.json";
 /// Name of the list of parts.
 const MANIFEST: &str = "_manifest.json";
-/// Maximum number of parts whose numbers are read at the same time.
+/// Maximum number of parts whose counts are read at the same time.
 const READS: usize = 16;
 
 /// Everything that the content of the parts depends on, besides the inputs.
@@ -36,7 +36,7 @@ pub(super) struct RunDescription {
     pub template_args: String,
     /// Precision of this process's own engine; empty with servers, which have one of their own.
     pub precision: String,
-    /// The carried columns.
+    /// Names of the columns of the inputs that the parts have, too.
     pub carry: Vec<String>,
     /// Number of rows of a part.
     pub part_rows: u32,
@@ -72,16 +72,21 @@ impl RunDescription {
             return Ok(());
         }
         let found = out.read(RUN, None).await?.unwrap_or_default();
-        let other: Option<RunDescription> = serde_json::from_slice(&found).ok();
-        if other.as_ref() == Some(self) {
+        let other: RunDescription = serde_json::from_slice(&found).map_err(|e| {
+            Failure::Usage(format!(
+                "--out {}/{RUN} does not describe a run of this version ({e}): name another --out, \
+                 or continue with the version that began it",
+                out.shown()
+            ))
+        })?;
+        if other == *self {
             return Ok(());
         }
         let fields = |run: &RunDescription| match serde_json::to_value(run) {
             Ok(Value::Object(fields)) => fields,
             _ => Default::default(),
         };
-        let mine = fields(self);
-        let theirs = other.as_ref().map(fields).unwrap_or_default();
+        let (mine, theirs) = (fields(self), fields(&other));
         let differing: Vec<String> = mine
             .iter()
             .filter(|(name, value)| theirs.get(*name) != Some(value))

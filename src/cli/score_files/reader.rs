@@ -19,11 +19,12 @@ use crate::cli::score::reason;
 use crate::train::rows::RecordChoice;
 use crate::train::rows::apart::ApartRecords;
 
-/// Folder for what is known about the inputs, in the output.
+/// Folder of the output with an [`InputRecord`] and [`InputRows`] for each input.
 const INPUTS: &str = "_inputs";
-/// Maximum number of ranges that the decoding process gets. Neighbours are merged beyond it.
+/// Maximum number of ranges that the decoding process gets, as an argument. If there are more, the
+/// nearest ones are merged.
 const MAX_RANGES: usize = 1000;
-/// Maximum number of records of a Parquet file.
+/// Maximum number of records of a Parquet file. A damaged footer may claim any number.
 const MAX_RECORDS: u64 = 1 << 36;
 
 /// Everything that a part's name depends on, besides its input and range.
@@ -105,13 +106,21 @@ pub(super) struct PartToScore {
     pub rows: Vec<InputRow>,
 }
 
-/// Numbers of rows for the display, counted by the reader.
+/// Inputs whose rows are known, counted by the reader for the display.
 #[derive(Debug, Default)]
 pub(super) struct PlannedRows {
-    /// Rows of this shard that are known to be missing.
-    pub known: AtomicU64,
-    /// Bytes of the inputs whose rows are in `known`.
+    /// Number of their rows that this process has to score.
+    pub rows: AtomicU64,
+    /// Size of these inputs in bytes.
     pub bytes: AtomicU64,
+}
+
+impl PlannedRows {
+    /// Adds an input of `bytes` bytes, of which `rows` rows are to be scored.
+    pub(super) fn add(&self, rows: u64, bytes: u64) {
+        self.rows.fetch_add(rows, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
 }
 
 /// Reads the parts of one shard that are missing.
@@ -128,7 +137,7 @@ pub(super) struct PartReader {
 
 /// The reason why reading ended.
 enum Stop {
-    /// Nobody takes parts any more.
+    /// The run has failed elsewhere, so that nobody receives parts any more.
     Unwanted,
     /// This input cannot be read, but others can.
     BadInput(String),
@@ -147,13 +156,17 @@ impl PartReader {
     ) -> Result<Vec<String>, Failure> {
         let mut bad = Vec::new();
         for input in &self.inputs {
+            let before = self.planned.bytes.load(Ordering::Relaxed);
             match self.read(runtime, input, parts) {
                 Ok(()) => {}
                 Err(Stop::Unwanted) => break,
                 Err(Stop::BadInput(message)) => bad.push(message),
                 Err(Stop::Failed(failure)) => return Err(failure),
             }
-            self.planned.bytes.fetch_add(input.bytes, Ordering::Relaxed);
+            // An input that is bad from the start has no rows.
+            if self.planned.bytes.load(Ordering::Relaxed) == before {
+                self.planned.add(0, input.bytes);
+            }
         }
         Ok(bad)
     }
@@ -225,15 +238,14 @@ impl PartReader {
         self.shard.has(part) && !self.written.contains_key(part)
     }
 
-    /// Adds an input with a known number of rows to those of the display.
+    /// Adds an input with a known number of rows to the planned ones. Called once for an input.
     fn plan(&self, input: &ScoreInput, identity: &str, rows: u64) {
         let planned: u64 = self
             .missing(input, identity, rows)
             .into_iter()
             .map(|start| self.naming.rows.min(rows - start))
             .sum();
-        self.planned.known.fetch_add(planned, Ordering::Relaxed);
-        self.planned.bytes.fetch_add(input.bytes, Ordering::Relaxed);
+        self.planned.add(planned, input.bytes);
     }
 
     /// Returns the number of the input's rows, if it was read to its end before.
@@ -459,12 +471,7 @@ impl<'a> Filling<'a> {
         let Some(name) = self.name.take().filter(|_| !rows.is_empty()) else {
             return Ok(());
         };
-        if self.copy.has_changed() {
-            return Err(Stop::BadInput(format!(
-                "{}: it was changed while the command ran: run it again with another --out",
-                self.input.shown
-            )));
-        }
+        self.check_unchanged()?;
         let part = PartToScore {
             name,
             input: self.input.name.clone(),
@@ -476,7 +483,19 @@ impl<'a> Filling<'a> {
     /// Sends the last part and returns the number of rows.
     fn end(mut self) -> Result<u64, Stop> {
         self.send()?;
+        // The number is stored, also if the last rows were not wanted.
+        self.check_unchanged()?;
         Ok(self.count)
+    }
+
+    fn check_unchanged(&self) -> Result<(), Stop> {
+        match self.copy.has_changed() {
+            false => Ok(()),
+            true => Err(Stop::BadInput(format!(
+                "{}: it was changed while the command ran: run it again with another --out",
+                self.input.shown
+            ))),
+        }
     }
 }
 

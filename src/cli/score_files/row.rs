@@ -8,7 +8,7 @@ use crate::domain::message::TemplateArguments;
 use crate::train::rows::names::COMPLETIONS_COLUMN;
 use crate::train::rows::{pairs_of_line, pairs_of_record};
 
-/// Maximum number of answers to one prompt, as the server has it.
+/// Maximum number of answers to one prompt: the limit of ScoreCompletions.
 const MAX_ANSWERS: usize = 256;
 
 /// A row of an input.
@@ -93,28 +93,42 @@ impl InputRow {
     }
 }
 
-/// Reads a row with `chosen` and `rejected`. Several rejected answers are ranked with the chosen
-/// one.
+/// Reads a row with `chosen` and `rejected`. Several answers are ranked together, the chosen ones
+/// first.
 fn pairs(row: u64, fields: Map<String, Value>) -> Result<RowContent, RowIssue> {
+    let rejected_count = match fields.get("rejected") {
+        Some(Value::Array(all)) if matches!(all[..], [Value::String(_) | Value::Array(_), ..]) => {
+            all.len()
+        }
+        _ => 1,
+    };
     let mut pairs = pairs_of_record(row, fields).collect::<Result<Vec<_>, _>>()?;
-    if pairs.len() > 1 {
-        let PreferenceRow {
-            prompt,
-            chosen,
-            arguments,
-            ..
-        } = pairs[0].clone();
-        let rejected = pairs.into_iter().map(|pair| pair.rejected);
-        return Ok(RowContent::Answers(Box::new(PromptAnswers {
-            prompt,
-            answers: std::iter::once(chosen).chain(rejected).collect(),
-            arguments,
-        })));
+    if pairs.len() < 2 {
+        return Ok(match pairs.pop() {
+            Some(pair) => RowContent::Pair(Box::new(pair)),
+            None => RowContent::Bad("rejected has no answer".to_owned()),
+        });
     }
-    Ok(match pairs.pop() {
-        Some(pair) => RowContent::Pair(Box::new(pair)),
-        None => RowContent::Bad("rejected has no answer".to_owned()),
-    })
+    let PreferenceRow {
+        prompt, arguments, ..
+    } = pairs[0].clone();
+    // Whole dialogues may have more messages in common in one pair than in another.
+    if pairs.iter().any(|pair| pair.prompt != prompt) {
+        return Ok(RowContent::Bad(
+            "the answers continue different prompts: give the common prompt in the column prompt, \
+             and only the messages after it in chosen and rejected"
+                .to_owned(),
+        ));
+    }
+    // Each chosen answer has a pair with each rejected one, in the order of the rejected ones.
+    let chosen = pairs.iter().step_by(rejected_count).map(|p| &p.chosen);
+    let rejected = pairs.iter().take(rejected_count).map(|p| &p.rejected);
+    let answers = chosen.chain(rejected).cloned().collect();
+    Ok(RowContent::Answers(Box::new(PromptAnswers {
+        prompt,
+        answers,
+        arguments,
+    })))
 }
 
 /// Reads a row with `completions`. Each is read as the rejected answer to the first one, so that
@@ -134,6 +148,7 @@ fn answers(row: u64, mut fields: Map<String, Value>) -> Result<RowContent, RowIs
     if fields.get("prompt").is_none_or(Value::is_null) {
         return bad("prompt is missing: a row with completions needs one".to_owned());
     }
+    // These columns would make the row one of another shape.
     for column in ["chosen", "rejected", "input", "question"] {
         fields.remove(column);
     }
@@ -143,6 +158,7 @@ fn answers(row: u64, mut fields: Map<String, Value>) -> Result<RowContent, RowIs
         pair.insert("chosen".to_owned(), completions[0].clone());
         pair.insert("rejected".to_owned(), completion.clone());
         let pair = pairs_of_record(row, pair).next();
+        // The finding names the column of the pair, which the row does not have.
         let named = |issue: RowIssue| {
             let (field, place) = (issue.field.as_str(), format!("completions[{at}]"));
             let answer = ["chosen", "rejected"]
@@ -220,7 +236,39 @@ mod tests {
             assert_eq!(row.prompt, plain("p"));
             assert_eq!(row.answers, ["a", "b", "c"].map(plain));
         }
+        let several = r#"{"prompt": "p", "chosen": ["a", "b"], "rejected": ["c", "d", "e"]}"#;
+        let RowContent::Answers(row) = read(several).content else {
+            panic!("{several}")
+        };
+        assert_eq!(row.answers, ["a", "b", "c", "d", "e"].map(plain));
+        let one_rejected = r#"{"prompt": "p", "chosen": ["a", "b"], "rejected": "c"}"#;
+        let RowContent::Answers(row) = read(one_rejected).content else {
+            panic!("{one_rejected}")
+        };
+        assert_eq!(row.answers, ["a", "b", "c"].map(plain));
         assert!(InputRow::of_line(1, b" \t", &[]).is_none());
+    }
+
+    #[test]
+    fn answers_of_a_row_continue_one_prompt() {
+        let message = |role: &str, content: &str| {
+            serde_json::json!({"role": role, "content": content})
+        };
+        let dialogue = |texts: &[&str]| -> Value {
+            let roles = ["user", "assistant"].into_iter().cycle();
+            roles.zip(texts).map(|(role, text)| message(role, text)).collect()
+        };
+        let row = |rejected: [&[&str]; 2]| {
+            let row = serde_json::json!({
+                "chosen": dialogue(&["q", "a", "q2", "a2"]),
+                "rejected": rejected.map(dialogue),
+            });
+            row.to_string()
+        };
+        let alike = row([&["q", "a", "q2", "b"], &["q", "a", "q2", "c"]]);
+        assert!(matches!(read(&alike).content, RowContent::Answers(row) if row.answers.len() == 3));
+        let different = row([&["q", "a", "q2", "b"], &["q", "c"]]);
+        assert!(refusal(&different).contains("continue different prompts"));
     }
 
     #[test]

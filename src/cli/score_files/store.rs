@@ -2,7 +2,7 @@
 //! is never overwritten, also if several processes write it at the same time.
 
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::service::remote::open_store;
 /// Folder for unfinished files in an output folder. Readers of data sets ignore names that begin
 /// with an underscore.
 const INCOMPLETE: &str = "_incomplete";
-/// Maximum number of attempts to write a file while other processes remove that folder.
+/// Maximum number of further attempts to write a file while other processes remove that folder.
 const MAX_ATTEMPTS: u32 = 5;
 
 /// The place for parts.
@@ -115,7 +115,8 @@ impl PartStore {
                 match put {
                     Ok(_) => Ok(true),
                     Err(AlreadyExists { .. } | Precondition { .. }) => Ok(false),
-                    // A store without conditional writes. Whoever writes it, too, writes the same.
+                    // A store without conditional writes. Another process that writes the file at
+                    // the same time writes the same bytes.
                     Err(NotSupported { .. } | NotImplemented { .. }) => {
                         match store.head(&key).await {
                             Ok(_) => return Ok(false),
@@ -131,7 +132,7 @@ impl PartStore {
         }
     }
 
-    /// Writes a file, or replaces it.
+    /// Writes a file, in place of one that exists.
     ///
     /// # Errors
     /// As [`PartStore::create`].
@@ -154,7 +155,7 @@ impl PartStore {
         }
     }
 
-    /// Returns the content of a file, or of its last bytes; `None` if it does not exist.
+    /// Returns the content of a file, or only its last bytes; `None` if it does not exist.
     ///
     /// # Errors
     /// Returns a failure if it cannot be read.
@@ -166,7 +167,7 @@ impl PartStore {
         match &self.place {
             PartPlace::Folder(root) => {
                 let path = root.join(name);
-                let read = move || match std::fs::read(&path) {
+                let read = move || match read_file(&path, last_bytes) {
                     Ok(content) => Ok(Some(content)),
                     Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
                     Err(e) => Err(e),
@@ -254,6 +255,19 @@ pub(super) fn store_failure(what: &str, e: &object_store::Error, rights: &str) -
     }
 }
 
+/// Reads a file, or its last bytes; all of it if it has fewer.
+fn read_file(path: &Path, last_bytes: Option<u64>) -> std::io::Result<Vec<u8>> {
+    let mut file = std::fs::File::open(path)?;
+    if let Some(last) = last_bytes {
+        let start = file.metadata()?.len().saturating_sub(last);
+        file.seek(SeekFrom::Start(start))?;
+    }
+    let mut content = Vec::new();
+    file.read_to_end(&mut content)?;
+    Ok(content)
+}
+
+/// Adds the files below a folder to `found`, with their sizes.
 fn walk(root: &Path, below: &str, found: &mut BTreeMap<String, u64>) -> std::io::Result<()> {
     let entries = match std::fs::read_dir(root.join(below)) {
         Ok(entries) => entries,
@@ -281,7 +295,7 @@ fn walk(root: &Path, below: &str, found: &mut BTreeMap<String, u64>) -> std::io:
     Ok(())
 }
 
-/// Fate of a file that exists already.
+/// Treatment of a file that exists already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum OnExisting {
     Keep,
@@ -289,8 +303,8 @@ enum OnExisting {
 }
 
 /// Writes a file under a temporary name, syncs it and renames it. Returns false if `target` exists
-/// and is kept. It begins again if another process has removed the folder of
-/// unfinished files, because it had written the last part.
+/// and is kept. It begins again if another process, which has written the last part, has removed
+/// the folder of unfinished files.
 fn write_file(
     root: &Path,
     target: &Path,
@@ -361,6 +375,10 @@ mod tests {
         );
         let read = store.read("a/b.parquet", None).await.unwrap();
         assert_eq!(read.as_deref(), Some(&b"first"[..]));
+        for (last, expected) in [(3, &b"rst"[..]), (5, b"first"), (99, b"first")] {
+            let read = store.read("a/b.parquet", Some(last)).await.unwrap();
+            assert_eq!(read.as_deref(), Some(expected));
+        }
         store.replace("m.json", b"1".to_vec()).await.unwrap();
         store.replace("m.json", b"22".to_vec()).await.unwrap();
         let listed = store.list().await.unwrap();

@@ -1,5 +1,7 @@
 //! Identifies the weights that score: their names with the step, and hashes of their content.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -7,6 +9,9 @@ use crate::cli::failure::Failure;
 use crate::cli::policy_names::PolicyNames;
 use crate::rpc::client::{Client, Status, is_absent};
 use crate::rpc::pb;
+
+/// Time limit for the answer of [`identify`].
+pub(super) const IDENTITY_LIMIT: Duration = Duration::from_secs(120);
 
 /// Identity of the policy and the reference at one server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,7 +32,7 @@ pub(super) struct WeightsIdentity {
 /// `best` of a job that has not ended, is refused.
 ///
 /// # Errors
-/// Returns a failure if a name means nothing, or weights that change.
+/// Returns a failure if a name means nothing, or means weights that change.
 pub(super) async fn complete_names(
     client: &Client,
     options: &mut pb::ScoringOptions,
@@ -92,7 +97,8 @@ pub(super) async fn identify(
         b: plain(" 3"),
         ..Default::default()
     };
-    // The pair may have more tokens than max_length, which is no matter: only the names count.
+    // The answer names the weights, also if the pair's own result is an error, e.g. because it has
+    // more tokens than max_length.
     let request = pb::ScorePairsRequest {
         options: Some(options.clone()),
         pairs: vec![pair],
@@ -111,7 +117,8 @@ pub(super) async fn identify(
     })
 }
 
-/// Returns the hashes of a model, or what identifies a checkpoint: it is written once.
+/// Returns the hashes of a model, or of a checkpoint, which is written once, its time and size and
+/// the hashes of its base.
 async fn content(client: &Client, version: &str) -> Result<Value, Status> {
     if version.starts_with("models/") {
         let request = pb::GetModelRequest {
@@ -182,28 +189,31 @@ impl WeightsIdentity {
         if self == expected {
             return Ok(());
         }
-        let (what, was, is) = if self.policy != expected.policy {
-            ("the policy", &expected.policy, &self.policy)
-        } else if self.reference != expected.reference {
-            ("the reference", &expected.reference, &self.reference)
-        } else if self.policy_content != expected.policy_content {
-            ("the policy's content", &expected.policy, &self.policy)
-        } else if self.reference_content != expected.reference_content {
-            (
-                "the reference's content",
-                &expected.reference,
-                &self.reference,
-            )
-        } else {
-            (
-                "the normalization",
-                &expected.normalization,
-                &self.normalization,
-            )
+        let text = |text: &String| Value::from(text.as_str());
+        let all = |of: &Self| {
+            [
+                text(&of.policy),
+                text(&of.reference),
+                of.policy_content.clone(),
+                of.reference_content.clone(),
+                text(&of.normalization),
+            ]
         };
+        let names = [
+            "the policy",
+            "the reference",
+            "the policy's content",
+            "the reference's content",
+            "the normalization",
+        ];
+        let mut pairs = names.into_iter().zip(all(expected)).zip(all(self));
+        let (what, was, is) = pairs
+            .find(|((_, was), is)| was != is)
+            .map(|((what, was), is)| (what, was, is))
+            .unwrap_or_default();
         Err(Failure::Failed(format!(
-            "{what} has changed at {address} (before: {was}, now: {is}): parts that are written \
-             are of the weights before; serve those again, or name another --out"
+            "{what} has changed at {address} (before: {was}, now: {is}): the parts so far were \
+             scored with the weights before; serve those again, or name another --out"
         )))
     }
 }

@@ -31,19 +31,19 @@ pub struct EvaluationReport {
     pub pairs: u64,
     /// Number of pairs and unreadable rows without a score.
     pub failed: u64,
-    /// The first of them.
+    /// The first failures by row and pair, at most 20.
     pub failures: Vec<PairFailure>,
     /// Number of truncated answers.
     pub truncated: u64,
-    /// Pairs whose chosen answer has the larger reward.
+    /// Pairs, won if the chosen answer has the larger reward.
     pub accuracy: Wins,
-    /// Rows with several answers, the best of which is a chosen one.
+    /// Rows with several answers, won if the best answer is a chosen one.
     pub best_of_n: Wins,
-    /// The same by subset; empty without a subset column.
+    /// Accuracy and best of N by subset; empty without a subset column.
     pub subsets: BTreeMap<String, SubsetWins>,
     /// Accuracy by length difference.
     pub by_length: Vec<LengthWins>,
-    /// Pairs whose margin has the sign of the given scores' difference.
+    /// Pairs with two different given scores, won if the margin has the sign of their difference.
     pub agreement: Wins,
     /// Mean margin; 0 without a pair.
     pub mean_margin: f64,
@@ -51,7 +51,7 @@ pub struct EvaluationReport {
     pub mean_probability: f64,
     /// Discrimination and calibration; `None` without a pair.
     pub probability: Option<ProbabilityScores>,
-    /// Margins.
+    /// Number of pairs by margin.
     pub margins: Histogram,
     /// The calibration, or the reason why there is none.
     pub calibration: std::result::Result<JudgedCalibration, String>,
@@ -139,21 +139,21 @@ pub struct Judgement {
     pub truncated: u64,
     /// Difference of the given scores, if the row has them.
     pub given: Option<f64>,
-    /// Half of the data on which the pair is: the calibration is fitted on the half `false`.
-    pub half: bool,
+    /// True if the calibration is judged on the pair, false if it is fitted on it.
+    pub is_held_out: bool,
 }
 
-/// Numbers of a pair.
+/// The part of a [`Judgement`] that is stored for each pair.
 #[derive(Clone, Copy)]
 struct PairNumbers {
     place: (u64, u32),
     margin: f64,
     length_difference: i64,
-    half: bool,
+    is_held_out: bool,
 }
 
-/// The best rewards among a row's answers.
-struct Best {
+/// The best rewards among the chosen and among the rejected answers of a row.
+struct BestRewards {
     subset: Option<String>,
     chosen: f64,
     rejected: f64,
@@ -171,11 +171,11 @@ pub struct EvaluationTally {
     subsets: BTreeMap<String, SubsetWins>,
     agreement: Wins,
     /// Rows that make several pairs, and rows of which a pair has no score (`None`).
-    several: BTreeMap<u64, Option<Best>>,
+    several: BTreeMap<u64, Option<BestRewards>>,
 }
 
 impl EvaluationTally {
-    /// Counts a row. The pairs of a row follow each other.
+    /// Counts the row of a pair that was read. The pairs of a row must follow each other.
     pub fn read(&mut self, row: u64) {
         if self.last_row != row {
             self.last_row = row;
@@ -226,12 +226,12 @@ impl EvaluationTally {
             place: pair.place,
             margin: pair.margin,
             length_difference: pair.length_difference,
-            half: pair.half,
+            is_held_out: pair.is_held_out,
         });
         if pair.place.1 > 0 {
             let (chosen, rejected) = pair.rewards;
             let row = self.several.entry(pair.place.0).or_insert_with(|| {
-                Some(Best {
+                Some(BestRewards {
                     subset: pair.subset,
                     chosen,
                     rejected,
@@ -298,10 +298,10 @@ fn by_length(pairs: &[PairNumbers]) -> Vec<LengthWins> {
     ranges
 }
 
-/// Fits a calibration on one half and judges it on the other.
+/// Fits a calibration on the pairs that are not held out, and judges it on those that are.
 fn calibrate(pairs: &[PairNumbers], bins: usize) -> std::result::Result<JudgedCalibration, String> {
-    let points = |half: bool| -> Vec<CalibrationPoint> {
-        let of_half = pairs.iter().filter(|pair| pair.half == half);
+    let points = |is_held_out: bool| -> Vec<CalibrationPoint> {
+        let of_half = pairs.iter().filter(|pair| pair.is_held_out == is_held_out);
         of_half
             .map(|pair| CalibrationPoint {
                 margin: pair.margin,
@@ -312,8 +312,8 @@ fn calibrate(pairs: &[PairNumbers], bins: usize) -> std::result::Result<JudgedCa
     let (to_fit, to_judge) = (points(false), points(true));
     if to_fit.len().min(to_judge.len()) < MIN_CALIBRATION_PAIRS {
         return Err(format!(
-            "the halves have {} and {} pairs, at least {MIN_CALIBRATION_PAIRS} each are needed: \
-             use more pairs with different prompts",
+            "the two halves of the data have {} and {} pairs with a score, and each needs at least \
+             {MIN_CALIBRATION_PAIRS}: use more pairs with different prompts",
             to_fit.len(),
             to_judge.len()
         ));
@@ -346,7 +346,7 @@ mod tests {
             length_difference: 10 * row as i64 - 30,
             truncated: u64::from(row == 1),
             given: (row == 2).then_some(-1.0),
-            half: row.is_multiple_of(2),
+            is_held_out: row.is_multiple_of(2),
         }
     }
 

@@ -263,12 +263,16 @@ fn encode_dataset(
         ))
     };
     let has_logged = |row: &&PreferenceRow| row.logged.reference != LoggedSums::Absent;
+    let logged_pairs = loaded.rows.iter().filter(has_logged);
+    // The pairs of a row with several answers follow each other.
+    let mut logged_rows: Vec<u64> = logged_pairs.map(|pair| pair.row).collect();
+    logged_rows.dedup();
     Ok(EncodedDataset {
         pairs,
         bad,
         unused_logged: match uses_logged {
             true => 0,
-            false => loaded.rows.iter().filter(has_logged).count() as u64,
+            false => logged_rows.len() as u64,
         },
         new_since_0_2_0: loaded.rows.iter().find_map(ignored_by_0_2_0),
     })

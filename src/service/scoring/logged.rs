@@ -11,9 +11,8 @@ use crate::train::logged::allowed_difference;
 const REFERENCE_FIELDS: [&str; 2] = ["pair.logged.reference_a", "pair.logged.reference_b"];
 /// Names of the fields with the numbers of tokens.
 const TOKENS_FIELDS: [&str; 2] = ["pair.logged.tokens_a", "pair.logged.tokens_b"];
-/// One pair in so many is computed by the named reference, too. The pairs are those whose hash is a
-/// multiple of it.
-const CHECKED_OF: u8 = 16;
+/// The named reference also computes one pair in 16, to compare it with the logged log-probs.
+const CHECK_INTERVAL: u8 = 16;
 
 /// Log-probs of a pair's answers a and b that the caller has computed before.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -89,14 +88,14 @@ pub(super) fn refuse_truncated(encoded: &[EncodedCompletion]) -> Result<()> {
     }
 }
 
-/// Returns true if the pair belongs to the sample that the named reference computes, too. Only the
-/// pair's tokens decide.
+/// Returns true if the named reference also computes the pair: the first byte of a hash of its
+/// tokens is a multiple of [`CHECK_INTERVAL`]. So the same pairs are checked each time.
 pub(super) fn is_checked(encoded: &[EncodedCompletion]) -> bool {
     let mut hash = blake3::Hasher::new();
     for id in encoded.iter().flat_map(|answer| &answer.tokens) {
         hash.update(&id.to_le_bytes());
     }
-    hash.finalize().as_bytes()[0].is_multiple_of(CHECKED_OF)
+    hash.finalize().as_bytes()[0].is_multiple_of(CHECK_INTERVAL)
 }
 
 /// Compares the log-probs that the caller gave with those that the reference has computed for the

@@ -67,7 +67,8 @@ pub fn for_each_row(
     for_each_decoded(path, &[], |_, pair| row(pair))
 }
 
-/// Does the same for a Parquet file, with the labels of each row: its values in `columns`.
+/// Calls `row` with each pair of a Parquet file, or with the finding about a row that cannot be
+/// read, and with the labels of the row: its values in `columns`.
 pub(super) fn for_each_decoded(
     path: &Path,
     columns: &[String],

@@ -9,8 +9,9 @@ use crate::domain::logged::{
 };
 use crate::domain::violation::shortened;
 
-/// Columns of the chosen and of the rejected answers, each with one value for each answer.
-const OF_SIDE: [[&str; 2]; 2] = [
+/// Columns with the log-probs of the chosen, and of the rejected answers. In a row with several
+/// answers each column has a list with a value for each answer.
+const SIDE_COLUMNS: [[&str; 2]; 2] = [
     [REFERENCE_COLUMNS[0], POLICY_COLUMNS[0]],
     [REFERENCE_COLUMNS[1], POLICY_COLUMNS[1]],
 ];
@@ -60,17 +61,18 @@ fn number(value: &Value) -> Result<f64, String> {
     }
 }
 
-/// Log-probs of several answers: the columns of the chosen and of the rejected ones.
-pub(super) struct OfSeveral([Vec<(&'static str, Vec<Value>)>; 2]);
+/// Logged log-probs of a row with several answers: columns and values of the chosen answers, and of
+/// the rejected ones.
+pub(super) struct LoggedOfAnswers([Vec<(&'static str, Vec<Value>)>; 2]);
 
-impl OfSeveral {
+impl LoggedOfAnswers {
     /// Takes the columns that have a value for each of `counts` chosen and rejected answers. A
     /// single value for several answers belongs to none of them and becomes a list, which is
     /// reported later.
     pub(super) fn take(fields: &mut Map<String, Value>, counts: [usize; 2]) -> Self {
         let mut taken = [Vec::new(), Vec::new()];
         for side in 0..2 {
-            for column in OF_SIDE[side] {
+            for column in SIDE_COLUMNS[side] {
                 match fields.remove(column) {
                     Some(Value::Array(values)) if values.len() == counts[side] => {
                         taken[side].push((column, values));
@@ -85,7 +87,7 @@ impl OfSeveral {
                 }
             }
         }
-        OfSeveral(taken)
+        LoggedOfAnswers(taken)
     }
 
     /// Adds the values of the chosen and the rejected answer with the indices `places` to their
@@ -157,7 +159,7 @@ mod tests {
     fn each_of_several_rejected_answers_has_its_own_value() {
         let mut row = json!({"ref_chosen_logps": -1, "ref_rejected_logps": [-2, -3]});
         let fields = row.as_object_mut().unwrap();
-        let several = OfSeveral::take(fields, [1, 2]);
+        let several = LoggedOfAnswers::take(fields, [1, 2]);
         for (place, sum) in [(0, -2.0), (1, -3.0)] {
             let mut pair = fields.clone();
             several.add([0, place], &mut pair);
@@ -165,13 +167,13 @@ mod tests {
         }
         let mut row = json!({"ref_chosen_logps": [-1, -4], "ref_rejected_logps": [-2, -3]});
         let fields = row.as_object_mut().unwrap();
-        OfSeveral::take(fields, [2, 2]).add([1, 0], fields);
+        LoggedOfAnswers::take(fields, [2, 2]).add([1, 0], fields);
         assert_eq!(logged(fields).of_reference(), Ok([-4.0, -2.0]));
         // One value for two answers, and two for three.
         for (value, count) in [(json!(-2), 2), (json!([-2, -3]), 3)] {
             let mut row = json!({"ref_chosen_logps": -1, "ref_rejected_logps": value});
             let fields = row.as_object_mut().unwrap();
-            OfSeveral::take(fields, [1, count]).add([0, 0], fields);
+            LoggedOfAnswers::take(fields, [1, count]).add([0, 0], fields);
             let problem = logged(fields).of_reference().unwrap_err();
             assert_eq!(problem.column, "ref_rejected_logps");
         }

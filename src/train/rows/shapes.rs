@@ -25,14 +25,14 @@
 
 use serde_json::{Map, Value, json};
 
-use super::logged::OfSeveral;
+use super::logged::LoggedOfAnswers;
 use super::names::{OPENAI_COLUMNS, QUESTION_COLUMN};
 use super::reader::issue;
 use super::row;
 use crate::domain::dataset::{IssueReason, MAX_MESSAGES, PreferenceRow, RowIssue, RowShape};
 
 /// Maximum number of chosen or of rejected answers in a row.
-pub(super) const MAX_REJECTED: usize = 64;
+pub(super) const MAX_ANSWERS: usize = 64;
 /// Maximum number of pairs that a row makes.
 const MAX_PAIRS: usize = 1024;
 /// Pairs of our column name and the file's in the shape `orca`.
@@ -85,7 +85,7 @@ struct Several {
     row: u64,
     /// All columns except `chosen` and `rejected`.
     fields: Map<String, Value>,
-    logged: OfSeveral,
+    logged: LoggedOfAnswers,
     chosen: AnswerColumn,
     rejected: AnswerColumn,
     id: Option<String>,
@@ -130,9 +130,9 @@ impl AnswerColumn {
             Some(one) => vec![one],
         };
         let count = values.len();
-        if count > MAX_REJECTED {
+        if count > MAX_ANSWERS {
             let message = format!(
-                "{column} has {count} answers: {MAX_REJECTED} are the limit, so split the row"
+                "{column} has {count} answers: {MAX_ANSWERS} are the limit, so split the row"
             );
             return Err(refuse(column, IssueReason::InvalidType, message));
         }
@@ -199,7 +199,7 @@ impl Several {
             fields.insert("weight".to_owned(), json!(weight / count as f64));
         }
         let counts = [chosen.values.len(), rejected.values.len()];
-        let logged = OfSeveral::take(&mut fields, counts);
+        let logged = LoggedOfAnswers::take(&mut fields, counts);
         Ok(Several {
             row,
             fields,

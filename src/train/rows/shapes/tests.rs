@@ -465,7 +465,7 @@ fn a_list_of_answers_that_cannot_be_used_is_named() {
     );
     assert!(message.contains("mixes"), "{message}");
     assert_eq!(
-        refusal(row(json!(vec!["b"; MAX_REJECTED + 1]))).1,
+        refusal(row(json!(vec!["b"; MAX_ANSWERS + 1]))).1,
         IssueReason::InvalidType
     );
     let without_prompt = json!({"chosen": "Q a", "rejected": ["Q b", "Q c"]});
