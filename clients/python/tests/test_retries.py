@@ -75,6 +75,8 @@ class Fake(
         self.bad_pairs: dict[str, status_pb2.Status] = {}
         # A pair because of which a whole call is refused.
         self.spoiler = ""
+        # Seconds before a failure.
+        self.pause = 0.0
         # A pair with which the connection of its stream is lost, and set when that has happened.
         self.breaker = ""
         self.has_broken = threading.Event()
@@ -82,6 +84,7 @@ class Fake(
     def _begin(self, name: str, request: Any, context: Any) -> None:
         self.calls.append((name, time.monotonic(), request))
         if self.failures:
+            time.sleep(self.pause)
             self._fail(self.failures.pop(0), context)
 
     def _fail(self, failure: Any, context: Any) -> None:
@@ -403,6 +406,17 @@ def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_the_call_may
             with pytest.raises(BradleyError):
                 client.cancel("x", timeout=0.3)
             assert time.monotonic() - start < 30
+
+
+def test_a_first_call_whose_connection_is_lost_late_is_repeated(
+    fake: tuple[Fake, Client],
+) -> None:
+    servicer, client = fake
+    with Client(client._session.address.target, connect_timeout=0.3) as other:
+        servicer.pause = 0.5
+        servicer.failures = [grpc.StatusCode.UNAVAILABLE]
+        assert other.job("x").name == "trainingJobs/x"
+    assert len(servicer.calls) == 2
 
 
 def test_an_update_without_fields_changes_nothing(fake: tuple[Fake, Client]) -> None:

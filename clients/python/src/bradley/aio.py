@@ -272,6 +272,7 @@ class AsyncClient:
             if log_to is not None:
                 # Loggers block: W&B and MLflow may wait for their servers.
                 await asyncio.to_thread(logger.begin, await self.job(cursor.job))
+            await self._connect(cursor.attempts)
             while not cursor.has_ended:
                 try:
                     stream = self._training.StreamTrainingEvents(
@@ -296,7 +297,9 @@ class AsyncClient:
     ) -> training_pb2.TrainingJob:
         """Waits until a job has ended and returns it; see `Client.wait`."""
         name = messages.name_of(job, "trainingJobs")
-        async for _ in self.watch(name, log_to=log_to, timeout=timeout):
+        # Without loggers, the events of the past need not be sent.
+        tail = 1 if log_to is None else 0
+        async for _ in self.watch(name, tail=tail, log_to=log_to, timeout=timeout):
             pass
         return await self.job(name)
 
@@ -416,8 +419,8 @@ class AsyncClient:
 
     async def score_completions(
         self,
-        prompt: Any,
-        completions: Iterable[Any],
+        prompt: messages.TextLike,
+        completions: Iterable[messages.TextLike],
         policy: PolicyLike,
         *,
         timeout: float | None = None,
@@ -440,10 +443,14 @@ class AsyncClient:
         timeout: float = 86_400.0,
         **arguments: Unpack[ScoringArguments],
     ) -> AsyncGenerator[scoring_pb2.StreamScorePairsResponse, None]:
-        """Scores pairs as they come, in any order; see `Client.stream_scores`."""
+        """Scores pairs as they come, in any order; see `Client.stream_scores`.
+
+        The rows of a synchronous iterable are read in the event loop, so they must be at hand.
+        """
         options = calls.options(policy, arguments)
         feed = _Feed(options, _aiter(pairs))
         attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
+        await self._connect(attempts)
         with contextlib.closing(feed):
             while True:
                 error: grpc.RpcError | BradleyError | None = None
@@ -506,13 +513,17 @@ class AsyncClient:
         attempts = Attempts(self._session, deadline, repeatable=repeatable)
         return await self._repeat(method, request, attempts)
 
-    async def _repeat(
-        self, method: Callable[..., Awaitable[_T]], request: object, attempts: Attempts
-    ) -> _T:
+    async def _connect(self, attempts: Attempts) -> None:
         seconds = attempts.seconds_to_connect()
         if seconds > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._channel.channel_ready(), seconds)
+                attempts.connected()
+
+    async def _repeat(
+        self, method: Callable[..., Awaitable[_T]], request: object, attempts: Attempts
+    ) -> _T:
+        await self._connect(attempts)
         while True:
             try:
                 answer = await method(request, **attempts.settings())

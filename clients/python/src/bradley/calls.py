@@ -206,7 +206,7 @@ class PairsRun:
         self._waiting = list(range(len(pairs)))
         self._results: dict[int, scoring_pb2.PairResult] = {}
         self._failures = 0
-        self._first: scoring_pb2.ScorePairsResponse | None = None
+        self._responses: list[scoring_pb2.ScorePairsResponse] = []
 
     def request(self) -> scoring_pb2.ScorePairsRequest:
         """Returns the request for the pairs that have no result."""
@@ -215,7 +215,7 @@ class PairsRun:
 
     def take(self, response: scoring_pb2.ScorePairsResponse) -> float | None:
         """Takes the results. Returns the delay before the next request, or `None` at the end."""
-        self._first = self._first or response
+        self._responses.append(response)
         self._results.update(zip(self._waiting, response.results, strict=True))
         self._failures += 1
         delays = {
@@ -228,10 +228,8 @@ class PairsRun:
 
     def response(self) -> scoring_pb2.ScorePairsResponse:
         """Returns all results, in the order of the pairs."""
-        whole = scoring_pb2.ScorePairsResponse()
-        if self._first is not None:
-            whole.CopyFrom(self._first)
-            del whole.results[:]
+        whole = join_responses(self._responses)
+        del whole.results[:]
         whole.results.extend(self._results[i] for i in range(len(self._pairs)))
         return whole
 
@@ -265,7 +263,7 @@ class EventCursor:
         self.job = messages.name_of(job, "trainingJobs")
         self._session, self._timeout = session, timeout
         self._deadline = None if timeout is None else Deadline(timeout)
-        self._attempts = Attempts(session, None, repeatable=True)
+        self.attempts = Attempts(session, self._deadline, repeatable=True)
         self._sequence, self._tail = after, tail
         self._is_idle = True
         self.has_ended = False
@@ -286,7 +284,7 @@ class EventCursor:
 
     def take(self, event: training_pb2.TrainingEvent) -> None:
         """Moves the cursor to an event."""
-        self._attempts.answered()
+        self.attempts.answered()
         self._sequence, self._tail = event.sequence, 0
         self._is_idle = False
         if event.WhichOneof("event") == "state_change":
@@ -299,17 +297,13 @@ class EventCursor:
         event.
         """
         self.has_ended = self._is_idle and job.state in FINAL_STATES
-        return self._within(_PAUSE) if self._is_idle and not self.has_ended else 0.0
+        return _PAUSE if self._is_idle and not self.has_ended else 0.0
 
     def delay(self, rpc_error: grpc.RpcError) -> float:
         """Returns the seconds before the next stream. Raises an error that is final."""
         if self._session.explained(rpc_error).is_timeout:
             return 0.0  # The limit of the stream, not of the watching.
-        return self._within(self._attempts.delay(rpc_error))
-
-    def _within(self, delay: float) -> float:
-        """Returns the delay, or the time that is left if that is less."""
-        return delay if self._deadline is None else max(0.0, min(delay, self._deadline.remaining()))
+        return self.attempts.delay(rpc_error)
 
 
 class StreamedPairs:
@@ -346,7 +340,7 @@ class StreamedPairs:
         if not result.HasField("error"):
             return None
         error = from_status(result.error)
-        attempts = self._attempts[result.id] = self._attempts.get(result.id, 0) + 1
+        attempts = self._attempts[result.id] = self.attempts.get(result.id, 0) + 1
         if attempts >= retry.max_attempts or error.retry_delay is None:
             return None
         return error
@@ -360,6 +354,6 @@ class StreamedPairs:
         number = int(result.id) if result.id.isdigit() else -1
         if self.pending.pop(number, None) is None:
             return False
-        self._attempts.pop(result.id, None)
+        self.attempts.pop(result.id, None)
         result.id = self._ids.pop(number)
         return True

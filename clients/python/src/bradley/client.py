@@ -58,13 +58,15 @@ class Client:
     ) -> None:
         """Makes a client.
 
-        `target` is http://HOST:PORT, https://HOST:PORT, or dns:///HOST:PORT for several replicas
-        (calls go to each of them in turn); by default BRADLEY_SERVER, or http://127.0.0.1:50051.
-        `token` is the token, or a function that returns it for each call; by default BRADLEY_TOKEN.
-        `ca`, `cert` and `key` are files or contents in PEM format.
+        `target` is http://HOST:PORT, https://HOST:PORT with TLS, or dns:///HOST:PORT for several
+        replicas (calls go to each of them in turn, over TLS if `ca` or `cert` is given); by default
+        BRADLEY_SERVER, or http://127.0.0.1:50051. `token` is the token, or a function that returns
+        it for each call; by default BRADLEY_TOKEN. `ca`, `cert` and `key` are paths, or contents
+        (as bytes), in PEM format.
+
         `timeout` is the time of a call with its retries, in seconds, `scoring_timeout` that of
-        scoring, and `connect_timeout` the time after which a server that has never answered counts
-        as unreachable.
+        scoring, uploads, estimates and exports, and `connect_timeout` the time after which a server
+        that has never answered counts as unreachable.
         """
         address = Address(target, token, ca, cert, key)
         self._session = Session(
@@ -120,8 +122,9 @@ class Client:
 
         `data` is a file's path, bytes, an iterator of bytes, an iterable of dicts, a pandas
         DataFrame, a pyarrow Table or a `datasets.Dataset`. With `model`, the lengths of the rows
-        are checked with that model's tokenizer. `timeout` is 10 minutes by default. An upload is
-        repeated only if the server asks for it, because another one would be another dataset.
+        are checked with that model's tokenizer. `timeout` is `scoring_timeout` by default. An
+        upload is repeated only if the server asks for it, because another one would be another
+        dataset.
         """
         read, repeatable = uploads.reader(data)
         model = messages.full_name("models", model) if model else ""
@@ -157,7 +160,7 @@ class Client:
         return self._call(self._datasets.GetDataset, request, timeout)
 
     def datasets(self, *, timeout: float | None = None) -> Iterator[dataset_pb2.Dataset]:
-        """Returns the datasets, newest first, page by page."""
+        """Returns the datasets, newest first, page by page. `timeout` is the time of a page."""
         request = dataset_pb2.ListDatasetsRequest()
         while True:
             page = self._call(self._datasets.ListDatasets, request, timeout)
@@ -262,17 +265,18 @@ class Client:
         """Returns the events of a job after the sequence number `after`, until the job ends.
 
         The cursor is `event.sequence` of the last event, a number that can be saved: a later call
-        with `after=cursor` continues behind it, so that no event is lost and none comes twice. Lost
-        connections are resumed in the same way. With `tail`, only that many of the newest stored
-        events come first. `log_to` names loggers that get the metrics: "wandb", "mlflow",
-        "tensorboard", or objects of `bradley.loggers`. Raises `TimeoutError` after `timeout`
-        seconds; by default it waits until the job ends.
+        with `after=cursor` continues with the next event, so that none is missed and none comes
+        twice. The client does the same after a lost connection. With `tail`, only that many of the
+        newest stored events come first. `log_to` names loggers that get the metrics: "wandb",
+        "mlflow", "tensorboard", or objects of `bradley.loggers`. Raises `TimeoutError` after
+        `timeout` seconds; by default it waits until the job ends.
         """
         cursor = calls.EventCursor(job, after, tail, self._session, timeout)
         logger = open_logger(log_to)
         try:
             if log_to is not None:
                 logger.begin(self.job(cursor.job))
+            self._connect(cursor.attempts)
             while not cursor.has_ended:
                 try:
                     stream = self._training.StreamTrainingEvents(
@@ -299,14 +303,19 @@ class Client:
         failed or was cancelled is returned, too: its `state` and its `error` say so.
         """
         name = messages.name_of(job, "trainingJobs")
-        for _ in self.watch(name, log_to=log_to, timeout=timeout):
+        # Without loggers, the events of the past need not be sent.
+        tail = 1 if log_to is None else 0
+        for _ in self.watch(name, tail=tail, log_to=log_to, timeout=timeout):
             pass
         return self.job(name)
 
     def events(
         self, job: JobLike, *, after: int = 0, timeout: float | None = None
     ) -> Iterator[training_pb2.TrainingEvent]:
-        """Returns the stored events of a job after the sequence number `after`."""
+        """Returns the stored events of a job after the sequence number `after`, page by page.
+
+        `timeout` is the time of a page.
+        """
         request = training_pb2.ListTrainingEventsRequest(
             parent=messages.name_of(job, "trainingJobs"), after_sequence=after, page_size=1000
         )
@@ -370,7 +379,8 @@ class Client:
         """Downloads a checkpoint's files into the folder `out` and returns their paths.
 
         `format` is adapter (PEFT) or merged (transformers); by default it is adapter for LoRA jobs.
-        A job means its latest checkpoint. `timeout` is one hour by default.
+        A job means its latest checkpoint. A file gets its name when it is complete. `timeout` is
+        one hour by default.
         """
         request = checkpoint_pb2.DownloadCheckpointRequest(
             name=calls.checkpoint_name(checkpoint), format=calls.export_format(format), dtype=dtype
@@ -426,8 +436,8 @@ class Client:
 
     def score_completions(
         self,
-        prompt: Any,
-        completions: Iterable[Any],
+        prompt: messages.TextLike,
+        completions: Iterable[messages.TextLike],
         policy: PolicyLike,
         *,
         timeout: float | None = None,
@@ -466,6 +476,7 @@ class Client:
         options = calls.options(policy, arguments)
         source = _SharedSource(iter(pairs))
         attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
+        self._connect(attempts)
         while True:
             stopped = threading.Event()
             error: grpc.RpcError | BradleyError | None = None
@@ -523,13 +534,17 @@ class Client:
         attempts = Attempts(self._session, deadline, repeatable=repeatable)
         return self._repeat(method, request, attempts)
 
-    def _repeat(self, method: Callable[..., _T], request: object, attempts: Attempts) -> _T:
+    def _connect(self, attempts: Attempts) -> None:
         seconds = attempts.seconds_to_connect()
         if seconds > 0:
             ready = grpc.channel_ready_future(self._channel)
             with contextlib.suppress(grpc.FutureTimeoutError):
                 ready.result(timeout=seconds)
+                attempts.connected()
             ready.cancel()
+
+    def _repeat(self, method: Callable[..., _T], request: object, attempts: Attempts) -> _T:
+        self._connect(attempts)
         while True:
             try:
                 answer = method(request, **attempts.settings())

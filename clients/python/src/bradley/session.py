@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import grpc
 
 from bradley.connection import Address
-from bradley.errors import BradleyError, ErrorInfo, from_info, from_rpc
+from bradley.errors import BradleyError, from_info, from_rpc
 from bradley.retry import Deadline, RetryPolicy
 
 
 class Session:
-    """The settings of a client, and the knowledge whether its server has ever answered."""
+    """The settings of a client, and whether there has ever been a connection to its server."""
 
     def __init__(
         self,
@@ -29,21 +30,26 @@ class Session:
         self.address, self.retry = address, retry or RetryPolicy()
         self.timeout, self.scoring_timeout = timeout, scoring_timeout
         self.connect_timeout = connect_timeout
-        self.has_answered = False
+        self.was_reached = False
 
     def settings(self, seconds: float) -> dict[str, Any]:
         """Returns the arguments of gRPC for a call of at most that many seconds."""
         return {"timeout": max(seconds, 0.001), "metadata": self.address.call_metadata()}
 
     def explained(self, rpc_error: grpc.RpcError) -> BradleyError:
-        """Returns the exception for a failed call. For a server that has never answered, it names
-        the address."""
+        """Returns the exception for a failed call; its message has a remedy."""
         error = from_rpc(rpc_error)
-        if self.has_answered or error.is_timeout:
-            return error
-        if error.is_lost_connection:
-            return _unreachable(self.address, error)
-        self.has_answered = True
+        if not self.was_reached and (error.is_lost_connection or error.is_timeout):
+            return _with_message(
+                error,
+                f"cannot reach {self.address.where()[0]}: {error.message}: check the address, that "
+                "`bradley serve` runs there, and https:// for a server with TLS",
+            )
+        self.was_reached = True
+        if error.is_timeout:
+            return _with_message(
+                error, f"{error.message}: give a longer timeout if the call needs more time"
+            )
         return error
 
 
@@ -69,44 +75,45 @@ class Attempts:
     def seconds_to_connect(self) -> float:
         """Returns the seconds to wait for a connection before the first attempt; 0 for none.
 
-        A call that may not be repeated is not sent before there is a connection, so that a server
-        that still starts is waited for. If there is none, the call itself says why.
+        Nothing is sent before the first connection, so that a server that still starts is waited
+        for, and an error after it is known to be that of a lost connection. If there is no
+        connection in this time, the call itself says why; half of its time is left for that.
         """
-        if self._repeatable or self._session.has_answered:
+        if self._session.was_reached:
             return 0.0
-        return max(0.0, min(self._connect.remaining(), self._deadline.remaining()))
+        return max(0.0, min(self._connect.remaining(), self._deadline.remaining() / 2))
 
     def settings(self) -> dict[str, Any]:
         """Returns the arguments of gRPC for the next attempt."""
         return self._session.settings(self._deadline.remaining())
 
+    def connected(self) -> None:
+        """Notes that there is a connection."""
+        self._session.was_reached = True
+
     def answered(self) -> None:
         """Notes an answer of the server. Later failures are counted from 0."""
-        self._session.has_answered = True
+        self._session.was_reached = True
         self._failures = 0
 
     def delay(self, error: grpc.RpcError | BradleyError) -> float:
         """Returns the seconds before the next attempt. Raises the error if there is none."""
         if isinstance(error, BradleyError):
             # An error inside an answer.
-            explained, cause, self._session.has_answered = error, None, True
+            explained, cause, self._session.was_reached = error, None, True
         else:
             explained, cause = self._session.explained(error), error
         self._failures += 1
         delay = self._retry.delay(explained, self._failures, repeatable=self._repeatable)
         if delay is None or not self._deadline.allows(delay):
             raise explained from cause
-        if not self._session.has_answered and not self._connect.allows(delay):
+        if not self._session.was_reached and not self._connect.allows(delay):
             raise explained from cause
         return delay
 
 
-def _unreachable(address: Address, error: BradleyError) -> BradleyError:
-    message = (
-        f"cannot reach {address.where()[0]}: {error.message}: check the address, that "
-        "`bradley serve` runs there, and https:// for a server with TLS"
-    )
-    return from_info(ErrorInfo(error.code, message, request_id=error.request_id))
+def _with_message(error: BradleyError, message: str) -> BradleyError:
+    return from_info(dataclasses.replace(error.info, message=message))
 
 
 @contextlib.contextmanager
