@@ -340,7 +340,7 @@ class StreamedPairs:
         if not result.HasField("error"):
             return None
         error = from_status(result.error)
-        attempts = self._attempts[result.id] = self.attempts.get(result.id, 0) + 1
+        attempts = self._attempts[result.id] = self._attempts.get(result.id, 0) + 1
         if attempts >= retry.max_attempts or error.retry_delay is None:
             return None
         return error
@@ -354,6 +354,6 @@ class StreamedPairs:
         number = int(result.id) if result.id.isdigit() else -1
         if self.pending.pop(number, None) is None:
             return False
-        self.attempts.pop(result.id, None)
+        self._attempts.pop(result.id, None)
         result.id = self._ids.pop(number)
         return True
