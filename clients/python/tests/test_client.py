@@ -266,14 +266,17 @@ def test_checkpoints_are_listed_and_downloaded(
 
 
 def test_files_outside_of_the_folder_are_refused(tmp_path: Path) -> None:
-    from bradley.client import save_files
+    from bradley.downloads import FileWriter
 
     for name in ["../x", "/x", "a/b/c", ".hidden", "a/../b", ""]:
         part = checkpoint_pb2.DownloadCheckpointResponse(
             file=checkpoint_pb2.ExportedFile(path=name)
         )
-        with pytest.raises(BradleyError, match="is not allowed"):
-            save_files([part], tmp_path / "out")
+        with (
+            pytest.raises(BradleyError, match="is not allowed"),
+            FileWriter(tmp_path / "out") as writer,
+        ):
+            writer.take(part)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -66,6 +66,25 @@ def test_an_object_is_a_logger(client: Client, trained: training_pb2.TrainingJob
         next(iter(client.watch(trained, log_to="comet")))
 
 
+def test_every_logger_that_has_begun_ends(
+    client: Client, trained: training_pb2.TrainingJob
+) -> None:
+    class Broken(Recorder):
+        def start(self, job: training_pb2.TrainingJob) -> None:
+            raise OSError("the disk is full")
+
+    class Unwilling(Recorder):
+        def finish(self, state: str) -> None:
+            raise OSError("the disk is full")
+
+    first, second = Recorder(), Recorder()
+    with pytest.raises(OSError, match="full"):
+        next(client.watch(trained, log_to=[first, Broken()]))
+    with pytest.raises(OSError, match="full"):
+        client.wait(trained, log_to=[second, Unwilling()])
+    assert (first.states, second.states) == (["interrupted"], ["succeeded"])
+
+
 def losses(client: Client, job: training_pb2.TrainingJob) -> list[float]:
     events = client.events(job)
     return [e.step_metrics.metrics["loss"] for e in events if e.HasField("step_metrics")]

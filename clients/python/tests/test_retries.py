@@ -5,11 +5,15 @@ A real server is rarely overloaded or lost at the moment that a test needs.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import pickle
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,6 +22,8 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from bradley import (
+    AsyncClient,
+    BradleyError,
     Client,
     NotFoundError,
     ResourceExhaustedError,
@@ -27,6 +33,8 @@ from bradley import (
 )
 from bradley.errors import from_status
 from bradley.v1 import (
+    checkpoint_pb2,
+    checkpoint_pb2_grpc,
     dataset_pb2,
     dataset_pb2_grpc,
     scoring_pb2,
@@ -57,6 +65,7 @@ class Fake(
     scoring_pb2_grpc.ScoringServiceServicer,
     training_pb2_grpc.TrainingServiceServicer,
     dataset_pb2_grpc.DatasetServiceServicer,
+    checkpoint_pb2_grpc.CheckpointServiceServicer,
 ):
     """Fails calls with the errors of a list, one after the other, and then answers."""
 
@@ -66,10 +75,16 @@ class Fake(
         self.bad_pairs: dict[str, status_pb2.Status] = {}
         # A pair because of which a whole call is refused.
         self.spoiler = ""
+        # Seconds before a failure.
+        self.pause = 0.0
+        # A pair with which the connection of its stream is lost, and set when that has happened.
+        self.breaker = ""
+        self.has_broken = threading.Event()
 
     def _begin(self, name: str, request: Any, context: Any) -> None:
         self.calls.append((name, time.monotonic(), request))
         if self.failures:
+            time.sleep(self.pause)
             self._fail(self.failures.pop(0), context)
 
     def _fail(self, failure: Any, context: Any) -> None:
@@ -107,6 +122,9 @@ class Fake(
         for part in request_iterator:
             if part.WhichOneof("part") == "options":
                 continue
+            if self.breaker and part.pair.id == self.breaker and not self.has_broken.is_set():
+                self.has_broken.set()
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the connection was lost")
             answer = scoring_pb2.StreamScorePairsResponse()
             answer.result.id = part.pair.id
             if part.pair.id in self.bad_pairs:
@@ -128,6 +146,18 @@ class Fake(
         size = sum(len(part.chunk) for part in request_iterator)
         return dataset_pb2.Dataset(name="datasets/x", size_bytes=size)
 
+    def DownloadCheckpoint(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._begin("DownloadCheckpoint", None, context)
+        for name in ("a.json", "b.json"):
+            file = checkpoint_pb2.ExportedFile(path=name, size_bytes=6)
+            yield checkpoint_pb2.DownloadCheckpointResponse(file=file)
+            yield checkpoint_pb2.DownloadCheckpointResponse(chunk=b"123")
+            if name == self.breaker and not self.has_broken.is_set():
+                self.has_broken.set()
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the connection was lost")
+            if name != self.spoiler:
+                yield checkpoint_pb2.DownloadCheckpointResponse(chunk=b"456")
+
 
 @pytest.fixture
 def fake() -> Iterator[tuple[Fake, Client]]:
@@ -137,6 +167,7 @@ def fake() -> Iterator[tuple[Fake, Client]]:
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(servicer, server)
     training_pb2_grpc.add_TrainingServiceServicer_to_server(servicer, server)
     dataset_pb2_grpc.add_DatasetServiceServicer_to_server(servicer, server)
+    checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with Client(f"http://127.0.0.1:{port}", timeout=5, scoring_timeout=5) as client:
@@ -238,7 +269,7 @@ def test_pairs_of_a_stream_that_failed_are_sent_again(fake: tuple[Fake, Client])
 
 def test_retries_can_be_turned_off(fake: tuple[Fake, Client]) -> None:
     servicer, client = fake
-    address = client._address.target
+    address = client._session.address.target
     with Client(address, retry=RetryPolicy(max_attempts=1)) as once:
         servicer.failures = [busy(0.01)]
         with pytest.raises(UnavailableError):
@@ -248,7 +279,7 @@ def test_retries_can_be_turned_off(fake: tuple[Fake, Client]) -> None:
 def test_a_call_that_one_row_spoils_is_divided(fake: tuple[Fake, Client]) -> None:
     servicer, client = fake
     servicer.spoiler = "2"
-    with Scorer(client._address.target, "models/x") as scorer:
+    with Scorer(client._session.address.target, "models/x") as scorer:
         scored = scorer.rows(PAIRS)
     assert [row["probability"] for row in scored] == [0.25, 0.25, None, 0.25]
     assert scored[2]["error"] == "INVALID_ARGUMENT (MALFORMED_MESSAGE): no room now"
@@ -274,3 +305,121 @@ def test_details_that_cannot_be_read_are_left_out(fake: tuple[Fake, Client]) -> 
     with pytest.raises(NotFoundError, match="gone") as missing:
         client.job("x")
     assert (missing.value.reason, missing.value.request_id) == ("", "7")
+
+
+def test_a_stream_that_breaks_asks_for_every_row_once(fake: tuple[Fake, Client]) -> None:
+    servicer, client = fake
+    servicer.breaker = "2"
+    answered = threading.Semaphore(0)
+
+    def rows() -> Iterator[dict[str, str]]:
+        for i, pair in enumerate(PAIRS):
+            # The row after the one whose answer is lost waits for that answer.
+            for _ in range(3 if i == 3 else 0):
+                assert answered.acquire(timeout=4)
+            yield pair
+
+    ids = []
+    for answer in client.stream_scores(rows(), "models/x", timeout=5):
+        ids.append(answer.result.id)
+        answered.release()
+    assert sorted(ids) == ["0", "1", "2", "3"]
+    assert servicer.has_broken.is_set()
+
+
+def test_a_row_that_fails_while_a_stream_is_broken_is_an_error(fake: tuple[Fake, Client]) -> None:
+    servicer, client = fake
+    servicer.breaker = "1"
+
+    def rows() -> Iterator[dict[str, str]]:
+        yield from PAIRS[:2]
+        assert servicer.has_broken.wait(4)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(client.stream_scores(rows(), "models/x", timeout=5))
+
+
+def test_an_asynchronous_stream_that_breaks_asks_for_every_row_once(
+    fake: tuple[Fake, Client],
+) -> None:
+    servicer, client = fake
+    servicer.breaker = "2"
+
+    async def score() -> list[str]:
+        answered = asyncio.Semaphore(0)
+        ids = []
+
+        async def rows() -> AsyncIterator[dict[str, str]]:
+            for i, pair in enumerate(PAIRS):
+                for _ in range(3 if i == 3 else 0):
+                    await answered.acquire()
+                yield pair
+
+        async with AsyncClient(client._session.address.target) as other:
+            async for answer in other.stream_scores(rows(), "models/x", timeout=5):
+                ids.append(answer.result.id)
+                answered.release()
+        return ids
+
+    assert sorted(asyncio.run(asyncio.wait_for(score(), 20))) == ["0", "1", "2", "3"]
+    assert servicer.has_broken.is_set()
+
+
+def test_a_download_that_breaks_is_repeated(fake: tuple[Fake, Client], tmp_path: Path) -> None:
+    servicer, client = fake
+    servicer.breaker = "b.json"
+    paths = client.download("trainingJobs/x", tmp_path)
+    assert [path.read_bytes() for path in paths] == [b"123456"] * 2
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert [name for name, _, _ in servicer.calls] == ["DownloadCheckpoint"] * 2
+
+
+def test_a_file_that_is_not_complete_has_no_name(fake: tuple[Fake, Client], tmp_path: Path) -> None:
+    servicer, client = fake
+    servicer.spoiler = "b.json"
+    with pytest.raises(BradleyError, match=r"b\.json has not the size that the server named"):
+        client.download("trainingJobs/x", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_server_may_ask_for_more_attempts_than_lost_connections_get(
+    fake: tuple[Fake, Client],
+) -> None:
+    servicer, client = fake
+    few = RetryPolicy(max_attempts=3, first_delay=0.01)
+    with Client(client._session.address.target, retry=few, timeout=5) as other:
+        servicer.failures = [busy(0.01)] * 8
+        assert other.job("x").name == "trainingJobs/x"
+        servicer.failures = [grpc.StatusCode.UNAVAILABLE] * 3
+        with pytest.raises(UnavailableError):
+            other.job("x")
+        assert servicer.failures == []
+
+
+def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_the_call_may_last() -> None:
+    # Takes connections and says nothing.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with Client(f"http://127.0.0.1:{port}", connect_timeout=60) as client:
+            start = time.monotonic()
+            with pytest.raises(BradleyError):
+                client.cancel("x", timeout=0.3)
+            assert time.monotonic() - start < 30
+
+
+def test_a_first_call_whose_connection_is_lost_late_is_repeated(
+    fake: tuple[Fake, Client],
+) -> None:
+    servicer, client = fake
+    with Client(client._session.address.target, connect_timeout=0.3) as other:
+        servicer.pause = 0.5
+        servicer.failures = [grpc.StatusCode.UNAVAILABLE]
+        assert other.job("x").name == "trainingJobs/x"
+    assert len(servicer.calls) == 2
+
+
+def test_an_update_without_fields_changes_nothing(fake: tuple[Fake, Client]) -> None:
+    _, client = fake
+    with pytest.raises(ValueError, match="give some of"):
+        client.update("x")

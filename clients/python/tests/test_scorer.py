@@ -193,7 +193,7 @@ def test_options_reach_the_server(server: Server, client: Client, policy: str) -
 
 def test_answers_are_scored(server: Server, client: Client, policy: str) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": row["prompt"], "answers": [row["rejected"], row["chosen"], " 7"]}
         for row in PLAIN_ROWS[:10]
     ]

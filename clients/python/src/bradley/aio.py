@@ -11,7 +11,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterable,
-    Iterator,
     Sequence,
 )
 from pathlib import Path
@@ -21,11 +20,12 @@ import grpc
 
 from bradley import calls, messages, uploads
 from bradley.calls import JobLike, PolicyLike, ScoringArguments
-from bradley.client import FileWriter, unreachable
 from bradley.connection import Address, Pem
-from bradley.errors import BradleyError, from_rpc
-from bradley.loggers import EventLogger, LogTo, open_logger
+from bradley.downloads import FileWriter
+from bradley.errors import BradleyError, protocol_error
+from bradley.loggers import LogTo, open_logger
 from bradley.retry import Deadline, RetryPolicy, given
+from bradley.session import Attempts, Session, cancelled_at_exit
 from bradley.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -64,12 +64,15 @@ class AsyncClient:
         retry: RetryPolicy | None = None,
     ) -> None:
         """Makes a client; see `Client`."""
-        self._address = Address(target, token, ca, cert, key)
-        self._timeout, self._scoring_timeout = timeout, scoring_timeout
-        self._connect_timeout = connect_timeout
-        self._retry = retry or RetryPolicy()
-        self._has_answered = False
-        self._channel = self._address.aio_channel()
+        address = Address(target, token, ca, cert, key)
+        self._session = Session(
+            address,
+            retry,
+            timeout=timeout,
+            scoring_timeout=scoring_timeout,
+            connect_timeout=connect_timeout,
+        )
+        self._channel = address.aio_channel(connect_timeout)
         self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
         self._datasets = dataset_pb2_grpc.DatasetServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
@@ -143,9 +146,10 @@ class AsyncClient:
                     raise failures[0] from None
                 raise
 
-        retry = self._retry if repeatable else RetryPolicy(max_attempts=1)
-        deadline = Deadline(given(timeout, self._scoring_timeout))
-        return await self._repeat(send, None, deadline, retry, repeatable=False)
+        retry = None if repeatable else RetryPolicy(max_attempts=1)
+        deadline = Deadline(given(timeout, self._session.scoring_timeout))
+        attempts = Attempts(self._session, deadline, repeatable=False, retry=retry)
+        return await self._repeat(send, None, attempts)
 
     async def dataset(self, name: str, *, timeout: float | None = None) -> dataset_pb2.Dataset:
         """Returns a dataset with the findings of its validation."""
@@ -192,7 +196,9 @@ class AsyncClient:
         created = calls.job_request(job, fields).training_job
         request = training_pb2.EstimateTrainingJobRequest(training_job=created)
         return await self._call(
-            self._training.EstimateTrainingJob, request, given(timeout, self._scoring_timeout)
+            self._training.EstimateTrainingJob,
+            request,
+            given(timeout, self._session.scoring_timeout),
         )
 
     async def job(self, job: JobLike, *, timeout: float | None = None) -> training_pb2.TrainingJob:
@@ -260,41 +266,40 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> AsyncGenerator[training_pb2.TrainingEvent, None]:
         """Returns the events of a job after the sequence number `after`; see `Client.watch`."""
-        cursor = calls.EventCursor(job, after, tail, self._retry, timeout)
-        logger = open_logger(log_to, _no_job)
-        if log_to is not None:
-            # Loggers block: W&B and MLflow may wait for their servers.
-            await asyncio.to_thread(logger.begin, await self.job(cursor.job))
-        with _finished(logger):
+        cursor = calls.EventCursor(job, after, tail, self._session, timeout)
+        logger = open_logger(log_to)
+        try:
+            if log_to is not None:
+                # Loggers block: W&B and MLflow may wait for their servers.
+                await asyncio.to_thread(logger.begin, await self.job(cursor.job))
+            await self._connect(cursor.attempts)
             while not cursor.has_ended:
                 try:
                     stream = self._training.StreamTrainingEvents(
-                        cursor.request(),
-                        timeout=cursor.stream_seconds(),
-                        metadata=self._address.call_metadata(),
+                        cursor.request(), **cursor.settings()
                     )
-                    with _cancelled_at_exit(stream):
+                    with cancelled_at_exit(stream):
                         async for event in stream:
-                            self._has_answered = True
                             cursor.take(event)
                             if log_to is not None:
                                 await asyncio.to_thread(logger.event, event)
                             yield event
                     if not cursor.has_ended:
-                        cursor.may_have_ended(await self.job(cursor.job))
+                        await asyncio.sleep(cursor.delay_after(await self.job(cursor.job)))
                 except grpc.RpcError as rpc_error:
-                    error = self._explained(from_rpc(rpc_error))
-                    delay = cursor.delay(error)
-                    if delay is None:
-                        raise error from rpc_error
-                    await asyncio.sleep(delay)
+                    await asyncio.sleep(cursor.delay(rpc_error))
+        finally:
+            if log_to is not None:
+                await asyncio.to_thread(logger.finish)
 
     async def wait(
         self, job: JobLike, *, timeout: float | None = None, log_to: LogTo | None = None
     ) -> training_pb2.TrainingJob:
         """Waits until a job has ended and returns it; see `Client.wait`."""
         name = messages.name_of(job, "trainingJobs")
-        async for _ in self.watch(name, log_to=log_to, timeout=timeout):
+        # Without loggers, the events of the past need not be sent.
+        tail = 1 if log_to is None else 0
+        async for _ in self.watch(name, tail=tail, log_to=log_to, timeout=timeout):
             pass
         return await self.job(name)
 
@@ -352,7 +357,9 @@ class AsyncClient:
             name=calls.checkpoint_name(checkpoint), format=calls.export_format(format), dtype=dtype
         )
         return await self._call(
-            self._checkpoints.ExportCheckpoint, request, given(timeout, self._scoring_timeout)
+            self._checkpoints.ExportCheckpoint,
+            request,
+            given(timeout, self._session.scoring_timeout),
         )
 
     async def download(
@@ -371,13 +378,13 @@ class AsyncClient:
 
         async def receive(_: None, **settings: Any) -> list[Path]:
             stream = self._checkpoints.DownloadCheckpoint(request, **settings)
-            with FileWriter(Path(out)) as writer, _cancelled_at_exit(stream):
+            with cancelled_at_exit(stream), FileWriter(Path(out)) as writer:
                 async for part in stream:
                     await asyncio.to_thread(writer.take, part)
-            return writer.paths
+                return writer.finish()
 
-        deadline = Deadline(given(timeout, 3600))
-        return await self._repeat(receive, None, deadline, self._retry, repeatable=True)
+        attempts = Attempts(self._session, Deadline(given(timeout, 3600)), repeatable=True)
+        return await self._repeat(receive, None, attempts)
 
     # Scoring --------------------------------------------------------------------------------------
 
@@ -391,7 +398,7 @@ class AsyncClient:
     ) -> scoring_pb2.ScorePairsResponse:
         """Scores pairs. The results have the order of the pairs; see `Client.score_pairs`."""
         options = calls.options(policy, arguments)
-        deadline = Deadline(given(timeout, self._scoring_timeout))
+        deadline = Deadline(given(timeout, self._session.scoring_timeout))
         chunks = messages.chunks_of(calls.pairs(pairs), calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
         return calls.join_responses([await self._score(options, c, deadline) for c in chunks])
 
@@ -401,11 +408,10 @@ class AsyncClient:
         pairs: Sequence[scoring_pb2.Pair],
         deadline: Deadline,
     ) -> scoring_pb2.ScorePairsResponse:
-        run = calls.PairsRun(options, pairs, self._retry)
+        run = calls.PairsRun(options, pairs, self._session.retry)
         while True:
-            response = await self._repeat(
-                self._scoring.ScorePairs, run.request(), deadline, self._retry, repeatable=True
-            )
+            attempts = Attempts(self._session, deadline, repeatable=True)
+            response = await self._repeat(self._scoring.ScorePairs, run.request(), attempts)
             delay = run.take(response)
             if delay is None or not deadline.allows(delay):
                 return run.response()
@@ -413,8 +419,8 @@ class AsyncClient:
 
     async def score_completions(
         self,
-        prompt: Any,
-        completions: Iterable[Any],
+        prompt: messages.TextLike,
+        completions: Iterable[messages.TextLike],
         policy: PolicyLike,
         *,
         timeout: float | None = None,
@@ -426,7 +432,7 @@ class AsyncClient:
             options, {"prompt": prompt, "completions": list(completions)}
         )
         return await self._call(
-            self._scoring.ScoreCompletions, request, given(timeout, self._scoring_timeout)
+            self._scoring.ScoreCompletions, request, given(timeout, self._session.scoring_timeout)
         )
 
     async def stream_scores(
@@ -437,46 +443,46 @@ class AsyncClient:
         timeout: float = 86_400.0,
         **arguments: Unpack[ScoringArguments],
     ) -> AsyncGenerator[scoring_pb2.StreamScorePairsResponse, None]:
-        """Scores pairs as they come, in any order; see `Client.stream_scores`."""
+        """Scores pairs as they come, in any order; see `Client.stream_scores`.
+
+        The rows of a synchronous iterable are read in the event loop, so they must be at hand.
+        """
         options = calls.options(policy, arguments)
-        deadline = Deadline(timeout)
         feed = _Feed(options, _aiter(pairs))
-        failures = 0
-        while True:
-            error: BradleyError | None = None
-            try:
-                stream: Any = self._scoring.StreamScorePairs(
-                    feed.requests(),
-                    timeout=max(deadline.remaining(), 0.001),
-                    metadata=self._address.call_metadata(),
-                )
-                feed.cancel = stream.cancel
-                with _cancelled_at_exit(stream):
-                    async for response in stream:
-                        self._has_answered = True
-                        error = feed.must_repeat(response, self._retry)
-                        if error is not None:
-                            break
-                        failures = 0
-                        if feed.answered(response):
-                            yield response
-            except grpc.RpcError as rpc_error:
-                error = self._explained(from_rpc(rpc_error))
-            except asyncio.CancelledError:
-                # Either the caller's task is cancelled, or the call, because a row failed.
-                if feed.error is None:
-                    raise
-            if feed.error is not None:
-                raise feed.error
-            if error is None:
-                if feed.is_done():
-                    return
-                raise calls.protocol_error("the stream ended before all pairs were answered")
-            failures += 1
-            delay = self._retry.delay(error, failures, repeatable=True)
-            if delay is None or not deadline.allows(delay):
-                raise error
-            await asyncio.sleep(delay)
+        attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
+        await self._connect(attempts)
+        with contextlib.closing(feed):
+            while True:
+                error: grpc.RpcError | BradleyError | None = None
+                try:
+                    stream: Any = self._scoring.StreamScorePairs(
+                        feed.requests(),
+                        **attempts.settings(),
+                    )
+                    feed.cancel = stream.cancel
+                    with cancelled_at_exit(stream):
+                        async for response in stream:
+                            error = feed.must_repeat(response, self._session.retry)
+                            if error is not None:
+                                break
+                            attempts.answered()
+                            if feed.answered(response):
+                                yield response
+                except grpc.RpcError as rpc_error:
+                    error = rpc_error
+                except asyncio.CancelledError:
+                    # Either the caller's task is cancelled, or the call, because a row failed.
+                    if feed.error is None:
+                        raise
+                finally:
+                    feed.stop()
+                if feed.error is not None:
+                    raise feed.error
+                if error is None:
+                    if feed.is_done():
+                        return
+                    raise protocol_error("the stream ended before all pairs were answered")
+                await asyncio.sleep(attempts.delay(error))
 
     # Usage ----------------------------------------------------------------------------------------
 
@@ -484,8 +490,8 @@ class AsyncClient:
         self,
         owner: str = "",
         *,
-        start_date: Any = None,
-        end_date: Any = None,
+        start_date: calls.Day | None = None,
+        end_date: calls.Day | None = None,
         by_day: bool = False,
         timeout: float | None = None,
     ) -> list[usage_pb2.OwnerUsage]:
@@ -503,69 +509,28 @@ class AsyncClient:
         *,
         repeatable: bool = True,
     ) -> _T:
-        deadline = Deadline(given(timeout, self._timeout))
-        return await self._repeat(method, request, deadline, self._retry, repeatable=repeatable)
+        deadline = Deadline(given(timeout, self._session.timeout))
+        attempts = Attempts(self._session, deadline, repeatable=repeatable)
+        return await self._repeat(method, request, attempts)
+
+    async def _connect(self, attempts: Attempts) -> None:
+        seconds = attempts.seconds_to_connect()
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._channel.channel_ready(), seconds)
+                attempts.connected()
 
     async def _repeat(
-        self,
-        method: Callable[..., Awaitable[_T]],
-        request: object,
-        deadline: Deadline,
-        retry: RetryPolicy,
-        *,
-        repeatable: bool,
+        self, method: Callable[..., Awaitable[_T]], request: object, attempts: Attempts
     ) -> _T:
-        connect = Deadline(self._connect_timeout)
-        if not repeatable and not self._has_answered:
-            # As in Client.
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._channel.channel_ready(), connect.remaining())
-        failures = 0
+        await self._connect(attempts)
         while True:
             try:
-                answer = await method(
-                    request,
-                    timeout=max(deadline.remaining(), 0.001),
-                    metadata=self._address.call_metadata(),
-                )
-                self._has_answered = True
+                answer = await method(request, **attempts.settings())
+                attempts.answered()
                 return answer
             except grpc.RpcError as rpc_error:
-                error = self._explained(from_rpc(rpc_error))
-                failures += 1
-                delay = retry.delay(error, failures, repeatable=repeatable)
-                is_late = not self._has_answered and not connect.allows(delay or 0)
-                if delay is None or is_late or not deadline.allows(delay):
-                    raise error from rpc_error
-                await asyncio.sleep(delay)
-
-    def _explained(self, error: BradleyError) -> BradleyError:
-        if not error.is_lost_connection:
-            self._has_answered = True
-            return error
-        return error if self._has_answered else unreachable(self._address, error)
-
-
-def _no_job() -> training_pb2.TrainingJob:
-    raise AssertionError("the job is passed to begin()")
-
-
-@contextlib.contextmanager
-def _finished(logger: EventLogger) -> Iterator[None]:
-    """Ends the runs of a logger that has begun."""
-    try:
-        yield
-    finally:
-        logger.__exit__()
-
-
-@contextlib.contextmanager
-def _cancelled_at_exit(stream: Any) -> Iterator[None]:
-    """Ends a stream that its reader leaves."""
-    try:
-        yield
-    finally:
-        stream.cancel()
+                await asyncio.sleep(attempts.delay(rpc_error))
 
 
 class _Feed:
@@ -578,24 +543,21 @@ class _Feed:
         self._source = calls.StreamedPairs()
         self._slots = asyncio.Semaphore(calls.IN_FLIGHT)
         self._reading: asyncio.Future[messages.PairLike | None] | None = None
+        # The number of the stream whose requests may go on.
+        self._stream = 0
         self.cancel: Callable[[], object] = lambda: None
         self.error: Exception | None = None
 
-    async def requests(self) -> AsyncIterator[scoring_pb2.StreamScorePairsRequest]:
+    def requests(self) -> AsyncIterator[scoring_pb2.StreamScorePairsRequest]:
+        """Returns the requests of the next stream, until it is stopped."""
+        return self._requests(self._stream)
+
+    async def _requests(self, stream: int) -> AsyncIterator[scoring_pb2.StreamScorePairsRequest]:
         yield scoring_pb2.StreamScorePairsRequest(options=self._options)
         for pair in list(self._source.pending.values()):
             yield scoring_pb2.StreamScorePairsRequest(pair=pair)
         try:
-            while not self._source.is_exhausted:
-                await self._slots.acquire()
-                new = None
-                try:
-                    new = await self._next_pair()
-                finally:
-                    if new is None:
-                        self._slots.release()
-                if new is None:
-                    return
+            while (new := await self._next_pair(stream)) is not None:
                 yield scoring_pb2.StreamScorePairsRequest(pair=new)
         except Exception as error:
             self.error = error
@@ -603,11 +565,34 @@ class _Feed:
             self.cancel()
             raise
 
-    async def _next_pair(self) -> scoring_pb2.Pair | None:
-        # gRPC cancels these requests when the stream breaks. The caller's iterator must survive
-        # that, so the next stream awaits the same row.
+    def stop(self) -> None:
+        """Ends the requests of a stream. gRPC leaves them waiting if the stream breaks."""
+        self._stream += 1
+
+    def close(self) -> None:
+        """Gives up a row that is still awaited."""
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def _next_pair(self, stream: int) -> scoring_pb2.Pair | None:
+        """Returns the next pair as soon as there is room; `None` at the end or if stopped."""
+        await self._slots.acquire()
+        pair = None
+        try:
+            pair = await self._read(stream)
+        finally:
+            if pair is None:
+                self._slots.release()
+        return pair
+
+    async def _read(self, stream: int) -> scoring_pb2.Pair | None:
+        if stream != self._stream or self._source.is_exhausted:
+            return None
+        # The row outlives the stream that asks for it first: the next stream awaits the same one.
         self._reading = self._reading or asyncio.ensure_future(self._next_row())
         row = await asyncio.shield(self._reading)
+        if stream != self._stream:
+            return None
         self._reading = None
         if row is None:
             self._source.is_exhausted = True

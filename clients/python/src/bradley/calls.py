@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 import grpc
 
 from bradley import messages
-from bradley.errors import BradleyError, ErrorInfo, from_info, from_status
+from bradley.errors import BradleyError, from_status
 from bradley.retry import Deadline, RetryPolicy
+from bradley.session import Attempts, Session
 from bradley.v1 import (
     checkpoint_pb2,
     dataset_pb2,
@@ -29,7 +30,8 @@ STREAM_SECONDS = 600.0
 """Time after which an event stream is opened again, so that no call is without a deadline."""
 IN_FLIGHT = 512
 """Maximum number of pairs of a scoring stream that are sent and not answered."""
-_MAX_RECONNECTS = 30
+_PAUSE = 1.0
+"""Seconds before an event stream is opened again that ended without an event."""
 
 FINAL_STATES = frozenset(
     {
@@ -101,7 +103,8 @@ def job_request(
     validate_only: bool = False,
 ) -> training_pb2.CreateTrainingJobRequest:
     """Builds the request for a job. It has a request_id, so that it can be repeated."""
-    message = messages.job_message(job, _named(fields))
+    given = _named(job) if isinstance(job, Mapping) else job
+    message = messages.job_message(given, _named(fields))
     for field in ("policy", "reference"):
         if getattr(message, field):
             setattr(message, field, policy_name(getattr(message, field)))
@@ -134,6 +137,9 @@ def update_request(
     changeable = {"display_name", "labels", "priority", "ttl"}
     if unknown := fields.keys() - changeable:
         raise ValueError(f"{', '.join(sorted(unknown))}: only {sorted(changeable)} can be changed")
+    if not fields:
+        # An empty mask would replace all four.
+        raise ValueError(f"nothing is to be changed: give some of {sorted(changeable)}")
     request = training_pb2.UpdateTrainingJobRequest(
         training_job=messages.job_message({"name": messages.name_of(job, "trainingJobs")}, fields)
     )
@@ -171,10 +177,14 @@ def export_format(name: str) -> checkpoint_pb2.ExportFormat.ValueType:
     return checkpoint_pb2.ExportFormat.ValueType(names[name])
 
 
+Day = datetime.date | str
+"""A day, as a date or as YYYY-MM-DD."""
+
+
 def usage_request(
-    owner: str, start_date: Any, end_date: Any, by_day: bool
+    owner: str, start_date: Day | None, end_date: Day | None, by_day: bool
 ) -> usage_pb2.GetUsageRequest:
-    """Builds the request for usage. Dates are `datetime.date` or YYYY-MM-DD."""
+    """Builds the request for usage."""
     return usage_pb2.GetUsageRequest(
         owner=owner,
         start_date=str(start_date or ""),
@@ -196,7 +206,7 @@ class PairsRun:
         self._waiting = list(range(len(pairs)))
         self._results: dict[int, scoring_pb2.PairResult] = {}
         self._failures = 0
-        self._first: scoring_pb2.ScorePairsResponse | None = None
+        self._responses: list[scoring_pb2.ScorePairsResponse] = []
 
     def request(self) -> scoring_pb2.ScorePairsRequest:
         """Returns the request for the pairs that have no result."""
@@ -205,7 +215,7 @@ class PairsRun:
 
     def take(self, response: scoring_pb2.ScorePairsResponse) -> float | None:
         """Takes the results. Returns the delay before the next request, or `None` at the end."""
-        self._first = self._first or response
+        self._responses.append(response)
         self._results.update(zip(self._waiting, response.results, strict=True))
         self._failures += 1
         delays = {
@@ -218,10 +228,8 @@ class PairsRun:
 
     def response(self) -> scoring_pb2.ScorePairsResponse:
         """Returns all results, in the order of the pairs."""
-        whole = scoring_pb2.ScorePairsResponse()
-        if self._first is not None:
-            whole.CopyFrom(self._first)
-            del whole.results[:]
+        whole = join_responses(self._responses)
+        del whole.results[:]
         whole.results.extend(self._results[i] for i in range(len(self._pairs)))
         return whole
 
@@ -250,12 +258,13 @@ class EventCursor:
     """Follows a job's events across streams: where to continue, and when to stop."""
 
     def __init__(
-        self, job: JobLike, after: int, tail: int, retry: RetryPolicy, timeout: float | None
+        self, job: JobLike, after: int, tail: int, session: Session, timeout: float | None
     ) -> None:
         self.job = messages.name_of(job, "trainingJobs")
-        self._timeout, self._deadline = timeout, None if timeout is None else Deadline(timeout)
-        self._sequence, self._tail, self._retry = after, tail, retry
-        self._failures = 0
+        self._session, self._timeout = session, timeout
+        self._deadline = None if timeout is None else Deadline(timeout)
+        self.attempts = Attempts(session, self._deadline, repeatable=True)
+        self._sequence, self._tail = after, tail
         self._is_idle = True
         self.has_ended = False
 
@@ -266,37 +275,35 @@ class EventCursor:
             parent=self.job, after_sequence=self._sequence, tail=self._tail
         )
 
-    def stream_seconds(self) -> float:
-        """Returns the time limit of the next stream. Raises `TimeoutError` if there is no time."""
-        if self._deadline is None:
-            return STREAM_SECONDS
-        left = self._deadline.remaining()
+    def settings(self) -> dict[str, Any]:
+        """Returns the arguments of the next stream. Raises `TimeoutError` if there is no time."""
+        left = STREAM_SECONDS if self._deadline is None else self._deadline.remaining()
         if left <= 0:
             raise TimeoutError(f"{self.job} has not ended within {self._timeout} seconds")
-        return min(STREAM_SECONDS, left)
+        return self._session.settings(min(STREAM_SECONDS, left))
 
     def take(self, event: training_pb2.TrainingEvent) -> None:
         """Moves the cursor to an event."""
+        self.attempts.answered()
         self._sequence, self._tail = event.sequence, 0
-        self._failures, self._is_idle = 0, False
+        self._is_idle = False
         if event.WhichOneof("event") == "state_change":
             self.has_ended = event.state_change.to in FINAL_STATES
 
-    def may_have_ended(self, job: training_pb2.TrainingJob) -> None:
-        """Takes the job's state after a stream that ended without an error.
+    def delay_after(self, job: training_pb2.TrainingJob) -> float:
+        """Returns the seconds before the next stream, after one that ended without an error.
 
-        The job may have ended before the cursor; then the stream has no event.
+        `job` is the job as it is now. It may have ended before the cursor; then the stream has no
+        event.
         """
         self.has_ended = self._is_idle and job.state in FINAL_STATES
+        return _PAUSE if self._is_idle and not self.has_ended else 0.0
 
-    def delay(self, error: BradleyError) -> float | None:
-        """Returns the seconds before the next stream, or `None` if the error is final."""
-        if error.code is grpc.StatusCode.DEADLINE_EXCEEDED and not error.reason:
+    def delay(self, rpc_error: grpc.RpcError) -> float:
+        """Returns the seconds before the next stream. Raises an error that is final."""
+        if self._session.explained(rpc_error).is_timeout:
             return 0.0  # The limit of the stream, not of the watching.
-        self._failures += 1
-        if self._failures > _MAX_RECONNECTS:
-            return None
-        return self._retry.delay(error, self._failures, repeatable=True)
+        return self.attempts.delay(rpc_error)
 
 
 class StreamedPairs:
@@ -334,7 +341,9 @@ class StreamedPairs:
             return None
         error = from_status(result.error)
         attempts = self._attempts[result.id] = self._attempts.get(result.id, 0) + 1
-        return None if retry.delay(error, attempts, repeatable=False) is None else error
+        if attempts >= retry.max_attempts or error.retry_delay is None:
+            return None
+        return error
 
     def answered(self, response: scoring_pb2.StreamScorePairsResponse) -> bool:
         """Takes an answer and gives it the caller's id.
@@ -348,17 +357,3 @@ class StreamedPairs:
         self._attempts.pop(result.id, None)
         result.id = self._ids.pop(number)
         return True
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Returns the path of a downloaded file, which must lie in the folder or one below it."""
-    parts = PurePosixPath(name).parts
-    safe = all(not p.startswith(".") and "\\" not in p and ":" not in p for p in parts)
-    if not 1 <= len(parts) <= 2 or not safe or name.startswith("/"):
-        raise protocol_error(f"the file name {name!r} is not allowed")
-    return folder / name
-
-
-def protocol_error(message: str) -> BradleyError:
-    """Returns the error for an answer that violates the protocol."""
-    return from_info(ErrorInfo(grpc.StatusCode.INTERNAL, message, reason="PROTOCOL"))

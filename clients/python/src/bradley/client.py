@@ -14,9 +14,11 @@ import grpc
 from bradley import calls, messages, uploads
 from bradley.calls import JobLike, PolicyLike, ScoringArguments
 from bradley.connection import Address, Pem
-from bradley.errors import BradleyError, ErrorInfo, from_info, from_rpc
+from bradley.downloads import FileWriter
+from bradley.errors import BradleyError, protocol_error
 from bradley.loggers import LogTo, open_logger
 from bradley.retry import Deadline, RetryPolicy, given
+from bradley.session import Attempts, Session, cancelled_at_exit
 from bradley.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -56,20 +58,25 @@ class Client:
     ) -> None:
         """Makes a client.
 
-        `target` is http://HOST:PORT, https://HOST:PORT, or dns:///HOST:PORT for several replicas
-        (calls go to each of them in turn); by default BRADLEY_SERVER, or http://127.0.0.1:50051.
-        `token` is the token, or a function that returns it for each call; by default BRADLEY_TOKEN.
-        `ca`, `cert` and `key` are files or contents in PEM format.
+        `target` is http://HOST:PORT, https://HOST:PORT with TLS, or dns:///HOST:PORT for several
+        replicas (calls go to each of them in turn, over TLS if `ca` or `cert` is given); by default
+        BRADLEY_SERVER, or http://127.0.0.1:50051. `token` is the token, or a function that returns
+        it for each call; by default BRADLEY_TOKEN. `ca`, `cert` and `key` are paths, or contents
+        (as bytes), in PEM format.
+
         `timeout` is the time of a call with its retries, in seconds, `scoring_timeout` that of
-        scoring, and `connect_timeout` the time after which a server that has never answered counts
-        as unreachable.
+        scoring, uploads, estimates and exports, and `connect_timeout` the time after which a server
+        that has never answered counts as unreachable.
         """
-        self._address = Address(target, token, ca, cert, key)
-        self._timeout, self._scoring_timeout = timeout, scoring_timeout
-        self._connect_timeout = connect_timeout
-        self._retry = retry or RetryPolicy()
-        self._has_answered = False
-        self._channel = self._address.channel()
+        address = Address(target, token, ca, cert, key)
+        self._session = Session(
+            address,
+            retry,
+            timeout=timeout,
+            scoring_timeout=scoring_timeout,
+            connect_timeout=connect_timeout,
+        )
+        self._channel = address.channel(connect_timeout)
         self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
         self._datasets = dataset_pb2_grpc.DatasetServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
@@ -115,8 +122,9 @@ class Client:
 
         `data` is a file's path, bytes, an iterator of bytes, an iterable of dicts, a pandas
         DataFrame, a pyarrow Table or a `datasets.Dataset`. With `model`, the lengths of the rows
-        are checked with that model's tokenizer. `timeout` is 10 minutes by default. An upload is
-        repeated only if the server asks for it, because another one would be another dataset.
+        are checked with that model's tokenizer. `timeout` is `scoring_timeout` by default. An
+        upload is repeated only if the server asks for it, because another one would be another
+        dataset.
         """
         read, repeatable = uploads.reader(data)
         model = messages.full_name("models", model) if model else ""
@@ -141,9 +149,10 @@ class Client:
                     raise failures[0] from None
                 raise
 
-        retry = self._retry if repeatable else RetryPolicy(max_attempts=1)
-        deadline = Deadline(given(timeout, self._scoring_timeout))
-        return self._repeat(send, None, deadline, retry, repeatable=False)
+        retry = None if repeatable else RetryPolicy(max_attempts=1)
+        deadline = Deadline(given(timeout, self._session.scoring_timeout))
+        attempts = Attempts(self._session, deadline, repeatable=False, retry=retry)
+        return self._repeat(send, None, attempts)
 
     def dataset(self, name: str, *, timeout: float | None = None) -> dataset_pb2.Dataset:
         """Returns a dataset with the findings of its validation."""
@@ -151,7 +160,7 @@ class Client:
         return self._call(self._datasets.GetDataset, request, timeout)
 
     def datasets(self, *, timeout: float | None = None) -> Iterator[dataset_pb2.Dataset]:
-        """Returns the datasets, newest first, page by page."""
+        """Returns the datasets, newest first, page by page. `timeout` is the time of a page."""
         request = dataset_pb2.ListDatasetsRequest()
         while True:
             page = self._call(self._datasets.ListDatasets, request, timeout)
@@ -195,7 +204,9 @@ class Client:
         created = calls.job_request(job, fields).training_job
         request = training_pb2.EstimateTrainingJobRequest(training_job=created)
         return self._call(
-            self._training.EstimateTrainingJob, request, given(timeout, self._scoring_timeout)
+            self._training.EstimateTrainingJob,
+            request,
+            given(timeout, self._session.scoring_timeout),
         )
 
     def job(self, job: JobLike, *, timeout: float | None = None) -> training_pb2.TrainingJob:
@@ -254,35 +265,34 @@ class Client:
         """Returns the events of a job after the sequence number `after`, until the job ends.
 
         The cursor is `event.sequence` of the last event, a number that can be saved: a later call
-        with `after=cursor` continues behind it, so that no event is lost and none comes twice. Lost
-        connections are resumed in the same way. With `tail`, only that many of the newest stored
-        events come first. `log_to` names loggers that get the metrics: "wandb", "mlflow",
-        "tensorboard", or objects of `bradley.loggers`. Raises `TimeoutError` after `timeout`
-        seconds; by default it waits until the job ends.
+        with `after=cursor` continues with the next event, so that none is missed and none comes
+        twice. The client does the same after a lost connection. With `tail`, only that many of the
+        newest stored events come first. `log_to` names loggers that get the metrics: "wandb",
+        "mlflow", "tensorboard", or objects of `bradley.loggers`. Raises `TimeoutError` after
+        `timeout` seconds; by default it waits until the job ends.
         """
-        cursor = calls.EventCursor(job, after, tail, self._retry, timeout)
-        with open_logger(log_to, lambda: self.job(cursor.job)) as logger:
+        cursor = calls.EventCursor(job, after, tail, self._session, timeout)
+        logger = open_logger(log_to)
+        try:
+            if log_to is not None:
+                logger.begin(self.job(cursor.job))
+            self._connect(cursor.attempts)
             while not cursor.has_ended:
                 try:
                     stream = self._training.StreamTrainingEvents(
-                        cursor.request(),
-                        timeout=cursor.stream_seconds(),
-                        metadata=self._address.call_metadata(),
+                        cursor.request(), **cursor.settings()
                     )
-                    with _cancelled_at_exit(stream):
+                    with cancelled_at_exit(stream):
                         for event in stream:
-                            self._has_answered = True
                             cursor.take(event)
                             logger.event(event)
                             yield event
                     if not cursor.has_ended:
-                        cursor.may_have_ended(self.job(cursor.job))
+                        time.sleep(cursor.delay_after(self.job(cursor.job)))
                 except grpc.RpcError as rpc_error:
-                    error = self._explained(from_rpc(rpc_error))
-                    delay = cursor.delay(error)
-                    if delay is None:
-                        raise error from rpc_error
-                    time.sleep(delay)
+                    time.sleep(cursor.delay(rpc_error))
+        finally:
+            logger.finish()
 
     def wait(
         self, job: JobLike, *, timeout: float | None = None, log_to: LogTo | None = None
@@ -293,14 +303,19 @@ class Client:
         failed or was cancelled is returned, too: its `state` and its `error` say so.
         """
         name = messages.name_of(job, "trainingJobs")
-        for _ in self.watch(name, log_to=log_to, timeout=timeout):
+        # Without loggers, the events of the past need not be sent.
+        tail = 1 if log_to is None else 0
+        for _ in self.watch(name, tail=tail, log_to=log_to, timeout=timeout):
             pass
         return self.job(name)
 
     def events(
         self, job: JobLike, *, after: int = 0, timeout: float | None = None
     ) -> Iterator[training_pb2.TrainingEvent]:
-        """Returns the stored events of a job after the sequence number `after`."""
+        """Returns the stored events of a job after the sequence number `after`, page by page.
+
+        `timeout` is the time of a page.
+        """
         request = training_pb2.ListTrainingEventsRequest(
             parent=messages.name_of(job, "trainingJobs"), after_sequence=after, page_size=1000
         )
@@ -347,7 +362,9 @@ class Client:
             name=calls.checkpoint_name(checkpoint), format=calls.export_format(format), dtype=dtype
         )
         return self._call(
-            self._checkpoints.ExportCheckpoint, request, given(timeout, self._scoring_timeout)
+            self._checkpoints.ExportCheckpoint,
+            request,
+            given(timeout, self._session.scoring_timeout),
         )
 
     def download(
@@ -362,21 +379,22 @@ class Client:
         """Downloads a checkpoint's files into the folder `out` and returns their paths.
 
         `format` is adapter (PEFT) or merged (transformers); by default it is adapter for LoRA jobs.
-        A job means its latest checkpoint. `timeout` is one hour by default.
+        A job means its latest checkpoint. A file gets its name when it is complete. `timeout` is
+        one hour by default.
         """
-        folder = Path(out)
         request = checkpoint_pb2.DownloadCheckpointRequest(
             name=calls.checkpoint_name(checkpoint), format=calls.export_format(format), dtype=dtype
         )
 
         def receive(_: None, **settings: Any) -> list[Path]:
             stream = self._checkpoints.DownloadCheckpoint(request, **settings)
-            with _cancelled_at_exit(stream):
-                return save_files(stream, folder)
+            with cancelled_at_exit(stream), FileWriter(Path(out)) as writer:
+                for part in stream:
+                    writer.take(part)
+                return writer.finish()
 
-        return self._repeat(
-            receive, None, Deadline(given(timeout, 3600)), self._retry, repeatable=True
-        )
+        attempts = Attempts(self._session, Deadline(given(timeout, 3600)), repeatable=True)
+        return self._repeat(receive, None, attempts)
 
     # Scoring --------------------------------------------------------------------------------------
 
@@ -396,7 +414,7 @@ class Client:
         calls.
         """
         options = calls.options(policy, arguments)
-        deadline = Deadline(given(timeout, self._scoring_timeout))
+        deadline = Deadline(given(timeout, self._session.scoring_timeout))
         chunks = messages.chunks_of(calls.pairs(pairs), calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
         return calls.join_responses([self.score_call(options, c, deadline) for c in chunks])
 
@@ -407,11 +425,10 @@ class Client:
         deadline: Deadline,
     ) -> scoring_pb2.ScorePairsResponse:
         """Scores the pairs of one call. Pairs whose error asks for a retry are sent again."""
-        run = calls.PairsRun(options, pairs, self._retry)
+        run = calls.PairsRun(options, pairs, self._session.retry)
         while True:
-            response = self._repeat(
-                self._scoring.ScorePairs, run.request(), deadline, self._retry, repeatable=True
-            )
+            attempts = Attempts(self._session, deadline, repeatable=True)
+            response = self._repeat(self._scoring.ScorePairs, run.request(), attempts)
             delay = run.take(response)
             if delay is None or not deadline.allows(delay):
                 return run.response()
@@ -419,8 +436,8 @@ class Client:
 
     def score_completions(
         self,
-        prompt: Any,
-        completions: Iterable[Any],
+        prompt: messages.TextLike,
+        completions: Iterable[messages.TextLike],
         policy: PolicyLike,
         *,
         timeout: float | None = None,
@@ -432,16 +449,15 @@ class Client:
             options, {"prompt": prompt, "completions": list(completions)}
         )
         return self._call(
-            self._scoring.ScoreCompletions, request, given(timeout, self._scoring_timeout)
+            self._scoring.ScoreCompletions, request, given(timeout, self._session.scoring_timeout)
         )
 
     def completions_call(
         self, request: scoring_pb2.ScoreCompletionsRequest, deadline: Deadline
     ) -> scoring_pb2.ScoreCompletionsResponse:
         """Scores the answers of one call."""
-        return self._repeat(
-            self._scoring.ScoreCompletions, request, deadline, self._retry, repeatable=True
-        )
+        attempts = Attempts(self._session, deadline, repeatable=True)
+        return self._repeat(self._scoring.ScoreCompletions, request, attempts)
 
     def stream_scores(
         self,
@@ -458,42 +474,36 @@ class Client:
         the time of the whole stream.
         """
         options = calls.options(policy, arguments)
-        deadline = Deadline(timeout)
         source = _SharedSource(iter(pairs))
-        failures = 0
+        attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
+        self._connect(attempts)
         while True:
-            feed = _Feed(options, source)
-            error: BradleyError | None = None
+            stopped = threading.Event()
+            error: grpc.RpcError | BradleyError | None = None
             try:
                 stream = self._scoring.StreamScorePairs(
-                    feed.requests(),
-                    timeout=max(deadline.remaining(), 0.001),
-                    metadata=self._address.call_metadata(),
+                    source.requests(options, stopped),
+                    **attempts.settings(),
                 )
-                with _cancelled_at_exit(stream):
+                with cancelled_at_exit(stream):
                     for response in stream:
-                        self._has_answered = True
-                        error = source.must_repeat(response, self._retry)
+                        error = source.must_repeat(response, self._session.retry)
                         if error is not None:
                             break
-                        failures = 0
+                        attempts.answered()
                         if source.answered(response):
                             yield response
             except grpc.RpcError as rpc_error:
-                error = self._explained(from_rpc(rpc_error))
+                error = rpc_error
             finally:
-                feed.stop()
-            if feed.error is not None:
-                raise feed.error
+                source.stop(stopped)
+            if source.error is not None:
+                raise source.error
             if error is None:
                 if source.is_done():
                     return
-                raise calls.protocol_error("the stream ended before all pairs were answered")
-            failures += 1
-            delay = self._retry.delay(error, failures, repeatable=True)
-            if delay is None or not deadline.allows(delay):
-                raise error
-            time.sleep(delay)
+                raise protocol_error("the stream ended before all pairs were answered")
+            time.sleep(attempts.delay(error))
 
     # Usage ----------------------------------------------------------------------------------------
 
@@ -501,8 +511,8 @@ class Client:
         self,
         owner: str = "",
         *,
-        start_date: Any = None,
-        end_date: Any = None,
+        start_date: calls.Day | None = None,
+        end_date: calls.Day | None = None,
         by_day: bool = False,
         timeout: float | None = None,
     ) -> list[usage_pb2.OwnerUsage]:
@@ -520,139 +530,98 @@ class Client:
         *,
         repeatable: bool = True,
     ) -> _T:
-        deadline = Deadline(given(timeout, self._timeout))
-        return self._repeat(method, request, deadline, self._retry, repeatable=repeatable)
+        deadline = Deadline(given(timeout, self._session.timeout))
+        attempts = Attempts(self._session, deadline, repeatable=repeatable)
+        return self._repeat(method, request, attempts)
 
-    def _repeat(
-        self,
-        method: Callable[..., _T],
-        request: object,
-        deadline: Deadline,
-        retry: RetryPolicy,
-        *,
-        repeatable: bool,
-    ) -> _T:
-        connect = Deadline(self._connect_timeout)
-        if not repeatable and not self._has_answered:
-            # Nothing is sent before there is a connection, so that a server that still starts is
-            # waited for. If there is none, the call itself says why.
+    def _connect(self, attempts: Attempts) -> None:
+        seconds = attempts.seconds_to_connect()
+        if seconds > 0:
+            ready = grpc.channel_ready_future(self._channel)
             with contextlib.suppress(grpc.FutureTimeoutError):
-                grpc.channel_ready_future(self._channel).result(timeout=connect.remaining())
-        failures = 0
+                ready.result(timeout=seconds)
+                attempts.connected()
+            ready.cancel()
+
+    def _repeat(self, method: Callable[..., _T], request: object, attempts: Attempts) -> _T:
+        self._connect(attempts)
         while True:
             try:
-                answer = method(
-                    request,
-                    timeout=max(deadline.remaining(), 0.001),
-                    metadata=self._address.call_metadata(),
-                )
-                self._has_answered = True
+                answer = method(request, **attempts.settings())
+                attempts.answered()
                 return answer
             except grpc.RpcError as rpc_error:
-                error = self._explained(from_rpc(rpc_error))
-                failures += 1
-                delay = retry.delay(error, failures, repeatable=repeatable)
-                is_late = not self._has_answered and not connect.allows(delay or 0)
-                if delay is None or is_late or not deadline.allows(delay):
-                    raise error from rpc_error
-                time.sleep(delay)
-
-    def _explained(self, error: BradleyError) -> BradleyError:
-        """Adds the address to the error of a server that has never answered."""
-        if not error.is_lost_connection:
-            self._has_answered = True
-            return error
-        if self._has_answered:
-            return error
-        return unreachable(self._address, error)
-
-
-def unreachable(address: Address, error: BradleyError) -> BradleyError:
-    """Returns the error for a server that has never answered."""
-    message = (
-        f"cannot reach {address.where()[0]}: {error.message}: check the address, that "
-        "`bradley serve` runs there, and https:// for a server with TLS"
-    )
-    return from_info(ErrorInfo(error.code, message, request_id=error.request_id))
-
-
-def save_files(
-    parts: Iterable[checkpoint_pb2.DownloadCheckpointResponse], folder: Path
-) -> list[Path]:
-    """Writes the files of a download."""
-    writer = FileWriter(folder)
-    with writer:
-        for part in parts:
-            writer.take(part)
-    return writer.paths
-
-
-class FileWriter:
-    """Writes the files of a download, one after the other."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._open = folder, contextlib.ExitStack()
-        self._write: Callable[[bytes], object] | None = None
-        self.paths: list[Path] = []
-
-    def __enter__(self) -> FileWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def take(self, part: checkpoint_pb2.DownloadCheckpointResponse) -> None:
-        """Takes the next part: the name of a file, or its next bytes."""
-        if part.WhichOneof("part") == "file":
-            self._open.close()
-            path = calls.inside(self._folder, part.file.path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._write = self._open.enter_context(path.open("wb")).write
-            self.paths.append(path)
-        elif self._write is None:
-            raise calls.protocol_error("a download began without the name of a file")
-        else:
-            self._write(part.chunk)
-
-
-@contextlib.contextmanager
-def _cancelled_at_exit(stream: Any) -> Iterator[None]:
-    """Ends a stream that its reader leaves."""
-    try:
-        yield
-    finally:
-        stream.cancel()
+                time.sleep(attempts.delay(rpc_error))
 
 
 class _SharedSource:
-    """The pairs of a scoring stream, shared by gRPC's sending thread and the reader."""
+    """The pairs of a scoring stream, shared by gRPC's sending threads and the reader.
+
+    When a stream breaks, its thread may still wait for the caller's next row. Then the next stream
+    begins at once with the unanswered pairs, and gets that row as soon as it comes.
+    """
 
     def __init__(self, rows: Iterator[messages.PairLike]) -> None:
         self._rows, self._source = rows, calls.StreamedPairs()
-        # Held while the next pair is read, so that a new stream sees every pair of the old one.
+        # Held while the caller's next row is awaited.
         self._reading = threading.Lock()
+        # Held while a row becomes a pair of a stream, or a stream is stopped.
+        self._taking = threading.Lock()
         self._slots = threading.Semaphore(calls.IN_FLIGHT)
+        # A row that was read for a stream that had ended: at most one.
+        self._left_over: list[messages.PairLike] = []
+        self.error: Exception | None = None
 
-    def unanswered(self) -> list[scoring_pb2.Pair]:
-        with self._reading:
-            return list(self._source.pending.values())
+    def requests(
+        self, options: scoring_pb2.ScoringOptions, stopped: threading.Event
+    ) -> Iterator[scoring_pb2.StreamScorePairsRequest]:
+        """Returns the requests of one stream."""
+        yield scoring_pb2.StreamScorePairsRequest(options=options)
+        with self._taking:
+            unanswered = list(self._source.pending.values())
+        for pair in unanswered:
+            yield scoring_pb2.StreamScorePairsRequest(pair=pair)
+        while (new := self._next_pair(stopped)) is not None:
+            yield scoring_pb2.StreamScorePairsRequest(pair=new)
 
-    def next_pair(self, stopped: threading.Event) -> scoring_pb2.Pair | None:
+    def stop(self, stopped: threading.Event) -> None:
+        """Ends the requests of a stream."""
+        with self._taking:
+            stopped.set()
+
+    def _next_pair(self, stopped: threading.Event) -> scoring_pb2.Pair | None:
         """Returns the next pair as soon as there is room; `None` at the end or if stopped."""
         while not self._slots.acquire(timeout=0.1):
             if stopped.is_set():
                 return None
-        with self._reading:
-            if not stopped.is_set() and not self._source.is_exhausted:
-                for row in self._rows:
-                    return self._source.take(row)
+        pair = None
+        try:
+            with self._reading:
+                pair = self._read(stopped)
+        except Exception as error:
+            self.error = error
+            raise
+        finally:
+            if pair is None:
+                self._slots.release()
+        return pair
+
+    def _read(self, stopped: threading.Event) -> scoring_pb2.Pair | None:
+        if self.error is not None:
+            raise self.error
+        if not (stopped.is_set() or self._left_over or self._source.is_exhausted):
+            for row in self._rows:
+                self._left_over.append(row)
+                break
+            else:
                 self._source.is_exhausted = True
-        self._slots.release()
-        return None
+        with self._taking:
+            if stopped.is_set() or not self._left_over:
+                return None
+            return self._source.take(self._left_over.pop())
 
     def answered(self, response: scoring_pb2.StreamScorePairsResponse) -> bool:
-        # Without the lock: the caller's next pair may depend on this answer.
+        """Takes an answer. Returns false if the pair is no longer awaited."""
         is_new = self._source.answered(response)
         if is_new:
             self._slots.release()
@@ -661,30 +630,9 @@ class _SharedSource:
     def must_repeat(
         self, response: scoring_pb2.StreamScorePairsResponse, retry: RetryPolicy
     ) -> BradleyError | None:
+        """Returns the error of a pair that must be sent again."""
         return self._source.must_repeat(response, retry)
 
     def is_done(self) -> bool:
-        return self._source.is_exhausted and not self._source.pending
-
-
-class _Feed:
-    """The requests of one scoring stream."""
-
-    def __init__(self, options: scoring_pb2.ScoringOptions, source: _SharedSource) -> None:
-        self._options, self._source = options, source
-        self._stopped = threading.Event()
-        self.error: Exception | None = None
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def requests(self) -> Iterator[scoring_pb2.StreamScorePairsRequest]:
-        yield scoring_pb2.StreamScorePairsRequest(options=self._options)
-        for pair in self._source.unanswered():
-            yield scoring_pb2.StreamScorePairsRequest(pair=pair)
-        try:
-            while (new := self._source.next_pair(self._stopped)) is not None:
-                yield scoring_pb2.StreamScorePairsRequest(pair=new)
-        except Exception as error:
-            self.error = error
-            raise
+        """Returns true if every pair is answered."""
+        return self._source.is_exhausted and not (self._left_over or self._source.pending)

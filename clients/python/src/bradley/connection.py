@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import grpc.aio
 DEFAULT_TARGET = "http://127.0.0.1:50051"
 _MAX_RECEIVED_BYTES = 256 << 20
 _PORT = 50051
+_CONNECT_SECONDS = 5.0
 
 Pem = str | os.PathLike[str] | bytes
 """A file in PEM format, or its content."""
@@ -24,7 +25,7 @@ class Address:
     """An address with its credentials, as plain values that can be pickled."""
 
     target: str | None = None
-    token: str | Callable[[], str] | None = None
+    token: str | Callable[[], str] | None = field(default=None, repr=False)
     ca: Pem | None = None
     cert: Pem | None = None
     key: Pem | None = None
@@ -60,19 +61,21 @@ class Address:
         token = token() if callable(token) else token
         return (("authorization", f"Bearer {token}"),) if token else ()
 
-    def channel(self) -> grpc.Channel:
+    def channel(self, connect_timeout: float) -> grpc.Channel:
         """Opens a channel for the synchronous client."""
         name, tls = self.where()
+        options = _options(name, connect_timeout)
         if tls:
-            return grpc.secure_channel(name, self._credentials(), options=_options(name))
-        return grpc.insecure_channel(name, options=_options(name))
+            return grpc.secure_channel(name, self._credentials(), options=options)
+        return grpc.insecure_channel(name, options=options)
 
-    def aio_channel(self) -> grpc.aio.Channel:
+    def aio_channel(self, connect_timeout: float) -> grpc.aio.Channel:
         """Opens a channel for the asynchronous client."""
         name, tls = self.where()
+        options = _options(name, connect_timeout)
         if tls:
-            return grpc.aio.secure_channel(name, self._credentials(), options=_options(name))
-        return grpc.aio.insecure_channel(name, options=_options(name))
+            return grpc.aio.secure_channel(name, self._credentials(), options=options)
+        return grpc.aio.insecure_channel(name, options=options)
 
     def _credentials(self) -> grpc.ChannelCredentials:
         pem = [
@@ -83,6 +86,8 @@ class Address:
                 (self.cert, "BRADLEY_TLS_CLIENT_CERT"),
             )
         ]
+        if (pem[1] is None) != (pem[2] is None):
+            raise ValueError("cert and key must be given together")
         return grpc.ssl_channel_credentials(*pem)
 
 
@@ -91,7 +96,7 @@ def _pem(given: Pem | None, variable: str) -> bytes | None:
     return given if given is None or isinstance(given, bytes) else Path(given).read_bytes()
 
 
-def _options(name: str) -> list[tuple[str, str | int]]:
+def _options(name: str, connect_timeout: float) -> list[tuple[str, str | int]]:
     options: list[tuple[str, str | int]] = [
         ("grpc.max_receive_message_length", _MAX_RECEIVED_BYTES),
         ("grpc.max_send_message_length", -1),
@@ -103,7 +108,8 @@ def _options(name: str) -> list[tuple[str, str | int]]:
         ("grpc.primary_user_agent", f"bradley-client/{metadata.version('bradley-client')}"),
         # Clients of one process do not share a connection, so that each of them can be balanced.
         ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.min_reconnect_backoff_ms", 200),
+        # In spite of its name, the time that setting up a connection may take, TLS included.
+        ("grpc.min_reconnect_backoff_ms", int(min(connect_timeout, _CONNECT_SECONDS) * 1000)),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
     ]

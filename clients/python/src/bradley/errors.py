@@ -105,6 +105,11 @@ class BradleyError(Exception):
         """True if the error comes from the connection, so that a repeated call may succeed."""
         return not self.reason and self.code in _CONNECTION_CODES
 
+    @property
+    def is_timeout(self) -> bool:
+        """True if the time of the call is over. The server may have carried it out."""
+        return not self.reason and self.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
 
 class CancelledError(BradleyError):
     """The call was cancelled."""
@@ -190,6 +195,11 @@ _BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.S
 def from_info(info: ErrorInfo) -> BradleyError:
     """Returns the exception of an error's code."""
     return _CLASSES.get(info.code, BradleyError)(info)
+
+
+def protocol_error(message: str) -> BradleyError:
+    """Returns the error for an answer that violates the protocol."""
+    return from_info(ErrorInfo(grpc.StatusCode.INTERNAL, message, reason="PROTOCOL"))
 
 
 def from_status(status: status_pb2.Status) -> BradleyError:

@@ -8,6 +8,7 @@ metrics go to the same run again.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 from collections.abc import Callable, Sequence
@@ -168,8 +169,8 @@ LOGGERS: dict[str, Callable[[], Logger]] = {
 }
 
 
-def open_logger(log_to: LogTo | None, job: Callable[[], training_pb2.TrainingJob]) -> EventLogger:
-    """Returns the logger of a watching. `job` is called only if there is a logger."""
+def open_logger(log_to: LogTo | None) -> EventLogger:
+    """Returns the logger of a watching."""
     given: Sequence[str | Logger]
     if log_to is None:
         given = ()
@@ -177,7 +178,7 @@ def open_logger(log_to: LogTo | None, job: Callable[[], training_pb2.TrainingJob
         given = [log_to]
     else:
         given = log_to
-    return EventLogger([_logger(one) for one in given], job)
+    return EventLogger([_logger(one) for one in given])
 
 
 def _logger(given: str | Logger) -> Logger:
@@ -191,29 +192,25 @@ def _logger(given: str | Logger) -> Logger:
 
 
 class EventLogger:
-    """Passes the metrics of events to loggers, within a `with` block."""
+    """Passes the metrics of events to loggers."""
 
-    def __init__(
-        self, loggers: Sequence[Logger], job: Callable[[], training_pb2.TrainingJob]
-    ) -> None:
-        self._loggers, self._job = loggers, job
-        self._started: list[Logger] = []
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self._loggers = loggers
+        self._started = contextlib.ExitStack()
         self._state = "interrupted"
-
-    def __enter__(self) -> EventLogger:
-        if self._loggers:
-            self.begin(self._job())
-        return self
 
     def begin(self, job: training_pb2.TrainingJob) -> None:
         """Begins the runs of all loggers."""
         for logger in self._loggers:
             logger.start(job)
-            self._started.append(logger)
+            self._started.callback(self._end, logger)
 
-    def __exit__(self, *_: object) -> None:
-        for logger in self._started:
-            logger.finish(self._state)
+    def finish(self) -> None:
+        """Ends the runs that have begun, also if one of them cannot be ended."""
+        self._started.close()
+
+    def _end(self, logger: Logger) -> None:
+        logger.finish(self._state)
 
     def event(self, event: training_pb2.TrainingEvent) -> None:
         """Passes on an event's metrics."""
@@ -232,7 +229,7 @@ class EventLogger:
                 self._state = state
 
     def _pass_on(self, step: int, values: dict[str, float], when: float) -> None:
-        for logger in self._started:
+        for logger in self._loggers:
             logger.metrics(step, values, when)
 
 

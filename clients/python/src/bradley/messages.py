@@ -13,6 +13,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from bradley.v1 import scoring_pb2, training_pb2
 
+TextLike = str | Sequence[Mapping[str, Any]]
+"""A prompt or an answer: a text, or a list of chat messages."""
 PairLike = scoring_pb2.Pair | Mapping[str, Any]
 """A pair to score: a message, or a row with `prompt`, `chosen` and `rejected` (or `a` and `b`)."""
 

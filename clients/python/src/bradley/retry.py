@@ -19,7 +19,8 @@ class RetryPolicy:
     """
 
     max_attempts: int = 30
-    """Number of attempts, the first one included. 1 turns retries off."""
+    """Number of attempts, the first one included, if connections are lost. 1 turns all retries off.
+    Retries that the server asks for are limited by the call's `timeout` only."""
     first_delay: float = 0.2
     """Seconds before the first retry after a lost connection. Each further delay is doubled."""
     max_delay: float = 10.0
@@ -31,13 +32,13 @@ class RetryPolicy:
         `failures` is the number of failed attempts. `repeatable` is true if the call may be
         repeated although the server may have carried it out.
         """
-        if failures >= self.max_attempts:
+        if self.max_attempts <= 1:
             return None
         # A random part, so that the clients of a server do not all come back at the same moment.
         jitter = 1 + 0.2 * random.random()
         if error.retry_delay is not None:
             return error.retry_delay * jitter
-        if repeatable and error.is_lost_connection:
+        if repeatable and error.is_lost_connection and failures < self.max_attempts:
             return min(self.max_delay, self.first_delay * 2.0 ** min(failures - 1, 20)) * jitter
         return None
 

@@ -103,7 +103,8 @@ class Scorer:
 
         `target`, `token`, `ca`, `cert`, `key` and `retry` are those of `Client`, and `reference`,
         `beta`, `max_length`, `normalization`, `tools` and `chat_template_kwargs` those of
-        `Client.score_pairs`. A token that is read from BRADLEY_TOKEN is not pickled.
+        `Client.score_pairs`. A `token` is pickled with the scorer; one that is read from
+        BRADLEY_TOKEN is not.
 
         `prompt`, `chosen` and `rejected` name the columns of the pair. With `completions`, the name
         of a column with lists of answers, N answers are scored instead. `output` chooses the

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 from bradley.messages import is_missing, plain, to_json, without_nulls
 from bradley.v1 import dataset_pb2
@@ -16,9 +16,17 @@ from bradley.v1 import dataset_pb2
 CHUNK = 1 << 20
 """Size of a chunk of an upload, in bytes."""
 
-DataLike = Any
-"""Rows of a dataset: a file's path, its bytes, an open binary file, an iterator of bytes, an
-iterable of dicts, a pandas DataFrame, a pyarrow Table or a `datasets.Dataset`."""
+
+class HasBatches(Protocol):
+    """A pyarrow Table or Dataset."""
+
+    def to_batches(self) -> Iterable[Any]:
+        """Returns its record batches."""
+
+
+DataLike = os.PathLike[str] | BinaryIO | HasBatches | Iterable[Any]
+"""Rows of a dataset: a file's path (also as a str), its bytes, an open binary file, an iterator of
+bytes, an iterable of dicts, a pandas DataFrame, a pyarrow Table or a `datasets.Dataset`."""
 
 
 def metadata(
@@ -44,6 +52,11 @@ def reader(data: DataLike) -> tuple[Callable[[], Iterator[bytes]], bool]:
 
     Raises `TypeError` for data of an unknown kind.
     """
+    return _reader(data)
+
+
+def _reader(data: Any) -> tuple[Callable[[], Iterator[bytes]], bool]:
+    # Without the types of libraries that need not be installed.
     if isinstance(data, (str, os.PathLike)):
         path = Path(data)
         if not path.is_file():

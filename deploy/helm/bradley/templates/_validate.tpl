@@ -58,8 +58,8 @@
 {{- if and $v.tls.clientCa.existingSecret (not .models) (not .clientSecret) -}}
 {{- $wrong = append $wrong "scoreFiles needs scoreFiles.clientSecret, because clients need a certificate (tls.clientCa) and the servers score" -}}
 {{- end -}}
-{{- if and .models (contains "trainingJobs/" .policy) -}}
-{{- $wrong = append $wrong "scoreFiles.policy is a checkpoint of the servers, but scoreFiles.models lets each pod score by itself: export the checkpoint and name it in scoreFiles.models, or leave that empty" -}}
+{{- if and .models (contains "trainingJobs/" (print .policy " " .reference)) -}}
+{{- $wrong = append $wrong "scoreFiles.policy or scoreFiles.reference is a checkpoint of the servers, but scoreFiles.models lets each pod score by itself: export the checkpoint and name it in scoreFiles.models, or leave that empty" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
