@@ -468,9 +468,7 @@ def test_an_evaluation_reports_what_the_pairs_score(
     client.delete_dataset(uploaded)
 
 
-def test_a_saved_calibration_is_in_the_scores(
-    client: Client, server: Server, dataset: str
-) -> None:
+def test_a_saved_calibration_is_in_the_scores(client: Client, server: Server, dataset: str) -> None:
     job = client.wait(client.train(JOB_FIELDS, dataset=dataset), timeout=120)
     scored = [r.score for r in client.score_pairs(PLAIN_ROWS, job).results]
     assert not any(s.HasField("calibrated_probability") for s in scored)

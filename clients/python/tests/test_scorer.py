@@ -151,10 +151,10 @@ def test_lists_of_answers_have_the_pair_with_the_lowest_margin(
             assert lowest[0] == expected(plain, [plain["chosen"]], rejected)
             assert lowest[1] == expected(plain, [plain["chosen"], " Yes."], rejected[:2])
             assert lowest[2] == expected(dialogue, [dialogue["chosen"]], replies)
-            for i in (3, 4):
-                [score] = scores(client, [{**rows[i], "rejected": [rejected[0], replies[0]][i - 3]}], policy)
+            for i, row in ((3, {**plain, "rejected": rejected[0]}), (4, dialogue)):
+                [score] = scores(client, [row], policy)
                 assert lowest[i][0] == score.margin
-                assert lowest[i][1] is None or lowest[i][1] != lowest[i][1]
+                assert lowest[i][1] is None or lowest[i][1] != lowest[i][1], "NaN in pandas"
             errors = [row["error"] for row in found]
             assert errors[:5] == [None] * 5
             mixed = "rejected: mixes texts and lists of messages; use one form for all answers"

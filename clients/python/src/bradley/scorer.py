@@ -111,11 +111,13 @@ class Scorer:
 
         `prompt`, `chosen` and `rejected` name the columns of the pair. `chosen` and `rejected` may
         hold lists of answers, as the server's file formats do: each chosen one then makes a pair
-        with each rejected one, and the row gets the values of the pair with the lowest margin. With `completions`, the name
-        of a column with lists of answers, N answers are scored instead. `output` chooses the
-        columns that are added: names of `PAIR_COLUMNS` or `ANSWER_COLUMNS`, or "all"; `prefix` is
-        put before their names. At most `concurrency` calls with `pairs_per_call` pairs each are
-        open at a time. `timeout` is the time of a batch, in seconds.
+        with each rejected one, and the row gets the values of the pair with the lowest margin.
+
+        With `completions`, the name of a column with lists of answers, N answers are scored
+        instead. `output` chooses the columns that are added: names of `PAIR_COLUMNS` or
+        `ANSWER_COLUMNS`, or "all"; `prefix` is put before their names. At most `concurrency` calls
+        with `pairs_per_call` pairs each are open at a time. `timeout` is the time of a batch, in
+        seconds.
         """
         if not policy:
             raise ValueError(
