@@ -23,6 +23,7 @@ mod remote;
 mod resources;
 mod score;
 mod score_files;
+mod scoring_flags;
 pub mod serve;
 pub mod settings;
 mod short_names;

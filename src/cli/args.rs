@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::job_flags::JobFlags;
+use super::scoring_flags::ScoringArgs;
 use super::settings::SETTINGS;
 use crate::rpc::client::Target;
 use crate::train::rows::apart::DECODE;
@@ -566,30 +567,9 @@ pub struct ScoreArgs {
     /// They have an error in place of a score with and without this flag.
     #[arg(long)]
     pub skip_bad_rows: bool,
-    /// The policy: a base model's name, a job (its latest checkpoint), or
-    /// JOB/checkpoints/STEP|latest|best.
-    #[arg(long)]
-    pub policy: String,
-    /// The reference: named as the policy is. Default: the reference of the policy's job, or for a
-    /// base model the model itself.
-    #[arg(long, default_value = "")]
-    pub reference: String,
-    /// β of the rewards. Default: the job's, or 0.1 for a base model.
-    #[arg(long, allow_negative_numbers = true)]
-    pub beta: Option<f64>,
-    /// Maximum number of tokens of prompt + answer. Default: the job's, or 1024 for a base model.
-    #[arg(long)]
-    pub max_length: Option<u32>,
-    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
-    /// chat_template_kwargs override them.
-    #[arg(long, value_name = "JSON")]
-    pub template_args: Option<String>,
-    /// A file with a JSON array of tools, for rows without tools of their own.
-    #[arg(long, value_name = "FILE")]
-    pub tools: Option<PathBuf>,
-    /// Reward of an answer: from the sum over its tokens, from the mean, or as the job trained it.
-    #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"])]
-    pub normalization: String,
+    /// Policy, reference and options of the rewards.
+    #[command(flatten)]
+    pub scoring: ScoringArgs,
     /// Also print the token ids and log-probs of every answer's tokens. Only in JSON.
     #[arg(long)]
     pub per_token_logprobs: bool,
@@ -693,6 +673,7 @@ impl FleetArgs {
 /// Arguments of `score-files`.
 #[derive(Debug, Args)]
 #[command(after_help = SCORE_FILES_HELP)]
+#[command(mut_arg("policy", |policy| policy.help(SETTLED_POLICY)))]
 pub struct ScoreFilesArgs {
     /// Files of pairs, JSONL (also .gz and .zst) or Parquet: a path, a pattern such as
     /// 'pairs/**/*.parquet', or a URL of s3://, gs:// or az://, also with a pattern. A URL that
@@ -702,27 +683,12 @@ pub struct ScoreFilesArgs {
     /// Folder or URL for the parts.
     #[arg(long, value_name = "DIR|URL")]
     pub out: String,
-    /// The policy: a base model's name, a job that has ended (its latest checkpoint), or
-    /// JOB/checkpoints/STEP|latest|best.
-    #[arg(long)]
-    pub policy: String,
-    /// The reference: named as the policy is. Default: the reference of the policy's job, or for a
-    /// base model the model itself.
-    #[arg(long, default_value = "")]
-    pub reference: String,
-    /// β of the rewards. Default: the job's, or 0.1 for a base model.
-    #[arg(long, allow_negative_numbers = true)]
-    pub beta: Option<f64>,
-    /// Maximum number of tokens of prompt + answer. Default: the job's, or 1024 for a base model.
-    #[arg(long)]
-    pub max_length: Option<u32>,
-    /// Reward of an answer: from the sum over its tokens, from the mean, or as the job trained it.
-    #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"])]
-    pub normalization: String,
-    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
-    /// chat_template_kwargs override them.
-    #[arg(long, value_name = "JSON")]
-    pub template_args: Option<String>,
+    /// Policy, reference and options of the rewards.
+    #[command(flatten)]
+    pub scoring: ScoringArgs,
+    /// How the inputs are read.
+    #[command(flatten)]
+    pub reading: DataArgs,
     /// Columns of the input to copy into the output, as text, separated by commas.
     #[arg(long, value_name = "COL,COL", value_delimiter = ',')]
     pub carry: Vec<String>,
@@ -761,6 +727,9 @@ pub struct ScoreFilesArgs {
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
 }
+
+const SETTLED_POLICY: &str = "The policy: a base model's name, a job that has ended (its latest \
+    checkpoint), or JOB/checkpoints/STEP|latest|best";
 
 const SCORE_FILES_HELP: &str = "Every part is written once, under a name that depends on its rows, \
     the weights and the options. A command that was interrupted in any way is simply run again: it \
@@ -806,31 +775,9 @@ pub struct EvaluateArgs {
     /// without this flag.
     #[arg(long, help_heading = "Data")]
     pub skip_bad_rows: bool,
-    /// The policy: a base model's name, a job (its latest checkpoint), or
-    /// JOB/checkpoints/STEP|latest|best.
-    #[arg(long, help_heading = "Scoring")]
-    pub policy: String,
-    /// The reference: named as the policy is. Default: the reference of the policy's job, or for a
-    /// base model the model itself.
-    #[arg(long, default_value = "", help_heading = "Scoring")]
-    pub reference: String,
-    /// β of the rewards. Default: the job's, or 0.1 for a base model.
-    #[arg(long, allow_negative_numbers = true, help_heading = "Scoring")]
-    pub beta: Option<f64>,
-    /// Maximum number of tokens of prompt + answer. Default: the job's, or 1024 for a base model.
-    #[arg(long, help_heading = "Scoring")]
-    pub max_length: Option<u32>,
-    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
-    /// chat_template_kwargs override them.
-    #[arg(long, value_name = "JSON", help_heading = "Scoring")]
-    pub template_args: Option<String>,
-    /// A file with a JSON array of tools, for rows without tools of their own.
-    #[arg(long, value_name = "FILE", help_heading = "Scoring")]
-    pub tools: Option<PathBuf>,
-    /// Reward of an answer: from the sum over its tokens, from the mean, or as the job trained it.
-    #[arg(long, default_value = "as_trained", value_parser = ["as_trained", "sum", "mean"],
-          help_heading = "Scoring")]
-    pub normalization: String,
+    /// Policy, reference and options of the rewards.
+    #[command(flatten, next_help_heading = "Scoring")]
+    pub scoring: ScoringArgs,
     /// Number of bins of the reliability diagram and of the ECE.
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=100),
           help_heading = "Report")]
@@ -1196,6 +1143,14 @@ pub struct CurateArgs {
     /// The server to connect to.
     #[command(flatten, next_help_heading = "Connection")]
     pub server: ServerArgs,
+    /// Time in seconds for which pairs are sent again while the server is busy or not reached.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 600,
+        help_heading = "Connection"
+    )]
+    pub retry_timeout: u64,
 }
 
 const CURATE_HELP: &str = "\

@@ -19,13 +19,14 @@ use self::index::RowIndex;
 use self::jobs::{CreateError, FoldJob, FoldJobs, JobTemplate, RUN_LABEL};
 use self::report::{CurationReport, Thresholds, write_rows};
 use self::scorer::score_fold;
-use super::args::{CurateArgs, Output};
+use super::args::{CurateArgs, FleetArgs, Output};
 use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::output::{self, line};
 use super::policy_names::PolicyNames;
 use super::progress::{WorkProgress, say, waiting, warn};
-use super::remote::{connect, server_flag};
+use super::remote::server_flag;
+use super::score_files::fleet::Fleet;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
@@ -42,7 +43,7 @@ pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
     }
     let data = DataFiles::find(&args.data, &args.reading).await?;
     check_files(&args, &data)?;
-    let client = connect(&args.server.target()).await?;
+    let (fleet, client) = Fleet::connect(fleet_args(&args)).await?;
     let model = model(&client, &args.model).await?;
     let template = JobTemplate::new(&args, &model.name)?;
     template.check(&client).await?;
@@ -65,7 +66,7 @@ pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
     let mut curation = Curation {
         folder: ScoreFolder::open(&args.out, &run)?,
         jobs: FoldJobs::find(&client, template, &run, args.folds).await?,
-        client,
+        fleet,
         folds: args.folds,
         data,
         index: Arc::new(index),
@@ -103,6 +104,20 @@ pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
         ));
     }
     curation.clean_up(&args, output).await
+}
+
+/// Returns the one server, to which refused calls are sent again as `score-files` does.
+fn fleet_args(args: &CurateArgs) -> FleetArgs {
+    FleetArgs {
+        servers: vec![args.server.server.clone()],
+        connections: 1,
+        retry_timeout: args.retry_timeout,
+        wait_for_server: 0,
+        token: args.server.token.clone(),
+        tls_server_ca: args.server.tls_server_ca.clone(),
+        tls_client_cert: args.server.tls_client_cert.clone(),
+        tls_client_key: args.server.tls_client_key.clone(),
+    }
 }
 
 /// Checks that the files can be read several times, and that the output replaces none of them.
@@ -221,7 +236,7 @@ fn resumable(failure: Failure, jobs: &FoldJobs, args: &CurateArgs) -> Failure {
 
 /// A curation in progress.
 struct Curation {
-    client: Client,
+    fleet: Arc<Fleet>,
     data: DataFiles,
     index: Arc<RowIndex>,
     folds: u32,
@@ -270,7 +285,7 @@ impl Curation {
         let policy = format!("{}/checkpoints/latest", job.name);
         let rows = (&self.data, &self.index);
         let writer = self.folder.create_scores(fold)?;
-        let scoring = score_fold(&self.client, &policy, rows, fold, (writer, &progress));
+        let scoring = score_fold(&self.fleet, &policy, rows, fold, (writer, &progress));
         progress.during(scoring).await?;
         drop(progress);
         say(&format!("{name} is scored"));

@@ -10,7 +10,7 @@ use super::job_rows::{JobRows, RowLimits};
 use super::policy_names::{PolicyNames, same_model_warning};
 use super::progress::{WorkProgress, say, warn};
 use super::remote::connect;
-use super::{output, score, short_names};
+use super::{output, short_names};
 use crate::rpc::canonical::FieldSelection;
 use crate::rpc::client::Client;
 use crate::rpc::pb::{self, evaluate_policy_response::Part};
@@ -20,10 +20,7 @@ pub(super) async fn run(args: EvaluateArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
     let names = PolicyNames::of(&client).await?;
     let options = request.options.get_or_insert_default();
-    options.policy = names.complete("--policy", &args.policy).await?;
-    if !args.reference.is_empty() {
-        options.reference = names.complete("--reference", &args.reference).await?;
-    }
+    names.complete_options(options).await?;
     if let Some(warning) = same_model_warning(&options.policy, &options.reference) {
         warn(&warning);
     }
@@ -53,20 +50,8 @@ fn request(args: &EvaluateArgs) -> Result<pb::EvaluatePolicyRequest, Failure> {
             ));
         }
     };
-    let options = pb::ScoringOptions {
-        beta: args.beta,
-        max_length: args.max_length,
-        chat_template_kwargs_json: score::template_arguments(args.template_args.as_deref())?,
-        tools_json: match &args.tools {
-            Some(path) => std::fs::read_to_string(path)
-                .map_err(|e| Failure::Failed(format!("{}: {e}", path.display())))?,
-            None => String::new(),
-        },
-        normalization: score::normalization(&args.normalization).into(),
-        ..Default::default()
-    };
     Ok(pb::EvaluatePolicyRequest {
-        options: Some(options),
+        options: Some(args.scoring.options()?),
         dataset: String::new(),
         subset_column: args.subset_column.clone().unwrap_or_default(),
         chosen_score_column: chosen.to_owned(),

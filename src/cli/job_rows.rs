@@ -1,5 +1,7 @@
 //! Puts the rows of a job on the server: uploads files, unless the server has their rows already.
 
+use std::time::Duration;
+
 use super::args::Output;
 use super::data::{ContentHash, DataFiles, Uploaded};
 use super::failure::Failure;
@@ -11,6 +13,9 @@ use crate::rpc::pb;
 const MAX_CANDIDATES: i32 = 100;
 /// Number of findings that are printed.
 const MAX_PRINTED: usize = 10;
+
+/// Maximum time for the removal of a dataset.
+const REMOVAL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Model and maximum length with which the server checks the rows of uploaded files.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,14 +85,11 @@ impl JobRows {
         let mut remaining = Vec::new();
         for name in self.uploaded {
             let request = pb::DeleteDatasetRequest { name: name.clone() };
-            if self
-                .client
-                .datasets()
-                .delete_dataset(request)
-                .await
-                .is_err()
-            {
-                remaining.push(name);
+            let mut datasets = self.client.datasets();
+            let removal = datasets.delete_dataset(request);
+            match tokio::time::timeout(REMOVAL_LIMIT, removal).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(_)) | Err(_) => remaining.push(name),
             }
         }
         let names = remaining.join(", ");

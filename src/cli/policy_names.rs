@@ -92,6 +92,21 @@ impl PolicyNames {
         )))
     }
 
+    /// Completes the names of policy and reference, as the flags of these names give them.
+    ///
+    /// # Errors
+    /// The errors of [`PolicyNames::complete`].
+    pub(super) async fn complete_options(
+        &self,
+        options: &mut pb::ScoringOptions,
+    ) -> Result<(), Failure> {
+        options.policy = self.complete("--policy", &options.policy).await?;
+        if !options.reference.is_empty() {
+            options.reference = self.complete("--reference", &options.reference).await?;
+        }
+        Ok(())
+    }
+
     async fn may_list_jobs(&self) -> Result<bool, Failure> {
         short_names::may_list_jobs(&self.client).await
     }

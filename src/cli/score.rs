@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -35,24 +35,15 @@ const MAX_UNPRINTED_ROWS: usize = 1024;
 
 pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
-    let args = complete_names(&client, args).await?;
+    let mut options = args.scoring.options()?;
+    options.per_token_logprobs = args.per_token_logprobs;
+    let names = PolicyNames::of(&client).await?;
+    names.complete_options(&mut options).await?;
+    let warning = same_model_warning(&options.policy, &options.reference);
+    if let Some(warning) = warning.filter(|_| args.logged.is_none()) {
+        warn(&warning);
+    }
     let data = DataFiles::find(&args.data, &args.reading).await?;
-    let options = pb::ScoringOptions {
-        policy: args.policy.clone(),
-        reference: args.reference.clone(),
-        beta: args.beta,
-        max_length: args.max_length,
-        per_token_logprobs: args.per_token_logprobs,
-        chat_template_kwargs: None,
-        chat_template_kwargs_json: template_arguments(args.template_args.as_deref())?,
-        tools: Vec::new(),
-        tools_json: match &args.tools {
-            Some(path) => std::fs::read_to_string(path)
-                .map_err(|e| Failure::Failed(format!("{}: {e}", path.display())))?,
-            None => String::new(),
-        },
-        normalization: normalization(&args.normalization).into(),
-    };
     let progress = WorkProgress::pairs("scoring");
     let total = RowCount::start(data.clone());
     let (rows, trouble) = data.reader();
@@ -107,21 +98,6 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     }
 }
 
-/// Completes the names of policy and reference, and warns if they are the same base model.
-async fn complete_names(client: &Client, mut args: ScoreArgs) -> Result<ScoreArgs, Failure> {
-    let names = PolicyNames::of(client).await?;
-    args.policy = names.complete("--policy", &args.policy).await?;
-    if !args.reference.is_empty() {
-        args.reference = names.complete("--reference", &args.reference).await?;
-    }
-    if let Some(warning) =
-        same_model_warning(&args.policy, &args.reference).filter(|_| args.logged.is_none())
-    {
-        warn(&warning);
-    }
-    Ok(args)
-}
-
 /// Reads the pairs of a JSONL or Parquet file.
 ///
 /// # Errors
@@ -142,30 +118,6 @@ pub(super) fn reason(issue: &RowIssue) -> String {
     match issue.message.starts_with(&issue.field) {
         true => issue.message.clone(),
         false => format!("{}: {}", issue.field, issue.message),
-    }
-}
-
-/// Checks that the value of `--template-args` is a JSON object and returns it unchanged; without
-/// the flag the result is empty. The text is sent as JSON, because a Struct would lose the order of
-/// keys and turn 1.0 into 1.
-pub(super) fn template_arguments(text: Option<&str>) -> Result<String, Failure> {
-    let Some(text) = text else {
-        return Ok(String::new());
-    };
-    let _: Map<String, Value> = serde_json::from_str(text).map_err(|e| {
-        Failure::Usage(format!(
-            "--template-args: {e}; give a JSON object such as {{\"enable_thinking\": false}}"
-        ))
-    })?;
-    Ok(text.to_owned())
-}
-
-/// Parses the value of `--normalization`.
-pub(super) fn normalization(name: &str) -> pb::RewardNormalization {
-    match name {
-        "sum" => pb::RewardNormalization::Sum,
-        "mean" => pb::RewardNormalization::Mean,
-        _ => pb::RewardNormalization::AsTrained,
     }
 }
 

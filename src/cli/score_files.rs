@@ -8,9 +8,9 @@
 //! its shard from the name, so that every process finds out alone what is left to do. Memory is
 //! bounded by the parts in work: two are scored, one waits and one is read.
 
-mod batch;
+pub(super) mod batch;
 mod encode;
-mod fleet;
+pub(super) mod fleet;
 mod input;
 mod manifest;
 mod reader;
@@ -31,15 +31,16 @@ use self::fleet::Fleet;
 use self::input::ScoreInput;
 use self::manifest::RunDescription;
 use self::reader::{PartNaming, PartReader, PartToScore, PlannedRows, Shard};
+use self::row::RowReading;
 use self::store::PartStore;
 use self::weights::WeightsIdentity;
 use super::args::{Output, PartFormat, ScoreFilesArgs};
+use super::data::ColumnMap;
 use super::failure::{Failure, Outcome};
 use super::loopback::LoopbackServer;
 use super::output::{line, resource};
 use super::policy_names::same_model_warning;
 use super::progress::{WorkProgress, say, waiting, warn};
-use super::score::{normalization, template_arguments};
 use super::settings::{Sources, vendor_variables};
 use crate::rpc::client::{Client, ClientError, is_transient, retry_after};
 use crate::rpc::pb;
@@ -59,8 +60,9 @@ pub(super) async fn run(mut args: ScoreFilesArgs, output: Output) -> Outcome {
     let sources = Sources::environment();
     let shard = shard(&args, &sources)?;
     check_carry(&args.carry)?;
+    let columns = ColumnMap::parse(&args.reading.columns).map_err(Failure::Usage)?;
     if args.models.is_empty() {
-        return score(args, shard, &sources, output).await;
+        return score(args, columns, (shard, &sources), output).await;
     }
     super::telemetry::log("warn", false, None, None)?;
     // The engine's log of jobs and its cache of reference log-probs are of no use later.
@@ -79,7 +81,7 @@ pub(super) async fn run(mut args: ScoreFilesArgs, output: Output) -> Outcome {
         return Err(server.stop().await.err().unwrap_or(failure));
     }
     args.fleet.servers = vec![server.address.clone()];
-    let outcome = score(args, shard, &sources, output).await;
+    let outcome = score(args, columns, (shard, &sources), output).await;
     outcome.and(server.stop().await)
 }
 
@@ -191,21 +193,18 @@ struct ScoringRun {
     done: AtomicU64,
 }
 
-async fn score(args: ScoreFilesArgs, shard: Shard, sources: &Sources, output: Output) -> Outcome {
+async fn score(
+    args: ScoreFilesArgs,
+    columns: ColumnMap,
+    (shard, sources): (Shard, &Sources),
+    output: Output,
+) -> Outcome {
     let started = Instant::now();
     let vendor = vendor_variables(sources);
     let out = PartStore::open(&args.out, &vendor)?;
     let inputs = input::find(&args.inputs, &vendor).await?;
     let (fleet, client) = Fleet::connect(args.fleet.clone()).await?;
-    let mut options = pb::ScoringOptions {
-        policy: args.policy.clone(),
-        reference: args.reference.clone(),
-        beta: args.beta,
-        max_length: args.max_length,
-        chat_template_kwargs_json: template_arguments(args.template_args.as_deref())?,
-        normalization: normalization(&args.normalization).into(),
-        ..Default::default()
-    };
+    let mut options = args.scoring.options()?;
     weights::complete_names(&client, &mut options).await?;
     if let Some(warning) = same_model_warning(&options.policy, &options.reference) {
         warn(&warning);
@@ -215,9 +214,11 @@ async fn score(args: ScoreFilesArgs, shard: Shard, sources: &Sources, output: Ou
     weights.pin(&mut options)?;
     let run = RunDescription {
         weights: weights.clone(),
-        beta: args.beta,
-        max_length: args.max_length,
+        beta: options.beta,
+        max_length: options.max_length,
         template_args: options.chat_template_kwargs_json.clone(),
+        tools: options.tools_json.clone(),
+        columns: columns.pairs(),
         precision: match args.models.is_empty() {
             true => String::new(),
             false => args.precision.clone(),
@@ -254,7 +255,10 @@ async fn score(args: ScoreFilesArgs, shard: Shard, sources: &Sources, output: Ou
         out: out.clone(),
         naming: naming.clone(),
         shard,
-        carry: args.carry,
+        rows: RowReading {
+            carry: args.carry,
+            columns,
+        },
         planned: Arc::clone(&planned),
     };
     let scored = score_parts(Arc::new(work), reader, &inputs, &planned).await?;

@@ -228,5 +228,6 @@ fn convert(c: Checkpoint, base: Option<ModelIdentity>) -> pb::Checkpoint {
         create_time: Some(timestamp(c.create_time)),
         adapter: c.adapter,
         base: base.map(identity),
+        digest: c.digest,
     }
 }

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use bradley::rpc::client::Client;
+use bradley::rpc::client::{Client, Target};
 use bradley::rpc::pb;
 use serde_json::{Value, json};
 
 use crate::server::{Server, id, job, resume, submit, upload};
+use crate::support::golden;
 use crate::wait::until;
 
 /// Number of folds of the tests.
@@ -583,4 +584,66 @@ async fn flags_and_files_that_cannot_be_used_leave_nothing_behind() {
     assert_eq!(case.files(), before);
     assert!(jobs(&client).await.is_empty());
     assert_eq!(dataset_count(&client).await, 0);
+}
+
+/// Creates a token with the command line.
+fn token(server_data: &std::path::Path, owner: &str, roles: &str) -> String {
+    let made = Command::new(crate::support::binary())
+        .args(["--format", "json", "tokens", "create", "--owner", owner])
+        .args(["--roles", roles, "--data-dir"])
+        .arg(server_data)
+        .output()
+        .unwrap();
+    let made: Value = serde_json::from_slice(&made.stdout).unwrap();
+    made["token"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_administrator_with_the_same_rows_has_jobs_of_their_own() {
+    let case = Case::new(&lines(&rows(9)));
+    let dir = tempfile::tempdir().unwrap();
+    let member = token(dir.path(), "team", "submit,score");
+    let admin = token(dir.path(), "root", "admin");
+    let models = format!("tiny={}", golden("models/llama").display());
+    let server = Server::start_with(dir.path(), &models, &["--auth", "tokens"]);
+    let target = Target {
+        token: Some(admin.clone()),
+        ..Target::plain(&server.address)
+    };
+    let client = Client::connect(&target, Duration::from_secs(10))
+        .await
+        .unwrap();
+    let owners = async || {
+        let jobs = jobs(&client).await;
+        jobs.into_iter().map(|job| job.owner).collect::<Vec<_>>()
+    };
+    case.curate(&server, "team.jsonl", &["--keep", "--token", &member]);
+    assert_eq!(owners().await, ["team"; FOLDS]);
+    let created = || server.lines_with("job created").len();
+    assert_eq!(created(), FOLDS);
+    // The owner's own jobs are found again.
+    case.curate(&server, "again.jsonl", &["--keep", "--token", &member]);
+    assert_eq!(created(), FOLDS);
+    case.curate(&server, "admin.jsonl", &["--token", &admin]);
+    assert_eq!(created(), 2 * FOLDS);
+    assert_eq!(owners().await, ["team"; FOLDS], "those of others stay");
+    assert_eq!(dataset_count(&client).await, FOLDS);
+    let bytes = |name: &str| std::fs::read(case.path(name)).unwrap();
+    assert_eq!(bytes("team.jsonl"), bytes("admin.jsonl"));
+    assert_eq!(bytes("team.jsonl"), bytes("again.jsonl"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pairs_that_are_refused_for_load_are_scored_later() {
+    let case = Case::new(&lines(&rows(9)));
+    let (dir, busy) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = Server::start(dir.path());
+    case.curate(&server, "out.jsonl", &[]);
+    // Only a client without a pair in work may have another one, so that all but one are refused.
+    let models = format!("tiny={}", golden("models/llama").display());
+    let quota = ["--max-scoring-tokens-per-client", "1"];
+    let server = Server::start_with(busy.path(), &models, &quota);
+    case.curate(&server, "busy.jsonl", &[]);
+    let bytes = |name: &str| std::fs::read(case.path(name)).unwrap();
+    assert_eq!(bytes("out.jsonl"), bytes("busy.jsonl"));
 }

@@ -528,6 +528,33 @@ async fn an_evaluation_ends_when_its_client_leaves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_interrupted_command_leaves_no_dataset() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = serve(dir.path(), &[]);
+    let client = server.client().await;
+    let file = dir.path().join("rows.jsonl");
+    write_rows(&file, &rows(5000));
+    let mut command = Command::new(crate::support::binary());
+    command
+        .args(["evaluate", "--policy", "tiny", "--reference", "ref"])
+        .args(["--server", &server.address, "--data"])
+        .arg(&file)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    until("a scored pair", Duration::from_secs(60), async || {
+        scored_pairs(&server) > 0
+    })
+    .await;
+    assert_eq!(number_of_datasets(&client).await, 1);
+    // SAFETY: signals a child that has not been waited for.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
+    let done = tokio::task::block_in_place(|| child.wait_with_output().unwrap());
+    assert_eq!(done.status.code(), Some(130), "{done:?}");
+    assert_eq!(number_of_datasets(&client).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_evaluation_waits_for_its_share_of_the_quota() {
     let dir = tempfile::tempdir().unwrap();
     // Room for few pairs at a time.
@@ -1018,6 +1045,54 @@ async fn a_saved_calibration_belongs_to_exactly_its_checkpoint_and_options() {
         first["calibrated_probability"].as_f64(),
         Some(expected(&scores[0]))
     );
+
+    let csv = bradley(&server, &[&arguments[..5], &["--format", "csv"]].concat());
+    let csv = String::from_utf8(csv.stdout).unwrap();
+    let cell = csv.lines().nth(1).unwrap().split(',').nth(4).unwrap();
+    assert_eq!(cell.parse().ok(), Some(expected(&scores[0])), "{csv}");
+    let table = bradley(&server, &arguments[..5]);
+    let table = String::from_utf8(table.stdout).unwrap();
+    assert!(
+        table.lines().next().unwrap().contains("calibrated")
+            && table.contains(&format!("{:.4}", expected(&scores[0]))),
+        "{table}"
+    );
+    let folder = dir.path().join("scored");
+    let (name, out) = (arguments[2], folder.to_str().unwrap());
+    let files = ["score-files", "--policy", name, "--in", data, "--out", out];
+    let files = [&files[..], &["--out-format", "jsonl"]].concat();
+    let done = bradley(&server, &files);
+    assert!(done.status.success(), "{done:?}");
+    let part = std::fs::read_dir(&folder).unwrap();
+    let part = part
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|e| e == "jsonl"))
+        .unwrap();
+    let part = std::fs::read_to_string(part).unwrap();
+    assert_eq!(part.lines().count(), scores.len());
+    for (line, score) in part.lines().zip(&scores) {
+        let row: Value = serde_json::from_str(line).unwrap();
+        let calibrated = row["calibrated_probability"].as_f64();
+        assert_eq!(calibrated, score.calibrated_probability);
+    }
+    // Parts of two calibrations are not mixed.
+    let file = dir.path().join("fewer.jsonl");
+    write_rows(&file, &rows[..60]);
+    let fewer = upload(&client, &file).await;
+    let of_fewer = pb::EvaluatePolicyRequest {
+        dataset: fewer.name,
+        ..saving.clone()
+    };
+    let (_, report) = evaluate(&client, of_fewer).await.unwrap();
+    assert!(report.calibration.is_some_and(|c| c.saved));
+    let refused = bradley(&server, &files);
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        refused.status.code() == Some(2) && said.contains("weights (there: ") && said.contains("temperature"),
+        "{said}"
+    );
+    let (_, report) = evaluate(&client, saving).await.unwrap();
+    assert!(report.calibration.is_some_and(|c| c.saved));
 
     // A backup has it, and it goes with its checkpoint.
     let other = tempfile::tempdir().unwrap();

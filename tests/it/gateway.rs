@@ -40,8 +40,15 @@ impl Envoy {
         let (program, python) = (needed("BRADLEY_TEST_ENVOY"), needed("BRADLEY_TEST_PYTHON"));
         let dir = tempfile::tempdir().unwrap();
         let descriptors = dir.path().join("bradley.pb");
-        let files = ["training", "dataset", "checkpoint", "scoring", "model"]
-            .map(|f| format!("bradley/v1/{f}.proto"));
+        let files = [
+            "training",
+            "dataset",
+            "checkpoint",
+            "scoring",
+            "evaluation",
+            "model",
+        ]
+        .map(|f| format!("bradley/v1/{f}.proto"));
         let files = files
             .into_iter()
             .chain(["google/rpc/error_details.proto".to_owned()]);
@@ -328,6 +335,21 @@ async fn the_gateway_offers_rest_with_json() {
         (status, ranked["results"].as_array().map(Vec::len)),
         (200, Some(2)),
         "{ranked}"
+    );
+
+    // A stream is an array, which Envoy sends message by message.
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let body = serde_json::json!({"options": {"policy": "models/tiny"}, "dataset": dataset.name});
+    let path = "/v1/evaluation:evaluatePolicy";
+    let (status, evaluated) = envoy.rest("POST", path, &body.to_string());
+    let messages = evaluated.as_array().map_or(&[][..], Vec::as_slice);
+    let report = messages.last().map(|message| &message["report"]);
+    let accuracy = report.and_then(|report| report["accuracy"]["share"].as_f64());
+    assert_eq!(
+        (status, accuracy),
+        (200, Some(0.5)),
+        "a model is its own reference: {evaluated}"
     );
 
     // Errors have gRPC's code, and name the invalid fields.

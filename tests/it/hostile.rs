@@ -199,6 +199,17 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
             .encode_to_vec(),
         ),
         (
+            "EvaluationService/EvaluatePolicy",
+            pb::EvaluatePolicyRequest {
+                options: options.clone(),
+                dataset: dataset.name.clone(),
+                subset_column: "prompt".into(),
+                bins: 7,
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        ),
+        (
             "ScoringService/ScoreCompletions",
             pb::ScoreCompletionsRequest {
                 options,
@@ -234,7 +245,16 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
             let mut grpc = tonic::client::Grpc::new(channel.clone());
             grpc.ready().await.unwrap();
             let path = format!("/bradley.v1.{method}").parse().unwrap();
-            let call = grpc.unary(Request::new(body), path, Raw);
+            // An answer of several messages is read to its end.
+            let call = async {
+                let request = Request::new(body);
+                let mut messages = grpc
+                    .server_streaming(request, path, Raw)
+                    .await?
+                    .into_inner();
+                while messages.message().await?.is_some() {}
+                Ok::<_, Status>(())
+            };
             let answer = tokio::time::timeout(Duration::from_secs(30), call)
                 .await
                 .unwrap_or_else(|_| panic!("{method} hangs in round {round}"));

@@ -425,6 +425,95 @@ async fn bad_rows_keep_their_place_and_several_answers_are_ranked() {
     assert_eq!(manifest(&at("out"))["errors"], json!(4));
 }
 
+/// Renames columns of rows.
+fn renamed(rows: &[Value], names: &[(&str, &str)]) -> Vec<Value> {
+    let mut rows = rows.to_vec();
+    for fields in rows.iter_mut().filter_map(Value::as_object_mut) {
+        for (from, to) in names {
+            let value = fields.remove(*from).unwrap();
+            fields.insert((*to).to_owned(), value);
+        }
+    }
+    rows
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_are_mapped_and_logged_log_probs_are_not_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    let all = pairs(20);
+    let scores = expected(&server.client().await, &all).await;
+    std::fs::create_dir(at("in")).unwrap();
+    let names = [("prompt", "asked"), ("chosen", "good"), ("rejected", "chosen")];
+    let mut lines = renamed(&all, &names);
+    // Log-probs of another tool, with which both models would not be asked.
+    for row in &mut lines {
+        for column in ["ref_chosen_logps", "ref_rejected_logps"] {
+            row[column] = json!(-1.0);
+        }
+        (row["chosen_logps"], row["rejected_logps"]) = (json!(-2.0), json!(-3.0));
+    }
+    write_lines(&at("in/x.jsonl"), &lines);
+    // The helper writes a column `chosen`, which here has the prompts, and so on.
+    let names = [("prompt", "x"), ("chosen", "prompt"), ("rejected", "chosen")];
+    let rotated = renamed(&renamed(&all, &names), &[("x", "rejected")]);
+    write_parquet(&at("in/y.parquet"), &rotated);
+    let run = |input: &str, out: &str, more: &[&str]| {
+        let (input, out) = (at(input), at(out));
+        let args = [&WEIGHTS[..], more].concat();
+        command(&server.address, input.to_str().unwrap(), &out, &args)
+    };
+    let of_lines = "prompt=asked,chosen=good,rejected=chosen";
+    let flags = ["--columns", of_lines, "--carry", "good,chosen"];
+    succeed(&mut run("in/x.jsonl", "lines", &flags));
+    let of_parquet = "prompt=rejected,chosen=prompt,rejected=chosen";
+    let flags = ["--columns", of_parquet, "--carry", "prompt,chosen"];
+    succeed(&mut run("in/y.parquet", "parquet", &flags));
+    for (folder, good) in [("lines", "good"), ("parquet", "prompt")] {
+        let rows = rows(&at(folder));
+        assert_eq!(rows.len(), all.len());
+        for ((row, score), pair) in rows.iter().zip(&scores).zip(&all) {
+            assert_is_score(row, score);
+            assert_eq!((&row["id"], &row[good]), (&pair["id"], &pair["chosen"]));
+            assert_eq!(row["chosen"], pair["rejected"]);
+        }
+    }
+    // Messages have the names of the input, and the mapping is a part of the run.
+    let text = fail(&mut run("in/x.jsonl", "lines", &["--columns", "prompt=asked"]), 2);
+    assert!(text.contains("columns (there: "), "{text}");
+    let flags = ["--columns", "prompt=asked,chosen=good,rejected=none"];
+    succeed(&mut run("in/x.jsonl", "none", &flags));
+    let error = rows(&at("none"))[0]["error"].to_string();
+    assert!(error.contains("none is missing"), "{error}");
+    let text = fail(&mut run("in/y.parquet", "no", &["--columns", "chosen=none"]), 1);
+    assert!(
+        text.contains("no column \"none\", which stands for chosen; found: id, prompt"),
+        "{text}"
+    );
+    let text = fail(&mut run("in/x.jsonl", "no", &["--columns", "good=chosen"]), 2);
+    assert!(text.contains("did you mean chosen=good?"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_chosen_answers_are_ranked_with_the_rejected_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    let lines = [
+        json!({"prompt": "p", "chosen": [" one", " two"], "rejected": [" three", " 4", " 5"]}),
+        json!({"prompt": "p", "completions": [" one", " two", " three", " 4", " 5"]}),
+    ];
+    write_lines(&at("x.jsonl"), &lines);
+    let input = at("x.jsonl");
+    let input = input.to_str().unwrap();
+    succeed(&mut command(&server.address, input, &at("out"), &WEIGHTS));
+    let rows = rows(&at("out"));
+    assert_eq!(rows[0]["rewards"].as_array().unwrap().len(), 5);
+    assert_eq!(rows[0]["rewards"], rows[1]["rewards"]);
+    assert_eq!(rows[0]["ranks"], rows[1]["ranks"]);
+}
+
 fn spawn(server: &str, input: &str, out: &Path, shard: usize) -> Child {
     let mut command = command(server, input, out, &WEIGHTS);
     command
@@ -754,6 +843,11 @@ async fn a_checkpoint_is_pinned_and_latest_of_a_running_job_is_refused() {
     let weights = &run["run"]["weights"];
     assert_eq!(weights["policy"], json!(format!("{ended}/checkpoints/2")));
     assert_eq!(weights["reference"], json!("models/tiny"));
+    let request = pb::GetCheckpointRequest { name: policy };
+    let checkpoint = client.checkpoints().get_checkpoint(request).await.unwrap();
+    let digest = checkpoint.into_inner().digest;
+    assert_eq!(digest.len(), 64, "{digest:?}");
+    assert_eq!(weights["policy_content"]["digest"], json!(digest));
     let endless = create(&client, job(&dataset.name, 100_000))
         .await
         .unwrap()

@@ -416,6 +416,43 @@ async fn template_arguments_of_a_pair_override_the_calls_and_those_override_the_
         score(&client, tiny(), by_pair.clone()).await.unwrap(),
         with_tools
     );
+    // `score-files` gives tools to rows without tools of their own.
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(path("tools.json"), tools_json).unwrap();
+    let mut own = question_row();
+    own["tools"] = json!([{"name": "another"}]);
+    let lines = format!("{}\n{own}\n", question_row());
+    std::fs::write(path("two.jsonl"), lines).unwrap();
+    let done = Command::new(crate::support::binary())
+        .args(["score-files", "--policy", "tiny", "--out-format", "jsonl"])
+        .args(["--in", &path("two.jsonl"), "--out", &path("out")])
+        .args(["--tools", &path("tools.json"), "--server", &server.address])
+        .env_remove("BRADLEY_CONFIG")
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{done:?}");
+    let parts = std::fs::read_dir(path("out")).unwrap();
+    let part = parts
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|e| e == "jsonl"));
+    let part = std::fs::read_to_string(part.unwrap()).unwrap();
+    let scored: Vec<Value> = part
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let expected = with_tools.a.as_ref().unwrap().policy_logprob;
+    assert_eq!(scored[0]["policy_logprob_a"].as_f64(), Some(expected));
+    let of_own = pb::Pair {
+        tools_json: own["tools"].to_string(),
+        ..question()
+    };
+    let of_own = score(&client, tiny(), of_own).await.unwrap().a.unwrap();
+    assert_eq!(
+        scored[1]["policy_logprob_a"].as_f64(),
+        Some(of_own.policy_logprob)
+    );
+    assert_ne!(of_own.policy_logprob, expected);
+
     let sorted = pb::Pair {
         tools: vec![structure(
             json!({"type": "function", "name": "t", "a": {"z": 1, "b": 2}}),

@@ -52,6 +52,18 @@ def test_a_cycle(server: Server, tmp_path: Path) -> None:
                 answers = [row["chosen"], row["rejected"]]
                 scored = await client.score_completions(row["prompt"], answers, job)
                 assert [r.score for r in scored.results] == [result.score.a, result.score.b]
+            seen_pairs: list[int] = []
+            report = await client.evaluate(
+                job, dataset, on_progress=lambda p: seen_pairs.append(p.total_pairs)
+            )
+            of_dataset = await client.score_pairs(CHAT_ROWS, job)
+            assert report.pairs == len(CHAT_ROWS)
+            assert report.accuracy.share == sum(
+                result.score.margin > 0 for result in of_dataset.results
+            ) / len(CHAT_ROWS)
+            assert set(seen_pairs) <= {len(CHAT_ROWS)}
+            with pytest.raises(InvalidArgumentError):
+                await client.evaluate(job, dataset, bins=1000)
             assert (await client.estimate(job)).train_pairs == len(CHAT_ROWS)
             with pytest.raises(InvalidArgumentError) as refused:
                 await client.train(policy="tiny", dataset=dataset, beta=-1.0)

@@ -33,6 +33,7 @@ from bradley import (
     NotFoundError,
     OutOfRangeError,
     PermissionDeniedError,
+    Scorer,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -437,3 +438,59 @@ def test_a_server_that_is_not_there_is_named() -> None:
 def test_a_message_of_a_dataset_may_stand_for_its_name(client: Client, dataset: str) -> None:
     job = client.train(policy="tiny", dataset=dataset_pb2.Dataset(name=dataset), validate_only=True)
     assert job.dataset == dataset
+
+
+def test_an_evaluation_reports_what_the_pairs_score(
+    client: Client, policy: str, trained: training_pb2.TrainingJob
+) -> None:
+    rows = [{**row, "kind": "even" if i % 2 == 0 else "odd"} for i, row in enumerate(PLAIN_ROWS)]
+    uploaded = client.upload(rows)
+    progress: list[int] = []
+    report = client.evaluate(
+        trained,
+        uploaded,
+        subset_column="kind",
+        bins=5,
+        on_progress=lambda p: progress.append(p.scored_pairs),
+        beta=0.2,
+    )
+    scored = [r.score for r in client.score_pairs(rows, policy, beta=0.2).results]
+    assert report.pairs == len(rows)
+    assert report.policy_version == policy
+    assert report.accuracy.share == sum(s.margin > 0 for s in scored) / len(rows)
+    assert report.mean_margin == pytest.approx(sum(s.margin for s in scored) / len(rows))
+    assert [(s.subset, s.accuracy.count) for s in report.subsets] == [("even", 20), ("odd", 20)]
+    assert len(report.probability.bins) == 5
+    assert progress == sorted(progress)
+    assert all(count <= len(rows) for count in progress)
+    with pytest.raises(NotFoundError):
+        client.evaluate(trained, "none")
+    with pytest.raises(InvalidArgumentError) as refused:
+        client.evaluate(trained, uploaded, bins=1000)
+    assert refused.value.violations[0].field == "bins"
+    client.delete_dataset(uploaded)
+
+
+def test_a_saved_calibration_is_in_the_scores(client: Client, server: Server, dataset: str) -> None:
+    job = client.wait(client.train(JOB_FIELDS, dataset=dataset), timeout=120)
+    scored = [r.score for r in client.score_pairs(PLAIN_ROWS, job).results]
+    assert not any(s.HasField("calibrated_probability") for s in scored)
+    # Every row is won, but for a quarter with the smallest margins, so that there is a temperature.
+    small = sorted(abs(s.margin) for s in scored)[len(scored) // 4]
+    rows = []
+    for row, s in zip(PLAIN_ROWS, scored, strict=True):
+        is_lost = abs(s.margin) < small
+        swapped = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+        rows.append(swapped if (s.margin > 0) == is_lost else row)
+    uploaded = client.upload(rows)
+    report = client.evaluate(job, uploaded, save_calibration=True)
+    assert report.calibration.saved, report.calibration.problem
+    calibrated = [r.score for r in client.score_pairs(rows, job).results]
+    assert all(s.HasField("calibrated_probability") for s in calibrated)
+    with Scorer(server.target, job, output="all") as scorer:
+        found = scorer.rows(rows)
+    assert [row["calibrated_probability"] for row in found] == [
+        s.calibrated_probability for s in calibrated
+    ]
+    client.delete_dataset(uploaded)
+    client.delete_job(job)

@@ -117,6 +117,51 @@ def test_threads_share_a_scorer(scorer: Scorer, plain_scores: Scores) -> None:
         check_scores(rows, plain_scores)
 
 
+def test_lists_of_answers_have_the_pair_with_the_lowest_margin(
+    server: Server, client: Client, policy: str
+) -> None:
+    pandas = pytest.importorskip("pandas")
+    plain = PLAIN_ROWS[0]
+    rejected = [" No.", " It depends on many things.", " Ask me later, or never."]
+    dialogue = CHAT_ROWS[0]
+    replies = [dialogue["rejected"], CHAT_ROWS[1]["rejected"]]
+    rows: list[dict[str, Any]] = [
+        {**plain, "rejected": rejected},
+        {**plain, "chosen": [plain["chosen"], " Yes."], "rejected": rejected[:2]},
+        {**dialogue, "rejected": replies},
+        # A list of one answer, and one answer that is a list of messages.
+        {**plain, "rejected": rejected[:1]},
+        dialogue,
+        {**plain, "rejected": [rejected[0], 7]},
+        {**plain, "rejected": [rejected[0], [{"role": "assistant", "content": "x"}]]},
+        {**dialogue, "rejected": [replies[0], [{"x": 1}]]},
+    ]
+
+    def expected(row: dict[str, Any], chosen: list[Any], others: list[Any]) -> tuple[float, int]:
+        pairs = [{**row, "chosen": c, "rejected": r} for c in chosen for r in others]
+        margins = [score.margin for score in scores(client, pairs, policy)]
+        return min(margins), margins.index(min(margins)) + 1
+
+    with Scorer(server.target, policy, output="all", pairs_per_call=2) as scorer:
+        for found in (
+            scorer.rows(rows),
+            scorer(pandas.DataFrame(rows)).astype(object).to_dict("records"),
+        ):
+            lowest = [(row["margin"], row["pair"]) for row in found]
+            assert lowest[0] == expected(plain, [plain["chosen"]], rejected)
+            assert lowest[1] == expected(plain, [plain["chosen"], " Yes."], rejected[:2])
+            assert lowest[2] == expected(dialogue, [dialogue["chosen"]], replies)
+            for i, row in ((3, {**plain, "rejected": rejected[0]}), (4, dialogue)):
+                [score] = scores(client, [row], policy)
+                assert lowest[i][0] == score.margin
+                assert lowest[i][1] is None or lowest[i][1] != lowest[i][1], "NaN in pandas"
+            errors = [row["error"] for row in found]
+            assert errors[:5] == [None] * 5
+            mixed = "rejected: mixes texts and lists of messages; use one form for all answers"
+            assert errors[5:7] == [mixed, mixed]
+            assert errors[7].startswith("pair 2: INVALID_ARGUMENT"), errors
+
+
 def test_bad_rows_stay_with_an_error(scorer: Scorer, plain_scores: Scores) -> None:
     pandas = pytest.importorskip("pandas")
     pyarrow = pytest.importorskip("pyarrow")

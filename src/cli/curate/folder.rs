@@ -29,6 +29,9 @@ pub(super) enum FoldResult {
         probability: f64,
         /// Reward of the chosen answer, minus that of the other.
         margin: f64,
+        /// Calibrated Pr(chosen ≻ rejected), if the adapter has a calibration.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        calibrated_probability: Option<f64>,
         /// Number of the pair within the row, from 1, if the row has several rejected answers.
         pair: Option<u32>,
     },

@@ -17,7 +17,8 @@ use crate::cli::progress::{WorkProgress, waiting, warn};
 use crate::cli::short_names::all_jobs;
 use crate::rpc::canonical::{self, CanonicalError};
 use crate::rpc::client::{
-    Client, ClientError, FirstEvent, Status, field_violations, is_exhausted, is_not_found,
+    Client, ClientError, FirstEvent, Status, field_violations, is_absent, is_exhausted,
+    is_not_found,
 };
 use crate::rpc::pb::{self, training_event::Event};
 
@@ -176,6 +177,7 @@ impl FoldJobs {
             jobs: BTreeMap::new(),
             datasets: Vec::new(),
         };
+        let mut jobs = Vec::new();
         for job in all_jobs(client).await? {
             let label = |name: &str| job.labels.get(name).map(String::as_str);
             let fold = label(FOLD_LABEL).and_then(|fold| fold.parse::<u32>().ok());
@@ -183,11 +185,48 @@ impl FoldJobs {
                 && id == run
                 && fold <= folds
             {
+                jobs.push((fold - 1, job));
+            }
+        }
+        if jobs.is_empty() {
+            return Ok(found);
+        }
+        // Administrators see the jobs of everybody.
+        let owner = found.owner(jobs.iter().map(|(_, job)| job)).await?;
+        for (fold, job) in jobs {
+            if job.owner == owner {
                 found.add_dataset(&job.dataset);
-                found.jobs.insert(fold - 1, FoldJob::of(job));
+                found.jobs.insert(fold, FoldJob::of(job));
             }
         }
         Ok(found)
+    }
+
+    /// Returns the owner that jobs of this caller have. The server says it when it checks a job
+    /// with one of the datasets.
+    async fn owner(&self, jobs: impl Iterator<Item = &pb::TrainingJob>) -> Result<String, Failure> {
+        let mut names = Vec::new();
+        for job in jobs {
+            let request = pb::CreateTrainingJobRequest {
+                training_job: Some(pb::TrainingJob {
+                    dataset: job.dataset.clone(),
+                    ..self.template.job.clone()
+                }),
+                request_id: String::new(),
+                validate_only: true,
+            };
+            match self.client.training().create_training_job(request).await {
+                Ok(checked) => return Ok(checked.into_inner().owner),
+                // The dataset was deleted.
+                Err(refused) if is_absent(&refused) => names.push(job.name.as_str()),
+                Err(error) => return Err(self.template.words.failure(error)),
+            }
+        }
+        Err(Failure::Failed(format!(
+            "the datasets of an earlier start were deleted, so that its jobs cannot be used: \
+             delete these, too, and run the command again: bradley jobs delete {}",
+            names.join(", bradley jobs delete ")
+        )))
     }
 
     fn add_dataset(&mut self, name: &str) {

@@ -12,9 +12,10 @@ use crate::cli::output::{line, table};
 use crate::domain::dataset::{ChatMessage, Text};
 
 /// Columns of the results. A row's own columns with these names are replaced.
-const COLUMNS: [&str; 8] = [
+const COLUMNS: [&str; 9] = [
     "fold",
     "out_of_fold_probability",
+    "calibrated_probability",
     "margin",
     "pair",
     "verdict",
@@ -221,10 +222,14 @@ impl CurationReport {
                 FoldResult::Scored {
                     probability,
                     margin,
+                    calibrated_probability,
                     pair,
                 } => {
                     let verdict = self.thresholds.verdict(probability);
                     set("out_of_fold_probability", probability.into());
+                    if let Some(calibrated) = calibrated_probability {
+                        set("calibrated_probability", calibrated.into());
+                    }
                     set("margin", margin.into());
                     if let Some(pair) = pair {
                         set("pair", pair.into());

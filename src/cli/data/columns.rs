@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Map, Value};
 
-use crate::train::rows::names::{COLUMNS, listed, similar};
+use crate::train::rows::names::{COLUMNS, listed, renamed, similar};
 
 /// Columns that can be mapped besides [`COLUMNS`]: the prompt of the shape `orca`.
 const QUESTION: &str = "question";
@@ -50,6 +50,22 @@ impl ColumnMap {
         Ok(ColumnMap(Arc::new(parsed)))
     }
 
+    /// Returns the pairs of our name and the file's.
+    pub(in crate::cli) fn renames(&self) -> &[(String, String)] {
+        &self.0
+    }
+
+    /// Returns the pairs as `--columns` has them, sorted.
+    pub(in crate::cli) fn pairs(&self) -> Vec<String> {
+        let pairs = self
+            .0
+            .iter()
+            .map(|(ours, theirs)| format!("{ours}={theirs}"));
+        let mut pairs: Vec<String> = pairs.collect();
+        pairs.sort();
+        pairs
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -61,16 +77,12 @@ impl ColumnMap {
 
     /// Returns our name of a column of the file, or `None` if another column has taken its name.
     pub(super) fn rename(&self, name: &str) -> Option<String> {
-        if let Some((ours, _)) = self.0.iter().find(|(_, theirs)| theirs == name) {
-            return Some(ours.clone());
-        }
-        let is_taken = self.0.iter().any(|(ours, _)| ours == name);
-        (!is_taken).then(|| name.to_owned())
+        renamed(&self.0, name).map(str::to_owned)
     }
 
     /// Returns the file's name of a column, for messages: `chosen[1].content` becomes
     /// `good[1].content`.
-    pub(super) fn original(&self, path: &str) -> String {
+    pub(in crate::cli) fn original(&self, path: &str) -> String {
         let end = path.find(['[', '.']).unwrap_or(path.len());
         let (column, rest) = path.split_at(end);
         match self.0.iter().find(|(ours, _)| ours == column) {
@@ -79,7 +91,15 @@ impl ColumnMap {
         }
     }
 
-    pub(super) fn renamed(&self, fields: Map<String, Value>) -> Map<String, Value> {
+    /// Returns a message about a column with the file's name of it at the beginning.
+    pub(in crate::cli) fn message(&self, field: &str, message: &str) -> String {
+        match message.strip_prefix(field) {
+            Some(rest) if !field.is_empty() => format!("{}{rest}", self.original(field)),
+            _ => message.to_owned(),
+        }
+    }
+
+    pub(in crate::cli) fn renamed(&self, fields: Map<String, Value>) -> Map<String, Value> {
         fields
             .into_iter()
             .filter_map(|(name, value)| Some((self.rename(&name)?, value)))

@@ -58,10 +58,7 @@ impl Labels {
 
     /// Returns a message about a column with the file's name of it at the beginning.
     pub(super) fn message(&self, field: &str, message: &str) -> String {
-        match message.strip_prefix(field) {
-            Some(rest) if !field.is_empty() => format!("{}{rest}", self.column(field)),
-            _ => message.to_owned(),
-        }
+        self.columns.message(field, message)
     }
 
     pub(super) fn describe(&self, row: u64, problem: &RowProblem) -> String {

@@ -12,11 +12,12 @@ use crate::rpc::pb;
 const MAX_LISTED_ERRORS: usize = 20;
 
 /// Columns of CSV.
-const CSV_COLUMNS: [&str; 18] = [
+const CSV_COLUMNS: [&str; 19] = [
     "row",
     "id",
     "pair",
     "probability",
+    "calibrated_probability",
     "margin",
     "normalization",
     "policy_version",
@@ -94,6 +95,8 @@ pub(super) struct RowPrinter<W> {
     out: W,
     output: Output,
     has_header: bool,
+    /// True if the table has a column for calibrated probabilities, as its first row has one.
+    is_calibrated: bool,
     /// The first errors, which are listed below a table.
     errors: Vec<String>,
 }
@@ -104,6 +107,7 @@ impl<W: Write> RowPrinter<W> {
             out,
             output,
             has_header: false,
+            is_calibrated: false,
             errors: Vec::new(),
         }
     }
@@ -136,9 +140,20 @@ impl<W: Write> RowPrinter<W> {
             Ok(score) => {
                 if !self.has_header {
                     self.has_header = true;
-                    writeln!(self.out, "{}", table_header())?;
+                    self.is_calibrated = score.pair.calibrated_probability.is_some();
+                    let title = self.is_calibrated.then_some("calibrated");
+                    let probabilities = probability_cells("Pr(chosen)", title);
+                    writeln!(self.out, "{probabilities}  {}", table_header())?;
                 }
-                writeln!(self.out, "{}", table_row(&row.name(), &score.pair))?;
+                let cell = |probability: Option<f64>| {
+                    probability.map_or_else(|| "-".to_owned(), |p| format!("{p:.4}"))
+                };
+                let raw = cell(Some(score.pair.probability));
+                let calibrated = cell(score.pair.calibrated_probability);
+                let calibrated = self.is_calibrated.then_some(&*calibrated);
+                let probabilities = probability_cells(&raw, calibrated);
+                let others = table_row(&row.name(), &score.pair);
+                writeln!(self.out, "{probabilities}  {others}")?;
             }
             Err(_) if self.errors.len() < MAX_LISTED_ERRORS => self.errors.extend(row.error()),
             Err(_) => {}
@@ -215,12 +230,20 @@ fn answer(score: Option<&pb::CompletionScore>) -> Value {
     all
 }
 
-/// Returns the header of the table. Its columns have fixed widths, because rows are printed before
-/// the later ones are known. The name is last, because its length differs.
+/// Returns the first cells of a line of the table. Its columns have fixed widths, because rows are
+/// printed before the later ones are known. The name is last, because its length differs.
+fn probability_cells(raw: &str, calibrated: Option<&str>) -> String {
+    match calibrated {
+        Some(calibrated) => format!("{raw:>10}  {calibrated:>10}"),
+        None => format!("{raw:>10}"),
+    }
+}
+
+/// Returns the header of the table behind its first cells.
 fn table_header() -> String {
     format!(
-        "{:>10}  {:>9}  {:>13}  {:>15}  {:>9}  pair",
-        "Pr(chosen)", "margin", "reward chosen", "reward rejected", "tokens"
+        "{:>9}  {:>13}  {:>15}  {:>9}  pair",
+        "margin", "reward chosen", "reward rejected", "tokens"
     )
 }
 
@@ -231,8 +254,7 @@ fn table_row(name: &str, score: &pb::PairScore) -> String {
         score.b.as_ref().unwrap_or(&default),
     );
     format!(
-        "{:>10.4}  {:>+9.4}  {:>+13.4}  {:>+15.4}  {:>9}  {name}",
-        score.probability,
+        "{:>+9.4}  {:>+13.4}  {:>+15.4}  {:>9}  {name}",
         score.margin,
         a.reward,
         b.reward,
@@ -394,6 +416,35 @@ mod tests {
             errors[MAX_LISTED_ERRORS].starts_with("and 17 more"),
             "{errors:?}"
         );
+    }
+
+    #[test]
+    fn calibrated_probabilities_have_a_column_where_they_exist() {
+        let mut rows = [row(1, Ok(2.0)), row(2, Ok(1.0)), row(3, Err("too long"))];
+        let (raw, _) = printed(Output::Table, &rows);
+        assert!(!raw.contains("calibrated"), "{raw}");
+        let (csv, _) = printed(Output::Csv, &rows);
+        assert!(csv.contains("\n1,,,0.5,,2"), "{csv}");
+        if let Ok(score) = &mut rows[0].result {
+            score.pair.calibrated_probability = Some(0.75);
+        }
+        let (table, _) = printed(Output::Table, &rows);
+        let lines: Vec<Vec<&str>> = table
+            .lines()
+            .map(|line| line.split_whitespace().collect())
+            .collect();
+        assert_eq!(lines[0][..3], ["Pr(chosen)", "calibrated", "margin"]);
+        assert_eq!(lines[1][..3], ["0.5000", "0.7500", "+2.0000"]);
+        assert_eq!(lines[2][..3], ["0.5000", "-", "+1.0000"]);
+        let (csv, _) = printed(Output::Csv, &rows);
+        let lines: Vec<&str> = csv.lines().collect();
+        assert!(
+            lines[0].starts_with("row,id,pair,probability,calibrated_probability,margin,"),
+            "{csv}"
+        );
+        assert!(lines[1].starts_with("1,,,0.5,0.75,2"), "{csv}");
+        assert!(lines[2].starts_with("2,,,0.5,,1"), "{csv}");
+        assert!(lines[3].starts_with("3,,,,,,"), "{csv}");
     }
 
     #[test]

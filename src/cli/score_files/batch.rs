@@ -184,6 +184,27 @@ fn answers_call(options: &pb::ScoringOptions, row: &PromptAnswers) -> pb::ScoreC
     }
 }
 
+/// Scores the pairs of one call. A pair that cannot be scored has its own error.
+///
+/// # Errors
+/// Returns a failure if nothing more can be scored.
+pub(in crate::cli) async fn score_pairs(
+    fleet: &Fleet,
+    request: pb::ScorePairsRequest,
+) -> Result<Vec<Result<pb::PairScore, String>>, Failure> {
+    let missing = || Err("the server sent no result".to_owned());
+    let count = request.pairs.len();
+    let mut results: Vec<Result<pb::PairScore, String>> = (0..count).map(|_| missing()).collect();
+    for (place, result) in pairs(fleet, (0..count).collect(), request).await? {
+        results[place] = match result {
+            RowResult::Pair(score) => Ok(*score),
+            RowResult::Error(message) => Err(message),
+            RowResult::Answers(_) => missing(),
+        };
+    }
+    Ok(results)
+}
+
 /// Results with the places of their rows in the part.
 type PlacedResults = Vec<(usize, RowResult)>;
 
@@ -387,7 +408,8 @@ mod tests {
 
     fn row(prompt: &str, answer: &str) -> InputRow {
         let line = serde_json::json!({"prompt": prompt, "chosen": answer, "rejected": "b"});
-        InputRow::of_line(1, line.to_string().as_bytes(), &[]).unwrap()
+        let reading = crate::cli::score_files::row::RowReading::default();
+        reading.line(1, line.to_string().as_bytes()).unwrap()
     }
 
     #[test]

@@ -20,10 +20,11 @@ use super::row::InputRow;
 use crate::cli::args::PartFormat;
 
 /// Columns of every part, in their order, before the carried ones.
-pub(super) const COLUMNS: [&str; 17] = [
+pub(super) const COLUMNS: [&str; 18] = [
     "row",
     "id",
     "probability",
+    "calibrated_probability",
     "margin",
     "policy_logprob_a",
     "policy_logprob_b",
@@ -98,6 +99,7 @@ impl ScoredPart<'_> {
                 json!(row.row),
                 json!(row.id),
                 json!(pair.map(|p| p.probability)),
+                json!(pair.and_then(|p| p.calibrated_probability)),
                 json!(pair.map(|p| p.margin)),
                 json!(a.map(|a| a.policy_logprob)),
                 json!(b.map(|b| b.policy_logprob)),
@@ -180,8 +182,9 @@ impl ScoredPart<'_> {
         let string = |text: &str| ByteArray::from(text.as_bytes().to_vec());
         let ids = self.rows.iter().map(|row| row.id.as_deref().map(string));
         optional::<ByteArrayType, _>(group, ids)?;
-        let numbers: [fn(&ResultCells<'_>) -> Option<f64>; 8] = [
+        let numbers: [fn(&ResultCells<'_>) -> Option<f64>; 9] = [
             |cells| Some(cells.pair?.probability),
+            |cells| cells.pair?.calibrated_probability,
             |cells| Some(cells.pair?.margin),
             |cells| Some(cells.pair?.a.as_ref()?.policy_logprob),
             |cells| Some(cells.pair?.b.as_ref()?.policy_logprob),

@@ -66,7 +66,7 @@ pub(super) enum CallError {
 }
 
 /// Servers with the same weights.
-pub(super) struct Fleet {
+pub(in crate::cli) struct Fleet {
     args: FleetArgs,
     replicas: Mutex<Vec<Arc<Replica>>>,
     /// Options with pinned names, and the identity of the weights at the start.
@@ -164,7 +164,7 @@ impl Fleet {
     /// # Errors
     /// Returns a failure if an address is wrong, or no server is reached within
     /// `--wait-for-server`.
-    pub(super) async fn connect(args: FleetArgs) -> Result<(Arc<Self>, Client), Failure> {
+    pub(in crate::cli) async fn connect(args: FleetArgs) -> Result<(Arc<Self>, Client), Failure> {
         let (started, wait) = (Instant::now(), Duration::from_secs(args.wait_for_server));
         let mut is_told = false;
         let (addresses, client) = loop {
@@ -196,6 +196,11 @@ impl Fleet {
     /// Sets the options, and the weights that every server must have.
     pub(super) fn set_expected(&self, options: pb::ScoringOptions, weights: WeightsIdentity) {
         *locked(&self.expected) = Some((options, weights));
+        self.begin();
+    }
+
+    /// Begins the time for which calls are repeated while no server answers.
+    pub(in crate::cli) fn begin(&self) {
         *locked(&self.last_answer) = Instant::now();
     }
 

@@ -34,6 +34,12 @@ pub(super) struct RunDescription {
     pub max_length: Option<u32>,
     /// Variables for the chat template, as they were given.
     pub template_args: String,
+    /// The tools for rows without tools of their own, as JSON.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub tools: String,
+    /// The mapped columns, as `--columns` has them, sorted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub columns: Vec<String>,
     /// Precision of this process's own engine; empty with servers, which have one of their own.
     pub precision: String,
     /// Names of the columns of the inputs that the parts have, too.
@@ -52,6 +58,8 @@ impl RunDescription {
             "beta": self.beta.map(f64::to_bits),
             "max_length": self.max_length,
             "template_args": self.template_args,
+            "tools": self.tools,
+            "columns": self.columns,
             "precision": self.precision,
             "carry": self.carry,
         });

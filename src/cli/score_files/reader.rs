@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::input::{LocalCopy, ScoreInput};
-use super::row::InputRow;
+use super::row::{InputRow, RowReading};
 use super::store::PartStore;
 use crate::cli::args::PartFormat;
 use crate::cli::data::{DataRow, DataRows, InputContent, open_input};
@@ -129,7 +129,7 @@ pub(super) struct PartReader {
     pub out: PartStore,
     pub naming: PartNaming,
     pub shard: Shard,
-    pub carry: Vec<String>,
+    pub rows: RowReading,
     /// Files of the output with their sizes.
     pub written: BTreeMap<String, u64>,
     pub planned: Arc<PlannedRows>,
@@ -302,8 +302,8 @@ impl PartReader {
                 DataRow::Line(line) if line.iter().all(u8::is_ascii_whitespace) => continue,
                 // A row of another part is not parsed.
                 DataRow::Line(_) if !filling.is_wanted() => None,
-                DataRow::Line(line) => InputRow::of_line(number, &line, &self.carry),
-                DataRow::Fields(fields) => Some(InputRow::of_record(number, fields, &self.carry)),
+                DataRow::Line(line) => self.rows.line(number, &line),
+                DataRow::Fields(fields) => Some(self.rows.record(number, fields)),
                 DataRow::Bad(problem) => Some(InputRow::bad(number, problem.message)),
             };
             filling.add(row)?;
@@ -319,7 +319,8 @@ impl PartReader {
         ranges: Vec<(u64, u64)>,
     ) -> Result<ApartRecords, Stop> {
         let choice = RecordChoice {
-            columns: self.carry.clone(),
+            columns: self.rows.carry.clone(),
+            renames: self.rows.columns.renames().to_vec(),
             ranges,
         };
         let records = ApartRecords::open(path, &choice).map_err(|e| damaged(input, path, &e))?;
@@ -371,7 +372,7 @@ impl PartReader {
                 false => None,
             };
             filling.add(row.map(|(_, fields)| match fields {
-                Ok(fields) => InputRow::of_record(number, fields, &self.carry),
+                Ok(fields) => self.rows.record(number, fields),
                 Err(issue) => InputRow::bad(number, reason(&issue)),
             }))?;
         }

@@ -2,8 +2,9 @@
 
 use serde_json::{Map, Value};
 
+use crate::cli::data::ColumnMap;
 use crate::cli::score::reason;
-use crate::domain::dataset::{PreferenceRow, RowIssue, Text};
+use crate::domain::dataset::{PreferenceRow, RowIssue, RowShape, Text};
 use crate::domain::message::TemplateArguments;
 use crate::train::rows::names::COMPLETIONS_COLUMN;
 use crate::train::rows::{pairs_of_line, pairs_of_record};
@@ -39,14 +40,23 @@ pub(super) struct PromptAnswers {
     pub arguments: TemplateArguments,
 }
 
-impl InputRow {
+/// How rows are read.
+#[derive(Clone, Debug, Default)]
+pub(super) struct RowReading {
+    /// Columns that are carried, by their names in the input.
+    pub carry: Vec<String>,
+    /// The names that columns of the input have in our format.
+    pub columns: ColumnMap,
+}
+
+impl RowReading {
     /// Reads a line of JSON; `None` for a blank one.
-    pub(super) fn of_line(row: u64, line: &[u8], carry: &[String]) -> Option<Self> {
+    pub(super) fn line(&self, row: u64, line: &[u8]) -> Option<InputRow> {
         if line.iter().all(u8::is_ascii_whitespace) {
             return None;
         }
         Some(match serde_json::from_slice::<Map<String, Value>>(line) {
-            Ok(fields) => InputRow::of_record(row, fields, carry),
+            Ok(fields) => self.record(row, fields),
             Err(_) => {
                 let findings = pairs_of_line(row, line).find_map(Result::err);
                 let message = findings.map_or_else(
@@ -59,9 +69,10 @@ impl InputRow {
     }
 
     /// Reads a record.
-    pub(super) fn of_record(row: u64, fields: Map<String, Value>, carry: &[String]) -> Self {
+    pub(super) fn record(&self, row: u64, fields: Map<String, Value>) -> InputRow {
         let value = |name: &String| fields.get(name).cloned().unwrap_or_default();
-        let carried = carry.iter().map(value).collect();
+        let carried = self.carry.iter().map(value).collect();
+        let fields = self.columns.renamed(fields);
         let id = match fields.get("id") {
             Some(Value::String(id)) => Some(id.clone()),
             Some(Value::Number(id)) => Some(id.to_string()),
@@ -78,10 +89,20 @@ impl InputRow {
             row,
             id,
             carried,
-            content: content.unwrap_or_else(|issue| RowContent::Bad(reason(&issue))),
+            content: content.unwrap_or_else(|issue| {
+                let message = self.columns.message(&issue.field, &issue.message);
+                let field = self.columns.original(&issue.field);
+                RowContent::Bad(reason(&RowIssue {
+                    field,
+                    message,
+                    ..issue
+                }))
+            }),
         }
     }
+}
 
+impl InputRow {
     /// Returns a row that cannot be read at all.
     pub(super) fn bad(row: u64, message: String) -> Self {
         InputRow {
@@ -207,8 +228,16 @@ fn answers(row: u64, mut fields: Map<String, Value>) -> Result<RowContent, RowIs
 mod tests {
     use super::*;
 
+    fn reading(columns: &[&str]) -> RowReading {
+        let columns: Vec<String> = columns.iter().map(|pair| (*pair).to_owned()).collect();
+        RowReading {
+            carry: vec!["source".to_owned()],
+            columns: ColumnMap::parse(&columns).unwrap(),
+        }
+    }
+
     fn read(line: &str) -> InputRow {
-        InputRow::of_line(7, line.as_bytes(), &["source".to_owned()]).unwrap()
+        reading(&[]).line(7, line.as_bytes()).unwrap()
     }
 
     fn refusal(line: &str) -> String {
@@ -246,7 +275,26 @@ mod tests {
             panic!("{one_rejected}")
         };
         assert_eq!(row.answers, ["a", "b", "c"].map(plain));
-        assert!(InputRow::of_line(1, b" \t", &[]).is_none());
+        assert!(reading(&[]).line(1, b" \t").is_none());
+    }
+
+    #[test]
+    fn mapped_columns_are_read_by_our_names_and_carried_and_named_by_theirs() {
+        let reading = reading(&["prompt=source", "chosen=good", "rejected=bad", "id=key"]);
+        let line = br#"{"key": "k", "source": "p", "good": "a", "bad": "b", "chosen": 7}"#;
+        let row = reading.line(1, line).unwrap();
+        assert_eq!(row.id.as_deref(), Some("k"));
+        assert_eq!(row.carried, [serde_json::json!("p")]);
+        let RowContent::Pair(pair) = row.content else {
+            panic!("{row:?}")
+        };
+        let plain = |text: &str| Text::Plain(text.to_owned());
+        assert_eq!((pair.prompt, pair.chosen), (plain("p"), plain("a")));
+        let line = br#"{"source": "p", "good": "a"}"#;
+        let RowContent::Bad(message) = reading.line(1, line).unwrap().content else {
+            panic!()
+        };
+        assert!(message.starts_with("bad is missing"), "{message}");
     }
 
     #[test]

@@ -45,6 +45,46 @@ fn is_wanted(column: &str) -> bool {
     COLUMNS.contains(&column) || MEDIA_COLUMNS.contains(&column) || is_logged_column(column)
 }
 
+fn bad(path: &Path, reason: String) -> DataError {
+    DataError::BadFile {
+        path: path.to_owned(),
+        reason,
+    }
+}
+
+fn unreadable(path: &Path, e: &dyn std::fmt::Display) -> DataError {
+    bad(path, format!("not a readable Parquet file: {e}"))
+}
+
+/// Opens a file and reads its footer.
+fn open(path: &Path) -> Result<SerializedFileReader<File>, DataError> {
+    let file = File::open(path).map_err(|source| DataError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    // The library panics on some damaged files.
+    guarded(|| SerializedFileReader::new(file))
+        .map_err(|e| unreadable(path, &e))?
+        .map_err(|e| unreadable(path, &e))
+}
+
+/// Returns the columns of a file that are wanted.
+fn project(
+    path: &Path,
+    schema: &Type,
+    is_wanted: impl Fn(&str) -> bool,
+) -> Result<SchemaDescPtr, DataError> {
+    let fields = schema.get_fields().iter().filter(|f| is_wanted(f.name()));
+    let wanted = Type::group_type_builder(schema.name())
+        .with_fields(fields.cloned().collect())
+        .build()
+        .map_err(|e| unreadable(path, &e))?;
+    match schema.check_contains(&wanted) {
+        true => Ok(Arc::new(SchemaDescriptor::new(Arc::new(wanted)))),
+        false => Err(unreadable(path, &"its columns differ")),
+    }
+}
+
 /// Returns the decoded columns of each record. `rename` returns the new name of a column, or `None`
 /// for a column that is left out. The columns `labels` are decoded besides those of a row.
 pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
@@ -52,26 +92,14 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
     labels: &[String],
     rename: R,
 ) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<R>, DataError> {
-    let file = File::open(path).map_err(|source| DataError::Io {
-        path: path.to_owned(),
-        source,
-    })?;
-    let bad = |reason: String| DataError::BadFile {
-        path: path.to_owned(),
-        reason,
-    };
-    // The library panics on some damaged files.
-    let unreadable = |e: &dyn std::fmt::Display| bad(format!("not a readable Parquet file: {e}"));
-    let reader = guarded(|| SerializedFileReader::new(file))
-        .map_err(|e| unreadable(&e))?
-        .map_err(|e| unreadable(&e))?;
+    let reader = open(path)?;
     let schema = reader.metadata().file_metadata().schema();
     let names: Vec<String> = schema
         .get_fields()
         .iter()
         .filter_map(|f| rename(f.name()))
         .collect();
-    names::check(&names).map_err(bad)?;
+    names::check(&names).map_err(|reason| bad(path, reason))?;
     let is_openai = is_openai(&names);
     let is_orca = !names.iter().any(|name| name == "prompt");
     let is_wanted = |name: &str| {
@@ -86,22 +114,9 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
         .filter(|name| !is_wanted(name))
         .cloned()
         .collect();
-    let wanted = schema
-        .get_fields()
-        .iter()
-        .filter(|f| rename(f.name()).is_some_and(|name| is_wanted(&name)))
-        .cloned()
-        .collect();
-    let wanted = Type::group_type_builder(schema.name())
-        .with_fields(wanted)
-        .build()
-        .map_err(|e| unreadable(&e))?;
-    if !schema.check_contains(&wanted) {
-        return Err(bad(
-            "not a readable Parquet file: its columns differ".to_owned()
-        ));
-    }
-    let columns = Arc::new(SchemaDescriptor::new(Arc::new(wanted)));
+    let columns = project(path, schema, |name| {
+        rename(name).is_some_and(|name| is_wanted(&name))
+    })?;
     Ok(Records::new(reader, columns)
         .enumerate()
         .map(move |(i, record)| {
@@ -152,11 +167,19 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
 pub struct RecordChoice {
     /// Columns that are decoded besides those of pairs and completions, whatever their type.
     pub columns: Vec<String>,
+    /// Pairs of our name of a column and the file's.
+    #[serde(default)]
+    pub renames: Vec<(String, String)>,
     /// Ranges of records, counted from 0 and without the end; empty means all records.
     pub ranges: Vec<(u64, u64)>,
 }
 
 impl RecordChoice {
+    /// Returns our name of a column of the file, or `None` if another column has taken its name.
+    fn name<'a>(&'a self, column: &'a str) -> Option<&'a str> {
+        names::renamed(&self.renames, column)
+    }
+
     fn has(&self, record: u64) -> bool {
         self.ranges.is_empty()
             || self
@@ -167,54 +190,43 @@ impl RecordChoice {
 }
 
 /// Returns the number of records of a file, and the chosen ones with their numbers from 1. A column
-/// `completions` stands for `chosen` and `rejected`.
+/// `completions` stands for `chosen` and `rejected`. The records have the file's names of columns.
 pub(super) fn chosen(
     path: &Path,
     choice: RecordChoice,
 ) -> Result<(u64, NumberedRecords), DataError> {
-    let file = File::open(path).map_err(|source| DataError::Io {
-        path: path.to_owned(),
-        source,
-    })?;
-    let bad = |reason: String| DataError::BadFile {
-        path: path.to_owned(),
-        reason,
-    };
-    let unreadable = |e: &dyn std::fmt::Display| bad(format!("not a readable Parquet file: {e}"));
-    let reader = guarded(|| SerializedFileReader::new(file))
-        .map_err(|e| unreadable(&e))?
-        .map_err(|e| unreadable(&e))?;
+    let reader = open(path)?;
     let metadata = reader.metadata().file_metadata();
     let total = u64::try_from(metadata.num_rows()).unwrap_or_default();
     let schema = metadata.schema();
-    let names: Vec<String> = schema
+    let theirs: Vec<String> = schema
         .get_fields()
         .iter()
         .map(|f| f.name().to_owned())
         .collect();
+    if let Some((ours, missing)) = choice.renames.iter().find(|(_, c)| !theirs.contains(c)) {
+        let found = names::listed(&theirs);
+        let reason = format!("no column {missing:?}, which stands for {ours}; found: {found}");
+        return Err(bad(path, reason));
+    }
+    let names: Vec<String> = theirs
+        .iter()
+        .filter_map(|name| choice.name(name).map(str::to_owned))
+        .collect();
     let has = |column: &str| names.iter().any(|name| name == column);
     if !has(COMPLETIONS_COLUMN) {
-        names::check(&names).map_err(bad)?;
+        names::check(&names).map_err(|reason| bad(path, reason))?;
     }
     let (is_openai, is_orca) = (is_openai(&names), !has("prompt"));
-    let wanted = |name: &str| {
+    let is_wanted = |name: &str| {
         is_wanted(name)
             || name == COMPLETIONS_COLUMN
             || (is_openai && OPENAI_COLUMNS.contains(&name))
             || (is_orca && name == QUESTION_COLUMN)
-            || choice.columns.iter().any(|column| column == name)
     };
-    let fields = schema.get_fields().iter().filter(|f| wanted(f.name()));
-    let projection = Type::group_type_builder(schema.name())
-        .with_fields(fields.cloned().collect())
-        .build()
-        .map_err(|e| unreadable(&e))?;
-    if !schema.check_contains(&projection) {
-        return Err(bad(
-            "not a readable Parquet file: its columns differ".to_owned()
-        ));
-    }
-    let columns = Arc::new(SchemaDescriptor::new(Arc::new(projection)));
+    let columns = project(path, schema, |name| {
+        choice.name(name).is_some_and(is_wanted) || choice.columns.iter().any(|c| c == name)
+    })?;
     // Records behind a damaged one are not read, although `Records` would return some of them.
     let mut is_damaged = false;
     let records = Records::new(reader, columns).map_while(move |record| {
@@ -229,7 +241,7 @@ pub(super) fn chosen(
             let row = at + 1;
             match record {
                 Ok(_) if !choice.has(at) => None,
-                Ok(record) => Some(Ok((row, fields_of(row, &record, &choice.columns)))),
+                Ok(record) => Some(Ok((row, fields_of(row, &record, &choice)))),
                 Err(e) => Some(Err(format!(
                     "record {row} cannot be decoded ({e}): the file is damaged, write it again"
                 ))),
@@ -244,27 +256,32 @@ pub type NumberedRecord = (u64, Result<Map<String, Value>, RowIssue>);
 /// Records in order. An error, which says why the file cannot be read further, is the last item.
 pub(super) type NumberedRecords = Box<dyn Iterator<Item = Result<NumberedRecord, String>> + Send>;
 
-/// Converts a record. The `carried` columns may have values of any type.
-fn fields_of(row: u64, record: &Row, carried: &[String]) -> Result<Map<String, Value>, RowIssue> {
+/// Converts a record. The columns that are chosen by name may have values of any type.
+fn fields_of(
+    row: u64,
+    record: &Row,
+    choice: &RecordChoice,
+) -> Result<Map<String, Value>, RowIssue> {
     let mut fields = Map::new();
-    for (name, field) in record.get_column_iter() {
+    for (column, field) in record.get_column_iter() {
+        let name = choice.name(column).unwrap_or_default();
         if name == "weight"
             && let Some(weight) = not_finite(field)
         {
             return Err(invalid_weight(row, &weight.to_string()));
         }
-        let is_ours = COLUMNS.contains(&name.as_str()) || name == COMPLETIONS_COLUMN;
+        let is_ours = COLUMNS.contains(&name) || name == COMPLETIONS_COLUMN;
         let value = match to_json(field) {
             Ok(value) if is_ours => without_nulls(value),
             Ok(value) => value,
-            Err(_) if carried.contains(name) => Value::String(field.to_string()),
+            Err(_) if choice.columns.contains(column) => Value::String(field.to_string()),
             Err(_) if !is_ours => Value::Bool(true),
             Err(kind) => {
-                let message = format!("{name} holds {kind}: use text or a list of messages");
-                return Err(issue(row, name, IssueReason::InvalidType, message));
+                let message = format!("{column} holds {kind}: use text or a list of messages");
+                return Err(issue(row, column, IssueReason::InvalidType, message));
             }
         };
-        fields.insert(name.clone(), value);
+        fields.insert(column.clone(), value);
     }
     Ok(fields)
 }

@@ -95,6 +95,16 @@ pub fn listed(columns: &[String]) -> String {
     list
 }
 
+/// Returns our name of a column of a file, or `None` if another column has taken its name. `renames`
+/// has pairs of our name and the file's.
+pub fn renamed<'a>(renames: &'a [(String, String)], name: &'a str) -> Option<&'a str> {
+    if let Some((ours, _)) = renames.iter().find(|(_, theirs)| theirs == name) {
+        return Some(ours);
+    }
+    let is_taken = renames.iter().any(|(ours, _)| ours == name);
+    (!is_taken).then_some(name)
+}
+
 /// Returns true if a column is used, or leads to a finding if it is not empty.
 pub fn is_used(column: &str) -> bool {
     COLUMNS.contains(&column)

@@ -31,6 +31,8 @@ from bradley.v1 import (
     checkpoint_pb2_grpc,
     dataset_pb2,
     dataset_pb2_grpc,
+    evaluation_pb2,
+    evaluation_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     scoring_pb2,
@@ -75,6 +77,7 @@ class AsyncClient:
         self._channel = address.aio_channel(connect_timeout)
         self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
         self._datasets = dataset_pb2_grpc.DatasetServiceStub(self._channel)
+        self._evaluations = evaluation_pb2_grpc.EvaluationServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
         self._scoring = scoring_pb2_grpc.ScoringServiceStub(self._channel)
         self._training = training_pb2_grpc.TrainingServiceStub(self._channel)
@@ -483,6 +486,44 @@ class AsyncClient:
                         return
                     raise protocol_error("the stream ended before all pairs were answered")
                 await asyncio.sleep(attempts.delay(error))
+
+    # Evaluation -----------------------------------------------------------------------------------
+
+    async def evaluate(
+        self,
+        policy: PolicyLike,
+        dataset: str | dataset_pb2.Dataset,
+        *,
+        subset_column: str = "",
+        score_columns: tuple[str, str] | None = None,
+        bins: int = 0,
+        save_calibration: bool = False,
+        on_progress: Callable[[calls.EvaluationProgress], object] | None = None,
+        timeout: float = 86_400.0,
+        **arguments: Unpack[ScoringArguments],
+    ) -> evaluation_pb2.EvaluationReport:
+        """Scores every pair of a dataset and returns the report; see `Client.evaluate`."""
+        chosen, rejected = score_columns or ("", "")
+        request = calls.evaluation_request(
+            policy,
+            dataset,
+            arguments,
+            subset_column=subset_column,
+            chosen_score_column=chosen,
+            rejected_score_column=rejected,
+            bins=bins,
+            save_calibration=save_calibration,
+        )
+
+        async def receive(_: None, **settings: Any) -> evaluation_pb2.EvaluationReport:
+            stream = self._evaluations.EvaluatePolicy(request, **settings)
+            evaluation = calls.Evaluation(on_progress)
+            with _cancelled_at_exit(stream):
+                async for message in stream:
+                    evaluation.take(message)
+            return evaluation.report()
+
+        return await self._repeat(receive, None, Deadline(timeout), self._retry, repeatable=True)
 
     # Usage ----------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import grpc
@@ -16,6 +16,7 @@ from bradley.session import Attempts, Session
 from bradley.v1 import (
     checkpoint_pb2,
     dataset_pb2,
+    evaluation_pb2,
     model_pb2,
     scoring_pb2,
     training_pb2,
@@ -41,6 +42,8 @@ FINAL_STATES = frozenset(
     }
 )
 
+EvaluationProgress = evaluation_pb2.EvaluationProgress
+"""Progress of an evaluation: numbers of pairs with a score, without one, and of all."""
 PolicyLike = str | model_pb2.Model | checkpoint_pb2.Checkpoint | training_pb2.TrainingJob
 """A policy: its name or its message. A model's name may lack `models/`, and a job means its latest
 checkpoint."""
@@ -83,6 +86,41 @@ def options(policy: PolicyLike, arguments: ScoringArguments) -> scoring_pb2.Scor
     if given.get("reference"):
         given["reference"] = policy_name(given["reference"])
     return messages.scoring_options(policy_name(policy), **given)
+
+
+def evaluation_request(
+    policy: PolicyLike,
+    dataset: str | dataset_pb2.Dataset,
+    arguments: ScoringArguments,
+    **fields: Any,
+) -> evaluation_pb2.EvaluatePolicyRequest:
+    """Builds the request for an evaluation. `fields` are further fields of the message."""
+    return evaluation_pb2.EvaluatePolicyRequest(
+        options=options(policy, arguments),
+        dataset=messages.name_of(dataset, "datasets"),
+        **fields,
+    )
+
+
+class Evaluation:
+    """Takes the messages of an evaluation's stream."""
+
+    def __init__(self, on_progress: Callable[[EvaluationProgress], object] | None) -> None:
+        self._on_progress = on_progress
+        self._report: evaluation_pb2.EvaluationReport | None = None
+
+    def take(self, message: evaluation_pb2.EvaluatePolicyResponse) -> None:
+        """Takes the next message."""
+        if message.WhichOneof("part") == "report":
+            self._report = message.report
+        elif self._on_progress is not None:
+            self._on_progress(message.progress)
+
+    def report(self) -> evaluation_pb2.EvaluationReport:
+        """Returns the report, which is the last message of a stream."""
+        if self._report is None:
+            raise protocol_error("the evaluation ended without a report")
+        return self._report
 
 
 def pairs(rows: Iterable[messages.PairLike]) -> list[scoring_pb2.Pair]:

@@ -142,6 +142,44 @@ def pair_message(row: PairLike, pair_id: str | None = None) -> scoring_pb2.Pair:
     return pair
 
 
+def pair_messages(row: Mapping[str, Any], first: int) -> list[scoring_pb2.Pair]:
+    """Converts a row whose answers may be lists to pairs, as the server does with rows of files.
+
+    Each chosen answer makes a pair with each rejected one. The ids are numbers from `first`. Raises
+    `RowError` if an answer has no pair.
+    """
+    answers = {name: _answers(row, name) for name in ("chosen", "rejected")}
+    pairs: list[scoring_pb2.Pair] = []
+    for chosen_place, chosen in answers["chosen"]:
+        for rejected_place, rejected in answers["rejected"]:
+            named = {**row, "chosen": chosen, "rejected": rejected}
+            try:
+                pairs.append(pair_message(named, str(first + len(pairs))))
+            except RowError as error:
+                column, separator, rest = str(error).partition(":")
+                places = {"chosen": chosen_place, "rejected": rejected_place}
+                raise RowError(f"{places.get(column, column)}{separator}{rest}") from error
+    return pairs
+
+
+def _answers(row: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+    """Returns the answers of a column with their places: a list of texts or of dialogues has
+    several, and a list of messages is one."""
+    value = row.get(name)
+    if is_missing(value) or isinstance(value, str):
+        return [(name, value)]
+    try:
+        value = plain(value)
+    except TypeError as error:
+        raise RowError(f"{name}: {error}") from error
+    if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
+        return [(name, value)]
+    kind = str if isinstance(value[0], str) else list
+    if not all(isinstance(answer, kind) for answer in value):
+        raise RowError(f"{name}: mixes texts and lists of messages; use one form for all answers")
+    return [(f"{name}[{i}]", answer) for i, answer in enumerate(value)]
+
+
 def _id(row: Mapping[str, Any]) -> str:
     given = row.get("id")
     return "" if is_missing(given) else str(given)

@@ -30,17 +30,21 @@ PAIR_COLUMNS: dict[str, Column] = {
     column.name: column
     for column in (
         Column("probability", "double", "float64"),
+        Column("calibrated_probability", "double", "float64"),
         Column("margin", "double", "float64"),
         *(
             Column(f"{side}_{name}", sql, arrow)
             for side in ("chosen", "rejected")
             for name, sql, arrow in _SIDES
         ),
+        Column("pair", "bigint", "int64"),
         Column("policy_version", "string", "string"),
         Column("error", "string", "string"),
     )
 }
-"""Columns for pairs."""
+"""Columns for pairs. `calibrated_probability` has values where a calibration is saved with the
+checkpoint. A row with lists of answers has the values of its pair with the lowest margin, whose
+number, from 1, is in `pair`."""
 
 ANSWER_COLUMNS: dict[str, Column] = {
     column.name: column
@@ -106,11 +110,15 @@ class Scorer:
         `Client.score_pairs`. A `token` is pickled with the scorer; one that is read from
         BRADLEY_TOKEN is not.
 
-        `prompt`, `chosen` and `rejected` name the columns of the pair. With `completions`, the name
-        of a column with lists of answers, N answers are scored instead. `output` chooses the
-        columns that are added: names of `PAIR_COLUMNS` or `ANSWER_COLUMNS`, or "all"; `prefix` is
-        put before their names. At most `concurrency` calls with `pairs_per_call` pairs each are
-        open at a time. `timeout` is the time of a batch, in seconds.
+        `prompt`, `chosen` and `rejected` name the columns of the pair. `chosen` and `rejected` may
+        hold lists of answers, as the server's file formats do: each chosen one then makes a pair
+        with each rejected one, and the row gets the values of the pair with the lowest margin.
+
+        With `completions`, the name of a column with lists of answers, N answers are scored
+        instead. `output` chooses the columns that are added: names of `PAIR_COLUMNS` or
+        `ANSWER_COLUMNS`, or "all"; `prefix` is put before their names. At most `concurrency` calls
+        with `pairs_per_call` pairs each are open at a time. `timeout` is the time of a batch, in
+        seconds.
         """
         if not policy:
             raise ValueError(
@@ -271,7 +279,9 @@ class Scorer:
         self, live: _Live, rows: Sequence[Mapping[str, Any]], deadline: Deadline
     ) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = [{} for _ in rows]
-        pairs = []
+        pairs: list[scoring_pb2.Pair] = []
+        # The numbers of the pairs of each row.
+        of_row: dict[int, range] = {}
         for number, row in enumerate(rows):
             named = {
                 **{name: row.get(name) for name in messages.FURTHER_COLUMNS},
@@ -280,7 +290,9 @@ class Scorer:
                 "rejected": row.get(self._rejected),
             }
             try:
-                pairs.append(messages.pair_message(named, str(number)))
+                first = len(pairs)
+                pairs.extend(messages.pair_messages(named, first))
+                of_row[number] = range(first, len(pairs))
             except messages.RowError as error:
                 found[number] = {"error": str(error)}
         options = self._message()
@@ -304,9 +316,9 @@ class Scorer:
             ]
 
         chunks = messages.chunks_of(pairs, self._pairs_per_call, calls.BYTES_PER_CALL)
-        for results in live.map(call, chunks):
-            for number, values in results:
-                found[number] = values
+        scored = dict(one for results in live.map(call, chunks) for one in results)
+        for number, numbers in of_row.items():
+            found[number] = _lowest([scored[i] for i in numbers])
         return found
 
     def _score_answers(
@@ -379,6 +391,17 @@ def _may_be_a_row(error: BradleyError) -> bool:
     return error.code in _ROW_CODES and not any(field.startswith("options") for field in fields)
 
 
+def _lowest(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the values of a row: those of its pair with the lowest margin, or the first error."""
+    if len(pairs) == 1:
+        return pairs[0]
+    for place, values in enumerate(pairs, 1):
+        if "error" in values:
+            return {"error": f"pair {place}: {values['error']}"}
+    place, values = min(enumerate(pairs, 1), key=lambda one: float(one[1]["margin"]))
+    return {**values, "pair": place}
+
+
 def _pair_values(result: scoring_pb2.PairResult, policy_version: str) -> dict[str, Any]:
     if result.WhichOneof("result") != "score":
         return {"error": str(from_status(result.error))}
@@ -388,6 +411,8 @@ def _pair_values(result: scoring_pb2.PairResult, policy_version: str) -> dict[st
         "margin": score.margin,
         "policy_version": policy_version,
     }
+    if score.HasField("calibrated_probability"):
+        values["calibrated_probability"] = score.calibrated_probability
     for side, answer in (("chosen", score.a), ("rejected", score.b)):
         for name, _, _ in _SIDES:
             values[f"{side}_{name}"] = getattr(answer, name)
