@@ -107,6 +107,7 @@ impl ScoringService for ScoringRpc {
             reference_version: session.reference_version().unwrap_or_default(),
             normalization: convert::normalization(session.normalization()),
             warnings,
+            calibration: session.calibration().map(convert::calibration),
         }))
     }
 

@@ -447,6 +447,11 @@ impl ScoringSession {
         self.beta
     }
 
+    /// Returns the stored calibration of this session's scores, if there is one.
+    pub fn calibration(&self) -> Option<Calibration> {
+        self.calibration
+    }
+
     /// Returns true if a calibration of this session's scores can be stored: the policy is a stored
     /// checkpoint.
     pub fn may_be_calibrated(&self) -> bool {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use super::weights::{IDENTITY_LIMIT, WeightsIdentity, identify};
+use super::weights::{IDENTITY_LIMIT, WeightsIdentity, calibration, identify};
 use crate::cli::args::FleetArgs;
 use crate::cli::failure::Failure;
 use crate::cli::progress::say;
@@ -388,6 +388,10 @@ impl Fleet {
             let now = WeightsIdentity {
                 policy: policy.clone(),
                 reference: reference.clone(),
+                calibration: match &answer {
+                    ScoringAnswer::Pairs(a) => calibration(a),
+                    ScoringAnswer::Answers(_) => expected.calibration.clone(),
+                },
                 ..expected.clone()
             };
             now.check(expected, &replica.address)

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::cli::data::ColumnMap;
 use crate::cli::score::reason;
-use crate::domain::dataset::{PreferenceRow, RowIssue, RowShape, Text};
+use crate::domain::dataset::{PreferenceRow, RowIssue, Text};
 use crate::domain::message::TemplateArguments;
 use crate::train::rows::names::COMPLETIONS_COLUMN;
 use crate::train::rows::{pairs_of_line, pairs_of_record};
@@ -299,12 +299,14 @@ mod tests {
 
     #[test]
     fn answers_of_a_row_continue_one_prompt() {
-        let message = |role: &str, content: &str| {
-            serde_json::json!({"role": role, "content": content})
-        };
+        let message =
+            |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
         let dialogue = |texts: &[&str]| -> Value {
             let roles = ["user", "assistant"].into_iter().cycle();
-            roles.zip(texts).map(|(role, text)| message(role, text)).collect()
+            roles
+                .zip(texts)
+                .map(|(role, text)| message(role, text))
+                .collect()
         };
         let row = |rejected: [&[&str]; 2]| {
             let row = serde_json::json!({

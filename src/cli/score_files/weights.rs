@@ -12,8 +12,6 @@ use crate::rpc::pb;
 
 /// Time limit for the answer of [`identify`].
 pub(super) const IDENTITY_LIMIT: Duration = Duration::from_secs(120);
-/// Determinant below which two pairs do not determine a temperature.
-const MIN_DETERMINANT: f64 = 1e-9;
 
 /// Identity of the policy and the reference at one server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,8 +76,8 @@ fn moving(flag: &str, name: &str, job: &str) -> Failure {
     ))
 }
 
-/// Asks a server for the identity of the weights that these options mean. It scores two tiny pairs
-/// for this, whose calibrated probabilities also identify the calibration.
+/// Asks a server for the identity of the weights that these options mean. It scores a tiny pair for
+/// this.
 ///
 /// # Errors
 /// Returns the server's status.
@@ -92,22 +90,20 @@ pub(super) async fn identify(
             form: Some(pb::text::Form::Plain(text.to_owned())),
         })
     };
-    let pair = |other: &str| pb::Pair {
+    let pair = pb::Pair {
         prompt: plain("1 + 1 ="),
         a: plain(" 2"),
-        b: plain(other),
+        b: plain(" 3"),
         ..Default::default()
     };
     // The answer names the weights, also if the pair's own result is an error, e.g. because it has
-    // more tokens than max_length.
-    // The pairs may have more tokens than max_length, which is no matter: no such pair has a
-    // calibrated probability either. They have no tools, because they are plain text.
+    // more tokens than max_length. It has no tools, because it is plain text.
     let request = pb::ScorePairsRequest {
         options: Some(pb::ScoringOptions {
             tools_json: String::new(),
             ..options.clone()
         }),
-        pairs: vec![pair(" 3"), pair(" 3, or so I was told in school")],
+        pairs: vec![pair],
     };
     let answer = client.scoring().score_pairs(request).await?.into_inner();
     let normalization = match answer.normalization() {
@@ -118,50 +114,20 @@ pub(super) async fn identify(
         normalization: normalization.to_owned(),
         policy_content: content(client, &answer.policy_version).await?,
         reference_content: content(client, &answer.reference_version).await?,
-        calibration: calibration(&answer.results),
+        calibration: calibration(&answer),
         policy: answer.policy_version,
         reference: answer.reference_version,
     })
 }
 
-/// Returns a text that differs between calibrations, or `None` if the scores are not calibrated.
-///
-/// It has the two parameters of z = u·m + c·d, the logit of the calibrated probability of a pair
-/// with the margin m and the difference d of tokens. They follow from two pairs. Rounded, they are
-/// the same for servers whose scores differ in their last bits.
-fn calibration(results: &[pb::PairResult]) -> Option<String> {
-    let mut equations = Vec::new();
-    for result in results {
-        let Some(pb::pair_result::Result::Score(score)) = &result.result else {
-            continue;
-        };
-        let probability = score.calibrated_probability?;
-        let tokens = |answer: &Option<pb::CompletionScore>| {
-            answer
-                .as_ref()
-                .map_or(0.0, |answer| f64::from(answer.tokens))
-        };
-        let logit = (probability / (1.0 - probability)).ln();
-        equations.push([score.margin, tokens(&score.a) - tokens(&score.b), logit]);
-    }
-    let [[m1, d1, z1], [m2, d2, z2]] = equations[..] else {
-        return None;
-    };
-    let determinant = m1 * d2 - m2 * d1;
-    let (of_margin, of_length) = if determinant.abs() < MIN_DETERMINANT {
-        // Policy and reference are the same, so that the temperature has no effect.
-        (0.0, if d2 == 0.0 { 0.0 } else { z2 / d2 })
-    } else {
-        (
-            (z1 * d2 - z2 * d1) / determinant,
-            (m1 * z2 - m2 * z1) / determinant,
+/// Describes the calibration of an answer, if its scores have one.
+pub(super) fn calibration(answer: &pb::ScorePairsResponse) -> Option<String> {
+    answer.calibration.as_ref().map(|c| {
+        format!(
+            "temperature {:?}, length coefficient {:?}",
+            c.temperature, c.length_coefficient
         )
-    };
-    let temperature = match of_margin {
-        0.0 => "any temperature".to_owned(),
-        of_margin => format!("temperature {:.4e}", 1.0 / of_margin),
-    };
-    Some(format!("{temperature}, length coefficient {of_length:.4e}"))
+    })
 }
 
 /// Returns the hashes of a model, or of a checkpoint, which is written once, its time and size and
@@ -249,7 +215,10 @@ impl WeightsIdentity {
                 of.policy_content.clone(),
                 of.reference_content.clone(),
                 text(&of.normalization),
-                of.calibration.as_deref().map(Value::from).unwrap_or_default(),
+                of.calibration
+                    .as_deref()
+                    .map(Value::from)
+                    .unwrap_or_default(),
             ]
         };
         let names = [
@@ -269,59 +238,5 @@ impl WeightsIdentity {
             "{what} has changed at {address} (before: {was}, now: {is}): the parts so far were \
              scored with the weights before; serve those again, or name another --out"
         )))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn result(margin: f64, tokens: [u32; 2], calibrated: Option<f64>) -> pb::PairResult {
-        let answer = |tokens| {
-            Some(pb::CompletionScore {
-                tokens,
-                ..Default::default()
-            })
-        };
-        let score = pb::PairScore {
-            margin,
-            a: answer(tokens[0]),
-            b: answer(tokens[1]),
-            calibrated_probability: calibrated,
-            ..Default::default()
-        };
-        pb::PairResult {
-            id: String::new(),
-            result: Some(pb::pair_result::Result::Score(score)),
-        }
-    }
-
-    /// Returns the text for the calibration with a temperature and a length coefficient.
-    fn text(margins: [f64; 2], temperature: f64, coefficient: f64) -> Option<String> {
-        let calibrated = |margin: f64, difference: f64| {
-            Some(1.0 / (1.0 + (-margin / temperature - coefficient * difference).exp()))
-        };
-        calibration(&[
-            result(margins[0], [2, 2], calibrated(margins[0], 0.0)),
-            result(margins[1], [2, 9], calibrated(margins[1], -7.0)),
-        ])
-    }
-
-    #[test]
-    fn a_calibration_is_identified_whatever_the_last_bits_of_the_margins() {
-        let usual = text([0.31, -0.2], 2.5, -0.03).unwrap();
-        assert_eq!(usual, "temperature 2.5000e0, length coefficient -3.0000e-2");
-        assert_eq!(
-            text([0.31 + 1e-12, -0.2 - 1e-12], 2.5, -0.03).unwrap(),
-            usual
-        );
-        assert_ne!(text([0.31, -0.2], 2.6, -0.03).unwrap(), usual);
-        assert_ne!(text([0.31, -0.2], 2.5, -0.031).unwrap(), usual);
-        // Without a difference between policy and reference, only lengths count.
-        assert_eq!(text([0.0, 0.0], 2.5, -0.03), text([0.0, 0.0], 3.0, -0.03));
-        assert_ne!(text([0.0, 0.0], 2.5, -0.03), text([0.0, 0.0], 2.5, 0.0));
-        let raw = [result(0.3, [2, 2], None), result(0.2, [2, 9], None)];
-        assert_eq!(calibration(&raw), None);
-        assert_eq!(calibration(&[]), None);
     }
 }

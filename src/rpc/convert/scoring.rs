@@ -11,6 +11,7 @@ use crate::domain::logged::sum_problem;
 use crate::domain::message::{MessageProblem, TemplateArguments};
 use crate::domain::names;
 use crate::domain::violation::{Violations, quoted};
+use crate::math::calibration::Calibration;
 use crate::rpc::pb;
 use crate::service::error::ServiceError;
 use crate::service::scoring::logged::{LoggedPair, LoggedPolicy};
@@ -90,6 +91,14 @@ pub(in crate::rpc) fn normalization(n: Normalization) -> i32 {
     match n {
         Normalization::Sum => pb::RewardNormalization::Sum.into(),
         Normalization::Mean => pb::RewardNormalization::Mean.into(),
+    }
+}
+
+/// Converts the stored calibration of scores.
+pub(in crate::rpc) fn calibration(calibration: Calibration) -> pb::Calibration {
+    pb::Calibration {
+        temperature: calibration.temperature,
+        length_coefficient: calibration.length_coefficient,
     }
 }
 
