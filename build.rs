@@ -1,5 +1,5 @@
 //! Compiles `proto/` into OUT_DIR with protox, so that no protoc is needed, and writes the
-//! descriptor set for reflection and canonical JSON.
+//! descriptor set for reflection, canonical JSON and the routes of REST.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,9 +24,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = files
         .into_iter()
         .chain(["google/rpc/error_details.proto".to_owned()]);
-    let descriptors = protox::compile(files, ["proto"])?;
+    let mut compiler = protox::Compiler::new(["proto"])?;
+    compiler
+        .include_source_info(true)
+        .include_imports(true)
+        .open_files(files)?;
+    let descriptors = compiler.file_descriptor_set();
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    fs::write(out.join("bradley.bin"), prost_bytes(&descriptors))?;
+    // The compiler's own encoding, because prost's types lose the options `google.api.http`.
+    fs::write(
+        out.join("bradley.bin"),
+        compiler.encode_file_descriptor_set(),
+    )?;
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         compile_kernels(&out.join("kernels.ptx"))?;
     }
@@ -69,9 +78,4 @@ fn compile_kernels(ptx: &Path) -> Result<(), Box<dyn std::error::Error>> {
     } else {
         Err(format!("{} failed with {status}", nvcc.display()).into())
     }
-}
-
-fn prost_bytes(set: &prost_types::FileDescriptorSet) -> Vec<u8> {
-    use prost::Message;
-    set.encode_to_vec()
 }

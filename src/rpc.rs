@@ -16,6 +16,7 @@ mod listener;
 mod model;
 mod observe;
 pub mod pb;
+mod rest;
 mod scoring;
 mod status;
 mod training;
@@ -71,6 +72,8 @@ pub struct ServeOptions {
     /// Age at which a connection is closed, so that its client is balanced over the replicas again.
     /// `None` means never.
     pub max_connection_age: Option<Duration>,
+    /// True if the port also serves REST, over HTTP/1.1 and HTTP/2.
+    pub rest: bool,
 }
 
 /// The reason why serving failed.
@@ -82,6 +85,9 @@ pub enum ServeError {
     /// Reflection could not be set up.
     #[error("reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
+    /// An annotation `google.api.http` cannot be used.
+    #[error("REST: {0}")]
+    Rest(String),
 }
 
 /// Serves all gRPC services on `listener` until `shutdown`, then drains: health says NOT_SERVING,
@@ -137,7 +143,11 @@ pub async fn serve(
             .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
+    if options.rest {
+        rest::prepare().map_err(ServeError::Rest)?;
+    }
     let mut builder = Server::builder()
+        .accept_http1(options.rest)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .http2_max_header_list_size(MAX_HEADERS)
@@ -148,6 +158,10 @@ pub async fn serve(
             .max_connection_age_grace(AGE_GRACE);
     }
     let router = builder
+        .layer(rest::RestLayer {
+            max_body: options.rest.then_some(max),
+            max_headers: MAX_HEADERS as usize,
+        })
         .layer(observe::ObserveLayer)
         .layer(auth::AuthLayer {
             authenticator: service.server.tokens().clone(),

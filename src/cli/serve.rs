@@ -158,6 +158,7 @@ pub async fn serve_on(
         tokens: settings.tokens,
         max_connections,
         max_connection_age: settings.max_connection_age,
+        rest: settings.rest,
     };
     let result = serve(listener, service, options, shutdown).await;
     // The HTTP port is stopped last, so that it answers probes until the last call has ended.

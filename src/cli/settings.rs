@@ -275,6 +275,11 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "PEM file of a certificate authority; clients then need a certificate that it signed",
     ),
     (
+        "rest",
+        "on",
+        "REST and server-sent events on the gRPC port, beside gRPC: on or off",
+    ),
+    (
         "max_connections",
         "4096",
         "Maximum number of open gRPC connections",
@@ -370,6 +375,8 @@ pub struct Settings {
     pub audit_log: Option<PathBuf>,
     /// Certificates of the gRPC port; `None` means no TLS.
     pub tls: Option<TlsFiles>,
+    /// True if the gRPC port serves REST, too.
+    pub rest: bool,
     /// Maximum number of open gRPC connections.
     pub max_connections: usize,
     /// Age at which a connection is closed, so that its client connects again; `None` means never.
@@ -539,7 +546,8 @@ impl Settings {
             );
             reader.bad.push("data_parallel", problem);
         }
-        let tls = reader.tls();
+        let rest = reader.rest();
+        let tls = reader.tls(rest);
         let tokens = reader
             .parse("auth", "off or tokens", |s| match s {
                 "off" => Some(false),
@@ -596,6 +604,7 @@ impl Settings {
             oidc,
             audit_log: reader.optional("audit_log", "a path", |s| Some(PathBuf::from(s))),
             tls,
+            rest,
             max_connections: reader.number("max_connections", 1).unwrap_or_default(),
             max_connection_age: reader
                 .number("max_connection_age", 0)
@@ -771,7 +780,17 @@ impl SettingsReader<'_> {
         .flatten()
     }
 
-    fn tls(&mut self) -> Option<TlsFiles> {
+    fn rest(&mut self) -> bool {
+        let rest = self.parse("rest", "on or off", |s| match s {
+            // The second word is that of a TOML or YAML file without quotes.
+            "on" | "true" => Some(true),
+            "off" | "false" => Some(false),
+            _ => None,
+        });
+        rest.unwrap_or_default()
+    }
+
+    fn tls(&mut self, http1: bool) -> Option<TlsFiles> {
         let mut path = |name| self.optional(name, "a path", |s| Some(PathBuf::from(s)));
         let (certificate, key, client_ca) =
             (path("tls_cert"), path("tls_key"), path("tls_client_ca"));
@@ -780,6 +799,7 @@ impl SettingsReader<'_> {
                 certificate,
                 key,
                 client_ca,
+                http1,
             }),
             (None, None) if client_ca.is_none() => None,
             _ => {

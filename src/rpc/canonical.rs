@@ -96,13 +96,52 @@ pub fn yaml_of(value: &Value) -> Result<String, CanonicalError> {
 ///
 /// # Errors
 /// [`CanonicalError::Fields`] with every unknown key and every value that does not fit its field.
-pub fn from_value<M: Canonical>(mut value: Value) -> Result<M, CanonicalError> {
-    let descriptor = descriptor::<M>()?;
+pub fn from_value<M: Canonical>(value: Value) -> Result<M, CanonicalError> {
+    let dynamic = dynamic_from_value(descriptor::<M>()?, value)?;
+    dynamic.transcode_to().map_err(conversion)
+}
+
+/// Reads a message whose type is known at run time only.
+///
+/// # Errors
+/// The same as of [`from_value`].
+pub(super) fn dynamic_from_value(
+    descriptor: MessageDescriptor,
+    mut value: Value,
+) -> Result<DynamicMessage, CanonicalError> {
     let mut wrong = Violations::default();
     check_message(&descriptor, &mut value, "", &mut wrong);
     wrong.into_result().map_err(CanonicalError::Fields)?;
-    let dynamic = DynamicMessage::deserialize(descriptor, value).map_err(conversion)?;
-    dynamic.transcode_to().map_err(conversion)
+    DynamicMessage::deserialize(descriptor, value).map_err(conversion)
+}
+
+/// Returns an encoded message in protobuf's own JSON mapping, in which other libraries and gateways
+/// write it: `lowerCamelCase` names, integers of 64 bits as strings, and fields without presence
+/// also if they have their default.
+///
+/// # Errors
+/// [`CanonicalError::Conversion`] if the bytes are not the message, or if it has a value that JSON
+/// cannot have.
+pub(super) fn proto_json(
+    descriptor: &MessageDescriptor,
+    message: &[u8],
+) -> Result<Vec<u8>, CanonicalError> {
+    let mut dynamic = DynamicMessage::decode(descriptor.clone(), message).map_err(conversion)?;
+    drop_unknown_details(&mut dynamic);
+    let options = SerializeOptions::new().skip_default_fields(false);
+    let mut text = Vec::with_capacity(2 * message.len());
+    dynamic
+        .serialize_with_options(&mut serde_json::Serializer::new(&mut text), &options)
+        .map_err(conversion)?;
+    Ok(text)
+}
+
+/// Returns the descriptors of all messages and services of the API.
+///
+/// # Errors
+/// [`CanonicalError::Conversion`] if the descriptors cannot be read.
+pub(super) fn pool() -> Result<&'static DescriptorPool, CanonicalError> {
+    POOL.as_ref().map_err(conversion)
 }
 
 /// Reads a message from JSON.
@@ -146,9 +185,9 @@ fn conversion(error: impl std::fmt::Display) -> CanonicalError {
 }
 
 fn descriptor<M: Canonical>() -> Result<MessageDescriptor, CanonicalError> {
-    let pool = POOL.as_ref().map_err(conversion)?;
     let name = M::full_name();
-    pool.get_message_by_name(&name)
+    pool()?
+        .get_message_by_name(&name)
         .ok_or_else(|| conversion(format!("{name} is not part of the API")))
 }
 
@@ -311,7 +350,7 @@ fn check_message(
 }
 
 /// Describes a key that the message does not have, with the one that was meant.
-fn unknown_key(descriptor: &MessageDescriptor, key: &str, path: &str) -> String {
+pub(super) fn unknown_key(descriptor: &MessageDescriptor, key: &str, path: &str) -> String {
     let names: Vec<FieldDescriptor> = descriptor.fields().collect();
     let within = |name: &str| match path {
         "" => name.to_owned(),

@@ -31,7 +31,7 @@ use crate::telemetry::gauge_guard::GaugeGuard;
 /// Time limit for a TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time limit for a client to send the HTTP/2 connection preface (`.0`), and the preface's length
-/// in bytes (`.1`).
+/// in bytes (`.1`). Of HTTP/1.1, any bytes of the same number count.
 const PREFACE: (Duration, usize) = (Duration::from_secs(10), 24);
 /// Interval at which the certificate files are checked for changes.
 const CERTIFICATE_CHECK_INTERVAL: Duration = Duration::from_secs(10);
@@ -49,6 +49,8 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// PEM file of a CA. If set, clients must have a certificate that it signed.
     pub client_ca: Option<PathBuf>,
+    /// True if clients may speak HTTP/1.1, too.
+    pub http1: bool,
 }
 
 /// The reason why a TLS file cannot be used.
@@ -174,6 +176,9 @@ fn configure(files: &TlsFiles) -> Result<ServerConfig, TlsError> {
         .with_single_cert(chain, key)
         .map_err(|e| tls_error(&files.certificate, e))?;
     config.alpn_protocols = vec![b"h2".to_vec()];
+    if files.http1 {
+        config.alpn_protocols.push(b"http/1.1".to_vec());
+    }
     Ok(config)
 }
 
@@ -293,7 +298,7 @@ pub(super) struct Connection {
     io: Io,
     peer: SocketAddr,
     /// Timer for the HTTP/2 preface; `None` when the client has sent it. The transport itself would
-    /// wait forever. On the HTTP port, any bytes of the same number count.
+    /// wait forever. Of HTTP/1.1, any bytes of the same number count.
     preface_timer: Option<Pin<Box<Sleep>>>,
     /// Bytes read so far, up to the end of the preface.
     read: usize,

@@ -145,7 +145,7 @@ pub fn message(e: ServiceError) -> tonic_types::Status {
 }
 
 /// Converts a gRPC status with details to a google.rpc.Status.
-fn to_rpc_status(status: Status) -> tonic_types::Status {
+pub fn to_rpc_status(status: Status) -> tonic_types::Status {
     use prost::Message;
     // The details header is the encoded google.rpc.Status itself.
     tonic_types::Status::decode(status.details()).unwrap_or(tonic_types::Status {

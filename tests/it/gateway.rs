@@ -109,34 +109,53 @@ impl Envoy {
             .unwrap()
     }
 
-    /// Sends a REST request, and returns the status and the body.
-    fn rest(&self, method: &str, path: &str, body: &str) -> (u16, serde_json::Value) {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(60)))
-            .unwrap();
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\n\
-             connection: close\r\n"
+    /// Sends a REST request, and returns the status and the body. The server itself, without the
+    /// gateway, must answer the same.
+    fn rest(
+        &self,
+        server: &Server,
+        method: &str,
+        path: &str,
+        body: &str,
+    ) -> (u16, serde_json::Value) {
+        let answer = rest_at(self.port, method, path, body);
+        let port = server.address.rsplit(':').next().unwrap().parse().unwrap();
+        let direct = rest_at(port, method, path, body);
+        assert_eq!(
+            answer, direct,
+            "{method} {path}: the gateway and the server"
         );
-        write!(stream, "{head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer
-            .split_once("\r\n\r\n")
-            .unwrap_or_else(|| panic!("{method} {path}: {answer:?}"));
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        // In a chunked body each chunk is a line, between lines with the sizes.
-        let text = match head.to_lowercase().contains("transfer-encoding: chunked") {
-            true => body.split("\r\n").skip(1).step_by(2).collect::<String>(),
-            false => body.to_owned(),
-        };
-        // Answers of Envoy itself are not JSON.
-        (
-            status,
-            serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text)),
-        )
+        answer
     }
+}
+
+/// Sends a REST request to a port, and returns the status and the body.
+fn rest_at(port: u16, method: &str, path: &str, body: &str) -> (u16, serde_json::Value) {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\n\
+         connection: close\r\n"
+    );
+    write!(stream, "{head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .unwrap_or_else(|| panic!("{method} {path}: {answer:?}"));
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    // In a chunked body each chunk is a line, between lines with the sizes.
+    let text = match head.to_lowercase().contains("transfer-encoding: chunked") {
+        true => body.split("\r\n").skip(1).step_by(2).collect::<String>(),
+        false => body.to_owned(),
+    };
+    // Answers of Envoy itself are not JSON.
+    (
+        status,
+        serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text)),
+    )
 }
 
 impl Drop for Envoy {
@@ -296,7 +315,7 @@ async fn the_gateway_offers_rest_with_json() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let envoy = Envoy::start(&[&server]);
-    let (status, models) = envoy.rest("GET", "/v1/models", "");
+    let (status, models) = envoy.rest(&server, "GET", "/v1/models", "");
     assert_eq!(
         (status, models["models"][0]["name"].as_str()),
         (200, Some("models/tiny")),
@@ -315,7 +334,7 @@ async fn the_gateway_offers_rest_with_json() {
         "b": text("assistant", "No."),
     });
     let body = serde_json::json!({"options": {"policy": "models/tiny"}, "pairs": [pair]});
-    let (status, answer) = envoy.rest("POST", "/v1/scoring:scorePairs", &body.to_string());
+    let (status, answer) = envoy.rest(&server, "POST", "/v1/scoring:scorePairs", &body.to_string());
     assert_eq!(status, 200, "{answer}");
     assert_eq!(
         answer["results"][0]["score"]["probability"].as_f64(),
@@ -330,7 +349,12 @@ async fn the_gateway_offers_rest_with_json() {
         "prompt": prompt,
         "completions": completions,
     });
-    let (status, ranked) = envoy.rest("POST", "/v1/scoring:scoreCompletions", &body.to_string());
+    let (status, ranked) = envoy.rest(
+        &server,
+        "POST",
+        "/v1/scoring:scoreCompletions",
+        &body.to_string(),
+    );
     assert_eq!(
         (status, ranked["results"].as_array().map(Vec::len)),
         (200, Some(2)),
@@ -353,20 +377,26 @@ async fn the_gateway_offers_rest_with_json() {
     );
 
     // Errors have gRPC's code, and name the invalid fields.
-    let (status, missing) = envoy.rest("GET", "/v1/models/none", "");
+    let (status, missing) = envoy.rest(&server, "GET", "/v1/models/none", "");
     assert_eq!(
         (status, missing["code"].as_i64()),
         (404, Some(5)),
         "{missing}"
     );
     let wrong = serde_json::json!({"options": {"policy": "models/tiny", "beta": -1}, "pairs": []});
-    let (status, wrong) = envoy.rest("POST", "/v1/scoring:scorePairs", &wrong.to_string());
+    let (status, wrong) = envoy.rest(
+        &server,
+        "POST",
+        "/v1/scoring:scorePairs",
+        &wrong.to_string(),
+    );
     assert_eq!(status, 400, "{wrong}");
     assert!(
         wrong["details"].to_string().contains("fieldViolations"),
         "{wrong}"
     );
-    let (status, _) = envoy.rest("GET", "/v1/nothing", "");
+    // Envoy's own answer has no JSON.
+    let (status, _) = rest_at(envoy.port, "GET", "/v1/nothing", "");
     assert_eq!(status, 404);
 }
 

@@ -56,6 +56,7 @@ mod reference_model;
 mod references;
 mod regressions;
 mod replicas;
+mod rest;
 mod rewards;
 mod rollback;
 mod score_files;

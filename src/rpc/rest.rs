@@ -1,0 +1,404 @@
+//! REST and server-sent events on the gRPC port, for every method with a `google.api.http`
+//! annotation whose request is one message.
+//!
+//! [`RestService`] turns an HTTP request into the gRPC call of the same method and hands it to the
+//! layers below, so that authentication, limits, deadlines, metrics and the audit log are those of
+//! gRPC. There are no routes in the code: `routes` reads the annotations.
+
+mod answer;
+mod openapi;
+mod request;
+mod routes;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tonic::body::Body;
+use tonic::codegen::http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
+};
+use tower::{Layer, Service};
+
+use self::answer::StreamForm;
+use self::request::{LateBody, RequestParts};
+use self::routes::{BodyFields, Lookup, Route};
+use super::listener::Peer;
+use super::status::status;
+use crate::domain::violation::{quoted, shortened};
+use crate::service::error::ServiceError;
+
+/// Path of the OpenAPI document.
+const DOCUMENT: &str = "/openapi.json";
+/// Header with the time limit of a call, in seconds. `grpc-timeout` is refused, because gRPC's
+/// transport would answer it with a gRPC error.
+const TIMEOUT: &str = "x-server-timeout";
+const GRPC_TIMEOUT: &str = "grpc-timeout";
+const LAST_EVENT_ID: &str = "last-event-id";
+/// Headers that the gRPC call gets.
+const FORWARDED: [&str; 4] = ["authorization", "x-request-id", "traceparent", "tracestate"];
+/// Maximum number of characters of a request that an error repeats.
+const MAX_REPEATED: usize = 200;
+
+/// Reads the annotations and writes the OpenAPI document, so that an error ends the start.
+///
+/// # Errors
+/// Describes what cannot be used.
+pub(super) fn prepare() -> Result<(), String> {
+    routes::table()?;
+    openapi::document()?;
+    Ok(())
+}
+
+/// Layer that adds [`RestService`] to a server.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RestLayer {
+    /// Maximum size of a request's body, in bytes; `None` serves gRPC only.
+    pub max_body: Option<usize>,
+    /// Maximum size of a request's headers, in bytes.
+    pub max_headers: usize,
+}
+
+impl<S> Layer<S> for RestLayer {
+    type Service = RestService<S>;
+
+    fn layer(&self, inner: S) -> RestService<S> {
+        RestService {
+            inner,
+            layer: *self,
+        }
+    }
+}
+
+/// A service that answers REST requests by calls of the gRPC service inside it.
+#[derive(Clone, Debug)]
+pub(super) struct RestService<S> {
+    inner: S,
+    layer: RestLayer,
+}
+
+impl<S> Service<Request<Body>> for RestService<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Send,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        // Only `self.inner` was polled ready, so the call uses it, and `self` keeps the clone.
+        let replacement = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, replacement);
+        let is_grpc = is_grpc(&request);
+        let max_body = match self.layer.max_body {
+            Some(max_body) if !(is_grpc && request.version() == Version::HTTP_2) => max_body,
+            _ => return Box::pin(inner.call(request)),
+        };
+        if let Some(peer) = request.extensions().get::<Peer>() {
+            peer.activity.touch();
+        }
+        let max_headers = self.layer.max_headers;
+        Box::pin(async move {
+            let planned = match is_grpc {
+                true => Err(Refused::of(
+                    StatusCode::HTTP_VERSION_NOT_SUPPORTED,
+                    ServiceError::invalid("version", "is HTTP/1.1: gRPC needs HTTP/2"),
+                )),
+                false => plan(&request, max_headers, max_body),
+            };
+            let call = match planned {
+                Ok(Plan::Call(call)) => call,
+                Ok(Plan::Document(document)) => {
+                    return Ok(answer::json(StatusCode::OK, document.as_bytes()));
+                }
+                Err(refused) => return Ok(refused.into_response()),
+            };
+            let (route, form, resumes) = (call.parts.route, call.form, call.resumes());
+            let response = inner.call(call.into_grpc(request)).await?;
+            Ok(answer::convert(response, route, form, resumes).await)
+        })
+    }
+}
+
+fn content_type(headers: &HeaderMap) -> Option<&str> {
+    headers.get(header::CONTENT_TYPE)?.to_str().ok()
+}
+
+fn is_grpc(request: &Request<Body>) -> bool {
+    content_type(request.headers()).is_some_and(|t| t.starts_with("application/grpc"))
+}
+
+/// A request that is refused before a method is called.
+struct Refused {
+    http: StatusCode,
+    error: ServiceError,
+    allow: Option<String>,
+}
+
+impl Refused {
+    fn of(http: StatusCode, error: ServiceError) -> Self {
+        Refused {
+            http,
+            error,
+            allow: None,
+        }
+    }
+
+    fn into_response(self) -> Response<Body> {
+        let status = status(self.error);
+        let code = format!("{:?}", status.code());
+        metrics::counter!("bradley_requests_total", "method" => "unknown", "code" => code)
+            .increment(1);
+        let mut response = answer::error(self.http, &status);
+        if let Some(allow) = self.allow.and_then(|a| HeaderValue::from_str(&a).ok()) {
+            response.headers_mut().insert(header::ALLOW, allow);
+        }
+        response
+    }
+}
+
+/// The gRPC call of a request.
+struct PlannedCall {
+    parts: RequestParts,
+    form: StreamForm,
+    timeout: Option<HeaderValue>,
+}
+
+/// The way in which a request is answered.
+enum Plan {
+    /// By a gRPC call.
+    Call(PlannedCall),
+    /// By the OpenAPI document.
+    Document(&'static str),
+}
+
+impl PlannedCall {
+    /// Returns true if the client continues a stream.
+    fn resumes(&self) -> bool {
+        self.parts.last_event_id.is_some() && self.parts.route.cursor.is_some()
+    }
+
+    fn into_grpc(self, request: Request<Body>) -> Request<Body> {
+        let (head, body) = request.into_parts();
+        let path = Uri::from_static(self.parts.route.grpc_path.as_str());
+        let mut call = Request::new(Body::new(LateBody::new(self.parts, body)));
+        *call.method_mut() = Method::POST;
+        *call.uri_mut() = path;
+        *call.version_mut() = Version::HTTP_2;
+        *call.extensions_mut() = head.extensions;
+        let headers = call.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/grpc"),
+        );
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        if let Some(timeout) = self.timeout {
+            headers.insert(GRPC_TIMEOUT, timeout);
+        }
+        for name in FORWARDED {
+            if let Some(value) = head.headers.get(name) {
+                headers.insert(name, value.clone());
+            }
+        }
+        call
+    }
+}
+
+/// Finds the method of a request and checks its headers.
+fn plan(request: &Request<Body>, max_headers: usize, max_body: usize) -> Result<Plan, Refused> {
+    let headers = request.headers();
+    let header_bytes: usize = headers
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len() + 4)
+        .sum();
+    if header_bytes > max_headers {
+        return Err(Refused::of(
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            ServiceError::invalid("headers", format!("have more than {max_headers} bytes")),
+        ));
+    }
+    check_origin(request)?;
+    let (verb, path) = (request.method(), request.uri().path());
+    if path == DOCUMENT {
+        return match *verb {
+            Method::GET => openapi::document()
+                .map(Plan::Document)
+                .map_err(|e| Refused::of(StatusCode::INTERNAL_SERVER_ERROR, internal(e))),
+            _ => Err(other_verb(verb, &[&Method::GET])),
+        };
+    }
+    let table =
+        routes::table().map_err(|e| Refused::of(StatusCode::INTERNAL_SERVER_ERROR, internal(e)))?;
+    let (route, parts) = match routes::find(table, verb, path) {
+        Lookup::Route(route, parts) => (route, parts),
+        Lookup::OtherVerbs(verbs) => return Err(other_verb(verb, &verbs)),
+        Lookup::NoPath => {
+            return Err(Refused::of(
+                StatusCode::NOT_FOUND,
+                ServiceError::not_found("path", shortened(path, MAX_REPEATED)),
+            ));
+        }
+    };
+    let is_json = check_body(headers, route)?;
+    let bindings = route
+        .template
+        .bindings(&parts)
+        .ok_or_else(|| bad("path", "is not UTF-8"))?;
+    let last_event_id = match headers.get(LAST_EVENT_ID) {
+        // A browser sends an empty one if no event had an ID.
+        Some(id) if !id.is_empty() => {
+            let id = id
+                .to_str()
+                .map_err(|_| bad("last-event-id", "is not ASCII"))?;
+            Some(id.to_owned())
+        }
+        _ => None,
+    };
+    Ok(Plan::Call(PlannedCall {
+        parts: RequestParts {
+            route,
+            bindings,
+            query: request.uri().query().unwrap_or_default().to_owned(),
+            last_event_id,
+            is_json,
+            limit: max_body,
+            timeout: request::BODY_TIMEOUT,
+        },
+        form: stream_form(headers),
+        timeout: timeout(headers)?,
+    }))
+}
+
+fn internal(e: &str) -> ServiceError {
+    ServiceError::internal(e)
+}
+
+fn bad(field: &str, description: impl Into<String>) -> Refused {
+    Refused::of(
+        StatusCode::BAD_REQUEST,
+        ServiceError::invalid(field, description),
+    )
+}
+
+fn other_verb(verb: &Method, accepted: &[&Method]) -> Refused {
+    let accepted: Vec<&str> = accepted.iter().map(|m| m.as_str()).collect();
+    let accepted = accepted.join(", ");
+    let given = shortened(verb.as_str(), MAX_REPEATED);
+    Refused {
+        allow: Some(accepted.clone()),
+        ..Refused::of(
+            StatusCode::METHOD_NOT_ALLOWED,
+            ServiceError::invalid("method", format!("is {given}: this path has {accepted}")),
+        )
+    }
+}
+
+/// Refuses requests that a browser sends for a page of another site. Such a page could otherwise
+/// send calls to a server without tokens that only this machine reaches.
+fn check_origin(request: &Request<Body>) -> Result<(), Refused> {
+    let headers = request.headers();
+    let Some(origin) = headers.get(header::ORIGIN) else {
+        return Ok(());
+    };
+    let host = match request.uri().authority() {
+        Some(authority) => Some(authority.as_str()),
+        None => headers.get(header::HOST).and_then(|h| h.to_str().ok()),
+    };
+    let origin = origin.to_str().ok().and_then(|o| o.split_once("://"));
+    match (origin, host) {
+        (Some((_, origin)), Some(host)) if origin.eq_ignore_ascii_case(host) => Ok(()),
+        _ => Err(Refused::of(
+            StatusCode::FORBIDDEN,
+            ServiceError::PermissionDenied {
+                message: "this server answers no pages of other origins (CORS): put a proxy that \
+                          allows them in front of it"
+                    .to_owned(),
+            },
+        )),
+    }
+}
+
+/// Checks the headers about the body. Returns true if they say that it is JSON.
+fn check_body(headers: &HeaderMap, route: &Route) -> Result<bool, Refused> {
+    let unsupported = |field: &str, needed: &str| {
+        let given = headers.get(field).and_then(|v| v.to_str().ok());
+        let given = quoted(&shortened(given.unwrap_or_default(), MAX_REPEATED));
+        let text = format!("is {given}: {needed}");
+        Refused::of(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            ServiceError::invalid(field, text),
+        )
+    };
+    if let BodyFields::None = route.body {
+        let length = headers.get(header::CONTENT_LENGTH);
+        let has_body =
+            length.is_some_and(|v| v != "0") || headers.contains_key(header::TRANSFER_ENCODING);
+        if has_body {
+            return Err(bad(
+                "body",
+                "is not accepted: this method takes its fields as parameters of the query",
+            ));
+        }
+        return Ok(false);
+    }
+    if headers
+        .get(header::CONTENT_ENCODING)
+        .is_some_and(|v| v != "identity")
+    {
+        return Err(unsupported("content-encoding", "it must not be compressed"));
+    }
+    match content_type(headers) {
+        None if headers.contains_key(header::CONTENT_TYPE) => {
+            Err(unsupported("content-type", "it must be application/json"))
+        }
+        None => Ok(false),
+        Some(text) => {
+            let essence = text.split(';').next().unwrap_or_default().trim();
+            match essence.eq_ignore_ascii_case("application/json") {
+                true => Ok(true),
+                false => Err(unsupported("content-type", "it must be application/json")),
+            }
+        }
+    }
+}
+
+fn stream_form(headers: &HeaderMap) -> StreamForm {
+    let mut accepted = headers.get_all(header::ACCEPT).iter();
+    let accepts_events = accepted.any(|value| {
+        let value = value.to_str().unwrap_or_default().to_ascii_lowercase();
+        value
+            .split(',')
+            .any(|part| part.split(';').next().map(str::trim) == Some(answer::EVENT_STREAM))
+    });
+    match accepts_events {
+        true => StreamForm::Events,
+        false => StreamForm::Lines,
+    }
+}
+
+/// Returns the time limit of a call in gRPC's form.
+fn timeout(headers: &HeaderMap) -> Result<Option<HeaderValue>, Refused> {
+    if headers.contains_key(GRPC_TIMEOUT) {
+        return Err(bad(
+            "grpc-timeout",
+            "is for gRPC: send x-server-timeout with a number of seconds",
+        ));
+    }
+    let Some(value) = headers.get(TIMEOUT) else {
+        return Ok(None);
+    };
+    let seconds = value.to_str().ok().and_then(|v| v.parse::<f64>().ok());
+    let limit = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok());
+    let limit = limit.filter(|limit| !limit.is_zero());
+    let limit = limit.ok_or_else(|| bad("x-server-timeout", "must be a number of seconds"))?;
+    // The gRPC protocol allows at most eight digits.
+    let millis = limit.as_millis().clamp(1, 99_999_999);
+    Ok(HeaderValue::from_str(&format!("{millis}m")).ok())
+}

@@ -1,0 +1,404 @@
+//! From the answer of a gRPC call to an HTTP answer: JSON, an event stream, or an error.
+
+use std::future::Future as _;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use http_body::{Body as _, Frame};
+use prost::Message as _;
+use prost_reflect::{DynamicMessage, FieldDescriptor, MessageDescriptor};
+use tokio::time::{Instant, Sleep};
+use tonic::body::Body;
+use tonic::codegen::http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use super::request::{HTTP_STATUS, MAX_INLINE, next_frame};
+use super::routes::Route;
+use crate::rpc::canonical;
+use crate::rpc::status::{status, to_rpc_status};
+use crate::service::error::ServiceError;
+
+/// Media type of an event stream.
+pub const EVENT_STREAM: &str = "text/event-stream";
+/// Media type of a stream with one JSON object a line.
+const JSON_LINES: &str = "application/x-ndjson";
+const JSON: &str = "application/json";
+
+/// Time without an event after which an event stream has a comment. It keeps proxies from closing
+/// the connection, and finds clients that are gone.
+const HEARTBEAT: Duration = Duration::from_secs(15);
+/// Time for which a resumed event stream waits for its first event before its headers are sent. If
+/// the stream ends within it without an event, the answer is 204, after which an EventSource does
+/// not connect again.
+const RESUME_WAIT: Duration = Duration::from_secs(1);
+/// Bytes before each message of a gRPC body: a flag and the length.
+const PREFIX: usize = 5;
+
+/// Form of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamForm {
+    /// Server-sent events.
+    Events,
+    /// One JSON object a line.
+    Lines,
+}
+
+/// Returns an error as the JSON of a google.rpc.Status.
+pub fn error(http: StatusCode, status: &Status) -> Response<Body> {
+    let mut response = json(http, status_json(status, StatusJson::Plain));
+    let headers = response.headers_mut();
+    let retry = status.get_details_retry_info().and_then(|r| r.retry_delay);
+    if let Some(delay) = retry {
+        let seconds = delay.as_secs() + u64::from(delay.subsec_nanos() > 0);
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+    }
+    if http == StatusCode::UNAUTHORIZED {
+        let scheme = HeaderValue::from_static("Bearer");
+        headers.insert(header::WWW_AUTHENTICATE, scheme);
+    }
+    response
+}
+
+/// Returns an answer with a JSON body.
+pub fn json(http: StatusCode, body: impl Into<Bytes>) -> Response<Body> {
+    let mut response = with_type(JSON, full(body.into()));
+    *response.status_mut() = http;
+    response
+}
+
+fn full(bytes: Bytes) -> Body {
+    Body::new(OneFrame(Some(bytes)))
+}
+
+fn with_type(media_type: &'static str, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    for (name, value) in [
+        (header::CONTENT_TYPE, media_type),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    ] {
+        response
+            .headers_mut()
+            .insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// A body whose bytes are known.
+struct OneFrame(Option<Bytes>);
+
+impl http_body::Body for OneFrame {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Poll::Ready(self.0.take().map(|bytes| Ok(Frame::data(bytes))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_none()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        http_body::SizeHint::with_exact(self.0.as_ref().map_or(0, |b| b.len() as u64))
+    }
+}
+
+/// Converts the answer of a gRPC call. `resumes` is true for a client that continues a stream.
+pub async fn convert(
+    response: Response<Body>,
+    route: &Route,
+    form: StreamForm,
+    resumes: bool,
+) -> Response<Body> {
+    let (head, body) = response.into_parts();
+    let converted = match Status::from_header_map(&head.headers) {
+        Some(status) if status.code() != Code::Ok => error_of(&status, &head.headers),
+        _ if route.method.is_server_streaming() => stream(body, route, form, resumes).await,
+        _ => one_message(body, route.method.output()).await,
+    };
+    with_headers(converted, head.headers)
+}
+
+/// Adds the headers of the gRPC answer that are not part of its protocol, e.g. the request's ID.
+fn with_headers(mut response: Response<Body>, given: HeaderMap) -> Response<Body> {
+    let is_protocol = |name: &HeaderName| {
+        let name = name.as_str();
+        name.starts_with("grpc-") || ["content-type", "date", HTTP_STATUS].contains(&name)
+    };
+    let headers = response.headers_mut();
+    let mut last = None;
+    for (name, value) in given {
+        // Further values of a header come without its name.
+        last = name.or(last);
+        if let Some(name) = last.clone().filter(|name| !is_protocol(name)) {
+            headers.append(name, value);
+        }
+    }
+    response
+}
+
+/// Returns the answer for a call that failed, with the headers or trailers that say so.
+fn error_of(status: &Status, headers: &HeaderMap) -> Response<Body> {
+    let own = headers.get(HTTP_STATUS);
+    let own = own.and_then(|v| StatusCode::from_bytes(v.as_bytes()).ok());
+    error(own.unwrap_or_else(|| http_status(status.code())), status)
+}
+
+/// Returns the HTTP status of a gRPC code, as google.rpc.Code lists them.
+fn http_status(code: Code) -> StatusCode {
+    match code {
+        Code::Ok => StatusCode::OK,
+        // The status that nginx introduced for a client that has left.
+        Code::Cancelled => StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST),
+        Code::InvalidArgument | Code::FailedPrecondition | Code::OutOfRange => {
+            StatusCode::BAD_REQUEST
+        }
+        Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+        Code::NotFound => StatusCode::NOT_FOUND,
+        Code::AlreadyExists | Code::Aborted => StatusCode::CONFLICT,
+        Code::PermissionDenied => StatusCode::FORBIDDEN,
+        Code::Unauthenticated => StatusCode::UNAUTHORIZED,
+        Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
+        Code::Unimplemented => StatusCode::NOT_IMPLEMENTED,
+        Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        Code::Unknown | Code::Internal | Code::DataLoss => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// Form of a status in JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StatusJson {
+    /// Its fields.
+    Plain,
+    /// Its fields and `@type`, which distinguishes it from the messages of a stream.
+    Typed,
+}
+
+fn status_json(status: &Status, form: StatusJson) -> Vec<u8> {
+    let rpc = to_rpc_status(status.clone());
+    let descriptor = canonical::pool()
+        .ok()
+        .and_then(|pool| pool.get_message_by_name("google.rpc.Status"));
+    let text = descriptor.and_then(|d| canonical::proto_json(&d, &rpc.encode_to_vec()).ok());
+    let text = text.unwrap_or_else(|| format!("{{\"code\":{}}}", rpc.code).into_bytes());
+    if form == StatusJson::Plain {
+        return text;
+    }
+    let start: &[u8] = b"{\"@type\":\"type.googleapis.com/google.rpc.Status\",";
+    [start, text.get(1..).unwrap_or_default()].concat()
+}
+
+fn conversion(e: impl std::fmt::Display) -> Status {
+    status(ServiceError::internal(format!(
+        "an answer has no JSON: {e}"
+    )))
+}
+
+/// Reads the whole body of a unary call.
+async fn one_message(mut body: Body, descriptor: MessageDescriptor) -> Response<Body> {
+    let mut data = BytesMut::new();
+    let mut trailers = HeaderMap::new();
+    while let Some(frame) = next_frame(&mut body).await {
+        match frame.map(Frame::into_data) {
+            Ok(Ok(bytes)) => data.extend_from_slice(&bytes),
+            Ok(Err(frame)) => trailers.extend(frame.into_trailers().unwrap_or_default()),
+            Err(status) => return error_of(&status, &trailers),
+        }
+    }
+    match Status::from_header_map(&trailers) {
+        Some(status) if status.code() != Code::Ok => return error_of(&status, &trailers),
+        _ => {}
+    }
+    let Some(message) = take_message(&mut data) else {
+        return error_of(&conversion("it has no message"), &trailers);
+    };
+    let is_small = message.len() <= MAX_INLINE;
+    let convert = move || canonical::proto_json(&descriptor, &message).map_err(conversion);
+    let text = match is_small {
+        true => convert(),
+        false => tokio::task::spawn_blocking(convert)
+            .await
+            .unwrap_or_else(|e| Err(conversion(e))),
+    };
+    match text {
+        Ok(text) => json(StatusCode::OK, text),
+        Err(status) => error_of(&status, &trailers),
+    }
+}
+
+/// Takes the first message of a gRPC body, if it is there completely. The server compresses no
+/// answer, because the call did not say that it accepts this.
+fn take_message(data: &mut BytesMut) -> Option<Bytes> {
+    let length = data.get(1..PREFIX)?.try_into().ok()?;
+    let length = u32::from_be_bytes(length) as usize;
+    if data.len() < PREFIX + length {
+        return None;
+    }
+    data.advance(PREFIX);
+    Some(data.split_to(length).freeze())
+}
+
+async fn stream(body: Body, route: &Route, form: StreamForm, resumes: bool) -> Response<Body> {
+    let mut events = Events {
+        body,
+        data: BytesMut::new(),
+        descriptor: route.method.output(),
+        sequence: route.cursor.as_ref().map(|c| c.sequence.clone()),
+        form,
+        heartbeat: Box::pin(tokio::time::sleep(HEARTBEAT)),
+        waiting: None,
+        has_ended: false,
+    };
+    if resumes && form == StreamForm::Events {
+        let first = std::future::poll_fn(|cx| events.poll_next(cx));
+        // Without an event in time, the headers are sent and the stream waits.
+        if let Ok(first) = tokio::time::timeout(RESUME_WAIT, first).await {
+            if let Next::End(None) = first {
+                let mut response = with_type(EVENT_STREAM, Body::empty());
+                response.headers_mut().remove(header::CONTENT_TYPE);
+                *response.status_mut() = StatusCode::NO_CONTENT;
+                return response;
+            }
+            events.waiting = Some(first);
+        }
+    }
+    let media_type = match form {
+        StreamForm::Events => EVENT_STREAM,
+        StreamForm::Lines => JSON_LINES,
+    };
+    let mut response = with_type(media_type, Body::new(events));
+    // nginx would otherwise collect events before it sends them.
+    let unbuffered = HeaderName::from_static("x-accel-buffering");
+    response
+        .headers_mut()
+        .insert(unbuffered, HeaderValue::from_static("no"));
+    response
+}
+
+/// A step of a stream.
+enum Next {
+    /// A message.
+    Message(Bytes),
+    /// The end, with the error if there was one.
+    End(Option<Status>),
+}
+
+/// The body of a stream. It reads the gRPC stream only when the client takes more.
+struct Events {
+    body: Body,
+    /// Bytes of the gRPC stream that have not been converted yet.
+    data: BytesMut,
+    descriptor: MessageDescriptor,
+    /// The field whose value is an event's ID.
+    sequence: Option<FieldDescriptor>,
+    form: StreamForm,
+    heartbeat: Pin<Box<Sleep>>,
+    /// A step that was already read.
+    waiting: Option<Next>,
+    has_ended: bool,
+}
+
+impl Events {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
+        loop {
+            if let Some(message) = take_message(&mut self.data) {
+                return Poll::Ready(Next::Message(message));
+            }
+            let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(cx));
+            match frame.map(|frame| frame.map(Frame::into_data)) {
+                Some(Ok(Ok(bytes))) => self.data.extend_from_slice(&bytes),
+                Some(Ok(Err(frame))) => {
+                    let trailers = frame.into_trailers().unwrap_or_default();
+                    let status = Status::from_header_map(&trailers);
+                    return Poll::Ready(Next::End(status.filter(|s| s.code() != Code::Ok)));
+                }
+                Some(Err(status)) => return Poll::Ready(Next::End(Some(status))),
+                None => return Poll::Ready(Next::End(None)),
+            }
+        }
+    }
+
+    /// Returns the text of a message.
+    fn text(&self, message: &[u8]) -> Result<Vec<u8>, Status> {
+        let json = canonical::proto_json(&self.descriptor, message).map_err(conversion)?;
+        if self.form == StreamForm::Lines {
+            return Ok([&json[..], b"\n"].concat());
+        }
+        let mut text = Vec::with_capacity(json.len() + 32);
+        if let Some(sequence) = &self.sequence {
+            let event =
+                DynamicMessage::decode(self.descriptor.clone(), message).map_err(conversion)?;
+            if let Some(id) = event.get_field(sequence).as_u64() {
+                text.extend_from_slice(format!("id: {id}\n").as_bytes());
+            }
+        }
+        text.extend_from_slice(b"data: ");
+        text.extend_from_slice(&json);
+        text.extend_from_slice(b"\n\n");
+        Ok(text)
+    }
+
+    /// Returns the last text of the stream.
+    fn last_text(&self, error: Option<Status>) -> Option<Vec<u8>> {
+        let error = error.map(|status| status_json(&status, StatusJson::Typed));
+        match (self.form, error) {
+            (StreamForm::Events, Some(error)) => {
+                Some([b"event: status\ndata: ", &error[..], b"\n\n"].concat())
+            }
+            (StreamForm::Events, None) => Some(b"event: end\ndata: {}\n\n".to_vec()),
+            (StreamForm::Lines, Some(error)) => Some([&error[..], b"\n"].concat()),
+            (StreamForm::Lines, None) => None,
+        }
+    }
+}
+
+impl http_body::Body for Events {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = &mut *self;
+        if this.has_ended {
+            return Poll::Ready(None);
+        }
+        let next = match this.waiting.take() {
+            Some(next) => Poll::Ready(next),
+            None => this.poll_next(cx),
+        };
+        let text = match next {
+            Poll::Ready(Next::Message(message)) => match this.text(&message) {
+                Ok(text) => Some(text),
+                Err(status) => {
+                    this.has_ended = true;
+                    this.last_text(Some(status))
+                }
+            },
+            Poll::Ready(Next::End(error)) => {
+                this.has_ended = true;
+                this.last_text(error)
+            }
+            Poll::Pending => {
+                if this.form == StreamForm::Lines {
+                    return Poll::Pending;
+                }
+                std::task::ready!(this.heartbeat.as_mut().poll(cx));
+                Some(b": heartbeat\n\n".to_vec())
+            }
+        };
+        this.heartbeat.as_mut().reset(Instant::now() + HEARTBEAT);
+        Poll::Ready(text.map(|text| Ok(Frame::data(Bytes::from(text)))))
+    }
+}
+
+#[cfg(test)]
+mod tests;
