@@ -361,12 +361,12 @@ async fn the_gateway_offers_rest_with_json() {
         "{ranked}"
     );
 
-    // A stream is an array, which Envoy sends message by message.
+    // Envoy makes an array of a stream; the server itself sends lines or events.
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let body = serde_json::json!({"options": {"policy": "models/tiny"}, "dataset": dataset.name});
     let path = "/v1/evaluation:evaluatePolicy";
-    let (status, evaluated) = envoy.rest("POST", path, &body.to_string());
+    let (status, evaluated) = rest_at(envoy.port, "POST", path, &body.to_string());
     let messages = evaluated.as_array().map_or(&[][..], Vec::as_slice);
     let report = messages.last().map(|message| &message["report"]);
     let accuracy = report.and_then(|report| report["accuracy"]["share"].as_f64());
