@@ -185,7 +185,7 @@ async fn serve_command(args: ServeArgs) -> Outcome {
         settings.audit_log.as_deref(),
         traces.as_ref(),
     )
-    .map_err(|e| Failure::Failed(e.to_string()))?;
+    .map_err(|e| Failure::Failed(format!("{e:#}")))?;
     variables::warn_about_unknown(&sources.environment);
     let metrics = metrics::install().map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
     let served = serve::run(settings, metrics).await;

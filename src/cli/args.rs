@@ -410,7 +410,7 @@ impl ServerArgs {
 /// Arguments of `doctor`: those of `serve`, and a running server.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// A running server to ask, too. Default: the value of --server.
+    /// A running server to ask, too. Default: --server, or else the address of --listen.
     #[arg(long)]
     pub address: Option<String>,
     /// Token and certificates for the running server.

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::args::{BackupArgs, MigrateArgs, Output, RestoreArgs};
 use super::failure::{Failure, Outcome};
-use super::output;
+use super::output::{self, human};
 use super::progress::say;
 use super::settings::{Sources, vendor_variables};
 use crate::service::backup::{self, BackupManifest};
@@ -38,7 +38,7 @@ pub(super) async fn back_up(args: BackupArgs, output_format: Output) -> Outcome 
     }
     let work = backup::back_up(&args.database.data_dir, &args.dir);
     let manifest = shown("copying the database and its files", work).await?;
-    output::resource(output_format, &summary(&manifest));
+    output::resource(output_format, &summary(&manifest, output_format));
     if manifest.missing.is_empty() {
         return Ok(());
     }
@@ -59,7 +59,7 @@ pub(super) async fn back_up(args: BackupArgs, output_format: Output) -> Outcome 
 pub(super) async fn restore(args: RestoreArgs, output_format: Output) -> Outcome {
     let work = backup::restore(&args.dir, &args.data_dir);
     let manifest = shown("restoring the database and its files", work).await?;
-    output::resource(output_format, &summary(&manifest));
+    output::resource(output_format, &summary(&manifest, output_format));
     for lost in manifest.missing.iter().take(SHOWN) {
         say(&format!("warning: the backup itself lacks {lost}"));
     }
@@ -86,7 +86,7 @@ pub(super) async fn migrate(args: MigrateArgs, output_format: Output) -> Outcome
     Ok(())
 }
 
-fn summary(manifest: &BackupManifest) -> serde_json::Value {
+fn summary(manifest: &BackupManifest, output_format: Output) -> serde_json::Value {
     let bytes: u64 = manifest.files.values().map(|file| file.size_bytes).sum();
     let mut summary = json!({
         "created": manifest.create_time,
@@ -99,6 +99,9 @@ fn summary(manifest: &BackupManifest) -> serde_json::Value {
     });
     if let Some(store) = &manifest.artifact_store {
         summary["artifact_store"] = format!("{store}: not in the backup").into();
+    }
+    if output_format == Output::Table {
+        summary["bytes"] = human::bytes(bytes).into();
     }
     summary
 }

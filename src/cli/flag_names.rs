@@ -38,6 +38,11 @@ const INSTRUCTIONS: [(&str, &str); 1] = [(
     "set row_policy to SKIP",
     "leave them out with --skip-bad-rows",
 )];
+/// The server's instruction to a caller without a token, and that of the command line.
+const BEARER: (&str, &str) = (
+    "send the metadata \"authorization: Bearer TOKEN\"",
+    "give one with --token or the variable BRADLEY_TOKEN",
+);
 /// Fields that `train` sets by uploading a file.
 const UPLOADED: [(&str, &str); 2] = [("dataset", "data"), ("eval_dataset", "eval-data")];
 
@@ -192,7 +197,7 @@ where
     match &lines[..] {
         [] => format!(
             "{} ({:?})",
-            (words.in_sentence)(status.message()),
+            (words.in_sentence)(status.message()).replace(BEARER.0, BEARER.1),
             status.code()
         ),
         [one] => one.clone(),

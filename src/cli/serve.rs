@@ -2,6 +2,8 @@
 
 use anyhow::Context as _;
 use std::future::Future;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -10,9 +12,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use super::settings::Settings;
+use crate::domain::reason::Reason;
 use crate::engine;
 use crate::formats::loader::{LoadedModel, load_model};
 use crate::rpc::{ServeOptions, Tls, serve, serve_http};
+use crate::service::error::ServiceError;
 use crate::service::{Service, ServiceOptions};
 
 /// Maximum time for which the server, after its last answer, waits for computations on the device:
@@ -45,12 +49,12 @@ const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Result<Ended> {
     let listener = TcpListener::bind(settings.listen)
         .await
-        .map_err(|e| anyhow::anyhow!("cannot listen on {}: {e}", settings.listen))?;
+        .map_err(|e| cannot_listen("listen", settings.listen, &e))?;
     let http = match settings.http_listen {
         Some(address) => Some(
             TcpListener::bind(address)
                 .await
-                .map_err(|e| anyhow::anyhow!("cannot listen on {address}: {e}"))?,
+                .map_err(|e| cannot_listen("http_listen", address, &e))?,
         ),
         None => None,
     };
@@ -75,6 +79,20 @@ pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Resul
     serve_on(settings, listener, http.map(|l| (l, metrics)), shutdown).await
 }
 
+/// Returns the error of a port, with its setting and the remedy.
+fn cannot_listen(setting: &str, address: SocketAddr, e: &std::io::Error) -> anyhow::Error {
+    let flag = setting.replace('_', "-");
+    let remedy = match e.kind() {
+        ErrorKind::AddrInUse => format!(
+            "another program uses this port, perhaps a server that runs already: stop it, or name \
+             another port with --{flag}"
+        ),
+        ErrorKind::PermissionDenied => format!("name a port from 1024 with --{flag}"),
+        _ => format!("name an address of this machine with --{flag}"),
+    };
+    anyhow::anyhow!("{setting}: cannot listen on {address}: {e}: {remedy}")
+}
+
 /// Runs the whole server on `listener` until `shutdown`. A test or the demo calls this, because it
 /// owns the listeners and the shutdown.
 ///
@@ -87,6 +105,9 @@ pub async fn serve_on(
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<Ended> {
     tokio::pin!(shutdown);
+    // Before the models, because loading these may take minutes.
+    let tls = settings.tls.clone().map(Tls::open).transpose();
+    let tls = tls.context("tls_cert, tls_key or tls_client_ca cannot be used")?;
     let engine = tokio::select! {
         engine = start_engine(&settings) => engine?,
         // No request was accepted yet, so there is nothing to drain.
@@ -111,11 +132,23 @@ pub async fn serve_on(
         token_file: settings.token_file.clone(),
         oidc: settings.oidc.clone(),
     };
-    let tls = settings.tls.clone().map(Tls::open).transpose()?;
     // The limit is raised before the HTTP port is served, because its connections need descriptors,
     // too.
     let max_connections = connections_that_fit(settings.max_connections)?;
-    let service = Service::open(engine.clone(), options).await?;
+    if settings.database_url.is_some() || settings.artifact_store.is_some() {
+        tracing::info!("opening the database and the artifact store");
+    }
+    let service = Service::open(engine.clone(), options).await;
+    let service = service.map_err(|e| match e {
+        ServiceError::Unavailable {
+            reason: Reason::ArtifactsUnavailable,
+            ..
+        } => anyhow::anyhow!(
+            "{e}: check artifact_url, the variables of its vendor and the network; \
+             --log bradley=debug shows the store's answer"
+        ),
+        e => e.into(),
+    })?;
     let (stop, mut stopping) = watch::channel(false);
     let http_address = http
         .as_ref()
@@ -241,7 +274,7 @@ async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
     let data_dir = settings.data_dir.clone();
     tokio::task::spawn_blocking(move || {
         std::fs::create_dir_all(&data_dir)
-            .with_context(|| format!("{} cannot be created", data_dir.display()))?;
+            .with_context(|| format!("data_dir {} cannot be created", data_dir.display()))?;
         let mut loaded: Vec<LoadedModel> = Vec::new();
         for (id, source) in &models {
             let start = std::time::Instant::now();

@@ -412,9 +412,13 @@ impl Sources {
                 let wrong = |reason: String| Violations::one(path.display().to_string(), reason);
                 let text = std::fs::read_to_string(&path)
                     .map_err(|e| wrong(format!("cannot be read: {e}")))?;
-                let table = text
-                    .parse::<toml::Table>()
-                    .map_err(|e| wrong(format!("is not TOML: {}", e.message())))?;
+                let table = text.parse::<toml::Table>().map_err(|e| {
+                    let before = e.span().and_then(|span| text.get(..span.start));
+                    let line =
+                        before.map(|text| format!(" in line {}", text.lines().count().max(1)));
+                    let line = line.unwrap_or_default();
+                    wrong(format!("is not TOML{line}: {}", e.message()))
+                })?;
                 Some((path, table))
             }
             None => None,
@@ -490,7 +494,7 @@ impl Settings {
                     format!("{}: {key}", path.display()),
                     match nearest(key, SETTINGS.iter().map(|(name, ..)| *name)) {
                         Some(name) => format!("is not a setting: did you mean {name}?"),
-                        None => format!("is not a setting: use {}", SETTINGS.joined_names()),
+                        None => "is not a setting: `bradley serve --help` lists them".to_owned(),
                     },
                 );
             }
@@ -718,20 +722,6 @@ pub fn hub(sources: &Sources) -> HubOptions {
     }
 }
 
-trait JoinedNames {
-    /// Returns the names of the settings, separated by commas.
-    fn joined_names(&self) -> String;
-}
-
-impl JoinedNames for [(&str, &str, &str)] {
-    fn joined_names(&self) -> String {
-        self.iter()
-            .map(|(name, ..)| *name)
-            .collect::<Vec<_>>()
-            .join(", ")
-    }
-}
-
 struct SettingsReader<'a> {
     sources: &'a Sources,
     bad: &'a mut Violations,
@@ -802,19 +792,27 @@ impl SettingsReader<'_> {
                 http1,
             }),
             (None, None) if client_ca.is_none() => None,
-            _ => {
-                self.bad.push(
-                    "tls_cert, tls_key",
-                    "must both be set or both be empty; tls_client_ca needs both",
-                );
+            (certificate, key) => {
+                let set = ["tls_cert", "tls_key", "tls_client_ca"]
+                    .into_iter()
+                    .find(|name| !self.sources.get(name, "").0.is_empty());
+                let missing = match (certificate, key) {
+                    (None, None) => "tls_cert and tls_key are",
+                    (None, _) => "tls_cert is",
+                    _ => "tls_key is",
+                };
+                let (_, origin) = self.sources.get(set.unwrap_or("tls_cert"), "");
+                self.bad
+                    .push(origin, format!("is set, but {missing} not: TLS needs both"));
                 None
             }
         }
     }
 
     fn needs_tokens(&mut self, name: &str) {
+        let (_, origin) = self.sources.get(name, "");
         self.bad.push(
-            name,
+            origin,
             "has no effect while auth is off: set auth to tokens, too",
         );
     }

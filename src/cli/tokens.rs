@@ -8,11 +8,12 @@ use std::time::Duration;
 use super::args::{DatabaseArgs, Output, TokensCommand};
 use super::failure::{Failure, Outcome};
 use super::output;
+use super::progress::say;
 use crate::domain::access::Role;
 use crate::service::auth::declared::{MIN_TOKEN_LENGTH, TokenEntry};
 use crate::service::auth::tokens::{self, Token};
 use crate::service::error::ServiceError;
-use crate::service::store::{Store, StoreOptions};
+use crate::service::store::{DATABASE_FILE, Store, StoreOptions};
 
 const DAY: u64 = 24 * 3600;
 /// Maximum length of a token that a file declares. A call's headers have a limit, too.
@@ -38,10 +39,19 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
             database,
         } => {
             let roles = parse_roles(&roles)?;
+            let is_new = lacks_database(&database);
             let store = open(&database).await?;
             let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY));
-            let (token, secret) = tokens::create(&store, &owner, &roles, lifetime).await?;
+            let created = tokens::create(&store, &owner, &roles, lifetime).await;
             store.close().await;
+            let (token, secret) = created.map_err(in_flags)?;
+            if is_new {
+                say(&format!(
+                    "note: {} had no database, so one was made: the token is for a server with \
+                     this --data-dir",
+                    database.data_dir.display()
+                ));
+            }
             let mut shown = token_json(&token);
             shown["token"] = secret.into();
             output::resource(output_format, &shown);
@@ -53,15 +63,16 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
             generate,
         } => {
             let token = if generate {
-                let token = tokens::random();
-                show(&token);
-                token
+                tokens::random()
             } else {
                 read_token(std::io::stdin().lock())?
             };
             let roles = parse_roles(&roles)?;
             let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY));
-            let entry = TokenEntry::new(&owner, &roles, &token, lifetime)?;
+            let entry = TokenEntry::new(&owner, &roles, &token, lifetime).map_err(in_flags)?;
+            if generate {
+                show(&token);
+            }
             let unprintable =
                 |e: &dyn Display| Failure::Failed(format!("the entry cannot be printed: {e}"));
             let text = match output_format {
@@ -71,7 +82,7 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
             output::line(text.trim_end());
         }
         TokensCommand::List(database) => {
-            let store = open(&database).await?;
+            let store = open_existing(&database).await?;
             let all = tokens::list(&store).await?;
             store.close().await;
             let rows = all
@@ -94,7 +105,7 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
             );
         }
         TokensCommand::Revoke { id, database } => {
-            let store = open(&database).await?;
+            let store = open_existing(&database).await?;
             tokens::revoke(&store, &id).await?;
             store.close().await;
             output::done(output_format, "revoked", &id);
@@ -140,6 +151,35 @@ fn read_token(input: impl BufRead) -> Result<String, Failure> {
         "standard input: the token {problem}: use a line of {MIN_TOKEN_LENGTH} to \
          {MAX_TOKEN_LENGTH} random letters and digits, or --generate"
     )))
+}
+
+/// Puts an error of an entry into the words of the flags.
+fn in_flags(e: ServiceError) -> Failure {
+    let ServiceError::InvalidArgument(bad) = &e else {
+        return e.into();
+    };
+    let lines = bad.listed().iter().map(|v| match v.field.as_str() {
+        "token" => format!("--{}", v.description),
+        field => format!("--{field} {}", v.description),
+    });
+    Failure::Usage(lines.collect::<Vec<_>>().join("\n  "))
+}
+
+/// Returns true if the data directory has no database yet.
+fn lacks_database(database: &DatabaseArgs) -> bool {
+    database.database_url.is_none() && !database.data_dir.join(DATABASE_FILE).exists()
+}
+
+/// Opens the database, but makes none.
+async fn open_existing(database: &DatabaseArgs) -> Result<Store, Failure> {
+    if lacks_database(database) {
+        return Err(Failure::Usage(format!(
+            "--data-dir {} has no {DATABASE_FILE}: name the server's data directory, or its \
+             PostgreSQL database with --database-url",
+            database.data_dir.display()
+        )));
+    }
+    open(database).await
 }
 
 async fn open(database: &DatabaseArgs) -> Result<Store, Failure> {

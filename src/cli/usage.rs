@@ -18,7 +18,11 @@ pub(super) async fn run(args: UsageArgs, output_format: Output) -> Outcome {
     let days = format!("{} to {}", answer.start_date, answer.end_date);
     let rows = answer.usage.iter().map(|u| {
         vec![
-            u.owner.clone(),
+            match u.owner.as_str() {
+                // Without tokens nobody has a name.
+                "" => "-".to_owned(),
+                owner => owner.to_owned(),
+            },
             if u.date.is_empty() { &days } else { &u.date }.clone(),
             u.scored_pairs.to_string(),
             u.scored_completions.to_string(),

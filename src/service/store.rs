@@ -235,7 +235,26 @@ impl Store {
             Dialect::Sqlite => (1, SQLITE_READERS),
             Dialect::Postgres => (POSTGRES_CONNECTIONS, POSTGRES_CONNECTIONS),
         };
-        let cannot_open = |e| ServiceError::internal(format!("the database cannot be opened: {e}"));
+        let place = match &options.database_url {
+            // Not the whole URL, because it may have a password.
+            Some(_) => {
+                let url = &connect.database_url;
+                let host = url.host_str().unwrap_or("localhost");
+                format!("of database_url at {host}:{}", url.port().unwrap_or(5432))
+            }
+            None => data_dir.join(DATABASE_FILE).display().to_string(),
+        };
+        let cannot_open = |e| {
+            let why = match e {
+                sqlx::Error::PoolTimedOut => format!(
+                    "it did not answer within {} seconds: check its address, that it runs, and \
+                     that this machine may reach it",
+                    ACQUIRE_TIMEOUT.as_secs()
+                ),
+                e => e.to_string(),
+            };
+            ServiceError::internal(format!("the database {place} cannot be opened: {why}"))
+        };
         let writer = pool(writers)
             .connect_with(connect.clone())
             .await
@@ -261,7 +280,7 @@ impl Store {
         migrating.close().await;
         migrated.map_err(|e| {
             ServiceError::internal(format!(
-                "the database's schema cannot be brought up to date: {e}"
+                "the schema of the database {place} cannot be brought up to date: {e}"
             ))
         })?;
         // Once more: a newer version may have migrated while this one waited for its turn.

@@ -130,13 +130,16 @@ impl UsageMeter {
         if query.first > query.last {
             return Err(ServiceError::invalid(
                 "start_date",
-                "is after end_date: exchange them",
+                format!(
+                    "is {}, after the last day, {}: choose an earlier day",
+                    query.first, query.last
+                ),
             ));
         }
         if query.last - query.first >= MAX_DAYS {
             return Err(ServiceError::invalid(
                 "start_date",
-                format!("is more than {MAX_DAYS} days before end_date: ask for fewer days"),
+                format!("is more than {MAX_DAYS} days before the last day: ask for fewer days"),
             ));
         }
         self.flush().await?;

@@ -23,6 +23,7 @@ mod documents;
 mod evaluation;
 mod exports;
 mod families;
+mod first_day;
 mod gateway;
 mod gguf;
 mod glossary;

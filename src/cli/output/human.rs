@@ -43,9 +43,12 @@ fn two(large: u64, large_unit: &str, small: u64, small_unit: &str) -> String {
     }
 }
 
-/// Formats a number of parameters: `135M`, `8.03B`.
+/// Formats a number of parameters: `34K`, `135M`, `8.03B`.
 pub fn parameters(n: u64) -> String {
     let millions = n as f64 / 1e6;
+    if millions < 0.9995 {
+        return format!("{:.0}K", millions * 1e3);
+    }
     match millions < 999.5 {
         true => format!("{millions:.0}M"),
         false => format!("{:.2}B", millions / 1e3),

@@ -1,0 +1,183 @@
+//! Errors of the first day with a server name the setting or flag, the place and the remedy.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use crate::server::{Server, free_port};
+use crate::support::golden;
+
+fn bradley(args: &[&str]) -> Output {
+    let mut command = Command::new(crate::support::binary());
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("BRADLEY_")) {
+        command.env_remove(name);
+    }
+    command.args(args).output().unwrap()
+}
+
+fn stderr(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+/// Starts a server that must not start, and checks its error. `args` may replace the addresses.
+fn refused(dir: &Path, args: &[&str], code: i32, wanted: &[&str]) -> String {
+    let model = golden("models/llama");
+    let data = dir.join("data");
+    let (a, b) = (free_port(), free_port());
+    let ports = [format!("127.0.0.1:{a}"), format!("127.0.0.1:{b}")];
+    let mut all = vec!["serve", "--models", model.to_str().unwrap()];
+    all.extend(["--data-dir", data.to_str().unwrap()]);
+    for (flag, address) in [("--listen", &ports[0]), ("--http-listen", &ports[1])] {
+        if !args.contains(&flag) {
+            all.extend([flag, address]);
+        }
+    }
+    all.extend(args);
+    let out = bradley(&all);
+    let said = stderr(&out);
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
+    for part in wanted {
+        assert!(said.contains(part), "{args:?} lacks {part:?}: {said}");
+    }
+    said
+}
+
+#[test]
+fn a_server_that_cannot_start_names_the_setting_and_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let holders = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+    let [taken, held] = holders
+        .each_ref()
+        .map(|l| l.local_addr().unwrap().to_string());
+    let words = ["listen: cannot listen on", "another port with --listen"];
+    refused(dir, &["--listen", &taken], 1, &words);
+    let words = ["http_listen: cannot listen on", "with --http-listen"];
+    refused(dir, &["--http-listen", &held], 1, &words);
+    drop(holders);
+
+    let words = ["--tls-cert is set, but tls_key is not: TLS needs both"];
+    refused(dir, &["--tls-cert", "x.pem"], 2, &words);
+    let words = ["--tls-client-ca is set, but tls_cert and tls_key are not"];
+    refused(dir, &["--tls-client-ca", "x.pem"], 2, &words);
+    let files = [
+        "--tls-cert",
+        "/nowhere/x.pem",
+        "--tls-key",
+        "/nowhere/x.key",
+    ];
+    let words = ["tls_cert, tls_key or tls_client_ca cannot be used: /nowhere/x.pem: No such"];
+    let said = refused(dir, &files, 1, &words);
+    assert!(!said.contains("model opened"), "TLS comes first: {said}");
+
+    let words = ["audit_log /nowhere/a.log: No such file"];
+    refused(dir, &["--audit-log", "/nowhere/a.log"], 1, &words);
+    let words = ["--token-file has no effect while auth is off"];
+    refused(dir, &["--token-file", "t.yaml"], 2, &words);
+
+    let config = dir.join("bradley.toml");
+    let config = ["--config", config.to_str().unwrap()];
+    std::fs::write(config[1], "lease = 20\n\nmemory_limit = 4GiB\n").unwrap();
+    refused(dir, &config, 2, &["is not TOML in line 3: "]);
+    std::fs::write(config[1], "certificate = 'x'\n").unwrap();
+    let words = ["certificate is not a setting: `bradley serve --help` lists them"];
+    refused(dir, &config, 2, &words);
+
+    let closed = free_port();
+    let url = format!("postgres://bradley:secret@127.0.0.1:{closed}/bradley");
+    let store = format!("file://{}", dir.join("store").display());
+    let flags = ["--database-url", &url, "--artifact-url", &store];
+    let place = format!("the database of database_url at 127.0.0.1:{closed} cannot be opened: it");
+    let said = refused(dir, &flags, 1, &[&place, "did not answer within"]);
+    assert!(!said.contains("secret"), "{said}");
+}
+
+#[test]
+fn commands_for_tokens_make_no_database_by_mistake() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("mistyped");
+    let data = ["--data-dir", folder.to_str().unwrap()];
+    for command in [&["tokens", "list"][..], &["tokens", "revoke", "x"]] {
+        let out = bradley(&[command, &data].concat());
+        assert_eq!(out.status.code(), Some(2));
+        assert!(
+            stderr(&out).contains("has no bradley.db"),
+            "{}",
+            stderr(&out)
+        );
+        assert!(!folder.exists());
+    }
+    let create = [&["tokens", "create", "--owner", "a"][..], &data].concat();
+    let out = bradley(&create);
+    assert!(out.status.success() && stderr(&out).contains("had no database, so one was made"));
+    let out = bradley(&create);
+    assert!(
+        out.status.success() && stderr(&out).is_empty(),
+        "{}",
+        stderr(&out)
+    );
+
+    let out = bradley(&["tokens", "hash", "--owner", "oidc:x", "--generate"]);
+    assert_eq!(out.status.code(), Some(2));
+    let said = stderr(&out);
+    assert!(
+        said.contains("--owner: is \"oidc:x\"") && !said.contains("token:"),
+        "{said}"
+    );
+}
+
+#[test]
+fn doctor_asks_the_server_of_its_settings() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let model = golden("models/llama");
+    let doctor = |listen: &str| {
+        let data = server.data_dir.to_str().unwrap();
+        let mut args = vec!["doctor", "--models", model.to_str().unwrap()];
+        args.extend([
+            "--data-dir",
+            data,
+            "--listen",
+            listen,
+            "--http-listen",
+            "off",
+        ]);
+        let out = bradley(&args);
+        assert!(out.status.success(), "{}", stderr(&out));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let said = doctor(server.address.trim_start_matches("http://"));
+    let wanted = format!("ok       server {}: serves models/", server.address);
+    assert!(said.contains(&wanted), "{said}");
+    let free = format!("127.0.0.1:{}", free_port());
+    let said = doctor(&free);
+    assert!(
+        said.contains(&format!("server http://{free}: no server runs there")),
+        "{said}"
+    );
+}
+
+#[test]
+fn refused_calls_speak_of_flags() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let out = bradley(&["usage", "--server", &server.address, "--from", "2999-01-01"]);
+    assert_eq!(out.status.code(), Some(2));
+    let said = stderr(&out);
+    assert!(
+        said.contains("--from is 2999-01-01, after the last day, "),
+        "{said}"
+    );
+    drop(server);
+
+    let dir = tempfile::tempdir().unwrap();
+    let models = format!("tiny={}", golden("models/llama").display());
+    let server = Server::start_with(dir.path(), &models, &["--auth", "tokens"]);
+    let out = bradley(&["jobs", "list", "--server", &server.address]);
+    assert_eq!(out.status.code(), Some(1));
+    let said = stderr(&out);
+    assert!(
+        said.contains("--token or the variable BRADLEY_TOKEN"),
+        "{said}"
+    );
+}
