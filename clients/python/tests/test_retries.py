@@ -77,11 +77,18 @@ class Fake(
         self.spoiler = ""
         # Seconds before a failure.
         self.pause = 0.0
-        # A pair with which the connection of its stream is lost, and set when that has happened.
+        # A pair with which the connection of its stream is lost as soon as that may happen, and set
+        # when it has happened.
         self.breaker = ""
+        self.may_break = threading.Event()
+        self.may_break.set()
         self.has_broken = threading.Event()
+        # Set by the second call.
+        self.again = threading.Event()
 
     def _begin(self, name: str, request: Any, context: Any) -> None:
+        if self.calls:
+            self.again.set()
         self.calls.append((name, time.monotonic(), request))
         if self.failures:
             time.sleep(self.pause)
@@ -123,6 +130,7 @@ class Fake(
             if part.WhichOneof("part") == "options":
                 continue
             if self.breaker and part.pair.id == self.breaker and not self.has_broken.is_set():
+                self.may_break.wait(4)
                 self.has_broken.set()
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the connection was lost")
             answer = scoring_pb2.StreamScorePairsResponse()
@@ -310,11 +318,14 @@ def test_details_that_cannot_be_read_are_left_out(fake: tuple[Fake, Client]) -> 
 def test_a_stream_that_breaks_asks_for_every_row_once(fake: tuple[Fake, Client]) -> None:
     servicer, client = fake
     servicer.breaker = "2"
+    servicer.may_break.clear()
     answered = threading.Semaphore(0)
 
     def rows() -> Iterator[dict[str, str]]:
         for i, pair in enumerate(PAIRS):
             # The row after the one whose answer is lost waits for that answer.
+            if i == 3:
+                servicer.may_break.set()
             for _ in range(3 if i == 3 else 0):
                 assert answered.acquire(timeout=4)
             yield pair
@@ -330,10 +341,13 @@ def test_a_stream_that_breaks_asks_for_every_row_once(fake: tuple[Fake, Client])
 def test_a_row_that_fails_while_a_stream_is_broken_is_an_error(fake: tuple[Fake, Client]) -> None:
     servicer, client = fake
     servicer.breaker = "1"
+    servicer.may_break.clear()
 
     def rows() -> Iterator[dict[str, str]]:
         yield from PAIRS[:2]
-        assert servicer.has_broken.wait(4)
+        servicer.may_break.set()
+        # The row was asked for by the first stream, and fails when the second one has begun.
+        assert servicer.again.wait(4)
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
@@ -345,6 +359,7 @@ def test_an_asynchronous_stream_that_breaks_asks_for_every_row_once(
 ) -> None:
     servicer, client = fake
     servicer.breaker = "2"
+    servicer.may_break.clear()
 
     async def score() -> list[str]:
         answered = asyncio.Semaphore(0)
@@ -352,6 +367,8 @@ def test_an_asynchronous_stream_that_breaks_asks_for_every_row_once(
 
         async def rows() -> AsyncIterator[dict[str, str]]:
             for i, pair in enumerate(PAIRS):
+                if i == 3:
+                    servicer.may_break.set()
                 for _ in range(3 if i == 3 else 0):
                     await answered.acquire()
                 yield pair
