@@ -518,12 +518,13 @@ class AsyncClient:
         async def receive(_: None, **settings: Any) -> evaluation_pb2.EvaluationReport:
             stream = self._evaluations.EvaluatePolicy(request, **settings)
             evaluation = calls.Evaluation(on_progress)
-            with _cancelled_at_exit(stream):
+            with cancelled_at_exit(stream):
                 async for message in stream:
                     evaluation.take(message)
             return evaluation.report()
 
-        return await self._repeat(receive, None, Deadline(timeout), self._retry, repeatable=True)
+        attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
+        return await self._repeat(receive, None, attempts)
 
     # Usage ----------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import grpc
 
 from bradley import messages
-from bradley.errors import BradleyError, from_status
+from bradley.errors import BradleyError, from_status, protocol_error
 from bradley.retry import Deadline, RetryPolicy
 from bradley.session import Attempts, Session
 from bradley.v1 import (

@@ -547,12 +547,13 @@ class Client:
         def receive(_: None, **settings: Any) -> evaluation_pb2.EvaluationReport:
             stream = self._evaluations.EvaluatePolicy(request, **settings)
             evaluation = calls.Evaluation(on_progress)
-            with _cancelled_at_exit(stream):
+            with cancelled_at_exit(stream):
                 for message in stream:
                     evaluation.take(message)
             return evaluation.report()
 
-        return self._repeat(receive, None, Deadline(timeout), self._retry, repeatable=True)
+        attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
+        return self._repeat(receive, None, attempts)
 
     # Usage ----------------------------------------------------------------------------------------
 
