@@ -414,8 +414,8 @@ impl Sources {
                     .map_err(|e| wrong(format!("cannot be read: {e}")))?;
                 let table = text.parse::<toml::Table>().map_err(|e| {
                     let before = e.span().and_then(|span| text.get(..span.start));
-                    let line =
-                        before.map(|text| format!(" in line {}", text.lines().count().max(1)));
+                    let line = before.map(|text| 1 + text.matches('\n').count());
+                    let line = line.map(|line| format!(" in line {line}"));
                     let line = line.unwrap_or_default();
                     wrong(format!("is not TOML{line}: {}", e.message()))
                 })?;

@@ -244,7 +244,7 @@ impl Store {
             }
             None => data_dir.join(DATABASE_FILE).display().to_string(),
         };
-        let cannot_open = |e| {
+        let cannot_open = |e: sqlx::Error| {
             let why = match e {
                 sqlx::Error::PoolTimedOut => format!(
                     "it did not answer within {} seconds: check its address, that it runs, and \

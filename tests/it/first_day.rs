@@ -97,8 +97,8 @@ fn commands_for_tokens_make_no_database_by_mistake() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("mistyped");
     let data = ["--data-dir", folder.to_str().unwrap()];
-    for command in [&["tokens", "list"][..], &["tokens", "revoke", "x"]] {
-        let out = bradley(&[command, &data].concat());
+    for command in [&["tokens", "list"][..], &["tokens", "revoke", "x"][..]] {
+        let out = bradley(&[command, &data[..]].concat());
         assert_eq!(out.status.code(), Some(2));
         assert!(
             stderr(&out).contains("has no bradley.db"),
@@ -107,7 +107,7 @@ fn commands_for_tokens_make_no_database_by_mistake() {
         );
         assert!(!folder.exists());
     }
-    let create = [&["tokens", "create", "--owner", "a"][..], &data].concat();
+    let create = [&["tokens", "create", "--owner", "a"][..], &data[..]].concat();
     let out = bradley(&create);
     assert!(out.status.success() && stderr(&out).contains("had no database, so one was made"));
     let out = bradley(&create);

@@ -88,7 +88,7 @@ mod tests {
         );
         assert_eq!(
             [123_456, 134_515_008, 999_885_952, 8_030_261_248].map(parameters),
-            ["0M", "135M", "1.00B", "8.03B"].map(str::to_owned)
+            ["123K", "135M", "1.00B", "8.03B"].map(str::to_owned)
         );
     }
 }
