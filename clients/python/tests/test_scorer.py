@@ -226,7 +226,8 @@ def test_columns_have_the_chosen_names(server: Server, policy: str, plain_scores
         for side, answer in (("chosen", score.a), ("rejected", score.b)):
             for name in ("reward", "policy_logprob", "reference_logprob", "tokens", "truncated"):
                 assert row[f"s_{side}_{name}"] == getattr(answer, name)
-    assert "`s_probability` double, `s_margin` double, `s_chosen_reward` double" in scorer.ddl
+    types = [f"`s_{name}` {column.sql}" for name, column in PAIR_COLUMNS.items()]
+    assert ", ".join(types) in scorer.ddl
 
 
 def test_options_reach_the_server(server: Server, client: Client, policy: str) -> None:
