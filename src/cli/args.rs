@@ -71,7 +71,8 @@ impl Cli {
 
 const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure (a job failed or was cancelled, \
                           a file or the server failed), 2 wrong arguments or settings, \
-                          3 no server reached.";
+                          3 no server reached, 130 ended with Ctrl-C, 141 the reader of standard \
+                          output has closed it (as with | head).";
 
 /// Format of the results: a table for people, the others for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -958,7 +959,7 @@ pub struct NamedArgs {
     #[command(flatten)]
     pub server: ServerArgs,
     /// The resource's name. The prefix, such as trainingJobs/, may be left out; the beginning of an
-    /// ID suffices if no other ID begins so, and @last is the newest resource.
+    /// ID suffices if no other ID begins so, and @last is your own newest resource.
     pub name: String,
 }
 

@@ -275,16 +275,16 @@ async fn check_server_parts(settings: &Settings, report: &mut DoctorReport) -> O
         format!("data_dir {}", settings.data_dir.display()),
         writable(&settings.data_dir),
     );
-    let url = settings.database_url.as_deref();
+    let database_url = settings.database_url.as_deref();
     let database = waiting(
         "asking the database",
-        check::database(&settings.data_dir, url),
+        check::database(&settings.data_dir, database_url),
     );
     report.add_result("database", database.await);
     if let Some((url, options)) = &settings.artifact_store {
         let asked = waiting(
             "asking the artifact store",
-            check::artifact_store(url, options),
+            check::artifact_store(url, options, &settings.data_dir, database_url),
         );
         report.add_result("artifact store", asked.await);
     }

@@ -2,7 +2,7 @@
 
 use crate::rpc::client::{ClientError, Status};
 
-/// The reason why a command failed. `--help` lists the exit codes 1 to 3.
+/// The reason why a command failed. `--help` lists the exit codes.
 #[derive(Debug)]
 pub(super) enum Failure {
     /// A job, a file or the server failed: exit code 1.

@@ -7,7 +7,7 @@ use crate::domain::similar::nearest;
 use crate::rpc::client::{Client, is_denied};
 use crate::rpc::pb;
 
-/// The newest resource of a collection.
+/// The caller's newest resource of a collection.
 pub(super) const LAST: &str = "@last";
 /// Minimum number of characters of the beginning of an ID, as in git.
 const MIN_PREFIX: usize = 4;
@@ -34,7 +34,7 @@ pub(super) async fn all_jobs(client: &Client) -> Result<Vec<pb::TrainingJob>, Fa
         let request = pb::ListTrainingJobsRequest {
             page_size: PAGE,
             page_token,
-            states: vec![],
+            ..Default::default()
         };
         let page = client
             .training()
@@ -111,6 +111,7 @@ pub(super) async fn job(client: &Client, given: &str) -> Result<String, Failure>
     if given == LAST {
         let request = pb::ListTrainingJobsRequest {
             page_size: 1,
+            own: true,
             ..Default::default()
         };
         let page = client.training().list_training_jobs(request).await?;
@@ -137,6 +138,7 @@ pub(super) async fn dataset(client: &Client, given: &str) -> Result<String, Fail
     if given == LAST {
         let request = pb::ListDatasetsRequest {
             page_size: 1,
+            own: true,
             ..Default::default()
         };
         let page = client.datasets().list_datasets(request).await?;
@@ -210,7 +212,9 @@ fn is_whole(id: &str) -> bool {
 }
 
 fn none_yet(what: &str) -> Failure {
-    Failure::Usage(format!("{LAST} names no {what}: the server has none yet"))
+    Failure::Usage(format!(
+        "{LAST} is your own newest {what}, and you have none yet: give the {what}'s ID"
+    ))
 }
 
 /// Returns the one name with the ID `id`, or else the one whose ID begins with it.

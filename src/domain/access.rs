@@ -87,6 +87,31 @@ impl Caller {
     pub fn visible_owner(&self) -> Option<&str> {
         (!self.is_admin()).then_some(self.owner.as_str())
     }
+
+    /// Returns the owner to which a list of `whose` resources is restricted; `None` if everyone's
+    /// are in it.
+    pub fn listed_owner(&self, whose: Whose) -> Option<&str> {
+        match whose {
+            Whose::Own => Some(self.owner.as_str()),
+            Whose::Visible => self.visible_owner(),
+        }
+    }
+}
+
+/// Owners whose jobs or datasets a list has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// Only the caller, even if the caller is an administrator.
+    Own,
+    /// All whose resources the caller may see: everyone for an administrator.
+    Visible,
+}
+
+impl From<bool> for Whose {
+    /// Reads the field `own` of a request.
+    fn from(own: bool) -> Whose {
+        if own { Whose::Own } else { Whose::Visible }
+    }
 }
 
 #[cfg(test)]
@@ -115,6 +140,8 @@ mod tests {
             admin.may_see("team-a")
                 && Role::ALL.iter().all(|r| admin.may(*r))
                 && admin.visible_owner().is_none()
+                && admin.listed_owner(Whose::Visible).is_none()
+                && admin.listed_owner(Whose::Own) == Some(admin.owner.as_str())
         );
     }
 }

@@ -74,9 +74,10 @@ impl DatasetService for Datasets {
     ) -> Result<Response<pb::ListDatasetsResponse>, Status> {
         let (caller, r) = split_caller(request)?;
         let hash = convert::filter(&r.content_hash)?;
+        let size = page_size(r.page_size, 50)?;
         let page = self
             .0
-            .list_datasets(&caller, hash, page_size(r.page_size, 50)?, &r.page_token)
+            .list_datasets(&caller, r.own.into(), hash, size, &r.page_token)
             .await
             .map_err(status)?;
         let datasets = page

@@ -60,7 +60,7 @@ impl TrainingService for Training {
         let (states, size) = (convert::states(&r.states)?, page_size(r.page_size, 50)?);
         let page = self
             .0
-            .list_jobs(&caller, &states, size, &r.page_token)
+            .list_jobs(&caller, r.own.into(), &states, size, &r.page_token)
             .await
             .map_err(status)?;
         let training_jobs = page.items.into_iter().map(convert::job).collect();

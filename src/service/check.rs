@@ -1,14 +1,17 @@
 //! Checks of the database and the artifact store that change nothing, for `bradley doctor`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use sqlx::Connection as _;
 use sqlx::any::AnyPoolOptions;
 
 use super::error::{Result, ServiceError};
 use super::remote::Remote;
-use super::store::{check_version, sqlite_url};
+use super::store::properties::ARTIFACT_STORE;
+use super::store::{DATABASE_FILE, check_version, sqlite_url};
+use crate::domain::reason::Reason;
 
 /// Time limit for the database and for the artifact store.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -23,7 +26,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// it.
 pub async fn database(data_dir: &Path, database_url: Option<&str>) -> Result<String> {
     sqlx::any::install_default_drivers();
-    let file = data_dir.join("bradley.db");
+    let file = data_dir.join(DATABASE_FILE);
     let (kind, url) = match database_url {
         Some(url) => ("PostgreSQL", url.to_owned()),
         None if !file.exists() => {
@@ -75,23 +78,88 @@ async fn count(pool: &sqlx::AnyPool) -> sqlx::Result<Option<(i64, i64)>> {
     Ok(Some((jobs, schema)))
 }
 
-/// Asks the artifact store at `url`. `options` are the variables of its vendor.
+/// Returns the identity of the artifact store that the database of these settings knows; `None` if
+/// it knows none, does not exist yet, or does not answer.
+async fn known_store(data_dir: &Path, database_url: Option<&str>) -> Option<String> {
+    sqlx::any::install_default_drivers();
+    let file = data_dir.join(DATABASE_FILE);
+    let url = match database_url {
+        Some(url) => url.to_owned(),
+        None if !file.exists() => return None,
+        None => sqlite_url(&file, "ro"),
+    };
+    let asked = async {
+        let mut connection = sqlx::AnyConnection::connect(&url).await.ok()?;
+        let select = "SELECT value FROM properties WHERE name = $1";
+        let known = sqlx::query_scalar(select)
+            .bind(ARTIFACT_STORE)
+            .fetch_optional(&mut connection);
+        known.await.ok().flatten()
+    };
+    tokio::time::timeout(TIMEOUT, asked).await.ok().flatten()
+}
+
+/// Asks the artifact store at `url`. `options` are the variables of its vendor. A new store is
+/// empty, and the folder of a new `file:` URL need not exist, unless the database of these settings
+/// knows a store.
 ///
 /// # Errors
-/// `InvalidArgument` if the URL cannot be used, `Unavailable` if the store does not answer.
-pub async fn artifact_store(url: &str, options: &BTreeMap<String, String>) -> Result<String> {
+/// `InvalidArgument` if the URL cannot be used, `Unavailable` if the store does not answer,
+/// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) if the database knows another store.
+pub async fn artifact_store(
+    url: &str,
+    options: &BTreeMap<String, String>,
+    data_dir: &Path,
+    database_url: Option<&str>,
+) -> Result<String> {
+    let known = known_store(data_dir, database_url).await;
+    if known.is_none()
+        && let Some(folder) = missing_folder(url)
+    {
+        return Ok(format!(
+            "empty: the folder {} is made at the first start",
+            folder.display()
+        ));
+    }
     let remote = Remote::open(url, options, false)?;
     remote.ping(TIMEOUT).await?;
-    Ok(format!("{} answers", remote.url()))
+    let found = tokio::time::timeout(TIMEOUT, remote.identity()).await;
+    let found = found.unwrap_or_else(|_| {
+        let message = format!("{} did not answer in time", remote.url());
+        Err(ServiceError::internal(message))
+    })?;
+    match (known, found) {
+        (Some(known), found) if found.as_ref() != Some(&known) => {
+            Err(ServiceError::FailedPrecondition {
+                reason: Reason::WrongArtifactStore,
+                message: format!(
+                    "{} is not the store {known} that this database knows: mount that one, or \
+                     correct artifact_url",
+                    remote.url()
+                ),
+            })
+        }
+        (None, None) => Ok(format!(
+            "{} answers; it is new, and gets its identity at the first start",
+            remote.url()
+        )),
+        _ => Ok(format!("{} answers", remote.url())),
+    }
+}
+
+/// Returns the folder of a `file:` URL if it does not exist.
+fn missing_folder(url: &str) -> Option<PathBuf> {
+    let parsed = reqwest::Url::parse(url).ok()?;
+    let folder = (parsed.scheme() == "file").then(|| parsed.to_file_path().ok())??;
+    (!folder.exists()).then_some(folder)
 }
 
 #[cfg(test)]
 mod tests {
-    use sqlx::{Connection as _, Executor as _};
+    use sqlx::Executor as _;
 
     use super::*;
-    use crate::domain::reason::Reason;
-    use crate::service::store::{DATABASE_FILE, Store, StoreOptions};
+    use crate::service::store::{Store, StoreOptions};
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_database_that_this_version_may_not_use_is_a_failure() {

@@ -16,7 +16,7 @@ use super::limiter::Limiter;
 use super::shutdown::Shutdown;
 use super::store::{Page, Store, now};
 use super::template_date::TemplateDate;
-use crate::domain::access::Caller;
+use crate::domain::access::{Caller, Whose};
 use crate::domain::dataset::{
     Dataset, DatasetFormat, LengthCheck, RowIssue, Severity, ValidationReport,
 };
@@ -97,13 +97,15 @@ impl DatasetService {
         own_dataset(&self.store, caller, id).await
     }
 
-    /// Returns a page of datasets, newest first; with a hash, only those whose file has it.
+    /// Returns a page of `whose` datasets, newest first; with a hash, only the caller's own whose
+    /// file has it.
     ///
     /// # Errors
     /// `InvalidArgument` for a page token that this list did not return.
     pub async fn list_datasets(
         &self,
         caller: &Caller,
+        whose: Whose,
         content_hash: Option<blake3::Hash>,
         page_size: usize,
         page_token: &str,
@@ -112,7 +114,7 @@ impl DatasetService {
         // an administrator does not get those either.
         let owner = match content_hash {
             Some(_) => Some(caller.owner.as_str()),
-            None => caller.visible_owner(),
+            None => caller.listed_owner(whose),
         };
         self.store
             .datasets(owner, content_hash, page_size, page_token)

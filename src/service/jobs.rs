@@ -23,7 +23,7 @@ use super::error::{Result, ServiceError};
 use super::events::EventFeed;
 use super::policies::PolicyResolver;
 use super::store::{Page, Store};
-use crate::domain::access::Caller;
+use crate::domain::access::{Caller, Whose};
 use crate::domain::job::{Event, Job, JobRequest, JobState};
 use crate::engine::Engine;
 
@@ -80,7 +80,7 @@ impl JobService {
         own_job(&self.store, caller, id).await
     }
 
-    /// Returns a page of the jobs that are in one of `states` (in any state if empty), newest
+    /// Returns a page of `whose` jobs that are in one of `states` (in any state if empty), newest
     /// first.
     ///
     /// # Errors
@@ -88,12 +88,13 @@ impl JobService {
     pub async fn list_jobs(
         &self,
         caller: &Caller,
+        whose: Whose,
         states: &[JobState],
         page_size: usize,
         page_token: &str,
     ) -> Result<Page<Job>> {
         self.store
-            .jobs(caller.visible_owner(), states, page_size, page_token)
+            .jobs(caller.listed_owner(whose), states, page_size, page_token)
             .await
     }
 

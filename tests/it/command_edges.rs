@@ -265,6 +265,119 @@ async fn streams_and_estimates_have_the_format_that_is_asked_for() {
     );
 }
 
+#[test]
+fn doctor_tells_a_new_artifact_store_from_one_that_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, share) = (dir.path().join("data"), dir.path().join("share/new"));
+    let url = format!("file://{}", share.display());
+    let models = format!("tiny={}", golden("models/llama").display());
+    // Returns the status and the detail of the check.
+    let store = || {
+        let out = command(&["doctor", "--models", &models, "--artifact-url", &url])
+            .args(["--listen", "127.0.0.1:0", "--http-listen", "off"])
+            .args(["--format", "json", "--data-dir"])
+            .arg(&data)
+            .output()
+            .unwrap();
+        let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+        let checks = report["checks"].as_array().unwrap();
+        let check = checks.iter().find(|c| c["name"] == "artifact store");
+        let text = |name: &str| check.unwrap()[name].as_str().unwrap().to_owned();
+        (text("status"), text("detail"))
+    };
+    let (status, detail) = store();
+    assert_eq!(status, "ok", "{detail}");
+    assert!(detail.contains("is made at the first start"), "{detail}");
+    assert!(!share.exists(), "doctor made the folder");
+    std::fs::create_dir_all(&data).unwrap();
+    let server = Server::start_with(&data, &models, &["--artifact-url", &url]);
+    assert_eq!(store(), ("ok".to_owned(), format!("{url} answers")));
+    drop(server);
+    // A share that is not mounted.
+    std::fs::rename(&share, dir.path().join("elsewhere")).unwrap();
+    let (status, detail) = store();
+    assert!(
+        status == "failed" && detail.contains("does not exist, but this database has files there"),
+        "{status}: {detail}"
+    );
+    std::fs::create_dir(&share).unwrap();
+    let (status, detail) = store();
+    assert!(
+        status == "failed" && detail.contains("that this database knows"),
+        "{status}: {detail}"
+    );
+}
+
+#[test]
+fn the_help_lists_every_exit_code() {
+    let help = succeed(&["--help"]);
+    // Without the line breaks.
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for code in [
+        "0 success",
+        "1 failure",
+        "2 wrong",
+        "3 no server",
+        "130 ",
+        "141 ",
+    ] {
+        assert!(help.contains(code), "{code} is not in {help}");
+    }
+}
+
+#[test]
+fn last_is_the_callers_own_job_and_dataset() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, team) = token(dir.path(), "team", "submit");
+    let (_, ops) = token(dir.path(), "ops", "admin");
+    let models = format!("tiny={}", golden("models/llama").display());
+    let server = Server::start_with(dir.path(), &models, &["--auth", "tokens"]);
+    let pairs = golden("pairs.jsonl");
+    let pairs = pairs.to_str().unwrap();
+    let with = |token: &str, args: &[&str]| {
+        let connection = ["--server", &server.address, "--token", token];
+        let all = [args, &connection].concat();
+        all.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>()
+    };
+    let named = |token: &str, kind: &str| {
+        let args = with(token, &[kind, "get", "@last", "--format", "json"]);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let shown: Value = serde_json::from_str(&succeed(&args)).unwrap();
+        shown["name"].as_str().unwrap().to_owned()
+    };
+    // Uploads a dataset and creates a job with it; the job need not run.
+    let make = |token: &str| {
+        let upload = with(token, &["datasets", "upload", pairs]);
+        succeed(&upload.iter().map(String::as_str).collect::<Vec<_>>());
+        let train = ["train", "--dataset", "@last", "--max-steps", "1"];
+        let train = with(token, &train);
+        succeed(&train.iter().map(String::as_str).collect::<Vec<_>>());
+        (named(token, "jobs"), named(token, "datasets"))
+    };
+
+    let of_team = make(&team);
+    // An administrator sees the team's, but has none.
+    for (kind, what) in [("jobs", "job"), ("datasets", "dataset")] {
+        let args = with(&ops, &[kind, "get", "@last"]);
+        let said = fails(2, &args.iter().map(String::as_str).collect::<Vec<_>>());
+        let expected = format!("your own newest {what}, and you have none yet");
+        assert!(said.contains(&expected), "{said}");
+    }
+    let of_ops = make(&ops);
+    assert_ne!(of_ops.0, of_team.0);
+    assert_ne!(of_ops.1, of_team.1);
+    let newer = make(&team);
+    assert_ne!(newer.0, of_team.0);
+    assert_eq!((named(&ops, "jobs"), named(&ops, "datasets")), of_ops);
+    assert_eq!((named(&team, "jobs"), named(&team, "datasets")), newer);
+
+    // A list of an administrator still has everyone's.
+    let list = with(&ops, &["jobs", "list", "--format", "json"]);
+    let list = succeed(&list.iter().map(String::as_str).collect::<Vec<_>>());
+    let list: Value = serde_json::from_str(&list).unwrap();
+    assert_eq!(list.as_array().unwrap().len(), 3);
+}
+
 /// Creates a token; returns its id and the token.
 fn token(data_dir: &Path, owner: &str, roles: &str) -> (String, String) {
     let made = command(&["--format", "json", "tokens", "create", "--owner", owner])

@@ -118,7 +118,7 @@ fn widest(text: &str) -> usize {
 fn every_format_has_the_whole_job_and_a_short_name_suffices() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
-    assert!(refused(&server, &["jobs", "get", "@last"]).contains("has none yet"));
+    assert!(refused(&server, &["jobs", "get", "@last"]).contains("you have none yet"));
     let title = "first with a title that is longer than a terminal is wide, so that it must be cut";
     let first = train(&server, &["--beta", "0.25", "--title", title]);
     let second = train(

@@ -152,6 +152,7 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
                 page_size: 3,
                 page_token: "7".into(),
                 states: vec![1, 2],
+                own: true,
             }
             .encode_to_vec(),
         ),

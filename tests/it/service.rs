@@ -563,7 +563,7 @@ async fn invalid_requests_are_refused_with_their_reason_and_the_server_continues
     let next = pb::ListTrainingJobsRequest {
         page_size: 2,
         page_token: page.next_page_token,
-        states: vec![],
+        ..Default::default()
     };
     assert_eq!(
         client
