@@ -16,8 +16,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::artifacts::{
-    DATASETS_FOLDER, IN_USE_FILE, JOBS_FOLDER, TEMPORARY_FOLDER, Temporary, describe, hash_adapter,
-    hash_file, remove, sync,
+    DATASETS_FOLDER, JOBS_FOLDER, TEMPORARY_FOLDER, Temporary, describe, hash_adapter, hash_file,
+    remove, sync,
 };
 use super::blocking::blocking;
 use super::data_dir::{LOCK_FILE, RESTORING_FOLDER, check_restored, lock};
@@ -25,6 +25,9 @@ use super::error::{Result, ServiceError, failed};
 use super::store::DATABASE_FILE;
 use super::store::snapshot::{LiveDatabase, Snapshot};
 use crate::train::checkpoint::{self, CheckpointError};
+use unfinished::{Unfinished, parent, remove_abandoned_backups, remove_abandoned_links};
+
+mod unfinished;
 
 /// File that lists the others of a backup; written last.
 pub const MANIFEST_FILE: &str = "manifest.json";
@@ -34,8 +37,6 @@ const FORMAT: u32 = 1;
 const ATTEMPTS: u32 = 4;
 /// Interval at which the last attempt checks that the copy has begun.
 const COPY_CHECK_INTERVAL: Duration = Duration::from_millis(5);
-/// Beginning of the names of folders with the links of backups, in the folder of temporary files.
-const HELD_PREFIX: &str = "backup-";
 /// Number of bytes copied at a time.
 const COPY_BYTES: usize = 1 << 20;
 /// Folder of a job with its copy of the adapter that it starts from.
@@ -89,23 +90,18 @@ pub async fn back_up(data_dir: &Path, target: &Path) -> Result<BackupManifest> {
     let live = LiveDatabase::open(data_dir).await?;
     refuse_mount_point(target)?;
     check_empty("DIR", target)?;
-    let partial = Temporary(partial_folder(target)?);
-    fs::create_dir_all(&partial.0).map_err(|e| failed(&partial.0, e))?;
+    remove_abandoned_backups(target)?;
+    let partial = Unfinished::beside(target)?;
     let temporary = data_dir.join(TEMPORARY_FOLDER);
-    remove_abandoned(&temporary)?;
-    let held = Temporary(temporary.join(format!("{HELD_PREFIX}{}", uuid::Uuid::now_v7())));
-    fs::create_dir_all(&held.0).map_err(|e| failed(&held.0, e))?;
+    remove_abandoned_links(&temporary)?;
     // A server that starts meanwhile does not remove a folder whose file is locked.
-    let in_use_path = held.0.join(IN_USE_FILE);
-    let in_use = File::create(&in_use_path).map_err(|e| failed(&in_use_path, e))?;
-    in_use.lock().map_err(|e| failed(&in_use_path, e))?;
-    let links = held.0.join("links");
-    let snapshot = copy_database(&live, data_dir, &links, &partial.0).await?;
+    let held = Unfinished::held(&temporary)?;
+    let links = held.path().join("links");
+    let snapshot = copy_database(&live, data_dir, &links, partial.path()).await?;
     let target = target.to_owned();
     blocking(move || {
-        let (_in_use, held) = (in_use, held);
-        let (files, missing) = copy_files(&snapshot, &links, &partial.0)?;
-        if !fs::exists(held.0.join(IN_USE_FILE)).unwrap_or(false) {
+        let (files, missing) = copy_files(&snapshot, &links, partial.path())?;
+        if !held.is_intact() {
             // A server of version 0.2.0 clears the whole folder.
             return Err(ServiceError::internal(
                 "a server started meanwhile and removed the links of this backup: run it again",
@@ -123,13 +119,19 @@ pub async fn back_up(data_dir: &Path, target: &Path) -> Result<BackupManifest> {
             files,
             missing,
         };
-        let path = partial.0.join(MANIFEST_FILE);
+        let path = partial.path().join(MANIFEST_FILE);
         let text = serde_json::to_vec_pretty(&manifest).map_err(ServiceError::internal)?;
         fs::write(&path, text).map_err(|e| failed(&path, e))?;
-        sync(&partial.0)?;
-        fs::rename(&partial.0, &target).map_err(|e| failed(&target, e))?;
+        sync(partial.path())?;
+        if !partial.is_intact() {
+            // Locks of a shared file system may hold on one machine only.
+            return Err(ServiceError::internal(format!(
+                "another process removed the unfinished backup beside {}: run it again",
+                target.display()
+            )));
+        }
+        partial.publish(&target)?;
         sync_folder(parent(&target))?;
-        partial.persist();
         Ok(manifest)
     })
     .await?
@@ -243,27 +245,6 @@ async fn copy_blocked(
         Some(block) => block.release().await,
         None => Ok(()),
     }
-}
-
-/// Removes the links of backups that were interrupted.
-fn remove_abandoned(temporary: &Path) -> Result<()> {
-    let entries = match fs::read_dir(temporary) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries.map_err(|e| failed(temporary, e))?,
-    };
-    for entry in entries {
-        let entry = entry.map_err(|e| failed(temporary, e))?;
-        let is_of_backup = entry
-            .file_name()
-            .as_encoded_bytes()
-            .starts_with(HELD_PREFIX.as_bytes());
-        // A backup that is at work has locked its file.
-        let in_use = File::open(entry.path().join(IN_USE_FILE));
-        if is_of_backup && in_use.is_ok_and(|file| file.try_lock().is_ok()) {
-            remove(&entry.path())?;
-        }
-    }
-    Ok(())
 }
 
 /// Makes links to the finished files of a data directory that have none yet.
@@ -566,28 +547,6 @@ fn is_mount_point(folder: &Path) -> bool {
             .map(|place| place.as_bytes() == folder)
     };
     mounts.lines().filter_map(of_line).any(|is_it| is_it)
-}
-
-/// Returns a path beside the target for an unfinished backup.
-fn partial_folder(target: &Path) -> Result<PathBuf> {
-    let name = target.file_name().ok_or_else(|| {
-        let message = format!("{} has no name: name a new folder", target.display());
-        ServiceError::invalid("DIR", message)
-    })?;
-    let partial = format!(
-        ".{}.{}.partial",
-        name.to_string_lossy(),
-        uuid::Uuid::now_v7()
-    );
-    Ok(parent(target).join(partial))
-}
-
-/// Returns the folder of a path.
-fn parent(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
 }
 
 /// Syncs the entries of a folder, but not the contents of its files.

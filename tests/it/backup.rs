@@ -1,10 +1,11 @@
 //! `bradley backup`, `restore` and `migrate`: nothing that was acknowledged before a backup began is
 //! missing after its restore, and jobs continue as if nothing had happened.
 
-use std::path::Path;
-use std::process::{Command, Output};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use bradley::rpc::client::Client;
 use bradley::rpc::pb;
@@ -17,7 +18,7 @@ use crate::server::{
 use crate::store_safety::{
     LIMIT, STEPS, another_succeeds, expected, files, models, refused_start, replica, url_of,
 };
-use crate::wait::until;
+use crate::wait::{until, until_blocking};
 
 /// Runs a command.
 fn bradley(args: &[&str]) -> Output {
@@ -273,6 +274,99 @@ async fn a_backup_names_what_the_data_directory_itself_lacks() {
     assert_succeeds(&restore(&backup, &restored));
     let server = Server::start_with(&restored, &models(), &[]);
     another_succeeds(&server.client().await, &dataset).await;
+}
+
+/// Returns the unfinished backups in a folder whose lock exists.
+fn unfinished(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut found: Vec<_> = entries
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "partial"))
+        .filter(|path| path.join("in-use").exists())
+        .collect();
+    found.sort();
+    found
+}
+
+/// Starts a backup and stops its process in the middle of its work.
+fn stopped_backup(data_dir: &Path, target: &Path) -> Child {
+    let folder = target.parent().unwrap();
+    let deadline = Instant::now() + LIMIT;
+    while Instant::now() < deadline {
+        let before = unfinished(folder);
+        let mut child = Command::new(crate::support::binary())
+            .args(["backup", text(target), "--data-dir", text(data_dir)])
+            .env_remove("BRADLEY_DATABASE_URL")
+            .spawn()
+            .unwrap();
+        // A backup of so little takes milliseconds, so this does not sleep.
+        while unfinished(folder).len() == before.len() && child.try_wait().unwrap().is_none() {
+            std::hint::spin_loop();
+        }
+        if child.try_wait().unwrap().is_none() {
+            signal(&child, libc::SIGSTOP);
+            until_blocking("the stop", LIMIT, || "TZ".contains(state_of(&child)));
+            if state_of(&child) == 'T' && unfinished(folder).len() > before.len() {
+                return child;
+            }
+            signal(&child, libc::SIGCONT);
+        }
+        assert!(child.wait().unwrap().success());
+        std::fs::remove_dir_all(target).unwrap();
+    }
+    panic!("every backup ended before it could be stopped");
+}
+
+fn signal(child: &Child, signal: i32) {
+    // SAFETY: the process has not been waited for, so its id is its own.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
+}
+
+/// Returns the state of a process: T if it is stopped, Z if it has ended.
+fn state_of(child: &Child) -> char {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+    let (_, rest) = stat.rsplit_once(") ").unwrap();
+    rest.chars().next().unwrap()
+}
+
+#[test]
+fn the_folder_of_a_killed_backup_is_removed_by_the_next_and_that_of_a_running_one_stays() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let token = [
+        "tokens",
+        "create",
+        "--owner",
+        "ops",
+        "--data-dir",
+        text(dir.path()),
+    ];
+    assert_succeeds(&bradley(&token));
+    let target = |name: &str| other.path().join(name);
+    let mut killed = stopped_backup(dir.path(), &target("killed"));
+    let mut running = stopped_backup(dir.path(), &target("running"));
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let both = unfinished(other.path());
+    assert_eq!(both.len(), 2, "{both:?}");
+
+    assert_succeeds(&back_up(dir.path(), &target("next")));
+    let left = unfinished(other.path());
+    assert_eq!(left.len(), 1, "{left:?}");
+    assert!(text(&left[0]).contains("/.running."), "{left:?}");
+    // The backup that was at work meanwhile is complete.
+    signal(&running, libc::SIGCONT);
+    assert!(running.wait().unwrap().success());
+    for name in ["running", "next"] {
+        assert_succeeds(&restore(&target(name), &target(&format!("{name}-data"))));
+    }
+    let left: Vec<_> = [other.path(), &dir.path().join("tmp")]
+        .into_iter()
+        .flat_map(|folder| std::fs::read_dir(folder).unwrap())
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with('.') || name.starts_with("backup-"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert!(!target("next").join("in-use").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,26 +22,6 @@ fn only_a_folder_with_a_file_system_on_it_is_a_mount_point() {
 }
 
 #[test]
-fn links_of_an_interrupted_backup_are_removed_and_those_of_another_stay() {
-    let dir = tempfile::tempdir().unwrap();
-    let folder = |name: &str| {
-        let folder = dir.path().join(name);
-        fs::create_dir(&folder).unwrap();
-        File::create(folder.join(IN_USE_FILE)).unwrap()
-    };
-    let (_abandoned, at_work, _other) = (folder("backup-1"), folder("backup-2"), folder("upload"));
-    at_work.lock().unwrap();
-    remove_abandoned(dir.path()).unwrap();
-    let mut left: Vec<_> = fs::read_dir(dir.path())
-        .unwrap()
-        .map(|e| e.unwrap().file_name())
-        .collect();
-    left.sort();
-    assert_eq!(left, ["backup-2", "upload"]);
-    remove_abandoned(&dir.path().join("none")).unwrap();
-}
-
-#[test]
 fn an_adapter_that_a_job_starts_from_is_compared_with_its_hash() {
     let dir = tempfile::tempdir().unwrap();
     let (links, backup) = (dir.path().join("links"), dir.path().join("backup"));

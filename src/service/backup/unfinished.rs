@@ -1,0 +1,215 @@
+//! Folders of a backup that is not complete yet. Each has a locked file while its backup runs, so
+//! that the next backup recognises and removes the folders of those that were killed.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use crate::service::artifacts::{IN_USE_FILE, Temporary, remove};
+use crate::service::error::{Result, ServiceError, failed};
+
+/// Beginning of the names of folders with the links of backups, in the folder of temporary files.
+const HELD_PREFIX: &str = "backup-";
+/// End of the names of unfinished backups.
+const PARTIAL_SUFFIX: &str = ".partial";
+
+/// A folder that is removed on drop, and that no other backup removes before.
+pub(super) struct Unfinished {
+    folder: Temporary,
+    /// The locked file; `None` if the file system has no locks, so that nobody removes the folder.
+    lock: Option<File>,
+}
+
+impl Unfinished {
+    /// Creates and locks a folder for links in the folder `temporary` of a data directory.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` or `Internal` if the file system fails.
+    pub fn held(temporary: &Path) -> Result<Unfinished> {
+        Unfinished::create(temporary.join(format!("{HELD_PREFIX}{}", Uuid::now_v7())))
+    }
+
+    /// Creates and locks a folder beside `target`, which becomes the backup.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the target has no name; `ResourceExhausted` or `Internal` if the file
+    /// system fails.
+    pub fn beside(target: &Path) -> Result<Unfinished> {
+        let name = target.file_name().ok_or_else(|| {
+            let message = format!("{} has no name: name a new folder", target.display());
+            ServiceError::invalid("DIR", message)
+        })?;
+        let partial = format!(
+            ".{}.{}{PARTIAL_SUFFIX}",
+            name.to_string_lossy(),
+            Uuid::now_v7()
+        );
+        Unfinished::create(parent(target).join(partial))
+    }
+
+    fn create(folder: PathBuf) -> Result<Unfinished> {
+        fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))?;
+        let folder = Temporary(folder);
+        // The file has its name only when it is locked, so that it is never found without its lock.
+        let (unlocked, in_use) = (
+            folder.0.join(format!("{IN_USE_FILE}.new")),
+            folder.0.join(IN_USE_FILE),
+        );
+        let file = File::create(&unlocked).map_err(|e| failed(&unlocked, e))?;
+        let lock = match file.try_lock() {
+            Ok(()) => {
+                fs::rename(&unlocked, &in_use).map_err(|e| failed(&unlocked, e))?;
+                Some(file)
+            }
+            Err(_) => {
+                remove(&unlocked)?;
+                None
+            }
+        };
+        Ok(Unfinished { folder, lock })
+    }
+
+    /// Returns the folder.
+    pub fn path(&self) -> &Path {
+        &self.folder.0
+    }
+
+    /// Returns true if nobody has removed the folder.
+    pub fn is_intact(&self) -> bool {
+        match self.lock {
+            Some(_) => fs::exists(self.path().join(IN_USE_FILE)).unwrap_or(false),
+            None => true,
+        }
+    }
+
+    /// Renames the folder to `target`.
+    ///
+    /// # Errors
+    /// `Internal` if the file system fails; then the folder is removed.
+    pub fn publish(self, target: &Path) -> Result<()> {
+        fs::rename(self.path(), target).map_err(|e| failed(target, e))?;
+        self.folder.persist();
+        remove(&target.join(IN_USE_FILE))
+    }
+}
+
+/// Removes the folders with links that killed backups left in the folder of temporary files.
+///
+/// # Errors
+/// `Internal` if the file system fails.
+pub(super) fn remove_abandoned_links(temporary: &Path) -> Result<()> {
+    remove_abandoned(temporary, |name| name.starts_with(HELD_PREFIX))
+}
+
+/// Removes the unfinished folders of killed backups beside `target`, whatever their targets were:
+/// the name of a backup is often its date.
+///
+/// # Errors
+/// `Internal` if the file system fails.
+pub(super) fn remove_abandoned_backups(target: &Path) -> Result<()> {
+    remove_abandoned(parent(target), is_partial)
+}
+
+/// Returns true for `.NAME.UUID.partial`.
+fn is_partial(name: &str) -> bool {
+    let inner = name
+        .strip_prefix('.')
+        .and_then(|rest| rest.strip_suffix(PARTIAL_SUFFIX));
+    inner
+        .and_then(|inner| inner.rsplit_once('.'))
+        .is_some_and(|(_, id)| Uuid::try_parse(id).is_ok())
+}
+
+fn remove_abandoned(folder: &Path, is_ours: impl Fn(&str) -> bool) -> Result<()> {
+    let entries = match fs::read_dir(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(|e| failed(folder, e))?,
+    };
+    for entry in entries {
+        let entry = entry.map_err(|e| failed(folder, e))?;
+        if !entry.file_name().to_str().is_some_and(&is_ours) {
+            continue;
+        }
+        // A backup that is at work has locked its file.
+        let in_use = File::open(entry.path().join(IN_USE_FILE));
+        if in_use.is_ok_and(|file| file.try_lock().is_ok()) {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Returns the folder of a path.
+pub(super) fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn left(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn folders_of_killed_backups_are_removed_and_those_of_running_ones_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("2026-11-30");
+        let running = Unfinished::beside(&target).unwrap();
+        let held = Unfinished::held(dir.path()).unwrap();
+        // A killed process leaves its folder, without a lock.
+        for name in [
+            ".2026-11-29.0193c8e4-7a3f-7000-8000-000000000000.partial",
+            ".mine.partial",
+            "backup-1",
+            "upload",
+        ] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+            fs::write(dir.path().join(name).join(IN_USE_FILE), "").unwrap();
+        }
+        // Nobody knows if this one is ours.
+        fs::create_dir(
+            dir.path()
+                .join(".x.0193c8e4-7a3f-7000-8000-000000000001.partial"),
+        )
+        .unwrap();
+        remove_abandoned_backups(&target).unwrap();
+        remove_abandoned_links(dir.path()).unwrap();
+        assert_eq!(left(dir.path()).len(), 5, "{:?}", left(dir.path()));
+        assert!(running.is_intact() && held.is_intact());
+        drop(held);
+        running.publish(&target).unwrap();
+        assert_eq!(
+            left(dir.path()),
+            [
+                ".mine.partial",
+                ".x.0193c8e4-7a3f-7000-8000-000000000001.partial",
+                "2026-11-30",
+                "upload"
+            ]
+        );
+        assert!(left(&target).is_empty());
+        remove_abandoned_links(&dir.path().join("none")).unwrap();
+    }
+
+    #[test]
+    fn a_backup_notices_that_its_folder_was_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let running = Unfinished::beside(&dir.path().join("backup")).unwrap();
+        remove(running.path()).unwrap();
+        fs::create_dir(running.path()).unwrap();
+        assert!(!running.is_intact());
+    }
+}
