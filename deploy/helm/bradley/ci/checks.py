@@ -502,6 +502,16 @@ def references(name, found):
         must("BRADLEY_TLS_CLIENT_CA" not in config or "BRADLEY_TLS_CLIENT_CERT" in environment, "helm test has no client certificate")
         keys = [item["key"] for volume in test["spec"]["volumes"] if volume["name"] == "ca" for item in volume["secret"]["items"]]
         must("tls.key" not in keys, "helm test has the server's key")
+        # Commands in the server's pod need the authority. The pod starts without that key, too: a Secret of the type kubernetes.io/tls need not have it.
+        tls = values["tls"]
+        authority = {
+            "secretName": tls.get("existingSecret") or f"{workload['metadata']['name']}-tls",
+            "defaultMode": 0o440,
+            "optional": True,
+            "items": [{"key": tls.get("caKey", "ca.crt") if tls.get("existingSecret") else "ca.crt", "path": "ca.crt"}],
+        }
+        trusted = [volume["secret"] for volume in pod["volumes"] if mounts.get(volume["name"]) == "/etc/bradley/server-ca"]
+        must(trusted == [authority], "the server's pod lacks the authority of its certificate")
 
 
 # -- mutations of manifests -----------------------------------------------------------------------------------------------------------

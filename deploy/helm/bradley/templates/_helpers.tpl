@@ -146,6 +146,13 @@ HF_TOKEN: {{ . | quote }}
 {{- default (printf "%s-tls" (include "bradley.fullname" .)) .Values.tls.existingSecret -}}
 {{- end -}}
 
+{{/* The key in that Secret of the authority that signed the server's certificate; empty if that is a public one. */}}
+{{- define "bradley.caKey" -}}
+{{- if and .Values.tls.enabled (or .Values.tls.existingSecret .Values.tls.ca) -}}
+{{- ternary .Values.tls.caKey "ca.crt" (ne .Values.tls.existingSecret "") -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Not empty if a file declares tokens. */}}
 {{- define "bradley.tokenFile" -}}
 {{- if or .Values.auth.declared.tokens .Values.auth.declared.existingSecret -}}true{{- end -}}

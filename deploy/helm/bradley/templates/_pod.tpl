@@ -121,6 +121,11 @@ spec:
         - name: tls
           mountPath: /etc/bradley/tls
           readOnly: true
+        {{- if include "bradley.caKey" . }}
+        - name: server-ca
+          mountPath: /etc/bradley/server-ca
+          readOnly: true
+        {{- end }}
         {{- if .Values.tls.clientCa.existingSecret }}
         - name: client-ca
           mountPath: /etc/bradley/client-ca
@@ -175,6 +180,17 @@ spec:
             path: tls.crt
           - key: tls.key
             path: tls.key
+    {{- with include "bradley.caKey" . }}
+    # For `bradley` commands in this pod. The server itself does not need it.
+    - name: server-ca
+      secret:
+        secretName: {{ include "bradley.tlsSecret" $ }}
+        defaultMode: 0440
+        optional: true
+        items:
+          - key: {{ . }}
+            path: ca.crt
+    {{- end }}
     {{- with .Values.tls.clientCa.existingSecret }}
     - name: client-ca
       secret:
