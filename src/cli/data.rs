@@ -257,6 +257,7 @@ impl Iterator for PairReader {
                     field: problem.field,
                     reason: problem.reason,
                     message: problem.message,
+                    of_model: false,
                 }))),
             };
         }

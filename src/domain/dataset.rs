@@ -1,6 +1,6 @@
 //! Preference rows, and the findings of their validation.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -258,10 +258,8 @@ impl IssueReason {
         }
     }
 
-    /// Returns true for errors that depend on a job's model and `max_length`, so that each job must
-    /// check its rows for them. Returns false for a row that the model's chat template refuses,
-    /// because it has the same reason as a malformed row.
-    pub fn depends_on_job(self) -> bool {
+    /// Returns true for errors that always depend on a job's model and `max_length`.
+    fn depends_on_job(self) -> bool {
         matches!(
             self,
             IssueReason::PromptFillsMaxLength | IssueReason::TokenOutsideVocabulary
@@ -282,9 +280,19 @@ pub struct RowIssue {
     pub reason: IssueReason,
     /// Explanation with the remedy.
     pub message: String,
+    /// True for an error that was found with a model, and that another one need not have.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub of_model: bool,
 }
 
 impl RowIssue {
+    /// Returns true for errors that depend on a job's model and `max_length`, so that each job must
+    /// check its rows for them. In reports of version 0.2.0, rows that a chat template refused are
+    /// not among them.
+    pub fn depends_on_job(&self) -> bool {
+        self.of_model || self.reason.depends_on_job()
+    }
+
     /// Returns the finding with shortened texts and without NUL characters, which databases do not
     /// store.
     pub fn shortened(self) -> Self {
@@ -337,7 +345,7 @@ pub struct ValidationReport {
     /// Number of usable pairs, if rows have several; 0 if every row has one.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub pairs: u64,
-    /// Number of rows with an error for which [`IssueReason::depends_on_job`] is false. `None` in
+    /// Number of rows with an error for which [`RowIssue::depends_on_job`] is false. `None` in
     /// reports of version 0.2.0, in which a row has at most one finding that depends on the job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unusable_rows: Option<u64>,
@@ -385,10 +393,31 @@ impl ValidationReport {
         self.rows - self.valid_rows
     }
 
-    /// Returns the number of rows that count as bad for every job. Prompts that are too long and
-    /// tokens outside the vocabulary do not count: each job checks these with its own model and
-    /// `max_length`. Rows that the chat template of the upload's model refuses do count, although a
-    /// job with another model could use them.
+    /// Returns the number of rows that a job cannot use, and the first error of one. They are those
+    /// that no job can use; and if the upload was checked with `model`, also those that the report
+    /// lists because this model's tokenizer or chat template refused them. Lengths and tokens
+    /// outside the vocabulary do not count: each job checks them when it starts.
+    pub fn bad_rows_with(&self, model: Option<&str>) -> (u64, Option<&RowIssue>) {
+        let checked = self.length_check.as_ref().map(|check| check.model.as_str());
+        let is_checked = model.is_some() && checked == model;
+        let listed = || {
+            self.issues.iter().filter(|i| {
+                i.reason.severity() == Severity::Error
+                    && !i.reason.depends_on_job()
+                    && (is_checked || !i.of_model)
+            })
+        };
+        let rows = |of_model: bool| -> BTreeSet<u64> {
+            let these = listed().filter(|i| i.of_model == of_model);
+            these.map(|i| i.row).collect()
+        };
+        let of_model = rows(true).difference(&rows(false)).count() as u64;
+        (self.bad_rows_of_any_job() + of_model, listed().next())
+    }
+
+    /// Returns the number of rows that count as bad for every job. Rows with errors that were found
+    /// with a model do not count: each job checks these with its own model and `max_length`. In
+    /// reports of version 0.2.0, rows that the chat template of the upload's model refuses do.
     pub fn bad_rows_of_any_job(&self) -> u64 {
         self.unusable_rows.unwrap_or_else(|| {
             let reasons = [

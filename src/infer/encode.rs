@@ -92,9 +92,14 @@ pub enum EncodeError {
         /// Number of rows in the model's embedding.
         vocab_size: usize,
     },
-    /// The tokenizer or the chat template failed.
-    #[error(transparent)]
-    Model(#[from] ModelError),
+    /// The tokenizer failed, or the chat template refused the messages.
+    #[error("{error}")]
+    Model {
+        /// The prompt, or the answer without which nothing was refused.
+        at: Part,
+        /// The error of the tokenizer or the template.
+        error: ModelError,
+    },
 }
 
 impl EncodeError {
@@ -103,10 +108,9 @@ impl EncodeError {
         match self {
             EncodeError::EmptyCompletion { at }
             | EncodeError::MixedForms { at }
+            | EncodeError::Model { at, .. }
             | EncodeError::TokenOutsideVocabulary { at, .. } => *at,
-            EncodeError::PromptFillsMaxLength { .. }
-            | EncodeError::EmptyPrompt
-            | EncodeError::Model(_) => Part::Prompt,
+            EncodeError::PromptFillsMaxLength { .. } | EncodeError::EmptyPrompt => Part::Prompt,
         }
     }
 }
@@ -213,16 +217,26 @@ impl<'a> PairEncoder<'a> {
                 EncodeError::PromptFillsMaxLength { .. } => IssueReason::PromptFillsMaxLength,
                 EncodeError::EmptyPrompt => IssueReason::MissingField,
                 EncodeError::EmptyCompletion { .. } => IssueReason::EmptyCompletion,
-                EncodeError::MixedForms { .. } | EncodeError::Model(_) => IssueReason::InvalidType,
+                EncodeError::MixedForms { .. } | EncodeError::Model { .. } => {
+                    IssueReason::InvalidType
+                }
                 EncodeError::TokenOutsideVocabulary { .. } => IssueReason::TokenOutsideVocabulary,
             };
             let field = e.part().to_string();
+            let message = match &e {
+                EncodeError::Model {
+                    error: ModelError::ChatTemplate { .. },
+                    ..
+                } => format!("{e}: correct the row, or use a model whose template accepts it"),
+                _ => e.to_string(),
+            };
             RowIssue {
                 row: row.row,
                 id: row.id.clone(),
                 field: row.column(&field),
                 reason,
-                message: e.to_string(),
+                message,
+                of_model: !matches!(e, EncodeError::MixedForms { .. }),
             }
         };
         let merged = row.arguments.over(self.arguments);
@@ -235,7 +249,10 @@ impl<'a> PairEncoder<'a> {
             cut => Some(
                 self.tokenizer
                     .decode(&cut[..cut.len().min(MAX_CUT_TOKENS_SHOWN)])
-                    .map_err(|e| issue(e.into()))?,
+                    .map_err(|error| {
+                        let at = Part::Prompt;
+                        issue(EncodeError::Model { at, error })
+                    })?,
             ),
         };
         Ok((
@@ -368,8 +385,8 @@ impl<'a> PairEncoder<'a> {
     /// Returns the tokens of the prompt alone.
     fn encode_prompt(&self, prompt: &Text) -> Result<Vec<u32>, EncodeError> {
         match prompt {
-            Text::Plain(text) => self.encode_plain(text),
-            Text::Chat(messages) => self.encode_chat(messages, true),
+            Text::Plain(text) => self.encode_plain(Part::Prompt, text),
+            Text::Chat(messages) => self.encode_chat(Part::Prompt, messages, true),
         }
     }
 
@@ -382,11 +399,11 @@ impl<'a> PairEncoder<'a> {
     ) -> Result<Vec<u32>, EncodeError> {
         match (prompt, answer) {
             (Text::Plain(p), Text::Plain(a)) => {
-                self.encode_plain(&format!("{p}{a}{}", self.missing_eos(a)))
+                self.encode_plain(at, &format!("{p}{a}{}", self.missing_eos(a)))
             }
             (Text::Chat(p), Text::Chat(a)) => {
                 let dialogue: Vec<_> = p.iter().chain(a).cloned().collect();
-                self.encode_chat(&dialogue, false)
+                self.encode_chat(at, &dialogue, false)
             }
             _ => Err(EncodeError::MixedForms { at }),
         }
@@ -395,6 +412,7 @@ impl<'a> PairEncoder<'a> {
     /// Returns the tokens of a dialogue that the chat template renders.
     fn encode_chat(
         &self,
+        at: Part,
         messages: &[ChatMessage],
         add_generation_prompt: bool,
     ) -> Result<Vec<u32>, EncodeError> {
@@ -405,20 +423,22 @@ impl<'a> PairEncoder<'a> {
             kwargs,
             date: self.date,
         };
-        Ok(self.tokenizer.encode(
-            &self.tokenizer.apply_chat_template(messages, &options)?,
-            false,
-        )?)
+        let rendered = self.tokenizer.apply_chat_template(messages, &options);
+        rendered
+            .and_then(|text| self.tokenizer.encode(&text, false))
+            .map_err(|error| EncodeError::Model { at, error })
     }
 
     /// Returns the tokens of a plain text. BOS is added if the tokenizer does so, unless the text
     /// already starts with BOS.
-    fn encode_plain(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
+    fn encode_plain(&self, at: Part, text: &str) -> Result<Vec<u32>, EncodeError> {
         let starts_with_bos = self
             .tokenizer
             .bos_token()
             .is_some_and(|bos| !bos.is_empty() && text.starts_with(bos));
-        Ok(self.tokenizer.encode(text, !starts_with_bos)?)
+        self.tokenizer
+            .encode(text, !starts_with_bos)
+            .map_err(|error| EncodeError::Model { at, error })
     }
 
     /// Returns the tokenizer's EOS if it has one and the answer lacks it, otherwise an empty text.
@@ -471,9 +491,10 @@ impl<'a> PairEncoder<'a> {
         let Some(id) = ids.iter().copied().find(|id| *id as usize >= vocab_size) else {
             return Ok(());
         };
+        let token = self.tokenizer.decode(&[id]);
         Err(EncodeError::TokenOutsideVocabulary {
             at,
-            token: self.tokenizer.decode(&[id])?,
+            token: token.map_err(|error| EncodeError::Model { at, error })?,
             id,
             vocab_size,
         })

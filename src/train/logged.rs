@@ -30,6 +30,7 @@ pub fn with_logged(pair: EncodedPair, row: &PreferenceRow) -> Result<EncodedPair
         field: row.column(field),
         reason,
         message,
+        of_model: false,
     };
     let sums = row
         .logged

@@ -273,7 +273,7 @@ impl Tally {
         self.reported.push(finding);
         if issue.reason.severity() == Severity::Error {
             self.is_bad = true;
-            self.is_bad_for_any_job |= !issue.reason.depends_on_job();
+            self.is_bad_for_any_job |= !issue.depends_on_job();
             self.bad.add(issue.clone());
         }
         self.report.add(issue);
@@ -307,6 +307,7 @@ fn issue(
         field: row.column(field),
         reason,
         message: message.into(),
+        of_model: false,
     }
 }
 
@@ -554,6 +555,7 @@ mod tests {
                 field: field.into(),
                 reason,
                 message: String::new(),
+                of_model: false,
             });
         };
         // Two pairs of one row; both may be usable with another model.
@@ -601,6 +603,7 @@ mod tests {
                 field: "prompt".into(),
                 reason: IssueReason::PromptFillsMaxLength,
                 message: String::new(),
+                of_model: false,
             });
         }
         assert_eq!(bad.rows(), 5, "only the second row was good");

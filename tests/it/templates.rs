@@ -737,6 +737,98 @@ async fn templates_print_the_date_of_the_jobs_creation_or_of_the_setting() {
     );
 }
 
+/// A template that refuses messages with this content.
+fn refusing(content: &str) -> String {
+    format!(
+        "{{%- for m in messages %}}{{%- if m.content == '{content}' %}}{{{{ raise_exception('no \
+         {content}') }}}}{{%- endif %}}{{{{ m.role }}}}: {{{{ m.content + '\\n' }}}}{{%- endfor %}}"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_names_the_rows_that_only_its_own_template_refuses() {
+    let dir = tempfile::tempdir().unwrap();
+    let [a, b] = [("a", "only b"), ("b", "only a")]
+        .map(|(id, content)| model(&dir.path().join(id), &refusing(content)));
+    let models = format!("a={},b={}", a.display(), b.display());
+    let server = Server::start_with(&dir.path().join("data"), &models, &[]);
+    let client = server.client().await;
+    let row = |i: usize, prompt: &str, rejected: &str| {
+        json!({"prompt": [{"role": "user", "content": prompt}],
+               "chosen": [{"role": "assistant", "content": format!("yes {i}")}],
+               "rejected": [{"role": "assistant", "content": rejected}]})
+        .to_string()
+    };
+    let rows: Vec<String> = (1..=8)
+        .map(|i| match i {
+            3 => row(i, "1 2 3", "only a"),
+            5 => row(i, "only b", "no"),
+            _ => row(i, &format!("1 2 {i}"), "no"),
+        })
+        .collect();
+    let file = dir.path().join("rows.jsonl");
+    std::fs::write(&file, rows.join("\n")).unwrap();
+    let metadata = pb::UploadMetadata {
+        model: "models/a".into(),
+        ..Default::default()
+    };
+    let dataset = client
+        .upload_dataset(&file, metadata, |_| {})
+        .await
+        .unwrap();
+    let report = dataset.report.unwrap();
+    let found: Vec<_> = report
+        .issues
+        .iter()
+        .filter(|i| i.severity() == pb::IssueSeverity::Error)
+        .map(|i| (i.row, i.field.as_str(), i.reason.as_str()))
+        .collect();
+    assert_eq!(found, [(5, "prompt", "invalid_type")], "{report:?}");
+
+    let with = |model: &str, skip: bool| pb::TrainingJob {
+        policy: format!("models/{model}"),
+        row_policy: match skip {
+            true => pb::RowPolicy::Skip.into(),
+            false => pb::RowPolicy::Reject.into(),
+        },
+        ..job(&dataset.name, 1)
+    };
+    // The row is known to be bad for a, so a job with a is refused at once.
+    let refused = create(&client, with("a", false)).await.unwrap_err();
+    assert!(
+        refused.message().contains("row 5, invalid_type"),
+        "{refused}"
+    );
+    // For b another row is bad, which is known only when the job starts.
+    let name = submit(&client, with("b", false)).await;
+    finish(&client, &name).await;
+    let failed = get(&client, &name).await;
+    assert_eq!(failed.state(), pb::JobState::Failed);
+    let said = failed.error.unwrap().message;
+    for part in [
+        "has 1 rows that cannot be used with models/b",
+        "(the upload was checked with models/a)",
+        "row 3, rejected invalid_type: ",
+        "no only a",
+        "use a model whose template accepts it",
+        "row_policy to SKIP",
+    ] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+    for (model, expected) in [("a", "row 5, prompt"), ("b", "row 3, rejected")] {
+        let name = submit(&client, with(model, true)).await;
+        finish(&client, &name).await;
+        let done = get(&client, &name).await;
+        assert_eq!(done.state(), pb::JobState::Succeeded, "{done:?}");
+        assert_eq!(done.skipped_rows.len(), 1, "{:?}", done.skipped_rows);
+        assert!(
+            done.skipped_rows[0].starts_with(expected),
+            "{:?}",
+            done.skipped_rows
+        );
+    }
+}
+
 /// A template whose generation prompt ends with a text that an answer may or may not begin with.
 const GENERATION_PROMPT_777: &str = "{% for m in messages %}\
     {% if m.role == 'user' %}{{ m.content }}\n{% else %}A:{{ m.content }}{% endif %}\

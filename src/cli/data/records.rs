@@ -51,6 +51,7 @@ impl RecordReader {
                     field: problem.field,
                     reason: problem.reason,
                     message: problem.message,
+                    of_model: false,
                 };
                 (Map::new(), Err(issue))
             }

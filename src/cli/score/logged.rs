@@ -21,6 +21,7 @@ fn chosen(row: PreferenceRow, columns: Option<LoggedColumns>) -> Result<Preferen
         field: column,
         reason: IssueReason::MissingField,
         message,
+        of_model: false,
     };
     let (reference, policy) = match columns {
         None => (LoggedSums::Absent, LoggedSums::Absent),

@@ -93,6 +93,7 @@ impl InputLoader {
         };
         let request = job.request.clone();
         let context = RowContext {
+            model: start.model.clone(),
             tokenizer,
             arguments: job.template_arguments(),
             date: self.template_date.of(Some(job)),
@@ -147,6 +148,8 @@ impl InputLoader {
 
 /// Settings for tokenising the rows of a job.
 struct RowContext {
+    /// Id of the base model.
+    model: String,
     tokenizer: Arc<ChatTokenizer>,
     arguments: TemplateArguments,
     date: DateTime,
@@ -225,16 +228,24 @@ fn encode_dataset(
         && let Some(first) = bad.first()
     {
         let with_reference = match uses_logged {
-            true => format!("reference {LOGGED_REFERENCE} and "),
+            true => format!("reference {LOGGED_REFERENCE}, "),
             false => String::new(),
         };
+        // The upload may have named no model, or another one.
+        let checked = dataset.report.length_check.as_ref();
+        let checked = match checked.filter(|check| check.model != context.model) {
+            Some(check) => format!(" (the upload was checked with models/{})", check.model),
+            None => String::new(),
+        };
         let message = format!(
-            "datasets/{} has {} rows that cannot be used with {with_reference}max_length {}; row \
-             {}, {}: {}. Fix them, or set row_policy to SKIP",
+            "datasets/{} has {} rows that cannot be used with {with_reference}models/{} and \
+             max_length {}{checked}; row {}, {} {}: {}. Fix them, or set row_policy to SKIP",
             dataset.id,
             bad.rows(),
+            context.model,
             request.spec.batch.max_length,
             first.row,
+            first.field,
             first.reason.name(),
             first.message
         );

@@ -4,7 +4,6 @@ use std::ops::RangeInclusive;
 
 use super::init_adapter::{INIT_ADAPTER, InitAdapters, adopt_adapter};
 use crate::domain::access::Caller;
-use crate::domain::dataset::{RowIssue, Severity};
 use crate::domain::identity::{ModelIdentity, Pins};
 use crate::domain::job::{Evaluation, JobRequest, RowPolicy};
 use crate::domain::reason::Reason;
@@ -187,12 +186,11 @@ impl RequestValidator {
             .flatten()
         {
             let dataset = own_dataset(&self.store, caller, id).await?;
-            let bad_rows = dataset.report.bad_rows_of_any_job();
+            // With other template arguments, the template may accept other rows.
+            let has_arguments = !request.chat_template_kwargs.is_empty();
+            let model = (!has_arguments).then_some(start.model.as_str());
+            let (bad_rows, first) = dataset.report.bad_rows_with(model);
             if request.row_policy == RowPolicy::Reject && bad_rows > 0 {
-                let is_bad_for_any_job = |i: &&RowIssue| {
-                    i.reason.severity() == Severity::Error && !i.reason.depends_on_job()
-                };
-                let first = dataset.report.issues.iter().find(is_bad_for_any_job);
                 let example = first
                     .map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message))
                     .unwrap_or_default();

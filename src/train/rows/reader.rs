@@ -66,5 +66,6 @@ pub(super) fn issue(
         field: field.to_owned(),
         reason,
         message: message.into(),
+        of_model: false,
     }
 }
