@@ -27,7 +27,7 @@ impl Failure {
     }
 
     /// Puts `context` before the message.
-    pub fn after(self, context: &str) -> Self {
+    pub fn with_context(self, context: &str) -> Self {
         let with = |message| format!("{context}: {message}");
         match self {
             Failure::Failed(m) => Failure::Failed(with(m)),

@@ -91,7 +91,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     }
     outcome.map_err(|failure| match summary.rows() {
         0 => failure,
-        n => failure.after(&format!("after {n} rows")),
+        n => failure.with_context(&format!("after {n} rows")),
     })?;
     let rows = summary.rows();
     match summary.failed() {

@@ -14,7 +14,7 @@ use super::jobs::JobService;
 use super::jobs::registry::{RunRegistry, count_ended};
 use super::shutdown::Shutdown;
 use super::store::Store;
-use super::store::jobs::Expired;
+use super::store::jobs::ExpiredPosition;
 use super::store::listen::Notice;
 use crate::domain::job::JobState;
 
@@ -63,7 +63,7 @@ impl BackgroundTasks {
     async fn maintain(&self) {
         let mut pause = tokio::time::interval(self.store.lease_time() / 3);
         pause.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut expired = Expired::default();
+        let mut expired = ExpiredPosition::default();
         for tick in 0_u64.. {
             pause.tick().await;
             metrics::gauge!("bradley_store_up")
@@ -189,7 +189,7 @@ impl BackgroundTasks {
 
     /// Deletes the next expired jobs. Each round continues where the last one ended, so that jobs
     /// that cannot be deleted do not block the others.
-    async fn expire(&self, after: &mut Expired) -> Result<()> {
+    async fn expire(&self, after: &mut ExpiredPosition) -> Result<()> {
         let (jobs, next) = self
             .store
             .expired_jobs(*after, MAX_DELETIONS_PER_ROUND)

@@ -11,7 +11,7 @@ use crate::domain::reason::Reason;
 /// Jobs that may need a resource: the unfinished jobs and, if weights are to be deleted, also ended
 /// jobs that have checkpoints, because these are scored against a reference.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Users {
+pub(super) struct DependentJobs {
     /// Jobs that this version of the server can read.
     pub jobs: Vec<Job>,
     /// Stored requests of jobs that this version cannot read. Such a job is taken to need every id
@@ -73,7 +73,7 @@ fn weights_of(user: &Job) -> impl Iterator<Item = &PolicyName> {
 ///
 /// # Errors
 /// `FailedPrecondition` (`IN_USE`) if one does.
-pub(super) fn check(caller: &Caller, users: &Users, needed: Needed<'_>) -> Result<()> {
+pub(super) fn check(caller: &Caller, users: &DependentJobs, needed: Needed<'_>) -> Result<()> {
     let (Needed::Dataset(id) | Needed::Weights { job: id, .. }) = needed;
     if users.unreadable.iter().any(|request| request.contains(id)) {
         let message =

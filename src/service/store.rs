@@ -11,8 +11,8 @@ pub mod jobs;
 pub mod leases;
 pub mod listen;
 pub mod properties;
-mod readers;
 mod rows;
+mod schema_version;
 pub mod snapshot;
 pub(super) mod stale;
 pub mod tokens;
@@ -244,7 +244,7 @@ impl Store {
         // Migrations of newer versions are ignored if they allow it: after a rollback, this version
         // still runs on a database to which a newer one has only added something.
         let mut connection = writer.acquire().await.map_err(cannot_open)?;
-        readers::check(&mut connection, dialect.count_tables(), newest(&migrations)).await?;
+        schema_version::check(&mut connection, dialect.count_tables(), newest(&migrations)).await?;
         drop(connection);
         migrations.set_ignore_missing(true);
         let migrating = pool(1)
@@ -266,7 +266,7 @@ impl Store {
         })?;
         // Once more: a newer version may have migrated while this one waited for its turn.
         let mut connection = writer.acquire().await.map_err(cannot_open)?;
-        readers::check(&mut connection, dialect.count_tables(), newest(&migrations)).await?;
+        schema_version::check(&mut connection, dialect.count_tables(), newest(&migrations)).await?;
         drop(connection);
         Ok(Store {
             dialect,
@@ -415,7 +415,7 @@ pub(super) async fn check_version(connection: &mut AnyConnection, is_postgres: b
         false => Dialect::Sqlite,
     };
     let known = newest(&dialect.migrations());
-    readers::check(connection, dialect.count_tables(), known).await
+    schema_version::check(connection, dialect.count_tables(), known).await
 }
 
 /// Sets the limits of a connection that migrates. A migration may take longer than any statement of

@@ -188,7 +188,7 @@ pub(super) async fn upload(
             // Rows that could not be read may be the reason.
             let left_out = converted.ok().and_then(|(_, rows)| rows.warning());
             Err(match left_out {
-                Some(warning) => refused.after(&warning),
+                Some(warning) => refused.with_context(&warning),
                 None => refused,
             })
         }

@@ -13,7 +13,7 @@ use crate::domain::violation::{Violations, quoted};
 use crate::service::audit::audit;
 use crate::service::auth::access::own_job;
 use crate::service::error::{Result, ServiceError};
-use crate::service::in_use::{Needed, Users, check};
+use crate::service::in_use::{DependentJobs, Needed, check};
 use crate::service::store::now;
 
 /// Changes to the editable fields of a job; `None` leaves a field as it is.
@@ -231,7 +231,7 @@ impl JobService {
     }
 
     async fn remove_job(&self, caller: &Caller, id: &str, expired: bool) -> Result<()> {
-        let refuse = |job: &Job, users: &Users| {
+        let refuse = |job: &Job, users: &DependentJobs| {
             if !job.state.is_final() {
                 return Err(refused(job, Reason::NotEnded, "cancel it first"));
             }

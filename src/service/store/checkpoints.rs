@@ -7,7 +7,7 @@ use super::Store;
 use super::rows::{CHECKPOINT, CheckpointRow, to_json};
 use crate::domain::job::{Checkpoint, Finite};
 use crate::service::error::Result;
-use crate::service::in_use::Users;
+use crate::service::in_use::DependentJobs;
 
 impl Store {
     /// Adds or replaces a checkpoint. If it is the best one, the previous best one loses the mark.
@@ -65,7 +65,7 @@ impl Store {
         &self,
         job: &str,
         step: u64,
-        refuse: impl FnOnce(&Users) -> Result<()>,
+        refuse: impl FnOnce(&DependentJobs) -> Result<()>,
     ) -> Result<()> {
         let mut tx = self.writer.begin().await?;
         self.lock_checkpoint(&mut tx, job, step).await?;

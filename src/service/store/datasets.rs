@@ -6,7 +6,7 @@ use super::rows::{self, DatasetRow, to_json};
 use super::{PAGE_CONDITION, Page, Store};
 use crate::domain::dataset::Dataset;
 use crate::service::error::{Result, ServiceError};
-use crate::service::in_use::Users;
+use crate::service::in_use::DependentJobs;
 
 impl Store {
     /// Adds a dataset.
@@ -92,7 +92,7 @@ impl Store {
     pub(in crate::service) async fn delete_dataset(
         &self,
         id: &str,
-        refuse: impl FnOnce(&Users) -> Result<()>,
+        refuse: impl FnOnce(&DependentJobs) -> Result<()>,
     ) -> Result<()> {
         let mut tx = self.writer.begin().await?;
         let lock = format!(

@@ -10,7 +10,7 @@ use crate::domain::job::{Evaluation, Event, EventKind, Finite, Job, JobState, Jo
 use crate::domain::names::{CheckpointRef, PolicyName};
 use crate::domain::reason::Reason;
 use crate::service::error::{Result, ServiceError};
-use crate::service::in_use::Users;
+use crate::service::in_use::DependentJobs;
 
 /// Parameters of a job's creation.
 #[derive(Clone, Copy, Debug)]
@@ -23,7 +23,7 @@ pub struct Creation<'a> {
     pub quota: Option<u64>,
 }
 
-impl Users {
+impl DependentJobs {
     fn add(&mut self, rows: Vec<JobRow>) {
         for row in rows {
             let request = row.request.clone();
@@ -37,15 +37,15 @@ impl Users {
 
 /// A position in the list of expired jobs, which is ordered by expiry time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Expired {
+pub struct ExpiredPosition {
     time: Millis,
     seq: i64,
 }
 
-impl Default for Expired {
+impl Default for ExpiredPosition {
     /// Returns the position before all expired jobs.
     fn default() -> Self {
-        Expired {
+        ExpiredPosition {
             time: Millis::MIN,
             seq: i64::MIN,
         }
@@ -300,11 +300,14 @@ impl Store {
     }
 
     /// Returns the jobs that are not in a final state, as the transaction sees them.
-    pub(super) async fn unfinished_in(&self, tx: &mut Transaction<'_, Any>) -> Result<Users> {
+    pub(super) async fn unfinished_in(
+        &self,
+        tx: &mut Transaction<'_, Any>,
+    ) -> Result<DependentJobs> {
         let rows: Vec<JobRow> = sqlx::query_as(AssertSqlSafe(select_unfinished()))
             .fetch_all(&mut **tx)
             .await?;
-        let mut users = Users::default();
+        let mut users = DependentJobs::default();
         users.add(rows);
         Ok(users)
     }
@@ -315,7 +318,7 @@ impl Store {
         &self,
         tx: &mut Transaction<'_, Any>,
         job: &str,
-    ) -> Result<Users> {
+    ) -> Result<DependentJobs> {
         let mut users = self.unfinished_in(tx).await?;
         let ended = format!(
             "SELECT {JOB} FROM jobs WHERE state IN ({}) AND id <> $1 AND request LIKE $2
@@ -340,9 +343,9 @@ impl Store {
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn expired_jobs(
         &self,
-        after: Expired,
+        after: ExpiredPosition,
         limit: usize,
-    ) -> Result<(Vec<String>, Expired)> {
+    ) -> Result<(Vec<String>, ExpiredPosition)> {
         let select = format!(
             "SELECT id, expire_time, seq FROM jobs WHERE {} AND (expire_time > $1 OR (expire_time \
              = $2 AND seq > $3))
@@ -357,11 +360,11 @@ impl Store {
             .fetch_all(&self.readers)
             .await?;
         let next = match rows.last() {
-            Some((_, time, seq)) if rows.len() == limit => Expired {
+            Some((_, time, seq)) if rows.len() == limit => ExpiredPosition {
                 time: *time,
                 seq: *seq,
             },
-            _ => Expired::default(),
+            _ => ExpiredPosition::default(),
         };
         Ok((rows.into_iter().map(|(id, ..)| id).collect(), next))
     }
@@ -519,7 +522,7 @@ impl Store {
         &self,
         id: &str,
         expired: bool,
-        refuse: impl FnOnce(&Job, &Users) -> Result<()> + Send,
+        refuse: impl FnOnce(&Job, &DependentJobs) -> Result<()> + Send,
     ) -> Result<()> {
         let mut tx = self.writer.begin().await?;
         let select = match expired {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use sqlx::{AnyConnection, Connection as _};
 
-use super::{DATABASE_FILE, Dialect, newest, readers, sqlite_url};
+use super::{DATABASE_FILE, Dialect, newest, schema_version, sqlite_url};
 use crate::service::error::{Result, ServiceError, failed};
 
 /// The SQLite database of a data directory. It is opened beside a server and never migrated.
@@ -161,12 +161,12 @@ async fn connect(file: &Path, mode: &str) -> Result<AnyConnection> {
 
 async fn check_readable(connection: &mut AnyConnection) -> Result<()> {
     let known = newest(&Dialect::Sqlite.migrations());
-    readers::check(connection, Dialect::Sqlite.count_tables(), known).await
+    schema_version::check(connection, Dialect::Sqlite.count_tables(), known).await
 }
 
 async fn artifact_store(connection: &mut AnyConnection) -> Result<Option<String>> {
     // Databases of version 0.1 have no such table.
-    if !readers::exists(connection, Dialect::Sqlite.count_tables(), "properties").await? {
+    if !schema_version::exists(connection, Dialect::Sqlite.count_tables(), "properties").await? {
         return Ok(None);
     }
     let select = "SELECT value FROM properties WHERE name = $1";

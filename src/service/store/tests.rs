@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::jobs::{Creation, Expired};
+use super::jobs::{Creation, ExpiredPosition};
 use super::*;
 use crate::domain::access::Caller;
 use crate::domain::dpo::{Divergence, ReferenceSync};
@@ -152,7 +152,7 @@ async fn expired_jobs_are_listed_page_by_page_though_none_of_them_is_deleted() {
         "UPDATE jobs SET expire_time = 9000000000000 WHERE id = 'job-6'",
     )
     .await;
-    let (mut after, mut pages) = (Expired::default(), Vec::new());
+    let (mut after, mut pages) = (ExpiredPosition::default(), Vec::new());
     for _ in 0..4 {
         let (page, next) = store.expired_jobs(after, 2).await.unwrap();
         pages.push(page);
@@ -167,11 +167,11 @@ async fn expired_jobs_are_listed_page_by_page_though_none_of_them_is_deleted() {
     assert_eq!(pages, expected);
     assert_eq!(
         after,
-        Expired::default(),
+        ExpiredPosition::default(),
         "after the last page it begins anew"
     );
     let (all, after) = store.expired_jobs(after, 100).await.unwrap();
-    assert_eq!((all.len(), after), (6, Expired::default()));
+    assert_eq!((all.len(), after), (6, ExpiredPosition::default()));
 }
 
 // ---- jobs written by another version
