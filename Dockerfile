@@ -2,7 +2,7 @@
 # `bradley serve` on a CPU (target cpu, the default):
 #   docker build -t bradley . && docker run -p 50051:50051 -p 9464:9464 -v bradley:/var/lib/bradley \
 #     -e BRADLEY_MODELS=HuggingFaceTB/SmolLM2-135M-Instruct bradley
-# With CUDA (target cuda): docker build --target cuda -t bradley:0.2.0-cuda .
+# With CUDA (target cuda): docker build --target cuda -t bradley:0.3.0-cuda .
 # The chart adds -cuda to the tag of pods with a GPU.
 # Without an image registry: deploy/image/build.
 
