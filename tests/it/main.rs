@@ -24,6 +24,7 @@ mod evaluation;
 mod exports;
 mod families;
 mod gateway;
+mod generation;
 mod gguf;
 mod glossary;
 mod golden_evaluation;
