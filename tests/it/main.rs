@@ -25,6 +25,7 @@ mod exports;
 mod families;
 mod gateway;
 mod generation;
+mod generation_service;
 mod gguf;
 mod glossary;
 mod golden_evaluation;
