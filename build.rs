@@ -16,6 +16,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "checkpoint",
         "scoring",
         "evaluation",
+        "generation",
         "model",
         "usage",
     ]

@@ -9,6 +9,7 @@ mod doctor;
 mod evaluate;
 mod failure;
 mod flag_names;
+mod generate;
 mod job_columns;
 mod job_diff;
 pub mod job_flags;
@@ -99,6 +100,7 @@ async fn run(mut cli: Cli) -> Outcome {
         Command::Score(args) => score::run(args, output).await,
         Command::Curate(args) => curate::run(*args, output).await,
         Command::ScoreFiles(args) => score_files::run(*args, output).await,
+        Command::Generate(args) => generate::run(*args, output).await,
         Command::Evaluate(args) => evaluate::run(*args, output).await,
         Command::Datasets(command) => resources::datasets(command, output).await,
         Command::Checkpoints(command) => resources::checkpoints(command, output).await,

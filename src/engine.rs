@@ -11,6 +11,8 @@
 pub mod api;
 mod entry;
 mod fair_share;
+mod generation;
+mod live;
 pub mod memory;
 mod needs;
 mod policy_cache;
@@ -21,20 +23,22 @@ mod worker;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use self::api::{
-    EngineError, EngineOptions, ModelInfo, ModelUse, RunEnd, RunEvent, ScoreItem, ScoredItem,
-    TrainingRun, WeightsRef,
+    EngineError, EngineOptions, GenerationRequest, GenerationStream, ModelInfo, ModelUse, RunEnd,
+    RunEvent, ScoreItem, ScoredItem, TrainingRun, WeightsRef,
 };
 use self::entry::{Entry, ScoringQueue};
+use self::generation::GenerationEntry;
 use self::memory::{HostMemory, Room};
 use self::needs::{Extra, Needs};
 use self::policy_cache::{Base, BaseModels};
 use self::queue::Queue;
+use crate::compute::cpu::attention::CACHE_BLOCK;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::training::{LoraConfig, Method, Precision, TrainingSpec};
 use crate::formats::export::{self, Layout};
@@ -42,6 +46,7 @@ use crate::formats::loader::LoadedModel;
 use crate::formats::peft;
 use crate::formats::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use crate::formats::weights::{ElementType, Weights};
+use crate::infer::generate;
 use crate::infer::pack;
 use crate::infer::pair::EncodedPair;
 use crate::infer::reference_cache::ReferenceCache;
@@ -425,6 +430,73 @@ impl Engine {
         };
         self.shared.queue.push(entry)?;
         answer.await.unwrap_or(Err(EngineError::Draining))
+    }
+
+    /// Continues a prompt. The events end after every sample's last token, or with an error.
+    /// Dropping the stream cancels the request.
+    ///
+    /// Some models have other rotary frequencies for longer sequences. A sample ends where they
+    /// would change.
+    ///
+    /// # Errors
+    /// `GenerationTooLong` and `TooManyGenerations` immediately; `Draining` if the engine stops;
+    /// `Weights` on a GPU.
+    pub fn generate(
+        &self,
+        policy: &WeightsRef,
+        mut request: GenerationRequest,
+    ) -> Result<GenerationStream, EngineError> {
+        let shared = &self.shared;
+        if shared.base_models.device().memory().is_some() {
+            return Err(EngineError::Weights(
+                "generation is not implemented on a GPU so far: serve the model with --device cpu \
+                 to generate with it"
+                    .to_owned(),
+            ));
+        }
+        let (prompt, samples) = (request.prompt.len(), request.samples);
+        let models: Vec<&Base> = match policy.model() {
+            Some(model) => vec![shared.base_models.get(model)?],
+            // The model of a running job may be any.
+            None => shared.base_models.all().collect(),
+        };
+        for base in models {
+            let spec = &base.policy.config.spec;
+            request.max_tokens =
+                generate::tokens_with_equal_frequencies(spec, prompt, request.max_tokens);
+        }
+        let options = &shared.options;
+        let blocks = generate::blocks_needed(prompt, samples, request.max_tokens);
+        for (tokens, limit, setting) in [
+            (
+                prompt + request.max_tokens,
+                options.max_row_tokens,
+                "max_row_tokens",
+            ),
+            (
+                blocks * CACHE_BLOCK,
+                options.generation_cache_tokens,
+                "generation_cache_tokens",
+            ),
+        ] {
+            if tokens > limit {
+                return Err(EngineError::GenerationTooLong {
+                    tokens,
+                    limit,
+                    setting,
+                });
+            }
+        }
+        let (sender, events) = mpsc::channel(generation::channel_capacity(samples));
+        let stopped: Arc<[AtomicBool]> = (0..samples).map(|_| AtomicBool::new(false)).collect();
+        shared.queue.push_generation(GenerationEntry {
+            request,
+            policy: policy.clone(),
+            enqueued: Instant::now(),
+            stopped: stopped.clone(),
+            events: sender,
+        })?;
+        Ok(GenerationStream { events, stopped })
     }
 
     /// Returns the number of tokens of a row that holds only this item, for the one of these

@@ -11,6 +11,7 @@ mod connections;
 mod convert;
 mod dataset;
 mod evaluation;
+mod generation;
 mod http;
 mod listener;
 mod model;
@@ -36,6 +37,7 @@ pub use self::listener::{Tls, TlsError, TlsFiles};
 use self::pb::checkpoint_service_server::CheckpointServiceServer;
 use self::pb::dataset_service_server::DatasetServiceServer;
 use self::pb::evaluation_service_server::EvaluationServiceServer;
+use self::pb::generation_service_server::GenerationServiceServer;
 use self::pb::model_service_server::ModelServiceServer;
 use self::pb::scoring_service_server::ScoringServiceServer;
 use self::pb::training_service_server::TrainingServiceServer;
@@ -128,6 +130,12 @@ pub async fn serve(
         tokens: service.server.tokens().clone(),
     })
     .max_decoding_message_size(max);
+    let generation = GenerationServiceServer::new(generation::GenerationRpc {
+        generation: service.generation.clone(),
+        tokens: service.server.tokens().clone(),
+    })
+    .max_decoding_message_size(max)
+    .accept_compressed(CompressionEncoding::Gzip);
     let models = ModelServiceServer::new(model::Models(service.server.clone()))
         .max_decoding_message_size(max);
     let usage = UsageServiceServer::new(usage::UsageRpc(service.usage.clone()))
@@ -176,6 +184,7 @@ pub async fn serve(
         .add_service(checkpoints)
         .add_service(scoring)
         .add_service(evaluations)
+        .add_service(generation)
         .add_service(models)
         .add_service(usage);
 
@@ -216,7 +225,7 @@ pub async fn serve(
 }
 
 /// Names of the services that report their health. The empty name stands for the whole server.
-fn service_names() -> [&'static str; 8] {
+fn service_names() -> [&'static str; 9] {
     [
         "",
         "bradley.v1.TrainingService",
@@ -224,6 +233,7 @@ fn service_names() -> [&'static str; 8] {
         "bradley.v1.CheckpointService",
         "bradley.v1.ScoringService",
         "bradley.v1.EvaluationService",
+        "bradley.v1.GenerationService",
         "bradley.v1.ModelService",
         "bradley.v1.UsageService",
     ]

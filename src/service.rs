@@ -20,6 +20,7 @@ pub mod datasets;
 pub mod error;
 pub mod evaluation;
 mod events;
+pub mod generation;
 mod in_use;
 pub mod jobs;
 mod limiter;
@@ -50,6 +51,7 @@ use self::datasets::{DatasetLimits, DatasetService};
 use self::error::{Result, failed};
 use self::evaluation::EvaluationService;
 use self::events::EventFeed;
+use self::generation::GenerationService;
 use self::jobs::JobService;
 use self::jobs::create::JobCreator;
 use self::jobs::estimate::JobEstimator;
@@ -129,6 +131,8 @@ pub struct Service {
     pub datasets: DatasetService,
     /// Scores of preference pairs and of completions.
     pub scoring: Arc<ScoringService>,
+    /// Continuations of prompts.
+    pub generation: Arc<GenerationService>,
     /// Evaluations of policies on datasets.
     pub evaluations: EvaluationService,
     /// Work that was done for each owner.
@@ -240,10 +244,19 @@ impl Service {
             .map(|_| start(runner.clone()))
             .collect();
         background.push(tokio::spawn(data_volume::measure(options.data_dir)));
+        let quota = ScoringQuota::new(options.max_scoring_tokens_per_client);
+        let generation = Arc::new(GenerationService::new(
+            policies.clone(),
+            engine.clone(),
+            quota.clone(),
+            usage.clone(),
+            shutdown.clone(),
+            template_date,
+        ));
         let scoring = Arc::new(ScoringService::new(
             policies.clone(),
             engine.clone(),
-            ScoringQuota::new(options.max_scoring_tokens_per_client),
+            quota,
             usage.clone(),
             shutdown.clone(),
             template_date,
@@ -273,6 +286,7 @@ impl Service {
             },
             evaluations: EvaluationService::new(store.clone(), artifacts.clone(), scoring.clone()),
             scoring,
+            generation,
             usage: usage.clone(),
             server: Arc::new(Server {
                 usage,

@@ -140,6 +140,8 @@ pub enum Command {
     ScoreFiles(Box<ScoreFilesArgs>),
     /// Report how well a policy's scores agree with the pairs of files or of a dataset.
     Evaluate(Box<EvaluateArgs>),
+    /// Continue a prompt, or the prompts of a file, with a policy.
+    Generate(Box<GenerateArgs>),
     /// Upload, list, show and delete datasets.
     #[command(subcommand)]
     Datasets(DatasetsCommand),
@@ -543,6 +545,70 @@ pub struct WatchArgs {
     #[arg(long, value_name = "N", conflicts_with = "after",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub tail: Option<u32>,
+}
+
+/// Arguments of `generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// The server to connect to.
+    #[command(flatten, next_help_heading = "Connection")]
+    pub server: ServerArgs,
+    /// The prompt: the message of a user, or with `--plain` a text.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        help_heading = "Prompts",
+        conflicts_with = "data",
+        required_unless_present = "data"
+    )]
+    pub prompt: Option<String>,
+    /// A JSONL file of prompts: each line has a column prompt with a text or a list of messages.
+    #[arg(long, value_name = "FILE", help_heading = "Prompts")]
+    pub data: Option<PathBuf>,
+    /// The file for the results: the lines of `--data`, each with its samples. Default: standard
+    /// output.
+    #[arg(long, value_name = "FILE", help_heading = "Prompts", requires = "data")]
+    pub out: Option<PathBuf>,
+    /// The prompts are plain texts, which no chat template renders.
+    #[arg(long, help_heading = "Prompts", conflicts_with = "system")]
+    pub plain: bool,
+    /// A system message before the prompt.
+    #[arg(long, value_name = "TEXT", help_heading = "Prompts")]
+    pub system: Option<String>,
+    /// Variables for the chat template, as a JSON object: {"enable_thinking": false}.
+    #[arg(long, value_name = "JSON", help_heading = "Prompts")]
+    pub template_args: Option<String>,
+    /// A file with a JSON array of tools.
+    #[arg(long, value_name = "FILE", help_heading = "Prompts")]
+    pub tools: Option<PathBuf>,
+    /// The policy: a base model's name, a job (its latest checkpoint), or
+    /// JOB/checkpoints/STEP|latest|best.
+    #[arg(long, help_heading = "Sampling")]
+    pub policy: String,
+    /// Number of samples of each prompt.
+    #[arg(long, default_value_t = 1, help_heading = "Sampling")]
+    pub samples: u32,
+    /// Maximum number of tokens of each sample.
+    #[arg(long, default_value_t = 256, help_heading = "Sampling")]
+    pub max_tokens: u32,
+    /// Temperature; 0 always takes the most likely token. Default: 1.
+    #[arg(long, allow_negative_numbers = true, help_heading = "Sampling")]
+    pub temperature: Option<f64>,
+    /// Samples from the most likely tokens whose probabilities add up to this.
+    #[arg(long, allow_negative_numbers = true, help_heading = "Sampling")]
+    pub top_p: Option<f64>,
+    /// Samples from this many of the most likely tokens.
+    #[arg(long, help_heading = "Sampling")]
+    pub top_k: Option<u32>,
+    /// Seed of the random numbers; row N of a file has the seed + N − 1. Default: random.
+    #[arg(long, help_heading = "Sampling")]
+    pub seed: Option<u64>,
+    /// A text that ends a sample; may be given several times.
+    #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
+    pub stop: Vec<String>,
+    /// Continue after the model's end-of-sequence tokens.
+    #[arg(long, help_heading = "Sampling")]
+    pub ignore_eos: bool,
 }
 
 /// Arguments of `score`.

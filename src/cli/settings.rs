@@ -111,6 +111,12 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
          folder",
     ),
     (
+        "generation_cache_tokens",
+        "32768",
+        "Size of the cache of keys and values of each worker for generation, in tokens: prompts \
+         and max_tokens of all samples in progress; further requests wait",
+    ),
+    (
         "resident_policies",
         "8",
         "Maximum number of adapters and full weights of each worker in memory, besides the base \
@@ -664,6 +670,9 @@ impl Settings {
                     .number("reference_cache_tokens", 0)
                     .unwrap_or(defaults.reference_cache_tokens),
                 reference_cache_file: None,
+                generation_cache_tokens: reader
+                    .number("generation_cache_tokens", 1)
+                    .unwrap_or(defaults.generation_cache_tokens),
                 resident_policies: reader
                     .number("resident_policies", 1)
                     .unwrap_or(defaults.resident_policies),

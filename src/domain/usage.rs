@@ -9,7 +9,7 @@ pub struct Usage {
     pub scored_pairs: u64,
     /// Number of answers scored that are not of a pair.
     pub scored_completions: u64,
-    /// Number of tokens scored; a prompt counts once for all answers of its row.
+    /// Number of tokens scored or generated; a prompt counts once for all its answers or samples.
     pub scored_tokens: u64,
     /// Time for which devices trained, in microseconds; each device of a run counts.
     pub training_device_us: u64,

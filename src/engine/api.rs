@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::names::BaseName;
 use crate::domain::training::{Precision, TrainingSpec};
+use crate::infer::generate::SamplingOptions;
 use crate::infer::pair::{EncodedPair, SequenceGroup};
 use crate::model::device::DeviceChoice;
 use crate::model::error::ModelError;
@@ -159,6 +160,63 @@ pub struct ScoredItem {
     pub live_step: Option<u64>,
 }
 
+/// A prompt to continue.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerationRequest {
+    /// Token ids of the prompt.
+    pub prompt: Vec<u32>,
+    /// Number of samples.
+    pub samples: usize,
+    /// Maximum number of tokens of each sample.
+    pub max_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: SamplingOptions,
+    /// A sample ends with any of these tokens.
+    pub stop_tokens: Vec<u32>,
+}
+
+/// Why a sample has no further token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GenerationEnd {
+    /// Its last token is a stop token.
+    Stop,
+    /// It has as many tokens as were asked for, or as the model allows.
+    Length,
+}
+
+/// A step of a [`GenerationRequest`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum GenerationEvent {
+    /// The prompt was run. This is the first event.
+    Started {
+        /// Optimizer step of the weights; set only for [`WeightsRef::Live`].
+        live_step: Option<u64>,
+    },
+    /// A sample has another token.
+    Token {
+        /// Index of the sample.
+        sample: usize,
+        /// The token.
+        token: u32,
+        /// Log-prob of the token at temperature 1, in nats.
+        log_prob: f32,
+        /// Set if this is the sample's last token.
+        end: Option<GenerationEnd>,
+    },
+}
+
+/// A step of a request, or the error that ends it.
+pub type GenerationResult = Result<GenerationEvent, EngineError>;
+
+/// The events of a request in progress. Dropping it cancels the request.
+#[derive(Debug)]
+pub struct GenerationStream {
+    /// Events in order. The channel is bounded: a request whose caller does not read waits.
+    pub events: mpsc::Receiver<GenerationResult>,
+    /// Setting a sample's flag ends the sample.
+    pub stopped: Arc<[AtomicBool]>,
+}
+
 /// Flag through which a run in progress is told to stop, and the device time that it has used. The
 /// run reads the flag between units of work.
 #[derive(Debug, Default)]
@@ -281,6 +339,8 @@ pub struct EngineOptions {
     pub reference_cache_tokens: usize,
     /// File that preserves this cache across restarts; `None` means memory only.
     pub reference_cache_file: Option<PathBuf>,
+    /// Size of each worker's cache of keys and values for generation, in tokens.
+    pub generation_cache_tokens: usize,
     /// Maximum number of adapters and full weights in the LRU cache, besides the base models.
     /// Memory may allow fewer.
     pub resident_policies: usize,
@@ -306,6 +366,7 @@ impl Default for EngineOptions {
             max_row_tokens: 16384,
             reference_cache_tokens: 1 << 22,
             reference_cache_file: None,
+            generation_cache_tokens: 1 << 15,
             resident_policies: 8,
             scoring_share: 0.4,
             memory_limit: None,
@@ -350,6 +411,27 @@ pub enum EngineError {
         tokens: usize,
         /// Maximum length in tokens.
         limit: usize,
+    },
+    /// A prompt and its longest continuations exceed a limit.
+    #[error(
+        "the prompt and max_tokens of all samples need {tokens} tokens of {setting}, the limit is \
+         {limit}: shorten the prompt, lower max_tokens, or ask for fewer samples"
+    )]
+    GenerationTooLong {
+        /// Tokens that are needed.
+        tokens: usize,
+        /// Maximum number of tokens.
+        limit: usize,
+        /// Name of the setting that limits them.
+        setting: &'static str,
+    },
+    /// The list of generation requests that wait for a device is full.
+    #[error("{limit} requests already wait for their prompts to be continued: retry later")]
+    TooManyGenerations {
+        /// Maximum number of requests that may wait.
+        limit: usize,
+        /// Time after which a retry may succeed.
+        retry_after: Duration,
     },
     /// The job is not running, so its weights are not on a device.
     #[error("job {0} is not running on this server")]

@@ -445,6 +445,8 @@ impl CachedPolicy {
 pub(super) struct PolicyCache {
     limit: usize,
     room: Room,
+    /// Bytes that are reserved for cached keys and values of generation.
+    cache: u64,
     /// Most recently used last.
     all: Vec<CachedPolicy>,
 }
@@ -455,6 +457,7 @@ impl PolicyCache {
         PolicyCache {
             limit: limit.max(1),
             room: Room::unlimited(),
+            cache: 0,
             all: Vec::new(),
         }
     }
@@ -567,7 +570,40 @@ impl PolicyCache {
 
     /// Returns the bytes that are left for more weights.
     fn left(&self) -> u64 {
-        self.room.bytes().saturating_sub(self.counted_bytes())
+        self.room
+            .bytes()
+            .saturating_sub(self.counted_bytes() + self.cache)
+    }
+
+    /// Reserves bytes for cached keys and values, and evicts weights that are not in use for them.
+    ///
+    /// # Errors
+    /// `NoRoom` if the memory does not have them beside the base models and the run in progress.
+    pub fn reserve_cache(
+        &mut self,
+        base_models: &BaseModels,
+        bytes: u64,
+    ) -> Result<(), EngineError> {
+        while self.left() < bytes && self.evict_oldest() {}
+        if self.left() < bytes {
+            return Err(EngineError::NoRoom {
+                needed_mib: bytes.div_ceil(1 << 20),
+                available_mib: self.left() >> 20,
+                setting: base_models.memory_setting(),
+            });
+        }
+        self.cache += bytes;
+        Ok(())
+    }
+
+    /// Gives reserved bytes back.
+    pub fn release_cache(&mut self, bytes: u64) {
+        self.cache = self.cache.saturating_sub(bytes);
+    }
+
+    #[cfg(test)]
+    pub fn reserved_cache(&self) -> u64 {
+        self.cache
     }
 
     fn counted_bytes(&self) -> u64 {
@@ -592,7 +628,7 @@ impl PolicyCache {
 
     /// Evicts weights that do not fit beside the runs in progress.
     pub fn fit(&mut self) {
-        while self.counted_bytes() > self.room.bytes() && self.evict_oldest() {}
+        while self.counted_bytes() + self.cache > self.room.bytes() && self.evict_oldest() {}
     }
 
     #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Queue of work for the devices: scoring items, bounded by tokens, and training runs. All workers
-//! share it; a free worker takes the oldest work that it may do.
+//! Queue of work for the devices: scoring items, bounded by tokens, prompts to continue, and
+//! training runs. All workers share it; a free worker takes the oldest work that it may do.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -7,11 +7,16 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::api::{EngineError, RunCommand, RunEvent, TrainingRun};
+use super::generation::GenerationEntry;
 use super::memory::HostMemory;
 use super::needs::Needs;
 
 /// Maximum number of runs that wait for a worker.
 const MAX_WAITING_RUNS: usize = 16;
+/// Maximum number of generation requests that wait for a worker.
+const MAX_WAITING_GENERATIONS: usize = 256;
+/// Time for which a worker waits for other work while no caller reads its generated tokens.
+const BLOCKED_WAIT: Duration = Duration::from_millis(5);
 /// Scoring rate in tokens per second that is assumed for retry hints until a rate has been
 /// measured.
 const ASSUMED_TOKENS_PER_SECOND: f64 = 500.0;
@@ -41,6 +46,20 @@ pub(super) struct Seeker<'a> {
     pub room: Option<u64>,
     /// Maximum memory in bytes for a run on this worker, besides the base models.
     pub limit: u64,
+    /// The texts that it is generating.
+    pub generating: Generates,
+}
+
+/// The texts that a worker is generating.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Generates {
+    /// None.
+    #[default]
+    Nothing,
+    /// At least one that can be continued.
+    Texts,
+    /// Only texts whose callers do not read.
+    Blocked,
 }
 
 /// A run that waits for a worker.
@@ -83,6 +102,8 @@ pub(super) enum Work<W> {
     Train,
     /// Nothing to score: start this run.
     Begin(Box<TrainingRun>, Needs),
+    /// Nothing to score, no run: generate.
+    Generate,
     /// Nothing to compute, but weights must be evicted.
     Evict,
     /// Nothing to do, and no more work will come.
@@ -93,6 +114,7 @@ struct QueueState<W> {
     entries: VecDeque<W>,
     tokens: usize,
     runs: VecDeque<Waiting>,
+    generations: VecDeque<GenerationEntry>,
     workers: Vec<WorkerState>,
     draining: bool,
     /// Engine handles that can still add work.
@@ -136,6 +158,7 @@ impl<W: WorkItem> Queue<W> {
             entries: VecDeque::new(),
             tokens: 0,
             runs: VecDeque::new(),
+            generations: VecDeque::new(),
             workers: (0..workers).map(|_| WorkerState::default()).collect(),
             draining: false,
             handles: 0,
@@ -254,6 +277,59 @@ impl<W: WorkItem> Queue<W> {
         Ok(())
     }
 
+    /// Adds a prompt to continue.
+    ///
+    /// # Errors
+    /// `Draining`, or `TooManyGenerations` if [`MAX_WAITING_GENERATIONS`] requests wait.
+    pub fn push_generation(&self, entry: GenerationEntry) -> Result<(), EngineError> {
+        let mut inner = self.lock();
+        if inner.draining {
+            return Err(EngineError::Draining);
+        }
+        inner.generations.retain(|waiting| !waiting.is_abandoned());
+        if inner.generations.len() >= MAX_WAITING_GENERATIONS {
+            metrics::counter!("bradley_generation_rejected_total").increment(1);
+            return Err(EngineError::TooManyGenerations {
+                limit: MAX_WAITING_GENERATIONS,
+                retry_after: Duration::from_secs(5),
+            });
+        }
+        inner.generations.push_back(entry);
+        report_generations(&inner);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Returns the oldest generation request that the worker of `job` may take, if it `fits`. Drops
+    /// those whose callers have left. No request overtakes one that does not fit.
+    pub fn take_generation(
+        &self,
+        job: Option<&str>,
+        fits: &dyn Fn(&GenerationEntry) -> bool,
+    ) -> Option<GenerationEntry> {
+        let mut inner = self.lock();
+        let QueueState {
+            generations,
+            workers,
+            ..
+        } = &mut *inner;
+        generations.retain(|waiting| !waiting.is_abandoned());
+        let oldest = generations
+            .iter()
+            .position(|waiting| may_take(workers, waiting.live_job(), job))?;
+        let taken = match fits(&generations[oldest]) {
+            true => generations.remove(oldest),
+            false => None,
+        };
+        report_generations(&inner);
+        taken
+    }
+
+    /// Returns true if a generation request waits that the worker of `job` may take.
+    pub fn has_generation(&self, job: Option<&str>) -> bool {
+        has_generation(&self.lock(), job)
+    }
+
     /// Makes every worker evict the weights in a folder. Wakes idle workers.
     pub fn evict(&self, dir: &Path) {
         self.lock()
@@ -300,7 +376,11 @@ impl<W: WorkItem> Queue<W> {
         for entry in inner.entries.drain(..) {
             entry.refuse();
         }
+        for entry in inner.generations.drain(..) {
+            entry.refuse(EngineError::Draining);
+        }
         report(&inner);
+        report_generations(&inner);
         self.changed.notify_all();
         inner.runs.drain(..).map(|waiting| waiting.run).collect()
     }
@@ -390,6 +470,16 @@ impl<W: WorkItem> Queue<W> {
                 self.changed.notify_all();
                 return Work::Begin(Box::new(run), needs);
             }
+            match seeker.generating {
+                Generates::Texts => return Work::Generate,
+                Generates::Nothing if has_generation(&inner, None) => return Work::Generate,
+                Generates::Nothing => {}
+                Generates::Blocked => {
+                    // New work ends the wait early.
+                    drop(self.changed.wait_timeout(inner, BLOCKED_WAIT));
+                    return Work::Generate;
+                }
+            }
             if inner.draining || inner.handles == 0 {
                 return Work::Stop;
             }
@@ -427,11 +517,12 @@ fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
         .all(|(i, w)| room(w).is_none_or(|room| room < mine || (room == mine && me <= i)))
 }
 
-/// Returns true if the worker that trains `job` may score the entry. Only the worker that trains a
+/// Returns true if the worker that trains `job` may take an entry that needs the current weights of
+/// `live_job`. Only the worker that trains a
 /// job can score its current weights. If no worker trains that job, any worker may take the entry,
 /// and reports the error to the caller.
-fn may_take(workers: &[WorkerState], entry: &impl WorkItem, job: Option<&str>) -> bool {
-    entry.live_job().is_none_or(|live| {
+fn may_take(workers: &[WorkerState], live_job: Option<&str>, job: Option<&str>) -> bool {
+    live_job.is_none_or(|live| {
         job == Some(live) || workers.iter().all(|w| w.job.as_deref() != Some(live))
     })
 }
@@ -443,7 +534,7 @@ fn take_batch<W: WorkItem>(inner: &mut QueueState<W>, job: Option<&str>, budget:
     while let Some(entry) = inner.entries.get(at) {
         let n = entry.tokens();
         let abandoned = entry.is_abandoned();
-        if !abandoned && !may_take(&inner.workers, entry, job) {
+        if !abandoned && !may_take(&inner.workers, entry.live_job(), job) {
             at += 1;
             continue;
         }
@@ -463,6 +554,18 @@ fn take_batch<W: WorkItem>(inner: &mut QueueState<W>, job: Option<&str>, budget:
     }
     report(inner);
     batch
+}
+
+/// Returns true if a generation request waits that the worker of `job` may take.
+fn has_generation<W>(inner: &QueueState<W>, job: Option<&str>) -> bool {
+    inner
+        .generations
+        .iter()
+        .any(|waiting| may_take(&inner.workers, waiting.live_job(), job))
+}
+
+fn report_generations<W>(inner: &QueueState<W>) {
+    metrics::gauge!("bradley_generation_queue_items").set(inner.generations.len() as f64);
 }
 
 fn report<W>(inner: &QueueState<W>) {
@@ -488,6 +591,7 @@ mod tests {
         job: None,
         room: Some(1),
         limit: u64::MAX,
+        generating: Generates::Nothing,
     };
 
     fn run(job: &str) -> TrainingRun {
@@ -594,6 +698,7 @@ mod tests {
             job: None,
             room,
             limit: u64::MAX,
+            ..IDLE
         };
         // The queue knows a worker after its first request; a scoring item prevents the request
         // from waiting.
@@ -634,6 +739,7 @@ mod tests {
             job: None,
             room: Some(room),
             limit,
+            ..IDLE
         };
         // The first worker has more free memory now, but a lower limit for a run.
         let (small, large) = (idle(0, 90, 50), idle(1, 70, 70));
@@ -778,6 +884,7 @@ mod tests {
             job: Some(job),
             room: None,
             limit: 0,
+            ..IDLE
         };
         for (worker, job) in [(0, "a"), (1, "b")] {
             assert!(matches!(

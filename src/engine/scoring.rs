@@ -8,39 +8,22 @@ use opentelemetry::KeyValue;
 use super::api::{CompletionLogps, EngineError, EngineOptions, ScoredItem, WeightsRef};
 use super::entry::{Entry, ScoringQueue};
 use super::fair_share::FairShare;
+use super::generation::{Generator, StepContext};
+use super::live::{Live, device_error};
 use super::policy_cache::{BaseModels, PolicyCache, ROW_TOKENS};
+use super::queue::Generates;
+use crate::compute::cpu::attention::CACHE_BLOCK;
 use crate::domain::training::Precision;
 use crate::infer::pack::Owned;
 use crate::infer::pair::SequenceGroup;
 use crate::infer::reference_cache::ReferenceCache;
 use crate::infer::scorer::{self, Logps};
 use crate::model::decoder::Policy;
-use crate::model::device::is_out_of_memory;
 use crate::model::guard::guarded;
 use crate::telemetry::trace;
 
 /// Log-probabilities of an item, or the error.
 type LogpsResult = Result<Logps, EngineError>;
-
-/// Current weights of the run in progress.
-pub(super) struct Live {
-    pub job: String,
-    pub policy: Policy,
-    /// Reference as the run uses it. A run in f32 on a bf16 server has unrounded reference weights.
-    pub reference: Option<LiveReference>,
-    /// Optimizer steps that the policy has taken. `reference` has the state after this step as well
-    /// if it moves (TR-DPO).
-    pub step: u64,
-}
-
-/// Current reference of the run in progress.
-pub(super) struct LiveReference {
-    /// Name by which entries refer to it.
-    pub weights: WeightsRef,
-    pub policy: Policy,
-    /// Identity of the weights in the cache of log-probs.
-    pub identity: String,
-}
 
 /// Scores queued items, and records the time that this takes from training.
 pub(super) struct PolicyScorer {
@@ -54,6 +37,12 @@ pub(super) struct PolicyScorer {
     pub batch_tokens: usize,
     /// Account of the device time while a run is in progress.
     pub fair_share: FairShare,
+    /// Texts in progress.
+    generator: Generator,
+    /// True if the last step of [`PolicyScorer::generate`] computed something.
+    generates: bool,
+    /// True if a generation step was the last work between two blocks of a training pass.
+    generated_last: bool,
 }
 
 /// Hook that a training unit calls between two decoder blocks, every few milliseconds, and while it
@@ -101,7 +90,11 @@ impl PolicyScorer {
         base_models: Arc<BaseModels>,
         options: &EngineOptions,
     ) -> Self {
+        let blocks = options.generation_cache_tokens / CACHE_BLOCK;
         PolicyScorer {
+            generator: Generator::new(blocks, base_models.device().name()),
+            generates: false,
+            generated_last: false,
             worker,
             queue,
             base_models,
@@ -111,13 +104,23 @@ impl PolicyScorer {
         }
     }
 
-    /// Scores one batch between two blocks of a training pass, if items are waiting and scoring has
-    /// not used up its share of the time.
+    /// Scores one batch or generates one token of each text between two blocks of a training pass,
+    /// if there is such work and it has not used up its share of the time. The two take turns.
     fn yield_to_scoring(&mut self, cache: &ReferenceCache, live: &Live) {
         self.fair_share.pay(Instant::now());
         if !self.fair_share.may_score() {
             return;
         }
+        if !self.generated_last && self.has_generation(Some(&live.job)) {
+            self.generated_last = true;
+            self.base_models.device().wait();
+            let start = Instant::now();
+            self.fair_share.pay(start);
+            self.generate(Some(live));
+            self.fair_share.resume(start, Instant::now());
+            return;
+        }
+        self.generated_last = false;
         let batch = self.queue.take(&live.job, self.batch_tokens);
         if !batch.is_empty() {
             // Wait for kernels that training has queued on the GPU; their time counts as training.
@@ -130,6 +133,51 @@ impl PolicyScorer {
                 tracing::error!(panic, "a scoring batch failed");
             }
             self.fair_share.resume(start, Instant::now());
+        }
+    }
+
+    /// Returns true if the worker of `job` has texts in progress or may take a waiting request.
+    pub fn has_generation(&self, job: Option<&str>) -> bool {
+        self.generator.is_active() || self.queue.has_generation(job)
+    }
+
+    /// Returns the texts in progress, for the queue.
+    pub fn generating(&self) -> Generates {
+        match (self.generator.is_active(), self.generates) {
+            (false, _) => Generates::Nothing,
+            (true, true) => Generates::Texts,
+            (true, false) => Generates::Blocked,
+        }
+    }
+
+    /// Admits waiting requests and generates one token of each text in progress. If a run is in
+    /// progress, charges the time to scoring. If the server is stopping, ends all texts.
+    pub fn generate(&mut self, live: Option<&Live>) {
+        self.evict_requested();
+        if self.queue.is_draining() {
+            self.generator
+                .end_all(&mut self.policies, || EngineError::Draining);
+            return;
+        }
+        let start = Instant::now();
+        let job = live.map(|live| live.job.as_str());
+        let queue = self.queue.clone();
+        let mut cx = StepContext {
+            policies: &mut self.policies,
+            base_models: &self.base_models,
+            live,
+        };
+        let generator = &mut self.generator;
+        match guarded(|| generator.step(&mut cx, |fits| queue.take_generation(job, fits))) {
+            Ok(worked) => self.generates = worked,
+            Err(panic) => {
+                tracing::error!(panic, "a generation step failed");
+                self.generator
+                    .end_all(&mut self.policies, || EngineError::Device(panic.clone()));
+            }
+        }
+        if live.is_some() {
+            self.fair_share.charge(start.elapsed());
         }
     }
 
@@ -350,14 +398,6 @@ impl PolicyScorer {
             (WeightsRef::Live { job }, Some(live)) if live.job == *job => Ok(live.policy.clone()),
             _ => self.policies.get(&self.base_models, weights),
         }
-    }
-}
-
-fn device_error(e: candle_core::Error) -> EngineError {
-    if is_out_of_memory(&e) {
-        EngineError::DeviceFull(e.to_string())
-    } else {
-        EngineError::Device(e.to_string())
     }
 }
 

@@ -13,12 +13,13 @@ use super::api::{
     WeightsRef,
 };
 use super::entry::ScoringQueue;
+use super::live::{Live, LiveReference};
 use super::memory::Room;
 use super::needs::Needs;
 use super::policy_cache::BaseModels;
 use super::queue::{Seeker, Work};
 use super::run::{self, ExactBases};
-use super::scoring::{Live, LiveReference, PolicyScorer, YieldPoint};
+use super::scoring::{PolicyScorer, YieldPoint};
 use crate::domain::job::JobError;
 use crate::domain::reason::Reason;
 use crate::infer::reference_cache::ReferenceCache;
@@ -153,6 +154,12 @@ impl Worker {
                 // Checked before scoring, because scoring requests may never stop coming.
                 self.start_when_read();
             }
+            let may_score = self.active.is_none() || self.scoring.fair_share.may_score();
+            let own_job = self.active.as_ref().map(|active| active.run.job.as_str());
+            if may_score && self.scoring.has_generation(own_job) {
+                let live = self.active.as_ref().map(Active::live);
+                self.scoring.generate(live.as_ref());
+            }
             let run = self
                 .active
                 .as_ref()
@@ -173,6 +180,7 @@ impl Worker {
                 job,
                 room,
                 limit,
+                generating: self.scoring.generating(),
             };
             let may_score = self.active.is_none() || self.scoring.fair_share.may_score();
             match self
@@ -187,7 +195,7 @@ impl Worker {
                 Work::Train if self.starting.is_some() => self.start_when_read(),
                 Work::Train => self.train_unit(),
                 Work::Begin(run, needs) => self.begin(*run, needs),
-                Work::Evict => {}
+                Work::Evict | Work::Generate => {}
                 Work::Stop => return,
             }
         }

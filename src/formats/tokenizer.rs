@@ -136,6 +136,39 @@ impl ChatTokenizer {
             .map_err(|e| wrong(&self.path, e.to_string()))
     }
 
+    /// Decodes token ids to text without special tokens.
+    ///
+    /// # Errors
+    /// Returns an error if the tokenizer library fails or panics.
+    pub fn decode_text(&self, ids: &[u32]) -> Result<String, ModelError> {
+        guarded(|| self.tokenizer.decode(ids, true))
+            .map_err(|e| wrong(&self.path, e))?
+            .map_err(|e| wrong(&self.path, e.to_string()))
+    }
+
+    /// Returns the ids of all tokens that end a generated text: the end-of-sequence token, and
+    /// those of generation_config.json.
+    pub fn end_ids(&self) -> Vec<u32> {
+        let mut ids: Vec<u32> = self.eos_id().into_iter().collect();
+        let config = self
+            .files
+            .iter()
+            .find(|(name, _)| name == GENERATION_CONFIG)
+            .and_then(|(_, bytes)| serde_json::from_slice::<serde_json::Value>(bytes).ok());
+        let listed = match config.as_ref().map(|config| &config["eos_token_id"]) {
+            Some(serde_json::Value::Array(all)) => all.clone(),
+            Some(one) => vec![one.clone()],
+            None => Vec::new(),
+        };
+        let listed = listed
+            .iter()
+            .filter_map(|id| u32::try_from(id.as_u64()?).ok());
+        ids.extend(listed);
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+
     /// Returns the token that ends a sequence.
     pub fn eos_token(&self) -> Option<&str> {
         self.eos.as_ref().map(|(t, _)| t.as_str())

@@ -382,6 +382,19 @@ impl<'a> PairEncoder<'a> {
         })
     }
 
+    /// Encodes a prompt whose answer is to be generated.
+    ///
+    /// # Errors
+    /// Returns the reason why the prompt cannot be encoded.
+    pub fn encode_to_continue(&self, prompt: &Text) -> Result<Vec<u32>, EncodeError> {
+        let ids = self.encode_prompt(prompt)?;
+        if ids.is_empty() {
+            return Err(EncodeError::EmptyPrompt);
+        }
+        self.check_vocabulary(Part::Prompt, &ids)?;
+        Ok(ids)
+    }
+
     /// Returns the tokens of the prompt alone.
     fn encode_prompt(&self, prompt: &Text) -> Result<Vec<u32>, EncodeError> {
         match prompt {

@@ -12,6 +12,11 @@ fn generator(seed: u64, purpose: &str) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(*hash.finalize().as_bytes())
 }
 
+/// Returns the seed of a generator for one purpose of a request or run with the seed `seed`.
+pub fn derived_seed(seed: u64, purpose: &str) -> u64 {
+    generator(seed, purpose).next_u64()
+}
+
 /// Draws a number from `0..n` without bias, by rejection sampling.
 fn below(rng: &mut ChaCha8Rng, n: u64) -> u64 {
     let limit = u64::MAX - u64::MAX % n;

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::{Result, bail};
 
@@ -15,10 +15,12 @@ use super::device::ComputeDevice;
 use super::parameters::Parameters;
 use super::pass;
 use super::rope::RopeConfig;
-use super::row::{PreparedRow, Row, RowRope};
+use super::row::{CacheAccess, PreparedRow, Row, RowCache, RowRope};
+use crate::compute::cpu::attention::{CacheLayout, CachedSegment};
+use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::Kernel;
 use crate::compute::cpu::rope::RopeTable;
-use crate::compute::layout::RowLayout;
+use crate::compute::layout::{RowLayout, Segment};
 use crate::domain::training::Precision;
 
 /// A model that assigns probabilities to tokens: a base model with an optional adapter.
@@ -37,6 +39,36 @@ pub struct Policy {
     /// Further devices that take a share of the rows (data parallelism).
     pub helpers: Arc<[ComputeDevice]>,
 }
+
+/// A prompt that is run once, before tokens are generated after it.
+pub struct CachedPrompt<'a> {
+    /// Token ids; at least one.
+    pub ids: &'a [u32],
+    /// The adapter.
+    pub adapter: Option<Arc<Adapter>>,
+    /// Length of the longest sequence that starts with the prompt. Some rotary embeddings choose
+    /// their frequencies by it.
+    pub length: usize,
+    /// Receives the prompt's keys and values; empty.
+    pub cache: &'a mut CachedSegment,
+}
+
+/// A sequence whose next token is computed.
+pub struct CachedSequence<'a> {
+    /// The last token, which is not in the cache yet.
+    pub id: u32,
+    /// The adapter.
+    pub adapter: Option<Arc<Adapter>>,
+    /// As [`CachedPrompt::length`], and the same for the prompt and all its sequences.
+    pub length: usize,
+    /// The prompt's keys and values.
+    pub prompt: &'a CachedSegment,
+    /// The keys and values of the earlier generated tokens.
+    pub own: &'a mut CachedSegment,
+}
+
+/// Tokens of a row with their adapter.
+type AdaptedTokens = (Range<usize>, Option<Arc<Adapter>>);
 
 impl Policy {
     /// Returns the parts of the policy that passes read.
@@ -114,19 +146,32 @@ impl Policy {
     /// # Errors
     /// Fails if a token id is outside the model's vocabulary.
     pub fn prepare(&self, row: Arc<Row>) -> Result<PreparedRow> {
+        self.check_ids(&row)?;
+        let lengths = row.layout.sequence_lengths();
+        let segments = row.layout.segments.iter().zip(lengths);
+        let places: Vec<Positions> = segments
+            .map(|(s, length)| (s.prefix.len(), s.tokens.len(), length))
+            .collect();
+        Ok(PreparedRow::new(row, self.ropes(&places)))
+    }
+
+    /// Checks that the row's token ids are in the vocabulary.
+    fn check_ids(&self, row: &Row) -> Result<()> {
         let vocabulary = self.config.spec.vocab_size;
-        if let Some(bad) = row
-            .ids
-            .iter()
-            .chain(row.targets.iter())
-            .find(|id| **id as usize >= vocabulary)
-        {
-            bail!("token id {bad} is outside the model's vocabulary of {vocabulary}");
+        let mut ids = row.ids.iter().chain(row.targets.iter());
+        match ids.find(|id| **id as usize >= vocabulary) {
+            None => Ok(()),
+            Some(bad) => {
+                bail!("token id {bad} is outside the model's vocabulary of {vocabulary}")
+            }
         }
+    }
+
+    /// Computes the rotary tables of a row with these segments.
+    fn ropes(&self, segments: &[Positions]) -> Vec<RowRope> {
         let spec = &self.config.spec;
-        let table = |rope: &RopeConfig| row_rope(rope, spec.head_dim(), &row.layout);
-        let ropes = spec.ropes.iter().map(table).collect();
-        Ok(PreparedRow::new(row, ropes))
+        let table = |rope: &RopeConfig| row_rope(rope, spec.head_dim(), segments);
+        spec.ropes.iter().map(table).collect()
     }
 
     /// Returns the log-probs of the row's completion tokens `[N]`. `yield_point` is called before
@@ -161,6 +206,142 @@ impl Policy {
         self.log_probs_of(row, yield_point)
     }
 
+    /// Returns the form of the cache of keys and values for this policy.
+    pub fn cache_layout(&self) -> CacheLayout {
+        let blocks = &self.config.spec.blocks;
+        CacheLayout::new(
+            self.kernel(),
+            blocks.iter().map(|block| block.attention().as_heads()),
+        )
+    }
+
+    /// Runs whole prompts, fills their caches, and returns the logits of the token after each
+    /// prompt `[S, V]`.
+    ///
+    /// # Errors
+    /// Fails as [`Policy::log_probs`] does, if the policy itself has an adapter, and on a GPU.
+    pub fn prefill(
+        &self,
+        layout: &CacheLayout,
+        prompts: Vec<CachedPrompt>,
+        yield_point: &mut dyn FnMut(),
+    ) -> Result<Buffer> {
+        let (mut row_layout, mut ids, mut places) = (RowLayout::default(), Vec::new(), Vec::new());
+        let (mut segments, mut adapters) = (Vec::new(), Vec::new());
+        for prompt in prompts {
+            let (tokens, _) = row_layout.push_group(prompt.ids.len(), []);
+            ids.extend_from_slice(prompt.ids);
+            places.push((0, prompt.ids.len(), prompt.length));
+            adapters.push((tokens, prompt.adapter));
+            prompt.cache.make_room(layout, prompt.ids.len());
+            segments.push(prompt.cache);
+        }
+        let predictors = adapters.iter().map(|(tokens, _)| tokens.end as u32 - 1);
+        let row = Row {
+            predictors: predictors.collect(),
+            ids,
+            layout: Arc::new(row_layout),
+            targets: Arc::default(),
+        };
+        self.cached_pass(
+            (row, &places, adapters),
+            RowCache {
+                layout,
+                access: Mutex::new(CacheAccess::Prompts(segments)),
+            },
+            yield_point,
+        )
+    }
+
+    /// Runs one token of each sequence, adds it to the sequence's cache, and returns the logits of
+    /// the next token of each `[S, V]`. A sequence's logits have the same bits whatever other
+    /// sequences are decoded with it.
+    ///
+    /// # Errors
+    /// As [`Policy::prefill`].
+    pub fn decode(
+        &self,
+        layout: &CacheLayout,
+        sequences: Vec<CachedSequence>,
+        yield_point: &mut dyn FnMut(),
+    ) -> Result<Buffer> {
+        let (mut row_layout, mut ids, mut places) = (RowLayout::default(), Vec::new(), Vec::new());
+        let (mut segments, mut adapters) = (Vec::new(), Vec::new());
+        for (i, sequence) in sequences.into_iter().enumerate() {
+            row_layout.segments.push(Segment {
+                tokens: i..i + 1,
+                prefix: i..i,
+            });
+            ids.push(sequence.id);
+            let position = sequence.prompt.tokens() + sequence.own.tokens();
+            places.push((position, 1, sequence.length));
+            adapters.push((i..i + 1, sequence.adapter));
+            sequence.own.make_room(layout, 1);
+            segments.push((sequence.prompt, sequence.own));
+        }
+        let row = Row {
+            predictors: (0..ids.len() as u32).collect(),
+            ids,
+            layout: Arc::new(row_layout),
+            targets: Arc::default(),
+        };
+        self.cached_pass(
+            (row, &places, adapters),
+            RowCache {
+                layout,
+                access: Mutex::new(CacheAccess::Tokens(segments)),
+            },
+            yield_point,
+        )
+    }
+
+    /// Runs a row whose attention reads or writes a cache, and returns the logits of its
+    /// predictors.
+    fn cached_pass(
+        &self,
+        (row, places, adapters): (Row, &[Positions], Vec<AdaptedTokens>),
+        cache: RowCache,
+        yield_point: &mut dyn FnMut(),
+    ) -> Result<Buffer> {
+        if self.adapter.is_some() {
+            bail!("a pass with a cache takes the adapters of its sequences, not the policy's own");
+        }
+        let ComputeDevice::Cpu = &self.device else {
+            bail!("generation is not implemented on a GPU so far: serve the model with device cpu");
+        };
+        let row = Arc::new(row);
+        self.check_ids(&row)?;
+        let mut merged: Vec<(Range<usize>, Arc<Adapter>)> = Vec::new();
+        for (tokens, adapter) in adapters {
+            let Some(adapter) = adapter else { continue };
+            match merged.last_mut() {
+                Some((last, same)) if last.end == tokens.start && Arc::ptr_eq(same, &adapter) => {
+                    last.end = tokens.end;
+                }
+                _ => merged.push((tokens, adapter)),
+            }
+        }
+        let prepared = PreparedRow {
+            adapters: merged,
+            ..PreparedRow::new(row, self.ropes(places))
+        };
+        let opened = CpuRow::new(self.view(), &prepared).with_cache(&cache);
+        let x = pass::hidden(&opened, yield_point)?;
+        let logits = opened.logits(&x)?;
+        let counts = places.iter().map(|(_, tokens, _)| *tokens);
+        match cache.access.into_inner() {
+            Ok(CacheAccess::Prompts(segments)) => segments
+                .into_iter()
+                .zip(counts)
+                .for_each(|(segment, count)| segment.complete(count)),
+            Ok(CacheAccess::Tokens(sequences)) => {
+                sequences.into_iter().for_each(|(_, own)| own.complete(1))
+            }
+            Err(_) => bail!("an earlier step of the pass panicked"),
+        }
+        Ok(logits)
+    }
+
     fn log_probs_of(&self, row: PreparedRow, yield_point: &mut dyn FnMut()) -> Result<Vec<f32>> {
         match &self.device {
             ComputeDevice::Cpu => pass::log_probs(&CpuRow::new(self.view(), &row), yield_point),
@@ -169,30 +350,32 @@ impl Policy {
     }
 }
 
+/// Positions of a segment: the first one, their number, and the length of the longest sequence that
+/// the segment is part of.
+type Positions = (usize, usize, usize);
+
 /// Computes the rotary tables of a row. The frequencies of a sequence may depend on its length. All
 /// sequences of a prompt must have the same frequencies; the packer places others with a copy of
 /// the prompt.
-fn row_rope(rope: &RopeConfig, head_dim: usize, layout: &RowLayout) -> RowRope {
-    let lengths = layout.sequence_lengths();
-    let classes: Vec<usize> = lengths
-        .iter()
-        .map(|length| rope.length_class(*length))
-        .collect();
+fn row_rope(rope: &RopeConfig, head_dim: usize, segments: &[Positions]) -> RowRope {
     let mut frequencies: HashMap<usize, Vec<f32>> = HashMap::new();
-    for (class, length) in classes.iter().zip(&lengths) {
+    for (_, _, length) in segments {
         let inv_freq = || rope.inv_freq_at(head_dim, *length).0;
-        frequencies.entry(*class).or_insert_with(inv_freq);
+        let class = rope.length_class(*length);
+        frequencies.entry(class).or_insert_with(inv_freq);
     }
-    let segments = layout.segments.iter().zip(&classes).map(|(s, class)| {
-        let first = s.prefix.len() as u32;
-        let positions = first..first + s.tokens.len() as u32;
-        (positions, frequencies[class].as_slice())
+    let ranges = segments.iter().map(|(first, tokens, length)| {
+        let positions = *first as u32..(first + tokens) as u32;
+        let class = rope.length_class(*length);
+        (positions, frequencies[&class].as_slice())
     });
     let (_, factor) = rope.inv_freq(head_dim);
-    let table = RopeTable::new(segments, factor, rope.pairs);
+    let table = RopeTable::new(ranges, factor, rope.pairs);
     let queries = rope.query_scaling.map(|scaling| {
-        let positions = layout.positions();
-        let factors: Vec<f32> = positions.iter().map(|p| scaling.factor(*p)).collect();
+        let positions = segments
+            .iter()
+            .flat_map(|(first, tokens, _)| *first as u32..(first + tokens) as u32);
+        let factors: Vec<f32> = positions.map(|p| scaling.factor(p)).collect();
         table.scaled(&factors)
     });
     RowRope { table, queries }

@@ -50,6 +50,17 @@ pub fn log_probs<B: Backend, R: RowOps<B>>(
     row.log_probs(&x)
 }
 
+/// Returns the last block's output `[T, C]` of a pass that saves nothing.
+///
+/// # Errors
+/// Fails if the device fails or has no memory left.
+pub fn hidden<B: Backend, R: RowOps<B>>(
+    row: &R,
+    yield_point: &mut dyn FnMut(),
+) -> Result<B::Activation> {
+    Ok(blocks_forward(row, SavePolicy::Nothing, yield_point)?.0)
+}
+
 /// Runs the row forward and saves what `save` selects.
 ///
 /// # Errors

@@ -166,7 +166,11 @@ fn required_role(path: &str) -> Option<Role> {
             | "grpc.reflection.v1.ServerReflection"
             | "grpc.reflection.v1alpha.ServerReflection",
         ) => None,
-        Some("bradley.v1.ScoringService" | "bradley.v1.EvaluationService") => Some(Role::Score),
+        Some(
+            "bradley.v1.ScoringService"
+            | "bradley.v1.EvaluationService"
+            | "bradley.v1.GenerationService",
+        ) => Some(Role::Score),
         Some(
             "bradley.v1.TrainingService"
             | "bradley.v1.DatasetService"
@@ -202,6 +206,10 @@ mod tests {
         );
         assert_eq!(
             required_role("/bradley.v1.EvaluationService/EvaluatePolicy"),
+            Some(Role::Score)
+        );
+        assert_eq!(
+            required_role("/bradley.v1.GenerationService/GenerateCompletions"),
             Some(Role::Score)
         );
         assert_eq!(

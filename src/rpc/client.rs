@@ -23,6 +23,7 @@ use super::pb;
 use super::pb::checkpoint_service_client::CheckpointServiceClient;
 use super::pb::dataset_service_client::DatasetServiceClient;
 use super::pb::evaluation_service_client::EvaluationServiceClient;
+use super::pb::generation_service_client::GenerationServiceClient;
 use super::pb::model_service_client::ModelServiceClient;
 use super::pb::scoring_service_client::ScoringServiceClient;
 use super::pb::training_service_client::TrainingServiceClient;
@@ -361,6 +362,12 @@ impl Client {
     /// Returns a client for evaluations.
     pub fn evaluations(&self) -> EvaluationServiceClient<Transport> {
         EvaluationServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
+            .max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Returns a client for generation.
+    pub fn generation(&self) -> GenerationServiceClient<Transport> {
+        GenerationServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
             .max_decoding_message_size(MAX_MESSAGE)
     }
 

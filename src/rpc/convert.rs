@@ -3,6 +3,7 @@
 
 pub(super) mod dataset;
 pub(super) mod evaluation;
+pub(super) mod generation;
 pub(super) mod json;
 pub(super) mod model;
 pub(super) mod scoring;

@@ -211,12 +211,15 @@ impl From<EngineError> for ServiceError {
                 ServiceError::not_found("model", format!("models/{name}"))
             }
             EngineError::QueueFull { retry_after, .. }
-            | EngineError::TooManyRuns { retry_after, .. } => ServiceError::Unavailable {
+            | EngineError::TooManyRuns { retry_after, .. }
+            | EngineError::TooManyGenerations { retry_after, .. } => ServiceError::Unavailable {
                 reason: Reason::QueueFull,
                 message,
                 retry_after,
             },
-            EngineError::RowTooLong { .. } => ServiceError::invalid("", message),
+            EngineError::RowTooLong { .. } | EngineError::GenerationTooLong { .. } => {
+                ServiceError::invalid("", message)
+            }
             EngineError::NotResident(_) => ServiceError::FailedPrecondition {
                 reason: Reason::NotRunning,
                 message,

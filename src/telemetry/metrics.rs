@@ -19,7 +19,7 @@ const ITEM_BUCKETS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256
 
 /// Counters without labels. They are registered with the value 0 at the start: Prometheus computes
 /// an increase only for a series that already exists.
-const PLAIN_COUNTERS: [(&str, &str); 12] = [
+const PLAIN_COUNTERS: [(&str, &str); 16] = [
     (
         "bradley_refused_total",
         "Calls refused for their bearer token or its roles.",
@@ -39,6 +39,22 @@ const PLAIN_COUNTERS: [(&str, &str); 12] = [
     (
         "bradley_scored_tokens_total",
         "Tokens scored; a prompt counts once for all answers of its item.",
+    ),
+    (
+        "bradley_generation_prompt_tokens_total",
+        "Tokens of prompts that were continued.",
+    ),
+    (
+        "bradley_generated_tokens_total",
+        "Tokens generated, of all samples.",
+    ),
+    (
+        "bradley_generation_rejected_total",
+        "Generation requests refused because too many waited.",
+    ),
+    (
+        "bradley_generation_abandoned_total",
+        "Generation requests that ended because their clients had left.",
     ),
     ("bradley_scored_pairs_total", "Preference pairs scored."),
     (
@@ -102,7 +118,7 @@ const COUNTERS: [(&str, &str); 8] = [
     ),
 ];
 
-const GAUGES: [(&str, &str); 20] = [
+const GAUGES: [(&str, &str); 23] = [
     ("bradley_build_info", "1; the version is a label."),
     ("bradley_connections", "Open connections to the gRPC port."),
     ("bradley_event_streams", "Open streams of training events."),
@@ -114,6 +130,18 @@ const GAUGES: [(&str, &str); 20] = [
     (
         "bradley_scoring_queue_limit_tokens",
         "Maximum number of tokens in the scoring queue.",
+    ),
+    (
+        "bradley_generation_queue_items",
+        "Generation requests that wait for a device.",
+    ),
+    (
+        "bradley_generation_sequences",
+        "Samples in progress, by device.",
+    ),
+    (
+        "bradley_generation_cache_tokens",
+        "Tokens for which samples in progress reserve the cache of keys and values, by device.",
     ),
     (
         "bradley_resident_policies",
@@ -170,7 +198,7 @@ const GAUGES: [(&str, &str); 20] = [
     ),
 ];
 
-const HISTOGRAMS: [(&str, &str); 10] = [
+const HISTOGRAMS: [(&str, &str); 15] = [
     (
         "bradley_request_seconds",
         "Time from a call's arrival to the head of its answer, by method.",
@@ -189,6 +217,26 @@ const HISTOGRAMS: [(&str, &str); 10] = [
     ),
     ("bradley_scoring_batch_tokens", "Tokens per scoring batch."),
     ("bradley_scoring_batch_items", "Items per scoring batch."),
+    (
+        "bradley_generation_queue_seconds",
+        "Time that a generation request waited for the device.",
+    ),
+    (
+        "bradley_generation_first_token_seconds",
+        "Time from a generation request's arrival at the engine to its first tokens.",
+    ),
+    (
+        "bradley_generation_token_seconds",
+        "Time between two tokens of a sample.",
+    ),
+    (
+        "bradley_generation_step_seconds",
+        "Device time of a pass that computes one token of each sample in progress.",
+    ),
+    (
+        "bradley_generation_step_items",
+        "Samples per pass that computes one token of each.",
+    ),
     (
         "bradley_training_unit_seconds",
         "Device time of a micro-batch, an evaluation batch or a checkpoint, by device.",

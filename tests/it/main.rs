@@ -25,6 +25,8 @@ mod exports;
 mod families;
 mod first_day;
 mod gateway;
+mod generation;
+mod generation_service;
 mod gguf;
 mod glossary;
 mod golden_evaluation;

@@ -14,12 +14,13 @@ use crate::support::binary;
 
 const PAGE: &str = "docs/operations.md";
 /// Limits whose names do not begin with `max_`.
-const LIMITS: [&str; 7] = [
+const LIMITS: [&str; 8] = [
     "memory_limit",
     "device_memory_limit",
     "queue_tokens",
     "batch_tokens",
     "reference_cache_tokens",
+    "generation_cache_tokens",
     "resident_policies",
     "events_kept",
 ];

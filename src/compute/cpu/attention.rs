@@ -13,17 +13,18 @@
 
 mod backward;
 mod blocks;
+mod cached;
 mod keys;
-
-use std::ops::Range;
 
 pub use self::backward::{attention_backward, score_bytes};
 pub use self::blocks::Heads;
-use self::blocks::{BLOCK, blocks, over_keys, sum_over_keys};
+use self::blocks::{BLOCK, blocks, over_keys, softmax_of_scores, sum_over_keys};
+pub use self::cached::{
+    CACHE_BLOCK, CacheLayout, CachedKeys, CachedSegment, attention_cached, blocks_of,
+};
 use self::keys::{Along, Keys};
 use super::buffer::Buffer;
 use super::gemm::{Kernel, Operand, Shared, View};
-use super::simd::{dispatch, exp_sum, max, soft_cap};
 use super::thread_pool;
 use crate::compute::layout::RowLayout;
 
@@ -68,18 +69,7 @@ pub fn attention(
         let mut inverse = [0f32; BLOCK];
         let p = Operand::prepared(kernel, &mut s, columns, |i, s| {
             let visible = block.visible(i, heads.window);
-            let (m, total) = dispatch(
-                #[inline(always)]
-                || match heads.softcap {
-                    None => softmax(s, &visible, heads.scale),
-                    Some(cap) => {
-                        for part in &visible {
-                            soft_cap(&mut s[part.clone()], heads.scale, cap);
-                        }
-                        softmax(s, &visible, 1.0)
-                    }
-                },
-            );
+            let (m, total) = softmax_of_scores(&heads, s, &visible);
             inverse[i] = 1.0 / total;
             // SAFETY: this task alone writes its queries and head.
             unsafe { *lse.at((block.queries.start + i) * heads.query + head) = m + total.ln() };
@@ -112,19 +102,4 @@ pub fn tape_floats(heads: &Heads) -> usize {
 /// the scores: gradients and packed heads.
 pub fn backward_floats(heads: &Heads) -> usize {
     3 * heads.row() + 2 * heads.width()
-}
-
-/// Replaces visible scores by e^(scale·s − m) and all others by 0. Returns m and the sum.
-#[inline(always)]
-fn softmax(s: &mut [f32], visible: &[Range<usize>; 2], scale: f32) -> (f32, f32) {
-    let m = max(&s[visible[0].clone()]).max(max(&s[visible[1].clone()])) * scale;
-    let mut total = 0.0;
-    let mut cleared = 0;
-    for part in visible {
-        s[cleared..part.start].fill(0.0);
-        cleared = part.end;
-        total += exp_sum(&mut s[part.clone()], scale, m);
-    }
-    s[cleared..].fill(0.0);
-    (m, total)
 }

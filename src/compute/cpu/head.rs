@@ -340,6 +340,49 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
     }
 }
 
+/// Computes the logits `[N, V]` of rows `h` `[N, C]`, after the soft-cap. Only generation needs
+/// them as a whole, for one token of each sequence.
+pub fn logits(kernel: Kernel, h: &[f32], w: WeightView, softcap: Option<f32>) -> Buffer {
+    let (vocabulary, hidden) = (w.rows(), w.columns());
+    let rows = h.len() / hidden.max(1);
+    let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
+    let mut all = Buffer::uninit(rows * vocabulary);
+    let per_task = rows_per_task(kernel, rows);
+    for_each_tile(kernel, w, 0, false, |tile| {
+        thread_pool::chunks(&mut all, per_task * vocabulary, |i, rows| {
+            let n = rows.len() / vocabulary;
+            let mut passing = Buffer::uninit(n * TILE);
+            tile.logits(kernel, &operand, i * per_task, n, &mut passing);
+            for (from, to) in passing.chunks_mut(TILE).zip(rows.chunks_mut(vocabulary)) {
+                let from = &mut from[..tile.width];
+                if let Some(cap) = softcap {
+                    dispatch(
+                        #[inline(always)]
+                        || soft_cap(from, 1.0, cap),
+                    );
+                }
+                to[tile.first..][..tile.width].copy_from_slice(from);
+            }
+        });
+    });
+    all
+}
+
+/// Returns log p of `target`, given one row of the result of [`logits`]. It has the bits of
+/// [`HeadOutput::log_probs`], because the sums run over the same tiles.
+pub fn log_prob(logits: &[f32], target: u32) -> f32 {
+    let (mut running, mut tile) = (EMPTY_SOFTMAX, [0f32; TILE]);
+    for (i, from) in logits.chunks(TILE).enumerate() {
+        let tile = &mut tile[..from.len()];
+        tile.copy_from_slice(from);
+        dispatch(
+            #[inline(always)]
+            || running.update(tile, i * TILE, target, false),
+        );
+    }
+    running.target - running.log_sum_exp()
+}
+
 /// Computes ∂log p/∂h = W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max). On entry,
 /// `gradient` holds the sum in the numerator. With a soft-cap, each W_v has its slope as a factor.
 fn finish_gradient(

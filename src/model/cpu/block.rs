@@ -22,7 +22,7 @@ use crate::model::adapter::Adapter;
 use crate::model::backend::{Attended, BlockOps, Gated, OutputGradient, PolicyView, StreamNorm};
 use crate::model::parameters::{NormFactors, Parameters};
 use crate::model::params::{BlockParam, LinearGroup, ParamId, PerGroup};
-use crate::model::row::{PreparedRow, RowRope};
+use crate::model::row::{KeyCache, PreparedRow, RowRope};
 use crate::model::spec::{ActivationFunction, BlockSpec, FeedForward, Mixer, QkNorm};
 
 /// A block with its adapter, opened for a pass over a row.
@@ -39,6 +39,8 @@ pub struct CpuBlock<'a> {
     /// True if the policy has an adapter. In that case only the adapter is trained.
     is_adapted: bool,
     row: &'a PreparedRow,
+    /// Keys and values of earlier tokens; `None` in passes over whole sequences.
+    cache: Option<&'a (dyn KeyCache + 'a)>,
     parameters: &'a Parameters,
     groups: PerGroup<CpuLinearGroup<'a>>,
     /// Token ranges of the row that have adapters of their own, each with the groups opened for its
@@ -84,10 +86,16 @@ impl<'a> CpuBlock<'a> {
             eps: spec.rms_norm_eps as f32,
             is_adapted: policy.adapter.is_some(),
             row,
+            cache: None,
             parameters,
             groups: groups(policy.adapter.map(|adapter| &**adapter))?,
             parts: row.adapters.iter().map(part).collect::<Result<_>>()?,
         })
+    }
+
+    /// Returns the block with cached keys and values.
+    pub fn with_cache(self, cache: Option<&'a (dyn KeyCache + 'a)>) -> Self {
+        CpuBlock { cache, ..self }
     }
 
     fn tokens(&self) -> usize {
@@ -262,6 +270,14 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
             Buffer::uninit(tokens * heads.width()),
             Buffer::uninit(tokens * heads.query),
         );
+        if let Some(cache) = self.cache
+            && cache.attend(self.index, self.row.row(), qkv, &mut output)
+        {
+            return Ok(Attended {
+                output,
+                log_sum_exp,
+            });
+        }
         attention(
             self.kernel,
             qkv,

@@ -7,26 +7,47 @@ use super::block::CpuBlock;
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::Kernel;
 use crate::compute::cpu::head::{
-    HeadInput, HeadOptions, HeadOutput, MAX_SAVED_PROBABILITIES, head, head_weight_gradient,
+    HeadInput, HeadOptions, HeadOutput, MAX_SAVED_PROBABILITIES, head, head_weight_gradient, logits,
 };
 use crate::compute::cpu::rms_norm::{rms_norm, rms_norm_backward};
 use crate::compute::cpu::thread_pool;
 use crate::model::backend::{PolicyView, RowOps, SavePolicy};
 use crate::model::parameters::NormFactors;
 use crate::model::params::ParamId;
-use crate::model::row::PreparedRow;
+use crate::model::row::{KeyCache, PreparedRow};
 
 /// A policy opened for a pass over a row.
 #[derive(Clone, Copy)]
 pub struct CpuRow<'a> {
     policy: PolicyView<'a>,
     row: &'a PreparedRow,
+    cache: Option<&'a (dyn KeyCache + 'a)>,
 }
 
 impl<'a> CpuRow<'a> {
     /// Opens `policy` for a pass over `row`.
     pub fn new(policy: PolicyView<'a>, row: &'a PreparedRow) -> Self {
-        CpuRow { policy, row }
+        CpuRow {
+            policy,
+            row,
+            cache: None,
+        }
+    }
+
+    /// Returns the row with cached keys and values of its sequences.
+    pub fn with_cache(self, cache: &'a (dyn KeyCache + 'a)) -> Self {
+        CpuRow {
+            cache: Some(cache),
+            ..self
+        }
+    }
+
+    /// Returns the logits of the predictors `[N, V]`, given the last block's output `[T, C]`.
+    pub fn logits(&self, x: &Buffer) -> Result<Buffer> {
+        let normed = self.head_input(x)?.normed;
+        let w = self.policy.parameters.head()?.read()?;
+        let softcap = self.policy.spec.logit_softcap;
+        Ok(logits(self.kernel(), &normed, w.view(), softcap))
     }
 
     fn kernel(&self) -> Kernel {
@@ -50,8 +71,8 @@ impl<'a> CpuRow<'a> {
         self.policy.parameters.norm(ParamId::Norm)
     }
 
-    /// Runs the last norm and the head on the last block's output `[T, C]`.
-    fn run_head(&self, x: &[f32], options: HeadOptions) -> Result<(HeadOutput, CpuHeadTape)> {
+    /// Returns the hidden states of the predictors, before and after the last norm.
+    fn head_input(&self, x: &[f32]) -> Result<CpuHeadTape> {
         let (width, row) = (self.width(), self.row.row());
         let mut before_norm = Buffer::uninit(row.predictors.len() * width);
         thread_pool::chunks(&mut before_norm, width, |i, to| {
@@ -71,22 +92,25 @@ impl<'a> CpuRow<'a> {
                 h.iter_mut().for_each(|h| *h *= factor)
             });
         }
+        Ok(CpuHeadTape {
+            before_norm,
+            normed,
+        })
+    }
+
+    /// Runs the last norm and the head on the last block's output `[T, C]`.
+    fn run_head(&self, x: &[f32], options: HeadOptions) -> Result<(HeadOutput, CpuHeadTape)> {
+        let (tape, row) = (self.head_input(x)?, self.row.row());
         let w = self.policy.parameters.head()?.read()?;
         let input = HeadInput {
             kernel: self.kernel(),
-            h: &normed,
+            h: &tape.normed,
             w: w.view(),
             targets: &row.targets,
             softcap: self.policy.spec.logit_softcap,
         };
         let output = head(input, options);
-        Ok((
-            output,
-            CpuHeadTape {
-                before_norm,
-                normed,
-            },
-        ))
+        Ok((output, tape))
     }
 }
 
@@ -101,7 +125,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
     }
 
     fn block(&self, index: usize) -> Result<CpuBlock<'_>> {
-        CpuBlock::open(self.policy, index, self.row)
+        Ok(CpuBlock::open(self.policy, index, self.row)?.with_cache(self.cache))
     }
 
     fn embed(&self) -> Result<Buffer> {

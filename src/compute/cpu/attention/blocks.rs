@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::keys::{Along, Keys};
 use crate::compute::cpu::gemm::{NR, Operand, OutputTile, Product, panel_product};
+use crate::compute::cpu::simd::{dispatch, exp_sum, max, soft_cap};
 use crate::compute::layout::RowLayout;
 
 /// Maximum number of queries in a block.
@@ -204,4 +205,40 @@ pub(super) unsafe fn sum_over_keys(
             }
         }
     }
+}
+
+/// Scales the visible scores of a query, applies the soft-cap, and replaces them by e^(s − m) and
+/// all others by 0. Returns m and the sum.
+pub(super) fn softmax_of_scores(
+    heads: &Heads,
+    s: &mut [f32],
+    visible: &[Range<usize>; 2],
+) -> (f32, f32) {
+    dispatch(
+        #[inline(always)]
+        || match heads.softcap {
+            None => softmax(s, visible, heads.scale),
+            Some(cap) => {
+                for part in visible {
+                    soft_cap(&mut s[part.clone()], heads.scale, cap);
+                }
+                softmax(s, visible, 1.0)
+            }
+        },
+    )
+}
+
+/// Replaces visible scores by e^(scale·s − m) and all others by 0. Returns m and the sum.
+#[inline(always)]
+fn softmax(s: &mut [f32], visible: &[Range<usize>; 2], scale: f32) -> (f32, f32) {
+    let m = max(&s[visible[0].clone()]).max(max(&s[visible[1].clone()])) * scale;
+    let mut total = 0.0;
+    let mut cleared = 0;
+    for part in visible {
+        s[cleared..part.start].fill(0.0);
+        cleared = part.end;
+        total += exp_sum(&mut s[part.clone()], scale, m);
+    }
+    s[cleared..].fill(0.0);
+    (m, total)
 }

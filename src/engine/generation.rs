@@ -1,0 +1,458 @@
+//! The generating part of a device worker: requests from the queue, and the sequences in progress.
+//!
+//! A step admits waiting requests as far as the cache of keys and values has room, then computes
+//! one token of every sequence. It is one unit of work, like a scoring batch, and counts as scoring
+//! in the device's time.
+//!
+//! - A request reserves the cache for its longest possible texts when it is admitted, so no
+//!   sequence runs out of it later. A request that does not fit waits until others end.
+//! - A caller who leaves closes the channel; the next step frees the request's blocks.
+//! - A caller who does not read has a full channel. The request's sequences then wait, and after
+//!   [`STALL_LIMIT`] the request ends.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use super::api::{
+    EngineError, GenerationEnd, GenerationEvent, GenerationRequest, GenerationResult, WeightsRef,
+};
+use super::live::{Live, device_error};
+use super::policy_cache::{BaseModels, PolicyCache};
+use crate::compute::cpu::attention::CACHE_BLOCK;
+use crate::infer::generate::{self, Prompt, Sampled, Sequence};
+use crate::model::adapter::Adapter;
+use crate::model::decoder::Policy;
+use crate::model::guard::guarded;
+
+/// Maximum number of sequences of a worker that are computed together.
+const MAX_SEQUENCES: usize = 64;
+/// Maximum number of prompt tokens that a step runs, except for the first prompt.
+const PREFILL_TOKENS: usize = 2048;
+/// Number of tokens of a sample that may wait for a slow caller.
+const TOKENS_IN_CHANNEL: usize = 32;
+/// Time after which a request ends whose caller does not read.
+const STALL_LIMIT: Duration = Duration::from_secs(60);
+
+/// Returns the capacity of the channel of a request: one place more than its tokens may take, for
+/// the event that ends it.
+pub(super) fn channel_capacity(samples: usize) -> usize {
+    samples * TOKENS_IN_CHANNEL + 2
+}
+
+/// A request in the queue.
+pub(super) struct GenerationEntry {
+    pub request: GenerationRequest,
+    pub policy: WeightsRef,
+    pub enqueued: Instant,
+    /// A sample whose flag is set is not continued.
+    pub stopped: Arc<[AtomicBool]>,
+    pub events: mpsc::Sender<GenerationResult>,
+}
+
+impl GenerationEntry {
+    /// Returns the job whose current weights it needs, if any.
+    pub fn live_job(&self) -> Option<&str> {
+        match &self.policy {
+            WeightsRef::Live { job } | WeightsRef::LiveReference { job } => Some(job),
+            _ => None,
+        }
+    }
+
+    /// Returns true if the caller has left.
+    pub fn is_abandoned(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Ends it with an error.
+    pub fn refuse(self, e: EngineError) {
+        // Its channel is empty, or has kept a place for this.
+        let _ = self.events.try_send(Err(e));
+    }
+
+    /// Returns the blocks of the cache that it takes at most.
+    pub fn blocks(&self) -> usize {
+        let GenerationRequest {
+            prompt,
+            samples,
+            max_tokens,
+            ..
+        } = &self.request;
+        generate::blocks_needed(prompt.len(), *samples, *max_tokens)
+    }
+}
+
+/// A request in progress.
+struct Generating {
+    /// Identifies it on its worker.
+    id: u64,
+    entry: GenerationEntry,
+    /// The base model without an adapter.
+    base: Policy,
+    /// Samples that have not ended.
+    samples: Vec<OpenSample>,
+    blocks: usize,
+    bytes: u64,
+    /// Start of the time for which the channel has been full.
+    stalled_since: Option<Instant>,
+    last_token: Instant,
+}
+
+/// The base model and the adapter of a policy, and the step of a running job.
+type ResolvedPolicy = (Policy, Option<Arc<Adapter>>, Option<u64>);
+
+/// A sample in progress.
+struct OpenSample {
+    index: usize,
+    sequence: Sequence,
+    tokens: usize,
+}
+
+/// The requests in progress on a worker.
+pub(super) struct Generator {
+    /// Maximum number of blocks of all requests in progress.
+    limit: usize,
+    generating: Vec<Generating>,
+    /// Number of requests that were admitted.
+    admitted: u64,
+    label: String,
+}
+
+/// The parts of the worker that a step uses.
+pub(super) struct StepContext<'a> {
+    pub policies: &'a mut PolicyCache,
+    pub base_models: &'a BaseModels,
+    pub live: Option<&'a Live>,
+}
+
+impl Generator {
+    /// Creates a generator with room for `limit` blocks of keys and values.
+    pub fn new(limit: usize, label: String) -> Self {
+        Generator {
+            limit,
+            generating: Vec::new(),
+            admitted: 0,
+            label,
+        }
+    }
+
+    /// Returns true if any request is in progress.
+    pub fn is_active(&self) -> bool {
+        !self.generating.is_empty()
+    }
+
+    /// Returns the number of blocks that are reserved.
+    fn blocks(&self) -> usize {
+        self.generating.iter().map(|g| g.blocks).sum()
+    }
+
+    /// Returns the number of sequences in progress.
+    fn sequences(&self) -> usize {
+        self.generating.iter().map(|g| g.samples.len()).sum()
+    }
+
+    /// Returns true if there is room for a request beside those in progress. Without any, every
+    /// request that the engine has accepted has room.
+    fn has_room(&self, entry: &GenerationEntry) -> bool {
+        self.generating.is_empty()
+            || (self.blocks() + entry.blocks() <= self.limit
+                && self.sequences() + entry.request.samples <= MAX_SEQUENCES)
+    }
+
+    /// Ends all requests in progress with an error.
+    pub fn end_all(&mut self, policies: &mut PolicyCache, e: impl Fn() -> EngineError) {
+        for generating in self.generating.drain(..) {
+            policies.release_cache(generating.bytes);
+            generating.entry.refuse(e());
+        }
+        self.report();
+    }
+
+    /// Ends the requests whose callers have left or do not read, and frees their blocks.
+    fn sweep(&mut self, policies: &mut PolicyCache) {
+        let is_over = |g: &mut Generating| {
+            if g.entry.is_abandoned() {
+                metrics::counter!("bradley_generation_abandoned_total").increment(1);
+                return true;
+            }
+            let stopped = &g.entry.stopped;
+            let keeps_on = |s: &OpenSample| {
+                stopped
+                    .get(s.index)
+                    .is_none_or(|flag| !flag.load(Ordering::Relaxed))
+            };
+            g.samples.retain(keeps_on);
+            g.samples.is_empty() || g.stalled_since.is_some_and(|s| s.elapsed() > STALL_LIMIT)
+        };
+        for over in self.generating.extract_if(.., is_over) {
+            policies.release_cache(over.bytes);
+        }
+    }
+
+    /// Admits waiting requests and computes one token of every sequence whose caller reads. `take`
+    /// returns the next request for which the given test is true. Returns false if nothing could be
+    /// computed.
+    pub fn step(
+        &mut self,
+        cx: &mut StepContext,
+        take: impl Fn(&dyn Fn(&GenerationEntry) -> bool) -> Option<GenerationEntry>,
+    ) -> bool {
+        self.sweep(cx.policies);
+        let (mut prefilled, mut worked) = (0, false);
+        while prefilled < PREFILL_TOKENS {
+            let fits = |entry: &GenerationEntry| {
+                self.has_room(entry)
+                    && (prefilled == 0 || prefilled + entry.request.prompt.len() <= PREFILL_TOKENS)
+            };
+            let Some(entry) = take(&fits) else { break };
+            prefilled += entry.request.prompt.len();
+            self.admit(cx, entry);
+            worked = true;
+        }
+        worked |= self.decode(cx.policies);
+        self.sweep(cx.policies);
+        self.report();
+        worked
+    }
+
+    /// Runs the prompt of a request, samples the first tokens, and sends them.
+    fn admit(&mut self, cx: &mut StepContext, entry: GenerationEntry) {
+        metrics::histogram!("bradley_generation_queue_seconds")
+            .record(entry.enqueued.elapsed().as_secs_f64());
+        let opened = self
+            .resolve(cx, &entry.policy)
+            .and_then(|(base, adapter, live_step)| {
+                let layout = base.cache_layout();
+                let bytes = (entry.blocks() * layout.block_bytes()) as u64;
+                cx.policies.reserve_cache(cx.base_models, bytes)?;
+                let begun = guarded(|| begin(&base, adapter, &entry.request))
+                    .unwrap_or_else(|panic| Err(EngineError::Device(panic)));
+                match begun {
+                    Ok(samples) => Ok((base, samples, bytes, live_step)),
+                    Err(e) => {
+                        cx.policies.release_cache(bytes);
+                        Err(e)
+                    }
+                }
+            });
+        let (base, begun, bytes, live_step) = match opened {
+            Ok(opened) => opened,
+            Err(e) => return entry.refuse(e),
+        };
+        metrics::counter!("bradley_generation_prompt_tokens_total")
+            .increment(entry.request.prompt.len() as u64);
+        metrics::histogram!("bradley_generation_first_token_seconds")
+            .record(entry.enqueued.elapsed().as_secs_f64());
+        let _ = entry
+            .events
+            .try_send(Ok(GenerationEvent::Started { live_step }));
+        let (sequences, firsts): (Vec<Sequence>, Vec<Sampled>) = begun.into_iter().unzip();
+        self.admitted += 1;
+        let mut generating = Generating {
+            id: self.admitted,
+            blocks: entry.blocks(),
+            samples: Vec::new(),
+            stalled_since: None,
+            last_token: Instant::now(),
+            entry,
+            base,
+            bytes,
+        };
+        for (index, (sequence, first)) in sequences.into_iter().zip(firsts).enumerate() {
+            let mut sample = OpenSample {
+                index,
+                sequence,
+                tokens: 0,
+            };
+            if !generating.deliver(&mut sample, first) {
+                generating.samples.push(sample);
+            }
+        }
+        self.generating.push(generating);
+    }
+
+    /// Returns the base model and the adapter of a policy, and the step of a running job. The
+    /// adapter of a running job is copied, because training changes it in place.
+    fn resolve(
+        &self,
+        cx: &mut StepContext,
+        weights: &WeightsRef,
+    ) -> Result<ResolvedPolicy, EngineError> {
+        let live = cx.live.filter(|live| match weights {
+            WeightsRef::Live { job } => *job == live.job,
+            _ => false,
+        });
+        let Some(live) = live else {
+            let policy = cx.policies.get(cx.base_models, weights)?;
+            return Ok((policy.base(), policy.adapter, None));
+        };
+        let Some(adapter) = &live.policy.adapter else {
+            return Err(EngineError::Weights(format!(
+                "trainingJobs/{} trains all weights of its model, and they change while a text is \
+                 generated: name a checkpoint by its step",
+                live.job
+            )));
+        };
+        let copied = adapter.map(|_, tensor| tensor.detach().copy())?;
+        let base = Policy {
+            helpers: Arc::default(),
+            ..live.policy.base()
+        };
+        Ok((base, Some(Arc::new(copied)), Some(live.step)))
+    }
+
+    /// Computes and sends the next token of every sequence whose caller reads. Sequences on the
+    /// same base weights share a pass. Returns false if there are none.
+    fn decode(&mut self, policies: &mut PolicyCache) -> bool {
+        let now = Instant::now();
+        let mut left: Vec<&mut Generating> = Vec::new();
+        for generating in &mut self.generating {
+            // One place is kept for the event that ends the request.
+            match generating.entry.events.capacity() > generating.samples.len() {
+                true => {
+                    generating.stalled_since = None;
+                    left.push(generating);
+                }
+                false => {
+                    generating.stalled_since.get_or_insert(now);
+                }
+            }
+        }
+        let worked = !left.is_empty();
+        let mut failed: Vec<(u64, EngineError)> = Vec::new();
+        while let Some(first) = left.first() {
+            let base = first.base.clone();
+            let (mut members, others): (Vec<_>, Vec<_>) =
+                left.into_iter().partition(|g| g.base.shares_base(&base));
+            left = others;
+            let mut sequences: Vec<&mut Sequence> = members
+                .iter_mut()
+                .flat_map(|g| g.samples.iter_mut().map(|sample| &mut sample.sequence))
+                .collect();
+            let count = sequences.len();
+            let start = Instant::now();
+            let next = guarded(|| {
+                generate::decode(&base, &base.cache_layout(), &mut sequences, &mut || {})
+                    .map_err(device_error)
+            })
+            .unwrap_or_else(|panic| Err(EngineError::Device(panic)));
+            drop(sequences);
+            metrics::histogram!("bradley_generation_step_seconds")
+                .record(start.elapsed().as_secs_f64());
+            metrics::histogram!("bradley_generation_step_items").record(count as f64);
+            let mut next = match next {
+                Ok(next) => next.into_iter(),
+                Err(e) => {
+                    failed.extend(members.iter().map(|g| (g.id, repeated(&e))));
+                    continue;
+                }
+            };
+            for generating in members {
+                let mut open = Vec::with_capacity(generating.samples.len());
+                let samples = std::mem::take(&mut generating.samples);
+                for mut sample in samples {
+                    match next.next() {
+                        Some(Ok(token)) => {
+                            if !generating.deliver(&mut sample, token) {
+                                open.push(sample);
+                            }
+                        }
+                        Some(Err(e)) => {
+                            failed.push((generating.id, device_error(e)));
+                        }
+                        None => open.push(sample),
+                    }
+                }
+                metrics::histogram!("bradley_generation_token_seconds")
+                    .record(generating.last_token.elapsed().as_secs_f64());
+                generating.last_token = Instant::now();
+                generating.samples = open;
+            }
+        }
+        self.end_failed(policies, failed);
+        worked
+    }
+
+    /// Ends the requests with these ids with their errors.
+    fn end_failed(&mut self, policies: &mut PolicyCache, failed: Vec<(u64, EngineError)>) {
+        for (id, e) in failed {
+            if let Some(over) = self.generating.iter_mut().find(|g| g.id == id) {
+                over.samples.clear();
+                let _ = over.entry.events.try_send(Err(e));
+            }
+        }
+        self.sweep(policies);
+    }
+
+    fn report(&self) {
+        let device = || self.label.clone();
+        metrics::gauge!("bradley_generation_sequences", "device" => device())
+            .set(self.sequences() as f64);
+        metrics::gauge!("bradley_generation_cache_tokens", "device" => device())
+            .set((self.blocks() * CACHE_BLOCK) as f64);
+    }
+}
+
+impl Generating {
+    /// Sends a token of a sample. Returns true if it is the sample's last one.
+    fn deliver(&self, sample: &mut OpenSample, sampled: Sampled) -> bool {
+        sample.tokens += 1;
+        let request = &self.entry.request;
+        let end = if request.stop_tokens.contains(&sampled.token) {
+            Some(GenerationEnd::Stop)
+        } else {
+            (sample.tokens >= request.max_tokens).then_some(GenerationEnd::Length)
+        };
+        metrics::counter!("bradley_generated_tokens_total").increment(1);
+        // There is room, or the caller has left.
+        let _ = self.entry.events.try_send(Ok(GenerationEvent::Token {
+            sample: sample.index,
+            token: sampled.token,
+            log_prob: sampled.log_prob,
+            end,
+        }));
+        end.is_some()
+    }
+}
+
+/// Runs a prompt once and samples the first token of each sample.
+fn begin(
+    base: &Policy,
+    adapter: Option<Arc<Adapter>>,
+    request: &GenerationRequest,
+) -> Result<Vec<(Sequence, Sampled)>, EngineError> {
+    let GenerationRequest {
+        prompt,
+        samples,
+        max_tokens,
+        sampling,
+        ..
+    } = request;
+    let prompt = Prompt::new(prompt.clone(), *max_tokens, adapter)?;
+    let (layout, mut prompts) = (base.cache_layout(), [prompt]);
+    let logits =
+        generate::prefill(base, &layout, &mut prompts, &mut || {}).map_err(device_error)?;
+    let [prompt] = prompts.map(Arc::new);
+    let Some(logits) = logits.first() else {
+        return Err(EngineError::Device(
+            "a prompt came back without logits".into(),
+        ));
+    };
+    (0..*samples)
+        .map(|sample| Ok(Sequence::begin(prompt.clone(), sampling, sample, logits)?))
+        .collect()
+}
+
+/// Returns the error again, for another request of the same pass.
+fn repeated(e: &EngineError) -> EngineError {
+    match e {
+        EngineError::DeviceFull(why) => EngineError::DeviceFull(why.clone()),
+        EngineError::Device(why) => EngineError::Device(why.clone()),
+        other => EngineError::Device(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,261 @@
+//! Tests of a worker's generator on a tiny model: blocks are freed however requests end, callers
+//! that do not read are waited for, and requests wait for room.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::domain::training::Precision;
+use crate::engine::scoring::tests::{base, base_models};
+use crate::infer::generate::SamplingOptions;
+use crate::infer::pair::SequenceGroup;
+use crate::infer::scorer::score;
+
+type Events = mpsc::Receiver<GenerationResult>;
+
+fn request(prompt: usize, samples: usize, max_tokens: usize) -> GenerationRequest {
+    GenerationRequest {
+        prompt: (0..prompt as u32).map(|i| 5 + i % 300).collect(),
+        samples,
+        max_tokens,
+        sampling: SamplingOptions {
+            temperature: 1.0,
+            top_p: None,
+            top_k: None,
+            seed: 1,
+        },
+        stop_tokens: Vec::new(),
+    }
+}
+
+fn entry(request: GenerationRequest) -> (GenerationEntry, Events) {
+    let (events, receiver) = mpsc::channel(channel_capacity(request.samples));
+    let stopped = (0..request.samples).map(|_| AtomicBool::new(false));
+    let entry = GenerationEntry {
+        stopped: stopped.collect(),
+        request,
+        policy: base(),
+        enqueued: Instant::now(),
+        events,
+    };
+    (entry, receiver)
+}
+
+/// A generator with its own queue and memory.
+struct Device {
+    generator: Generator,
+    policies: PolicyCache,
+    base_models: Arc<BaseModels>,
+    waiting: RefCell<VecDeque<GenerationEntry>>,
+}
+
+impl Device {
+    fn new(limit: usize) -> Self {
+        Device {
+            generator: Generator::new(limit, "cpu".into()),
+            policies: PolicyCache::new(1),
+            base_models: base_models(Precision::F32),
+            waiting: RefCell::default(),
+        }
+    }
+
+    fn add(&self, request: GenerationRequest) -> Events {
+        let (entry, events) = entry(request);
+        self.waiting.borrow_mut().push_back(entry);
+        events
+    }
+
+    fn step(&mut self) -> bool {
+        let waiting = &self.waiting;
+        let mut cx = StepContext {
+            policies: &mut self.policies,
+            base_models: &self.base_models,
+            live: None,
+        };
+        self.generator.step(&mut cx, |fits| {
+            let mut waiting = waiting.borrow_mut();
+            waiting.pop_front_if(|entry| fits(entry))
+        })
+    }
+
+    /// Returns the bytes of the cache that are reserved.
+    fn reserved(&self) -> u64 {
+        self.policies.reserved_cache()
+    }
+}
+
+/// Reads what has arrived: the tokens of each sample, and the number of samples that ended.
+fn read(events: &mut Events, samples: usize) -> (Vec<Vec<Sampled>>, usize) {
+    let (mut all, mut ended) = (vec![Vec::new(); samples], 0);
+    while let Ok(event) = events.try_recv() {
+        if let GenerationEvent::Token {
+            sample,
+            token,
+            log_prob,
+            end,
+        } = event.unwrap()
+        {
+            all[sample].push(Sampled { token, log_prob });
+            ended += usize::from(end.is_some());
+        }
+    }
+    (all, ended)
+}
+
+#[test]
+fn requests_together_get_their_tokens_with_the_log_probs_of_scoring() {
+    let mut device = Device::new(100);
+    let asked = [request(20, 3, 7), request(70, 1, 5), request(1, 2, 1)];
+    let mut events: Vec<Events> = asked.iter().map(|r| device.add(r.clone())).collect();
+    while device.step() {}
+    assert_eq!((device.reserved(), device.generator.sequences()), (0, 0));
+    let policy = device.base_models.open(&base()).unwrap();
+    for (request, events) in asked.iter().zip(&mut events) {
+        let (all, ended) = read(events, request.samples);
+        assert_eq!(ended, request.samples);
+        let group = SequenceGroup {
+            prompt: request.prompt.clone(),
+            completions: all
+                .iter()
+                .map(|s| s.iter().map(|s| s.token).collect())
+                .collect(),
+        };
+        for (got, want) in all.iter().zip(score(&policy, &[group]).unwrap()) {
+            assert_eq!(got.len(), request.max_tokens);
+            let got: Vec<f32> = got.iter().map(|s| s.log_prob).collect();
+            assert_eq!(got, want);
+        }
+    }
+}
+
+#[test]
+fn a_stop_token_or_a_flag_ends_one_sample_and_no_other() {
+    let mut device = Device::new(100);
+    let mut events = device.add(request(20, 2, 12));
+    while device.step() {}
+    let (all, _) = read(&mut events, 2);
+    let stop = all[0][4].token;
+    let first = |sample: &[Sampled]| sample.iter().position(|s| s.token == stop).unwrap_or(11);
+    let mut events = device.add(GenerationRequest {
+        stop_tokens: vec![stop],
+        ..request(20, 2, 12)
+    });
+    while device.step() {}
+    let (stopped, ended) = read(&mut events, 2);
+    assert_eq!(ended, 2);
+    for (stopped, whole) in stopped.iter().zip(&all) {
+        assert_eq!(stopped[..], whole[..=first(whole)]);
+    }
+    let (entry, mut events) = entry(request(20, 2, 12));
+    let flags = entry.stopped.clone();
+    device.waiting.borrow_mut().push_back(entry);
+    for _ in 0..3 {
+        device.step();
+    }
+    flags[1].store(true, Ordering::Relaxed);
+    while device.step() {}
+    let (flagged, ended) = read(&mut events, 2);
+    assert_eq!((flagged[0].len(), ended), (12, 1));
+    assert!(flagged[1].len() < 12);
+    assert_eq!(device.reserved(), 0);
+}
+
+#[test]
+fn a_caller_that_does_not_read_holds_only_itself_up() {
+    let mut device = Device::new(100);
+    let mut slow = device.add(request(3, 1, 300));
+    let mut fast = device.add(request(3, 1, 300));
+    let mut tokens = 0;
+    for _ in 0..100 {
+        device.step();
+        tokens += read(&mut fast, 1).0[0].len();
+    }
+    assert_eq!(
+        tokens, 101,
+        "one for each step, and the first with the prompt"
+    );
+    let (held, _) = read(&mut slow, 1);
+    assert!(held[0].len() <= TOKENS_IN_CHANNEL + 1, "{}", held[0].len());
+    while device.step() {
+        tokens += read(&mut fast, 1).0[0].len();
+        read(&mut slow, 1);
+    }
+    assert_eq!((tokens, device.reserved()), (300, 0));
+}
+
+#[test]
+fn a_request_waits_until_the_cache_has_room_for_its_longest_text() {
+    // Each takes one block for the prompt and two for its tokens.
+    let mut device = Device::new(7);
+    let mut events: Vec<Events> = (0..3).map(|_| device.add(request(10, 1, 66))).collect();
+    device.step();
+    assert_eq!(device.generator.blocks(), 6);
+    assert_eq!(device.waiting.borrow().len(), 1);
+    events.remove(0);
+    device.step();
+    device.step();
+    assert!(device.waiting.borrow().is_empty(), "a caller left");
+    assert_eq!(device.generator.blocks(), 6);
+}
+
+#[test]
+fn a_failed_pass_ends_its_requests_with_an_error() {
+    let mut device = Device::new(100);
+    // The second prompt has a token outside the vocabulary.
+    let mut good = device.add(request(4, 1, 3));
+    let mut bad = device.add(GenerationRequest {
+        prompt: vec![5, 1 << 20],
+        ..request(2, 1, 3)
+    });
+    while device.step() {}
+    assert_eq!(read(&mut good, 1).1, 1);
+    let e = bad.try_recv().unwrap().unwrap_err();
+    assert!(
+        e.to_string().contains("outside the model's vocabulary"),
+        "{e}"
+    );
+    assert_eq!(device.reserved(), 0);
+    let mut open = device.add(request(4, 1, 30));
+    device.step();
+    device
+        .generator
+        .end_all(&mut device.policies, || EngineError::Draining);
+    let last = std::iter::from_fn(|| open.try_recv().ok()).last().unwrap();
+    assert!(matches!(last, Err(EngineError::Draining)), "{last:?}");
+    assert_eq!(device.reserved(), 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, ..ProptestConfig::default() })]
+
+    /// Whoever leaves, and whenever: the blocks of all requests are free in the end.
+    #[test]
+    fn blocks_are_freed_however_requests_end(
+        requests in prop::collection::vec((1usize..80, 1usize..4, 1usize..12, 0usize..14), 1..6),
+        limit in 8usize..20,
+    ) {
+        let mut device = Device::new(limit);
+        let mut open: Vec<(usize, Events)> = requests
+            .iter()
+            .map(|(prompt, samples, tokens, leaves)| {
+                (*leaves, device.add(request(*prompt, *samples, *tokens)))
+            })
+            .collect();
+        for step in 0..200 {
+            open.retain(|(leaves, _)| *leaves > step || *leaves > 12);
+            device.waiting.borrow_mut().retain(|entry| !entry.is_abandoned());
+            let worked = device.step();
+            prop_assert!(
+                device.generator.blocks() <= limit || device.generator.generating.len() == 1
+            );
+            if !worked && device.waiting.borrow().is_empty() {
+                break;
+            }
+        }
+        prop_assert!(device.waiting.borrow().is_empty());
+        prop_assert_eq!(device.generator.blocks(), 0);
+        prop_assert_eq!(device.reserved(), 0);
+    }
+}

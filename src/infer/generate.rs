@@ -1,0 +1,214 @@
+//! Generates tokens: a prompt is run once, then one pass computes the next token of any number of
+//! sequences.
+//!
+//! The sequences of a pass may have different lengths, belong to different requests, and have
+//! different adapters on one base. A sequence's tokens and log-probs do not depend on its company.
+//! On the CPU the log-prob of a generated token has the bits that [`super::scorer::score`] computes
+//! for the same prompt and completion.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Result, Tensor, bail};
+use candle_transformers::generation::{LogitsProcessor, Sampling};
+
+use crate::compute::cpu::attention::{CacheLayout, CachedSegment, blocks_of};
+use crate::compute::cpu::head::log_prob;
+use crate::math::rng::derived_seed;
+use crate::model::adapter::Adapter;
+use crate::model::decoder::{CachedPrompt, CachedSequence, Policy};
+use crate::model::spec::ModelSpec;
+
+/// How the next token is chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingOptions {
+    /// Factor 1/temperature on the logits; 0 chooses the most likely token.
+    pub temperature: f64,
+    /// Samples from the most likely tokens whose probabilities add up to this; `None` means all.
+    pub top_p: Option<f64>,
+    /// Samples from this many of the most likely tokens; `None` means all.
+    pub top_k: Option<usize>,
+    /// Seed of the request. Every sample has its own generator, derived from it.
+    pub seed: u64,
+}
+
+impl SamplingOptions {
+    /// Returns the generator of a sample. The samples of a request are numbered from 0.
+    fn processor(&self, sample: usize) -> LogitsProcessor {
+        let temperature = self.temperature;
+        let sampling = match (self.top_k, self.top_p) {
+            _ if temperature == 0.0 => Sampling::ArgMax,
+            (None, None) => Sampling::All { temperature },
+            (Some(k), None) => Sampling::TopK { k, temperature },
+            (None, Some(p)) => Sampling::TopP { p, temperature },
+            (Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
+        };
+        let seed = derived_seed(self.seed, &format!("sample {sample}"));
+        LogitsProcessor::from_sampling(seed, sampling)
+    }
+}
+
+/// A generated token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampled {
+    /// Its id.
+    pub token: u32,
+    /// Its log-prob under the model, in nats: at temperature 1 and over the whole vocabulary,
+    /// whatever the sampling options are.
+    pub log_prob: f32,
+}
+
+/// A prompt with its cached keys and values, which all its samples share.
+#[derive(Debug)]
+pub struct Prompt {
+    ids: Vec<u32>,
+    /// Length of the longest sequence that may start with it.
+    length: usize,
+    adapter: Option<Arc<Adapter>>,
+    cache: CachedSegment,
+}
+
+impl Prompt {
+    /// Makes a prompt of at least one token, with at most `max_tokens` tokens after it. `adapter`
+    /// is the adapter of its policy.
+    ///
+    /// # Errors
+    /// Fails if the prompt has no tokens.
+    pub fn new(ids: Vec<u32>, max_tokens: usize, adapter: Option<Arc<Adapter>>) -> Result<Self> {
+        if ids.is_empty() {
+            bail!("a prompt needs at least one token");
+        }
+        Ok(Prompt {
+            length: ids.len() + max_tokens,
+            ids,
+            adapter,
+            cache: CachedSegment::default(),
+        })
+    }
+}
+
+/// A sequence that is being generated.
+pub struct Sequence {
+    prompt: Arc<Prompt>,
+    own: CachedSegment,
+    /// The last token, which is not in the cache yet.
+    last: u32,
+    processor: LogitsProcessor,
+}
+
+impl Sequence {
+    /// Samples the first token after the prompt, given the prompt's logits, and returns it with the
+    /// sequence. `sample` is the number of the sample in its request, counted from 0.
+    ///
+    /// # Errors
+    /// Fails if the logits are not finite.
+    pub fn begin(
+        prompt: Arc<Prompt>,
+        options: &SamplingOptions,
+        sample: usize,
+        logits: &[f32],
+    ) -> Result<(Self, Sampled)> {
+        let mut processor = options.processor(sample);
+        let first = draw(&mut processor, logits)?;
+        let sequence = Sequence {
+            prompt,
+            own: CachedSegment::default(),
+            last: first.token,
+            processor,
+        };
+        Ok((sequence, first))
+    }
+}
+
+/// Samples a token from logits `[V]`.
+fn draw(processor: &mut LogitsProcessor, logits: &[f32]) -> Result<Sampled> {
+    if logits.iter().any(|l| l.is_nan()) {
+        bail!("the model computed a logit that is not a number");
+    }
+    let token = processor.sample(&Tensor::from_slice(logits, logits.len(), &Device::Cpu)?)?;
+    Ok(Sampled {
+        token,
+        log_prob: log_prob(logits, token),
+    })
+}
+
+/// Returns the blocks of the cache that a request takes at most: its prompt once, and `max_tokens`
+/// tokens of each of `samples` samples.
+pub fn blocks_needed(prompt: usize, samples: usize, max_tokens: usize) -> usize {
+    // The last token is never read, so it is not stored.
+    blocks_of(prompt) + samples * blocks_of(max_tokens.saturating_sub(1))
+}
+
+/// Returns the most tokens, at most `max_tokens`, that can follow a prompt without another set of
+/// rotary frequencies. Some rotary embeddings (LongRoPE, `dynamic`) have others for longer
+/// sequences, and then every cached key would change.
+pub fn tokens_with_equal_frequencies(spec: &ModelSpec, prompt: usize, max_tokens: usize) -> usize {
+    let class = spec.length_class(prompt + 1);
+    let (mut fits, mut too_many) = (max_tokens.min(1), max_tokens + 1);
+    while fits + 1 < too_many {
+        let middle = fits.midpoint(too_many);
+        match spec.length_class(prompt + middle) == class {
+            true => fits = middle,
+            false => too_many = middle,
+        }
+    }
+    fits
+}
+
+/// Runs prompts on a base model without an adapter and fills their caches. Returns the logits
+/// `[V]` of the token after each prompt. `yield_point` is called before every block.
+///
+/// # Errors
+/// Fails if a token id is outside the vocabulary, on a GPU, or if the device fails.
+pub fn prefill(
+    base: &Policy,
+    layout: &CacheLayout,
+    prompts: &mut [Prompt],
+    yield_point: &mut dyn FnMut(),
+) -> Result<Vec<Vec<f32>>> {
+    if prompts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = prompts.iter_mut().map(|prompt| CachedPrompt {
+        ids: &prompt.ids,
+        adapter: prompt.adapter.clone(),
+        length: prompt.length,
+        cache: &mut prompt.cache,
+    });
+    let logits = base.prefill(layout, rows.collect(), yield_point)?;
+    let rows = logits.chunks(base.config.spec.vocab_size);
+    Ok(rows.map(<[f32]>::to_vec).collect())
+}
+
+/// Computes and samples the next token of each sequence. All sequences have this base model, which
+/// is given without an adapter. `yield_point` is called before every block.
+///
+/// # Errors
+/// Fails if the device fails; the inner results fail if a sequence's logits are not finite.
+pub fn decode(
+    base: &Policy,
+    layout: &CacheLayout,
+    sequences: &mut [&mut Sequence],
+    yield_point: &mut dyn FnMut(),
+) -> Result<Vec<Result<Sampled>>> {
+    if sequences.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = sequences.iter_mut().map(|sequence| CachedSequence {
+        id: sequence.last,
+        adapter: sequence.prompt.adapter.clone(),
+        length: sequence.prompt.length,
+        prompt: &sequence.prompt.cache,
+        own: &mut sequence.own,
+    });
+    let logits = base.decode(layout, rows.collect(), yield_point)?;
+    let rows = logits.chunks(base.config.spec.vocab_size);
+    let sampled = sequences.iter_mut().zip(rows).map(|(sequence, logits)| {
+        let sampled = draw(&mut sequence.processor, logits)?;
+        sequence.last = sampled.token;
+        Ok(sampled)
+    });
+    Ok(sampled.collect())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,92 @@
+//! Implements the gRPC GenerationService.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use tracing::Instrument as _;
+
+use super::auth::split_caller;
+use super::convert::generation as convert;
+use super::pb::{self, generation_service_server};
+use super::status::status;
+use crate::service::auth::tokens::TokenService;
+use crate::service::error::ServiceError;
+use crate::service::generation::{Generation, GenerationService};
+
+/// Maximum number of responses that wait for a slow client. The engine then also waits, and a
+/// response has all tokens that were computed meanwhile.
+const BUFFER: usize = 4;
+
+/// The gRPC service for generation.
+pub(super) struct GenerationRpc {
+    pub generation: Arc<GenerationService>,
+    /// Used to end streams when their callers' tokens expire or are revoked.
+    pub tokens: TokenService,
+}
+
+type Responses = mpsc::Sender<Result<pb::GenerateCompletionsResponse, Status>>;
+
+#[tonic::async_trait]
+impl generation_service_server::GenerationService for GenerationRpc {
+    type GenerateCompletionsStream =
+        ReceiverStream<Result<pb::GenerateCompletionsResponse, Status>>;
+
+    async fn generate_completions(
+        &self,
+        request: Request<pb::GenerateCompletionsRequest>,
+    ) -> Result<Response<Self::GenerateCompletionsStream>, Status> {
+        let (caller, r) = split_caller(request)?;
+        let (options, log_probs) = convert::request(r)?;
+        let seed = options.sampling.seed;
+        let generation = self
+            .generation
+            .begin(&caller, options)
+            .await
+            .map_err(status)?;
+        let (responses, receiver) = mpsc::channel(BUFFER);
+        let tokens = self.tokens.clone();
+        let serving = async move {
+            let ended = tokio::select! {
+                ended = send_all(generation, &responses, seed, log_probs) => ended,
+                e = tokens.until_invalid(&caller) => Err(e),
+                // The client has left. Dropping the generation ends its work.
+                () = responses.closed() => return,
+            };
+            if let Err(e) = ended {
+                let _ = responses.send(Err(status(e))).await;
+            }
+        };
+        tokio::spawn(serving.in_current_span());
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+/// Sends the samples, then the numbers of tokens.
+async fn send_all(
+    mut generation: Generation,
+    responses: &Responses,
+    seed: u64,
+    log_probs: bool,
+) -> Result<(), ServiceError> {
+    loop {
+        let parts = generation.next().await?;
+        let is_over = parts.is_empty();
+        let response = pb::GenerateCompletionsResponse {
+            deltas: parts
+                .into_iter()
+                .map(|part| convert::delta(part, log_probs))
+                .collect(),
+            policy_version: generation.policy_version().to_owned(),
+            seed,
+            usage: is_over.then(|| pb::GenerationUsage {
+                prompt_tokens: generation.prompt_tokens() as u32,
+                completion_tokens: generation.completion_tokens() as u32,
+            }),
+        };
+        if responses.send(Ok(response)).await.is_err() || is_over {
+            return Ok(());
+        }
+    }
+}

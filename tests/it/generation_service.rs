@@ -1,0 +1,378 @@
+//! The generation service and its command through the real binary: streams, seeds, stop texts,
+//! refused requests, clients that vanish, and jobs that train meanwhile.
+
+use std::time::Duration;
+
+use bradley::rpc::client::{Client, Status};
+use bradley::rpc::pb;
+use tonic::Code;
+use tonic_types::StatusExt as _;
+
+use crate::server::{Server, is_final, is_step, job, reason, state, submit, until_event, upload};
+use crate::support::{binary, golden, tiny};
+use crate::wait::until;
+
+/// Returns a request for a plain prompt on the tiny model.
+fn wanted(prompt: &str, samples: u32, max_tokens: u32) -> pb::GenerateCompletionsRequest {
+    pb::GenerateCompletionsRequest {
+        policy: "models/tiny".into(),
+        prompt: Some(pb::Text {
+            form: Some(pb::text::Form::Plain(prompt.into())),
+        }),
+        samples,
+        max_tokens,
+        seed: Some(7),
+        ignore_eos: true,
+        logprobs: true,
+        ..Default::default()
+    }
+}
+
+/// A sample as a client has received it.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Received {
+    text: String,
+    ids: Vec<u32>,
+    log_probs: Vec<f32>,
+    finish: Option<pb::FinishReason>,
+}
+
+/// Reads a stream to its end. Returns the samples, and the last response.
+async fn receive(
+    client: &Client,
+    request: pb::GenerateCompletionsRequest,
+) -> Result<(Vec<Received>, pb::GenerateCompletionsResponse), Status> {
+    let mut samples = vec![Received::default(); request.samples.max(1) as usize];
+    let answer = client.generation().generate_completions(request).await?;
+    let mut stream = answer.into_inner();
+    let mut last = None;
+    while let Some(response) = stream.message().await? {
+        for delta in &response.deltas {
+            let sample = &mut samples[delta.index as usize];
+            assert_eq!(sample.finish, None, "nothing follows the last token");
+            sample.text.push_str(&delta.text);
+            sample.ids.extend(&delta.token_ids);
+            sample.log_probs.extend(&delta.token_logprobs);
+            sample.finish = match delta.finish_reason() {
+                pb::FinishReason::Unspecified => None,
+                reason => Some(reason),
+            };
+        }
+        last = Some(response);
+    }
+    Ok((samples, last.expect("there is a response")))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn samples_are_streamed_and_repeat_with_their_seed() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let request = wanted("What is the capital of France?", 3, 40);
+    let (samples, last) = receive(&client, request.clone()).await.unwrap();
+    assert_eq!(
+        (last.policy_version.as_str(), last.seed),
+        ("models/tiny", 7)
+    );
+    let usage = last.usage.unwrap();
+    assert_eq!(usage.completion_tokens, 120);
+    assert!(usage.prompt_tokens > 5);
+    let (_, tokenizer) = tiny("llama");
+    for sample in &samples {
+        assert_eq!((sample.ids.len(), sample.log_probs.len()), (40, 40));
+        assert_eq!(sample.finish, Some(pb::FinishReason::Length));
+        assert_eq!(sample.text, tokenizer.decode_text(&sample.ids).unwrap());
+    }
+    assert_ne!(samples[0], samples[1]);
+    // The same request in a crowd of others gives the same samples, alone the first of them.
+    let mut tasks = tokio::task::JoinSet::new();
+    for seed in 0..6 {
+        let (client, mut other) = (client.clone(), request.clone());
+        other.seed = Some(seed);
+        tasks.spawn(async move { receive(&client, other).await.map(|(samples, _)| samples) });
+    }
+    assert_eq!(receive(&client, request.clone()).await.unwrap().0, samples);
+    while let Some(other) = tasks.join_next().await {
+        assert_ne!(other.unwrap().unwrap(), samples);
+    }
+    let one = wanted("What is the capital of France?", 1, 40);
+    assert_eq!(
+        receive(&client, one.clone()).await.unwrap().0[0],
+        samples[0]
+    );
+    // A stop text ends the text before it. The tokens end with the one that completes it.
+    let stop: String = samples[0].text.chars().skip(4).take(2).collect();
+    let before = &samples[0].text[..samples[0].text.find(&stop).unwrap()];
+    let stopped = pb::GenerateCompletionsRequest {
+        stop: vec![stop.clone()],
+        ..one.clone()
+    };
+    let (stopped, last) = receive(&client, stopped).await.unwrap();
+    assert_eq!(stopped[0].text, before);
+    assert_eq!(stopped[0].finish, Some(pb::FinishReason::Stop));
+    assert!(samples[0].ids.starts_with(&stopped[0].ids));
+    assert_eq!(
+        last.usage.unwrap().completion_tokens as usize,
+        stopped[0].ids.len()
+    );
+    // So does a token, which belongs to the sample.
+    let token = samples[0].ids[9];
+    let first = samples[0].ids.iter().position(|id| *id == token).unwrap();
+    let stopped = pb::GenerateCompletionsRequest {
+        stop_token_ids: vec![token],
+        ..one
+    };
+    let (stopped, _) = receive(&client, stopped).await.unwrap();
+    assert_eq!(stopped[0].ids, samples[0].ids[..=first]);
+    assert_eq!(stopped[0].finish, Some(pb::FinishReason::Stop));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dialogue_is_rendered_and_wrong_fields_are_named_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start_with(
+        dir.path(),
+        &format!("tiny={}", golden("models/llama").display()),
+        &["--max-row-tokens", "300"],
+    );
+    let client = server.client().await;
+    let chat = |content: &str| pb::Text {
+        form: Some(pb::text::Form::Chat(pb::MessageList {
+            messages: vec![pb::Message {
+                role: "user".into(),
+                content: content.into(),
+                ..Default::default()
+            }],
+        })),
+    };
+    let rendered = "<|begin|><|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|>\
+                    <|start_header_id|>assistant<|end_header_id|>\n\n";
+    let (of_chat, _) = receive(
+        &client,
+        pb::GenerateCompletionsRequest {
+            prompt: Some(chat("hello")),
+            ..wanted("", 1, 10)
+        },
+    )
+    .await
+    .unwrap();
+    let (of_text, _) = receive(&client, wanted(rendered, 1, 10)).await.unwrap();
+    assert_eq!(of_chat, of_text);
+    let wrong = pb::GenerateCompletionsRequest {
+        policy: "tiny".into(),
+        samples: 65,
+        temperature: Some(-1.0),
+        top_p: Some(0.0),
+        top_k: Some(0),
+        stop: vec![String::new()],
+        ..wanted("x", 1, 1)
+    };
+    let e = receive(&client, wrong).await.unwrap_err();
+    assert_eq!(e.code(), Code::InvalidArgument);
+    let fields: Vec<String> = e
+        .get_details_bad_request()
+        .unwrap()
+        .field_violations
+        .into_iter()
+        .map(|v| v.field)
+        .collect();
+    assert_eq!(
+        fields,
+        [
+            "policy",
+            "samples",
+            "temperature",
+            "top_p",
+            "top_k",
+            "stop[0]"
+        ]
+    );
+    for (request, part) in [
+        (wanted("x", 1, 300), "max_row_tokens"),
+        (wanted("", 1, 1), "prompt"),
+        (
+            pb::GenerateCompletionsRequest {
+                tools_json: r#"[{"type": "function", "function": {"name": "f"}}]"#.into(),
+                ..wanted("x", 1, 1)
+            },
+            "applies only to chat messages",
+        ),
+        (
+            pb::GenerateCompletionsRequest {
+                policy: "models/other".into(),
+                ..wanted("x", 1, 1)
+            },
+            "models/other",
+        ),
+    ] {
+        match receive(&client, request).await {
+            // The tokenizer adds a token to an empty text.
+            Ok((samples, _)) => assert_eq!((part, samples.len()), ("prompt", 1)),
+            Err(e) => assert!(e.message().contains(part), "{e}"),
+        }
+    }
+}
+
+/// Returns the value of a metric.
+fn metric(server: &Server, name: &str) -> f64 {
+    let metrics = server.metrics();
+    let line = metrics.lines().find(|line| line.starts_with(name));
+    line.and_then(|line| line.rsplit(' ').next()?.parse().ok())
+        .unwrap_or(-1.0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_vanish_leave_nothing_behind_and_a_stopping_server_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start_with(
+        dir.path(),
+        &format!("tiny={}", golden("models/llama").display()),
+        &["--generation-cache-tokens", "200000"],
+    );
+    let client = server.client().await;
+    let mut streams = Vec::new();
+    for seed in 0..12 {
+        let request = pb::GenerateCompletionsRequest {
+            seed: Some(seed),
+            ..wanted("Water boils", 2, 6000)
+        };
+        let answer = client.generation().generate_completions(request).await;
+        streams.push(answer.unwrap().into_inner());
+    }
+    assert!(streams[0].message().await.unwrap().is_some());
+    assert!(metric(&server, "bradley_generation_cache_tokens") > 0.0);
+    let mut kept = streams.remove(0);
+    drop(streams);
+    until(
+        "the end of the others",
+        Duration::from_secs(60),
+        async || metric(&server, "bradley_generation_sequences") == 2.0,
+    )
+    .await;
+    let reading = tokio::spawn(async move {
+        loop {
+            match kept.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => return None,
+                Err(e) => return Some(e),
+            }
+        }
+    });
+    let status = server.terminate(Duration::from_secs(60));
+    assert!(status.success(), "{status}");
+    let e = reading.await.unwrap().expect("the text had not ended");
+    assert_eq!(e.code(), Code::Unavailable, "{e}");
+    assert_eq!(reason(&e), "DRAINING");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_job_and_its_checkpoint_generate_while_it_trains() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let alone = receive(&client, wanted("Light travels", 2, 30))
+        .await
+        .unwrap()
+        .0;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let mut long = job(&dataset.name, 100_000);
+    long.run = Some(pb::RunConfig {
+        save_steps: Some(3),
+        save_total_limit: Some(1000),
+        ..Default::default()
+    });
+    let name = submit(&client, long).await;
+    until_event(&client, &name, |e| is_step(e, 4)).await;
+    // The base model's samples do not depend on the training beside them.
+    let beside = receive(&client, wanted("Light travels", 2, 30))
+        .await
+        .unwrap()
+        .0;
+    assert_eq!(beside, alone);
+    let of = |policy: String| pb::GenerateCompletionsRequest {
+        policy,
+        ..wanted("Light travels", 1, 30)
+    };
+    let (live, last) = receive(&client, of(format!("{name}/checkpoints/latest")))
+        .await
+        .unwrap();
+    let version = last.policy_version;
+    let step = version.strip_prefix(&format!("{name}/checkpoints/latest@"));
+    assert!(
+        step.is_some_and(|step| step.parse::<u64>().unwrap() >= 4),
+        "{version}"
+    );
+    assert_eq!(live[0].ids.len(), 30);
+    let (stored, last) = receive(&client, of(format!("{name}/checkpoints/3")))
+        .await
+        .unwrap();
+    assert_eq!(last.policy_version, format!("{name}/checkpoints/3"));
+    assert_ne!(stored[0], alone[0]);
+    assert!(!is_final(state(&client, &name).await), "it still trains");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_continues_a_prompt_and_the_prompts_of_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let run = |arguments: &[&str]| {
+        std::process::Command::new(binary())
+            .args(["generate", "--server", &server.address, "--policy", "tiny"])
+            .args(["--max-tokens", "12", "--seed", "5", "--ignore-eos"])
+            .args(arguments)
+            .output()
+            .unwrap()
+    };
+    let printed = run(&["--prompt", "Bread needs", "--plain"]);
+    assert!(printed.status.success(), "{printed:?}");
+    let request = pb::GenerateCompletionsRequest {
+        seed: Some(5),
+        ..wanted("Bread needs", 1, 12)
+    };
+    let (want, _) = receive(&server.client().await, request).await.unwrap();
+    assert_eq!(
+        String::from_utf8(printed.stdout).unwrap(),
+        format!("{}\n", want[0].text)
+    );
+    let (prompts, out) = (
+        dir.path().join("prompts.jsonl"),
+        dir.path().join("out.jsonl"),
+    );
+    let lines = "{\"id\": \"a\", \"prompt\": \"Name a colour.\"}\n\n\
+                 {\"id\": \"b\", \"prompt\": [{\"role\": \"user\", \"content\": \"hello\"}]}\n";
+    std::fs::write(&prompts, lines).unwrap();
+    let files = [
+        "--data",
+        prompts.to_str().unwrap(),
+        "--out",
+        out.to_str().unwrap(),
+    ];
+    let written = run(&[&files[..], &["--samples", "2"]].concat());
+    assert!(written.status.success(), "{written:?}");
+    let rows: Vec<serde_json::Value> = std::fs::read_to_string(&out)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(
+        (rows.len(), &rows[0]["id"], &rows[1]["id"]),
+        (2, &"a".into(), &"b".into())
+    );
+    for row in &rows {
+        let samples = row["samples"].as_array().unwrap();
+        assert_eq!(samples.len(), 2);
+        assert!(
+            samples
+                .iter()
+                .all(|s| s["tokens"] == 12 && s["finish_reason"] == "length")
+        );
+        assert!(samples.iter().all(|s| s["logprob"].as_f64().unwrap() < 0.0));
+    }
+    std::fs::write(&prompts, "{\"id\": \"a\", \"prompt\": 3}\n").unwrap();
+    let wrong = run(&files);
+    let message = String::from_utf8(wrong.stderr).unwrap();
+    assert!(
+        !wrong.status.success() && message.contains("row 1: prompt is a number"),
+        "{message}"
+    );
+}
