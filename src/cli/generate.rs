@@ -14,7 +14,7 @@ use super::output;
 use super::policy_names::PolicyNames;
 use super::progress::say;
 use super::remote::connect;
-use super::score::template_arguments;
+use super::scoring_flags::{template_arguments, tools};
 use crate::domain::message::kind;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
@@ -62,11 +62,7 @@ fn request(args: &GenerateArgs) -> Result<pb::GenerateCompletionsRequest, Failur
         ignore_eos: args.ignore_eos,
         logprobs: true,
         chat_template_kwargs_json: template_arguments(args.template_args.as_deref())?,
-        tools_json: match &args.tools {
-            Some(path) => std::fs::read_to_string(path)
-                .map_err(|e| Failure::Failed(format!("{}: {e}", path.display())))?,
-            None => String::new(),
-        },
+        tools_json: tools(args.tools.as_deref())?,
         ..Default::default()
     })
 }
@@ -308,7 +304,7 @@ async fn all(
         let samples = task
             .await
             .map_err(|e| Failure::Failed(format!("row {row}: {e}")))?
-            .map_err(|failure| failure.after(&format!("{}: row {row}", path.display())))?;
+            .map_err(|failure| failure.with_context(&format!("{}: row {row}", path.display())))?;
         tokens += samples.usage.completion_tokens;
         fields.extend(samples.to_json());
         let line = format!("{}\n", Value::Object(fields));

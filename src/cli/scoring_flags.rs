@@ -1,6 +1,6 @@
 //! The flags of the commands that score: the reference and the options of rewards.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Map, Value};
@@ -53,11 +53,7 @@ impl ScoringArgs {
             chat_template_kwargs: None,
             chat_template_kwargs_json: template_arguments(self.template_args.as_deref())?,
             tools: Vec::new(),
-            tools_json: match &self.tools {
-                Some(path) => std::fs::read_to_string(path)
-                    .map_err(|e| Failure::Failed(format!("{}: {e}", path.display())))?,
-                None => String::new(),
-            },
+            tools_json: tools(self.tools.as_deref())?,
             normalization: normalization(&self.normalization).into(),
         })
     }
@@ -66,7 +62,7 @@ impl ScoringArgs {
 /// Checks that the value of `--template-args` is a JSON object and returns it unchanged; without
 /// the flag the result is empty. The text is sent as JSON, because a Struct would lose the order of
 /// keys and turn 1.0 into 1.
-fn template_arguments(text: Option<&str>) -> Result<String, Failure> {
+pub(super) fn template_arguments(text: Option<&str>) -> Result<String, Failure> {
     let Some(text) = text else {
         return Ok(String::new());
     };
@@ -76,6 +72,14 @@ fn template_arguments(text: Option<&str>) -> Result<String, Failure> {
         ))
     })?;
     Ok(text.to_owned())
+}
+
+/// Reads the file of `--tools`; without the flag the result is empty.
+pub(super) fn tools(file: Option<&Path>) -> Result<String, Failure> {
+    let Some(path) = file else {
+        return Ok(String::new());
+    };
+    std::fs::read_to_string(path).map_err(|e| Failure::Failed(format!("{}: {e}", path.display())))
 }
 
 /// Parses the value of `--normalization`.
