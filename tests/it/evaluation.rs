@@ -1060,7 +1060,9 @@ async fn a_saved_calibration_belongs_to_exactly_its_checkpoint_and_options() {
     let refused = bradley(&server, &files);
     let said = String::from_utf8(refused.stderr).unwrap();
     assert!(
-        refused.status.code() == Some(2) && said.contains("weights (there: ") && said.contains("temperature"),
+        refused.status.code() == Some(2)
+            && said.contains("weights (there: ")
+            && said.contains("temperature"),
         "{said}"
     );
     let (_, report) = evaluate(&client, saving).await.unwrap();

@@ -433,7 +433,11 @@ async fn columns_are_mapped_and_logged_log_probs_are_not_used() {
     let all = pairs(20);
     let scores = expected(&server.client().await, &all).await;
     std::fs::create_dir(at("in")).unwrap();
-    let names = [("prompt", "asked"), ("chosen", "good"), ("rejected", "chosen")];
+    let names = [
+        ("prompt", "asked"),
+        ("chosen", "good"),
+        ("rejected", "chosen"),
+    ];
     let mut lines = renamed(&all, &names);
     // Log-probs of another tool, with which both models would not be asked.
     for row in &mut lines {
@@ -444,7 +448,11 @@ async fn columns_are_mapped_and_logged_log_probs_are_not_used() {
     }
     write_lines(&at("in/x.jsonl"), &lines);
     // The helper writes a column `chosen`, which here has the prompts, and so on.
-    let names = [("prompt", "x"), ("chosen", "prompt"), ("rejected", "chosen")];
+    let names = [
+        ("prompt", "x"),
+        ("chosen", "prompt"),
+        ("rejected", "chosen"),
+    ];
     let rotated = renamed(&renamed(&all, &names), &[("x", "rejected")]);
     write_parquet(&at("in/y.parquet"), &rotated);
     let run = |input: &str, out: &str, more: &[&str]| {
@@ -468,18 +476,27 @@ async fn columns_are_mapped_and_logged_log_probs_are_not_used() {
         }
     }
     // Messages have the names of the input, and the mapping is a part of the run.
-    let text = fail(&mut run("in/x.jsonl", "lines", &["--columns", "prompt=asked"]), 2);
+    let text = fail(
+        &mut run("in/x.jsonl", "lines", &["--columns", "prompt=asked"]),
+        2,
+    );
     assert!(text.contains("columns (there: "), "{text}");
     let flags = ["--columns", "prompt=asked,chosen=good,rejected=none"];
     succeed(&mut run("in/x.jsonl", "none", &flags));
     let error = rows(&at("none"))[0]["error"].to_string();
     assert!(error.contains("none is missing"), "{error}");
-    let text = fail(&mut run("in/y.parquet", "no", &["--columns", "chosen=none"]), 1);
+    let text = fail(
+        &mut run("in/y.parquet", "no", &["--columns", "chosen=none"]),
+        1,
+    );
     assert!(
         text.contains("no column \"none\", which stands for chosen; found: id, prompt"),
         "{text}"
     );
-    let text = fail(&mut run("in/x.jsonl", "no", &["--columns", "good=chosen"]), 2);
+    let text = fail(
+        &mut run("in/x.jsonl", "no", &["--columns", "good=chosen"]),
+        2,
+    );
     assert!(text.contains("did you mean chosen=good?"), "{text}");
 }
 
