@@ -33,7 +33,7 @@ fn arrange(command: Command) -> Command {
 
 /// Moves a flag of the connection to its section.
 fn section(arg: Arg) -> Arg {
-    match CONNECTION.contains(&arg.get_id().as_str()) {
+    match arg.get_long().is_some() && CONNECTION.contains(&arg.get_id().as_str()) {
         true => arg.help_heading(HEADING),
         false => arg,
     }

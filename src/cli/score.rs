@@ -53,12 +53,12 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         },
         normalization: normalization(&args.normalization).into(),
     };
-    let is_same = same_model_warning(&options.policy, &options.reference).is_some();
     let progress = WorkProgress::pairs("scoring");
     let total = RowCount::start(data.clone());
     let (rows, trouble) = data.reader();
     let mut printer = RowPrinter::new(std::io::stdout(), output);
     let (mut summary, mut ignored) = (Summary::default(), IgnoredColumns::default());
+    let is_same = same_model_warning(&options.policy, &options.reference).is_some();
     let each = |answer| -> Outcome {
         match answer {
             // The same was said before the first row.
