@@ -58,7 +58,8 @@ pub fn render(header: &[&str], mut rows: Vec<Vec<String>>, width: Option<usize>)
     let mut shown = header.len();
     let minimum = |i: usize| match i {
         0 => natural[0].min(width / 2),
-        // A cut title says nothing, so that a column is rather left out.
+        // A cut title or time says nothing, so that a column is rather left out.
+        i if rows.iter().any(|row| is_short_time(&row[i])) => natural[i],
         i => natural[i].min(header[i].width().clamp(MIN_COLUMN, MAX_TITLE)),
     };
     while shown > 1 && (0..shown).map(minimum).sum::<usize>() + frame(shown) > width {
@@ -114,9 +115,14 @@ fn column_width<'a>(title: &str, cells: impl Iterator<Item = &'a String>) -> usi
         .unwrap_or(0)
 }
 
-/// Replaces resource names in the column `name` by short ones, which commands accept, too:
+/// Replaces resource names in the columns `name` and `policy` by short ones, which commands accept, too:
 /// `0193c8e4-7a3f` for `trainingJobs/0193c8e4-7a3f-…`.
 fn shorten_names(header: &[&str], rows: &mut [Vec<String>]) {
+    if let Some(policy) = header.iter().position(|title| *title == "policy") {
+        for row in rows.iter_mut() {
+            row[policy] = short_name(&row[policy]);
+        }
+    }
     if header.first() != Some(&"name") {
         return;
     }
@@ -139,6 +145,16 @@ fn shorten_times(rows: &mut [Vec<String>]) {
             *cell = format!("{date} {}", time.get(..5).unwrap_or(time));
         }
     }
+}
+
+/// Returns true for a time that [`shorten_times`] has made.
+fn is_short_time(cell: &str) -> bool {
+    let pattern = "0000-00-00 00:00";
+    cell.len() == pattern.len()
+        && cell.bytes().zip(pattern.bytes()).all(|(c, p)| match p {
+            b'0' => c.is_ascii_digit(),
+            other => c == other,
+        })
 }
 
 /// Returns a name without its collection and with a shortened id.

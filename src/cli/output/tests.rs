@@ -224,6 +224,25 @@ fn lists_of_models_and_of_times_fit_80_columns_without_cuts() {
     assert!(datasets.contains(" 2026-11-29 23:49 "), "{datasets}");
     assert!(widest(&models) <= 80 && widest(&datasets) <= 80);
     assert!(!format!("{models}{datasets}").contains('…'));
+    let header = [
+        "name", "state", "steps", "policy", "title", "created", "replica", "heard",
+    ];
+    let row = [
+        "trainingJobs/01a229c0-063a-7709-b9d5-3d34b49fbecd",
+        "running",
+        "0/1",
+        "models/tiny",
+        "beta=0.1",
+        "2026-11-29T23:59:40Z",
+        "bradley-0",
+        "3 s ago",
+    ];
+    let jobs = render(&header, vec![row.map(str::to_owned).to_vec()], Some(80));
+    assert!(
+        jobs.contains(" tiny ") && jobs.contains(" 2026-11-29 23:59 "),
+        "{jobs}"
+    );
+    assert!(widest(&jobs) <= 80 && !jobs.contains('…'), "{jobs}");
     // Where there is room, times are whole.
     assert!(render(&header, vec![row], Some(200)).contains("2026-11-29T23:49:36Z"));
 }
