@@ -251,12 +251,14 @@ mod tests {
 
     #[test]
     fn answers_of_a_row_continue_one_prompt() {
-        let message = |role: &str, content: &str| {
-            serde_json::json!({"role": role, "content": content})
-        };
+        let message =
+            |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
         let dialogue = |texts: &[&str]| -> Value {
             let roles = ["user", "assistant"].into_iter().cycle();
-            roles.zip(texts).map(|(role, text)| message(role, text)).collect()
+            roles
+                .zip(texts)
+                .map(|(role, text)| message(role, text))
+                .collect()
         };
         let row = |rejected: [&[&str]; 2]| {
             let row = serde_json::json!({
