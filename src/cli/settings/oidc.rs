@@ -179,7 +179,7 @@ mod tests {
         for (settings, field) in [
             (vec![ISSUER, TOKENS, everyone], "oidc_audience"),
             (vec![ISSUER, TOKENS, AUDIENCE], "oidc_roles"),
-            (vec![ISSUER, AUDIENCE, everyone], "oidc_issuer"),
+            (vec![ISSUER, AUDIENCE, everyone], "--oidc-issuer"),
             (
                 vec![ISSUER, TOKENS, AUDIENCE, ("oidc_roles", "score=ml")],
                 "oidc_roles_claim",
@@ -212,7 +212,7 @@ mod tests {
                 "oidc_jwks_url",
             ),
             (vec![TOKENS, AUDIENCE], "--oidc-audience"),
-            (vec![("token_file", "/etc/tokens.yaml")], "token_file"),
+            (vec![("token_file", "/etc/tokens.yaml")], "--token-file"),
         ] {
             let fields = resolve(&settings).err().unwrap_or_default();
             assert_eq!(fields, [field], "{settings:?}");
