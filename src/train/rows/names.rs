@@ -95,8 +95,8 @@ pub fn listed(columns: &[String]) -> String {
     list
 }
 
-/// Returns our name of a column of a file, or `None` if another column has taken its name. `renames`
-/// has pairs of our name and the file's.
+/// Returns our name of a column of a file, or `None` if another column has taken its name.
+/// `renames` has pairs of our name and the file's.
 pub fn renamed<'a>(renames: &'a [(String, String)], name: &'a str) -> Option<&'a str> {
     if let Some((ours, _)) = renames.iter().find(|(_, theirs)| theirs == name) {
         return Some(ours);
