@@ -42,6 +42,7 @@ use self::pb::model_service_server::ModelServiceServer;
 use self::pb::scoring_service_server::ScoringServiceServer;
 use self::pb::training_service_server::TrainingServiceServer;
 use self::pb::usage_service_server::UsageServiceServer;
+pub use self::status::DOMAIN as ERROR_DOMAIN;
 use crate::service::Service;
 
 /// Maximum number of open HTTP/2 streams per connection.

@@ -9,12 +9,14 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::rpc::ERROR_DOMAIN;
+
 /// Time limit for connecting.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time limit for the first bytes of an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Number of bytes of an answer that are read.
-const ANSWER_BYTES: usize = 512;
+const ANSWER_BYTES: usize = 1024;
 
 /// The protocol at an address, or the reason why nothing answers there.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,7 +35,7 @@ pub(super) enum Speaks {
     Probes,
     /// HTTP/1 of another program.
     Http,
-    /// Neither TLS nor HTTP/1, e.g. gRPC without TLS.
+    /// Bradley's gRPC port without TLS, or neither TLS nor HTTP/1.
     Plain,
 }
 
@@ -91,8 +93,12 @@ impl Probe {
         if !answer.starts_with(b"HTTP/1.") {
             return Speaks::Plain;
         }
-        match answer.ends_with(b"\r\n\r\nok\n") {
-            true => Speaks::Probes,
+        if answer.ends_with(b"\r\n\r\nok\n") {
+            return Speaks::Probes;
+        }
+        // The gRPC port has REST, too. Its error for a path that does not exist has this domain.
+        match String::from_utf8_lossy(&answer).contains(ERROR_DOMAIN) {
+            true => Speaks::Plain,
             false => Speaks::Http,
         }
     }
