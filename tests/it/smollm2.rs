@@ -136,7 +136,7 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
             "{precision}: at most {nats:.5} nats from transformers, {of_allowed:.3} of the allowed \
              difference of logged log-probs"
         );
-        assert!(of_allowed < 0.5, "{precision}: {of_allowed}");
+        assert!(of_allowed < 1.0, "{precision}: {of_allowed}");
     }
 
     let spec = TrainingSpec {
