@@ -2,6 +2,29 @@
 
 use std::ops::AddAssign;
 
+use jiff::civil::Date;
+
+/// The first day of the days that are counted.
+const EPOCH: Date = Date::constant(1970, 1, 1);
+
+/// Returns the number of a day since 1970.
+pub fn day_number(date: Date) -> i64 {
+    EPOCH
+        .until(date)
+        .map_or(0, |span| i64::from(span.get_days()))
+}
+
+/// Returns the day with this number; `None` outside the range of dates.
+pub fn date_of(day: i64) -> Option<Date> {
+    let span = jiff::Span::new().try_days(day).ok()?;
+    EPOCH.checked_add(span).ok()
+}
+
+/// Returns a day as `2026-07-26`; empty outside the range of dates.
+pub fn day_text(day: i64) -> String {
+    date_of(day).map_or_else(String::new, |d| d.to_string())
+}
+
 /// Amounts of work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {

@@ -8,9 +8,9 @@
 //! that each pair is used once.
 //!
 //! The likelihood has exactly one maximum unless a line through the origin has all points (m, d) on
-//! one side or on itself. With such a line the likelihood grows with the parameters without end, or,
-//! if all points are on the line, many parameters are equally good. Then the length is left out. If
-//! all margins, too, have one sign or are 0, there is no calibration.
+//! one side or on itself. With such a line the likelihood grows with the parameters without end;
+//! or, if all points are on the line, many parameters are equally good. Then the length is left
+//! out. If all margins, too, have one sign or are 0, there is no calibration.
 
 use std::f64::consts::{PI, TAU};
 
@@ -113,7 +113,8 @@ fn calibration(slope: f64, length_coefficient: f64) -> Result<Calibration, Calib
 }
 
 /// Returns true if no closed half-plane with the origin on its border holds all points: sorted by
-/// angle, two neighbours are always less than π apart. Then the likelihood has exactly one maximum.
+/// angle, two neighbours are always less than π apart. Then the likelihood has exactly one
+/// maximum.
 fn surrounds_origin(points: &[CalibrationPoint]) -> bool {
     let mut angles: Vec<f64> = points
         .iter()

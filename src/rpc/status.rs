@@ -183,6 +183,12 @@ pub fn incomplete(what: &str) -> Status {
     status(ServiceError::invalid("part", what))
 }
 
+/// Returns an error as the transport makes it, for tests.
+#[cfg(test)]
+pub fn without_details(code: Code, text: &str) -> Status {
+    Status::new(code, text)
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;

@@ -7,12 +7,9 @@ use super::auth::split_caller;
 use super::convert::invalid;
 use super::pb::{self, usage_service_server::UsageService};
 use super::status::status;
-use crate::domain::usage::OwnerUsage;
+use crate::domain::usage::{OwnerUsage, date_of, day_number, day_text};
 use crate::domain::violation::quoted;
 use crate::service::usage::{UsageMeter, UsageQuery, today};
-
-/// The first day of the days that are counted.
-const EPOCH: Date = Date::constant(1970, 1, 1);
 
 /// The gRPC service for usage.
 pub(super) struct UsageRpc(pub UsageMeter);
@@ -27,7 +24,7 @@ impl UsageService for UsageRpc {
         let last = day("end_date", &r.end_date)?.unwrap_or_else(today);
         let first = match day("start_date", &r.start_date)? {
             Some(first) => first,
-            None => date(last).map_or(last, |d| number(d.first_of_month())),
+            None => date_of(last).map_or(last, |d| day_number(d.first_of_month())),
         };
         let query = UsageQuery {
             owner: (!r.owner.is_empty()).then_some(r.owner),
@@ -38,8 +35,8 @@ impl UsageService for UsageRpc {
         let found = self.0.report(&caller, &query).await.map_err(status)?;
         Ok(Response::new(pb::GetUsageResponse {
             usage: found.into_iter().map(message).collect(),
-            start_date: text(first),
-            end_date: text(last),
+            start_date: day_text(first),
+            end_date: day_text(last),
         }))
     }
 }
@@ -56,28 +53,13 @@ fn day(field: &str, text: &str) -> Result<Option<i64>, Status> {
             format!("is {}: it must be a day such as 2026-07-26", quoted(text)),
         ));
     };
-    Ok(Some(number(date)))
-}
-
-fn number(date: Date) -> i64 {
-    EPOCH
-        .until(date)
-        .map_or(0, |span| i64::from(span.get_days()))
-}
-
-fn date(day: i64) -> Option<Date> {
-    let span = jiff::Span::new().try_days(day).ok()?;
-    EPOCH.checked_add(span).ok()
-}
-
-fn text(day: i64) -> String {
-    date(day).map_or_else(String::new, |d| d.to_string())
+    Ok(Some(day_number(date)))
 }
 
 fn message(record: OwnerUsage) -> pb::OwnerUsage {
     pb::OwnerUsage {
         owner: record.owner,
-        date: record.day.map_or_else(String::new, text),
+        date: record.day.map_or_else(String::new, day_text),
         scored_pairs: record.usage.scored_pairs,
         scored_completions: record.usage.scored_completions,
         scored_tokens: record.usage.scored_tokens,
@@ -98,7 +80,7 @@ mod tests {
             ("2026-11-29", 20_786),
         ] {
             assert_eq!(day("d", text_of).unwrap(), Some(expected), "{text_of}");
-            assert_eq!(text(expected), text_of);
+            assert_eq!(day_text(expected), text_of);
         }
         assert_eq!(day("d", "").unwrap(), None);
         for bad in ["2026-02-30", "today", "20261129", "2026-11-29T00:00"] {

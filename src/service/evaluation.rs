@@ -5,9 +5,9 @@
 //! file ─▶ reader ─▶ bounded channel ─▶ admit, score ─▶ tally ─▶ report
 //! ```
 //!
-//! A Parquet file is first copied as lines, because a server decodes one file at a time, and scoring
-//! takes long. Memory holds some numbers for each pair, and the texts of at most `IN_FLIGHT` pairs
-//! that are scored and `READ_AHEAD` that wait.
+//! A Parquet file is first copied as lines, because a server decodes one file at a time, and
+//! scoring takes long. Memory holds some numbers for each pair, and the texts of at most
+//! `IN_FLIGHT` pairs that are scored and `READ_AHEAD` that wait.
 
 pub mod report;
 
@@ -190,8 +190,8 @@ impl AcceptedEvaluation {
     /// # Errors
     /// `FailedPrecondition` if the dataset's file has changed; `InvalidArgument` if the subset
     /// column has too many values or one that is a list or an object, or if the dataset's file
-    /// cannot be decoded; `NotFound` if the calibration cannot be stored, because the checkpoint has
-    /// been deleted meanwhile; errors of scoring that are not about a single pair, such as
+    /// cannot be decoded; `NotFound` if the calibration cannot be stored, because the checkpoint
+    /// has been deleted meanwhile; errors of scoring that are not about a single pair, such as
     /// `Unavailable` if the server is shutting down or has no room for two minutes.
     pub async fn run(
         self,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::error::{Result, ServiceError};
 use super::store::{Store, now};
 use crate::domain::access::Caller;
-use crate::domain::usage::{OwnerUsage, Usage};
+use crate::domain::usage::{OwnerUsage, Usage, day_text};
 
 /// Interval at which counted work is stored.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(10);
@@ -132,7 +132,8 @@ impl UsageMeter {
                 "start_date",
                 format!(
                     "is {}, after the last day, {}: choose an earlier day",
-                    query.first, query.last
+                    day_text(query.first),
+                    day_text(query.last)
                 ),
             ));
         }

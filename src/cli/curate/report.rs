@@ -271,8 +271,8 @@ impl CurationReport {
         }
     }
 
-    /// Lists a row among the suspicious ones, if its verdict is not `agrees` and its margin is among
-    /// the lowest.
+    /// Lists a row among the suspicious ones, if its verdict is not `agrees` and its margin is one
+    /// of the lowest.
     fn suspect(&mut self, record: &DataRecord, probability: f64, margin: f64) {
         if self.thresholds.verdict(probability) == Verdict::Agrees {
             return;

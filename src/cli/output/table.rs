@@ -115,8 +115,8 @@ fn column_width<'a>(title: &str, cells: impl Iterator<Item = &'a String>) -> usi
         .unwrap_or(0)
 }
 
-/// Replaces resource names in the columns `name` and `policy` by short ones, which commands accept, too:
-/// `0193c8e4-7a3f` for `trainingJobs/0193c8e4-7a3f-…`.
+/// Replaces resource names in the columns `name` and `policy` by short ones, which commands accept,
+/// too: `0193c8e4-7a3f` for `trainingJobs/0193c8e4-7a3f-…`.
 fn shorten_names(header: &[&str], rows: &mut [Vec<String>]) {
     if let Some(policy) = header.iter().position(|title| *title == "policy") {
         for row in rows.iter_mut() {

@@ -13,7 +13,7 @@ use crate::infer::generate::SamplingOptions;
 use crate::infer::pair::SequenceGroup;
 use crate::infer::scorer::score;
 
-type Events = mpsc::Receiver<GenerationResult>;
+type GenerationEvents = mpsc::Receiver<GenerationResult>;
 
 fn request(prompt: usize, samples: usize, max_tokens: usize) -> GenerationRequest {
     GenerationRequest {
@@ -30,7 +30,7 @@ fn request(prompt: usize, samples: usize, max_tokens: usize) -> GenerationReques
     }
 }
 
-fn entry(request: GenerationRequest) -> (GenerationEntry, Events) {
+fn entry(request: GenerationRequest) -> (GenerationEntry, GenerationEvents) {
     let (events, receiver) = mpsc::channel(channel_capacity(request.samples));
     let stopped = (0..request.samples).map(|_| AtomicBool::new(false));
     let entry = GenerationEntry {
@@ -61,7 +61,7 @@ impl Device {
         }
     }
 
-    fn add(&self, request: GenerationRequest) -> Events {
+    fn add(&self, request: GenerationRequest) -> GenerationEvents {
         let (entry, events) = entry(request);
         self.waiting.borrow_mut().push_back(entry);
         events
@@ -87,7 +87,7 @@ impl Device {
 }
 
 /// Reads what has arrived: the tokens of each sample, and the number of samples that ended.
-fn read(events: &mut Events, samples: usize) -> (Vec<Vec<Sampled>>, usize) {
+fn read(events: &mut GenerationEvents, samples: usize) -> (Vec<Vec<Sampled>>, usize) {
     let (mut all, mut ended) = (vec![Vec::new(); samples], 0);
     while let Ok(event) = events.try_recv() {
         if let GenerationEvent::Token {
@@ -108,7 +108,7 @@ fn read(events: &mut Events, samples: usize) -> (Vec<Vec<Sampled>>, usize) {
 fn requests_together_get_their_tokens_with_the_log_probs_of_scoring() {
     let mut device = Device::new(100);
     let asked = [request(20, 3, 7), request(70, 1, 5), request(1, 2, 1)];
-    let mut events: Vec<Events> = asked.iter().map(|r| device.add(r.clone())).collect();
+    let mut events: Vec<GenerationEvents> = asked.iter().map(|r| device.add(r.clone())).collect();
     while device.step() {}
     assert_eq!((device.reserved(), device.generator.sequences()), (0, 0));
     let policy = device.base_models.open(&base()).unwrap();
@@ -189,7 +189,8 @@ fn a_caller_that_does_not_read_holds_only_itself_up() {
 fn a_request_waits_until_the_cache_has_room_for_its_longest_text() {
     // Each takes one block for the prompt and two for its tokens.
     let mut device = Device::new(7);
-    let mut events: Vec<Events> = (0..3).map(|_| device.add(request(10, 1, 66))).collect();
+    let mut events: Vec<GenerationEvents> =
+        (0..3).map(|_| device.add(request(10, 1, 66))).collect();
     device.step();
     assert_eq!(device.generator.blocks(), 6);
     assert_eq!(device.waiting.borrow().len(), 1);
@@ -237,7 +238,7 @@ proptest! {
         limit in 8usize..20,
     ) {
         let mut device = Device::new(limit);
-        let mut open: Vec<(usize, Events)> = requests
+        let mut open: Vec<(usize, GenerationEvents)> = requests
             .iter()
             .map(|(prompt, samples, tokens, leaves)| {
                 (*leaves, device.add(request(*prompt, *samples, *tokens)))
