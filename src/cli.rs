@@ -9,6 +9,7 @@ mod doctor;
 mod evaluate;
 mod failure;
 mod flag_names;
+mod help_layout;
 mod job_columns;
 mod job_diff;
 pub mod job_flags;
@@ -36,7 +37,7 @@ mod watch;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{CommandFactory as _, Parser};
+use clap::FromArgMatches as _;
 
 use self::args::{Cli, Command, ServeArgs};
 use self::failure::{Failure, Outcome};
@@ -50,7 +51,7 @@ const TRACE_FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 /// Returns the definition of the command line: all commands with their flags. Tests compare the
 /// commands in the documents with it.
 pub fn command() -> clap::Command {
-    Cli::command()
+    help_layout::command()
 }
 
 /// Parses the arguments and runs the command.
@@ -58,7 +59,9 @@ pub fn main() -> ExitCode {
     tune_allocator();
     // Selects the cryptography for TLS. It fails only if one is already selected.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let cli = Cli::parse();
+    let mut command = command();
+    let given = command.get_matches_mut();
+    let cli = Cli::from_arg_matches(&given).unwrap_or_else(|e| e.format(&mut command).exit());
     if let Command::Decode {
         path,
         columns,

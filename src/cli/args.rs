@@ -522,7 +522,7 @@ combination, at most 64, with the values as labels. --validate-only checks them 
 
 Examples:
   bradley train --data pairs.jsonl --eval-fraction 0.1 --watch
-  bradley train --data pairs.jsonl --loss ipo --beta 0.05,0.1,0.5 --label study=beta
+  bradley train --data pairs.jsonl --loss ipo --beta 0.05,0.1 --label run=a
   bradley train --data pairs.jsonl --rank 32 --use-rslora --print-job > job.yaml
   bradley train -f job.yaml --data pairs.jsonl --seed 7";
 

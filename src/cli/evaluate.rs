@@ -128,7 +128,14 @@ fn finish(args: &EvaluateArgs, format: Output, report: &pb::EvaluationReport) ->
         warn(warning);
     }
     match format {
-        Output::Table => output::line(&report::tables(report)),
+        Output::Table => {
+            let mut shown = report.clone();
+            if args.dataset.is_none() {
+                // The upload is deleted, and the caller knows the files.
+                shown.dataset = args.data.join(", ");
+            }
+            output::line(&report::tables(&shown));
+        }
         other => output::resource(other, &output::message(report, FieldSelection::Set)?),
     }
     if let Some(folder) = &args.plots {

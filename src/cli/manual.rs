@@ -3,19 +3,17 @@
 
 use std::path::Path;
 
-use clap::CommandFactory as _;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::args::Cli;
 use super::failure::{Failure, Outcome};
-use super::output;
 use super::progress::say;
+use super::{help_layout, output};
 
 /// Prints the completion script of a shell.
 pub(super) fn completions(shell: Shell) -> Outcome {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "bradley", &mut script);
+    clap_complete::generate(shell, &mut help_layout::command(), "bradley", &mut script);
     output::write(&script)
 }
 
@@ -24,14 +22,14 @@ pub(super) fn completions(shell: Shell) -> Outcome {
 pub(super) fn man(out: Option<&Path>) -> Outcome {
     let Some(out) = out else {
         let mut page = Vec::new();
-        Man::new(Cli::command())
+        Man::new(help_layout::command())
             .render(&mut page)
             .map_err(|e| Failure::Failed(e.to_string()))?;
         return output::write(&page);
     };
     let failed = |e: std::io::Error| Failure::Failed(format!("{}: {e}", out.display()));
     std::fs::create_dir_all(out).map_err(failed)?;
-    clap_mangen::generate_to(Cli::command(), out).map_err(failed)?;
+    clap_mangen::generate_to(help_layout::command(), out).map_err(failed)?;
     say(&format!(
         "the manual pages are in {}: man {}/bradley.1",
         out.display(),

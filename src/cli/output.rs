@@ -9,7 +9,7 @@ mod tests;
 use serde_json::{Value, json};
 
 use self::flat::section;
-pub use self::human::bytes;
+pub use self::human::{bytes, seconds};
 use self::table::{Section, Shown};
 use super::args::Output;
 use super::failure::Failure;
@@ -211,7 +211,7 @@ fn job_sections(job: &pb::TrainingJob, value: &Value) -> Vec<Section> {
             format!("step {} of {}, epoch {epoch}", p.step, p.total_steps),
         );
     }
-    if let Some(left) = p.eta_seconds {
+    if let Some(left) = p.eta_seconds.filter(|_| job.end_time.is_none()) {
         about.add("time left", human::seconds(left));
     }
     if p.tokens > 0 {

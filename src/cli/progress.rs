@@ -254,5 +254,18 @@ pub(super) async fn upload(
             progress.rename(&format!("the server checks the rows of {title}"));
         }
     };
-    progress.during(data.upload(client, metadata, sent)).await
+    let uploaded = progress.during(data.upload(client, metadata, sent)).await;
+    uploaded.map_err(|failure| of_files(failure, &title))
+}
+
+/// Names the files in the refusal of an upload, and the flag that reads columns of other names.
+fn of_files(failure: Failure, title: &str) -> Failure {
+    let Failure::Usage(message) = failure else {
+        return failure;
+    };
+    let mut message = message.replacen("the file: ", &format!("{title}: "), 1);
+    if message.contains("; found: ") {
+        message.push_str("; --columns chosen=NAME reads the column NAME as chosen");
+    }
+    Failure::Usage(message)
 }

@@ -58,8 +58,11 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let (rows, trouble) = data.reader();
     let mut printer = RowPrinter::new(std::io::stdout(), output);
     let (mut summary, mut ignored) = (Summary::default(), IgnoredColumns::default());
+    let is_same = same_model_warning(&options.policy, &options.reference).is_some();
     let each = |answer| -> Outcome {
         match answer {
+            // The same was said before the first row.
+            StreamedAnswer::Warning(text) if is_same && text.contains("the same weights") => {}
             StreamedAnswer::Warning(text) => progress.suspend(|| warn(&text)),
             StreamedAnswer::Row(row) => {
                 summary.add(&row);
@@ -81,7 +84,10 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let outcome = trouble.check().and(answered);
     let rate = progress.total();
     drop(progress);
-    printer.summary(&summary).map_err(|e| unwritten(&e))?;
+    // A call that was refused as a whole has no results to sum up.
+    if outcome.is_ok() || summary.rows() > 0 {
+        printer.summary(&summary).map_err(|e| unwritten(&e))?;
+    }
     for error in printer.errors(summary.failed()) {
         say(&error);
     }
@@ -100,6 +106,10 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
             warn(&format!("{n} of {rows} rows were skipped"));
             Ok(())
         }
+        n if n == rows && printer.lacks_columns() => Err(Failure::Failed(format!(
+            "none of the {n} rows could be scored: rename the columns, or name them with \
+             --columns chosen=NAME"
+        ))),
         n => Err(Failure::Failed(format!(
             "{n} of {rows} rows could not be scored: correct them, or skip them with \
              --skip-bad-rows"
@@ -315,9 +325,24 @@ fn scored(answer: pb::StreamScorePairsResponse) -> Result<Score, String> {
             policy_version: answer.policy_version,
             normalization,
         }),
-        Some(pb::pair_result::Result::Error(e)) => Err(e.message),
+        Some(pb::pair_result::Result::Error(e)) => Err(of_row(&e.message)),
         None => Err("the server sent no result".to_owned()),
     }
+}
+
+/// Puts the error of a pair into the words of a row and of the flags.
+fn of_row(message: &str) -> String {
+    const FIELDS: [(&str, &str); 3] = [
+        ("pair.prompt ", "prompt: "),
+        ("pair.a ", "chosen: "),
+        ("pair.b ", "rejected: "),
+    ];
+    let named = FIELDS
+        .iter()
+        .find_map(|(field, word)| Some(format!("{word}{}", message.strip_prefix(field)?)));
+    named
+        .unwrap_or_else(|| message.to_owned())
+        .replace(" max_length", " --max-length")
 }
 
 /// Reads rows and sends them, until the call or the printing ends.
@@ -417,5 +442,24 @@ fn message(message: &ChatMessage) -> pb::Message {
             fields_json: json!(fields).to_string(),
             ..Default::default()
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_error_of_a_pair_names_columns_and_flags() {
+        assert_eq!(
+            of_row(
+                "pair.prompt the prompt alone has 9 tokens, max_length is 8: shorten the prompt \
+                 or raise max_length"
+            ),
+            "prompt: the prompt alone has 9 tokens, --max-length is 8: shorten the prompt or raise \
+             --max-length"
+        );
+        assert_eq!(of_row("pair.b has no text"), "rejected: has no text");
+        assert_eq!(of_row("busy"), "busy");
     }
 }

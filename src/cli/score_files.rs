@@ -53,7 +53,18 @@ const IDENTITY_PAUSE: Duration = Duration::from_secs(1);
 /// Time between two updates of the display.
 const TICK: Duration = Duration::from_millis(250);
 
-pub(super) async fn run(mut args: ScoreFilesArgs, output: Output) -> Outcome {
+pub(super) async fn run(args: ScoreFilesArgs, output: Output) -> Outcome {
+    tokio::select! {
+        outcome = score_inputs(args, output) => outcome,
+        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted(
+            "interrupted: the parts that are written stay, and the same command continues with \
+             the others"
+                .to_owned(),
+        )),
+    }
+}
+
+async fn score_inputs(mut args: ScoreFilesArgs, output: Output) -> Outcome {
     let sources = Sources::environment();
     let shard = shard(&args, &sources)?;
     check_carry(&args.carry)?;

@@ -216,13 +216,18 @@ fn none_yet(what: &str) -> Failure {
 /// Returns the one name with the ID `id`, or else the one whose ID begins with it.
 fn pick(collection: &str, id: &str, names: &[String]) -> Result<String, Failure> {
     let exact = full_name(collection, id);
-    if names.contains(&exact) || id.chars().count() < MIN_PREFIX {
+    if names.contains(&exact) {
         return Ok(exact);
     }
     let meant: Vec<&String> = names
         .iter()
         .filter(|name| name.starts_with(&exact))
         .collect();
+    if !meant.is_empty() && id.chars().count() < MIN_PREFIX {
+        return Err(Failure::Usage(format!(
+            "{id:?} is too short for the beginning of an ID: give at least {MIN_PREFIX} characters"
+        )));
+    }
     match &meant[..] {
         [] => Ok(exact),
         [one] => Ok((*one).clone()),
@@ -257,7 +262,11 @@ mod tests {
         assert_eq!(picked("0193"), "trainingJobs/0193");
         // The server refuses these with its own error.
         assert_eq!(picked("none"), "trainingJobs/none");
-        assert_eq!(picked("019"), "trainingJobs/019");
+        assert_eq!(picked("018"), "trainingJobs/018");
+        match pick(JOBS, "019", &names) {
+            Err(Failure::Usage(said)) => assert!(said.contains("at least 4 characters"), "{said}"),
+            other => panic!("{other:?}"),
+        }
         match pick(JOBS, "0193a0", &names) {
             Err(Failure::Usage(said)) => assert_eq!(
                 said,

@@ -14,7 +14,7 @@ use super::job_flags::{JobVariant, MAX_SWEEP, OUTPUT_ONLY, get, remove, set};
 use super::job_rows::{JobRows, RowLimits};
 use super::policy_names::PolicyNames;
 use super::remote::connect;
-use super::{output, short_names, watch};
+use super::{output, progress, short_names, watch};
 use crate::domain::logged::LOGGED_REFERENCE;
 use crate::rpc::canonical::{self, CanonicalError, FieldSelection};
 use crate::rpc::client::{Client, ClientError, FirstEvent, field_violations};
@@ -416,7 +416,9 @@ impl TrainCall {
             request_id: String::new(),
             validate_only,
         };
-        let answer = self.client.training().create_training_job(request).await;
+        let mut training = self.client.training();
+        let asked = training.create_training_job(request);
+        let answer = progress::waiting("the server checks the job", asked).await;
         Ok(answer.map_err(|e| self.refused(job, e))?.into_inner())
     }
 
@@ -446,6 +448,9 @@ impl TrainCall {
             return end.map_err(|e| change(e, |message| self.words.in_sentence(&message)));
         }
         if let [(_, job)] = &made[..] {
+            if args.validate_only {
+                progress::say("the job is valid; --validate-only has not created it");
+            }
             return output::show_job(self.output, job, FieldSelection::Set);
         }
         let header = ["name", "state", "differs in"];
@@ -490,7 +495,9 @@ impl TrainCall {
             let request = pb::EstimateTrainingJobRequest {
                 training_job: Some(job.request.clone()),
             };
-            let answer = self.client.training().estimate_training_job(request).await;
+            let mut training = self.client.training();
+            let asked = training.estimate_training_job(request);
+            let answer = progress::waiting("estimating the job", asked).await;
             let estimate = match answer {
                 Ok(estimate) => estimate.into_inner(),
                 Err(error) => {

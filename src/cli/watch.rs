@@ -174,7 +174,8 @@ pub(super) struct ProgressView {
 
 /// Template of the bar until the number of steps is known.
 const WITHOUT_STEPS: &str = "{spinner} {msg}  {elapsed}";
-const WITH_STEPS: &str = "{bar:30} {pos}/{len} steps  {elapsed} passed, {prefix} left  {msg}";
+/// The bar has the columns that the rest of the line leaves, so that the line fits 80 of them.
+const WITH_STEPS: &str = "{wide_bar} {pos}/{len} steps  {prefix} left  {msg}";
 
 impl ProgressView {
     pub(super) fn new(output: Output) -> Self {
@@ -231,11 +232,8 @@ impl ProgressView {
                     set_template(&self.bar, WITH_STEPS);
                 }
                 self.bar.set_position(p.step);
-                let left = p
-                    .eta_seconds
-                    .and_then(|s| Duration::try_from_secs_f64(s.max(0.0)).ok());
-                self.bar
-                    .set_prefix(left.map_or("?".into(), |d| HumanDuration(d).to_string()));
+                let left = p.eta_seconds.map(|s| output::seconds(s.max(0.0)));
+                self.bar.set_prefix(left.unwrap_or_else(|| "?".to_owned()));
                 self.bar.set_message(metrics(&s.metrics, ""));
                 // The bar shows the step. Where there is none, or where the output goes to a file,
                 // each step prints a line.

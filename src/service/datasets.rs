@@ -18,7 +18,7 @@ use super::store::{Page, Store, now};
 use super::template_date::TemplateDate;
 use crate::domain::access::Caller;
 use crate::domain::dataset::{
-    Dataset, DatasetFormat, LengthCheck, RowIssue, Severity, ValidationReport,
+    Dataset, DatasetFormat, IssueReason, LengthCheck, RowIssue, Severity, ValidationReport,
 };
 use crate::domain::reason::Reason;
 use crate::domain::training::Truncation;
@@ -369,12 +369,23 @@ fn no_usable_row_message(report: &ValidationReport) -> String {
             } else {
                 format!("{rows} rows from row {}", i.row)
             };
-            format!("{rows}, {} {}: {}", i.field, i.reason.name(), i.message)
+            match i.message.starts_with(&i.field) {
+                true => format!("{rows}: {}", i.message),
+                false => format!("{rows}: {}: {}", i.field, i.message),
+            }
         })
         .collect();
-    format!(
+    let mut message = format!(
         "none of the {} rows can be used; {}",
         report.rows,
         first.join("; ")
-    )
+    );
+    let is_json_error = |i: &RowIssue| i.reason == IssueReason::InvalidJson;
+    if report.issues.iter().filter(errors).all(is_json_error) {
+        message.push_str(
+            "; the server takes JSON lines and Parquet, and the command line converts CSV, JSON \
+             arrays and Arrow",
+        );
+    }
+    message
 }

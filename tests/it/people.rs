@@ -277,6 +277,13 @@ async fn ctrl_c_ends_the_watching_and_not_the_job() {
         "{hint}"
     );
     assert!(!shown.contains("0/0 steps"), "{shown}");
+    // The whole line fits the 80 columns of the terminal, so that its end is not cut.
+    let (_, end) = shown.split_once("  accuracy ").unwrap();
+    assert!(
+        end.trim_start_matches(|c: char| c.is_ascii_digit())
+            .starts_with('%'),
+        "{shown}"
+    );
 
     let client = server.client().await;
     let name = format!("trainingJobs/{id}");

@@ -507,6 +507,33 @@ async fn shards_that_are_killed_and_restarted_write_the_bytes_of_an_undisturbed_
     assert_eq!(rows(&at("disturbed")).len(), 320);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_says_that_the_same_command_continues_and_it_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    write_lines(&at("x.jsonl"), &pairs(120));
+    let input = at("x.jsonl");
+    let args = [&WEIGHTS[..], &["--part-rows", "4", "--connections", "1"]].concat();
+    let run = |server: &str| command(server, input.to_str().unwrap(), &at("out"), &args);
+    let slow = slowed(&server.address);
+    let child = run(&slow).spawn().unwrap();
+    until_blocking("the first part", LIMIT, || !parts(&at("out")).is_empty());
+    // SAFETY: the call only sends a signal to a child of this test.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(130), "{}", said(&out));
+    assert!(
+        said(&out).contains("the same command continues"),
+        "{}",
+        said(&out)
+    );
+    assert!(!at("out/_manifest.json").exists());
+    let text = succeed(&mut run(&server.address));
+    assert!(text.contains("complete: 30 parts"), "{text}");
+    assert_eq!(rows(&at("out")).len(), 120);
+}
+
 /// Starts a server at a given port, so that another one can take its place.
 fn serve_at(port: u16, data: &Path, models: &str) -> Child {
     Command::new(crate::support::binary())

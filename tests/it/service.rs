@@ -485,7 +485,7 @@ async fn invalid_requests_are_refused_with_their_reason_and_the_server_continues
         .unwrap_err()
         .to_string();
     assert!(
-        e.contains("row 1") && e.contains("missing_field") && e.contains("row 2"),
+        e.contains("row 1") && e.contains("chosen is missing") && e.contains("row 2"),
         "{e}"
     );
     let chunk = pb::UploadDatasetRequest {

@@ -114,7 +114,14 @@ impl Uploaded {
         let field = self.labels.column(&issue.field);
         let message = self.labels.message(&issue.field, &issue.message);
         let space = if field.is_empty() { "" } else { " " };
-        format!("{places}: {field}{space}{}: {message}", issue.reason)
+        let severity = match issue.severity() {
+            pb::IssueSeverity::Warning => "warning: ",
+            _ => "",
+        };
+        format!(
+            "{places}: {severity}{field}{space}{}: {message}",
+            issue.reason
+        )
     }
 
     /// Describes the first error.

@@ -91,10 +91,14 @@ pub fn readable(path: &str, value: &Value) -> String {
     }
 }
 
-/// Formats a number; a double of a round value has no fraction.
+/// Formats a number with at most 6 significant digits if it has a fraction.
 fn number(n: &serde_json::Number) -> String {
     match n.as_f64() {
         Some(x) if n.is_f64() && x.fract() == 0.0 && x.abs() < 1e15 => format!("{x:.0}"),
+        Some(x) if n.is_f64() => match format!("{x:.5e}").parse::<f64>() {
+            Ok(rounded) => Value::from(rounded).to_string(),
+            Err(_) => n.to_string(),
+        },
         _ => n.to_string(),
     }
 }
@@ -185,7 +189,13 @@ fn list_line(item: &Value) -> String {
             text("field").unwrap_or_default(),
             text("reason").unwrap_or_default(),
         );
-        return format!("row {row}: {severity} {field} {reason}: {message}");
+        let parts = [severity, field, reason];
+        let about: Vec<&str> = parts
+            .iter()
+            .map(String::as_str)
+            .filter(|p| !p.is_empty())
+            .collect();
+        return format!("row {row}: {}: {message}", about.join(" "));
     }
     if let Some(path) = text("path") {
         return path;

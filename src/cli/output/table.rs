@@ -15,6 +15,8 @@ use crate::cli::settings;
 const DEFAULT_WIDTH: usize = 80;
 /// Width below which no column is cut.
 const MIN_COLUMN: usize = 8;
+/// Width up to which a column is as wide as its title.
+const MAX_TITLE: usize = 24;
 /// Number of characters of an id that a table shows if the whole one does not fit: the time in a
 /// UUID of version 7, to the millisecond.
 const SHORT_ID: usize = 13;
@@ -47,6 +49,7 @@ pub fn render(header: &[&str], mut rows: Vec<Vec<String>>, width: Option<usize>)
         }
     }
     shorten_names(header, &mut rows);
+    shorten_times(&mut rows);
     let natural: Vec<usize> = (0..header.len())
         .map(|i| column_width(header[i], rows.iter().map(|row| &row[i])))
         .collect();
@@ -55,7 +58,9 @@ pub fn render(header: &[&str], mut rows: Vec<Vec<String>>, width: Option<usize>)
     let mut shown = header.len();
     let minimum = |i: usize| match i {
         0 => natural[0].min(width / 2),
-        i => natural[i].min(MIN_COLUMN),
+        // A cut title or time says nothing, so that a column is rather left out.
+        i if rows.iter().any(|row| is_short_time(&row[i])) => natural[i],
+        i => natural[i].min(header[i].width().clamp(MIN_COLUMN, MAX_TITLE)),
     };
     while shown > 1 && (0..shown).map(minimum).sum::<usize>() + frame(shown) > width {
         shown -= 1;
@@ -110,9 +115,14 @@ fn column_width<'a>(title: &str, cells: impl Iterator<Item = &'a String>) -> usi
         .unwrap_or(0)
 }
 
-/// Replaces resource names in the column `name` by short ones, which commands accept, too:
-/// `0193c8e4-7a3f` for `trainingJobs/0193c8e4-7a3f-…`.
+/// Replaces resource names in the columns `name` and `policy` by short ones, which commands accept,
+/// too: `0193c8e4-7a3f` for `trainingJobs/0193c8e4-7a3f-…`.
 fn shorten_names(header: &[&str], rows: &mut [Vec<String>]) {
+    if let Some(policy) = header.iter().position(|title| *title == "policy") {
+        for row in rows.iter_mut() {
+            row[policy] = short_name(&row[policy]);
+        }
+    }
     if header.first() != Some(&"name") {
         return;
     }
@@ -125,11 +135,36 @@ fn shorten_names(header: &[&str], rows: &mut [Vec<String>]) {
     }
 }
 
+/// Replaces times by shorter ones, to the minute: `2026-11-24 10:00` for `2026-11-24T10:00:59Z`.
+fn shorten_times(rows: &mut [Vec<String>]) {
+    for cell in rows.iter_mut().flatten() {
+        let is_time = cell.len() == "2026-11-24T10:00:59Z".len()
+            && cell.ends_with('Z')
+            && cell.parse::<jiff::Timestamp>().is_ok();
+        if let Some((date, time)) = cell.split_once('T').filter(|_| is_time) {
+            *cell = format!("{date} {}", time.get(..5).unwrap_or(time));
+        }
+    }
+}
+
+/// Returns true for a time that [`shorten_times`] has made.
+fn is_short_time(cell: &str) -> bool {
+    let pattern = "0000-00-00 00:00";
+    cell.len() == pattern.len()
+        && cell.bytes().zip(pattern.bytes()).all(|(c, p)| match p {
+            b'0' => c.is_ascii_digit(),
+            other => c == other,
+        })
+}
+
 /// Returns a name without its collection and with a shortened id.
 fn short_name(name: &str) -> String {
     let Some((collection, rest)) = name.split_once('/') else {
         return name.to_owned();
     };
+    if collection == "models" {
+        return rest.to_owned();
+    }
     if !["trainingJobs", "datasets"].contains(&collection) {
         return name.to_owned();
     }

@@ -196,6 +196,58 @@ fn tables_fit_their_width_and_only_without_one_have_whole_values() {
 }
 
 #[test]
+fn lists_of_models_and_of_times_fit_80_columns_without_cuts() {
+    let header = ["name", "architecture", "parameters", "context", "dtype"];
+    let row = [
+        "models/SmolLM2-135M-Instruct.Q4_1",
+        "llama",
+        "135M",
+        "8192",
+        "q4_1",
+    ];
+    let models = render(&header, vec![row.map(str::to_owned).to_vec()], Some(80));
+    assert!(
+        models.contains("│ SmolLM2-135M-Instruct.Q4_1   "),
+        "{models}"
+    );
+    let header = ["name", "title", "rows", "usable", "size", "created"];
+    let row = [
+        "datasets/01a229b6-cf56-743a-b71a-d1a8adc6a991",
+        "good.jsonl.gz",
+        "24",
+        "24",
+        "21.0 KiB",
+        "2026-11-29T23:49:36Z",
+    ];
+    let row = row.map(str::to_owned).to_vec();
+    let datasets = render(&header, vec![row.clone()], Some(80));
+    assert!(datasets.contains(" 2026-11-29 23:49 "), "{datasets}");
+    assert!(widest(&models) <= 80 && widest(&datasets) <= 80);
+    assert!(!format!("{models}{datasets}").contains('…'));
+    let header = [
+        "name", "state", "steps", "policy", "title", "created", "replica", "heard",
+    ];
+    let row = [
+        "trainingJobs/01a229c0-063a-7709-b9d5-3d34b49fbecd",
+        "running",
+        "0/1",
+        "models/tiny",
+        "beta=0.1",
+        "2026-11-29T23:59:40Z",
+        "bradley-0",
+        "3 s ago",
+    ];
+    let jobs = render(&header, vec![row.map(str::to_owned).to_vec()], Some(80));
+    assert!(
+        jobs.contains(" tiny ") && jobs.contains(" 2026-11-29 23:59 "),
+        "{jobs}"
+    );
+    assert!(widest(&jobs) <= 80 && !jobs.contains('…'), "{jobs}");
+    // Where there is room, times are whole.
+    assert!(render(&header, vec![row], Some(200)).contains("2026-11-29T23:49:36Z"));
+}
+
+#[test]
 fn long_values_are_cut_in_their_middle() {
     assert_eq!(elide("abcdefgh", 8), "abcdefgh");
     assert_eq!(elide("abcdefgh", 5), "ab…gh");

@@ -10,6 +10,8 @@ use crate::rpc::pb;
 
 /// Maximum number of errors that are listed one by one.
 const MAX_LISTED_ERRORS: usize = 20;
+/// Number of errors that are listed if all say that a column is missing.
+const SAME_ERRORS: usize = 3;
 
 /// Columns of CSV.
 const CSV_COLUMNS: [&str; 18] = [
@@ -159,9 +161,22 @@ impl<W: Write> RowPrinter<W> {
         Ok(())
     }
 
+    /// Returns true if the first rows with an error lack a column.
+    pub fn lacks_columns(&self) -> bool {
+        !self.errors.is_empty()
+            && self
+                .errors
+                .iter()
+                .all(|e| e.contains("is missing; found: "))
+    }
+
     /// Returns the lines that list the first errors; `failed` is the number of all.
     pub fn errors(&self, failed: u64) -> Vec<String> {
         let mut lines = self.errors.clone();
+        if failed > SAME_ERRORS as u64 && self.lacks_columns() {
+            // Rows of one file usually lack the same column, which need not be said often.
+            lines.truncate(SAME_ERRORS);
+        }
         let more = failed.saturating_sub(lines.len() as u64);
         if !lines.is_empty() && more > 0 {
             lines.push(format!("and {more} more; --format json shows all of them"));
