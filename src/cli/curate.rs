@@ -1,7 +1,7 @@
 //! `bradley curate`: finds wrong labels.
 //!
-//! Rows are divided into folds. For each fold, a server trains an adapter on the rows of the others,
-//! which then scores the rows of the fold: it has not seen them.
+//! Rows are divided into folds. For each fold, a server trains an adapter on the rows of the
+//! others, which then scores the rows of the fold: it has not seen them.
 
 mod folder;
 mod index;
