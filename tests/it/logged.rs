@@ -373,7 +373,8 @@ async fn a_row_without_usable_log_probs_is_refused_by_its_number() {
         let (reason, message) = failure_of(&client, job.clone()).await;
         assert_eq!(reason, "DATASET_INVALID", "{message}");
         assert!(
-            message.contains("row 3, ref_chosen_logps missing_field: ")
+            message.contains("row 3, ")
+                && message.contains(" missing_field: ")
                 && message.contains(expected),
             "{message}"
         );
