@@ -332,7 +332,7 @@ fn the_model_of_the_tutorial_loads_in_python() {
 fn the_commands_of_the_quick_start_lead_to_a_trained_model() {
     let guide = Guide {
         text: section("README.md", "Quick start"),
-        replaced: 3,
+        replaced: 4,
     };
     follow(&guide, None);
 }
