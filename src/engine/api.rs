@@ -433,6 +433,12 @@ pub enum EngineError {
         /// Time after which a retry may succeed.
         retry_after: Duration,
     },
+    /// A training run needs the memory of the texts in progress.
+    #[error("a training run that begins needs the memory: retry later")]
+    GenerationDisplaced {
+        /// Time after which a retry may succeed.
+        retry_after: Duration,
+    },
     /// The job is not running, so its weights are not on a device.
     #[error("job {0} is not running on this server")]
     NotResident(String),

@@ -20,7 +20,7 @@ use super::api::{
     EngineError, GenerationEnd, GenerationEvent, GenerationRequest, GenerationResult, WeightsRef,
 };
 use super::live::{Live, device_error};
-use super::policy_cache::{BaseModels, PolicyCache};
+use super::policy_cache::{BaseModels, PolicyCache, adapter_bytes};
 use crate::compute::cpu::attention::CACHE_BLOCK;
 use crate::infer::generate::{self, Prompt, Sampled, Sequence};
 use crate::model::adapter::Adapter;
@@ -35,6 +35,9 @@ const PREFILL_TOKENS: usize = 2048;
 const TOKENS_IN_CHANNEL: usize = 32;
 /// Time after which a request ends whose caller does not read.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
+
+/// Time after which a request may be sent again that ended for a training run.
+const DISPLACED_RETRY: Duration = Duration::from_secs(30);
 
 /// Returns the capacity of the channel of a request: one place more than its tokens may take, for
 /// the event that ends it.
@@ -103,6 +106,9 @@ struct Generating {
 /// The base model and the adapter of a policy, and the step of a running job.
 type ResolvedPolicy = (Policy, Option<Arc<Adapter>>, Option<u64>);
 
+/// The base model of a request, its samples with their first tokens, and the step of a running job.
+type OpenedRequest = (Policy, Vec<(Sequence, Sampled)>, Option<u64>);
+
 /// A sample in progress.
 struct OpenSample {
     index: usize,
@@ -159,6 +165,18 @@ impl Generator {
         self.generating.is_empty()
             || (self.blocks() + entry.blocks() <= self.limit
                 && self.sequences() + entry.request.samples <= MAX_SEQUENCES)
+    }
+
+    /// Ends all requests in progress if they do not fit beside the run for which memory was
+    /// reserved.
+    pub fn make_room(&mut self, policies: &mut PolicyCache) {
+        if self.is_active() && !policies.fits() {
+            let retry_after = DISPLACED_RETRY;
+            self.end_all(policies, || EngineError::GenerationDisplaced {
+                retry_after,
+            });
+            policies.fit();
+        }
     }
 
     /// Ends all requests in progress with an error.
@@ -221,25 +239,13 @@ impl Generator {
     fn admit(&mut self, cx: &mut StepContext, entry: GenerationEntry) {
         metrics::histogram!("bradley_generation_queue_seconds")
             .record(entry.enqueued.elapsed().as_secs_f64());
-        let opened = self
-            .resolve(cx, &entry.policy)
-            .and_then(|(base, adapter, live_step)| {
-                let layout = base.cache_layout();
-                let bytes = (entry.blocks() * layout.block_bytes()) as u64;
-                cx.policies.reserve_cache(cx.base_models, bytes)?;
-                let begun = guarded(|| begin(&base, adapter, &entry.request))
-                    .unwrap_or_else(|panic| Err(EngineError::Device(panic)));
-                match begun {
-                    Ok(samples) => Ok((base, samples, bytes, live_step)),
-                    Err(e) => {
-                        cx.policies.release_cache(bytes);
-                        Err(e)
-                    }
-                }
-            });
-        let (base, begun, bytes, live_step) = match opened {
+        let mut bytes = 0;
+        let (base, begun, live_step) = match self.open(cx, &entry, &mut bytes) {
             Ok(opened) => opened,
-            Err(e) => return entry.refuse(e),
+            Err(e) => {
+                cx.policies.release_cache(bytes);
+                return entry.refuse(e);
+            }
         };
         metrics::counter!("bradley_generation_prompt_tokens_total")
             .increment(entry.request.prompt.len() as u64);
@@ -271,6 +277,29 @@ impl Generator {
             }
         }
         self.generating.push(generating);
+    }
+
+    /// Reserves the memory of a request, runs its prompt and samples the first tokens. Also returns
+    /// the base model and the step of a running job. `reserved` counts the bytes, also if this
+    /// fails.
+    fn open(
+        &self,
+        cx: &mut StepContext,
+        entry: &GenerationEntry,
+        reserved: &mut u64,
+    ) -> Result<OpenedRequest, EngineError> {
+        // Before `resolve` copies the adapter of a running job.
+        let live = cx.live.filter(|live| entry.live_job() == Some(&live.job));
+        let copied = live.map_or(0, |live| adapter_bytes(&live.policy));
+        cx.policies.reserve_cache(cx.base_models, copied)?;
+        *reserved += copied;
+        let (base, adapter, live_step) = self.resolve(cx, &entry.policy)?;
+        let bytes = (entry.blocks() * base.cache_layout().block_bytes()) as u64;
+        cx.policies.reserve_cache(cx.base_models, bytes)?;
+        *reserved += bytes;
+        let begun = guarded(|| begin(&base, adapter, &entry.request))
+            .unwrap_or_else(|panic| Err(EngineError::Device(panic)))?;
+        Ok((base, begun, live_step))
     }
 
     /// Returns the base model and the adapter of a policy, and the step of a running job. The

@@ -628,7 +628,13 @@ impl PolicyCache {
 
     /// Evicts weights that do not fit beside the runs in progress.
     pub fn fit(&mut self) {
-        while self.counted_bytes() + self.cache > self.room.bytes() && self.evict_oldest() {}
+        while !self.fits() && self.evict_oldest() {}
+    }
+
+    /// Returns true if the weights, and the cached keys and values, fit beside the runs in
+    /// progress.
+    pub fn fits(&self) -> bool {
+        self.counted_bytes() + self.cache <= self.room.bytes()
     }
 
     #[cfg(test)]
@@ -661,7 +667,7 @@ impl PolicyCache {
 }
 
 /// Returns the bytes of a policy's adapter in memory.
-fn adapter_bytes(policy: &Policy) -> u64 {
+pub(super) fn adapter_bytes(policy: &Policy) -> u64 {
     let tensors = policy.adapter.iter().flat_map(|adapter| adapter.named());
     tensors
         .map(|(_, t)| (t.elem_count() * t.dtype().size_in_bytes()) as u64)

@@ -136,6 +136,13 @@ impl PolicyScorer {
         }
     }
 
+    /// Reserves memory for a run that begins. Weights that no longer fit are evicted, and texts in
+    /// progress end if their keys and values do not fit either.
+    pub fn reserve_for_run(&mut self, bytes: u64) {
+        self.policies.reserve_for_run(bytes);
+        self.generator.make_room(&mut self.policies);
+    }
+
     /// Returns true if the worker of `job` has texts in progress or may take a waiting request.
     pub fn has_generation(&self, job: Option<&str>) -> bool {
         self.generator.is_active() || self.queue.has_generation(job)

@@ -301,7 +301,7 @@ impl Worker {
         if let Some(end) = stopped(&run.control) {
             return self.end_before_start(&run, end);
         }
-        self.scoring.policies.reserve_for_run(needs.minimum);
+        self.scoring.reserve_for_run(needs.minimum);
         self.queue.request_fit_check();
         let models = run::models_to_read(&run, &self.base_models);
         if models.is_empty() {
@@ -392,7 +392,6 @@ impl Worker {
         match prepared {
             Ok(trainer) => {
                 self.scoring
-                    .policies
                     .reserve_for_run(needs.extra + trainer.planned_bytes());
                 self.queue.request_fit_check();
                 tracing::info!(

@@ -212,7 +212,8 @@ impl From<EngineError> for ServiceError {
             }
             EngineError::QueueFull { retry_after, .. }
             | EngineError::TooManyRuns { retry_after, .. }
-            | EngineError::TooManyGenerations { retry_after, .. } => ServiceError::Unavailable {
+            | EngineError::TooManyGenerations { retry_after, .. }
+            | EngineError::GenerationDisplaced { retry_after } => ServiceError::Unavailable {
                 reason: Reason::QueueFull,
                 message,
                 retry_after,

@@ -7,7 +7,8 @@ use std::collections::VecDeque;
 use proptest::prelude::*;
 
 use super::*;
-use crate::domain::training::Precision;
+use crate::domain::training::{LoraConfig, Precision};
+use crate::engine::memory::{HostMemory, Room};
 use crate::engine::scoring::tests::{base, base_models};
 use crate::infer::generate::SamplingOptions;
 use crate::infer::pair::SequenceGroup;
@@ -68,11 +69,15 @@ impl Device {
     }
 
     fn step(&mut self) -> bool {
+        self.step_beside(None)
+    }
+
+    fn step_beside(&mut self, live: Option<&Live>) -> bool {
         let waiting = &self.waiting;
         let mut cx = StepContext {
             policies: &mut self.policies,
             base_models: &self.base_models,
-            live: None,
+            live,
         };
         self.generator.step(&mut cx, |fits| {
             let mut waiting = waiting.borrow_mut();
@@ -259,4 +264,78 @@ proptest! {
         prop_assert_eq!(device.generator.blocks(), 0);
         prop_assert_eq!(device.reserved(), 0);
     }
+}
+
+#[test]
+fn texts_end_for_a_run_that_needs_their_memory_and_only_for_such_a_run() {
+    let mut device = Device::new(100);
+    let room = 1 << 20;
+    let limit = Room::new(room, Arc::default(), HostMemory::new(u64::MAX), 1);
+    device.policies.limit_bytes(limit);
+    let mut events = device.add(request(10, 1, 60));
+    device.step();
+    let held = device.reserved();
+    assert!(held > 0 && held < room, "{held} of {room}");
+    for (run, ends) in [(room - held, false), (room - held + 1, true)] {
+        device.policies.reserve_for_run(run);
+        device.generator.make_room(&mut device.policies);
+        assert_eq!(device.reserved(), if ends { 0 } else { held });
+        assert_eq!(device.generator.is_active(), !ends);
+    }
+    let mut last = None;
+    while let Ok(event) = events.try_recv() {
+        last = Some(event);
+    }
+    assert!(
+        matches!(last, Some(Err(EngineError::GenerationDisplaced { .. }))),
+        "{last:?}"
+    );
+}
+
+#[test]
+fn the_copy_of_a_running_jobs_adapter_is_reserved_before_it_is_made() {
+    let mut device = Device::new(100);
+    let policy = device.base_models.open(&base()).unwrap();
+    let config = LoraConfig::default();
+    let adapter = Adapter::init(&policy.config, &config, 7).unwrap();
+    let policy = Policy {
+        adapter: Some(Arc::new(adapter)),
+        ..policy
+    };
+    let bytes = adapter_bytes(&policy);
+    let live = Live {
+        job: "j".into(),
+        policy,
+        reference: None,
+        step: 3,
+    };
+    let ask = |device: &Device, policy: WeightsRef| {
+        let (mut entry, events) = entry(request(10, 1, 60));
+        entry.policy = policy;
+        device.waiting.borrow_mut().push_back(entry);
+        events
+    };
+    let of_base = ask(&device, base());
+    device.step_beside(Some(&live));
+    let cache = device.reserved();
+    drop(of_base);
+    device.step_beside(Some(&live));
+    assert_eq!(device.reserved(), 0);
+
+    let running = || WeightsRef::Live { job: "j".into() };
+    let events = ask(&device, running());
+    device.step_beside(Some(&live));
+    assert_eq!(device.reserved(), cache + bytes);
+    drop(events);
+    device.step_beside(Some(&live));
+    assert_eq!(device.reserved(), 0);
+
+    // Without room for the copy, the request is refused and nothing stays reserved.
+    let limit = Room::new(bytes - 1, Arc::default(), HostMemory::new(u64::MAX), 1);
+    device.policies.limit_bytes(limit);
+    let mut events = ask(&device, running());
+    device.step_beside(Some(&live));
+    let refused = events.try_recv().unwrap();
+    assert!(matches!(refused, Err(EngineError::NoRoom { .. })));
+    assert_eq!(device.reserved(), 0);
 }
