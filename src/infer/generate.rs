@@ -21,7 +21,7 @@ use crate::model::spec::ModelSpec;
 /// How the next token is chosen.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingOptions {
-    /// Factor 1/temperature on the logits; 0 chooses the most likely token.
+    /// The logits are divided by it; 0 chooses the most likely token.
     pub temperature: f64,
     /// Samples from the most likely tokens whose probabilities add up to this; `None` means all.
     pub top_p: Option<f64>,

@@ -161,8 +161,8 @@ async fn a_dialogue_is_rendered_and_wrong_fields_are_named_together() {
     let wrong = pb::GenerateCompletionsRequest {
         policy: "tiny".into(),
         samples: 65,
-        temperature: Some(-1.0),
-        top_p: Some(0.0),
+        temperature: Some(1e-39),
+        top_p: Some(1e-46),
         top_k: Some(0),
         stop: vec![String::new()],
         ..wanted("x", 1, 1)

@@ -25,6 +25,10 @@ const MAX_STOP_BYTES: usize = 256;
 const MAX_STOP_TOKENS: usize = 64;
 /// Highest temperature.
 const MAX_TEMPERATURE: f64 = 100.0;
+/// Minimum temperature above 0. Logits divided by a smaller one may overflow.
+const MIN_TEMPERATURE: f64 = 1e-4;
+/// Minimum of top_p. A smaller one may round to 0.
+const MIN_TOP_P: f64 = 1e-6;
 
 /// Converts a request. The second value is true if it wants the log-probs of the tokens.
 pub(in crate::rpc) fn request(
@@ -48,14 +52,16 @@ pub(in crate::rpc) fn request(
         );
     }
     let temperature = r.temperature.unwrap_or(1.0);
-    if !(0.0..=MAX_TEMPERATURE).contains(&temperature) {
+    if temperature != 0.0 && !(MIN_TEMPERATURE..=MAX_TEMPERATURE).contains(&temperature) {
         bad.push(
             "temperature",
-            format!("is {temperature}: it must lie in 0..={MAX_TEMPERATURE}"),
+            format!(
+                "is {temperature}: it must be 0 or lie in {MIN_TEMPERATURE}..={MAX_TEMPERATURE}"
+            ),
         );
     }
-    if let Some(p) = r.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
-        bad.push("top_p", format!("is {p}: it must be above 0 and at most 1"));
+    if let Some(p) = r.top_p.filter(|p| !(MIN_TOP_P..=1.0).contains(p)) {
+        bad.push("top_p", format!("is {p}: it must lie in {MIN_TOP_P}..=1"));
     }
     if r.top_k == Some(0) {
         bad.push("top_k", "is 0: leave it out for all tokens");
