@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -424,6 +427,14 @@ def test_tokens_are_sent(start_server: StartServer, tmp_path: Path) -> None:
         assert client.score_pairs(PLAIN_ROWS[:2], "tiny").results[0].HasField("score")
         with pytest.raises(PermissionDeniedError):
             client.upload(CHAT_ROWS)
+    fork = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(1, fork) as executor:
+        for given in (token, functools.partial(str, token)):
+            scorer = Scorer(server.target, "tiny", token=given)
+            rows = executor.submit(scorer.rows, PLAIN_ROWS[:2]).result(60)
+            assert [row["error"] for row in rows] == [None, None]
+        with pytest.raises(UnauthenticatedError):
+            executor.submit(Scorer(server.target, "tiny").rows, PLAIN_ROWS[:2]).result(60)
 
 
 def test_a_server_that_is_not_there_is_named() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +18,8 @@ from typing import Any
 import pytest
 from conftest import CHAT_ROWS, PLAIN_ROWS, ROWS, Server, check_scores, scores
 
-from bradley import Client, NotFoundError, Scorer
+from bradley import AsyncClient, Client, NotFoundError, Scorer
+from bradley.forked import NewPython
 from bradley.scorer import ANSWER_COLUMNS, PAIR_COLUMNS
 from bradley.v1 import scoring_pb2
 
@@ -269,6 +274,45 @@ def test_datasets_map(scorer: Scorer, client: Client, policy: str, plain_scores:
     chat = datasets.Dataset.from_list(TYPED_ROWS)
     scored = chat.map(scorer, batched=True, batch_size=2)
     check_scores(list(scored), scores(client, CHAT_ROWS, policy))
+
+
+async def _open_client(server: Server, policy: str) -> AsyncClient:
+    client = AsyncClient(server.target)
+    await client.score_pairs(PLAIN_ROWS[:1], policy)
+    return client
+
+
+def _killed_and_scored(scorer: Scorer) -> list[dict[str, Any]]:
+    """Scores in a forked process, before and after its Python is killed."""
+    before = scorer.rows(PLAIN_ROWS[:2])
+    live = scorer._live
+    assert isinstance(live, NewPython)
+    os.kill(live._child.pid, signal.SIGKILL)
+    live._child.wait()
+    assert scorer.rows(PLAIN_ROWS[:2]) == before
+    return before
+
+
+def test_forked_processes(server: Server, scorer: Scorer, policy: str) -> None:
+    scorer.rows(PLAIN_ROWS[:1])
+    loop = asyncio.new_event_loop()
+    # Its thread waits in gRPC all the time, and gRPC's handlers of forks then do nothing.
+    client = loop.run_until_complete(_open_client(server, policy))
+    expected = [scorer.rows([row])[0] for row in PLAIN_ROWS]
+    fork = multiprocessing.get_context("fork")
+    try:
+        # This executor notices a process that dies, which a Pool replaces.
+        with concurrent.futures.ProcessPoolExecutor(3, fork) as executor:
+            chunks = [PLAIN_ROWS[i : i + 4] for i in range(0, len(PLAIN_ROWS), 4)]
+            scored = executor.map(scorer.rows, chunks, timeout=60)
+            assert [row for rows in scored for row in rows] == expected
+            bad = Scorer(server.target, "models/none")
+            with pytest.raises(NotFoundError, match="models/none"):
+                executor.submit(bad.rows, PLAIN_ROWS[:1]).result(60)
+            assert executor.submit(_killed_and_scored, scorer).result(60) == expected[:2]
+    finally:
+        loop.run_until_complete(client.close())
+        loop.close()
 
 
 @pytest.fixture(scope="module")

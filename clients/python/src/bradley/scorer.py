@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Unpack
 
 import grpc
 
-from bradley import calls, messages, tables
+from bradley import calls, forked, messages, tables
 from bradley.calls import PolicyLike, ScoringArguments
 from bradley.client import Client
 from bradley.connection import Pem
@@ -67,6 +68,9 @@ _PAIR_OUTPUT = ("probability", "margin", "chosen_reward", "rejected_reward", "er
 _ANSWER_OUTPUT = ("rewards", "ranking", "best", "error")
 # Errors of a call that may come from a single row of it.
 _ROW_CODES = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE)
+
+# Connections that a forked process has from its parent.
+_OF_PARENTS: list[object] = []
 
 
 class Scorer:
@@ -143,7 +147,7 @@ class Scorer:
             "key": key,
             "retry": retry,
         }
-        self._live: _Live | None = None
+        self._live: _Live | forked.NewPython | None = None
         self._lock = threading.Lock()
 
     @property
@@ -235,12 +239,29 @@ class Scorer:
         self.__dict__.update(state)
         self._live, self._lock = None, threading.Lock()
 
-    def _connected(self) -> _Live:
+    def _connected(self) -> _Live | forked.NewPython:
         with self._lock:
-            # A forked process has a copy of its parent's connection, which it must not use.
-            if self._live is None or self._live.process != os.getpid():
-                self._live = _Live(self._client_settings, self._concurrency)
-            return self._live
+            live = self._live
+            if live is not None and live.process != os.getpid():
+                # gRPC's objects must not be freed in a forked process either.
+                _OF_PARENTS.append(live)
+                live = None
+            if isinstance(live, forked.NewPython) and not live.is_running:
+                live = None
+            if live is None:
+                if forked.is_forked():
+                    live = self._new_python()
+                else:
+                    live = _Live(self._client_settings, self._concurrency)
+                self._live = live
+            return live
+
+    def _new_python(self) -> forked.NewPython:
+        """Starts a Python that scores for a forked process."""
+        twin, token = copy.copy(self), forked.Token()
+        if callable(self._client_settings["token"]):
+            twin._client_settings = {**self._client_settings, "token": token}
+        return forked.NewPython(twin._scored, token)
 
     # Scoring --------------------------------------------------------------------------------------
 
@@ -270,6 +291,11 @@ class Scorer:
         if not rows:
             return []
         live, deadline = self._connected(), Deadline(self._timeout)
+        if isinstance(live, forked.NewPython):
+            token = self._client_settings["token"]
+            inputs = [{name: row.get(name) for name in self._inputs()} for row in rows]
+            scored: list[dict[str, Any]] = live.call(inputs, token() if callable(token) else "")
+            return scored
         score = self._score_answers if self._completions else self._score_pairs
         found = score(live, rows, deadline)
         names = {c.name: c.name.removeprefix(self._prefix) for c in self._columns}
