@@ -12,17 +12,20 @@ use crate::rpc::pb;
 /// Columns that are shown by default.
 const DEFAULT: [&str; 6] = ["name", "state", "steps", "policy", "title", "created"];
 /// Names of columns that differ from those of their fields.
-const SHORT: [(&str, &str); 4] = [
+const SHORT: [(&str, &str); 5] = [
     ("title", "display_name"),
     ("created", "create_time"),
     ("steps", STEPS),
     ("heard", HEARD),
+    ("last event", LAST_EVENT),
 ];
-/// Columns that are shown by default if a server runs one of the jobs: which one, and how long ago
-/// it was heard.
-const OF_RUNNING: [&str; 2] = ["replica", "heard"];
+/// Columns that are shown by default if a server runs one of the jobs: which one, and the age of
+/// the job's newest event.
+const OF_RUNNING: [&str; 2] = ["replica", "last event"];
 /// The column with the time since the server that runs a job was heard.
 const HEARD: &str = "replica_time";
+/// The column with the age of a job's newest event.
+const LAST_EVENT: &str = "last_event_time";
 /// The column with both numbers of steps.
 const STEPS: &str = "progress.step/total_steps";
 
@@ -133,10 +136,10 @@ fn path(name: &str, paths: &[FieldPath]) -> Result<String, Failure> {
 }
 
 fn cell(path: &str, job: &Value) -> String {
-    if path == HEARD {
-        let heard = flat::at(job, path).and_then(Value::as_str);
-        let heard: Option<jiff::Timestamp> = heard.and_then(|time| time.parse().ok());
-        return heard.map_or_else(String::new, |time| {
+    if [HEARD, LAST_EVENT].contains(&path) {
+        let time = flat::at(job, path).and_then(Value::as_str);
+        let time: Option<jiff::Timestamp> = time.and_then(|time| time.parse().ok());
+        return time.map_or_else(String::new, |time| {
             let seconds = jiff::Timestamp::now().duration_since(time).as_secs_f64();
             format!("{} ago", human::seconds(seconds.max(0.0)))
         });

@@ -30,6 +30,7 @@ pub const OUTPUT_ONLY: [&str; 15] = [
     "pins",
     "replica",
     "replica_time",
+    "last_event_time",
 ];
 
 /// Value of `--reference` for a job without a reference.

@@ -230,6 +230,7 @@ fn job_sections(job: &pb::TrainingJob, value: &Value) -> Vec<Section> {
         ("etag", "etag"),
         ("runs on", "replica"),
         ("heard at", "replica_time"),
+        ("last event at", "last_event_time"),
     ] {
         about.add(title, shown(path));
     }

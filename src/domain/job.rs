@@ -265,6 +265,8 @@ pub struct JobWorker {
     pub replica: String,
     /// Time at which it last renewed the job's lease.
     pub heard: Millis,
+    /// Time of the job's newest event.
+    pub last_event_time: Option<Millis>,
 }
 
 impl Job {

@@ -512,7 +512,7 @@ fn a_command_whose_reader_has_gone_ends_quietly() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_list_of_jobs_says_which_server_runs_each_and_when_it_was_heard() {
+async fn a_list_of_jobs_says_which_server_runs_each_and_the_age_of_its_newest_event() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
@@ -524,7 +524,7 @@ async fn a_list_of_jobs_says_which_server_runs_each_and_when_it_was_heard() {
     let machine = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     let machine = machine.trim();
     let table = succeed(&list);
-    for shown in ["replica", "heard", machine, " s ago"] {
+    for shown in ["replica", "last event", machine, " s ago"] {
         assert!(table.contains(shown), "{shown} is not in {table}");
     }
     let running = get(&client, &name).await;
@@ -535,6 +535,13 @@ async fn a_list_of_jobs_says_which_server_runs_each_and_when_it_was_heard() {
         (began - 1..began + 600).contains(&heard),
         "{heard} is far from {began}"
     );
+    let newest = running.last_event_time;
+    assert!(newest.is_some());
+    let follow = client.follow(&name, 0, |event| event.time != newest);
+    let followed = tokio::time::timeout(Duration::from_secs(60), follow).await;
+    followed.expect("an event has that time").unwrap();
+    let by_name = [&list[..], &["--columns", "name,heard,last event"]].concat();
+    assert!(succeed(&by_name).contains("heard"));
     let request = pb::CancelTrainingJobRequest { name: name.clone() };
     client
         .training()
@@ -544,7 +551,8 @@ async fn a_list_of_jobs_says_which_server_runs_each_and_when_it_was_heard() {
     finish(&client, &name).await;
     let ended = get(&client, &name).await;
     assert_eq!((ended.replica.as_str(), ended.replica_time), ("", None));
-    assert!(!succeed(&list).contains("heard"));
+    assert_eq!(ended.last_event_time, None);
+    assert!(!succeed(&list).contains("last event"));
 }
 
 /// A row that is too long is an error of the field that has its texts.

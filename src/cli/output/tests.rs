@@ -225,7 +225,14 @@ fn lists_of_models_and_of_times_fit_80_columns_without_cuts() {
     assert!(widest(&models) <= 80 && widest(&datasets) <= 80);
     assert!(!format!("{models}{datasets}").contains('…'));
     let header = [
-        "name", "state", "steps", "policy", "title", "created", "replica", "heard",
+        "name",
+        "state",
+        "steps",
+        "policy",
+        "title",
+        "created",
+        "replica",
+        "last event",
     ];
     let row = [
         "trainingJobs/01a229c0-063a-7709-b9d5-3d34b49fbecd",

@@ -606,6 +606,11 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
             seconds: (ms / 1000) as i64,
             nanos: (ms % 1000) as i32 * 1_000_000,
         }),
+        last_event_time: j
+            .worker
+            .as_ref()
+            .and_then(|worker| worker.last_event_time)
+            .map(timestamp),
         replica_time: j.worker.as_ref().map(|worker| timestamp(worker.heard)),
         replica: j.worker.map(|worker| worker.replica).unwrap_or_default(),
     }

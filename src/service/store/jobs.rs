@@ -252,11 +252,16 @@ impl Store {
 
     /// Adds to a job which process runs it, and when that last renewed its lease.
     fn with_worker(&self, found: JobAndHolder) -> Job {
-        let JobAndHolder { mut job, holder } = found;
+        let JobAndHolder {
+            mut job,
+            holder,
+            last_event_time,
+        } = found;
         let lease = i64::try_from(self.lease.as_millis()).unwrap_or(i64::MAX);
         job.worker = holder.map(|(owner, until)| JobWorker {
             replica: replica_name(&owner).to_owned(),
             heard: until.saturating_sub(lease),
+            last_event_time,
         });
         job
     }

@@ -24,7 +24,9 @@ fn from_json<T: DeserializeOwned>(text: &str, what: &str) -> Result<T> {
 pub(super) const JOB: &str = "seq, id, version, state, request, error, progress, latest_metrics, \
                               skipped_rows, create_time, start_time, end_time, request_hash, turn, \
                               owner, lease_token, lease_owner, lease_until, \
-                              lease_writes, reclaims, reclaim_step, trace";
+                              lease_writes, reclaims, reclaim_step, trace, \
+                              (SELECT time FROM events WHERE events.job = jobs.id \
+                              ORDER BY sequence DESC LIMIT 1) AS last_event_time";
 /// Columns of a [`CheckpointRow`].
 pub(super) const CHECKPOINT: &str =
     "job, step, best, adapter, size_bytes, metrics, create_time, digest";
@@ -77,6 +79,7 @@ pub(super) struct JobRow {
     pub reclaims: i64,
     pub reclaim_step: i64,
     pub trace: Option<String>,
+    pub last_event_time: Option<Millis>,
 }
 
 impl ListedRow for JobRow {
@@ -138,10 +141,12 @@ impl TryFrom<JobRow> for Job {
     }
 }
 
-/// A job for a client, with the holder of its lease and the lease's end.
+/// A job for a client, with the holder of its lease and the lease's end, and with the time of its
+/// newest event.
 pub(super) struct JobAndHolder {
     pub job: Job,
     pub holder: Option<(String, Millis)>,
+    pub last_event_time: Option<Millis>,
 }
 
 impl TryFrom<JobRow> for JobAndHolder {
@@ -149,8 +154,13 @@ impl TryFrom<JobRow> for JobAndHolder {
 
     fn try_from(mut row: JobRow) -> Result<JobAndHolder> {
         let holder = row.lease_owner.take().zip(Some(row.lease_until));
+        let last_event_time = row.last_event_time;
         let job = Job::try_from(row)?;
-        Ok(JobAndHolder { job, holder })
+        Ok(JobAndHolder {
+            job,
+            holder,
+            last_event_time,
+        })
     }
 }
 
