@@ -14,7 +14,7 @@ use crate::domain::training::{ALL_LINEAR, FUSED_TARGET_MODULES, TARGET_MODULES};
 pub const MAX_SWEEP: usize = 64;
 
 /// Fields that only the server sets. A job file may have them, because `jobs get` prints them.
-pub const OUTPUT_ONLY: [&str; 15] = [
+pub const OUTPUT_ONLY: [&str; 16] = [
     "name",
     "uid",
     "etag",
