@@ -21,7 +21,8 @@ lint:
 demo *args:
     cargo run --release -- demo {{ args }}
 
-# Generates the golden files, except smollm2.json (tests/goldens/README.md).
+# Generates the golden files, except evaluation.json, generation.json and smollm2.json, for which
+# tests/goldens/README.md has the commands.
 goldens:
     python3 -m venv target/goldens-venv
     target/goldens-venv/bin/pip install --quiet -r tests/goldens/requirements.txt
