@@ -189,8 +189,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "max_scoring_tokens_per_client",
         "0",
-        "Maximum number of one client's tokens that wait to be scored or may still be generated; \
-         0 means no limit",
+        "Maximum number of one client's tokens that wait for scores or texts; 0 means no limit",
     ),
     (
         "adapter_dir",
@@ -368,8 +367,7 @@ pub struct Settings {
     pub max_dataset_bytes_per_client: Option<u64>,
     /// Maximum size of a dataset's text, in bytes.
     pub max_dataset_text_bytes: u64,
-    /// Maximum number of one client's tokens that wait to be scored or may still be generated;
-    /// `None` means no limit.
+    /// Maximum number of one client's tokens that wait for scores or texts; `None` means no limit.
     pub max_scoring_tokens_per_client: Option<usize>,
     /// Folder of the adapters that jobs may start from.
     pub adapter_dir: Option<PathBuf>,
