@@ -10,7 +10,8 @@ test *args:
 # Runs all tests but those for a GPU and one that takes an hour. The first time it fetches the
 # tools, which take about 6 GB.
 test-all *args:
-    eval "$(.ci/run setup | grep '^export')" && cargo test {{ args }} -- --include-ignored --skip a_million_rows
+    eval "$(.ci/run setup | grep '^export')" \
+        && cargo test {{ args }} -- --include-ignored --skip a_million_rows
 
 # Checks formatting, clippy and docs.
 lint:

@@ -95,7 +95,7 @@ def at(tree, path):
 
 
 def sections(text):
-    """Returns the section of each top-level key of values.yaml: the last `# ==` comment above it."""
+    """Returns the section of each top-level key of values.yaml: the last `# ==` above it."""
     title, found = None, {}
     for line in text.splitlines():
         if line.startswith("# == "):
