@@ -7,9 +7,11 @@ _default:
 test *args:
     cargo test {{ args }}
 
-# Runs all tests but those for a GPU. The first time it fetches the tools, which take about 6 GB.
+# Runs all tests but those for a GPU and one that takes an hour. The first time it fetches the
+# tools, which take about 6 GB.
 test-all *args:
-    eval "$(.ci/run setup | grep '^export')" && cargo test {{ args }} -- --include-ignored
+    eval "$(.ci/run setup | grep '^export')" \
+        && cargo test {{ args }} -- --include-ignored --skip a_million_rows
 
 # Checks formatting, clippy and docs.
 lint:
@@ -21,7 +23,8 @@ lint:
 demo *args:
     cargo run --release -- demo {{ args }}
 
-# Generates the golden files, except smollm2.json (tests/goldens/README.md).
+# Generates the golden files, except evaluation.json, generation.json and smollm2.json, for which
+# tests/goldens/README.md has the commands.
 goldens:
     python3 -m venv target/goldens-venv
     target/goldens-venv/bin/pip install --quiet -r tests/goldens/requirements.txt

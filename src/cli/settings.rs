@@ -86,7 +86,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "scoring_share",
         "0.4",
-        "Share of device time that scoring may use while a job trains, above 0 and at most 1",
+        "Share of device time that scoring and generation may use while a job trains, above 0 and \
+         at most 1",
     ),
     (
         "queue_tokens",
@@ -101,8 +102,9 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "max_row_tokens",
         "16384",
-        "Maximum number of tokens in one scored row, with the prompt and all of its answers; \
-         training is limited by a job's max_length instead",
+        "Maximum number of tokens in one scored row, with the prompt and all of its answers, and \
+         of a prompt with max_tokens of one generated sample; training is limited by a job's \
+         max_length instead",
     ),
     (
         "reference_cache_tokens",
@@ -187,7 +189,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "max_scoring_tokens_per_client",
         "0",
-        "Maximum number of one client's tokens in the scoring queue; 0 means no limit",
+        "Maximum number of one client's tokens that wait for scores or texts; 0 means no limit",
     ),
     (
         "adapter_dir",
@@ -365,7 +367,7 @@ pub struct Settings {
     pub max_dataset_bytes_per_client: Option<u64>,
     /// Maximum size of a dataset's text, in bytes.
     pub max_dataset_text_bytes: u64,
-    /// Maximum number of one client's tokens in the scoring queue; `None` means no limit.
+    /// Maximum number of one client's tokens that wait for scores or texts; `None` means no limit.
     pub max_scoring_tokens_per_client: Option<usize>,
     /// Folder of the adapters that jobs may start from.
     pub adapter_dir: Option<PathBuf>,

@@ -94,6 +94,18 @@ def at(tree, path):
     return tree
 
 
+def sections(text):
+    """Returns the section of each top-level key of values.yaml: the last `# ==` above it."""
+    title, found = None, {}
+    for line in text.splitlines():
+        if line.startswith("# == "):
+            title = line.removeprefix("# == ")
+        elif key := re.match(r"(\w+):", line):
+            check(title is not None, f"values.yaml: {key[1]} is in no section")
+            found[key[1]] = title
+    return found
+
+
 def settings():
     """Returns the server's settings with their help texts, from its source."""
     source = (ROOT / "src/cli/settings.rs").read_text()
@@ -122,8 +134,12 @@ def documented():
     }
     schema["properties"]["config"]["properties"]["drain_timeout"].update({"type": "integer", "minimum": 1})
 
-    rows = ["| Key | Type | Default | Description |", "|-----|------|---------|-------------|"]
+    rows, section_of, section = [], sections(text), None
     for path, description in found:
+        if section_of[path[0]] != section:
+            section = section_of[path[0]]
+            rows += [""] if rows else []
+            rows += [f"### {section}", "", "| Key | Type | Default | Description |", "|-----|------|---------|-------------|"]
         value = at(values, path)
         node = schema
         for key in path:
