@@ -187,7 +187,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "max_scoring_tokens_per_client",
         "0",
-        "Maximum number of one client's tokens in the scoring queue; 0 means no limit",
+        "Maximum number of one client's tokens that wait for scores or texts; 0 means no limit",
     ),
     (
         "adapter_dir",
@@ -365,7 +365,7 @@ pub struct Settings {
     pub max_dataset_bytes_per_client: Option<u64>,
     /// Maximum size of a dataset's text, in bytes.
     pub max_dataset_text_bytes: u64,
-    /// Maximum number of one client's tokens in the scoring queue; `None` means no limit.
+    /// Maximum number of one client's tokens that wait for scores or texts; `None` means no limit.
     pub max_scoring_tokens_per_client: Option<usize>,
     /// Folder of the adapters that jobs may start from.
     pub adapter_dir: Option<PathBuf>,
@@ -397,6 +397,13 @@ pub struct Settings {
     pub hub: HubOptions,
 }
 
+/// Returns the process's environment variables, without those that are not UTF-8.
+fn process_environment() -> BTreeMap<String, String> {
+    std::env::vars_os()
+        .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+        .collect()
+}
+
 impl Sources {
     /// Collects the process's environment, the TOML file (`config`, else BRADLEY_CONFIG) and the
     /// flags.
@@ -407,9 +414,7 @@ impl Sources {
         config: Option<&Path>,
         flags: BTreeMap<String, String>,
     ) -> Result<Self, Violations> {
-        let environment: BTreeMap<String, String> = std::env::vars_os()
-            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
-            .collect();
+        let environment = process_environment();
         let path = config
             .map(Path::to_owned)
             .or_else(|| environment.get("BRADLEY_CONFIG").map(PathBuf::from));
@@ -438,12 +443,9 @@ impl Sources {
 
     /// Collects the process's environment only, for commands that have no settings of a server.
     pub fn environment() -> Self {
-        let environment = std::env::vars_os()
-            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
-            .collect();
         Sources {
             file: None,
-            environment,
+            environment: process_environment(),
             flags: BTreeMap::new(),
         }
     }
