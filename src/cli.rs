@@ -202,8 +202,8 @@ async fn serve_command(args: ServeArgs) -> Outcome {
                 .await;
     }
     match served? {
-        serve::Ended::AtRest => Ok(()),
-        serve::Ended::AtWork(result) => {
+        serve::Ended::DeviceIdle => Ok(()),
+        serve::Ended::DeviceBusy(result) => {
             let code = result.map_or_else(|e| report(e.into()), |()| 0);
             // SAFETY: `_exit` has no preconditions. It ends the process without exit handlers.
             unsafe { libc::_exit(code.into()) }

@@ -1,8 +1,8 @@
 //! Device workers and scheduling of work units.
 //!
-//! **One OS thread owns a device and its weights.** It alternates between scoring batches and
-//! training micro-batches. The threads of the layers above only add work to the bounded queue,
-//! which the threads of all devices share, and wait for answers.
+//! **One OS thread owns a device and its weights.** It alternates between scoring batches, steps of
+//! generation and training micro-batches. The threads of the layers above only add work to the
+//! bounded queue, which the threads of all devices share, and wait for answers.
 //!
 //! With data parallelism a run uses the devices of a group. The thread of the group's first device
 //! trains it. The threads of the other devices score, and their devices also compute a share of the

@@ -1,5 +1,5 @@
-//! The gRPC API: one file per service, conversion between protobuf and domain types, and mapping of
-//! errors to statuses.
+//! The gRPC API and its REST form: one file per service, conversion between protobuf and domain
+//! types, and mapping of errors to statuses.
 //!
 //! **Only this layer knows protobuf, and only `status.rs` makes a gRPC status.**
 
@@ -59,7 +59,7 @@ const MAX_HEADERS: u32 = 16 << 10;
 /// another connection from their last sequence.
 const AGE_GRACE: Duration = Duration::from_secs(60);
 
-/// Options of the gRPC port.
+/// Options of the port for gRPC and REST.
 #[derive(Clone, Debug)]
 pub struct ServeOptions {
     /// Maximum size of a client's message, in bytes.
@@ -93,13 +93,14 @@ pub enum ServeError {
     Rest(String),
 }
 
-/// Serves all gRPC services on `listener` until `shutdown`, then drains: health says NOT_SERVING,
+/// Serves all services on `listener` until `shutdown`, then drains: health says NOT_SERVING,
 /// new work is refused, running jobs write a checkpoint and are requeued, and open calls end. All
 /// of this happens within the drain timeout, except that open calls always get at least one second
 /// after the jobs have stopped.
 ///
 /// # Errors
-/// Returns an error if the transport fails or reflection cannot be set up.
+/// Returns an error if the transport fails, reflection cannot be set up, or an annotation of a
+/// method for REST cannot be used.
 pub async fn serve(
     listener: TcpListener,
     service: Service,
@@ -108,15 +109,15 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let max = options.max_message_bytes;
-    let training = TrainingServiceServer::new(training::Training(service.jobs.clone()))
+    let training = TrainingServiceServer::new(training::TrainingRpc(service.jobs.clone()))
         .max_decoding_message_size(max);
-    let datasets = DatasetServiceServer::new(dataset::Datasets(service.datasets.clone()))
+    let datasets = DatasetServiceServer::new(dataset::DatasetRpc(service.datasets.clone()))
         .max_decoding_message_size(max)
         .accept_compressed(CompressionEncoding::Gzip);
-    let checkpoints = CheckpointServiceServer::new(checkpoint::Checkpoints(
-        service.checkpoints.clone(),
-        service.server.tokens().clone(),
-    ))
+    let checkpoints = CheckpointServiceServer::new(checkpoint::CheckpointRpc {
+        checkpoints: service.checkpoints.clone(),
+        tokens: service.server.tokens().clone(),
+    })
     .max_decoding_message_size(max);
     let scoring = ScoringServiceServer::new(scoring::ScoringRpc {
         scoring: service.scoring.clone(),
@@ -137,7 +138,7 @@ pub async fn serve(
     })
     .max_decoding_message_size(max)
     .accept_compressed(CompressionEncoding::Gzip);
-    let models = ModelServiceServer::new(model::Models(service.server.clone()))
+    let models = ModelServiceServer::new(model::ModelRpc(service.server.clone()))
         .max_decoding_message_size(max);
     let usage = UsageServiceServer::new(usage::UsageRpc(service.usage.clone()))
         .max_decoding_message_size(max);

@@ -1,6 +1,6 @@
-//! Services for jobs, datasets, checkpoints, scoring and the server's own lifecycle. Each owns the
-//! parts it needs. Below them are the store, the artifacts, the event feed and the background
-//! tasks.
+//! Services for jobs, datasets, checkpoints, scoring, evaluation, generation, usage and the
+//! server's own lifecycle. Each owns the parts it needs. Below them are the store, the artifacts,
+//! the event feed and the background tasks.
 //!
 //! **A call is acknowledged only after its effects are on disk, and an event is delivered only
 //! after it has been stored.**
@@ -108,7 +108,7 @@ pub struct ServiceOptions {
     /// Maximum text in one dataset, in bytes. It is limited because a job holds all its tokens in
     /// memory.
     pub max_dataset_text_bytes: u64,
-    /// Maximum number of one client's tokens in the scoring queue.
+    /// Maximum number of one client's tokens that wait to be scored, or for generated texts.
     pub max_scoring_tokens_per_client: Option<usize>,
     /// Folder of PEFT adapters that jobs may start from.
     pub adapter_dir: Option<PathBuf>,
@@ -237,7 +237,9 @@ impl Service {
         let following = tokens.clone();
         background.push(tokio::spawn(async move { following.follow().await }));
         let meter = usage.clone();
-        background.push(tokio::spawn(async move { meter.follow().await }));
+        background.push(tokio::spawn(
+            async move { meter.store_periodically().await },
+        ));
         let start =
             |runner: JobRunner| tokio::spawn(async move { runner.run_until_drained().await });
         let runners = (0..engine.concurrent_runs())

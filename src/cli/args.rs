@@ -450,7 +450,8 @@ pub struct DemoArgs {
 pub struct DataArgs {
     /// Names of columns in the files, as OURS=THEIRS separated by commas:
     /// prompt=question,chosen=good,rejected=bad. OURS is prompt, chosen, rejected, weight, id,
-    /// system, tools, chat_template_kwargs or question.
+    /// system, tools, chat_template_kwargs, question, or one of the columns of log-probs:
+    /// ref_chosen_logps, ref_rejected_logps, chosen_logps, rejected_logps.
     #[arg(long, value_name = "OURS=THEIRS", value_delimiter = ',')]
     pub columns: Vec<String>,
 }

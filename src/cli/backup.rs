@@ -10,17 +10,17 @@ use serde_json::json;
 use super::args::{BackupArgs, MigrateArgs, Output, RestoreArgs};
 use super::failure::{Failure, Outcome};
 use super::output::{self, human};
-use super::progress::say;
+use super::progress::warn;
 use super::settings::{Sources, vendor_variables};
 use crate::service::backup::{self, BackupManifest};
 use crate::service::error::ServiceError;
 use crate::service::transfer;
 
 /// Maximum number of missing files that a message lists.
-const SHOWN: usize = 20;
+const MAX_LISTED_FILES: usize = 20;
 
 /// Shows on standard error, if it is a terminal, what a command does until it is done.
-async fn shown<T>(what: &'static str, work: impl Future<Output = T>) -> T {
+async fn with_spinner<T>(what: &'static str, work: impl Future<Output = T>) -> T {
     let spinner = ProgressBar::new_spinner().with_message(what);
     spinner.enable_steady_tick(Duration::from_millis(200));
     let result = work.await;
@@ -37,31 +37,31 @@ pub(super) async fn back_up(args: BackupArgs, output_format: Output) -> Outcome 
         ));
     }
     let work = backup::back_up(&args.database.data_dir, &args.dir);
-    let manifest = shown("copying the database and its files", work).await?;
+    let manifest = with_spinner("copying the database and its files", work).await?;
     output::resource(output_format, &summary(&manifest, output_format));
     if manifest.missing.is_empty() {
         return Ok(());
     }
-    let shown: Vec<&str> = manifest
+    let listed: Vec<&str> = manifest
         .missing
         .iter()
-        .take(SHOWN)
+        .take(MAX_LISTED_FILES)
         .map(String::as_str)
         .collect();
     Err(Failure::Failed(format!(
         "the backup is complete, but the data directory itself lacks {} of the files that its \
          database names:\n  {}",
         manifest.missing.len(),
-        shown.join("\n  ")
+        listed.join("\n  ")
     )))
 }
 
 pub(super) async fn restore(args: RestoreArgs, output_format: Output) -> Outcome {
     let work = backup::restore(&args.dir, &args.data_dir);
-    let manifest = shown("restoring the database and its files", work).await?;
+    let manifest = with_spinner("restoring the database and its files", work).await?;
     output::resource(output_format, &summary(&manifest, output_format));
-    for lost in manifest.missing.iter().take(SHOWN) {
-        say(&format!("warning: the backup itself lacks {lost}"));
+    for lost in manifest.missing.iter().take(MAX_LISTED_FILES) {
+        warn(&format!("the backup itself lacks {lost}"));
     }
     Ok(())
 }
@@ -73,7 +73,7 @@ pub(super) async fn migrate(args: MigrateArgs, output_format: Output) -> Outcome
         .artifact_url
         .map(|url| (url, vendor_variables(&sources)));
     let work = transfer::migrate(&args.data_dir, &args.to, artifact_store.as_ref());
-    let copied = shown("copying and comparing files and rows", work).await?;
+    let copied = with_spinner("copying and comparing files and rows", work).await?;
     let rows = copied
         .iter()
         .map(|table| vec![table.name.clone(), table.rows.to_string()])

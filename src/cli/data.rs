@@ -30,7 +30,7 @@ use self::places::DataPlace;
 pub(super) use self::records::DataRecord;
 use self::records::RecordReader;
 pub(super) use self::row::{DataRow, DataRows};
-use self::stream::{Labels, RowStream};
+use self::stream::{RowStream, SourceNames};
 pub(super) use self::upload::Uploaded;
 use super::args::DataArgs;
 use super::failure::Failure;
@@ -115,7 +115,7 @@ impl DataFiles {
     ) -> Result<Uploaded, Failure> {
         if let Some(path) = self.plain()? {
             let dataset = client.upload_dataset(path, metadata, sent).await?;
-            return Ok(Uploaded::plain(dataset, Labels::default()));
+            return Ok(Uploaded::plain(dataset, SourceNames::default()));
         }
         let rows = RowStream::new(self.places.clone(), self.columns.clone());
         upload::upload(client, rows, metadata, sent).await
@@ -142,7 +142,7 @@ impl DataFiles {
         let rows = RowStream::new(self.places.clone(), self.columns.clone());
         let hash = move || -> Result<Option<ContentHash>, Failure> {
             let mut hasher = blake3::Hasher::new();
-            let mut labels = Labels::default();
+            let mut names = SourceNames::default();
             if let Some(path) = plain {
                 let failed = |e| Failure::Failed(format!("{}: {e}", path.display()));
                 let mut file = std::fs::File::open(&path).map_err(failed)?;
@@ -155,10 +155,10 @@ impl DataFiles {
                 if converted.1.rows > 0 {
                     return Ok(None);
                 }
-                labels = converted.0;
+                names = converted.0;
             }
             let hex = hasher.finalize().to_hex().to_string();
-            Ok(Some(ContentHash { hex, labels }))
+            Ok(Some(ContentHash { hex, names }))
         };
         let hash = tokio::task::spawn_blocking(hash).await;
         hash.map_err(|e| Failure::Failed(e.to_string()))?
@@ -185,14 +185,14 @@ impl DataFiles {
 
     /// Returns the pairs of all files, with findings about rows that cannot be read, and the place
     /// where a failure is found after the last pair.
-    pub(super) fn reader(self) -> (RowReader, Trouble) {
-        let trouble = Trouble::default();
+    pub(super) fn reader(self) -> (RowReader, ReadFailure) {
+        let read_failure = ReadFailure::default();
         let pairs = PairReader {
             rows: RowStream::new(self.places, self.columns),
             current: Box::new(std::iter::empty()),
-            trouble: trouble.clone(),
+            read_failure: read_failure.clone(),
         };
-        (Box::new(pairs), trouble)
+        (Box::new(pairs), read_failure)
     }
 }
 
@@ -200,21 +200,21 @@ impl DataFiles {
 pub(super) struct ContentHash {
     /// BLAKE3 hash in hex.
     pub hex: String,
-    labels: Labels,
+    names: SourceNames,
 }
 
 impl ContentHash {
     /// Combines a stored dataset that has this hash with the names in the files.
     pub(super) fn stored(&self, dataset: pb::Dataset) -> Uploaded {
-        Uploaded::plain(dataset, self.labels.clone())
+        Uploaded::plain(dataset, self.names.clone())
     }
 }
 
 /// The failure that ended a reader before the end of its files.
 #[derive(Clone, Default)]
-pub(super) struct Trouble(Arc<OnceLock<String>>);
+pub(super) struct ReadFailure(Arc<OnceLock<String>>);
 
-impl Trouble {
+impl ReadFailure {
     /// Returns the failure, if there was one. Call it after the reader has ended.
     pub(super) fn check(&self) -> Result<(), Failure> {
         match self.0.get() {
@@ -229,7 +229,7 @@ struct PairReader {
     rows: RowStream,
     /// Pairs of the current row.
     current: Box<dyn Iterator<Item = Result<PreferenceRow, RowIssue>> + Send>,
-    trouble: Trouble,
+    read_failure: ReadFailure,
 }
 
 impl Iterator for PairReader {
@@ -238,12 +238,12 @@ impl Iterator for PairReader {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             if let Some(pair) = self.current.next() {
-                return Some(pair.map_err(|issue| self.rows.labels().placed(issue)));
+                return Some(pair.map_err(|issue| self.rows.names().placed(issue)));
             }
             let (row, content) = match self.rows.next()? {
                 Ok(next) => next,
                 Err(failure) => {
-                    let _ = self.trouble.0.set(failure.message().to_owned());
+                    let _ = self.read_failure.0.set(failure.message().to_owned());
                     return None;
                 }
             };

@@ -122,7 +122,7 @@ pub(super) async fn run(args: DoctorArgs, output: Output) -> Outcome {
     let sources = Sources::collect(args.serve.config.as_deref(), args.serve.flags.clone())
         .map_err(|e| Failure::Failed(e.to_string()))?;
     let mut report = DoctorReport::default();
-    in_force(&sources, &mut report);
+    list_settings(&sources, &mut report);
     for (variable, meant) in variables::unknown(&sources.environment) {
         let advice = match meant {
             Some(meant) => format!("is unknown and has no effect: did you mean {meant}?"),
@@ -157,7 +157,7 @@ pub(super) async fn run(args: DoctorArgs, output: Output) -> Outcome {
 }
 
 /// Lists every setting with its value and its source.
-fn in_force(sources: &Sources, report: &mut DoctorReport) {
+fn list_settings(sources: &Sources, report: &mut DoctorReport) {
     for (name, default, _) in SETTINGS {
         let (value, origin) = sources.get(name, default);
         let is_default = origin.starts_with("the default of");

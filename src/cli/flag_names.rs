@@ -120,7 +120,8 @@ impl JobWords {
         self.failure_without(error, &[])
     }
 
-    /// Does the same, without the errors of some fields.
+    /// Converts an error of a call about the job to a failure in the caller's words, without the
+    /// errors of the fields `left_out`.
     pub(super) fn failure_without(
         &self,
         error: impl Into<ClientError>,

@@ -10,9 +10,9 @@ use crate::rpc::canonical::{self, FieldPath, FieldSelection};
 use crate::rpc::pb;
 
 /// Columns that are shown by default.
-const DEFAULT: [&str; 6] = ["name", "state", "steps", "policy", "title", "created"];
-/// Names of columns that differ from those of their fields.
-const SHORT: [(&str, &str); 5] = [
+const DEFAULT_COLUMNS: [&str; 6] = ["name", "state", "steps", "policy", "title", "created"];
+/// Columns whose names differ from those of their fields, and these fields.
+const FIELDS_OF_COLUMNS: [(&str, &str); 5] = [
     ("title", "display_name"),
     ("created", "create_time"),
     ("steps", STEPS),
@@ -57,7 +57,7 @@ pub(super) fn list(
         true => {
             let is_running = jobs.iter().any(|job| !job.replica.is_empty());
             let of_running = OF_RUNNING.iter().filter(|_| is_running);
-            let names = DEFAULT.iter().chain(of_running);
+            let names = DEFAULT_COLUMNS.iter().chain(of_running);
             let names: Vec<String> = names.map(|&name| name.to_owned()).collect();
             column_list(&names, &paths)?
         }
@@ -99,7 +99,7 @@ fn column_list(names: &[String], paths: &[FieldPath]) -> Result<Vec<ListedColumn
 /// Returns the path of the field that a column's name means: a path, the last part of one, or a key
 /// of a map.
 fn path(name: &str, paths: &[FieldPath]) -> Result<String, Failure> {
-    if let Some((_, path)) = SHORT.iter().find(|(short, _)| *short == name) {
+    if let Some((_, path)) = FIELDS_OF_COLUMNS.iter().find(|(short, _)| *short == name) {
         return Ok((*path).to_owned());
     }
     let is_key = |p: &FieldPath| {
@@ -118,7 +118,7 @@ fn path(name: &str, paths: &[FieldPath]) -> Result<String, Failure> {
     match meant[..] {
         [one] => Ok(one.to_owned()),
         [] => {
-            let known = paths.iter().map(|p| p.path.as_str()).chain(DEFAULT);
+            let known = paths.iter().map(|p| p.path.as_str()).chain(DEFAULT_COLUMNS);
             let parts = paths.iter().filter_map(|p| p.path.rsplit('.').next());
             let hint = nearest(name, known.chain(parts)).map_or_else(
                 || "`bradley jobs get @last --format yaml --all` shows all fields".to_owned(),

@@ -74,13 +74,13 @@ fn title(job: &pb::TrainingJob) -> String {
 
 /// Returns a job's settings and inputs.
 fn compared(job: &Value) -> Value {
-    let mut kept = output::settings(job);
+    let mut compared = output::settings(job);
     for field in INPUTS {
         if let Some(value) = job.get(field) {
-            kept[field] = value.clone();
+            compared[field] = value.clone();
         }
     }
-    kept
+    compared
 }
 
 /// Returns the fields whose values differ, with both values; null stands for a field without one.

@@ -15,9 +15,9 @@ use crate::rpc::client::Client;
 use crate::rpc::pb::{self, training_event::Event};
 
 /// Maximum number of events in a page.
-const PAGE: i32 = 1000;
+const PAGE_SIZE: i32 = 1000;
 /// Metrics that are shown first; the others follow in alphabetical order.
-const FIRST: [&str; 8] = [
+const FIRST_METRICS: [&str; 8] = [
     "loss",
     "eval_loss",
     "rewards/margins",
@@ -94,7 +94,7 @@ async fn read(client: &Client, job: &str, after: u64) -> Result<BTreeMap<u64, St
         let request = pb::ListTrainingEventsRequest {
             parent: job.to_owned(),
             after_sequence,
-            page_size: PAGE,
+            page_size: PAGE_SIZE,
         };
         let page = client
             .training()
@@ -136,7 +136,12 @@ fn columns(steps: &BTreeMap<u64, StepRow>) -> Vec<String> {
     let mut names: Vec<&String> = steps.values().flat_map(|row| row.metrics.keys()).collect();
     names.sort_unstable();
     names.dedup();
-    let place = |name: &str| FIRST.iter().position(|f| *f == name).unwrap_or(FIRST.len());
+    let place = |name: &str| {
+        FIRST_METRICS
+            .iter()
+            .position(|f| *f == name)
+            .unwrap_or(FIRST_METRICS.len())
+    };
     names.sort_by_key(|name| place(name));
     ["step", "epoch"]
         .into_iter()

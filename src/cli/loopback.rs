@@ -12,7 +12,7 @@ use super::settings::{Settings, Sources};
 use crate::rpc::client::{Client, Target};
 
 /// Time between two health checks while the server starts.
-const POLL: Duration = Duration::from_millis(100);
+const HEALTH_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// Time limit for the answer to a health check.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 
@@ -83,7 +83,7 @@ impl LoopbackServer {
             if matches!(asked, Ok(Ok(true))) {
                 return Ok(client);
             }
-            tokio::time::sleep(POLL).await;
+            tokio::time::sleep(HEALTH_CHECK_INTERVAL).await;
         }
         Err(Failure::Failed(format!(
             "the server did not become ready within {} seconds",
@@ -99,8 +99,8 @@ impl LoopbackServer {
         let _ = self.stop.send(());
         let ended = self.task.await;
         match ended.map_err(|e| Failure::Failed(e.to_string()))?? {
-            serve::Ended::AtRest => Ok(()),
-            serve::Ended::AtWork(result) => Ok(result?),
+            serve::Ended::DeviceIdle => Ok(()),
+            serve::Ended::DeviceBusy(result) => Ok(result?),
         }
     }
 }

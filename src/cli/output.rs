@@ -148,7 +148,7 @@ pub fn message<M: Canonical>(message: &M, fields: FieldSelection) -> Result<Valu
 /// Returns the canonical forms of messages, without fields that are not set.
 ///
 /// # Errors
-/// The same as of [`message`].
+/// The errors of [`message`].
 pub fn messages<M: Canonical>(all: &[M]) -> Result<Vec<Value>, Failure> {
     all.iter()
         .map(|m| message(m, FieldSelection::Set))
@@ -158,7 +158,7 @@ pub fn messages<M: Canonical>(all: &[M]) -> Result<Vec<Value>, Failure> {
 /// Prints a job.
 ///
 /// # Errors
-/// The same as of [`message`].
+/// The errors of [`message`].
 pub fn show_job(
     output: Output,
     job: &pb::TrainingJob,

@@ -6,8 +6,8 @@ use crate::domain::similar::nearest;
 use crate::rpc::client::{Client, is_absent};
 use crate::rpc::pb;
 
-const MODELS: &str = "models/";
-const JOBS: &str = "trainingJobs/";
+const MODEL_PREFIX: &str = "models/";
+const JOB_PREFIX: &str = "trainingJobs/";
 const CHECKPOINTS: &str = "/checkpoints/";
 /// Maximum number of models that an error lists.
 const MAX_LISTED_MODELS: usize = 20;
@@ -15,7 +15,7 @@ const MAX_LISTED_MODELS: usize = 20;
 /// Completes names with the models and jobs of one server.
 pub(super) struct PolicyNames {
     client: Client,
-    /// Ids of the server's models.
+    /// IDs of the server's models.
     models: Vec<String>,
 }
 
@@ -25,7 +25,7 @@ impl PolicyNames {
         let mut service = client.models();
         let answer = service.list_models(pb::ListModelsRequest {}).await?;
         let models = answer.into_inner().models;
-        let id = |name: String| name.trim_start_matches(MODELS).to_owned();
+        let id = |name: String| name.trim_start_matches(MODEL_PREFIX).to_owned();
         Ok(PolicyNames {
             client: client.clone(),
             models: models.into_iter().map(|m| id(m.name)).collect(),
@@ -38,7 +38,7 @@ impl PolicyNames {
     /// Returns a failure with the models' names if there are several.
     pub(super) fn only_model(&self, flag: &str) -> Result<String, Failure> {
         match &self.models[..] {
-            [one] => Ok(format!("{MODELS}{one}")),
+            [one] => Ok(format!("{MODEL_PREFIX}{one}")),
             _ => Err(Failure::Usage(format!(
                 "the server has {} models: name one with {flag} ({})",
                 self.models.len(),
@@ -55,7 +55,7 @@ impl PolicyNames {
     /// job.
     pub(super) async fn complete(&self, word: &str, given: &str) -> Result<String, Failure> {
         let (of, _) = given.split_once(CHECKPOINTS).unwrap_or((given, ""));
-        if of != given || given.starts_with(JOBS) || given == short_names::LAST {
+        if of != given || given.starts_with(JOB_PREFIX) || given == short_names::LAST {
             if !short_names::is_whole_job(of) && !self.may_list_jobs().await? {
                 return Err(Failure::Usage(format!(
                     "{word} {given}: only a token with the role submit can list jobs, which {of} \
@@ -64,9 +64,9 @@ impl PolicyNames {
             }
             return short_names::checkpoint(&self.client, given).await;
         }
-        let id = given.strip_prefix(MODELS).unwrap_or(given);
+        let id = given.strip_prefix(MODEL_PREFIX).unwrap_or(given);
         if self.models.iter().any(|model| model == id) {
-            return Ok(format!("{MODELS}{id}"));
+            return Ok(format!("{MODEL_PREFIX}{id}"));
         }
         let mut hint = "";
         if !given.contains('/') {
@@ -77,13 +77,13 @@ impl PolicyNames {
                 }
             } else if short_names::is_whole_job(given) {
                 // The server checks the name when it is used.
-                return Ok(format!("{JOBS}{given}{CHECKPOINTS}latest"));
+                return Ok(format!("{JOB_PREFIX}{given}{CHECKPOINTS}latest"));
             } else {
                 hint = ", its whole id for a token without the role submit";
             }
         }
         let meant = nearest(id, self.models.iter().map(String::as_str))
-            .map(|model| format!("did you mean {MODELS}{model}? "))
+            .map(|model| format!("did you mean {MODEL_PREFIX}{model}? "))
             .unwrap_or_default();
         Err(Failure::Usage(format!(
             "{word} {given} does not exist: {meant}This server has {}; a job is named by its \
@@ -129,7 +129,7 @@ impl PolicyNames {
             .models
             .iter()
             .take(MAX_LISTED_MODELS)
-            .map(|id| format!("{MODELS}{id}"))
+            .map(|id| format!("{MODEL_PREFIX}{id}"))
             .collect();
         match self.models.len().saturating_sub(MAX_LISTED_MODELS) {
             0 if names.is_empty() => "no models".to_owned(),
@@ -142,7 +142,7 @@ impl PolicyNames {
 /// Returns a warning if policy and reference are the same base model. An empty reference stands for
 /// the policy's own.
 pub(super) fn same_model_warning(policy: &str, reference: &str) -> Option<String> {
-    let is_same = policy.starts_with(MODELS) && (reference.is_empty() || reference == policy);
+    let is_same = policy.starts_with(MODEL_PREFIX) && (reference.is_empty() || reference == policy);
     is_same.then(|| {
         format!(
             "{policy} is compared with itself, so that every probability is 0.5: name a trained \

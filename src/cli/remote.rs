@@ -8,7 +8,7 @@ use self::probe::{Probe, Speaks};
 use super::args::{DEFAULT_SERVER, ServerArgs};
 use super::failure::{Failure, Outcome};
 use super::progress::say;
-use crate::rpc::client::{Client, ClientError, Target};
+use crate::rpc::client::{Client, ClientError, Target, root_cause};
 
 /// Time limit for connecting to a server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -178,15 +178,6 @@ async fn explain(target: &Target, reason: &str) -> String {
             "{cannot}: {reason}: is {place} the gRPC port of `bradley serve` (its setting listen)?"
         ),
     }
-}
-
-/// Returns the innermost error, because the outer ones of the transport say nothing specific.
-fn root_cause(e: &dyn std::error::Error) -> String {
-    let mut cause = e;
-    while let Some(next) = cause.source() {
-        cause = next;
-    }
-    cause.to_string()
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use super::output::unwritten;
 use super::policy_names::{PolicyNames, same_model_warning};
 use super::progress::{WorkProgress, say, warn};
 use super::remote::connect;
-use crate::domain::dataset::{ChatMessage, PreferenceRow, RowIssue, Text};
+use crate::domain::dataset::{ChatMessage, PreferenceRow, Text};
 use crate::domain::message::TemplateArguments;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
@@ -46,7 +46,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let data = DataFiles::find(&args.data, &args.reading).await?;
     let progress = WorkProgress::pairs("scoring");
     let total = RowCount::start(data.clone());
-    let (rows, trouble) = data.reader();
+    let (rows, read_failure) = data.reader();
     let mut printer = RowPrinter::new(std::io::stdout(), output);
     let (mut summary, mut ignored) = (Summary::default(), IgnoredColumns::default());
     let is_same = same_model_warning(&options.policy, &options.reference).is_some();
@@ -72,7 +72,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let rows = logged::rows(rows, args.logged);
     let answered = progress.during(score(&client, options, rows, each)).await;
     // A file that cannot be read to its end is also the reason why the stream ended.
-    let outcome = trouble.check().and(answered);
+    let outcome = read_failure.check().and(answered);
     let rate = progress.total();
     drop(progress);
     // A call that was refused as a whole has no results to sum up.
@@ -119,16 +119,16 @@ pub(super) fn read(path: &Path) -> Result<Vec<PreferenceRow>, Failure> {
     let mut file = std::fs::File::open(path).map_err(|e| failed(&e))?;
     let n = std::io::Read::read(&mut file, &mut start).map_err(|e| failed(&e))?;
     let rows = read_rows(path, detect_format(&start[..n])).map_err(|e| failed(&e))?;
-    rows.map(|row| row.map_err(|issue| failed(&format!("row {}, {}", issue.row, reason(&issue)))))
-        .collect()
-}
-
-/// Describes a finding without its row. Most messages begin with the field.
-pub(super) fn reason(issue: &RowIssue) -> String {
-    match issue.message.starts_with(&issue.field) {
-        true => issue.message.clone(),
-        false => format!("{}: {}", issue.field, issue.message),
-    }
+    rows.map(|row| {
+        row.map_err(|issue| {
+            failed(&format!(
+                "row {}, {}",
+                issue.row,
+                issue.message_with_field()
+            ))
+        })
+    })
+    .collect()
 }
 
 /// Number of rows that have columns which are not used, and the first of them.
@@ -174,7 +174,7 @@ impl RowCount {
             if !data.is_rereadable() {
                 return;
             }
-            let (rows, trouble) = data.reader();
+            let (rows, read_failure) = data.reader();
             let mut n = 0;
             for _ in rows {
                 n += 1;
@@ -182,7 +182,7 @@ impl RowCount {
                     return;
                 }
             }
-            if trouble.check().is_ok() {
+            if read_failure.check().is_ok() {
                 let _ = std::sync::OnceLock::set(&result, n);
             }
         });
@@ -330,7 +330,7 @@ fn send(
                     row: issue.row,
                     pair: None,
                     ignored: Vec::new(),
-                    result: Err(reason(&issue)),
+                    result: Err(issue.message_with_field()),
                     id: issue.id,
                 };
                 (read, None)

@@ -1,4 +1,5 @@
-//! The flags of the commands that score: the reference and the options of rewards.
+//! The flags of the commands that score: the reference and the options of rewards. `generate`
+//! shares the flags of chat templates.
 
 use std::path::{Path, PathBuf};
 

@@ -32,10 +32,10 @@ const MIN_CONNECTIONS: u64 = 16;
 #[derive(Debug)]
 pub enum Ended {
     /// The device computes nothing any more.
-    AtRest,
+    DeviceIdle,
     /// The device still computes. The value is the result of serving. The process should end
     /// without exit handlers, because these must not unload a GPU's libraries during a computation.
-    AtWork(anyhow::Result<()>),
+    DeviceBusy(anyhow::Result<()>),
 }
 
 /// Interval at which the metrics recorder merges its recorded values. Without this they would use
@@ -72,7 +72,7 @@ pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Resul
             }
             tracing::warn!("second signal: stopping at once");
             // SAFETY: `_exit` has no preconditions. It ends the process without exit handlers, as
-            // for `Ended::AtWork`.
+            // for `Ended::DeviceBusy`.
             unsafe { libc::_exit(130) };
         });
     };
@@ -111,7 +111,7 @@ pub async fn serve_on(
     let engine = tokio::select! {
         engine = start_engine(&settings) => engine?,
         // No request was accepted yet, so there is nothing to drain.
-        () = &mut shutdown => return Ok(Ended::AtRest),
+        () = &mut shutdown => return Ok(Ended::DeviceIdle),
     };
     let options = ServiceOptions {
         data_dir: settings.data_dir.clone(),
@@ -204,10 +204,10 @@ pub async fn serve_on(
         tokio::task::spawn_blocking(move || engine.wait_for_end(DEVICE_DRAIN_TIMEOUT)).await;
     if matches!(ended, Ok(true)) {
         result?;
-        return Ok(Ended::AtRest);
+        return Ok(Ended::DeviceIdle);
     }
     tracing::warn!("the device is still at work: ending all the same");
-    Ok(Ended::AtWork(result.map_err(Into::into)))
+    Ok(Ended::DeviceBusy(result.map_err(Into::into)))
 }
 
 /// Returns the number of file descriptors reserved for files, the database, the artifact store,

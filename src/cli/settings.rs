@@ -399,6 +399,13 @@ pub struct Settings {
     pub hub: HubOptions,
 }
 
+/// Returns the process's environment variables, without those that are not UTF-8.
+fn process_environment() -> BTreeMap<String, String> {
+    std::env::vars_os()
+        .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+        .collect()
+}
+
 impl Sources {
     /// Collects the process's environment, the TOML file (`config`, else BRADLEY_CONFIG) and the
     /// flags.
@@ -409,9 +416,7 @@ impl Sources {
         config: Option<&Path>,
         flags: BTreeMap<String, String>,
     ) -> Result<Self, Violations> {
-        let environment: BTreeMap<String, String> = std::env::vars_os()
-            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
-            .collect();
+        let environment = process_environment();
         let path = config
             .map(Path::to_owned)
             .or_else(|| environment.get("BRADLEY_CONFIG").map(PathBuf::from));
@@ -440,12 +445,9 @@ impl Sources {
 
     /// Collects the process's environment only, for commands that have no settings of a server.
     pub fn environment() -> Self {
-        let environment = std::env::vars_os()
-            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
-            .collect();
         Sources {
             file: None,
-            environment,
+            environment: process_environment(),
             flags: BTreeMap::new(),
         }
     }

@@ -16,7 +16,7 @@ const WHOLE_ID: usize = 36;
 /// Maximum number of candidates that an error names.
 const MAX_NAMED: usize = 8;
 /// Maximum size of a page.
-const PAGE: i32 = 1000;
+const PAGE_SIZE: i32 = 1000;
 /// Maximum number of pages of a list. A server with more resources repeats its pages.
 const MAX_PAGES: usize = 10_000;
 
@@ -32,7 +32,7 @@ pub(super) async fn all_jobs(client: &Client) -> Result<Vec<pb::TrainingJob>, Fa
     let (mut all, mut page_token) = (Vec::new(), String::new());
     for _ in 0..MAX_PAGES {
         let request = pb::ListTrainingJobsRequest {
-            page_size: PAGE,
+            page_size: PAGE_SIZE,
             page_token,
             ..Default::default()
         };
@@ -73,7 +73,7 @@ pub(super) async fn all_datasets(client: &Client) -> Result<Vec<pb::Dataset>, Fa
     let (mut all, mut page_token) = (Vec::new(), String::new());
     for _ in 0..MAX_PAGES {
         let request = pb::ListDatasetsRequest {
-            page_size: PAGE,
+            page_size: PAGE_SIZE,
             page_token,
             ..Default::default()
         };
@@ -130,10 +130,11 @@ pub(super) async fn job(client: &Client, given: &str) -> Result<String, Failure>
     pick(JOBS, id, &names)
 }
 
-/// Does the same for a dataset.
+/// Returns the name of the dataset that a user means. A name that nothing begins with is returned
+/// as it is.
 ///
 /// # Errors
-/// The same as of [`job`].
+/// The errors of [`job`].
 pub(super) async fn dataset(client: &Client, given: &str) -> Result<String, Failure> {
     if given == LAST {
         let request = pb::ListDatasetsRequest {
@@ -156,7 +157,7 @@ pub(super) async fn dataset(client: &Client, given: &str) -> Result<String, Fail
     pick(DATASETS, id, &names)
 }
 
-/// Does the same for a base model.
+/// Returns the name of the base model that a user means.
 ///
 /// # Errors
 /// Returns a failure that names the server's models if none or several are meant.
@@ -177,10 +178,11 @@ pub(super) async fn model(client: &Client, given: &str) -> Result<String, Failur
     )))
 }
 
-/// Does the same for a checkpoint, `JOB/checkpoints/STEP`. A job alone means its newest checkpoint.
+/// Returns the name of the checkpoint that a user means with `JOB/checkpoints/STEP`. A job alone
+/// means its newest checkpoint.
 ///
 /// # Errors
-/// The same as of [`job`].
+/// The errors of [`job`].
 pub(super) async fn checkpoint(client: &Client, given: &str) -> Result<String, Failure> {
     let (of, step) = given
         .split_once("/checkpoints/")
@@ -188,10 +190,10 @@ pub(super) async fn checkpoint(client: &Client, given: &str) -> Result<String, F
     Ok(format!("{}/checkpoints/{step}", job(client, of).await?))
 }
 
-/// Does the same for a checkpoint that the user wants to delete: its step must be given.
+/// Returns the name of the checkpoint that a user wants to delete: its step must be given.
 ///
 /// # Errors
-/// The same as of [`job`], and a failure if the step is missing.
+/// The errors of [`job`], and a failure if the step is missing.
 pub(super) async fn one_checkpoint(client: &Client, given: &str) -> Result<String, Failure> {
     if !given.contains("/checkpoints/") {
         return Err(Failure::Usage(format!(

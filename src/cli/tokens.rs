@@ -15,7 +15,7 @@ use crate::service::auth::tokens::{self, Token};
 use crate::service::error::ServiceError;
 use crate::service::store::{DATABASE_FILE, Store, StoreOptions};
 
-const DAY: u64 = 24 * 3600;
+const DAY_SECONDS: u64 = 24 * 3600;
 /// Maximum length of a token that a file declares. A call's headers have a limit, too.
 const MAX_TOKEN_LENGTH: u64 = 4096;
 
@@ -41,7 +41,7 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
             let roles = parse_roles(&roles)?;
             let is_new = lacks_database(&database);
             let store = open(&database).await?;
-            let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY));
+            let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY_SECONDS));
             let created = tokens::create(&store, &owner, &roles, lifetime).await;
             store.close().await;
             let (token, secret) = created.map_err(in_flags)?;
@@ -68,7 +68,7 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
                 read_token(std::io::stdin().lock())?
             };
             let roles = parse_roles(&roles)?;
-            let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY));
+            let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY_SECONDS));
             let entry = TokenEntry::new(&owner, &roles, &token, lifetime).map_err(in_flags)?;
             if generate {
                 show(&token);

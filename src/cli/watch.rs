@@ -8,7 +8,7 @@ use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::args::{Output, ServerArgs, WatchArgs};
 use super::failure::{Failure, Outcome};
 use super::output::{self, state};
-use super::progress::say;
+use super::progress::warn;
 use super::remote::{connect, server_flag};
 use super::short_names;
 use crate::rpc::client::{Client, FirstEvent};
@@ -102,10 +102,7 @@ async fn checkpoints(client: &Client, job: &str) -> Vec<pb::Checkpoint> {
     match client.checkpoints().list_checkpoints(request).await {
         Ok(listed) => listed.into_inner().checkpoints,
         Err(e) => {
-            say(&format!(
-                "warning: the checkpoints are not listed: {}",
-                e.message()
-            ));
+            warn(&format!("the checkpoints are not listed: {}", e.message()));
             Vec::new()
         }
     }

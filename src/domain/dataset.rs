@@ -191,7 +191,7 @@ pub enum IssueReason {
     /// `weight` is not a finite number above 0.
     InvalidWeight,
     /// A field changes the meaning of the row but is not supported: images, audio, video, files, or
-    /// tools with plain text.
+    /// tools or a system message with plain text.
     UnsupportedField,
     /// A column is not used (a warning).
     IgnoredField,
@@ -291,6 +291,14 @@ impl RowIssue {
     /// not among them.
     pub fn depends_on_job(&self) -> bool {
         self.of_model || self.reason.depends_on_job()
+    }
+
+    /// Returns the message with the field. Most messages begin with it already.
+    pub fn message_with_field(&self) -> String {
+        match self.message.starts_with(&self.field) {
+            true => self.message.clone(),
+            false => format!("{}: {}", self.field, self.message),
+        }
     }
 
     /// Returns the finding with shortened texts and without NUL characters, which databases do not

@@ -247,9 +247,9 @@ pub struct Job {
     pub start_time: Option<Millis>,
     /// Time at which the job reached a final state.
     pub end_time: Option<Millis>,
-    /// Rank in the queue: among jobs of the same priority the earliest time goes first. It is the
-    /// time of creation, or of the last resumption by a client or end of a time slice.
-    pub turn: Millis,
+    /// Time from which the job counts as queued: its creation, its last resumption by a client, or
+    /// the end of its last time slice. Among jobs of the same priority the earliest goes first.
+    pub queued_since: Millis,
     /// Trace of the call that created the job, as a W3C `traceparent`.
     pub trace: Option<String>,
     /// Client that created the job; empty without authentication.

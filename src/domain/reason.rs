@@ -75,7 +75,7 @@ reasons! {
     // Limits.
     /// The client has reached its limit of unfinished jobs.
     TooManyJobs = "TOO_MANY_JOBS" => Internal,
-    /// The client has reached its limit of tokens in the scoring queue.
+    /// The client has reached its limit of tokens that wait for scores or texts.
     TooManyTokens = "TOO_MANY_TOKENS" => Internal,
     /// The client's datasets have reached the limit of bytes.
     TooManyBytes = "TOO_MANY_BYTES" => Internal,
@@ -91,7 +91,8 @@ reasons! {
     // Conditions that may be temporary.
     /// The server is stopping.
     Draining = "DRAINING" => Internal,
-    /// The scoring queue is full, or too many training runs wait for a device.
+    /// The scoring queue is full, or too many generation requests or training runs wait for a
+    /// device.
     QueueFull = "QUEUE_FULL" => Internal,
     /// The database does not answer.
     StoreUnavailable = "STORE_UNAVAILABLE" => Internal,

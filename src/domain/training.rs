@@ -376,7 +376,7 @@ impl Default for BatchConfig {
 }
 
 impl BatchConfig {
-    /// Returns the optimizer steps in one epoch over `pairs` rows:
+    /// Returns the optimizer steps in one epoch over `pairs` pairs:
     /// ⌈⌈pairs/batch⌉/accumulation⌉, at least 1.
     pub fn steps_per_epoch(&self, pairs: usize) -> u64 {
         pairs

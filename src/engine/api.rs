@@ -175,7 +175,7 @@ pub struct GenerationRequest {
     pub stop_tokens: Vec<u32>,
 }
 
-/// Why a sample has no further token.
+/// The reason why a sample has no further token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GenerationEnd {
     /// Its last token is a stop token.
@@ -184,7 +184,7 @@ pub enum GenerationEnd {
     Length,
 }
 
-/// A step of a [`GenerationRequest`].
+/// Progress of a [`GenerationRequest`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum GenerationEvent {
     /// The prompt was run. This is the first event.
@@ -205,7 +205,7 @@ pub enum GenerationEvent {
     },
 }
 
-/// A step of a request, or the error that ends it.
+/// Progress of a request, or the error that ends it.
 pub type GenerationResult = Result<GenerationEvent, EngineError>;
 
 /// The events of a request in progress. Dropping it cancels the request.

@@ -46,19 +46,19 @@ pub(super) struct Seeker<'a> {
     pub room: Option<u64>,
     /// Maximum memory in bytes for a run on this worker, besides the base models.
     pub limit: u64,
-    /// The texts that it is generating.
+    /// State of the generation requests that it has in progress.
     pub generating: Generates,
 }
 
-/// The texts that a worker is generating.
+/// State of the generation requests that a worker has in progress.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Generates {
-    /// None.
+    /// There are none.
     #[default]
     Nothing,
-    /// At least one that can be continued.
-    Texts,
-    /// Only texts whose callers do not read.
+    /// At least one can be continued.
+    Requests,
+    /// None can be continued, because their callers do not read.
     Blocked,
 }
 
@@ -471,7 +471,7 @@ impl<W: WorkItem> Queue<W> {
                 return Work::Begin(Box::new(run), needs);
             }
             match seeker.generating {
-                Generates::Texts => return Work::Generate,
+                Generates::Requests => return Work::Generate,
                 Generates::Nothing if has_generation(&inner, None) => return Work::Generate,
                 Generates::Nothing => {}
                 Generates::Blocked => {
@@ -518,9 +518,8 @@ fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
 }
 
 /// Returns true if the worker that trains `job` may take an entry that needs the current weights of
-/// `live_job`. Only the worker that trains a
-/// job can score its current weights. If no worker trains that job, any worker may take the entry,
-/// and reports the error to the caller.
+/// `live_job`. Only the worker that trains a job can score its current weights. If no worker trains
+/// that job, any worker may take the entry, and reports the error to the caller.
 fn may_take(workers: &[WorkerState], live_job: Option<&str>, job: Option<&str>) -> bool {
     live_job.is_none_or(|live| {
         job == Some(live) || workers.iter().all(|w| w.job.as_deref() != Some(live))

@@ -148,11 +148,11 @@ impl PolicyScorer {
         self.generator.is_active() || self.queue.has_generation(job)
     }
 
-    /// Returns the texts in progress, for the queue.
+    /// Returns the state of the requests in progress, for the queue.
     pub fn generating(&self) -> Generates {
         match (self.generator.is_active(), self.generates) {
             (false, _) => Generates::Nothing,
-            (true, true) => Generates::Texts,
+            (true, true) => Generates::Requests,
             (true, false) => Generates::Blocked,
         }
     }

@@ -35,15 +35,15 @@ pub(super) struct AuthLayer {
     /// True if callers need a token.
     pub required: bool,
     /// Limits the number of refusals that are logged.
-    pub log: Arc<Rate>,
+    pub log: Arc<LogRate>,
 }
 
 /// Rate limit for log lines: the start of the current second and the number of lines in it; `None`
 /// before the first line.
 #[derive(Debug, Default)]
-pub(super) struct Rate(Mutex<Option<(Instant, u32)>>);
+pub(super) struct LogRate(Mutex<Option<(Instant, u32)>>);
 
-impl Rate {
+impl LogRate {
     /// Counts a log line and returns true if it is within the limit of this second.
     fn try_log(&self) -> bool {
         let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -76,7 +76,7 @@ pub fn to_value<M: Canonical>(
 /// Returns a message as YAML.
 ///
 /// # Errors
-/// The same as of [`to_value`].
+/// The errors of [`to_value`].
 pub fn to_yaml<M: Canonical>(
     message: &M,
     fields: FieldSelection,
@@ -104,7 +104,7 @@ pub fn from_value<M: Canonical>(value: Value) -> Result<M, CanonicalError> {
 /// Reads a message whose type is known at run time only.
 ///
 /// # Errors
-/// The same as of [`from_value`].
+/// The errors of [`from_value`].
 pub(super) fn dynamic_from_value(
     descriptor: MessageDescriptor,
     mut value: Value,
@@ -175,7 +175,7 @@ pub fn value_of_yaml(text: &str) -> Result<Value, CanonicalError> {
 /// Reads the documents of a YAML text as JSON; empty ones are left out.
 ///
 /// # Errors
-/// The same as of [`value_of_yaml`].
+/// The errors of [`value_of_yaml`].
 pub fn values_of_yaml(text: &str) -> Result<Vec<Value>, CanonicalError> {
     yaml::read_all(text)
 }
@@ -191,7 +191,7 @@ fn descriptor<M: Canonical>() -> Result<MessageDescriptor, CanonicalError> {
         .ok_or_else(|| conversion(format!("{name} is not part of the API")))
 }
 
-/// Removes the details of statuses whose type this client does not know, because they have no JSON
+/// Removes the details of statuses whose type this version does not know, because they have no JSON
 /// form.
 fn drop_unknown_details(message: &mut DynamicMessage) {
     use prost_reflect::Value;

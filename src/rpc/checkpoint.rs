@@ -24,15 +24,19 @@ use crate::service::checkpoints::{self, ExportRequest};
 use crate::service::error::ServiceError;
 
 /// Size of a chunk of a download, in bytes.
-const CHUNK: usize = 256 << 10;
+const CHUNK_BYTES: usize = 256 << 10;
 /// Maximum number of messages that wait for a slow client.
-const BUFFER: usize = 4;
+const MAX_WAITING_MESSAGES: usize = 4;
 
-/// The gRPC service for checkpoints. The tokens end the downloads of those that become invalid.
-pub(super) struct Checkpoints(pub checkpoints::CheckpointService, pub TokenService);
+/// The gRPC service for checkpoints.
+pub(super) struct CheckpointRpc {
+    pub checkpoints: checkpoints::CheckpointService,
+    /// Ends the downloads of callers whose tokens become invalid.
+    pub tokens: TokenService,
+}
 
 #[tonic::async_trait]
-impl CheckpointService for Checkpoints {
+impl CheckpointService for CheckpointRpc {
     async fn get_checkpoint(
         &self,
         request: Request<pb::GetCheckpointRequest>,
@@ -40,7 +44,7 @@ impl CheckpointService for Checkpoints {
         let (caller, r) = split_caller(request)?;
         let (job, which) = parse_name(&r.name)?;
         let (checkpoint, base) = self
-            .0
+            .checkpoints
             .get_checkpoint(&caller, job, which)
             .await
             .map_err(status)?;
@@ -53,7 +57,7 @@ impl CheckpointService for Checkpoints {
     ) -> Result<Response<pb::ListCheckpointsResponse>, Status> {
         let (caller, r) = split_caller(request)?;
         let (all, base) = self
-            .0
+            .checkpoints
             .list_checkpoints(&caller, job_id("parent", &r.parent)?)
             .await
             .map_err(status)?;
@@ -72,7 +76,7 @@ impl CheckpointService for Checkpoints {
                 "must name a step, because latest and best may change before the deletion",
             ));
         };
-        self.0
+        self.checkpoints
             .delete_checkpoint(&caller, job, step)
             .await
             .map_err(status)?;
@@ -86,7 +90,7 @@ impl CheckpointService for Checkpoints {
         let (caller, r) = split_caller(request)?;
         let (job, which) = parse_name(&r.name)?;
         let export = self
-            .0
+            .checkpoints
             .export_checkpoint(&caller, job, which, export_request(r.format, &r.dtype)?)
             .await
             .map_err(status)?;
@@ -106,12 +110,12 @@ impl CheckpointService for Checkpoints {
         let (caller, r) = split_caller(request)?;
         let (job, which) = parse_name(&r.name)?;
         let export = self
-            .0
+            .checkpoints
             .export_checkpoint(&caller, job, which, export_request(r.format, &r.dtype)?)
             .await
             .map_err(status)?;
-        let (sender, receiver) = mpsc::channel(BUFFER);
-        let tokens = self.1.clone();
+        let (sender, receiver) = mpsc::channel(MAX_WAITING_MESSAGES);
+        let tokens = self.tokens.clone();
         tokio::spawn(async move {
             let sending = async {
                 for f in export.files {
@@ -150,7 +154,7 @@ async fn send_file(sender: &Sender, f: ExportedFile, path: PathBuf) -> bool {
         }
     };
     loop {
-        let mut buffer = vec![0; CHUNK];
+        let mut buffer = vec![0; CHUNK_BYTES];
         match reader.read(&mut buffer).await {
             Ok(0) => return true,
             Ok(n) => {

@@ -37,9 +37,9 @@ pub fn json_struct(fields: &serde_json::Map<String, serde_json::Value>) -> prost
 }
 
 /// Size of a chunk of an upload, in bytes.
-const CHUNK: usize = 1 << 20;
+const CHUNK_BYTES: usize = 1 << 20;
 /// Maximum size of a server's message, in bytes.
-const MAX_MESSAGE: usize = 256 << 20;
+const MAX_MESSAGE_BYTES: usize = 256 << 20;
 /// Maximum number of reconnects of an event stream without an event in between.
 const MAX_RECONNECTS: u32 = 30;
 
@@ -94,9 +94,7 @@ impl ClientError {
             _ => false,
         }
     }
-}
 
-impl ClientError {
     /// Returns true if the server does not have the method, or is no gRPC server: a web server's
     /// 404 becomes the same code.
     pub fn is_unimplemented(&self) -> bool {
@@ -179,7 +177,9 @@ pub fn is_transient(code: Code) -> bool {
     )
 }
 
-/// Returns true if a call was refused because the named resource does not exist for this caller.
+/// Returns true if a call was refused with a code that it has when the named resource does not
+/// exist for this caller: there is none, it belongs to another client, or its name is not legal.
+/// The codes have other causes, too.
 pub fn is_absent(status: &Status) -> bool {
     matches!(
         status.code(),
@@ -195,14 +195,6 @@ pub fn is_server_failure(status: &Status) -> bool {
     status
         .get_details_error_info()
         .is_some_and(|info| info.domain == DOMAIN && names.contains(&info.reason.as_str()))
-}
-
-/// Returns true if a code blames the arguments of a call.
-pub fn blames_arguments(code: i32) -> bool {
-    matches!(
-        Code::from_i32(code),
-        Code::InvalidArgument | Code::OutOfRange
-    )
 }
 
 /// Returns true if a call was refused because of a limit or a quota.
@@ -338,49 +330,49 @@ impl Client {
     /// Returns a client for training jobs.
     pub fn training(&self) -> TrainingServiceClient<Transport> {
         TrainingServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
-            .max_decoding_message_size(MAX_MESSAGE)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// Returns a client for datasets.
     pub fn datasets(&self) -> DatasetServiceClient<Transport> {
         DatasetServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
-            .max_decoding_message_size(MAX_MESSAGE)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// Returns a client for checkpoints.
     pub fn checkpoints(&self) -> CheckpointServiceClient<Transport> {
         CheckpointServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
-            .max_decoding_message_size(MAX_MESSAGE)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// Returns a client for scoring.
     pub fn scoring(&self) -> ScoringServiceClient<Transport> {
         ScoringServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
-            .max_decoding_message_size(MAX_MESSAGE)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// Returns a client for evaluations.
     pub fn evaluations(&self) -> EvaluationServiceClient<Transport> {
         EvaluationServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
-            .max_decoding_message_size(MAX_MESSAGE)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// Returns a client for generation.
     pub fn generation(&self) -> GenerationServiceClient<Transport> {
         GenerationServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
-            .max_decoding_message_size(MAX_MESSAGE)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// Returns a client for models.
     pub fn models(&self) -> ModelServiceClient<Transport> {
         ModelServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
-            .max_decoding_message_size(MAX_MESSAGE)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// Returns a client for usage.
     pub fn usage(&self) -> UsageServiceClient<Transport> {
         UsageServiceClient::with_interceptor(self.channel.clone(), self.bearer.clone())
-            .max_decoding_message_size(MAX_MESSAGE)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// Returns true if the server's health check answers SERVING.
@@ -446,7 +438,7 @@ impl Client {
             let mut rows = std::pin::pin!(rows);
             let mut total = 0;
             loop {
-                let mut buffer = vec![0; CHUNK];
+                let mut buffer = vec![0; CHUNK_BYTES];
                 let n = rows.read(&mut buffer).await?;
                 if n == 0 {
                     return Ok::<(), std::io::Error>(());
@@ -492,7 +484,8 @@ impl Client {
         self.follow_from(job, FirstEvent::After(after), each).await
     }
 
-    /// Does the same from the event that `first` names.
+    /// Calls `each` for every event of `job` as [`Client::follow`] does, beginning with the event
+    /// that `first` names.
     ///
     /// # Errors
     /// The errors of [`Client::follow`].
@@ -635,7 +628,7 @@ fn stays_inside(name: &str) -> bool {
 }
 
 /// Returns the innermost error, because the outer ones of the transport say nothing specific.
-fn root_cause(e: &dyn std::error::Error) -> String {
+pub(crate) fn root_cause(e: &dyn std::error::Error) -> String {
     let mut cause = e;
     while let Some(next) = cause.source() {
         cause = next;

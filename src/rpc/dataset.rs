@@ -10,13 +10,13 @@ use crate::service::datasets;
 use crate::service::error::ServiceError;
 
 /// Maximum size of a chunk of an upload, in bytes.
-const MAX_CHUNK: usize = 4 << 20;
+const MAX_CHUNK_BYTES: usize = 4 << 20;
 
 /// The gRPC service for datasets.
-pub(super) struct Datasets(pub datasets::DatasetService);
+pub(super) struct DatasetRpc(pub datasets::DatasetService);
 
 #[tonic::async_trait]
-impl DatasetService for Datasets {
+impl DatasetService for DatasetRpc {
     async fn upload_dataset(
         &self,
         request: Request<Streaming<pb::UploadDatasetRequest>>,
@@ -34,12 +34,12 @@ impl DatasetService for Datasets {
             .map_err(status)?;
         while let Some(message) = stream.message().await? {
             match message.part {
-                Some(Part::Chunk(bytes)) if bytes.len() <= MAX_CHUNK => {
+                Some(Part::Chunk(bytes)) if bytes.len() <= MAX_CHUNK_BYTES => {
                     upload.write(&bytes).await.map_err(status)?
                 }
                 Some(Part::Chunk(bytes)) => {
                     let description = format!(
-                        "has {} bytes: send chunks of at most {MAX_CHUNK}",
+                        "has {} bytes: send chunks of at most {MAX_CHUNK_BYTES}",
                         bytes.len()
                     );
                     return Err(status(ServiceError::invalid("chunk", description)));

@@ -14,7 +14,7 @@ use crate::service::auth::tokens::TokenService;
 use crate::service::evaluation::EvaluationService;
 
 /// Maximum number of messages that wait for a slow client. It gets the newest progress later.
-const BUFFER: usize = 2;
+const MAX_WAITING_MESSAGES: usize = 2;
 
 /// The gRPC service for evaluations.
 pub(super) struct EvaluationRpc {
@@ -37,7 +37,7 @@ impl evaluation_service_server::EvaluationService for EvaluationRpc {
             .begin(&caller, convert::request(r)?)
             .await
             .map_err(status)?;
-        let (answers, receiver) = mpsc::channel(BUFFER);
+        let (answers, receiver) = mpsc::channel(MAX_WAITING_MESSAGES);
         let tokens = self.tokens.clone();
         let serving = async move {
             let part = |part| pb::EvaluatePolicyResponse { part: Some(part) };

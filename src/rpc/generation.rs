@@ -17,7 +17,7 @@ use crate::service::generation::{Generation, GenerationService};
 
 /// Maximum number of responses that wait for a slow client. The engine then also waits, and a
 /// response has all tokens that were computed meanwhile.
-const BUFFER: usize = 4;
+const MAX_WAITING_MESSAGES: usize = 4;
 
 /// The gRPC service for generation.
 pub(super) struct GenerationRpc {
@@ -45,7 +45,7 @@ impl generation_service_server::GenerationService for GenerationRpc {
             .begin(&caller, options)
             .await
             .map_err(status)?;
-        let (responses, receiver) = mpsc::channel(BUFFER);
+        let (responses, receiver) = mpsc::channel(MAX_WAITING_MESSAGES);
         let tokens = self.tokens.clone();
         let serving = async move {
             let ended = tokio::select! {

@@ -36,7 +36,7 @@ const PREFACE: (Duration, usize) = (Duration::from_secs(10), 24);
 /// Interval at which the certificate files are checked for changes.
 const CERTIFICATE_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// Maximum number of accepted connections that wait for the server to take them.
-const BUFFER: usize = 64;
+const MAX_WAITING_CONNECTIONS: usize = 64;
 /// Pause after a connection could not be accepted, e.g. because no file descriptors are left.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -209,7 +209,7 @@ pub(super) fn incoming(
     tls: Option<Tls>,
     limit: usize,
 ) -> ReceiverStream<io::Result<Connection>> {
-    let (sender, receiver) = mpsc::channel(BUFFER);
+    let (sender, receiver) = mpsc::channel(MAX_WAITING_CONNECTIONS);
     let connections = Connections::new(limit);
     tokio::spawn(async move {
         loop {

@@ -13,10 +13,10 @@ use crate::domain::violation::quoted;
 use crate::service::server::Server;
 
 /// The gRPC service for base models.
-pub(super) struct Models(pub Arc<Server>);
+pub(super) struct ModelRpc(pub Arc<Server>);
 
 #[tonic::async_trait]
-impl ModelService for Models {
+impl ModelService for ModelRpc {
     async fn get_model(
         &self,
         request: Request<pb::GetModelRequest>,

@@ -41,7 +41,7 @@ const FORWARDED: [&str; 4] = ["authorization", "x-request-id", "traceparent", "t
 /// Maximum number of characters of a request that an error repeats.
 const MAX_REPEATED: usize = 200;
 
-/// Reads the annotations and writes the OpenAPI document, so that an error ends the start.
+/// Reads the annotations and builds the OpenAPI document, so that an error ends the start.
 ///
 /// # Errors
 /// Describes what cannot be used.

@@ -14,7 +14,7 @@ use super::pb::{self, scoring_service_server::ScoringService, stream_score_pairs
 use super::status::{incomplete, message, status};
 use crate::service::auth::tokens::TokenService;
 use crate::service::error::ServiceError;
-use crate::service::scoring::{self, ReservedPair, ScoredPair, ScoringSession};
+use crate::service::scoring::{self, ScoredPair, ScoringSession, score_reserved};
 
 /// Maximum number of pairs in a ScorePairs call.
 const MAX_PAIRS: usize = 1024;
@@ -24,7 +24,7 @@ const MAX_COMPLETIONS: usize = 256;
 /// read from the client until some are answered.
 const IN_FLIGHT: usize = 256;
 /// Maximum number of answers that wait for a slow client.
-const BUFFER: usize = 64;
+const MAX_WAITING_MESSAGES: usize = 64;
 
 /// The gRPC service for scoring.
 pub(super) struct ScoringRpc {
@@ -129,7 +129,7 @@ impl ScoringService for ScoringRpc {
             .session(&caller, options)
             .await
             .map_err(status)?;
-        let (answers, receiver) = mpsc::channel(BUFFER);
+        let (answers, receiver) = mpsc::channel(MAX_WAITING_MESSAGES);
         let tokens = self.tokens.clone();
         let serving = async move {
             let ended = tokio::select! {
@@ -203,10 +203,6 @@ impl ScoringService for ScoringRpc {
 
 async fn score(session: &ScoringSession, pair: pb::Pair) -> Scored {
     session.admit(convert::pair(pair)?).await?.score().await
-}
-
-async fn score_reserved(reserved: Result<ReservedPair, ServiceError>) -> Scored {
-    reserved?.admit().await?.score().await
 }
 
 fn pair_result(id: String, scored: Scored, per_token: bool) -> pb::PairResult {

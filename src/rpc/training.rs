@@ -13,7 +13,7 @@ use super::status::status;
 use crate::service::jobs::JobService;
 
 /// The gRPC service for training jobs.
-pub(super) struct Training(pub Arc<JobService>);
+pub(super) struct TrainingRpc(pub Arc<JobService>);
 
 /// Returns the status for a request without a job.
 fn missing_job() -> Status {
@@ -23,7 +23,7 @@ fn missing_job() -> Status {
 type EventStream = Pin<Box<dyn Stream<Item = Result<pb::TrainingEvent, Status>> + Send>>;
 
 #[tonic::async_trait]
-impl TrainingService for Training {
+impl TrainingService for TrainingRpc {
     async fn create_training_job(
         &self,
         request: Request<pb::CreateTrainingJobRequest>,

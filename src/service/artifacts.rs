@@ -154,7 +154,7 @@ impl Artifacts {
         fs::create_dir_all(&temporary).map_err(|e| failed(&temporary, e))?;
         clear(&temporary)?;
         let mut empty = true;
-        for dir in [root.join("datasets"), root.join("jobs")] {
+        for dir in [root.join(DATASETS_FOLDER), root.join(JOBS_FOLDER)] {
             fs::create_dir_all(&dir).map_err(|e| failed(&dir, e))?;
             empty &= fs::read_dir(&dir)
                 .map_err(|e| failed(&dir, e))?
@@ -280,7 +280,7 @@ impl Artifacts {
     ///
     /// # Errors
     /// `Unavailable` if it is another store or does not answer.
-    pub async fn check_store(&self) -> Result<()> {
+    pub async fn check_artifact_store(&self) -> Result<()> {
         let (Some(remote), Some(known)) = (&self.remote, self.store_identity.get()) else {
             return Ok(());
         };
@@ -310,11 +310,11 @@ impl Artifacts {
 
     /// Returns the path of a dataset's file in the data directory.
     pub fn dataset(&self, id: &str) -> PathBuf {
-        self.root.join("datasets").join(id)
+        self.root.join(DATASETS_FOLDER).join(id)
     }
 
     fn job(&self, job: &str) -> PathBuf {
-        self.root.join("jobs").join(job)
+        self.root.join(JOBS_FOLDER).join(job)
     }
 
     /// Returns the folder of a job's checkpoints in the data directory.
@@ -373,8 +373,8 @@ impl Artifacts {
     ///
     /// # Errors
     /// `Internal` if the file system fails.
-    pub async fn local(&self) -> Result<(Vec<String>, Vec<String>)> {
-        let folders = [self.root.join("jobs"), self.root.join("datasets")];
+    pub async fn ids_with_local_files(&self) -> Result<(Vec<String>, Vec<String>)> {
+        let folders = [self.root.join(JOBS_FOLDER), self.root.join(DATASETS_FOLDER)];
         blocking(move || {
             let names = |folder: &PathBuf| -> Result<Vec<String>> {
                 let entries = fs::read_dir(folder).map_err(|e| failed(folder, e))?;
@@ -461,7 +461,7 @@ impl Artifacts {
         let Some(remote) = &self.remote else {
             return Ok(());
         };
-        self.check_store().await?;
+        self.check_artifact_store().await?;
         remote.put_file(&self.dataset(id), &dataset_key(id)).await
     }
 
@@ -503,7 +503,7 @@ impl Artifacts {
             return Err(match e {
                 // If the store is another one or not mounted, a missing object means nothing.
                 ServiceError::NotFound { .. } => self
-                    .check_store()
+                    .check_artifact_store()
                     .await
                     .err()
                     .unwrap_or_else(|| self.dataset_missing(&id)),
@@ -550,7 +550,7 @@ impl Artifacts {
         if !matches!(e, ServiceError::NotFound { .. }) {
             return e;
         }
-        match self.check_store().await {
+        match self.check_artifact_store().await {
             Ok(()) => self.missing(name),
             Err(e) => e,
         }
@@ -616,7 +616,7 @@ impl Artifacts {
         })
         .await??;
         if let Some(remote) = &self.remote {
-            self.check_store().await?;
+            self.check_artifact_store().await?;
             remote
                 .put_folder(&self.init_adapter(job), &init_adapter_key(job), "")
                 .await?;
@@ -634,7 +634,7 @@ impl Artifacts {
         let Some(remote) = self.remote.as_ref().filter(|_| dir.is_dir()) else {
             return Ok(());
         };
-        self.check_store().await?;
+        self.check_artifact_store().await?;
         remote.put_folder(&dir, &init_adapter_key(job), "").await
     }
 
@@ -715,7 +715,7 @@ impl Artifacts {
         let Some(remote) = &self.remote else {
             return Ok(());
         };
-        self.check_store().await?;
+        self.check_artifact_store().await?;
         remote
             .put_folder(
                 &self.checkpoint(job, step),
@@ -856,7 +856,7 @@ impl Artifacts {
         let Some(remote) = &self.remote else {
             return Ok(key);
         };
-        self.check_store().await?;
+        self.check_artifact_store().await?;
         let stored = remote.folder(&key).await?;
         let absent = |stored: &BTreeMap<String, u64>, file: &ExportedFile| {
             stored.get(&file.path) != Some(&file.size_bytes)

@@ -111,7 +111,7 @@ impl BackgroundTasks {
         if !self.artifacts.holds_copies_only() {
             return Ok(());
         }
-        let (jobs, datasets) = self.artifacts.local().await?;
+        let (jobs, datasets) = self.artifacts.ids_with_local_files().await?;
         for id in jobs {
             // A job that is being created has a copy of its adapter before it has a row.
             let old = self

@@ -77,8 +77,9 @@ impl CheckpointService {
     /// Deletes a checkpoint.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`IN_USE`) if the job has not ended and would continue from it, or if
-    /// another job needs it; `NotFound` if there is no such checkpoint.
+    /// `PermissionDenied` or `NotFound` if the caller has no such job; `NotFound` if there is no
+    /// such checkpoint; `FailedPrecondition` (`IN_USE`) if the job has not ended and would continue
+    /// from it, or if another job needs it.
     pub async fn delete_checkpoint(&self, caller: &Caller, job: &str, step: u64) -> Result<()> {
         let state = own_job(&self.store, caller, job).await?.state;
         let checkpoint = self
@@ -138,9 +139,9 @@ impl CheckpointService {
     /// again.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`NO_ADAPTER`, `MODEL_CHANGED`, `MODEL_FILES_CHANGED`,
-    /// `WEIGHTS_UNUSABLE`, …), `NotFound` if there is no such checkpoint, and `InvalidArgument`
-    /// if an element type is given for an adapter.
+    /// `PermissionDenied` or `NotFound` if the caller has no such job; `NotFound` if there is no
+    /// such checkpoint; `FailedPrecondition` (`NO_ADAPTER`, `MODEL_CHANGED`, `MODEL_FILES_CHANGED`,
+    /// `WEIGHTS_UNUSABLE`, …); `InvalidArgument` if an element type is given for an adapter.
     pub async fn export_checkpoint(
         &self,
         caller: &Caller,

@@ -124,10 +124,12 @@ impl DatasetService {
     /// Deletes a dataset.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`IN_USE`) if an unfinished job uses it.
+    /// `PermissionDenied` or `NotFound` if the caller has no such dataset; `FailedPrecondition`
+    /// (`IN_USE`) if an unfinished job uses it; `Unavailable` if the artifact store is not the
+    /// database's or does not answer.
     pub async fn delete_dataset(&self, caller: &Caller, id: &str) -> Result<()> {
         own_dataset(&self.store, caller, id).await?;
-        self.artifacts.check_store().await?;
+        self.artifacts.check_artifact_store().await?;
         self.store
             .delete_dataset(id, |users| check(caller, users, Needed::Dataset(id)))
             .await?;

@@ -33,6 +33,7 @@ use super::limiter::Limiter;
 use super::scoring::logged::LoggedPair;
 use super::scoring::{
     PairToScore, ReservedPair, ScoreOptions, ScoredPair, ScoringService, ScoringSession,
+    score_reserved,
 };
 use super::store::Store;
 use crate::domain::access::{Caller, Role};
@@ -375,14 +376,10 @@ fn to_score(row: PreferenceRow) -> PairToScore {
 
 fn unreadable_row(issue: RowIssue) -> PairFailure {
     let issue = issue.shortened();
-    let message = match issue.message.starts_with(&issue.field) {
-        true => issue.message,
-        false => format!("{}: {}", issue.field, issue.message),
-    };
     PairFailure {
         place: (issue.row, 0),
+        message: issue.message_with_field(),
         id: issue.id,
-        message,
     }
 }
 
@@ -442,10 +439,6 @@ impl WaitingRoom {
             .unwrap_or_else(PoisonError::into_inner);
         last.elapsed() > PATIENCE
     }
-}
-
-async fn score_reserved(reserved: Result<ReservedPair>) -> Result<ScoredPair> {
-    reserved?.admit().await?.score().await
 }
 
 /// Returns true if the error says that there is no room now.

@@ -295,7 +295,8 @@ impl PolicyResolver {
     /// continued jobs is followed.
     ///
     /// # Errors
-    /// `Internal` for a chain of more than [`MAX_CONTINUED_JOBS`] jobs.
+    /// `NotFound` if a job of the chain does not exist; `Internal` for a chain of
+    /// [`MAX_CONTINUED_JOBS`] or more jobs; `Unavailable` or `Internal` if the database fails.
     pub(super) async fn base_model(&self, job: &Job) -> Result<String> {
         if let Some(model) = &job.request.model {
             return Ok(model.clone());

@@ -112,9 +112,9 @@ pub struct ScoredCompletion {
     /// True if the text was cut at max_length.
     pub truncated: bool,
     /// log π_θ of each token of the answer, in nats.
-    pub policy_tokens: Vec<f32>,
+    pub policy_token_logprobs: Vec<f32>,
     /// log π_ref of each token of the answer, in nats; empty without a reference.
-    pub reference_tokens: Vec<f32>,
+    pub reference_token_logprobs: Vec<f32>,
 }
 
 /// The score of a pair.
@@ -708,8 +708,8 @@ impl ScoringSession {
             token_ids: Vec::new(),
             prompt_tokens: 0,
             truncated: false,
-            policy_tokens: Vec::new(),
-            reference_tokens: Vec::new(),
+            policy_token_logprobs: Vec::new(),
+            reference_token_logprobs: Vec::new(),
         });
         let margin = a.reward - b.reward;
         ScoredPair {
@@ -749,8 +749,8 @@ impl ScoringSession {
                     truncated: e.truncated,
                     tokens: answer.tokens,
                     token_ids: e.tokens,
-                    policy_tokens: logps.policy,
-                    reference_tokens: computed.unwrap_or_default(),
+                    policy_token_logprobs: logps.policy,
+                    reference_token_logprobs: computed.unwrap_or_default(),
                 }
             })
             .collect()
@@ -823,6 +823,14 @@ impl ReservedPair {
             ..session.admitted(encoded, room)?
         })))
     }
+}
+
+/// Scores a pair for whose text there may be room.
+///
+/// # Errors
+/// The error in `reserved`, and the errors of [`ReservedPair::admit`] and [`AdmittedPair::score`].
+pub async fn score_reserved(reserved: Result<ReservedPair>) -> Result<ScoredPair> {
+    reserved?.admit().await?.score().await
 }
 
 impl AdmittedPair {

@@ -1,5 +1,5 @@
-//! Store of jobs, events, checkpoints, datasets and tokens in SQLite or PostgreSQL. A write has
-//! reached the disk when its call returns.
+//! Store of jobs, events, checkpoints, calibrations, datasets, tokens, usage and properties of the
+//! database itself, in SQLite or PostgreSQL. A write has reached the disk when its call returns.
 //!
 //! The SQL is written once, in the subset that both databases understand; `Dialect` holds the few
 //! differences. All columns are 64-bit integers or TEXT.
@@ -208,7 +208,8 @@ impl Store {
     ///
     /// # Errors
     /// `FailedPrecondition` (`SCHEMA_TOO_NEW`) if a newer version has migrated the database so that
-    /// this one may not use it; `Internal` if the database cannot be opened or migrated.
+    /// this one may not use it; `Unavailable` or `Internal` if the database cannot be opened or
+    /// migrated.
     pub async fn open(data_dir: &Path, options: &StoreOptions) -> Result<Self> {
         sqlx::any::install_default_drivers();
         let (dialect, url) = match &options.database_url {

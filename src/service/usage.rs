@@ -37,9 +37,9 @@ pub struct UsageMeter {
 pub struct UsageQuery {
     /// The owner; `None` means the caller, for administrators everyone.
     pub owner: Option<String>,
-    /// First day since 1970 (UTC).
+    /// Number of the first day: days since 1970-01-01 (UTC).
     pub first: i64,
-    /// Last day since 1970 (UTC).
+    /// Number of the last day, which is included.
     pub last: i64,
     /// True for a record of each day.
     pub by_day: bool,
@@ -69,7 +69,8 @@ impl UsageMeter {
         }
     }
 
-    /// Stores what was counted since the last time. If the database fails, the counts are kept.
+    /// Stores what was counted since the last time. If the database fails, the counts wait for the
+    /// next time.
     ///
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
@@ -101,7 +102,7 @@ impl UsageMeter {
     }
 
     /// Stores the counts every ten seconds, forever.
-    pub(super) async fn follow(&self) {
+    pub(super) async fn store_periodically(&self) {
         loop {
             tokio::time::sleep(FLUSH_INTERVAL).await;
             if let Err(e) = self.flush().await {

@@ -528,33 +528,6 @@ async fn an_evaluation_ends_when_its_client_leaves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_interrupted_command_leaves_no_dataset() {
-    let dir = tempfile::tempdir().unwrap();
-    let server = serve(dir.path(), &[]);
-    let client = server.client().await;
-    let file = dir.path().join("rows.jsonl");
-    write_rows(&file, &rows(5000));
-    let mut command = Command::new(crate::support::binary());
-    command
-        .args(["evaluate", "--policy", "tiny", "--reference", "ref"])
-        .args(["--server", &server.address, "--data"])
-        .arg(&file)
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    let child = command.spawn().unwrap();
-    until("a scored pair", Duration::from_secs(60), async || {
-        scored_pairs(&server) > 0
-    })
-    .await;
-    assert_eq!(number_of_datasets(&client).await, 1);
-    // SAFETY: signals a child that has not been waited for.
-    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
-    let done = tokio::task::block_in_place(|| child.wait_with_output().unwrap());
-    assert_eq!(done.status.code(), Some(130), "{done:?}");
-    assert_eq!(number_of_datasets(&client).await, 0);
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn an_evaluation_waits_for_its_share_of_the_quota() {
     let dir = tempfile::tempdir().unwrap();
     // Room for few pairs at a time.

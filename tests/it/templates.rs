@@ -32,6 +32,16 @@ const PRINTS_ALL: &str = r#"{%- if tools is not none %}{{ tools | tojson }}{% en
 {%- if add_generation_prompt %}
 assistant:{% endif %}"#;
 
+/// Uploads a file whose rows are checked with a model.
+async fn upload_for(client: &Client, model: &str, file: &Path) -> pb::Dataset {
+    let metadata = pb::UploadMetadata {
+        model: model.to_owned(),
+        ..Default::default()
+    };
+    let uploaded = client.upload_dataset(file, metadata, |_| {});
+    uploaded.await.unwrap()
+}
+
 /// Copies the tiny Llama with another chat template to `dir/model`, and returns that folder.
 fn model(dir: &Path, template: &str) -> PathBuf {
     let folder = dir.join("model");
@@ -805,14 +815,7 @@ async fn a_job_names_the_rows_that_only_its_own_template_refuses() {
         .collect();
     let file = dir.path().join("rows.jsonl");
     std::fs::write(&file, rows.join("\n")).unwrap();
-    let metadata = pb::UploadMetadata {
-        model: "models/a".into(),
-        ..Default::default()
-    };
-    let dataset = client
-        .upload_dataset(&file, metadata, |_| {})
-        .await
-        .unwrap();
+    let dataset = upload_for(&client, "models/a", &file).await;
     let report = dataset.report.unwrap();
     let found: Vec<_> = report
         .issues
@@ -928,16 +931,8 @@ async fn an_answers_score_does_not_depend_on_other_answers_and_a_cut_prompt_is_a
     };
     let file = dir.path().join("rows.jsonl");
     std::fs::write(&file, format!("{}\n{}\n", row(continues), row(differs))).unwrap();
-    let metadata = pb::UploadMetadata {
-        model: "models/tiny".into(),
-        ..Default::default()
-    };
-    let report = client
-        .upload_dataset(&file, metadata, |_| {})
-        .await
-        .unwrap()
-        .report
-        .unwrap();
+    let dataset = upload_for(&client, "models/tiny", &file).await;
+    let report = dataset.report.unwrap();
     let found: Vec<_> = report
         .issues
         .iter()
@@ -992,14 +987,7 @@ async fn a_token_that_the_model_does_not_have_is_a_finding() {
     ];
     let file = dir.path().join("rows.jsonl");
     std::fs::write(&file, rows.join("\n")).unwrap();
-    let metadata = pb::UploadMetadata {
-        model: "models/tiny".into(),
-        ..Default::default()
-    };
-    let dataset = client
-        .upload_dataset(&file, metadata, |_| {})
-        .await
-        .unwrap();
+    let dataset = upload_for(&client, "models/tiny", &file).await;
     let report = dataset.report.unwrap();
     let found: Vec<_> = report
         .issues

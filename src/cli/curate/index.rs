@@ -4,7 +4,6 @@ use std::collections::HashMap;
 
 use crate::cli::data::{DataFiles, DataRecord};
 use crate::cli::failure::Failure;
-use crate::cli::score::reason;
 use crate::domain::dataset::{PreferenceRow, RowIssue, Severity};
 use crate::train::validate;
 
@@ -84,7 +83,7 @@ impl RowIndex {
                     let first = *first_of_row.entry(whole).or_insert(number);
                     row.duplicate_of = (first != number).then_some(first);
                 }
-                Err(issue) => row.fold = Err(reason(&issue)),
+                Err(issue) => row.fold = Err(issue.message_with_field()),
             }
             rows.push(row);
         }

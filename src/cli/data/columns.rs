@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::train::rows::names::{COLUMNS, listed, renamed, similar};
 
-/// Columns that can be mapped besides [`COLUMNS`]: the prompt of the shape `orca`.
+/// Column that can be mapped besides [`COLUMNS`]: the prompt of the shape `orca`.
 const QUESTION: &str = "question";
 
 /// Pairs of our name and the file's name.

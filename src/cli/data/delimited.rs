@@ -1,6 +1,8 @@
 //! CSV files with a header: each record becomes the JSON object that a JSONL line would hold.
 //!
-//! A cell with a JSON array of messages is read as messages. Every other text stays text.
+//! A cell with a JSON array of messages is read as messages, and a JSON object in the column
+//! `input` as an object. Numbers in the columns of weights and log-probs become numbers. Empty
+//! cells become null, except answers. Every other text of a column that is used stays text.
 
 use std::io::Read;
 

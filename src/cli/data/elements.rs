@@ -121,12 +121,12 @@ impl<R: Read> JsonElements<R> {
                 }
             }
             // The delimiter of an array is not part of the element.
-            let kept = used - usize::from(is_array && end.is_some());
-            is_too_long |= element.len() + kept > MAX_LINE_BYTES;
+            let of_element = used - usize::from(is_array && end.is_some());
+            is_too_long |= element.len() + of_element > MAX_LINE_BYTES;
             if !is_too_long {
                 // A line feed in a string is not JSON, so only space between values changes.
                 let is_break = |byte: &u8| matches!(byte, b'\n' | b'\r');
-                let bytes = buffer[..kept].iter();
+                let bytes = buffer[..of_element].iter();
                 element.extend(bytes.map(|byte| if is_break(byte) { b' ' } else { *byte }));
             }
             self.reader.consume(used);

@@ -59,7 +59,7 @@ impl RecordReader {
         DataRecord {
             row,
             columns,
-            pairs: pairs.map_err(|issue| self.0.labels().placed(issue)),
+            pairs: pairs.map_err(|issue| self.0.names().placed(issue)),
         }
     }
 }

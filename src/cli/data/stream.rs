@@ -17,7 +17,7 @@ pub(super) struct RowStream {
     places: IntoIter<DataPlace>,
     current: Option<Opened>,
     columns: ColumnMap,
-    labels: Labels,
+    names: SourceNames,
     /// Number of the last row.
     row: u64,
     /// True until a row of the current file has been checked for the mapped columns.
@@ -26,15 +26,15 @@ pub(super) struct RowStream {
 
 /// Names of rows and columns for messages.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Labels {
+pub(super) struct SourceNames {
     /// Name and first row of each file, in order.
     files: Vec<(String, u64)>,
     columns: ColumnMap,
 }
 
-impl Labels {
+impl SourceNames {
     pub(super) fn new(columns: ColumnMap) -> Self {
-        Labels {
+        SourceNames {
             files: Vec::new(),
             columns,
         }
@@ -89,19 +89,19 @@ impl RowStream {
         RowStream {
             places: places.into_iter(),
             current: None,
-            labels: Labels::new(columns.clone()),
+            names: SourceNames::new(columns.clone()),
             columns,
             row: 0,
             is_unchecked: false,
         }
     }
 
-    pub(super) fn labels(&self) -> &Labels {
-        &self.labels
+    pub(super) fn names(&self) -> &SourceNames {
+        &self.names
     }
 
-    pub(super) fn into_labels(self) -> Labels {
-        self.labels
+    pub(super) fn into_names(self) -> SourceNames {
+        self.names
     }
 
     /// Returns the next row of the current or a later file, or a text about the current file.
@@ -116,7 +116,7 @@ impl RowStream {
             let Some(place) = self.places.next() else {
                 return Ok(None);
             };
-            self.labels.files.push((place.name(), self.row + 1));
+            self.names.files.push((place.name(), self.row + 1));
             self.is_unchecked = true;
             self.current = Some(open(&place, &self.columns)?);
         }
@@ -163,7 +163,7 @@ impl Iterator for RowStream {
                 Ok((self.row, row))
             }
             Err(reason) => {
-                let name = self.labels.files.last().map_or("", |(name, _)| name);
+                let name = self.names.files.last().map_or("", |(name, _)| name);
                 let failure = Failure::Failed(format!("{name}: {reason}"));
                 self.current = None;
                 self.places = Vec::new().into_iter();

@@ -26,9 +26,9 @@ fn read_mapped(files: &[&Path], columns: &[&str]) -> Result<ReadPairs, String> {
             .collect(),
         columns: ColumnMap::parse(&columns).unwrap(),
     };
-    let (reader, trouble) = data.reader();
+    let (reader, read_failure) = data.reader();
     let rows = reader.collect();
-    match trouble.check() {
+    match read_failure.check() {
         Ok(()) => Ok(rows),
         Err(Failure::Failed(text)) => Err(text),
         Err(other) => panic!("{other:?}"),

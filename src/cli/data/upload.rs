@@ -9,14 +9,14 @@ use tokio::io::{AsyncRead, ReadBuf};
 use tokio::sync::mpsc;
 
 use super::row::DataRow;
-use super::stream::{Labels, RowStream};
+use super::stream::{RowStream, SourceNames};
 use crate::cli::failure::Failure;
 use crate::domain::dataset::IssueReason;
 use crate::rpc::client::{Client, ClientError, UploadError};
 use crate::rpc::pb;
 
 /// Size of a piece of the JSONL text in bytes, and maximum number of pieces that wait to be sent.
-const PIECE: usize = 1 << 20;
+const PIECE_BYTES: usize = 1 << 20;
 const MAX_PIECES: usize = 2;
 
 /// Maximum number of rows that a finding names.
@@ -59,15 +59,15 @@ pub(in crate::cli) struct RowRefusal {
 pub(in crate::cli) struct Uploaded {
     pub dataset: pb::Dataset,
     pub left_out: LeftOut,
-    labels: Labels,
+    names: SourceNames,
 }
 
 impl Uploaded {
-    pub(super) fn plain(dataset: pb::Dataset, labels: Labels) -> Self {
+    pub(super) fn plain(dataset: pb::Dataset, names: SourceNames) -> Self {
         Uploaded {
             dataset,
             left_out: LeftOut::default(),
-            labels,
+            names,
         }
     }
 
@@ -100,19 +100,19 @@ impl Uploaded {
     /// Describes a finding of some rows, with their places and the column's name in the files.
     fn finding(&self, issue: &pb::RowIssue, rows: &[u64]) -> String {
         let named = rows.iter().take(MAX_NAMED_ROWS);
-        let mut places: Vec<String> = named.map(|row| self.labels.place(*row)).collect();
+        let mut places: Vec<String> = named.map(|row| self.names.place(*row)).collect();
         match rows.len().saturating_sub(MAX_NAMED_ROWS) {
             0 => {}
             more => places.push(format!("{more} more")),
         }
         // The place in one of several files has a comma.
-        let places = places.join(if self.labels.has_several_files() {
+        let places = places.join(if self.names.has_several_files() {
             "; "
         } else {
             ", "
         });
-        let field = self.labels.column(&issue.field);
-        let message = self.labels.message(&issue.field, &issue.message);
+        let field = self.names.column(&issue.field);
+        let message = self.names.message(&issue.field, &issue.message);
         let space = if field.is_empty() { "" } else { " " };
         let severity = match issue.severity() {
             pb::IssueSeverity::Warning => "warning: ",
@@ -179,11 +179,11 @@ pub(super) async fn upload(
         .map_err(|e| Failure::Failed(format!("the rows cannot be read: {e}")))?;
     match answer {
         Ok(dataset) => {
-            let (labels, left_out) = converted?;
+            let (names, left_out) = converted?;
             Ok(Uploaded {
                 dataset,
                 left_out,
-                labels,
+                names,
             })
         }
         Err(UploadError::Read(e)) => {
@@ -211,7 +211,7 @@ enum JsonlPiece {
 fn convert(
     rows: RowStream,
     sender: &mpsc::Sender<JsonlPiece>,
-) -> Result<(Labels, LeftOut), Failure> {
+) -> Result<(SourceNames, LeftOut), Failure> {
     // A closed channel means that the server has refused the upload.
     let converted = to_jsonl(rows, |text| {
         sender.blocking_send(JsonlPiece::Text(text)).is_ok()
@@ -226,9 +226,9 @@ fn convert(
 pub(super) fn to_jsonl(
     mut rows: RowStream,
     mut write: impl FnMut(Vec<u8>) -> bool,
-) -> Result<(Labels, LeftOut), Failure> {
+) -> Result<(SourceNames, LeftOut), Failure> {
     let mut left_out = LeftOut::default();
-    let mut text = Vec::with_capacity(PIECE);
+    let mut text = Vec::with_capacity(PIECE_BYTES);
     while let Some((number, row)) = rows.next().transpose()? {
         match row {
             DataRow::Line(line) => text.extend(line),
@@ -236,21 +236,21 @@ pub(super) fn to_jsonl(
                 .map_err(|e| Failure::Failed(e.to_string()))?,
             DataRow::Bad(problem) => {
                 if left_out.rows == 0 {
-                    left_out.first = rows.labels().describe(number, &problem);
+                    left_out.first = rows.names().describe(number, &problem);
                 }
                 left_out.rows += 1;
             }
         }
         text.push(b'\n');
-        if text.len() >= PIECE {
-            let full = std::mem::replace(&mut text, Vec::with_capacity(PIECE));
+        if text.len() >= PIECE_BYTES {
+            let full = std::mem::replace(&mut text, Vec::with_capacity(PIECE_BYTES));
             if !write(full) {
-                return Ok((rows.into_labels(), left_out));
+                return Ok((rows.into_names(), left_out));
             }
         }
     }
     write(text);
-    Ok((rows.into_labels(), left_out))
+    Ok((rows.into_names(), left_out))
 }
 
 /// Reads the pieces as one text.

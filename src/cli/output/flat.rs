@@ -170,11 +170,14 @@ pub fn section(title: &str, value: &Value) -> Section {
 
 /// Returns true if the items of a list need a line each.
 fn is_long(items: &[Value]) -> bool {
-    /// Number of characters of short texts that share a line.
-    const SHORT: usize = 20;
-    items
-        .iter()
-        .any(|item| item.is_object() || item.as_str().is_some_and(|s| s.chars().count() > SHORT))
+    /// Maximum number of characters of short texts, which share a line.
+    const MAX_SHORT_CHARS: usize = 20;
+    items.iter().any(|item| {
+        item.is_object()
+            || item
+                .as_str()
+                .is_some_and(|s| s.chars().count() > MAX_SHORT_CHARS)
+    })
 }
 
 /// Formats an item of a list on one line. A finding about a row begins with its place.

@@ -22,12 +22,12 @@ const CALL_PAIRS: usize = 64;
 /// messages is 16 MiB by default.
 const CALL_BYTES: usize = 1 << 20;
 /// Time after which pairs that failed for a passing reason are scored again.
-const PAUSE: Duration = Duration::from_millis(500);
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// Maximum number of times that a pair is scored again.
 const MAX_RETRIES: u32 = 100;
-/// Maximum number of times that a pair is scored again after an internal error of the server. A
+/// Maximum number of times that a pair is scored again after internal errors of the server. A
 /// pair that always causes one must not stop the others.
-const MAX_INTERNAL: u32 = 3;
+const MAX_INTERNAL_ERRORS: u32 = 3;
 
 /// The result of a row.
 #[derive(Debug)]
@@ -306,7 +306,7 @@ async fn pairs(
             answered.push((place, result));
         }
         if !again.is_empty() {
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(RETRY_PAUSE).await;
             waiting.push(WaitingPairs {
                 places: again_places,
                 request: pb::ScorePairsRequest {
@@ -331,7 +331,7 @@ fn too_many_retries(message: &str) -> Failure {
 /// Returns true if an error may pass when the pair is scored again.
 fn is_passing(code: i32, attempts: u32) -> bool {
     match Code::from(code) {
-        Code::Internal | Code::Unknown => attempts < MAX_INTERNAL,
+        Code::Internal | Code::Unknown => attempts < MAX_INTERNAL_ERRORS,
         code => is_transient(code),
     }
 }
@@ -368,7 +368,7 @@ async fn answers(
             return Err(too_many_retries(&message));
         }
         attempts += 1;
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(RETRY_PAUSE).await;
     }
 }
 

@@ -44,7 +44,7 @@ pub(super) const COLUMNS: [&str; 18] = [
 const ERRORS_KEY: &str = "bradley.errors";
 /// Number of bytes at the end of a Parquet part that are read for its counts. The metadata of a
 /// thousand columns fits into them.
-pub(super) const TAIL: u64 = 256 << 10;
+pub(super) const TAIL_BYTES: u64 = 256 << 10;
 
 /// A part that is scored.
 pub(super) struct ScoredPart<'a> {

@@ -22,11 +22,11 @@ const CALLS_PER_CONNECTION: usize = 2;
 /// Time limit for a call. A server that has died is noticed much earlier, by the connection.
 const CALL_LIMIT: Duration = Duration::from_secs(1800);
 /// Time for which a server that failed gets no calls. It doubles with each failure up to
-/// [`LONGEST_REST`].
-const FIRST_REST: Duration = Duration::from_millis(200);
-const LONGEST_REST: Duration = Duration::from_secs(10);
+/// [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Maximum time for which a server gets no calls because it asked for this.
-const LONGEST_ASKED_REST: Duration = Duration::from_secs(60);
+const LONGEST_ASKED_PAUSE: Duration = Duration::from_secs(60);
 /// Time between two looks for a server, if none was freed meanwhile.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// Time between two attempts to reach a first server.
@@ -88,7 +88,7 @@ struct Replica {
     in_flight: AtomicUsize,
     /// Number of failures since the last answer.
     failures: AtomicU32,
-    rests_until: Mutex<Option<Instant>>,
+    paused_until: Mutex<Option<Instant>>,
     /// True if its weights must be identified before its next call: at first, and after a failure,
     /// because another process may have taken its place.
     is_unverified: AtomicBool,
@@ -121,7 +121,7 @@ impl Replica {
             next: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
             failures: AtomicU32::new(0),
-            rests_until: Mutex::new(None),
+            paused_until: Mutex::new(None),
             is_unverified: AtomicBool::new(true),
             verifying: tokio::sync::Mutex::new(()),
         })
@@ -131,18 +131,18 @@ impl Replica {
         self.connections.len() * CALLS_PER_CONNECTION
     }
 
-    fn rests(&self) -> bool {
-        locked(&self.rests_until).is_some_and(|until| Instant::now() < until)
+    fn is_paused(&self) -> bool {
+        locked(&self.paused_until).is_some_and(|until| Instant::now() < until)
     }
 
     /// Gives it no calls for a while: for the time that it asked for, if it did.
-    fn rest(&self, asked: Option<Duration>) {
+    fn pause(&self, asked: Option<Duration>) {
         let failures = self.failures.fetch_add(1, Ordering::AcqRel);
         let time = match asked {
-            Some(asked) => asked.min(LONGEST_ASKED_REST),
-            None => (FIRST_REST * (1 << failures.min(8))).min(LONGEST_REST),
+            Some(asked) => asked.min(LONGEST_ASKED_PAUSE),
+            None => (FIRST_PAUSE * (1 << failures.min(8))).min(LONGEST_PAUSE),
         };
-        *locked(&self.rests_until) = Some(Instant::now() + time);
+        *locked(&self.paused_until) = Some(Instant::now() + time);
     }
 
     /// Returns one of its connections, in turn.
@@ -249,7 +249,7 @@ impl Fleet {
                 }
             };
             let address = &slot.replica.address;
-            slot.replica.rest(after);
+            slot.replica.pause(after);
             // A server that is busy is the same process as before.
             if code != Code::ResourceExhausted {
                 slot.replica.is_unverified.store(true, Ordering::Release);
@@ -301,7 +301,7 @@ impl Fleet {
         )))
     }
 
-    /// Waits for a server that takes a call: it has room, and does not rest.
+    /// Waits for a server that takes a call: it has room, and is not paused.
     async fn slot(&self) -> Result<CallSlot<'_>, Failure> {
         loop {
             let freed = self.freed.notified();
@@ -309,7 +309,9 @@ impl Fleet {
                 let replicas = locked(&self.replicas);
                 let free = replicas
                     .iter()
-                    .filter(|r| !r.rests() && r.in_flight.load(Ordering::Acquire) < r.capacity())
+                    .filter(|r| {
+                        !r.is_paused() && r.in_flight.load(Ordering::Acquire) < r.capacity()
+                    })
                     .min_by_key(|r| r.in_flight.load(Ordering::Acquire));
                 if let Some(replica) = free {
                     replica.in_flight.fetch_add(1, Ordering::AcqRel);
@@ -521,18 +523,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_server_rests_for_as_long_as_it_asks_and_else_longer_each_time() {
+    fn a_server_is_paused_for_as_long_as_it_asks_and_else_longer_each_time() {
         let replica = Replica::new("http://a".to_owned(), 1);
-        let rest = |asked| {
+        let pause = |asked| {
             let before = Instant::now();
-            replica.rest(asked);
-            locked(&replica.rests_until).unwrap() - before
+            replica.pause(asked);
+            locked(&replica.paused_until).unwrap() - before
         };
         let asked = Duration::from_secs(30);
-        assert!((asked..LONGEST_ASKED_REST).contains(&rest(Some(asked))));
-        assert!(rest(Some(Duration::from_secs(9999))) < 2 * LONGEST_ASKED_REST);
-        let (third, fourth) = (rest(None), rest(None));
-        assert!(third < fourth && third > FIRST_REST, "{third:?} {fourth:?}");
-        assert!((0..99).all(|_| rest(None) < 2 * LONGEST_REST));
+        assert!((asked..LONGEST_ASKED_PAUSE).contains(&pause(Some(asked))));
+        assert!(pause(Some(Duration::from_secs(9999))) < 2 * LONGEST_ASKED_PAUSE);
+        let (third, fourth) = (pause(None), pause(None));
+        assert!(
+            third < fourth && third > FIRST_PAUSE,
+            "{third:?} {fourth:?}"
+        );
+        assert!((0..99).all(|_| pause(None) < 2 * LONGEST_PAUSE));
     }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use super::encode::{PartCounts, TAIL, jsonl_counts, parquet_counts};
+use super::encode::{PartCounts, TAIL_BYTES, jsonl_counts, parquet_counts};
 use super::input::ScoreInput;
 use super::reader::{InputRecord, InputRows, PartNaming, record_name, rows_name};
 use super::store::PartStore;
@@ -17,11 +17,11 @@ use crate::cli::args::PartFormat;
 use crate::cli::failure::Failure;
 
 /// Name of the description of a run.
-const RUN: &str = "_run.json";
+const RUN_FILE: &str = "_run.json";
 /// Name of the list of parts.
-const MANIFEST: &str = "_manifest.json";
+const MANIFEST_FILE: &str = "_manifest.json";
 /// Maximum number of parts whose counts are read at the same time.
-const READS: usize = 16;
+const MAX_READS: usize = 16;
 
 /// Everything that the content of the parts depends on, besides the inputs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -76,14 +76,14 @@ impl RunDescription {
         let failed = |e: serde_json::Error| Failure::Failed(e.to_string());
         let mut text = serde_json::to_vec_pretty(self).map_err(failed)?;
         text.push(b'\n');
-        if out.create(RUN, text).await? {
+        if out.create(RUN_FILE, text).await? {
             return Ok(());
         }
-        let found = out.read(RUN, None).await?.unwrap_or_default();
+        let found = out.read(RUN_FILE, None).await?.unwrap_or_default();
         let other: RunDescription = serde_json::from_slice(&found).map_err(|e| {
             Failure::Usage(format!(
-                "--out {}/{RUN} does not describe a run of this version ({e}): name another --out, \
-                 or continue with the version that began it",
+                "--out {}/{RUN_FILE} does not describe a run of this version ({e}): name another \
+                 --out, or continue with the version that began it",
                 out.shown()
             ))
         })?;
@@ -104,7 +104,8 @@ impl RunDescription {
             })
             .collect();
         Err(Failure::Usage(format!(
-            "--out {} has the parts of another run ({RUN}): they differ in {}: name another --out",
+            "--out {} has the parts of another run ({RUN_FILE}): they differ in {}: name another \
+             --out",
             out.shown(),
             differing.join(", ")
         )))
@@ -177,7 +178,7 @@ pub(super) async fn complete(
     let (mut waiting, mut reading) = (names.iter().cloned().enumerate(), JoinSet::new());
     let mut counts = vec![PartCounts::default(); names.len()];
     loop {
-        while reading.len() < READS {
+        while reading.len() < MAX_READS {
             let Some((at, name)) = waiting.next() else {
                 break;
             };
@@ -219,10 +220,10 @@ pub(super) async fn complete(
             .iter()
             .all(|field| found.get(*field) == manifest.get(*field))
     };
-    let found = out.read(MANIFEST, None).await?.unwrap_or_default();
+    let found = out.read(MANIFEST_FILE, None).await?.unwrap_or_default();
     if !serde_json::from_slice(&found).is_ok_and(|found: Value| is_same(&found)) {
         let text = format!("{manifest:#}\n");
-        out.replace(MANIFEST, text.into_bytes()).await?;
+        out.replace(MANIFEST_FILE, text.into_bytes()).await?;
     }
     out.clean().await;
     Ok(Some(total))
@@ -230,7 +231,7 @@ pub(super) async fn complete(
 
 async fn count(out: &PartStore, name: &str, format: PartFormat) -> Result<PartCounts, Failure> {
     let last = match format {
-        PartFormat::Parquet => Some(TAIL),
+        PartFormat::Parquet => Some(TAIL_BYTES),
         PartFormat::Jsonl => None,
     };
     let content = out.read(name, last).await?.unwrap_or_default();

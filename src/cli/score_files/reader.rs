@@ -15,7 +15,6 @@ use super::store::PartStore;
 use crate::cli::args::PartFormat;
 use crate::cli::data::{DataRow, DataRows, InputContent, open_input};
 use crate::cli::failure::Failure;
-use crate::cli::score::reason;
 use crate::train::rows::RecordChoice;
 use crate::train::rows::apart::ApartRecords;
 
@@ -373,7 +372,7 @@ impl PartReader {
             };
             filling.add(row.map(|(_, fields)| match fields {
                 Ok(fields) => self.rows.record(number, fields),
-                Err(issue) => InputRow::bad(number, reason(&issue)),
+                Err(issue) => InputRow::bad(number, issue.message_with_field()),
             }))?;
         }
         filling.end()

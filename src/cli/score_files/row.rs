@@ -3,7 +3,6 @@
 use serde_json::{Map, Value};
 
 use crate::cli::data::ColumnMap;
-use crate::cli::score::reason;
 use crate::domain::dataset::{PreferenceRow, RowIssue, Text};
 use crate::domain::message::TemplateArguments;
 use crate::train::rows::names::COMPLETIONS_COLUMN;
@@ -61,7 +60,7 @@ impl RowReading {
                 let findings = pairs_of_line(row, line).find_map(Result::err);
                 let message = findings.map_or_else(
                     || "the line is not a JSON object".to_owned(),
-                    |issue| reason(&issue),
+                    |issue| issue.message_with_field(),
                 );
                 InputRow::bad(row, message)
             }
@@ -92,11 +91,12 @@ impl RowReading {
             content: content.unwrap_or_else(|issue| {
                 let message = self.columns.message(&issue.field, &issue.message);
                 let field = self.columns.original(&issue.field);
-                RowContent::Bad(reason(&RowIssue {
+                let issue = RowIssue {
                     field,
                     message,
                     ..issue
-                }))
+                };
+                RowContent::Bad(issue.message_with_field())
             }),
         }
     }

@@ -18,7 +18,7 @@ const MAX_SAMPLES: u32 = 64;
 /// Number of tokens of a sample if the request does not limit them.
 const DEFAULT_MAX_TOKENS: usize = 256;
 /// Maximum number of stop texts.
-const MAX_STOP: usize = 16;
+const MAX_STOP_TEXTS: usize = 16;
 /// Maximum size of a stop text, in bytes.
 const MAX_STOP_BYTES: usize = 256;
 /// Maximum number of stop tokens.
@@ -66,10 +66,10 @@ pub(in crate::rpc) fn request(
     if r.top_k == Some(0) {
         bad.push("top_k", "is 0: leave it out for all tokens");
     }
-    if r.stop.len() > MAX_STOP {
+    if r.stop.len() > MAX_STOP_TEXTS {
         bad.push(
             "stop",
-            format!("has {} texts: {MAX_STOP} are the limit", r.stop.len()),
+            format!("has {} texts: {MAX_STOP_TEXTS} are the limit", r.stop.len()),
         );
     }
     for (i, stop) in r.stop.iter().enumerate() {

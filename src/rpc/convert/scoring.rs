@@ -254,7 +254,7 @@ pub(in crate::rpc) fn pair_score(s: ScoredPair, per_token: bool) -> pb::PairScor
 
 /// Converts an answer's score, with the log-probs of each token if `per_token`.
 pub(in crate::rpc) fn completion(c: ScoredCompletion, per_token: bool) -> pb::CompletionScore {
-    let keep = |xs: Vec<f32>| if per_token { xs } else { Vec::new() };
+    let returned = |xs: Vec<f32>| if per_token { xs } else { Vec::new() };
     pb::CompletionScore {
         policy_logprob: c.policy_logprob,
         reference_logprob: c.reference_logprob,
@@ -262,8 +262,8 @@ pub(in crate::rpc) fn completion(c: ScoredCompletion, per_token: bool) -> pb::Co
         tokens: c.tokens as u32,
         prompt_tokens: c.prompt_tokens as u32,
         truncated: c.truncated,
-        policy_token_logprobs: keep(c.policy_tokens),
-        reference_token_logprobs: keep(c.reference_tokens),
+        policy_token_logprobs: returned(c.policy_token_logprobs),
+        reference_token_logprobs: returned(c.reference_token_logprobs),
         token_ids: if per_token { c.token_ids } else { Vec::new() },
     }
 }

@@ -210,8 +210,8 @@ fn parse(text: &[u8]) -> Result<Value, ServiceError> {
         .map_err(|e| ServiceError::invalid("body", format!("is not valid JSON: {e}")))
 }
 
-/// Returns true if a JSON text has more than [`MAX_VALUES`] values and keys: outside of strings,
-/// each is followed by a comma, a colon or a closing bracket.
+/// Returns true if a JSON text has more than [`MAX_VALUES`] values and keys besides the first. Each
+/// follows a comma, a colon or an opening bracket outside of strings; these are counted.
 fn has_too_many_values(text: &[u8]) -> bool {
     if text.len() < MAX_VALUES {
         return false;

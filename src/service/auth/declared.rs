@@ -1,6 +1,5 @@
-//! Tokens that a file declares: who they belong to, and the hash of each. A platform keeps this
-//! file as it keeps its other configuration, e.g. in a Secret, and no command creates these tokens
-//! in a database.
+//! Tokens that a file declares: who they belong to, and the hash of each. The file is part of a
+//! deployment's configuration, e.g. in a Secret, and no command creates these tokens in a database.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -47,7 +46,8 @@ impl TokenEntry {
     /// Returns the entry of a token.
     ///
     /// # Errors
-    /// `InvalidArgument` for a bad owner or an empty list of roles.
+    /// `InvalidArgument` for a bad owner, an empty list of roles, or a lifetime (field `days`) with
+    /// an end that no timestamp can have.
     pub fn new(
         owner: &str,
         roles: &[Role],
@@ -181,8 +181,8 @@ impl DeclaredTokens {
     /// that the caller has.
     pub fn is_valid(&self, hash: &[u8; 32], caller: &Caller) -> bool {
         self.current(hash).is_some_and(|declared| {
-            let keeps = |role| declared.roles.contains(role);
-            declared.owner == caller.owner && caller.roles.iter().all(keeps)
+            let has_role = |role| declared.roles.contains(role);
+            declared.owner == caller.owner && caller.roles.iter().all(has_role)
         })
     }
 

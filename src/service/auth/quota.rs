@@ -1,4 +1,4 @@
-//! Quota of tokens in the scoring queue, per client.
+//! Quota of tokens that wait to be scored or for generated texts, per client.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

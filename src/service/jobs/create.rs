@@ -125,7 +125,7 @@ impl JobCreator {
         else {
             return Ok(());
         };
-        if self.store.was_made(&job.owner, request_id).await? {
+        if self.store.has_created(&job.owner, request_id).await? {
             return Ok(());
         }
         let from = self.validator.adapters.find(name).await?;
@@ -155,7 +155,7 @@ pub(super) fn draft(caller: &Caller, request: JobRequest) -> Job {
         create_time: now,
         start_time: None,
         end_time: None,
-        turn: now,
+        queued_since: now,
         worker: None,
         owner: caller.owner.clone(),
         trace: trace::format(&trace::current()),

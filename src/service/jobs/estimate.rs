@@ -19,7 +19,7 @@ use crate::service::shutdown::Shutdown;
 
 /// Maximum number of tokens scored to measure the speed of the device. A longer first pair is
 /// scored alone.
-const CALIBRATION_TOKENS: usize = 1024;
+const SPEED_SAMPLE_TOKENS: usize = 1024;
 
 /// Estimated cost of a job.
 #[derive(Clone, Debug, PartialEq)]
@@ -140,7 +140,7 @@ impl JobEstimator {
             let more = self
                 .engine
                 .packed_tokens(model, std::slice::from_ref(pair))?;
-            if tokens > 0 && tokens + more > CALIBRATION_TOKENS {
+            if tokens > 0 && tokens + more > SPEED_SAMPLE_TOKENS {
                 break;
             }
             tokens += more;

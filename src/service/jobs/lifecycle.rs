@@ -42,7 +42,8 @@ impl JobService {
     /// the job must still have it.
     ///
     /// # Errors
-    /// `Aborted` if the job has changed since the etag was read; `InvalidArgument` for bad values.
+    /// `PermissionDenied` or `NotFound` if the caller has no such job; `Aborted` if the job has
+    /// changed since the etag was read; `InvalidArgument` for bad values.
     pub async fn update_job(
         &self,
         caller: &Caller,
@@ -91,7 +92,8 @@ impl JobService {
     /// Pauses a job. A running job first finishes its current unit of work and writes a checkpoint.
     ///
     /// # Errors
-    /// `FailedPrecondition` if the job has ended or is being cancelled.
+    /// `PermissionDenied` or `NotFound` if the caller has no such job; `FailedPrecondition` if it
+    /// has ended or is being cancelled.
     pub async fn pause_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         own_job(&self.store, caller, id).await?;
         self.move_job(caller, id, "pause", "paused by a client", |job| {
@@ -113,8 +115,9 @@ impl JobService {
     /// Requeues a paused job.
     ///
     /// # Errors
-    /// `FailedPrecondition` (`MODEL_CHANGED`) if the server's model differs from the one that the
-    /// job was created with; also if the job is neither paused nor queued.
+    /// `PermissionDenied` or `NotFound` if the caller has no such job; `FailedPrecondition`
+    /// (`MODEL_CHANGED`) if the server's model differs from the one that the job was created with;
+    /// also if the job is neither paused nor queued.
     pub async fn resume_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         let job = own_job(&self.store, caller, id).await?;
         self.policies.check_base(&job)?;
@@ -147,7 +150,8 @@ impl JobService {
     /// Cancels a job. A running job stops after its current unit of work.
     ///
     /// # Errors
-    /// `FailedPrecondition` if the job has already ended.
+    /// `PermissionDenied` or `NotFound` if the caller has no such job; `FailedPrecondition` if it
+    /// has already ended.
     pub async fn cancel_job(&self, caller: &Caller, id: &str) -> Result<Job> {
         own_job(&self.store, caller, id).await?;
         self.move_job(
@@ -192,7 +196,7 @@ impl JobService {
                 }
                 job.state = to;
                 if to == JobState::Queued {
-                    job.turn = now();
+                    job.queued_since = now();
                 }
                 Ok(vec![EventKind::StateChange {
                     from: Some(from),
@@ -216,7 +220,9 @@ impl JobService {
     /// Deletes an ended job with its events, checkpoints and exports.
     ///
     /// # Errors
-    /// `FailedPrecondition` if the job has not ended, or if another job needs its weights.
+    /// `PermissionDenied` or `NotFound` if the caller has no such job; `FailedPrecondition` if it
+    /// has not ended, or if another job needs its weights; `Unavailable` if the artifact store is
+    /// not the database's or does not answer.
     pub async fn delete_job(&self, caller: &Caller, id: &str) -> Result<()> {
         own_job(&self.store, caller, id).await?;
         self.remove_job(caller, id, false).await
@@ -246,7 +252,7 @@ impl JobService {
         };
         // A job's files could not be found again once its row is deleted. So nothing is removed
         // while the artifact store is unavailable.
-        self.artifacts.check_store().await?;
+        self.artifacts.check_artifact_store().await?;
         // The row is deleted first: its transaction sees what other clients have changed or begun
         // meanwhile.
         self.store.delete_job(id, expired, refuse).await?;

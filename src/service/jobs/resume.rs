@@ -57,7 +57,7 @@ pub(super) async fn newest_intact(
         };
         // If the wrong artifact store is mounted, its contents prove no damage.
         leased
-            .retry_until_stopped(|| from.artifacts.check_store())
+            .retry_until_stopped(|| from.artifacts.check_artifact_store())
             .await?;
         tracing::warn!(job, step = c.step, reason, "damaged checkpoint");
         let message = format!(

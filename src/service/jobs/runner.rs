@@ -157,24 +157,24 @@ impl JobRunner {
                     error = e.message,
                     "the job is requeued because an input is missing or has changed"
                 );
-                Ok(End::Waits(e))
+                Ok(JobOutcome::Waits(e))
             }
-            Ok(end) => Ok(End::Run(end)),
+            Ok(end) => Ok(JobOutcome::Run(end)),
             Err(ServiceError::Aborted { message, .. }) => Err(message),
             Err(e) if may_succeed_later(&e) => {
                 tracing::warn!(job = job.id, error = %e, "the job is requeued because it cannot \
                     begin yet");
-                Ok(End::Waits(failure(&e)))
+                Ok(JobOutcome::Waits(failure(&e)))
             }
             Err(e) => {
                 tracing::error!(job = job.id, error = %e, "the job failed");
-                Ok(End::Run(RunEnd::Failed(failure(&e))))
+                Ok(JobOutcome::Run(RunEnd::Failed(failure(&e))))
             }
         };
         // Nobody reads the run's events any more, so the device must stop working on it.
         leased.control.cancel();
         match &end {
-            Ok(End::Waits(_)) => self.runs.postpone(&job.id, self.postponement),
+            Ok(JobOutcome::Waits(_)) => self.runs.postpone(&job.id, self.postponement),
             _ => self.runs.forget_postponed(&job.id),
         }
         let stored = match end {
@@ -576,7 +576,7 @@ impl JobRunner {
 }
 
 /// Outcome of a leased job.
-enum End {
+enum JobOutcome {
     /// The run ended.
     Run(RunEnd),
     /// The job is requeued because an input is missing or has changed, or because too many runs
@@ -720,18 +720,18 @@ async fn log_skipped_rows(leased: &LeasedJob, skipped: &BadRows) -> Result<()> {
 }
 
 /// Stores the last change of state of a run and releases its lease.
-async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
+async fn finish(leased: &LeasedJob, end: &JobOutcome) -> Result<()> {
     let preemption = leased.preemption();
     let change = move |job: &mut Job| {
         let from = job.state;
         let cancelling = from == JobState::Cancelling;
         let (to, reason) = match end {
-            End::Run(RunEnd::Failed(e)) => {
+            JobOutcome::Run(RunEnd::Failed(e)) => {
                 job.error = Some(e.clone());
                 (JobState::Failed, e.message.clone())
             }
             _ if cancelling => (JobState::Cancelled, "cancelled by a client".to_owned()),
-            End::Waits(e) | End::Run(RunEnd::InputMissing(e)) => {
+            JobOutcome::Waits(e) | JobOutcome::Run(RunEnd::InputMissing(e)) => {
                 job.error = Some(e.clone());
                 let to = if from == JobState::Pausing {
                     JobState::Paused
@@ -740,23 +740,25 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
                 };
                 (to, format!("waits: {}", e.message))
             }
-            End::Run(RunEnd::Succeeded) => (JobState::Succeeded, "the run is complete".to_owned()),
-            End::Run(RunEnd::Cancelled) => {
+            JobOutcome::Run(RunEnd::Succeeded) => {
+                (JobState::Succeeded, "the run is complete".to_owned())
+            }
+            JobOutcome::Run(RunEnd::Cancelled) => {
                 (JobState::Cancelled, "cancelled by a client".to_owned())
             }
-            End::Run(RunEnd::Drained) if from == JobState::Pausing => (
+            JobOutcome::Run(RunEnd::Drained) if from == JobState::Pausing => (
                 JobState::Paused,
                 format!(
                     "paused by a client; continues from step {}",
                     job.progress.step
                 ),
             ),
-            End::Run(RunEnd::Drained) => {
+            JobOutcome::Run(RunEnd::Drained) => {
                 let why = match preemption {
                     None => "the server is shutting down",
                     Some(Preemption::Priority) => "preempted by a job of a higher priority",
                     Some(Preemption::TimeSlice) => {
-                        job.turn = now();
+                        job.queued_since = now();
                         "its time slice is over"
                     }
                 };
@@ -777,7 +779,7 @@ async fn finish(leased: &LeasedJob, end: &End) -> Result<()> {
         }])
     };
     let job = leased.write(change, RunWriteEffect::Release).await?;
-    if let End::Waits(error) = end {
+    if let JobOutcome::Waits(error) = end {
         metrics::counter!(
             "bradley_jobs_waiting_total",
             "reason" => error.reason.name().to_lowercase()

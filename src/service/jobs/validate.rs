@@ -145,7 +145,7 @@ impl RequestValidator {
             };
             // A repeated request returns the job of the first one, even if the folder has changed
             // or is gone.
-            if !self.store.was_made(&caller.owner, request_id).await? {
+            if !self.store.has_created(&caller.owner, request_id).await? {
                 let folder = self.adapters.find(name).await?;
                 adopt_adapter(&mut request, folder).await?;
             }

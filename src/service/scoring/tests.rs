@@ -11,8 +11,8 @@ fn scored(reward: f64) -> ScoredCompletion {
         token_ids: vec![1],
         prompt_tokens: 1,
         truncated: false,
-        policy_tokens: vec![reward as f32],
-        reference_tokens: Vec::new(),
+        policy_token_logprobs: vec![reward as f32],
+        reference_token_logprobs: Vec::new(),
     }
 }
 

@@ -77,7 +77,7 @@ impl Store {
                 self.check_quota(&mut tx, &job.owner, quota).await?;
             }
         }
-        self.check_needs(&mut tx, job).await?;
+        self.lock_inputs(&mut tx, job).await?;
         let inserted: Option<i64> = sqlx::query_scalar(
             "INSERT INTO jobs (id, version, state, request, progress, latest_metrics, \
              skipped_rows, create_time, request_id, request_hash,
@@ -96,7 +96,7 @@ impl Store {
         .bind(key.clone())
         .bind(creation.request_hash)
         .bind(i64::from(job.request.priority))
-        .bind(job.turn)
+        .bind(job.queued_since)
         .bind(&job.owner)
         .bind(&job.trace)
         .fetch_optional(&mut *tx)
@@ -129,7 +129,7 @@ impl Store {
     }
 
     /// Checks that the inputs of a job still exist, and locks them until the transaction ends.
-    async fn check_needs(&self, tx: &mut Transaction<'_, Any>, job: &Job) -> Result<()> {
+    async fn lock_inputs(&self, tx: &mut Transaction<'_, Any>, job: &Job) -> Result<()> {
         let request = &job.request;
         let eval = match &request.evaluation {
             Evaluation::Dataset(id) => Some(id),
@@ -174,7 +174,7 @@ impl Store {
     ///
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
-    pub async fn was_made(&self, owner: &str, request_id: Option<&str>) -> Result<bool> {
+    pub async fn has_created(&self, owner: &str, request_id: Option<&str>) -> Result<bool> {
         let Some(id) = request_id else {
             return Ok(false);
         };
@@ -504,7 +504,7 @@ impl Store {
         .bind(to_json(&job.skipped_rows)?)
         .bind(job.start_time)
         .bind(job.end_time)
-        .bind(job.turn)
+        .bind(job.queued_since)
         .bind(job.expire_time())
         .bind(&job.id)
         .execute(&mut **tx)

@@ -27,7 +27,7 @@ pub struct Lease {
     token: i64,
     /// Id of the replica and a random id of this claim. The token alone is not unique: a database
     /// fail-over that loses commits may give out a token twice.
-    owner: String,
+    holder: String,
 }
 
 /// Additional effect of a run's write, in the same transaction.
@@ -99,14 +99,14 @@ impl Store {
             }])
         };
         let (job, sequence) = self.apply(&mut tx, job, prepare).await?;
-        let owner = format!("{}/{}", self.replica, uuid::Uuid::now_v7());
+        let holder = format!("{}/{}", self.replica, uuid::Uuid::now_v7());
         let take_lease = format!(
             "UPDATE jobs SET lease_owner = $1, lease_token = $2, lease_until = {}, lease_writes = \
              0 WHERE id = $3",
             self.lease_end()
         );
         sqlx::query(AssertSqlSafe(take_lease))
-            .bind(&owner)
+            .bind(&holder)
             .bind(token)
             .bind(&job.id)
             .execute(&mut *tx)
@@ -115,7 +115,7 @@ impl Store {
         let lease = Lease {
             job: job.id.clone(),
             token,
-            owner,
+            holder,
         };
         Ok(Some((job, lease, sequence)))
     }
@@ -134,7 +134,7 @@ impl Store {
         let renewed = sqlx::query_scalar(AssertSqlSafe(renew))
             .bind(&lease.job)
             .bind(lease.token)
-            .bind(&lease.owner);
+            .bind(&lease.holder);
         let state: Option<String> = renewed.fetch_optional(&self.writer).await?;
         Ok(state.and_then(|s| JobState::parse(&s)))
     }
@@ -159,7 +159,7 @@ impl Store {
         // A released lease has no owner. Only a retry of the last write may find this state.
         let given_back = row.lease_owner.is_none() && row.lease_writes >= number;
         if row.lease_token != lease.token
-            || !(given_back || row.lease_owner.as_ref() == Some(&lease.owner))
+            || !(given_back || row.lease_owner.as_ref() == Some(&lease.holder))
         {
             let message = format!("trainingJobs/{} is run by another worker", lease.job);
             return Err(ServiceError::Aborted {

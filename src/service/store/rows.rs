@@ -133,7 +133,7 @@ impl TryFrom<JobRow> for Job {
             create_time: r.create_time,
             start_time: r.start_time,
             end_time: r.end_time,
-            turn: r.turn,
+            queued_since: r.turn,
             owner: r.owner,
             trace: r.trace,
             worker: None,

@@ -80,7 +80,8 @@ impl LiveDatabase {
     /// Writes a copy of the database as it is at one moment to a new file.
     ///
     /// # Errors
-    /// `ResourceExhausted`, `Unavailable` or `Internal` if the file cannot be written.
+    /// `InvalidArgument` for a path that is not UTF-8; `ResourceExhausted`, `Unavailable` or
+    /// `Internal` if the file cannot be written.
     pub async fn copy_to(&self, file: &Path) -> Result<()> {
         let target = file.to_str().ok_or_else(|| {
             let message = format!("{} is not valid UTF-8: choose another path", file.display());

@@ -66,7 +66,7 @@ fn job(id: &str, request: JobRequest) -> Job {
         create_time: 1,
         start_time: None,
         end_time: None,
-        turn: 1,
+        queued_since: 1,
         worker: None,
         owner: "a".into(),
         trace: None,
@@ -129,10 +129,10 @@ async fn the_newest_events_are_those_that_are_still_stored() {
 async fn a_request_id_is_known_to_its_owner_alone() {
     let (_dir, store) = open().await;
     insert(&store, &job("one", request(0)), Some("once")).await;
-    assert!(store.was_made("a", Some("once")).await.unwrap());
-    assert!(!store.was_made("a", Some("twice")).await.unwrap());
-    assert!(!store.was_made("b", Some("once")).await.unwrap());
-    assert!(!store.was_made("a", None).await.unwrap());
+    assert!(store.has_created("a", Some("once")).await.unwrap());
+    assert!(!store.has_created("a", Some("twice")).await.unwrap());
+    assert!(!store.has_created("b", Some("once")).await.unwrap());
+    assert!(!store.has_created("a", None).await.unwrap());
 }
 
 #[tokio::test]

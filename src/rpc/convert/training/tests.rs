@@ -23,7 +23,7 @@ fn stored(request: JobRequest) -> Job {
         create_time: 1_700_000_000_123,
         start_time: None,
         end_time: None,
-        turn: 0,
+        queued_since: 0,
         worker: None,
         trace: None,
         owner: String::new(),
