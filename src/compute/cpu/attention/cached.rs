@@ -1,7 +1,7 @@
-//! Attention of one new token of each sequence over keys and values that are kept from earlier
+//! Attention of one new token of each sequence over cached keys and values: those of earlier
 //! passes.
 //!
-//! Keys and values are kept in the form in which the GEMMs read them, so that a new token costs
+//! Keys and values are cached in the form in which the GEMMs read them, so that a new token costs
 //! one read of them. A segment (a prompt, or the tokens that were generated after it) is a list of
 //! blocks of [`CACHE_BLOCK`] tokens. One block holds the keys and values of all decoder blocks.
 //!
