@@ -199,7 +199,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
             &options,
             training,
         );
-        worker.limit_residents(room);
+        worker.limit_policy_bytes(room);
         let ended = WorkerEndGuard(queue.clone(), i);
         std::thread::Builder::new()
             .name(format!("device-{}", base_models.device().name()))
@@ -565,9 +565,7 @@ impl Engine {
         batch_size: usize,
     ) -> Result<Lengths, EngineError> {
         let spec = &self.shared.base_models.get(model)?.policy.config.spec;
-        let class = |length| spec.length_class(length);
-        let of = |pairs: &[EncodedPair]| Lengths::by_length(pairs, batch_size, &class);
-        Ok(of(train).max(of(eval)))
+        Ok(Lengths::of_run(spec, train, eval, batch_size))
     }
 
     /// Performs the memory checks of [`Engine::train`] for pairs of these lengths.

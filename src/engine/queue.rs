@@ -518,8 +518,8 @@ fn has_most_room(workers: &[WorkerState], me: usize, minimum: u64) -> bool {
 }
 
 /// Returns true if the worker that trains `job` may take an entry that needs the current weights of
-/// `live_job`. Only the worker that trains a job can score its current weights. If no worker trains
-/// that job, any worker may take the entry, and reports the error to the caller.
+/// `live_job`. Only the worker that trains a job has its current weights. If no worker trains that
+/// job, any worker may take the entry, and reports the error to the caller.
 fn may_take(workers: &[WorkerState], live_job: Option<&str>, job: Option<&str>) -> bool {
     live_job.is_none_or(|live| {
         job == Some(live) || workers.iter().all(|w| w.job.as_deref() != Some(live))
