@@ -20,7 +20,7 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
     /// Format of the results. Default: table.
-    #[arg(long, global = true, value_enum)]
+    #[arg(short = 'o', long, global = true, value_enum)]
     pub format: Option<FormatFlag>,
     /// The old name of `--format`. Its variable still sets the default.
     #[arg(long, global = true, value_enum, hide = true, env = "BRADLEY_OUTPUT")]
@@ -571,7 +571,11 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "FILE", help_heading = "Prompts", requires = "data")]
     pub out: Option<PathBuf>,
     /// The prompts are plain texts, which no chat template renders.
-    #[arg(long, help_heading = "Prompts", conflicts_with = "system")]
+    #[arg(
+        long,
+        help_heading = "Prompts",
+        conflicts_with_all = ["system", "template_args", "tools"]
+    )]
     pub plain: bool,
     /// A system message before the prompt.
     #[arg(long, value_name = "TEXT", help_heading = "Prompts")]

@@ -25,7 +25,7 @@ use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::output::{self, line};
 use super::policy_names::PolicyNames;
-use super::progress::{WorkProgress, say, waiting, warn};
+use super::progress::{self, WorkProgress, say, waiting, warn};
 use super::remote::server_flag;
 use super::score_files::fleet::Fleet;
 use crate::rpc::client::Client;
@@ -42,7 +42,7 @@ pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
     if let Some(report) = &args.report {
         check_output("--report", report)?;
     }
-    let data = DataFiles::find(&args.data, &args.reading).await?;
+    let data = progress::find(&args.data, &args.reading).await?;
     check_files(&args, &data)?;
     let (fleet, client) = Fleet::connect(fleet_args(&args)).await?;
     let model = model(&client, &args.model).await?;

@@ -289,6 +289,9 @@ async fn check_server_parts(settings: &Settings, report: &mut DoctorReport) -> O
         );
         report.add_result("artifact store", asked.await);
     }
+    if let Some(path) = &settings.token_file {
+        report.add_result("tokens", check::token_file(path));
+    }
     if let Some(files) = settings.tls.clone() {
         let opened = Tls::open(files).map(|_| "certificate and key can be used".to_owned());
         report.add_result("TLS", opened);

@@ -4,11 +4,10 @@ mod plots;
 mod report;
 
 use super::args::{EvaluateArgs, Output};
-use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::job_rows::{JobRows, RowLimits};
 use super::policy_names::{PolicyNames, same_model_warning};
-use super::progress::{WorkProgress, say, warn};
+use super::progress::{self, WorkProgress, say, warn};
 use super::remote::connect;
 use super::{output, short_names};
 use crate::rpc::canonical::FieldSelection;
@@ -71,7 +70,7 @@ async fn evaluate(
     request.dataset = match &args.dataset {
         Some(name) => short_names::dataset(client, name).await?,
         None => {
-            let data = DataFiles::find(&args.data, &args.reading).await?;
+            let data = progress::find(&args.data, &args.reading).await?;
             // Rows that cannot be used are in the report.
             rows.dataset(&data, &RowLimits::default(), true).await?
         }

@@ -40,7 +40,16 @@ impl Failure {
 
 impl From<anyhow::Error> for Failure {
     fn from(e: anyhow::Error) -> Self {
-        Failure::Failed(format!("{e:#}"))
+        // The text of an error may end with that of its cause.
+        let text = e.chain().fold(String::new(), |text, cause| {
+            let cause = cause.to_string();
+            match (text.is_empty(), text.ends_with(&cause)) {
+                (true, _) => cause,
+                (false, true) => text,
+                (false, false) => format!("{text}: {cause}"),
+            }
+        });
+        Failure::Failed(text)
     }
 }
 
@@ -52,3 +61,22 @@ impl From<Status> for Failure {
 
 /// The result of a command.
 pub(super) type Outcome = Result<(), Failure>;
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use anyhow::Context as _;
+
+    use super::*;
+    use crate::model::error::ModelError;
+
+    #[test]
+    fn causes_are_listed_once() {
+        let missing = || std::io::Error::other("no such file");
+        let repeated: anyhow::Error = ModelError::io(Path::new("a"))(missing()).into();
+        assert_eq!(Failure::from(repeated).message(), "a: no such file");
+        let chain = Err::<(), _>(missing()).context("data_dir d").unwrap_err();
+        assert_eq!(Failure::from(chain).message(), "data_dir d: no such file");
+    }
+}

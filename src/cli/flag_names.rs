@@ -11,7 +11,7 @@ use crate::rpc::client::{ClientError, Status, field_violations};
 const JOB: &str = "training_job.";
 /// Fields outside of a job, or of a job that a command other than `train` changes, with the
 /// caller's words for them.
-const OTHER_FIELDS: [(&str, &str); 20] = [
+const OTHER_FIELDS: [(&str, &str); 34] = [
     ("options.policy", "--policy"),
     ("options.reference", "--reference"),
     ("options.beta", "--beta"),
@@ -32,12 +32,35 @@ const OTHER_FIELDS: [(&str, &str); 20] = [
     ("training_job.labels", "--label"),
     ("training_job.priority", "--priority"),
     ("training_job.etag", "--etag"),
+    // Of `generate`.
+    ("samples", "--samples"),
+    ("max_tokens", "--max-tokens"),
+    ("temperature", "--temperature"),
+    ("top_p", "--top-p"),
+    ("top_k", "--top-k"),
+    ("stop", "--stop"),
+    ("tools_json", "--tools"),
+    ("chat_template_kwargs_json", "--template-args"),
+    // Of `evaluate`.
+    ("dataset", "--dataset"),
+    ("subset_column", "--subset-column"),
+    ("chosen_score_column", "--score-columns"),
+    ("rejected_score_column", "--score-columns"),
+    ("bins", "--bins"),
+    ("save_calibration", "--save-calibration"),
 ];
 /// Instructions of the server that name a field's value, with the flag that does the same.
 const INSTRUCTIONS: [(&str, &str); 1] = [(
     "set row_policy to SKIP",
     "leave them out with --skip-bad-rows",
 )];
+/// The same for commands other than `train`.
+const OTHER_INSTRUCTIONS: [(&str, &str); 4] = [
+    ("max_tokens of all", "--max-tokens of all"),
+    ("lower max_tokens", "lower --max-tokens"),
+    ("ask for MERGED", "add --contents merged"),
+    ("export it MERGED", "use --contents merged"),
+];
 /// The server's instruction to a caller without a token, and that of the command line.
 const BEARER: (&str, &str) = (
     "send the metadata \"authorization: Bearer TOKEN\"",
@@ -140,17 +163,30 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let words = ErrorWords {
             of_field: of_other_field,
-            in_sentence: str::to_owned,
+            in_sentence: in_other_sentence,
         };
         failure_in_words(error, &words, &[])
     }
 }
 
 fn of_other_field(path: &str) -> String {
-    match OTHER_FIELDS.iter().find(|(field, _)| *field == path) {
-        Some((_, word)) => (*word).to_owned(),
-        None => path.to_owned(),
+    // An element of a list, such as stop[0], has the flag of the list.
+    let list = path.split_once('[').map_or(path, |(list, _)| list);
+    let word = other_word(path).or_else(|| other_word(list));
+    word.unwrap_or(path).to_owned()
+}
+
+fn other_word(field: &str) -> Option<&'static str> {
+    let found = OTHER_FIELDS.iter().find(|(known, _)| *known == field);
+    found.map(|(_, word)| *word)
+}
+
+fn in_other_sentence(text: &str) -> String {
+    let mut text = text.to_owned();
+    for (instruction, flag) in OTHER_INSTRUCTIONS {
+        text = text.replace(instruction, flag);
     }
+    text
 }
 
 /// The caller's words for fields, and for the names of fields in sentences.
@@ -169,6 +205,12 @@ where
     S: Fn(&str) -> String,
 {
     let message = match &error {
+        // Only an error of the connection has a source.
+        ClientError::Refused(status) if std::error::Error::source(&**status).is_some() => format!(
+            "the connection to the server is lost: {}: see whether it still runs, and repeat the \
+             command",
+            status.message()
+        ),
         ClientError::Refused(status) => refusal(status, words, left_out),
         other => other.to_string(),
     };
@@ -283,6 +325,7 @@ mod tests {
             ("training_job.chat_template_kwargs.a", "--template-args"),
             ("options.beta", "--beta"),
             ("chunk", "the file:"),
+            ("stop[1]", "--stop"),
             ("elsewhere", "elsewhere"),
         ] {
             assert_eq!(of_flags.of_field(path), word);

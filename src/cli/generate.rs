@@ -12,7 +12,7 @@ use super::args::{GenerateArgs, Output};
 use super::failure::{Failure, Outcome};
 use super::output;
 use super::policy_names::PolicyNames;
-use super::progress::say;
+use super::progress::{WorkProgress, say};
 use super::remote::connect;
 use super::scoring_flags::{template_arguments, tools};
 use crate::domain::message::kind;
@@ -194,11 +194,16 @@ async fn generate(
 /// Continues one prompt and prints its text while it comes.
 async fn one(client: &Client, request: pb::GenerateCompletionsRequest, format: Output) -> Outcome {
     let is_stream = format == Output::Table && request.samples <= 1;
-    let samples = generate(client, request, |_, text| match is_stream {
-        true => output::write(text.as_bytes()),
+    let progress = WorkProgress::of_task("generating");
+    let generated = generate(client, request, |_, text| match is_stream {
+        true => {
+            progress.end();
+            output::write(text.as_bytes())
+        }
         false => Ok(()),
-    })
-    .await?;
+    });
+    let samples = progress.during(generated).await?;
+    drop(progress);
     if is_stream {
         output::line("");
     } else if format == Output::Table {
@@ -279,42 +284,51 @@ async fn all(
     let total = rows.len();
     let mut waiting = rows.into_iter();
     let mut running: VecDeque<RunningRow> = VecDeque::new();
-    let mut tokens = 0;
-    loop {
-        while running.len() < IN_PROGRESS
-            && let Some(PromptRow {
-                row,
-                fields,
-                prompt,
-            }) = waiting.next()
-        {
-            let request = pb::GenerateCompletionsRequest {
-                prompt: Some(prompt),
-                // Rows differ in their random numbers, too.
-                seed: base.seed.map(|seed| seed.wrapping_add(row - 1)),
-                ..base.clone()
+    let progress = WorkProgress::prompts("generating", total as u64);
+    let work = async {
+        let mut tokens = 0;
+        loop {
+            while running.len() < IN_PROGRESS
+                && let Some(PromptRow {
+                    row,
+                    fields,
+                    prompt,
+                }) = waiting.next()
+            {
+                let request = pb::GenerateCompletionsRequest {
+                    prompt: Some(prompt),
+                    // Rows differ in their random numbers, too.
+                    seed: base.seed.map(|seed| seed.wrapping_add(row - 1)),
+                    ..base.clone()
+                };
+                let client = client.clone();
+                let task =
+                    tokio::spawn(async move { generate(&client, request, |_, _| Ok(())).await });
+                running.push_back((row, fields, task));
+            }
+            let Some((row, mut fields, task)) = running.pop_front() else {
+                return Ok::<u64, Failure>(tokens);
             };
-            let client = client.clone();
-            let task = tokio::spawn(async move { generate(&client, request, |_, _| Ok(())).await });
-            running.push_back((row, fields, task));
+            let samples = task
+                .await
+                .map_err(|e| Failure::Failed(format!("row {row}: {e}")))?
+                .map_err(|failure| {
+                    failure.with_context(&format!("{}: row {row}", path.display()))
+                })?;
+            tokens += u64::from(samples.usage.completion_tokens);
+            fields.extend(samples.to_json());
+            let line = format!("{}\n", Value::Object(fields));
+            match (&mut file, &args.out) {
+                (Some(file), Some(out)) => file
+                    .write_all(line.as_bytes())
+                    .map_err(|e| unwritten(out, e))?,
+                _ => progress.suspend(|| output::write(line.as_bytes()))?,
+            }
+            progress.add(1);
         }
-        let Some((row, mut fields, task)) = running.pop_front() else {
-            break;
-        };
-        let samples = task
-            .await
-            .map_err(|e| Failure::Failed(format!("row {row}: {e}")))?
-            .map_err(|failure| failure.with_context(&format!("{}: row {row}", path.display())))?;
-        tokens += samples.usage.completion_tokens;
-        fields.extend(samples.to_json());
-        let line = format!("{}\n", Value::Object(fields));
-        match (&mut file, &args.out) {
-            (Some(file), Some(out)) => file
-                .write_all(line.as_bytes())
-                .map_err(|e| unwritten(out, e))?,
-            _ => output::write(line.as_bytes())?,
-        }
-    }
+    };
+    let tokens = progress.during(work).await?;
+    drop(progress);
     if let (Some(file), Some(out)) = (&file, &args.out) {
         file.sync_all().map_err(|e| unwritten(out, e))?;
     }

@@ -803,6 +803,7 @@ impl JobFlag {
         }
         match self.name {
             "title" => arg.alias("name"),
+            "learning-rate" => arg.alias("lr"),
             _ => arg,
         }
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::args::DataArgs;
 use super::data::{DataFiles, Uploaded};
 use super::failure::Failure;
 use crate::rpc::client::Client;
@@ -24,6 +25,7 @@ const TICK: Duration = Duration::from_millis(250);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unit {
     Pairs,
+    Prompts,
     /// Optimizer steps of a job.
     Steps,
     Bytes,
@@ -38,6 +40,8 @@ pub(super) struct WorkProgress {
     is_terminal: bool,
     started: Instant,
     is_shown: Cell<bool>,
+    /// True if nothing is to be shown any more.
+    is_over: Cell<bool>,
     /// Time since the start at which the next line is due.
     next_line: Cell<Duration>,
     /// The time that is left, if somebody else estimates it.
@@ -54,6 +58,7 @@ impl WorkProgress {
             is_terminal: std::io::stderr().is_terminal(),
             started: Instant::now(),
             is_shown: Cell::new(false),
+            is_over: Cell::new(false),
             next_line: Cell::new(LINE_INTERVAL),
             left: Cell::new(None),
         };
@@ -64,6 +69,11 @@ impl WorkProgress {
     /// Starts work on pairs, the number of which is not known yet.
     pub fn pairs(what: &str) -> Self {
         Self::new(what, Unit::Pairs, None)
+    }
+
+    /// Starts work on `total` prompts.
+    pub fn prompts(what: &str, total: u64) -> Self {
+        Self::new(what, Unit::Prompts, Some(total))
     }
 
     /// Starts to wait for a job, the number of whose steps is not known yet.
@@ -86,6 +96,8 @@ impl WorkProgress {
             (Unit::None, _) => "{spinner} {prefix}  {elapsed}",
             (Unit::Pairs, None) => "{spinner} {prefix}  {pos} pairs  {msg}",
             (Unit::Pairs, Some(_)) => "{prefix} {bar:20} {pos}/{len} pairs  {msg}",
+            (Unit::Prompts, None) => "{spinner} {prefix}  {pos} prompts",
+            (Unit::Prompts, Some(_)) => "{prefix} {bar:20} {pos}/{len} prompts  {msg}",
             (Unit::Steps, None) => "{spinner} {prefix}  {elapsed}",
             (Unit::Steps, Some(_)) => "{prefix} {bar:20} {pos}/{len} steps  {msg}",
             (Unit::Bytes, None) => "{spinner} {prefix}  {bytes}",
@@ -107,6 +119,11 @@ impl WorkProgress {
     /// Sets the position.
     pub fn set(&self, position: u64) {
         self.bar.set_position(position);
+    }
+
+    /// Moves the position forward.
+    pub fn add(&self, done: u64) {
+        self.bar.inc(done);
     }
 
     /// Sets the time that is left, as the server estimates it.
@@ -179,7 +196,17 @@ impl WorkProgress {
         parts.join(", ")
     }
 
+    /// Removes the bar for good, for work that prints its result while it goes on.
+    pub fn end(&self) {
+        if !self.is_over.replace(true) {
+            self.bar.finish_and_clear();
+        }
+    }
+
     fn tick(&self) {
+        if self.is_over.get() {
+            return;
+        }
         let passed = self.started.elapsed();
         if !self.is_terminal {
             if passed >= self.next_line.get() {
@@ -204,6 +231,8 @@ impl WorkProgress {
             (Unit::Steps, Some(total)) => format!("step {done} of {total}"),
             (Unit::Pairs, None) => format!("{done} pairs"),
             (Unit::Pairs, Some(total)) => format!("{done} of {total} pairs"),
+            (Unit::Prompts, None) => format!("{done} prompts"),
+            (Unit::Prompts, Some(total)) => format!("{done} of {total} prompts"),
             (Unit::Bytes, None) => HumanBytes(done).to_string(),
             (Unit::Bytes, Some(total)) => {
                 format!("{} of {}", HumanBytes(done), HumanBytes(total))
@@ -235,6 +264,14 @@ pub(super) fn warn(text: &str) {
 /// Runs `work` and shows how long it takes.
 pub(super) async fn waiting<T>(what: &str, work: impl Future<Output = T>) -> T {
     WorkProgress::of_task(what).during(work).await
+}
+
+/// Finds the files that arguments name, and shows how long the download of those on the hub takes.
+///
+/// # Errors
+/// The errors of [`DataFiles::find`].
+pub(super) async fn find(files: &[String], reading: &DataArgs) -> Result<DataFiles, Failure> {
+    waiting("fetching the data files", DataFiles::find(files, reading)).await
 }
 
 /// Uploads data files, and shows how much is sent and that the server then checks the rows.

@@ -104,6 +104,8 @@ fn check_address(address: &str) -> Result<(), Failure> {
     let rest = match address.split_once("://") {
         Some(("http" | "https", rest)) => rest,
         Some((scheme, rest)) => {
+            // dns:///HOST:PORT has a third slash.
+            let rest = rest.trim_start_matches('/');
             return Err(wrong(format!(
                 "{address} begins with {scheme}://: write http://{rest}, or https://{rest} if the \
                  server uses TLS"
@@ -200,6 +202,7 @@ mod tests {
         }
         assert!(said("localhost:50051").contains("write http://localhost:50051, or https://"));
         assert!(said("grpc://host:1").contains("write http://host:1"));
+        assert!(said("dns:///host:1").contains("write http://host:1, or https://host:1"));
         for wrong in ["http://", "https://:1", "http://a b"] {
             assert!(
                 said(wrong).contains("http://HOST:PORT"),

@@ -4,7 +4,6 @@ use super::args::{
     CheckpointsCommand, ContentsFlag, DatasetsCommand, GetArgs, JobsCommand, ModelsCommand,
     NamedArgs, Output,
 };
-use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::output::{self, bytes, human, time};
 use super::progress::{self, waiting};
@@ -142,7 +141,7 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
     match command {
         DatasetsCommand::Upload(args) => {
             let client = connect(&args.server.target()).await?;
-            let data = DataFiles::find(&args.files, &args.reading).await?;
+            let data = progress::find(&args.files, &args.reading).await?;
             let model = match args.model.as_str() {
                 "" => String::new(),
                 given => short_names::model(&client, given).await?,

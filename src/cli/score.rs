@@ -17,9 +17,9 @@ use self::result::{RowPrinter, Score, ScoredRow, Summary};
 use super::args::{Output, ScoreArgs};
 use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
-use super::output::unwritten;
+use super::output::{table, unwritten};
 use super::policy_names::{PolicyNames, same_model_warning};
-use super::progress::{WorkProgress, say, warn};
+use super::progress::{self, WorkProgress, say, warn};
 use super::remote::connect;
 use crate::domain::dataset::{ChatMessage, PreferenceRow, Text};
 use crate::domain::message::TemplateArguments;
@@ -43,11 +43,11 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     if let Some(warning) = warning.filter(|_| args.logged.is_none()) {
         warn(&warning);
     }
-    let data = DataFiles::find(&args.data, &args.reading).await?;
+    let data = progress::find(&args.data, &args.reading).await?;
     let progress = WorkProgress::pairs("scoring");
     let total = RowCount::start(data.clone());
     let (rows, read_failure) = data.reader();
-    let mut printer = RowPrinter::new(std::io::stdout(), output);
+    let mut printer = RowPrinter::new(std::io::stdout(), output, table::terminal_width());
     let (mut summary, mut ignored) = (Summary::default(), IgnoredColumns::default());
     let is_same = same_model_warning(&options.policy, &options.reference).is_some();
     let each = |answer| -> Outcome {

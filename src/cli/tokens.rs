@@ -2,7 +2,7 @@
 //! access, and prints entries for the server's `token_file`.
 
 use std::fmt::Display;
-use std::io::BufRead;
+use std::io::{BufRead, IsTerminal as _};
 use std::time::Duration;
 
 use super::args::{DatabaseArgs, Output, TokensCommand};
@@ -65,7 +65,11 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
             let token = if generate {
                 tokens::random()
             } else {
-                read_token(std::io::stdin().lock())?
+                let input = std::io::stdin();
+                if input.is_terminal() {
+                    say("type the token and press Enter; --generate makes one:");
+                }
+                read_token(input.lock())?
             };
             let roles = parse_roles(&roles)?;
             let lifetime = days.map(|d| Duration::from_secs(u64::from(d) * DAY_SECONDS));
@@ -92,8 +96,9 @@ pub(super) async fn run(command: TokensCommand, output_format: Output) -> Outcom
                         t.id.clone(),
                         t.owner.clone(),
                         roles(t),
-                        time(Some(t.create_time)),
-                        time(t.expire_time),
+                        to_the_second(t.create_time),
+                        t.expire_time
+                            .map_or_else(|| "never".to_owned(), to_the_second),
                     ]
                 })
                 .collect();
@@ -203,6 +208,11 @@ fn roles(t: &Token) -> String {
 fn time(ms: Option<i64>) -> String {
     ms.and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok())
         .map_or_else(String::new, |t| t.to_string())
+}
+
+/// Formats a time without its milliseconds, as tables have it.
+fn to_the_second(ms: i64) -> String {
+    time(Some(ms - ms.rem_euclid(1000)))
 }
 
 fn token_json(t: &Token) -> serde_json::Value {

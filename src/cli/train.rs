@@ -7,7 +7,6 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::args::{Output, TrainArgs};
-use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::flag_names::{JobFile, JobWords};
 use super::job_flags::{JobVariant, MAX_SWEEP, OUTPUT_ONLY, get, remove, set};
@@ -349,8 +348,8 @@ impl TrainCall {
             }
         }
         // All files are found before the first one is uploaded.
-        let data = DataFiles::find(&args.data, &args.reading).await?;
-        let eval_data = DataFiles::find(&args.eval_data, &args.reading).await?;
+        let data = progress::find(&args.data, &args.reading).await?;
+        let eval_data = progress::find(&args.eval_data, &args.reading).await?;
         for job in jobs.iter_mut() {
             let batch = job.request.batch.as_ref();
             let limits = RowLimits {

@@ -15,20 +15,21 @@ pub(super) async fn run(args: UsageArgs, output_format: Output) -> Outcome {
         by_day: args.by_day,
     };
     let answer = client.usage().get_usage(request).await?.into_inner();
-    let days = format!("{} to {}", answer.start_date, answer.end_date);
     let rows = answer.usage.iter().map(|u| {
-        vec![
-            match u.owner.as_str() {
-                // Without tokens nobody has a name.
-                "" => "-".to_owned(),
-                owner => owner.to_owned(),
-            },
-            if u.date.is_empty() { &days } else { &u.date }.clone(),
+        let owner = match u.owner.as_str() {
+            // Without tokens nobody has a name.
+            "" => "-",
+            owner => owner,
+        };
+        let day = args.by_day.then(|| u.date.clone());
+        let numbers = [
             u.scored_pairs.to_string(),
             u.scored_completions.to_string(),
             u.scored_tokens.to_string(),
             human::seconds(u.training_device_seconds),
-        ]
+        ];
+        let named = [owner.to_owned()].into_iter().chain(day);
+        named.chain(numbers).collect::<Vec<String>>()
     });
     let json = answer.usage.iter().map(|u| {
         serde_json::json!({
@@ -41,18 +42,16 @@ pub(super) async fn run(args: UsageArgs, output_format: Output) -> Outcome {
             "training_device_seconds": u.training_device_seconds,
         })
     });
-    output::list(
-        output_format,
-        &[
-            "owner",
-            "days",
-            "pairs",
-            "completions",
-            "tokens",
-            "device time",
-        ],
-        rows.collect(),
-        json.collect(),
-    );
+    let numbers = ["pairs", "completions", "tokens", "device time"];
+    let day = args.by_day.then_some("day");
+    let header: Vec<&str> = ["owner"].into_iter().chain(day).chain(numbers).collect();
+    if output_format == Output::Table {
+        // A column for both days would be too wide for a terminal.
+        output::line(&format!(
+            "{} to {} (UTC)",
+            answer.start_date, answer.end_date
+        ));
+    }
+    output::list(output_format, &header, rows.collect(), json.collect());
     Ok(())
 }

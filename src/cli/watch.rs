@@ -1,5 +1,6 @@
 //! `bradley watch`: follows a job with a progress bar, as JSON lines or as a YAML list.
 
+use std::cell::Cell;
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::args::{Output, ServerArgs, WatchArgs};
 use super::failure::{Failure, Outcome};
 use super::output::{self, state};
-use super::progress::warn;
+use super::progress::{say, warn};
 use super::remote::{connect, server_flag};
 use super::short_names;
 use crate::rpc::client::{Client, FirstEvent};
@@ -50,11 +51,19 @@ pub(super) async fn follow(
     output: Output,
 ) -> Outcome {
     let mut view = ProgressView::new(output);
+    let (bar, is_lost) = (view.bar.clone(), Cell::new(false));
+    let each = |event: pb::TrainingEvent| {
+        is_lost.set(false);
+        view.show(&event);
+        true
+    };
+    let dropped = || {
+        if !is_lost.replace(true) {
+            bar.suspend(|| warn("the connection to the server is lost; trying to reconnect"));
+        }
+    };
     let interrupted = tokio::select! {
-        followed = client.follow_from(job, first, |event| {
-            view.show(&event);
-            true
-        }) => {
+        followed = client.follow_noticing(job, first, each, dropped) => {
             followed?;
             false
         }

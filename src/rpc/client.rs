@@ -493,7 +493,21 @@ impl Client {
         &self,
         job: &str,
         first: FirstEvent,
+        each: impl FnMut(pb::TrainingEvent) -> bool,
+    ) -> ClientResult<u64> {
+        self.follow_noticing(job, first, each, || {}).await
+    }
+
+    /// Does the same, and calls `dropped` before each attempt to reconnect.
+    ///
+    /// # Errors
+    /// The errors of [`Client::follow`].
+    pub async fn follow_noticing(
+        &self,
+        job: &str,
+        first: FirstEvent,
         mut each: impl FnMut(pb::TrainingEvent) -> bool,
+        mut dropped: impl FnMut(),
     ) -> ClientResult<u64> {
         let (mut cursor, mut tail) = match first {
             FirstEvent::After(sequence) => (sequence, 0),
@@ -533,6 +547,7 @@ impl Client {
                 return Err(error.into());
             }
             tracing::debug!(error = %error, cursor, "event stream dropped; reconnecting");
+            dropped();
             tokio::time::sleep(Duration::from_millis(200 * u64::from(failures.min(25)))).await;
         }
     }

@@ -1,4 +1,5 @@
-//! Checks of the database and the artifact store that change nothing, for `bradley doctor`.
+//! Checks of the database, the artifact store and the token file that change nothing, for
+//! `bradley doctor`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,6 +8,7 @@ use std::time::Duration;
 use sqlx::Connection as _;
 use sqlx::any::AnyPoolOptions;
 
+use super::auth::declared::DeclaredTokens;
 use super::error::{Result, ServiceError};
 use super::remote::Remote;
 use super::store::properties::ARTIFACT_STORE;
@@ -15,6 +17,15 @@ use crate::domain::reason::Reason;
 
 /// Time limit for the database and for the artifact store.
 const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Reads the file that declares tokens. Returns a text about it.
+///
+/// # Errors
+/// `InvalidArgument` (`token_file`) if it cannot be read or an entry cannot be used.
+pub fn token_file(path: &Path) -> Result<String> {
+    DeclaredTokens::open(path)?;
+    Ok(format!("{} can be used", path.display()))
+}
 
 /// Asks the database at `database_url`, or the SQLite database in `data_dir`. Returns a text with
 /// its kind, its number of jobs and the version of its schema, or one that says that it does not

@@ -171,7 +171,7 @@ impl GenerationService {
         }
         .map_err(|e| match e {
             e @ EngineError::GenerationTooLong { .. } => {
-                ServiceError::invalid("max_tokens", e.to_string())
+                ServiceError::invalid("max_tokens", format!("is too large: {e}"))
             }
             e => e.into(),
         })?;

@@ -456,6 +456,11 @@ async fn a_token_that_may_only_score_works_with_whole_names() {
 
     // Other answers for people: times with a unit, and what was done.
     let usage = succeed(&["usage", "--server", &server.address, "--token", &team]);
+    let first_line = usage.lines().next().unwrap();
+    assert!(
+        first_line.contains(" to ") && first_line.ends_with(" (UTC)"),
+        "{usage}"
+    );
     assert!(
         usage.contains("device time") && usage.contains(" s"),
         "{usage}"

@@ -133,6 +133,10 @@ fn every_format_has_the_whole_job_and_a_short_name_suffices() {
     assert_eq!(job.state(), pb::JobState::Succeeded);
     let text = succeed(&server, &["jobs", "get", &first, "--format", "yaml"]);
     assert_eq!(canonical::from_yaml::<pb::TrainingJob>(&text).unwrap(), job);
+    assert_eq!(
+        succeed(&server, &["jobs", "get", &first, "-o", "yaml"]),
+        text
+    );
     let all = succeed(
         &server,
         &["jobs", "get", &first, "--format", "yaml", "--all"],

@@ -1,4 +1,5 @@
-//! Checks that links and paths in the documents lead to existing targets.
+//! Checks that links and paths in the documents lead to existing targets, and that rows of tables
+//! are below a header.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -112,9 +113,26 @@ fn path_exists(path: &str) -> bool {
     root().join(path).exists() || source.exists() || source.with_extension("rs").exists()
 }
 
-/// Returns what is wrong with the links and the paths of a document.
+/// Returns the first row of each table without a header, such as a row that stands alone after a
+/// paragraph.
+fn tables_without_header(text: &str) -> Vec<&str> {
+    let lines = prose(text);
+    let is_row = |i: usize| lines.get(i).is_some_and(|line| line.starts_with('|'));
+    let is_rule = |line: &str| line.chars().all(|c| matches!(c, '|' | '-' | ':' | ' '));
+    let begins = |i: usize| is_row(i) && (i == 0 || !is_row(i - 1));
+    let has_header = |i: usize| is_row(i + 1) && is_rule(lines[i + 1]);
+    (0..lines.len())
+        .filter(|i| begins(*i) && !has_header(*i))
+        .map(|i| lines[i])
+        .collect()
+}
+
+/// Returns what is wrong with the links, the paths and the tables of a document.
 fn problems(document: &Path, text: &str) -> Vec<String> {
-    let mut found = Vec::new();
+    let headless = tables_without_header(text).into_iter();
+    let mut found: Vec<String> = headless
+        .map(|row| format!("this row has no header above it: {row}"))
+        .collect();
     for line in prose(text) {
         found.extend(
             links(line)
@@ -164,15 +182,20 @@ fn a_link_or_a_path_that_leads_nowhere_is_found() {
 `src/lib.rs`, `math/loss.rs`, `model/cuda`, `tests/cuda/run races`, `models/ID`, `target/debug/x`
 ```
 [a](no_such_file.md) `src/no_such_file.rs`
+| a |
 ```
+| a | b |
+|---|--:|
+| c | d |
 ";
     assert_eq!(problems(&document, fine), [""; 0]);
     let broken = "\
 [a](no_such_file.md), [b](docs/usage.md#no-such-heading), [c](#no-such-heading)
 `src/no_such_file.rs`, `math/no_such_file`, `tests/cuda/no_such_file races`
+| a | b |
 ";
     let found = problems(&document, broken);
-    assert_eq!(found.len(), 6, "{found:#?}");
+    assert_eq!(found.len(), 7, "{found:#?}");
 }
 
 #[test]

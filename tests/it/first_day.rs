@@ -155,6 +155,18 @@ fn doctor_asks_the_server_of_its_settings() {
         said.contains(&format!("server http://{free}: no server runs there")),
         "{said}"
     );
+    let tokens = [
+        "doctor",
+        "--auth",
+        "tokens",
+        "--token-file",
+        "/nowhere/t.yaml",
+    ];
+    let out = bradley(&tokens);
+    assert_eq!(out.status.code(), Some(1), "{}", stderr(&out));
+    let said = String::from_utf8(out.stdout).unwrap();
+    let wanted = "failed   tokens: token_file /nowhere/t.yaml: No such file";
+    assert!(said.contains(wanted), "{said}");
 }
 
 #[test]

@@ -159,6 +159,108 @@ fn scores_are_printed_as_they_come_with_progress_on_standard_error() {
     assert!(shown.contains(&format!("{rows} pairs in ")), "{shown}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn watching_says_once_that_the_connection_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = crate::server::upload(&client, "pairs.jsonl").await;
+    let long = crate::server::job(&dataset.name, 100_000);
+    let name = crate::server::submit(&client, long).await;
+    let (terminal, stderr) = Terminal::open();
+    let mut command = bradley(&server.address, &["watch", &name]);
+    let mut child = command
+        .stdout(Stdio::null())
+        .stderr(stderr)
+        .spawn()
+        .unwrap();
+    drop(command);
+    until("steps of the job", SOON, async || {
+        terminal.shows().contains("/100000 steps")
+    })
+    .await;
+    server.kill();
+    until("the warning", SOON, async || {
+        terminal
+            .shows()
+            .contains("connection to the server is lost")
+    })
+    .await;
+    signal(child.id(), libc::SIGINT);
+    assert_eq!(status(&mut child).code(), Some(130));
+    let shown = terminal.shows();
+    assert_eq!(shown.matches("is lost").count(), 1, "{shown}");
+}
+
+/// While the server is stopped, the bar says how many prompts are done.
+#[test]
+fn generating_for_a_file_shows_how_many_prompts_are_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let (prompts, rows) = (dir.path().join("prompts.jsonl"), 400);
+    let line = "{\"prompt\": \"Name a colour.\"}\n";
+    std::fs::write(&prompts, line.repeat(rows)).unwrap();
+    let args = ["generate", "--policy", "models/tiny", "--max-tokens", "12"];
+    let (terminal, stderr) = Terminal::open();
+    let mut command = bradley(&server.address, &args);
+    let mut child = command
+        .arg("--data")
+        .arg(&prompts)
+        .stdout(Stdio::piped())
+        .stderr(stderr)
+        .spawn()
+        .unwrap();
+    drop(command);
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    lines.next().unwrap().unwrap();
+    signal(server.pid(), libc::SIGSTOP);
+    until_blocking("a bar with the prompts", SOON, || {
+        terminal.shows().contains(&format!("/{rows} prompts"))
+    });
+    signal(server.pid(), libc::SIGCONT);
+    assert_eq!(lines.count(), rows - 1, "{}", terminal.shows());
+    assert!(status(&mut child).success(), "{}", terminal.shows());
+}
+
+/// The errors of values speak of the flags that were given.
+#[test]
+fn refused_values_of_generate_and_evaluate_are_named_by_their_flags() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let said = |args: &[&str]| {
+        let out = bradley(&server.address, args).output().unwrap();
+        assert_eq!(out.status.code(), Some(2), "{args:?}");
+        text(&out.stderr)
+    };
+    let generate = ["generate", "--policy", "tiny", "--prompt", "x"];
+    for (flags, expected) in [
+        (&["--temperature", "-1"][..], "--temperature is -1: "),
+        (&["--top-p", "2"][..], "--top-p is 2: "),
+        (&["--top-k", "0"][..], "--top-k is 0: "),
+        (&["--samples", "65"][..], "--samples is 65: "),
+        (&["--stop", ""][..], "--stop has 0 bytes: "),
+        (
+            &["--max-tokens", "100000"][..],
+            "--max-tokens is too large: the prompt and --max-tokens of all",
+        ),
+        (
+            &["--plain", "--template-args", "{}"][..],
+            "cannot be used with",
+        ),
+    ] {
+        let said = said(&[&generate[..], flags].concat());
+        assert!(said.contains(expected), "{flags:?}: {said}");
+    }
+    let name = "x".repeat(300);
+    let evaluate = ["evaluate", "--policy", "tiny", "--subset-column", &name];
+    let refused = said(&[&evaluate[..], &["--dataset", &"0".repeat(36)]].concat());
+    assert!(refused.contains("--subset-column must have"), "{refused}");
+    let pairs = golden("pairs.jsonl");
+    let evaluate = ["evaluate", "--policy", "tiny", "--save-calibration"];
+    let refused = said(&[&evaluate[..], &["--data", pairs.to_str().unwrap()]].concat());
+    assert!(refused.contains("--save-calibration stores"), "{refused}");
+}
+
 #[test]
 fn a_bad_row_is_listed_apart_and_the_others_are_scored() {
     let dir = tempfile::tempdir().unwrap();

@@ -14,7 +14,7 @@ use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::DataType;
 use serde_json::{Map, Value};
 
-use super::columns::ColumnMap;
+use super::columns::{ColumnMap, check_answers};
 use super::row::{DataRow, DataRows};
 use crate::domain::dataset::IssueReason;
 use crate::domain::logged::is_logged_column;
@@ -55,7 +55,7 @@ fn read(
     let found: Vec<String> = schema.fields().iter().map(|f| f.name().clone()).collect();
     columns.check(&found)?;
     let names: Vec<Option<String>> = found.iter().map(|name| columns.rename(name)).collect();
-    names::check(&names.iter().flatten().cloned().collect::<Vec<_>>())?;
+    check_answers(&names)?;
     let batches = Batches {
         inner: Some(batches),
     };

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Map, Value};
 
-use crate::train::rows::names::{COLUMNS, listed, renamed, similar};
+use crate::train::rows::names::{COLUMNS, check, listed, renamed, similar};
 
 /// Column that can be mapped besides [`COLUMNS`]: the prompt of the shape `orca`.
 const QUESTION: &str = "question";
@@ -124,6 +124,16 @@ impl ColumnMap {
              {found}{suggestion}"
         ))
     }
+}
+
+/// Checks that a file with these columns, by our names, has the answers of pairs.
+///
+/// # Errors
+/// Returns a text that names the missing column, those that there are, and the flag that names
+/// another one.
+pub(super) fn check_answers(names: &[Option<String>]) -> Result<(), String> {
+    let ours: Vec<String> = names.iter().flatten().cloned().collect();
+    check(&ours).map_err(|e| format!("{e}; --columns chosen=NAME reads the column NAME as chosen"))
 }
 
 /// Names of the columns that a reader has seen.

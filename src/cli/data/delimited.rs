@@ -9,12 +9,12 @@ use std::io::Read;
 use csv::{ByteRecord, Reader, ReaderBuilder};
 use serde_json::{Map, Value};
 
-use super::columns::ColumnMap;
+use super::columns::{ColumnMap, check_answers};
 use super::row::{DataRow, DataRows};
 use crate::domain::dataset::IssueReason;
 use crate::domain::logged::is_logged_column;
+use crate::train::rows::MAX_LINE_BYTES;
 use crate::train::rows::names::is_used;
-use crate::train::rows::{MAX_LINE_BYTES, names};
 
 /// Opens a CSV file and checks its header.
 ///
@@ -49,7 +49,7 @@ pub(super) fn read(
     }
     columns.check(&header)?;
     let names: Vec<Option<String>> = header.iter().map(|name| columns.rename(name)).collect();
-    names::check(&names.iter().flatten().cloned().collect::<Vec<_>>())?;
+    check_answers(&names)?;
     Ok(Box::new(CsvRecords {
         csv,
         names,
@@ -228,7 +228,8 @@ mod tests {
         let refused = |text: &str, columns: &[&str]| rows(text, b',', columns).unwrap_err();
         let said = refused("prompt,choosen,rejected\n", &[]);
         assert!(
-            said.contains("did you mean chosen instead of choosen?"),
+            said.contains("did you mean chosen instead of choosen?")
+                && said.contains("; --columns chosen=NAME reads"),
             "{said}"
         );
         let said = refused("godo,bad\n", &mapped);

@@ -17,6 +17,8 @@ const DEFAULT_WIDTH: usize = 80;
 const MIN_COLUMN: usize = 8;
 /// Width up to which a column is as wide as its title.
 const MAX_TITLE: usize = 24;
+/// Maximum number of lines of a value that are shown below the tables on a terminal.
+const MAX_LINES: usize = 20;
 /// Number of characters of an id that a table shows if the whole one does not fit: the time in a
 /// UUID of version 7, to the millisecond.
 const SHORT_ID: usize = 13;
@@ -259,7 +261,20 @@ pub fn render_sections(sections: &[Section], width: Option<usize>) -> String {
                     }
                 }
                 Shown::Lines(lines) => {
-                    below.push(format!("{name}:\n  {}", lines.join("\n  ")));
+                    let limit = if room.is_some() {
+                        MAX_LINES
+                    } else {
+                        lines.len()
+                    };
+                    let mut text = format!("{name}:");
+                    for line in lines.iter().take(limit) {
+                        text.push_str(&format!("\n  {line}"));
+                    }
+                    if lines.len() > limit {
+                        let more = lines.len() - limit;
+                        text.push_str(&format!("\n  and {more} more: --format json shows all"));
+                    }
+                    below.push(text);
                     format!("{} below", lines.len())
                 }
             };

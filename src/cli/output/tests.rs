@@ -256,6 +256,22 @@ fn lists_of_models_and_of_times_fit_80_columns_without_cuts() {
 }
 
 #[test]
+fn a_terminal_shows_the_first_lines_of_a_long_list() {
+    let mut one = Section::new("field");
+    let lines: Vec<String> = (1..=30).map(|i| format!("row {i}")).collect();
+    one.fields
+        .push(("report.issues".to_owned(), Shown::Lines(lines)));
+    let on_terminal = render_sections(std::slice::from_ref(&one), Some(80));
+    assert!(
+        on_terminal.ends_with("row 20\n  and 10 more: --format json shows all"),
+        "{on_terminal}"
+    );
+    assert!(on_terminal.contains("30 below"), "{on_terminal}");
+    let in_file = render_sections(&[one], None);
+    assert!(in_file.ends_with("row 30"), "{in_file}");
+}
+
+#[test]
 fn long_values_are_cut_in_their_middle() {
     assert_eq!(elide("abcdefgh", 8), "abcdefgh");
     assert_eq!(elide("abcdefgh", 5), "ab…gh");

@@ -5,6 +5,7 @@ use std::io::Write;
 use serde_json::{Value, json};
 
 use crate::cli::args::Output;
+use crate::cli::output::table::elide;
 use crate::cli::output::{flat, stream_item};
 use crate::rpc::pb;
 
@@ -12,6 +13,14 @@ use crate::rpc::pb;
 const MAX_LISTED_ERRORS: usize = 20;
 /// Number of errors that are listed if all say that a column is missing.
 const SAME_ERRORS: usize = 3;
+
+/// Width of the table's columns before the name of a pair, with the spaces behind them: those that
+/// it always has, the rewards, and calibrated probabilities.
+const WIDTH: usize = 12 + 11 + 11;
+const REWARDS_WIDTH: usize = 15 + 17;
+const CALIBRATED_WIDTH: usize = 12;
+/// Minimum width for the name of a pair. If a terminal has less room, the rewards are left out.
+const MIN_NAME: usize = 8;
 
 /// Columns of CSV.
 const CSV_COLUMNS: [&str; 19] = [
@@ -96,6 +105,8 @@ pub(super) fn normalization_name(normalization: pb::RewardNormalization) -> &'st
 pub(super) struct RowPrinter<W> {
     out: W,
     output: Output,
+    /// Width of the terminal; `None` without one.
+    width: Option<usize>,
     has_header: bool,
     /// True if the table has a column for calibrated probabilities, as its first row has one.
     is_calibrated: bool,
@@ -104,10 +115,12 @@ pub(super) struct RowPrinter<W> {
 }
 
 impl<W: Write> RowPrinter<W> {
-    pub fn new(out: W, output: Output) -> Self {
+    /// Returns a printer for a terminal of this width; without one, tables are as wide as needed.
+    pub fn new(out: W, output: Output, width: Option<usize>) -> Self {
         RowPrinter {
             out,
             output,
+            width,
             has_header: false,
             is_calibrated: false,
             errors: Vec::new(),
@@ -145,7 +158,8 @@ impl<W: Write> RowPrinter<W> {
                     self.is_calibrated = score.pair.calibrated_probability.is_some();
                     let title = self.is_calibrated.then_some("calibrated");
                     let probabilities = probability_cells("Pr(chosen)", title);
-                    writeln!(self.out, "{probabilities}  {}", table_header())?;
+                    let rewards = self.has_rewards();
+                    writeln!(self.out, "{probabilities}  {}", table_header(rewards))?;
                 }
                 let cell = |probability: Option<f64>| {
                     probability.map_or_else(|| "-".to_owned(), |p| format!("{p:.4}"))
@@ -154,13 +168,34 @@ impl<W: Write> RowPrinter<W> {
                 let calibrated = cell(score.pair.calibrated_probability);
                 let calibrated = self.is_calibrated.then_some(&*calibrated);
                 let probabilities = probability_cells(&raw, calibrated);
-                let others = table_row(&row.name(), &score.pair);
+                let name = elide(&row.name(), self.name_width());
+                let others = table_row(&name, &score.pair, self.has_rewards());
                 writeln!(self.out, "{probabilities}  {others}")?;
             }
             Err(_) if self.errors.len() < MAX_LISTED_ERRORS => self.errors.extend(row.error()),
             Err(_) => {}
         }
         self.out.flush()
+    }
+
+    /// Returns the width that is left for rewards and names, if it is limited.
+    fn room(&self) -> Option<usize> {
+        let used = WIDTH + usize::from(self.is_calibrated) * CALIBRATED_WIDTH;
+        self.width.map(|width| width.saturating_sub(used))
+    }
+
+    /// Returns true if the rewards fit.
+    fn has_rewards(&self) -> bool {
+        self.room()
+            .is_none_or(|room| room >= REWARDS_WIDTH + MIN_NAME)
+    }
+
+    /// Returns the maximum width of a pair's name.
+    fn name_width(&self) -> usize {
+        let rewards = usize::from(self.has_rewards()) * REWARDS_WIDTH;
+        self.room().map_or(usize::MAX, |room| {
+            room.saturating_sub(rewards).max(MIN_NAME)
+        })
     }
 
     /// Prints the averages below a table.
@@ -255,26 +290,26 @@ fn probability_cells(raw: &str, calibrated: Option<&str>) -> String {
 }
 
 /// Returns the header of the table behind its first cells.
-fn table_header() -> String {
-    format!(
-        "{:>9}  {:>13}  {:>15}  {:>9}  pair",
-        "margin", "reward chosen", "reward rejected", "tokens"
-    )
+fn table_header(has_rewards: bool) -> String {
+    let rewards = match has_rewards {
+        true => format!("{:>13}  {:>15}  ", "reward chosen", "reward rejected"),
+        false => String::new(),
+    };
+    format!("{:>9}  {rewards}{:>9}  pair", "margin", "tokens")
 }
 
-fn table_row(name: &str, score: &pb::PairScore) -> String {
+fn table_row(name: &str, score: &pb::PairScore, has_rewards: bool) -> String {
     let default = pb::CompletionScore::default();
     let (a, b) = (
         score.a.as_ref().unwrap_or(&default),
         score.b.as_ref().unwrap_or(&default),
     );
-    format!(
-        "{:>+9.4}  {:>+13.4}  {:>+15.4}  {:>9}  {name}",
-        score.margin,
-        a.reward,
-        b.reward,
-        format!("{}+{}", a.tokens, b.tokens),
-    )
+    let rewards = match has_rewards {
+        true => format!("{:>+13.4}  {:>+15.4}  ", a.reward, b.reward),
+        false => String::new(),
+    };
+    let tokens = format!("{}+{}", a.tokens, b.tokens);
+    format!("{:>+9.4}  {rewards}{tokens:>9}  {name}", score.margin)
 }
 
 /// Sums over the rows that have a score. Answer a of each pair is the preferred one.
@@ -391,7 +426,8 @@ mod tests {
     }
 
     fn printed(output: Output, rows: &[ScoredRow]) -> (String, Vec<String>) {
-        let (mut printer, mut summary) = (RowPrinter::new(Vec::new(), output), Summary::default());
+        let mut printer = RowPrinter::new(Vec::new(), output, None);
+        let mut summary = Summary::default();
         for row in rows {
             printer.print(row).unwrap();
             summary.add(row);
@@ -460,6 +496,34 @@ mod tests {
         assert!(lines[1].starts_with("1,,,0.5,0.75,2"), "{csv}");
         assert!(lines[2].starts_with("2,,,0.5,,1"), "{csv}");
         assert!(lines[3].starts_with("3,,,,,,"), "{csv}");
+    }
+
+    #[test]
+    fn a_table_fits_the_terminal() {
+        let mut rows = [row(1, Ok(2.0)), row(2, Ok(1.0))];
+        rows[1].id = Some("0193c8e4-7a3f-7000-8000-000000000000".to_owned());
+        let table = |rows: &[ScoredRow], width| {
+            let mut printer = RowPrinter::new(Vec::new(), Output::Table, Some(width));
+            for row in rows {
+                printer.print(row).unwrap();
+            }
+            let text = String::from_utf8(printer.out).unwrap();
+            let widest = text.lines().map(|line| line.chars().count()).max();
+            assert!(widest <= Some(width), "{text}");
+            text
+        };
+        let narrow = table(&rows, 80);
+        assert!(narrow.contains("reward rejected"), "{narrow}");
+        assert!(narrow.contains("0193c8e…000000"), "{narrow}");
+        assert!(table(&rows, 120).contains("-8000-000000000000"));
+        for row in &mut rows {
+            if let Ok(score) = &mut row.result {
+                score.pair.calibrated_probability = Some(0.75);
+            }
+        }
+        let narrow = table(&rows, 80);
+        assert!(!narrow.contains("reward"), "{narrow}");
+        assert!(table(&rows, 120).contains("reward rejected"));
     }
 
     #[test]
