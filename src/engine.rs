@@ -565,9 +565,7 @@ impl Engine {
         batch_size: usize,
     ) -> Result<Lengths, EngineError> {
         let spec = &self.shared.base_models.get(model)?.policy.config.spec;
-        let class = |length| spec.length_class(length);
-        let of = |pairs: &[EncodedPair]| Lengths::by_length(pairs, batch_size, &class);
-        Ok(of(train).max(of(eval)))
+        Ok(Lengths::of_run(spec, train, eval, batch_size))
     }
 
     /// Performs the memory checks of [`Engine::train`] for pairs of these lengths.

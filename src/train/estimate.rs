@@ -17,7 +17,7 @@ use crate::model::cpu::sizes::{
 use crate::model::cuda::sizes::{head_bytes, trained_bytes};
 use crate::model::device::ComputeDevice;
 use crate::model::params::{LoraLayer, lora_layers};
-use crate::model::spec::BlockSpec;
+use crate::model::spec::{BlockSpec, ModelSpec};
 use crate::train::backprop::SavePolicy;
 use crate::train::optimizer::AdamW;
 use crate::train::trainable::{StepGradients, TrainablePolicy};
@@ -82,11 +82,20 @@ impl Lengths {
         }
     }
 
-    /// Returns the larger of each value, for micro-batches that come from either set.
-    pub fn max(self, other: Self) -> Self {
+    /// Returns the larger lengths of a run's training and evaluation pairs in rows of `model`. One
+    /// plan holds for both.
+    pub fn of_run(
+        model: &ModelSpec,
+        train: &[EncodedPair],
+        eval: &[EncodedPair],
+        batch_size: usize,
+    ) -> Self {
+        let class = |length| model.length_class(length);
+        let of = |pairs: &[EncodedPair]| Self::by_length(pairs, batch_size, &class);
+        let (train, eval) = (of(train), of(eval));
         Lengths {
-            longest: self.longest.max(other.longest),
-            micro_batch: self.micro_batch.max(other.micro_batch),
+            longest: train.longest.max(eval.longest),
+            micro_batch: train.micro_batch.max(eval.micro_batch),
         }
     }
 }
@@ -416,15 +425,17 @@ mod tests {
                 micro_batch: 0
             }
         );
-        assert_eq!(
-            Lengths::of(&pairs, 2)
-                .max(Lengths {
-                    longest: 1,
-                    micro_batch: 5000
-                })
-                .micro_batch,
-            5000
-        );
+        // The longer set counts, whichever it is. Two of 950 are longer together than one of 1000.
+        let (model, others) = (config().spec, [950, 960].map(pair));
+        for (train, eval) in [(&pairs[4..], &others[..]), (&others[..], &pairs[4..])] {
+            assert_eq!(
+                Lengths::of_run(&model, train, eval, 2),
+                Lengths {
+                    longest: 1000,
+                    micro_batch: 1910
+                }
+            );
+        }
     }
 
     #[test]

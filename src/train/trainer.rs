@@ -239,11 +239,10 @@ impl Trainer {
             saved_step = Some(restored.state.step);
             (state, latest) = (restored.state, restored.metrics);
         }
-        let model_spec = &policy.policy.config.spec;
-        let class = |length| model_spec.length_class(length);
-        let lengths = Lengths::by_length(&train, spec.batch.batch_size, &class);
+        let config = &policy.policy.config;
+        let lengths = Lengths::of_run(&config.spec, &train, &eval, spec.batch.batch_size);
         let plan = estimate::plan(
-            &policy.policy.config,
+            config,
             &spec,
             lengths,
             memory,
@@ -489,10 +488,8 @@ impl Trainer {
         }
         self.policy.policy.devices().for_each(ComputeDevice::trim);
         let size = self.spec.batch.batch_size;
-        let model_spec = &self.policy.policy.config.spec;
-        let class = |length| model_spec.length_class(length);
-        let of = |pairs: &[EncodedPair]| Lengths::by_length(pairs, size, &class);
-        let lengths = of(&self.train).max(of(&self.eval));
+        let model = &self.policy.policy.config.spec;
+        let lengths = Lengths::of_run(model, &self.train, &self.eval, size);
         self.plan.row_tokens = (self.plan.row_tokens.min(lengths.micro_batch) / 2).max(1);
         self.plan.save = SavePolicy::BlockInputs;
         let message = format!(

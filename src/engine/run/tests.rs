@@ -66,9 +66,11 @@ fn a_moving_reference_starts_from_unrounded_weights_on_every_server() {
 #[test]
 fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
     let base_models = base_models(Precision::F32);
+    let longer = vec![pair(80); 3];
     let start = |memory| {
         let mut run = TrainingRun {
             train: vec![pair(40); 3],
+            eval: longer.clone(),
             ..run()
         };
         prepare(
@@ -81,7 +83,7 @@ fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
         )
     };
     let (config, spec) = (&base_models.get("tiny").unwrap().policy.config, run().spec);
-    let lengths = Lengths::of(&vec![pair(40); 3], spec.batch.batch_size);
+    let lengths = Lengths::of(&longer, spec.batch.batch_size);
     let leanest = plan(config, &spec, lengths, 0, MemoryKind::Host)
         .unwrap_err()
         .total();
