@@ -20,7 +20,7 @@ use crate::compute::cpu::attention::{CacheLayout, CachedSegment};
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::Kernel;
 use crate::compute::cpu::rope::RopeTable;
-use crate::compute::layout::{RowLayout, Segment};
+use crate::compute::layout::RowLayout;
 use crate::domain::training::Precision;
 
 /// A model that assigns probabilities to tokens: a base model with an optional adapter.
@@ -67,8 +67,32 @@ pub struct CachedSequence<'a> {
     pub own: &'a mut CachedSegment,
 }
 
-/// Tokens of a row with their adapter.
-type AdaptedTokens = (Range<usize>, Option<Arc<Adapter>>);
+/// Builds the row of a pass with a cache: whole prompts, or one token of each sequence.
+#[derive(Default)]
+struct RowBuilder {
+    ids: Vec<u32>,
+    layout: RowLayout,
+    /// Positions of each segment.
+    positions: Vec<Positions>,
+    /// Adapters on ranges of the row's tokens.
+    adapters: Vec<(Range<usize>, Arc<Adapter>)>,
+}
+
+impl RowBuilder {
+    /// Appends a segment: tokens of a sequence of `length` tokens, from position `first` on.
+    fn push(&mut self, ids: &[u32], first: usize, length: usize, adapter: Option<Arc<Adapter>>) {
+        let (tokens, _) = self.layout.push_group(ids.len(), []);
+        self.ids.extend_from_slice(ids);
+        self.positions.push((first, ids.len(), length));
+        let Some(adapter) = adapter else { return };
+        match self.adapters.last_mut() {
+            Some((last, same)) if last.end == tokens.start && Arc::ptr_eq(same, &adapter) => {
+                last.end = tokens.end;
+            }
+            _ => self.adapters.push((tokens, adapter)),
+        }
+    }
+}
 
 impl Policy {
     /// Returns the parts of the policy that passes read.
@@ -149,10 +173,10 @@ impl Policy {
         self.check_ids(&row)?;
         let lengths = row.layout.sequence_lengths();
         let segments = row.layout.segments.iter().zip(lengths);
-        let places: Vec<Positions> = segments
+        let positions: Vec<Positions> = segments
             .map(|(s, length)| (s.prefix.len(), s.tokens.len(), length))
             .collect();
-        Ok(PreparedRow::new(row, self.ropes(&places)))
+        Ok(PreparedRow::new(row, self.ropes(&positions)))
     }
 
     /// Checks that the row's token ids are in the vocabulary.
@@ -215,7 +239,7 @@ impl Policy {
         )
     }
 
-    /// Runs whole prompts, fills their caches, and returns the logits of the token after each
+    /// Runs S whole prompts, fills their caches, and returns the logits of the token after each
     /// prompt `[S, V]`.
     ///
     /// # Errors
@@ -226,36 +250,19 @@ impl Policy {
         prompts: Vec<CachedPrompt>,
         yield_point: &mut dyn FnMut(),
     ) -> Result<Buffer> {
-        let (mut row_layout, mut ids, mut places) = (RowLayout::default(), Vec::new(), Vec::new());
-        let (mut segments, mut adapters) = (Vec::new(), Vec::new());
+        let (mut row, mut segments) = (RowBuilder::default(), Vec::new());
         for prompt in prompts {
-            let (tokens, _) = row_layout.push_group(prompt.ids.len(), []);
-            ids.extend_from_slice(prompt.ids);
-            places.push((0, prompt.ids.len(), prompt.length));
-            adapters.push((tokens, prompt.adapter));
+            row.push(prompt.ids, 0, prompt.length, prompt.adapter);
             prompt.cache.make_room(layout, prompt.ids.len());
             segments.push(prompt.cache);
         }
-        let predictors = adapters.iter().map(|(tokens, _)| tokens.end as u32 - 1);
-        let row = Row {
-            predictors: predictors.collect(),
-            ids,
-            layout: Arc::new(row_layout),
-            targets: Arc::default(),
-        };
-        self.cached_pass(
-            (row, &places, adapters),
-            RowCache {
-                layout,
-                access: Mutex::new(CacheAccess::Prompts(segments)),
-            },
-            yield_point,
-        )
+        let access = Mutex::new(CacheAccess::Prompts(segments));
+        self.cached_pass(row, RowCache { layout, access }, yield_point)
     }
 
-    /// Runs one token of each sequence, adds it to the sequence's cache, and returns the logits of
-    /// the next token of each `[S, V]`. A sequence's logits have the same bits whatever other
-    /// sequences are decoded with it.
+    /// Runs one token of each of S sequences, adds it to the sequence's cache, and returns the
+    /// logits of the next token of each `[S, V]`. A sequence's logits have the same bits whatever
+    /// other sequences are decoded with it.
     ///
     /// # Errors
     /// As [`Policy::prefill`].
@@ -265,41 +272,22 @@ impl Policy {
         sequences: Vec<CachedSequence>,
         yield_point: &mut dyn FnMut(),
     ) -> Result<Buffer> {
-        let (mut row_layout, mut ids, mut places) = (RowLayout::default(), Vec::new(), Vec::new());
-        let (mut segments, mut adapters) = (Vec::new(), Vec::new());
-        for (i, sequence) in sequences.into_iter().enumerate() {
-            row_layout.segments.push(Segment {
-                tokens: i..i + 1,
-                prefix: i..i,
-            });
-            ids.push(sequence.id);
+        let (mut row, mut segments) = (RowBuilder::default(), Vec::new());
+        for sequence in sequences {
             let position = sequence.prompt.tokens() + sequence.own.tokens();
-            places.push((position, 1, sequence.length));
-            adapters.push((i..i + 1, sequence.adapter));
+            row.push(&[sequence.id], position, sequence.length, sequence.adapter);
             sequence.own.make_room(layout, 1);
             segments.push((sequence.prompt, sequence.own));
         }
-        let row = Row {
-            predictors: (0..ids.len() as u32).collect(),
-            ids,
-            layout: Arc::new(row_layout),
-            targets: Arc::default(),
-        };
-        self.cached_pass(
-            (row, &places, adapters),
-            RowCache {
-                layout,
-                access: Mutex::new(CacheAccess::Tokens(segments)),
-            },
-            yield_point,
-        )
+        let access = Mutex::new(CacheAccess::Tokens(segments));
+        self.cached_pass(row, RowCache { layout, access }, yield_point)
     }
 
-    /// Runs a row whose attention reads or writes a cache, and returns the logits of its
-    /// predictors.
+    /// Runs a row whose attention reads or writes a cache, and returns the logits of the token
+    /// after each segment.
     fn cached_pass(
         &self,
-        (row, places, adapters): (Row, &[Positions], Vec<AdaptedTokens>),
+        row: RowBuilder,
         cache: RowCache,
         yield_point: &mut dyn FnMut(),
     ) -> Result<Buffer> {
@@ -309,26 +297,28 @@ impl Policy {
         let ComputeDevice::Cpu = &self.device else {
             bail!("generation is not implemented on a GPU so far: serve the model with device cpu");
         };
-        let row = Arc::new(row);
+        let RowBuilder {
+            ids,
+            layout,
+            positions,
+            adapters,
+        } = row;
+        let last_tokens = layout.segments.iter().map(|s| s.tokens.end as u32 - 1);
+        let row = Arc::new(Row {
+            ids,
+            predictors: last_tokens.collect(),
+            layout: Arc::new(layout),
+            targets: Arc::default(),
+        });
         self.check_ids(&row)?;
-        let mut merged: Vec<(Range<usize>, Arc<Adapter>)> = Vec::new();
-        for (tokens, adapter) in adapters {
-            let Some(adapter) = adapter else { continue };
-            match merged.last_mut() {
-                Some((last, same)) if last.end == tokens.start && Arc::ptr_eq(same, &adapter) => {
-                    last.end = tokens.end;
-                }
-                _ => merged.push((tokens, adapter)),
-            }
-        }
         let prepared = PreparedRow {
-            adapters: merged,
-            ..PreparedRow::new(row, self.ropes(places))
+            adapters,
+            ..PreparedRow::new(row, self.ropes(&positions))
         };
         let opened = CpuRow::new(self.view(), &prepared).with_cache(&cache);
         let x = pass::hidden(&opened, yield_point)?;
         let logits = opened.logits(&x)?;
-        let counts = places.iter().map(|(_, tokens, _)| *tokens);
+        let counts = positions.iter().map(|(_, tokens, _)| *tokens);
         match cache.access.into_inner() {
             Ok(CacheAccess::Prompts(segments)) => segments
                 .into_iter()
