@@ -45,7 +45,7 @@ use self::args::{Cli, Command, ServeArgs};
 use self::failure::{Failure, Outcome};
 use self::settings::{Settings, Sources};
 use crate::telemetry::metrics;
-use crate::train::rows::apart;
+use crate::train::rows::sandbox;
 
 /// Time limit for sending the last spans when the process ends.
 const TRACE_FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
@@ -128,12 +128,12 @@ async fn run(mut cli: Cli) -> Outcome {
 /// time are set before the first byte is read.
 fn decode(path: &std::path::Path, columns: &[String], records: Option<&str>) -> ExitCode {
     let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
-    limit(libc::RLIMIT_AS, apart::MEMORY, apart::MEMORY);
+    limit(libc::RLIMIT_AS, sandbox::MEMORY, sandbox::MEMORY);
     // The soft limit sends SIGXCPU, which the server can tell from a kill.
     limit(
         libc::RLIMIT_CPU,
-        apart::seconds(bytes),
-        apart::seconds(bytes) + 5,
+        sandbox::seconds(bytes),
+        sandbox::seconds(bytes) + 5,
     );
     limit(libc::RLIMIT_CORE, 0, 0);
     // If memory runs out, the kernel should kill this process, not the server. The write may fail
@@ -146,8 +146,8 @@ fn decode(path: &std::path::Path, columns: &[String], records: Option<&str>) -> 
     }
     let out = std::io::stdout().lock();
     let decoded = match records {
-        Some(choice) => apart::decode_records(path, choice, out),
-        None => apart::decode(path, columns, out),
+        Some(choice) => sandbox::decode_records(path, choice, out),
+        None => sandbox::decode(path, columns, out),
     };
     match decoded {
         Ok(()) => ExitCode::SUCCESS,

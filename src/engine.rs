@@ -199,7 +199,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
             &options,
             training,
         );
-        worker.limit_residents(room);
+        worker.limit_policy_bytes(room);
         let ended = WorkerEndGuard(queue.clone(), i);
         std::thread::Builder::new()
             .name(format!("device-{}", base_models.device().name()))

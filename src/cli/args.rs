@@ -9,7 +9,7 @@ use super::job_flags::JobFlags;
 use super::scoring_flags::ScoringArgs;
 use super::settings::SETTINGS;
 use crate::rpc::client::Target;
-use crate::train::rows::apart::DECODE;
+use crate::train::rows::sandbox::DECODE;
 
 /// Trains language models with Direct Preference Optimization over gRPC, and scores preference
 /// pairs with them.

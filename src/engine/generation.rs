@@ -39,8 +39,8 @@ const STALL_LIMIT: Duration = Duration::from_secs(60);
 /// Time after which a request may be sent again that ended for a training run.
 const DISPLACED_RETRY: Duration = Duration::from_secs(30);
 
-/// Returns the capacity of the channel of a request: one place more than its tokens may take, for
-/// the event that ends it.
+/// Returns the capacity of the channel of a request: two places more than its tokens may take, for
+/// the first event and an error that ends it.
 pub(super) fn channel_capacity(samples: usize) -> usize {
     samples * TOKENS_IN_CHANNEL + 2
 }
@@ -92,7 +92,7 @@ struct Generating {
     /// Identifies it on its worker.
     id: u64,
     entry: GenerationEntry,
-    /// The base model without an adapter.
+    /// The base model alone; its sequences have the adapter.
     base: Policy,
     /// Samples that have not ended.
     samples: Vec<OpenSample>,

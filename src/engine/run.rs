@@ -76,7 +76,7 @@ fn starts_exact(spec: &TrainingSpec, server: Precision) -> bool {
 ///
 /// # Errors
 /// `OutOfMemory` or `DeviceFull` if the run does not fit, `Weights` if weights or the checkpoint
-/// cannot be loaded.
+/// cannot be loaded, `UnknownModel` if the server does not have a model that the run names.
 pub(super) fn prepare(
     run: &mut TrainingRun,
     base_models: &BaseModels,

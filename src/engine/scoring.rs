@@ -1,4 +1,5 @@
-//! The scoring part of a device worker: batches from the queue, and sharing the device with a run.
+//! The scoring and generating part of a device worker: work from the queue, and sharing the device
+//! with a run.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -25,7 +26,7 @@ use crate::telemetry::trace;
 /// Log-probabilities of an item, or the error.
 type LogpsResult = Result<Logps, EngineError>;
 
-/// Scores queued items, and records the time that this takes from training.
+/// Scores queued items and generates texts, and records the time that this takes from training.
 pub(super) struct PolicyScorer {
     /// Index of the worker.
     worker: usize,
@@ -51,13 +52,13 @@ pub(super) struct PolicyScorer {
 /// It runs on the device's thread inside the trainer's call, so it re-enters the engine in the
 /// middle of a unit. The rules:
 ///
-/// - It may score batches with any weights, including everything that this needs: reading adapters
-///   and checkpoints, evicting them, the cache of reference log-probs (which holds no lock while it
-///   computes), and answering callers.
+/// - It may score batches and generate with any weights, including everything that this needs:
+///   reading adapters and checkpoints, evicting them, the cache of reference log-probs (which holds
+///   no lock while it computes), and answering callers.
 /// - It reads the run's weights from [`Live`], which does not change inside a unit: the trainer
 ///   calls the hook only when no tensor is partially updated. The unit has borrowed the trainer, so
 ///   the hook cannot train, start or end a run, or take one from the queue.
-/// - It does not nest: passes of a batch get a hook that does nothing.
+/// - It does not nest: passes of a batch or of generation get a hook that does nothing.
 /// - The unit's activations stay in memory meanwhile. A batch that runs out of memory frees cached
 ///   weights that are not in use. If it still fails, only the batch fails; the same holds for a
 ///   panic.
@@ -77,7 +78,8 @@ impl<'a> YieldPoint<'a> {
         }
     }
 
-    /// Scores one batch if items are waiting and scoring has not used up its share of the time.
+    /// Scores one batch or generates one token of each text, if there is such work and scoring has
+    /// not used up its share of the time.
     pub fn run(&mut self) {
         self.scoring.yield_to_scoring(self.cache, self.live);
     }

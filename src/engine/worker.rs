@@ -1,5 +1,5 @@
 //! The device worker: one OS thread that owns a device and runs units of work. A training unit
-//! yields to scoring between any two decoder blocks.
+//! yields to scoring and generation between any two decoder blocks.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -115,7 +115,7 @@ impl Active {
 }
 
 impl Worker {
-    /// Creates worker number `index`. Without `training` it only scores.
+    /// Creates worker number `index`. Without `training` it takes no runs.
     pub fn new(
         index: usize,
         label: String,
@@ -140,7 +140,7 @@ impl Worker {
     }
 
     /// Limits the bytes of adapters and full weights in its cache.
-    pub fn limit_residents(&mut self, room: Room) {
+    pub fn limit_policy_bytes(&mut self, room: Room) {
         self.scoring.policies.limit_bytes(room);
     }
 

@@ -86,13 +86,13 @@ impl IncrementalText {
             };
         }
         let is_beginning = |tail: &str| stop.iter().any(|s| s.starts_with(tail));
-        let kept = self
+        let held_from = self
             .held
             .char_indices()
             .map(|(at, _)| at)
             .find(|at| is_beginning(&self.held[*at..]))
             .unwrap_or(self.held.len());
-        let rest = self.held.split_off(kept);
+        let rest = self.held.split_off(held_from);
         NewText {
             text: std::mem::replace(&mut self.held, rest),
             stopped: false,

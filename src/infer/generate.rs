@@ -100,7 +100,7 @@ impl Sequence {
     /// sequence. `sample` is the number of the sample in its request, counted from 0.
     ///
     /// # Errors
-    /// Fails if the logits are not finite.
+    /// Fails if a logit is not a number.
     pub fn begin(
         prompt: Arc<Prompt>,
         options: &SamplingOptions,
@@ -183,7 +183,7 @@ pub fn prefill(
 /// is given without an adapter. `yield_point` is called before every block.
 ///
 /// # Errors
-/// Fails if the device fails; the inner results fail if a sequence's logits are not finite.
+/// Fails if the device fails; the inner result of a sequence fails if a logit is not a number.
 pub fn decode(
     base: &Policy,
     layout: &CacheLayout,

@@ -134,8 +134,8 @@ pub fn split_rows(
 ) -> (Vec<EncodedPair>, Vec<EncodedPair>) {
     let rows: Vec<&[EncodedPair]> = pairs.chunk_by(|a, b| a.row == b.row).collect();
     let (train, eval) = split(rows.len(), fraction, seed);
-    let of_rows = |chosen: Vec<usize>| {
-        chosen
+    let of_rows = |indices: Vec<usize>| {
+        indices
             .into_iter()
             .flat_map(|row| rows[row])
             .cloned()

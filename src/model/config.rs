@@ -12,9 +12,9 @@ use self::json::{Fields, invalid};
 use self::rope::check_ropes;
 use super::error::ModelError;
 use super::families::{Architecture, refusal};
+use super::multimodal::{MultimodalModel, TextConfig};
 use super::params;
 use super::spec::{FeedForward, ModelSpec, QkNorm};
-use super::towers::{TextTower, TowerText};
 
 /// A model's configuration: the decoder and the remaining information of config.json.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,8 +42,8 @@ impl ModelConfig {
     /// Jobs are pinned to a hash of this text. A field that is added later must therefore be
     /// omitted where it has no effect; otherwise every older job is refused.
     ///
-    /// The blocks of the supported families differ only in their windows and frequencies. The text
-    /// describes the first block and lists the windows and frequencies of all.
+    /// The blocks of a model of the supported families differ only in their windows and rotations.
+    /// The text describes the first block and lists the windows and rotations of all.
     pub fn canonical(&self) -> String {
         let spec = &self.spec;
         let (frequencies, factor) = spec.ropes[0].bits(spec.head_dim());
@@ -96,7 +96,7 @@ impl ModelConfig {
 
     /// Reads a parsed config.json. `path` is used in error messages only.
     pub(crate) fn from_hf_value(json: Value, path: &Path) -> Result<Self, ModelError> {
-        let (json, whole_json, architecture) = match tower_text(&json, path)? {
+        let (json, whole_json, architecture) = match text_config(&json, path)? {
             Some(text) => (text.json, Some(json), Some(text.architecture)),
             None => (json, None, None),
         };
@@ -146,20 +146,20 @@ impl ModelConfig {
 }
 
 /// Returns the language model of a model of text and images. `None` if the config.json describes
-/// another kind of model, or a model of text and images that [`TextTower`] does not list.
+/// another kind of model, or a model of text and images that [`MultimodalModel`] does not list.
 ///
 /// # Errors
 /// Returns [`ModelError::Unsupported`] if the language model is not implemented.
-fn tower_text(json: &Value, path: &Path) -> Result<Option<TowerText>, ModelError> {
+fn text_config(json: &Value, path: &Path) -> Result<Option<TextConfig>, ModelError> {
     let model_type = json.get("model_type").and_then(Value::as_str);
-    let Some(tower) = model_type.and_then(TextTower::from_model_type) else {
+    let Some(model) = model_type.and_then(MultimodalModel::from_model_type) else {
         return Ok(None);
     };
-    let text = tower.text(json).ok_or_else(|| {
+    let text = model.text_config(json).ok_or_else(|| {
         let text_type = json
             .pointer("/text_config/model_type")
             .and_then(Value::as_str);
-        let supported: Vec<&str> = tower.text_types().collect();
+        let supported: Vec<&str> = model.text_types().collect();
         ModelError::Unsupported {
             what: format!(
                 "{}: architecture '{}' with text_config.model_type {}{}",
@@ -178,7 +178,9 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture, ModelError> {
         fields.invalid("model_type", "is missing; is this a model's config.json?")
     })?;
     Architecture::from_model_type(name).ok_or_else(|| {
-        let text_of = TextTower::model_types().collect::<Vec<_>>().join(", ");
+        let text_of = MultimodalModel::model_types()
+            .collect::<Vec<_>>()
+            .join(", ");
         let alone = Architecture::ALL.map(Architecture::as_str).join(", ");
         let supported = format!("{alone}, and the text of {text_of}");
         ModelError::Unsupported {

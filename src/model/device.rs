@@ -145,7 +145,7 @@ impl ComputeDevice {
     }
 
     /// Returns the free and the total memory of the device, in bytes. Returns `None` for the CPU,
-    /// which has no memory of its own.
+    /// which has no memory of its own, and for a GPU whose driver does not say.
     pub fn memory(&self) -> Option<(u64, u64)> {
         match self {
             ComputeDevice::Cpu => None,

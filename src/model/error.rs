@@ -77,9 +77,10 @@ pub enum ModelError {
         found: Vec<usize>,
     },
     /// A kind of model, file or tokenizer that is not implemented.
-    #[error("{what} is not supported")]
+    #[error("not supported: {what}")]
     Unsupported {
-        /// The unsupported thing, followed by the supported alternatives.
+        /// The unsupported thing, followed by the supported alternatives or the remedy if there are
+        /// any.
         what: String,
     },
     /// The tokenizer's files or metadata are missing or invalid.

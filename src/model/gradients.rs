@@ -6,5 +6,5 @@ use super::params::ParamId;
 pub trait GradientSink {
     /// Returns a tensor's gradient as accumulated so far, row-major, to be added to. `None` if the
     /// tensor is not trained.
-    fn slot(&mut self, id: ParamId) -> Option<&mut [f32]>;
+    fn get_mut(&mut self, id: ParamId) -> Option<&mut [f32]>;
 }

@@ -1,6 +1,5 @@
 //! Preference rows from JSONL and Parquet files, streamed.
 
-pub mod apart;
 mod columnar;
 mod jsonl;
 pub mod labelled;
@@ -9,6 +8,7 @@ mod logged;
 pub mod names;
 mod reader;
 mod row;
+pub mod sandbox;
 mod shapes;
 
 use std::path::Path;
@@ -28,7 +28,7 @@ pub fn detect_format(first_bytes: &[u8]) -> DatasetFormat {
     }
 }
 
-/// Reads a trusted file. Use [`apart::for_each_row`] for uploaded Parquet files.
+/// Reads a trusted file. Use [`sandbox::for_each_row`] for uploaded Parquet files.
 ///
 /// # Errors
 /// Fails if the file cannot be opened or, for Parquet, its footer or columns are not usable.

@@ -250,7 +250,7 @@ impl StepGradients {
 }
 
 impl GradientSink for StepGradients {
-    fn slot(&mut self, id: ParamId) -> Option<&mut [f32]> {
+    fn get_mut(&mut self, id: ParamId) -> Option<&mut [f32]> {
         let i = *self.index.get(&id)?;
         Some(&mut self.values[i])
     }

@@ -2,11 +2,12 @@
 //! them.
 //!
 //! One unit is one micro-batch (forward, loss, backward), with the optimizer update if it is the
-//! last of its step, one batch of an evaluation, or one checkpoint. Everything is a function of the
-//! spec, the data and the seed: on a CPU the same run gives bit-identical numbers, even if it was
-//! interrupted and continued. Another memory limit or other devices may change the last bits,
-//! because the rows may then be packed differently. On a GPU so may an interruption, because the
-//! reference's log-probs are then computed again in other rows.
+//! last of its step, one batch of an evaluation, one checkpoint, or the comparison of one pair's
+//! logged log-probs with the model. Everything is a function of the spec, the data and the seed:
+//! on a CPU the same run gives bit-identical numbers, even if it was interrupted and continued.
+//! Another memory limit or other devices may change the last bits, because the rows may then be
+//! packed differently. On a GPU so may an interruption, because the reference's log-probs are then
+//! computed again in other rows.
 
 mod agreement;
 mod evaluation;
@@ -142,14 +143,15 @@ pub enum Status {
     Finished,
 }
 
+/// The next unit of work.
 enum Phase {
-    /// Compare the logged log-probs of this pair of the sample with the model.
+    /// Compare the logged log-probs of pair `next` of the sample with the model.
     Compare { next: usize },
     /// Compute micro-batch `done` of the current step.
     Step { done: usize },
-    /// Continue the evaluation at this pair.
+    /// Continue the evaluation at pair `next`.
     Evaluate { next: usize },
-    /// Write a checkpoint.
+    /// Write a checkpoint, which is the best so far if `best` is true.
     Save { best: bool },
     /// Nothing is left to do.
     Done,
@@ -530,8 +532,8 @@ impl Trainer {
 
     fn micro_batch(&mut self, scale: f64, context: &mut RunContext) -> Result<(), TrainError> {
         let index = self.state.micro_batch;
-        let chosen = self.batch_rows(index..index + 1);
-        let pairs: Vec<&EncodedPair> = chosen.iter().map(|i| &self.train[*i]).collect();
+        let indices = self.batch_rows(index..index + 1);
+        let pairs: Vec<&EncodedPair> = indices.iter().map(|i| &self.train[*i]).collect();
         let row_tokens = self.plan.row_tokens;
         let references = references(&self.reference, &pairs, row_tokens, context)?;
         let batch = MicroBatch {
@@ -548,7 +550,7 @@ impl Trainer {
             context.yield_point,
         )?;
         if !loss.is_finite() {
-            return Err(self.non_finite("loss", loss, &chosen));
+            return Err(self.non_finite("loss", loss, &indices));
         }
         self.state.window.add(metrics, scale);
         self.state.tokens += pairs
@@ -617,12 +619,12 @@ impl Trainer {
         )
     }
 
-    fn non_finite(&self, what: &'static str, value: f64, chosen: &[usize]) -> TrainError {
+    fn non_finite(&self, what: &'static str, value: f64, indices: &[usize]) -> TrainError {
         TrainError::NonFinite {
             what,
             value,
             step: self.state.step + 1,
-            rows: chosen.iter().map(|i| self.train[*i].row).collect(),
+            rows: indices.iter().map(|i| self.train[*i].row).collect(),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use super::rows::{DataError, apart};
+use super::rows::{DataError, sandbox};
 use crate::domain::dataset::{
     ChatMessage, DatasetFormat, IssueReason, MAX_LISTED_ISSUES, PreferenceRow, RowIssue, Severity,
     Text, ValidationReport,
@@ -105,11 +105,11 @@ impl BadRows {
 pub fn validate_rows(
     path: &Path,
     format: DatasetFormat,
-    lengths: Option<PairEncoder>,
+    encoder: Option<PairEncoder>,
     limit: u64,
 ) -> Result<ValidationReport, DataError> {
     let mut left = limit;
-    let (report, _) = scan(path, format, lengths, |row| {
+    let (report, _) = scan(path, format, encoder, |row| {
         let bytes: usize = [&row.prompt, &row.chosen, &row.rejected]
             .map(Text::bytes)
             .iter()
@@ -144,14 +144,14 @@ const NO_EOS: &str = "the model's tokenizer has no end-of-sequence token, so the
 fn scan(
     path: &Path,
     format: DatasetFormat,
-    lengths: Option<PairEncoder>,
+    encoder: Option<PairEncoder>,
     mut on_usable_row: impl FnMut(PreferenceRow) -> Result<(), DataError>,
 ) -> Result<(ValidationReport, BadRows), DataError> {
     let mut seen = Seen::default();
     let mut tally = Tally::default();
-    let mut warn_no_eos = lengths.is_some_and(|encoder| !encoder.has_eos());
+    let mut warn_no_eos = encoder.is_some_and(|encoder| !encoder.has_eos());
     let mut columns = UnusedColumns::default();
-    apart::for_each_row(path, format, |row| {
+    sandbox::for_each_row(path, format, |row| {
         let (Ok(PreferenceRow { row: number, .. }) | Err(RowIssue { row: number, .. })) = row;
         tally.enter(number);
         let row = match row {
@@ -180,7 +180,7 @@ fn scan(
         let mut issues = check(&row);
         issues.extend(seen.check(&row));
         if let (Some(encoder), true) = (
-            &lengths,
+            &encoder,
             issues
                 .iter()
                 .all(|i| i.reason.severity() == Severity::Warning),

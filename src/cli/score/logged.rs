@@ -11,10 +11,13 @@ use crate::train::rows::RowReader;
 /// Leaves only the log-probs in the rows that are to be sent. A row that lacks them becomes a
 /// finding.
 pub(super) fn rows(rows: RowReader, columns: Option<LoggedColumns>) -> RowReader {
-    Box::new(rows.map(move |row| chosen(row?, columns)))
+    Box::new(rows.map(move |row| select_columns(row?, columns)))
 }
 
-fn chosen(row: PreferenceRow, columns: Option<LoggedColumns>) -> Result<PreferenceRow, RowIssue> {
+fn select_columns(
+    row: PreferenceRow,
+    columns: Option<LoggedColumns>,
+) -> Result<PreferenceRow, RowIssue> {
     let problem = |LoggedProblem { column, message }| RowIssue {
         row: row.row,
         id: row.id.clone(),

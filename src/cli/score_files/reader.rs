@@ -17,7 +17,7 @@ use crate::cli::data::{DataRow, DataRows, InputContent, open_input};
 use crate::cli::failure::Failure;
 use crate::cli::score::reason;
 use crate::train::rows::RecordChoice;
-use crate::train::rows::apart::ApartRecords;
+use crate::train::rows::sandbox::SandboxedRecords;
 
 /// Folder of the output with an [`InputRecord`] and [`InputRows`] for each input.
 const INPUTS: &str = "_inputs";
@@ -317,13 +317,14 @@ impl PartReader {
         input: &ScoreInput,
         path: &Path,
         ranges: Vec<(u64, u64)>,
-    ) -> Result<ApartRecords, Stop> {
+    ) -> Result<SandboxedRecords, Stop> {
         let choice = RecordChoice {
             columns: self.rows.carry.clone(),
             renames: self.rows.columns.renames().to_vec(),
             ranges,
         };
-        let records = ApartRecords::open(path, &choice).map_err(|e| damaged(input, path, &e))?;
+        let records =
+            SandboxedRecords::open(path, &choice).map_err(|e| damaged(input, path, &e))?;
         match records.total() {
             total if total > MAX_RECORDS => {
                 let claim = format!("its footer claims {total} records: write it again");

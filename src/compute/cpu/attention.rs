@@ -14,7 +14,7 @@
 mod backward;
 mod blocks;
 mod cached;
-mod keys;
+mod packed_tokens;
 
 pub use self::backward::{attention_backward, score_bytes};
 pub use self::blocks::Heads;
@@ -22,7 +22,7 @@ use self::blocks::{BLOCK, blocks, over_keys, softmax_of_scores, sum_over_keys};
 pub use self::cached::{
     CACHE_BLOCK, CacheLayout, CachedKeys, CachedSegment, attention_cached, blocks_of,
 };
-use self::keys::{Along, Keys};
+use self::packed_tokens::{TokenColumns, TokenRows};
 use super::buffer::Buffer;
 use super::gemm::{Kernel, Operand, Shared, View};
 use super::thread_pool;
@@ -46,10 +46,10 @@ pub fn attention(
             && lse.len() >= tokens * heads.query
     );
     let blocks = blocks(layout);
-    let keys = Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
+    let keys = TokenColumns::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
         heads.key_at(kv)
     });
-    let values = Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
+    let values = TokenRows::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
         heads.value_at(kv)
     });
     let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));

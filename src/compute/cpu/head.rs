@@ -259,14 +259,14 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
         );
         thread_pool::chunks(&mut running, per_task, |i, running| {
             let (first, n) = (i * per_task, running.len());
-            let mut passing = Buffer::uninit(if is_saved { 0 } else { n * TILE });
+            let mut scratch = Buffer::uninit(if is_saved { 0 } else { n * TILE });
             let place = tile.first / TILE * rows + first;
             let logits = if is_saved {
                 // SAFETY: the saved exponentials have all rows of this tile, and this task alone
                 // touches its own rows.
                 unsafe { std::slice::from_raw_parts_mut(exponentials.at(place * TILE), n * TILE) }
             } else {
-                &mut *passing
+                &mut *scratch
             };
             tile.logits(kernel, &operand, first, n, logits);
             let take = |r: usize, row: &mut [f32]| {
@@ -351,9 +351,9 @@ pub fn logits(kernel: Kernel, h: &[f32], w: WeightView, softcap: Option<f32>) ->
     for_each_tile(kernel, w, 0, false, |tile| {
         thread_pool::chunks(&mut all, per_task * vocabulary, |i, rows| {
             let n = rows.len() / vocabulary;
-            let mut passing = Buffer::uninit(n * TILE);
-            tile.logits(kernel, &operand, i * per_task, n, &mut passing);
-            for (from, to) in passing.chunks_mut(TILE).zip(rows.chunks_mut(vocabulary)) {
+            let mut scratch = Buffer::uninit(n * TILE);
+            tile.logits(kernel, &operand, i * per_task, n, &mut scratch);
+            for (from, to) in scratch.chunks_mut(TILE).zip(rows.chunks_mut(vocabulary)) {
                 let from = &mut from[..tile.width];
                 if let Some(cap) = softcap {
                     dispatch(

@@ -425,7 +425,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         gradients: &mut CpuGradients,
     ) -> Result<()> {
         for (columns, norm) in self.normed_heads() {
-            let slot = gradients.slot(ParamId::Block(self.index, norm));
+            let slot = gradients.get_mut(ParamId::Block(self.index, norm));
             head_norm_backward(
                 before,
                 dqkv,
@@ -446,7 +446,7 @@ impl BlockOps<CpuBackend> for CpuBlock<'_> {
         gx: &mut Buffer,
         gradients: &mut CpuGradients,
     ) -> Result<()> {
-        let slot = gradients.slot(ParamId::Block(self.index, norm.weight()));
+        let slot = gradients.get_mut(ParamId::Block(self.index, norm.weight()));
         rms_norm_backward(
             x,
             self.factors(norm.weight())?.values()?,

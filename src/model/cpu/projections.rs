@@ -272,8 +272,8 @@ impl<'a> CpuLinearGroup<'a> {
         )
     }
 
-    /// Runs the group backward: accumulates the gradients of the parameters in `sink` and returns
-    /// ∂loss/∂x `[T, in]`. The inputs are g = ∂loss/∂y `[T, Σout]`, x, and u, the result
+    /// Runs the group backward: accumulates the gradients of the parameters in `gradients` and
+    /// returns ∂loss/∂x `[T, in]`. The inputs are g = ∂loss/∂y `[T, Σout]`, x, and u, the result
     /// of [`CpuLinearGroup::forward`].
     ///
     /// With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x,
@@ -284,7 +284,7 @@ impl<'a> CpuLinearGroup<'a> {
         u: &[f32],
         g: &[f32],
         tokens: usize,
-        sink: &mut dyn GradientSink,
+        gradients: &mut dyn GradientSink,
     ) -> Result<Buffer> {
         let view = |m: &CpuLinear| View::f32(&g[m.column..], self.output);
         let gs: Vec<Operand> = self
@@ -292,8 +292,8 @@ impl<'a> CpuLinearGroup<'a> {
             .iter()
             .map(|m| Operand::new(self.kernel, view(m), tokens, m.out, 1.0))
             .collect();
-        let dx = self.backward_frozen(x, u, &gs, tokens, sink)?;
-        self.weight_gradients(x, g, tokens, sink);
+        let dx = self.backward_frozen(x, u, &gs, tokens, gradients)?;
+        self.weight_gradients(x, g, tokens, gradients);
         Ok(dx)
     }
 
@@ -305,7 +305,7 @@ impl<'a> CpuLinearGroup<'a> {
         u: &[f32],
         gs: &[Operand],
         tokens: usize,
-        sink: &mut dyn GradientSink,
+        gradients: &mut dyn GradientSink,
     ) -> Result<Buffer> {
         let mut dx = Buffer::uninit(tokens * self.input);
         let v = self.input_gradient(gs, tokens, |terms| {
@@ -319,7 +319,7 @@ impl<'a> CpuLinearGroup<'a> {
                 Threads::All,
             )
         });
-        self.low_rank_gradients(x, u, gs, &v, tokens, sink);
+        self.low_rank_gradients(x, u, gs, &v, tokens, gradients);
         Ok(dx)
     }
 
@@ -382,7 +382,7 @@ impl<'a> CpuLinearGroup<'a> {
         v
     }
 
-    /// Accumulates the adapter's gradients in `sink`. The inputs are x, u as returned by the
+    /// Accumulates the adapter's gradients in `gradients`. The inputs are x, u as returned by the
     /// forward pass, each member's part of g, and v/s as returned by the backward pass in the
     /// parameter `v`.
     pub fn low_rank_gradients(
@@ -392,7 +392,7 @@ impl<'a> CpuLinearGroup<'a> {
         gs: &[Operand],
         v: &[f32],
         tokens: usize,
-        sink: &mut dyn GradientSink,
+        gradients: &mut dyn GradientSink,
     ) {
         if self.ranks == 0 {
             return;
@@ -420,12 +420,12 @@ impl<'a> CpuLinearGroup<'a> {
             if rank == 0 {
                 continue;
             }
-            if let Some(slot) = sink.slot(self.id(BlockParam::LoraA(m.linear))) {
+            if let Some(slot) = gradients.get_mut(self.id(BlockParam::LoraA(m.linear))) {
                 slot.iter_mut()
                     .zip(&da[m.rank_column * self.input..])
                     .for_each(|(s, d)| *s += d);
             }
-            if let Some(slot) = sink.slot(self.id(BlockParam::LoraB(m.linear))) {
+            if let Some(slot) = gradients.get_mut(self.id(BlockParam::LoraB(m.linear))) {
                 // Computes dBᵀ `[r, out]`, because GEMM is faster with the long side in the
                 // columns.
                 let u = Operand::new(
@@ -457,10 +457,16 @@ impl<'a> CpuLinearGroup<'a> {
         }
     }
 
-    /// Accumulates the gradients of the weights and biases in `sink`, if they are trained.
-    fn weight_gradients(&self, x: &Operand, g: &[f32], tokens: usize, sink: &mut dyn GradientSink) {
+    /// Accumulates the gradients of the weights and biases in `gradients`, if they are trained.
+    fn weight_gradients(
+        &self,
+        x: &Operand,
+        g: &[f32],
+        tokens: usize,
+        gradients: &mut dyn GradientSink,
+    ) {
         for m in &self.members {
-            if let Some(slot) = sink.slot(self.id(BlockParam::Weight(m.linear))) {
+            if let Some(slot) = gradients.get_mut(self.id(BlockParam::Weight(m.linear))) {
                 let g = Operand::new(
                     self.kernel,
                     View::f32(&g[m.column..], self.output).t(),
@@ -479,7 +485,7 @@ impl<'a> CpuLinearGroup<'a> {
                 );
             }
             if m.bias.is_some()
-                && let Some(slot) = sink.slot(self.id(BlockParam::Bias(m.linear)))
+                && let Some(slot) = gradients.get_mut(self.id(BlockParam::Bias(m.linear)))
             {
                 for row in g[m.column..].chunks(self.output) {
                     slot.iter_mut().zip(row).for_each(|(s, g)| *s += g);

@@ -143,7 +143,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
 
     fn embed_backward(&self, gx: &Buffer, gradients: &mut CpuGradients) -> Result<()> {
         let (width, scale) = (self.width(), self.embedding_scale());
-        if let Some(slot) = gradients.slot(ParamId::Embedding) {
+        if let Some(slot) = gradients.get_mut(ParamId::Embedding) {
             for (from, &id) in gx.chunks(width).zip(&self.row.row().ids) {
                 slot[id as usize * width..][..width]
                     .iter_mut()
@@ -192,7 +192,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
         if output.gradient.len() != upstream.len() * width {
             bail!("the head saved no gradient: the row was run forward without a tape");
         }
-        if let Some(slot) = gradients.slot(self.policy.parameters.head_id()) {
+        if let Some(slot) = gradients.get_mut(self.policy.parameters.head_id()) {
             let w = self.policy.parameters.head()?.read()?;
             let input = HeadInput {
                 kernel: self.kernel(),
@@ -209,7 +209,7 @@ impl RowOps<CpuBackend> for CpuRow<'_> {
             row.iter_mut().for_each(|x| *x *= upstream)
         });
         let mut dh = Buffer::zeros(before_norm.len());
-        let slot = gradients.slot(ParamId::Norm);
+        let slot = gradients.get_mut(ParamId::Norm);
         rms_norm_backward(
             &before_norm,
             self.last_norm()?.values()?,

@@ -345,7 +345,7 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         self.normed_heads()
             .into_iter()
             .try_for_each(|(heads, norm)| {
-                let slot = gradients.slot(ParamId::Block(self.index, norm));
+                let slot = gradients.get(ParamId::Block(self.index, norm));
                 self.head_norm_backward(dqkv, before, self.weights.norm(norm)?, heads, slot)
             })
     }
@@ -358,7 +358,7 @@ impl BlockOps<CudaBackend> for CudaBlock<'_> {
         gx: &mut Memory,
         gradients: &mut GradientBuffers,
     ) -> Result<()> {
-        let slot = gradients.slot(ParamId::Block(self.index, norm.weight()));
+        let slot = gradients.get(ParamId::Block(self.index, norm.weight()));
         NormBackward {
             x,
             w: self.weights.norm(norm.weight())?,

@@ -13,12 +13,12 @@ use crate::model::params::ParamId;
 /// The accumulated gradients: one buffer per trained tensor.
 pub struct GradientBuffers {
     gpu: Arc<Gpu>,
-    slots: HashMap<ParamId, Memory>,
+    gradients: HashMap<ParamId, Memory>,
 }
 
 impl std::fmt::Debug for GradientBuffers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} gradients on {:?}", self.slots.len(), self.gpu)
+        write!(f, "{} gradients on {:?}", self.gradients.len(), self.gpu)
     }
 }
 
@@ -28,30 +28,30 @@ impl GradientBuffers {
         gpu: &Arc<Gpu>,
         sizes: impl IntoIterator<Item = (ParamId, usize)>,
     ) -> Result<Self> {
-        let slots = sizes
+        let gradients = sizes
             .into_iter()
             .map(|(id, len)| Ok((id, gpu.zeros(Kind::F32, len)?)))
             .collect::<Result<_>>()?;
         Ok(GradientBuffers {
             gpu: gpu.clone(),
-            slots,
+            gradients,
         })
     }
 
-    pub(super) fn slot(&self, id: ParamId) -> Option<&Memory> {
-        self.slots.get(&id)
+    pub(super) fn get(&self, id: ParamId) -> Option<&Memory> {
+        self.gradients.get(&id)
     }
 
     /// Sets all gradients to zero.
     pub fn clear(&self) -> Result<()> {
         self.gpu.bind()?;
-        self.slots.values().try_for_each(|m| self.gpu.clear(m))
+        self.gradients.values().try_for_each(|m| self.gpu.clear(m))
     }
 
     /// Copies the accumulated gradient of a tensor to the host.
     pub fn download(&self, id: ParamId, to: &mut [f32]) -> Result<()> {
         self.gpu.bind()?;
-        match self.slots.get(&id) {
+        match self.gradients.get(&id) {
             Some(memory) if memory.len() == to.len() => self.gpu.download(memory, to),
             _ => bail!(
                 "the GPU has no gradient of {} elements for {id:?}",

@@ -156,7 +156,7 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
 
     fn embed_backward(&self, gx: &Memory, gradients: &mut GradientBuffers) -> Result<()> {
         let (gpu, width) = (self.policy.gpu, self.policy.hidden());
-        let Some(slot) = gradients.slot(ParamId::Embedding) else {
+        let Some(slot) = gradients.get(ParamId::Embedding) else {
             return Ok(());
         };
         let scatter = Scatter::new(gpu, &self.source.ids)?;
@@ -226,7 +226,7 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
         } = self.policy;
         let (width, rows) = (self.policy.hidden(), self.row.targets);
         let g = gpu.upload(Kind::F32, upstream)?;
-        if let Some(slot) = gradients.slot(policy.parameters.head_id()) {
+        if let Some(slot) = gradients.get(policy.parameters.head_id()) {
             let lse = gpu.upload(Kind::F32, &output.log_sum_exp)?;
             self.policy
                 .head()
@@ -242,7 +242,7 @@ impl RowOps<CudaBackend> for OpenRow<'_> {
         };
         ops::scale_rows(gpu, &scaled, &gradient, &g, width)?;
         let dh = gpu.zeros(Kind::F32, rows * width)?;
-        let slot = gradients.slot(ParamId::Norm);
+        let slot = gradients.get(ParamId::Norm);
         let norm = NormBackward {
             x: &before_norm,
             w: &weights.norm,

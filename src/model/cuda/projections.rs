@@ -149,7 +149,7 @@ impl CudaLinearGroup<'_> {
         }
         for m in &w.members {
             let g_m = g.matrix_at(m.column, w.output);
-            if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::Weight(m.index))) {
+            if let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::Weight(m.index))) {
                 gpu.matmul(
                     [m.out, w.input, tokens],
                     g_m.t(),
@@ -160,7 +160,7 @@ impl CudaLinearGroup<'_> {
                 )?;
             }
             if m.bias.is_some()
-                && let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::Bias(m.index)))
+                && let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::Bias(m.index)))
             {
                 ops::column_sum(
                     gpu,
@@ -209,7 +209,7 @@ impl CudaLinearGroup<'_> {
                 scale,
                 0.0,
             )?;
-            if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::LoraA(m.index))) {
+            if let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::LoraA(m.index))) {
                 gpu.matmul(
                     [rank, w.input, tokens],
                     v_m.t(),
@@ -219,7 +219,7 @@ impl CudaLinearGroup<'_> {
                     1.0,
                 )?;
             }
-            if let Some(slot) = gradients.slot(ParamId::Block(block, BlockParam::LoraB(m.index))) {
+            if let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::LoraB(m.index))) {
                 gpu.matmul(
                     [m.out, rank, tokens],
                     g_m.t(),

@@ -2,7 +2,7 @@
 //!
 //! The library trusts the sizes that a file claims: a file of one kilobyte can make it allocate
 //! gigabytes or create a billion elements. So the server decodes uploaded files in [another
-//! process](super::apart).
+//! process](super::sandbox).
 
 use std::fs::File;
 use std::path::Path;
@@ -162,7 +162,7 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
         }))
 }
 
-/// The records and columns of a Parquet file that `chosen` returns.
+/// The records and columns of a Parquet file that are decoded.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecordChoice {
     /// Columns that are decoded besides those of pairs and completions, whatever their type.
@@ -189,9 +189,10 @@ impl RecordChoice {
     }
 }
 
-/// Returns the number of records of a file, and the chosen ones with their numbers from 1. A column
-/// `completions` stands for `chosen` and `rejected`. The records have the file's names of columns.
-pub(super) fn chosen(
+/// Returns the number of records of a file, and the selected ones with their numbers from 1. A
+/// column `completions` stands for `chosen` and `rejected`. The records have the file's names of
+/// columns.
+pub(super) fn select_records(
     path: &Path,
     choice: RecordChoice,
 ) -> Result<(u64, NumberedRecords), DataError> {
@@ -256,7 +257,7 @@ pub type NumberedRecord = (u64, Result<Map<String, Value>, RowIssue>);
 /// Records in order. An error, which says why the file cannot be read further, is the last item.
 pub(super) type NumberedRecords = Box<dyn Iterator<Item = Result<NumberedRecord, String>> + Send>;
 
-/// Converts a record. The columns that are chosen by name may have values of any type.
+/// Converts a record. The columns that `choice` lists may have values of any type.
 fn fields_of(
     row: u64,
     record: &Row,

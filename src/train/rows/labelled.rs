@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::labels::{RowLabels, labelled};
 use super::reader::DataError;
-use super::{apart, jsonl};
+use super::{jsonl, sandbox};
 use crate::domain::dataset::{DatasetFormat, PreferenceRow, RowIssue};
 
 /// A pair with the labels of its row.
@@ -38,7 +38,7 @@ pub fn for_each_pair(
             }
             Ok(())
         }
-        DatasetFormat::Parquet => apart::for_each_decoded(path, columns, |labels, pair| {
+        DatasetFormat::Parquet => sandbox::for_each_decoded(path, columns, |labels, pair| {
             let labels = labels.clone();
             each(LabelledPair { labels, pair })
         }),

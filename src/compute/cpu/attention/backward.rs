@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::blocks::{BLOCK, Heads, QueryBlock, blocks, over_keys, sum_over_keys};
-use super::keys::{Along, Keys};
+use super::packed_tokens::{TokenColumns, TokenRows};
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{
     Kernel, NR, Operand, OutputTile, Product, Shared, View, panel_product,
@@ -44,25 +44,23 @@ pub fn attention_backward(
     assert!(dqkv.len() >= tokens * row);
     let all = blocks(layout);
     let packed = Packed {
-        keys: Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
+        keys: TokenColumns::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
             heads.key_at(kv)
         }),
-        values: Keys::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
+        values: TokenColumns::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
             heads.value_at(kv)
         }),
-        key_rows: Along::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
+        key_rows: TokenRows::pack(kernel, layout, qkv, row, heads.dim, heads.key, |kv| {
             heads.key_at(kv)
         }),
     };
-    let stretches: Vec<Range<usize>> = all.iter().map(|b| b.queries.clone()).collect();
-    let queries =
-        Along::pack_stretches(kernel, &stretches, qkv, row, heads.dim, heads.query, |h| {
-            h * heads.dim
-        });
-    let upstream =
-        Along::pack_stretches(kernel, &stretches, g, width, heads.dim, heads.query, |h| {
-            h * heads.dim
-        });
+    let ranges: Vec<Range<usize>> = all.iter().map(|b| b.queries.clone()).collect();
+    let queries = TokenRows::pack_ranges(kernel, &ranges, qkv, row, heads.dim, heads.query, |h| {
+        h * heads.dim
+    });
+    let upstream = TokenRows::pack_ranges(kernel, &ranges, g, width, heads.dim, heads.query, |h| {
+        h * heads.dim
+    });
     let sweep = Sweep {
         kernel,
         heads,
@@ -108,11 +106,11 @@ pub fn score_bytes(kernel: Kernel, heads: usize, tokens: usize, longest: usize) 
 /// Packed keys and values that the first sweep reads.
 struct Packed {
     /// For S = Q·Kᵀ.
-    keys: Keys,
+    keys: TokenColumns,
     /// For dP = dO·Vᵀ.
-    values: Keys,
+    values: TokenColumns,
     /// For dQ = scale·dS·K.
-    key_rows: Along,
+    key_rows: TokenRows,
 }
 
 struct Sweep<'a> {
@@ -124,9 +122,9 @@ struct Sweep<'a> {
     lse: &'a [f32],
     g: &'a [f32],
     packed: Packed,
-    /// The stretches are the query blocks.
-    queries: Along,
-    upstream: Along,
+    /// The ranges are the query blocks.
+    queries: TokenRows,
+    upstream: TokenRows,
     dqkv: Shared,
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::keys::{Along, Keys};
+use super::packed_tokens::{TokenColumns, TokenRows};
 use crate::compute::cpu::gemm::{NR, Operand, OutputTile, Product, panel_product};
 use crate::compute::cpu::simd::{dispatch, exp_sum, max, soft_cap};
 use crate::compute::layout::RowLayout;
@@ -130,12 +130,18 @@ fn parts(block: &QueryBlock) -> impl Iterator<Item = (usize, usize, usize)> {
 
 /// Computes `s[rows, columns] = A·B` over the key panels of a block; `a` is the queries' operand
 /// `[rows, D]`. Rows that do not attend to any key of a panel are left unchanged.
-pub(super) fn over_keys(a: &Operand, keys: &Keys, head: usize, block: &QueryBlock, s: &mut [f32]) {
+pub(super) fn over_keys(
+    a: &Operand,
+    keys: &TokenColumns,
+    head: usize,
+    block: &QueryBlock,
+    s: &mut [f32],
+) {
     let (kernel, rows, columns) = (a.kernel(), block.queries.len(), block.columns());
     assert!(a.rows() >= rows && s.len() >= rows * columns);
     for (segment, count, first) in parts(block) {
         for i in 0..count.div_ceil(NR) {
-            let (depth, panel) = keys.across(head, segment, i);
+            let (depth, panel) = keys.panel(head, segment, i);
             let top = if segment == block.segment {
                 block.first_to_see(i)
             } else {
@@ -166,7 +172,7 @@ pub(super) fn over_keys(a: &Operand, keys: &Keys, head: usize, block: &QueryBloc
 /// other thread touches them.
 pub(super) unsafe fn sum_over_keys(
     a: &Operand,
-    keys: &Along,
+    keys: &TokenRows,
     head: usize,
     block: &QueryBlock,
     to: *mut f32,

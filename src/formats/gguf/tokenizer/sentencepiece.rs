@@ -90,11 +90,11 @@ pub(super) fn describe(
     };
     let normalizes = "tokenizer.ggml.precompiled_charsmap";
     if gguf.has(normalizes) {
-        return Err(refuse(format!("{normalizes} is not supported")));
+        return Err(refuse(format!("{normalizes} is set")));
     }
     let removes_spaces = "tokenizer.ggml.remove_extra_whitespaces";
     if gguf.flag(removes_spaces)? == Some(true) {
-        return Err(refuse(format!("{removes_spaces} is not supported")));
+        return Err(refuse(format!("{removes_spaces} is true")));
     }
     let missing = |key: &str| gguf.invalid(key, "is missing");
     let scores = gguf.floats(SCORES)?.ok_or_else(|| missing(SCORES))?;

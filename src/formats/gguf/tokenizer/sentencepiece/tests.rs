@@ -263,7 +263,7 @@ fn a_vocabulary_that_does_not_define_the_tokenizer_is_refused_by_name() {
                 "tokenizer.ggml.remove_extra_whitespaces",
                 Stored::Bool(true),
             ),
-            "tokenizer.ggml.remove_extra_whitespaces is not supported",
+            "tokenizer.ggml.remove_extra_whitespaces is true",
         ),
         (
             keyed("tokenizer.ggml.model", Stored::String("t5".into())),

@@ -5,8 +5,8 @@ use serde_json::{Map, Value, json};
 
 use super::families::Architecture;
 
-/// A model of text and images, of which only the text tower is used: its language model.
-pub struct TextTower {
+/// A model of text and images, of which only the language model is used.
+pub struct MultimodalModel {
     /// `model_type` of the whole model.
     model_type: &'static str,
     /// The possible `model_type`s in `text_config`, each with the family of such a language model.
@@ -26,19 +26,19 @@ pub struct TextTower {
 }
 
 /// All models of text and images that are supported.
-static TOWERS: [TextTower; 5] = [
-    TextTower {
+static MODELS: [MultimodalModel; 5] = [
+    MultimodalModel {
         texts: &[("gemma3_text", Architecture::Gemma3)],
-        ..TextTower::nested("gemma3")
+        ..MultimodalModel::nested("gemma3")
     },
-    TextTower {
+    MultimodalModel {
         texts: &[
             ("mistral", Architecture::Mistral),
             ("ministral3", Architecture::Ministral3),
         ],
-        ..TextTower::nested("mistral3")
+        ..MultimodalModel::nested("mistral3")
     },
-    TextTower {
+    MultimodalModel {
         texts: &[
             ("qwen2_vl_text", Architecture::Qwen2),
             ("qwen2_vl", Architecture::Qwen2),
@@ -46,9 +46,9 @@ static TOWERS: [TextTower; 5] = [
         may_be_flat: true,
         is_tied_by_either: true,
         defaults: qwen2_vl,
-        ..TextTower::nested("qwen2_vl")
+        ..MultimodalModel::nested("qwen2_vl")
     },
-    TextTower {
+    MultimodalModel {
         texts: &[
             ("qwen2_5_vl_text", Architecture::Qwen2),
             ("qwen2_5_vl", Architecture::Qwen2),
@@ -56,14 +56,14 @@ static TOWERS: [TextTower; 5] = [
         may_be_flat: true,
         is_tied_by_either: true,
         defaults: qwen2_vl,
-        ..TextTower::nested("qwen2_5_vl")
+        ..MultimodalModel::nested("qwen2_5_vl")
     },
-    TextTower {
+    MultimodalModel {
         texts: &[("qwen3_vl_text", Architecture::Qwen3)],
         is_tied_by_either: true,
         ignored: &["layer_types", "sliding_window", "use_sliding_window"],
         defaults: qwen3_vl,
-        ..TextTower::nested("qwen3_vl")
+        ..MultimodalModel::nested("qwen3_vl")
     },
 ];
 
@@ -96,19 +96,19 @@ fn qwen3_vl() -> Value {
     })
 }
 
-/// The language model of a model of text and images.
-pub struct TowerText {
+/// The configuration of the language model of a model of text and images.
+pub struct TextConfig {
     /// Its family.
     pub architecture: Architecture,
     /// The config.json that it would have on its own.
     pub json: Value,
 }
 
-impl TextTower {
+impl MultimodalModel {
     /// Returns a model whose language model is described by `text_config` alone, and has the
     /// defaults of its family.
     const fn nested(model_type: &'static str) -> Self {
-        TextTower {
+        MultimodalModel {
             model_type,
             texts: &[],
             may_be_flat: false,
@@ -120,12 +120,12 @@ impl TextTower {
 
     /// Returns the model with the `model_type` `name`.
     pub fn from_model_type(name: &str) -> Option<&'static Self> {
-        TOWERS.iter().find(|tower| tower.model_type == name)
+        MODELS.iter().find(|model| model.model_type == name)
     }
 
     /// Returns the `model_type`s of all models of text and images.
     pub fn model_types() -> impl Iterator<Item = &'static str> {
-        TOWERS.iter().map(|tower| tower.model_type)
+        MODELS.iter().map(|model| model.model_type)
     }
 
     /// Returns the `model_type`s that the language model may have.
@@ -135,7 +135,7 @@ impl TextTower {
 
     /// Takes the language model out of the config.json of the whole model. Returns `None` if there
     /// is no description of it, or it is of another family.
-    pub fn text(&self, whole: &Value) -> Option<TowerText> {
+    pub fn text_config(&self, whole: &Value) -> Option<TextConfig> {
         let whole = whole.as_object()?;
         let mut text = match whole.get("text_config") {
             Some(Value::Object(text)) => text.clone(),
@@ -189,7 +189,7 @@ impl TextTower {
         let family = architecture.family();
         text.insert("model_type".to_owned(), json!(family.model_type));
         text.insert("architectures".to_owned(), json!([family.causal_lm_class]));
-        Some(TowerText {
+        Some(TextConfig {
             architecture,
             json: Value::Object(text),
         })

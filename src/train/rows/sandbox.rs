@@ -95,14 +95,14 @@ pub(super) fn for_each_decoded(
 }
 
 /// Records of a Parquet file that another process decodes.
-pub struct ApartRecords {
+pub struct SandboxedRecords {
     path: PathBuf,
     decoder: Decoder,
     total: u64,
     has_ended: bool,
 }
 
-impl ApartRecords {
+impl SandboxedRecords {
     /// Starts the process. Unlike [`for_each_row`] it does not wait until another file is decoded.
     ///
     /// # Errors
@@ -122,7 +122,7 @@ impl ApartRecords {
                 ));
             }
         };
-        Ok(ApartRecords {
+        Ok(SandboxedRecords {
             path: path.to_owned(),
             decoder,
             total,
@@ -136,7 +136,7 @@ impl ApartRecords {
     }
 }
 
-impl Iterator for ApartRecords {
+impl Iterator for SandboxedRecords {
     /// An error means that the file cannot be read further. It is the last item.
     type Item = Result<NumberedRecord, DataError>;
 
@@ -163,14 +163,14 @@ impl Iterator for ApartRecords {
     }
 }
 
-/// Main function of the decoding process for [`ApartRecords`]: writes the records of the file at
-/// `path` that `choice`, a [`RecordChoice`] in JSON, selects.
+/// Main function of the decoding process for [`SandboxedRecords`]: writes the records of the file
+/// at `path` that `choice`, a [`RecordChoice`] in JSON, selects.
 ///
 /// # Errors
 /// As [`decode`].
 pub fn decode_records(path: &Path, choice: &str, out: impl Write) -> std::io::Result<()> {
     let mut out = BufWriter::with_capacity(1 << 16, out);
-    match columnar::chosen(path, serde_json::from_str(choice)?) {
+    match columnar::select_records(path, serde_json::from_str(choice)?) {
         Err(e) => {
             let DataError::BadFile { reason, .. } = e else {
                 return Err(std::io::Error::other(e.to_string()));
