@@ -1,4 +1,4 @@
-"""Makes the golden files of this folder, except those of parameters.py, shapes.py and smollm2.py.
+"""Makes the golden files of this folder, except those of the other scripts.
 
 Run: python generate.py (README.md says which file comes from which script).
 """

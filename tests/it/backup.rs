@@ -10,7 +10,7 @@ use std::time::Instant;
 use bradley::rpc::client::Client;
 use bradley::rpc::pb;
 
-use crate::backends::Postgres;
+use crate::backends::{Postgres, signal};
 use crate::replicas::{adapter, check_history, checkpointing};
 use crate::server::{
     Server, events, finish, is_step, job, losses, pause, resume, state, submit, until_event, upload,
@@ -304,22 +304,17 @@ fn stopped_backup(data_dir: &Path, target: &Path) -> Child {
             std::hint::spin_loop();
         }
         if child.try_wait().unwrap().is_none() {
-            signal(&child, libc::SIGSTOP);
+            signal(child.id(), libc::SIGSTOP);
             until_blocking("the stop", LIMIT, || "TZ".contains(state_of(&child)));
             if state_of(&child) == 'T' && unfinished(folder).len() > before.len() {
                 return child;
             }
-            signal(&child, libc::SIGCONT);
+            signal(child.id(), libc::SIGCONT);
         }
         assert!(child.wait().unwrap().success());
         std::fs::remove_dir_all(target).unwrap();
     }
     panic!("every backup ended before it could be stopped");
-}
-
-fn signal(child: &Child, signal: i32) {
-    // SAFETY: the process has not been waited for, so its id is its own.
-    assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
 }
 
 /// Returns the state of a process: T if it is stopped, Z if it has ended.
@@ -354,7 +349,7 @@ fn the_folder_of_a_killed_backup_is_removed_by_the_next_and_that_of_a_running_on
     assert_eq!(left.len(), 1, "{left:?}");
     assert!(text(&left[0]).contains("/.running."), "{left:?}");
     // The backup that was at work meanwhile is complete.
-    signal(&running, libc::SIGCONT);
+    signal(running.id(), libc::SIGCONT);
     assert!(running.wait().unwrap().success());
     for name in ["running", "next"] {
         assert_succeeds(&restore(&target(name), &target(&format!("{name}-data"))));

@@ -3,7 +3,6 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
-use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +12,10 @@ use bradley::rpc::pb;
 use serde_json::{Value, json};
 
 use crate::people::Terminal;
-use crate::server::{Server, finish, get, is_step, job, submit, until_event, upload};
+use crate::server::{
+    Server, create_token, create_token_with_id, finish, get, is_step, job, submit, until_event,
+    upload,
+};
 use crate::support::golden;
 use crate::wait::until_blocking;
 
@@ -328,8 +330,8 @@ fn the_help_lists_every_exit_code() {
 #[test]
 fn last_is_the_callers_own_job_and_dataset() {
     let dir = tempfile::tempdir().unwrap();
-    let (_, team) = token(dir.path(), "team", "submit");
-    let (_, ops) = token(dir.path(), "ops", "admin");
+    let team = create_token(dir.path(), "team", "submit");
+    let ops = create_token(dir.path(), "ops", "admin");
     let models = format!("tiny={}", golden("models/llama").display());
     let server = Server::start_with(dir.path(), &models, &["--auth", "tokens"]);
     let pairs = golden("pairs.jsonl");
@@ -378,23 +380,11 @@ fn last_is_the_callers_own_job_and_dataset() {
     assert_eq!(list.as_array().unwrap().len(), 3);
 }
 
-/// Creates a token; returns its id and the token.
-fn token(data_dir: &Path, owner: &str, roles: &str) -> (String, String) {
-    let made = command(&["--format", "json", "tokens", "create", "--owner", owner])
-        .args(["--roles", roles, "--data-dir"])
-        .arg(data_dir)
-        .output()
-        .unwrap();
-    let made: Value = serde_json::from_slice(&made.stdout).unwrap();
-    let field = |name: &str| made[name].as_str().unwrap().to_owned();
-    (field("id"), field("token"))
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_may_only_score_works_with_whole_names() {
     let dir = tempfile::tempdir().unwrap();
-    let (_, team) = token(dir.path(), "team", "submit,score");
-    let (id, scorer) = token(dir.path(), "team", "score");
+    let team = create_token(dir.path(), "team", "submit,score");
+    let (id, scorer) = create_token_with_id(dir.path(), "team", "score");
     let models = format!("tiny={}", golden("models/llama").display());
     let server = Server::start_with(dir.path(), &models, &["--auth", "tokens"]);
     let pairs = golden("pairs.jsonl");

@@ -10,7 +10,7 @@ use bradley::rpc::client::{Client, Target};
 use bradley::rpc::pb;
 use serde_json::{Value, json};
 
-use crate::server::{Server, id, job, resume, submit, upload};
+use crate::server::{Server, create_token, id, job, resume, submit, upload};
 use crate::support::golden;
 use crate::wait::until;
 
@@ -95,8 +95,7 @@ struct Running(Child);
 
 impl Running {
     fn signal(&self, signal: i32) {
-        // SAFETY: signals the child that this struct owns and has not reaped.
-        assert_eq!(unsafe { libc::kill(self.0.id() as i32, signal) }, 0);
+        crate::backends::signal(self.0.id(), signal);
     }
 
     /// Returns the exit code and what it printed; `None` after a signal.
@@ -586,24 +585,12 @@ async fn flags_and_files_that_cannot_be_used_leave_nothing_behind() {
     assert_eq!(dataset_count(&client).await, 0);
 }
 
-/// Creates a token with the command line.
-fn token(server_data: &std::path::Path, owner: &str, roles: &str) -> String {
-    let made = Command::new(crate::support::binary())
-        .args(["--format", "json", "tokens", "create", "--owner", owner])
-        .args(["--roles", roles, "--data-dir"])
-        .arg(server_data)
-        .output()
-        .unwrap();
-    let made: Value = serde_json::from_slice(&made.stdout).unwrap();
-    made["token"].as_str().unwrap().to_owned()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn an_administrator_with_the_same_rows_has_jobs_of_their_own() {
     let case = Case::new(&lines(&rows(9)));
     let dir = tempfile::tempdir().unwrap();
-    let member = token(dir.path(), "team", "submit,score");
-    let admin = token(dir.path(), "root", "admin");
+    let member = create_token(dir.path(), "team", "submit,score");
+    let admin = create_token(dir.path(), "root", "admin");
     let models = format!("tiny={}", golden("models/llama").display());
     let server = Server::start_with(dir.path(), &models, &["--auth", "tokens"]);
     let target = Target {

@@ -46,7 +46,9 @@ impl Envoy {
             "checkpoint",
             "scoring",
             "evaluation",
+            "generation",
             "model",
+            "usage",
         ]
         .map(|f| format!("bradley/v1/{f}.proto"));
         let files = files

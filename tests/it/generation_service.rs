@@ -84,7 +84,7 @@ async fn samples_are_streamed_and_repeat_with_their_seed() {
         assert_eq!(sample.text, tokenizer.decode_text(&sample.ids).unwrap());
     }
     assert_ne!(samples[0], samples[1]);
-    // The same request in a crowd of others gives the same samples, alone the first of them.
+    // The same request gives the same samples beside others. With one sample it gives the first.
     let mut tasks = tokio::task::JoinSet::new();
     for seed in 0..6 {
         let (client, mut other) = (client.clone(), request.clone());

@@ -12,19 +12,13 @@ use bradley::model::params::lora_layers;
 use bradley::train::estimate::{self, Lengths, MemoryKind, trainable_parameters};
 use serde_json::Value;
 
+use crate::pages::read;
+
 /// Tokens of a packed row in the table.
 const ROW_TOKENS: usize = 8192;
 /// Tokens of a scoring row, for which a server holds memory free.
 pub const SCORING_ROW_TOKENS: usize = 2048;
 pub const GIB: f64 = (1u64 << 30) as f64;
-
-pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-pub fn read(path: &str) -> String {
-    std::fs::read_to_string(root().join(path)).unwrap()
-}
 
 /// A model on the Hugging Face hub.
 pub struct Published {

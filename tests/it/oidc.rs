@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 use tonic::Code;
 
 use self::issuer::{Issuer, Key, base64, now};
-use crate::server::{Server, create, free_port, job, reason, score, submit, try_get, upload};
+use crate::server::{
+    Server, create, create_token, free_port, job, reason, score, submit, try_get, upload,
+};
 use crate::support::golden;
 use crate::wait::{holds_for, until, until_ok};
 
@@ -89,19 +91,6 @@ fn claims(issuer: &str, changes: Value) -> Value {
         }
     }
     claims
-}
-
-/// Creates a token of our own with the command line.
-fn own_token(data_dir: &Path, owner: &str, roles: &str) -> String {
-    let made = std::process::Command::new(crate::support::binary())
-        .args(["--output", "json", "tokens", "create", "--owner", owner])
-        .args(["--roles", roles, "--data-dir"])
-        .arg(data_dir)
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{made:?}");
-    let made: Value = serde_json::from_slice(&made.stdout).unwrap();
-    made["token"].as_str().unwrap().to_owned()
 }
 
 /// Returns the value of a metric's series, e.g. `name{label="x"}`.
@@ -362,7 +351,7 @@ async fn an_issuers_owners_and_roles_are_apart_from_our_own() {
     let key = Key::ec("k");
     let issuer = Issuer::start(&[&key]).await;
     let dir = tempfile::tempdir().unwrap();
-    let own = own_token(dir.path(), "team-a", "submit,score");
+    let own = create_token(dir.path(), "team-a", "submit,score");
     let server = serve(dir.path(), &issuer.url, &[]);
     let token = |sub: &str, groups: &[&str]| {
         key.sign(&claims(&issuer.url, json!({"sub": sub, "groups": groups})))
@@ -492,7 +481,7 @@ async fn while_the_issuer_is_away_the_last_keys_are_used_for_a_while() {
     let port = free_port();
     let url = format!("http://127.0.0.1:{port}");
     let dir = tempfile::tempdir().unwrap();
-    let own = own_token(dir.path(), "team-a", "score");
+    let own = create_token(dir.path(), "team-a", "score");
     let flags = ["--oidc-refresh", "1", "--oidc-max-key-age", "8"];
     // The issuer is away when the server starts.
     let server = serve(dir.path(), &url, &flags);

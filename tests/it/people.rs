@@ -9,6 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use crate::backends::signal;
 use crate::security::TlsServer;
 use crate::server::{Server, free_port};
 use crate::support::golden;
@@ -80,11 +81,6 @@ impl Terminal {
     pub fn shows(&self) -> String {
         text(&self.written.lock().unwrap())
     }
-}
-
-fn signal(pid: u32, signal: i32) {
-    // SAFETY: signals a child that its owner has not reaped.
-    assert_eq!(unsafe { libc::kill(pid as i32, signal) }, 0);
 }
 
 /// Waits for the end of a child.

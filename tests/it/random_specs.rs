@@ -743,13 +743,16 @@ fn the_seeds_draw_every_variant() {
         attention(c, &|a| a.rope == Some(0)) && attention(c, &|a| a.rope == Some(1))
     });
     for is_scaled in [false, true] {
-        any("queries scaled by their positions", &|c| {
-            let ropes = &c.base.config.spec.ropes;
-            attention(c, &|a| {
-                a.rope
-                    .is_some_and(|rope| ropes[rope].query_scaling.is_some() == is_scaled)
-            })
-        });
+        any(
+            "queries with and without a scale of their positions",
+            &|c| {
+                let ropes = &c.base.config.spec.ropes;
+                attention(c, &|a| {
+                    a.rope
+                        .is_some_and(|rope| ropes[rope].query_scaling.is_some() == is_scaled)
+                })
+            },
+        );
     }
     any("blocks of which some are not rotated", &|c| {
         attention(c, &|a| a.rope.is_none()) && attention(c, &|a| a.rope.is_some())

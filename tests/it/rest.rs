@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -17,7 +16,7 @@ use serde_json::{Value, json};
 use tonic_types::StatusExt as _;
 
 use crate::pages::{fenced, read};
-use crate::server::{Server, finish, job, pairs, score, scored, submit, upload};
+use crate::server::{Server, create_token, finish, job, pairs, score, scored, submit, upload};
 use crate::support::{golden, needed};
 use crate::wait::until;
 
@@ -471,18 +470,6 @@ async fn errors_have_their_status_and_details() {
     assert_eq!(traced.headers["cache-control"], "no-store");
 }
 
-fn token(data_dir: &Path, owner: &str, roles: &str) -> String {
-    let made = Command::new(crate::support::binary())
-        .args(["tokens", "create", "--owner", owner, "--roles", roles])
-        .args(["--format", "json", "--data-dir", data_dir.to_str().unwrap()])
-        .env_remove("BRADLEY_OUTPUT")
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{made:?}");
-    let made: Value = serde_json::from_slice(&made.stdout).unwrap();
-    made["token"].as_str().unwrap().to_owned()
-}
-
 /// Sends bytes over a new connection and returns all of the answer.
 fn raw(address: &str, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
@@ -501,7 +488,7 @@ fn address(server: &Server) -> &str {
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_and_roles_are_checked_before_a_body_is_read() {
     let dir = tempfile::tempdir().unwrap();
-    let scorer = token(dir.path(), "team", "score");
+    let scorer = create_token(dir.path(), "team", "score");
     let server = Server::start_with(dir.path(), &tiny(), &["--auth", "tokens"]);
     let nobody = get(&server, "/v1/models").await;
     assert_eq!(

@@ -18,7 +18,7 @@ use parquet::schema::parser::parse_message_type;
 use rand::{Rng as _, SeedableRng as _};
 use serde_json::{Map, Value, json};
 
-use crate::backends::{Fault, Proxy, S3};
+use crate::backends::{Fault, Proxy, S3, signal};
 use crate::server::{Server, create, finish, free_port, job, upload};
 use crate::support::{copy_files, golden, perturb_weights};
 use crate::wait::until_blocking;
@@ -459,7 +459,7 @@ async fn columns_are_mapped_and_logged_log_probs_are_not_used() {
         (row["chosen_logps"], row["rejected_logps"]) = (json!(-2.0), json!(-3.0));
     }
     write_lines(&at("in/x.jsonl"), &lines);
-    // The helper writes a column `chosen`, which here has the prompts, and so on.
+    // Here `rejected` has the prompts, `prompt` the chosen answers and `chosen` the rejected ones.
     let names = [
         ("prompt", "x"),
         ("chosen", "prompt"),
@@ -637,8 +637,7 @@ async fn ctrl_c_says_that_the_same_command_continues_and_it_does() {
     let slow = slowed(&server.address);
     let child = run(&slow).spawn().unwrap();
     until_blocking("the first part", LIMIT, || !parts(&at("out")).is_empty());
-    // SAFETY: the call only sends a signal to a child of this test.
-    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
+    signal(child.id(), libc::SIGINT);
     let out = child.wait_with_output().unwrap();
     assert_eq!(out.status.code(), Some(130), "{}", said(&out));
     assert!(
@@ -934,8 +933,7 @@ async fn the_own_engine_writes_what_a_server_does() {
     assert!(text.contains("/none"), "{text}");
 }
 
-/// Reads and writes objects of moto by the command's own client, which signs nothing that matters
-/// there.
+/// Writes an object to moto with a plain HTTP request, whose signature moto does not check.
 fn put_object(s3: &S3, key: &str, content: &[u8]) {
     use std::io::Read as _;
     let mut connection = std::net::TcpStream::connect(("127.0.0.1", s3.port())).unwrap();

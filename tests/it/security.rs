@@ -13,7 +13,8 @@ use tonic::Code;
 use tonic_types::StatusExt;
 
 use crate::server::{
-    Server, became, create, events, finish, id, job, pairs, score, state, submit, try_get, upload,
+    Server, became, create, create_token, create_token_with_id, events, finish, id, job, pairs,
+    score, state, submit, try_get, upload,
 };
 use crate::support::{golden, needed};
 use crate::wait::until;
@@ -30,28 +31,6 @@ fn bradley(arguments: &[&str]) -> String {
         String::from_utf8_lossy(&done.stderr)
     );
     String::from_utf8(done.stdout).unwrap()
-}
-
-/// Creates a token, and returns its id and its text.
-fn token(data_dir: &Path, owner: &str, roles: &str) -> (String, String) {
-    let dir = data_dir.to_str().unwrap();
-    let made = bradley(&[
-        "--output",
-        "json",
-        "tokens",
-        "create",
-        "--owner",
-        owner,
-        "--roles",
-        roles,
-        "--data-dir",
-        dir,
-    ]);
-    let made: serde_json::Value = serde_json::from_str(&made).unwrap();
-    (
-        made["id"].as_str().unwrap().into(),
-        made["token"].as_str().unwrap().into(),
-    )
 }
 
 async fn client_with(server: &Server, token: &str) -> Client {
@@ -72,10 +51,10 @@ fn tiny() -> String {
 async fn tokens_roles_and_owners_decide_who_may_do_what() {
     let dir = tempfile::tempdir().unwrap();
     let audit = dir.path().join("audit.jsonl");
-    let (a_id, a_token) = token(dir.path(), "team-a", "submit,score");
-    let (_, b_token) = token(dir.path(), "team-b", "submit,score");
-    let (_, scorer_token) = token(dir.path(), "team-b", "score");
-    let (_, admin_token) = token(dir.path(), "ops", "admin");
+    let (a_id, a_token) = create_token_with_id(dir.path(), "team-a", "submit,score");
+    let b_token = create_token(dir.path(), "team-b", "submit,score");
+    let scorer_token = create_token(dir.path(), "team-b", "score");
+    let admin_token = create_token(dir.path(), "ops", "admin");
     let server = Server::start_with(
         dir.path(),
         &tiny(),

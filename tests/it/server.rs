@@ -218,6 +218,25 @@ pub fn free_port() -> u16 {
     }
 }
 
+/// Creates a token with the command line, and returns its text.
+pub fn create_token(data_dir: &Path, owner: &str, roles: &str) -> String {
+    create_token_with_id(data_dir, owner, roles).1
+}
+
+/// Creates a token with the command line, and returns its id and its text.
+pub fn create_token_with_id(data_dir: &Path, owner: &str, roles: &str) -> (String, String) {
+    let made = Command::new(crate::support::binary())
+        .args(["--output", "json", "tokens", "create", "--owner", owner])
+        .args(["--roles", roles, "--data-dir"])
+        .arg(data_dir)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    let made: serde_json::Value = serde_json::from_slice(&made.stdout).unwrap();
+    let field = |name: &str| made[name].as_str().unwrap().to_owned();
+    (field("id"), field("token"))
+}
+
 /// Uploads a golden file.
 pub async fn upload(client: &Client, file: &str) -> pb::Dataset {
     let metadata = pb::UploadMetadata {

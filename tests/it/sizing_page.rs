@@ -8,7 +8,8 @@ use bradley::domain::training::{
 use bradley::model::config::ModelConfig;
 use bradley::train::estimate::{self, Lengths, MemoryKind, on_host, trainable_parameters};
 
-use crate::models_page::{GIB, Published, SCORING_ROW_TOKENS, published, read, table, with_table};
+use crate::models_page::{GIB, Published, SCORING_ROW_TOKENS, published, table, with_table};
+use crate::pages::read;
 
 /// Models on the page, from small to large.
 const MODELS: [&str; 11] = [

@@ -44,10 +44,6 @@ const ROWS: [(&str, usize); 3] = [
 /// Number of chat templates of TRL 1.16.
 const TEMPLATES: usize = 72;
 
-/// Renderings of TRL's templates that differ, as (template, dialogue, reason). One that no longer
-/// differs fails the test.
-const EXCEPTIONS: [(&str, &str, &str); 0] = [];
-
 /// Results of transformers.
 struct Expected {
     /// Folder with a sub-folder for each tokenizer.
@@ -311,10 +307,6 @@ fn every_template_of_trl_renders_as_in_jinja2() {
     let templates = expected.values["templates"].as_object().unwrap();
     assert_eq!(templates.len(), TEMPLATES);
     let (mut compared, mut differences) = (0, Vec::new());
-    let mut stale_exceptions: BTreeSet<_> = EXCEPTIONS
-        .iter()
-        .map(|(template, dialogue, _)| (*template, *dialogue))
-        .collect();
     for (name, values) in templates {
         let template = ChatTemplate::new(text(&values["source"]), special.clone())
             .unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -324,29 +316,16 @@ fn every_template_of_trl_renders_as_in_jinja2() {
             let rendered = template
                 .render(&chat.messages, &chat.options(date))
                 .map_err(|e| e.to_string());
-            let Some(difference) = chat.difference(rendered.as_deref().map_err(Clone::clone))
-            else {
-                continue;
-            };
-            stale_exceptions.remove(&(name.as_str(), chat.dialogue));
-            if !EXCEPTIONS
-                .iter()
-                .any(|(template, dialogue, _)| *template == name && *dialogue == chat.dialogue)
-            {
+            if let Some(difference) = chat.difference(rendered.as_deref().map_err(Clone::clone)) {
                 differences.push(format!("{name}: {difference}"));
             }
         }
     }
     println!(
-        "{} templates, {compared} renderings compared, {} exceptions",
-        templates.len(),
-        EXCEPTIONS.len()
+        "{} templates, {compared} renderings compared",
+        templates.len()
     );
     assert_none(&differences, compared);
-    assert!(
-        stale_exceptions.is_empty(),
-        "these renderings differ no more: {stale_exceptions:?}"
-    );
 }
 
 /// A tiny Qwen3 with the real tokenizer, on rows with tools and template arguments.

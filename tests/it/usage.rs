@@ -9,20 +9,8 @@ use bradley::rpc::pb;
 use serde_json::Value;
 use tonic::Code;
 
-use crate::server::{Server, finish, job, pairs, score, submit, upload};
+use crate::server::{Server, create_token, finish, job, pairs, score, submit, upload};
 use crate::support::golden;
-
-/// Creates a token with the command line.
-fn token(data_dir: &Path, owner: &str, roles: &str) -> String {
-    let made = Command::new(crate::support::binary())
-        .args(["--output", "json", "tokens", "create", "--owner", owner])
-        .args(["--roles", roles, "--data-dir"])
-        .arg(data_dir)
-        .output()
-        .unwrap();
-    let made: Value = serde_json::from_slice(&made.stdout).unwrap();
-    made["token"].as_str().unwrap().to_owned()
-}
 
 /// Runs `bradley usage`, and returns its answer as JSON.
 fn usage(server: &Server, token: &str, more: &[&str]) -> Vec<Value> {
@@ -54,9 +42,9 @@ fn serve(dir: &Path) -> Server {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_owner_sees_its_own_work_and_an_administrator_all() {
     let dir = tempfile::tempdir().unwrap();
-    let a = token(dir.path(), "team-a", "submit,score");
-    let b = token(dir.path(), "team-b", "score");
-    let ops = token(dir.path(), "ops", "admin");
+    let a = create_token(dir.path(), "team-a", "submit,score");
+    let b = create_token(dir.path(), "team-b", "score");
+    let ops = create_token(dir.path(), "ops", "admin");
     let mut server = serve(dir.path());
     assert!(usage(&server, &a, &[]).is_empty(), "nothing was done yet");
 
@@ -149,7 +137,7 @@ async fn an_owner_sees_its_own_work_and_an_administrator_all() {
 #[tokio::test(flavor = "multi_thread")]
 async fn work_that_ends_while_the_server_drains_is_counted() {
     let dir = tempfile::tempdir().unwrap();
-    let team = token(dir.path(), "team", "score");
+    let team = create_token(dir.path(), "team", "score");
     let mut server = serve(dir.path());
     let pair = pb::Pair {
         a: Some(plain("An answer. ".repeat(60))),

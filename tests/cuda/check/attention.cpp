@@ -61,7 +61,7 @@ struct Layout {
             }
     }
 
-    // Returns whether a query attends to a key, by the definition of the mask: its own segment up
+    // Returns true if a query attends to a key, by the definition of the mask: its own segment up
     // to itself and the whole prefix, as far as the window reaches.
     bool sees(int query, int key, int window) const {
         for (const Segment& s : segments) {

@@ -109,7 +109,7 @@ class Memory {
                mprotect(pointer, bytes, PROT_NONE) == 0;
     }
 
-    // Returns whether [pointer, pointer + bytes) lies in one live allocation of the current device,
+    // Returns true if [pointer, pointer + bytes) lies in one live allocation of the current device,
     // or is mapped there.
     bool contains(const void* pointer, size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex_);

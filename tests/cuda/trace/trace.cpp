@@ -152,7 +152,7 @@ void* flusher(void*) {
     return nullptr;
 }
 
-// Returns whether all records were delivered in time.
+// Returns true if all records were delivered in time.
 bool flush(int seconds, bool last) {
     pthread_mutex_lock(&flush_lock);
     Count goal = stopped ? 0 : ++wanted;
