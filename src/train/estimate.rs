@@ -425,15 +425,17 @@ mod tests {
                 micro_batch: 0
             }
         );
-        assert_eq!(
-            Lengths::of(&pairs, 2)
-                .max(Lengths {
-                    longest: 1,
-                    micro_batch: 5000
-                })
-                .micro_batch,
-            5000
-        );
+        // The longer set counts, whichever it is. Two of 950 are longer together than one of 1000.
+        let (model, others) = (config().spec, [950, 960].map(pair));
+        for (train, eval) in [(&pairs[4..], &others[..]), (&others[..], &pairs[4..])] {
+            assert_eq!(
+                Lengths::of_run(&model, train, eval, 2),
+                Lengths {
+                    longest: 1000,
+                    micro_batch: 1910
+                }
+            );
+        }
     }
 
     #[test]

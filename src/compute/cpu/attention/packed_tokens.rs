@@ -56,7 +56,7 @@ impl TokenColumns {
     }
 
     /// Returns the depth and the units of a segment's `i`-th panel.
-    pub fn across(&self, head: usize, segment: usize, i: usize) -> (usize, &[u32]) {
+    pub fn panel(&self, head: usize, segment: usize, i: usize) -> (usize, &[u32]) {
         let at = (head * self.panels + self.first[segment] + i) * self.depth * NR;
         (self.depth, &self.units.units()[at..at + self.depth * NR])
     }
