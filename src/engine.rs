@@ -439,57 +439,18 @@ impl Engine {
     /// would change.
     ///
     /// # Errors
-    /// `GenerationTooLong` and `TooManyGenerations` immediately; `Draining` if the engine stops;
-    /// `Weights` on a GPU.
+    /// Those of [`Engine::check_generation`] and `TooManyGenerations` immediately; `Draining` if
+    /// the engine stops; otherwise those of loading the weights and of the passes.
     pub fn generate(
         &self,
         policy: &WeightsRef,
         mut request: GenerationRequest,
     ) -> Result<GenerationStream, EngineError> {
-        let shared = &self.shared;
-        if shared.base_models.device().memory().is_some() {
-            return Err(EngineError::Weights(
-                "generation is not implemented on a GPU so far: serve the model with --device cpu \
-                 to generate with it"
-                    .to_owned(),
-            ));
-        }
-        let (prompt, samples) = (request.prompt.len(), request.samples);
-        let models: Vec<&Base> = match policy.model() {
-            Some(model) => vec![shared.base_models.get(model)?],
-            // The model of a running job may be any.
-            None => shared.base_models.all().collect(),
-        };
-        for base in models {
-            let spec = &base.policy.config.spec;
-            request.max_tokens =
-                generate::tokens_with_equal_frequencies(spec, prompt, request.max_tokens);
-        }
-        let options = &shared.options;
-        let blocks = generate::blocks_needed(prompt, samples, request.max_tokens);
-        for (tokens, limit, setting) in [
-            (
-                prompt + request.max_tokens,
-                options.max_row_tokens,
-                "max_row_tokens",
-            ),
-            (
-                blocks * CACHE_BLOCK,
-                options.generation_cache_tokens,
-                "generation_cache_tokens",
-            ),
-        ] {
-            if tokens > limit {
-                return Err(EngineError::GenerationTooLong {
-                    tokens,
-                    limit,
-                    setting,
-                });
-            }
-        }
+        request.max_tokens = self.check_generation(policy, &request)?;
+        let samples = request.samples;
         let (sender, events) = mpsc::channel(generation::channel_capacity(samples));
         let stopped: Arc<[AtomicBool]> = (0..samples).map(|_| AtomicBool::new(false)).collect();
-        shared.queue.push_generation(GenerationEntry {
+        self.shared.queue.push_generation(GenerationEntry {
             request,
             policy: policy.clone(),
             enqueued: Instant::now(),
@@ -497,6 +458,63 @@ impl Engine {
             events: sender,
         })?;
         Ok(GenerationStream { events, stopped })
+    }
+
+    /// Checks the lengths of a request. Returns the most tokens that each sample may have:
+    /// `max_tokens`, or fewer if rotary frequencies change there.
+    ///
+    /// # Errors
+    /// `PromptTooLong`, `SampleTooLong` or `SamplesTooLong` if a limit is exceeded; `UnknownModel`
+    /// if the server does not have the model; `Weights` on a GPU.
+    pub fn check_generation(
+        &self,
+        policy: &WeightsRef,
+        request: &GenerationRequest,
+    ) -> Result<usize, EngineError> {
+        let shared = &self.shared;
+        if !shared.base_models.device().is_cpu() {
+            return Err(EngineError::Weights(
+                "generation is not implemented on a GPU so far: serve the model with --device cpu \
+                 to generate with it"
+                    .to_owned(),
+            ));
+        }
+        let (prompt, mut max_tokens) = (request.prompt.len(), request.max_tokens);
+        let models: Vec<&Base> = match policy.model() {
+            Some(model) => vec![shared.base_models.get(model)?],
+            // The model of a running job may be any.
+            None => shared.base_models.all().collect(),
+        };
+        for base in models {
+            let spec = &base.policy.config.spec;
+            max_tokens = generate::tokens_with_equal_frequencies(spec, prompt, max_tokens);
+        }
+        let options = &shared.options;
+        let in_cache = |samples, max_tokens| {
+            generate::blocks_needed(prompt, samples, max_tokens) * CACHE_BLOCK
+        };
+        let (row, cache) = (options.max_row_tokens, options.generation_cache_tokens);
+        for (least, limit, setting) in [
+            (prompt + 1, row, "max_row_tokens"),
+            (in_cache(1, 1), cache, "generation_cache_tokens"),
+        ] {
+            if least > limit {
+                return Err(EngineError::PromptTooLong {
+                    tokens: prompt,
+                    limit,
+                    setting,
+                });
+            }
+        }
+        let (tokens, limit) = (prompt.saturating_add(max_tokens), row);
+        if tokens > limit {
+            return Err(EngineError::SampleTooLong { tokens, limit });
+        }
+        let (tokens, limit) = (in_cache(request.samples, max_tokens), cache);
+        if tokens > limit {
+            return Err(EngineError::SamplesTooLong { tokens, limit });
+        }
+        Ok(max_tokens)
     }
 
     /// Returns the number of tokens of a row that holds only this item, for the one of these

@@ -102,6 +102,8 @@ reasons! {
     IssuerUnavailable = "ISSUER_UNAVAILABLE" => Internal,
     /// A file cannot be read at the moment.
     StorageUnavailable = "STORAGE_UNAVAILABLE" => Internal,
+    /// The caller does not read an answer that holds memory.
+    AnswerNotRead = "ANSWER_NOT_READ" => Internal,
 
     // The state of a job.
     /// The job is being cancelled.
@@ -290,6 +292,7 @@ mod tests {
             ("ARTIFACTS_UNAVAILABLE", FailureCode::Internal),
             ("ISSUER_UNAVAILABLE", FailureCode::Internal),
             ("STORAGE_UNAVAILABLE", FailureCode::Internal),
+            ("ANSWER_NOT_READ", FailureCode::Internal),
             ("CANCELLING", FailureCode::Internal),
             ("PAUSING", FailureCode::Internal),
             ("NOT_PAUSED", FailureCode::Internal),

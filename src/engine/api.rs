@@ -178,7 +178,7 @@ pub struct GenerationRequest {
 /// The reason why a sample has no further token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GenerationEnd {
-    /// Its last token is a stop token.
+    /// Its last token is a stop token, or completes a stop text.
     Stop,
     /// It has as many tokens as were asked for, or as the model allows.
     Length,
@@ -412,18 +412,64 @@ pub enum EngineError {
         /// Maximum length in tokens.
         limit: usize,
     },
-    /// A prompt and its longest continuations exceed a limit.
+    /// A prompt leaves no room for a sample.
     #[error(
-        "the prompt and max_tokens of all samples need {tokens} tokens of {setting}, the limit is \
-         {limit}: shorten the prompt, lower max_tokens, or ask for fewer samples"
+        "the prompt has {tokens} tokens, and {setting} allows {limit} with those of the samples: \
+         shorten the prompt"
     )]
-    GenerationTooLong {
-        /// Tokens that are needed.
+    PromptTooLong {
+        /// Tokens of the prompt.
         tokens: usize,
         /// Maximum number of tokens.
         limit: usize,
         /// Name of the setting that limits them.
         setting: &'static str,
+    },
+    /// A prompt and its longest sample exceed `max_row_tokens`.
+    #[error(
+        "the prompt and max_tokens are {tokens} tokens together, and max_row_tokens allows \
+         {limit}: lower max_tokens, or shorten the prompt"
+    )]
+    SampleTooLong {
+        /// Tokens of the prompt and of the longest sample.
+        tokens: usize,
+        /// Maximum number of tokens.
+        limit: usize,
+    },
+    /// A prompt and its longest samples exceed `generation_cache_tokens`.
+    #[error(
+        "the prompt and max_tokens of all samples take {tokens} tokens of the cache, and \
+         generation_cache_tokens is {limit}: lower max_tokens, ask for fewer samples, or shorten \
+         the prompt"
+    )]
+    SamplesTooLong {
+        /// Tokens that are needed.
+        tokens: usize,
+        /// Size of the cache in tokens.
+        limit: usize,
+    },
+    /// The memory has no room for the keys and values of a request.
+    #[error(
+        "this request needs {needed_mib} MiB of memory for its keys and values, {available_mib} \
+         MiB are left for them beside the models and the run in progress: lower max_tokens, ask \
+         for fewer samples, retry when the run has ended, or raise {setting}"
+    )]
+    NoRoomToGenerate {
+        /// Memory that the request needs, in MiB.
+        needed_mib: u64,
+        /// Memory that is left for it, in MiB.
+        available_mib: u64,
+        /// Name of the setting that limits it.
+        setting: &'static str,
+    },
+    /// The caller does not read the tokens, or reads them too slowly while other requests wait.
+    #[error(
+        "the answer has waited {} seconds for its reader, and holds memory that other requests \
+         need: read it as it comes, or ask for fewer samples or tokens", .waited.as_secs()
+    )]
+    AnswerNotRead {
+        /// Time for which the request had to wait for its caller.
+        waited: Duration,
     },
     /// The list of generation requests that wait for a device is full.
     #[error("{limit} requests already wait for their prompts to be continued: retry later")]

@@ -4,12 +4,16 @@
 //! one token of every sequence. It is one unit of work, like a scoring batch, and counts as scoring
 //! in the device's time.
 //!
-//! - A request reserves the cache for its longest possible texts when it is admitted, so no
-//!   sequence runs out of it later. A request that does not fit waits until others end.
+//! - A request reserves the cache and the memory for its longest possible texts when it is
+//!   admitted, so no sequence runs out of them later. A request that does not fit beside others
+//!   waits until they end. One that does not fit alone is refused.
 //! - A caller who leaves closes the channel; the next step frees the request's blocks.
-//! - A caller who does not read has a full channel. The request's sequences then wait, and after
-//!   [`STALL_LIMIT`] the request ends.
+//! - A caller who does not read has a full channel. The request's sequences then wait, and the
+//!   request ends after the time of [`ReadLimits`].
+//! - When the last request has ended, the pages of its keys and values return to the operating
+//!   system.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -21,7 +25,8 @@ use super::api::{
 };
 use super::live::{Live, device_error};
 use super::policy_cache::{BaseModels, PolicyCache, adapter_bytes};
-use crate::compute::cpu::attention::CACHE_BLOCK;
+use crate::compute::cpu::attention::{CACHE_BLOCK, blocks_of};
+use crate::compute::cpu::buffer::Buffer;
 use crate::infer::generate::{self, Prompt, Sampled, Sequence};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Policy;
@@ -33,9 +38,9 @@ const MAX_SEQUENCES: usize = 64;
 const PREFILL_TOKENS: usize = 2048;
 /// Number of tokens of a sample that may wait for a slow caller.
 const TOKENS_IN_CHANNEL: usize = 32;
-/// Time after which a request ends whose caller does not read.
-const STALL_LIMIT: Duration = Duration::from_secs(60);
-
+/// Bytes of keys and values after which unused pages are returned when no request is in progress.
+/// Computing that many takes far longer than the page faults of using the pages again.
+const TRIM_BYTES: u64 = 256 << 20;
 /// Time after which a request may be sent again that ended for a training run.
 const DISPLACED_RETRY: Duration = Duration::from_secs(30);
 
@@ -43,6 +48,24 @@ const DISPLACED_RETRY: Duration = Duration::from_secs(30);
 /// the first event and an error that ends it.
 pub(super) fn channel_capacity(samples: usize) -> usize {
     samples * TOKENS_IN_CHANNEL + 2
+}
+
+/// Maximum time for which the sequences of a request may wait for its caller to read.
+#[derive(Clone, Copy, Debug)]
+struct ReadLimits {
+    /// Maximum time between two reads.
+    pause: Duration,
+    /// Maximum time in all that counts while another request waits for room.
+    beside_others: Duration,
+}
+
+impl Default for ReadLimits {
+    fn default() -> Self {
+        ReadLimits {
+            pause: Duration::from_secs(60),
+            beside_others: Duration::from_secs(60),
+        }
+    }
 }
 
 /// A request in the queue.
@@ -71,7 +94,7 @@ impl GenerationEntry {
 
     /// Ends it with an error.
     pub fn refuse(self, e: EngineError) {
-        // Its channel is empty, or has kept a place for this.
+        // Its channel is empty, or has a reserved place for this.
         let _ = self.events.try_send(Err(e));
     }
 
@@ -97,9 +120,15 @@ struct Generating {
     /// Samples that have not ended.
     samples: Vec<OpenSample>,
     blocks: usize,
+    /// Bytes that are reserved.
     bytes: u64,
+    /// Bytes of keys and values that were computed.
+    computed: u64,
+    block_bytes: u64,
     /// Start of the time for which the channel has been full.
     stalled_since: Option<Instant>,
+    /// Time for which the channel was full while another request waited for room.
+    stalled_beside_others: Duration,
     last_token: Instant,
 }
 
@@ -123,6 +152,12 @@ pub(super) struct Generator {
     generating: Vec<Generating>,
     /// Number of requests that were admitted.
     admitted: u64,
+    read_limits: ReadLimits,
+    /// True if a request waits for room.
+    others_wait: bool,
+    last_decode: Instant,
+    /// Bytes of freed keys and values whose pages were not returned to the operating system.
+    unreturned: u64,
     label: String,
 }
 
@@ -140,6 +175,10 @@ impl Generator {
             limit,
             generating: Vec::new(),
             admitted: 0,
+            read_limits: ReadLimits::default(),
+            others_wait: false,
+            last_decode: Instant::now(),
+            unreturned: 0,
             label,
         }
     }
@@ -159,12 +198,15 @@ impl Generator {
         self.generating.iter().map(|g| g.samples.len()).sum()
     }
 
-    /// Returns true if there is room for a request beside those in progress. Without any, every
-    /// request that the engine has accepted has room.
-    fn has_room(&self, entry: &GenerationEntry) -> bool {
+    /// Returns true if a request need not wait for those in progress: there is room, or it cannot
+    /// be admitted after them either. Without others, every request that the engine has accepted
+    /// has room in the cache.
+    fn has_room(&self, cx: &StepContext, entry: &GenerationEntry) -> bool {
+        let must_wait = |bytes| cx.policies.must_wait(cx.base_models, &entry.policy, bytes);
         self.generating.is_empty()
             || (self.blocks() + entry.blocks() <= self.limit
-                && self.sequences() + entry.request.samples <= MAX_SEQUENCES)
+                && self.sequences() + entry.request.samples <= MAX_SEQUENCES
+                && !cx.bytes_needed(entry).is_ok_and(must_wait))
     }
 
     /// Ends all requests in progress if they do not fit beside the run for which memory was
@@ -183,13 +225,25 @@ impl Generator {
     pub fn end_all(&mut self, policies: &mut PolicyCache, e: impl Fn() -> EngineError) {
         for generating in self.generating.drain(..) {
             policies.release_cache(generating.bytes);
+            self.unreturned += generating.computed;
             generating.entry.refuse(e());
         }
+        self.trim();
         self.report();
+    }
+
+    /// Returns unused pages to the operating system if no request is in progress and many bytes of
+    /// keys and values were freed.
+    fn trim(&mut self) {
+        if self.generating.is_empty() && self.unreturned >= TRIM_BYTES {
+            Buffer::trim();
+            self.unreturned = 0;
+        }
     }
 
     /// Ends the requests whose callers have left or do not read, and frees their blocks.
     fn sweep(&mut self, policies: &mut PolicyCache) {
+        let limits = self.read_limits;
         let is_over = |g: &mut Generating| {
             if g.entry.is_abandoned() {
                 metrics::counter!("bradley_generation_abandoned_total").increment(1);
@@ -202,10 +256,16 @@ impl Generator {
                     .is_none_or(|flag| !flag.load(Ordering::Relaxed))
             };
             g.samples.retain(keeps_on);
-            g.samples.is_empty() || g.stalled_since.is_some_and(|s| s.elapsed() > STALL_LIMIT)
+            g.samples.is_empty() || g.unread_for(limits).is_some()
         };
         for over in self.generating.extract_if(.., is_over) {
             policies.release_cache(over.bytes);
+            self.unreturned += over.computed;
+            if let Some(waited) = over.unread_for(limits)
+                && !over.samples.is_empty()
+            {
+                over.entry.refuse(EngineError::AnswerNotRead { waited });
+            }
         }
     }
 
@@ -219,9 +279,12 @@ impl Generator {
     ) -> bool {
         self.sweep(cx.policies);
         let (mut prefilled, mut worked) = (0, false);
+        let others_wait = Cell::new(false);
         while prefilled < PREFILL_TOKENS {
             let fits = |entry: &GenerationEntry| {
-                self.has_room(entry)
+                let has_room = self.has_room(cx, entry);
+                others_wait.set(!has_room);
+                has_room
                     && (prefilled == 0 || prefilled + entry.request.prompt.len() <= PREFILL_TOKENS)
             };
             let Some(entry) = take(&fits) else { break };
@@ -229,8 +292,10 @@ impl Generator {
             self.admit(cx, entry);
             worked = true;
         }
+        self.others_wait = others_wait.get();
         worked |= self.decode(cx.policies);
         self.sweep(cx.policies);
+        self.trim();
         self.report();
         worked
     }
@@ -256,11 +321,15 @@ impl Generator {
             .try_send(Ok(GenerationEvent::Started { live_step }));
         let (sequences, firsts): (Vec<Sequence>, Vec<Sampled>) = begun.into_iter().unzip();
         self.admitted += 1;
+        let block_bytes = base.cache_layout().block_bytes() as u64;
         let mut generating = Generating {
             id: self.admitted,
             blocks: entry.blocks(),
             samples: Vec::new(),
+            computed: blocks_of(entry.request.prompt.len()) as u64 * block_bytes,
+            block_bytes,
             stalled_since: None,
+            stalled_beside_others: Duration::ZERO,
             last_token: Instant::now(),
             entry,
             base,
@@ -288,15 +357,22 @@ impl Generator {
         entry: &GenerationEntry,
         reserved: &mut u64,
     ) -> Result<OpenedRequest, EngineError> {
-        // Before `resolve` copies the adapter of a running job.
-        let live = cx.live.filter(|live| entry.live_job() == Some(&live.job));
-        let copied = live.map_or(0, |live| adapter_bytes(&live.policy));
-        cx.policies.reserve_cache(cx.base_models, copied)?;
-        *reserved += copied;
+        let bytes = cx.bytes_needed(entry)?;
+        let mut reserve = |cx: &mut StepContext| {
+            cx.policies.reserve_cache(cx.base_models, bytes)?;
+            *reserved = bytes;
+            Ok::<_, EngineError>(())
+        };
+        let is_live = cx.live_of(&entry.policy).is_some();
+        if is_live {
+            // Before the adapter is copied.
+            reserve(cx)?;
+        }
         let (base, adapter, live_step) = self.resolve(cx, &entry.policy)?;
-        let bytes = (entry.blocks() * base.cache_layout().block_bytes()) as u64;
-        cx.policies.reserve_cache(cx.base_models, bytes)?;
-        *reserved += bytes;
+        if !is_live {
+            // The weights are in use now, so they are not evicted for the keys.
+            reserve(cx)?;
+        }
         let begun = guarded(|| begin(&base, adapter, &entry.request))
             .unwrap_or_else(|panic| Err(EngineError::Device(panic)))?;
         Ok((base, begun, live_step))
@@ -309,11 +385,7 @@ impl Generator {
         cx: &mut StepContext,
         weights: &WeightsRef,
     ) -> Result<ResolvedPolicy, EngineError> {
-        let live = cx.live.filter(|live| match weights {
-            WeightsRef::Live { job } => *job == live.job,
-            _ => false,
-        });
-        let Some(live) = live else {
+        let Some(live) = cx.live_of(weights) else {
             let policy = cx.policies.get(cx.base_models, weights)?;
             return Ok((policy.base(), policy.adapter, None));
         };
@@ -336,17 +408,16 @@ impl Generator {
     /// same base weights share a pass. Returns false if there are none.
     fn decode(&mut self, policies: &mut PolicyCache) -> bool {
         let now = Instant::now();
+        let passed = now.duration_since(std::mem::replace(&mut self.last_decode, now));
         let mut left: Vec<&mut Generating> = Vec::new();
         for generating in &mut self.generating {
-            // One place is kept for the event that ends the request.
-            match generating.entry.events.capacity() > generating.samples.len() {
-                true => {
-                    generating.stalled_since = None;
-                    left.push(generating);
-                }
-                false => {
-                    generating.stalled_since.get_or_insert(now);
-                }
+            if !generating.is_stalled() {
+                generating.stalled_since = None;
+                left.push(generating);
+            } else if generating.stalled_since.is_none() {
+                generating.stalled_since = Some(now);
+            } else if self.others_wait {
+                generating.stalled_beside_others += passed;
             }
         }
         let worked = !left.is_empty();
@@ -424,10 +495,55 @@ impl Generator {
     }
 }
 
+impl<'a> StepContext<'a> {
+    /// Returns the run whose weights these are, if it is in progress here.
+    fn live_of(&self, weights: &WeightsRef) -> Option<&'a Live> {
+        self.live
+            .filter(|live| matches!(weights, WeightsRef::Live { job } if *job == live.job))
+    }
+
+    /// Returns the bytes of a request's keys and values. For a running job they include a copy of
+    /// its adapter.
+    fn bytes_needed(&self, entry: &GenerationEntry) -> Result<u64, EngineError> {
+        let (policy, copied) = match (self.live_of(&entry.policy), entry.policy.model()) {
+            (Some(live), _) => (&live.policy, adapter_bytes(&live.policy)),
+            (None, Some(model)) => (&self.base_models.get(model)?.policy, 0),
+            (None, None) => {
+                let job = entry.live_job().unwrap_or_default();
+                return Err(EngineError::NotResident(job.to_owned()));
+            }
+        };
+        let keys_and_values = entry.blocks() * policy.cache_layout().block_bytes();
+        Ok(copied + keys_and_values as u64)
+    }
+}
+
 impl Generating {
+    /// Returns true if the channel has no room for a token of each sample, besides the place that
+    /// is reserved for the event that ends the request.
+    fn is_stalled(&self) -> bool {
+        self.entry.events.capacity() <= self.samples.len()
+    }
+
+    /// Returns the time for which it had to wait for its caller, if that is too long and the caller
+    /// has not read since.
+    fn unread_for(&self, limits: ReadLimits) -> Option<Duration> {
+        if !self.is_stalled() {
+            return None;
+        }
+        let pause = self.stalled_since.map(|since| since.elapsed());
+        let beside_others = self.stalled_beside_others;
+        pause
+            .filter(|pause| *pause > limits.pause)
+            .or((beside_others > limits.beside_others).then_some(beside_others))
+    }
+
     /// Sends a token of a sample. Returns true if it is the sample's last one.
-    fn deliver(&self, sample: &mut OpenSample, sampled: Sampled) -> bool {
+    fn deliver(&mut self, sample: &mut OpenSample, sampled: Sampled) -> bool {
         sample.tokens += 1;
+        if sample.tokens % CACHE_BLOCK == 1 {
+            self.computed += self.block_bytes;
+        }
         let request = &self.entry.request;
         let end = if request.stop_tokens.contains(&sampled.token) {
             Some(GenerationEnd::Stop)

@@ -575,10 +575,30 @@ impl PolicyCache {
             .saturating_sub(self.counted_bytes() + self.cache)
     }
 
+    /// Returns true if `bytes` for the keys and values of a request with these weights have no room
+    /// now, but will have it when the requests in progress have ended.
+    pub fn must_wait(&self, base_models: &BaseModels, weights: &WeightsRef, bytes: u64) -> bool {
+        let (own, others): (Vec<_>, Vec<_>) = self.all.iter().partition(|r| r.weights == *weights);
+        let own = match own.first() {
+            Some(own) => own.counted_bytes(),
+            None => base_models.full_bytes(weights).ok().flatten().unwrap_or(0),
+        };
+        // No batch is in progress meanwhile, so only requests and the run use weights.
+        let in_use = |by_run: bool| -> u64 {
+            let stay = others
+                .iter()
+                .filter(|r| r.is_in_use() && (r.of_run || !by_run));
+            stay.map(|r| r.counted_bytes()).sum()
+        };
+        let (room, needed) = (self.room.bytes(), own + bytes);
+        needed + in_use(true) <= room && needed + in_use(false) + self.cache > room
+    }
+
     /// Reserves bytes for cached keys and values, and evicts weights that are not in use for them.
     ///
     /// # Errors
-    /// `NoRoom` if the memory does not have them beside the base models and the run in progress.
+    /// `NoRoomToGenerate` if the memory does not have them beside the base models, the weights in
+    /// use and the run in progress.
     pub fn reserve_cache(
         &mut self,
         base_models: &BaseModels,
@@ -586,7 +606,7 @@ impl PolicyCache {
     ) -> Result<(), EngineError> {
         while self.left() < bytes && self.evict_oldest() {}
         if self.left() < bytes {
-            return Err(EngineError::NoRoom {
+            return Err(EngineError::NoRoomToGenerate {
                 needed_mib: bytes.div_ceil(1 << 20),
                 available_mib: self.left() >> 20,
                 setting: base_models.memory_setting(),

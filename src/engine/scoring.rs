@@ -42,7 +42,8 @@ pub(super) struct PolicyScorer {
     generator: Generator,
     /// True if the last step of [`PolicyScorer::generate`] computed something.
     generates: bool,
-    /// True if a generation step was the last work between two blocks of a training pass.
+    /// True if a generation step was the last work beside the run in progress. A scoring batch is
+    /// then next.
     generated_last: bool,
 }
 
@@ -113,8 +114,7 @@ impl PolicyScorer {
         if !self.fair_share.may_score() {
             return;
         }
-        if !self.generated_last && self.has_generation(Some(&live.job)) {
-            self.generated_last = true;
+        if self.may_generate(Some(&live.job)) {
             self.base_models.device().wait();
             let start = Instant::now();
             self.fair_share.pay(start);
@@ -122,7 +122,6 @@ impl PolicyScorer {
             self.fair_share.resume(start, Instant::now());
             return;
         }
-        self.generated_last = false;
         let batch = self.queue.take(&live.job, self.batch_tokens);
         if !batch.is_empty() {
             // Wait for kernels that training has queued on the GPU; their time counts as training.
@@ -148,6 +147,13 @@ impl PolicyScorer {
     /// Returns true if the worker of `job` has texts in progress or may take a waiting request.
     pub fn has_generation(&self, job: Option<&str>) -> bool {
         self.generator.is_active() || self.queue.has_generation(job)
+    }
+
+    /// Returns true if there are texts to generate and it is not the turn of scoring: beside the
+    /// run of `job` the two take turns.
+    pub fn may_generate(&mut self, job: Option<&str>) -> bool {
+        let is_turn_of_scoring = std::mem::take(&mut self.generated_last);
+        (job.is_none() || !is_turn_of_scoring) && self.has_generation(job)
     }
 
     /// Returns the state of the requests in progress, for the queue.
@@ -186,6 +192,7 @@ impl PolicyScorer {
             }
         }
         if live.is_some() {
+            self.generated_last = true;
             self.fair_share.charge(start.elapsed());
         }
     }

@@ -156,7 +156,7 @@ impl Worker {
             }
             let may_score = self.active.is_none() || self.scoring.fair_share.may_score();
             let own_job = self.active.as_ref().map(|active| active.run.job.as_str());
-            if may_score && self.scoring.has_generation(own_job) {
+            if may_score && self.scoring.may_generate(own_job) {
                 let live = self.active.as_ref().map(Active::live);
                 self.scoring.generate(live.as_ref());
             }

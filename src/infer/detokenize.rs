@@ -5,6 +5,12 @@ use crate::model::error::ModelError;
 
 /// Stands for bytes that are no UTF-8, also for those of a character that is not complete yet.
 const INCOMPLETE: char = '\u{FFFD}';
+/// Maximum number of tokens that wait for the rest of a character. A character has at most 4 bytes,
+/// so more tokens contain bytes that are no UTF-8.
+const MAX_WAITING: usize = 7;
+/// Maximum number of tokens that hold the beginning of a character: at most 3 bytes, each in a
+/// token of its own.
+const BEGINNING: usize = 3;
 
 /// The text of a sample so far. It returns whole characters only, and stops at stop texts.
 #[derive(Debug, Default)]
@@ -12,7 +18,7 @@ pub struct IncrementalText {
     ids: Vec<u32>,
     /// Tokens from here on are decoded again: the text of a token may depend on the one before it.
     prefix: usize,
-    /// The text of the tokens before was returned or is held.
+    /// The text of the tokens before this one was returned or is held.
     done: usize,
     /// Text that may be the beginning of a stop text.
     held: String,
@@ -61,16 +67,25 @@ impl IncrementalText {
     }
 
     /// Adds the text of the last tokens to the held text, if it is complete or `at_end` is true.
+    /// If too many tokens have no complete text, adds the text of all but the last ones, so that
+    /// the number of tokens that are decoded again is bounded.
     fn read(&mut self, tokenizer: &ChatTokenizer, at_end: bool) -> Result<(), ModelError> {
-        let known = tokenizer.decode_text(&self.ids[self.prefix..self.done])?;
-        let all = tokenizer.decode_text(&self.ids[self.prefix..])?;
+        let text = |until: usize| tokenizer.decode_text(&self.ids[self.prefix..until]);
+        let mut until = self.ids.len();
+        let all = text(until)?;
+        let mut end = all.len();
         if all.ends_with(INCOMPLETE) && !at_end {
-            return Ok(());
+            if until - self.done <= MAX_WAITING {
+                return Ok(());
+            }
+            until -= BEGINNING;
+            end = final_bytes(&text(until)?, &all);
         }
-        if let Some(new) = all.get(known.len()..) {
+        let start = final_bytes(&text(self.done)?, &all);
+        if let Some(new) = all.get(start..end) {
             self.held.push_str(new);
         }
-        (self.prefix, self.done) = (self.done, self.ids.len());
+        (self.prefix, self.done) = (self.done, until);
         Ok(())
     }
 
@@ -97,6 +112,16 @@ impl IncrementalText {
             text: std::mem::replace(&mut self.held, rest),
             stopped: false,
         }
+    }
+}
+
+/// Returns the number of bytes of `first` that no further token changes, given the text `all` of
+/// its tokens and of [`BEGINNING`] or more after them.
+fn final_bytes(first: &str, all: &str) -> usize {
+    match all.starts_with(first) {
+        true => first.len(),
+        // The tokens after it complete its last character.
+        false => first.trim_end_matches(INCOMPLETE).len(),
     }
 }
 
@@ -164,6 +189,53 @@ mod tests {
                 "{stop:?}"
             );
         }
+    }
+
+    /// Returns the tokens that are single bytes above 127.
+    fn lone_bytes(tokenizer: &ChatTokenizer) -> Vec<u32> {
+        let text = tokenizer.encode("é€😀日本語", false).unwrap();
+        let is_lone = |id: &u32| tokenizer.decode_text(&[*id]).unwrap() == "\u{FFFD}";
+        text.into_iter().filter(is_lone).collect()
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_decoded_a_bounded_number_of_times() {
+        let tokenizer = tokenizer();
+        let bytes = lone_bytes(&tokenizer);
+        assert!(bytes.len() > 8, "{bytes:?}");
+        let letters = tokenizer.encode("a 😀b", false).unwrap();
+        // 0 mixes the bytes, 1 repeats one of them, 2 the beginning of a character.
+        for kind in 0..3 {
+            let (mut ids, mut state) = (letters.clone(), 1u64);
+            let emoji = tokenizer.encode("😀", false).unwrap();
+            for i in 0..600 {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+                ids.push(match kind {
+                    0 => bytes[(state >> 33) as usize % bytes.len()],
+                    1 => bytes[bytes.len() - 1],
+                    _ => emoji[i % (emoji.len() - 1)],
+                });
+                if kind == 0 && state >> 60 == 0 {
+                    ids.extend(&letters);
+                }
+            }
+            ids.extend(&letters);
+            let (mut text, mut streamed) = (IncrementalText::default(), String::new());
+            for (i, id) in ids.iter().enumerate() {
+                streamed += &text.push(&tokenizer, *id, &[]).unwrap().text;
+                assert!(i + 1 - text.prefix < 20, "{kind}: {text:?}");
+                assert!(i + 1 - text.done <= MAX_WAITING, "{kind}: {text:?}");
+            }
+            streamed += &text.finish(&tokenizer, &[]).unwrap().text;
+            assert_eq!(streamed, tokenizer.decode_text(&ids).unwrap(), "{kind}");
+            assert!(streamed.ends_with("a 😀b"));
+        }
+    }
+
+    #[test]
+    fn a_character_that_later_tokens_complete_is_not_final() {
+        assert_eq!(final_bytes("a\u{FFFD}", "a€\u{FFFD}"), 1);
+        assert_eq!(final_bytes("a\u{FFFD}", "a\u{FFFD}\u{FFFD}b"), 4);
     }
 
     #[test]

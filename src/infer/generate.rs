@@ -24,6 +24,7 @@ pub struct SamplingOptions {
     /// The logits are divided by it; 0 chooses the most likely token.
     pub temperature: f64,
     /// Samples from the most likely tokens whose probabilities add up to this; `None` means all.
+    /// With `top_k`, the probabilities are those among its tokens.
     pub top_p: Option<f64>,
     /// Samples from this many of the most likely tokens; `None` means all.
     pub top_k: Option<usize>,
@@ -32,8 +33,8 @@ pub struct SamplingOptions {
 }
 
 impl SamplingOptions {
-    /// Returns the generator of a sample. The samples of a request are numbered from 0.
-    fn processor(&self, sample: usize) -> LogitsProcessor {
+    /// Returns the sampler of a sample. The samples of a request are numbered from 0.
+    fn sampler(&self, sample: usize) -> Sampler {
         let temperature = self.temperature;
         let sampling = match (self.top_k, self.top_p) {
             _ if temperature == 0.0 => Sampling::ArgMax,
@@ -43,8 +44,46 @@ impl SamplingOptions {
             (Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
         };
         let seed = derived_seed(self.seed, &format!("sample {sample}"));
-        LogitsProcessor::from_sampling(seed, sampling)
+        Sampler {
+            nucleus_of: match sampling {
+                Sampling::TopKThenTopP { k, .. } => Some(k),
+                _ => None,
+            },
+            processor: LogitsProcessor::from_sampling(seed, sampling),
+        }
     }
+}
+
+/// Chooses the tokens of a sample.
+struct Sampler {
+    processor: LogitsProcessor,
+    /// `top_k` if there is a `top_p` as well. candle compares `top_p` with probabilities among all
+    /// tokens, transformers and vLLM with those among the `top_k` tokens. So they are scaled first.
+    nucleus_of: Option<usize>,
+}
+
+impl Sampler {
+    /// Samples from logits `[V]`.
+    fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+        let logits = Tensor::from_slice(logits, logits.len(), &Device::Cpu)?;
+        let top_k = self.nucleus_of;
+        self.processor.sample_f(&logits, |probabilities| {
+            if let Some(k) = top_k {
+                scale(probabilities, k);
+            }
+        })
+    }
+}
+
+/// Scales probabilities so that the `k` highest add up to 1.
+fn scale(probabilities: &mut [f32], k: usize) {
+    if !(1..probabilities.len()).contains(&k) {
+        return;
+    }
+    let mut sorted = probabilities.to_vec();
+    let (highest, _, _) = sorted.select_nth_unstable_by(k, |a, b| b.total_cmp(a));
+    let sum: f32 = highest.iter().sum();
+    probabilities.iter_mut().for_each(|p| *p /= sum);
 }
 
 /// A generated token.
@@ -92,7 +131,7 @@ pub struct Sequence {
     own: CachedSegment,
     /// The last token, which is not in the cache yet.
     last: u32,
-    processor: LogitsProcessor,
+    sampler: Sampler,
 }
 
 impl Sequence {
@@ -107,24 +146,24 @@ impl Sequence {
         sample: usize,
         logits: &[f32],
     ) -> Result<(Self, Sampled)> {
-        let mut processor = options.processor(sample);
-        let first = draw(&mut processor, logits)?;
+        let mut sampler = options.sampler(sample);
+        let first = draw(&mut sampler, logits)?;
         let sequence = Sequence {
             prompt,
             own: CachedSegment::default(),
             last: first.token,
-            processor,
+            sampler,
         };
         Ok((sequence, first))
     }
 }
 
 /// Samples a token from logits `[V]`.
-fn draw(processor: &mut LogitsProcessor, logits: &[f32]) -> Result<Sampled> {
+fn draw(sampler: &mut Sampler, logits: &[f32]) -> Result<Sampled> {
     if logits.iter().any(|l| l.is_nan()) {
         bail!("the model computed a logit that is not a number");
     }
-    let token = processor.sample(&Tensor::from_slice(logits, logits.len(), &Device::Cpu)?)?;
+    let token = sampler.choose(logits)?;
     Ok(Sampled {
         token,
         log_prob: log_prob(logits, token),
@@ -203,7 +242,7 @@ pub fn decode(
     let logits = base.decode(layout, rows.collect(), yield_point)?;
     let rows = logits.chunks(base.config.spec.vocab_size);
     let sampled = sequences.iter_mut().zip(rows).map(|(sequence, logits)| {
-        let sampled = draw(&mut sequence.processor, logits)?;
+        let sampled = draw(&mut sequence.sampler, logits)?;
         sequence.last = sampled.token;
         Ok(sampled)
     });

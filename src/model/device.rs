@@ -118,6 +118,11 @@ impl ComputeDevice {
         }
     }
 
+    /// Returns true for the CPU.
+    pub fn is_cpu(&self) -> bool {
+        matches!(self, ComputeDevice::Cpu)
+    }
+
     /// Returns a name for everything about the device that affects rounding. On the CPU, GEMMs use
     /// `kernel`.
     pub fn arithmetic(&self, kernel: Kernel) -> String {

@@ -1,8 +1,10 @@
 //! Implements the gRPC GenerationService.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use tracing::Instrument as _;
@@ -11,6 +13,7 @@ use super::auth::split_caller;
 use super::convert::generation as convert;
 use super::pb::{self, generation_service_server};
 use super::status::status;
+use crate::engine::api::EngineError;
 use crate::service::auth::tokens::TokenService;
 use crate::service::error::ServiceError;
 use crate::service::generation::{Generation, GenerationService};
@@ -18,6 +21,8 @@ use crate::service::generation::{Generation, GenerationService};
 /// Maximum number of responses that wait for a slow client. The engine then also waits, and a
 /// response has all tokens that were computed meanwhile.
 const MAX_WAITING_MESSAGES: usize = 4;
+/// Maximum time for which a response waits for a slow client.
+const SEND_LIMIT: Duration = Duration::from_secs(60);
 
 /// The gRPC service for generation.
 pub(super) struct GenerationRpc {
@@ -55,6 +60,7 @@ impl generation_service_server::GenerationService for GenerationRpc {
                 () = responses.closed() => return,
             };
             if let Err(e) = ended {
+                // The generation has ended, so this wait for the client holds no part of its work.
                 let _ = responses.send(Err(status(e))).await;
             }
         };
@@ -85,8 +91,46 @@ async fn send_all(
                 completion_tokens: generation.completion_tokens() as u32,
             }),
         };
-        if responses.send(Ok(response)).await.is_err() || is_over {
+        if !send(responses, response, SEND_LIMIT).await? || is_over {
             return Ok(());
         }
+    }
+}
+
+/// Sends a response. Returns false if the client has left.
+///
+/// # Errors
+/// `Aborted` if the client does not read for the time `limit`.
+async fn send(
+    responses: &Responses,
+    response: pb::GenerateCompletionsResponse,
+    limit: Duration,
+) -> Result<bool, ServiceError> {
+    match timeout(limit, responses.send(Ok(response))).await {
+        Ok(sent) => Ok(sent.is_ok()),
+        Err(_) => Err(EngineError::AnswerNotRead { waited: limit }.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_ends_the_call_with_a_reason() {
+        let (responses, mut receiver) = mpsc::channel(1);
+        let response = pb::GenerateCompletionsResponse::default;
+        let long = Duration::from_secs(3600);
+        assert!(send(&responses, response(), long).await.unwrap());
+        let e = send(&responses, response(), Duration::from_millis(2)).await;
+        let e = status(e.unwrap_err());
+        assert_eq!(e.code(), Code::Aborted);
+        assert!(e.message().contains("read it as it comes"), "{e}");
+        receiver.recv().await.unwrap().unwrap();
+        assert!(send(&responses, response(), long).await.unwrap());
+        drop(receiver);
+        assert!(!send(&responses, response(), long).await.unwrap());
     }
 }

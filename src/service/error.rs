@@ -218,9 +218,15 @@ impl From<EngineError> for ServiceError {
                 message,
                 retry_after,
             },
-            EngineError::RowTooLong { .. } | EngineError::GenerationTooLong { .. } => {
-                ServiceError::invalid("", message)
+            EngineError::RowTooLong { .. } => ServiceError::invalid("", message),
+            EngineError::PromptTooLong { .. } => ServiceError::invalid("prompt", message),
+            EngineError::SampleTooLong { .. } | EngineError::SamplesTooLong { .. } => {
+                ServiceError::invalid("max_tokens", message)
             }
+            EngineError::AnswerNotRead { .. } => ServiceError::Aborted {
+                reason: Reason::AnswerNotRead,
+                message,
+            },
             EngineError::NotResident(_) => ServiceError::FailedPrecondition {
                 reason: Reason::NotRunning,
                 message,
@@ -228,6 +234,7 @@ impl From<EngineError> for ServiceError {
             EngineError::Draining => ServiceError::draining(),
             EngineError::OutOfMemory { .. }
             | EngineError::NoRoom { .. }
+            | EngineError::NoRoomToGenerate { .. }
             | EngineError::DeviceFull(_) => ServiceError::ResourceExhausted {
                 reason: Reason::OutOfMemory,
                 message,

@@ -20,7 +20,8 @@ use crate::domain::training::Truncation;
 use crate::domain::usage::Usage;
 use crate::engine::Engine;
 use crate::engine::api::{
-    EngineError, GenerationEnd, GenerationEvent, GenerationRequest, GenerationStream,
+    EngineError, GenerationEnd, GenerationEvent, GenerationRequest, GenerationResult,
+    GenerationStream,
 };
 use crate::formats::tokenizer::ChatTokenizer;
 use crate::infer::detokenize::IncrementalText;
@@ -83,9 +84,9 @@ pub struct GenerationService {
     template_date: TemplateDate,
 }
 
-/// A request in progress. Dropping it cancels it, and counts the work so far.
+/// A request in progress. Dropping it cancels it.
 pub struct Generation {
-    stream: GenerationStream,
+    events: CountedEvents,
     samples: Vec<SampleText>,
     stop: Vec<String>,
     tokenizer: Arc<ChatTokenizer>,
@@ -94,10 +95,20 @@ pub struct Generation {
     completion_tokens: usize,
     /// Parts that were not returned yet.
     parts: Vec<GeneratedPart>,
-    owner: String,
-    usage: UsageMeter,
     shutdown: Shutdown,
     _quota: Option<QuotaShare>,
+}
+
+/// The events of a request. When dropped, it cancels the request and counts the work for the owner,
+/// also that of tokens that nobody has read.
+struct CountedEvents {
+    stream: GenerationStream,
+    /// Number of tokens of the prompt.
+    prompt: usize,
+    /// Number of tokens that were computed, with those of the prompt.
+    computed: usize,
+    owner: String,
+    usage: UsageMeter,
 }
 
 /// The text of a sample.
@@ -146,17 +157,19 @@ impl GenerationService {
         if !options.ignore_eos {
             stop_tokens.extend(tokenizer.end_ids());
         }
-        let request = GenerationRequest {
+        let mut request = GenerationRequest {
             prompt,
             samples: options.samples,
             max_tokens: options.max_tokens,
             sampling: options.sampling.clone(),
             stop_tokens,
         };
+        request.max_tokens = self.engine.check_generation(&policy.weights, &request)?;
         let prompt_tokens = request.prompt.len();
-        let most = prompt_tokens + options.samples.saturating_mul(options.max_tokens);
+        let most = prompt_tokens + request.samples.saturating_mul(request.max_tokens);
         let quota = self.quota.take(&caller.owner, most)?;
-        let (stream, version) = match self.start(&policy, request.clone()).await {
+        let owner = &caller.owner;
+        let (events, version) = match self.start(owner, &policy, request.clone()).await {
             // The job stopped running meanwhile; its latest checkpoint has its last weights.
             Err(EngineError::NotResident(_)) if policy.job.is_some() => {
                 let Some(job) = policy.job.clone() else {
@@ -165,29 +178,21 @@ impl GenerationService {
                 let latest = CheckpointRef::Latest;
                 let model = policy.model.clone();
                 let stored = self.policies.resolve_stored(job, model, latest).await?;
-                self.start(&stored, request).await
+                self.start(owner, &stored, request).await
             }
             started => started,
-        }
-        .map_err(|e| match e {
-            e @ EngineError::GenerationTooLong { .. } => {
-                ServiceError::invalid("max_tokens", format!("is too large: {e}"))
-            }
-            e => e.into(),
-        })?;
+        }?;
         Ok(Generation {
             samples: (0..options.samples)
                 .map(|_| SampleText::default())
                 .collect(),
             stop: options.stop,
-            stream,
+            events,
             tokenizer,
             version,
             prompt_tokens,
             completion_tokens: 0,
             parts: Vec::new(),
-            owner: caller.owner.clone(),
-            usage: self.usage.clone(),
             shutdown: self.shutdown.clone(),
             _quota: quota,
         })
@@ -197,14 +202,21 @@ impl GenerationService {
     /// name of the weights.
     async fn start(
         &self,
+        owner: &str,
         policy: &Resolved,
         request: GenerationRequest,
-    ) -> std::result::Result<(GenerationStream, String), EngineError> {
-        let mut stream = self.engine.generate(&policy.weights, request)?;
+    ) -> std::result::Result<(CountedEvents, String), EngineError> {
+        let mut events = CountedEvents {
+            prompt: request.prompt.len(),
+            stream: self.engine.generate(&policy.weights, request)?,
+            computed: 0,
+            owner: owner.to_owned(),
+            usage: self.usage.clone(),
+        };
         let version = policy.version.clone();
-        match stream.events.recv().await {
+        match events.next().await {
             Some(Ok(GenerationEvent::Started { live_step })) => Ok((
-                stream,
+                events,
                 match live_step {
                     Some(step) => format!("{version}@{step}"),
                     None => version,
@@ -285,20 +297,20 @@ impl Generation {
     /// last token of every sample.
     ///
     /// # Errors
-    /// `Unavailable` if the server is shutting down, or the caller did not read for a minute;
-    /// `Internal` if a pass fails.
+    /// `Aborted` if the caller did not read for too long; `Unavailable` if the server is shutting
+    /// down, or a training run needs the memory; `Internal` if a pass fails.
     pub async fn next(&mut self) -> Result<Vec<GeneratedPart>> {
         while self.samples.iter().any(|sample| !sample.ended) {
-            let Some(event) = self.stream.events.recv().await else {
+            let Some(event) = self.events.next().await else {
                 return Err(match self.shutdown.has_begun() {
                     true => ServiceError::draining(),
-                    false => ServiceError::DeadlineExceeded,
+                    false => ServiceError::internal("the device's worker has ended"),
                 });
             };
             self.take(event?)?;
             let mut taken = 1;
             while taken < MAX_TOKENS_PER_PART
-                && let Ok(event) = self.stream.events.try_recv()
+                && let Some(event) = self.events.try_next()
             {
                 self.take(event?)?;
                 taken += 1;
@@ -345,7 +357,7 @@ impl Generation {
         };
         if end.is_some() {
             sample.ended = true;
-            if let Some(flag) = self.stream.stopped.get(index) {
+            if let Some(flag) = self.events.stream.stopped.get(index) {
                 flag.store(true, Ordering::Relaxed);
             }
         }
@@ -366,12 +378,90 @@ impl Generation {
     }
 }
 
-impl Drop for Generation {
-    fn drop(&mut self) {
-        let work = Usage {
-            scored_tokens: (self.prompt_tokens + self.completion_tokens) as u64,
-            ..Usage::default()
+impl CountedEvents {
+    /// Waits for the next event.
+    async fn next(&mut self) -> Option<GenerationResult> {
+        let event = self.stream.events.recv().await;
+        self.count(event)
+    }
+
+    /// Returns the next event if it has come.
+    fn try_next(&mut self) -> Option<GenerationResult> {
+        let event = self.stream.events.try_recv().ok();
+        self.count(event)
+    }
+
+    fn count(&mut self, event: Option<GenerationResult>) -> Option<GenerationResult> {
+        self.computed += match &event {
+            Some(Ok(GenerationEvent::Started { .. })) => self.prompt,
+            Some(Ok(GenerationEvent::Token { .. })) => 1,
+            Some(Err(_)) | None => 0,
         };
-        self.usage.count(&self.owner, work);
+        event
+    }
+}
+
+impl Drop for CountedEvents {
+    fn drop(&mut self) {
+        self.stream.events.close();
+        while self.try_next().is_some() {}
+        if self.computed > 0 {
+            let work = Usage {
+                scored_tokens: self.computed as u64,
+                ..Usage::default()
+            };
+            self.usage.count(&self.owner, work);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::service::store::{Store, StoreOptions};
+    use crate::service::usage::today;
+
+    #[tokio::test]
+    async fn tokens_that_nobody_has_read_count_as_work() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), &StoreOptions::default())
+            .await
+            .unwrap();
+        let meter = UsageMeter::new(store.clone());
+        let (sender, events) = mpsc::channel(10);
+        let mut events = CountedEvents {
+            stream: GenerationStream {
+                events,
+                stopped: [AtomicBool::new(false)].into(),
+            },
+            prompt: 7,
+            computed: 0,
+            owner: "team".into(),
+            usage: meter.clone(),
+        };
+        let started = GenerationEvent::Started { live_step: None };
+        sender.try_send(Ok(started)).unwrap();
+        for token in 0..3 {
+            let token = GenerationEvent::Token {
+                sample: 0,
+                token,
+                log_prob: 0.0,
+                end: None,
+            };
+            sender.try_send(Ok(token)).unwrap();
+        }
+        // The caller reads one token and leaves.
+        events.next().await;
+        events.next().await;
+        drop(events);
+        meter.flush().await.unwrap();
+        let days = (today() - 1, today() + 1);
+        let stored = store.usage(None, days, false, 10).await.unwrap();
+        assert_eq!(stored[0].usage.scored_tokens, 7 + 3);
+        store.close().await;
     }
 }

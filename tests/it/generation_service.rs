@@ -213,6 +213,65 @@ async fn a_dialogue_is_rendered_and_wrong_fields_are_named_together() {
     }
 }
 
+/// Returns the fields that a status blames.
+fn fields(e: &Status) -> Vec<String> {
+    let request = e.get_details_bad_request();
+    let violations = request.into_iter().flat_map(|r| r.field_violations);
+    violations.map(|v| v.field).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lengths_are_checked_before_the_quota_and_only_possible_tokens_count() {
+    let dir = tempfile::tempdir().unwrap();
+    let models = format!(
+        "tiny={},long={}",
+        golden("models/llama").display(),
+        golden("models/phi3-long").display()
+    );
+    let server = Server::start_with(
+        dir.path(),
+        &models,
+        &["--max-scoring-tokens-per-client", "16500"],
+    );
+    let client = server.client().await;
+    let request = wanted("Water boils", 1, 16000);
+    let open = client.generation().generate_completions(request).await;
+    let open = open.unwrap();
+    for (request, field, setting) in [
+        (
+            wanted("x", 1, 4_000_000_000),
+            "max_tokens",
+            "max_row_tokens",
+        ),
+        (
+            wanted("x", 64, 1000),
+            "max_tokens",
+            "generation_cache_tokens",
+        ),
+        (
+            wanted(&"word ".repeat(20_000), 1, 1),
+            "prompt",
+            "max_row_tokens",
+        ),
+    ] {
+        let e = receive(&client, request).await.unwrap_err();
+        assert_eq!(e.code(), Code::InvalidArgument, "{e}");
+        assert_eq!(fields(&e), [field], "{e}");
+        assert!(e.message().contains(setting), "{e}");
+    }
+    let e = receive(&client, wanted("x", 1, 1000)).await.unwrap_err();
+    assert_eq!(reason(&e), "TOO_MANY_TOKENS");
+    assert!(e.message().contains("to score or to generate"), "{e}");
+    // The rotary frequencies of this model change after 50 tokens, so it makes no more.
+    let short = pb::GenerateCompletionsRequest {
+        policy: "models/long".into(),
+        ..wanted("x", 1, 1000)
+    };
+    let (samples, _) = receive(&client, short).await.unwrap();
+    assert!(samples[0].ids.len() < 50, "{samples:?}");
+    drop(open);
+}
+
 /// Returns the value of a metric.
 fn metric(server: &Server, name: &str) -> f64 {
     let metrics = server.metrics();

@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::path::Path;
 
 use proptest::prelude::*;
 
@@ -206,6 +207,161 @@ fn a_request_waits_until_the_cache_has_room_for_its_longest_text() {
     assert_eq!(device.generator.blocks(), 6);
 }
 
+/// Reads to the end of what has arrived and returns the last event.
+fn last(events: &mut GenerationEvents) -> Option<GenerationResult> {
+    std::iter::from_fn(|| events.try_recv().ok()).last()
+}
+
+#[test]
+fn a_request_waits_for_memory_that_others_hold_and_is_refused_if_it_alone_needs_too_much() {
+    let mut device = Device::new(100);
+    let _first = device.add(request(10, 1, 30));
+    device.step();
+    let held = device.reserved();
+    // A byte less than two such requests need.
+    let limit = Room::new(2 * held - 1, Arc::default(), HostMemory::new(u64::MAX), 1);
+    device.policies.limit_bytes(limit);
+    let mut second = device.add(request(10, 1, 30));
+    device.step();
+    assert_eq!(device.waiting.borrow().len(), 1, "it waits for the first");
+    while device.step() {}
+    let (all, ended) = read(&mut second, 1);
+    assert_eq!((all[0].len(), ended, device.reserved()), (30, 1, 0));
+
+    // A request that can never have room does not wait, and none waits behind it.
+    let mut first = device.add(request(10, 1, 30));
+    device.step();
+    let mut large = device.add(request(10, 4, 30));
+    device.step();
+    let refused = large.try_recv().unwrap().unwrap_err();
+    let EngineError::NoRoomToGenerate {
+        needed_mib,
+        available_mib,
+        setting: "memory_limit",
+    } = refused
+    else {
+        panic!("{refused:?}")
+    };
+    assert!(needed_mib > available_mib);
+    let message = refused.to_string();
+    for part in ["max_tokens", "fewer samples", "raise memory_limit"] {
+        assert!(message.contains(part), "{message}");
+    }
+    while device.step() {}
+    assert_eq!((read(&mut first, 1).1, device.reserved()), (1, 0));
+}
+
+#[test]
+fn a_request_waits_for_the_memory_of_its_weights_if_others_hold_it() {
+    let mut device = Device::new(100);
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
+    let block = device.base_models.open(&base()).unwrap().cache_layout();
+    // Room for one checkpoint and the three blocks of one request.
+    let bytes = device.base_models.on_host() + 3 * block.block_bytes() as u64;
+    let limit = Room::new(bytes, Arc::default(), HostMemory::new(u64::MAX), 1);
+    device.policies.limit_bytes(limit);
+    let ask = |content: &str| {
+        let policy = WeightsRef::Full {
+            model: "tiny".into(),
+            dir: dir.clone(),
+            content: content.into(),
+        };
+        let (entry, events) = entry(request(10, 2, 30));
+        let entry = GenerationEntry { policy, ..entry };
+        device.waiting.borrow_mut().push_back(entry);
+        events
+    };
+    let mut events = [ask("a"), ask("b")];
+    device.step();
+    assert_eq!(device.waiting.borrow().len(), 1);
+    while device.step() {}
+    for events in &mut events {
+        assert_eq!(read(events, 2).1, 2);
+    }
+}
+
+#[test]
+fn a_request_whose_caller_does_not_read_ends_with_a_reason() {
+    let mut device = Device::new(100);
+    device.generator.read_limits.pause = Duration::from_millis(5);
+    let mut events = device.add(request(3, 2, 300));
+    device.step();
+    while device.generator.is_active() {
+        device.step();
+    }
+    assert_eq!(device.reserved(), 0);
+    let e = last(&mut events).unwrap().unwrap_err();
+    assert!(matches!(e, EngineError::AnswerNotRead { .. }), "{e}");
+    assert!(e.to_string().contains("read it as it comes"), "{e}");
+}
+
+#[test]
+fn a_caller_that_reads_while_the_device_has_other_work_goes_on() {
+    let mut device = Device::new(100);
+    device.generator.read_limits.pause = Duration::from_millis(5);
+    let mut events = device.add(request(3, 1, 60));
+    while device.step() {}
+    std::thread::sleep(Duration::from_millis(10));
+    let (first, _) = read(&mut events, 1);
+    while device.step() {}
+    let (rest, ended) = read(&mut events, 1);
+    assert_eq!((first[0].len() + rest[0].len(), ended), (60, 1));
+}
+
+#[test]
+fn a_slow_reader_ends_only_if_another_request_waits_for_room() {
+    // Each of the long requests takes one block for the prompt and five for its tokens.
+    let mut device = Device::new(11);
+    device.generator.read_limits = ReadLimits {
+        pause: Duration::from_secs(3600),
+        beside_others: Duration::from_millis(20),
+    };
+    /// Reads one event each time that the channel has been full for a millisecond. Returns the
+    /// error after which nothing follows.
+    fn read_slowly(
+        device: &mut Device,
+        events: &mut GenerationEvents,
+        reads: usize,
+    ) -> Option<EngineError> {
+        for _ in 0..reads {
+            while device.step() {}
+            std::thread::sleep(Duration::from_millis(1));
+            device.step();
+            if let Err(e) = events.try_recv().unwrap() {
+                return Some(e);
+            }
+        }
+        None
+    }
+    let mut slow = device.add(request(3, 1, 300));
+    assert!(read_slowly(&mut device, &mut slow, 100).is_none());
+    let mut other = device.add(request(3, 1, 300));
+    let e = read_slowly(&mut device, &mut slow, 200).expect("it holds the other one up");
+    assert!(matches!(e, EngineError::AnswerNotRead { .. }), "{e}");
+    device.step();
+    assert!(device.waiting.borrow().is_empty());
+    while device.generator.is_active() {
+        device.step();
+        last(&mut other);
+    }
+    assert_eq!(device.reserved(), 0);
+}
+
+#[test]
+fn pages_return_after_the_last_request_if_many_were_used() {
+    let mut device = Device::new(100);
+    let block = device.base_models.open(&base()).unwrap().cache_layout();
+    let used = 2 * block.block_bytes() as u64;
+    for (before, after) in [(0, used), (TRIM_BYTES - used, 0)] {
+        device.generator.unreturned = before;
+        let _events = device.add(request(10, 1, 30));
+        device.step();
+        assert_eq!(device.generator.unreturned, before, "it is in progress");
+        while device.step() {}
+        assert_eq!(device.generator.unreturned, after);
+    }
+}
+
 #[test]
 fn a_failed_pass_ends_its_requests_with_an_error() {
     let mut device = Device::new(100);
@@ -336,6 +492,6 @@ fn the_copy_of_a_running_jobs_adapter_is_reserved_before_it_is_made() {
     let mut events = ask(&device, running());
     device.step_beside(Some(&live));
     let refused = events.try_recv().unwrap();
-    assert!(matches!(refused, Err(EngineError::NoRoom { .. })));
+    assert!(matches!(refused, Err(EngineError::NoRoomToGenerate { .. })));
     assert_eq!(device.reserved(), 0);
 }

@@ -202,3 +202,32 @@ fn a_model_of_text_and_images_is_described_as_text_only() {
     );
     assert_eq!((alone.stored_format, part.stored_format), ("f32", "f32"));
 }
+
+#[test]
+fn a_request_waits_for_what_other_requests_hold_but_not_for_a_run() {
+    let base_models = base_models(Precision::F32);
+    let full_bytes = full_size(&base_models);
+    let mut policies = policies(full_bytes + 1000);
+    let held = policies.get(&base_models, &full(0)).unwrap();
+    policies.reserve_cache(&base_models, 600).unwrap();
+    let mut must_wait = |weights: &WeightsRef, bytes: u64, run: u64| {
+        policies.reserve_for_run(run);
+        policies.must_wait(&base_models, weights, bytes)
+    };
+    // With the same weights.
+    assert!(!must_wait(&full(0), 400, 0) && must_wait(&full(0), 401, 0));
+    assert!(must_wait(&full(0), 1000, 0) && !must_wait(&full(0), 1001, 0));
+    assert!(must_wait(&full(0), 400, 1) && !must_wait(&full(0), 1000, 1));
+    // Other weights have room when those in use have left.
+    assert!(must_wait(&full(1), 1000, 0) && !must_wait(&full(1), 1001, 0));
+    let refused = policies.reserve_cache(&base_models, 1 << 20);
+    assert!(matches!(
+        refused,
+        Err(EngineError::NoRoomToGenerate {
+            needed_mib: 1,
+            available_mib: 0,
+            setting: "memory_limit"
+        })
+    ));
+    drop(held);
+}

@@ -2,14 +2,17 @@
 
 use std::cell::Cell;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use opentelemetry::Context;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::*;
-use crate::engine::api::ScoreItem;
+use crate::engine::api::{GenerationRequest, ScoreItem};
+use crate::engine::generation::GenerationEntry;
 use crate::formats::loader::load_model;
 use crate::formats::source::HubOptions;
+use crate::infer::generate::SamplingOptions;
 use crate::infer::pair::EncodedPair;
 use crate::model::device::ComputeDevice;
 
@@ -229,4 +232,55 @@ fn the_arithmetic_names_the_precision_and_each_kind_of_device_once() {
     );
     let bf16 = alone.with_precision(Precision::Bf16);
     assert_ne!(alone.arithmetic(), bf16.arithmetic());
+}
+
+#[test]
+fn generation_between_units_takes_turns_with_scoring_inside_them() {
+    let base_models = base_models(Precision::F32);
+    let queue = Arc::new(ScoringQueue::new(1 << 20, 1));
+    let options = EngineOptions::default();
+    let mut scoring = PolicyScorer::new(0, queue.clone(), base_models.clone(), &options);
+    let live = Live {
+        job: JOB.into(),
+        policy: base_models.open(&base()).unwrap(),
+        reference: None,
+        step: 0,
+    };
+    let (events, _tokens) = mpsc::channel(100);
+    let request = GenerationRequest {
+        prompt: vec![5, 6, 7],
+        samples: 1,
+        max_tokens: 50,
+        sampling: SamplingOptions {
+            temperature: 0.0,
+            top_p: None,
+            top_k: None,
+            seed: 0,
+        },
+        stop_tokens: Vec::new(),
+    };
+    let text = GenerationEntry {
+        request,
+        policy: base(),
+        enqueued: Instant::now(),
+        stopped: [AtomicBool::new(false)].into(),
+        events,
+    };
+    queue.push_generation(text).unwrap();
+    let (item, mut answer) = entry(base());
+    queue.push(item).unwrap();
+
+    // Generation has had the time between two units, so the time inside the next is for scoring.
+    assert!(scoring.may_generate(Some(JOB)));
+    scoring.generate(Some(&live));
+    scoring.fair_share.reset();
+    scoring.yield_to_scoring(&ReferenceCache::new(1 << 20), &live);
+    assert!(answer.try_recv().is_ok());
+    // And the other way round.
+    assert!(scoring.may_generate(Some(JOB)));
+    scoring.generate(Some(&live));
+    assert!(!scoring.may_generate(Some(JOB)));
+    // Without a run, each pass of the worker's loop does both.
+    scoring.generate(None);
+    assert!(scoring.may_generate(None) && scoring.may_generate(None));
 }

@@ -6,7 +6,7 @@ use super::*;
 fn frequencies(options: &SamplingOptions, logits: &[f32], n: usize) -> HashMap<u32, usize> {
     let mut counts = HashMap::new();
     for sample in 0..n {
-        let drawn = draw(&mut options.processor(sample), logits).unwrap();
+        let drawn = draw(&mut options.sampler(sample), logits).unwrap();
         *counts.entry(drawn.token).or_insert(0) += 1;
     }
     counts
@@ -46,6 +46,12 @@ fn sampled_frequencies_pass_a_chi_squared_test() {
         (options(2.0, None, None), 2.0, 8),
         (options(1.0, None, Some(3)), 1.0, 3),
         (options(1.0, Some(0.75), None), 1.0, 4),
+        // As many tokens as TopKLogitsWarper and then TopPLogitsWarper of transformers leave.
+        (options(1.0, Some(0.75), Some(3)), 1.0, 2),
+        (options(1.0, Some(0.85), Some(5)), 1.0, 4),
+        (options(0.5, Some(0.6), Some(4)), 0.5, 2),
+        (options(1.0, Some(0.99), Some(3)), 1.0, 3),
+        (options(1.0, Some(0.75), Some(100)), 1.0, 4),
     ] {
         let p = expected(&logits, temperature, kept);
         let counts = frequencies(&options, &logits, N);
@@ -62,7 +68,7 @@ fn sampled_frequencies_pass_a_chi_squared_test() {
         assert!(chi_squared < bound, "{options:?}: {chi_squared}");
         // The log-prob is that of temperature 1, whatever the options are.
         let all = expected(&logits, 1.0, 8);
-        let drawn = draw(&mut options.processor(0), &logits).unwrap();
+        let drawn = draw(&mut options.sampler(0), &logits).unwrap();
         let want = all[drawn.token as usize].ln();
         assert!(
             (drawn.log_prob as f64 - want).abs() < 1e-5,
@@ -77,8 +83,8 @@ fn sampled_frequencies_pass_a_chi_squared_test() {
 fn logits_that_are_not_numbers_are_an_error() {
     let logits = [0.0, f32::NAN, 1.0];
     for temperature in [0.0, 1.0] {
-        let mut processor = options(temperature, None, None).processor(0);
-        let e = draw(&mut processor, &logits).unwrap_err();
+        let mut sampler = options(temperature, None, None).sampler(0);
+        let e = draw(&mut sampler, &logits).unwrap_err();
         assert!(e.to_string().contains("not a number"), "{e}");
     }
 }

@@ -1,4 +1,4 @@
-//! Quota of tokens that wait to be scored or for generated texts, per client.
+//! Quota of tokens to score and to generate, per client.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::domain::reason::Reason;
 use crate::service::error::{Result, ServiceError};
 
-/// Number of queued tokens per client, and the limit. Clones share them.
+/// Number of tokens of each client's unanswered requests, and the limit. Clones share them.
 #[derive(Clone, Debug)]
 pub(in crate::service) struct ScoringQuota {
-    /// Maximum number of queued tokens per client; `None` is no limit.
+    /// Maximum number of these tokens per client; `None` is no limit.
     limit: Option<usize>,
     in_queue: Arc<Mutex<HashMap<String, usize>>>,
 }
@@ -32,21 +32,22 @@ impl ScoringQuota {
     }
 
     /// Takes `tokens` from a client's quota; returns `None` if there is no limit. A client without
-    /// queued tokens may send one request of any size, so that large requests are not refused
+    /// unanswered requests may send one of any size, so that large requests are not refused
     /// forever.
     ///
     /// # Errors
-    /// `ResourceExhausted` if the client would have more queued tokens than the limit.
+    /// `ResourceExhausted` if the client's requests would have more tokens than the limit.
     pub fn take(&self, owner: &str, tokens: usize) -> Result<Option<QuotaShare>> {
         let Some(limit) = self.limit else {
             return Ok(None);
         };
         let mut all = self.in_queue.lock().unwrap_or_else(PoisonError::into_inner);
         let queued = all.get(owner).copied().unwrap_or(0);
-        if queued > 0 && queued + tokens > limit {
+        if queued > 0 && queued.saturating_add(tokens) > limit {
             let message = format!(
-                "{queued} of your tokens are waiting to be scored, {limit} are allowed: send more \
-                 after some requests are answered"
+                "your unanswered requests have {queued} tokens to score or to generate, and this \
+                 one has {tokens}: together at most {limit} are allowed, so send it after some are \
+                 answered"
             );
             return Err(ServiceError::ResourceExhausted {
                 reason: Reason::TooManyTokens,
@@ -86,9 +87,10 @@ mod tests {
     fn a_client_has_its_share_and_no_more() {
         let quota = ScoringQuota::new(Some(100));
         let first = quota.take("a", 150).unwrap();
+        let refused = quota.take("a", 1).unwrap_err().to_string();
         assert!(
-            quota.take("a", 1).is_err(),
-            "a large first request is let in, nothing beside it"
+            refused.contains("have 150 tokens to score or to generate, and this one has 1:"),
+            "a large first request is let in, nothing beside it: {refused}"
         );
         let other = quota.take("b", 60).unwrap();
         assert!(quota.take("b", 41).is_err() && quota.take("b", 40).is_ok());
