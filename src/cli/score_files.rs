@@ -221,7 +221,8 @@ async fn score(
         warn(&warning);
     }
     let patience = Duration::from_secs(args.fleet.retry_timeout);
-    let weights = identify_patiently(&client, &options, patience).await?;
+    let identifying = identify_patiently(&client, &options, patience);
+    let weights = waiting("the server scores a first pair", identifying).await?;
     weights.pin(&mut options)?;
     let run = RunDescription {
         weights: weights.clone(),

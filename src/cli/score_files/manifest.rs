@@ -15,6 +15,8 @@ use super::store::PartStore;
 use super::weights::WeightsIdentity;
 use crate::cli::args::PartFormat;
 use crate::cli::failure::Failure;
+use crate::cli::output::flat;
+use crate::cli::output::table::elide;
 
 /// Name of the description of a run.
 const RUN_FILE: &str = "_run.json";
@@ -22,6 +24,10 @@ const RUN_FILE: &str = "_run.json";
 const MANIFEST_FILE: &str = "_manifest.json";
 /// Maximum number of parts whose counts are read at the same time.
 const MAX_READS: usize = 16;
+/// Maximum number of fields that an error about another run names.
+const MAX_DIFFERING: usize = 3;
+/// Maximum number of characters of each of their values.
+const MAX_SHOWN: usize = 80;
 
 /// Everything that the content of the parts depends on, besides the inputs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -90,19 +96,26 @@ impl RunDescription {
         if other == *self {
             return Ok(());
         }
-        let fields = |run: &RunDescription| match serde_json::to_value(run) {
-            Ok(Value::Object(fields)) => fields,
-            _ => Default::default(),
+        let fields = |run: &RunDescription| -> Vec<(String, Value)> {
+            serde_json::to_value(run).map_or_else(|_| Vec::new(), |value| flat::fields(&value))
         };
         let (mine, theirs) = (fields(self), fields(&other));
-        let differing: Vec<String> = mine
+        let shown = |value: &Value| elide(&value.to_string(), MAX_SHOWN);
+        let mut differing: Vec<String> = mine
             .iter()
-            .filter(|(name, value)| theirs.get(*name) != Some(value))
-            .map(|(name, value)| {
-                let before = theirs.get(name).unwrap_or(&Value::Null);
-                format!("{name} (there: {before}, here: {value})")
+            .filter(|field| !theirs.contains(field))
+            .map(|(path, value)| {
+                let before = theirs.iter().find(|(other, _)| other == path);
+                let before = before.map_or(&Value::Null, |(_, before)| before);
+                format!("{path} (there: {}, here: {})", shown(before), shown(value))
             })
             .collect();
+        // Other weights differ in all of their hashes, which say nothing to people.
+        let more = differing.len().saturating_sub(MAX_DIFFERING);
+        differing.truncate(MAX_DIFFERING);
+        if more > 0 {
+            differing.push(format!("and {more} more"));
+        }
         Err(Failure::Usage(format!(
             "--out {} has the parts of another run ({RUN_FILE}): they differ in {}: name another \
              --out",
