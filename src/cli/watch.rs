@@ -9,7 +9,7 @@ use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::args::{Output, ServerArgs, WatchArgs};
 use super::failure::{Failure, Outcome};
 use super::output::{self, state};
-use super::progress::{say, warn};
+use super::progress::warn;
 use super::remote::{connect, server_flag};
 use super::short_names;
 use crate::rpc::client::{Client, FirstEvent};
