@@ -42,6 +42,7 @@ use self::pb::model_service_server::ModelServiceServer;
 use self::pb::scoring_service_server::ScoringServiceServer;
 use self::pb::training_service_server::TrainingServiceServer;
 use self::pb::usage_service_server::UsageServiceServer;
+pub use self::rest::RestHost;
 pub use self::status::DOMAIN as ERROR_DOMAIN;
 use crate::service::Service;
 
@@ -77,6 +78,8 @@ pub struct ServeOptions {
     pub max_connection_age: Option<Duration>,
     /// True if the port also serves REST, over HTTP/1.1 and HTTP/2.
     pub rest: bool,
+    /// Further names of hosts under which REST is answered if there are neither tokens nor TLS.
+    pub rest_hosts: Vec<RestHost>,
 }
 
 /// The reason why serving failed.
@@ -167,16 +170,22 @@ pub async fn serve(
             .max_connection_age(age)
             .max_connection_age_grace(AGE_GRACE);
     }
+    let log = Arc::<auth::LogRate>::default();
+    // A page whose host name was pointed at this server has no token, and a certificate is of
+    // another name.
+    let is_open = !options.tokens && options.tls.is_none();
     let router = builder
         .layer(rest::RestLayer {
             max_body: options.rest.then_some(max),
             max_headers: MAX_HEADERS as usize,
+            hosts: is_open.then(|| options.rest_hosts.into()),
+            log: log.clone(),
         })
         .layer(observe::ObserveLayer)
         .layer(auth::AuthLayer {
             authenticator: service.server.tokens().clone(),
             required: options.tokens,
-            log: Arc::default(),
+            log,
         })
         .add_service(health_service)
         .add_service(reflection().build_v1()?)

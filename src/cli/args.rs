@@ -563,13 +563,34 @@ pub struct GenerateArgs {
         required_unless_present = "data"
     )]
     pub prompt: Option<String>,
-    /// A JSONL file of prompts: each line has a column prompt with a text or a list of messages.
-    #[arg(long, value_name = "FILE", help_heading = "Prompts")]
-    pub data: Option<PathBuf>,
-    /// The file for the results: the lines of `--data`, each with its samples. Default: standard
-    /// output.
+    /// Files of prompts: each row has a column prompt with a text or a list of messages.
+    #[arg(
+        long,
+        value_name = "FILE",
+        num_args = 1..,
+        help_heading = "Prompts",
+        long_help = format!(
+            "Files of prompts: each row has a column prompt with a text or a list of messages. \
+             {DATA_HELP}"
+        )
+    )]
+    pub data: Vec<String>,
+    /// How the files are read.
+    #[command(flatten, next_help_heading = "Prompts")]
+    pub reading: DataArgs,
+    /// The file for the results: the rows of `--data`, each with its samples. It is FILE.part until
+    /// it is complete. Default: standard output.
     #[arg(long, value_name = "FILE", help_heading = "Prompts", requires = "data")]
     pub out: Option<PathBuf>,
+    /// Time in seconds for which prompts of `--data` are sent again while the server is busy or not
+    /// reached.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 600,
+        help_heading = "Connection"
+    )]
+    pub retry_timeout: u64,
     /// The prompts are plain texts, which no chat template renders.
     #[arg(
         long,

@@ -27,8 +27,9 @@ pub(super) use self::columns::ColumnMap;
 use self::open::is_plain;
 pub(super) use self::open::{InputContent, open_input};
 use self::places::DataPlace;
-pub(super) use self::records::DataRecord;
-use self::records::RecordReader;
+pub(super) use self::records::{DataRecord, WholeRecord};
+use self::records::{RecordReader, whole_records};
+use self::row::Wanted;
 pub(super) use self::row::{DataRow, DataRows};
 use self::stream::{RowStream, SourceNames};
 pub(super) use self::upload::Uploaded;
@@ -181,6 +182,15 @@ impl DataFiles {
         &self,
     ) -> impl Iterator<Item = Result<DataRecord, Failure>> + Send + use<> {
         RecordReader::new(RowStream::new(self.places.clone(), self.columns.clone()))
+    }
+
+    /// Returns the rows of all files with all of their columns, which need not be those of pairs. A
+    /// file that cannot be read to its end is the last item.
+    pub(super) fn whole_records(
+        &self,
+    ) -> impl Iterator<Item = Result<WholeRecord, Failure>> + Send + use<> {
+        let (places, columns) = (self.places.clone(), self.columns.clone());
+        whole_records(RowStream::wanting(Wanted::All, places, columns))
     }
 
     /// Returns the pairs of all files, with findings about rows that cannot be read, and the place

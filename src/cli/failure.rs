@@ -28,7 +28,15 @@ impl Failure {
 
     /// Puts `context` before the message.
     pub fn with_context(self, context: &str) -> Self {
-        let with = |message| format!("{context}: {message}");
+        self.map(|message| format!("{context}: {message}"))
+    }
+
+    /// Adds a line after the message.
+    pub fn with_remark(self, remark: &str) -> Self {
+        self.map(|message| format!("{message}\n{remark}"))
+    }
+
+    fn map(self, with: impl Fn(String) -> String) -> Self {
         match self {
             Failure::Failed(m) => Failure::Failed(with(m)),
             Failure::Usage(m) => Failure::Usage(with(m)),

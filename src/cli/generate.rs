@@ -1,26 +1,40 @@
 //! `bradley generate`: continues a prompt, or the prompts of a file.
 
+mod prompts;
+mod results;
+
+use std::borrow::Cow;
 use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{BufRead as _, BufReader, Write};
-use std::path::Path;
+use std::io::IsTerminal as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use tokio::task::JoinHandle;
 
+use self::prompts::{PromptRow, prompt_of, read};
+use self::results::Results;
 use super::args::{GenerateArgs, Output};
+use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::output;
 use super::policy_names::PolicyNames;
 use super::progress::{WorkProgress, say};
 use super::remote::connect;
 use super::scoring_flags::{template_arguments, tools};
-use crate::domain::message::kind;
-use crate::rpc::client::Client;
+use crate::rpc::client::{Client, Status, is_server_failure, is_transient, retry_after};
 use crate::rpc::pb;
 
 /// Number of prompts of a file that are continued at the same time.
 const IN_PROGRESS: usize = 8;
+/// Time before a prompt of a file is sent again. It doubles with each failure up to
+/// [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Maximum time before a prompt is sent again because the server asked for this.
+const LONGEST_ASKED_PAUSE: Duration = Duration::from_secs(60);
+/// Number of internal errors of the server after which a prompt counts as their reason.
+const MAX_SERVER_FAILURES: u32 = 10;
 
 pub(super) async fn run(args: GenerateArgs, output: Output) -> Outcome {
     let base = request(&args)?;
@@ -30,19 +44,14 @@ pub(super) async fn run(args: GenerateArgs, output: Output) -> Outcome {
         policy: names.complete("--policy", &args.policy).await?,
         ..base
     };
-    match (&args.prompt, &args.data) {
-        (Some(prompt), _) => {
-            let request = pb::GenerateCompletionsRequest {
-                prompt: Some(prompt_of(&Value::from(prompt.as_str()), &args).map_err(usage)?),
-                ..base
-            };
-            one(&client, request, output).await
-        }
-        (None, Some(path)) => all(&client, &args, base, path).await,
-        (None, None) => Err(Failure::Usage(
-            "give a prompt with --prompt TEXT, or a file of prompts with --data FILE".into(),
-        )),
-    }
+    let Some(prompt) = &args.prompt else {
+        return all(&client, &args, base).await;
+    };
+    let request = pb::GenerateCompletionsRequest {
+        prompt: Some(prompt_of(&Value::from(prompt.as_str()), &args).map_err(usage)?),
+        ..base
+    };
+    one(&client, request, output).await
 }
 
 fn usage(problem: String) -> Failure {
@@ -67,52 +76,14 @@ fn request(args: &GenerateArgs) -> Result<pb::GenerateCompletionsRequest, Failur
     })
 }
 
-/// Converts a prompt: a text, which is the message of a user unless `--plain` is given, or a list
-/// of messages.
-fn prompt_of(prompt: &Value, args: &GenerateArgs) -> Result<pb::Text, String> {
-    let message = |role: &str, content: &str| pb::Message {
-        role: role.to_owned(),
-        content: content.to_owned(),
-        ..Default::default()
-    };
-    let mut messages: Vec<pb::Message> = args
-        .system
-        .iter()
-        .map(|system| message("system", system))
-        .collect();
-    match prompt {
-        Value::String(text) if args.plain => {
-            return Ok(pb::Text {
-                form: Some(pb::text::Form::Plain(text.clone())),
-            });
-        }
-        Value::String(text) => messages.push(message("user", text)),
-        Value::Array(all) if !args.plain => {
-            messages.extend(all.iter().map(|fields| pb::Message {
-                fields_json: fields.to_string(),
-                ..Default::default()
-            }));
-        }
-        Value::Array(_) => return Err("has messages, but --plain is given: leave it out".into()),
-        other => {
-            return Err(format!(
-                "is {}: it must be a text or a list of messages",
-                kind(other)
-            ));
-        }
-    }
-    Ok(pb::Text {
-        form: Some(pb::text::Form::Chat(pb::MessageList { messages })),
-    })
-}
-
 /// A sample as it grows.
 #[derive(Clone, Default)]
 struct SampleSoFar {
     text: String,
     tokens: usize,
     log_prob: f64,
-    finish_reason: pb::FinishReason,
+    /// The number of a [`pb::FinishReason`]; `None` while the sample has not ended.
+    finish_reason: Option<i32>,
 }
 
 /// The samples of a prompt.
@@ -130,10 +101,7 @@ impl Samples {
         let sample = |s: &SampleSoFar| {
             json!({
                 "text": s.text,
-                "finish_reason": match s.finish_reason {
-                    pb::FinishReason::Length => "length",
-                    pb::FinishReason::Stop | pb::FinishReason::Unspecified => "stop",
-                },
+                "finish_reason": finish_reason(s.finish_reason),
                 "tokens": s.tokens,
                 "logprob": s.log_prob,
             })
@@ -148,12 +116,52 @@ impl Samples {
     }
 }
 
+/// Returns the name of a finish reason, `other` for one that only newer servers have, and nothing
+/// for a sample that has not ended.
+fn finish_reason(number: Option<i32>) -> Option<&'static str> {
+    Some(match pb::FinishReason::try_from(number?) {
+        Ok(pb::FinishReason::Stop) => "stop",
+        Ok(pb::FinishReason::Length) => "length",
+        Ok(pb::FinishReason::Unspecified) => return None,
+        Err(_) => "other",
+    })
+}
+
+/// The reason why a prompt was not continued to its end.
+enum Unfinished {
+    /// The server refused the request, or the connection was lost.
+    Refused(Box<Status>),
+    /// The stream ended too early.
+    Cut,
+    /// The text could not be printed.
+    Output(Failure),
+}
+
+impl From<Status> for Unfinished {
+    fn from(status: Status) -> Self {
+        Unfinished::Refused(Box::new(status))
+    }
+}
+
+impl From<Unfinished> for Failure {
+    fn from(reason: Unfinished) -> Self {
+        match reason {
+            Unfinished::Refused(status) => (*status).into(),
+            Unfinished::Cut => Failure::Failed(
+                "the server ended the stream before the text was complete: repeat the command"
+                    .into(),
+            ),
+            Unfinished::Output(failure) => failure,
+        }
+    }
+}
+
 /// Continues a prompt. `each` gets the new text of a sample.
 async fn generate(
     client: &Client,
     request: pb::GenerateCompletionsRequest,
     mut each: impl FnMut(usize, &str) -> Outcome,
-) -> Result<Samples, Failure> {
+) -> Result<Samples, Unfinished> {
     let wanted = request.samples.max(1) as usize;
     let mut result = Samples {
         samples: vec![SampleSoFar::default(); wanted],
@@ -169,8 +177,10 @@ async fn generate(
             let Some(sample) = result.samples.get_mut(delta.index as usize) else {
                 continue;
             };
-            each(delta.index as usize, &delta.text)?;
-            sample.finish_reason = delta.finish_reason();
+            each(delta.index as usize, &delta.text).map_err(Unfinished::Output)?;
+            if delta.finish_reason != 0 {
+                sample.finish_reason = Some(delta.finish_reason);
+            }
             sample.text.push_str(&delta.text);
             sample.tokens += delta.token_ids.len();
             sample.log_prob += delta
@@ -183,12 +193,36 @@ async fn generate(
         result.seed = response.seed;
         if let Some(usage) = response.usage {
             result.usage = usage;
-            return Ok(result);
+            return match result.samples.iter().all(|s| s.finish_reason.is_some()) {
+                true => Ok(result),
+                false => Err(Unfinished::Cut),
+            };
         }
     }
-    Err(Failure::Failed(
-        "the server ended the stream before the text was complete: repeat the command".into(),
-    ))
+    Err(Unfinished::Cut)
+}
+
+/// Returns a text as it is, or for a terminal a text that cannot control it.
+fn shown(text: &str) -> Cow<'_, str> {
+    match std::io::stdout().is_terminal() {
+        true => printable(text),
+        false => Cow::Borrowed(text),
+    }
+}
+
+/// Replaces control characters: a model may write escape sequences.
+fn printable(text: &str) -> Cow<'_, str> {
+    let is_harmless = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
+    match text.chars().all(is_harmless) {
+        true => Cow::Borrowed(text),
+        false => text
+            .chars()
+            .map(|c| match is_harmless(c) {
+                true => c,
+                false => char::REPLACEMENT_CHARACTER,
+            })
+            .collect(),
+    }
 }
 
 /// Continues one prompt and prints its text while it comes.
@@ -198,7 +232,7 @@ async fn one(client: &Client, request: pb::GenerateCompletionsRequest, format: O
     let generated = generate(client, request, |_, text| match is_stream {
         true => {
             progress.end();
-            output::write(text.as_bytes())
+            output::write(shown(text).as_bytes())
         }
         false => Ok(()),
     });
@@ -208,13 +242,13 @@ async fn one(client: &Client, request: pb::GenerateCompletionsRequest, format: O
         output::line("");
     } else if format == Output::Table {
         for (i, sample) in samples.samples.iter().enumerate() {
-            output::line(&format!("--- sample {i}\n{}", sample.text));
+            output::line(&format!("--- sample {i}\n{}", shown(&sample.text)));
         }
     } else {
         output::resource(format, &samples.to_json().into());
     }
     say(&format!(
-        "{} and {} tokens, seed {}, {}",
+        "prompt {} tokens, samples {} tokens, seed {}, policy {}",
         samples.usage.prompt_tokens,
         samples.usage.completion_tokens,
         samples.seed,
@@ -223,115 +257,173 @@ async fn one(client: &Client, request: pb::GenerateCompletionsRequest, format: O
     Ok(())
 }
 
-/// A line of the file of prompts.
-struct PromptRow {
-    row: u64,
-    /// The line's fields, which the result repeats.
-    fields: Map<String, Value>,
-    prompt: pb::Text,
+/// The time for which the prompts of a file are sent again while the server sends no text.
+struct Patience {
+    limit: Duration,
+    last_answer: Mutex<Instant>,
 }
 
-/// A row with its fields and the task that continues its prompt.
+impl Patience {
+    fn last_answer(&self) -> std::sync::MutexGuard<'_, Instant> {
+        self.last_answer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_over(&self) -> bool {
+        self.last_answer().elapsed() >= self.limit
+    }
+}
+
+/// Continues a prompt, and sends it again after an error that may pass. The request has a seed, so
+/// that the samples do not depend on the number of attempts.
+async fn continued(
+    client: &Client,
+    request: pb::GenerateCompletionsRequest,
+    patience: &Patience,
+) -> Result<Samples, Failure> {
+    let mut pause = FIRST_PAUSE;
+    let mut server_failures = 0;
+    loop {
+        let each = |_: usize, _: &str| {
+            *patience.last_answer() = Instant::now();
+            Ok(())
+        };
+        let reason = match generate(client, request.clone(), each).await {
+            Ok(samples) => return Ok(samples),
+            Err(reason) => reason,
+        };
+        let asked = match &reason {
+            Unfinished::Refused(status) => {
+                server_failures += u32::from(is_server_failure(status));
+                if !is_transient(status.code()) || server_failures == MAX_SERVER_FAILURES {
+                    return Err(reason.into());
+                }
+                tracing::debug!(error = %status, "a prompt is sent again");
+                retry_after(status)
+            }
+            Unfinished::Cut => None,
+            Unfinished::Output(_) => return Err(reason.into()),
+        };
+        if patience.is_over() {
+            let seconds = patience.limit.as_secs();
+            let context = format!("no answer for {seconds} s (--retry-timeout)");
+            return Err(Failure::from(reason).with_context(&context));
+        }
+        let wait = match asked {
+            Some(asked) => asked.min(LONGEST_ASKED_PAUSE),
+            None => pause,
+        };
+        tokio::time::sleep(wait).await;
+        pause = (2 * pause).min(LONGEST_PAUSE);
+    }
+}
+
+/// The place of a row, its fields, and the task that continues its prompt.
 type RunningRow = (
-    u64,
+    String,
     Map<String, Value>,
     JoinHandle<Result<Samples, Failure>>,
 );
 
-/// Reads the prompts of a JSONL file. Every line has a text or messages in the column `prompt`, or
-/// messages in `messages`.
-fn read(path: &Path, args: &GenerateArgs) -> Result<Vec<PromptRow>, Failure> {
-    let failed = |problem: String| Failure::Failed(format!("{}: {problem}", path.display()));
-    let file = File::open(path).map_err(|e| failed(e.to_string()))?;
-    let mut rows = Vec::new();
-    for (row, line) in (1..).zip(BufReader::new(file).lines()) {
-        let line = line.map_err(|e| failed(format!("row {row}: {e}")))?;
-        if line.trim().is_empty() {
-            continue;
-        }
-        let fields: Map<String, Value> = serde_json::from_str(&line)
-            .map_err(|e| failed(format!("row {row}: {e}; give one JSON object a line")))?;
-        let Some(prompt) = fields.get("prompt").or_else(|| fields.get("messages")) else {
-            return Err(failed(format!(
-                "row {row} has no column prompt: add it, a text or a list of messages"
-            )));
-        };
-        let prompt = prompt_of(prompt, args)
-            .map_err(|problem| failed(format!("row {row}: prompt {problem}")))?;
-        rows.push(PromptRow {
-            row,
-            fields,
-            prompt,
-        });
-    }
-    Ok(rows)
-}
-
-/// Continues the prompts of a file, several at a time, and writes the results in their order.
+/// Continues the prompts of files, several at a time, and writes the results in their order.
 async fn all(
     client: &Client,
     args: &GenerateArgs,
     base: pb::GenerateCompletionsRequest,
-    path: &Path,
 ) -> Outcome {
-    let rows = read(path, args)?;
-    let unwritten =
-        |out: &Path, e: std::io::Error| Failure::Failed(format!("--out {}: {e}", out.display()));
-    let mut file = match &args.out {
-        Some(out) => Some(File::create(out).map_err(|e| unwritten(out, e))?),
-        None => None,
-    };
+    let data = DataFiles::find(&args.data, &args.reading).await?;
+    let rows = read(&data, args)?;
     let total = rows.len();
-    let mut waiting = rows.into_iter();
-    let mut running: VecDeque<RunningRow> = VecDeque::new();
+    let mut results = Results::create(args.out.as_deref(), &data)?;
+    let mut written = 0;
     let progress = WorkProgress::prompts("generating", total as u64);
-    let work = async {
-        let mut tokens = 0;
-        loop {
-            while running.len() < IN_PROGRESS
-                && let Some(PromptRow {
-                    row,
-                    fields,
-                    prompt,
-                }) = waiting.next()
-            {
-                let request = pb::GenerateCompletionsRequest {
-                    prompt: Some(prompt),
-                    // Rows differ in their random numbers, too.
-                    seed: base.seed.map(|seed| seed.wrapping_add(row - 1)),
-                    ..base.clone()
-                };
-                let client = client.clone();
-                let task =
-                    tokio::spawn(async move { generate(&client, request, |_, _| Ok(())).await });
-                running.push_back((row, fields, task));
-            }
-            let Some((row, mut fields, task)) = running.pop_front() else {
-                return Ok::<u64, Failure>(tokens);
-            };
-            let samples = task
-                .await
-                .map_err(|e| Failure::Failed(format!("row {row}: {e}")))?
-                .map_err(|failure| {
-                    failure.with_context(&format!("{}: row {row}", path.display()))
-                })?;
-            tokens += u64::from(samples.usage.completion_tokens);
-            fields.extend(samples.to_json());
-            let line = format!("{}\n", Value::Object(fields));
-            match (&mut file, &args.out) {
-                (Some(file), Some(out)) => file
-                    .write_all(line.as_bytes())
-                    .map_err(|e| unwritten(out, e))?,
-                _ => progress.suspend(|| output::write(line.as_bytes()))?,
-            }
-            progress.add(1);
-        }
+    let work = write_all(client, (args, &data), base, rows, |line| {
+        progress.suspend(|| results.add(line))?;
+        progress.add(1);
+        written += 1;
+        Ok(())
+    });
+    let ended = tokio::select! {
+        ended = progress.during(work) => ended,
+        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted("interrupted".to_owned())),
     };
-    let tokens = progress.during(work).await?;
     drop(progress);
-    if let (Some(file), Some(out)) = (&file, &args.out) {
-        file.sync_all().map_err(|e| unwritten(out, e))?;
-    }
+    let tokens = match ended {
+        Ok(tokens) => tokens,
+        Err(failure) => return Err(results.interrupted(failure, written)),
+    };
+    results.finish()?;
     say(&format!("{total} prompts continued, {tokens} tokens"));
     Ok(())
+}
+
+/// Continues prompts and calls `write` with the line of each. Returns the number of their tokens.
+async fn write_all(
+    client: &Client,
+    (args, data): (&GenerateArgs, &DataFiles),
+    base: pb::GenerateCompletionsRequest,
+    rows: Vec<PromptRow>,
+    mut write: impl FnMut(&str) -> Outcome,
+) -> Result<u64, Failure> {
+    let patience = Arc::new(Patience {
+        limit: Duration::from_secs(args.retry_timeout),
+        last_answer: Mutex::new(Instant::now()),
+    });
+    let first_seed = base.seed.unwrap_or_else(rand::random);
+    let mut waiting = rows.into_iter();
+    let mut running: VecDeque<RunningRow> = VecDeque::new();
+    let mut tokens = 0;
+    loop {
+        while running.len() < IN_PROGRESS
+            && let Some(PromptRow {
+                row,
+                place,
+                fields,
+                prompt,
+            }) = waiting.next()
+        {
+            let request = pb::GenerateCompletionsRequest {
+                prompt: Some(prompt),
+                // Rows differ in their random numbers, too.
+                seed: Some(first_seed.wrapping_add(row - 1)),
+                ..base.clone()
+            };
+            let (client, patience) = (client.clone(), Arc::clone(&patience));
+            let task = tokio::spawn(async move { continued(&client, request, &patience).await });
+            running.push_back((place, fields, task));
+        }
+        let Some((place, mut fields, task)) = running.pop_front() else {
+            return Ok(tokens);
+        };
+        let samples = task
+            .await
+            .map_err(|e| Failure::Failed(format!("{place}: {e}")))?
+            .map_err(|failure| failure.with_context(&format!("{}: {place}", data.title())))?;
+        tokens += u64::from(samples.usage.completion_tokens);
+        fields.extend(samples.to_json());
+        write(&format!("{}\n", Value::Object(fields)))?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_cannot_control_the_terminal() {
+        let hostile = "a\u{1b}]0;title\u{7}b\r\u{9b}2J\n\tc é";
+        assert_eq!(
+            printable(hostile),
+            "a\u{fffd}]0;title\u{fffd}b\u{fffd}\u{fffd}2J\n\tc é"
+        );
+        assert!(matches!(printable("a\n é"), Cow::Borrowed(_)));
+    }
+
+    #[test]
+    fn a_sample_that_has_not_ended_has_no_finish_reason() {
+        let names = [None, Some(0), Some(1), Some(2), Some(77)].map(finish_reason);
+        let expected = [None, None, Some("stop"), Some("length"), Some("other")];
+        assert_eq!(names, expected);
+    }
 }

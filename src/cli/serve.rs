@@ -15,7 +15,7 @@ use super::settings::Settings;
 use crate::domain::reason::Reason;
 use crate::engine;
 use crate::formats::loader::{LoadedModel, load_model};
-use crate::rpc::{ServeOptions, Tls, serve, serve_http};
+use crate::rpc::{RestHost, ServeOptions, Tls, serve, serve_http};
 use crate::service::error::ServiceError;
 use crate::service::{Service, ServiceOptions};
 
@@ -192,6 +192,7 @@ pub async fn serve_on(
         max_connections,
         max_connection_age: settings.max_connection_age,
         rest: settings.rest,
+        rest_hosts: rest_hosts(&settings.rest_hosts),
     };
     let result = serve(listener, service, options, shutdown).await;
     // The HTTP port is stopped last, so that it answers probes until the last call has ended.
@@ -208,6 +209,13 @@ pub async fn serve_on(
     }
     tracing::warn!("the device is still at work: ending all the same");
     Ok(Ended::DeviceBusy(result.map_err(Into::into)))
+}
+
+/// Returns the names of the setting and the machine's own.
+fn rest_hosts(given: &[RestHost]) -> Vec<RestHost> {
+    let own = std::fs::read_to_string("/proc/sys/kernel/hostname");
+    let own = own.ok().and_then(|name| RestHost::parse(name.trim()));
+    given.iter().cloned().chain(own).collect()
 }
 
 /// Returns the number of file descriptors reserved for files, the database, the artifact store,

@@ -20,7 +20,7 @@ use crate::engine::api::EngineOptions;
 use crate::formats::loader::default_id;
 use crate::formats::source::HubOptions;
 use crate::model::device::DeviceChoice;
-use crate::rpc::TlsFiles;
+use crate::rpc::{RestHost, TlsFiles};
 use crate::service::auth::oidc::OidcOptions;
 
 /// Name, default and help of every setting. The setting `like_this` has the flag `--like-this`, the
@@ -288,6 +288,13 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "REST and server-sent events on the gRPC port, beside gRPC: on or off",
     ),
     (
+        "rest_hosts",
+        "",
+        "Names of hosts under which a server without tokens and TLS answers REST, besides IP \
+         addresses, localhost and the machine's own name, separated by commas: NAME, *.NAME, or * \
+         for every name",
+    ),
+    (
         "max_connections",
         "4096",
         "Maximum number of open gRPC connections",
@@ -385,6 +392,8 @@ pub struct Settings {
     pub tls: Option<TlsFiles>,
     /// True if the gRPC port serves REST, too.
     pub rest: bool,
+    /// Further names of hosts under which REST is answered without tokens and TLS.
+    pub rest_hosts: Vec<RestHost>,
     /// Maximum number of open gRPC connections.
     pub max_connections: usize,
     /// Age at which a connection is closed, so that its client connects again; `None` means never.
@@ -619,6 +628,20 @@ impl Settings {
             audit_log: reader.optional("audit_log", "a path", |s| Some(PathBuf::from(s))),
             tls,
             rest,
+            rest_hosts: reader
+                .parse(
+                    "rest_hosts",
+                    "names such as bradley.example.com or *.example.com without ports, separated \
+                     by commas, or *",
+                    |s| {
+                        s.split(',')
+                            .map(str::trim)
+                            .filter(|name| !name.is_empty())
+                            .map(RestHost::parse)
+                            .collect()
+                    },
+                )
+                .unwrap_or_default(),
             max_connections: reader.number("max_connections", 1).unwrap_or_default(),
             max_connection_age: reader
                 .number("max_connection_age", 0)
@@ -994,6 +1017,21 @@ mod tests {
                 && resolve("auto", "8").is_ok()
                 && resolve("cpu", "1").is_ok()
         );
+    }
+
+    #[test]
+    fn hosts_of_rest_are_a_list() {
+        let s = sources(
+            &[],
+            &[],
+            "models = \"/x\"\nrest_hosts = [\"bradley\", \"*.svc.cluster.local\"]",
+        );
+        let names = Settings::resolve(&s).unwrap().rest_hosts;
+        let expected = ["bradley", "*.svc.cluster.local"].map(|n| RestHost::parse(n).unwrap());
+        assert_eq!(names, expected);
+        let s = sources(&[("rest_hosts", "bradley:50051")], &[], "models = \"/x\"");
+        let bad = Settings::resolve(&s).err().unwrap();
+        assert_eq!(bad.listed()[0].field, "--rest-hosts");
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub(super) struct LogRate(Mutex<Option<(Instant, u32)>>);
 
 impl LogRate {
     /// Counts a log line and returns true if it is within the limit of this second.
-    fn try_log(&self) -> bool {
+    pub fn try_log(&self) -> bool {
         let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *window {
             Some((since, n)) if since.elapsed() < Duration::from_secs(1) => {

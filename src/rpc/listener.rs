@@ -15,6 +15,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -35,6 +36,11 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const PREFACE: (Duration, usize) = (Duration::from_secs(10), 24);
 /// Interval at which the certificate files are checked for changes.
 const CERTIFICATE_CHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// Time without data after which TCP asks if the client's machine is still there (`.0`), time
+/// between two such probes (`.1`), and number of probes without an answer after which the
+/// connection is closed (`.2`). HTTP/1.1 has no pings.
+const TCP_KEEPALIVE: (Duration, Duration, u32) =
+    (Duration::from_secs(60), Duration::from_secs(15), 4);
 /// Maximum number of accepted connections that wait for the server to take them.
 const MAX_WAITING_CONNECTIONS: usize = 64;
 /// Pause after a connection could not be accepted, e.g. because no file descriptors are left.
@@ -192,6 +198,13 @@ async fn accept(
             Ok((stream, peer)) => {
                 // If this fails, answers may only be slower.
                 let _ = stream.set_nodelay(true);
+                let keepalive = TcpKeepalive::new()
+                    .with_time(TCP_KEEPALIVE.0)
+                    .with_interval(TCP_KEEPALIVE.1)
+                    .with_retries(TCP_KEEPALIVE.2);
+                if let Err(e) = SockRef::from(&stream).set_tcp_keepalive(&keepalive) {
+                    tracing::debug!(%peer, error = %e, "a connection has no TCP keepalive");
+                }
                 return (stream, peer, connections.place().await);
             }
             Err(e) => {
@@ -474,6 +487,22 @@ mod tests {
         );
         assert_free(&connections).await;
         drop(client);
+    }
+
+    #[tokio::test]
+    async fn a_client_whose_machine_is_gone_is_noticed_by_tcp() {
+        let (_connections, connection, _client) = connected().await;
+        let Io::Plain(stream) = &connection.io else {
+            panic!("it has no TLS");
+        };
+        let socket = SockRef::from(stream);
+        assert!(socket.keepalive().unwrap());
+        let set = (
+            socket.tcp_keepalive_time().unwrap(),
+            socket.tcp_keepalive_interval().unwrap(),
+            socket.tcp_keepalive_retries().unwrap(),
+        );
+        assert_eq!(set, TCP_KEEPALIVE);
     }
 
     #[tokio::test]

@@ -7,7 +7,9 @@ use std::sync::LazyLock;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use http_body::Frame;
 use prost::Message as _;
+use tokio::time::Sleep;
 use tonic::Code;
 use tonic::body::Body;
 use tonic::codegen::http::{HeaderMap, HeaderValue, Request, Response};
@@ -25,7 +27,7 @@ use crate::telemetry::trace;
 
 /// Header with the id of a call. A client may send one of at most 128 bytes of ASCII; otherwise the
 /// server creates it. The answer has it, too.
-const REQUEST_ID: &str = "x-request-id";
+pub(super) const REQUEST_ID: &str = "x-request-id";
 
 /// Deadlines are enforced here this long before the transport enforces them, because the
 /// transport's error has no details.
@@ -66,17 +68,12 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let method = known_method(request.uri().path());
-        let id = request
-            .headers()
-            .get(REQUEST_ID)
-            .and_then(|v| v.to_str().ok())
-            .filter(|v| v.len() <= 128)
-            .map(str::to_owned);
-        let id = id.unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
+        let id = request_id(request.headers());
         let span = span(method, &id, request.headers());
         let trace = span.context();
         let traceparent = trace::format(&trace);
-        let deadline = deadline(request.headers());
+        let left = time_left(request.headers());
+        let deadline = left.and_then(|left| tokio::time::Instant::now().checked_add(left));
         // The call counts as open until its whole answer has been sent.
         let open = request.extensions().get::<Peer>().and_then(|peer| {
             // A health check is not counted as an open call: it needs no token, so one that never
@@ -90,9 +87,11 @@ where
             // After the deadline the call is dropped. Its work that still waits for the device is
             // then never started.
             let mut result = match deadline {
-                Some(left) => tokio::time::timeout(left, call).await.unwrap_or_else(|_| {
-                    Ok(status::status(ServiceError::DeadlineExceeded).into_http())
-                }),
+                Some(deadline) => tokio::time::timeout_at(deadline, call)
+                    .await
+                    .unwrap_or_else(|_| {
+                        Ok(status::status(ServiceError::DeadlineExceeded).into_http())
+                    }),
                 None => call.await,
             };
             let code = match &mut result {
@@ -123,27 +122,69 @@ where
                 Err(_) => Code::Internal,
             };
             observed_call.ended(code);
-            result.map(|response| response.map(|body| Body::new(CountedBody { body, _open: open })))
+            let deadline = deadline.map(|at| Box::pin(tokio::time::sleep_until(at)));
+            result.map(|response| {
+                response.map(|body| {
+                    Body::new(AnswerBody {
+                        body,
+                        deadline,
+                        _open: open,
+                    })
+                })
+            })
         };
         Box::pin(observed.instrument(span))
     }
 }
 
-/// The body of an answer. Its call counts as open until the body is dropped.
-struct CountedBody {
+/// Returns the id of a call: the client's, or a new one.
+pub(super) fn request_id(headers: &HeaderMap) -> String {
+    let given = headers.get(REQUEST_ID).and_then(|v| v.to_str().ok());
+    match given.filter(|v| v.len() <= 128) {
+        Some(given) => given.to_owned(),
+        None => uuid::Uuid::now_v7().to_string(),
+    }
+}
+
+/// The body of an answer. Its call counts as open until the body is dropped. A body that is not
+/// complete at the call's deadline ends with DEADLINE_EXCEEDED.
+struct AnswerBody {
     body: Body,
+    /// Timer of the deadline; `None` if there is none, and after the end of the body.
+    deadline: Option<Pin<Box<Sleep>>>,
     _open: Option<OpenCall>,
 }
 
-impl http_body::Body for CountedBody {
+impl http_body::Body for AnswerBody {
     type Data = <Body as http_body::Body>::Data;
     type Error = <Body as http_body::Body>::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let this = &mut *self;
+        // The timer is polled first, because a stream may always have a further message.
+        if let Some(timer) = &mut this.deadline
+            && timer.as_mut().poll(cx).is_ready()
+        {
+            this.deadline = None;
+            // Dropping the stream ends the work of the call.
+            this.body = Body::empty();
+            let mut trailers = HeaderMap::new();
+            let late = status::status(ServiceError::DeadlineExceeded);
+            let added = late.add_header(&mut trailers);
+            return Poll::Ready(Some(added.map(|()| Frame::trailers(trailers))));
+        }
+        let frame = std::task::ready!(Pin::new(&mut this.body).poll_frame(cx));
+        let has_ended = match &frame {
+            Some(Ok(frame)) => frame.is_trailers(),
+            Some(Err(_)) | None => true,
+        };
+        if has_ended {
+            this.deadline = None;
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -151,7 +192,11 @@ impl http_body::Body for CountedBody {
     }
 
     fn size_hint(&self) -> http_body::SizeHint {
-        self.body.size_hint()
+        match self.deadline {
+            // The deadline may cut the body off.
+            Some(_) => http_body::SizeHint::default(),
+            None => self.body.size_hint(),
+        }
     }
 }
 
@@ -243,7 +288,7 @@ fn is_server_fault(code: Code) -> bool {
 
 /// Returns the time that the client's `grpc-timeout` leaves, minus [`DEADLINE_MARGIN`]; `None`
 /// without a valid one.
-fn deadline(headers: &HeaderMap) -> Option<Duration> {
+fn time_left(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     // The gRPC protocol allows at most eight digits.
@@ -320,7 +365,7 @@ mod tests {
         let left = |text: &str| {
             let mut headers = HeaderMap::new();
             headers.insert("grpc-timeout", HeaderValue::from_str(text).unwrap());
-            deadline(&headers)
+            time_left(&headers)
         };
         assert_eq!(left("2S"), Some(Duration::from_millis(1997)));
         assert_eq!(left("50m"), Some(Duration::from_millis(47)));

@@ -6,12 +6,14 @@
 //! gRPC. There are no routes in the code: `routes` reads the annotations.
 
 mod answer;
+mod hosts;
 mod openapi;
 mod request;
 mod routes;
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -22,11 +24,15 @@ use tonic::codegen::http::{
 use tower::{Layer, Service};
 
 use self::answer::StreamForm;
+pub use self::hosts::RestHost;
 use self::request::{LateBody, RequestParts};
 use self::routes::{BodyFields, Lookup, Route};
+use super::auth::LogRate;
 use super::listener::Peer;
+use super::observe::{REQUEST_ID, request_id};
 use super::status::status;
 use crate::domain::violation::{quoted, shortened};
+use crate::service::audit::AUDIT;
 use crate::service::error::ServiceError;
 
 /// Path of the OpenAPI document.
@@ -52,12 +58,16 @@ pub(super) fn prepare() -> Result<(), String> {
 }
 
 /// Layer that adds [`RestService`] to a server.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct RestLayer {
     /// Maximum size of a request's body, in bytes; `None` serves gRPC only.
     pub max_body: Option<usize>,
     /// Maximum size of a request's headers, in bytes.
     pub max_headers: usize,
+    /// Names of hosts that requests may ask for; `None` means every name.
+    pub hosts: Option<Arc<[RestHost]>>,
+    /// Limits the number of refusals that are logged.
+    pub log: Arc<LogRate>,
 }
 
 impl<S> Layer<S> for RestLayer {
@@ -66,7 +76,7 @@ impl<S> Layer<S> for RestLayer {
     fn layer(&self, inner: S) -> RestService<S> {
         RestService {
             inner,
-            layer: *self,
+            layer: self.clone(),
         }
     }
 }
@@ -104,26 +114,49 @@ where
         if let Some(peer) = request.extensions().get::<Peer>() {
             peer.activity.touch();
         }
-        let max_headers = self.layer.max_headers;
+        let layer = self.layer.clone();
         Box::pin(async move {
             let planned = match is_grpc {
                 true => Err(Refused::of(
                     StatusCode::HTTP_VERSION_NOT_SUPPORTED,
                     ServiceError::invalid("version", "is HTTP/1.1: gRPC needs HTTP/2"),
                 )),
-                false => plan(&request, max_headers, max_body),
+                false => plan(&request, &layer, max_body),
             };
             let call = match planned {
                 Ok(Plan::Call(call)) => call,
                 Ok(Plan::Document(document)) => {
                     return Ok(answer::json(StatusCode::OK, document.as_bytes()));
                 }
-                Err(refused) => return Ok(refused.into_response()),
+                Err(refused) => return Ok(layer.refuse(&request, refused)),
             };
             let (route, form, resumes) = (call.parts.route, call.form, call.resumes());
             let response = inner.call(call.into_grpc(request)).await?;
             Ok(answer::convert(response, route, form, resumes).await)
         })
+    }
+}
+
+impl RestLayer {
+    /// Answers a request that is refused, and logs it if the caller may not make it.
+    fn refuse(&self, request: &Request<Body>, refused: Refused) -> Response<Body> {
+        let id = request_id(request.headers());
+        if refused.http == StatusCode::FORBIDDEN && self.log.try_log() {
+            let peer = request.extensions().get::<Peer>();
+            let peer = peer.map(|p| p.address.to_string());
+            tracing::warn!(
+                target: AUDIT,
+                peer,
+                request_id = id,
+                reason = %refused.error,
+                "refused"
+            );
+        }
+        let mut response = refused.into_response();
+        if let Ok(id) = HeaderValue::from_str(&id) {
+            response.headers_mut().insert(REQUEST_ID, id);
+        }
+        response
     }
 }
 
@@ -212,7 +245,8 @@ impl PlannedCall {
 }
 
 /// Finds the method of a request and checks its headers.
-fn plan(request: &Request<Body>, max_headers: usize, max_body: usize) -> Result<Plan, Refused> {
+fn plan(request: &Request<Body>, layer: &RestLayer, max_body: usize) -> Result<Plan, Refused> {
+    let max_headers = layer.max_headers;
     let headers = request.headers();
     let header_bytes: usize = headers
         .iter()
@@ -223,6 +257,9 @@ fn plan(request: &Request<Body>, max_headers: usize, max_body: usize) -> Result<
             StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             ServiceError::invalid("headers", format!("have more than {max_headers} bytes")),
         ));
+    }
+    if let Some(hosts) = &layer.hosts {
+        check_host(request, hosts)?;
     }
     check_origin(request)?;
     let (verb, path) = (request.method(), request.uri().path());
@@ -300,27 +337,48 @@ fn other_verb(verb: &Method, accepted: &[&Method]) -> Refused {
     }
 }
 
+/// Returns the host that a request asks for, with its port.
+fn host(request: &Request<Body>) -> Option<&str> {
+    match request.uri().authority() {
+        Some(authority) => Some(authority.as_str()),
+        None => request.headers().get(header::HOST)?.to_str().ok(),
+    }
+}
+
+fn denied(message: String) -> Refused {
+    let error = ServiceError::PermissionDenied { message };
+    Refused::of(StatusCode::FORBIDDEN, error)
+}
+
+/// Refuses requests for a host with an unknown name, because a page may have pointed its own name
+/// at this server. Every browser names the host.
+fn check_host(request: &Request<Body>, known: &[RestHost]) -> Result<(), Refused> {
+    let has_host = request.uri().authority().is_some() || request.headers().contains_key("host");
+    let host = host(request).unwrap_or_default();
+    if !has_host || hosts::is_known(host, known) {
+        return Ok(());
+    }
+    Err(denied(format!(
+        "the host is {}: without tokens and TLS this server answers REST under an IP address, \
+         localhost and the names in the setting rest_hosts; add the name to it",
+        quoted(&shortened(host, MAX_REPEATED))
+    )))
+}
+
 /// Refuses requests that a browser sends for a page of another site. Such a page could otherwise
-/// send calls to a server without tokens that only this machine reaches.
+/// send calls to a server without tokens that only this machine reaches. [`check_host`] refuses the
+/// pages whose host name was pointed at this machine.
 fn check_origin(request: &Request<Body>) -> Result<(), Refused> {
-    let headers = request.headers();
-    let Some(origin) = headers.get(header::ORIGIN) else {
+    let Some(origin) = request.headers().get(header::ORIGIN) else {
         return Ok(());
     };
-    let host = match request.uri().authority() {
-        Some(authority) => Some(authority.as_str()),
-        None => headers.get(header::HOST).and_then(|h| h.to_str().ok()),
-    };
     let origin = origin.to_str().ok().and_then(|o| o.split_once("://"));
-    match (origin, host) {
+    match (origin, host(request)) {
         (Some((_, origin)), Some(host)) if origin.eq_ignore_ascii_case(host) => Ok(()),
-        _ => Err(Refused::of(
-            StatusCode::FORBIDDEN,
-            ServiceError::PermissionDenied {
-                message: "this server answers no pages of other origins (CORS): put a proxy that \
-                          allows them in front of it"
-                    .to_owned(),
-            },
+        _ => Err(denied(
+            "this server answers no pages of other origins (CORS): put a proxy that allows them \
+             in front of it"
+                .to_owned(),
         )),
     }
 }

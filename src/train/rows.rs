@@ -56,6 +56,18 @@ pub fn parquet_records<R: Fn(&str) -> Option<String> + Send + 'static>(
     columnar::decode(path, &[], rename)
 }
 
+/// Reads all columns of the records of a trusted Parquet file, as they are. `rename` is as for
+/// [`parquet_records`].
+///
+/// # Errors
+/// Fails if the file cannot be opened, or its footer is not usable.
+pub fn whole_parquet_records<R: Fn(&str) -> Option<String> + Send + 'static>(
+    path: &Path,
+    rename: R,
+) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<R>, DataError> {
+    columnar::decode_whole(path, rename)
+}
+
 /// Returns the pairs of one line of a JSONL file, or the finding that it cannot be read.
 pub fn pairs_of_line(
     row: u64,

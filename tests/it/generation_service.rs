@@ -8,7 +8,9 @@ use bradley::rpc::pb;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use crate::server::{Server, is_final, is_step, job, reason, state, submit, until_event, upload};
+use crate::server::{
+    Server, free_port, is_final, is_step, job, reason, state, submit, until_event, upload,
+};
 use crate::support::{binary, golden, tiny};
 use crate::wait::until;
 
@@ -427,11 +429,97 @@ async fn the_command_continues_a_prompt_and_the_prompts_of_a_file() {
         );
         assert!(samples.iter().all(|s| s["logprob"].as_f64().unwrap() < 0.0));
     }
-    std::fs::write(&prompts, "{\"id\": \"a\", \"prompt\": 3}\n").unwrap();
-    let wrong = run(&files);
-    let message = String::from_utf8(wrong.stderr).unwrap();
-    assert!(
-        !wrong.status.success() && message.contains("row 1: prompt is a number"),
-        "{message}"
+    let refused = |arguments: &[&str], parts: &[&str]| {
+        let wrong = run(arguments);
+        let message = String::from_utf8(wrong.stderr).unwrap();
+        assert!(!wrong.status.success(), "{message}");
+        for part in parts {
+            assert!(message.contains(part), "{part:?} is not in {message}");
+        }
+    };
+    // The input and complete results are never replaced by an error.
+    let complete = std::fs::read(&out).unwrap();
+    let data = ["--data", files[1], "--out", files[1]];
+    refused(&data, &["would replace a file of --data"]);
+    assert_eq!(std::fs::read_to_string(&prompts).unwrap(), lines);
+    let many = "{\"prompt\": \"x\"}\n".repeat(3) + "{\"prompt\": [3]}\n";
+    std::fs::write(&prompts, many).unwrap();
+    refused(
+        &files,
+        &["row 4: ", "out.jsonl.part has the first 3 results"],
     );
+    let part = std::fs::read_to_string(dir.path().join("out.jsonl.part")).unwrap();
+    assert_eq!(part.lines().count(), 3);
+    std::fs::write(&prompts, "{\"id\": \"a\", \"prompt\": 3}\n").unwrap();
+    refused(&files, &["row 1: prompt is a number"]);
+    std::fs::write(&prompts, "{\"seed\": 1, \"prompt\": \"x\"}\n").unwrap();
+    refused(&files, &["row 1: the result's column seed would replace"]);
+    assert_eq!(std::fs::read(&out).unwrap(), complete);
+
+    // CSV, compressed and with another name of the prompt's column. All columns are copied.
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut packed, b"ask,note\nx,01\ny,2\n").unwrap();
+    std::fs::write(&prompts, packed.finish().unwrap()).unwrap();
+    let printed = run(&["--data", files[1], "--columns", "prompt=ask"]);
+    let message = String::from_utf8_lossy(&printed.stderr);
+    assert!(printed.status.success(), "{message}");
+    let rows: Vec<serde_json::Value> = String::from_utf8(printed.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(
+        (&rows[0]["prompt"], &rows[0]["note"]),
+        (&"x".into(), &"01".into())
+    );
+    assert_eq!(
+        (&rows[1]["note"], &rows[1]["seed"]),
+        (&"2".into(), &6.into())
+    );
+}
+
+/// Prompts of a file are sent again while the server is not there, and a seed that is not given is
+/// the same in all attempts of a row.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_prompts_of_a_file_survive_a_restart_of_the_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = free_port();
+    let listen = format!("127.0.0.1:{port}");
+    let models = format!("tiny={}", golden("models/llama").display());
+    let data_dir = dir.path().join("data");
+    let mut server = Server::start_with(&data_dir, &models, &["--listen", &listen]);
+    let prompts = dir.path().join("prompts.jsonl");
+    std::fs::write(&prompts, "{\"prompt\": \"x\"}\n".repeat(200)).unwrap();
+    let out = dir.path().join("out.jsonl");
+    let part = dir.path().join("out.jsonl.part");
+    let mut command = std::process::Command::new(binary())
+        .args(["generate", "--server", &server.address, "--policy", "tiny"])
+        .args(["--max-tokens", "100", "--ignore-eos", "--data"])
+        .arg(&prompts)
+        .arg("--out")
+        .arg(&out)
+        .spawn()
+        .unwrap();
+    until("a first result", Duration::from_secs(60), async || {
+        std::fs::read_to_string(&part).is_ok_and(|text| !text.is_empty())
+    })
+    .await;
+    server.kill();
+    assert!(!out.exists(), "the command was faster than the test");
+    let server = Server::start_with(&data_dir, &models, &["--listen", &listen]);
+    let status = tokio::task::block_in_place(|| command.wait().unwrap());
+    assert!(status.success());
+    drop(server);
+    let text = std::fs::read_to_string(&out).unwrap();
+    let seeds: Vec<u64> = text
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .map(|row| row["seed"].as_u64().unwrap())
+        .collect();
+    assert_eq!(seeds.len(), 200);
+    assert!(
+        seeds.windows(2).all(|w| w[1] == w[0].wrapping_add(1)),
+        "{seeds:?}"
+    );
+    assert!(!part.exists());
 }

@@ -505,7 +505,7 @@ async fn tokens_and_roles_are_checked_before_a_body_is_read() {
     // Nothing of the announced body is sent.
     for (credentials, status) in [("x", "401"), (scorer.as_str(), "403")] {
         let head = format!(
-            "POST /v1/trainingJobs HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+            "POST /v1/trainingJobs HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
              content-type: application/json\r\ncontent-length: 100000\r\n\
              authorization: Bearer {credentials}\r\n\r\n"
         );
@@ -573,7 +573,7 @@ async fn hostile_requests_are_refused_one_by_one() {
         ];
         let body = bodies[random.random_range(0..bodies.len())];
         let head = format!(
-            "{verb} {} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+            "{verb} {} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
              content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
             path.replace(' ', ""),
             body.len()
@@ -589,7 +589,7 @@ async fn hostile_requests_are_refused_one_by_one() {
     let query = "states=JOB_STATE_QUEUED&".repeat(2600);
     let long = get(&server, &format!("/v1/trainingJobs?{query}page_size=x")).await;
     assert_eq!(long.status, 400, "{}", long.status);
-    let longer = format!("GET /v1/models?{query}{query} HTTP/1.1\r\nhost: x\r\n\r\n");
+    let longer = format!("GET /v1/models?{query}{query} HTTP/1.1\r\nhost: localhost\r\n\r\n");
     let longer = tokio::task::block_in_place(|| raw(address(&server), longer.as_bytes()));
     assert!(longer.starts_with("HTTP/1.1 414 "), "{longer}");
     let values = format!("{{\"pairs\": [{}0]}}", "0,".repeat(500_000));
@@ -605,9 +605,9 @@ async fn hostile_requests_are_refused_one_by_one() {
     for bytes in [
         &b"GET / HTTP/9.9\r\n\r\n"[..],
         b"\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
-        b"POST /v1/trainingJobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+        b"POST /v1/trainingJobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
           transfer-encoding: chunked\r\n\r\nzz\r\n",
-        b"GET /v1/models HTTP/1.1\r\nhost: x\r\nhost y\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nhost y\r\n\r\n",
     ] {
         tokio::task::block_in_place(|| raw(address(&server), bytes));
     }
@@ -657,6 +657,141 @@ async fn streams_end_when_their_client_leaves_and_when_the_server_stops() {
     let (id, event, data) = reading.expect("a last event");
     assert_eq!((id, event.as_str()), (None, "status"), "{data}");
     assert_eq!(reason(&data), "DRAINING");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_ends_at_its_deadline() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let grpc = server.client().await;
+    let dataset = upload(&grpc, "pairs.jsonl").await.name;
+    let name = submit(&grpc, job(&dataset, 100_000)).await;
+    let path = format!("/v1/{name}/events:stream");
+    let stream = request(&server, Method::GET, &path).header("x-server-timeout", "1");
+    let lines = stream.try_clone().unwrap().send().await.unwrap();
+    assert_eq!(lines.status(), 200);
+    let text = lines.text().await.unwrap();
+    let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!(last["@type"], "type.googleapis.com/google.rpc.Status");
+    assert_eq!(
+        (last["code"].as_i64(), reason(&last)),
+        (Some(4), "DEADLINE_EXCEEDED")
+    );
+
+    let mut events = stream
+        .header("accept", "text/event-stream")
+        .send()
+        .await
+        .unwrap();
+    let mut received = Received::default();
+    while let Some(bytes) = events.chunk().await.unwrap() {
+        received.add(&bytes);
+    }
+    let (id, event, data) = received.events.pop().expect("a last event");
+    assert_eq!((id, event.as_str()), (None, "status"), "{data}");
+    assert_eq!(reason(&data), "DEADLINE_EXCEEDED");
+
+    // This channel transmits the deadline of a gRPC call and does not apply it.
+    let carrier = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+        .http2_only(true)
+        .build_http();
+    let origin = server.address.parse().unwrap();
+    let mut events = tonic::Request::new(pb::StreamTrainingEventsRequest {
+        parent: name,
+        ..Default::default()
+    });
+    let limit = "1S".parse().unwrap();
+    events.metadata_mut().insert("grpc-timeout", limit);
+    let mut client =
+        pb::training_service_client::TrainingServiceClient::with_origin(carrier, origin);
+    let mut events = client
+        .stream_training_events(events)
+        .await
+        .unwrap()
+        .into_inner();
+    events.message().await.unwrap().expect("an event");
+    let late = loop {
+        match events.message().await {
+            Ok(Some(_)) => {}
+            ended => break ended.expect_err("the stream ends with an error"),
+        }
+    };
+    assert_eq!(late.code(), tonic::Code::DeadlineExceeded, "{late}");
+    assert_eq!(crate::server::reason(&late), "DEADLINE_EXCEEDED");
+    until("the end of the streams' work", PATIENCE, async || {
+        let metrics = server.metrics();
+        metrics
+            .lines()
+            .any(|line| line == "bradley_event_streams 0")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_cannot_point_its_own_name_at_a_server_without_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let hosts = "bradley,*.models.svc";
+    let server = Server::start_with(dir.path(), &tiny(), &["--rest-hosts", hosts]);
+    let call = |host: &str| {
+        let port = address(&server).rsplit(':').next().unwrap().to_owned();
+        let host = format!("{host}:{port}");
+        let origin = format!("http://{host}");
+        request(&server, Method::GET, "/v1/models")
+            .header("host", host)
+            // For the browser, the page and the server have the same origin.
+            .header("origin", origin)
+    };
+    for host in ["127.0.0.1", "localhost", "[::1]", "bradley", "b.models.svc"] {
+        assert_eq!(send(call(host)).await.status, 200, "{host}");
+    }
+    let own = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    assert_eq!(send(call(own.trim())).await.status, 200, "{own}");
+    let page = send(call("attacker.example")).await;
+    assert_eq!(
+        (page.status, reason(&page.body)),
+        (403, "PERMISSION_DENIED")
+    );
+    let message = page.body["message"].as_str().unwrap();
+    assert!(
+        message.contains("attacker.example") && message.contains("rest_hosts"),
+        "{message}"
+    );
+    assert!(!page.headers["x-request-id"].is_empty());
+    until("the line of the audit log", PATIENCE, async || {
+        let lines = server.lines_with("attacker.example");
+        lines
+            .iter()
+            .any(|line| line.contains("\"target\":\"audit\""))
+    })
+    .await;
+    // HTTP/2 has the name in another place, and gRPC calls are not those of a page.
+    let to = address(&server).to_owned();
+    let connector = tower::service_fn(move |_: tonic::codegen::http::Uri| {
+        let to = to.clone();
+        async move {
+            let stream = tokio::net::TcpStream::connect(to).await?;
+            Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
+        }
+    });
+    let carrier = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
+        .http2_only(true)
+        .build::<_, tonic::body::Body>(connector);
+    let uri = "http://attacker.example/v1/models".parse().unwrap();
+    assert_eq!(carrier.get(uri).await.unwrap().status().as_u16(), 403);
+    let origin = "http://attacker.example".parse().unwrap();
+    pb::model_service_client::ModelServiceClient::with_origin(carrier, origin)
+        .list_models(pb::ListModelsRequest {})
+        .await
+        .unwrap();
+    drop(server);
+
+    // With tokens, a page has none.
+    let scorer = token(dir.path(), "team", "score");
+    let server = Server::start_with(dir.path(), &tiny(), &["--auth", "tokens"]);
+    let proxied = request(&server, Method::GET, "/v1/models")
+        .header("host", "models.example.com")
+        .bearer_auth(&scorer);
+    assert_eq!(send(proxied).await.status, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -69,8 +69,6 @@ impl Server {
         command
             .args([
                 "serve",
-                "--listen",
-                "127.0.0.1:0",
                 "--http-listen",
                 "127.0.0.1:0",
                 "--log-format",
@@ -85,6 +83,9 @@ impl Server {
             // A build with the feature `cuda` would otherwise choose an emulated GPU.
             .env("BRADLEY_DEVICE", "cpu")
             .stderr(Stdio::piped());
+        if !flags.contains(&"--listen") {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
         prepare(&mut command);
         let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));

@@ -73,6 +73,8 @@ class Fake(
         self.failures: list[Any] = []
         self.calls: list[tuple[str, float, Any]] = []
         self.bad_pairs: dict[str, status_pb2.Status] = {}
+        # Number of further times that the server has no time for a pair.
+        self.busy_again: dict[str, int] = {}
         # A pair because of which a whole call is refused.
         self.spoiler = ""
         # Seconds before a failure.
@@ -108,7 +110,9 @@ class Fake(
         it refuses stays refused."""
         error = self.bad_pairs[name]
         if error.code == grpc.StatusCode.UNAVAILABLE.value[0]:
-            del self.bad_pairs[name]
+            self.busy_again[name] = self.busy_again.get(name, 0) - 1
+            if self.busy_again[name] < 0:
+                del self.bad_pairs[name]
         return error
 
     def ScorePairs(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -148,6 +152,12 @@ class Fake(
     def CancelTrainingJob(self, request: Any, context: Any) -> Any:  # noqa: N802
         self._begin("CancelTrainingJob", request, context)
         return training_pb2.TrainingJob(name=request.name)
+
+    def StreamTrainingEvents(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._begin("StreamTrainingEvents", request, context)
+        event = training_pb2.TrainingEvent(sequence=1)
+        event.state_change.to = training_pb2.JOB_STATE_SUCCEEDED
+        yield event
 
     def UploadDataset(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         self._begin("UploadDataset", None, context)
@@ -412,6 +422,33 @@ def test_the_server_may_ask_for_more_attempts_than_lost_connections_get(
         with pytest.raises(UnavailableError):
             other.job("x")
         assert servicer.failures == []
+
+
+def test_the_server_may_ask_for_more_attempts_at_a_pair(fake: tuple[Fake, Client]) -> None:
+    servicer, client = fake
+    few = RetryPolicy(max_attempts=2, first_delay=0.01)
+    with Client(client._session.address.target, retry=few) as other:
+        servicer.bad_pairs, servicer.busy_again = {"1": busy(0.01)}, {"1": 3}
+        answers = list(other.stream_scores(iter(PAIRS), "models/x", timeout=5))
+        assert sorted(a.result.id for a in answers) == ["0", "1", "2", "3"]
+        assert all(a.result.HasField("score") for a in answers)
+        assert len(servicer.calls) == 5
+    once = RetryPolicy(max_attempts=1)
+    with Client(client._session.address.target, retry=once) as other:
+        servicer.bad_pairs = {"1": busy(0.01)}
+        answers = list(other.stream_scores(iter(PAIRS), "models/x", timeout=5))
+        assert [a.result.id for a in answers if a.result.HasField("error")] == ["1"]
+
+
+def test_a_stream_that_ends_at_once_is_not_opened_again_at_once(
+    fake: tuple[Fake, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servicer, client = fake
+    monkeypatch.setattr("bradley.calls._PAUSE", 0.2)
+    servicer.failures = [grpc.StatusCode.DEADLINE_EXCEEDED] * 2
+    assert [event.sequence for event in client.watch("x")] == [1]
+    assert [name for name, _, _ in servicer.calls] == ["StreamTrainingEvents"] * 3
+    assert min(gaps(servicer)) >= 0.2
 
 
 def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_the_call_may_last() -> None:

@@ -15,7 +15,7 @@ use arrow_schema::DataType;
 use serde_json::{Map, Value};
 
 use super::columns::{ColumnMap, check_answers};
-use super::row::{DataRow, DataRows};
+use super::row::{DataRow, DataRows, PROMPT_COLUMNS, Wanted};
 use crate::domain::dataset::IssueReason;
 use crate::domain::logged::is_logged_column;
 use crate::domain::message::without_nulls;
@@ -29,18 +29,23 @@ use crate::train::rows::names::{self, is_used};
 pub(super) fn read_stream(
     reader: impl Read + Send + 'static,
     columns: &ColumnMap,
+    wanted: Wanted,
 ) -> Result<DataRows, String> {
     let reader = guarded(|| StreamReader::try_new(BufReader::new(reader), None))?;
-    read(reader.map_err(|e| unreadable(&e))?, columns)
+    read(reader.map_err(|e| unreadable(&e))?, columns, wanted)
 }
 
 /// Reads a file with a footer.
 ///
 /// # Errors
 /// Returns a text, without the file's name, if the schema cannot be used.
-pub(super) fn read_file(file: File, columns: &ColumnMap) -> Result<DataRows, String> {
+pub(super) fn read_file(
+    file: File,
+    columns: &ColumnMap,
+    wanted: Wanted,
+) -> Result<DataRows, String> {
     let reader = guarded(|| FileReader::try_new(BufReader::new(file), None))?;
-    read(reader.map_err(|e| unreadable(&e))?, columns)
+    read(reader.map_err(|e| unreadable(&e))?, columns, wanted)
 }
 
 fn unreadable(e: &dyn std::fmt::Display) -> String {
@@ -50,12 +55,15 @@ fn unreadable(e: &dyn std::fmt::Display) -> String {
 fn read(
     batches: impl RecordBatchReader + Send + 'static,
     columns: &ColumnMap,
+    wanted: Wanted,
 ) -> Result<DataRows, String> {
     let schema = batches.schema();
     let found: Vec<String> = schema.fields().iter().map(|f| f.name().clone()).collect();
     columns.check(&found)?;
     let names: Vec<Option<String>> = found.iter().map(|name| columns.rename(name)).collect();
-    check_answers(&names)?;
+    if wanted == Wanted::Pairs {
+        check_answers(&names)?;
+    }
     let batches = Batches {
         inner: Some(batches),
     };
@@ -64,7 +72,12 @@ fn read(
         match batch {
             Ok(batch) => {
                 let rows = batch.num_rows();
-                Box::new((0..rows).map(move |i| Ok(row(&batch, &names, i))))
+                Box::new((0..rows).map(move |i| {
+                    Ok(match wanted {
+                        Wanted::Pairs => row(&batch, &names, i),
+                        Wanted::All => whole_row(&batch, &names, i),
+                    })
+                }))
             }
             Err(reason) => Box::new(std::iter::once(Err(reason))),
         }
@@ -123,6 +136,28 @@ fn row(batch: &RecordBatch, names: &[Option<String>], i: usize) -> DataRow {
                 return DataRow::bad(name, IssueReason::InvalidType, message);
             }
         };
+    }
+    DataRow::Fields(fields)
+}
+
+/// Converts all columns of a record.
+fn whole_row(batch: &RecordBatch, names: &[Option<String>], i: usize) -> DataRow {
+    let mut fields = Map::new();
+    for (name, array) in names.iter().zip(batch.columns()) {
+        let Some(name) = name else {
+            continue;
+        };
+        let value = match value(array, i) {
+            // In a column of structs, a key that a row lacks is null if another row has it.
+            Ok(value) if PROMPT_COLUMNS.contains(&name.as_str()) => without_nulls(value),
+            Ok(value) => value,
+            Err(kind) => {
+                let message =
+                    format!("{name} holds {kind}, which JSON does not have: leave the column out");
+                return DataRow::bad(name, IssueReason::InvalidType, message);
+            }
+        };
+        fields.insert(name.clone(), value);
     }
     DataRow::Fields(fields)
 }

@@ -10,7 +10,7 @@ use csv::{ByteRecord, Reader, ReaderBuilder};
 use serde_json::{Map, Value};
 
 use super::columns::{ColumnMap, check_answers};
-use super::row::{DataRow, DataRows};
+use super::row::{DataRow, DataRows, PROMPT_COLUMNS, Wanted};
 use crate::domain::dataset::IssueReason;
 use crate::domain::logged::is_logged_column;
 use crate::train::rows::MAX_LINE_BYTES;
@@ -24,6 +24,7 @@ pub(super) fn read(
     reader: impl Read + Send + 'static,
     delimiter: u8,
     columns: &ColumnMap,
+    wanted: Wanted,
 ) -> Result<DataRows, String> {
     let bounded = Bounded {
         inner: reader,
@@ -49,10 +50,13 @@ pub(super) fn read(
     }
     columns.check(&header)?;
     let names: Vec<Option<String>> = header.iter().map(|name| columns.rename(name)).collect();
-    check_answers(&names)?;
+    if wanted == Wanted::Pairs {
+        check_answers(&names)?;
+    }
     Ok(Box::new(CsvRecords {
         csv,
         names,
+        wanted,
         has_ended: false,
     }))
 }
@@ -61,6 +65,7 @@ struct CsvRecords<R> {
     csv: Reader<Bounded<R>>,
     /// The name of each column after `--columns`; `None` for one that is left out.
     names: Vec<Option<String>>,
+    wanted: Wanted,
     has_ended: bool,
 }
 
@@ -103,7 +108,12 @@ impl<R> CsvRecords<R> {
                 let message = format!("{name} is not UTF-8: save the file as UTF-8");
                 return DataRow::bad(name, IssueReason::InvalidUtf8, message);
             };
-            match value(name, text) {
+            let value = match self.wanted {
+                Wanted::Pairs => value(name, text),
+                Wanted::All if PROMPT_COLUMNS.contains(&name.as_str()) => value("prompt", text),
+                Wanted::All => Ok(Value::from(text)),
+            };
+            match value {
                 Ok(value) => fields.insert(name.clone(), value),
                 Err(message) => return DataRow::bad(name, IssueReason::InvalidType, message),
             };
@@ -191,7 +201,7 @@ mod tests {
         let columns: Vec<String> = columns.iter().map(|pair| (*pair).to_owned()).collect();
         let columns = ColumnMap::parse(&columns).unwrap();
         let reader = std::io::Cursor::new(text.as_bytes().to_vec());
-        read(reader, delimiter, &columns)?.collect()
+        read(reader, delimiter, &columns, Wanted::Pairs)?.collect()
     }
 
     fn fields(row: &DataRow) -> String {

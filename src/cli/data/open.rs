@@ -4,14 +4,16 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
+use serde_json::{Map, Value};
 use tempfile::NamedTempFile;
 
 use super::columns::{ColumnMap, SeenColumns};
 use super::kind::{Compression, HEAD, RowFormat, compression, kind};
 use super::places::DataPlace;
-use super::row::{DataRow, DataRows};
+use super::row::{DataRow, DataRows, Wanted};
 use super::{arrow, delimited, elements, lines};
-use crate::train::rows::{DataError, parquet_records};
+use crate::domain::dataset::RowIssue;
+use crate::train::rows::{DataError, parquet_records, whole_parquet_records};
 
 /// Maximum number of nested compressions, e.g. a .gz file inside a .zst file.
 const MAX_COMPRESSIONS: usize = 2;
@@ -48,7 +50,11 @@ pub(super) fn is_plain(path: &Path) -> Result<bool, String> {
 ///
 /// # Errors
 /// Returns a text, without the file's name, that says why it cannot be read and what to do.
-pub(super) fn open(place: &DataPlace, columns: &ColumnMap) -> Result<Opened, String> {
+pub(super) fn open(
+    place: &DataPlace,
+    columns: &ColumnMap,
+    wanted: Wanted,
+) -> Result<Opened, String> {
     let Unpacked {
         first,
         bytes,
@@ -67,22 +73,30 @@ pub(super) fn open(place: &DataPlace, columns: &ColumnMap) -> Result<Opened, Str
     Ok(match kind {
         RowFormat::JsonLines => unchanged(lines::read(rest)),
         RowFormat::JsonValues => unchanged(elements::read(rest)),
-        RowFormat::Delimited(delimiter) => renamed(delimited::read(rest, delimiter, columns)?),
-        RowFormat::ArrowStream => renamed(arrow::read_stream(rest, columns)?),
+        RowFormat::Delimited(delimiter) => {
+            renamed(delimited::read(rest, delimiter, columns, wanted)?)
+        }
+        RowFormat::ArrowStream => renamed(arrow::read_stream(rest, columns, wanted)?),
         // The last two need the end of the file first, so that a stream is copied to a file.
         RowFormat::ArrowFile => match place {
             DataPlace::File(path) if is_whole_file => {
                 let file = File::open(path).map_err(|e| e.to_string())?;
-                renamed(arrow::read_file(file, columns)?)
+                renamed(arrow::read_file(file, columns, wanted)?)
             }
-            _ => renamed(arrow::read_file(on_disk(rest)?.into_file(), columns)?),
+            _ => renamed(arrow::read_file(
+                on_disk(rest)?.into_file(),
+                columns,
+                wanted,
+            )?),
         },
         RowFormat::Parquet => match place {
-            DataPlace::File(path) if is_whole_file => renamed(parquet(path, None, columns)?),
+            DataPlace::File(path) if is_whole_file => {
+                renamed(parquet(path, None, columns, wanted)?)
+            }
             _ => {
                 let copy = on_disk(rest)?;
                 let path = copy.path().to_owned();
-                renamed(parquet(&path, Some(copy), columns)?)
+                renamed(parquet(&path, Some(copy), columns, wanted)?)
             }
         },
     })
@@ -214,18 +228,25 @@ fn on_disk(mut bytes: impl Read) -> Result<NamedTempFile, String> {
     Ok(file)
 }
 
+type ParquetRecords = Box<dyn Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send>;
+
 /// Opens a Parquet file. `copy` is the temporary file at `path`, which exists as long as the rows.
 fn parquet(
     path: &Path,
     copy: Option<NamedTempFile>,
     columns: &ColumnMap,
+    wanted: Wanted,
 ) -> Result<DataRows, String> {
     let seen = SeenColumns::default();
     let (names, renames) = (seen.clone(), columns.clone());
-    let records = parquet_records(path, move |name| {
+    let rename = move |name: &str| {
         names.add(name);
         renames.rename(name)
-    });
+    };
+    let records = match wanted {
+        Wanted::Pairs => parquet_records(path, rename).map(|r| Box::new(r) as ParquetRecords),
+        Wanted::All => whole_parquet_records(path, rename).map(|r| Box::new(r) as ParquetRecords),
+    };
     if !columns.is_empty() && !seen.list().is_empty() {
         columns.check(&seen.list())?;
     }

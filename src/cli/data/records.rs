@@ -23,6 +23,45 @@ pub(in crate::cli) struct DataRecord {
     pub pairs: Result<Vec<PreferenceRow>, RowIssue>,
 }
 
+/// A row with all columns, whatever they are.
+pub(in crate::cli) struct WholeRecord {
+    /// Number of the row, from 1 and through all files.
+    pub row: u64,
+    /// The row's place for messages: `row 7`, or `b.csv, row 3` if there are several files.
+    pub place: String,
+    /// The columns, or the reason why the row cannot be read.
+    pub columns: Result<Map<String, Value>, String>,
+}
+
+/// Returns the rows of files with all columns. Blank lines are left out.
+pub(super) fn whole_records(
+    mut rows: RowStream,
+) -> impl Iterator<Item = Result<WholeRecord, Failure>> + Send {
+    std::iter::from_fn(move || {
+        loop {
+            let (row, content) = match rows.next()? {
+                Ok(next) => next,
+                Err(failure) => return Some(Err(failure)),
+            };
+            let columns = match content {
+                DataRow::Line(line) if line.iter().all(u8::is_ascii_whitespace) => continue,
+                DataRow::Line(line) => serde_json::from_slice(&line)
+                    .map_err(|e| format!("{e}; give one JSON object a line")),
+                DataRow::Fields(fields) => Ok(fields),
+                DataRow::Bad(problem) => {
+                    Err(rows.names().message(&problem.field, &problem.message))
+                }
+            };
+            let place = rows.names().place(row);
+            return Some(Ok(WholeRecord {
+                row,
+                place,
+                columns,
+            }));
+        }
+    })
+}
+
 /// Iterator over the rows of files. Blank lines are left out.
 pub(super) struct RecordReader(RowStream);
 

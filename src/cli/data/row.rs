@@ -4,6 +4,18 @@ use serde_json::{Map, Value};
 
 use crate::domain::dataset::IssueReason;
 
+/// Columns of a file that are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::cli) enum Wanted {
+    /// Those of preference pairs, which the file must have. Others are only reported as not used.
+    Pairs,
+    /// All, as they are.
+    All,
+}
+
+/// Columns with a prompt, which may be a list of messages, in files whose columns are all read.
+pub(super) const PROMPT_COLUMNS: [&str; 2] = ["prompt", "messages"];
+
 /// A row of a file.
 #[derive(Debug)]
 pub(in crate::cli) enum DataRow {

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use super::columns::ColumnMap;
 use super::open::{Opened, open};
 use super::places::DataPlace;
-use super::row::{DataRow, RowProblem};
+use super::row::{DataRow, RowProblem, Wanted};
 use crate::cli::failure::Failure;
 use crate::domain::dataset::RowIssue;
 
@@ -17,6 +17,7 @@ pub(super) struct RowStream {
     places: IntoIter<DataPlace>,
     current: Option<Opened>,
     columns: ColumnMap,
+    wanted: Wanted,
     names: SourceNames,
     /// Number of the last row.
     row: u64,
@@ -85,8 +86,15 @@ impl SourceNames {
 }
 
 impl RowStream {
+    /// Returns the rows of pairs.
     pub(super) fn new(places: Vec<DataPlace>, columns: ColumnMap) -> Self {
+        RowStream::wanting(Wanted::Pairs, places, columns)
+    }
+
+    /// Returns rows with the wanted columns.
+    pub(super) fn wanting(wanted: Wanted, places: Vec<DataPlace>, columns: ColumnMap) -> Self {
         RowStream {
+            wanted,
             places: places.into_iter(),
             current: None,
             names: SourceNames::new(columns.clone()),
@@ -118,7 +126,7 @@ impl RowStream {
             };
             self.names.files.push((place.name(), self.row + 1));
             self.is_unchecked = true;
-            self.current = Some(open(&place, &self.columns)?);
+            self.current = Some(open(&place, &self.columns, self.wanted)?);
         }
     }
 

@@ -367,3 +367,32 @@ async fn the_hash_is_that_of_the_bytes_that_are_sent() {
     std::fs::write(&cut, "prompt,chosen,rejected\na,b,c\na,b\n").unwrap();
     assert_eq!(hash(&cut).await, None);
 }
+
+#[test]
+fn all_columns_of_every_format_are_read_if_no_pairs_are_wanted() {
+    let dir = tempfile::tempdir().unwrap();
+    // No column of a pair but the prompt, in 24 files.
+    for path in every_format(dir.path(), ["prompt", "tags", "note"]) {
+        let data = DataFiles {
+            places: vec![DataPlace::File(path.clone())],
+            columns: ColumnMap::default(),
+        };
+        let rows: Vec<String> = data
+            .whole_records()
+            .map(|record| {
+                let record = record.unwrap_or_else(|e| panic!("{}: {e:?}", path.display()));
+                format!("{}: {}", record.place, json_of(record.columns.unwrap()))
+            })
+            .collect();
+        let expected = [
+            r#"row 1: {"prompt":"p","tags":"a","note":"c"}"#,
+            r#"row 2: {"prompt":"q","tags":"b","note":"d"}"#,
+        ];
+        assert_eq!(rows, expected, "{}", path.display());
+        assert!(read(&path).is_err() || read(&path).unwrap()[0].is_err());
+    }
+}
+
+fn json_of(columns: serde_json::Map<String, serde_json::Value>) -> String {
+    serde_json::Value::Object(columns).to_string()
+}

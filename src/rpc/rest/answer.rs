@@ -9,6 +9,7 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use http_body::{Body as _, Frame};
 use prost::Message as _;
 use prost_reflect::{DynamicMessage, FieldDescriptor, MessageDescriptor};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, Sleep};
 use tonic::body::Body;
 use tonic::codegen::http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
@@ -249,9 +250,12 @@ async fn stream(body: Body, route: &Route, form: StreamForm, resumes: bool) -> R
     let mut events = Events {
         body,
         data: BytesMut::new(),
-        descriptor: route.method.output(),
-        sequence: route.cursor.as_ref().map(|c| c.sequence.clone()),
-        form,
+        text: EventText {
+            descriptor: route.method.output(),
+            sequence: route.cursor.as_ref().map(|c| c.sequence.clone()),
+            form,
+        },
+        converting: None,
         heartbeat: Box::pin(tokio::time::sleep(HEARTBEAT)),
         waiting: None,
         has_ended: false,
@@ -284,10 +288,28 @@ async fn stream(body: Body, route: &Route, form: StreamForm, resumes: bool) -> R
 
 /// A step of a stream.
 enum Next {
-    /// A message.
-    Message(Bytes),
+    /// The text of a message.
+    Text(Vec<u8>),
     /// The end, with the error if there was one.
     End(Option<Status>),
+}
+
+impl From<Result<Vec<u8>, Status>> for Next {
+    fn from(text: Result<Vec<u8>, Status>) -> Self {
+        match text {
+            Ok(text) => Next::Text(text),
+            Err(status) => Next::End(Some(status)),
+        }
+    }
+}
+
+/// Turns messages into the text of a stream.
+#[derive(Clone)]
+struct EventText {
+    descriptor: MessageDescriptor,
+    /// The field whose value is an event's ID.
+    sequence: Option<FieldDescriptor>,
+    form: StreamForm,
 }
 
 /// The body of a stream. It reads the gRPC stream only when the client takes more.
@@ -295,10 +317,9 @@ struct Events {
     body: Body,
     /// Bytes of the gRPC stream that have not been converted yet.
     data: BytesMut,
-    descriptor: MessageDescriptor,
-    /// The field whose value is an event's ID.
-    sequence: Option<FieldDescriptor>,
-    form: StreamForm,
+    text: EventText,
+    /// A message above [`MAX_INLINE`] that a thread for blocking work converts.
+    converting: Option<JoinHandle<Result<Vec<u8>, Status>>>,
     heartbeat: Pin<Box<Sleep>>,
     /// A step that was already read.
     waiting: Option<Next>,
@@ -308,8 +329,18 @@ struct Events {
 impl Events {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
         loop {
+            if let Some(converting) = &mut self.converting {
+                let text = std::task::ready!(Pin::new(converting).poll(cx));
+                self.converting = None;
+                return Poll::Ready(text.unwrap_or_else(|e| Err(conversion(e))).into());
+            }
             if let Some(message) = take_message(&mut self.data) {
-                return Poll::Ready(Next::Message(message));
+                if message.len() <= MAX_INLINE {
+                    return Poll::Ready(self.text.of(&message).into());
+                }
+                let text = self.text.clone();
+                self.converting = Some(tokio::task::spawn_blocking(move || text.of(&message)));
+                continue;
             }
             let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(cx));
             match frame.map(|frame| frame.map(Frame::into_data)) {
@@ -324,9 +355,11 @@ impl Events {
             }
         }
     }
+}
 
+impl EventText {
     /// Returns the text of a message.
-    fn text(&self, message: &[u8]) -> Result<Vec<u8>, Status> {
+    fn of(&self, message: &[u8]) -> Result<Vec<u8>, Status> {
         let json = canonical::proto_json(&self.descriptor, message).map_err(conversion)?;
         if self.form == StreamForm::Lines {
             return Ok([&json[..], b"\n"].concat());
@@ -346,7 +379,7 @@ impl Events {
     }
 
     /// Returns the last text of the stream.
-    fn last_text(&self, error: Option<Status>) -> Option<Vec<u8>> {
+    fn last(&self, error: Option<Status>) -> Option<Vec<u8>> {
         let error = error.map(|status| status_json(&status, StatusJson::Typed));
         match (self.form, error) {
             (StreamForm::Events, Some(error)) => {
@@ -376,19 +409,14 @@ impl http_body::Body for Events {
             None => this.poll_next(cx),
         };
         let text = match next {
-            Poll::Ready(Next::Message(message)) => match this.text(&message) {
-                Ok(text) => Some(text),
-                Err(status) => {
-                    this.has_ended = true;
-                    this.last_text(Some(status))
-                }
-            },
+            Poll::Ready(Next::Text(text)) => Some(text),
             Poll::Ready(Next::End(error)) => {
                 this.has_ended = true;
-                this.last_text(error)
+                this.text.last(error)
             }
             Poll::Pending => {
-                if this.form == StreamForm::Lines {
+                // Not every reader of lines skips an empty one.
+                if this.text.form == StreamForm::Lines {
                     return Poll::Pending;
                 }
                 std::task::ready!(this.heartbeat.as_mut().poll(cx));

@@ -1,7 +1,9 @@
 //! Folders of a backup that is not complete yet. Each has a locked file while its backup runs, so
-//! that the next backup recognises and removes the folders of those that were killed.
+//! that the next backup recognises and removes the folders of those that were killed. On a file
+//! system without locks, no other backup removes a folder, because it cannot lock the file either;
+//! a server that starts does.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -18,8 +20,8 @@ const PARTIAL_SUFFIX: &str = ".partial";
 /// A folder that is removed on drop, and that no other backup removes before.
 pub(super) struct Unfinished {
     folder: Temporary,
-    /// The locked file; `None` if the file system has no locks, so that nobody removes the folder.
-    lock: Option<File>,
+    /// The file [`IN_USE_FILE`], locked if the file system has locks.
+    _in_use: File,
 }
 
 impl Unfinished {
@@ -28,7 +30,10 @@ impl Unfinished {
     /// # Errors
     /// `ResourceExhausted` or `Internal` if the file system fails.
     pub fn held(temporary: &Path) -> Result<Unfinished> {
-        Unfinished::create(temporary.join(format!("{HELD_PREFIX}{}", Uuid::now_v7())))
+        Unfinished::create(
+            temporary.join(format!("{HELD_PREFIX}{}", Uuid::now_v7())),
+            File::try_lock,
+        )
     }
 
     /// Creates and locks a folder beside `target`, which becomes the backup.
@@ -46,10 +51,13 @@ impl Unfinished {
             name.to_string_lossy(),
             Uuid::now_v7()
         );
-        Unfinished::create(parent(target).join(partial))
+        Unfinished::create(parent(target).join(partial), File::try_lock)
     }
 
-    fn create(folder: PathBuf) -> Result<Unfinished> {
+    fn create(
+        folder: PathBuf,
+        lock: impl Fn(&File) -> std::result::Result<(), TryLockError>,
+    ) -> Result<Unfinished> {
         fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))?;
         let folder = Temporary(folder);
         // The file has its name only when it is locked, so that it is never found without its lock.
@@ -58,17 +66,15 @@ impl Unfinished {
             folder.0.join(IN_USE_FILE),
         );
         let file = File::create(&unlocked).map_err(|e| failed(&unlocked, e))?;
-        let lock = match file.try_lock() {
-            Ok(()) => {
-                fs::rename(&unlocked, &in_use).map_err(|e| failed(&unlocked, e))?;
-                Some(file)
-            }
-            Err(_) => {
-                remove(&unlocked)?;
-                None
-            }
-        };
-        Ok(Unfinished { folder, lock })
+        if let Err(e) = lock(&file) {
+            tracing::debug!(folder = %folder.0.display(), error = %e, "a file cannot be locked");
+        }
+        // Without a lock the file tells, too, if somebody has removed the folder.
+        fs::rename(&unlocked, &in_use).map_err(|e| failed(&unlocked, e))?;
+        Ok(Unfinished {
+            folder,
+            _in_use: file,
+        })
     }
 
     /// Returns the folder.
@@ -78,10 +84,7 @@ impl Unfinished {
 
     /// Returns true if nobody has removed the folder.
     pub fn is_intact(&self) -> bool {
-        match self.lock {
-            Some(_) => fs::exists(self.path().join(IN_USE_FILE)).unwrap_or(false),
-            None => true,
-        }
+        fs::exists(self.path().join(IN_USE_FILE)).unwrap_or(false)
     }
 
     /// Renames the folder to `target`.
@@ -91,25 +94,33 @@ impl Unfinished {
     pub fn publish(self, target: &Path) -> Result<()> {
         fs::rename(self.path(), target).map_err(|e| failed(target, e))?;
         self.folder.persist();
-        remove(&target.join(IN_USE_FILE))
+        // The backup is complete now, with or without this empty file.
+        if let Err(e) = remove(&target.join(IN_USE_FILE)) {
+            tracing::warn!(
+                backup = %target.display(),
+                error = %e,
+                "the file {IN_USE_FILE} of a complete backup cannot be removed"
+            );
+        }
+        Ok(())
     }
 }
 
 /// Removes the folders with links that killed backups left in the folder of temporary files.
 ///
 /// # Errors
-/// `Internal` if the file system fails.
+/// `Internal` if the folder cannot be read.
 pub(super) fn remove_abandoned_links(temporary: &Path) -> Result<()> {
-    remove_abandoned(temporary, |name| name.starts_with(HELD_PREFIX))
+    remove_abandoned(temporary, |name| name.starts_with(HELD_PREFIX), remove)
 }
 
 /// Removes the unfinished folders of killed backups beside `target`, whatever their targets were:
 /// the name of a backup is often its date.
 ///
 /// # Errors
-/// `Internal` if the file system fails.
+/// `Internal` if the folder beside them cannot be read.
 pub(super) fn remove_abandoned_backups(target: &Path) -> Result<()> {
-    remove_abandoned(parent(target), is_partial)
+    remove_abandoned(parent(target), is_partial, remove)
 }
 
 /// Returns true for `.NAME.UUID.partial`.
@@ -122,7 +133,13 @@ fn is_partial(name: &str) -> bool {
         .is_some_and(|(_, id)| Uuid::try_parse(id).is_ok())
 }
 
-fn remove_abandoned(folder: &Path, is_ours: impl Fn(&str) -> bool) -> Result<()> {
+/// Removes the abandoned ones of the folders that `is_ours` chooses by their names. One that cannot
+/// be removed, e.g. because it is of another user, stays.
+fn remove_abandoned(
+    folder: &Path,
+    is_ours: impl Fn(&str) -> bool,
+    remove: impl Fn(&Path) -> Result<()>,
+) -> Result<()> {
     let entries = match fs::read_dir(folder) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries.map_err(|e| failed(folder, e))?,
@@ -134,8 +151,14 @@ fn remove_abandoned(folder: &Path, is_ours: impl Fn(&str) -> bool) -> Result<()>
         }
         // A backup that is at work has locked its file.
         let in_use = File::open(entry.path().join(IN_USE_FILE));
-        if in_use.is_ok_and(|file| file.try_lock().is_ok()) {
-            remove(&entry.path())?;
+        if in_use.is_ok_and(|file| file.try_lock().is_ok())
+            && let Err(e) = remove(&entry.path())
+        {
+            tracing::warn!(
+                folder = %entry.path().display(),
+                error = %e,
+                "the folder of a backup that was killed cannot be removed: remove it by hand"
+            );
         }
     }
     Ok(())
@@ -202,6 +225,40 @@ mod tests {
         );
         assert!(left(&target).is_empty());
         remove_abandoned_links(&dir.path().join("none")).unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_removed_stops_no_backup() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["backup-1", "backup-2"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+            fs::write(dir.path().join(name).join(IN_USE_FILE), "").unwrap();
+        }
+        let tried = std::cell::RefCell::new(Vec::new());
+        let denied = |path: &Path| {
+            tried.borrow_mut().push(path.to_owned());
+            Err(failed(path, io::ErrorKind::PermissionDenied.into()))
+        };
+        remove_abandoned(dir.path(), |_| true, denied).unwrap();
+        assert_eq!(tried.into_inner().len(), 2);
+    }
+
+    #[test]
+    fn without_locks_a_backup_notices_that_its_folder_was_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let no_locks = |_: &File| {
+            let reason = io::Error::from(io::ErrorKind::Unsupported);
+            Err(TryLockError::Error(reason))
+        };
+        let running = Unfinished::create(dir.path().join("backup-1"), no_locks).unwrap();
+        assert!(running.is_intact());
+        // As a server does that starts.
+        remove(running.path()).unwrap();
+        assert!(!running.is_intact());
+        let target = dir.path().join("complete");
+        let running = Unfinished::create(dir.path().join("backup-2"), no_locks).unwrap();
+        running.publish(&target).unwrap();
+        assert!(left(&target).is_empty());
     }
 
     #[test]

@@ -36,6 +36,9 @@ const COLUMNS: [&str; 8] = [
     SYSTEM_COLUMN,
 ];
 
+/// Column with the messages of a prompt in files of prompts.
+const MESSAGES_COLUMN: &str = "messages";
+
 /// Maximum number of records that are reported one by one because their row group is damaged.
 const MAX_LOST: u64 = 1 << 20;
 
@@ -121,14 +124,7 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
         .enumerate()
         .map(move |(i, record)| {
             let row = i as u64 + 1;
-            let record = record.map_err(|e| {
-                issue(
-                    row,
-                    "",
-                    IssueReason::InvalidType,
-                    format!("the record cannot be decoded: {e}"),
-                )
-            })?;
+            let record = record.map_err(|e| damaged(row, &e))?;
             let mut fields = Map::new();
             for (column, field) in record.get_column_iter() {
                 let Some(name) = rename(column) else {
@@ -160,6 +156,43 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
             fields.extend(unknown.iter().map(|name| (name.clone(), Value::Bool(true))));
             Ok(fields)
         }))
+}
+
+/// Returns all columns of each record, as they are. `rename` is as for [`decode`].
+pub(super) fn decode_whole<R: Fn(&str) -> Option<String> + Send + 'static>(
+    path: &Path,
+    rename: R,
+) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<R>, DataError> {
+    let reader = open(path)?;
+    let schema = reader.metadata().file_metadata().schema();
+    let columns = project(path, schema, |name| rename(name).is_some())?;
+    Ok(Records::new(reader, columns)
+        .enumerate()
+        .map(move |(i, record)| {
+            let row = i as u64 + 1;
+            let record = record.map_err(|e| damaged(row, &e))?;
+            let mut fields = Map::new();
+            for (column, field) in record.get_column_iter() {
+                let Some(name) = rename(column) else {
+                    continue;
+                };
+                let value = match to_json(field) {
+                    Ok(value) if name == "prompt" || name == MESSAGES_COLUMN => {
+                        without_nulls(value)
+                    }
+                    Ok(value) => value,
+                    // For example a date.
+                    Err(_) => Value::String(field.to_string()),
+                };
+                fields.insert(name, value);
+            }
+            Ok(fields)
+        }))
+}
+
+fn damaged(row: u64, e: &str) -> RowIssue {
+    let message = format!("the record cannot be decoded: {e}");
+    issue(row, "", IssueReason::InvalidType, message)
 }
 
 /// The records and columns of a Parquet file that are decoded.

@@ -340,7 +340,9 @@ class EventCursor:
     def delay(self, rpc_error: grpc.RpcError) -> float:
         """Returns the seconds before the next stream. Raises an error that is final."""
         if self._session.explained(rpc_error).is_timeout:
-            return 0.0  # The limit of the stream, not of the watching.
+            # The limit of the stream, not of the watching. A proxy may have answered at once.
+            left = _PAUSE if self._deadline is None else self._deadline.remaining()
+            return max(0.0, min(_PAUSE, left)) if self._is_idle else 0.0
         return self.attempts.delay(rpc_error)
 
 
@@ -350,7 +352,6 @@ class StreamedPairs:
     def __init__(self) -> None:
         self._count = 0
         self._ids: dict[int, str] = {}
-        self._attempts: dict[str, int] = {}
         self.pending: dict[int, scoring_pb2.Pair] = {}
         self.is_exhausted = False
 
@@ -372,16 +373,12 @@ class StreamedPairs:
     ) -> BradleyError | None:
         """Returns the error of a pair that must be sent again: of a server that stops, for example.
 
-        A pair whose attempts are used up has its error as its result.
+        The time of the whole stream limits how often a pair is sent.
         """
-        result = response.result
-        if not result.HasField("error"):
+        if not response.result.HasField("error"):
             return None
-        error = from_status(result.error)
-        attempts = self._attempts[result.id] = self._attempts.get(result.id, 0) + 1
-        if attempts >= retry.max_attempts or error.retry_delay is None:
-            return None
-        return error
+        error = from_status(response.result.error)
+        return None if retry.delay(error, 1, repeatable=False) is None else error
 
     def answered(self, response: scoring_pb2.StreamScorePairsResponse) -> bool:
         """Takes an answer and gives it the caller's id.
@@ -392,6 +389,5 @@ class StreamedPairs:
         number = int(result.id) if result.id.isdigit() else -1
         if self.pending.pop(number, None) is None:
             return False
-        self._attempts.pop(result.id, None)
         result.id = self._ids.pop(number)
         return True

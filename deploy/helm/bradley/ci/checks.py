@@ -467,6 +467,8 @@ def references(name, found):
     must(all(isinstance(value, str) and not re.search(r"\de\+\d", value) for value in config.values()), "a setting is no text, or a number in another form")
     for setting in config:
         must(setting in {f"BRADLEY_{known.upper()}" for known in settings()} or re.match("AWS_|GOOGLE_|AZURE_|HF_", setting), f"{setting} is no setting")
+    hosts = {service["metadata"]["name"] + end for service in by_kind["Service"] for end in ("", f".{NAMESPACE}", f".{NAMESPACE}.svc")}
+    must(hosts <= set(config["BRADLEY_REST_HOSTS"].split(",")), "REST is not answered under the names of the Services")
 
     # Every pod has the restricted profile, no token and no Services' variables. Mounted volumes and
     # named objects exist.

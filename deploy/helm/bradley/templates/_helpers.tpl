@@ -246,6 +246,17 @@ BRADLEY_OIDC_CA_FILE: /etc/bradley/oidc-ca/ca.crt
 {{- end }}
 {{- end -}}
 
+{{/* The names of the Services. A server without tokens and TLS answers REST under no others. */}}
+{{- define "bradley.restHosts" -}}
+{{- $namespace := .Release.Namespace -}}
+{{- $names := list -}}
+{{- range $service := list "" "-headless" -}}
+{{- $name := printf "%s%s" (include "bradley.fullname" $) $service -}}
+{{- $names = concat $names (list $name (printf "%s.%s" $name $namespace) (printf "%s.%s.svc" $name $namespace)) -}}
+{{- end -}}
+{{- append $names (printf "*.%s.svc.cluster.local" $namespace) | join "," -}}
+{{- end -}}
+
 {{- define "bradley.probe" -}}
 httpGet:
   path: {{ .path }}
@@ -281,6 +292,9 @@ BRADLEY_MEMORY_LIMIT: {{ . }}
 {{- end }}
 {{- if .Values.auth.tokens }}
 BRADLEY_AUTH: tokens
+{{- end }}
+{{- if not (hasKey .Values.config "rest_hosts") }}
+BRADLEY_REST_HOSTS: {{ include "bradley.restHosts" . | quote }}
 {{- end }}
 {{- if include "bradley.tokenFile" . }}
 BRADLEY_TOKEN_FILE: /etc/bradley/tokens/tokens.yaml

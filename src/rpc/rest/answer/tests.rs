@@ -126,18 +126,71 @@ async fn a_resumed_stream_without_new_events_has_no_content() {
     assert!(text(response.into_body()).await.starts_with("id: 9\n"));
 }
 
-#[tokio::test]
-async fn a_quiet_stream_has_heartbeats() {
-    let mut events = Events {
-        body: body(&[], None),
+/// Returns a stream of events whose first heartbeat is due after `quiet`.
+fn events(body: Body, quiet: Duration) -> Events {
+    Events {
+        body,
         data: BytesMut::new(),
-        descriptor: route().method.output(),
-        sequence: None,
-        form: StreamForm::Events,
-        heartbeat: Box::pin(tokio::time::sleep(Duration::ZERO)),
+        text: EventText {
+            descriptor: route().method.output(),
+            sequence: None,
+            form: StreamForm::Events,
+        },
+        converting: None,
+        heartbeat: Box::pin(tokio::time::sleep(quiet)),
         waiting: None,
         has_ended: false,
+    }
+}
+
+#[test]
+fn a_large_message_is_converted_on_another_thread() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(1)
+        .build()
+        .unwrap();
+    let log = |message: String| {
+        let log = pb::LogMessage {
+            message,
+            ..Default::default()
+        };
+        let event = pb::TrainingEvent {
+            event: Some(pb::training_event::Event::Log(log)),
+            ..Default::default()
+        };
+        let event = event.encode_to_vec();
+        let mut bytes = vec![0];
+        bytes.extend((event.len() as u32).to_be_bytes());
+        bytes.extend(event);
+        let frames = VecDeque::from([Frame::data(Bytes::from(bytes))]);
+        Body::new(Frames {
+            frames,
+            is_open: false,
+        })
     };
+    let is_ready = |events: &mut Events| {
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        Pin::new(events).poll_frame(&mut cx).is_ready()
+    };
+    let small = log("x".to_owned());
+    runtime.block_on(async {
+        // The only other thread is busy until the end of the first poll.
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        tokio::task::spawn_blocking(move || released.recv());
+        assert!(is_ready(&mut events(small, HEARTBEAT)));
+        let mut large = events(log("x".repeat(MAX_INLINE)), HEARTBEAT);
+        assert!(!is_ready(&mut large));
+        drop(release);
+        let text = text(Body::new(large)).await;
+        assert!(text.contains(&"x".repeat(MAX_INLINE)));
+        assert!(text.ends_with("event: end\ndata: {}\n\n"));
+    });
+}
+
+#[tokio::test]
+async fn a_quiet_stream_has_heartbeats() {
+    let mut events = events(body(&[], None), Duration::ZERO);
     let frame = std::future::poll_fn(|cx| Pin::new(&mut events).poll_frame(cx)).await;
     let data = frame.unwrap().unwrap().into_data().unwrap();
     assert_eq!(data, ": heartbeat\n\n");

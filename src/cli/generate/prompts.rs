@@ -1,0 +1,110 @@
+//! Prompts of the command line and of files.
+
+use serde_json::{Map, Value};
+
+use crate::cli::args::GenerateArgs;
+use crate::cli::data::{DataFiles, WholeRecord};
+use crate::cli::failure::Failure;
+use crate::domain::message::kind;
+use crate::rpc::pb;
+
+/// Columns that a result adds to its row.
+pub(super) const RESULT_COLUMNS: [&str; 4] = ["samples", "prompt_tokens", "policy", "seed"];
+
+/// A row of the files of prompts.
+pub(super) struct PromptRow {
+    /// Number of the row, from 1 and through all files.
+    pub row: u64,
+    /// Its place for messages.
+    pub place: String,
+    /// The row's columns, which the result repeats.
+    pub fields: Map<String, Value>,
+    pub prompt: pb::Text,
+}
+
+/// Converts a prompt: a text, which is the message of a user unless `--plain` is given, or a list
+/// of messages.
+///
+/// # Errors
+/// Returns a text that says what is wrong with the prompt.
+pub(super) fn prompt_of(prompt: &Value, args: &GenerateArgs) -> Result<pb::Text, String> {
+    let message = |role: &str, content: &str| pb::Message {
+        role: role.to_owned(),
+        content: content.to_owned(),
+        ..Default::default()
+    };
+    let mut messages: Vec<pb::Message> = args
+        .system
+        .iter()
+        .map(|system| message("system", system))
+        .collect();
+    match prompt {
+        Value::String(text) if args.plain => {
+            return Ok(pb::Text {
+                form: Some(pb::text::Form::Plain(text.clone())),
+            });
+        }
+        Value::String(text) => messages.push(message("user", text)),
+        Value::Array(all) if !args.plain => {
+            messages.extend(all.iter().map(|fields| pb::Message {
+                fields_json: fields.to_string(),
+                ..Default::default()
+            }));
+        }
+        Value::Array(_) => return Err("has messages, but --plain is given: leave it out".into()),
+        other => {
+            return Err(format!(
+                "is {}: it must be a text or a list of messages",
+                kind(other)
+            ));
+        }
+    }
+    Ok(pb::Text {
+        form: Some(pb::text::Form::Chat(pb::MessageList { messages })),
+    })
+}
+
+/// Reads the prompts of files. Every row has a text or messages in the column `prompt`, or messages
+/// in `messages`.
+///
+/// # Errors
+/// Returns a failure that names the row that cannot be used.
+pub(super) fn read(data: &DataFiles, args: &GenerateArgs) -> Result<Vec<PromptRow>, Failure> {
+    let mut prompts = Vec::new();
+    for record in data.whole_records() {
+        let WholeRecord {
+            row,
+            place,
+            columns,
+        } = record?;
+        let prompt = columns.and_then(|columns| prompt_row((row, &place), columns, args));
+        let failed = |problem| Failure::Failed(format!("{}: {place}: {problem}", data.title()));
+        prompts.push(prompt.map_err(failed)?);
+    }
+    Ok(prompts)
+}
+
+fn prompt_row(
+    (row, place): (u64, &str),
+    fields: Map<String, Value>,
+    args: &GenerateArgs,
+) -> Result<PromptRow, String> {
+    if let Some(taken) = RESULT_COLUMNS
+        .iter()
+        .find(|name| fields.contains_key(**name))
+    {
+        return Err(format!(
+            "the result's column {taken} would replace the row's: rename or remove it"
+        ));
+    }
+    let Some(prompt) = fields.get("prompt").or_else(|| fields.get("messages")) else {
+        return Err("no column prompt: add it, a text or a list of messages".into());
+    };
+    let prompt = prompt_of(prompt, args).map_err(|problem| format!("prompt {problem}"))?;
+    Ok(PromptRow {
+        row,
+        place: place.to_owned(),
+        fields,
+        prompt,
+    })
+}
