@@ -768,10 +768,10 @@ async fn a_page_cannot_point_its_own_name_at_a_server_without_tokens() {
     let to = address(&server).to_owned();
     let connector = tower::service_fn(move |_: tonic::codegen::http::Uri| {
         let to = to.clone();
-        async move {
+        Box::pin(async move {
             let stream = tokio::net::TcpStream::connect(to).await?;
             Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
-        }
+        })
     });
     let carrier = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
         .http2_only(true)
@@ -786,7 +786,7 @@ async fn a_page_cannot_point_its_own_name_at_a_server_without_tokens() {
     drop(server);
 
     // With tokens, a page has none.
-    let scorer = token(dir.path(), "team", "score");
+    let scorer = create_token(dir.path(), "team", "score");
     let server = Server::start_with(dir.path(), &tiny(), &["--auth", "tokens"]);
     let proxied = request(&server, Method::GET, "/v1/models")
         .header("host", "models.example.com")
