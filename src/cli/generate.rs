@@ -128,7 +128,7 @@ fn finish_reason(number: Option<i32>) -> Option<&'static str> {
 }
 
 /// The reason why a prompt was not continued to its end.
-enum Unfinished {
+enum GenerationFailure {
     /// The server refused the request, or the connection was lost.
     Refused(Box<Status>),
     /// The stream ended too early.
@@ -137,21 +137,21 @@ enum Unfinished {
     Output(Failure),
 }
 
-impl From<Status> for Unfinished {
+impl From<Status> for GenerationFailure {
     fn from(status: Status) -> Self {
-        Unfinished::Refused(Box::new(status))
+        GenerationFailure::Refused(Box::new(status))
     }
 }
 
-impl From<Unfinished> for Failure {
-    fn from(reason: Unfinished) -> Self {
+impl From<GenerationFailure> for Failure {
+    fn from(reason: GenerationFailure) -> Self {
         match reason {
-            Unfinished::Refused(status) => (*status).into(),
-            Unfinished::Cut => Failure::Failed(
+            GenerationFailure::Refused(status) => (*status).into(),
+            GenerationFailure::Cut => Failure::Failed(
                 "the server ended the stream before the text was complete: repeat the command"
                     .into(),
             ),
-            Unfinished::Output(failure) => failure,
+            GenerationFailure::Output(failure) => failure,
         }
     }
 }
@@ -161,7 +161,7 @@ async fn generate(
     client: &Client,
     request: pb::GenerateCompletionsRequest,
     mut each: impl FnMut(usize, &str) -> Outcome,
-) -> Result<Samples, Unfinished> {
+) -> Result<Samples, GenerationFailure> {
     let wanted = request.samples.max(1) as usize;
     let mut result = Samples {
         samples: vec![SampleSoFar::default(); wanted],
@@ -177,7 +177,7 @@ async fn generate(
             let Some(sample) = result.samples.get_mut(delta.index as usize) else {
                 continue;
             };
-            each(delta.index as usize, &delta.text).map_err(Unfinished::Output)?;
+            each(delta.index as usize, &delta.text).map_err(GenerationFailure::Output)?;
             if delta.finish_reason != 0 {
                 sample.finish_reason = Some(delta.finish_reason);
             }
@@ -195,11 +195,11 @@ async fn generate(
             result.usage = usage;
             return match result.samples.iter().all(|s| s.finish_reason.is_some()) {
                 true => Ok(result),
-                false => Err(Unfinished::Cut),
+                false => Err(GenerationFailure::Cut),
             };
         }
     }
-    Err(Unfinished::Cut)
+    Err(GenerationFailure::Cut)
 }
 
 /// Returns a text as it is, or for a terminal a text that cannot control it.
@@ -294,7 +294,7 @@ async fn continued(
             Err(reason) => reason,
         };
         let asked = match &reason {
-            Unfinished::Refused(status) => {
+            GenerationFailure::Refused(status) => {
                 server_failures += u32::from(is_server_failure(status));
                 if !is_transient(status.code()) || server_failures == MAX_SERVER_FAILURES {
                     return Err(reason.into());
@@ -302,8 +302,8 @@ async fn continued(
                 tracing::debug!(error = %status, "a prompt is sent again");
                 retry_after(status)
             }
-            Unfinished::Cut => None,
-            Unfinished::Output(_) => return Err(reason.into()),
+            GenerationFailure::Cut => None,
+            GenerationFailure::Output(_) => return Err(reason.into()),
         };
         if patience.is_over() {
             let seconds = patience.limit.as_secs();

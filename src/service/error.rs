@@ -219,9 +219,11 @@ impl From<EngineError> for ServiceError {
                 retry_after,
             },
             EngineError::RowTooLong { .. } => ServiceError::invalid("", message),
-            EngineError::PromptTooLong { .. } => ServiceError::invalid("prompt", message),
+            EngineError::PromptTooLong { .. } => {
+                ServiceError::invalid("prompt", format!("is too long: {message}"))
+            }
             EngineError::SampleTooLong { .. } | EngineError::SamplesTooLong { .. } => {
-                ServiceError::invalid("max_tokens", message)
+                ServiceError::invalid("max_tokens", format!("is too large: {message}"))
             }
             EngineError::AnswerNotRead { .. } => ServiceError::Aborted {
                 reason: Reason::AnswerNotRead,

@@ -241,7 +241,7 @@ fn refused_values_of_generate_and_evaluate_are_named_by_their_flags() {
         (&["--stop", ""][..], "--stop has 0 bytes: "),
         (
             &["--max-tokens", "100000"][..],
-            "--max-tokens is too large: the prompt and --max-tokens of all",
+            "--max-tokens is too large: the prompt and ",
         ),
         (
             &["--plain", "--template-args", "{}"][..],

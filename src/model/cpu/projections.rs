@@ -273,8 +273,8 @@ impl<'a> CpuLinearGroup<'a> {
     }
 
     /// Runs the group backward: accumulates the gradients of the parameters in `gradients` and
-    /// returns ∂loss/∂x `[T, in]`. The inputs are g = ∂loss/∂y `[T, Σout]`, x, and u, the result
-    /// of [`CpuLinearGroup::forward`].
+    /// returns ∂loss/∂x `[T, in]`. The inputs are g = ∂loss/∂y `[T, Σout]`, x, and u, the
+    /// result of [`CpuLinearGroup::forward`].
     ///
     /// With v_i = s·g_i·B_i: dx = Σ g_i·W_i + v_i·A_i, dA_i = v_iᵀ·x,
     /// dB_i = s·g_iᵀ·u_i, dW_i = g_iᵀ·x, db_i = Σ_tokens g_i.
