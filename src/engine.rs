@@ -440,7 +440,9 @@ impl Engine {
     ///
     /// # Errors
     /// Those of [`Engine::check_generation`] and `TooManyGenerations` immediately; `Draining` if
-    /// the engine stops; otherwise those of loading the weights and of the passes.
+    /// the engine stops. As an event: `NoRoomToGenerate` if memory is not sufficient,
+    /// `AnswerNotRead` if the caller does not read, `GenerationDisplaced` if a run needs the
+    /// memory; otherwise the errors of loading the weights and of the passes.
     pub fn generate(
         &self,
         policy: &WeightsRef,

@@ -165,7 +165,8 @@ pub enum Command {
         #[arg(long, value_name = "FOLDER")]
         out: Option<PathBuf>,
     },
-    /// Show the work that was done for each owner: pairs and tokens scored, device time trained.
+    /// Show the work that was done for each owner: pairs scored, tokens scored and generated, and
+    /// device time trained.
     Usage(UsageArgs),
     /// Check that a server is serving. Exit code 0 means yes; for container health checks.
     Health(ServerArgs),
@@ -627,7 +628,8 @@ pub struct GenerateArgs {
     /// Samples from this many of the most likely tokens.
     #[arg(long, help_heading = "Sampling")]
     pub top_k: Option<u32>,
-    /// Seed of the random numbers; row N of a file has the seed + N − 1. Default: random.
+    /// Seed of the random numbers; row N, counted through all files, has the seed + N − 1.
+    /// Default: random.
     #[arg(long, help_heading = "Sampling")]
     pub seed: Option<u64>,
     /// A text that ends a sample; may be given several times.

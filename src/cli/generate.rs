@@ -33,7 +33,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Maximum time before a prompt is sent again because the server asked for this.
 const LONGEST_ASKED_PAUSE: Duration = Duration::from_secs(60);
-/// Number of internal errors of the server after which a prompt counts as their reason.
+/// Number of failures of the server at one prompt (internal errors, exhausted memory) after which
+/// the prompt counts as their reason.
 const MAX_SERVER_FAILURES: u32 = 10;
 
 pub(super) async fn run(args: GenerateArgs, output: Output) -> Outcome {

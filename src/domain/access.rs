@@ -7,7 +7,7 @@ use super::job::Millis;
 pub enum Role {
     /// Upload datasets, create jobs, and manage the caller's own datasets and jobs.
     Submit,
-    /// Score pairs and completions.
+    /// Score pairs and completions, evaluate policies and generate texts.
     Score,
     /// Everything, including the jobs and datasets of other owners.
     Admin,

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 pub enum CheckpointRef {
     /// The checkpoint after this optimizer step.
     Step(u64),
-    /// The newest checkpoint. Scoring uses the current weights instead if the job runs in this
-    /// process.
+    /// The newest checkpoint. Scoring and generation use the current weights instead if the job
+    /// runs in this process.
     Latest,
     /// The best checkpoint by the job's metric.
     Best,

@@ -10,6 +10,7 @@
 //! - Training beyond its share becomes **credit** (a debt below 0), at most [`MAX_CREDIT_SECONDS`].
 //!   Requests come in bursts, and the share should hold over longer times.
 //! - A batch inside a training unit counts as scoring: the unit's clock stops meanwhile.
+//! - A generation step counts as a scoring batch.
 //! - A new run starts without debt and without credit.
 //!
 //! Callers pass the current time, so that tests need no clock.

@@ -10,8 +10,8 @@
 //! - A caller who leaves closes the channel; the next step frees the request's blocks.
 //! - A caller who does not read has a full channel. The request's sequences then wait, and the
 //!   request ends after the time of [`ReadLimits`].
-//! - When the last request has ended, the pages of its keys and values return to the operating
-//!   system.
+//! - When no request is left, the pages of the freed keys and values return to the operating
+//!   system, if they are at least [`TRIM_BYTES`].
 
 use std::cell::Cell;
 use std::sync::Arc;

@@ -39,8 +39,8 @@ impl HostMemory {
     }
 }
 
-/// Memory limit of the weights in the LRU cache: the part of device and host memory that is left by
-/// the base models and the runs in progress.
+/// Memory limit of the weights in the LRU cache and of the cached keys and values of generation:
+/// the part of device and host memory that is left by the base models and the runs in progress.
 #[derive(Clone, Debug)]
 pub(super) struct Room {
     /// Bytes beside the base models, in the memory that the device computes in.
@@ -72,7 +72,7 @@ impl Room {
         self.run.store(bytes, Ordering::Relaxed);
     }
 
-    /// Returns the maximum bytes of all cached weights.
+    /// Returns the maximum bytes of all cached weights, keys and values.
     pub fn bytes(&self) -> u64 {
         self.device
             .saturating_sub(self.run.load(Ordering::Relaxed))

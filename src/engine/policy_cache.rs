@@ -441,7 +441,8 @@ impl CachedPolicy {
     }
 }
 
-/// LRU cache of adapters and full weights, bounded by bytes and by number.
+/// LRU cache of adapters and full weights, bounded by bytes and by number. The cached keys and
+/// values of generation count against the same bytes.
 pub(super) struct PolicyCache {
     limit: usize,
     room: Room,
@@ -462,7 +463,8 @@ impl PolicyCache {
         }
     }
 
-    /// Limits the entries to the bytes that `room` has, and evicts what exceeds them.
+    /// Limits the weights, keys and values to the bytes that `room` has, and evicts unused weights
+    /// until they fit.
     pub fn limit_bytes(&mut self, room: Room) {
         self.room = room;
         self.fit();
@@ -576,7 +578,8 @@ impl PolicyCache {
     }
 
     /// Returns true if `bytes` for the keys and values of a request with these weights have no room
-    /// now, but will have it when the requests in progress have ended.
+    /// now, but will have it when the requests in progress have ended. An adapter that is not in
+    /// the cache counts as 0 bytes, because its size is known only after loading.
     pub fn must_wait(&self, base_models: &BaseModels, weights: &WeightsRef, bytes: u64) -> bool {
         let (own, others): (Vec<_>, Vec<_>) = self.all.iter().partition(|r| r.weights == *weights);
         let own = match own.first() {

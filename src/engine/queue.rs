@@ -98,7 +98,7 @@ impl Waiting {
 pub(super) enum Work<W> {
     /// Score these items, in order.
     Score(Vec<W>),
-    /// Nothing to score: continue the run.
+    /// Nothing that may be scored now: continue the run.
     Train,
     /// Nothing to score: start this run.
     Begin(Box<TrainingRun>, Needs),

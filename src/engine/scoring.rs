@@ -62,7 +62,7 @@ pub(super) struct PolicyScorer {
 /// - It does not nest: passes of a batch or of generation get a hook that does nothing.
 /// - The unit's activations stay in memory meanwhile. A batch that runs out of memory frees cached
 ///   weights that are not in use. If it still fails, only the batch fails; the same holds for a
-///   panic.
+///   panic. A panic in a generation step ends all texts in progress.
 pub(super) struct YieldPoint<'a> {
     scoring: &'a mut PolicyScorer,
     cache: &'a ReferenceCache,

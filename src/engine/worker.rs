@@ -139,7 +139,7 @@ impl Worker {
         }
     }
 
-    /// Limits the bytes of adapters and full weights in its cache.
+    /// Limits the bytes of adapters, full weights, and keys and values in its cache.
     pub fn limit_policy_bytes(&mut self, room: Room) {
         self.scoring.policies.limit_bytes(room);
     }

@@ -15,9 +15,11 @@ pub struct Row {
     pub ids: Vec<u32>,
     /// The segments of the row: they define the tokens that each token attends to.
     pub layout: Arc<RowLayout>,
-    /// For each completion token, the index in the row of the token that predicts it `[N]`.
+    /// For each completion token, the index in the row of the token that predicts it `[N]`. In a
+    /// pass with a cache: the index of the last token of each segment.
     pub predictors: Vec<u32>,
-    /// Ids of the completion tokens `[N]`, in the order of `predictors`.
+    /// Ids of the completion tokens `[N]`, in the order of `predictors`. Empty in a pass with a
+    /// cache.
     pub targets: Arc<Vec<u32>>,
 }
 

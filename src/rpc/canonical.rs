@@ -147,7 +147,7 @@ pub(super) fn pool() -> Result<&'static DescriptorPool, CanonicalError> {
 /// Reads a message from JSON.
 ///
 /// # Errors
-/// [`CanonicalError::Syntax`] if the text is not JSON; otherwise the same as of [`from_value`].
+/// [`CanonicalError::Syntax`] if the text is not JSON; otherwise the errors of [`from_value`].
 pub fn from_json<M: Canonical>(text: &str) -> Result<M, CanonicalError> {
     let value = serde_json::from_str(text).map_err(|e| CanonicalError::Syntax {
         format: "JSON",
@@ -159,7 +159,7 @@ pub fn from_json<M: Canonical>(text: &str) -> Result<M, CanonicalError> {
 /// Reads a message from YAML, of which JSON is a part.
 ///
 /// # Errors
-/// [`CanonicalError::Syntax`] if the text is not YAML; otherwise the same as of [`from_value`].
+/// [`CanonicalError::Syntax`] if the text is not YAML; otherwise the errors of [`from_value`].
 pub fn from_yaml<M: Canonical>(text: &str) -> Result<M, CanonicalError> {
     from_value(yaml::read(text)?)
 }

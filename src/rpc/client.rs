@@ -498,7 +498,8 @@ impl Client {
         self.follow_noticing(job, first, each, || {}).await
     }
 
-    /// Does the same, and calls `dropped` before each attempt to reconnect.
+    /// Follows a job as [`Client::follow_from`] does, and calls `dropped` each time that the
+    /// connection is lost or cannot be made, before the next attempt.
     ///
     /// # Errors
     /// The errors of [`Client::follow`].

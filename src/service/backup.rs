@@ -82,8 +82,8 @@ pub struct BackupFile {
 /// folder appears when the backup is complete.
 ///
 /// # Errors
-/// `InvalidArgument` if the data directory has no database or the target is not empty;
-/// `FailedPrecondition` (`SCHEMA_TOO_NEW`) if this version may not use the database;
+/// `InvalidArgument` if the data directory has no database, or if the target is not empty or is a
+/// mount point; `FailedPrecondition` (`SCHEMA_TOO_NEW`) if this version may not use the database;
 /// `ResourceExhausted`, `Unavailable` or `Internal` if the database or the file system fails.
 pub async fn back_up(data_dir: &Path, target: &Path) -> Result<BackupManifest> {
     let create_time = jiff::Timestamp::now().to_string();
@@ -102,7 +102,8 @@ pub async fn back_up(data_dir: &Path, target: &Path) -> Result<BackupManifest> {
     blocking(move || {
         let (files, missing) = copy_files(&snapshot, &links, partial.path())?;
         if !held.is_intact() {
-            // A server of version 0.2.0 clears the whole folder.
+            // A server of version 0.2.0, or one on a file system without locks, clears the whole
+            // folder.
             return Err(ServiceError::internal(
                 "a server started meanwhile and removed the links of this backup: run it again",
             ));

@@ -18,7 +18,7 @@ pub enum ServiceError {
     /// The resource does not exist.
     #[error("{kind} {name:?} does not exist")]
     NotFound {
-        /// Kind of resource: job, dataset, checkpoint, model, token or artifact.
+        /// Kind of resource: job, dataset, checkpoint, model, token, artifact or path of REST.
         kind: &'static str,
         /// Name of the resource.
         name: String,
@@ -50,7 +50,7 @@ pub enum ServiceError {
         message: String,
     },
     /// A concurrent change won: the resource changed since it was read, or another worker holds the
-    /// lease of the job.
+    /// lease of the job. Also the end of an answer that its caller does not read.
     #[error("{message}")]
     Aborted {
         /// Stable reason code.

@@ -825,10 +825,11 @@ impl ReservedPair {
     }
 }
 
-/// Scores a pair for whose text there may be room.
+/// Admits and scores a pair, if room for its text could be reserved.
 ///
 /// # Errors
-/// The error in `reserved`, and the errors of [`ReservedPair::admit`] and [`AdmittedPair::score`].
+/// The error of the reservation, and the errors of [`ReservedPair::admit`] and
+/// [`AdmittedPair::score`].
 pub async fn score_reserved(reserved: Result<ReservedPair>) -> Result<ScoredPair> {
     reserved?.admit().await?.score().await
 }

@@ -56,8 +56,8 @@ pub fn parquet_records<R: Fn(&str) -> Option<String> + Send + 'static>(
     columnar::decode(path, &[], rename)
 }
 
-/// Reads all columns of the records of a trusted Parquet file, as they are. `rename` is as for
-/// [`parquet_records`].
+/// Reads all columns of the records of a trusted Parquet file, as they are, except that nulls
+/// inside `prompt` and `messages` are removed. `rename` is as for [`parquet_records`].
 ///
 /// # Errors
 /// Fails if the file cannot be opened, or its footer is not usable.

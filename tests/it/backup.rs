@@ -276,7 +276,7 @@ async fn a_backup_names_what_the_data_directory_itself_lacks() {
     another_succeeds(&server.client().await, &dataset).await;
 }
 
-/// Returns the unfinished backups in a folder whose lock exists.
+/// Returns the folders of unfinished backups below `folder`, as soon as each has its locked file.
 fn unfinished(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).unwrap();
     let mut found: Vec<_> = entries

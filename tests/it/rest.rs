@@ -785,7 +785,7 @@ async fn a_page_cannot_point_its_own_name_at_a_server_without_tokens() {
         .unwrap();
     drop(server);
 
-    // With tokens, a page has none.
+    // A server that needs tokens answers every host: a page has no token.
     let scorer = create_token(dir.path(), "team", "score");
     let server = Server::start_with(dir.path(), &tiny(), &["--auth", "tokens"]);
     let proxied = request(&server, Method::GET, "/v1/models")

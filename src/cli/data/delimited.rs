@@ -3,6 +3,7 @@
 //! A cell with a JSON array of messages is read as messages, and a JSON object in the column
 //! `input` as an object. Numbers in the columns of weights and log-probs become numbers. Empty
 //! cells become null, except answers. Every other text of a column that is used stays text.
+//! With [`Wanted::All`] this holds for prompts only; all other cells stay text, also empty ones.
 
 use std::io::Read;
 

@@ -11,19 +11,20 @@ use crate::train::rows::{pairs_of_line, pairs_of_record};
 /// Column of the text of a line that is no JSON object.
 const LINE_COLUMN: &str = "line";
 
-/// A row with its own columns.
+/// A row of pairs with its own columns.
 #[derive(Clone, Debug)]
 pub(in crate::cli) struct DataRecord {
     /// Number of the row, from 1 and through all files.
     pub row: u64,
-    /// The row's columns. A line that is no JSON object has its text in the column `line`; other
-    /// rows that cannot be read have no column.
+    /// The row's columns. In CSV, Arrow and Parquet files, a column that pairs do not use has the
+    /// value `true` in place of its own. A line that is no JSON object has its text in the column
+    /// `line`; other rows that cannot be read have no column.
     pub columns: Map<String, Value>,
     /// The row's pairs, or the first finding because of which it cannot be used.
     pub pairs: Result<Vec<PreferenceRow>, RowIssue>,
 }
 
-/// A row with all columns, whatever they are.
+/// A row with the values of all columns, which need not be those of pairs.
 pub(in crate::cli) struct WholeRecord {
     /// Number of the row, from 1 and through all files.
     pub row: u64,

@@ -1,4 +1,5 @@
-//! Tests of the byte limit of the policy cache.
+//! Tests of the policy cache's limits, of requests that wait for its memory, and of the description
+//! of a base model.
 
 use std::path::PathBuf;
 

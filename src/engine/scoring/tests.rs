@@ -1,4 +1,5 @@
-//! Tests of the precision in which a batch is scored, and of batches that run out of device memory.
+//! Tests of the precision in which a batch is scored, of batches that run out of device memory, and
+//! of the turns that scoring and generation take.
 
 use std::cell::Cell;
 use std::path::Path;

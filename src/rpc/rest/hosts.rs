@@ -1,4 +1,4 @@
-//! Names of hosts under which a server without tokens answers REST.
+//! Names of hosts under which a server without tokens and TLS answers REST.
 //!
 //! A page can point its own host name at 127.0.0.1 (DNS rebinding). For a browser, this server then
 //! is a part of that page's site, so that the header `origin` tells nothing. The name that the

@@ -1,7 +1,7 @@
 //! Folders of a backup that is not complete yet. Each has a locked file while its backup runs, so
 //! that the next backup recognises and removes the folders of those that were killed. On a file
-//! system without locks, no other backup removes a folder, because it cannot lock the file either;
-//! a server that starts does.
+//! system without locks, no other backup removes a folder, because it cannot lock the file either.
+//! There, a server that starts removes the folder with the links.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -118,7 +118,7 @@ pub(super) fn remove_abandoned_links(temporary: &Path) -> Result<()> {
 /// the name of a backup is often its date.
 ///
 /// # Errors
-/// `Internal` if the folder beside them cannot be read.
+/// `Internal` if the folder of `target` cannot be read.
 pub(super) fn remove_abandoned_backups(target: &Path) -> Result<()> {
     remove_abandoned(parent(target), is_partial, remove)
 }

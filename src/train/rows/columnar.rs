@@ -158,7 +158,9 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
         }))
 }
 
-/// Returns all columns of each record, as they are. `rename` is as for [`decode`].
+/// Returns all columns of each record, as they are, except that nulls inside `prompt` and
+/// `messages` are removed. A value that JSON does not have, such as a date, becomes text. `rename`
+/// is as for [`decode`].
 pub(super) fn decode_whole<R: Fn(&str) -> Option<String> + Send + 'static>(
     path: &Path,
     rename: R,
