@@ -6,7 +6,8 @@ use crate::model::error::ModelError;
 /// Stands for bytes that are no UTF-8, also for those of a character that is not complete yet.
 const INCOMPLETE: char = '\u{FFFD}';
 /// Maximum number of tokens that wait for the rest of a character. A character has at most 4 bytes,
-/// so more tokens contain bytes that are no UTF-8.
+/// so a longer wait means bytes that are no UTF-8, or several tokens that each end inside a
+/// character.
 const MAX_WAITING: usize = 7;
 /// Maximum number of tokens that hold the beginning of a character: at most 3 bytes, each in a
 /// token of its own.
@@ -18,7 +19,8 @@ pub struct IncrementalText {
     ids: Vec<u32>,
     /// Tokens from here on are decoded again: the text of a token may depend on the one before it.
     prefix: usize,
-    /// The text of the tokens before this one was returned or is held.
+    /// The text of the tokens before this one was returned or is held, except for a character that
+    /// ends after them.
     done: usize,
     /// Text that may be the beginning of a stop text.
     held: String,
@@ -73,15 +75,20 @@ impl IncrementalText {
         let text = |until: usize| tokenizer.decode_text(&self.ids[self.prefix..until]);
         let mut until = self.ids.len();
         let all = text(until)?;
+        let Some(start) = final_bytes(&text(self.done)?, &all) else {
+            // Some decoders replace each byte of a run if one of them is no UTF-8, also those of
+            // characters that were returned. Without these, the text of the new tokens is left.
+            self.prefix = self.done;
+            return self.read(tokenizer, at_end);
+        };
         let mut end = all.len();
         if all.ends_with(INCOMPLETE) && !at_end {
             if until - self.done <= MAX_WAITING {
                 return Ok(());
             }
-            until -= BEGINNING;
-            end = final_bytes(&text(until)?, &all);
+            let shorter = final_bytes(&text(until - BEGINNING)?, &all);
+            (until, end) = shorter.map_or((until, end), |end| (until - BEGINNING, end));
         }
-        let start = final_bytes(&text(self.done)?, &all);
         if let Some(new) = all.get(start..end) {
             self.held.push_str(new);
         }
@@ -115,14 +122,13 @@ impl IncrementalText {
     }
 }
 
-/// Returns the number of bytes of `first` that no further token changes, given the text `all` of
-/// its tokens and of [`BEGINNING`] or more after them.
-fn final_bytes(first: &str, all: &str) -> usize {
-    match all.starts_with(first) {
-        true => first.len(),
-        // The tokens after it complete its last character.
-        false => first.trim_end_matches(INCOMPLETE).len(),
-    }
+/// Returns the number of bytes of `first` that the text `all` of its tokens and of later ones has,
+/// too; `None` if the later tokens change more than an incomplete character at its end.
+fn final_bytes(first: &str, all: &str) -> Option<usize> {
+    let complete = first.trim_end_matches(INCOMPLETE);
+    let unchanged = [first, complete];
+    let unchanged = unchanged.iter().find(|text| all.starts_with(**text));
+    unchanged.map(|text| text.len())
 }
 
 #[cfg(test)]
@@ -234,8 +240,64 @@ mod tests {
 
     #[test]
     fn a_character_that_later_tokens_complete_is_not_final() {
-        assert_eq!(final_bytes("a\u{FFFD}", "a€\u{FFFD}"), 1);
-        assert_eq!(final_bytes("a\u{FFFD}", "a\u{FFFD}\u{FFFD}b"), 4);
+        assert_eq!(final_bytes("a\u{FFFD}", "a€\u{FFFD}"), Some(1));
+        assert_eq!(final_bytes("a\u{FFFD}", "a\u{FFFD}\u{FFFD}b"), Some(4));
+        assert_eq!(final_bytes("aé", "a\u{FFFD}\u{FFFD}\u{FFFD}"), None);
+    }
+
+    /// A tokenizer whose decoder replaces all bytes of a run if one is no UTF-8, as those of
+    /// Llama 2 and Gemma do. Token 1 + b is the byte b, and words follow.
+    fn with_byte_fallback(words: &[&str]) -> ChatTokenizer {
+        let bytes = (0..256).map(|byte| format!("<0x{byte:02X}>"));
+        let words = words.iter().map(|word| (*word).to_owned());
+        let tokens = std::iter::once("<unk>".to_owned())
+            .chain(bytes)
+            .chain(words);
+        let vocabulary: serde_json::Map<String, serde_json::Value> = tokens
+            .enumerate()
+            .map(|(id, token)| (token, id.into()))
+            .collect();
+        let file = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+            "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ]},
+            "model": {
+                "type": "BPE", "dropout": null, "unk_token": "<unk>", "fuse_unk": true,
+                "byte_fallback": true, "vocab": vocabulary, "merges": [],
+            },
+        });
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tokenizer.json"), file.to_string()).unwrap();
+        ChatTokenizer::from_folder(folder.path()).unwrap()
+    }
+
+    #[test]
+    fn a_bad_byte_takes_no_text_with_it() {
+        let tokenizer = with_byte_fallback(&["x", "▁word", "▁more"]);
+        let byte = |byte: u8| 1 + u32::from(byte);
+        let word = |i: u32| 257 + i;
+        for (character, bad) in [("é", 0xFF), ("你", 0xFF), ("😀", 0xFF), ("😀", 0x80)] {
+            let mut ids = vec![word(0)];
+            ids.extend(character.bytes().map(byte));
+            ids.extend([byte(bad), word(1), byte(bad), word(2)]);
+            let (all, _) = pieces(&tokenizer, &ids, &[]);
+            let expected = format!("x{character}\u{FFFD} word\u{FFFD} more");
+            assert_eq!(all.concat(), expected, "{all:?}");
+        }
+        // A run of bytes without an end.
+        let mut ids: Vec<u32> = "éé".bytes().map(byte).collect();
+        ids.extend([byte(0xFF); 30]);
+        ids.push(word(1));
+        let all = pieces(&tokenizer, &ids, &[]).0.concat();
+        assert!(
+            all.starts_with("éé\u{FFFD}") && all.ends_with(" word"),
+            "{all}"
+        );
+        assert_eq!(all.matches(INCOMPLETE).count(), 30);
     }
 
     #[test]
