@@ -155,7 +155,7 @@ fn rest_at(port: u16, method: &str, path: &str, body: &str) -> (u16, serde_json:
         .set_read_timeout(Some(Duration::from_secs(60)))
         .unwrap();
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\n\
+        "{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
          connection: close\r\n"
     );
     write!(stream, "{head}content-length: {}\r\n\r\n{body}", body.len()).unwrap();
