@@ -491,7 +491,10 @@ impl Trainer {
         self.policy.policy.devices().for_each(ComputeDevice::trim);
         let size = self.spec.batch.batch_size;
         let model = &self.policy.policy.config.spec;
-        let lengths = Lengths::of_run(model, &self.train, &self.eval, size);
+        // If the pairs of the evaluation are longer, half of their length may not shorten a row of
+        // the training.
+        let class = |length| model.length_class(length);
+        let lengths = Lengths::by_length(&self.train, size, &class);
         self.plan.row_tokens = (self.plan.row_tokens.min(lengths.micro_batch) / 2).max(1);
         self.plan.save = SavePolicy::BlockInputs;
         let message = format!(
