@@ -181,7 +181,8 @@ impl DataFiles {
     pub(super) fn records(
         &self,
     ) -> impl Iterator<Item = Result<DataRecord, Failure>> + Send + use<> {
-        RecordReader::new(RowStream::new(self.places.clone(), self.columns.clone()))
+        let (places, columns) = (self.places.clone(), self.columns.clone());
+        RecordReader::new(RowStream::wanting(Wanted::PairsAndOthers, places, columns))
     }
 
     /// Returns the rows of all files with all of their columns, which need not be those of pairs. A

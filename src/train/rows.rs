@@ -56,6 +56,18 @@ pub fn parquet_records<R: Fn(&str) -> Option<String> + Send + 'static>(
     columnar::decode(path, &[], rename)
 }
 
+/// Reads the records of a trusted Parquet file as [`parquet_records`] does, with the values of the
+/// columns that pairs do not use.
+///
+/// # Errors
+/// As [`parquet_records`].
+pub fn parquet_records_with_others<R: Fn(&str) -> Option<String> + Send + 'static>(
+    path: &Path,
+    rename: R,
+) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<R>, DataError> {
+    columnar::decode_with_others(path, rename)
+}
+
 /// Reads all columns of the records of a trusted Parquet file, as they are, except that nulls
 /// inside `prompt` and `messages` are removed. `rename` is as for [`parquet_records`].
 ///

@@ -61,7 +61,7 @@ fn read(
     let found: Vec<String> = schema.fields().iter().map(|f| f.name().clone()).collect();
     columns.check(&found)?;
     let names: Vec<Option<String>> = found.iter().map(|name| columns.rename(name)).collect();
-    if wanted == Wanted::Pairs {
+    if wanted != Wanted::All {
         check_answers(&names)?;
     }
     let batches = Batches {
@@ -74,7 +74,7 @@ fn read(
                 let rows = batch.num_rows();
                 Box::new((0..rows).map(move |i| {
                     Ok(match wanted {
-                        Wanted::Pairs => row(&batch, &names, i),
+                        Wanted::Pairs | Wanted::PairsAndOthers => row(&batch, &names, i, wanted),
                         Wanted::All => whole_row(&batch, &names, i),
                     })
                 }))
@@ -106,12 +106,21 @@ impl<B: RecordBatchReader> Iterator for Batches<B> {
     }
 }
 
-fn row(batch: &RecordBatch, names: &[Option<String>], i: usize) -> DataRow {
+fn row(batch: &RecordBatch, names: &[Option<String>], i: usize, wanted: Wanted) -> DataRow {
     let mut fields = Map::new();
     for (name, array) in names.iter().zip(batch.columns()) {
         let Some(name) = name else {
             continue;
         };
+        if !is_used(name) && wanted == Wanted::PairsAndOthers {
+            match value(array, i) {
+                Ok(value) => fields.insert(name.clone(), value),
+                Err(kind) => {
+                    return DataRow::bad(name, IssueReason::InvalidType, no_json(name, &kind));
+                }
+            };
+            continue;
+        }
         if !is_used(name) {
             // The column is only reported as not used.
             let value = if array.is_null(i) {
@@ -151,15 +160,15 @@ fn whole_row(batch: &RecordBatch, names: &[Option<String>], i: usize) -> DataRow
             // In a column of structs, a key that a row lacks is null if another row has it.
             Ok(value) if PROMPT_COLUMNS.contains(&name.as_str()) => without_nulls(value),
             Ok(value) => value,
-            Err(kind) => {
-                let message =
-                    format!("{name} holds {kind}, which JSON does not have: leave the column out");
-                return DataRow::bad(name, IssueReason::InvalidType, message);
-            }
+            Err(kind) => return DataRow::bad(name, IssueReason::InvalidType, no_json(name, &kind)),
         };
         fields.insert(name.clone(), value);
     }
     DataRow::Fields(fields)
+}
+
+fn no_json(name: &str, kind: &str) -> String {
+    format!("{name} holds {kind}, which JSON does not have: leave the column out")
 }
 
 /// Converts an element.

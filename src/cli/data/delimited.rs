@@ -3,7 +3,8 @@
 //! A cell with a JSON array of messages is read as messages, and a JSON object in the column
 //! `input` as an object. Numbers in the columns of weights and log-probs become numbers. Empty
 //! cells become null, except answers. Every other text of a column that is used stays text.
-//! With [`Wanted::All`] this holds for prompts only; all other cells stay text, also empty ones.
+//! With [`Wanted::All`] this holds for prompts only, and with [`Wanted::PairsAndOthers`] for the
+//! columns of pairs; all other cells stay text, also empty ones.
 
 use std::io::Read;
 
@@ -51,7 +52,7 @@ pub(super) fn read(
     }
     columns.check(&header)?;
     let names: Vec<Option<String>> = header.iter().map(|name| columns.rename(name)).collect();
-    if wanted == Wanted::Pairs {
+    if wanted != Wanted::All {
         check_answers(&names)?;
     }
     Ok(Box::new(CsvRecords {
@@ -110,7 +111,8 @@ impl<R> CsvRecords<R> {
                 return DataRow::bad(name, IssueReason::InvalidUtf8, message);
             };
             let value = match self.wanted {
-                Wanted::Pairs => value(name, text),
+                Wanted::PairsAndOthers if !is_used(name) => Ok(Value::from(text)),
+                Wanted::Pairs | Wanted::PairsAndOthers => value(name, text),
                 Wanted::All if PROMPT_COLUMNS.contains(&name.as_str()) => value("prompt", text),
                 Wanted::All => Ok(Value::from(text)),
             };

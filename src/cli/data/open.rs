@@ -13,7 +13,9 @@ use super::places::DataPlace;
 use super::row::{DataRow, DataRows, Wanted};
 use super::{arrow, delimited, elements, lines};
 use crate::domain::dataset::RowIssue;
-use crate::train::rows::{DataError, parquet_records, whole_parquet_records};
+use crate::train::rows::{
+    DataError, parquet_records, parquet_records_with_others, whole_parquet_records,
+};
 
 /// Maximum number of nested compressions, e.g. a .gz file inside a .zst file.
 const MAX_COMPRESSIONS: usize = 2;
@@ -245,6 +247,9 @@ fn parquet(
     };
     let records = match wanted {
         Wanted::Pairs => parquet_records(path, rename).map(|r| Box::new(r) as ParquetRecords),
+        Wanted::PairsAndOthers => {
+            parquet_records_with_others(path, rename).map(|r| Box::new(r) as ParquetRecords)
+        }
         Wanted::All => whole_parquet_records(path, rename).map(|r| Box::new(r) as ParquetRecords),
     };
     if !columns.is_empty() && !seen.list().is_empty() {

@@ -16,9 +16,8 @@ const LINE_COLUMN: &str = "line";
 pub(in crate::cli) struct DataRecord {
     /// Number of the row, from 1 and through all files.
     pub row: u64,
-    /// The row's columns. In CSV, Arrow and Parquet files, a column that pairs do not use has the
-    /// value `true` in place of its own. A line that is no JSON object has its text in the column
-    /// `line`; other rows that cannot be read have no column.
+    /// The row's columns. A line that is no JSON object has its text in the column `line`; other
+    /// rows that cannot be read have no column.
     pub columns: Map<String, Value>,
     /// The row's pairs, or the first finding because of which it cannot be used.
     pub pairs: Result<Vec<PreferenceRow>, RowIssue>,

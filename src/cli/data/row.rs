@@ -9,6 +9,8 @@ use crate::domain::dataset::IssueReason;
 pub(in crate::cli) enum Wanted {
     /// Those of preference pairs, which the file must have. Others are only reported as not used.
     Pairs,
+    /// Those of preference pairs, which the file must have, and all others as they are.
+    PairsAndOthers,
     /// All, as they are.
     All,
 }

@@ -393,6 +393,26 @@ fn all_columns_of_every_format_are_read_if_no_pairs_are_wanted() {
     }
 }
 
+#[test]
+fn rows_of_pairs_keep_their_other_columns_in_every_format() {
+    let dir = tempfile::tempdir().unwrap();
+    for path in every_format(dir.path(), ["chosen", "rejected", "source"]) {
+        let data = DataFiles {
+            places: vec![DataPlace::File(path.clone())],
+            columns: ColumnMap::default(),
+        };
+        let rows: Vec<String> = data
+            .records()
+            .map(|record| json_of(record.unwrap().columns))
+            .collect();
+        let expected = [
+            r#"{"chosen":"p","rejected":"a","source":"c"}"#,
+            r#"{"chosen":"q","rejected":"b","source":"d"}"#,
+        ];
+        assert_eq!(rows, expected, "{}", path.display());
+    }
+}
+
 fn json_of(columns: serde_json::Map<String, serde_json::Value>) -> String {
     serde_json::Value::Object(columns).to_string()
 }

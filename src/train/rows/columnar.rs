@@ -120,6 +120,7 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
     let columns = project(path, schema, |name| {
         rename(name).is_some_and(|name| is_wanted(&name))
     })?;
+    let labels = labels.to_vec();
     Ok(Records::new(reader, columns)
         .enumerate()
         .map(move |(i, record)| {
@@ -141,6 +142,10 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
                         Value::String(field.to_string())
                     }
                     Ok(value) => value,
+                    // For example a date.
+                    Err(_) if labels.contains(&name) && !COLUMNS.contains(&name.as_str()) => {
+                        Value::String(field.to_string())
+                    }
                     // For example the bytes of an image. The value does not matter, because the
                     // column leads to a finding anyway.
                     Err(_) if !COLUMNS.contains(&name.as_str()) => Value::Bool(true),
@@ -156,6 +161,18 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
             fields.extend(unknown.iter().map(|name| (name.clone(), Value::Bool(true))));
             Ok(fields)
         }))
+}
+
+/// Does as [`decode`], with all columns that it does not need as labels.
+pub(super) fn decode_with_others<R: Fn(&str) -> Option<String> + Send + 'static>(
+    path: &Path,
+    rename: R,
+) -> Result<impl Iterator<Item = Result<Map<String, Value>, RowIssue>> + Send + use<R>, DataError> {
+    let reader = open(path)?;
+    let schema = reader.metadata().file_metadata().schema();
+    let names = schema.get_fields().iter().filter_map(|f| rename(f.name()));
+    let others: Vec<String> = names.filter(|name| !is_wanted(name)).collect();
+    decode(path, &others, rename)
 }
 
 /// Returns all columns of each record, as they are, except that nulls inside `prompt` and
