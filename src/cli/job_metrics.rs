@@ -131,9 +131,13 @@ fn name_the_flag(status: crate::rpc::client::Status) -> Failure {
     }
 }
 
+/// Columns that are not from the metrics of a step, even if these have the same name.
+const OF_STEP: [&str; 2] = ["step", "epoch"];
+
 /// Returns the names of all columns: those that matter most first.
 fn columns(steps: &BTreeMap<u64, StepRow>) -> Vec<String> {
     let mut names: Vec<&String> = steps.values().flat_map(|row| row.metrics.keys()).collect();
+    names.retain(|name| !OF_STEP.contains(&name.as_str()));
     names.sort_unstable();
     names.dedup();
     let place = |name: &str| {
@@ -143,7 +147,7 @@ fn columns(steps: &BTreeMap<u64, StepRow>) -> Vec<String> {
             .unwrap_or(FIRST_METRICS.len())
     };
     names.sort_by_key(|name| place(name));
-    ["step", "epoch"]
+    OF_STEP
         .into_iter()
         .map(str::to_owned)
         .chain(names.into_iter().cloned())
@@ -206,7 +210,7 @@ mod tests {
                 1,
                 StepRow {
                     epoch: Some(0.5),
-                    metrics: metrics(&[("a", 1.0), ("loss", f64::NAN)]),
+                    metrics: metrics(&[("a", 1.0), ("epoch", 0.5), ("loss", f64::NAN)]),
                 },
             ),
             (

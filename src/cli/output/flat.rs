@@ -86,7 +86,9 @@ pub fn readable(path: &str, value: &Value) -> String {
             items.join(", ")
         }
         // An empty message says only that it is there: `full` of a full fine-tune.
-        Value::Object(object) if object.is_empty() => "yes".to_owned(),
+        Value::Object(object) if object.is_empty() && name == "full" => "yes".to_owned(),
+        // An empty map: a job without labels.
+        Value::Object(object) if object.is_empty() => String::new(),
         other => plain(other),
     }
 }

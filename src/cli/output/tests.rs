@@ -120,6 +120,7 @@ fn a_job_shows_its_settings_and_the_beginning_of_hashes() {
         shown(&render_sections(&[section("s", &full)], None), "full"),
         Some("yes")
     );
+    assert_eq!(flat::readable("labels", &serde_json::json!({})), "");
 }
 
 #[test]
