@@ -299,6 +299,16 @@ def test_forked_processes(server: Server, scorer: Scorer, policy: str) -> None:
     # Its thread waits in gRPC all the time, and gRPC's handlers of forks then do nothing.
     client = loop.run_until_complete(_open_client(server, policy))
     expected = [scorer.rows([row])[0] for row in PLAIN_ROWS]
+    done = threading.Event()
+
+    def call() -> None:
+        with Scorer(server.target, policy) as other:
+            while not done.is_set():
+                other.rows(PLAIN_ROWS)
+
+    # Other calls are in progress while the processes are forked.
+    caller = threading.Thread(target=call)
+    caller.start()
     fork = multiprocessing.get_context("fork")
     try:
         # This executor notices a process that dies, which a Pool replaces.
@@ -311,6 +321,8 @@ def test_forked_processes(server: Server, scorer: Scorer, policy: str) -> None:
                 executor.submit(bad.rows, PLAIN_ROWS[:1]).result(60)
             assert executor.submit(_killed_and_scored, scorer).result(60) == expected[:2]
     finally:
+        done.set()
+        caller.join()
         loop.run_until_complete(client.close())
         loop.close()
 

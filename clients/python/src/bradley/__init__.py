@@ -7,6 +7,8 @@ the package `bradley.v1`.
 
 from importlib import metadata
 
+# First, because it sets a variable that gRPC reads when it is imported.
+from bradley import forked  # noqa: F401
 from bradley.aio import AsyncClient
 from bradley.client import Client
 from bradley.errors import (

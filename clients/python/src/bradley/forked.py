@@ -2,6 +2,10 @@
 
 gRPC keeps threads and state that a fork copies only in part: calls in the child can hang, or end
 the process. So the child starts a new Python that makes its calls, and talks with it through pipes.
+
+gRPC's own handlers of forks start its threads again in the child, although some of their state is
+missing there. Now and then this ended a child that did not even use gRPC (grpcio 1.85), so they are
+switched off, unless the variable says otherwise or gRPC was imported before this package.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import Any
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 _is_forked = False
 
