@@ -108,7 +108,9 @@ class BradleyError(Exception):
     @property
     def is_timeout(self) -> bool:
         """True if the time of the call is over. The server may have carried it out."""
-        return not self.reason and self.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        # The server also ends a call at its deadline, and may be a moment earlier than gRPC here.
+        is_of_call = self.reason in ("", grpc.StatusCode.DEADLINE_EXCEEDED.name)
+        return is_of_call and self.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class CancelledError(BradleyError):
