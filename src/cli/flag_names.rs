@@ -55,8 +55,7 @@ const INSTRUCTIONS: [(&str, &str); 1] = [(
     "leave them out with --skip-bad-rows",
 )];
 /// The same for commands other than `train`.
-const OTHER_INSTRUCTIONS: [(&str, &str); 4] = [
-    ("max_tokens of all", "--max-tokens of all"),
+const OTHER_INSTRUCTIONS: [(&str, &str); 3] = [
     ("lower max_tokens", "lower --max-tokens"),
     ("ask for MERGED", "add --contents merged"),
     ("export it MERGED", "use --contents merged"),

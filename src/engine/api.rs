@@ -414,8 +414,8 @@ pub enum EngineError {
     },
     /// A prompt leaves no room for a sample.
     #[error(
-        "the prompt has {tokens} tokens, and {setting} allows {limit} with those of the samples: \
-         shorten the prompt"
+        "the prompt has {tokens} tokens, and the server's {setting} allows {limit} with those of \
+         the samples: shorten the prompt"
     )]
     PromptTooLong {
         /// Tokens of the prompt.
@@ -427,8 +427,8 @@ pub enum EngineError {
     },
     /// A prompt and its longest sample exceed `max_row_tokens`.
     #[error(
-        "the prompt and max_tokens are {tokens} tokens together, and max_row_tokens allows \
-         {limit}: lower max_tokens, or shorten the prompt"
+        "the prompt and its longest sample may have {tokens} tokens, and the server's \
+         max_row_tokens is {limit}: lower max_tokens, or shorten the prompt"
     )]
     SampleTooLong {
         /// Tokens of the prompt and of the longest sample.
@@ -438,7 +438,7 @@ pub enum EngineError {
     },
     /// A prompt and its longest samples exceed `generation_cache_tokens`.
     #[error(
-        "the prompt and max_tokens of all samples take {tokens} tokens of the cache, and \
+        "the prompt and its samples may have {tokens} tokens together, and the server's \
          generation_cache_tokens is {limit}: lower max_tokens, ask for fewer samples, or shorten \
          the prompt"
     )]

@@ -353,7 +353,7 @@ fn random_job(draw: &mut Random, dataset: &str) -> pb::TrainingJob {
         run: Some(pb::RunConfig {
             save_steps: draw.sometimes(|d| d.below(10) as u32),
             save_total_limit: draw.sometimes(|d| 1 + d.below(5) as u32),
-            eval_steps: draw.sometimes(|d| d.below(10) as u32),
+            eval_steps: has_evaluation.then(|| draw.below(10) as u32),
             logging_steps: draw.sometimes(|d| 1 + d.below(5) as u32),
             early_stopping_patience: has_evaluation.then(|| draw.below(4) as u32),
             metric_for_best: draw
@@ -364,7 +364,7 @@ fn random_job(draw: &mut Random, dataset: &str) -> pb::TrainingJob {
                     "eval_rewards/margins",
                 ])
                 .into(),
-            eval_on_start: draw.flag(),
+            eval_on_start: has_evaluation && draw.flag(),
         }),
         // Above 2^53 a double is not exact.
         seed: draw.sometimes(|d| d.pick(&[0, 42, u64::MAX, (1 << 53) + 1])),
@@ -652,8 +652,17 @@ async fn errors_speak_of_flags_and_of_the_file() {
     let said = with(&["--schedule", "constant", "--warmup-steps", "3"]);
     assert!(said.contains("--warmup-steps has no effect"), "{said}");
     assert!(said.contains("set --schedule to"), "{said}");
-    let said = with(&["--early-stopping-patience", "2"]);
-    assert!(said.contains("--eval-data or --eval-fraction"), "{said}");
+    let evaluates = [
+        "--early-stopping-patience=2",
+        "--eval-steps=5",
+        "--eval-on-start",
+    ];
+    let said = with(&evaluates);
+    for flag in evaluates {
+        let flag = flag.split('=').next().unwrap();
+        let expected = format!("{flag} needs an evaluation: set --eval-data or --eval-fraction");
+        assert!(said.contains(&expected), "{expected} is not in {said}");
+    }
     assert!(with(&["--rank", "many"]).contains("--rank is \"many\": it must be a whole number"));
     assert!(with(&["--full", "--rank", "3"]).contains("--rank belongs to LoRA"));
 

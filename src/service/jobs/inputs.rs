@@ -239,7 +239,8 @@ fn encode_dataset(
         };
         let message = format!(
             "datasets/{} has {} rows that cannot be used with {with_reference}models/{} and \
-             max_length {}{checked}; row {}, {} {}: {}. Fix them, or set row_policy to SKIP",
+             at most {} tokens for a prompt with its answer{checked}; row {}, {} {}: {}. Fix them, \
+             or set row_policy to SKIP",
             dataset.id,
             bad.rows(),
             context.model,

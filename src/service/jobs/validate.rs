@@ -96,11 +96,18 @@ impl RequestValidator {
                 format!("is {f}: it must lie between 0 and 1"),
             );
         }
-        if request.evaluation == Evaluation::None && request.spec.run.early_stopping_patience > 0 {
-            bad.push(
-                "training_job.run.early_stopping_patience",
-                "needs an evaluation: set eval_dataset or eval_fraction",
-            );
+        let run = &request.spec.run;
+        for (field, is_set) in [
+            ("eval_steps", run.eval_steps > 0),
+            ("eval_on_start", run.eval_on_start),
+            ("early_stopping_patience", run.early_stopping_patience > 0),
+        ] {
+            if is_set && request.evaluation == Evaluation::None {
+                bad.push(
+                    format!("training_job.run.{field}"),
+                    "needs an evaluation: set eval_dataset or eval_fraction",
+                );
+            }
         }
         if request.reference.is_some() && request.spec.dpo.reference_free {
             bad.push(
