@@ -3,10 +3,12 @@
 //!
 //! [`RestService`] turns an HTTP request into the gRPC call of the same method and hands it to the
 //! layers below, so that authentication, limits, deadlines, metrics and the audit log are those of
-//! gRPC. There are no routes in the code: `routes` reads the annotations.
+//! gRPC. There are no routes in the code: `routes` reads the annotations. `openai` answers OpenAI's
+//! paths in the same way.
 
 mod answer;
 mod hosts;
+mod openai;
 mod openapi;
 mod request;
 mod routes;
@@ -18,6 +20,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tonic::body::Body;
+use tonic::codegen::http::request::Parts;
 use tonic::codegen::http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
 };
@@ -25,8 +28,9 @@ use tower::{Layer, Service};
 
 use self::answer::StreamForm;
 pub use self::hosts::RestHost;
+use self::openai::{Endpoint, OpenAiCall};
 use self::request::{LateBody, RequestParts};
-use self::routes::{BodyFields, Lookup, Route};
+use self::routes::{BodyFields, Lookup};
 use super::auth::LogRate;
 use super::listener::Peer;
 use super::observe::{REQUEST_ID, request_id};
@@ -123,16 +127,24 @@ where
                 )),
                 false => plan(&request, &layer, max_body),
             };
-            let call = match planned {
-                Ok(Plan::Call(call)) => call,
-                Ok(Plan::Document(document)) => {
-                    return Ok(answer::json(StatusCode::OK, document.as_bytes()));
+            match planned {
+                Ok(Plan::Call(call)) => {
+                    let (route, form, resumes) = (call.parts.route, call.form, call.resumes());
+                    let response = inner.call(call.into_grpc(request)).await?;
+                    Ok(answer::convert(response, route, form, resumes).await)
                 }
-                Err(refused) => return Ok(layer.refuse(&request, refused)),
-            };
-            let (route, form, resumes) = (call.parts.route, call.form, call.resumes());
-            let response = inner.call(call.into_grpc(request)).await?;
-            Ok(answer::convert(response, route, form, resumes).await)
+                Ok(Plan::OpenAi(call, timeout)) => {
+                    let path = call.endpoint.grpc_path();
+                    let (head, body) = request.into_parts();
+                    let (message, answering) = call.into_message(body);
+                    let response = inner.call(grpc_call(head, path, timeout, message)).await?;
+                    Ok(answering.convert(response).await)
+                }
+                Ok(Plan::Document(document)) => {
+                    Ok(answer::json(StatusCode::OK, document.as_bytes()))
+                }
+                Err(refused) => Ok(layer.refuse(&request, refused)),
+            }
         })
     }
 }
@@ -152,7 +164,7 @@ impl RestLayer {
                 "refused"
             );
         }
-        let mut response = refused.into_response();
+        let mut response = refused.into_response(request.uri().path());
         if let Ok(id) = HeaderValue::from_str(&id) {
             response.headers_mut().insert(REQUEST_ID, id);
         }
@@ -184,12 +196,16 @@ impl Refused {
         }
     }
 
-    fn into_response(self) -> Response<Body> {
+    /// Returns the answer, in the form of the API that `path` belongs to.
+    fn into_response(self, path: &str) -> Response<Body> {
         let status = status(self.error);
         let code = format!("{:?}", status.code());
         metrics::counter!("bradley_requests_total", "method" => "unknown", "code" => code)
             .increment(1);
-        let mut response = answer::error(self.http, &status);
+        let mut response = match path.starts_with(openai::PREFIX) {
+            true => openai::error(self.http, &status),
+            false => answer::error(self.http, &status),
+        };
         if let Some(allow) = self.allow.and_then(|a| HeaderValue::from_str(&a).ok()) {
             response.headers_mut().insert(header::ALLOW, allow);
         }
@@ -208,6 +224,8 @@ struct PlannedCall {
 enum Plan {
     /// By a gRPC call.
     Call(PlannedCall),
+    /// By a gRPC call with this time limit, whose answer gets OpenAI's form.
+    OpenAi(OpenAiCall, Option<HeaderValue>),
     /// By the OpenAPI document.
     Document(&'static str),
 }
@@ -220,28 +238,38 @@ impl PlannedCall {
 
     fn into_grpc(self, request: Request<Body>) -> Request<Body> {
         let (head, body) = request.into_parts();
-        let path = Uri::from_static(self.parts.route.grpc_path.as_str());
-        let mut call = Request::new(Body::new(LateBody::new(self.parts, body)));
-        *call.method_mut() = Method::POST;
-        *call.uri_mut() = path;
-        *call.version_mut() = Version::HTTP_2;
-        *call.extensions_mut() = head.extensions;
-        let headers = call.headers_mut();
-        headers.insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/grpc"),
-        );
-        headers.insert(header::TE, HeaderValue::from_static("trailers"));
-        if let Some(timeout) = self.timeout {
-            headers.insert(GRPC_TIMEOUT, timeout);
-        }
-        for name in FORWARDED {
-            if let Some(value) = head.headers.get(name) {
-                headers.insert(name, value.clone());
-            }
-        }
-        call
+        let path = self.parts.route.grpc_path.as_str();
+        grpc_call(head, path, self.timeout, LateBody::new(self.parts, body))
     }
+}
+
+/// Returns the gRPC call of a request with the headers `head`.
+fn grpc_call(
+    head: Parts,
+    path: &'static str,
+    timeout: Option<HeaderValue>,
+    message: LateBody,
+) -> Request<Body> {
+    let mut call = Request::new(Body::new(message));
+    *call.method_mut() = Method::POST;
+    *call.uri_mut() = Uri::from_static(path);
+    *call.version_mut() = Version::HTTP_2;
+    *call.extensions_mut() = head.extensions;
+    let headers = call.headers_mut();
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/grpc"),
+    );
+    headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    if let Some(timeout) = timeout {
+        headers.insert(GRPC_TIMEOUT, timeout);
+    }
+    for name in FORWARDED {
+        if let Some(value) = head.headers.get(name) {
+            headers.insert(name, value.clone());
+        }
+    }
+    call
 }
 
 /// Finds the method of a request and checks its headers.
@@ -271,19 +299,20 @@ fn plan(request: &Request<Body>, layer: &RestLayer, max_body: usize) -> Result<P
             _ => Err(other_verb(verb, &[&Method::GET])),
         };
     }
+    if let Some(openai_path) = path.strip_prefix(openai::PREFIX) {
+        return plan_openai(request, openai_path, max_body);
+    }
     let table =
         routes::table().map_err(|e| Refused::of(StatusCode::INTERNAL_SERVER_ERROR, internal(e)))?;
     let (route, parts) = match routes::find(table, verb, path) {
         Lookup::Route(route, parts) => (route, parts),
         Lookup::OtherVerbs(verbs) => return Err(other_verb(verb, &verbs)),
-        Lookup::NoPath => {
-            return Err(Refused::of(
-                StatusCode::NOT_FOUND,
-                ServiceError::not_found("path", shortened(path, MAX_REPEATED)),
-            ));
-        }
+        Lookup::NoPath => return Err(no_path(path)),
     };
-    let is_json = check_body(headers, route)?;
+    let is_json = match route.body {
+        BodyFields::None => check_no_body(headers)?,
+        _ => check_body(headers)?,
+    };
     let bindings = route
         .template
         .bindings(&parts)
@@ -311,6 +340,34 @@ fn plan(request: &Request<Body>, layer: &RestLayer, max_body: usize) -> Result<P
         form: stream_form(headers),
         timeout: timeout(headers)?,
     }))
+}
+
+/// Checks the headers of a request for OpenAI's API. `path` has no [`openai::PREFIX`].
+fn plan_openai(request: &Request<Body>, path: &str, max_body: usize) -> Result<Plan, Refused> {
+    let (verb, headers) = (request.method(), request.headers());
+    let endpoint = Endpoint::find(path).ok_or_else(|| no_path(request.uri().path()))?;
+    if *verb != endpoint.verb() {
+        return Err(other_verb(verb, &[&endpoint.verb()]));
+    }
+    if request.uri().query().is_some_and(|query| !query.is_empty()) {
+        return Err(bad("query", "has no meaning for this path: leave it out"));
+    }
+    let is_json = match endpoint.has_body() {
+        true => check_body(headers)?,
+        false => check_no_body(headers)?,
+    };
+    let call = OpenAiCall {
+        endpoint,
+        is_json,
+        limit: max_body,
+        timeout: request::BODY_TIMEOUT,
+    };
+    Ok(Plan::OpenAi(call, timeout(headers)?))
+}
+
+fn no_path(path: &str) -> Refused {
+    let error = ServiceError::not_found("path", shortened(path, MAX_REPEATED));
+    Refused::of(StatusCode::NOT_FOUND, error)
 }
 
 fn internal(e: &str) -> ServiceError {
@@ -383,8 +440,22 @@ fn check_origin(request: &Request<Body>) -> Result<(), Refused> {
     }
 }
 
+/// Checks that a request has no body. Returns false: the headers do not say that it is JSON.
+fn check_no_body(headers: &HeaderMap) -> Result<bool, Refused> {
+    let length = headers.get(header::CONTENT_LENGTH);
+    let has_body =
+        length.is_some_and(|v| v != "0") || headers.contains_key(header::TRANSFER_ENCODING);
+    match has_body {
+        true => Err(bad(
+            "body",
+            "is not accepted: this method takes its fields as parameters of the query",
+        )),
+        false => Ok(false),
+    }
+}
+
 /// Checks the headers about the body. Returns true if they say that it is JSON.
-fn check_body(headers: &HeaderMap, route: &Route) -> Result<bool, Refused> {
+fn check_body(headers: &HeaderMap) -> Result<bool, Refused> {
     let unsupported = |field: &str, needed: &str| {
         let given = headers.get(field).and_then(|v| v.to_str().ok());
         let given = quoted(&shortened(given.unwrap_or_default(), MAX_REPEATED));
@@ -394,18 +465,6 @@ fn check_body(headers: &HeaderMap, route: &Route) -> Result<bool, Refused> {
             ServiceError::invalid(field, text),
         )
     };
-    if let BodyFields::None = route.body {
-        let length = headers.get(header::CONTENT_LENGTH);
-        let has_body =
-            length.is_some_and(|v| v != "0") || headers.contains_key(header::TRANSFER_ENCODING);
-        if has_body {
-            return Err(bad(
-                "body",
-                "is not accepted: this method takes its fields as parameters of the query",
-            ));
-        }
-        return Ok(false);
-    }
     if headers
         .get(header::CONTENT_ENCODING)
         .is_some_and(|v| v != "identity")

@@ -49,7 +49,12 @@ pub enum StreamForm {
 
 /// Returns an error as the JSON of a google.rpc.Status.
 pub fn error(http: StatusCode, status: &Status) -> Response<Body> {
-    let mut response = json(http, status_json(status, StatusJson::Plain));
+    error_with(http, status, status_json(status, StatusJson::Plain))
+}
+
+/// Returns an error with a JSON body of its own, and the headers that belong to it.
+pub fn error_with(http: StatusCode, status: &Status, body: Vec<u8>) -> Response<Body> {
+    let mut response = json(http, body);
     let headers = response.headers_mut();
     let retry = status.get_details_retry_info().and_then(|r| r.retry_delay);
     if let Some(delay) = retry {
@@ -119,16 +124,21 @@ pub async fn convert(
     resumes: bool,
 ) -> Response<Body> {
     let (head, body) = response.into_parts();
-    let converted = match Status::from_header_map(&head.headers) {
-        Some(status) if status.code() != Code::Ok => error_of(&status, &head.headers),
-        _ if route.method.is_server_streaming() => stream(body, route, form, resumes).await,
-        _ => one_message(body, route.method.output()).await,
+    let converted = match failure(&head.headers) {
+        Some(status) => error_of(&status, &head.headers),
+        None if route.method.is_server_streaming() => stream(body, route, form, resumes).await,
+        None => one_message(body, route.method.output()).await,
     };
     with_headers(converted, head.headers)
 }
 
+/// Returns the status in the headers or trailers of a call that failed.
+pub fn failure(headers: &HeaderMap) -> Option<Status> {
+    Status::from_header_map(headers).filter(|status| status.code() != Code::Ok)
+}
+
 /// Adds the headers of the gRPC answer that are not part of its protocol, e.g. the request's ID.
-fn with_headers(mut response: Response<Body>, given: HeaderMap) -> Response<Body> {
+pub fn with_headers(mut response: Response<Body>, given: HeaderMap) -> Response<Body> {
     let is_protocol = |name: &HeaderName| {
         let name = name.as_str();
         name.starts_with("grpc-") || ["content-type", "date", HTTP_STATUS].contains(&name)
@@ -147,14 +157,17 @@ fn with_headers(mut response: Response<Body>, given: HeaderMap) -> Response<Body
 
 /// Returns the answer for a call that failed, with the headers or trailers that say so.
 fn error_of(status: &Status, headers: &HeaderMap) -> Response<Body> {
-    let own = headers.get(HTTP_STATUS);
-    let own = own.and_then(|v| StatusCode::from_bytes(v.as_bytes()).ok());
-    error(own.unwrap_or_else(|| http_status(status.code())), status)
+    error(http_status(status, headers), status)
 }
 
-/// Returns the HTTP status of a gRPC code, as google.rpc.Code lists them.
-fn http_status(code: Code) -> StatusCode {
-    match code {
+/// Returns the HTTP status of a call that failed: the one in its headers or trailers, otherwise
+/// that of its gRPC code, as google.rpc.Code lists them.
+pub fn http_status(status: &Status, headers: &HeaderMap) -> StatusCode {
+    let own = headers.get(HTTP_STATUS);
+    if let Some(own) = own.and_then(|v| StatusCode::from_bytes(v.as_bytes()).ok()) {
+        return own;
+    }
+    match status.code() {
         Code::Ok => StatusCode::OK,
         // The status that nginx introduced for a client that has left.
         Code::Cancelled => StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST),
@@ -196,29 +209,42 @@ fn status_json(status: &Status, form: StatusJson) -> Vec<u8> {
     [start, text.get(1..).unwrap_or_default()].concat()
 }
 
-fn conversion(e: impl std::fmt::Display) -> Status {
+/// Returns the error for an answer that cannot be converted.
+pub fn conversion(e: impl std::fmt::Display) -> Status {
     status(ServiceError::internal(format!(
         "an answer has no JSON: {e}"
     )))
 }
 
-/// Reads the whole body of a unary call.
-async fn one_message(mut body: Body, descriptor: MessageDescriptor) -> Response<Body> {
+/// Reads the whole body of a call: its messages, framed as gRPC sends them.
+///
+/// # Errors
+/// Returns the error of a call that failed, with the HTTP status that it has.
+pub async fn read_all(mut body: Body) -> Result<BytesMut, (StatusCode, Status)> {
     let mut data = BytesMut::new();
     let mut trailers = HeaderMap::new();
     while let Some(frame) = next_frame(&mut body).await {
         match frame.map(Frame::into_data) {
             Ok(Ok(bytes)) => data.extend_from_slice(&bytes),
             Ok(Err(frame)) => trailers.extend(frame.into_trailers().unwrap_or_default()),
-            Err(status) => return error_of(&status, &trailers),
+            Err(status) => return Err((http_status(&status, &trailers), status)),
         }
     }
-    match Status::from_header_map(&trailers) {
-        Some(status) if status.code() != Code::Ok => return error_of(&status, &trailers),
-        _ => {}
+    match failure(&trailers) {
+        Some(status) => Err((http_status(&status, &trailers), status)),
+        None => Ok(data),
     }
+}
+
+/// Converts the answer of a unary call.
+async fn one_message(body: Body, descriptor: MessageDescriptor) -> Response<Body> {
+    let mut data = match read_all(body).await {
+        Ok(data) => data,
+        Err((http, status)) => return error(http, &status),
+    };
+    let internal = |status: Status| error_of(&status, &HeaderMap::new());
     let Some(message) = take_message(&mut data) else {
-        return error_of(&conversion("it has no message"), &trailers);
+        return internal(conversion("it has no message"));
     };
     let is_small = message.len() <= MAX_INLINE;
     let convert = move || canonical::proto_json(&descriptor, &message).map_err(conversion);
@@ -230,13 +256,13 @@ async fn one_message(mut body: Body, descriptor: MessageDescriptor) -> Response<
     };
     match text {
         Ok(text) => json(StatusCode::OK, text),
-        Err(status) => error_of(&status, &trailers),
+        Err(status) => internal(status),
     }
 }
 
 /// Takes the first message of a gRPC body, if it is there completely. The server compresses no
 /// answer, because the call did not say that it accepts this.
-fn take_message(data: &mut BytesMut) -> Option<Bytes> {
+pub fn take_message(data: &mut BytesMut) -> Option<Bytes> {
     let length = data.get(1..PREFIX)?.try_into().ok()?;
     let length = u32::from_be_bytes(length) as usize;
     if data.len() < PREFIX + length {
@@ -247,19 +273,12 @@ fn take_message(data: &mut BytesMut) -> Option<Bytes> {
 }
 
 async fn stream(body: Body, route: &Route, form: StreamForm, resumes: bool) -> Response<Body> {
-    let mut events = Events {
-        body,
-        data: BytesMut::new(),
-        text: EventText {
-            descriptor: route.method.output(),
-            sequence: route.cursor.as_ref().map(|c| c.sequence.clone()),
-            form,
-        },
-        converting: None,
-        heartbeat: Box::pin(tokio::time::sleep(HEARTBEAT)),
-        waiting: None,
-        has_ended: false,
+    let text = EventText {
+        descriptor: route.method.output(),
+        sequence: route.cursor.as_ref().map(|c| c.sequence.clone()),
+        form,
     };
+    let mut events = Events::new(body, text);
     if resumes && form == StreamForm::Events {
         let first = std::future::poll_fn(|cx| events.poll_next(cx));
         // Without an event in time, the headers are sent and the stream waits.
@@ -273,6 +292,15 @@ async fn stream(body: Body, route: &Route, form: StreamForm, resumes: bool) -> R
             events.waiting = Some(first);
         }
     }
+    streamed(events, form)
+}
+
+/// Returns the answer of a call whose messages come one by one as server-sent events.
+pub fn event_stream(body: Body, text: impl StreamText) -> Response<Body> {
+    streamed(Events::new(body, text), StreamForm::Events)
+}
+
+fn streamed(events: Events<impl StreamText>, form: StreamForm) -> Response<Body> {
     let media_type = match form {
         StreamForm::Events => EVENT_STREAM,
         StreamForm::Lines => JSON_LINES,
@@ -303,7 +331,22 @@ impl From<Result<Vec<u8>, Status>> for Next {
     }
 }
 
-/// Turns messages into the text of a stream.
+/// Turns the messages of a gRPC stream into the text of an HTTP stream.
+pub trait StreamText: Clone + Send + Unpin + 'static {
+    /// Returns true if the text may have comments while no message comes.
+    fn has_comments(&self) -> bool;
+
+    /// Returns the text of a message; it may be empty.
+    ///
+    /// # Errors
+    /// Returns the error that ends the stream if the message cannot be converted.
+    fn of(&self, message: &[u8]) -> Result<Vec<u8>, Status>;
+
+    /// Returns the last text of a stream that ended with `error`; `None` if it has none.
+    fn last(&self, error: Option<Status>) -> Option<Vec<u8>>;
+}
+
+/// Turns messages into their JSON.
 #[derive(Clone)]
 struct EventText {
     descriptor: MessageDescriptor,
@@ -313,11 +356,11 @@ struct EventText {
 }
 
 /// The body of a stream. It reads the gRPC stream only when the client takes more.
-struct Events {
+struct Events<T> {
     body: Body,
     /// Bytes of the gRPC stream that have not been converted yet.
     data: BytesMut,
-    text: EventText,
+    text: T,
     /// A message above [`MAX_INLINE`] that a thread for blocking work converts.
     converting: Option<JoinHandle<Result<Vec<u8>, Status>>>,
     heartbeat: Pin<Box<Sleep>>,
@@ -326,17 +369,35 @@ struct Events {
     has_ended: bool,
 }
 
-impl Events {
+impl<T: StreamText> Events<T> {
+    fn new(body: Body, text: T) -> Self {
+        Events {
+            body,
+            data: BytesMut::new(),
+            text,
+            converting: None,
+            heartbeat: Box::pin(tokio::time::sleep(HEARTBEAT)),
+            waiting: None,
+            has_ended: false,
+        }
+    }
+
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
         loop {
             if let Some(converting) = &mut self.converting {
                 let text = std::task::ready!(Pin::new(converting).poll(cx));
                 self.converting = None;
-                return Poll::Ready(text.unwrap_or_else(|e| Err(conversion(e))).into());
+                match text.unwrap_or_else(|e| Err(conversion(e))) {
+                    Ok(text) if text.is_empty() => continue,
+                    text => return Poll::Ready(text.into()),
+                }
             }
             if let Some(message) = take_message(&mut self.data) {
                 if message.len() <= MAX_INLINE {
-                    return Poll::Ready(self.text.of(&message).into());
+                    match self.text.of(&message) {
+                        Ok(text) if text.is_empty() => continue,
+                        text => return Poll::Ready(text.into()),
+                    }
                 }
                 let text = self.text.clone();
                 self.converting = Some(tokio::task::spawn_blocking(move || text.of(&message)));
@@ -347,8 +408,7 @@ impl Events {
                 Some(Ok(Ok(bytes))) => self.data.extend_from_slice(&bytes),
                 Some(Ok(Err(frame))) => {
                     let trailers = frame.into_trailers().unwrap_or_default();
-                    let status = Status::from_header_map(&trailers);
-                    return Poll::Ready(Next::End(status.filter(|s| s.code() != Code::Ok)));
+                    return Poll::Ready(Next::End(failure(&trailers)));
                 }
                 Some(Err(status)) => return Poll::Ready(Next::End(Some(status))),
                 None => return Poll::Ready(Next::End(None)),
@@ -357,8 +417,12 @@ impl Events {
     }
 }
 
-impl EventText {
-    /// Returns the text of a message.
+impl StreamText for EventText {
+    /// Not every reader of lines skips an empty one.
+    fn has_comments(&self) -> bool {
+        self.form == StreamForm::Events
+    }
+
     fn of(&self, message: &[u8]) -> Result<Vec<u8>, Status> {
         let json = canonical::proto_json(&self.descriptor, message).map_err(conversion)?;
         if self.form == StreamForm::Lines {
@@ -378,7 +442,6 @@ impl EventText {
         Ok(text)
     }
 
-    /// Returns the last text of the stream.
     fn last(&self, error: Option<Status>) -> Option<Vec<u8>> {
         let error = error.map(|status| status_json(&status, StatusJson::Typed));
         match (self.form, error) {
@@ -392,7 +455,7 @@ impl EventText {
     }
 }
 
-impl http_body::Body for Events {
+impl<T: StreamText> http_body::Body for Events<T> {
     type Data = Bytes;
     type Error = Status;
 
@@ -415,8 +478,7 @@ impl http_body::Body for Events {
                 this.text.last(error)
             }
             Poll::Pending => {
-                // Not every reader of lines skips an empty one.
-                if this.text.form == StreamForm::Lines {
+                if !this.text.has_comments() {
                     return Poll::Pending;
                 }
                 std::task::ready!(this.heartbeat.as_mut().poll(cx));

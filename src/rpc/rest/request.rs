@@ -65,9 +65,14 @@ type LateMessage = Pin<Box<dyn Future<Output = Result<Bytes, Status>> + Send>>;
 pub struct LateBody(Option<LateMessage>);
 
 impl LateBody {
-    /// Makes the body of the call from an HTTP request.
+    /// Makes the body of a call from its HTTP request.
     pub fn new(parts: RequestParts, body: Body) -> Self {
-        LateBody(Some(Box::pin(read(parts, body))))
+        LateBody::reading(read(parts, body))
+    }
+
+    /// Makes the body of a call from a message that is being read, framed as gRPC sends it.
+    pub fn reading(message: impl Future<Output = Result<Bytes, Status>> + Send + 'static) -> Self {
+        LateBody(Some(Box::pin(message)))
     }
 }
 
@@ -105,31 +110,56 @@ pub async fn next_frame(body: &mut Body) -> Option<Result<Frame<Bytes>, Status>>
 async fn read(parts: RequestParts, body: Body) -> Result<Bytes, Status> {
     let text = match parts.route.body {
         BodyFields::None => Bytes::new(),
-        _ => tokio::time::timeout(parts.timeout, collect(body, parts.limit))
-            .await
-            .map_err(|_| {
-                let seconds = parts.timeout.as_secs();
-                let late = format!("was not sent within {seconds} seconds");
-                let e = ServiceError::invalid("body", late);
-                with_http(e, StatusCode::REQUEST_TIMEOUT)
-            })??,
+        _ => read_body(body, parts.is_json, parts.limit, parts.timeout).await?,
     };
-    if !text.is_empty() && !parts.is_json {
+    converted(text, move |text| message(&parts, text)).await
+}
+
+/// Reads a body of at most `limit` bytes. `is_json` is true if the headers say that it is JSON.
+///
+/// # Errors
+/// Returns the error for a body that is too long, late or not JSON by its headers.
+pub async fn read_body(
+    body: Body,
+    is_json: bool,
+    limit: usize,
+    timeout: Duration,
+) -> Result<Bytes, Status> {
+    let text = tokio::time::timeout(timeout, collect(body, limit))
+        .await
+        .map_err(|_| {
+            let seconds = timeout.as_secs();
+            let late = format!("was not sent within {seconds} seconds");
+            let e = ServiceError::invalid("body", late);
+            with_http(e, StatusCode::REQUEST_TIMEOUT)
+        })??;
+    if !text.is_empty() && !is_json {
         let e = ServiceError::invalid(
             "content-type",
             "is missing: a body must be sent as application/json",
         );
         return Err(with_http(e, StatusCode::UNSUPPORTED_MEDIA_TYPE));
     }
+    Ok(text)
+}
+
+/// Converts the text of a body. A long text is converted on a thread for blocking work.
+///
+/// # Errors
+/// Returns the error of `convert`.
+pub async fn converted(
+    text: Bytes,
+    convert: impl FnOnce(&[u8]) -> Result<Bytes, ServiceError> + Send + 'static,
+) -> Result<Bytes, Status> {
     if text.len() <= MAX_INLINE {
-        return message(&parts, &text).map_err(status);
+        return convert(&text).map_err(status);
     }
     // The semaphore is never closed. The thread has the permit, because it continues when its call
     // has been cancelled.
     let permit = LARGE.acquire().await;
     let work = move || {
         let _permit = permit;
-        message(&parts, &text)
+        convert(&text)
     };
     tokio::task::spawn_blocking(work)
         .await
@@ -193,7 +223,7 @@ fn message(parts: &RequestParts, text: &[u8]) -> Result<Bytes, ServiceError> {
 }
 
 /// Returns a message with the prefix that gRPC sends before it: a flag and the length.
-fn framed(message: &[u8]) -> Bytes {
+pub fn framed(message: &[u8]) -> Bytes {
     let mut all = BytesMut::with_capacity(message.len() + 5);
     all.put_u8(0);
     all.put_u32(message.len() as u32);
@@ -201,7 +231,11 @@ fn framed(message: &[u8]) -> Bytes {
     all.freeze()
 }
 
-fn parse(text: &[u8]) -> Result<Value, ServiceError> {
+/// Parses the JSON of a body.
+///
+/// # Errors
+/// `InvalidArgument` if it is malformed or has too many values.
+pub fn parse(text: &[u8]) -> Result<Value, ServiceError> {
     if has_too_many_values(text) {
         let many = format!("has more than {MAX_VALUES} values: divide the request");
         return Err(ServiceError::invalid("body", many));

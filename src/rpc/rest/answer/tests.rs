@@ -127,7 +127,7 @@ async fn a_resumed_stream_without_new_events_has_no_content() {
 }
 
 /// Returns a stream of events whose first heartbeat is due after `quiet`.
-fn events(body: Body, quiet: Duration) -> Events {
+fn events(body: Body, quiet: Duration) -> Events<EventText> {
     Events {
         body,
         data: BytesMut::new(),
@@ -169,7 +169,7 @@ fn a_large_message_is_converted_on_another_thread() {
             is_open: false,
         })
     };
-    let is_ready = |events: &mut Events| {
+    let is_ready = |events: &mut Events<EventText>| {
         let mut cx = Context::from_waker(std::task::Waker::noop());
         Pin::new(events).poll_frame(&mut cx).is_ready()
     };

@@ -1,0 +1,339 @@
+//! From a request for completions to the message of GenerateCompletions.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value};
+
+use crate::domain::violation::{Violations, shortened};
+use crate::rpc::pb;
+use crate::rpc::rest::request::parse;
+use crate::service::error::ServiceError;
+
+/// Number of tokens of a text completion if the request does not limit them, as in OpenAI's API.
+const DEFAULT_TEXT_TOKENS: u32 = 16;
+/// Parameters that do not change the answer.
+const WITHOUT_EFFECT: [&str; 8] = [
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+];
+/// Maximum number of characters of a value that an error repeats.
+const MAX_REPEATED: usize = 60;
+
+/// The parts of a request that its answer needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// True for a chat.
+    pub is_chat: bool,
+    /// Identifies the answer.
+    pub id: String,
+    /// Time of the request, in seconds since 1970.
+    pub created: u64,
+    /// The model, as the request names it.
+    pub model: String,
+    /// Number of samples.
+    pub samples: u32,
+    /// True to send the answer as it comes.
+    pub streams: bool,
+    /// True if a stream ends with the numbers of tokens.
+    pub includes_usage: bool,
+}
+
+/// Converts the body of a request for completions.
+///
+/// # Errors
+/// `InvalidArgument` with all parameters that are wrong or not supported.
+pub fn generation(
+    is_chat: bool,
+    text: &[u8],
+) -> Result<(pb::GenerateCompletionsRequest, Asked), ServiceError> {
+    let Value::Object(given) = parse(text)? else {
+        return Err(ServiceError::invalid("body", "must be a JSON object"));
+    };
+    let mut fields = Fields {
+        // OpenAI's clients send null for a parameter without a value.
+        given: given.into_iter().filter(|(_, v)| !v.is_null()).collect(),
+        bad: Violations::default(),
+    };
+    let model = fields.text("model").unwrap_or_default();
+    if model.is_empty() {
+        fields.bad.push("model", "is missing");
+    }
+    let prompt = match is_chat {
+        true => fields.messages(),
+        false => fields.prompt(),
+    };
+    let samples = fields.number("n").unwrap_or(1);
+    let mut max_tokens = fields.number("max_tokens");
+    if is_chat && let Some(max) = fields.number("max_completion_tokens") {
+        if max_tokens.is_some_and(|other| other != max) {
+            let problem = "differs from max_tokens: give one of them";
+            fields.bad.push("max_completion_tokens", problem);
+        }
+        max_tokens = Some(max);
+    }
+    if max_tokens == Some(0) {
+        fields.bad.push("max_tokens", "is 0: it must be at least 1");
+    }
+    let streams = fields.flag("stream").unwrap_or(false);
+    let includes_usage = fields.stream_options(streams);
+    let request = pb::GenerateCompletionsRequest {
+        policy: policy(&model),
+        prompt,
+        samples,
+        max_tokens: max_tokens.unwrap_or(match is_chat {
+            true => 0,
+            false => DEFAULT_TEXT_TOKENS,
+        }),
+        temperature: fields.real("temperature"),
+        top_p: fields.real("top_p"),
+        top_k: fields.number("top_k"),
+        seed: fields.seed(),
+        stop: fields.stop(),
+        stop_token_ids: fields.stop_token_ids(),
+        ignore_eos: fields.flag("ignore_eos").unwrap_or(false),
+        logprobs: false,
+        tools: Vec::new(),
+        tools_json: fields.tools(is_chat),
+        chat_template_kwargs: None,
+        chat_template_kwargs_json: match is_chat {
+            true => fields.json("chat_template_kwargs"),
+            false => String::new(),
+        },
+    };
+    let asked = Asked {
+        is_chat,
+        id: format!(
+            "{}-{}",
+            if is_chat { "chatcmpl" } else { "cmpl" },
+            uuid::Uuid::now_v7().simple()
+        ),
+        created: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |passed| passed.as_secs()),
+        model,
+        samples,
+        streams,
+        includes_usage,
+    };
+    let bad = fields.finish();
+    bad.into_result().map_err(ServiceError::InvalidArgument)?;
+    Ok((request, asked))
+}
+
+/// Returns the policy that a model's name means.
+fn policy(model: &str) -> String {
+    match model.starts_with("models/") || model.starts_with("trainingJobs/") {
+        true => model.to_owned(),
+        false => format!("models/{model}"),
+    }
+}
+
+/// The parameters of a request that were not read yet, and the problems of those that were.
+struct Fields {
+    given: Map<String, Value>,
+    bad: Violations,
+}
+
+impl Fields {
+    /// Takes a parameter. `read` returns its value, or `None` if it is not `expected`.
+    fn take<T>(
+        &mut self,
+        name: &str,
+        expected: &str,
+        read: impl FnOnce(&Value) -> Option<T>,
+    ) -> Option<T> {
+        let value = self.given.remove(name)?;
+        let read = read(&value);
+        if read.is_none() {
+            self.wrong(name, &value, &format!("it must be {expected}"));
+        }
+        read
+    }
+
+    fn wrong(&mut self, name: &str, value: &Value, remedy: &str) {
+        let value = shortened(&value.to_string(), MAX_REPEATED);
+        self.bad.push(name, format!("is {value}: {remedy}"));
+    }
+
+    fn text(&mut self, name: &str) -> Option<String> {
+        self.take(name, "a string", |v| v.as_str().map(str::to_owned))
+    }
+
+    fn flag(&mut self, name: &str) -> Option<bool> {
+        self.take(name, "true or false", Value::as_bool)
+    }
+
+    fn real(&mut self, name: &str) -> Option<f64> {
+        self.take(name, "a number", Value::as_f64)
+    }
+
+    fn number(&mut self, name: &str) -> Option<u32> {
+        self.take(name, "a whole number, at least 0", |v| {
+            u32::try_from(v.as_u64()?).ok()
+        })
+    }
+
+    fn seed(&mut self) -> Option<u64> {
+        self.take("seed", "a whole number, at least 0", Value::as_u64)
+    }
+
+    fn json(&mut self, name: &str) -> String {
+        let object = self.take(name, "an object", |v| v.is_object().then(|| v.to_string()));
+        object.unwrap_or_default()
+    }
+
+    /// Takes the messages of a chat.
+    fn messages(&mut self) -> Option<pb::Text> {
+        let Some(value) = self.given.remove("messages") else {
+            self.bad.push("messages", "is missing");
+            return None;
+        };
+        let Value::Array(messages) = value else {
+            self.wrong("messages", &value, "it must be a list of messages");
+            return None;
+        };
+        let messages = messages.into_iter().map(|message| pb::Message {
+            // The service checks the message.
+            fields_json: message.to_string(),
+            ..Default::default()
+        });
+        let messages = messages.collect();
+        let form = pb::text::Form::Chat(pb::MessageList { messages });
+        Some(pb::Text { form: Some(form) })
+    }
+
+    /// Takes the prompt of a text completion.
+    fn prompt(&mut self) -> Option<pb::Text> {
+        if !self.given.contains_key("prompt") {
+            self.bad.push("prompt", "is missing");
+        }
+        let expected = "a string, or a list with one string: send a request for each prompt";
+        let text = self.take("prompt", expected, |value| match value {
+            Value::String(text) => Some(text.clone()),
+            Value::Array(texts) => match texts.as_slice() {
+                [Value::String(text)] => Some(text.clone()),
+                _ => None,
+            },
+            _ => None,
+        })?;
+        let form = pb::text::Form::Plain(text);
+        Some(pb::Text { form: Some(form) })
+    }
+
+    fn stop(&mut self) -> Vec<String> {
+        let stop = self.take(
+            "stop",
+            "a string or a list of strings",
+            |value| match value {
+                Value::String(text) => Some(vec![text.clone()]),
+                Value::Array(texts) => texts
+                    .iter()
+                    .map(|text| text.as_str().map(str::to_owned))
+                    .collect(),
+                _ => None,
+            },
+        );
+        stop.unwrap_or_default()
+    }
+
+    fn stop_token_ids(&mut self) -> Vec<u32> {
+        let ids = self.take("stop_token_ids", "a list of token ids", |value| {
+            let ids = value.as_array()?.iter();
+            ids.map(|id| u32::try_from(id.as_u64()?).ok()).collect()
+        });
+        ids.unwrap_or_default()
+    }
+
+    /// Takes the tools of a chat as JSON; empty if there are none. Calls of tools are part of the
+    /// answer's text, in the form that the model was trained with.
+    fn tools(&mut self, is_chat: bool) -> String {
+        if !is_chat {
+            return String::new();
+        }
+        let choice = self.given.remove("tool_choice");
+        let tools = self.take("tools", "a list of tools", |v| {
+            v.is_array().then(|| v.to_string())
+        });
+        match &choice {
+            Some(Value::String(choice)) if choice == "auto" => {}
+            Some(Value::String(choice)) if choice == "none" && tools.is_none() => {}
+            Some(other) => self.wrong(
+                "tool_choice",
+                other,
+                "the model chooses; leave it out, or leave the tools out",
+            ),
+            None => {}
+        }
+        tools.unwrap_or_default()
+    }
+
+    /// Takes the options of a stream. Returns true if it ends with the numbers of tokens.
+    fn stream_options(&mut self, streams: bool) -> bool {
+        let Some(mut options) =
+            self.take("stream_options", "an object", |v| v.as_object().cloned())
+        else {
+            return false;
+        };
+        if !streams {
+            let problem = "has no meaning without stream: leave it out";
+            self.bad.push("stream_options", problem);
+        }
+        // Padding against observers of lengths, of which there is none here.
+        options.remove("include_obfuscation");
+        let includes_usage = options.remove("include_usage").unwrap_or_default();
+        for name in options.keys() {
+            let name = format!("stream_options.{}", shortened(name, MAX_REPEATED));
+            self.bad.push(name, "is not supported");
+        }
+        match includes_usage {
+            Value::Null => false,
+            Value::Bool(includes) => includes,
+            other => {
+                let name = "stream_options.include_usage";
+                self.wrong(name, &other, "it must be true or false");
+                false
+            }
+        }
+    }
+
+    /// Refuses what is left, unless it has no effect. Returns all problems.
+    fn finish(mut self) -> Violations {
+        for (name, value) in &self.given {
+            if WITHOUT_EFFECT.contains(&name.as_str()) || is_neutral(name, value) {
+                continue;
+            }
+            let remedy = match name.as_str() {
+                "logprobs" | "top_logprobs" => {
+                    "is not supported here: GenerateCompletions has the tokens' log-probs"
+                }
+                "echo" => "is not supported: ScoreCompletions has the log-probs of given texts",
+                _ => "is not supported: leave it out",
+            };
+            self.bad.push(shortened(name, MAX_REPEATED), remedy);
+        }
+        self.bad
+    }
+}
+
+/// Returns true if a parameter that is not supported has the value that changes nothing.
+fn is_neutral(name: &str, value: &Value) -> bool {
+    match name {
+        "frequency_penalty" | "presence_penalty" | "top_logprobs" => value.as_f64() == Some(0.0),
+        "best_of" | "repetition_penalty" => value.as_f64() == Some(1.0),
+        "logprobs" | "echo" => *value == Value::Bool(false),
+        "logit_bias" => value.as_object().is_some_and(Map::is_empty),
+        "suffix" => value.as_str() == Some(""),
+        "modalities" => *value == serde_json::json!(["text"]),
+        "response_format" => *value == serde_json::json!({"type": "text"}),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests;

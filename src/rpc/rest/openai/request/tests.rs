@@ -1,0 +1,134 @@
+use serde_json::json;
+
+use super::*;
+
+fn read(is_chat: bool, body: &Value) -> (pb::GenerateCompletionsRequest, Asked) {
+    generation(is_chat, body.to_string().as_bytes()).unwrap()
+}
+
+/// Returns the problems of a body, each with its parameter.
+fn refused(is_chat: bool, body: &Value) -> Vec<(String, String)> {
+    match generation(is_chat, body.to_string().as_bytes()) {
+        Err(ServiceError::InvalidArgument(bad)) => bad
+            .listed()
+            .iter()
+            .map(|v| (v.field.clone(), v.description.clone()))
+            .collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_chat_becomes_a_call() {
+    let (call, asked) = read(
+        true,
+        &json!({
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "Hi"}],
+            "n": 2,
+            "max_completion_tokens": 9,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 7,
+            "seed": 3,
+            "stop": "end",
+            "stop_token_ids": [4],
+            "ignore_eos": true,
+            "stream": true,
+            "stream_options": {"include_usage": true},
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+            "tool_choice": "auto",
+            "chat_template_kwargs": {"b": 1, "a": 2},
+            "presence_penalty": 0,
+            "logit_bias": null,
+            "user": "me",
+        }),
+    );
+    let Some(pb::text::Form::Chat(chat)) = call.prompt.unwrap().form else {
+        panic!("no chat");
+    };
+    let messages: Vec<_> = chat.messages.iter().map(|m| &m.fields_json).collect();
+    assert_eq!(messages, [r#"{"role":"user","content":"Hi"}"#]);
+    assert_eq!((call.policy.as_str(), call.samples), ("models/tiny", 2));
+    assert_eq!((call.max_tokens, call.temperature), (9, Some(0.5)));
+    assert_eq!(
+        (call.top_p, call.top_k, call.seed),
+        (Some(0.9), Some(7), Some(3))
+    );
+    assert_eq!(
+        (call.stop, call.stop_token_ids),
+        (vec!["end".to_owned()], vec![4])
+    );
+    assert!(call.ignore_eos && !call.logprobs);
+    assert_eq!(call.chat_template_kwargs_json, r#"{"b":1,"a":2}"#);
+    assert_eq!(
+        call.tools_json,
+        r#"[{"type":"function","function":{"name":"f"}}]"#
+    );
+    assert!(asked.streams && asked.includes_usage && asked.is_chat);
+    assert_eq!((asked.samples, asked.model.as_str()), (2, "tiny"));
+    assert!(asked.id.starts_with("chatcmpl-"), "{}", asked.id);
+}
+
+#[test]
+fn defaults_are_those_of_openai() {
+    let (call, asked) = read(false, &json!({"model": "models/tiny", "prompt": ["Hi"]}));
+    let form = call.prompt.unwrap().form;
+    assert_eq!(form, Some(pb::text::Form::Plain("Hi".into())));
+    assert_eq!((call.policy.as_str(), call.max_tokens), ("models/tiny", 16));
+    assert_eq!((call.samples, asked.streams), (1, false));
+    let checkpoint = "trainingJobs/1/checkpoints/best";
+    let chat = json!({"model": checkpoint, "messages": [], "max_tokens": null});
+    let (call, _) = read(true, &chat);
+    // The service's own default.
+    assert_eq!((call.policy.as_str(), call.max_tokens), (checkpoint, 0));
+}
+
+#[test]
+fn every_wrong_parameter_is_named() {
+    let found = refused(
+        true,
+        &json!({
+            "messages": "Hi",
+            "n": -1,
+            "max_tokens": 3,
+            "max_completion_tokens": 4,
+            "temperature": "hot",
+            "stream_options": {"include_usage": 1, "other": 2},
+            "logprobs": true,
+            "frequency_penalty": 0.5,
+            "response_format": {"type": "json_object"},
+            "tool_choice": "required",
+            "unknown": 1,
+        }),
+    );
+    let names: Vec<_> = found.iter().map(|(field, _)| field.as_str()).collect();
+    for name in [
+        "model",
+        "messages",
+        "n",
+        "max_completion_tokens",
+        "temperature",
+        "stream_options",
+        "stream_options.include_usage",
+        "stream_options.other",
+        "logprobs",
+        "frequency_penalty",
+        "response_format",
+        "tool_choice",
+        "unknown",
+    ] {
+        assert!(names.contains(&name), "{name} is not in {found:?}");
+    }
+    assert_eq!(names.len(), 13, "{found:?}");
+    let two = json!({"model": "tiny", "prompt": ["a", "b"], "echo": true});
+    let found = refused(false, &two);
+    assert!(
+        found[0].1.contains("a request for each prompt"),
+        "{found:?}"
+    );
+    assert!(found[1].1.contains("ScoreCompletions"), "{found:?}");
+    for text in ["[]", "{", "3"] {
+        assert!(generation(true, text.as_bytes()).is_err(), "{text}");
+    }
+}
