@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bradley import Client
-from bradley.loggers import Logger, MLflow, TensorBoard, Wandb
+from bradley.loggers import Logger, MLflow, TensorBoard, Wandb, settings_of
 from bradley.v1 import training_pb2
 
 STEPS = list(range(1, 9))
@@ -186,6 +186,19 @@ def test_tensorboard(client: Client, trained: training_pb2.TrainingJob, tmp_path
     # TensorBoard stores single precision.
     assert [p.value for p in points] == pytest.approx(losses(client, trained), rel=1e-6)
     assert shown.Scalars("eval_loss")[0].step == 8
+
+
+def test_settings_are_what_the_job_was_created_with() -> None:
+    job = training_pb2.TrainingJob(
+        name="trainingJobs/1",
+        policy="models/m",
+        state=training_pb2.JOB_STATE_RUNNING,
+        replica="pod",
+        skipped_rows=["row 1: the prompt is missing"],
+    )
+    job.replica_time.GetCurrentTime()
+    job.last_event_time.GetCurrentTime()
+    assert settings_of(job) == {"name": "trainingJobs/1", "policy": "models/m"}
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,8 +53,8 @@ class ErrorInfo:
 class BradleyError(Exception):
     """A call failed, or a row could not be scored.
 
-    There is a subclass for each gRPC code. The reason is more specific than the code, and never
-    changes its meaning: QUEUE_FULL, DRAINING, MODEL_CHANGED, ….
+    There is a subclass for each gRPC code that the server uses. The reason is more specific than
+    the code, and never changes its meaning: QUEUE_FULL, DRAINING, MODEL_CHANGED, ….
     """
 
     def __init__(self, info: ErrorInfo) -> None:
@@ -150,7 +150,7 @@ class FailedPreconditionError(BradleyError):
 
 
 class AbortedError(BradleyError):
-    """Another change came first."""
+    """Another change came first, or the answer was read too slowly."""
 
 
 class OutOfRangeError(BradleyError):

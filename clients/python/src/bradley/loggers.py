@@ -38,10 +38,26 @@ LogTo = str | Logger | Sequence[str | Logger]
 """One or more loggers: the names "wandb", "mlflow" and "tensorboard", or objects."""
 
 
+# Fields that the server sets while a job waits and runs.
+_OF_THE_RUN = (
+    "latest_metrics",
+    "progress",
+    "etag",
+    "state",
+    "start_time",
+    "end_time",
+    "error",
+    "replica",
+    "replica_time",
+    "last_event_time",
+    "skipped_rows",
+)
+
+
 def settings_of(job: training_pb2.TrainingJob) -> dict[str, Any]:
     """Returns what a job was created with, as JSON values."""
     shown: dict[str, Any] = json_format.MessageToDict(job, preserving_proto_field_name=True)
-    for name in ("latest_metrics", "progress", "etag", "state", "start_time", "end_time", "error"):
+    for name in _OF_THE_RUN:
         shown.pop(name, None)
     return shown
 
