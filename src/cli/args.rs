@@ -88,8 +88,8 @@ pub enum Output {
     Csv,
 }
 
-/// Values of `--format`: those of [`Output`], and the contents of an export, which this flag named
-/// until version 0.2.
+/// Values of `--format`: those of [`Output`], and two hidden groups. An export accepts its contents
+/// here, which this flag named until version 0.2, and `score-files` the formats of its parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FormatFlag {
     /// Columns that fit the terminal.

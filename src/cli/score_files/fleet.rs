@@ -33,9 +33,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 const WAIT_INTERVAL: Duration = Duration::from_secs(2);
 /// Maximum number of repetitions of one call.
 const MAX_REPETITIONS: u32 = 100;
-/// Number of failures of a server at one call after which the call's content counts as the reason:
-/// the server's memory is exhausted, or it has an internal error. While nothing else succeeds, they
-/// take about a minute.
+/// Number of server failures (exhausted memory, internal errors) of one call after which its
+/// content counts as their reason. If nothing else succeeds meanwhile, the pauses between them add
+/// up to about a minute.
 const MAX_SERVER_FAILURES: u32 = 10;
 /// Prefix of names that are resolved to all of their addresses.
 const DNS: &str = "dns:///";
