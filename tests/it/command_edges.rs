@@ -341,6 +341,22 @@ fn commands_without_settings_of_serve_do_not_read_its_file() {
 }
 
 #[test]
+fn settings_that_cannot_be_used_are_wrong_arguments_of_demo_and_doctor() {
+    let model = golden("models/llama");
+    let model = model.to_str().unwrap();
+    let said = fails(2, &["demo", "--model", model, "--precision", "f16"]);
+    assert!(
+        said.contains("--precision is \"f16\": it must be f32 or bf16"),
+        "{said}"
+    );
+    let said = fails(2, &["doctor", "--config", "/nowhere/bradley.toml"]);
+    assert!(
+        said.contains("/nowhere/bradley.toml cannot be read"),
+        "{said}"
+    );
+}
+
+#[test]
 fn the_help_lists_every_exit_code() {
     let help = succeed(&["--help"]);
     // The lines are wrapped.
