@@ -621,8 +621,8 @@ pub struct GenerateArgs {
     /// Temperature; 0 always takes the most likely token. Default: 1.
     #[arg(long, allow_negative_numbers = true, help_heading = "Sampling")]
     pub temperature: Option<f64>,
-    /// Samples from the most likely tokens whose probabilities add up to this; with --top-k, those
-    /// among its tokens.
+    /// Samples from the most likely tokens whose probabilities add up to this. --top-k comes first:
+    /// this is then a share of the probability of its tokens.
     #[arg(long, allow_negative_numbers = true, help_heading = "Sampling")]
     pub top_p: Option<f64>,
     /// Samples from this many of the most likely tokens.
