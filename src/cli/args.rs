@@ -665,7 +665,7 @@ pub struct ScoreArgs {
     /// Policy, reference and options of the rewards.
     #[command(flatten)]
     pub scoring: ScoringArgs,
-    /// Also print the token ids and log-probs of every answer's tokens. Only in JSON.
+    /// Also print the token ids and log-probs of every answer's tokens. Only in JSON and YAML.
     #[arg(long)]
     pub per_token_logprobs: bool,
     /// Use log-probs that the rows have: those of the reference (ref_chosen_logps and
@@ -784,7 +784,7 @@ pub struct ScoreFilesArgs {
     /// How the inputs are read.
     #[command(flatten)]
     pub reading: DataArgs,
-    /// Columns of the input to copy into the output, as text, separated by commas.
+    /// Columns of the input to copy into the output, separated by commas. In Parquet they are text.
     #[arg(long, value_name = "COL,COL", value_delimiter = ',')]
     pub carry: Vec<String>,
     /// Number of rows of a part.
@@ -1011,7 +1011,7 @@ pub struct GetArgs {
     /// The resource.
     #[command(flatten)]
     pub named: NamedArgs,
-    /// Show fields without a value, too. Only in JSON, YAML and CSV.
+    /// Show fields without a value, too. A table still leaves out those that are empty.
     #[arg(long)]
     pub all: bool,
 }
