@@ -1,11 +1,12 @@
-//! Runs the engine without the service, as one side of `benches/compare.py` and `benches/gpu.py`.
-//! It reads one line per round from stdin, runs the round and prints its measurements as JSON.
+//! Runs the engine without the service, for `compare.py`, `gpu.py` and `families.py` in this
+//! folder. It reads one line per round from stdin, runs the round and prints its measurements as
+//! JSON.
 //!
 //! Arguments: `offline MODEL PAIRS.jsonl MODE f32|bf16 BATCH [MAX_LENGTH [ROW_TOKENS]]`. MODE is
 //! `train-lora`, `train-full`, `score`, or `lengths`, which reads no lines and measures scoring by
-//! the length of a row. A line is `FROM TO`, a range of pairs of the file, or `FROM TO warm` to
-//! reuse the reference cache of the previous round. The variable BRADLEY_BENCH_DEVICE selects the
-//! device, e.g. `cuda:0`; the default is `cpu`.
+//! the length of a row. A line is `FROM TO`, a range of the file's pairs without those that cannot
+//! be encoded, or `FROM TO warm` to reuse the reference cache of the previous round. The variable
+//! BRADLEY_BENCH_DEVICE selects the device, e.g. `cuda:0`; the default is `cpu`.
 
 #![allow(clippy::print_stdout)]
 
@@ -42,7 +43,7 @@ fn main() -> anyhow::Result<()> {
         .collect();
     let [model, pairs, mode, precision, batch, rest @ ..] = args.as_slice() else {
         // `cargo bench` starts every benchmark without arguments. This one then does nothing.
-        println!("offline: started by benches/compare.py");
+        println!("offline: benches/compare.py, gpu.py and families.py start it with arguments");
         return Ok(());
     };
     let max_length = rest.first().map_or(Ok(512), |s| s.parse())?;

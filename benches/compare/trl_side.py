@@ -3,7 +3,8 @@
 Reads one line per round from stdin, runs the round and prints its figures as JSON.
 
 Usage: python trl_side.py MODEL.gguf PAIRS.jsonl MODE f32|bf16 BATCH [MAX_LENGTH]
-MODE is train-lora, train-full or score. A line is `FROM TO`, a range of pairs of the file.
+MODE is train-lora, train-full or score. A line is `FROM TO`, a range of the file's pairs without
+those whose prompt has MAX_LENGTH tokens or more.
 Versions: tests/goldens/requirements.txt.
 """
 

@@ -88,8 +88,8 @@ pub enum Output {
     Csv,
 }
 
-/// Values of `--format`: those of [`Output`], and the contents of an export, which this flag named
-/// until version 0.2.
+/// Values of `--format`: those of [`Output`], and two hidden groups. An export accepts its contents
+/// here, which this flag named until version 0.2, and `score-files` the formats of its parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FormatFlag {
     /// Columns that fit the terminal.
@@ -621,8 +621,8 @@ pub struct GenerateArgs {
     /// Temperature; 0 always takes the most likely token. Default: 1.
     #[arg(long, allow_negative_numbers = true, help_heading = "Sampling")]
     pub temperature: Option<f64>,
-    /// Samples from the most likely tokens whose probabilities add up to this; with --top-k, those
-    /// among its tokens.
+    /// Samples from the most likely tokens whose probabilities add up to this. --top-k comes first:
+    /// this is then a share of the probability of its tokens.
     #[arg(long, allow_negative_numbers = true, help_heading = "Sampling")]
     pub top_p: Option<f64>,
     /// Samples from this many of the most likely tokens.
@@ -665,7 +665,7 @@ pub struct ScoreArgs {
     /// Policy, reference and options of the rewards.
     #[command(flatten)]
     pub scoring: ScoringArgs,
-    /// Also print the token ids and log-probs of every answer's tokens. Only in JSON.
+    /// Also print the token ids and log-probs of every answer's tokens. Only in JSON and YAML.
     #[arg(long)]
     pub per_token_logprobs: bool,
     /// Use log-probs that the rows have: those of the reference (ref_chosen_logps and
@@ -784,7 +784,7 @@ pub struct ScoreFilesArgs {
     /// How the inputs are read.
     #[command(flatten)]
     pub reading: DataArgs,
-    /// Columns of the input to copy into the output, as text, separated by commas.
+    /// Columns of the input to copy into the output, separated by commas. In Parquet they are text.
     #[arg(long, value_name = "COL,COL", value_delimiter = ',')]
     pub carry: Vec<String>,
     /// Number of rows of a part.
@@ -1011,7 +1011,7 @@ pub struct GetArgs {
     /// The resource.
     #[command(flatten)]
     pub named: NamedArgs,
-    /// Show fields without a value, too. Only in JSON, YAML and CSV.
+    /// Show fields without a value, too. A table still leaves out those that are empty.
     #[arg(long)]
     pub all: bool,
 }

@@ -1,6 +1,5 @@
 //! `bradley backup`, `restore` and `migrate`: work on a data directory, without a server.
 
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::time::Duration;
 
@@ -13,7 +12,6 @@ use super::output::{self, human};
 use super::progress::warn;
 use super::settings::{Sources, vendor_variables};
 use crate::service::backup::{self, BackupManifest};
-use crate::service::error::ServiceError;
 use crate::service::transfer;
 
 /// Maximum number of missing files that a message lists.
@@ -67,8 +65,7 @@ pub(super) async fn restore(args: RestoreArgs, output_format: Output) -> Outcome
 }
 
 pub(super) async fn migrate(args: MigrateArgs, output_format: Output) -> Outcome {
-    let sources = Sources::collect(None, BTreeMap::new())
-        .map_err(|bad| Failure::Usage(ServiceError::from(bad).to_string()))?;
+    let sources = Sources::environment();
     let artifact_store = args
         .artifact_url
         .map(|url| (url, vendor_variables(&sources)));

@@ -4,9 +4,9 @@
 //! arguments ─▶ places ─▶ open (decompress, recognise) ─▶ reader ─▶ rows
 //! ```
 //!
-//! Readers hold one row, line or batch at a time. Files that are not read from their beginning
-//! (Parquet, and Arrow files with a footer) are first copied to a temporary file. A Parquet file
-//! that is neither compressed nor piped is read in place.
+//! Readers hold one row, line or batch at a time. Parquet files, and Arrow files with a footer, are
+//! not read from their beginning. If they are compressed or piped, they are first copied to a
+//! temporary file.
 
 mod arrow;
 mod columns;
@@ -130,8 +130,8 @@ impl DataFiles {
     }
 
     /// Computes the hash of the bytes that [`DataFiles::upload`] sends. The result is `None` for
-    /// standard input and pipes, which can be read once, and if rows would be left out, which a
-    /// stored dataset does not tell.
+    /// standard input and pipes, which can be read only once. It is also `None` if the upload would
+    /// leave out rows, because the report of a stored dataset does not count these.
     ///
     /// # Errors
     /// Returns a failure if a file cannot be read.

@@ -31,7 +31,7 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
     let start = Instant::now();
     let failed = |e: &dyn std::fmt::Display| Failure::Failed(e.to_string());
     telemetry::log("warn", false, None, None)?;
-    let sources = Sources::collect(None, Default::default()).map_err(|e| failed(&e))?;
+    let sources = Sources::environment();
 
     line("1. The model");
     let (given, for_model) = (args.model.clone(), sources.clone());

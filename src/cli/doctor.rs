@@ -120,7 +120,7 @@ impl DoctorReport {
 
 pub(super) async fn run(args: DoctorArgs, output: Output) -> Outcome {
     let sources = Sources::collect(args.serve.config.as_deref(), args.serve.flags.clone())
-        .map_err(|e| Failure::Failed(e.to_string()))?;
+        .map_err(|bad| Failure::Usage(bad.to_string()))?;
     let mut report = DoctorReport::default();
     list_settings(&sources, &mut report);
     for (variable, meant) in variables::unknown(&sources.environment) {

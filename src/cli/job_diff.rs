@@ -34,7 +34,7 @@ pub(super) async fn run(args: DiffArgs, output: Output) -> Outcome {
             false => compared(&whole),
         })
     };
-    let different = differences(&side(&a)?, &side(&b)?);
+    let different = flat::differences(&side(&a)?, &side(&b)?);
     if different.is_empty() && output == Output::Table {
         output::line(&format!("{} and {} have the same settings", a.name, b.name));
         return Ok(());
@@ -83,23 +83,6 @@ fn compared(job: &Value) -> Value {
     compared
 }
 
-/// Returns the fields whose values differ, with both values; null stands for a field without one.
-fn differences(a: &Value, b: &Value) -> Vec<(String, Value, Value)> {
-    let (of_a, of_b) = (flat::fields(a), flat::fields(b));
-    let find = |fields: &[(String, Value)], path: &str| {
-        let found = fields.iter().find(|(other, _)| other == path);
-        found.map_or(Value::Null, |(_, value)| value.clone())
-    };
-    let only_b = of_b
-        .iter()
-        .filter(|(path, _)| !of_a.iter().any(|(other, _)| other == path));
-    of_a.iter()
-        .chain(only_b)
-        .map(|(path, _)| (path.clone(), find(&of_a, path), find(&of_b, path)))
-        .filter(|(_, a, b)| a != b)
-        .collect()
-}
-
 fn shown(path: &str, value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
@@ -116,7 +99,7 @@ mod tests {
         let a = json!({"dpo": {"beta": 0.1, "losses": []}, "lora": {"rank": 4}, "seed": 1});
         let b = json!({"dpo": {"beta": 0.5, "losses": []}, "full": {}, "seed": 1});
         assert_eq!(
-            differences(&a, &b),
+            flat::differences(&a, &b),
             [
                 ("dpo.beta".to_owned(), json!(0.1), json!(0.5)),
                 ("lora.rank".to_owned(), json!(4), Value::Null),

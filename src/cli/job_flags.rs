@@ -333,8 +333,8 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         OBJECTIVE,
         FlagKind::Choice(divergences),
         "reverse_kl",
-        "The divergence that holds the policy to the reference. The others than reverse_kl allow \
-         more diverse answers, with the losses that are defined for them.",
+        "The divergence that holds the policy to the reference. Others than reverse_kl allow more \
+         diverse answers; only some losses are defined for them.",
     ),
     flag(
         "f-alpha",

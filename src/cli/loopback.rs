@@ -48,7 +48,7 @@ impl LoopbackServer {
                 .map(|(k, v)| (k.clone(), v.clone()))
                 .collect(),
         };
-        let settings = Settings::resolve(&own).map_err(|e| failed(&e))?;
+        let settings = Settings::resolve(&own).map_err(|bad| Failure::Usage(bad.to_string()))?;
         let listener = TcpListener::bind(settings.listen)
             .await
             .map_err(|e| failed(&e))?;

@@ -1,5 +1,5 @@
-//! The flags of the commands that score: the reference and the options of rewards. `generate`
-//! shares the flags of chat templates.
+//! The flags of the commands that score: policy, reference and the options of rewards. `generate`
+//! reads its flags of chat templates with the same functions.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use super::failure::Failure;
 use crate::rpc::pb;
 
-/// The reference and the options of `score`, `score-files` and `evaluate`.
+/// The policy, the reference and the options of `score`, `score-files` and `evaluate`.
 #[derive(Clone, Debug, Args)]
 pub struct ScoringArgs {
     /// The policy: a base model's name, a job (its latest checkpoint), or

@@ -93,8 +93,8 @@ fn cannot_listen(setting: &str, address: SocketAddr, e: &std::io::Error) -> anyh
     anyhow::anyhow!("{setting}: cannot listen on {address}: {e}: {remedy}")
 }
 
-/// Runs the whole server on `listener` until `shutdown`. A test or the demo calls this, because it
-/// owns the listeners and the shutdown.
+/// Runs the whole server on `listener` until `shutdown`. Tests, and commands with a server in their
+/// own process, call this, because they own the listeners and the shutdown.
 ///
 /// # Errors
 /// As [`run`].

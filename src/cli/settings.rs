@@ -223,8 +223,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "oidc_audience",
         "",
-        "Audience that the issuer's tokens must name in their claim aud; of several, separated \
-         by commas, one",
+        "Audiences of this server, separated by commas: the issuer's tokens must name at least \
+         one of them in their claim aud",
     ),
     (
         "oidc_owner_claim",

@@ -17,7 +17,7 @@ const WHOLE_ID: usize = 36;
 const MAX_NAMED: usize = 8;
 /// Maximum size of a page.
 const PAGE_SIZE: i32 = 1000;
-/// Maximum number of pages of a list. A server with more resources repeats its pages.
+/// Maximum number of pages of a list. A server that sends more probably repeats its pages.
 const MAX_PAGES: usize = 10_000;
 
 /// Collection of jobs in names.

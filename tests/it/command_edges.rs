@@ -311,6 +311,52 @@ fn doctor_tells_a_new_artifact_store_from_one_that_is_gone() {
 }
 
 #[test]
+fn commands_without_settings_of_serve_do_not_read_its_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().to_str().unwrap();
+    let to = "postgres://127.0.0.1:1/bradley";
+    for (args, code, wanted) in [
+        (
+            &["demo", "--model", "/nowhere/model"][..],
+            1,
+            "/nowhere/model",
+        ),
+        (
+            &["migrate", "--to", to, "--data-dir", data],
+            2,
+            "has no bradley.db",
+        ),
+    ] {
+        let out = command(args)
+            .env("BRADLEY_CONFIG", "/nowhere/bradley.toml")
+            .output()
+            .unwrap();
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
+        assert!(
+            said.contains(wanted) && !said.contains("bradley.toml"),
+            "{args:?}: {said}"
+        );
+    }
+}
+
+#[test]
+fn settings_that_cannot_be_used_are_wrong_arguments_of_demo_and_doctor() {
+    let model = golden("models/llama");
+    let model = model.to_str().unwrap();
+    let said = fails(2, &["demo", "--model", model, "--precision", "f16"]);
+    assert!(
+        said.contains("--precision is \"f16\": it must be f32 or bf16"),
+        "{said}"
+    );
+    let said = fails(2, &["doctor", "--config", "/nowhere/bradley.toml"]);
+    assert!(
+        said.contains("/nowhere/bradley.toml cannot be read"),
+        "{said}"
+    );
+}
+
+#[test]
 fn the_help_lists_every_exit_code() {
     let help = succeed(&["--help"]);
     // The lines are wrapped.

@@ -224,7 +224,7 @@ impl FoldJobs {
         }
         Err(Failure::Failed(format!(
             "the datasets of an earlier start were deleted, so that its jobs cannot be used: \
-             delete these, too, and run the command again: bradley jobs delete {}",
+             delete these, too (bradley jobs delete {}), and run the command again",
             names.join(", bradley jobs delete ")
         )))
     }

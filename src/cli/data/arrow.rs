@@ -133,10 +133,9 @@ fn row(batch: &RecordBatch, names: &[Option<String>], i: usize, wanted: Wanted) 
         }
         match value(array, i) {
             Ok(value) => fields.insert(name.clone(), without_nulls(value)),
-            // For example the bytes of an image. The value does not matter, because the column
-            // leads to a finding anyway.
-            // As a text it is reported, if anyone needs it.
+            // In place of a log-prob, a text leads to a finding only where log-probs are needed.
             Err(kind) if is_logged_column(name) => fields.insert(name.clone(), Value::String(kind)),
+            // For example the bytes of an image: this column leads to a finding with any value.
             Err(_) if !names::COLUMNS.contains(&name.as_str()) => {
                 fields.insert(name.clone(), Value::Bool(true))
             }

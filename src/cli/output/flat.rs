@@ -42,6 +42,24 @@ fn collect(path: &str, object: &Map<String, Value>, all: &mut Vec<(String, Value
     }
 }
 
+/// Returns the fields in which two objects differ, with the values of `a` and of `b`. Null stands
+/// for a field that one of them lacks.
+pub fn differences(a: &Value, b: &Value) -> Vec<(String, Value, Value)> {
+    let (of_a, of_b) = (fields(a), fields(b));
+    let find = |fields: &[(String, Value)], path: &str| {
+        let found = fields.iter().find(|(other, _)| other == path);
+        found.map_or(Value::Null, |(_, value)| value.clone())
+    };
+    let only_b = of_b
+        .iter()
+        .filter(|(path, _)| !of_a.iter().any(|(other, _)| other == path));
+    of_a.iter()
+        .chain(only_b)
+        .map(|(path, _)| (path.clone(), find(&of_a, path), find(&of_b, path)))
+        .filter(|(_, a, b)| a != b)
+        .collect()
+}
+
 /// Returns the value at a path. The keys of maps may contain dots.
 pub fn at<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
     let object = value.as_object()?;

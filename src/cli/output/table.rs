@@ -15,7 +15,7 @@ use crate::cli::settings;
 const DEFAULT_WIDTH: usize = 80;
 /// Width below which no column is cut.
 const MIN_COLUMN: usize = 8;
-/// Width up to which a column is as wide as its title.
+/// No column is cut below the width of its title, unless the title is wider than this.
 const MAX_TITLE: usize = 24;
 /// Maximum number of lines of a value that are shown below the tables on a terminal.
 const MAX_LINES: usize = 20;

@@ -25,8 +25,9 @@ const CALL_BYTES: usize = 1 << 20;
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// Maximum number of times that a pair is scored again.
 const MAX_RETRIES: u32 = 100;
-/// Maximum number of times that a pair is scored again after internal errors of the server. A
-/// pair that always causes one must not stop the others.
+/// Number of first attempts at a pair in which an internal error of the server counts as passing.
+/// Later such an error is the pair's result, so that a pair that always causes one does not stop
+/// the others.
 const MAX_INTERNAL_ERRORS: u32 = 3;
 
 /// The result of a row.

@@ -33,9 +33,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 const WAIT_INTERVAL: Duration = Duration::from_secs(2);
 /// Maximum number of repetitions of one call.
 const MAX_REPETITIONS: u32 = 100;
-/// Number of failures of a server at one call after which the call's content counts as the reason:
-/// the server's memory is exhausted, or it has an internal error. While nothing else succeeds, they
-/// take about a minute.
+/// Number of server failures (exhausted memory, internal errors) of one call after which its
+/// content counts as their reason. If nothing else succeeds meanwhile, the pauses between them add
+/// up to about a minute.
 const MAX_SERVER_FAILURES: u32 = 10;
 /// Prefix of names that are resolved to all of their addresses.
 const DNS: &str = "dns:///";
@@ -226,7 +226,7 @@ impl Fleet {
                     *locked(&self.last_answer) = Instant::now();
                     return Ok(answer);
                 }
-                Err(Attempt::Changed(failure)) => return Err(CallError::Fatal(failure)),
+                Err(Attempt::Fatal(failure)) => return Err(CallError::Fatal(failure)),
                 Err(Attempt::Silent(reason)) => (Code::Unavailable, None, reason),
                 Err(Attempt::Refused(status)) => {
                     let code = status.code();
@@ -279,7 +279,7 @@ impl Fleet {
             if is_used {
                 match self.identify(&replica).await {
                     Ok(()) => {}
-                    Err(Attempt::Changed(failure)) => return Err(failure),
+                    Err(Attempt::Fatal(failure)) => return Err(failure),
                     Err(Attempt::Refused(_) | Attempt::Silent(_)) => {
                         replica.is_unverified.store(true, Ordering::Release);
                     }
@@ -397,7 +397,7 @@ impl Fleet {
                 ..expected.clone()
             };
             now.check(expected, &replica.address)
-                .map_err(Attempt::Changed)?;
+                .map_err(Attempt::Fatal)?;
         }
         Ok(answer)
     }
@@ -413,7 +413,7 @@ impl Fleet {
             Ok(Ok(weights)) => weights,
             // At the start these names meant weights, so this server is another one.
             Ok(Err(status)) if status.code() == Code::NotFound => {
-                return Err(Attempt::Changed(Failure::Failed(format!(
+                return Err(Attempt::Fatal(Failure::Failed(format!(
                     "{} does not have the weights of the start any more: {}",
                     replica.address,
                     ClientError::from(status)
@@ -424,7 +424,7 @@ impl Fleet {
         };
         weights
             .check(&expected, &replica.address)
-            .map_err(Attempt::Changed)
+            .map_err(Attempt::Fatal)
     }
 }
 
@@ -434,8 +434,9 @@ enum Attempt {
     Refused(Box<Status>),
     /// The server is not reached or does not answer.
     Silent(String),
-    /// The server has other weights.
-    Changed(Failure),
+    /// The run cannot go on: the server has other weights, or the token or a file of the connection
+    /// cannot be used.
+    Fatal(Failure),
 }
 
 impl From<Status> for Attempt {
@@ -449,7 +450,7 @@ impl Attempt {
         match error {
             ClientError::Refused(status) => Attempt::Refused(status),
             ClientError::Unreachable { .. } => Attempt::Silent(error.to_string()),
-            other => Attempt::Changed(other.into()),
+            other => Attempt::Fatal(other.into()),
         }
     }
 

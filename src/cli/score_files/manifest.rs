@@ -96,18 +96,12 @@ impl RunDescription {
         if other == *self {
             return Ok(());
         }
-        let fields = |run: &RunDescription| -> Vec<(String, Value)> {
-            serde_json::to_value(run).map_or_else(|_| Vec::new(), |value| flat::fields(&value))
-        };
-        let (mine, theirs) = (fields(self), fields(&other));
+        let value = |run: &RunDescription| serde_json::to_value(run).unwrap_or_default();
         let shown = |value: &Value| elide(&value.to_string(), MAX_SHOWN);
-        let mut differing: Vec<String> = mine
+        let mut differing: Vec<String> = flat::differences(&value(self), &value(&other))
             .iter()
-            .filter(|field| !theirs.contains(field))
-            .map(|(path, value)| {
-                let before = theirs.iter().find(|(other, _)| other == path);
-                let before = before.map_or(&Value::Null, |(_, before)| before);
-                format!("{path} (there: {}, here: {})", shown(before), shown(value))
+            .map(|(path, here, there)| {
+                format!("{path} (there: {}, here: {})", shown(there), shown(here))
             })
             .collect();
         // Other weights differ in all of their hashes, which say nothing to people.
@@ -258,4 +252,50 @@ async fn count(out: &PartStore, name: &str, format: PartFormat) -> Result<PartCo
             out.shown()
         ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(columns: &[&str]) -> RunDescription {
+        RunDescription {
+            weights: WeightsIdentity {
+                policy: "models/m".to_owned(),
+                reference: String::new(),
+                normalization: "sum".to_owned(),
+                policy_content: Value::Null,
+                reference_content: Value::Null,
+                calibration: None,
+            },
+            beta: None,
+            max_length: None,
+            template_args: String::new(),
+            tools: String::new(),
+            columns: columns.iter().map(|pair| (*pair).to_owned()).collect(),
+            precision: String::new(),
+            carry: Vec::new(),
+            part_rows: 8,
+            format: "jsonl".to_owned(),
+        }
+    }
+
+    #[tokio::test]
+    async fn another_run_is_refused_also_by_a_field_that_only_one_of_both_has() {
+        let mapped = r#"["chosen=good"]"#;
+        for (first, second, there, here) in [
+            (run(&["chosen=good"]), run(&[]), mapped, "null"),
+            (run(&[]), run(&["chosen=good"]), "null", mapped),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let out = folder.path().display().to_string();
+            let out = PartStore::open(&out, &BTreeMap::new()).unwrap();
+            first.claim(&out).await.unwrap();
+            first.claim(&out).await.unwrap();
+            let refusal = second.claim(&out).await.unwrap_err();
+            let wanted = format!("they differ in columns (there: {there}, here: {here}): name");
+            let said = refusal.message();
+            assert!(said.contains(&wanted), "{said}");
+        }
+    }
 }

@@ -130,8 +130,8 @@ pub(super) fn calibration(answer: &pb::ScorePairsResponse) -> Option<String> {
     })
 }
 
-/// Returns the hashes of a model, or of a checkpoint, which is written once, its time and size and
-/// the hashes of its base.
+/// Returns the hashes of a model, or the digest of a checkpoint with the hashes of its base. For a
+/// checkpoint of a version that stored no digest, its time and size stand in for it.
 async fn content(client: &Client, version: &str) -> Result<Value, Status> {
     if version.starts_with("models/") {
         let request = pb::GetModelRequest {
@@ -153,7 +153,7 @@ async fn content(client: &Client, version: &str) -> Result<Value, Status> {
             let time = found.create_time.unwrap_or_default();
             let base = hashes(found.base.as_ref());
             Ok(match found.digest.as_str() {
-                // A checkpoint of a version that stored none.
+                // A checkpoint of a version that stored no digest.
                 "" => json!({
                     "created": format!("{}.{:09}", time.seconds, time.nanos),
                     "bytes": found.size_bytes,

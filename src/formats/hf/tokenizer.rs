@@ -37,7 +37,8 @@ const EXTRA_TEMPLATES: &str = "additional_chat_templates";
 /// File with the defaults of transformers' `generate`, including the end-of-sequence tokens.
 pub const GENERATION_CONFIG: &str = "generation_config.json";
 
-/// Files that this program does not use, but that other programs need beside the weights.
+/// Files that other programs need beside the weights. This program reads only
+/// [`GENERATION_CONFIG`] of them.
 pub const EXTRA_FILES: [&str; 12] = [
     GENERATION_CONFIG,
     "added_tokens.json",

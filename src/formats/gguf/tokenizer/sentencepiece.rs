@@ -2,9 +2,9 @@
 //!
 //! Such a file has the pieces with their scores. The merges follow from the scores as in
 //! transformers' SpmConverter (convert_slow_tokenizer.py), and the rest of the pipeline is that of
-//! LlamaConverter and GemmaConverter. So the tokenizer is the tokenizer.json that those made from
-//! the same SentencePiece model. Some files also have the merges of that tokenizer.json, which are
-//! then used.
+//! LlamaConverter and GemmaConverter. So the tokenizer equals the tokenizer.json that transformers
+//! makes from the same SentencePiece model. Some files also have the merges of that tokenizer.json,
+//! which are then used.
 //!
 //! Two things are in the files of transformers and not in GGUF. The first is the option `legacy` of
 //! tokenizer_config.json: here, as in llama.cpp and in Llama 2's tokenizer.json, a space is put
