@@ -1,5 +1,6 @@
-//! Backup of a server that uses SQLite and keeps its files in the data directory, and the restore
-//! of a backup. The server may run meanwhile.
+//! Backup of a server that uses SQLite, and the restore of a backup. The server may run during a
+//! backup, but not during a restore. If the files are in an artifact store, the backup has only the
+//! database.
 //!
 //! A row's files are stored before the row and removed after it. So every file that a copy of the
 //! database names existed when the copy was made. Links to all files are made before the copy and
@@ -65,7 +66,8 @@ pub struct BackupManifest {
     pub checkpoints: usize,
     /// The files, by their path in the backup.
     pub files: BTreeMap<String, BackupFile>,
-    /// Datasets and checkpoints that the data directory itself lacks or has damaged.
+    /// Datasets, checkpoints and copied adapters that were already missing or damaged in the data
+    /// directory, each with its problem.
     pub missing: Vec<String>,
 }
 

@@ -170,7 +170,8 @@ impl GenerationService {
         let quota = self.quota.take(&caller.owner, most)?;
         let owner = &caller.owner;
         let (events, version) = match self.start(owner, &policy, request.clone()).await {
-            // The job stopped running meanwhile; its latest checkpoint has its last weights.
+            // The job stopped running meanwhile. Its latest checkpoint has the weights that it
+            // trained last, unless it was cancelled or failed after that checkpoint.
             Err(EngineError::NotResident(_)) if policy.job.is_some() => {
                 let Some(job) = policy.job.clone() else {
                     return Err(ServiceError::internal("a live policy without a job"));

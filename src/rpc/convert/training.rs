@@ -134,7 +134,7 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         method,
         logged_reference,
     };
-    // The domain checks the ranges. It adds to the same list, so that one error has all bad fields.
+    // The domain checks the ranges. It adds to the same list, so that one error reports both.
     spec.validate("training_job", &mut bad);
     let Some(policy) = policy else {
         return refuse(bad);
@@ -279,7 +279,7 @@ fn refuse<T>(bad: Violations) -> Result<T, Status> {
 fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     let d = DpoConfig::default();
     let mut losses = Vec::new();
-    // A mix has each loss at most once. A longer list is refused without reading it.
+    // The limit is the number of losses that exist. A longer list is refused without reading it.
     let is_within_limit = bad.at_most(
         "training_job.dpo.losses",
         c.losses.len(),
