@@ -89,16 +89,28 @@ pub enum MessageProblem {
     },
 }
 
+impl MessageProblem {
+    /// Returns the path in the message; empty for the message itself.
+    pub fn path(&self) -> &str {
+        match self {
+            MessageProblem::Invalid { path, .. } | MessageProblem::Media { path } => path,
+        }
+    }
+
+    /// Returns the explanation, to be appended to the path.
+    pub fn reason(&self) -> &str {
+        match self {
+            MessageProblem::Invalid { reason, .. } => reason,
+            MessageProblem::Media { .. } => "cannot be used: models here see text only",
+        }
+    }
+}
+
 impl std::fmt::Display for MessageProblem {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            MessageProblem::Invalid { path, reason } if path.is_empty() => {
-                write!(f, "the message {reason}")
-            }
-            MessageProblem::Invalid { path, reason } => write!(f, "{path} {reason}"),
-            MessageProblem::Media { path } => {
-                write!(f, "{path} cannot be used: models here see text only")
-            }
+        match self.path() {
+            "" => write!(f, "the message {}", self.reason()),
+            path => write!(f, "{path} {}", self.reason()),
         }
     }
 }
