@@ -136,9 +136,6 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
     };
     // The domain checks the ranges. It adds to the same list, so that one error reports both.
     spec.validate("training_job", &mut bad);
-    let Some(policy) = policy else {
-        return refuse(bad);
-    };
     let ttl_ms = ttl(job.ttl, &mut bad);
     let kwargs = json::kwargs(
         "training_job",
@@ -149,6 +146,9 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         bad.push(field, reason);
         serde_json::Map::new()
     });
+    let Some(policy) = policy else {
+        return refuse(bad);
+    };
     let (display_name, labels, priority) = (job.display_name, job.labels, job.priority);
     let request = JobRequest {
         display_name,
