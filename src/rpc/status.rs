@@ -178,9 +178,10 @@ pub fn explained(headers: &HeaderMap) -> Option<Status> {
     ))
 }
 
-/// Returns the status for a stream in which a message is missing or unexpected.
-pub fn incomplete(what: &str) -> Status {
-    status(ServiceError::invalid("part", what))
+/// Returns the status for a stream in which a message is missing or unexpected. `needed` completes
+/// a sentence that begins with the field's name, `part`.
+pub fn incomplete(needed: &str) -> Status {
+    status(ServiceError::invalid("part", needed))
 }
 
 /// Returns an error as the transport makes it, for tests.
