@@ -171,8 +171,9 @@ pub async fn serve(
             .max_connection_age_grace(AGE_GRACE);
     }
     let log = Arc::<auth::LogRate>::default();
-    // A page whose host name was pointed at this server has no token, and a certificate is of
-    // another name.
+    // Without tokens and TLS, a web page could use this server through a host name of its own that
+    // it has pointed here, so REST checks the host's name. Tokens and TLS prevent this: such a page
+    // has no token, and the server's certificate is not for its name.
     let is_open = !options.tokens && options.tls.is_none();
     let router = builder
         .layer(rest::RestLayer {

@@ -228,8 +228,8 @@ async fn score_stream(
 ) -> Result<(), Status> {
     let mut tasks: JoinSet<(String, Scored)> = JoinSet::new();
     let mut open = true;
-    // Only the first answer has the warnings. They are about the reference, so that it is the first
-    // to a pair that uses it.
+    // The warnings are sent once. They are about the reference, so they go with the first answer to
+    // a pair that uses it.
     let mut warnings = session.warnings();
     while open || !tasks.is_empty() {
         tokio::select! {

@@ -158,7 +158,7 @@ pub fn to_rpc_status(status: Status) -> tonic_types::Status {
 /// Returns an INVALID_ARGUMENT status with details for a call that the transport ended because it
 /// could not read the message. Such a call is recognised by the code INTERNAL without details,
 /// because the statuses of this module always have details. Returns `None` for every other call.
-pub fn explained(headers: &HeaderMap) -> Option<Status> {
+pub fn of_malformed_message(headers: &HeaderMap) -> Option<Status> {
     let given = Status::from_header_map(headers)
         .filter(|s| s.code() == Code::Internal && s.details().is_empty())?;
     let mut details = ErrorDetails::new();

@@ -97,8 +97,8 @@ impl DatasetService {
         own_dataset(&self.store, caller, id).await
     }
 
-    /// Returns a page of `whose` datasets, newest first; with a hash, only the caller's own whose
-    /// file has it.
+    /// Returns a page of `whose` datasets, newest first. With a content hash, the page has only the
+    /// caller's own datasets, and of these only the ones whose files have this hash.
     ///
     /// # Errors
     /// `InvalidArgument` for a page token that this list did not return.
