@@ -99,7 +99,8 @@ pub enum ServeError {
 /// Serves all services on `listener` until `shutdown`, then drains: health says NOT_SERVING,
 /// new work is refused, running jobs write a checkpoint and are requeued, and open calls end. All
 /// of this happens within the drain timeout, except that open calls always get at least one second
-/// after the jobs have stopped.
+/// after the jobs have stopped, and that a database which does not answer delays the end by up to
+/// 10 seconds.
 ///
 /// # Errors
 /// Returns an error if the transport fails, reflection cannot be set up, or an annotation of a
@@ -171,8 +172,9 @@ pub async fn serve(
             .max_connection_age_grace(AGE_GRACE);
     }
     let log = Arc::<auth::LogRate>::default();
-    // A page whose host name was pointed at this server has no token, and a certificate is of
-    // another name.
+    // Without tokens and TLS, a web page could use this server through a host name of its own that
+    // it has pointed here, so REST checks the host's name. Tokens and TLS prevent this: such a page
+    // has no token, and the server's certificate is not for its name.
     let is_open = !options.tokens && options.tls.is_none();
     let router = builder
         .layer(rest::RestLayer {

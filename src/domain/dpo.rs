@@ -361,10 +361,11 @@ impl DpoConfig {
             } else {
                 format!("{field}.label_smoothing")
             };
-            out.push(
-                at,
-                "exo_pair needs label_smoothing above 0, for example 0.001",
+            let message = format!(
+                "is {}: exo_pair needs a value above 0, for example 0.001",
+                self.smoothing(term)
             );
+            out.push(at, message);
         }
     }
 

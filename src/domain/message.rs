@@ -6,12 +6,13 @@ use serde_json::{Map, Value};
 /// Maximum number of messages in one text. Each message has at least one token, so a longer text
 /// would exceed the default of `max_row_tokens`, the limit of a scored row.
 pub const MAX_MESSAGES: usize = 16384;
-/// Maximum number of tools of one row, or of one pair or call of scoring. Jobs have no tools.
+/// Maximum number of tools of one dataset row, of one pair to score, or of one call of scoring or
+/// generation. Jobs have no tools.
 pub const MAX_TOOLS: usize = 1024;
 /// Maximum nesting depth of objects and lists in a message, a tool or a template argument.
 pub const MAX_DEPTH: usize = 64;
 /// Maximum approximate size in memory of one list of tools, in bytes. The same limit holds for the
-/// template arguments of one row, job, pair or scoring call.
+/// template arguments of one row, job or pair, or of one call of scoring or generation.
 pub const MAX_ARGUMENT_BYTES: usize = 1 << 20;
 
 /// Parameter names of transformers' `apply_chat_template`, and `messages`, the variable in which a
@@ -89,16 +90,28 @@ pub enum MessageProblem {
     },
 }
 
+impl MessageProblem {
+    /// Returns the path in the message; empty for the message itself.
+    pub fn path(&self) -> &str {
+        match self {
+            MessageProblem::Invalid { path, .. } | MessageProblem::Media { path } => path,
+        }
+    }
+
+    /// Returns the explanation, to be appended to the path.
+    pub fn reason(&self) -> &str {
+        match self {
+            MessageProblem::Invalid { reason, .. } => reason,
+            MessageProblem::Media { .. } => "cannot be used: models here see text only",
+        }
+    }
+}
+
 impl std::fmt::Display for MessageProblem {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            MessageProblem::Invalid { path, reason } if path.is_empty() => {
-                write!(f, "the message {reason}")
-            }
-            MessageProblem::Invalid { path, reason } => write!(f, "{path} {reason}"),
-            MessageProblem::Media { path } => {
-                write!(f, "{path} cannot be used: models here see text only")
-            }
+        match self.path() {
+            "" => write!(f, "the message {}", self.reason()),
+            path => write!(f, "{path} {}", self.reason()),
         }
     }
 }

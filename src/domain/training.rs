@@ -496,7 +496,7 @@ impl TrainingSpec {
             }
         }
         if self.logged_reference.is_some() {
-            self.refuse_unloggable(field, out);
+            self.refuse_with_logged_reference(field, out);
         }
         self.batch.validate(&format!("{field}.batch"), out);
         if self.run.logging_steps == 0 {
@@ -513,8 +513,9 @@ impl TrainingSpec {
         }
     }
 
-    /// Records the settings that sums over a fixed reference's tokens cannot serve.
-    fn refuse_unloggable(&self, field: &str, out: &mut Violations) {
+    /// Records a violation for each setting that does not work with the logged log-probs of a
+    /// reference: these are sums over whole answers, and the reference is fixed.
+    fn refuse_with_logged_reference(&self, field: &str, out: &mut Violations) {
         let reference = format!("{field}.reference");
         if self.dpo.reference_free {
             out.push(

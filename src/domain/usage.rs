@@ -4,10 +4,10 @@ use std::ops::AddAssign;
 
 use jiff::civil::Date;
 
-/// The first day of the days that are counted.
+/// The day with the number 0.
 const EPOCH: Date = Date::constant(1970, 1, 1);
 
-/// Returns the number of a day since 1970.
+/// Returns the number of days from 1970-01-01 to `date`, by which a day is stored.
 pub fn day_number(date: Date) -> i64 {
     EPOCH
         .until(date)

@@ -5,7 +5,8 @@
 //! numbers if a double holds them exactly (up to 2^53), else strings; the keys of maps are sorted.
 //! YAML has the same keys and values.
 //!
-//! Reading accepts everything that protobuf's mapping accepts, and enum values without their prefix
+//! Reading accepts protobuf's mapping, except numbers of enums that this version does not know and
+//! integers in quotes with an exponent (`"1e3"`). It also accepts enum values without their prefix
 //! and in lower case (`skip` for `ROW_POLICY_SKIP`). All wrong keys and values are reported
 //! together, with their paths.
 

@@ -177,9 +177,9 @@ pub fn is_transient(code: Code) -> bool {
     )
 }
 
-/// Returns true if a call was refused with a code that it has when the named resource does not
-/// exist for this caller: there is none, it belongs to another client, or its name is not legal.
-/// The codes have other causes, too.
+/// Returns true if the resource that a call names may not exist for this caller: the code is one
+/// that a server answers if there is no such resource, if it belongs to another client, or if its
+/// name is not legal. These codes have other causes, too.
 pub fn is_absent(status: &Status) -> bool {
     matches!(
         status.code(),

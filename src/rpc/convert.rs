@@ -1,5 +1,6 @@
-//! Converts between protobuf and domain types. All bad fields of a request are collected, with
-//! their paths, and reported in one error.
+//! Converts between protobuf and domain types. The bad fields of jobs, uploads and options are
+//! collected, with their paths, and reported in one error. Texts, pairs and the other fields of an
+//! evaluation are refused at the first bad field.
 
 pub(super) mod dataset;
 pub(super) mod evaluation;

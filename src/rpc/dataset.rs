@@ -24,7 +24,7 @@ impl DatasetService for DatasetRpc {
         let (caller, mut stream) = split_caller(request)?;
         let Some(Part::Metadata(meta)) = stream.message().await?.and_then(|m| m.part) else {
             return Err(incomplete(
-                "the first message of an upload must be metadata",
+                "must be metadata in the first message of an upload",
             ));
         };
         let mut upload = self
@@ -46,7 +46,7 @@ impl DatasetService for DatasetRpc {
                 }
                 _ => {
                     return Err(incomplete(
-                        "after the metadata every message of an upload must be a chunk",
+                        "must be a chunk in every message of an upload after the metadata",
                     ));
                 }
             }

@@ -20,6 +20,9 @@ pub const MAX_CONNECTIONS: usize = 32;
 
 /// Serves `/metrics`, `/livez` (the process answers) and `/readyz` (the server is not draining;
 /// with `?verbose`, also the state of its parts) until `shutdown`.
+///
+/// # Errors
+/// Returns the error with which the port failed.
 pub async fn serve_http(
     listener: TcpListener,
     server: Arc<Server>,

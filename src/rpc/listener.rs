@@ -32,7 +32,7 @@ use crate::telemetry::gauge_guard::GaugeGuard;
 /// Time limit for a TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time limit for a client to send the HTTP/2 connection preface (`.0`), and the preface's length
-/// in bytes (`.1`). Of HTTP/1.1, any bytes of the same number count.
+/// in bytes (`.1`). A client of HTTP/1.1 has no preface and must send as many bytes in that time.
 const PREFACE: (Duration, usize) = (Duration::from_secs(10), 24);
 /// Interval at which the certificate files are checked for changes.
 const CERTIFICATE_CHECK_INTERVAL: Duration = Duration::from_secs(10);
@@ -310,8 +310,8 @@ impl axum::serve::Listener for HttpListener {
 pub(super) struct Connection {
     io: Io,
     peer: SocketAddr,
-    /// Timer for the HTTP/2 preface; `None` when the client has sent it. The transport itself would
-    /// wait forever. Of HTTP/1.1, any bytes of the same number count.
+    /// Timer for the HTTP/2 preface, or for as many bytes of HTTP/1.1; `None` when the client has
+    /// sent them. The transport itself would wait forever.
     preface_timer: Option<Pin<Box<Sleep>>>,
     /// Bytes read so far, up to the end of the preface.
     read: usize,

@@ -104,7 +104,7 @@ where
                             response.headers_mut().insert(name, value);
                         }
                     }
-                    if let Some(status) = status::explained(response.headers()) {
+                    if let Some(status) = status::of_malformed_message(response.headers()) {
                         let headers = response.headers_mut();
                         headers.remove("grpc-message");
                         // `Status` encodes its text for headers, so this does not fail.

@@ -120,7 +120,7 @@ impl ScoringService for ScoringRpc {
         let (caller, mut requests) = split_caller(request)?;
         let Some(Part::Options(options)) = requests.message().await?.and_then(|m| m.part) else {
             return Err(incomplete(
-                "the first message of a scoring stream must be options",
+                "must be options in the first message of a scoring stream",
             ));
         };
         let (options, per_token) = convert::options(Some(options))?;
@@ -228,8 +228,8 @@ async fn score_stream(
 ) -> Result<(), Status> {
     let mut tasks: JoinSet<(String, Scored)> = JoinSet::new();
     let mut open = true;
-    // Only the first answer has the warnings. They are about the reference, so that it is the first
-    // to a pair that uses it.
+    // The warnings are sent once. They are about the reference, so they go with the first answer to
+    // a pair that uses it.
     let mut warnings = session.warnings();
     while open || !tasks.is_empty() {
         tokio::select! {
@@ -249,7 +249,7 @@ async fn score_stream(
                 }
                 Some(_) => {
                     return Err(incomplete(
-                        "after the options every message of a scoring stream must be a pair",
+                        "must be a pair in every message of a scoring stream after the options",
                     ));
                 }
                 None => open = false,

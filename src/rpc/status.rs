@@ -158,7 +158,7 @@ pub fn to_rpc_status(status: Status) -> tonic_types::Status {
 /// Returns an INVALID_ARGUMENT status with details for a call that the transport ended because it
 /// could not read the message. Such a call is recognised by the code INTERNAL without details,
 /// because the statuses of this module always have details. Returns `None` for every other call.
-pub fn explained(headers: &HeaderMap) -> Option<Status> {
+pub fn of_malformed_message(headers: &HeaderMap) -> Option<Status> {
     let given = Status::from_header_map(headers)
         .filter(|s| s.code() == Code::Internal && s.details().is_empty())?;
     let mut details = ErrorDetails::new();
@@ -178,9 +178,10 @@ pub fn explained(headers: &HeaderMap) -> Option<Status> {
     ))
 }
 
-/// Returns the status for a stream in which a message is missing or unexpected.
-pub fn incomplete(what: &str) -> Status {
-    status(ServiceError::invalid("part", what))
+/// Returns the status for a stream in which a message is missing or unexpected. `needed` completes
+/// a sentence that begins with the field's name, `part`.
+pub fn incomplete(needed: &str) -> Status {
+    status(ServiceError::invalid("part", needed))
 }
 
 /// Returns an error as the transport makes it, for tests.

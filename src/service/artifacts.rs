@@ -176,15 +176,15 @@ impl Artifacts {
         }
     }
 
-    /// Returns true if the data directory is a cache of an object store.
-    pub fn is_copy(&self) -> bool {
+    /// Returns true if there is an object store, of which the data directory is a cache.
+    pub fn has_object_store(&self) -> bool {
         self.remote.is_some()
     }
 
     /// Returns true if the data directory has been a cache since it was created. Then it never
     /// holds the only copy of a file.
     pub fn holds_copies_only(&self) -> bool {
-        self.is_copy() && self.root.join(COPIES_ONLY_MARKER).exists()
+        self.has_object_store() && self.root.join(COPIES_ONLY_MARKER).exists()
     }
 
     /// Checks that the object store, if there is one, answers.
@@ -537,7 +537,7 @@ impl Artifacts {
 
     /// Returns the name of the authoritative store, for messages.
     fn location_name(&self) -> &'static str {
-        if self.is_copy() {
+        if self.has_object_store() {
             "the artifact store"
         } else {
             "the data directory"

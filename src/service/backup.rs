@@ -1,5 +1,6 @@
-//! Backup of a server that uses SQLite and keeps its files in the data directory, and the restore
-//! of a backup. The server may run meanwhile.
+//! Backup of a server that uses SQLite, and the restore of a backup. The server may run during a
+//! backup, but not during a restore. If the files are in an artifact store, the backup has only the
+//! database.
 //!
 //! A row's files are stored before the row and removed after it. So every file that a copy of the
 //! database names existed when the copy was made. Links to all files are made before the copy and
@@ -65,7 +66,8 @@ pub struct BackupManifest {
     pub checkpoints: usize,
     /// The files, by their path in the backup.
     pub files: BTreeMap<String, BackupFile>,
-    /// Datasets and checkpoints that the data directory itself lacks or has damaged.
+    /// Datasets, checkpoints and copied adapters that were already missing or damaged in the data
+    /// directory, each with its problem.
     pub missing: Vec<String>,
 }
 
@@ -95,13 +97,13 @@ pub async fn back_up(data_dir: &Path, target: &Path) -> Result<BackupManifest> {
     let temporary = data_dir.join(TEMPORARY_FOLDER);
     remove_abandoned_links(&temporary)?;
     // A server that starts meanwhile does not remove a folder whose file is locked.
-    let held = Unfinished::held(&temporary)?;
-    let links = held.path().join("links");
+    let links_folder = Unfinished::for_links(&temporary)?;
+    let links = links_folder.path().join("links");
     let snapshot = copy_database(&live, data_dir, &links, partial.path()).await?;
     let target = target.to_owned();
     blocking(move || {
         let (files, missing) = copy_files(&snapshot, &links, partial.path())?;
-        if !held.is_intact() {
+        if !links_folder.is_intact() {
             // A server of version 0.2.0, or one on a file system without locks, clears the whole
             // folder.
             return Err(ServiceError::internal(
@@ -219,8 +221,9 @@ async fn copy_database(
     }
 }
 
-/// Copies the database as it is when `link` is called, and lets nobody write from then until the
-/// copy has begun: it reads the database as it was at its begin, which may take minutes to its end.
+/// Copies the database in the state that it has when `link` is called. Nobody can write from then
+/// until the copy has begun. From its beginning on the copy reads that one state, so the server may
+/// write again although the copy may take minutes.
 async fn copy_blocked(
     live: &LiveDatabase,
     database: &Path,

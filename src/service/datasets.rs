@@ -97,8 +97,8 @@ impl DatasetService {
         own_dataset(&self.store, caller, id).await
     }
 
-    /// Returns a page of `whose` datasets, newest first; with a hash, only the caller's own whose
-    /// file has it.
+    /// Returns a page of `whose` datasets, newest first. With a content hash, the page has only the
+    /// caller's own datasets, and of these only the ones whose files have this hash.
     ///
     /// # Errors
     /// `InvalidArgument` for a page token that this list did not return.
@@ -192,12 +192,7 @@ impl DatasetService {
         let Some(limit) = self.limits.max_bytes_per_client else {
             return Ok(u64::MAX);
         };
-        let used = self.store.dataset_bytes(owner).await?;
-        let room = limit.saturating_sub(used);
-        if needed > room {
-            return Err(too_many_bytes(needed, limit - room, limit));
-        }
-        Ok(room)
+        room_within(limit, self.store.dataset_bytes(owner).await?, needed)
     }
 }
 
@@ -336,6 +331,19 @@ impl DatasetUpload {
     }
 }
 
+/// Returns the number of bytes that fit into `limit` besides the `used` ones. `used` is above the
+/// limit if the limit was lowered.
+///
+/// # Errors
+/// `ResourceExhausted` if it would be less than `needed`.
+fn room_within(limit: u64, used: u64, needed: u64) -> Result<u64> {
+    let room = limit.saturating_sub(used);
+    match needed <= room {
+        true => Ok(room),
+        false => Err(too_many_bytes(needed, used, limit)),
+    }
+}
+
 fn too_many_bytes(needed: u64, used: u64, limit: u64) -> ServiceError {
     let message = format!(
         "your datasets have {used} bytes, so that {needed} more do not fit the {limit} that are \
@@ -392,4 +400,19 @@ fn no_usable_row_message(report: &ValidationReport) -> String {
         );
     }
     message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_hears_how_much_it_has_also_above_a_lowered_limit() {
+        assert_eq!(room_within(100, 40, 60).unwrap(), 60);
+        for (used, needed) in [(40, 61), (100, 1), (500, 1)] {
+            let refused = room_within(100, used, needed).unwrap_err().to_string();
+            let expected = format!("have {used} bytes, so that {needed} more do not fit the 100");
+            assert!(refused.contains(&expected), "{refused}");
+        }
+    }
 }

@@ -32,8 +32,8 @@ use crate::infer::generate::SamplingOptions;
 const MAX_PROMPT_BYTES: usize = 16 << 20;
 /// Maximum number of prompts that are tokenised at one time.
 const MAX_TOKENIZING_PROMPTS: usize = 4;
-/// Maximum number of tokens that one part of the answer has.
-const MAX_TOKENS_PER_PART: usize = 256;
+/// Maximum number of tokens, of all samples together, that [`Generation::next`] returns at once.
+const MAX_TOKENS_AT_ONCE: usize = 256;
 
 /// A prompt to continue.
 #[derive(Clone, Debug, PartialEq)]
@@ -144,9 +144,10 @@ impl GenerationService {
     /// # Errors
     /// `InvalidArgument` for a prompt that cannot be encoded or exceeds a limit; `PermissionDenied`
     /// for another client's job; `NotFound` if the server does not have the policy;
-    /// `FailedPrecondition` if its weights cannot be used, or on a GPU; `Unavailable` if too many
-    /// requests wait or the server is shutting down; `ResourceExhausted` if memory is not
-    /// sufficient or the client has too many tokens in the queue.
+    /// `FailedPrecondition` if its weights cannot be used, or if the server computes on a GPU, for
+    /// which generation is not implemented; `Unavailable` if too many requests wait or the server
+    /// is shutting down; `ResourceExhausted` if memory is not sufficient or the client has too many
+    /// tokens in the queue.
     pub async fn begin(&self, caller: &Caller, options: GenerateOptions) -> Result<Generation> {
         self.shutdown.refuse_new_work()?;
         check_weights(&self.policies.store, caller, &options.policy).await?;
@@ -170,7 +171,8 @@ impl GenerationService {
         let quota = self.quota.take(&caller.owner, most)?;
         let owner = &caller.owner;
         let (events, version) = match self.start(owner, &policy, request.clone()).await {
-            // The job stopped running meanwhile; its latest checkpoint has its last weights.
+            // The job stopped running meanwhile. Its latest checkpoint has the weights that it
+            // trained last, unless it was cancelled or failed after that checkpoint.
             Err(EngineError::NotResident(_)) if policy.job.is_some() => {
                 let Some(job) = policy.job.clone() else {
                     return Err(ServiceError::internal("a live policy without a job"));
@@ -309,7 +311,7 @@ impl Generation {
             };
             self.take(event?)?;
             let mut taken = 1;
-            while taken < MAX_TOKENS_PER_PART
+            while taken < MAX_TOKENS_AT_ONCE
                 && let Some(event) = self.events.try_next()
             {
                 self.take(event?)?;

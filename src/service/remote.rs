@@ -155,7 +155,7 @@ impl Remote {
         match objects.next().await {
             None => Ok(true),
             Some(Ok(_)) => Ok(false),
-            Some(Err(e)) => Err(unavailable("", &e)),
+            Some(Err(e)) => Err(unavailable("the list of its objects", &e)),
         }
     }
 

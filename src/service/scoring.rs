@@ -586,9 +586,9 @@ impl ScoringSession {
             + answers.iter().map(|a| a.bytes()).sum::<usize>();
         if bytes > MAX_TEXT_BYTES {
             let message = format!(
-                "prompt and answers have {bytes} bytes of text (the prompt and its tools are \
-                 counted once per answer), at most {MAX_TEXT_BYTES} are allowed: send shorter \
-                 texts or fewer answers"
+                "has {bytes} bytes of text with its prompt (the prompt and its tools are counted \
+                 once per answer), at most {MAX_TEXT_BYTES} are allowed: send shorter texts or \
+                 fewer answers"
             );
             return Err(ServiceError::invalid(field, message));
         }

@@ -271,7 +271,7 @@ impl Store {
             .after_connect(move |connection, _| {
                 Box::pin(async move {
                     configure(dialect, connection).await?;
-                    be_patient(dialect, connection).await
+                    set_migration_limits(dialect, connection).await
                 })
             })
             .connect_with(connect.clone())
@@ -440,7 +440,10 @@ pub(super) async fn check_version(connection: &mut AnyConnection, is_postgres: b
 
 /// Sets the limits of a connection that migrates. A migration may take longer than any statement of
 /// the server, and must wait for another replica that migrates.
-async fn be_patient(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Result<()> {
+async fn set_migration_limits(
+    dialect: Dialect,
+    connection: &mut AnyConnection,
+) -> sqlx::Result<()> {
     if dialect == Dialect::Postgres {
         for setting in [
             "idle_in_transaction_session_timeout = 0",

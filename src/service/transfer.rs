@@ -57,8 +57,8 @@ pub async fn migrate(
         ..StoreOptions::default()
     };
     let target = Store::open(data_dir, &options).await?;
-    // The files may take hours, and a database that knows its store cannot do without it, so this
-    // is checked before both.
+    // The target is checked before the files are copied, which may take hours, and before the
+    // SQLite database records its artifact store, without which no server then starts on it.
     source.check_target(&target).await?;
     if let Some((url, variables)) = artifact_store {
         let remote = Remote::open(url, variables, known.is_none())?;

@@ -59,11 +59,11 @@ const PLAIN_COUNTERS: [(&str, &str); 16] = [
     ("bradley_scored_pairs_total", "Preference pairs scored."),
     (
         "bradley_reference_cache_hits_total",
-        "Sequences with reference log-probs in the cache.",
+        "Training pairs and scoring items whose reference log-probs were in the cache.",
     ),
     (
         "bradley_reference_cache_misses_total",
-        "Sequences with reference log-probs that had to be computed.",
+        "Training pairs and scoring items whose reference log-probs had to be computed.",
     ),
     ("bradley_training_steps_total", "Optimizer steps taken."),
     (

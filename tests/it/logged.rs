@@ -78,7 +78,8 @@ async fn longest(client: &Client) -> u32 {
     lengths.max().unwrap()
 }
 
-/// Returns the number of sequences whose reference log-probs were computed or found in the cache.
+/// Returns the number of training pairs and scoring items whose reference log-probs were computed
+/// or found in the cache.
 fn references(server: &Server) -> f64 {
     let metrics = server.metrics();
     let count = |name: &str| -> f64 {

@@ -8,7 +8,7 @@ use super::{finish, json};
 use crate::domain::dataset::{ChatMessage, MAX_MESSAGES, Text};
 use crate::domain::dpo::Normalization;
 use crate::domain::logged::sum_problem;
-use crate::domain::message::{MessageProblem, TemplateArguments};
+use crate::domain::message::TemplateArguments;
 use crate::domain::names;
 use crate::domain::violation::{Violations, quoted};
 use crate::math::calibration::Calibration;
@@ -161,11 +161,9 @@ fn message(field: &str, m: pb::Message) -> Result<ChatMessage, ServiceError> {
         fields.insert("content".to_owned(), Value::String(m.content));
     }
     fields.extend(further);
+    // The message is an object, so the problem has a path.
     ChatMessage::parse(Value::Object(fields)).map_err(|problem| {
-        let path = match &problem {
-            MessageProblem::Invalid { path, .. } | MessageProblem::Media { path } => path.clone(),
-        };
-        ServiceError::invalid(format!("{field}.{path}"), problem.to_string())
+        ServiceError::invalid(format!("{field}.{}", problem.path()), problem.reason())
     })
 }
 
@@ -265,5 +263,39 @@ pub(in crate::rpc) fn completion(c: ScoredCompletion, per_token: bool) -> pb::Co
         policy_token_logprobs: returned(c.policy_token_logprobs),
         reference_token_logprobs: returned(c.reference_token_logprobs),
         token_ids: if per_token { c.token_ids } else { Vec::new() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_names_the_key_of_a_bad_message_once() {
+        for (further, expected) in [
+            (
+                r#"{"content": 3}"#,
+                "prompt.chat.messages[0].content is a number: it must be a string or a list of \
+                 parts",
+            ),
+            (
+                r#"{"content": "a", "images": ["a.png"]}"#,
+                "prompt.chat.messages[0].images cannot be used: models here see text only",
+            ),
+        ] {
+            let message = pb::Message {
+                role: "user".into(),
+                fields_json: further.into(),
+                ..Default::default()
+            };
+            let chat = pb::MessageList {
+                messages: vec![message],
+            };
+            let given = pb::Text {
+                form: Some(pb::text::Form::Chat(chat)),
+            };
+            let refused = text("prompt", Some(given)).unwrap_err();
+            assert_eq!(refused.to_string(), expected);
+        }
     }
 }

@@ -134,11 +134,8 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         method,
         logged_reference,
     };
-    // The domain checks the ranges. It adds to the same list, so that one error has all bad fields.
+    // The domain checks the ranges. It adds to the same list, so that one error reports both.
     spec.validate("training_job", &mut bad);
-    let Some(policy) = policy else {
-        return refuse(bad);
-    };
     let ttl_ms = ttl(job.ttl, &mut bad);
     let kwargs = json::kwargs(
         "training_job",
@@ -149,6 +146,9 @@ pub(in crate::rpc) fn job_request(job: pb::TrainingJob) -> Result<JobRequest, St
         bad.push(field, reason);
         serde_json::Map::new()
     });
+    let Some(policy) = policy else {
+        return refuse(bad);
+    };
     let (display_name, labels, priority) = (job.display_name, job.labels, job.priority);
     let request = JobRequest {
         display_name,
@@ -279,7 +279,7 @@ fn refuse<T>(bad: Violations) -> Result<T, Status> {
 fn dpo(mut c: pb::DpoConfig, bad: &mut Violations) -> DpoConfig {
     let d = DpoConfig::default();
     let mut losses = Vec::new();
-    // A mix has each loss at most once. A longer list is refused without reading it.
+    // The limit is the number of losses that exist. A longer list is refused without reading it.
     let is_within_limit = bad.at_most(
         "training_job.dpo.losses",
         c.losses.len(),

@@ -36,8 +36,8 @@ pub const MAX_INLINE: usize = 64 << 10;
 /// Maximum number of values and keys in a body. Each takes up to a hundred bytes of memory, however
 /// short it is in the text.
 const MAX_VALUES: usize = 1 << 20;
-/// Bodies above [`MAX_INLINE`] that are converted at the same time. Others wait.
-static LARGE: Semaphore = Semaphore::const_new(2);
+/// Permits for converting bodies above [`MAX_INLINE`]: two at the same time, further ones wait.
+static LARGE_BODY_PERMITS: Semaphore = Semaphore::const_new(2);
 
 /// The parts of a request that its message is made of.
 #[derive(Debug)]
@@ -156,7 +156,7 @@ pub async fn converted(
     }
     // The semaphore is never closed. The thread has the permit, because it continues when its call
     // has been cancelled.
-    let permit = LARGE.acquire().await;
+    let permit = LARGE_BODY_PERMITS.acquire().await;
     let work = move || {
         let _permit = permit;
         convert(&text)

@@ -13,7 +13,7 @@ use crate::service::artifacts::{IN_USE_FILE, Temporary, remove};
 use crate::service::error::{Result, ServiceError, failed};
 
 /// Beginning of the names of folders with the links of backups, in the folder of temporary files.
-const HELD_PREFIX: &str = "backup-";
+const LINKS_PREFIX: &str = "backup-";
 /// End of the names of unfinished backups.
 const PARTIAL_SUFFIX: &str = ".partial";
 
@@ -29,9 +29,9 @@ impl Unfinished {
     ///
     /// # Errors
     /// `ResourceExhausted` or `Internal` if the file system fails.
-    pub fn held(temporary: &Path) -> Result<Unfinished> {
+    pub fn for_links(temporary: &Path) -> Result<Unfinished> {
         Unfinished::create(
-            temporary.join(format!("{HELD_PREFIX}{}", Uuid::now_v7())),
+            temporary.join(format!("{LINKS_PREFIX}{}", Uuid::now_v7())),
             File::try_lock,
         )
     }
@@ -111,7 +111,7 @@ impl Unfinished {
 /// # Errors
 /// `Internal` if the folder cannot be read.
 pub(super) fn remove_abandoned_links(temporary: &Path) -> Result<()> {
-    remove_abandoned(temporary, |name| name.starts_with(HELD_PREFIX), remove)
+    remove_abandoned(temporary, |name| name.starts_with(LINKS_PREFIX), remove)
 }
 
 /// Removes the unfinished folders of killed backups beside `target`, whatever their targets were:
@@ -133,8 +133,8 @@ fn is_partial(name: &str) -> bool {
         .is_some_and(|(_, id)| Uuid::try_parse(id).is_ok())
 }
 
-/// Removes the abandoned ones of the folders that `is_ours` chooses by their names. One that cannot
-/// be removed, e.g. because it is of another user, stays.
+/// Removes the abandoned folders among those whose names `is_ours` accepts. One that cannot be
+/// removed, e.g. because it belongs to another user, stays.
 fn remove_abandoned(
     folder: &Path,
     is_ours: impl Fn(&str) -> bool,
@@ -191,7 +191,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("2026-11-30");
         let running = Unfinished::beside(&target).unwrap();
-        let held = Unfinished::held(dir.path()).unwrap();
+        let links = Unfinished::for_links(dir.path()).unwrap();
         // A killed process leaves its folder, without a lock.
         for name in [
             ".2026-11-29.0193c8e4-7a3f-7000-8000-000000000000.partial",
@@ -211,8 +211,8 @@ mod tests {
         remove_abandoned_backups(&target).unwrap();
         remove_abandoned_links(dir.path()).unwrap();
         assert_eq!(left(dir.path()).len(), 5, "{:?}", left(dir.path()));
-        assert!(running.is_intact() && held.is_intact());
-        drop(held);
+        assert!(running.is_intact() && links.is_intact());
+        drop(links);
         running.publish(&target).unwrap();
         assert_eq!(
             left(dir.path()),

@@ -114,9 +114,9 @@ pub struct JudgedCalibration {
     pub fitted_pairs: u64,
     /// Number of pairs on which it was judged.
     pub judged_pairs: u64,
-    /// Pr on these.
+    /// Scores of the probabilities without the calibration, on the judged pairs.
     pub before: ProbabilityScores,
-    /// Calibrated probabilities on these.
+    /// Scores of the calibrated probabilities, on the judged pairs.
     pub after: ProbabilityScores,
     /// True if it has been stored with the policy's checkpoint.
     pub is_saved: bool,

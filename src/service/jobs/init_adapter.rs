@@ -25,8 +25,8 @@ impl InitAdapters {
     /// `InvalidArgument` if no `adapter_dir` is configured or it has no such adapter.
     pub async fn find(&self, name: &str) -> Result<PathBuf> {
         let Some(root) = self.0.clone() else {
-            let message =
-                "this server has no adapter folder: set adapter_dir, or leave the field empty";
+            let message = "needs a folder of adapters, which this server does not have: set \
+                           adapter_dir, or leave the field empty";
             return Err(ServiceError::invalid(INIT_ADAPTER, message));
         };
         let wanted = root.join(name);
@@ -85,7 +85,7 @@ pub(super) async fn adopt_adapter(request: &mut JobRequest, folder: PathBuf) -> 
             };
             return Err(ServiceError::invalid(
                 field,
-                format!("{adapter_name} cannot be read: {reason}"),
+                format!("is given, but {adapter_name} cannot be read: {reason}"),
             ));
         }
     };

@@ -129,7 +129,7 @@ impl InputLoader {
         if train.is_empty() {
             return Err(ServiceError::invalid(
                 "training_job.dataset",
-                "no row is left to train on",
+                "has no row left to train on",
             ));
         }
         Ok(JobInputs {

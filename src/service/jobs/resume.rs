@@ -179,7 +179,7 @@ async fn intact_folder(artifacts: &Artifacts, c: &Checkpoint) -> Result<PathBuf>
         Err(ServiceError::FailedPrecondition {
             reason: Reason::ArtifactDamaged,
             ..
-        }) if artifacts.is_copy() => artifacts.fetch_checkpoint(c).await?,
+        }) if artifacts.has_object_store() => artifacts.fetch_checkpoint(c).await?,
         fetched => fetched?,
     };
     match check_files(artifacts, dir.clone(), c).await {
@@ -187,7 +187,7 @@ async fn intact_folder(artifacts: &Artifacts, c: &Checkpoint) -> Result<PathBuf>
         Err(ServiceError::FailedPrecondition {
             reason: Reason::ArtifactDamaged | Reason::ArtifactMissing,
             ..
-        }) if artifacts.is_copy() => {}
+        }) if artifacts.has_object_store() => {}
         Err(e) => {
             artifacts.mark_unverified(&c.job, c.step);
             return Err(e);

@@ -146,8 +146,8 @@ impl RequestValidator {
         }) = &request.spec.method
         {
             let WeightsRef::Base { .. } = &start.weights else {
-                let message =
-                    "the policy is a checkpoint with an adapter of its own: name one of the two";
+                let message = "is given, but the policy is a checkpoint with an adapter of its \
+                               own: name one of the two";
                 return Err(ServiceError::invalid(INIT_ADAPTER, message));
             };
             // A repeated request returns the job of the first one, even if the folder has changed

@@ -1,9 +1,9 @@
-//! Check that this version may use a database that a newer version has migrated.
+//! Checks that this version may use a database that a newer version has migrated.
 //!
-//! Each migration names the oldest version that may still use the database after it, in the table
-//! `migration_readers`: by the newest migration that this version knows, and by its release. A
-//! migration that only adds something names the release before it or an older one; a migration that
-//! older versions cannot live with names its own release.
+//! Each migration has a row in the table `migration_readers`, which names the oldest version that
+//! may still use the database after it: by its release, and by the newest migration that this
+//! oldest version knows. A migration that only adds something names the release before it or an
+//! older one; a migration that older versions cannot use names its own release.
 
 use sqlx::AnyConnection;
 

@@ -121,6 +121,27 @@ fn every_bad_field_is_reported_at_once_under_its_proto_path() {
     }
 }
 
+#[test]
+fn a_bad_policy_hides_no_other_bad_field() {
+    let bad = pb::TrainingJob {
+        policy: "m".into(),
+        ttl: Some(prost_types::Duration {
+            seconds: -1,
+            nanos: 0,
+        }),
+        chat_template_kwargs_json: "[".into(),
+        ..minimal()
+    };
+    assert_eq!(
+        refused_fields(bad),
+        [
+            "training_job.policy",
+            "training_job.ttl",
+            "training_job.chat_template_kwargs_json",
+        ]
+    );
+}
+
 /// Returns the paths of the fields for which a job is refused.
 fn refused_fields(job: pb::TrainingJob) -> Vec<String> {
     let Err(status) = job_request(job) else {

@@ -157,6 +157,10 @@ impl IssuerKeys {
 
     /// Returns the key with the id that a token names; if it names none, the only key of the
     /// algorithm. For an unknown key the keys are fetched again, at most every two seconds.
+    ///
+    /// # Errors
+    /// [`NoKey::Unknown`] if the issuer publishes no such key; [`NoKey::Unavailable`] if its keys
+    /// are not known at the moment, or if too many calls already wait for a fetch.
     pub async fn find(
         &self,
         id: Option<&str>,
