@@ -8,10 +8,10 @@ const INCOMPLETE: char = '\u{FFFD}';
 /// Maximum number of tokens that wait for the rest of a character. A character has at most 4 bytes,
 /// so a longer wait means bytes that are no UTF-8, or several tokens that each end inside a
 /// character.
-const MAX_WAITING: usize = 7;
+const MAX_WAITING_TOKENS: usize = 7;
 /// Maximum number of tokens that hold the beginning of a character: at most 3 bytes, each in a
 /// token of its own.
-const BEGINNING: usize = 3;
+const MAX_BEGINNING_TOKENS: usize = 3;
 
 /// The text of a sample so far. It returns whole characters only, and stops at stop texts.
 #[derive(Debug, Default)]
@@ -83,11 +83,11 @@ impl IncrementalText {
         };
         let mut end = all.len();
         if all.ends_with(INCOMPLETE) && !at_end {
-            if until - self.done <= MAX_WAITING {
+            if until - self.done <= MAX_WAITING_TOKENS {
                 return Ok(());
             }
-            let shorter = final_bytes(&text(until - BEGINNING)?, &all);
-            (until, end) = shorter.map_or((until, end), |end| (until - BEGINNING, end));
+            let shorter = final_bytes(&text(until - MAX_BEGINNING_TOKENS)?, &all);
+            (until, end) = shorter.map_or((until, end), |end| (until - MAX_BEGINNING_TOKENS, end));
         }
         if let Some(new) = all.get(start..end) {
             self.held.push_str(new);
@@ -230,7 +230,7 @@ mod tests {
             for (i, id) in ids.iter().enumerate() {
                 streamed += &text.push(&tokenizer, *id, &[]).unwrap().text;
                 assert!(i + 1 - text.prefix < 20, "{kind}: {text:?}");
-                assert!(i + 1 - text.done <= MAX_WAITING, "{kind}: {text:?}");
+                assert!(i + 1 - text.done <= MAX_WAITING_TOKENS, "{kind}: {text:?}");
             }
             streamed += &text.finish(&tokenizer, &[]).unwrap().text;
             assert_eq!(streamed, tokenizer.decode_text(&ids).unwrap(), "{kind}");

@@ -95,7 +95,7 @@ pub enum EncodeError {
     /// The tokenizer failed, or the chat template refused the messages.
     #[error("{error}")]
     Model {
-        /// The prompt, or the answer without which nothing was refused.
+        /// The prompt if it fails alone, otherwise the answer that was encoded after it.
         at: Part,
         /// The error of the tokenizer or the template.
         error: ModelError,

@@ -193,11 +193,13 @@ pub fn tokens_with_equal_frequencies(spec: &ModelSpec, prompt: usize, max_tokens
     fits
 }
 
-/// Runs prompts on a base model without an adapter and fills their caches. Returns the logits
-/// `[V]` of the token after each prompt. `yield_point` is called before every block.
+/// Runs prompts and fills their caches. Returns the logits `[V]` of the token after each prompt.
+/// `base` is their base model, given without an adapter: each prompt brings its own. `yield_point`
+/// is called before every block.
 ///
 /// # Errors
-/// Fails if a token id is outside the vocabulary, on a GPU, or if the device fails.
+/// Fails if `base` is on a GPU, where nothing can be generated, or has an adapter, if a token id is
+/// outside the vocabulary, or if the device fails.
 pub fn prefill(
     base: &Policy,
     layout: &CacheLayout,
@@ -222,7 +224,7 @@ pub fn prefill(
 /// is given without an adapter. `yield_point` is called before every block.
 ///
 /// # Errors
-/// Fails if the device fails; the inner result of a sequence fails if a logit is not a number.
+/// Fails as [`prefill`] does. The inner result of a sequence fails if a logit is not a number.
 pub fn decode(
     base: &Policy,
     layout: &CacheLayout,

@@ -73,8 +73,8 @@ impl Lengths {
         }
     }
 
-    /// Returns the lengths of a single pair, which gives the minimum for runs with pairs of this
-    /// length.
+    /// Returns the lengths of a micro-batch of a single pair. No run with a pair of this length
+    /// needs less memory.
     pub fn one(longest: usize) -> Self {
         Lengths {
             longest,
@@ -500,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_holds_neither_masters_nor_moments_and_bf16_takes_half() {
+    fn a_gpu_holds_less_state_than_the_host_and_bf16_saves_less_than_half() {
         let (config, mut spec) = (config(), TrainingSpec::default());
         let of = |spec: &TrainingSpec, memory| {
             estimate(

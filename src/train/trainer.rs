@@ -44,10 +44,7 @@ use crate::model::device::{ComputeDevice, is_out_of_memory};
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// The loss or the gradient norm is NaN or infinite.
-    #[error(
-        "{what} is {value} at step {step} (rows {rows:?}): lower the learning rate, or look at \
-         these rows"
-    )]
+    #[error("{what} is {value} at step {step}{}", remedy(rows))]
     NonFinite {
         /// `loss`, `grad_norm` or `eval_loss`.
         what: &'static str,
@@ -82,6 +79,15 @@ pub enum TrainError {
     /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+/// Returns the rest of the message about a value that is not finite: its rows, if they are known,
+/// and the remedy.
+fn remedy(rows: &[u64]) -> String {
+    if rows.is_empty() {
+        return ": lower the learning rate".to_owned();
+    }
+    format!(" (rows {rows:?}): lower the learning rate, or look at these rows")
 }
 
 impl TrainError {

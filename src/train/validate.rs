@@ -100,8 +100,8 @@ impl BadRows {
 /// Validates every row. With an encoder, also checks lengths.
 ///
 /// # Errors
-/// `TooLarge` if the rows have more than `limit` bytes of text, which is possible even for a small
-/// compressed file; otherwise the errors of reading the file.
+/// `TooLarge` if the usable rows have more than `limit` bytes of text, which is possible even for a
+/// small compressed file; otherwise the errors of reading the file.
 pub fn validate_rows(
     path: &Path,
     format: DatasetFormat,

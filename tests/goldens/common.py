@@ -429,7 +429,7 @@ ADDS_ONE = ["gemma3", "gemma2", "gemma2-64", "gemma3-images"]
 
 
 def randomise(model, seed, norm=1):
-    """Every weight from N(0, 0.15²), norms around `norm`, so that logits vary and no gradient is trivially zero."""
+    """Draws every weight from N(0, 0.15²), those of norms around `norm`, so that logits vary and no gradient is trivially zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

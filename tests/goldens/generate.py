@@ -227,7 +227,7 @@ KEYS = [
 
 
 def train(t):
-    """What TRL logs at each step of a run."""
+    """Runs the training and returns what TRL logs at each step."""
     t.train()
     return [{k: h[k] for k in KEYS if k in h} for h in t.state.log_history if "loss" in h]
 
@@ -292,7 +292,7 @@ def save_start(adapted, name):
 
 
 def rewards():
-    """The rewards that TRL's trainers log for losses of means and without a reference, and an SFT run with a reference."""
+    """Writes the rewards that TRL's trainers log for losses of mean log-probs that need no reference, and an SFT run with a reference."""
     from trl.experimental.cpo import CPOConfig, CPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 

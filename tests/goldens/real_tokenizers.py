@@ -21,7 +21,7 @@ from trl import DPOTrainer
 
 HERE = pathlib.Path(__file__).parent
 TEMPLATES = pathlib.Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
-# The packages of these have none.
+# The packages of these tokenizers have no chat template.
 MISSING_TEMPLATES = {"llama2": HERE / "llama2.jinja", "gptoss": TEMPLATES / "gptoss.jinja"}
 # What strftime_now prints.
 NOW = datetime.datetime(2026, 7, 4)
@@ -34,7 +34,7 @@ class Clock(datetime.datetime):
 
 
 def variants(dialogue):
-    """Every set of template arguments of a dialogue, with and without the generation prompt."""
+    """Yields every set of template arguments of a dialogue, with and without the generation prompt."""
     for kwargs in [{}, *dialogue.get("kwargs", [])]:
         for add_generation_prompt in (False, True):
             yield kwargs, add_generation_prompt
@@ -70,7 +70,7 @@ class Rows(list):
 
 
 def tokens_of_rows(tokenizer, file):
-    """What DPOTrainer makes of each row of a file."""
+    """Returns what DPOTrainer makes of each row of a file."""
     trainer, args = types.SimpleNamespace(_tokenizer=tokenizer), types.SimpleNamespace(dataset_num_proc=None, max_length=None)
     results = []
     for line in (HERE / file).read_text().splitlines():
@@ -83,7 +83,7 @@ def tokens_of_rows(tokenizer, file):
 
 
 def single_tokens(tokenizer, name):
-    """About 2,000 ids, always the same ones, and every added token."""
+    """Decodes about 2,000 ids, always the same ones, and every added token, each alone."""
     ids = range(len(tokenizer))
     step = max(1, len(ids) // 2000)
     start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % step
@@ -117,7 +117,7 @@ def main(tokenizers, out):
             "rows": {file: tokens_of_rows(tokenizer, file) for file in ROWS},
             "decoded": decoded + single_tokens(tokenizer, source.name),
         }
-    # Of any tokenizer: only its special tokens are seen.
+    # Any tokenizer will do: the templates see only its special tokens.
     tokenizer = AutoTokenizer.from_pretrained(out / "llama2")
     expected["special_tokens"] = tokenizer.special_tokens_map
     for template in sorted(TEMPLATES.glob("*.jinja")):

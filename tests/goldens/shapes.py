@@ -1,4 +1,4 @@
-"""What TRL makes of preference rows without a prompt of their own: `shapes.json`."""
+"""Writes `shapes.json`: what TRL makes of preference rows without a prompt of their own."""
 
 import json
 import os

@@ -84,7 +84,7 @@ const SINGLE: [Disturbance; 5] = [
     Disturbance::KillInUpload,
 ];
 
-/// What the rounds so far have checked.
+/// Counts of what the rounds so far have checked.
 #[derive(Debug, Default)]
 struct Tally {
     rounds: BTreeMap<Disturbance, usize>,

@@ -350,10 +350,26 @@ fn a_gradient_that_is_not_finite_names_the_rows_of_its_step() {
     spec.batch.shuffle = false;
     let run = Run::lora(&model, "adapters/llama-start", pairs, spec);
     let error = try_events(run, &mut |_, _| {}).unwrap_err();
+    let message = error.to_string();
     let TrainError::NonFinite { what, rows, .. } = error else {
         panic!("{error}");
     };
-    assert_eq!((what, rows), ("grad_norm", step));
+    assert_eq!((what, &rows), ("grad_norm", &step));
+    assert!(message.contains(&format!("(rows {step:?})")), "{message}");
+}
+
+#[test]
+fn the_error_about_an_evaluation_points_to_no_rows() {
+    let error = TrainError::NonFinite {
+        what: "eval_loss",
+        value: f64::NAN,
+        step: 3,
+        rows: Vec::new(),
+    };
+    assert_eq!(
+        error.to_string(),
+        "eval_loss is NaN at step 3: lower the learning rate"
+    );
 }
 
 #[test]

@@ -419,7 +419,7 @@ async fn an_issuers_owners_and_roles_are_apart_from_our_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn new_keys_are_accepted_at_once_and_withdrawn_ones_soon_not() {
+async fn new_keys_are_accepted_at_once_and_withdrawn_ones_are_soon_refused() {
     let (old, new) = (Key::ec("2026"), Key::ed("2027"));
     let issuer = Issuer::start(&[&old]).await;
     let dir = tempfile::tempdir().unwrap();

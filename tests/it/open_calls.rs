@@ -15,8 +15,8 @@ use crate::wait::until;
 
 /// Limit for what a server notices within seconds, on a busy machine.
 const NOTICED: Duration = Duration::from_secs(60);
-/// Size of a file that no buffer of a connection holds.
-const MUCH: usize = 64 << 20;
+/// Size of a file that does not fit in the buffers of a connection.
+const LARGE_FILE_BYTES: usize = 64 << 20;
 
 fn bradley(args: &[&str]) -> Vec<u8> {
     let mut command = Command::new(crate::support::binary());
@@ -67,7 +67,7 @@ async fn a_download_ends_when_its_token_is_revoked() {
         .unwrap();
     // The export is made once. With a large file, a download of it takes as long as its reader.
     let export = dir.path().join(export.into_inner().path);
-    std::fs::write(export.join("large"), vec![7; MUCH]).unwrap();
+    std::fs::write(export.join("large"), vec![7; LARGE_FILE_BYTES]).unwrap();
     let request = pb::DownloadCheckpointRequest {
         name: latest(&name),
         ..Default::default()
@@ -101,7 +101,7 @@ async fn a_download_ends_when_its_token_is_revoked() {
         }
     };
     assert_eq!(end.unwrap_err().code(), Code::Unauthenticated);
-    assert!(bytes < MUCH, "{bytes} bytes");
+    assert!(bytes < LARGE_FILE_BYTES, "{bytes} bytes");
 }
 
 /// An entry of a token file with other roles is another permission: calls that need the lost role

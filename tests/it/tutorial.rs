@@ -44,14 +44,14 @@ impl Drop for Running {
 }
 
 /// A folder that looks like a clone of the repository after the build, and a shell in it.
-struct Clone {
+struct ClonedRepository {
     folder: PathBuf,
     port: u16,
     /// Lines that set variables. Blocks of the page share a terminal, here each has a shell.
     variables: Vec<String>,
 }
 
-impl Clone {
+impl ClonedRepository {
     fn new(folder: &Path) -> Self {
         for inner in ["src/cli/demo", "target/release"] {
             fs::create_dir_all(folder.join(inner)).unwrap();
@@ -61,7 +61,7 @@ impl Clone {
             fs::write(folder.join(name), &rows).unwrap();
         }
         symlink(binary(), folder.join("target/release/bradley")).unwrap();
-        Clone {
+        ClonedRepository {
             folder: folder.to_owned(),
             port: free_port(),
             variables: Vec::new(),
@@ -133,10 +133,10 @@ struct Guide {
 
 /// A reader who follows a guide.
 struct Reader {
-    clone: Clone,
+    clone: ClonedRepository,
     /// Folder of the model that stands for [`HUB_MODEL`].
     model: String,
-    /// Python that runs the Python code, if it runs.
+    /// Python that runs the Python code. Without it, the code is left out.
     python: Option<String>,
     /// Python code so far: the blocks of a page share one session.
     session: String,
@@ -277,7 +277,7 @@ impl Reader {
 fn follow(guide: &Guide, python: Option<String>) {
     let dir = tempfile::tempdir().unwrap();
     let mut reader = Reader {
-        clone: Clone::new(dir.path()),
+        clone: ClonedRepository::new(dir.path()),
         model: golden("models/llama").display().to_string(),
         python,
         session: String::new(),

@@ -163,7 +163,7 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
         }))
 }
 
-/// Does as [`decode`], with all columns that it does not need as labels.
+/// Decodes as [`decode`] does, with every column that pairs do not use among the labels.
 pub(super) fn decode_with_others<R: Fn(&str) -> Option<String> + Send + 'static>(
     path: &Path,
     rename: R,

@@ -61,7 +61,9 @@ impl Iterator for Lines {
                     )));
                 }
             }
-            if line.len() > MAX_LINE_BYTES {
+            // A line at the limit has been read with its line break, so there is no rest to skip.
+            let content = line.strip_suffix(b"\n").unwrap_or(&line);
+            if content.len() > MAX_LINE_BYTES {
                 self.skip_line();
                 let message = format!(
                     "the line is longer than {} MiB: split the file into rows, one JSON object a \

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use crate::domain::dataset::{IssueReason, PreferenceRow, RowIssue};
 
-/// Maximum length of a line in bytes. Longer lines are refused without reading them into memory.
+/// Maximum length of a line in bytes, without its line break. Longer lines are refused without
+/// reading them into memory.
 pub const MAX_LINE_BYTES: usize = 16 << 20;
 
 /// Error that prevents reading a file. Problems of a single row are [`RowIssue`]s.

@@ -166,6 +166,25 @@ fn each_bad_row_has_its_reason_and_the_next_one_is_still_read() {
 }
 
 #[test]
+fn a_line_at_the_limit_is_read_and_a_longer_one_is_refused_alone() {
+    let line = |bytes: usize| {
+        let frame = r#"{"prompt":"","chosen":"a","rejected":"b"}"#.len();
+        let prompt = "x".repeat(bytes - frame);
+        format!(r#"{{"prompt":"{prompt}","chosen":"a","rejected":"b"}}"#)
+    };
+    let lengths = [MAX_LINE_BYTES, 50, MAX_LINE_BYTES + 1, 51];
+    let rows = jsonl(lengths.map(line).join("\n").as_bytes());
+    let numbers: Vec<(u64, bool)> = rows
+        .iter()
+        .map(|row| match row {
+            Ok(row) => (row.row, true),
+            Err(issue) => (issue.row, false),
+        })
+        .collect();
+    assert_eq!(numbers, [(1, true), (2, true), (3, false), (4, true)]);
+}
+
+#[test]
 fn parquet_strings_and_message_lists_are_the_same_rows() {
     let schema = "message pairs {
         required group prompt (LIST) { repeated group list { required group element {
