@@ -55,7 +55,7 @@ pub fn generation(
     let Value::Object(given) = parse(text)? else {
         return Err(ServiceError::invalid("body", "must be a JSON object"));
     };
-    let mut fields = Fields {
+    let mut fields = Parameters {
         // OpenAI's clients send null for a parameter without a value.
         given: given.into_iter().filter(|(_, v)| !v.is_null()).collect(),
         bad: Violations::default(),
@@ -135,12 +135,12 @@ fn policy(model: &str) -> String {
 }
 
 /// The parameters of a request that were not read yet, and the problems of those that were.
-struct Fields {
+struct Parameters {
     given: Map<String, Value>,
     bad: Violations,
 }
 
-impl Fields {
+impl Parameters {
     /// Takes a parameter. `read` returns its value, or `None` if it is not `expected`.
     fn take<T>(
         &mut self,
