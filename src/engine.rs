@@ -621,8 +621,8 @@ impl Engine {
             host = extra.host + on_host(config, spec, options.data_parallel);
             let (needed, available) = (base_models.on_host() + host, memory::host_limit(options));
             if needed > available {
-                let remedy = "on the host, for masters, moments and copies of weights: train with \
-                    LoRA, or raise memory_limit"
+                let remedy = "on the host, for master weights, optimizer moments and copies of \
+                    weights: train with LoRA, or raise memory_limit"
                     .to_owned();
                 return Err(EngineError::OutOfMemory {
                     needed_mib: needed >> 20,

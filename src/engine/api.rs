@@ -330,10 +330,11 @@ pub struct EngineOptions {
     pub precision: Precision,
     /// Maximum number of tokens waiting to be scored; further items are refused with `QueueFull`.
     pub queue_tokens: usize,
-    /// Maximum number of tokens in a scoring batch, which is one unit of work.
+    /// Maximum number of tokens in a scoring batch, which is one unit of work. An item with more
+    /// tokens is a batch of its own.
     pub batch_tokens: usize,
-    /// Maximum length of a scored row, in tokens; longer rows are refused. It does not limit the
-    /// rows of training.
+    /// Maximum length in tokens of a scored row, and of a prompt with one of its samples; longer
+    /// ones are refused. It does not limit the rows of training.
     pub max_row_tokens: usize,
     /// Capacity of the cache of reference log-probabilities, in tokens.
     pub reference_cache_tokens: usize,

@@ -188,7 +188,8 @@ impl BaseModels {
             .collect()
     }
 
-    /// Returns the bytes of all weights plus a scoring batch on the largest model.
+    /// Returns the bytes of all weights, and of the activations of one scoring row of
+    /// [`ROW_TOKENS`] tokens on the model that needs the most. A longer row needs more.
     pub fn needed(&self) -> u64 {
         self.on_host()
             + self
@@ -442,7 +443,8 @@ impl CachedPolicy {
 }
 
 /// LRU cache of adapters and full weights, bounded by bytes and by number. The cached keys and
-/// values of generation count against the same bytes.
+/// values of generation count against the same bytes. Weights in use are never evicted for others:
+/// adapters are then loaded in excess of both limits, full weights in excess of the number only.
 pub(super) struct PolicyCache {
     limit: usize,
     room: Room,

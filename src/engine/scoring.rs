@@ -150,7 +150,8 @@ impl PolicyScorer {
     }
 
     /// Returns true if there are texts to generate and it is not the turn of scoring: beside the
-    /// run of `job` the two take turns.
+    /// run of `job` the two take turns. The call ends scoring's turn, so the next call may
+    /// return another answer.
     pub fn may_generate(&mut self, job: Option<&str>) -> bool {
         let is_turn_of_scoring = std::mem::take(&mut self.generated_last);
         (job.is_none() || !is_turn_of_scoring) && self.has_generation(job)
