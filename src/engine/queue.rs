@@ -1,5 +1,6 @@
 //! Queue of work for the devices: scoring items, bounded by tokens, prompts to continue, and
-//! training runs. All workers share it; a free worker takes the oldest work that it may do.
+//! training runs, both bounded by number. All workers share it. A free worker takes scoring items
+//! first, then a run, then prompts, of each kind the oldest that it may take.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
