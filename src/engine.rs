@@ -127,7 +127,8 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     )?;
     let all: Vec<Arc<BaseModels>> = devices
         .iter()
-        .map(|(device, _)| Arc::new(loaded.on(device.clone())))
+        .enumerate()
+        .map(|(i, (device, _))| Arc::new(loaded.on(device.clone(), label(&names, i))))
         .collect();
     // Runs on GPUs share the host memory. On the CPU each worker has a fixed part of it.
     let on_gpu = devices.iter().any(|(device, _)| device.memory().is_some());

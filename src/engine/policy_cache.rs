@@ -43,13 +43,15 @@ pub(super) struct Base {
     pub is_exact: bool,
 }
 
-/// The base models by id, for one device.
+/// The base models by id, for one worker.
 pub(super) struct BaseModels {
     by_id: HashMap<String, Base>,
     /// Ids in the order of the settings.
     order: Vec<String>,
     precision: Precision,
     device: ComputeDevice,
+    /// The worker's name in metrics.
+    label: String,
 }
 
 /// Returns the bytes of one frozen weight.
@@ -120,12 +122,13 @@ impl BaseModels {
             by_id,
             order,
             precision,
+            label: device.name(),
             device,
         })
     }
 
-    /// Returns the same weights for another device.
-    pub fn on(&self, device: ComputeDevice) -> Self {
+    /// Returns the same weights for a worker on another device. `label` is its name in metrics.
+    pub fn on(&self, device: ComputeDevice, label: String) -> Self {
         let moved = |base: &Base| Base {
             policy: Policy {
                 device: device.clone(),
@@ -143,6 +146,7 @@ impl BaseModels {
             order: self.order.clone(),
             precision: self.precision,
             device,
+            label,
         }
     }
 
@@ -154,6 +158,11 @@ impl BaseModels {
     /// Returns the device that computes with them.
     pub fn device(&self) -> &ComputeDevice {
         &self.device
+    }
+
+    /// Returns the worker's name in metrics.
+    pub fn label(&self) -> &str {
+        &self.label
     }
 
     /// Returns the name of the setting that limits memory on this device.
@@ -686,7 +695,7 @@ impl PolicyCache {
     }
 
     fn report(&self, base_models: &BaseModels) {
-        metrics::gauge!("bradley_resident_policies", "device" => base_models.device().name())
+        metrics::gauge!("bradley_resident_policies", "device" => base_models.label().to_owned())
             .set(self.all.len() as f64);
     }
 }

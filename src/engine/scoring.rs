@@ -95,7 +95,7 @@ impl PolicyScorer {
     ) -> Self {
         let blocks = options.generation_cache_tokens / CACHE_BLOCK;
         PolicyScorer {
-            generator: Generator::new(blocks, base_models.device().name()),
+            generator: Generator::new(blocks, base_models.label().to_owned()),
             generates: false,
             generated_last: false,
             worker,
