@@ -694,7 +694,8 @@ impl PolicyCache {
         });
     }
 
-    fn report(&self, base_models: &BaseModels) {
+    /// Updates the gauge of the number of weights in the cache.
+    pub fn report(&self, base_models: &BaseModels) {
         metrics::gauge!("bradley_resident_policies", "device" => base_models.label().to_owned())
             .set(self.all.len() as f64);
     }

@@ -199,7 +199,7 @@ impl PolicyScorer {
     }
 
     /// Evicts weights whose folder was deleted, and weights that do not fit beside the runs in
-    /// progress.
+    /// progress. Updates the gauge of cached weights, which other evictions leave as it was.
     pub fn evict_requested(&mut self) {
         if self.queue.take_must_fit(self.worker) {
             self.policies.fit();
@@ -207,6 +207,7 @@ impl PolicyScorer {
         for dir in self.queue.take_evicted(self.worker) {
             self.policies.evict(&dir);
         }
+        self.policies.report(&self.base_models);
     }
 
     /// Scores a batch and answers the callers. If a run is in progress, charges the time to

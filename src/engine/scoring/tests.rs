@@ -221,7 +221,7 @@ fn other_errors_evict_nothing_and_weights_in_use_stay() {
 }
 
 #[test]
-fn the_gauge_of_cached_weights_names_the_worker() {
+fn the_gauge_of_cached_weights_names_the_worker_and_falls_when_they_leave() {
     let recorder = PrometheusBuilder::new().build_recorder();
     let handle = recorder.handle();
     let assert_gauge = |number: usize| {
@@ -232,9 +232,12 @@ fn the_gauge_of_cached_weights_names_the_worker() {
         let (first, checkpoint) = scoring_with_a_checkpoint();
         let base_models = Arc::new(first.base_models.on(ComputeDevice::Cpu, "cpu:1".into()));
         let (queue, options) = (first.queue.clone(), EngineOptions::default());
-        let mut second = PolicyScorer::new(1, queue, base_models.clone(), &options);
+        let mut second = PolicyScorer::new(0, queue, base_models.clone(), &options);
         second.policies.get(&base_models, &checkpoint).unwrap();
         assert_gauge(1);
+        second.free_memory();
+        second.evict_requested();
+        assert_gauge(0);
     });
 }
 
