@@ -217,7 +217,11 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         shared: Arc::new(EngineState {
             queue,
             base_models: all[roomiest].clone(),
-            options,
+            // A run has no more devices, and its estimate counts the gradients of each.
+            options: EngineOptions {
+                data_parallel: group.min(all.len()),
+                ..options
+            },
             available,
             concurrent_runs,
         }),
