@@ -526,7 +526,8 @@ impl Engine {
 
     /// Returns the number of tokens of a row that holds only this item, for the one of these
     /// weights whose model needs the longest row. If a model's rotary frequencies depend on the
-    /// length of a sequence, sequences with different frequencies do not share their prompt.
+    /// length of a sequence, sequences with different frequencies do not share their prompt, and
+    /// the row has it several times.
     fn row_tokens(&self, weights: [Option<&WeightsRef>; 2], item: &ScoreItem) -> usize {
         let models = &self.shared.base_models;
         let of = |base: &Base| {
