@@ -127,7 +127,8 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
     )?;
     let all: Vec<Arc<BaseModels>> = devices
         .iter()
-        .map(|(device, _)| Arc::new(loaded.on(device.clone())))
+        .enumerate()
+        .map(|(i, (device, _))| Arc::new(loaded.on(device.clone(), label(&names, i))))
         .collect();
     // Runs on GPUs share the host memory. On the CPU each worker has a fixed part of it.
     let on_gpu = devices.iter().any(|(device, _)| device.memory().is_some());
@@ -216,7 +217,11 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         shared: Arc::new(EngineState {
             queue,
             base_models: all[roomiest].clone(),
-            options,
+            // A run has no more devices, and its estimate counts the gradients of each.
+            options: EngineOptions {
+                data_parallel: group.min(all.len()),
+                ..options
+            },
             available,
             concurrent_runs,
         }),
@@ -521,7 +526,8 @@ impl Engine {
 
     /// Returns the number of tokens of a row that holds only this item, for the one of these
     /// weights whose model needs the longest row. If a model's rotary frequencies depend on the
-    /// length of a sequence, sequences with different frequencies do not share their prompt.
+    /// length of a sequence, sequences with different frequencies do not share their prompt, and
+    /// the row has it several times.
     fn row_tokens(&self, weights: [Option<&WeightsRef>; 2], item: &ScoreItem) -> usize {
         let models = &self.shared.base_models;
         let of = |base: &Base| {
@@ -621,8 +627,8 @@ impl Engine {
             host = extra.host + on_host(config, spec, options.data_parallel);
             let (needed, available) = (base_models.on_host() + host, memory::host_limit(options));
             if needed > available {
-                let remedy = "on the host, for masters, moments and copies of weights: train with \
-                    LoRA, or raise memory_limit"
+                let remedy = "on the host, for master weights, optimizer moments and copies of \
+                    weights: train with LoRA, or raise memory_limit"
                     .to_owned();
                 return Err(EngineError::OutOfMemory {
                     needed_mib: needed >> 20,

@@ -125,8 +125,8 @@ impl WeightsRef {
     }
 }
 
-/// Sequences that are scored in the same row, e.g. the two of a pair. The result never depends on
-/// other items in the batch.
+/// Sequences that are scored in the same row, e.g. the two of a pair. On the CPU no bit of the
+/// result depends on the other items in the batch. On a GPU they may change its rounding.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoreItem {
     /// Groups of completions with a common prompt. A pair is one group with two completions, or two
@@ -299,7 +299,8 @@ pub struct TrainingRun {
     /// Weights that the policy starts from; never `Live`.
     pub start: WeightsRef,
     /// Weights of the reference, possibly on another base model; a moving reference (TR-DPO) starts
-    /// from them. `None` if the objective has no reference; never `Live`.
+    /// from them. `None` if the objective has no reference, or if the rows carry its log-probs.
+    /// Never `Live`.
     pub reference: Option<WeightsRef>,
     /// Hyper-parameters of the run.
     pub spec: TrainingSpec,
@@ -330,10 +331,11 @@ pub struct EngineOptions {
     pub precision: Precision,
     /// Maximum number of tokens waiting to be scored; further items are refused with `QueueFull`.
     pub queue_tokens: usize,
-    /// Maximum number of tokens in a scoring batch, which is one unit of work.
+    /// Maximum number of tokens in a scoring batch, which is one unit of work. An item with more
+    /// tokens is a batch of its own.
     pub batch_tokens: usize,
-    /// Maximum length of a scored row, in tokens; longer rows are refused. It does not limit the
-    /// rows of training.
+    /// Maximum length in tokens of a scored row, and of a prompt with one of its samples; longer
+    /// ones are refused. It does not limit the rows of training.
     pub max_row_tokens: usize,
     /// Capacity of the cache of reference log-probabilities, in tokens.
     pub reference_cache_tokens: usize,
@@ -516,7 +518,8 @@ pub enum EngineError {
         /// Names of the settings that limit it.
         setting: &'static str,
     },
-    /// Loading failed because of the files or the shapes of their tensors.
+    /// The weights cannot be used: their files or the shapes of their tensors are wrong, or the
+    /// device or the request does not support such weights.
     #[error("{0}")]
     Weights(String),
     /// The files of a base model are gone or were changed, so its weights cannot be read again.
@@ -526,7 +529,8 @@ pub enum EngineError {
     /// one.
     #[error("{0}: retry later, or send shorter rows")]
     DeviceFull(String),
-    /// A unit of work failed. The worker continues with the next one.
+    /// A unit of work failed, and the worker continues with the next one. Or a device cannot be
+    /// used when the engine starts.
     #[error("the device failed: {0}")]
     Device(String),
 }

@@ -44,7 +44,8 @@ impl FairShare {
         }
     }
 
-    /// Returns true if scoring may run, according to the last call of [`Self::pay`].
+    /// Returns true if scoring may run. Training time since the last call of [`Self::pay`] does not
+    /// count yet.
     pub fn may_score(&self) -> bool {
         self.debt <= 0.0
     }

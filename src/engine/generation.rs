@@ -41,7 +41,7 @@ const TOKENS_IN_CHANNEL: usize = 32;
 /// Bytes of keys and values after which unused pages are returned when no request is in progress.
 /// Computing that many takes far longer than the page faults of using the pages again.
 const TRIM_BYTES: u64 = 256 << 20;
-/// Time after which a request may be sent again that ended for a training run.
+/// Retry hint for requests that were ended because a training run needs their memory.
 const DISPLACED_RETRY: Duration = Duration::from_secs(30);
 
 /// Returns the capacity of the channel of a request: two places more than its tokens may take, for
@@ -55,7 +55,7 @@ pub(super) fn channel_capacity(samples: usize) -> usize {
 struct ReadLimits {
     /// Maximum time between two reads.
     pause: Duration,
-    /// Maximum time in all that counts while another request waits for room.
+    /// Maximum sum of the waiting times during which another request waits for room.
     beside_others: Duration,
 }
 

@@ -118,8 +118,8 @@ pub(super) fn host_limit(options: &EngineOptions) -> u64 {
         .unwrap_or_else(|| within(None, HostMemoryOfProcess::read().usable()))
 }
 
-/// Returns the limit in bytes for a setting, `None` for its default, and the memory that there is:
-/// at most this memory, by default nine tenths of it.
+/// Returns a memory limit in bytes. `there` is the memory that there is, `None` if it is not known.
+/// A `setting` is lowered to it; without a setting the limit is nine tenths of it.
 fn within(setting: Option<u64>, there: Option<u64>) -> u64 {
     match (setting, there) {
         (Some(limit), Some(there)) => limit.min(there),

@@ -43,13 +43,15 @@ pub(super) struct Base {
     pub is_exact: bool,
 }
 
-/// The base models by id, for one device.
+/// The base models by id, for one worker.
 pub(super) struct BaseModels {
     by_id: HashMap<String, Base>,
     /// Ids in the order of the settings.
     order: Vec<String>,
     precision: Precision,
     device: ComputeDevice,
+    /// The worker's name in metrics.
+    label: String,
 }
 
 /// Returns the bytes of one frozen weight.
@@ -120,12 +122,13 @@ impl BaseModels {
             by_id,
             order,
             precision,
+            label: device.name(),
             device,
         })
     }
 
-    /// Returns the same weights for another device.
-    pub fn on(&self, device: ComputeDevice) -> Self {
+    /// Returns the same weights for a worker on another device. `label` is its name in metrics.
+    pub fn on(&self, device: ComputeDevice, label: String) -> Self {
         let moved = |base: &Base| Base {
             policy: Policy {
                 device: device.clone(),
@@ -143,6 +146,7 @@ impl BaseModels {
             order: self.order.clone(),
             precision: self.precision,
             device,
+            label,
         }
     }
 
@@ -154,6 +158,11 @@ impl BaseModels {
     /// Returns the device that computes with them.
     pub fn device(&self) -> &ComputeDevice {
         &self.device
+    }
+
+    /// Returns the worker's name in metrics.
+    pub fn label(&self) -> &str {
+        &self.label
     }
 
     /// Returns the name of the setting that limits memory on this device.
@@ -188,7 +197,8 @@ impl BaseModels {
             .collect()
     }
 
-    /// Returns the bytes of all weights plus a scoring batch on the largest model.
+    /// Returns the bytes of all weights, and of the activations of one scoring row of
+    /// [`ROW_TOKENS`] tokens on the model that needs the most. A longer row needs more.
     pub fn needed(&self) -> u64 {
         self.on_host()
             + self
@@ -442,7 +452,8 @@ impl CachedPolicy {
 }
 
 /// LRU cache of adapters and full weights, bounded by bytes and by number. The cached keys and
-/// values of generation count against the same bytes.
+/// values of generation count against the same bytes. Weights in use are never evicted for others:
+/// adapters are then loaded in excess of both limits, full weights in excess of the number only.
 pub(super) struct PolicyCache {
     limit: usize,
     room: Room,
@@ -683,8 +694,9 @@ impl PolicyCache {
         });
     }
 
-    fn report(&self, base_models: &BaseModels) {
-        metrics::gauge!("bradley_resident_policies", "device" => base_models.device().name())
+    /// Updates the gauge of the number of weights in the cache.
+    pub fn report(&self, base_models: &BaseModels) {
+        metrics::gauge!("bradley_resident_policies", "device" => base_models.label().to_owned())
             .set(self.all.len() as f64);
     }
 }

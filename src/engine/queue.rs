@@ -1,5 +1,6 @@
 //! Queue of work for the devices: scoring items, bounded by tokens, prompts to continue, and
-//! training runs. All workers share it; a free worker takes the oldest work that it may do.
+//! training runs, both bounded by number. All workers share it. A free worker takes scoring items
+//! first, then a run, then prompts, of each kind the oldest that it may take.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -385,8 +386,8 @@ impl<W: WorkItem> Queue<W> {
         inner.runs.drain(..).map(|waiting| waiting.run).collect()
     }
 
-    /// Returns a scoring batch of up to `budget` tokens without waiting. Empty if there is nothing
-    /// that the worker of `job` may score.
+    /// Returns a scoring batch of up to `budget` tokens, or of one item that is larger, without
+    /// waiting. Empty if there is nothing that the worker of `job` may score.
     pub fn take(&self, job: &str, budget: usize) -> Vec<W> {
         take_batch(&mut self.lock(), Some(job), budget)
     }
@@ -526,8 +527,8 @@ fn may_take(workers: &[WorkerState], live_job: Option<&str>, job: Option<&str>) 
     })
 }
 
-/// Takes the oldest items that the worker of `job` may score: at least one, up to `budget` tokens.
-/// Items whose caller has left are dropped.
+/// Takes the oldest items that the worker of `job` may score, up to `budget` tokens. The first of
+/// them is taken whatever its size. Items whose caller has left are dropped.
 fn take_batch<W: WorkItem>(inner: &mut QueueState<W>, job: Option<&str>, budget: usize) -> Vec<W> {
     let (mut batch, mut tokens, mut at) = (Vec::new(), 0, 0);
     while let Some(entry) = inner.entries.get(at) {

@@ -95,7 +95,7 @@ impl PolicyScorer {
     ) -> Self {
         let blocks = options.generation_cache_tokens / CACHE_BLOCK;
         PolicyScorer {
-            generator: Generator::new(blocks, base_models.device().name()),
+            generator: Generator::new(blocks, base_models.label().to_owned()),
             generates: false,
             generated_last: false,
             worker,
@@ -150,7 +150,8 @@ impl PolicyScorer {
     }
 
     /// Returns true if there are texts to generate and it is not the turn of scoring: beside the
-    /// run of `job` the two take turns.
+    /// run of `job` the two take turns. The call ends scoring's turn, so the next call may
+    /// return another answer.
     pub fn may_generate(&mut self, job: Option<&str>) -> bool {
         let is_turn_of_scoring = std::mem::take(&mut self.generated_last);
         (job.is_none() || !is_turn_of_scoring) && self.has_generation(job)
@@ -198,7 +199,7 @@ impl PolicyScorer {
     }
 
     /// Evicts weights whose folder was deleted, and weights that do not fit beside the runs in
-    /// progress.
+    /// progress. Updates the gauge of cached weights, which other evictions leave as it was.
     pub fn evict_requested(&mut self) {
         if self.queue.take_must_fit(self.worker) {
             self.policies.fit();
@@ -206,6 +207,7 @@ impl PolicyScorer {
         for dir in self.queue.take_evicted(self.worker) {
             self.policies.evict(&dir);
         }
+        self.policies.report(&self.base_models);
     }
 
     /// Scores a batch and answers the callers. If a run is in progress, charges the time to

@@ -150,7 +150,8 @@ pub struct Histogram {
 }
 
 /// Counts values in `bins` ranges between the smallest and the largest value, as
-/// `numpy.histogram` does. Equal values are in the middle of a range of width 1.
+/// `numpy.histogram` does. If all values are equal, the ranges reach from 0.5 below the value to
+/// 0.5 above it.
 pub fn histogram(values: &[f64], bins: usize) -> Histogram {
     if values.is_empty() || bins == 0 {
         return Histogram::default();

@@ -58,6 +58,9 @@ impl Adapter {
     /// Makes an untrained adapter, initialised as in PEFT: A is drawn from U(−1/√in, 1/√in)
     /// and B is zero, so that the adapter has no effect yet. The values of a tensor depend only on
     /// `seed` and on the tensor's name.
+    ///
+    /// # Errors
+    /// Fails if a tensor cannot be made.
     pub fn init(model: &ModelConfig, config: &LoraConfig, seed: u64) -> Result<Self, ModelError> {
         Self::build(model, config, |tensor| {
             let [rows, columns] = tensor.shape;
@@ -70,6 +73,9 @@ impl Adapter {
     }
 
     /// Makes an adapter of the tensors that `get` returns. Calls `get` block by block, A before B.
+    ///
+    /// # Errors
+    /// Returns the first error of `get`.
     pub fn build<E>(
         model: &ModelConfig,
         config: &LoraConfig,
@@ -90,8 +96,8 @@ impl Adapter {
         })
     }
 
-    /// Returns the names of the adapted modules of the model. In `config` the names of all parts of
-    /// a fused layer may stand for it.
+    /// Returns the names of the adapted modules of the model. A fused layer has its own name here,
+    /// also if `config` names all of its parts instead.
     pub fn target_modules(&self) -> Vec<String> {
         let mut names = self.config.target_modules.clone();
         for fused in [Linear::FusedQkv, Linear::FusedGateUp] {
@@ -120,6 +126,9 @@ impl Adapter {
 
     /// Returns the adapter with every tensor replaced by `f(row of the table, tensor)`: block by
     /// block, A before B.
+    ///
+    /// # Errors
+    /// Returns the first error of `f`.
     pub fn map<E>(
         &self,
         mut f: impl FnMut(&LoraTensor, &Tensor) -> Result<Tensor, E>,

@@ -245,7 +245,7 @@ const GGUF_BLOCKS: &str = "blk.";
 /// Prefix that PEFT puts before the name of a module of the base model.
 const PEFT_MODEL: &str = "base_model.model.";
 /// Prefix of the names of the language model inside a model of text and images.
-const TOWER_TEXT: &str = "model.language_model.";
+const LANGUAGE_MODEL_PREFIX: &str = "model.language_model.";
 /// PEFT's names of the two factors of an update.
 const LORA_A: &str = "lora_A";
 const LORA_B: &str = "lora_B";
@@ -413,8 +413,9 @@ impl LoraTensor {
     }
 }
 
-/// Returns the table: every parameter of a model once, in the order of a forward pass. Exports
-/// split the tensors into files in this order.
+/// Returns the table: every parameter of a model once, in the order of a forward pass, except that
+/// the norms on queries and keys follow attention's output projection. Exports split the tensors
+/// into files in this order.
 pub fn params(spec: &ModelSpec) -> Vec<ParamSpec> {
     let mut table = Vec::new();
     each_row(spec, |row| table.push(row.named()));
@@ -533,7 +534,7 @@ pub fn text_name(stored: &str) -> Cow<'_, str> {
     {
         return Cow::Borrowed(name);
     }
-    match stored.strip_prefix(TOWER_TEXT) {
+    match stored.strip_prefix(LANGUAGE_MODEL_PREFIX) {
         Some(name) => Cow::Owned(format!("model.{name}")),
         None => Cow::Borrowed(stored),
     }
@@ -546,7 +547,7 @@ pub fn whole_peft_name(name: &str) -> String {
         .strip_prefix(PEFT_MODEL)
         .and_then(|name| name.strip_prefix("model."))
     {
-        Some(rest) => format!("{PEFT_MODEL}{TOWER_TEXT}{rest}"),
+        Some(rest) => format!("{PEFT_MODEL}{LANGUAGE_MODEL_PREFIX}{rest}"),
         None => name.to_owned(),
     }
 }
@@ -566,7 +567,7 @@ pub fn text_peft_name(stored: &str) -> Cow<'_, str> {
 /// Returns a regular expression that matches the modules with these names in the blocks of the
 /// language model inside a model of text and images. It does not match those of the vision tower.
 pub fn whole_target_modules(names: &[String]) -> String {
-    let blocks = format!("{TOWER_TEXT}layers.").replace('.', r"\.");
+    let blocks = format!("{LANGUAGE_MODEL_PREFIX}layers.").replace('.', r"\.");
     format!(r"{blocks}\d+\..*\.({})", names.join("|"))
 }
 

@@ -140,11 +140,11 @@ pub enum FeedForward {
 /// is the norm before the feed-forward part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormNames {
-    /// As in Gemma and OLMo: that is the norm on the mixer's output. The norm before the
-    /// feed-forward part has another name.
+    /// As in Gemma and OLMo: the "post-attention norm" is the norm on the mixer's output. The norm
+    /// before the feed-forward part has another name.
     Gemma,
-    /// As in GLM-4: that is always the norm before the feed-forward part. The norms on outputs have
-    /// names that no other family uses.
+    /// As in GLM-4: the "post-attention norm" is always the norm before the feed-forward part. The
+    /// norms on outputs have names that no other family uses.
     Glm,
 }
 

@@ -16,7 +16,7 @@ use crate::engine::worker::explain;
 use crate::engine::{Engine, start};
 use crate::formats::loader::load_model;
 use crate::formats::source::HubOptions;
-use crate::model::device::{ComputeDevice, OutOfMemory};
+use crate::model::device::{ComputeDevice, DeviceChoice, OutOfMemory};
 use crate::train::trainer::TrainError;
 
 /// Length of the pairs in tokens.
@@ -260,6 +260,15 @@ fn a_larger_reference_needs_more_activations_in_rows_as_long_as_the_runs() {
 
 /// Starts an engine on the CPU with a tiny model that is rounded in memory.
 fn engine(memory_limit: u64) -> Engine {
+    start_with(EngineOptions {
+        memory_limit: Some(memory_limit),
+        precision: Precision::Bf16,
+        ..EngineOptions::default()
+    })
+}
+
+/// Starts an engine on the CPU with a tiny model.
+fn start_with(options: EngineOptions) -> Engine {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
     let model = load_model(
         Some("tiny"),
@@ -267,11 +276,6 @@ fn engine(memory_limit: u64) -> Engine {
         &HubOptions::default(),
     )
     .unwrap();
-    let options = EngineOptions {
-        memory_limit: Some(memory_limit),
-        precision: Precision::Bf16,
-        ..EngineOptions::default()
-    };
     start(vec![model], options).unwrap()
 }
 
@@ -459,6 +463,24 @@ fn training_is_a_use_of_a_model_as_far_as_it_fits_the_memory() {
         largest.uses("unknown"),
         Err(EngineError::UnknownModel(_))
     ));
+}
+
+/// The estimate of a run on GPUs counts one set of gradients in host memory for each device.
+#[test]
+fn a_run_is_planned_for_no_more_devices_than_there_are() {
+    let planned = |data_parallel| {
+        let devices = vec![DeviceChoice::Cpu; 2];
+        let engine = start_with(EngineOptions {
+            devices,
+            data_parallel,
+            ..EngineOptions::default()
+        });
+        (
+            engine.shared.options.data_parallel,
+            engine.concurrent_runs(),
+        )
+    };
+    assert_eq!([1, 2, 8].map(planned), [(1, 2), (2, 1), (2, 1)]);
 }
 
 #[test]

@@ -68,7 +68,7 @@ fn the_least_recently_used_weights_leave_when_there_is_no_room_for_more() {
         policies.get(&base_models, &full(i)).unwrap();
     }
     assert_eq!(contents(&policies), ["0", "2"], "1 was used before 0");
-    // A sixth checkpoint is scored like the first.
+    // Each further checkpoint takes the place of the one that was not used for the longest time.
     for i in 3..9 {
         policies.get(&base_models, &full(i)).unwrap();
     }

@@ -5,6 +5,7 @@ use std::cell::Cell;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use metrics_exporter_prometheus::PrometheusBuilder;
 use opentelemetry::Context;
 use tokio::sync::{mpsc, oneshot};
 
@@ -217,6 +218,27 @@ fn other_errors_evict_nothing_and_weights_in_use_stay() {
     drop(held);
     scoring.free_memory();
     assert!(scoring.policies.is_empty());
+}
+
+#[test]
+fn the_gauge_of_cached_weights_names_the_worker_and_falls_when_they_leave() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let handle = recorder.handle();
+    let assert_gauge = |number: usize| {
+        let (text, gauge) = (handle.render(), "resident_policies{device=\"cpu:1\"}");
+        assert!(text.contains(&format!("{gauge} {number}\n")), "{text}");
+    };
+    metrics::with_local_recorder(&recorder, || {
+        let (first, checkpoint) = scoring_with_a_checkpoint();
+        let base_models = Arc::new(first.base_models.on(ComputeDevice::Cpu, "cpu:1".into()));
+        let (queue, options) = (first.queue.clone(), EngineOptions::default());
+        let mut second = PolicyScorer::new(0, queue, base_models.clone(), &options);
+        second.policies.get(&base_models, &checkpoint).unwrap();
+        assert_gauge(1);
+        second.free_memory();
+        second.evict_requested();
+        assert_gauge(0);
+    });
 }
 
 #[test]

@@ -50,7 +50,7 @@ pub(super) fn check_ropes(fields: &Fields<'_>, spec: &ModelSpec) -> Result<(), M
                 dims / 2
             ),
             _ if rope.query_scaling.is_some() && dims != head_dim => {
-                format!("scales queries of which {dims} of {head_dim} dimensions are rotated")
+                format!("scales queries: all {head_dim} dimensions must be rotated, not {dims}")
             }
             RopeScaling::Dynamic { .. } if dims <= 2 => {
                 format!("is 'dynamic', which needs more than {dims} rotated dimensions")

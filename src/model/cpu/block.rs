@@ -39,7 +39,7 @@ pub struct CpuBlock<'a> {
     /// True if the policy has an adapter. In that case only the adapter is trained.
     is_adapted: bool,
     row: &'a PreparedRow,
-    /// Keys and values of earlier tokens; `None` in passes over whole sequences.
+    /// Cache of keys and values that attention fills or reads; `None` in passes without a cache.
     cache: Option<&'a (dyn KeyCache + 'a)>,
     parameters: &'a Parameters,
     groups: PerGroup<CpuLinearGroup<'a>>,

@@ -27,7 +27,7 @@ pub(super) struct Head<'a> {
 }
 
 /// Result of a forward pass of the head.
-pub(super) struct Passed {
+pub(super) struct HeadForward {
     /// The output. Its own `gradient` is empty, because the gradient stays on the device.
     pub output: HeadOutput,
     /// ∂log p/∂h `[N, C]`, if it was requested.
@@ -70,10 +70,10 @@ impl Head<'_> {
         row: &DeviceRow,
         targets: &[u32],
         options: HeadOptions,
-    ) -> Result<Passed> {
+    ) -> Result<HeadForward> {
         let (gpu, kind, rows, hidden) = (self.gpu, self.kind, targets.len(), self.hidden);
         if rows == 0 {
-            return Ok(Passed {
+            return Ok(HeadForward {
                 output: HeadOutput::default(),
                 gradient: None,
             });
@@ -135,7 +135,7 @@ impl Head<'_> {
         let mut states = vec![0f32; rows * SOFTMAX_STATE];
         gpu.download(&state, &mut states)?;
         let output = self.describe(&states, targets, options);
-        Ok(Passed {
+        Ok(HeadForward {
             output,
             gradient: options.gradient.then_some(gradient),
         })

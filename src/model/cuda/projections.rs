@@ -108,7 +108,7 @@ impl CudaLinearGroup<'_> {
             0.0,
         )?;
         for m in &w.members {
-            let Some((b, rank, column)) = adapter.group.b(m.index) else {
+            let Some((b, rank, column)) = adapter.group.b(m.linear) else {
                 continue;
             };
             let to = y.matrix_at(rows.start * w.output + m.column, w.output);
@@ -149,7 +149,7 @@ impl CudaLinearGroup<'_> {
         }
         for m in &w.members {
             let g_m = g.matrix_at(m.column, w.output);
-            if let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::Weight(m.index))) {
+            if let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::Weight(m.linear))) {
                 gpu.matmul(
                     [m.out, w.input, tokens],
                     g_m.t(),
@@ -160,7 +160,7 @@ impl CudaLinearGroup<'_> {
                 )?;
             }
             if m.bias.is_some()
-                && let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::Bias(m.index)))
+                && let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::Bias(m.linear)))
             {
                 ops::column_sum(
                     gpu,
@@ -197,7 +197,7 @@ impl CudaLinearGroup<'_> {
         let (w, gpu, ranks, scale) = (self.weights, self.gpu, adapter.group.ranks, adapter.scale);
         let v = gpu.uninit(self.kind, tokens * ranks)?;
         for m in &w.members {
-            let Some((b, rank, column)) = adapter.group.b(m.index) else {
+            let Some((b, rank, column)) = adapter.group.b(m.linear) else {
                 continue;
             };
             let (g_m, v_m) = (g.matrix_at(m.column, w.output), v.matrix_at(column, ranks));
@@ -209,7 +209,7 @@ impl CudaLinearGroup<'_> {
                 scale,
                 0.0,
             )?;
-            if let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::LoraA(m.index))) {
+            if let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::LoraA(m.linear))) {
                 gpu.matmul(
                     [rank, w.input, tokens],
                     v_m.t(),
@@ -219,7 +219,7 @@ impl CudaLinearGroup<'_> {
                     1.0,
                 )?;
             }
-            if let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::LoraB(m.index))) {
+            if let Some(slot) = gradients.get(ParamId::Block(block, BlockParam::LoraB(m.linear))) {
                 gpu.matmul(
                     [m.out, rank, tokens],
                     g_m.t(),

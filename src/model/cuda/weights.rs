@@ -26,7 +26,7 @@ const ALIGNMENT_ELEMENTS: usize = 64;
 /// A linear layer of a group.
 pub(super) struct CudaLinear {
     /// The linear layer of the block.
-    pub index: Linear,
+    pub linear: Linear,
     pub out: usize,
     /// First row of the layer in the stacked weight and first column in the joint output.
     pub column: usize,
@@ -108,15 +108,15 @@ impl GroupWeights {
         group: LinearGroup,
     ) -> Result<Self> {
         let (mut members, mut weights, mut output, mut input) = (Vec::new(), Vec::new(), 0, 0);
-        for &index in group.members() {
-            if !parameters.has(ParamId::Block(block, BlockParam::Weight(index))) {
+        for &linear in group.members() {
+            if !parameters.has(ParamId::Block(block, BlockParam::Weight(linear))) {
                 continue;
             }
-            let p = parameters.linear(block, index)?;
+            let p = parameters.linear(block, linear)?;
             let (out, width) = (p.weight.rows(), p.weight.columns());
             let bias = p.bias.map(|b| upload_vector(gpu, b)).transpose()?;
             members.push(CudaLinear {
-                index,
+                linear,
                 out,
                 column: output,
                 bias,

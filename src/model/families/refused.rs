@@ -8,8 +8,8 @@ const ENCODER_DECODER: &str = "it is an encoder-decoder, and only decoders are i
 const ENCODER: &str = "it is an encoder, and only causal language models are implemented";
 const LAYER_NORM: &str = "its norms are not RMSNorms, and only these are implemented";
 const LATENT: &str = "it has multi-head latent attention, which is not implemented";
-const PER_LAYER: &str = "it has embeddings of their own for each layer, or layers that share \
-                         keys and values, which is not implemented";
+const PER_LAYER: &str = "it has separate embeddings for each layer, or layers that share keys and \
+                         values, which is not implemented";
 const GEMMA: &str = "the first Gemma is not implemented; Gemma 2 and 3 are";
 const IMAGES: &str = "of models of text and images or sound, only the text of the ones listed here \
                       is implemented";

@@ -48,8 +48,9 @@ KERNEL void head_start(float* state, int rows) {
 // Adds the logits of the tokens first..first + width to the state. Rows of the logits lie ld
 // elements apart. WEIGHTED, SQUARES, LOGITS and ARGMAX are updated only if `distribution`. With
 // `gradient`, writes p[i, j] = e^(l − max), in the layout of the logits, and scales[i], the
-// factor for sums over earlier tiles (0 for the first tile). p may alias the logits. With CAPPED, p
-// is multiplied by the slope of the soft-cap.   [rows; 256]
+// factor for sums over earlier tiles (0 for the first tile). In f32, p may alias the logits; a bf16
+// row would overlap the logits of other rows. With CAPPED, p is multiplied by the slope of the
+// soft-cap.   [rows; 256]
 template <class T, bool CAPPED = false>
 __device__ __forceinline__ void head_tile(float* state, T* p, float* scales, const float* logits,
                                           const unsigned* targets, int rows, int width, int ld,
@@ -218,8 +219,8 @@ INSTANTIATE_CAPPED(head_finish,
                    (d, state, w, targets, rows, width, softcap))
 
 // ∂loss/∂logits of a tile, for ∂W = eᵀ·h: e[i, j] = g_i·(1{first + j = y_i} − e^(l −
-// lse_i)), in the layout of the logits. e may alias the logits. With CAPPED, e is multiplied by the
-// slope of the soft-cap.   [rows; 256]
+// lse_i)), in the layout of the logits. In f32, e may alias the logits; see head_tile. With CAPPED,
+// e is multiplied by the slope of the soft-cap.   [rows; 256]
 template <class T, bool CAPPED = false>
 __device__ __forceinline__ void head_errors(T* e, const float* logits, const float* lse,
                                             const float* g, const unsigned* targets, int rows,
