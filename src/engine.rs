@@ -405,6 +405,11 @@ impl Engine {
         Ok(self.shared.base_models.get(model)?.tokenizer.clone())
     }
 
+    /// Returns the maximum number of tokens of a scored row.
+    pub fn max_row_tokens(&self) -> usize {
+        self.shared.options.max_row_tokens
+    }
+
     /// Scores one item. If the future is dropped while the item is still queued, the item is never
     /// computed.
     ///

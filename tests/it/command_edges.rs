@@ -621,6 +621,31 @@ async fn a_row_that_is_too_long_names_the_field_of_its_call() {
     assert!(fields[0].1.contains("send fewer answers"), "{refused:?}");
 }
 
+/// A job may have longer pairs than this server scores in one row. Its estimate says how long it
+/// takes all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_pairs_are_too_long_to_score_is_estimated() {
+    let dir = tempfile::tempdir().unwrap();
+    let models = format!("tiny={}", golden("models/llama").display());
+    for limit in ["2", "64"] {
+        let server = Server::start_with(
+            &dir.path().join(limit),
+            &models,
+            &["--max-row-tokens", limit],
+        );
+        let client = server.client().await;
+        let dataset = upload(&client, "pairs.jsonl").await;
+        let request = pb::EstimateTrainingJobRequest {
+            training_job: Some(job(&dataset.name, 3)),
+        };
+        let answer = client.training().estimate_training_job(request).await;
+        let estimate = answer.unwrap().into_inner();
+        assert_eq!(estimate.total_steps, 3);
+        assert!(estimate.longest_pair_tokens > 64, "{estimate:?}");
+        assert!(estimate.duration.is_some(), "{estimate:?}");
+    }
+}
+
 /// Arrow files are read where they are, which needs no room for a copy.
 #[test]
 fn an_arrow_file_is_not_copied() {

@@ -32,7 +32,7 @@ pub(super) enum FoldResult {
         /// Calibrated Pr(chosen ≻ rejected), if the adapter has a calibration.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         calibrated_probability: Option<f64>,
-        /// Number of the pair within the row, from 1, if the row has several rejected answers.
+        /// Number of the pair within the row, from 1, if the row makes several pairs.
         pair: Option<u32>,
     },
     Failed {

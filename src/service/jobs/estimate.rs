@@ -12,13 +12,13 @@ use crate::domain::job::JobRequest;
 use crate::domain::training::Method;
 use crate::engine::Engine;
 use crate::engine::api::{ScoreItem, WeightsRef};
-use crate::infer::pair::EncodedPair;
+use crate::infer::pair::{EncodedPair, SequenceGroup};
 use crate::service::error::{Result, ServiceError};
 use crate::service::limiter::Limiter;
 use crate::service::shutdown::Shutdown;
 
-/// Maximum number of tokens scored to measure the speed of the device. A longer first pair is
-/// scored alone.
+/// Maximum number of tokens scored to measure the speed of the device. A longer first pair that
+/// fits into a scored row is scored alone.
 const SPEED_SAMPLE_TOKENS: usize = 1024;
 
 /// Estimated cost of a job.
@@ -135,16 +135,32 @@ impl JobEstimator {
     /// Returns the seconds per token of a forward pass, measured by scoring some pairs with the
     /// base model. If the device is busy, waiting for it is included.
     async fn seconds_per_token(&self, model: &str, pairs: &[EncodedPair]) -> Result<f64> {
+        let longest = self.engine.max_row_tokens();
+        let limit = SPEED_SAMPLE_TOKENS.min(longest);
         let (mut tokens, mut groups) = (0, Vec::new());
         for pair in pairs {
             let more = self
                 .engine
                 .packed_tokens(model, std::slice::from_ref(pair))?;
-            if tokens > 0 && tokens + more > SPEED_SAMPLE_TOKENS {
+            // Training has no such limit.
+            if more > longest {
+                continue;
+            }
+            if tokens > 0 && tokens + more > limit {
                 break;
             }
             tokens += more;
             groups.extend(pair.groups());
+        }
+        if let (true, Some(pair)) = (groups.is_empty(), pairs.first()) {
+            // No pair fits into a scored row. The speed does not depend on the text.
+            let ids = [&pair.prompt[..], &pair.chosen, &pair.rejected].concat();
+            let (prompt, completion) = ids[..limit].split_at(1);
+            tokens = limit;
+            groups.push(SequenceGroup {
+                prompt: prompt.to_vec(),
+                completions: vec![completion.to_vec()],
+            });
         }
         let weights = WeightsRef::Base {
             model: model.to_owned(),
