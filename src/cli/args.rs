@@ -460,7 +460,7 @@ pub struct DataArgs {
 const DATA_HELP: &str = "Formats are recognised by content: JSONL, a JSON array, CSV, Parquet and \
     Arrow, also compressed with gzip or zstd. A FILE may be a pattern such as 'part-*.jsonl', a \
     folder that save_to_disk() of Hugging Face's datasets wrote, \
-    hf://datasets/OWNER/NAME[@REVISION][/CONFIG][/SPLIT], or - for standard input (not of `curate`, \
+    hf://datasets/OWNER/NAME[@REVISION][/CONFIG][/SPLIT], or - for standard input (not of curate, \
     which reads the rows several times).";
 
 /// Arguments of `train`. [`JobFlags`] has those that set a field of the job.
