@@ -19,6 +19,7 @@ mod job_rows;
 mod loopback;
 mod manual;
 mod output;
+mod pairs;
 mod policy_names;
 mod progress;
 mod remote;
@@ -104,6 +105,7 @@ async fn run(mut cli: Cli) -> Outcome {
         Command::Curate(args) => curate::run(*args, output).await,
         Command::ScoreFiles(args) => score_files::run(*args, output).await,
         Command::Generate(args) => generate::run(*args, output).await,
+        Command::Pairs(args) => pairs::run(*args, output).await,
         Command::Evaluate(args) => evaluate::run(*args, output).await,
         Command::Datasets(command) => resources::datasets(command, output).await,
         Command::Checkpoints(command) => resources::checkpoints(command, output).await,

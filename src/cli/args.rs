@@ -142,6 +142,8 @@ pub enum Command {
     Evaluate(Box<EvaluateArgs>),
     /// Continue a prompt, or the prompts of a file, with a policy.
     Generate(Box<GenerateArgs>),
+    /// Make preference pairs from a policy's own answers, ranked by the rewards of a judge.
+    Pairs(Box<PairsArgs>),
     /// Upload, list, show and delete datasets.
     #[command(subcommand)]
     Datasets(DatasetsCommand),
@@ -593,6 +595,24 @@ pub struct GenerateArgs {
         help_heading = "Connection"
     )]
     pub retry_timeout: u64,
+    /// The form of the prompts.
+    #[command(flatten)]
+    pub form: PromptFormArgs,
+    /// The policy: a base model's name, a job (its latest checkpoint), or
+    /// JOB/checkpoints/STEP|latest|best.
+    #[arg(long, help_heading = "Sampling")]
+    pub policy: String,
+    /// Number of samples of each prompt.
+    #[arg(long, default_value_t = 1, help_heading = "Sampling")]
+    pub samples: u32,
+    /// The way in which tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// The form of the prompts of `generate` and `pairs`.
+#[derive(Clone, Debug, Args)]
+pub struct PromptFormArgs {
     /// The prompts are plain texts, which no chat template renders.
     #[arg(
         long,
@@ -609,13 +629,11 @@ pub struct GenerateArgs {
     /// A file with a JSON array of tools.
     #[arg(long, value_name = "FILE", help_heading = "Prompts")]
     pub tools: Option<PathBuf>,
-    /// The policy: a base model's name, a job (its latest checkpoint), or
-    /// JOB/checkpoints/STEP|latest|best.
-    #[arg(long, help_heading = "Sampling")]
-    pub policy: String,
-    /// Number of samples of each prompt.
-    #[arg(long, default_value_t = 1, help_heading = "Sampling")]
-    pub samples: u32,
+}
+
+/// The way in which `generate` and `pairs` choose tokens.
+#[derive(Clone, Debug, Args)]
+pub struct SamplingArgs {
     /// Maximum number of tokens of each sample.
     #[arg(long, default_value_t = 256, help_heading = "Sampling")]
     pub max_tokens: u32,
@@ -640,6 +658,107 @@ pub struct GenerateArgs {
     #[arg(long, help_heading = "Sampling")]
     pub ignore_eos: bool,
 }
+
+/// Arguments of `pairs`.
+#[derive(Debug, Args)]
+#[command(after_help = PAIRS_HELP)]
+pub struct PairsArgs {
+    /// The server to connect to.
+    #[command(flatten, next_help_heading = "Connection")]
+    pub server: ServerArgs,
+    /// Files of prompts: each row has a column prompt with a text or a list of messages.
+    #[arg(
+        long,
+        visible_alias = "prompts",
+        value_name = "FILE",
+        num_args = 1..,
+        required = true,
+        help_heading = "Prompts",
+        long_help = format!(
+            "Files of prompts: each row has a column prompt with a text or a list of messages. \
+             {DATA_HELP}"
+        )
+    )]
+    pub data: Vec<String>,
+    /// How the files are read.
+    #[command(flatten, next_help_heading = "Prompts")]
+    pub reading: DataArgs,
+    /// The JSONL file to write: a pair for each prompt that has one.
+    #[arg(long, value_name = "FILE", help_heading = "Prompts")]
+    pub out: PathBuf,
+    /// Time in seconds for which calls are repeated while the server is busy or not reached.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 600,
+        help_heading = "Connection"
+    )]
+    pub retry_timeout: u64,
+    /// The form of the prompts.
+    #[command(flatten)]
+    pub form: PromptFormArgs,
+    /// The policy that answers: a base model's name, a job (its latest checkpoint), or
+    /// JOB/checkpoints/STEP|latest|best.
+    #[arg(long, help_heading = "Sampling")]
+    pub policy: String,
+    /// Number of samples of each prompt.
+    #[arg(long, default_value_t = 8, help_heading = "Sampling",
+          value_parser = clap::value_parser!(u32).range(2..=64))]
+    pub samples: u32,
+    /// The way in which tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Also use samples that --max-tokens has cut off.
+    #[arg(long, help_heading = "Ranking")]
+    pub keep_cut: bool,
+    /// The policy whose rewards rank the samples, named as --policy is. Default: --policy.
+    #[arg(long, value_name = "POLICY", help_heading = "Ranking")]
+    pub judge: Option<String>,
+    /// The reference of the judge, named as --policy is. Default: that of the judge's job.
+    #[arg(long, help_heading = "Ranking")]
+    pub reference: Option<String>,
+    /// β of the rewards. Default: that of the judge's job, or 0.1 for a base model.
+    #[arg(long, allow_negative_numbers = true, help_heading = "Ranking")]
+    pub beta: Option<f64>,
+    /// Maximum number of tokens of prompt + answer. Default: that of the judge's job, or 1024.
+    #[arg(long, help_heading = "Ranking")]
+    pub max_length: Option<u32>,
+    /// Taken off the reward for each token of a sample, against a preference for long ones.
+    #[arg(
+        long,
+        value_name = "REWARD",
+        default_value_t = 0.0,
+        help_heading = "Ranking",
+        value_parser = finite_from_zero
+    )]
+    pub length_penalty: f64,
+    /// Minimum difference between the best and the worst reward. Prompts below it have no pair.
+    #[arg(
+        long,
+        value_name = "REWARD",
+        default_value_t = 0.1,
+        help_heading = "Ranking",
+        value_parser = finite_from_zero
+    )]
+    pub min_margin: f64,
+}
+
+/// Parses a finite number that is not negative.
+fn finite_from_zero(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if x.is_finite() && x >= 0.0 => Ok(x),
+        _ => Err("it must be a number, at least 0".to_owned()),
+    }
+}
+
+const PAIRS_HELP: &str = "\
+Each prompt gets samples of the policy. The judge's rewards, β·log[π_θ(y|x)/π_ref(y|x)], rank \
+those that differ, and the best and the worst become a pair. The same command continues after an \
+interruption: FILE.progress has what is done.
+
+Examples:
+  bradley pairs --data prompts.jsonl --policy smollm2 --judge JOB --out pairs.jsonl --seed 1
+  bradley pairs --data prompts.jsonl --policy JOB --length-penalty 0.01 --out pairs.jsonl";
 
 /// Arguments of `score`.
 #[derive(Debug, Args)]

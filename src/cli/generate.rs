@@ -5,16 +5,17 @@ mod results;
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::future::Future;
 use std::io::IsTerminal as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
-use tokio::task::JoinHandle;
 
-use self::prompts::{PromptRow, prompt_of, read};
+pub(super) use self::prompts::{PromptRow, read};
+use self::prompts::{RESULT_COLUMNS, prompt_of};
 use self::results::Results;
-use super::args::{GenerateArgs, Output};
+use super::args::{GenerateArgs, Output, PromptFormArgs, SamplingArgs};
 use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::output;
@@ -38,7 +39,7 @@ const LONGEST_ASKED_PAUSE: Duration = Duration::from_secs(60);
 const MAX_SERVER_FAILURES: u32 = 10;
 
 pub(super) async fn run(args: GenerateArgs, output: Output) -> Outcome {
-    let base = request(&args)?;
+    let base = request(&args.form, &args.sampling, args.samples)?;
     let client = connect(&args.server.target()).await?;
     let names = PolicyNames::of(&client).await?;
     let base = pb::GenerateCompletionsRequest {
@@ -49,7 +50,7 @@ pub(super) async fn run(args: GenerateArgs, output: Output) -> Outcome {
         return all(&client, &args, base).await;
     };
     let request = pb::GenerateCompletionsRequest {
-        prompt: Some(prompt_of(&Value::from(prompt.as_str()), &args).map_err(usage)?),
+        prompt: Some(prompt_of(&Value::from(prompt.as_str()), &args.form).map_err(usage)?),
         ..base
     };
     one(&client, request, output).await
@@ -60,40 +61,49 @@ fn usage(problem: String) -> Failure {
 }
 
 /// Returns the request without policy and prompt.
-fn request(args: &GenerateArgs) -> Result<pb::GenerateCompletionsRequest, Failure> {
+pub(super) fn request(
+    form: &PromptFormArgs,
+    sampling: &SamplingArgs,
+    samples: u32,
+) -> Result<pb::GenerateCompletionsRequest, Failure> {
     Ok(pb::GenerateCompletionsRequest {
-        samples: args.samples,
-        max_tokens: args.max_tokens,
-        temperature: args.temperature,
-        top_p: args.top_p,
-        top_k: args.top_k,
-        seed: args.seed,
-        stop: args.stop.clone(),
-        ignore_eos: args.ignore_eos,
+        samples,
+        max_tokens: sampling.max_tokens,
+        temperature: sampling.temperature,
+        top_p: sampling.top_p,
+        top_k: sampling.top_k,
+        seed: sampling.seed,
+        stop: sampling.stop.clone(),
+        ignore_eos: sampling.ignore_eos,
         logprobs: true,
-        chat_template_kwargs_json: template_arguments(args.template_args.as_deref())?,
-        tools_json: tools(args.tools.as_deref())?,
+        chat_template_kwargs_json: template_arguments(form.template_args.as_deref())?,
+        tools_json: tools(form.tools.as_deref())?,
         ..Default::default()
     })
 }
 
 /// A sample as it grows.
 #[derive(Clone, Default)]
-struct SampleSoFar {
-    text: String,
+pub(super) struct SampleSoFar {
+    /// Its text.
+    pub text: String,
     tokens: usize,
     log_prob: f64,
     /// The number of a [`pb::FinishReason`]; `None` while the sample has not ended.
-    finish_reason: Option<i32>,
+    pub finish_reason: Option<i32>,
 }
 
 /// The samples of a prompt.
 #[derive(Default)]
-struct Samples {
-    samples: Vec<SampleSoFar>,
-    policy_version: String,
-    seed: u64,
-    usage: pb::GenerationUsage,
+pub(super) struct Samples {
+    /// In the order of their indices.
+    pub samples: Vec<SampleSoFar>,
+    /// Name of the weights.
+    pub policy_version: String,
+    /// The seed.
+    pub seed: u64,
+    /// Numbers of tokens.
+    pub usage: pb::GenerationUsage,
 }
 
 impl Samples {
@@ -128,8 +138,8 @@ fn finish_reason(number: Option<i32>) -> Option<&'static str> {
     })
 }
 
-/// The reason why a prompt was not continued to its end.
-enum GenerationFailure {
+/// The reason why a call about a prompt has no result.
+pub(super) enum GenerationFailure {
     /// The server refused the request, or the connection was lost.
     Refused(Box<Status>),
     /// The stream ended too early.
@@ -258,13 +268,26 @@ async fn one(client: &Client, request: pb::GenerateCompletionsRequest, format: O
     Ok(())
 }
 
-/// The time for which the prompts of a file are sent again while the server sends no text.
-struct Patience {
+/// The time for which the prompts of a file are sent again while the server does not answer.
+pub(super) struct Patience {
     limit: Duration,
     last_answer: Mutex<Instant>,
 }
 
 impl Patience {
+    /// Begins now.
+    pub fn new(seconds: u64) -> Self {
+        Patience {
+            limit: Duration::from_secs(seconds),
+            last_answer: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Notes that the server has answered.
+    pub fn answered(&self) {
+        *self.last_answer() = Instant::now();
+    }
+
     fn last_answer(&self) -> std::sync::MutexGuard<'_, Instant> {
         self.last_answer
             .lock()
@@ -278,20 +301,33 @@ impl Patience {
 
 /// Continues a prompt, and sends it again after an error that may pass. The request has a seed, so
 /// that the samples do not depend on the number of attempts.
-async fn continued(
+pub(super) async fn continued(
     client: &Client,
     request: pb::GenerateCompletionsRequest,
     patience: &Patience,
 ) -> Result<Samples, Failure> {
+    let call = || {
+        generate(client, request.clone(), |_, _| {
+            patience.answered();
+            Ok(())
+        })
+    };
+    repeated(patience, call).await
+}
+
+/// Makes a call, and makes it again after an error that may pass.
+pub(super) async fn repeated<T, F>(
+    patience: &Patience,
+    mut call: impl FnMut() -> F,
+) -> Result<T, Failure>
+where
+    F: Future<Output = Result<T, GenerationFailure>>,
+{
     let mut pause = FIRST_PAUSE;
     let mut server_failures = 0;
     loop {
-        let each = |_: usize, _: &str| {
-            *patience.last_answer() = Instant::now();
-            Ok(())
-        };
-        let reason = match generate(client, request.clone(), each).await {
-            Ok(samples) => return Ok(samples),
+        let reason = match call().await {
+            Ok(result) => return Ok(result),
             Err(reason) => reason,
         };
         let asked = match &reason {
@@ -320,12 +356,35 @@ async fn continued(
     }
 }
 
-/// The place of a row, its fields, and the task that continues its prompt.
-type RunningRow = (
-    String,
-    Map<String, Value>,
-    JoinHandle<Result<Samples, Failure>>,
-);
+/// Begins a task for each row, several at a time, and calls `write` with the results in the order
+/// of the rows.
+///
+/// # Errors
+/// Returns the first failure, in this order.
+pub(super) async fn in_order<R, T, F>(
+    rows: Vec<R>,
+    mut begin: impl FnMut(R) -> F,
+    mut write: impl FnMut(T) -> Outcome,
+) -> Outcome
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, Failure>> + Send + 'static,
+{
+    let mut waiting = rows.into_iter();
+    let mut running = VecDeque::new();
+    loop {
+        while running.len() < IN_PROGRESS
+            && let Some(row) = waiting.next()
+        {
+            running.push_back(tokio::spawn(begin(row)));
+        }
+        let Some(task) = running.pop_front() else {
+            return Ok(());
+        };
+        let result = task.await.map_err(|e| Failure::Failed(e.to_string()))?;
+        write(result?)?;
+    }
+}
 
 /// Continues the prompts of files, several at a time, and writes the results in their order.
 async fn all(
@@ -334,7 +393,7 @@ async fn all(
     base: pb::GenerateCompletionsRequest,
 ) -> Outcome {
     let data = DataFiles::find(&args.data, &args.reading).await?;
-    let rows = read(&data, args)?;
+    let rows = read(&data, &args.form, &RESULT_COLUMNS)?;
     let total = rows.len();
     let mut results = Results::create(args.out.as_deref(), &data)?;
     let mut written = 0;
@@ -367,44 +426,32 @@ async fn write_all(
     rows: Vec<PromptRow>,
     mut write: impl FnMut(&str) -> Outcome,
 ) -> Result<u64, Failure> {
-    let patience = Arc::new(Patience {
-        limit: Duration::from_secs(args.retry_timeout),
-        last_answer: Mutex::new(Instant::now()),
-    });
+    let patience = Arc::new(Patience::new(args.retry_timeout));
     let first_seed = base.seed.unwrap_or_else(rand::random);
-    let mut waiting = rows.into_iter();
-    let mut running: VecDeque<RunningRow> = VecDeque::new();
-    let mut tokens = 0;
-    loop {
-        while running.len() < IN_PROGRESS
-            && let Some(PromptRow {
-                row,
-                place,
-                fields,
-                prompt,
-            }) = waiting.next()
-        {
-            let request = pb::GenerateCompletionsRequest {
-                prompt: Some(prompt),
-                // Rows differ in their random numbers, too.
-                seed: Some(first_seed.wrapping_add(row - 1)),
-                ..base.clone()
-            };
-            let (client, patience) = (client.clone(), Arc::clone(&patience));
-            let task = tokio::spawn(async move { continued(&client, request, &patience).await });
-            running.push_back((place, fields, task));
-        }
-        let Some((place, mut fields, task)) = running.pop_front() else {
-            return Ok(tokens);
+    let title = data.title();
+    let begin = |row: PromptRow| {
+        let request = pb::GenerateCompletionsRequest {
+            prompt: Some(row.prompt),
+            // Rows differ in their random numbers, too.
+            seed: Some(first_seed.wrapping_add(row.row - 1)),
+            ..base.clone()
         };
-        let samples = task
-            .await
-            .map_err(|e| Failure::Failed(format!("{place}: {e}")))?
-            .map_err(|failure| failure.with_context(&format!("{}: {place}", data.title())))?;
+        let context = format!("{title}: {}", row.place);
+        let (client, patience) = (client.clone(), Arc::clone(&patience));
+        async move {
+            let samples = continued(&client, request, &patience).await;
+            let samples = samples.map_err(|failure| failure.with_context(&context))?;
+            Ok((row.fields, samples))
+        }
+    };
+    let mut tokens = 0;
+    in_order(rows, begin, |(mut fields, samples)| {
         tokens += u64::from(samples.usage.completion_tokens);
         fields.extend(samples.to_json());
-        write(&format!("{}\n", Value::Object(fields)))?;
-    }
+        write(&format!("{}\n", Value::Object(fields)))
+    })
+    .await?;
+    Ok(tokens)
 }
 
 #[cfg(test)]

@@ -49,6 +49,7 @@ mod models_page;
 mod oidc;
 mod open_calls;
 mod operations;
+mod own_pairs;
 mod pages;
 mod people;
 mod pinned_inputs;

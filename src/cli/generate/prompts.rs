@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::cli::args::GenerateArgs;
+use crate::cli::args::PromptFormArgs;
 use crate::cli::data::{DataFiles, WholeRecord};
 use crate::cli::failure::Failure;
 use crate::domain::message::kind;
@@ -12,13 +12,14 @@ use crate::rpc::pb;
 pub(super) const RESULT_COLUMNS: [&str; 4] = ["samples", "prompt_tokens", "policy", "seed"];
 
 /// A row of the files of prompts.
-pub(super) struct PromptRow {
+pub struct PromptRow {
     /// Number of the row, from 1 and through all files.
     pub row: u64,
     /// Its place for messages.
     pub place: String,
     /// The row's columns, which the result repeats.
     pub fields: Map<String, Value>,
+    /// Its prompt.
     pub prompt: pb::Text,
 }
 
@@ -27,25 +28,25 @@ pub(super) struct PromptRow {
 ///
 /// # Errors
 /// Returns a text that says what is wrong with the prompt.
-pub(super) fn prompt_of(prompt: &Value, args: &GenerateArgs) -> Result<pb::Text, String> {
+pub(super) fn prompt_of(prompt: &Value, form: &PromptFormArgs) -> Result<pb::Text, String> {
     let message = |role: &str, content: &str| pb::Message {
         role: role.to_owned(),
         content: content.to_owned(),
         ..Default::default()
     };
-    let mut messages: Vec<pb::Message> = args
+    let mut messages: Vec<pb::Message> = form
         .system
         .iter()
         .map(|system| message("system", system))
         .collect();
     match prompt {
-        Value::String(text) if args.plain => {
+        Value::String(text) if form.plain => {
             return Ok(pb::Text {
                 form: Some(pb::text::Form::Plain(text.clone())),
             });
         }
         Value::String(text) => messages.push(message("user", text)),
-        Value::Array(all) if !args.plain => {
+        Value::Array(all) if !form.plain => {
             messages.extend(all.iter().map(|fields| pb::Message {
                 fields_json: fields.to_string(),
                 ..Default::default()
@@ -65,11 +66,15 @@ pub(super) fn prompt_of(prompt: &Value, args: &GenerateArgs) -> Result<pb::Text,
 }
 
 /// Reads the prompts of files. Every row has a text or messages in the column `prompt`, or messages
-/// in `messages`.
+/// in `messages`, and none of the columns `taken`, which the result adds.
 ///
 /// # Errors
 /// Returns a failure that names the row that cannot be used.
-pub(super) fn read(data: &DataFiles, args: &GenerateArgs) -> Result<Vec<PromptRow>, Failure> {
+pub fn read(
+    data: &DataFiles,
+    form: &PromptFormArgs,
+    taken: &[&str],
+) -> Result<Vec<PromptRow>, Failure> {
     let mut prompts = Vec::new();
     for record in data.whole_records() {
         let WholeRecord {
@@ -77,7 +82,7 @@ pub(super) fn read(data: &DataFiles, args: &GenerateArgs) -> Result<Vec<PromptRo
             place,
             columns,
         } = record?;
-        let prompt = columns.and_then(|columns| prompt_row((row, &place), columns, args));
+        let prompt = columns.and_then(|columns| prompt_row((row, &place), columns, form, taken));
         let failed = |problem| Failure::Failed(format!("{}: {place}: {problem}", data.title()));
         prompts.push(prompt.map_err(failed)?);
     }
@@ -87,12 +92,10 @@ pub(super) fn read(data: &DataFiles, args: &GenerateArgs) -> Result<Vec<PromptRo
 fn prompt_row(
     (row, place): (u64, &str),
     fields: Map<String, Value>,
-    args: &GenerateArgs,
+    form: &PromptFormArgs,
+    taken: &[&str],
 ) -> Result<PromptRow, String> {
-    if let Some(taken) = RESULT_COLUMNS
-        .iter()
-        .find(|name| fields.contains_key(**name))
-    {
+    if let Some(taken) = taken.iter().find(|name| fields.contains_key(**name)) {
         return Err(format!(
             "the result's column {taken} would replace the row's: rename or remove it"
         ));
@@ -100,7 +103,7 @@ fn prompt_row(
     let Some(prompt) = fields.get("prompt").or_else(|| fields.get("messages")) else {
         return Err("no column prompt: add it, a text or a list of messages".into());
     };
-    let prompt = prompt_of(prompt, args).map_err(|problem| format!("prompt {problem}"))?;
+    let prompt = prompt_of(prompt, form).map_err(|problem| format!("prompt {problem}"))?;
     Ok(PromptRow {
         row,
         place: place.to_owned(),

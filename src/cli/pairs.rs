@@ -1,0 +1,366 @@
+//! `bradley pairs`: makes preference pairs from a policy's own answers.
+//!
+//! Each prompt gets samples, which the rewards of a judge rank; the best and the worst become a
+//! pair. Results are stored prompt by prompt, so that the same command continues after an
+//! interruption.
+
+mod progress_file;
+mod rank;
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+
+use self::progress_file::{Outcomes, PromptOutcome};
+use self::rank::{Candidate, Dropped, choose};
+use super::args::{Output, PairsArgs};
+use super::data::DataFiles;
+use super::failure::{Failure, Outcome};
+use super::generate::{
+    GenerationFailure, Patience, PromptRow, Samples, continued, in_order, read, repeated, request,
+};
+use super::output;
+use super::policy_names::PolicyNames;
+use super::progress::{WorkProgress, say, warn};
+use super::remote::connect;
+use crate::rpc::client::Client;
+use crate::rpc::pb;
+
+/// Columns that a result adds to the row of its prompt, or replaces.
+const RESULT_COLUMNS: [&str; 5] = [
+    "chosen",
+    "rejected",
+    "generated",
+    "tools",
+    "chat_template_kwargs",
+];
+
+pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
+    let base = request(&args.form, &args.sampling, args.samples)?;
+    let client = connect(&args.server.target()).await?;
+    let names = PolicyNames::of(&client).await?;
+    let policy = names.complete("--policy", &args.policy).await?;
+    let judge = match &args.judge {
+        Some(judge) => names.complete("--judge", judge).await?,
+        None => policy.clone(),
+    };
+    let reference = match &args.reference {
+        Some(reference) => names.complete("--reference", reference).await?,
+        None => String::new(),
+    };
+    let scoring = pb::ScoringOptions {
+        policy: judge,
+        reference,
+        beta: args.beta,
+        max_length: args.max_length,
+        tools_json: base.tools_json.clone(),
+        chat_template_kwargs_json: base.chat_template_kwargs_json.clone(),
+        ..Default::default()
+    };
+    let data = DataFiles::find(&args.data, &args.reading).await?;
+    if data.contains(&args.out) {
+        return Err(Failure::Usage(format!(
+            "--out {} would replace a file of --data: name another file",
+            args.out.display()
+        )));
+    }
+    let rows = read(&data, &args.form, &RESULT_COLUMNS)?;
+    let maker = Arc::new(PairMaker {
+        client,
+        generation: pb::GenerateCompletionsRequest { policy, ..base },
+        scoring,
+        patience: Patience::new(args.retry_timeout),
+        keep_cut: args.keep_cut,
+        length_penalty: args.length_penalty,
+        min_margin: args.min_margin,
+    });
+    let mut outcomes = Outcomes::open(&args.out, &maker.settings(&rows))?;
+    let total = rows.len();
+    let done = outcomes.done();
+    if done > 0 {
+        say(&format!("{done} of {total} prompts were done before"));
+    }
+    let progress = WorkProgress::prompts("making pairs", total as u64);
+    progress.set(done as u64);
+    let work = make_all(&maker, &data, rows, &mut outcomes, &progress);
+    let ended = tokio::select! {
+        ended = progress.during(work) => ended,
+        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted(
+            "interrupted; the same command continues".to_owned(),
+        )),
+    };
+    drop(progress);
+    ended?;
+    let report = outcomes.finish()?;
+    match format {
+        Output::Table => say(&report.sentence()),
+        format => output::resource(format, &report.to_json()),
+    }
+    Ok(())
+}
+
+/// Makes the pairs of the prompts that have no outcome yet.
+async fn make_all(
+    maker: &Arc<PairMaker>,
+    data: &DataFiles,
+    rows: Vec<PromptRow>,
+    outcomes: &mut Outcomes,
+    progress: &WorkProgress,
+) -> Outcome {
+    let first_seed = outcomes.seed();
+    let title = data.title();
+    let left = rows.into_iter().skip(outcomes.done()).collect();
+    let begin = |row: PromptRow| {
+        let context = format!("{title}: {}", row.place);
+        let maker = Arc::clone(maker);
+        let seed = first_seed.wrapping_add(row.row - 1);
+        async move {
+            let made = maker.make(row, seed).await;
+            made.map_err(|failure| failure.with_context(&context))
+        }
+    };
+    let mut warned = false;
+    in_order(left, begin, |(outcome, warnings)| {
+        if !std::mem::replace(&mut warned, true) {
+            for warning in warnings {
+                progress.suspend(|| warn(&warning));
+            }
+        }
+        outcomes.add(outcome)?;
+        progress.add(1);
+        Ok(())
+    })
+    .await
+}
+
+/// Makes pairs by calls of a server.
+struct PairMaker {
+    client: Client,
+    /// The request of a prompt, without it and its seed.
+    generation: pb::GenerateCompletionsRequest,
+    scoring: pb::ScoringOptions,
+    patience: Patience,
+    keep_cut: bool,
+    length_penalty: f64,
+    min_margin: f64,
+}
+
+impl PairMaker {
+    /// Returns everything that the pairs depend on, besides the seed and the weights.
+    fn settings(&self, rows: &[PromptRow]) -> Value {
+        let mut prompts = blake3::Hasher::new();
+        for row in rows {
+            prompts.update(Value::Object(row.fields.clone()).to_string().as_bytes());
+            prompts.update(format!("{:?}\n", row.prompt).as_bytes());
+        }
+        let (generation, scoring) = (&self.generation, &self.scoring);
+        json!({
+            "prompts": prompts.finalize().to_hex().as_str(),
+            "policy": generation.policy,
+            "samples": generation.samples,
+            "max_tokens": generation.max_tokens,
+            "temperature": generation.temperature,
+            "top_p": generation.top_p,
+            "top_k": generation.top_k,
+            "seed": generation.seed,
+            "stop": generation.stop,
+            "ignore_eos": generation.ignore_eos,
+            "tools": generation.tools_json,
+            "template_args": generation.chat_template_kwargs_json,
+            "judge": scoring.policy,
+            "reference": scoring.reference,
+            "beta": scoring.beta,
+            "max_length": scoring.max_length,
+            "keep_cut": self.keep_cut,
+            "length_penalty": self.length_penalty,
+            "min_margin": self.min_margin,
+        })
+    }
+
+    /// Returns the outcome of a prompt, and the server's warnings about the judge.
+    async fn make(
+        &self,
+        row: PromptRow,
+        seed: u64,
+    ) -> Result<(PromptOutcome, Vec<String>), Failure> {
+        let request = pb::GenerateCompletionsRequest {
+            prompt: Some(row.prompt.clone()),
+            seed: Some(seed),
+            ..self.generation.clone()
+        };
+        let samples = continued(&self.client, request, &self.patience).await?;
+        let tokens = u64::from(samples.usage.completion_tokens);
+        let texts = self.usable(&samples);
+        let dropped = |reason| PromptOutcome {
+            policy: samples.policy_version.clone(),
+            judge: None,
+            tokens,
+            result: Err(reason),
+        };
+        if texts.len() < 2 {
+            return Ok((dropped(Dropped::FewAnswers), Vec::new()));
+        }
+        let scored = self.score(&row.prompt, &texts).await?;
+        let candidates = candidates(&scored, &texts)?;
+        let chosen = choose(&candidates, self.length_penalty, self.min_margin);
+        let result = chosen.map(|pair| {
+            let (best, worst) = (&candidates[pair.best], &candidates[pair.worst]);
+            let mut fields = row.fields;
+            fields.remove("messages");
+            fields.insert("prompt".into(), prompt_json(&row.prompt));
+            let is_chat = is_chat(&row.prompt);
+            fields.insert("chosen".into(), answer_json(best.text, is_chat));
+            fields.insert("rejected".into(), answer_json(worst.text, is_chat));
+            for (column, text) in [
+                ("tools", &self.generation.tools_json),
+                (
+                    "chat_template_kwargs",
+                    &self.generation.chat_template_kwargs_json,
+                ),
+            ] {
+                // The server has accepted this JSON.
+                if let Ok(value) = serde_json::from_str::<Value>(text) {
+                    fields.insert(column.into(), value);
+                }
+            }
+            let generated = json!({
+                "policy": samples.policy_version,
+                "judge": scored.policy_version,
+                "reference": scored.reference_version,
+                "seed": seed,
+                "samples": samples.samples.len(),
+                "different_samples": candidates.len(),
+                "margin": pair.margin,
+                "chosen_reward": best.reward,
+                "rejected_reward": worst.reward,
+                "chosen_tokens": best.tokens,
+                "rejected_tokens": worst.tokens,
+            });
+            fields.insert("generated".into(), generated);
+            fields
+        });
+        let outcome = PromptOutcome {
+            policy: samples.policy_version.clone(),
+            judge: Some(format!(
+                "{} {}",
+                scored.policy_version, scored.reference_version
+            )),
+            tokens,
+            result,
+        };
+        Ok((outcome, scored.warnings))
+    }
+
+    /// Returns the different texts of samples that can be answers, in their order.
+    fn usable(&self, samples: &Samples) -> Vec<String> {
+        let cut = pb::FinishReason::Length as i32;
+        let mut texts: Vec<String> = Vec::new();
+        for sample in &samples.samples {
+            let is_whole = self.keep_cut || sample.finish_reason != Some(cut);
+            if is_whole && !sample.text.trim().is_empty() && !texts.contains(&sample.text) {
+                texts.push(sample.text.clone());
+            }
+        }
+        texts
+    }
+
+    async fn score(
+        &self,
+        prompt: &pb::Text,
+        texts: &[String],
+    ) -> Result<pb::ScoreCompletionsResponse, Failure> {
+        let is_chat = is_chat(prompt);
+        let request = pb::ScoreCompletionsRequest {
+            options: Some(self.scoring.clone()),
+            prompt: Some(prompt.clone()),
+            completions: texts.iter().map(|text| answer(text, is_chat)).collect(),
+        };
+        let call = || async {
+            let mut service = self.client.scoring();
+            let answer = service.score_completions(request.clone()).await;
+            let answer = answer.map_err(GenerationFailure::from)?.into_inner();
+            self.patience.answered();
+            Ok(answer)
+        };
+        repeated(&self.patience, call).await
+    }
+}
+
+/// Returns the samples that were scored whole.
+///
+/// # Errors
+/// Returns the server's reason if none was scored.
+fn candidates<'a>(
+    scored: &pb::ScoreCompletionsResponse,
+    texts: &'a [String],
+) -> Result<Vec<Candidate<'a>>, Failure> {
+    let mut candidates = Vec::new();
+    let mut refused = None;
+    for (result, text) in scored.results.iter().zip(texts) {
+        match &result.result {
+            Some(pb::completion_result::Result::Score(score)) if !score.truncated => {
+                candidates.push(Candidate {
+                    text,
+                    reward: score.reward,
+                    tokens: score.tokens,
+                });
+            }
+            Some(pb::completion_result::Result::Score(_)) | None => {}
+            Some(pb::completion_result::Result::Error(status)) => {
+                refused.get_or_insert(&status.message);
+            }
+        }
+    }
+    match refused {
+        Some(reason) if candidates.is_empty() => Err(Failure::Failed(format!(
+            "none of the samples can be scored: {reason}"
+        ))),
+        _ => Ok(candidates),
+    }
+}
+
+fn is_chat(prompt: &pb::Text) -> bool {
+    matches!(prompt.form, Some(pb::text::Form::Chat(_)))
+}
+
+/// Returns a sample as an answer to score.
+fn answer(text: &str, is_chat: bool) -> pb::Text {
+    let form = match is_chat {
+        true => pb::text::Form::Chat(pb::MessageList {
+            messages: vec![pb::Message {
+                role: "assistant".into(),
+                content: text.to_owned(),
+                ..Default::default()
+            }],
+        }),
+        false => pb::text::Form::Plain(text.to_owned()),
+    };
+    pb::Text { form: Some(form) }
+}
+
+/// Returns a sample as a row has it.
+fn answer_json(text: &str, is_chat: bool) -> Value {
+    match is_chat {
+        true => json!([{"role": "assistant", "content": text}]),
+        false => text.into(),
+    }
+}
+
+/// Returns a prompt as a row has it.
+fn prompt_json(prompt: &pb::Text) -> Value {
+    match &prompt.form {
+        Some(pb::text::Form::Chat(list)) => list
+            .messages
+            .iter()
+            .map(|message| {
+                // Messages of rows are whole JSON objects, those of flags have role and content.
+                serde_json::from_str::<Map<String, Value>>(&message.fields_json).map_or_else(
+                    |_| json!({"role": message.role, "content": message.content}),
+                    Value::Object,
+                )
+            })
+            .collect(),
+        Some(pb::text::Form::Plain(text)) => text.as_str().into(),
+        None => Value::Null,
+    }
+}

@@ -1,0 +1,397 @@
+//! The file beside the output with the outcome of each prompt, from which an interrupted run
+//! continues.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead as _, BufReader, BufWriter, Seek as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::rank::Dropped;
+use crate::cli::failure::{Failure, Outcome};
+
+/// What became of a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct PromptOutcome {
+    /// Version of the policy's weights.
+    pub policy: String,
+    /// Versions of the judge's weights and of its reference's; `None` if nothing was scored.
+    pub judge: Option<String>,
+    /// Number of tokens that were generated.
+    pub tokens: u64,
+    /// The row of the pair, or the reason why there is none.
+    pub result: Result<Map<String, Value>, Dropped>,
+}
+
+/// An outcome as a line of the file.
+#[derive(Serialize, Deserialize)]
+struct Line {
+    policy: String,
+    judge: Option<String>,
+    tokens: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pair: Option<Map<String, Value>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    dropped: Option<Dropped>,
+}
+
+/// The first line of the file.
+#[derive(Serialize, Deserialize)]
+struct Header {
+    settings: Value,
+    seed: u64,
+}
+
+/// The outcomes of a run, which no other process may write meanwhile.
+#[derive(Debug)]
+pub(super) struct Outcomes {
+    out: PathBuf,
+    path: PathBuf,
+    file: File,
+    seed: u64,
+    done: usize,
+    /// Versions of the first outcome that has them: of the policy and of the judge.
+    versions: [Option<String>; 2],
+}
+
+/// Numbers about a finished run.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    prompts: usize,
+    pairs: usize,
+    few_answers: usize,
+    near_ties: usize,
+    tokens: u64,
+    /// Sums over the pairs.
+    margin: f64,
+    chosen_tokens: f64,
+    rejected_tokens: f64,
+    seed: u64,
+}
+
+fn failed(path: &Path) -> impl Fn(std::io::Error) -> Failure {
+    move |e| Failure::Failed(format!("{}: {e}", path.display()))
+}
+
+fn beside(out: &Path, ending: &str) -> PathBuf {
+    let mut name = out.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
+impl Outcomes {
+    /// Begins a run with `settings`, or continues an interrupted one. If the settings name no seed,
+    /// the seed is that of the interrupted run, or a random one.
+    ///
+    /// # Errors
+    /// Returns a failure if the file cannot be read or written, is of a run with other settings, or
+    /// another process writes it.
+    pub fn open(out: &Path, settings: &Value) -> Result<Self, Failure> {
+        if out.is_dir() || out.file_name().is_none() {
+            return Err(Failure::Usage(format!(
+                "--out {} is a folder: name a file",
+                out.display()
+            )));
+        }
+        let path = beside(out, ".progress");
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(|e| Failure::Failed(format!("--out {}: {e}", path.display())))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(Failure::Failed(format!(
+                    "another bradley pairs works on {}: wait for it, or name another file with \
+                     --out",
+                    out.display()
+                )));
+            }
+            Err(fs::TryLockError::Error(e)) => return Err(failed(&path)(e)),
+        }
+        let mut lines = Vec::new();
+        // A line without an end was being written when the process was killed.
+        let mut complete = 0;
+        let mut reader = BufReader::new(&file);
+        loop {
+            let mut line = String::new();
+            let read = reader.read_line(&mut line).map_err(failed(&path))?;
+            if !line.ends_with('\n') {
+                break;
+            }
+            complete += read as u64;
+            lines.push(line);
+        }
+        drop(reader);
+        file.set_len(complete).map_err(failed(&path))?;
+        file.seek(std::io::SeekFrom::End(0))
+            .map_err(failed(&path))?;
+        let mut outcomes = Outcomes {
+            out: out.to_owned(),
+            path: path.clone(),
+            file,
+            seed: 0,
+            done: 0,
+            versions: [None, None],
+        };
+        let mut lines = lines.iter();
+        let Some(first) = lines.next() else {
+            let seed = settings["seed"].as_u64();
+            outcomes.seed = seed.unwrap_or_else(rand::random);
+            outcomes.write(&json!({"settings": settings, "seed": outcomes.seed}))?;
+            return Ok(outcomes);
+        };
+        let unreadable = |e: serde_json::Error| {
+            Failure::Failed(format!("{}: {e}; delete it to begin again", path.display()))
+        };
+        let header: Header = serde_json::from_str(first).map_err(unreadable)?;
+        let differing = differing(&header.settings, settings);
+        if !differing.is_empty() {
+            return Err(Failure::Usage(format!(
+                "{} is of a run with another value of {}: give the same flags and prompts to \
+                 continue it, delete it to begin again, or name another file with --out",
+                path.display(),
+                differing.join(", ")
+            )));
+        }
+        outcomes.seed = header.seed;
+        for line in lines {
+            let line: Line = serde_json::from_str(line).map_err(unreadable)?;
+            outcomes.check_versions([Some(line.policy), line.judge])?;
+            outcomes.done += 1;
+        }
+        Ok(outcomes)
+    }
+
+    /// Returns the seed of the first prompt.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// Returns the number of prompts that have an outcome.
+    pub fn done(&self) -> usize {
+        self.done
+    }
+
+    /// Adds the outcome of the next prompt.
+    ///
+    /// # Errors
+    /// Returns a failure if the weights have changed since the first prompt, or the file cannot be
+    /// written.
+    pub fn add(&mut self, outcome: PromptOutcome) -> Outcome {
+        self.check_versions([Some(outcome.policy.clone()), outcome.judge.clone()])?;
+        let (pair, dropped) = match outcome.result {
+            Ok(pair) => (Some(pair), None),
+            Err(reason) => (None, Some(reason)),
+        };
+        self.write(&Line {
+            policy: outcome.policy,
+            judge: outcome.judge,
+            tokens: outcome.tokens,
+            pair,
+            dropped,
+        })?;
+        self.done += 1;
+        Ok(())
+    }
+
+    /// Refuses to mix the answers or the rewards of different weights.
+    fn check_versions(&mut self, versions: [Option<String>; 2]) -> Outcome {
+        let words = ["--policy", "--judge or its reference"];
+        for ((known, version), word) in self.versions.iter_mut().zip(versions).zip(words) {
+            match (&known, version) {
+                (Some(known), Some(version)) if **known != version => {
+                    return Err(Failure::Failed(format!(
+                        "the weights of {word} have changed since the first prompt ({known}, now \
+                         {version}): name a step instead of latest, and delete {} to begin again",
+                        self.path.display()
+                    )));
+                }
+                (None, Some(version)) => *known = Some(version),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, value: &impl Serialize) -> Outcome {
+        let mut line = serde_json::to_vec(value)
+            .map_err(|e| Failure::Failed(format!("{}: {e}", self.path.display())))?;
+        line.push(b'\n');
+        self.file.write_all(&line).map_err(failed(&self.path))
+    }
+
+    /// Writes the pairs to the output, which gets its name when it is complete, and removes the
+    /// file of outcomes.
+    ///
+    /// # Errors
+    /// Returns a failure if a file cannot be read or written.
+    pub fn finish(mut self) -> Result<Report, Failure> {
+        let mut report = Report {
+            prompts: self.done,
+            seed: self.seed,
+            ..Report::default()
+        };
+        let part = beside(&self.out, ".part");
+        let created = File::create(&part).map_err(failed(&part))?;
+        let mut written = BufWriter::new(created);
+        self.file.rewind().map_err(failed(&self.path))?;
+        for line in BufReader::new(&self.file).lines().skip(1) {
+            let line = line.map_err(failed(&self.path))?;
+            let line: Line = serde_json::from_str(&line)
+                .map_err(|e| Failure::Failed(format!("{}: {e}", self.path.display())))?;
+            report.add(&line);
+            if let Some(pair) = line.pair {
+                writeln!(written, "{}", Value::Object(pair)).map_err(failed(&part))?;
+            }
+        }
+        let written = written
+            .into_inner()
+            .map_err(|e| failed(&part)(e.into_error()))?;
+        written.sync_all().map_err(failed(&part))?;
+        fs::rename(&part, &self.out).map_err(failed(&self.out))?;
+        fs::remove_file(&self.path).map_err(failed(&self.path))?;
+        Ok(report)
+    }
+}
+
+/// Returns the names of the settings that differ.
+fn differing(old: &Value, new: &Value) -> Vec<String> {
+    let names = new.as_object().into_iter().flat_map(Map::keys);
+    names
+        // A seed that was chosen at random is continued without the flag.
+        .filter(|name| !(*name == "seed" && new[*name].is_null()) && old[*name] != new[*name])
+        .map(|name| match name.as_str() {
+            "prompts" => "the prompts".to_owned(),
+            name => format!("--{}", name.replace('_', "-")),
+        })
+        .collect()
+}
+
+impl Report {
+    fn add(&mut self, line: &Line) {
+        self.tokens += line.tokens;
+        match line.dropped {
+            Some(Dropped::FewAnswers) => self.few_answers += 1,
+            Some(Dropped::NearTie) => self.near_ties += 1,
+            None => {}
+        }
+        if let Some(pair) = &line.pair {
+            let number = |name: &str| pair["generated"][name].as_f64().unwrap_or_default();
+            self.pairs += 1;
+            self.margin += number("margin");
+            self.chosen_tokens += number("chosen_tokens");
+            self.rejected_tokens += number("rejected_tokens");
+        }
+    }
+
+    /// Returns the mean over the pairs; `None` if there are none.
+    fn mean(&self, sum: f64) -> Option<f64> {
+        (self.pairs > 0).then(|| sum / self.pairs as f64)
+    }
+
+    /// Returns the numbers as a JSON object.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "prompts": self.prompts,
+            "pairs": self.pairs,
+            "few_answers": self.few_answers,
+            "near_ties": self.near_ties,
+            "generated_tokens": self.tokens,
+            "mean_margin": self.mean(self.margin),
+            "mean_chosen_tokens": self.mean(self.chosen_tokens),
+            "mean_rejected_tokens": self.mean(self.rejected_tokens),
+            "seed": self.seed,
+        })
+    }
+
+    /// Returns the numbers as a sentence.
+    pub fn sentence(&self) -> String {
+        let means = match self.mean(self.margin) {
+            Some(margin) => format!(
+                "; mean margin {margin:.3}, chosen {:.0} tokens, rejected {:.0}",
+                self.chosen_tokens / self.pairs as f64,
+                self.rejected_tokens / self.pairs as f64
+            ),
+            None => String::new(),
+        };
+        format!(
+            "{} pairs from {} prompts, {} tokens, seed {}; left out: {} with fewer than two \
+             different complete answers, {} near ties{means}",
+            self.pairs, self.prompts, self.tokens, self.seed, self.few_answers, self.near_ties
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(policy: &str, pair: Option<f64>) -> PromptOutcome {
+        PromptOutcome {
+            policy: policy.into(),
+            judge: pair.map(|_| "j r".into()),
+            tokens: 5,
+            result: match pair {
+                Some(margin) => {
+                    let row = json!({"prompt": "x", "generated": {"margin": margin}});
+                    Ok(row.as_object().unwrap().clone())
+                }
+                None => Err(Dropped::NearTie),
+            },
+        }
+    }
+
+    #[test]
+    fn an_interrupted_run_continues_where_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("pairs.jsonl");
+        let settings = json!({"policy": "p", "seed": null});
+        let mut first = Outcomes::open(&out, &settings).unwrap();
+        let seed = first.seed();
+        first.add(outcome("v", Some(1.0))).unwrap();
+        first.add(outcome("v", None)).unwrap();
+        // Killed while a line was written.
+        first.file.write_all(b"{\"policy\"").unwrap();
+        drop(first);
+        let mut next = Outcomes::open(&out, &settings).unwrap();
+        assert_eq!((next.done(), next.seed()), (2, seed));
+        let e = Outcomes::open(&out, &settings).unwrap_err();
+        assert!(
+            e.message().contains("another bradley pairs"),
+            "{}",
+            e.message()
+        );
+        let e = next.add(outcome("w", None)).unwrap_err();
+        assert!(e.message().contains("(v, now w)"), "{}", e.message());
+        next.add(outcome("v", Some(2.0))).unwrap();
+        let report = next.finish().unwrap();
+        assert_eq!((report.prompts, report.pairs, report.near_ties), (3, 2, 1));
+        assert_eq!(report.to_json()["mean_margin"], 1.5);
+        let lines = fs::read_to_string(&out).unwrap();
+        assert_eq!(lines.lines().count(), 2, "{lines}");
+        let names: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
+        assert_eq!(names.len(), 1, "{names:?}");
+    }
+
+    #[test]
+    fn a_run_with_other_settings_is_not_continued() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("pairs.jsonl");
+        let settings = json!({"policy": "p", "min_margin": 0.1, "seed": 1});
+        drop(Outcomes::open(&out, &settings).unwrap());
+        let other = json!({"policy": "p", "min_margin": 0.2, "seed": 2});
+        let e = Outcomes::open(&out, &other).unwrap_err();
+        assert!(
+            e.message().contains("--min-margin, --seed"),
+            "{}",
+            e.message()
+        );
+        let same = json!({"policy": "p", "min_margin": 0.1, "seed": null});
+        assert_eq!(Outcomes::open(&out, &same).unwrap().seed(), 1);
+    }
+}

@@ -1,0 +1,263 @@
+//! `bradley pairs`: pairs from a policy's own answers, compared with the calls that they come from.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use bradley::rpc::client::Client;
+use bradley::rpc::pb;
+use serde_json::Value;
+
+use crate::server::{Server, finish, job, submit, upload};
+use crate::support::binary;
+use crate::wait::until;
+
+const SEED: u64 = 3;
+const SAMPLES: u32 = 4;
+const MAX_TOKENS: u32 = 8;
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn command(server: &Server, prompts: &Path, out: &Path, more: &[&str]) -> Command {
+    let mut command = Command::new(binary());
+    command
+        .args(["pairs", "--server", &server.address, "--policy", "tiny"])
+        .args(["--samples", &SAMPLES.to_string(), "--keep-cut"])
+        .args(["--max-tokens", &MAX_TOKENS.to_string()])
+        .arg("--data")
+        .arg(prompts)
+        .arg("--out")
+        .arg(out)
+        .args(more);
+    command
+}
+
+fn run(server: &Server, prompts: &Path, out: &Path, more: &[&str]) -> Output {
+    command(server, prompts, out, more).output().unwrap()
+}
+
+/// Writes prompts of both kinds and returns their file.
+fn prompts(dir: &Path, number: usize) -> PathBuf {
+    let path = dir.join("prompts.jsonl");
+    let row = |i: usize| match i % 2 {
+        0 => format!("{{\"id\": {i}, \"prompt\": \"Name the number {i}.\"}}\n"),
+        _ => format!(
+            "{{\"id\": {i}, \"messages\": [{{\"role\": \"user\", \"content\": \"Say {i}.\"}}]}}\n"
+        ),
+    };
+    std::fs::write(&path, (0..number).map(row).collect::<String>()).unwrap();
+    path
+}
+
+fn rows(path: &Path) -> Vec<Value> {
+    let lines = std::fs::read_to_string(path).unwrap();
+    let rows = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap());
+    rows.collect()
+}
+
+/// Trains an adapter and returns the name of its checkpoint.
+async fn judge(client: &Client) -> String {
+    let dataset = upload(client, "pairs.jsonl").await;
+    let name = submit(client, job(&dataset.name, 4)).await;
+    finish(client, &name).await;
+    format!("{name}/checkpoints/4")
+}
+
+fn chat(role: &str, content: &str) -> pb::Text {
+    let message = pb::Message {
+        role: role.into(),
+        content: content.into(),
+        ..Default::default()
+    };
+    pb::Text {
+        form: Some(pb::text::Form::Chat(pb::MessageList {
+            messages: vec![message],
+        })),
+    }
+}
+
+/// Returns the different samples of a prompt in the order of their rewards, with these.
+async fn ranked(client: &Client, prompt: &str, seed: u64, judge: &str) -> Vec<(String, f64)> {
+    let request = pb::GenerateCompletionsRequest {
+        policy: "models/tiny".into(),
+        prompt: Some(chat("user", prompt)),
+        samples: SAMPLES,
+        max_tokens: MAX_TOKENS,
+        seed: Some(seed),
+        ..Default::default()
+    };
+    let answer = client.generation().generate_completions(request).await;
+    let mut stream = answer.unwrap().into_inner();
+    let mut samples = vec![String::new(); SAMPLES as usize];
+    while let Some(response) = stream.message().await.unwrap() {
+        for delta in response.deltas {
+            samples[delta.index as usize].push_str(&delta.text);
+        }
+    }
+    let mut texts: Vec<String> = Vec::new();
+    for sample in samples {
+        if !sample.trim().is_empty() && !texts.contains(&sample) {
+            texts.push(sample);
+        }
+    }
+    let request = pb::ScoreCompletionsRequest {
+        options: Some(pb::ScoringOptions {
+            policy: judge.into(),
+            ..Default::default()
+        }),
+        prompt: Some(chat("user", prompt)),
+        completions: texts.iter().map(|t| chat("assistant", t)).collect(),
+    };
+    let answer = client.scoring().score_completions(request).await.unwrap();
+    let answer = answer.into_inner();
+    let reward = |i: usize| match &answer.results[i].result {
+        Some(pb::completion_result::Result::Score(score)) => score.reward,
+        other => panic!("{other:?}"),
+    };
+    let ranking = answer.ranking.iter().map(|i| *i as usize);
+    ranking.map(|i| (texts[i].clone(), reward(i))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pair_is_the_best_and_the_worst_sample() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let judge = judge(&client).await;
+    let prompts = prompts(dir.path(), 6);
+    let out = dir.path().join("pairs.jsonl");
+    let seed = SEED.to_string();
+    let flags = ["--judge", &judge, "--min-margin", "0", "--seed", &seed];
+    let made = run(&server, &prompts, &out, &flags);
+    let said = text(&made.stderr);
+    assert!(made.status.success(), "{said}");
+    assert!(said.contains("6 pairs from 6 prompts"), "{said}");
+    let pairs = rows(&out);
+    assert_eq!(pairs.len(), 6);
+    for (i, pair) in pairs.iter().enumerate() {
+        let prompt = match i % 2 {
+            0 => format!("Name the number {i}."),
+            _ => format!("Say {i}."),
+        };
+        assert_eq!((&pair["id"], &pair["messages"]), (&i.into(), &Value::Null));
+        assert_eq!(pair["prompt"][0]["content"], prompt.as_str());
+        let expected = ranked(&client, &prompt, SEED + i as u64, &judge).await;
+        let (best, worst) = (&expected[0], expected.last().unwrap());
+        assert_eq!(pair["chosen"][0]["content"], best.0.as_str());
+        assert_eq!(pair["rejected"][0]["content"], worst.0.as_str());
+        let generated = &pair["generated"];
+        assert_eq!(generated["chosen_reward"], best.1);
+        assert_eq!(generated["rejected_reward"], worst.1);
+        assert_eq!(generated["margin"], best.1 - worst.1);
+        assert_eq!(generated["judge"], judge.as_str());
+        assert_eq!(generated["different_samples"], expected.len());
+        assert_eq!(generated["seed"], SEED + i as u64);
+    }
+    // The pairs are data to train on.
+    let trained = Command::new(binary())
+        .args(["train", "--server", &server.address, "--policy", "tiny"])
+        .args([
+            "--rank",
+            "2",
+            "--max-length",
+            "128",
+            "--max-steps",
+            "1",
+            "--watch",
+        ])
+        .arg("--data")
+        .arg(&out)
+        .output()
+        .unwrap();
+    assert!(trained.status.success(), "{}", text(&trained.stderr));
+
+    // A margin that no prompt reaches, and a judge that is its own reference.
+    let none = dir.path().join("none.jsonl");
+    let high = ["--judge", &judge, "--min-margin", "1e9", "--format", "json"];
+    let made = run(&server, &prompts, &none, &high);
+    let report: Value = serde_json::from_slice(&made.stdout).unwrap();
+    assert_eq!(
+        (&report["near_ties"], &report["pairs"]),
+        (&6.into(), &0.into())
+    );
+    let made = run(&server, &prompts, &none, &["--min-margin", "0"]);
+    let said = text(&made.stderr);
+    assert!(said.contains("6 near ties"), "{said}");
+    assert!(said.contains("the same weights"), "{said}");
+    assert_eq!(rows(&none).len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_run_continues_to_the_same_pairs() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let judge = judge(&client).await;
+    let prompts = prompts(dir.path(), 60);
+    let seed = SEED.to_string();
+    let flags = [
+        "--judge",
+        &judge,
+        "--seed",
+        &seed,
+        "--length-penalty",
+        "0.01",
+    ];
+    let calm = dir.path().join("calm.jsonl");
+    let made = run(&server, &prompts, &calm, &flags);
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let out = dir.path().join("killed.jsonl");
+    let progress = dir.path().join("killed.jsonl.progress");
+    for finished in [2, 20] {
+        let mut child = command(&server, &prompts, &out, &flags).spawn().unwrap();
+        until("some outcomes", Duration::from_secs(60), async || {
+            std::fs::read_to_string(&progress).is_ok_and(|lines| lines.lines().count() > finished)
+        })
+        .await;
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!out.exists(), "the command was faster than the test");
+    }
+    let other = ["--judge", &judge, "--seed", &seed, "--min-margin", "0.5"];
+    let refused = run(&server, &prompts, &out, &other);
+    let said = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("--length-penalty, --min-margin"), "{said}");
+    let made = run(&server, &prompts, &out, &flags);
+    let said = text(&made.stderr);
+    assert!(made.status.success(), "{said}");
+    assert!(said.contains("of 60 prompts were done before"), "{said}");
+    assert_eq!(std::fs::read(&out).unwrap(), std::fs::read(&calm).unwrap());
+    assert!(!progress.exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_a_pair_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let prompts = prompts(dir.path(), 2);
+    let out = dir.path().join("pairs.jsonl");
+    let refused = |more: &[&str], part: &str| {
+        let made = run(&server, &prompts, &out, more);
+        let said = text(&made.stderr);
+        assert!(!made.status.success() && said.contains(part), "{said}");
+    };
+    refused(&["--judge", "nothing"], "--judge");
+    refused(&["--min-margin", "-1"], "--min-margin");
+    refused(&["--temperature", "-1"], "--temperature is -1");
+    let own = run(&server, &prompts, &prompts, &[]);
+    let said = text(&own.stderr);
+    assert!(said.contains("would replace a file of --data"), "{said}");
+    std::fs::write(&prompts, "{\"prompt\": \"x\", \"chosen\": \"y\"}\n").unwrap();
+    refused(&[], "the result's column chosen would replace");
+    // Greedy samples are all the same.
+    std::fs::write(&prompts, "{\"prompt\": \"x\"}\n").unwrap();
+    let made = run(&server, &prompts, &out, &["--temperature", "0"]);
+    let said = text(&made.stderr);
+    let few = "1 with fewer than two different complete answers";
+    assert!(made.status.success() && said.contains(few), "{said}");
+}
