@@ -728,6 +728,7 @@ pub struct PairsArgs {
         long,
         value_name = "REWARD",
         default_value_t = 0.0,
+        allow_negative_numbers = true,
         help_heading = "Ranking",
         value_parser = finite_from_zero
     )]
@@ -737,6 +738,7 @@ pub struct PairsArgs {
         long,
         value_name = "REWARD",
         default_value_t = 0.1,
+        allow_negative_numbers = true,
         help_heading = "Ranking",
         value_parser = finite_from_zero
     )]

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::rank::Dropped;
 use crate::cli::failure::{Failure, Outcome};
 
-/// What became of a prompt.
+/// Result of a prompt: a pair, or the reason why there is none.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct PromptOutcome {
     /// Version of the policy's weights.
@@ -26,7 +26,7 @@ pub(super) struct PromptOutcome {
 
 /// An outcome as a line of the file.
 #[derive(Serialize, Deserialize)]
-struct Line {
+struct OutcomeLine {
     policy: String,
     judge: Option<String>,
     tokens: u64,
@@ -57,7 +57,7 @@ pub(super) struct Outcomes {
 
 /// Numbers about a finished run.
 #[derive(Debug, Default)]
-pub(super) struct Report {
+pub(super) struct PairsReport {
     prompts: usize,
     pairs: usize,
     few_answers: usize,
@@ -127,6 +127,10 @@ impl Outcomes {
             lines.push(line);
         }
         drop(reader);
+        // Without an outcome there is nothing to continue.
+        if lines.len() < 2 {
+            (complete, lines) = (0, Vec::new());
+        }
         file.set_len(complete).map_err(failed(&path))?;
         file.seek(std::io::SeekFrom::End(0))
             .map_err(failed(&path))?;
@@ -160,7 +164,7 @@ impl Outcomes {
         }
         outcomes.seed = header.seed;
         for line in lines {
-            let line: Line = serde_json::from_str(line).map_err(unreadable)?;
+            let line: OutcomeLine = serde_json::from_str(line).map_err(unreadable)?;
             outcomes.check_versions([Some(line.policy), line.judge])?;
             outcomes.done += 1;
         }
@@ -188,7 +192,7 @@ impl Outcomes {
             Ok(pair) => (Some(pair), None),
             Err(reason) => (None, Some(reason)),
         };
-        self.write(&Line {
+        self.write(&OutcomeLine {
             policy: outcome.policy,
             judge: outcome.judge,
             tokens: outcome.tokens,
@@ -230,11 +234,11 @@ impl Outcomes {
     ///
     /// # Errors
     /// Returns a failure if a file cannot be read or written.
-    pub fn finish(mut self) -> Result<Report, Failure> {
-        let mut report = Report {
+    pub fn finish(mut self) -> Result<PairsReport, Failure> {
+        let mut report = PairsReport {
             prompts: self.done,
             seed: self.seed,
-            ..Report::default()
+            ..PairsReport::default()
         };
         let part = beside(&self.out, ".part");
         let created = File::create(&part).map_err(failed(&part))?;
@@ -242,7 +246,7 @@ impl Outcomes {
         self.file.rewind().map_err(failed(&self.path))?;
         for line in BufReader::new(&self.file).lines().skip(1) {
             let line = line.map_err(failed(&self.path))?;
-            let line: Line = serde_json::from_str(&line)
+            let line: OutcomeLine = serde_json::from_str(&line)
                 .map_err(|e| Failure::Failed(format!("{}: {e}", self.path.display())))?;
             report.add(&line);
             if let Some(pair) = line.pair {
@@ -272,8 +276,8 @@ fn differing(old: &Value, new: &Value) -> Vec<String> {
         .collect()
 }
 
-impl Report {
-    fn add(&mut self, line: &Line) {
+impl PairsReport {
+    fn add(&mut self, line: &OutcomeLine) {
         self.tokens += line.tokens;
         match line.dropped {
             Some(Dropped::FewAnswers) => self.few_answers += 1,
@@ -383,7 +387,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("pairs.jsonl");
         let settings = json!({"policy": "p", "min_margin": 0.1, "seed": 1});
-        drop(Outcomes::open(&out, &settings).unwrap());
+        let unused = json!({"policy": "q", "min_margin": 0.3, "seed": 7});
+        drop(Outcomes::open(&out, &unused).unwrap());
+        let mut first = Outcomes::open(&out, &settings).unwrap();
+        first.add(outcome("v", None)).unwrap();
+        drop(first);
         let other = json!({"policy": "p", "min_margin": 0.2, "seed": 2});
         let e = Outcomes::open(&out, &other).unwrap_err();
         assert!(

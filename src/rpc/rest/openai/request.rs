@@ -11,7 +11,7 @@ use crate::service::error::ServiceError;
 
 /// Number of tokens of a text completion if the request does not limit them, as in OpenAI's API.
 const DEFAULT_TEXT_TOKENS: u32 = 16;
-/// Parameters that do not change the answer.
+/// CompletionParameters that do not change the answer.
 const WITHOUT_EFFECT: [&str; 8] = [
     "metadata",
     "parallel_tool_calls",
@@ -55,7 +55,7 @@ pub fn generation(
     let Value::Object(given) = parse(text)? else {
         return Err(ServiceError::invalid("body", "must be a JSON object"));
     };
-    let mut fields = Parameters {
+    let mut fields = CompletionParameters {
         // OpenAI's clients send null for a parameter without a value.
         given: given.into_iter().filter(|(_, v)| !v.is_null()).collect(),
         bad: Violations::default(),
@@ -135,12 +135,12 @@ fn policy(model: &str) -> String {
 }
 
 /// The parameters of a request that were not read yet, and the problems of those that were.
-struct Parameters {
+struct CompletionParameters {
     given: Map<String, Value>,
     bad: Violations,
 }
 
-impl Parameters {
+impl CompletionParameters {
     /// Takes a parameter. `read` returns its value, or `None` if it is not `expected`.
     fn take<T>(
         &mut self,
