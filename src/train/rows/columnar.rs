@@ -153,8 +153,7 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
                     // column leads to a finding anyway.
                     Err(_) if !COLUMNS.contains(&name.as_str()) => Value::Bool(true),
                     Err(kind) => {
-                        let message =
-                            format!("{name} holds {kind}: use text or a list of messages");
+                        let message = format!("{name} holds {kind}: use {}", names::legal(&name));
                         return Err(issue(row, &name, IssueReason::InvalidType, message));
                     }
                 };
@@ -335,7 +334,7 @@ fn fields_of(
             }
             Err(_) if !is_ours => Value::Bool(true),
             Err(kind) => {
-                let message = format!("{column} holds {kind}: use text or a list of messages");
+                let message = format!("{column} holds {kind}: use {}", names::legal(name));
                 return Err(issue(row, column, IssueReason::InvalidType, message));
             }
         };
@@ -501,6 +500,21 @@ mod tests {
         let columns = [("weight", number(1.5)), ("ref_chosen_logps", number(-2.25))];
         let expected = json!({"weight": 1.5, "ref_chosen_logps": -2.25});
         assert_eq!(fields(&columns), expected);
+    }
+
+    #[test]
+    fn a_value_of_an_unusable_type_has_its_columns_own_remedy() {
+        let remedies = [
+            ("weight", "use a number"),
+            ("id", "use text or a number"),
+            ("chosen", "use text or a list of messages"),
+        ];
+        for (column, remedy) in remedies {
+            let decimal = Field::Decimal(Decimal::from_i32(150, 8, 2));
+            let record = Row::new(vec![(column.to_owned(), decimal)]);
+            let found = fields_of(1, &record, &RecordChoice::default()).unwrap_err();
+            assert!(found.message.ends_with(remedy), "{}", found.message);
+        }
     }
 
     #[test]
