@@ -201,8 +201,8 @@ pub enum IssueReason {
     EmptyCompletion,
     /// `chosen` equals `rejected`.
     IdenticalAnswers,
-    /// The prompt is implicit, but the two dialogues share no first message, or the two texts have
-    /// no common beginning.
+    /// The prompt is implicit, but the two dialogues or texts have no common beginning that answers
+    /// follow.
     DifferentPrompts,
     /// The prompt leaves no room for an answer token in `max_length`.
     PromptFillsMaxLength,

@@ -67,8 +67,9 @@ pub enum TrainError {
     Checkpoint(#[from] CheckpointError),
     /// Even the leanest plan exceeds the memory that the run may use.
     #[error(
-        "the run needs at least {needed_mib} MiB besides copies of weights, {available_mib} MiB \
-         are left for it: lower max_length, train with LoRA, or give it more memory"
+        "the run needs at least {needed_mib} MiB besides weights that it does not train, \
+         {available_mib} MiB are left for it: lower max_length, train with LoRA, or give it more \
+         memory"
     )]
     NoPlan {
         /// Memory of the leanest plan in MiB.

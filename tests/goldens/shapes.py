@@ -1,4 +1,4 @@
-"""Writes `shapes.json`: what TRL makes of preference rows without a prompt of their own."""
+"""Writes `shapes.json`: what TRL makes of preference rows whose answers begin with the prompt."""
 
 import json
 import os

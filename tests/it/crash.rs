@@ -81,7 +81,7 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
     let mut delivered = Vec::new();
     for kill_after in [7, 23] {
         let client = server.client().await;
-        delivered = events_until(&client, &name, |e| step_of(e) >= Some(kill_after)).await;
+        delivered.extend(events_until(&client, &name, |e| step_of(e) >= Some(kill_after)).await);
         server.kill();
         leave_checkpoint_without_row(&server.data_dir, &name, 3);
         server = Server::start(dir.path());

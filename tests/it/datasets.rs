@@ -292,7 +292,8 @@ async fn the_datasets_of_a_client_stay_within_their_limit() {
     let large = dir.path().join("large.jsonl");
     std::fs::write(&large, rows.repeat(2)).unwrap();
     is_refused(upload(&server, &large).await);
-    // Both begin while there is room for each of them alone, and one ends after the other.
+    // Both begin while there is room for each of them alone. The one that ends later is refused,
+    // unless both end at the same moment, before the row of either is stored.
     let file = golden("pairs.jsonl");
     let (a, b) = tokio::join!(upload(&server, &file), upload(&server, &file));
     assert!(a.is_ok() || b.is_ok(), "{a:?} {b:?}");

@@ -526,16 +526,22 @@ fn evaluation_finds_the_best_checkpoint_and_early_stopping_ends_the_run() {
             |e| matches!(e, RunEvent::Log { message, .. } if message.contains("stopped early"))
         )
     );
-    let evaluations = all
+    let evaluations: Vec<(u64, f64)> = all
         .iter()
-        .filter(|e| matches!(e, RunEvent::Eval { .. }))
-        .count();
-    assert!(evaluations < 40, "{evaluations}");
-    let best = all
-        .iter()
-        .filter(|e| matches!(e, RunEvent::Checkpoint { best: true, .. }))
-        .count();
-    assert!(best >= 1);
+        .filter_map(|e| match e {
+            RunEvent::Eval { step, metrics } => Some((*step, metrics["eval_loss"])),
+            _ => None,
+        })
+        .collect();
+    assert!(evaluations.len() < 40, "{evaluations:?}");
+    let lowest = evaluations.iter().min_by(|a, b| a.1.total_cmp(&b.1));
+    let best = all.iter().rev().find_map(|e| match e {
+        RunEvent::Checkpoint {
+            step, best: true, ..
+        } => Some(*step),
+        _ => None,
+    });
+    assert_eq!(best, lowest.map(|(step, _)| *step), "{evaluations:?}");
     assert!(matches!(
         all.last(),
         Some(RunEvent::Checkpoint { .. }) | Some(RunEvent::Log { .. })

@@ -411,6 +411,8 @@ async fn random_commands_make_only_legal_transitions() {
         };
         if let Err(e) = result {
             assert_eq!(e.code(), Code::FailedPrecondition, "{e}");
+            let reason = e.get_details_error_info().map(|info| info.reason);
+            assert!(reason.is_some_and(|reason| !reason.is_empty()), "{e}");
         }
     }
     for name in &jobs {

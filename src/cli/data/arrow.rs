@@ -140,7 +140,7 @@ fn row(batch: &RecordBatch, names: &[Option<String>], i: usize, wanted: Wanted) 
                 fields.insert(name.clone(), Value::Bool(true))
             }
             Err(kind) => {
-                let message = format!("{name} holds {kind}: use text or a list of messages");
+                let message = format!("{name} holds {kind}: use {}", names::legal(name));
                 return DataRow::bad(name, IssueReason::InvalidType, message);
             }
         };

@@ -142,6 +142,9 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
                         Value::String(field.to_string())
                     }
                     Ok(value) => value,
+                    // In place of a log-prob, a text leads to a finding only where log-probs are
+                    // needed.
+                    Err(_) if is_logged_column(&name) => Value::String(field.to_string()),
                     // For example a date.
                     Err(_) if labels.contains(&name) && !COLUMNS.contains(&name.as_str()) => {
                         Value::String(field.to_string())
@@ -150,8 +153,7 @@ pub(super) fn decode<R: Fn(&str) -> Option<String> + Send + 'static>(
                     // column leads to a finding anyway.
                     Err(_) if !COLUMNS.contains(&name.as_str()) => Value::Bool(true),
                     Err(kind) => {
-                        let message =
-                            format!("{name} holds {kind}: use text or a list of messages");
+                        let message = format!("{name} holds {kind}: use {}", names::legal(&name));
                         return Err(issue(row, &name, IssueReason::InvalidType, message));
                     }
                 };
@@ -327,10 +329,12 @@ fn fields_of(
         let value = match to_json(field) {
             Ok(value) if is_ours => without_nulls(value),
             Ok(value) => value,
-            Err(_) if choice.columns.contains(column) => Value::String(field.to_string()),
+            Err(_) if choice.columns.contains(column) || is_logged_column(name) => {
+                Value::String(field.to_string())
+            }
             Err(_) if !is_ours => Value::Bool(true),
             Err(kind) => {
-                let message = format!("{column} holds {kind}: use text or a list of messages");
+                let message = format!("{column} holds {kind}: use {}", names::legal(name));
                 return Err(issue(row, column, IssueReason::InvalidType, message));
             }
         };
@@ -452,6 +456,7 @@ fn to_json(field: &Field) -> Result<Value, String> {
         Field::UShort(x) => Value::from(*x),
         Field::UInt(x) => Value::from(*x),
         Field::ULong(x) => Value::from(*x),
+        Field::Float16(x) => Value::from(f64::from(*x)),
         Field::Float(x) => Value::from(*x),
         Field::Double(x) => Value::from(*x),
         Field::Group(g) => {
@@ -469,4 +474,53 @@ fn to_json(field: &Field) -> Result<Value, String> {
         ),
         other => return Err(format!("a value of an unexpected kind ({other})")),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+    use parquet::data_type::Decimal;
+    use serde_json::json;
+
+    use super::*;
+
+    fn fields(columns: &[(&str, Field)]) -> Value {
+        let columns = columns.iter().cloned();
+        let record = Row::new(
+            columns
+                .map(|(name, field)| (name.to_owned(), field))
+                .collect(),
+        );
+        Value::Object(fields_of(1, &record, &RecordChoice::default()).unwrap())
+    }
+
+    #[test]
+    fn numbers_of_16_bits_are_numbers() {
+        let number = |x: f32| Field::Float16(f16::from_f32(x));
+        let columns = [("weight", number(1.5)), ("ref_chosen_logps", number(-2.25))];
+        let expected = json!({"weight": 1.5, "ref_chosen_logps": -2.25});
+        assert_eq!(fields(&columns), expected);
+    }
+
+    #[test]
+    fn a_value_of_an_unusable_type_has_its_columns_own_remedy() {
+        let remedies = [
+            ("weight", "use a number"),
+            ("id", "use text or a number"),
+            ("chosen", "use text or a list of messages"),
+        ];
+        for (column, remedy) in remedies {
+            let decimal = Field::Decimal(Decimal::from_i32(150, 8, 2));
+            let record = Row::new(vec![(column.to_owned(), decimal)]);
+            let found = fields_of(1, &record, &RecordChoice::default()).unwrap_err();
+            assert!(found.message.ends_with(remedy), "{}", found.message);
+        }
+    }
+
+    #[test]
+    fn a_log_prob_of_an_unusable_type_is_quoted() {
+        let decimal = Field::Decimal(Decimal::from_i32(-150, 8, 2));
+        let quoted = json!({"chosen_logps": decimal.to_string()});
+        assert_eq!(fields(&[("chosen_logps", decimal)]), quoted);
+    }
 }

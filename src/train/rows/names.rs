@@ -113,6 +113,18 @@ pub fn is_used(column: &str) -> bool {
         || MEDIA_COLUMNS.contains(&column)
 }
 
+/// Returns what a column of our own format may hold.
+pub fn legal(column: &str) -> &'static str {
+    match column {
+        "weight" => "a number",
+        "id" => "text or a number",
+        "system" => "text",
+        "tools" => "text or a list of tools",
+        "chat_template_kwargs" => "the text of a JSON object",
+        _ => "text or a list of messages",
+    }
+}
+
 /// Returns the name that is most similar to `wanted`, if it is similar enough and no legal name
 /// itself.
 pub fn similar<'a>(names: &'a [String], wanted: &str) -> Option<&'a str> {

@@ -275,8 +275,8 @@ fn split_dialogues(
         .min(chosen.len().saturating_sub(1))
         .min(rejected.len().saturating_sub(1));
     if shared == 0 {
-        let message = "the two dialogues share no first message, so there is no common prompt: \
-            pair answers to the same prompt";
+        let message = "the two dialogues have no common beginning before an answer, so there is no \
+            common prompt: pair answers to the same prompt";
         return Err(issue(
             row,
             "rejected",

@@ -3,7 +3,8 @@
 //!
 //! The process runs this binary with [`DECODE`] as the first argument. It writes one JSON line for
 //! each pair or finding, and one at the end. If labels are asked for, a line with those of a row
-//! comes before its first pair.
+//! comes before its first pair. With `--records` it writes the number of records first, then the
+//! chosen records in place of pairs.
 
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::process::ExitStatusExt as _;
@@ -20,7 +21,7 @@ use super::reader::{DataError, MAX_LINE_BYTES, issue};
 use super::{as_it_is, columnar, with_numbers};
 use crate::domain::dataset::{DatasetFormat, IssueReason, PreferenceRow, RowIssue};
 
-/// Subcommand that runs [`decode`].
+/// Subcommand that runs [`decode`], or with `--records` [`decode_records`].
 pub const DECODE: &str = "decode-parquet";
 /// Address space limit of the decoding process in bytes. Enough for decompressed pages of several
 /// hundred MiB and their records.
@@ -44,7 +45,7 @@ enum Line {
     Total(u64),
     /// A record with its number.
     Record(u64, Map<String, Value>),
-    /// The file cannot be read at all.
+    /// The file cannot be read, or no further.
     Unusable(String),
     /// End of the file; all rows were sent.
     End,

@@ -499,8 +499,8 @@ fn split_hh(
     let alike = alike.min(chosen.len() - 1).min(rejected.len() - 1);
     let both_answer = |at: &usize| chosen[*at].0 == ASSISTANT && rejected[*at].0 == ASSISTANT;
     let Some(end) = (1..=alike).rev().find(both_answer) else {
-        let message = "the two dialogues share no first message, so there is no common prompt: \
-            pair answers to the same prompt";
+        let message = "the two dialogues have no common beginning before an answer, so there is no \
+            common prompt: pair answers to the same prompt";
         return Err(issue(
             row,
             "rejected",

@@ -8,8 +8,8 @@ use crate::model::config::ModelConfig;
 use crate::model::device::ComputeDevice;
 use crate::model::parameters::Parameters;
 
-/// Returns a Qwen3 policy with biases. It has every kind of tensor that a block can have, except
-/// biases in the feed-forward part.
+/// Returns a Qwen3 policy with biases in attention. A block has norms before both of its parts and
+/// on queries and keys, but none on its outputs.
 fn policy() -> Policy {
     let json = r#"{"model_type": "qwen3", "hidden_size": 8, "intermediate_size": 8,
         "num_hidden_layers": 2, "num_attention_heads": 2,
