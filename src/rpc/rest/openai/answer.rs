@@ -18,13 +18,14 @@ use crate::rpc::pb;
 use crate::rpc::rest::answer::{self, StreamText, conversion};
 
 /// Names of the gRPC request's fields, and those of OpenAI's parameters.
-const PARAMETERS: [(&str, &str); 6] = [
+const PARAMETERS: [(&str, &str); 7] = [
     ("policy", "model"),
     ("samples", "n"),
     ("prompt.chat.messages", "messages"),
     ("prompt.chat", "messages"),
     ("prompt.plain", "prompt"),
     ("tools_json", "tools"),
+    ("chat_template_kwargs_json", "chat_template_kwargs"),
 ];
 
 /// Converts the answer of a call. It knows the request once the gRPC service has read it.
@@ -36,15 +37,21 @@ pub struct Answering {
     pub asked: Arc<OnceLock<Asked>>,
 }
 
-/// Returns an error in OpenAI's form.
+/// Returns an error in OpenAI's form, for a request that is refused before its body is read.
 pub fn error(http: StatusCode, status: &Status) -> Response<Body> {
-    answer::error_with(http, status, error_json(http, status).to_string().into())
+    error_of(http, status, false)
 }
 
-fn error_json(http: StatusCode, status: &Status) -> Value {
+/// Returns an error in OpenAI's form. `is_chat` is true if the request continues a chat.
+fn error_of(http: StatusCode, status: &Status, is_chat: bool) -> Response<Body> {
+    let body = error_json(http, status, is_chat).to_string();
+    answer::error_with(http, status, body.into())
+}
+
+fn error_json(http: StatusCode, status: &Status, is_chat: bool) -> Value {
     let wrong: Vec<_> = field_violations(status)
         .into_iter()
-        .map(|(field, problem)| (parameter(&field), problem))
+        .map(|(field, problem)| (parameter(&field, is_chat), problem))
         .collect();
     let message = match wrong.is_empty() {
         true => status.message().to_owned(),
@@ -72,7 +79,13 @@ fn error_json(http: StatusCode, status: &Status) -> Value {
 }
 
 /// Returns the name of the parameter that a field of the gRPC request comes from.
-fn parameter(field: &str) -> String {
+fn parameter(field: &str, is_chat: bool) -> String {
+    // The prompt of a chat as a whole, e.g. one that is too long.
+    if is_chat && field == "prompt" {
+        return "messages".to_owned();
+    }
+    // A message is sent as JSON in this field, which OpenAI's messages do not have.
+    let field = field.strip_suffix(".fields_json").unwrap_or(field);
     let of = |(from, to): &(&str, &str)| {
         let rest = field.strip_prefix(from)?;
         let ends = rest.is_empty() || rest.starts_with(['.', '[']);
@@ -87,13 +100,17 @@ impl Answering {
     pub async fn convert(self, response: Response<Body>) -> Response<Body> {
         let (head, body) = response.into_parts();
         let converted = match answer::failure(&head.headers) {
-            Some(status) => error(answer::http_status(&status, &head.headers), &status),
+            Some(status) => {
+                let http = answer::http_status(&status, &head.headers);
+                error_of(http, &status, self.endpoint == Endpoint::Chat)
+            }
             None => self.answer(body).await,
         };
         answer::with_headers(converted, head.headers)
     }
 
     async fn answer(self, body: Body) -> Response<Body> {
+        let is_chat = self.endpoint == Endpoint::Chat;
         let asked = self.asked.get();
         if let Some(asked) = asked.filter(|asked| asked.streams) {
             let text = Chunks {
@@ -104,7 +121,7 @@ impl Answering {
         }
         let data = match answer::read_all(body).await {
             Ok(data) => data,
-            Err((http, status)) => return error(http, &status),
+            Err((http, status)) => return error_of(http, &status, is_chat),
         };
         let value = match (&self.endpoint, asked) {
             (Endpoint::Models, _) => models(data),
@@ -114,7 +131,10 @@ impl Answering {
         };
         match value {
             Ok(value) => answer::json(StatusCode::OK, value.to_string()),
-            Err(status) => error(answer::http_status(&status, &HeaderMap::new()), &status),
+            Err(status) => {
+                let http = answer::http_status(&status, &HeaderMap::new());
+                error_of(http, &status, is_chat)
+            }
         }
     }
 }
@@ -308,7 +328,7 @@ impl StreamText for Chunks {
         };
         let http = answer::http_status(&status, &HeaderMap::new());
         let mut text = Vec::new();
-        event(&mut text, &error_json(http, &status));
+        event(&mut text, &error_json(http, &status, self.asked.is_chat));
         Some(text)
     }
 }

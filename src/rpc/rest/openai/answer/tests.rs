@@ -112,14 +112,19 @@ fn errors_name_the_parameters_of_the_request() {
     let mut bad = crate::domain::violation::Violations::default();
     bad.push("policy", "is \"x\"");
     bad.push("prompt.chat.messages[0].role", "is missing");
+    bad.push("prompt.chat.messages[1].fields_json", "is a string");
+    bad.push("prompt", "is too long");
     bad.push("tools_json", "is no list");
+    bad.push("chat_template_kwargs_json", "has the key \"tools\"");
     let status = status(ServiceError::InvalidArgument(bad));
     assert_eq!(status.code(), Code::InvalidArgument);
-    let error = &error_json(StatusCode::BAD_REQUEST, &status)["error"];
+    let error = &error_json(StatusCode::BAD_REQUEST, &status, true)["error"];
     assert_eq!(
         error["message"],
-        "model is \"x\"; messages[0].role is missing; tools is no list"
+        "model is \"x\"; messages[0].role is missing; messages[1] is a string; \
+         messages is too long; tools is no list; chat_template_kwargs has the key \"tools\""
     );
+    assert_eq!(parameter("prompt", false), "prompt");
     assert_eq!(error["param"], "model");
     assert_eq!(error["type"], "invalid_request_error");
     let chunks = Chunks {
