@@ -3,8 +3,8 @@
 //!
 //! [`RestService`] turns an HTTP request into the gRPC call of the same method and hands it to the
 //! layers below, so that authentication, limits, deadlines, metrics and the audit log are those of
-//! gRPC. There are no routes in the code: `routes` reads the annotations. `openai` answers OpenAI's
-//! paths in the same way.
+//! gRPC. REST's routes are not in the code: `routes` reads the annotations. `openai` has the few
+//! paths of OpenAI's API, and answers them by gRPC calls, too.
 
 mod answer;
 mod hosts;
@@ -136,9 +136,9 @@ where
                 Ok(Plan::OpenAi(call, timeout)) => {
                     let path = call.endpoint.grpc_path();
                     let (head, body) = request.into_parts();
-                    let (message, answering) = call.into_message(body);
+                    let (message, converter) = call.into_message(body);
                     let response = inner.call(grpc_call(head, path, timeout, message)).await?;
-                    Ok(answering.convert(response).await)
+                    Ok(converter.convert(response).await)
                 }
                 Ok(Plan::Document(document)) => {
                     Ok(answer::json(StatusCode::OK, document.as_bytes()))

@@ -12,7 +12,7 @@ use tonic::codegen::http::{HeaderMap, Response, StatusCode};
 use tonic_types::StatusExt as _;
 
 use super::endpoint::Endpoint;
-use super::request::Asked;
+use super::request::AnswerOptions;
 use crate::rpc::client::field_violations;
 use crate::rpc::pb;
 use crate::rpc::rest::answer::{self, StreamText, conversion};
@@ -30,11 +30,11 @@ const PARAMETERS: [(&str, &str); 7] = [
 
 /// Converts the answer of a call. It knows the request once the gRPC service has read it.
 #[derive(Debug)]
-pub struct Answering {
+pub struct AnswerConverter {
     /// The method.
     pub endpoint: Endpoint,
     /// The request.
-    pub asked: Arc<OnceLock<Asked>>,
+    pub asked: Arc<OnceLock<AnswerOptions>>,
 }
 
 /// Returns an error in OpenAI's form, for a request that is refused before its body is read.
@@ -95,7 +95,7 @@ fn parameter(field: &str, is_chat: bool) -> String {
     name.unwrap_or_else(|| field.to_owned())
 }
 
-impl Answering {
+impl AnswerConverter {
     /// Converts the answer of the gRPC call.
     pub async fn convert(self, response: Response<Body>) -> Response<Body> {
         let (head, body) = response.into_parts();
@@ -170,7 +170,7 @@ struct Sample {
 }
 
 /// Returns the answer to a request that does not stream.
-fn whole(mut data: BytesMut, asked: &Asked) -> Result<Value, Status> {
+fn whole(mut data: BytesMut, asked: &AnswerOptions) -> Result<Value, Status> {
     let mut samples = vec![Sample::default(); asked.samples.max(1) as usize];
     let (mut usage, mut version) = (None, String::new());
     while let Some(message) = answer::take_message(&mut data) {
@@ -212,7 +212,7 @@ fn whole(mut data: BytesMut, asked: &Asked) -> Result<Value, Status> {
     Ok(value)
 }
 
-fn envelope(asked: &Asked, object: &str, choices: Vec<Value>, version: &str) -> Value {
+fn envelope(asked: &AnswerOptions, object: &str, choices: Vec<Value>, version: &str) -> Value {
     json!({
         "id": asked.id,
         "object": object,
@@ -243,7 +243,7 @@ fn finish(delta: &pb::CompletionDelta) -> Option<&'static str> {
 /// Turns the messages of GenerateCompletions into OpenAI's chunks.
 #[derive(Clone)]
 struct Chunks {
-    asked: Asked,
+    asked: AnswerOptions,
     /// True once the role of the answers has been sent.
     has_begun: Arc<AtomicBool>,
 }

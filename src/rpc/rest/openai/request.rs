@@ -27,7 +27,7 @@ const MAX_REPEATED: usize = 60;
 
 /// The parts of a request that its answer needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Asked {
+pub struct AnswerOptions {
     /// True for a chat.
     pub is_chat: bool,
     /// Identifies the answer.
@@ -51,7 +51,7 @@ pub struct Asked {
 pub fn generation(
     is_chat: bool,
     text: &[u8],
-) -> Result<(pb::GenerateCompletionsRequest, Asked), ServiceError> {
+) -> Result<(pb::GenerateCompletionsRequest, AnswerOptions), ServiceError> {
     let Value::Object(given) = parse(text)? else {
         return Err(ServiceError::invalid("body", "must be a JSON object"));
     };
@@ -103,7 +103,7 @@ pub fn generation(
             false => String::new(),
         },
     };
-    let asked = Asked {
+    let asked = AnswerOptions {
         is_chat,
         id: format!(
             "{}-{}",

@@ -5,8 +5,8 @@ use crate::rpc::rest::request::framed;
 use crate::rpc::status::status;
 use crate::service::error::ServiceError;
 
-fn asked(is_chat: bool) -> Asked {
-    Asked {
+fn asked(is_chat: bool) -> AnswerOptions {
+    AnswerOptions {
         is_chat,
         id: "id".into(),
         created: 5,

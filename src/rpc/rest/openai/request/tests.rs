@@ -2,7 +2,7 @@ use serde_json::json;
 
 use super::*;
 
-fn read(is_chat: bool, body: &Value) -> (pb::GenerateCompletionsRequest, Asked) {
+fn read(is_chat: bool, body: &Value) -> (pb::GenerateCompletionsRequest, AnswerOptions) {
     generation(is_chat, body.to_string().as_bytes()).unwrap()
 }
 
