@@ -16,6 +16,7 @@ use super::request::AnswerOptions;
 use crate::rpc::client::field_violations;
 use crate::rpc::pb;
 use crate::rpc::rest::answer::{self, StreamText, conversion};
+use crate::rpc::rest::request::MAX_INLINE;
 
 /// Names of the gRPC request's fields, and those of OpenAI's parameters.
 const PARAMETERS: [(&str, &str); 7] = [
@@ -111,10 +112,10 @@ impl AnswerConverter {
 
     async fn answer(self, body: Body) -> Response<Body> {
         let is_chat = self.endpoint == Endpoint::Chat;
-        let asked = self.asked.get();
-        if let Some(asked) = asked.filter(|asked| asked.streams) {
+        let asked = self.asked.get().cloned();
+        if let Some(asked) = asked.clone().filter(|asked| asked.streams) {
             let text = Chunks {
-                asked: asked.clone(),
+                asked,
                 has_begun: Arc::new(AtomicBool::new(false)),
             };
             return answer::event_stream(body, text);
@@ -123,14 +124,24 @@ impl AnswerConverter {
             Ok(data) => data,
             Err((http, status)) => return error_of(http, &status, is_chat),
         };
-        let value = match (&self.endpoint, asked) {
-            (Endpoint::Models, _) => models(data),
-            (Endpoint::Model(_), _) => one(data).map(|model| model_json(&model)),
-            (_, Some(asked)) => whole(data, asked),
-            (_, None) => Err(conversion("the request was not read")),
+        let is_small = data.len() <= MAX_INLINE;
+        let convert = move || {
+            let value = match (self.endpoint, asked) {
+                (Endpoint::Models, _) => models(data),
+                (Endpoint::Model(_), _) => one(data).map(|model| model_json(&model)),
+                (_, Some(asked)) => whole(data, &asked),
+                (_, None) => Err(conversion("the request was not read")),
+            };
+            value.map(|value| value.to_string())
         };
-        match value {
-            Ok(value) => answer::json(StatusCode::OK, value.to_string()),
+        let text = match is_small {
+            true => convert(),
+            false => tokio::task::spawn_blocking(convert)
+                .await
+                .unwrap_or_else(|e| Err(conversion(e))),
+        };
+        match text {
+            Ok(text) => answer::json(StatusCode::OK, text),
             Err(status) => {
                 let http = answer::http_status(&status, &HeaderMap::new());
                 error_of(http, &status, is_chat)

@@ -1,7 +1,7 @@
 use tonic::Code;
 
 use super::*;
-use crate::rpc::rest::request::framed;
+use crate::rpc::rest::request::{LateBody, framed};
 use crate::rpc::status::status;
 use crate::service::error::ServiceError;
 
@@ -79,6 +79,29 @@ fn a_whole_answer_has_every_sample() {
     let mut data = BytesMut::new();
     data.extend_from_slice(&framed(&responses()[0].encode_to_vec()));
     assert!(whole(data, &asked(true)).is_err());
+}
+
+#[tokio::test]
+async fn a_large_answer_is_whole() {
+    let [_, mut response] = responses();
+    response.deltas[0].text = "x".repeat(MAX_INLINE);
+    let data = framed(&response.encode_to_vec());
+    let options = AnswerOptions {
+        streams: false,
+        ..asked(false)
+    };
+    let converter = AnswerConverter {
+        endpoint: Endpoint::Text,
+        asked: Arc::new(OnceLock::from(options)),
+    };
+    let body = Body::new(LateBody::reading(std::future::ready(Ok(data))));
+    let answered = converter.convert(Response::new(body)).await;
+    assert_eq!(answered.status(), StatusCode::OK);
+    let text = answer::read_all(answered.into_body()).await.unwrap();
+    let value: Value = serde_json::from_slice(&text).unwrap();
+    let text = value["choices"][1]["text"].as_str().unwrap();
+    assert_eq!(text.len(), MAX_INLINE);
+    assert_eq!(value["choices"][1]["finish_reason"], "stop");
 }
 
 #[test]
