@@ -335,10 +335,15 @@ fn check_message(
             None => wrong.push(at, unknown_key(descriptor, key, path)),
         }
     }
+    let is_given = |field: &FieldDescriptor| {
+        [field.name(), field.json_name()]
+            .into_iter()
+            .any(|name| object.get(name).is_some_and(|v| !v.is_null()))
+    };
     for oneof in descriptor.oneofs().filter(|o| !o.is_synthetic()) {
         let named: Vec<String> = oneof
             .fields()
-            .filter(|f| object.get(f.name()).is_some_and(|v| !v.is_null()))
+            .filter(is_given)
             .map(|f| f.name().to_owned())
             .collect();
         if named.len() > 1 {

@@ -178,7 +178,7 @@ fn parse_name(name: &str) -> Result<(&str, CheckpointRef), Status> {
             "name",
             format!(
                 "is {}: it must look like trainingJobs/ID/checkpoints/STEP, \
-                 with latest or best for STEP",
+                 where STEP is a number, latest or best",
                 quoted(name)
             ),
         )

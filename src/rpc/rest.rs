@@ -3,8 +3,8 @@
 //!
 //! [`RestService`] turns an HTTP request into the gRPC call of the same method and hands it to the
 //! layers below, so that authentication, limits, deadlines, metrics and the audit log are those of
-//! gRPC. There are no routes in the code: `routes` reads the annotations. `openai` answers OpenAI's
-//! paths in the same way.
+//! gRPC. REST's routes are not in the code: `routes` reads the annotations. `openai` has the few
+//! paths of OpenAI's API, and answers them by gRPC calls, too.
 
 mod answer;
 mod hosts;
@@ -136,9 +136,9 @@ where
                 Ok(Plan::OpenAi(call, timeout)) => {
                     let path = call.endpoint.grpc_path();
                     let (head, body) = request.into_parts();
-                    let (message, answering) = call.into_message(body);
+                    let (message, converter) = call.into_message(body);
                     let response = inner.call(grpc_call(head, path, timeout, message)).await?;
-                    Ok(answering.convert(response).await)
+                    Ok(converter.convert(response).await)
                 }
                 Ok(Plan::Document(document)) => {
                     Ok(answer::json(StatusCode::OK, document.as_bytes()))
@@ -310,7 +310,10 @@ fn plan(request: &Request<Body>, layer: &RestLayer, max_body: usize) -> Result<P
         Lookup::NoPath => return Err(no_path(path)),
     };
     let is_json = match route.body {
-        BodyFields::None => check_no_body(headers)?,
+        BodyFields::None => {
+            let remedy = "this method takes its fields as parameters of the query";
+            check_no_body(headers, remedy)?
+        }
         _ => check_body(headers)?,
     };
     let bindings = route
@@ -354,7 +357,7 @@ fn plan_openai(request: &Request<Body>, path: &str, max_body: usize) -> Result<P
     }
     let is_json = match endpoint.has_body() {
         true => check_body(headers)?,
-        false => check_no_body(headers)?,
+        false => check_no_body(headers, "leave it out")?,
     };
     let call = OpenAiCall {
         endpoint,
@@ -441,15 +444,13 @@ fn check_origin(request: &Request<Body>) -> Result<(), Refused> {
 }
 
 /// Checks that a request has no body. Returns false: the headers do not say that it is JSON.
-fn check_no_body(headers: &HeaderMap) -> Result<bool, Refused> {
+/// `remedy` ends the error.
+fn check_no_body(headers: &HeaderMap, remedy: &str) -> Result<bool, Refused> {
     let length = headers.get(header::CONTENT_LENGTH);
     let has_body =
         length.is_some_and(|v| v != "0") || headers.contains_key(header::TRANSFER_ENCODING);
     match has_body {
-        true => Err(bad(
-            "body",
-            "is not accepted: this method takes its fields as parameters of the query",
-        )),
+        true => Err(bad("body", format!("is not accepted: {remedy}"))),
         false => Ok(false),
     }
 }
@@ -514,7 +515,8 @@ fn timeout(headers: &HeaderMap) -> Result<Option<HeaderValue>, Refused> {
     let seconds = value.to_str().ok().and_then(|v| v.parse::<f64>().ok());
     let limit = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok());
     let limit = limit.filter(|limit| !limit.is_zero());
-    let limit = limit.ok_or_else(|| bad("x-server-timeout", "must be a number of seconds"))?;
+    let problem = "must be a number of seconds above 0";
+    let limit = limit.ok_or_else(|| bad("x-server-timeout", problem))?;
     // The gRPC protocol allows at most eight digits.
     let millis = limit.as_millis().clamp(1, 99_999_999);
     Ok(HeaderValue::from_str(&format!("{millis}m")).ok())

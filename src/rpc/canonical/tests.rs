@@ -229,6 +229,10 @@ eval_dataset: datasets/x
             "evaluation has eval_dataset and eval_fraction: only one of them is accepted",
         ]
     );
+    assert_eq!(
+        errors("evalFraction: 0.1\nevalDataset: datasets/x"),
+        ["evaluation has eval_dataset and eval_fraction: only one of them is accepted"]
+    );
     let list = from_yaml::<pb::TrainingJob>("- a").unwrap_err().to_string();
     assert!(
         list.starts_with("TrainingJob is a list: it must be an object"),

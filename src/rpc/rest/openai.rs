@@ -16,10 +16,10 @@ use prost::Message as _;
 use tonic::Status;
 use tonic::body::Body;
 
-use self::answer::Answering;
+use self::answer::AnswerConverter;
 pub use self::answer::error;
 pub use self::endpoint::Endpoint;
-use self::request::Asked;
+use self::request::AnswerOptions;
 use super::request::{LateBody, converted, framed, read_body};
 use crate::rpc::pb;
 
@@ -41,17 +41,17 @@ pub struct OpenAiCall {
 
 impl OpenAiCall {
     /// Returns the body of the gRPC call, and what converts the call's answer.
-    pub fn into_message(self, body: Body) -> (LateBody, Answering) {
+    pub fn into_message(self, body: Body) -> (LateBody, AnswerConverter) {
         let asked = Arc::new(OnceLock::new());
-        let answering = Answering {
+        let converter = AnswerConverter {
             endpoint: self.endpoint.clone(),
             asked: Arc::clone(&asked),
         };
-        (LateBody::reading(self.read(body, asked)), answering)
+        (LateBody::reading(self.read(body, asked)), converter)
     }
 
     /// Reads the body and returns the message of the call, framed as gRPC sends it.
-    async fn read(self, body: Body, asked: Arc<OnceLock<Asked>>) -> Result<Bytes, Status> {
+    async fn read(self, body: Body, asked: Arc<OnceLock<AnswerOptions>>) -> Result<Bytes, Status> {
         let is_chat = match self.endpoint {
             Endpoint::Models => {
                 return Ok(framed(&pb::ListModelsRequest {}.encode_to_vec()));

@@ -417,16 +417,18 @@ fn set_binding(
             false => field.name().to_owned(),
         };
         if names.peek().is_none() {
-            match object.get(&key) {
-                Some(Value::String(other)) if other != text && !other.is_empty() => wrong.push(
+            let other = match object.get(&key) {
+                None | Some(Value::Null) => None,
+                Some(Value::String(other)) if other.is_empty() || other == text => None,
+                Some(Value::String(other)) => Some(quoted(other)),
+                Some(other) => Some(shortened(&other.to_string(), 100)),
+            };
+            match other {
+                Some(other) => wrong.push(
                     path,
-                    format!(
-                        "is {} in the body and {} in the path",
-                        quoted(other),
-                        quoted(text)
-                    ),
+                    format!("is {other} in the body and {} in the path", quoted(text)),
                 ),
-                _ => {
+                None => {
                     object.insert(key, Value::String(text.to_owned()));
                 }
             }

@@ -154,13 +154,9 @@ impl JobEstimator {
         }
         if let (true, Some(pair)) = (groups.is_empty(), pairs.first()) {
             // No pair fits into a scored row. The speed does not depend on the text.
-            let ids = [&pair.prompt[..], &pair.chosen, &pair.rejected].concat();
-            let (prompt, completion) = ids[..limit].split_at(1);
-            tokens = limit;
-            groups.push(SequenceGroup {
-                prompt: prompt.to_vec(),
-                completions: vec![completion.to_vec()],
-            });
+            let group = beginning(pair, limit);
+            tokens = group.tokens();
+            groups.push(group);
         }
         let weights = WeightsRef::Base {
             model: model.to_owned(),
@@ -170,5 +166,42 @@ impl JobEstimator {
             .score(&weights, None, ScoreItem { groups })
             .await?;
         Ok(start.elapsed().as_secs_f64() / tokens.max(1) as f64)
+    }
+}
+
+/// Returns the first `limit` tokens of a pair as one text, or all of them if there are fewer. A pair
+/// may have fewer than its packed row, which may hold two prompts. `limit` is at least 2.
+fn beginning(pair: &EncodedPair, limit: usize) -> SequenceGroup {
+    let mut prompt = [&pair.prompt[..], &pair.chosen, &pair.rejected].concat();
+    prompt.truncate(limit);
+    let completion = prompt.split_off(1);
+    SequenceGroup {
+        prompt,
+        completions: vec![completion],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pair_with_two_prompts_may_have_fewer_tokens_than_the_limit() {
+        let pair = EncodedPair {
+            row: 1,
+            id: None,
+            weight: 1.0,
+            prompt: vec![1; 30],
+            chosen: vec![2; 10],
+            rejected_prompt: Some(vec![1; 35]),
+            rejected: vec![3; 5],
+            chosen_truncated: true,
+            rejected_truncated: true,
+            logged: None,
+        };
+        assert_eq!(pair.packed_tokens(), 80);
+        let whole = beginning(&pair, 64);
+        assert_eq!((whole.prompt.len(), whole.tokens()), (1, 45));
+        assert_eq!(beginning(&pair, 2).tokens(), 2);
     }
 }

@@ -268,6 +268,7 @@ impl Store {
             let step = newest.unwrap_or(0);
             let reached = job.progress.step as i64;
             let reclaims = if reached > before { 1 } else { reclaims + 1 };
+            let farthest = reached.max(before);
             let changed = self
                 .apply(&mut tx, job, |job| {
                     let from = job.state;
@@ -275,7 +276,7 @@ impl Store {
                         JobState::Preparing | JobState::Running if reclaims > MAX_RECLAIMS => {
                             let message = format!(
                                 "its worker died {reclaims} times without progress beyond step \
-                                 {reached}: the job may need more memory than there is"
+                                 {farthest}: the job may need more memory than there is"
                             );
                             job.error = Some(JobError {
                                 reason: Reason::WorkerLost.into(),
@@ -310,7 +311,7 @@ impl Store {
                  WHERE id = $3";
             sqlx::query(revoke_lease)
                 .bind(reclaims)
-                .bind(reached.max(before))
+                .bind(farthest)
                 .bind(&id)
                 .execute(&mut *tx)
                 .await?;

@@ -174,6 +174,28 @@ async fn expired_jobs_are_listed_page_by_page_though_none_of_them_is_deleted() {
     assert_eq!((all.len(), after), (6, ExpiredPosition::default()));
 }
 
+#[tokio::test]
+async fn a_job_that_kills_its_workers_fails_with_the_farthest_step() {
+    let (_dir, store) = open().await;
+    insert(&store, &job("j", request(0)), None).await;
+    // An earlier run reached step 50. The last one continued from a checkpoint before it.
+    run(
+        &store,
+        "UPDATE jobs SET state = 'running', progress = json_set(progress, '$.step', 42), \
+         reclaims = 5, reclaim_step = 50 WHERE id = 'j'",
+    )
+    .await;
+    let reclaimed = store.reclaim(true).await.unwrap();
+    assert_eq!(reclaimed[0].0.state, JobState::Failed);
+    let error = reclaimed[0].0.error.as_ref().unwrap();
+    assert_eq!(error.reason, Reason::WorkerLost);
+    assert!(
+        error.message.contains("beyond step 50"),
+        "{}",
+        error.message
+    );
+}
+
 // ---- jobs written by another version
 
 /// Returns a request in which every optional part is present.

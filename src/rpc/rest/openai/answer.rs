@@ -12,39 +12,47 @@ use tonic::codegen::http::{HeaderMap, Response, StatusCode};
 use tonic_types::StatusExt as _;
 
 use super::endpoint::Endpoint;
-use super::request::Asked;
+use super::request::AnswerOptions;
 use crate::rpc::client::field_violations;
 use crate::rpc::pb;
 use crate::rpc::rest::answer::{self, StreamText, conversion};
+use crate::rpc::rest::request::MAX_INLINE;
 
 /// Names of the gRPC request's fields, and those of OpenAI's parameters.
-const PARAMETERS: [(&str, &str); 6] = [
+const PARAMETERS: [(&str, &str); 7] = [
     ("policy", "model"),
     ("samples", "n"),
     ("prompt.chat.messages", "messages"),
     ("prompt.chat", "messages"),
     ("prompt.plain", "prompt"),
     ("tools_json", "tools"),
+    ("chat_template_kwargs_json", "chat_template_kwargs"),
 ];
 
 /// Converts the answer of a call. It knows the request once the gRPC service has read it.
 #[derive(Debug)]
-pub struct Answering {
+pub struct AnswerConverter {
     /// The method.
     pub endpoint: Endpoint,
     /// The request.
-    pub asked: Arc<OnceLock<Asked>>,
+    pub asked: Arc<OnceLock<AnswerOptions>>,
 }
 
-/// Returns an error in OpenAI's form.
+/// Returns an error in OpenAI's form, for a request that is refused before its body is read.
 pub fn error(http: StatusCode, status: &Status) -> Response<Body> {
-    answer::error_with(http, status, error_json(http, status).to_string().into())
+    error_of(http, status, false)
 }
 
-fn error_json(http: StatusCode, status: &Status) -> Value {
+/// Returns an error in OpenAI's form. `is_chat` is true if the request continues a chat.
+fn error_of(http: StatusCode, status: &Status, is_chat: bool) -> Response<Body> {
+    let body = error_json(http, status, is_chat).to_string();
+    answer::error_with(http, status, body.into())
+}
+
+fn error_json(http: StatusCode, status: &Status, is_chat: bool) -> Value {
     let wrong: Vec<_> = field_violations(status)
         .into_iter()
-        .map(|(field, problem)| (parameter(&field), problem))
+        .map(|(field, problem)| (parameter(&field, is_chat), problem))
         .collect();
     let message = match wrong.is_empty() {
         true => status.message().to_owned(),
@@ -72,7 +80,13 @@ fn error_json(http: StatusCode, status: &Status) -> Value {
 }
 
 /// Returns the name of the parameter that a field of the gRPC request comes from.
-fn parameter(field: &str) -> String {
+fn parameter(field: &str, is_chat: bool) -> String {
+    // The prompt of a chat as a whole, e.g. one that is too long.
+    if is_chat && field == "prompt" {
+        return "messages".to_owned();
+    }
+    // A message is sent as JSON in this field, which OpenAI's messages do not have.
+    let field = field.strip_suffix(".fields_json").unwrap_or(field);
     let of = |(from, to): &(&str, &str)| {
         let rest = field.strip_prefix(from)?;
         let ends = rest.is_empty() || rest.starts_with(['.', '[']);
@@ -82,39 +96,56 @@ fn parameter(field: &str) -> String {
     name.unwrap_or_else(|| field.to_owned())
 }
 
-impl Answering {
+impl AnswerConverter {
     /// Converts the answer of the gRPC call.
     pub async fn convert(self, response: Response<Body>) -> Response<Body> {
         let (head, body) = response.into_parts();
         let converted = match answer::failure(&head.headers) {
-            Some(status) => error(answer::http_status(&status, &head.headers), &status),
+            Some(status) => {
+                let http = answer::http_status(&status, &head.headers);
+                error_of(http, &status, self.endpoint == Endpoint::Chat)
+            }
             None => self.answer(body).await,
         };
         answer::with_headers(converted, head.headers)
     }
 
     async fn answer(self, body: Body) -> Response<Body> {
-        let asked = self.asked.get();
-        if let Some(asked) = asked.filter(|asked| asked.streams) {
+        let is_chat = self.endpoint == Endpoint::Chat;
+        let asked = self.asked.get().cloned();
+        if let Some(asked) = asked.clone().filter(|asked| asked.streams) {
             let text = Chunks {
-                asked: asked.clone(),
+                asked,
                 has_begun: Arc::new(AtomicBool::new(false)),
             };
             return answer::event_stream(body, text);
         }
         let data = match answer::read_all(body).await {
             Ok(data) => data,
-            Err((http, status)) => return error(http, &status),
+            Err((http, status)) => return error_of(http, &status, is_chat),
         };
-        let value = match (&self.endpoint, asked) {
-            (Endpoint::Models, _) => models(data),
-            (Endpoint::Model(_), _) => one(data).map(|model| model_json(&model)),
-            (_, Some(asked)) => whole(data, asked),
-            (_, None) => Err(conversion("the request was not read")),
+        let is_small = data.len() <= MAX_INLINE;
+        let convert = move || {
+            let value = match (self.endpoint, asked) {
+                (Endpoint::Models, _) => models(data),
+                (Endpoint::Model(_), _) => one(data).map(|model| model_json(&model)),
+                (_, Some(asked)) => whole(data, &asked),
+                (_, None) => Err(conversion("the request was not read")),
+            };
+            value.map(|value| value.to_string())
         };
-        match value {
-            Ok(value) => answer::json(StatusCode::OK, value.to_string()),
-            Err(status) => error(answer::http_status(&status, &HeaderMap::new()), &status),
+        let text = match is_small {
+            true => convert(),
+            false => tokio::task::spawn_blocking(convert)
+                .await
+                .unwrap_or_else(|e| Err(conversion(e))),
+        };
+        match text {
+            Ok(text) => answer::json(StatusCode::OK, text),
+            Err(status) => {
+                let http = answer::http_status(&status, &HeaderMap::new());
+                error_of(http, &status, is_chat)
+            }
         }
     }
 }
@@ -150,7 +181,7 @@ struct Sample {
 }
 
 /// Returns the answer to a request that does not stream.
-fn whole(mut data: BytesMut, asked: &Asked) -> Result<Value, Status> {
+fn whole(mut data: BytesMut, asked: &AnswerOptions) -> Result<Value, Status> {
     let mut samples = vec![Sample::default(); asked.samples.max(1) as usize];
     let (mut usage, mut version) = (None, String::new());
     while let Some(message) = answer::take_message(&mut data) {
@@ -192,7 +223,7 @@ fn whole(mut data: BytesMut, asked: &Asked) -> Result<Value, Status> {
     Ok(value)
 }
 
-fn envelope(asked: &Asked, object: &str, choices: Vec<Value>, version: &str) -> Value {
+fn envelope(asked: &AnswerOptions, object: &str, choices: Vec<Value>, version: &str) -> Value {
     json!({
         "id": asked.id,
         "object": object,
@@ -223,7 +254,7 @@ fn finish(delta: &pb::CompletionDelta) -> Option<&'static str> {
 /// Turns the messages of GenerateCompletions into OpenAI's chunks.
 #[derive(Clone)]
 struct Chunks {
-    asked: Asked,
+    asked: AnswerOptions,
     /// True once the role of the answers has been sent.
     has_begun: Arc<AtomicBool>,
 }
@@ -308,7 +339,7 @@ impl StreamText for Chunks {
         };
         let http = answer::http_status(&status, &HeaderMap::new());
         let mut text = Vec::new();
-        event(&mut text, &error_json(http, &status));
+        event(&mut text, &error_json(http, &status, self.asked.is_chat));
         Some(text)
     }
 }

@@ -27,7 +27,7 @@ const MAX_REPEATED: usize = 60;
 
 /// The parts of a request that its answer needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Asked {
+pub struct AnswerOptions {
     /// True for a chat.
     pub is_chat: bool,
     /// Identifies the answer.
@@ -51,7 +51,7 @@ pub struct Asked {
 pub fn generation(
     is_chat: bool,
     text: &[u8],
-) -> Result<(pb::GenerateCompletionsRequest, Asked), ServiceError> {
+) -> Result<(pb::GenerateCompletionsRequest, AnswerOptions), ServiceError> {
     let Value::Object(given) = parse(text)? else {
         return Err(ServiceError::invalid("body", "must be a JSON object"));
     };
@@ -69,16 +69,13 @@ pub fn generation(
         false => fields.prompt(),
     };
     let samples = fields.number("n").unwrap_or(1);
-    let mut max_tokens = fields.number("max_tokens");
-    if is_chat && let Some(max) = fields.number("max_completion_tokens") {
+    let mut max_tokens = fields.limit("max_tokens");
+    if is_chat && let Some(max) = fields.limit("max_completion_tokens") {
         if max_tokens.is_some_and(|other| other != max) {
             let problem = "differs from max_tokens: give one of them";
             fields.bad.push("max_completion_tokens", problem);
         }
         max_tokens = Some(max);
-    }
-    if max_tokens == Some(0) {
-        fields.bad.push("max_tokens", "is 0: it must be at least 1");
     }
     let streams = fields.flag("stream").unwrap_or(false);
     let includes_usage = fields.stream_options(streams);
@@ -106,7 +103,7 @@ pub fn generation(
             false => String::new(),
         },
     };
-    let asked = Asked {
+    let asked = AnswerOptions {
         is_chat,
         id: format!(
             "{}-{}",
@@ -174,13 +171,21 @@ impl CompletionParameters {
     }
 
     fn number(&mut self, name: &str) -> Option<u32> {
-        self.take(name, "a whole number, at least 0", |v| {
+        self.take(name, "a whole number from 0 to 4294967295", |v| {
             u32::try_from(v.as_u64()?).ok()
         })
     }
 
+    /// Takes a maximum number of tokens.
+    fn limit(&mut self, name: &str) -> Option<u32> {
+        self.take(name, "a whole number from 1 to 4294967295", |v| {
+            u32::try_from(v.as_u64()?).ok().filter(|limit| *limit > 0)
+        })
+    }
+
     fn seed(&mut self) -> Option<u64> {
-        self.take("seed", "a whole number, at least 0", Value::as_u64)
+        let expected = "a whole number from 0 to 18446744073709551615";
+        self.take("seed", expected, Value::as_u64)
     }
 
     fn json(&mut self, name: &str) -> String {

@@ -157,8 +157,13 @@ fn parameters_fill_fields_of_every_kind() {
 fn the_path_and_the_body_must_agree() {
     let update = parts(Method::PATCH, "/v1/trainingJobs/x");
     let _: pb::UpdateTrainingJobRequest = read_as(&update, r#"{"name": "trainingJobs/x"}"#);
-    let wrong = refused(&update, r#"{"name": "trainingJobs/y"}"#);
-    assert_eq!(wrong[0].0, "training_job.name");
+    let _: pb::UpdateTrainingJobRequest = read_as(&update, r#"{"name": null}"#);
+    for other in [r#"{"name": "trainingJobs/y"}"#, r#"{"name": 7}"#] {
+        let wrong = refused(&update, other);
+        assert_eq!(wrong[0].0, "training_job.name", "{other}");
+        let says = "in the body and \"trainingJobs/x\" in the path";
+        assert!(wrong[0].1.ends_with(says), "{other}: {wrong:?}");
+    }
     let pause = parts(Method::POST, "/v1/trainingJobs/x:pause");
     let request: pb::PauseTrainingJobRequest = read_as(&pause, "");
     assert_eq!(request.name, "trainingJobs/x");

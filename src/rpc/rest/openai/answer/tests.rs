@@ -1,12 +1,12 @@
 use tonic::Code;
 
 use super::*;
-use crate::rpc::rest::request::framed;
+use crate::rpc::rest::request::{LateBody, framed};
 use crate::rpc::status::status;
 use crate::service::error::ServiceError;
 
-fn asked(is_chat: bool) -> Asked {
-    Asked {
+fn asked(is_chat: bool) -> AnswerOptions {
+    AnswerOptions {
         is_chat,
         id: "id".into(),
         created: 5,
@@ -81,6 +81,29 @@ fn a_whole_answer_has_every_sample() {
     assert!(whole(data, &asked(true)).is_err());
 }
 
+#[tokio::test]
+async fn a_large_answer_is_whole() {
+    let [_, mut response] = responses();
+    response.deltas[0].text = "x".repeat(MAX_INLINE);
+    let data = framed(&response.encode_to_vec());
+    let options = AnswerOptions {
+        streams: false,
+        ..asked(false)
+    };
+    let converter = AnswerConverter {
+        endpoint: Endpoint::Text,
+        asked: Arc::new(OnceLock::from(options)),
+    };
+    let body = Body::new(LateBody::reading(std::future::ready(Ok(data))));
+    let answered = converter.convert(Response::new(body)).await;
+    assert_eq!(answered.status(), StatusCode::OK);
+    let text = answer::read_all(answered.into_body()).await.unwrap();
+    let value: Value = serde_json::from_slice(&text).unwrap();
+    let text = value["choices"][1]["text"].as_str().unwrap();
+    assert_eq!(text.len(), MAX_INLINE);
+    assert_eq!(value["choices"][1]["finish_reason"], "stop");
+}
+
 #[test]
 fn a_chat_is_streamed_in_chunks() {
     let chunks = Chunks {
@@ -112,14 +135,19 @@ fn errors_name_the_parameters_of_the_request() {
     let mut bad = crate::domain::violation::Violations::default();
     bad.push("policy", "is \"x\"");
     bad.push("prompt.chat.messages[0].role", "is missing");
+    bad.push("prompt.chat.messages[1].fields_json", "is a string");
+    bad.push("prompt", "is too long");
     bad.push("tools_json", "is no list");
+    bad.push("chat_template_kwargs_json", "has the key \"tools\"");
     let status = status(ServiceError::InvalidArgument(bad));
     assert_eq!(status.code(), Code::InvalidArgument);
-    let error = &error_json(StatusCode::BAD_REQUEST, &status)["error"];
+    let error = &error_json(StatusCode::BAD_REQUEST, &status, true)["error"];
     assert_eq!(
         error["message"],
-        "model is \"x\"; messages[0].role is missing; tools is no list"
+        "model is \"x\"; messages[0].role is missing; messages[1] is a string; \
+         messages is too long; tools is no list; chat_template_kwargs has the key \"tools\""
     );
+    assert_eq!(parameter("prompt", false), "prompt");
     assert_eq!(error["param"], "model");
     assert_eq!(error["type"], "invalid_request_error");
     let chunks = Chunks {

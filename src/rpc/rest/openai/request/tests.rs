@@ -2,7 +2,7 @@ use serde_json::json;
 
 use super::*;
 
-fn read(is_chat: bool, body: &Value) -> (pb::GenerateCompletionsRequest, Asked) {
+fn read(is_chat: bool, body: &Value) -> (pb::GenerateCompletionsRequest, AnswerOptions) {
     generation(is_chat, body.to_string().as_bytes()).unwrap()
 }
 
@@ -71,7 +71,7 @@ fn a_chat_becomes_a_call() {
 }
 
 #[test]
-fn defaults_are_those_of_openai() {
+fn a_text_has_openais_limit_of_tokens_and_a_chat_that_of_the_service() {
     let (call, asked) = read(false, &json!({"model": "models/tiny", "prompt": ["Hi"]}));
     let form = call.prompt.unwrap().form;
     assert_eq!(form, Some(pb::text::Form::Plain("Hi".into())));
@@ -128,6 +128,10 @@ fn every_wrong_parameter_is_named() {
         "{found:?}"
     );
     assert!(found[1].1.contains("ScoreCompletions"), "{found:?}");
+    let no_tokens = json!({"model": "tiny", "messages": [], "max_completion_tokens": 0});
+    let found = refused(true, &no_tokens);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].0, "max_completion_tokens");
     for text in ["[]", "{", "3"] {
         assert!(generation(true, text.as_bytes()).is_err(), "{text}");
     }
