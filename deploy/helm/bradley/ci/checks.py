@@ -514,6 +514,9 @@ def references(name, found):
         if "pre-install" in hook["metadata"].get("annotations", {}).get("helm.sh/hook", ""):
             used = re.findall(r'"(?:configMapRef|secretRef|secretKeyRef)": \{"name": "([^"]+)"|"(?:secretName|serviceAccountName)": "([^"]+)"', json.dumps(hook["spec"]))
             must(not own & {name for pair in used for name in pair}, "a hook uses what does not exist yet")
+            # The hook's server has the memory limit of the release's, so it needs the same precision.
+            loads = {variable["name"]: variable.get("value") for variable in hook["spec"]["template"]["spec"]["initContainers"][0]["env"]}
+            must(loads.get("BRADLEY_PRECISION") == config.get("BRADLEY_PRECISION"), "a hook loads the models in another precision")
     # Files that settings name are mounted.
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     mounted = {f"{mounts[volume['name']]}/{item['path']}" for volume in pod["volumes"] for item in volume.get("secret", {}).get("items", [])}
