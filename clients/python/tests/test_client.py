@@ -324,9 +324,17 @@ def test_scores_are_those_of_every_way(client: Client, policy: str) -> None:
 
 def test_many_pairs_are_several_calls(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bradley.calls.PAIRS_PER_CALL", 16)
-    many = PLAIN_ROWS
-    whole = client.score_pairs(many, "tiny")
-    assert [r.id for r in whole.results] == [row["id"] for row in many]
+    send = client._scoring.ScorePairs
+    sizes: list[int] = []
+
+    def counted(request: Any, **settings: Any) -> Any:
+        sizes.append(len(request.pairs))
+        return send(request, **settings)
+
+    monkeypatch.setattr(client._scoring, "ScorePairs", counted)
+    whole = client.score_pairs(PLAIN_ROWS, "tiny")
+    assert sizes == [16, 16, 8]
+    assert [r.id for r in whole.results] == [row["id"] for row in PLAIN_ROWS]
     assert whole.warnings, "the base model is its own reference"
     assert len(set(whole.warnings)) == len(whole.warnings)
 

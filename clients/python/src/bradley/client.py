@@ -64,7 +64,8 @@ class Client:
         replicas (calls go to each of them in turn, over TLS if `ca` or `cert` is given); by default
         BRADLEY_SERVER, or http://127.0.0.1:50051. `token` is the token, or a function that returns
         it for each call; by default BRADLEY_TOKEN. `ca`, `cert` and `key` are paths, or contents
-        (as bytes), in PEM format.
+        (as bytes), in PEM format; for https:// they are by default the files that
+        BRADLEY_TLS_SERVER_CA, BRADLEY_TLS_CLIENT_CERT and BRADLEY_TLS_CLIENT_KEY name.
 
         `timeout` is the time of a call with its retries, in seconds, `scoring_timeout` that of
         scoring, uploads, estimates and exports, and `connect_timeout` the time after which a server

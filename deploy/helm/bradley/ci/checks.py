@@ -484,8 +484,14 @@ def references(name, found):
             must(context["capabilities"] == {"drop": ["ALL"]}, "a container has capabilities")
             must({mount["name"] for mount in part.get("volumeMounts", [])} <= volumes, "a volume that is mounted does not exist")
             must("command" not in part, "the image's entry point is replaced")
-    # The registry that a parent chart sets wins, and its pull secrets come first.
     values = values_of(name)
+    # A Job that loads models itself has the hub's token, as the server has.
+    for part in [job["containers"][0] for job in jobs]:
+        if "--models" in part.get("args", []) and values.get("huggingface", {}).get("token"):
+            tokens = [variable["valueFrom"] for variable in part["env"] if variable["name"] == "HF_TOKEN"]
+            own_secret = {"secretKeyRef": {"name": workload["metadata"]["name"], "key": "HF_TOKEN"}}
+            must(tokens == [own_secret], "a Job that loads models lacks the hub's token")
+    # The registry that a parent chart sets wins, and its pull secrets come first.
     registry = values.get("global", {}).get("imageRegistry") or values.get("image", {}).get("registry")
     repository = values.get("image", {}).get("repository", "bradley")
     must(re.split("[:@]", container["image"])[0] == (f"{registry}/{repository}" if registry else repository), "the image has another registry")
@@ -508,6 +514,9 @@ def references(name, found):
         if "pre-install" in hook["metadata"].get("annotations", {}).get("helm.sh/hook", ""):
             used = re.findall(r'"(?:configMapRef|secretRef|secretKeyRef)": \{"name": "([^"]+)"|"(?:secretName|serviceAccountName)": "([^"]+)"', json.dumps(hook["spec"]))
             must(not own & {name for pair in used for name in pair}, "a hook uses what does not exist yet")
+            # The hook's server has the memory limit of the release's, so it needs the same precision.
+            loads = {variable["name"]: variable.get("value") for variable in hook["spec"]["template"]["spec"]["initContainers"][0]["env"]}
+            must(loads.get("BRADLEY_PRECISION") == config.get("BRADLEY_PRECISION"), "a hook loads the models in another precision")
     # Files that settings name are mounted.
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     mounted = {f"{mounts[volume['name']]}/{item['path']}" for volume in pod["volumes"] for item in volume.get("secret", {}).get("items", [])}
