@@ -1051,7 +1051,7 @@ pub struct MetricsArgs {
     #[command(flatten)]
     pub named: NamedArgs,
     /// A file to write to instead of standard output. Its extension is the format unless --format
-    /// is given: .csv, .json or .yaml; any other is CSV.
+    /// is given: .csv, .json, .yaml or .yml; any other is CSV.
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
     /// Use only events after this sequence number, for jobs whose first events have been deleted.
