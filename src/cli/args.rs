@@ -1001,8 +1001,9 @@ pub struct NamedArgs {
     /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// The resource's name. The prefix, such as trainingJobs/, may be left out; the beginning of an
-    /// ID suffices if no other ID begins so, and @last is your own newest resource.
+    /// The resource's name. The prefix, such as trainingJobs/, may be left out. The beginning of an
+    /// ID, at least 4 characters, suffices if no other ID begins so. @last is your own newest job or
+    /// dataset.
     pub name: String,
 }
 
