@@ -433,7 +433,7 @@ async fn check_running_server(
             report.add(
                 name,
                 CheckStatus::Ok,
-                "no server runs there; --address names another one",
+                "no server answers there; --address names another one",
             );
         }
         Ok(Err(failure)) => {
