@@ -659,8 +659,9 @@ pub struct ScoreArgs {
     /// How the files are read.
     #[command(flatten)]
     pub reading: DataArgs,
-    /// Do not fail because of rows that cannot be read or scored, e.g. because they are too long.
-    /// They have an error in place of a score with and without this flag.
+    /// Do not fail because of rows that cannot be read or scored, e.g. because they are too long,
+    /// unless no row has a score. They have an error in place of a score with and without this
+    /// flag.
     #[arg(long)]
     pub skip_bad_rows: bool,
     /// Policy, reference and options of the rewards.
@@ -867,8 +868,8 @@ pub struct EvaluateArgs {
     /// answer, with which the margins are compared. Default: score_chosen,score_rejected.
     #[arg(long, value_name = "CHOSEN,REJECTED", help_heading = "Data")]
     pub score_columns: Option<String>,
-    /// Do not fail because of rows that cannot be read or scored. They are in no figure with and
-    /// without this flag.
+    /// Do not fail because of rows that cannot be read or scored, unless no row has a score. They
+    /// are in no figure with and without this flag.
     #[arg(long, help_heading = "Data")]
     pub skip_bad_rows: bool,
     /// Policy, reference and options of the rewards.
@@ -1002,8 +1003,8 @@ pub struct NamedArgs {
     #[command(flatten)]
     pub server: ServerArgs,
     /// The resource's name. The prefix, such as trainingJobs/, may be left out. The beginning of an
-    /// ID, at least 4 characters, suffices if no other ID begins so. @last is your own newest job or
-    /// dataset.
+    /// ID, at least 4 characters, suffices if no other ID begins so. @last is your own newest job
+    /// or dataset.
     pub name: String,
 }
 
