@@ -401,8 +401,8 @@ fn ranked(answer: pb::ScoreCompletionsResponse) -> AnswerScores {
     scores
 }
 
-/// Puts the error of an answer into the words of a row and of the flags. The server's message begins
-/// with the field that is wrong: the prompt or the answer.
+/// Puts the error of an answer into the words of a row and of the flags. The server's message
+/// begins with the field that is wrong: the prompt or the answer.
 fn of_answer(at: usize, message: &str) -> String {
     if let Some(about_prompt) = message.strip_prefix("prompt ") {
         return of_row(&format!("pair.prompt {about_prompt}"));
