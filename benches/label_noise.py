@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measures how well `bradley curate` finds flipped labels.
 
-For each file and each share, the labels of that share of the rows are flipped by a seed, and the
-rows are curated through a running server. The script prints the AUC of finding the flipped rows by
-their out-of-fold margin, the share of the flipped rows among the tenth of the rows with the lowest
-margins, and how many of the flipped rows got the verdict `probably_flipped`.
+For each file, share and seed, the labels of that share of the rows are flipped, and the rows are
+curated through a running server. The script prints a line of JSON with the AUC of finding the
+flipped rows by their out-of-fold margin, the share of the flipped rows that are in the tenth of the
+rows with the lowest margins, and the share of them with the verdict `probably_flipped`.
 
     bradley serve --models smollm2=MODEL --data-dir /tmp/label-noise
     python3 benches/label_noise.py --bradley target/release/bradley src/cli/demo/pairs.jsonl …

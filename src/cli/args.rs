@@ -780,8 +780,9 @@ pub struct ScoreArgs {
     /// How the files are read.
     #[command(flatten)]
     pub reading: DataArgs,
-    /// Do not fail because of rows that cannot be read or scored, e.g. because they are too long.
-    /// They have an error in place of a score with and without this flag.
+    /// Do not fail because of rows that cannot be read or scored, e.g. because they are too long,
+    /// unless no row has a score. They have an error in place of a score with and without this
+    /// flag.
     #[arg(long)]
     pub skip_bad_rows: bool,
     /// Policy, reference and options of the rewards.
@@ -988,8 +989,8 @@ pub struct EvaluateArgs {
     /// answer, with which the margins are compared. Default: score_chosen,score_rejected.
     #[arg(long, value_name = "CHOSEN,REJECTED", help_heading = "Data")]
     pub score_columns: Option<String>,
-    /// Do not fail because of rows that cannot be read or scored. They are in no figure with and
-    /// without this flag.
+    /// Do not fail because of rows that cannot be read or scored, unless no row has a score. They
+    /// are in no figure with and without this flag.
     #[arg(long, help_heading = "Data")]
     pub skip_bad_rows: bool,
     /// Policy, reference and options of the rewards.
@@ -1122,8 +1123,9 @@ pub struct NamedArgs {
     /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// The resource's name. The prefix, such as trainingJobs/, may be left out; the beginning of an
-    /// ID suffices if no other ID begins so, and @last is your own newest resource.
+    /// The resource's name. The prefix, such as trainingJobs/, may be left out. The beginning of an
+    /// ID, at least 4 characters, suffices if no other ID begins so. @last is your own newest job
+    /// or dataset.
     pub name: String,
 }
 
@@ -1172,7 +1174,7 @@ pub struct MetricsArgs {
     #[command(flatten)]
     pub named: NamedArgs,
     /// A file to write to instead of standard output. Its extension is the format unless --format
-    /// is given: .csv, .json or .yaml; any other is CSV.
+    /// is given: .csv, .json, .yaml or .yml; any other is CSV.
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
     /// Use only events after this sequence number, for jobs whose first events have been deleted.

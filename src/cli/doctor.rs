@@ -377,8 +377,9 @@ fn port(address: std::net::SocketAddr) -> (CheckStatus, String) {
     }
 }
 
-/// Returns the address at which a server with these settings would be reached from this machine;
-/// `None` with TLS, because the certificate may not have this name.
+/// Returns the address at which a server with these settings would be reached from this machine.
+/// `None` with TLS, because the certificate may not have this name, and for port 0, which stands
+/// for any free one.
 fn own_address(settings: &Settings) -> Option<String> {
     let mut address = settings.listen;
     if address.ip().is_unspecified() {
@@ -390,8 +391,9 @@ fn own_address(settings: &Settings) -> Option<String> {
     (settings.tls.is_none() && address.port() != 0).then(|| format!("http://{address}"))
 }
 
-/// Asks a running server for its health and its models. Without --address and --server, a server
-/// at the address of `listen` is asked if there is one.
+/// Asks a running server for its health and its models. Without --address and --server this is the
+/// server at the address of `listen`, which need not run, or at [`DEFAULT_SERVER`] if the settings
+/// give no such address (see [`own_address`]).
 async fn check_running_server(
     args: &DoctorArgs,
     settings: Option<&Settings>,
@@ -431,7 +433,7 @@ async fn check_running_server(
             report.add(
                 name,
                 CheckStatus::Ok,
-                "no server runs there; --address names another one",
+                "no server answers there; --address names another one",
             );
         }
         Ok(Err(failure)) => {

@@ -506,7 +506,8 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         OPTIMIZER,
         U32,
         "0",
-        "Steps in which the learning rate rises to its peak. Overrides --warmup-ratio.",
+        "Steps in which the learning rate rises to its peak. Overrides --warmup-ratio. Not with \
+         --schedule constant.",
     ),
     flag(
         "warmup-ratio",

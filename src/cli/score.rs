@@ -283,7 +283,7 @@ fn scored(answer: pb::StreamScorePairsResponse) -> Result<Score, String> {
 }
 
 /// Puts the error of a pair into the words of a row and of the flags.
-fn of_row(message: &str) -> String {
+pub(super) fn of_row(message: &str) -> String {
     const FIELDS: [(&str, &str); 3] = [
         ("pair.prompt ", "prompt: "),
         ("pair.a ", "chosen: "),

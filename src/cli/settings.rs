@@ -199,8 +199,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "template_date",
         "",
-        "Date that chat templates print when a model is scored, YYYY-MM-DD; empty means \
-         today. Jobs use the date of their creation",
+        "Date that chat templates print for base models, YYYY-MM-DD; empty means today. Jobs and \
+         their checkpoints have the date of the job's creation",
     ),
     (
         "auth",
@@ -378,7 +378,7 @@ pub struct Settings {
     pub max_scoring_tokens_per_client: Option<usize>,
     /// Folder of the adapters that jobs may start from.
     pub adapter_dir: Option<PathBuf>,
-    /// Date that chat templates print when a model is scored; `None` means today.
+    /// Date that chat templates print for base models; `None` means today.
     pub template_date: Option<jiff::civil::Date>,
     /// True if callers need a bearer token.
     pub tokens: bool,

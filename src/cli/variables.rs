@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn every_setting_and_every_flag_with_a_variable_is_known() {
+    fn the_variables_of_settings_and_of_flags_are_known() {
         let known = known();
         for name in ["BRADLEY_DEVICE", "BRADLEY_TOKEN", "BRADLEY_TLS_SERVER_CA"] {
             assert!(known.iter().any(|other| other == name), "{name}");

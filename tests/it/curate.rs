@@ -285,10 +285,10 @@ async fn every_row_is_written_and_scored_by_the_adapter_that_has_not_seen_it() {
         "{}",
         output[first + 4]
     );
+    let of_prompt = error(first + 4);
     assert!(
-        error(first + 4).contains("max_length"),
-        "{}",
-        error(first + 4)
+        of_prompt.starts_with("prompt: ") && of_prompt.contains("--max-length is "),
+        "{of_prompt}"
     );
     assert_eq!(output[first + 5]["line"], "not json");
     assert_eq!(names(&output[first + 5]), ["error"]);

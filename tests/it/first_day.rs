@@ -152,7 +152,7 @@ fn doctor_asks_the_server_of_its_settings() {
     let free = format!("127.0.0.1:{}", free_port());
     let said = doctor(&free);
     assert!(
-        said.contains(&format!("server http://{free}: no server runs there")),
+        said.contains(&format!("server http://{free}: no server answers there")),
         "{said}"
     );
     let tokens = [

@@ -36,7 +36,7 @@ pub(super) enum FoldResult {
         pair: Option<u32>,
     },
     Failed {
-        /// The server's message.
+        /// The server's message, in the words of the row and of the flags.
         error: String,
     },
 }

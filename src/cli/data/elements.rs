@@ -17,7 +17,8 @@ pub(super) fn read(reader: impl Read + Send + 'static) -> DataRows {
 }
 
 /// ```text
-/// Start => Array | Sequence, Array => End | Ended, Sequence => Ended, End => Ended
+/// Start => Array | Sequence | End, Array => Array | End | Ended,
+/// Sequence => Sequence | Ended, End => Ended
 /// ```
 #[derive(Clone, Copy, PartialEq)]
 enum State {

@@ -155,7 +155,7 @@ fn findings_have_a_line_each_with_their_severity() {
 }
 
 #[test]
-fn tables_fit_their_width_and_only_without_one_have_whole_values() {
+fn tables_fit_their_width_and_have_whole_values_where_there_is_room() {
     let header = ["name", "state", "title"];
     let rows = vec![
         vec![

@@ -50,7 +50,7 @@ const CSV_COLUMNS: [&str; 19] = [
 pub(crate) struct ScoredRow {
     /// Number of the row, from 1 and through all files.
     pub row: u64,
-    /// Number of the pair within the row, from 1, if the row has several rejected answers.
+    /// Number of the pair within the row, from 1, if the row makes several pairs.
     pub pair: Option<u32>,
     /// Id that the row has in the file.
     pub id: Option<String>,

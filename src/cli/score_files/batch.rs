@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use super::fleet::{CallError, Fleet, ScoringAnswer, ScoringCall};
 use super::row::{InputRow, PromptAnswers, RowContent};
 use crate::cli::failure::Failure;
-use crate::cli::score::{pair, text};
+use crate::cli::score::{of_row, pair, text};
 use crate::domain::dataset::Text;
 use crate::rpc::client::{Code, is_transient};
 use crate::rpc::pb;
@@ -301,7 +301,7 @@ async fn pairs(
                     again.push(pair);
                     continue;
                 }
-                Some(pb::pair_result::Result::Error(e)) => RowResult::Error(e.message),
+                Some(pb::pair_result::Result::Error(e)) => RowResult::Error(of_row(&e.message)),
                 None => RowResult::Error("the server sent no result".to_owned()),
             };
             answered.push((place, result));
@@ -395,12 +395,21 @@ fn ranked(answer: pb::ScoreCompletionsResponse) -> AnswerScores {
         };
         scores.rewards.push(reward);
         if let Some(message) = message {
-            scores
-                .error
-                .get_or_insert_with(|| format!("completions[{at}]: {message}"));
+            scores.error.get_or_insert_with(|| of_answer(at, &message));
         }
     }
     scores
+}
+
+/// Puts the error of an answer into the words of a row and of the flags. The server's message
+/// begins with the field that is wrong: the prompt or the answer.
+fn of_answer(at: usize, message: &str) -> String {
+    if let Some(about_prompt) = message.strip_prefix("prompt ") {
+        return of_row(&format!("pair.prompt {about_prompt}"));
+    }
+    let place = format!("completions[{at}]");
+    let named = message.strip_prefix(&format!("{place} "));
+    of_row(&format!("{place}: {}", named.unwrap_or(message)))
 }
 
 #[cfg(test)]
@@ -429,5 +438,23 @@ mod tests {
         let mut sorted = places;
         sorted.sort_unstable();
         assert!(sorted.iter().copied().eq((0..100).chain([101])));
+    }
+
+    #[test]
+    fn the_error_of_an_answer_names_columns_and_flags() {
+        assert_eq!(
+            of_answer(
+                1,
+                "prompt the prompt alone has 9 tokens, max_length is 8: shorten the prompt or \
+                 raise max_length"
+            ),
+            "prompt: the prompt alone has 9 tokens, --max-length is 8: shorten the prompt or raise \
+             --max-length"
+        );
+        assert_eq!(
+            of_answer(1, "completions[1] has no text"),
+            "completions[1]: has no text"
+        );
+        assert_eq!(of_answer(1, "busy"), "completions[1]: busy");
     }
 }

@@ -35,7 +35,7 @@ const WAIT_INTERVAL: Duration = Duration::from_secs(2);
 const MAX_REPETITIONS: u32 = 100;
 /// Number of server failures (exhausted memory, internal errors) of one call after which its
 /// content counts as their reason. If nothing else succeeds meanwhile, the pauses between them add
-/// up to about a minute.
+/// up to about 40 seconds.
 const MAX_SERVER_FAILURES: u32 = 10;
 /// Prefix of names that are resolved to all of their addresses.
 const DNS: &str = "dns:///";
