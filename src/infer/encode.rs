@@ -113,6 +113,16 @@ impl EncodeError {
             EncodeError::PromptFillsMaxLength { .. } | EncodeError::EmptyPrompt => Part::Prompt,
         }
     }
+
+    /// Returns the message without the name of the part, for callers that know it by another name.
+    pub fn problem(&self) -> String {
+        let message = self.to_string();
+        let name = format!("{} ", self.part());
+        match message.strip_prefix(&name) {
+            Some(problem) => problem.to_owned(),
+            None => message,
+        }
+    }
 }
 
 static NO_ARGUMENTS: LazyLock<TemplateArguments> = LazyLock::new(TemplateArguments::default);
@@ -308,21 +318,22 @@ impl<'a> PairEncoder<'a> {
 
     /// Encodes a prompt with N independent answers. Each is encoded as if it were the only one: its
     /// prompt is the longest common prefix of the prompt and this prompt + answer. Returns one
-    /// result per answer. An error that concerns an answer names it as [`Part::Answer`]`(0)`.
+    /// result per answer.
     pub fn encode_completions(
         &self,
         prompt: &Text,
         completions: &[Text],
     ) -> Vec<Result<EncodedCompletion, EncodeError>> {
         let prompt_ids = self.encode_prompt(prompt);
-        let encode = |answer: &Text| -> Result<EncodedCompletion, EncodeError> {
+        let encode = |(i, answer): (usize, &Text)| -> Result<EncodedCompletion, EncodeError> {
+            let at = Part::Answer(i);
             match &prompt_ids {
-                Ok(prompt_ids) => self.encode_alone(prompt, prompt_ids, answer),
+                Ok(prompt_ids) => self.encode_alone(prompt, prompt_ids, at, answer),
                 // The prompt's error cannot be cloned, so it is produced again for each answer.
-                Err(_) => self.encode_alone(prompt, &self.encode_prompt(prompt)?, answer),
+                Err(_) => self.encode_alone(prompt, &self.encode_prompt(prompt)?, at, answer),
             }
         };
-        completions.iter().map(encode).collect()
+        completions.iter().enumerate().map(encode).collect()
     }
 
     /// Encodes a prompt with answers that are compared with each other. As in
@@ -348,9 +359,9 @@ impl<'a> PairEncoder<'a> {
         &self,
         prompt: &Text,
         prompt_ids: &[u32],
+        at: Part,
         answer: &Text,
     ) -> Result<EncodedCompletion, EncodeError> {
-        let at = Part::Answer(0);
         let ids = self.encode_prompt_and_answer(prompt, at, answer)?;
         match common_prefix(prompt_ids, &ids) {
             0 => Err(EncodeError::EmptyPrompt),

@@ -545,7 +545,7 @@ impl ScoringSession {
                             format!("completions[{i}]")
                         }
                     };
-                    errors.push(Some(ServiceError::invalid(field, e.to_string())));
+                    errors.push(Some(ServiceError::invalid(field, e.problem())));
                 }
             }
         }
@@ -809,7 +809,7 @@ impl ReservedPair {
                 Part::Rejected | Part::Answer(_) => "pair.b",
                 Part::Prompt => "pair.prompt",
             };
-            ServiceError::invalid(field, e.to_string())
+            ServiceError::invalid(field, e.problem())
         })?;
         let mut session = session;
         if logged.reference.is_some() {

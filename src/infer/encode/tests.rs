@@ -77,6 +77,11 @@ fn an_error_names_its_part() {
             .part(),
         Part::Chosen
     );
+    let mixed = [plain(" Paris."), chat];
+    let encoded = encoder.encode_completions(&plain("Where?"), &mixed);
+    let e = encoded[1].as_ref().unwrap_err();
+    assert_eq!(e.part(), Part::Answer(1));
+    assert!(e.problem().starts_with("and the prompt must"), "{e}");
     // An error of the prompt is returned for every answer.
     let long = plain(&"Where is it? ".repeat(64));
     let answers = [plain(" Here."), plain(" There.")];

@@ -169,8 +169,8 @@ impl JobEstimator {
     }
 }
 
-/// Returns the first `limit` tokens of a pair as one text, or all of them if there are fewer. A pair
-/// may have fewer than its packed row, which may hold two prompts. `limit` is at least 2.
+/// Returns the first `limit` tokens of a pair as one text, or all if there are fewer. A pair may
+/// have fewer than its packed row, which may hold two prompts. `limit` is at least 2.
 fn beginning(pair: &EncodedPair, limit: usize) -> SequenceGroup {
     let mut prompt = [&pair.prompt[..], &pair.chosen, &pair.rejected].concat();
     prompt.truncate(limit);

@@ -11,7 +11,7 @@ use crate::service::error::ServiceError;
 
 /// Number of tokens of a text completion if the request does not limit them, as in OpenAI's API.
 const DEFAULT_TEXT_TOKENS: u32 = 16;
-/// CompletionParameters that do not change the answer.
+/// Parameters that do not change the answer.
 const WITHOUT_EFFECT: [&str; 8] = [
     "metadata",
     "parallel_tool_calls",
