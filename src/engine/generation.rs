@@ -245,10 +245,6 @@ impl Generator {
     fn sweep(&mut self, policies: &mut PolicyCache) {
         let limits = self.read_limits;
         let is_over = |g: &mut Generating| {
-            if g.entry.is_abandoned() {
-                metrics::counter!("bradley_generation_abandoned_total").increment(1);
-                return true;
-            }
             let stopped = &g.entry.stopped;
             let keeps_on = |s: &OpenSample| {
                 stopped
@@ -256,7 +252,15 @@ impl Generator {
                     .is_none_or(|flag| !flag.load(Ordering::Relaxed))
             };
             g.samples.retain(keeps_on);
-            g.samples.is_empty() || g.unread_for(limits).is_some()
+            // A caller whose samples have all ended closes the channel, too.
+            if g.samples.is_empty() {
+                return true;
+            }
+            if g.entry.is_abandoned() {
+                metrics::counter!("bradley_generation_abandoned_total").increment(1);
+                return true;
+            }
+            g.unread_for(limits).is_some()
         };
         for over in self.generating.extract_if(.., is_over) {
             policies.release_cache(over.bytes);
