@@ -165,3 +165,21 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
         [vec![None; 1], vec![Some(16); 29]].concat()
     );
 }
+
+#[test]
+fn a_flag_of_another_type_is_refused() {
+    for model_type in ["qwen2", "qwen3", "smollm3"] {
+        let text = format!(
+            r#"{{"model_type": "{model_type}", "hidden_size": 64, "vocab_size": 8,
+            "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 4, "use_sliding_window": "yes"}}"#
+        );
+        let error = ModelConfig::from_hf_json(&text, Path::new("config.json"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("'use_sliding_window': is \"yes\"; must be true or false"),
+            "{error}"
+        );
+    }
+}
