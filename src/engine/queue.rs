@@ -947,7 +947,7 @@ mod tests {
             [3]
         );
         assert_eq!(queue.take("b", 100).len(), 1);
-        // The worker of the job also has its moving reference, whatever policy is compared with it.
+        // An item that names the job only as its reference goes to the worker of the job, too.
         let (entry, _waits) = entry(2);
         queue
             .push(Entry {

@@ -87,7 +87,10 @@ fn rotated_dims(fields: &Fields<'_>, key: &str, head_dim: usize) -> Result<usize
     if dims == 0 || !dims.is_multiple_of(2) {
         return Err(fields.invalid(
             name,
-            format!("is {factor}: it rotates {dims} of {head_dim} dimensions; must be even"),
+            format!(
+                "is {factor}: it rotates {dims} of {head_dim} dimensions; their number must be \
+                 even and above 0"
+            ),
         ));
     }
     Ok(dims)
