@@ -53,7 +53,7 @@ pub(super) fn channel_capacity(samples: usize) -> usize {
 /// Maximum time for which the sequences of a request may wait for its caller to read.
 #[derive(Clone, Copy, Debug)]
 struct ReadLimits {
-    /// Maximum time between two reads.
+    /// Maximum time for which the channel may have no room for the next token of each sample.
     pause: Duration,
     /// Maximum sum of the waiting times during which another request waits for room.
     beside_others: Duration,
@@ -241,14 +241,11 @@ impl Generator {
         }
     }
 
-    /// Ends the requests whose callers have left or do not read, and frees their blocks.
+    /// Ends the requests whose samples have all ended and those whose callers have left or do not
+    /// read, and frees their blocks.
     fn sweep(&mut self, policies: &mut PolicyCache) {
         let limits = self.read_limits;
         let is_over = |g: &mut Generating| {
-            if g.entry.is_abandoned() {
-                metrics::counter!("bradley_generation_abandoned_total").increment(1);
-                return true;
-            }
             let stopped = &g.entry.stopped;
             let keeps_on = |s: &OpenSample| {
                 stopped
@@ -256,7 +253,15 @@ impl Generator {
                     .is_none_or(|flag| !flag.load(Ordering::Relaxed))
             };
             g.samples.retain(keeps_on);
-            g.samples.is_empty() || g.unread_for(limits).is_some()
+            // A caller whose samples have all ended closes the channel, too.
+            if g.samples.is_empty() {
+                return true;
+            }
+            if g.entry.is_abandoned() {
+                metrics::counter!("bradley_generation_abandoned_total").increment(1);
+                return true;
+            }
+            g.unread_for(limits).is_some()
         };
         for over in self.generating.extract_if(.., is_over) {
             policies.release_cache(over.bytes);
@@ -525,8 +530,8 @@ impl Generating {
         self.entry.events.capacity() <= self.samples.len()
     }
 
-    /// Returns the time for which it had to wait for its caller, if that is too long and the caller
-    /// has not read since.
+    /// Returns the time for which it had to wait for its caller, if that is too long and the
+    /// channel still has no room for its next tokens.
     fn unread_for(&self, limits: ReadLimits) -> Option<Duration> {
         if !self.is_stalled() {
             return None;

@@ -317,10 +317,10 @@ impl<W: WorkItem> Queue<W> {
         generations.retain(|waiting| !waiting.is_abandoned());
         let oldest = generations
             .iter()
-            .position(|waiting| may_take(workers, waiting.live_job(), job))?;
-        let taken = match fits(&generations[oldest]) {
-            true => generations.remove(oldest),
-            false => None,
+            .position(|waiting| may_take(workers, waiting.live_job(), job));
+        let taken = match oldest {
+            Some(oldest) if fits(&generations[oldest]) => generations.remove(oldest),
+            _ => None,
         };
         report_generations(&inner);
         taken
@@ -575,15 +575,18 @@ fn report<W>(inner: &QueueState<W>) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
     use std::time::Instant;
 
+    use metrics_exporter_prometheus::PrometheusBuilder;
     use opentelemetry::Context;
     use tokio::sync::oneshot;
 
     use super::*;
     use crate::domain::training::TrainingSpec;
-    use crate::engine::api::{ScoreItem, ScoredItem, WeightsRef};
+    use crate::engine::api::{GenerationRequest, ScoreItem, ScoredItem, WeightsRef};
     use crate::engine::entry::Entry;
+    use crate::infer::generate::SamplingOptions;
     use crate::infer::pair::SequenceGroup;
 
     const IDLE: Seeker = Seeker {
@@ -665,6 +668,46 @@ mod tests {
     fn an_item_over_the_limit_is_taken_when_nothing_waits_so_that_it_is_not_refused_for_ever() {
         let queue = Queue::<Entry>::new(10, 1);
         assert!(queue.push(entry(50).0).is_ok());
+    }
+
+    #[test]
+    fn the_gauge_of_waiting_prompts_falls_when_a_caller_leaves() {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let handle = recorder.handle();
+        let assert_gauge = |number: usize| {
+            let text = handle.render();
+            let line = format!("bradley_generation_queue_items {number}\n");
+            assert!(text.contains(&line), "{text}");
+        };
+        metrics::with_local_recorder(&recorder, || {
+            let queue = Queue::<Entry>::new(10, 1);
+            let (events, receiver) = tokio::sync::mpsc::channel(4);
+            let request = GenerationRequest {
+                prompt: vec![1],
+                samples: 1,
+                max_tokens: 1,
+                sampling: SamplingOptions {
+                    temperature: 0.0,
+                    top_p: None,
+                    top_k: None,
+                    seed: 0,
+                },
+                stop_tokens: Vec::new(),
+            };
+            let waiting = GenerationEntry {
+                request,
+                policy: WeightsRef::Base { model: "m".into() },
+                enqueued: Instant::now(),
+                stopped: [AtomicBool::new(false)].into(),
+                events,
+            };
+            queue.push_generation(waiting).unwrap();
+            assert_gauge(1);
+            drop(receiver);
+            let taken = queue.take_generation(None, &|_: &GenerationEntry| true);
+            assert!(taken.is_none());
+            assert_gauge(0);
+        });
     }
 
     #[test]
@@ -904,7 +947,7 @@ mod tests {
             [3]
         );
         assert_eq!(queue.take("b", 100).len(), 1);
-        // The worker of the job also has its moving reference, whatever policy is compared with it.
+        // An item that names the job only as its reference goes to the worker of the job, too.
         let (entry, _waits) = entry(2);
         queue
             .push(Entry {

@@ -58,16 +58,16 @@ pub enum CalibrationProblem {
         "all margins have the same sign, so that no finite temperature is the best: use more pairs"
     )]
     Separable,
-    /// The margins predict the opposite of the labels.
+    /// The margins predict the opposite of the labels, or nothing.
     #[error(
-        "the larger the margin, the less often the chosen answer is preferred, so that no \
-         temperature above 0 is the best: check which answer is the chosen one"
+        "a larger margin does not make it more likely that the chosen answer is preferred, so that \
+         no finite temperature above 0 is the best: check which answer is the chosen one"
     )]
     Reversed,
 }
 
 /// Fits temperature and length coefficient. If the two have no single best values, or if a larger
-/// margin would make a win less likely at the same length difference, the temperature alone is
+/// margin would not make a win more likely at the same length difference, the temperature alone is
 /// fitted, and the coefficient is 0.
 ///
 /// # Errors

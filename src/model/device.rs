@@ -26,7 +26,7 @@ pub enum DeviceChoice {
     Cpu,
     /// The GPU with this ordinal.
     Cuda(usize),
-    /// Every GPU, or the CPU if there is no GPU.
+    /// Every GPU that can be opened, or the CPU if there is none.
     Auto,
 }
 

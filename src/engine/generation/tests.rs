@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::path::Path;
 
+use metrics_exporter_prometheus::PrometheusBuilder;
 use proptest::prelude::*;
 
 use super::*;
@@ -345,6 +346,32 @@ fn a_slow_reader_ends_only_if_another_request_waits_for_room() {
         last(&mut other);
     }
     assert_eq!(device.reserved(), 0);
+}
+
+#[test]
+fn a_caller_has_left_only_if_samples_were_in_progress() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let handle = recorder.handle();
+    metrics::with_local_recorder(&recorder, || {
+        let mut device = Device::new(100);
+        // After a stop text the caller sets the sample's flag and drops the events.
+        for stopped in [true, false] {
+            let (entry, events) = entry(request(3, 2, 50));
+            let flags = entry.stopped.clone();
+            device.waiting.borrow_mut().push_back(entry);
+            device.step();
+            assert!(device.generator.is_active());
+            for flag in flags.iter() {
+                flag.store(stopped, Ordering::Relaxed);
+            }
+            drop(events);
+            device.step();
+            assert!(!device.generator.is_active());
+            let text = handle.render();
+            let is_counted = text.contains("bradley_generation_abandoned_total 1\n");
+            assert_eq!(is_counted, !stopped, "{text}");
+        }
+    });
 }
 
 #[test]

@@ -74,20 +74,21 @@ fn rotated_dims(fields: &Fields<'_>, key: &str, head_dim: usize) -> Result<usize
         return Ok(head_dim);
     }
     let nested = fields.object(key)?;
-    let nested = nested.map(|rope| rope.number(name)).transpose()?.flatten();
-    let factor = match nested {
-        Some(factor) => factor,
-        None => fields.number(name)?.unwrap_or(1.0),
-    };
+    let nested = nested.as_ref().filter(|rope| !rope.is_null(name));
+    let place = nested.unwrap_or(fields);
+    let factor = place.number(name)?.unwrap_or(1.0);
     if !(factor > 0.0 && factor <= 1.0) {
-        return Err(fields.invalid(name, format!("is {factor}; must be above 0 and at most 1")));
+        return Err(place.invalid(name, format!("is {factor}; must be above 0 and at most 1")));
     }
     // Truncated, as in transformers.
     let dims = (head_dim as f64 * factor) as usize;
     if dims == 0 || !dims.is_multiple_of(2) {
-        return Err(fields.invalid(
+        return Err(place.invalid(
             name,
-            format!("is {factor}: it rotates {dims} of {head_dim} dimensions; must be even"),
+            format!(
+                "is {factor}: it rotates {dims} of {head_dim} dimensions; their number must be \
+                 even and above 0"
+            ),
         ));
     }
     Ok(dims)
@@ -111,17 +112,16 @@ pub(in crate::model) fn rope_of(
     theta: f64,
     max_position_embeddings: usize,
 ) -> Result<RopeConfig, ModelError> {
-    let theta = nested
+    let nested_theta = nested
         .as_ref()
         .map(|n| n.number("rope_theta"))
         .transpose()?
-        .flatten()
-        .unwrap_or(theta);
+        .flatten();
+    let theta = nested_theta.unwrap_or(theta);
     if !(theta > 1.0 && theta.is_finite()) {
-        return Err(fields.invalid(
-            "rope_theta",
-            format!("is {theta}; must be a number above 1"),
-        ));
+        let reason = format!("is {theta}; must be a number above 1");
+        let place = nested.as_ref().filter(|_| nested_theta.is_some());
+        return Err(place.unwrap_or(fields).invalid("rope_theta", reason));
     }
     let has_partial = fields.has_default("partial_rotary_factor");
     for f in [Some(fields), nested.as_ref()].into_iter().flatten() {

@@ -165,3 +165,60 @@ fn an_absent_field_means_what_the_familys_class_in_transformers_means() {
         [vec![None; 1], vec![Some(16); 29]].concat()
     );
 }
+
+#[test]
+fn a_flag_of_another_type_is_refused() {
+    for model_type in ["qwen2", "qwen3", "smollm3"] {
+        let text = format!(
+            r#"{{"model_type": "{model_type}", "hidden_size": 64, "vocab_size": 8,
+            "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 4, "use_sliding_window": "yes"}}"#
+        );
+        let error = ModelConfig::from_hf_json(&text, Path::new("config.json"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("'use_sliding_window': is \"yes\"; must be true or false"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_wrong_field_of_the_rotation_is_refused_with_the_name_of_its_object() {
+    let refused = |model_type: &str, more: &str| {
+        let text = format!(
+            r#"{{"model_type": "{model_type}", "hidden_size": 64, "vocab_size": 8,
+            "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, {more}}}"#
+        );
+        ModelConfig::from_hf_json(&text, Path::new("config.json"))
+            .unwrap_err()
+            .to_string()
+    };
+    for (model_type, more, part) in [
+        ("llama", r#""rope_theta": 0"#, "'rope_theta': is 0;"),
+        (
+            "llama",
+            r#""rope_parameters": {"rope_theta": 1}"#,
+            "'rope_parameters.rope_theta': is 1;",
+        ),
+        (
+            "llama",
+            r#""rope_theta": -2, "rope_scaling": {"rope_type": "default"}"#,
+            "'rope_theta': is -2;",
+        ),
+        (
+            "glm4",
+            r#""rope_scaling": {"partial_rotary_factor": 2}"#,
+            "'rope_scaling.partial_rotary_factor': is 2; must be above 0 and at most 1",
+        ),
+        (
+            "glm4",
+            r#""partial_rotary_factor": 0.001"#,
+            "'partial_rotary_factor': is 0.001: it rotates 0 of 128 dimensions",
+        ),
+    ] {
+        let error = refused(model_type, more);
+        assert!(error.contains(part), "{error}");
+    }
+}

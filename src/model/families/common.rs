@@ -225,9 +225,8 @@ pub(super) fn windows_of_layers(
     common: &Common,
 ) -> Result<Vec<Option<usize>>, ModelError> {
     let num_layers = common.num_layers;
-    let window = common
-        .window
-        .filter(|_| matches!(fields.flag("use_sliding_window"), Ok(Some(true))));
+    let is_used = fields.flag("use_sliding_window")?.unwrap_or(false);
+    let window = common.window.filter(|_| is_used);
     if let Some(slides) = sliding_layers(fields, num_layers)? {
         return Ok(slides
             .into_iter()

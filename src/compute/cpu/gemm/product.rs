@@ -12,7 +12,8 @@ use crate::compute::cpu::thread_pool;
 
 /// Maximum depth of a block of B, in units. A panel of this depth fits the L2 cache.
 const BLOCK_DEPTH: usize = 1024;
-/// Units of B that a task packs before it multiplies them with A. Usually this is all of its share.
+/// Maximum units of B that a task packs before it multiplies them with A, unless a single panel is
+/// larger. Usually this is all of its share.
 const GROUP_UNITS: usize = 1 << 19;
 /// Units of A that are multiplied at a time. They stay in the L2 cache while the panels change.
 const PASS_UNITS: usize = 1 << 17;
@@ -26,7 +27,7 @@ const SLICE_DEPTH: usize = 64;
 const MIN_PARALLEL_MULTIPLICATIONS: usize = 1 << 19;
 
 /// Returns the maximum size in bytes of the panels of B that all threads together have packed at
-/// one time.
+/// one time. If a single panel has more than 2¹⁹ units, the size is larger.
 pub fn packed_bytes() -> usize {
     thread_pool::threads() * GROUP_UNITS * size_of::<u32>()
 }
