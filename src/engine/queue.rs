@@ -676,7 +676,7 @@ mod tests {
         let handle = recorder.handle();
         let assert_gauge = |number: usize| {
             let text = handle.render();
-            let line = format!("bradley_generation_queue_items {number}\n");
+            let line = format!("\nbradley_generation_queue_items {number}\n");
             assert!(text.contains(&line), "{text}");
         };
         metrics::with_local_recorder(&recorder, || {

@@ -368,7 +368,7 @@ fn a_caller_has_left_only_if_samples_were_in_progress() {
             device.step();
             assert!(!device.generator.is_active());
             let text = handle.render();
-            let is_counted = text.contains("bradley_generation_abandoned_total 1\n");
+            let is_counted = text.contains("\nbradley_generation_abandoned_total 1\n");
             assert_eq!(is_counted, !stopped, "{text}");
         }
     });

@@ -49,7 +49,7 @@ fn answers_beside_others_are_encoded_as_if_they_were_alone() {
                     [alone]
                 );
             }
-            (Err(encoded), Err(alone)) => assert_eq!(encoded.to_string(), alone.to_string()),
+            (Err(encoded), Err(alone)) => assert_eq!(encoded.problem(), alone.problem()),
             (encoded, alone) => panic!("{encoded:?}, but alone {alone:?}"),
         }
     }
