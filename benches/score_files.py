@@ -99,10 +99,14 @@ def measure(precision, rows, folder):
     )  # fmt: skip
     try:
         for _ in range(120):
+            assert server.poll() is None, "the server has ended: is its port in use?"
             if subprocess.run([args.bradley, "health", "--server", SERVER],
                               capture_output=True).returncode == 0:  # fmt: skip
                 break
             time.sleep(0.5)
+        else:
+            raise SystemExit("the server does not answer")
+        assert server.poll() is None, "the server has ended: is its port in use?"
         train = folder / "train.jsonl"
         train.write_text("\n".join(rows[:4]))
         run("train", "--data", str(train), "--policy", "bench", "--rank", "16", "--alpha", "32",

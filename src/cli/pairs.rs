@@ -7,6 +7,7 @@
 mod progress_file;
 mod rank;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
@@ -26,14 +27,23 @@ use super::remote::connect;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
-/// Columns that a result adds to the row of its prompt, or replaces.
-const RESULT_COLUMNS: [&str; 5] = [
+/// Columns that the row of a prompt must not have: those of the result, and others that training
+/// reads although the samples do not depend on them.
+const RESULT_COLUMNS: [&str; 10] = [
     "chosen",
     "rejected",
     "generated",
     "tools",
     "chat_template_kwargs",
+    "system",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "chosen_logps",
+    "rejected_logps",
 ];
+
+/// Maximum number of different warnings of a run.
+const MAX_WARNINGS: usize = 10;
 
 pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
     let base = request(&args.form, &args.sampling, args.samples)?;
@@ -70,6 +80,8 @@ pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
         generation: pb::GenerateCompletionsRequest { policy, ..base },
         scoring,
         patience: Patience::new(args.retry_timeout),
+        system: args.form.system.clone(),
+        plain: args.form.plain,
         keep_cut: args.keep_cut,
         length_penalty: args.length_penalty,
         min_margin: args.min_margin,
@@ -119,10 +131,10 @@ async fn make_all(
             made.map_err(|failure| failure.with_context(&context))
         }
     };
-    let mut warned = false;
+    let mut warned = HashSet::new();
     in_order(left, begin, |(outcome, warnings)| {
-        if !std::mem::replace(&mut warned, true) {
-            for warning in warnings {
+        for warning in warnings {
+            if warned.len() < MAX_WARNINGS && warned.insert(warning.clone()) {
                 progress.suspend(|| warn(&warning));
             }
         }
@@ -140,6 +152,8 @@ struct PairMaker {
     generation: pb::GenerateCompletionsRequest,
     scoring: pb::ScoringOptions,
     patience: Patience,
+    system: Option<String>,
+    plain: bool,
     keep_cut: bool,
     length_penalty: f64,
     min_margin: f64,
@@ -156,6 +170,8 @@ impl PairMaker {
         let (generation, scoring) = (&self.generation, &self.scoring);
         json!({
             "prompts": prompts.finalize().to_hex().as_str(),
+            "system": self.system,
+            "plain": self.plain,
             "policy": generation.policy,
             "samples": generation.samples,
             "max_tokens": generation.max_tokens,
@@ -201,7 +217,9 @@ impl PairMaker {
             return Ok((dropped(Dropped::FewAnswers), Vec::new()));
         }
         let scored = self.score(&row.prompt, &texts).await?;
-        let candidates = candidates(&scored, &texts)?;
+        let (candidates, refused) = candidates(&scored, &texts);
+        let mut warnings = scored.warnings.clone();
+        warnings.extend(refused.map(|reason| format!("some samples cannot be scored: {reason}")));
         let chosen = choose(&candidates, self.length_penalty, self.min_margin);
         let result = chosen.map(|pair| {
             let (best, worst) = (&candidates[pair.best], &candidates[pair.worst]);
@@ -248,7 +266,7 @@ impl PairMaker {
             tokens,
             result,
         };
-        Ok((outcome, scored.warnings))
+        Ok((outcome, warnings))
     }
 
     /// Returns the different texts of samples that can be answers, in their order.
@@ -282,18 +300,27 @@ impl PairMaker {
             self.patience.answered();
             Ok(answer)
         };
-        repeated(&self.patience, call).await
+        let scored = repeated(&self.patience, call).await?;
+        // These names of the current weights of a running job do not change with its steps.
+        for version in [&scored.policy_version, &scored.reference_version] {
+            if version.ends_with("/checkpoints/latest")
+                || version.ends_with("/checkpoints/latest/reference")
+            {
+                return Err(Failure::Usage(format!(
+                    "the rewards need weights that do not change, but {version} is training: name \
+                     a step instead of latest"
+                )));
+            }
+        }
+        Ok(scored)
     }
 }
 
-/// Returns the samples that were scored whole.
-///
-/// # Errors
-/// Returns the server's reason if none was scored.
+/// Returns the samples that were scored whole, and the server's reason if one cannot be scored.
 fn candidates<'a>(
-    scored: &pb::ScoreCompletionsResponse,
+    scored: &'a pb::ScoreCompletionsResponse,
     texts: &'a [String],
-) -> Result<Vec<Candidate<'a>>, Failure> {
+) -> (Vec<Candidate<'a>>, Option<&'a str>) {
     let mut candidates = Vec::new();
     let mut refused = None;
     for (result, text) in scored.results.iter().zip(texts) {
@@ -307,16 +334,11 @@ fn candidates<'a>(
             }
             Some(pb::completion_result::Result::Score(_)) | None => {}
             Some(pb::completion_result::Result::Error(status)) => {
-                refused.get_or_insert(&status.message);
+                refused.get_or_insert(status.message.as_str());
             }
         }
     }
-    match refused {
-        Some(reason) if candidates.is_empty() => Err(Failure::Failed(format!(
-            "none of the samples can be scored: {reason}"
-        ))),
-        _ => Ok(candidates),
-    }
+    (candidates, refused)
 }
 
 fn is_chat(prompt: &pb::Text) -> bool {

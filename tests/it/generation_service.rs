@@ -453,7 +453,7 @@ async fn the_command_continues_a_prompt_and_the_prompts_of_a_file() {
     std::fs::write(&prompts, "{\"id\": \"a\", \"prompt\": 3}\n").unwrap();
     refused(&files, &["row 1: prompt is a number"]);
     std::fs::write(&prompts, "{\"seed\": 1, \"prompt\": \"x\"}\n").unwrap();
-    refused(&files, &["row 1: the result's column seed would replace"]);
+    refused(&files, &["row 1: the column seed cannot be copied"]);
     assert_eq!(std::fs::read(&out).unwrap(), complete);
 
     // CSV, compressed and with another name of the prompt's column. All columns are copied.

@@ -24,7 +24,7 @@ fn command(server: &Server, prompts: &Path, out: &Path, more: &[&str]) -> Comman
     let mut command = Command::new(binary());
     command
         .args(["pairs", "--server", &server.address, "--policy", "tiny"])
-        .args(["--samples", &SAMPLES.to_string(), "--keep-cut"])
+        .args(["--samples", &SAMPLES.to_string()])
         .args(["--max-tokens", &MAX_TOKENS.to_string()])
         .arg("--data")
         .arg(prompts)
@@ -131,7 +131,15 @@ async fn a_pair_is_the_best_and_the_worst_sample() {
     let prompts = prompts(dir.path(), 6);
     let out = dir.path().join("pairs.jsonl");
     let seed = SEED.to_string();
-    let flags = ["--judge", &judge, "--min-margin", "0", "--seed", &seed];
+    let flags = [
+        "--keep-cut",
+        "--judge",
+        &judge,
+        "--min-margin",
+        "0",
+        "--seed",
+        &seed,
+    ];
     let made = run(&server, &prompts, &out, &flags);
     let said = text(&made.stderr);
     assert!(made.status.success(), "{said}");
@@ -177,14 +185,27 @@ async fn a_pair_is_the_best_and_the_worst_sample() {
 
     // A margin that no prompt reaches, and a judge that is its own reference.
     let none = dir.path().join("none.jsonl");
-    let high = ["--judge", &judge, "--min-margin", "1e9", "--format", "json"];
+    let high = [
+        "--keep-cut",
+        "--judge",
+        &judge,
+        "--min-margin",
+        "1e9",
+        "--format",
+        "json",
+    ];
     let made = run(&server, &prompts, &none, &high);
     let report: Value = serde_json::from_slice(&made.stdout).unwrap();
     assert_eq!(
         (&report["near_ties"], &report["pairs"]),
         (&6.into(), &0.into())
     );
-    let made = run(&server, &prompts, &none, &["--min-margin", "0"]);
+    let made = run(
+        &server,
+        &prompts,
+        &none,
+        &["--keep-cut", "--min-margin", "0"],
+    );
     let said = text(&made.stderr);
     assert!(said.contains("6 near ties"), "{said}");
     assert!(said.contains("the same weights"), "{said}");
@@ -200,6 +221,9 @@ async fn a_killed_run_continues_to_the_same_pairs() {
     let prompts = prompts(dir.path(), 60);
     let seed = SEED.to_string();
     let flags = [
+        "--keep-cut",
+        "--min-margin",
+        "0",
         "--judge",
         &judge,
         "--seed",
@@ -210,6 +234,7 @@ async fn a_killed_run_continues_to_the_same_pairs() {
     let calm = dir.path().join("calm.jsonl");
     let made = run(&server, &prompts, &calm, &flags);
     assert!(made.status.success(), "{}", text(&made.stderr));
+    assert!(rows(&calm).len() > 30, "{}", text(&made.stderr));
     let out = dir.path().join("killed.jsonl");
     let progress = dir.path().join("killed.jsonl.progress");
     for finished in [2, 20] {
@@ -222,7 +247,15 @@ async fn a_killed_run_continues_to_the_same_pairs() {
         child.wait().unwrap();
         assert!(!out.exists(), "the command was faster than the test");
     }
-    let other = ["--judge", &judge, "--seed", &seed, "--min-margin", "0.5"];
+    let other = [
+        "--keep-cut",
+        "--judge",
+        &judge,
+        "--seed",
+        &seed,
+        "--min-margin",
+        "0.5",
+    ];
     let refused = run(&server, &prompts, &out, &other);
     let said = text(&refused.stderr);
     assert_eq!(refused.status.code(), Some(2), "{said}");
@@ -253,11 +286,34 @@ async fn what_cannot_be_a_pair_is_said() {
     let said = text(&own.stderr);
     assert!(said.contains("would replace a file of --data"), "{said}");
     std::fs::write(&prompts, "{\"prompt\": \"x\", \"chosen\": \"y\"}\n").unwrap();
-    refused(&[], "the result's column chosen would replace");
+    refused(&[], "the column chosen cannot be copied");
+    std::fs::write(&prompts, "{\"prompt\": \"x\", \"system\": \"y\"}\n").unwrap();
+    refused(&[], "the column system cannot be copied");
     // Greedy samples are all the same.
     std::fs::write(&prompts, "{\"prompt\": \"x\"}\n").unwrap();
+    let folder = run(&server, &prompts, dir.path(), &[]);
+    let said = text(&folder.stderr);
+    assert!(said.contains("is a folder: name a file"), "{said}");
     let made = run(&server, &prompts, &out, &["--temperature", "0"]);
     let said = text(&made.stderr);
     let few = "1 with fewer than two different complete answers";
     assert!(made.status.success() && said.contains(few), "{said}");
+    // Samples that are cut off, and those that are too long to be scored whole.
+    let made = run(&server, &prompts, &out, &["--ignore-eos"]);
+    let said = text(&made.stderr);
+    assert!(made.status.success() && said.contains(few), "{said}");
+    let words = "word ".repeat(60);
+    let long = format!("{{\"prompt\": \"x\"}}\n{{\"prompt\": \"{words}\"}}\n");
+    std::fs::write(&prompts, long).unwrap();
+    let short = [
+        "--ignore-eos",
+        "--keep-cut",
+        "--reference",
+        "tiny",
+        "--max-length",
+    ];
+    let made = run(&server, &prompts, &out, &[&short[..], &["60"]].concat());
+    let said = text(&made.stderr);
+    assert!(made.status.success() && said.contains(few), "{said}");
+    assert!(said.contains("some samples cannot be scored"), "{said}");
 }

@@ -97,7 +97,7 @@ fn prompt_row(
 ) -> Result<PromptRow, String> {
     if let Some(taken) = taken.iter().find(|name| fields.contains_key(**name)) {
         return Err(format!(
-            "the result's column {taken} would replace the row's: rename or remove it"
+            "the column {taken} cannot be copied into the result: rename or remove it"
         ));
     }
     let Some(prompt) = fields.get("prompt").or_else(|| fields.get("messages")) else {

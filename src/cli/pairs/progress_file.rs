@@ -88,9 +88,17 @@ impl Outcomes {
     /// Returns a failure if the file cannot be read or written, is of a run with other settings, or
     /// another process writes it.
     pub fn open(out: &Path, settings: &Value) -> Result<Self, Failure> {
+        // The target of a symbolic link is replaced, not the link.
+        let out = &out.canonicalize().unwrap_or_else(|_| out.to_owned());
         if out.is_dir() || out.file_name().is_none() {
             return Err(Failure::Usage(format!(
                 "--out {} is a folder: name a file",
+                out.display()
+            )));
+        }
+        if fs::metadata(out).is_ok_and(|m| !m.is_file()) {
+            return Err(Failure::Usage(format!(
+                "--out {} is a pipe or a device: name a file",
                 out.display()
             )));
         }
@@ -118,9 +126,10 @@ impl Outcomes {
         let mut complete = 0;
         let mut reader = BufReader::new(&file);
         loop {
-            let mut line = String::new();
-            let read = reader.read_line(&mut line).map_err(failed(&path))?;
-            if !line.ends_with('\n') {
+            // Bytes, because the last line may end within a character.
+            let mut line = Vec::new();
+            let read = reader.read_until(b'\n', &mut line).map_err(failed(&path))?;
+            if !line.ends_with(b"\n") {
                 break;
             }
             complete += read as u64;
@@ -152,7 +161,7 @@ impl Outcomes {
         let unreadable = |e: serde_json::Error| {
             Failure::Failed(format!("{}: {e}; delete it to begin again", path.display()))
         };
-        let header: Header = serde_json::from_str(first).map_err(unreadable)?;
+        let header: Header = serde_json::from_slice(first).map_err(unreadable)?;
         let differing = differing(&header.settings, settings);
         if !differing.is_empty() {
             return Err(Failure::Usage(format!(
@@ -164,7 +173,7 @@ impl Outcomes {
         }
         outcomes.seed = header.seed;
         for line in lines {
-            let line: OutcomeLine = serde_json::from_str(line).map_err(unreadable)?;
+            let line: OutcomeLine = serde_json::from_slice(line).map_err(unreadable)?;
             outcomes.check_versions([Some(line.policy), line.judge])?;
             outcomes.done += 1;
         }
@@ -205,7 +214,7 @@ impl Outcomes {
 
     /// Refuses to mix the answers or the rewards of different weights.
     fn check_versions(&mut self, versions: [Option<String>; 2]) -> Outcome {
-        let words = ["--policy", "--judge or its reference"];
+        let words = ["the policy", "the judge or its reference"];
         for ((known, version), word) in self.versions.iter_mut().zip(versions).zip(words) {
             match (&known, version) {
                 (Some(known), Some(version)) if **known != version => {
@@ -258,6 +267,11 @@ impl Outcomes {
             .map_err(|e| failed(&part)(e.into_error()))?;
         written.sync_all().map_err(failed(&part))?;
         fs::rename(&part, &self.out).map_err(failed(&self.out))?;
+        // The name must be on disk before the only other copy is removed.
+        let folder = self.out.parent().filter(|f| !f.as_os_str().is_empty());
+        File::open(folder.unwrap_or(Path::new(".")))
+            .and_then(|folder| folder.sync_all())
+            .map_err(failed(&self.out))?;
         fs::remove_file(&self.path).map_err(failed(&self.path))?;
         Ok(report)
     }
@@ -266,7 +280,10 @@ impl Outcomes {
 /// Returns the names of the settings that differ.
 fn differing(old: &Value, new: &Value) -> Vec<String> {
     let names = new.as_object().into_iter().flat_map(Map::keys);
+    // Without the flag, the judge is the policy.
+    let is_own_judge = |of: &Value| of["judge"] == of["policy"];
     names
+        .filter(|name| *name != "judge" || !(is_own_judge(old) && is_own_judge(new)))
         // A seed that was chosen at random is continued without the flag.
         .filter(|name| !(*name == "seed" && new[*name].is_null()) && old[*name] != new[*name])
         .map(|name| match name.as_str() {
@@ -360,7 +377,7 @@ mod tests {
         first.add(outcome("v", Some(1.0))).unwrap();
         first.add(outcome("v", None)).unwrap();
         // Killed while a line was written.
-        first.file.write_all(b"{\"policy\"").unwrap();
+        first.file.write_all(b"{\"policy\":\"\xc3").unwrap();
         drop(first);
         let mut next = Outcomes::open(&out, &settings).unwrap();
         assert_eq!((next.done(), next.seed()), (2, seed));
