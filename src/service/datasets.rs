@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
+use tracing::Instrument as _;
 
 use super::artifacts::{Artifacts, Temporary};
 use super::audit::{AUDIT, audit};
@@ -288,8 +289,8 @@ impl DatasetUpload {
             store, artifacts, ..
         } = &self.service;
         let (path, target) = (self.temporary.0.clone(), artifacts.dataset(&id));
-        // Removes the file again unless the row is stored.
-        let uncommitted = Temporary(target.clone());
+        // Removes the file again if it cannot be published.
+        let unpublished = Temporary(target.clone());
         let publisher = artifacts.clone();
         blocking(move || publisher.publish(&path, &target)).await??;
         artifacts.upload_dataset(&id).await?;
@@ -303,32 +304,41 @@ impl DatasetUpload {
             create_time: now(),
             owner: self.owner.clone(),
         };
-        if let Err(e) = store.insert_dataset(&dataset).await {
-            // The insert may have succeeded although its answer was lost. Then the file must stay.
-            match store.dataset(&dataset.id).await {
-                Err(ServiceError::NotFound { .. }) => {
-                    drop(artifacts.remove_dataset(&dataset.id).await)
-                }
-                _ => uncommitted.persist(),
-            }
-            return Err(e);
-        }
-        uncommitted.persist();
-        tracing::info!(
-            target: AUDIT,
-            owner = self.owner,
-            action = "upload",
-            resource = format!("datasets/{}", dataset.id),
-            "done"
-        );
-        tracing::info!(
-            dataset = dataset.id,
-            rows = dataset.report.rows,
-            valid = dataset.report.valid_rows,
-            "dataset stored"
-        );
-        Ok(dataset)
+        // The file stays from here on: a caller who leaves drops this call while the database may
+        // go on and store the row. A sweep removes a file whose row was not stored.
+        unpublished.persist();
+        let (store, artifacts) = (store.clone(), artifacts.clone());
+        let committed = tokio::spawn(commit(store, artifacts, dataset).in_current_span());
+        committed.await.map_err(ServiceError::internal)?
     }
+}
+
+/// Stores the row of a dataset whose file is published. It runs to its end without a caller, too.
+///
+/// # Errors
+/// The errors of the database. The file is then removed, unless the row may be there.
+async fn commit(store: Store, artifacts: Artifacts, dataset: Dataset) -> Result<Dataset> {
+    if let Err(e) = store.insert_dataset(&dataset).await {
+        // The insert may have succeeded although its answer was lost. Then the file must stay.
+        if let Err(ServiceError::NotFound { .. }) = store.dataset(&dataset.id).await {
+            drop(artifacts.remove_dataset(&dataset.id).await);
+        }
+        return Err(e);
+    }
+    tracing::info!(
+        target: AUDIT,
+        owner = dataset.owner,
+        action = "upload",
+        resource = format!("datasets/{}", dataset.id),
+        "done"
+    );
+    tracing::info!(
+        dataset = dataset.id,
+        rows = dataset.report.rows,
+        valid = dataset.report.valid_rows,
+        "dataset stored"
+    );
+    Ok(dataset)
 }
 
 /// Returns the number of bytes that fit into `limit` besides the `used` ones. `used` is above the

@@ -302,3 +302,43 @@ async fn the_datasets_of_a_client_stay_within_their_limit() {
     }
     is_refused(upload(&server, &file).await);
 }
+
+/// A client that leaves while its upload is being stored must not leave a dataset without a file.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dataset_of_a_client_that_has_left_has_its_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let file = golden("pairs.jsonl");
+    let start = std::time::Instant::now();
+    let whole = upload(&server, &file).await.unwrap();
+    let took = start.elapsed();
+    for i in 0..200u32 {
+        // Different clients, because a connection ends with all of its calls.
+        let client = server.client().await;
+        let call = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {});
+        let _ = tokio::time::timeout(took * (i % 50) / 40, call).await;
+    }
+    // An upload that was being stored is stored to its end.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let client = server.client().await;
+    let (mut names, mut token) = (vec![whole.name], String::new());
+    loop {
+        let request = pb::ListDatasetsRequest {
+            page_size: 100,
+            page_token: token,
+            ..Default::default()
+        };
+        let page = client.datasets().list_datasets(request).await.unwrap();
+        let page = page.into_inner();
+        names.extend(page.datasets.into_iter().map(|dataset| dataset.name));
+        token = page.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    assert!(names.len() > 10, "{} were stored", names.len());
+    for name in names {
+        let file = server.data_dir.join(&name);
+        assert!(file.is_file(), "{name} has no file");
+    }
+}
