@@ -209,8 +209,11 @@ impl BackgroundTasks {
     /// Notifies followers and runners of changes that they may have missed.
     async fn refresh(&self) {
         for job in self.events.followed() {
-            if let Ok(newest) = self.store.newest_sequence(&job).await {
-                self.events.notify(&job, newest);
+            match self.store.newest_sequence(&job).await {
+                // Every job has events, so this one was deleted. Its followers look and see it.
+                Ok(0) => self.events.notify(&job, u64::MAX),
+                Ok(newest) => self.events.notify(&job, newest),
+                Err(_) => {}
             }
         }
         self.runs.wake();

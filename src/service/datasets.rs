@@ -305,7 +305,7 @@ impl DatasetUpload {
             owner: self.owner.clone(),
         };
         // The file stays from here on: a caller who leaves drops this call while the database may
-        // go on and store the row. A sweep removes a file whose row was not stored.
+        // go on and store the row.
         unpublished.persist();
         let (store, artifacts) = (store.clone(), artifacts.clone());
         let committed = tokio::spawn(commit(store, artifacts, dataset).in_current_span());

@@ -124,18 +124,18 @@ impl EventFeed {
                 if has_more {
                     continue;
                 }
-                match store.job(&job).await {
-                    // All events up to the last one have been sent.
-                    Ok(j)
-                        if j.state.is_final()
-                            && store
-                                .newest_sequence(&job)
-                                .await
-                                .is_ok_and(|newest| newest <= cursor) =>
-                    {
-                        return;
+                let is_over = match store.job(&job).await {
+                    Ok(j) if j.state.is_final() => {
+                        let newest = store.newest_sequence(&job).await;
+                        newest.map(|newest| newest <= cursor)
                     }
-                    Ok(_) => {}
+                    Ok(_) => Ok(false),
+                    Err(e) => Err(e),
+                };
+                match is_over {
+                    // All events up to the last one have been sent.
+                    Ok(true) => return,
+                    Ok(false) => {}
                     Err(e) => {
                         let _ = sender.send(Err(e)).await;
                         return;

@@ -116,7 +116,8 @@ impl AnswerConverter {
         if let Some(asked) = asked.clone().filter(|asked| asked.streams) {
             let text = Chunks {
                 asked,
-                has_begun: Arc::new(AtomicBool::new(false)),
+                has_begun: Arc::default(),
+                is_complete: Arc::default(),
             };
             return answer::event_stream(body, text);
         }
@@ -257,6 +258,8 @@ struct Chunks {
     asked: AnswerOptions,
     /// True once the role of the answers has been sent.
     has_begun: Arc<AtomicBool>,
+    /// True once the last message has come.
+    is_complete: Arc<AtomicBool>,
 }
 
 impl Chunks {
@@ -325,6 +328,9 @@ impl StreamText for Chunks {
             let choice = self.choice(delta.index, &delta.text, finish);
             event(&mut text, &self.chunk(vec![choice], version));
         }
+        if response.usage.is_some() {
+            self.is_complete.store(true, Ordering::Relaxed);
+        }
         if let Some(usage) = response.usage.filter(|_| self.asked.includes_usage) {
             let mut last = self.chunk(Vec::new(), version);
             last["usage"] = usage_json(&usage);
@@ -334,8 +340,13 @@ impl StreamText for Chunks {
     }
 
     fn last(&self, error: Option<Status>) -> Option<Vec<u8>> {
-        let Some(status) = error else {
-            return Some(b"data: [DONE]\n\n".to_vec());
+        let status = match error {
+            Some(status) => status,
+            None if self.is_complete.load(Ordering::Relaxed) => {
+                return Some(b"data: [DONE]\n\n".to_vec());
+            }
+            // A client would take the beginning of the text for all of it.
+            None => conversion("its end is missing"),
         };
         let http = answer::http_status(&status, &HeaderMap::new());
         let mut text = Vec::new();

@@ -68,7 +68,7 @@ pub fn generation(
         true => fields.messages(),
         false => fields.prompt(),
     };
-    let samples = fields.number("n").unwrap_or(1);
+    let samples = fields.limit("n").unwrap_or(1);
     let mut max_tokens = fields.limit("max_tokens");
     if is_chat && let Some(max) = fields.limit("max_completion_tokens") {
         if max_tokens.is_some_and(|other| other != max) {
@@ -89,7 +89,7 @@ pub fn generation(
         }),
         temperature: fields.real("temperature"),
         top_p: fields.real("top_p"),
-        top_k: fields.number("top_k"),
+        top_k: fields.top_k(),
         seed: fields.seed(),
         stop: fields.stop(),
         stop_token_ids: fields.stop_token_ids(),
@@ -121,6 +121,33 @@ pub fn generation(
     let bad = fields.finish();
     bad.into_result().map_err(ServiceError::InvalidArgument)?;
     Ok((request, asked))
+}
+
+/// Returns a message as chat templates expect it: parts that are all texts as one text, and the
+/// arguments of a tool call, which OpenAI's API has as a text, as an object. vLLM does the same.
+fn for_template(mut message: Value) -> Value {
+    if let Some(Value::Array(parts)) = message.get("content") {
+        let text = |part: &Value| match part["type"].as_str() {
+            Some("text") => part["text"].as_str().map(str::to_owned),
+            _ => None,
+        };
+        let texts: Option<Vec<String>> = parts.iter().map(text).collect();
+        // Other parts are refused by the service.
+        if let Some(texts) = texts.filter(|texts| !texts.is_empty()) {
+            message["content"] = Value::from(texts.join("\n"));
+        }
+    }
+    let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut);
+    for call in calls.into_iter().flatten() {
+        let arguments = call.pointer_mut("/function/arguments");
+        if let Some(arguments) = arguments
+            && let Some(text) = arguments.as_str()
+            && let Ok(object) = serde_json::from_str::<Map<String, Value>>(text)
+        {
+            *arguments = Value::Object(object);
+        }
+    }
+    message
 }
 
 /// Returns the policy that a model's name means.
@@ -170,22 +197,30 @@ impl CompletionParameters {
         self.take(name, "a number", Value::as_f64)
     }
 
-    fn number(&mut self, name: &str) -> Option<u32> {
-        self.take(name, "a whole number from 0 to 4294967295", |v| {
-            u32::try_from(v.as_u64()?).ok()
-        })
+    /// Takes the number of most likely tokens to sample from; `None` for all. vLLM has -1 and 0 for
+    /// all.
+    fn top_k(&mut self) -> Option<u32> {
+        let expected = "a whole number from 1 to 4294967295, or -1 for all tokens";
+        let top_k = self.take("top_k", expected, |v| match v.as_i64()? {
+            -1 | 0 => Some(None),
+            k => u32::try_from(k).ok().map(Some),
+        });
+        top_k.flatten()
     }
 
-    /// Takes a maximum number of tokens.
+    /// Takes a number of samples or of tokens.
     fn limit(&mut self, name: &str) -> Option<u32> {
         self.take(name, "a whole number from 1 to 4294967295", |v| {
             u32::try_from(v.as_u64()?).ok().filter(|limit| *limit > 0)
         })
     }
 
+    /// Takes the seed, which OpenAI's API has with a sign.
     fn seed(&mut self) -> Option<u64> {
-        let expected = "a whole number from 0 to 18446744073709551615";
-        self.take("seed", expected, Value::as_u64)
+        let expected = "a whole number from -9223372036854775808 to 18446744073709551615";
+        self.take("seed", expected, |v| {
+            v.as_u64().or_else(|| v.as_i64().map(i64::cast_unsigned))
+        })
     }
 
     fn json(&mut self, name: &str) -> String {
@@ -205,7 +240,7 @@ impl CompletionParameters {
         };
         let messages = messages.into_iter().map(|message| pb::Message {
             // The service checks the message.
-            fields_json: message.to_string(),
+            fields_json: for_template(message).to_string(),
             ..Default::default()
         });
         let messages = messages.collect();
@@ -262,20 +297,19 @@ impl CompletionParameters {
             return String::new();
         }
         let choice = self.given.remove("tool_choice");
-        let tools = self.take("tools", "a list of tools", |v| {
-            v.is_array().then(|| v.to_string())
-        });
+        let tools = self.take("tools", "a list of tools", |v| v.as_array().cloned());
+        let tools = tools.filter(|tools| !tools.is_empty());
         match &choice {
             Some(Value::String(choice)) if choice == "auto" => {}
-            Some(Value::String(choice)) if choice == "none" && tools.is_none() => {}
+            Some(Value::String(choice)) if choice == "none" => return String::new(),
             Some(other) => self.wrong(
                 "tool_choice",
                 other,
-                "the model chooses; leave it out, or leave the tools out",
+                "the model chooses: use \"auto\", or \"none\" to leave the tools out",
             ),
             None => {}
         }
-        tools.unwrap_or_default()
+        tools.map_or_else(String::new, |tools| Value::Array(tools).to_string())
     }
 
     /// Takes the options of a stream. Returns true if it ends with the numbers of tokens.
@@ -329,9 +363,12 @@ impl CompletionParameters {
 /// Returns true if a parameter that is not supported has the value that changes nothing.
 fn is_neutral(name: &str, value: &Value) -> bool {
     match name {
-        "frequency_penalty" | "presence_penalty" | "top_logprobs" => value.as_f64() == Some(0.0),
-        "best_of" | "repetition_penalty" => value.as_f64() == Some(1.0),
-        "logprobs" | "echo" => *value == Value::Bool(false),
+        "frequency_penalty" | "presence_penalty" | "top_logprobs" | "min_p" | "min_tokens" => {
+            value.as_f64() == Some(0.0)
+        }
+        "best_of" | "repetition_penalty" | "length_penalty" => value.as_f64() == Some(1.0),
+        "logprobs" | "echo" | "use_beam_search" => *value == Value::Bool(false),
+        "skip_special_tokens" => *value == Value::Bool(true),
         "logit_bias" => value.as_object().is_some_and(Map::is_empty),
         "suffix" => value.as_str() == Some(""),
         "modalities" => *value == serde_json::json!(["text"]),

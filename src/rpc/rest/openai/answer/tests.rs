@@ -108,8 +108,11 @@ async fn a_large_answer_is_whole() {
 fn a_chat_is_streamed_in_chunks() {
     let chunks = Chunks {
         asked: asked(true),
-        has_begun: Arc::new(AtomicBool::new(false)),
+        has_begun: Arc::default(),
+        is_complete: Arc::default(),
     };
+    let cut = events(&chunks.last(None).unwrap());
+    assert!(cut[0]["error"]["message"].is_string(), "{cut:?}");
     let mut all = Vec::new();
     for response in responses() {
         all.extend(events(&chunks.of(&response.encode_to_vec()).unwrap()));
@@ -152,7 +155,8 @@ fn errors_name_the_parameters_of_the_request() {
     assert_eq!(error["type"], "invalid_request_error");
     let chunks = Chunks {
         asked: asked(true),
-        has_begun: Arc::new(AtomicBool::new(true)),
+        has_begun: Arc::default(),
+        is_complete: Arc::default(),
     };
     let last = events(&chunks.last(Some(status)).unwrap());
     assert!(last[0]["error"]["message"].is_string(), "{last:?}");

@@ -136,3 +136,61 @@ fn every_wrong_parameter_is_named() {
         assert!(generation(true, text.as_bytes()).is_err(), "{text}");
     }
 }
+
+#[test]
+fn messages_are_those_that_templates_expect() {
+    let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
+    let image = json!([{"type": "image_url"}, {"type": "text", "text": "b"}]);
+    let call = |arguments: Value| json!({"function": {"name": "f", "arguments": arguments}});
+    let (request, _) = read(
+        true,
+        &json!({"model": "tiny", "messages": [
+            {"role": "user", "content": parts},
+            {"role": "user", "content": image},
+            {"role": "assistant", "tool_calls": [call("{\"b\":1,\"a\":2}".into())]},
+            {"role": "assistant", "tool_calls": [call("no object".into())]},
+        ]}),
+    );
+    let Some(pb::text::Form::Chat(chat)) = request.prompt.unwrap().form else {
+        panic!("no chat");
+    };
+    let messages: Vec<Value> = chat
+        .messages
+        .iter()
+        .map(|m| serde_json::from_str(&m.fields_json).unwrap())
+        .collect();
+    assert_eq!(messages[0], json!({"role": "user", "content": "a\nb"}));
+    assert_eq!(messages[1]["content"], image);
+    assert_eq!(
+        messages[2]["tool_calls"][0],
+        call(json!({"b": 1, "a": 2})),
+        "{messages:?}"
+    );
+    assert_eq!(messages[3]["tool_calls"][0], call("no object".into()));
+}
+
+#[test]
+fn values_that_change_nothing_are_accepted() {
+    let (request, _) = read(
+        true,
+        &json!({
+            "model": "tiny",
+            "messages": [],
+            "top_k": -1,
+            "seed": -1,
+            "tools": [{"type": "function"}],
+            "tool_choice": "none",
+            "min_p": 0,
+            "use_beam_search": false,
+            "skip_special_tokens": true,
+        }),
+    );
+    assert_eq!((request.top_k, request.seed), (None, Some(u64::MAX)));
+    assert!(request.tools_json.is_empty());
+    let found = refused(
+        true,
+        &json!({"model": "tiny", "messages": [], "n": 0, "top_k": -2}),
+    );
+    let names: Vec<_> = found.iter().map(|(field, _)| field.as_str()).collect();
+    assert_eq!(names, ["n", "top_k"]);
+}
