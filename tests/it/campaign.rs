@@ -287,14 +287,16 @@ impl Drop for Disk {
     }
 }
 
-/// Flips a bit of the newest checkpoint of a job below a data directory. Does nothing if there is
-/// no checkpoint.
+/// Flips a bit of the newest checkpoint that a job below a data directory may continue from. Does
+/// nothing if there is none. The last checkpoint is spared: a fast job has already ended, and the
+/// weights of its end are compared.
 fn damage(dir: &Path, job: &str, rng: &mut StdRng) {
     let folder = checkpoints_folder(dir, job);
     let steps = std::fs::read_dir(&folder)
         .into_iter()
         .flatten()
-        .filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u64>().ok());
+        .filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u64>().ok())
+        .filter(|step| *step < STEPS);
     let Some(newest) = steps.max() else {
         return;
     };
