@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use crate::domain::identity::ModelIdentity;
 use crate::domain::names::BaseName;
 use crate::domain::training::{Precision, TrainingSpec};
-use crate::infer::generate::SamplingOptions;
+use crate::infer::generate::{LogProbOptions, Sampled, SamplingOptions, ScoredToken};
 use crate::infer::pair::{EncodedPair, SequenceGroup};
 use crate::model::device::DeviceChoice;
 use crate::model::error::ModelError;
@@ -173,6 +173,8 @@ pub struct GenerationRequest {
     pub sampling: SamplingOptions,
     /// A sample ends with any of these tokens.
     pub stop_tokens: Vec<u32>,
+    /// Log-probs that are wanted besides those of the generated tokens.
+    pub log_probs: LogProbOptions,
 }
 
 /// The reason why a sample has no further token.
@@ -191,6 +193,8 @@ pub enum GenerationEvent {
     Started {
         /// Optimizer step of the weights; set only for [`WeightsRef::Live`].
         live_step: Option<u64>,
+        /// The prompt's tokens from the second on, if their log-probs are wanted.
+        prompt: Vec<ScoredToken>,
     },
     /// A sample has another token.
     Token {
@@ -200,6 +204,8 @@ pub enum GenerationEvent {
         token: u32,
         /// Log-prob of the token at temperature 1, in nats.
         log_prob: f32,
+        /// The most likely tokens at its place, if they are wanted.
+        top: Vec<Sampled>,
         /// Set if this is the sample's last token.
         end: Option<GenerationEnd>,
     },

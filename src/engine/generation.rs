@@ -27,7 +27,7 @@ use super::live::{Live, device_error};
 use super::policy_cache::{BaseModels, PolicyCache, adapter_bytes};
 use crate::compute::cpu::attention::{CACHE_BLOCK, blocks_of};
 use crate::compute::cpu::buffer::Buffer;
-use crate::infer::generate::{self, Prompt, Sampled, Sequence};
+use crate::infer::generate::{self, Prompt, Sampled, ScoredToken, Sequence};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Policy;
 use crate::model::guard::guarded;
@@ -135,8 +135,12 @@ struct Generating {
 /// The base model and the adapter of a policy, and the step of a running job.
 type ResolvedPolicy = (Policy, Option<Arc<Adapter>>, Option<u64>);
 
-/// The base model of a request, its samples with their first tokens, and the step of a running job.
-type OpenedRequest = (Policy, Vec<(Sequence, Sampled)>, Option<u64>);
+/// The samples of a request with their first tokens, and the tokens of its prompt if their
+/// log-probs are wanted.
+type BegunRequest = (Vec<(Sequence, Sampled)>, Vec<ScoredToken>);
+
+/// The base model of a request, what its prompt has given, and the step of a running job.
+type OpenedRequest = (Policy, BegunRequest, Option<u64>);
 
 /// A sample in progress.
 struct OpenSample {
@@ -310,7 +314,7 @@ impl Generator {
         metrics::histogram!("bradley_generation_queue_seconds")
             .record(entry.enqueued.elapsed().as_secs_f64());
         let mut bytes = 0;
-        let (base, begun, live_step) = match self.open(cx, &entry, &mut bytes) {
+        let (base, (begun, prompt), live_step) = match self.open(cx, &entry, &mut bytes) {
             Ok(opened) => opened,
             Err(e) => {
                 cx.policies.release_cache(bytes);
@@ -323,7 +327,7 @@ impl Generator {
             .record(entry.enqueued.elapsed().as_secs_f64());
         let _ = entry
             .events
-            .try_send(Ok(GenerationEvent::Started { live_step }));
+            .try_send(Ok(GenerationEvent::Started { live_step, prompt }));
         let (sequences, firsts): (Vec<Sequence>, Vec<Sampled>) = begun.into_iter().unzip();
         self.admitted += 1;
         let block_bytes = base.cache_layout().block_bytes() as u64;
@@ -561,6 +565,7 @@ impl Generating {
             sample: sample.index,
             token: sampled.token,
             log_prob: sampled.log_prob,
+            top: sample.sequence.take_top(),
             end,
         }));
         end.is_some()
@@ -572,27 +577,31 @@ fn begin(
     base: &Policy,
     adapter: Option<Arc<Adapter>>,
     request: &GenerationRequest,
-) -> Result<Vec<(Sequence, Sampled)>, EngineError> {
+) -> Result<BegunRequest, EngineError> {
     let GenerationRequest {
         prompt,
         samples,
         max_tokens,
         sampling,
+        log_probs,
         ..
     } = request;
-    let prompt = Prompt::new(prompt.clone(), *max_tokens, adapter)?;
+    let prompt = Prompt::new(prompt.clone(), *max_tokens, adapter)?.with_log_probs(*log_probs);
     let (layout, mut prompts) = (base.cache_layout(), [prompt]);
     let logits =
         generate::prefill(base, &layout, &mut prompts, &mut || {}).map_err(device_error)?;
-    let [prompt] = prompts.map(Arc::new);
+    let [mut prompt] = prompts;
+    let scored = prompt.take_scored();
+    let prompt = Arc::new(prompt);
     let Some(logits) = logits.first() else {
         return Err(EngineError::Device(
             "a prompt came back without logits".into(),
         ));
     };
-    (0..*samples)
-        .map(|sample| Ok(Sequence::begin(prompt.clone(), sampling, sample, logits)?))
-        .collect()
+    let begun = (0..*samples)
+        .map(|sample| Sequence::begin(prompt.clone(), sampling, sample, logits))
+        .collect::<candle_core::Result<_>>()?;
+    Ok((begun, scored))
 }
 
 /// Returns the error again, for another request of the same pass.

@@ -586,7 +586,7 @@ mod tests {
     use crate::domain::training::TrainingSpec;
     use crate::engine::api::{GenerationRequest, ScoreItem, ScoredItem, WeightsRef};
     use crate::engine::entry::Entry;
-    use crate::infer::generate::SamplingOptions;
+    use crate::infer::generate::{LogProbOptions, SamplingOptions};
     use crate::infer::pair::SequenceGroup;
 
     const IDLE: Seeker = Seeker {
@@ -693,6 +693,7 @@ mod tests {
                     seed: 0,
                 },
                 stop_tokens: Vec::new(),
+                log_probs: LogProbOptions::default(),
             };
             let waiting = GenerationEntry {
                 request,

@@ -26,6 +26,42 @@ pub struct IncrementalText {
     held: String,
 }
 
+/// Returns the text of single tokens, special tokens included.
+#[derive(Clone, Debug, Default)]
+pub struct TokenTexts {
+    /// A token and its text. Some decoders remove the space before the first token of a text, so
+    /// other tokens are decoded after this one.
+    before: Option<(u32, String)>,
+}
+
+impl TokenTexts {
+    /// Makes the texts of a tokenizer's tokens.
+    ///
+    /// # Errors
+    /// Fails if the tokenizer library fails or panics.
+    pub fn new(tokenizer: &ChatTokenizer) -> Result<Self, ModelError> {
+        let before = match tokenizer.encode("a", false)?.last() {
+            Some(id) => Some((*id, tokenizer.decode(&[*id])?)),
+            None => None,
+        };
+        Ok(TokenTexts { before })
+    }
+
+    /// Returns the text of a token. Bytes that are no whole character are U+FFFD.
+    ///
+    /// # Errors
+    /// As [`TokenTexts::new`].
+    pub fn of(&self, tokenizer: &ChatTokenizer, token: u32) -> Result<String, ModelError> {
+        if let Some((before, text)) = &self.before {
+            let both = tokenizer.decode(&[*before, token])?;
+            if let Some(text) = both.strip_prefix(text.as_str()) {
+                return Ok(text.to_owned());
+            }
+        }
+        tokenizer.decode(&[token])
+    }
+}
+
 /// Text that was completed by a token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NewText {
@@ -298,6 +334,25 @@ mod tests {
             "{all}"
         );
         assert_eq!(all.matches(INCOMPLETE).count(), 30);
+    }
+
+    #[test]
+    fn a_token_has_its_own_text_with_the_space_before_it() {
+        let texts_of = |tokenizer: &ChatTokenizer, ids: &[u32]| -> Vec<String> {
+            let texts = TokenTexts::new(tokenizer).unwrap();
+            ids.iter()
+                .map(|id| texts.of(tokenizer, *id).unwrap())
+                .collect()
+        };
+        let bytes = tokenizer();
+        let text = "one two, three";
+        let mut ids = bytes.encode(text, false).unwrap();
+        assert_eq!(texts_of(&bytes, &ids).concat(), text);
+        ids = vec![bytes.eos_id().unwrap()];
+        assert_eq!(texts_of(&bytes, &ids), [bytes.eos_token().unwrap()]);
+        assert_eq!(texts_of(&bytes, &lone_bytes(&bytes)[..1]), ["\u{FFFD}"]);
+        let words = with_byte_fallback(&["x", "▁word"]);
+        assert_eq!(texts_of(&words, &[258, 257, 258]), [" word", "x", " word"]);
     }
 
     #[test]

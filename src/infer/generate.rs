@@ -12,10 +12,11 @@ use candle_core::{Device, Result, Tensor, bail};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 
 use crate::compute::cpu::attention::{CacheLayout, CachedSegment, blocks_of};
-use crate::compute::cpu::head::log_prob;
+use crate::compute::cpu::head::{log_prob, most_likely};
+use crate::compute::cpu::thread_pool;
 use crate::math::rng::derived_seed;
 use crate::model::adapter::Adapter;
-use crate::model::decoder::{CachedPrompt, CachedSequence, Policy};
+use crate::model::decoder::{CachedPrompt, CachedSequence, LogitsReader, Policy};
 use crate::model::spec::ModelSpec;
 
 /// How the next token is chosen.
@@ -86,7 +87,25 @@ fn scale(probabilities: &mut [f32], k: usize) {
     probabilities.iter_mut().for_each(|p| *p /= sum);
 }
 
-/// A generated token.
+/// Log-probs that a request wants besides those of the generated tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogProbOptions {
+    /// Number of the most likely tokens at the place of each token.
+    pub top: usize,
+    /// True for the log-probs of the prompt's own tokens.
+    pub prompt: bool,
+}
+
+/// A token of a prompt, with its log-prob after the tokens before it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoredToken {
+    /// The token.
+    pub token: Sampled,
+    /// The most likely tokens at its place, the most likely first.
+    pub top: Vec<Sampled>,
+}
+
+/// A token with its log-prob: a generated one, or one that is compared with it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampled {
     /// Its id.
@@ -104,6 +123,9 @@ pub struct Prompt {
     length: usize,
     adapter: Option<Arc<Adapter>>,
     cache: CachedSegment,
+    log_probs: LogProbOptions,
+    /// The tokens from the second on, once the prompt was run. Empty if nobody asks for them.
+    scored: Vec<ScoredToken>,
 }
 
 impl Prompt {
@@ -121,7 +143,21 @@ impl Prompt {
             ids,
             adapter,
             cache: CachedSegment::default(),
+            log_probs: LogProbOptions::default(),
+            scored: Vec::new(),
         })
+    }
+
+    /// Returns the prompt with other log-probs that are wanted; by default none.
+    pub fn with_log_probs(self, log_probs: LogProbOptions) -> Self {
+        Prompt { log_probs, ..self }
+    }
+
+    /// Takes the prompt's tokens from the second on, with their log-probs, after [`prefill`]. They
+    /// agree with [`super::scorer::score`] up to rounding: there, a prompt's tokens and those of
+    /// its completion are added separately.
+    pub fn take_scored(&mut self) -> Vec<ScoredToken> {
+        std::mem::take(&mut self.scored)
     }
 }
 
@@ -132,6 +168,8 @@ pub struct Sequence {
     /// The last token, which is not in the cache yet.
     last: u32,
     sampler: Sampler,
+    /// The most likely tokens at the place of the last token, if they are wanted.
+    top: Vec<Sampled>,
 }
 
 impl Sequence {
@@ -149,6 +187,7 @@ impl Sequence {
         let mut sampler = options.sampler(sample);
         let first = draw(&mut sampler, logits)?;
         let sequence = Sequence {
+            top: top_tokens(logits, prompt.log_probs.top),
             prompt,
             own: CachedSegment::default(),
             last: first.token,
@@ -156,13 +195,60 @@ impl Sequence {
         };
         Ok((sequence, first))
     }
+
+    /// Takes the most likely tokens at the place of the last token, the most likely first; empty
+    /// if they are not wanted.
+    pub fn take_top(&mut self) -> Vec<Sampled> {
+        std::mem::take(&mut self.top)
+    }
+}
+
+/// Returns the `count` most likely tokens of logits `[V]`, the most likely first.
+fn top_tokens(logits: &[f32], count: usize) -> Vec<Sampled> {
+    let top = most_likely(logits, count).into_iter();
+    top.map(|(token, log_prob)| Sampled { token, log_prob })
+        .collect()
+}
+
+/// Fails if a logit is not a number.
+fn check_numbers(logits: &[f32]) -> Result<()> {
+    if logits.iter().any(|l| l.is_nan()) {
+        bail!("the model computed a logit that is not a number");
+    }
+    Ok(())
+}
+
+/// Returns a reader that adds the tokens of a prompt, from the second on, to `scored`. Each has its
+/// `top` most likely tokens. The vocabulary has `vocabulary` tokens.
+fn scoring_reader<'a>(
+    ids: &'a [u32],
+    top: usize,
+    vocabulary: usize,
+    scored: &'a mut Vec<ScoredToken>,
+) -> LogitsReader<'a> {
+    Box::new(move |first: usize, logits: &[f32]| -> Result<()> {
+        let rows = logits.chunks(vocabulary).zip(ids.iter().skip(first));
+        let rows: Vec<(&[f32], &u32)> = rows.collect();
+        let tokens = thread_pool::map(rows.len(), |i| -> Result<ScoredToken> {
+            let (logits, token) = rows[i];
+            check_numbers(logits)?;
+            let token = Sampled {
+                token: *token,
+                log_prob: log_prob(logits, *token),
+            };
+            let top = top_tokens(logits, top);
+            Ok(ScoredToken { token, top })
+        });
+        for token in tokens {
+            scored.push(token?);
+        }
+        Ok(())
+    })
 }
 
 /// Samples a token from logits `[V]`.
 fn draw(sampler: &mut Sampler, logits: &[f32]) -> Result<Sampled> {
-    if logits.iter().any(|l| l.is_nan()) {
-        bail!("the model computed a logit that is not a number");
-    }
+    check_numbers(logits)?;
     let token = sampler.choose(logits)?;
     Ok(Sampled {
         token,
@@ -199,7 +285,8 @@ pub fn tokens_with_equal_frequencies(spec: &ModelSpec, prompt: usize, max_tokens
 ///
 /// # Errors
 /// Fails if `base` is on a GPU, where nothing can be generated, or has an adapter, if a token id is
-/// outside the vocabulary, or if the device fails.
+/// outside the vocabulary, if a logit of a prompt whose log-probs are wanted is not a number, or if
+/// the device fails.
 pub fn prefill(
     base: &Policy,
     layout: &CacheLayout,
@@ -209,14 +296,22 @@ pub fn prefill(
     if prompts.is_empty() {
         return Ok(Vec::new());
     }
+    let vocabulary = base.config.spec.vocab_size;
     let rows = prompts.iter_mut().map(|prompt| CachedPrompt {
         ids: &prompt.ids,
         adapter: prompt.adapter.clone(),
         length: prompt.length,
         cache: &mut prompt.cache,
+        reader: match prompt.log_probs {
+            LogProbOptions { prompt: false, .. } => None,
+            LogProbOptions { top, .. } => {
+                let scored = &mut prompt.scored;
+                Some(scoring_reader(&prompt.ids, top, vocabulary, scored))
+            }
+        },
     });
     let logits = base.prefill(layout, rows.collect(), yield_point)?;
-    let rows = logits.chunks(base.config.spec.vocab_size);
+    let rows = logits.chunks(vocabulary);
     Ok(rows.map(<[f32]>::to_vec).collect())
 }
 
@@ -246,6 +341,7 @@ pub fn decode(
     let sampled = sequences.iter_mut().zip(rows).map(|(sequence, logits)| {
         let sampled = draw(&mut sequence.sampler, logits)?;
         sequence.last = sampled.token;
+        sequence.top = top_tokens(logits, sequence.prompt.log_probs.top);
         Ok(sampled)
     });
     Ok(sampled.collect())

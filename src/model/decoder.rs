@@ -51,7 +51,17 @@ pub struct CachedPrompt<'a> {
     pub length: usize,
     /// Receives the prompt's keys and values; empty.
     pub cache: &'a mut CachedSegment,
+    /// Receives the logits of the prompt's own tokens; `None` if they are not needed.
+    pub reader: Option<LogitsReader<'a>>,
 }
+
+/// Reads logits `[N, V]` of N consecutive tokens of a prompt. The first argument is the index of
+/// the first of these tokens in the prompt. It is called in the order of the tokens, and not for
+/// the prompt's first token, which nothing predicts.
+pub type LogitsReader<'a> = Box<dyn FnMut(usize, &[f32]) -> Result<()> + 'a>;
+
+/// Number of a prompt's tokens whose logits exist at the same time.
+const LOGIT_ROWS: usize = 64;
 
 /// A sequence whose next token is computed.
 pub struct CachedSequence<'a> {
@@ -250,14 +260,16 @@ impl Policy {
         prompts: Vec<CachedPrompt>,
         yield_point: &mut dyn FnMut(),
     ) -> Result<Buffer> {
-        let (mut row, mut segments) = (RowBuilder::default(), Vec::new());
+        let mut row = RowBuilder::default();
+        let (mut segments, mut readers) = (Vec::new(), Vec::new());
         for prompt in prompts {
             row.push(prompt.ids, 0, prompt.length, prompt.adapter);
             prompt.cache.make_room(layout, prompt.ids.len());
             segments.push(prompt.cache);
+            readers.push(prompt.reader);
         }
         let access = Mutex::new(CacheAccess::Prompts(segments));
-        self.cached_pass(row, RowCache { layout, access }, yield_point)
+        self.cached_pass(row, RowCache { layout, access }, readers, yield_point)
     }
 
     /// Runs one token of each of S sequences, adds it to the sequence's cache, and returns the
@@ -280,15 +292,16 @@ impl Policy {
             segments.push((sequence.prompt, sequence.own));
         }
         let access = Mutex::new(CacheAccess::Tokens(segments));
-        self.cached_pass(row, RowCache { layout, access }, yield_point)
+        self.cached_pass(row, RowCache { layout, access }, Vec::new(), yield_point)
     }
 
     /// Runs a row whose attention reads or writes a cache, and returns the logits of the token
-    /// after each segment.
+    /// after each segment. The readers of the first segments get the logits of their tokens.
     fn cached_pass(
         &self,
         row: RowBuilder,
         cache: RowCache,
+        readers: Vec<Option<LogitsReader>>,
         yield_point: &mut dyn FnMut(),
     ) -> Result<Buffer> {
         if self.adapter.is_some() {
@@ -317,6 +330,11 @@ impl Policy {
         };
         let opened = CpuRow::new(self.view(), &prepared).with_cache(&cache);
         let x = pass::hidden(&opened, yield_point)?;
+        for (segment, reader) in prepared.row.layout.segments.iter().zip(readers) {
+            if let Some(reader) = reader {
+                read_logits(&opened, &x, &segment.tokens, reader)?;
+            }
+        }
         let logits = opened.logits(&x)?;
         let counts = positions.iter().map(|(_, tokens, _)| *tokens);
         match cache.access.into_inner() {
@@ -338,6 +356,28 @@ impl Policy {
             ComputeDevice::Cuda(cuda) => cuda.log_probs(self.view(), &row, yield_point),
         }
     }
+}
+
+/// Passes the logits of a prompt's tokens to their reader. `tokens` are the prompt's places in the
+/// row.
+fn read_logits(
+    row: &CpuRow,
+    x: &Buffer,
+    tokens: &Range<usize>,
+    mut reader: LogitsReader,
+) -> Result<()> {
+    // The last token predicts the first one after the prompt.
+    let predictors: Vec<u32> = tokens
+        .clone()
+        .skip(1)
+        .map(|place| place as u32 - 1)
+        .collect();
+    let mut next = 1;
+    for some in predictors.chunks(LOGIT_ROWS) {
+        reader(next, &row.logits_after(x, some)?)?;
+        next += some.len();
+    }
+    Ok(())
 }
 
 /// Positions of a segment: the first one, their number, and the length of the longest sequence that

@@ -69,13 +69,28 @@ impl generation_service_server::GenerationService for GenerationRpc {
     }
 }
 
-/// Sends the samples, then the numbers of tokens.
+/// Sends the prompt's tokens if they were asked for, the samples, then the numbers of tokens.
 async fn send_all(
     mut generation: Generation,
     responses: &Responses,
     seed: u64,
     log_probs: bool,
 ) -> Result<(), ServiceError> {
+    loop {
+        let tokens = generation.next_of_prompt().await?;
+        if tokens.is_empty() {
+            break;
+        }
+        let response = pb::GenerateCompletionsResponse {
+            policy_version: generation.policy_version().to_owned(),
+            seed,
+            prompt_tokens: tokens.into_iter().map(convert::prompt_token).collect(),
+            ..Default::default()
+        };
+        if !send(responses, response, SEND_LIMIT).await? {
+            return Ok(());
+        }
+    }
     loop {
         let parts = generation.next().await?;
         let is_over = parts.is_empty();
@@ -90,6 +105,7 @@ async fn send_all(
                 prompt_tokens: generation.prompt_tokens() as u32,
                 completion_tokens: generation.completion_tokens() as u32,
             }),
+            prompt_tokens: Vec::new(),
         };
         if !send(responses, response, SEND_LIMIT).await? || is_over {
             return Ok(());

@@ -17,8 +17,9 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tonic::body::Body;
 use tonic::codegen::http::request::Parts;
 use tonic::codegen::http::{
@@ -135,10 +136,23 @@ where
                 }
                 Ok(Plan::OpenAi(call, timeout)) => {
                     let path = call.endpoint.grpc_path();
+                    let start = Instant::now();
                     let (head, body) = request.into_parts();
                     let (message, converter) = call.into_message(body);
-                    let response = inner.call(grpc_call(head, path, timeout, message)).await?;
-                    Ok(converter.convert(response).await)
+                    let first = grpc_call(head.clone(), path, timeout.clone(), message);
+                    let response = inner.call(first).await?;
+                    // Calls the service for a further prompt of the request.
+                    let call = move |message: Bytes| {
+                        let left = timeout.as_ref().and_then(|t| time_left(t, start.elapsed()));
+                        let message = LateBody::reading(std::future::ready(Ok(message)));
+                        let call = grpc_call(head.clone(), path, left, message);
+                        let mut service = inner.clone();
+                        async move {
+                            std::future::poll_fn(|cx| service.poll_ready(cx)).await?;
+                            service.call(call).await
+                        }
+                    };
+                    converter.convert(response, call).await
                 }
                 Ok(Plan::Document(document)) => {
                     Ok(answer::json(StatusCode::OK, document.as_bytes()))
@@ -501,6 +515,14 @@ fn stream_form(headers: &HeaderMap) -> StreamForm {
     }
 }
 
+/// Returns what is left of a time limit in gRPC's form, which [`timeout`] has returned.
+fn time_left(limit: &HeaderValue, passed: Duration) -> Option<HeaderValue> {
+    let millis = limit.to_str().ok()?.strip_suffix('m')?;
+    let limit = Duration::from_millis(millis.parse().ok()?);
+    let left = limit.saturating_sub(passed).as_millis().max(1);
+    HeaderValue::from_str(&format!("{left}m")).ok()
+}
+
 /// Returns the time limit of a call in gRPC's form.
 fn timeout(headers: &HeaderMap) -> Result<Option<HeaderValue>, Refused> {
     if headers.contains_key(GRPC_TIMEOUT) {
@@ -520,4 +542,22 @@ fn timeout(headers: &HeaderMap) -> Result<Option<HeaderValue>, Refused> {
     // The gRPC protocol allows at most eight digits.
     let millis = limit.as_millis().clamp(1, 99_999_999);
     Ok(HeaderValue::from_str(&format!("{millis}m")).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_limit_ends_but_is_never_zero() {
+        let limit = HeaderValue::from_static("2500m");
+        for (passed, left) in [(0, "2500m"), (1000, "1500m"), (2500, "1m"), (9000, "1m")] {
+            let passed = Duration::from_millis(passed);
+            assert_eq!(time_left(&limit, passed).unwrap(), left, "{passed:?}");
+        }
+        assert_eq!(
+            time_left(&HeaderValue::from_static("2S"), Duration::ZERO),
+            None
+        );
+    }
 }

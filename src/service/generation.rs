@@ -24,9 +24,10 @@ use crate::engine::api::{
     GenerationStream,
 };
 use crate::formats::tokenizer::ChatTokenizer;
-use crate::infer::detokenize::IncrementalText;
+use crate::infer::detokenize::{IncrementalText, TokenTexts};
 use crate::infer::encode::PairEncoder;
-use crate::infer::generate::SamplingOptions;
+use crate::infer::generate::{LogProbOptions, Sampled, SamplingOptions, ScoredToken};
+use crate::model::error::ModelError;
 
 /// Maximum text of a prompt and its template arguments, in bytes.
 const MAX_PROMPT_BYTES: usize = 16 << 20;
@@ -35,13 +36,22 @@ const MAX_TOKENIZING_PROMPTS: usize = 4;
 /// Maximum number of tokens, of all samples together, that [`Generation::next`] returns at once.
 const MAX_TOKENS_AT_ONCE: usize = 256;
 
+/// The prompt of a request.
+#[derive(Clone, Debug, PartialEq)]
+pub enum GenerationPrompt {
+    /// A text or chat messages, which are encoded.
+    Text(Text),
+    /// Token ids as they are.
+    Tokens(Vec<u32>),
+}
+
 /// A prompt to continue.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// The policy.
     pub policy: PolicyName,
     /// The prompt.
-    pub prompt: Text,
+    pub prompt: GenerationPrompt,
     /// Tools and chat template variables; they override those of the policy's job.
     pub arguments: TemplateArguments,
     /// Number of samples; at least one.
@@ -56,6 +66,34 @@ pub struct GenerateOptions {
     pub stop_token_ids: Vec<u32>,
     /// True to continue after the model's own end tokens.
     pub ignore_eos: bool,
+    /// Log-probs that are wanted besides those of the generated tokens.
+    pub log_probs: LogProbOptions,
+    /// True to return the texts of tokens.
+    pub token_texts: bool,
+}
+
+/// A token with its log-prob, and its text if that was asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LikelyToken {
+    /// Its id.
+    pub token: u32,
+    /// Its log-prob, in nats.
+    pub log_prob: f32,
+    /// Its text; empty if nobody asked for texts.
+    pub text: String,
+}
+
+/// A token of a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PromptPart {
+    /// Its id.
+    pub token: u32,
+    /// Its log-prob, in nats; `None` for the first token.
+    pub log_prob: Option<f32>,
+    /// Its text; empty if nobody asked for texts.
+    pub text: String,
+    /// The most likely tokens at its place, if they were asked for.
+    pub top: Vec<LikelyToken>,
 }
 
 /// New tokens of a sample.
@@ -69,6 +107,10 @@ pub struct GeneratedPart {
     pub tokens: Vec<u32>,
     /// Their log-probs, in nats.
     pub log_probs: Vec<f32>,
+    /// Their texts; empty if nobody asked for them.
+    pub texts: Vec<String>,
+    /// The most likely tokens at the place of each, if they were asked for.
+    pub top: Vec<Vec<LikelyToken>>,
     /// Set with the last part of the sample.
     pub end: Option<GenerationEnd>,
 }
@@ -93,11 +135,24 @@ pub struct Generation {
     version: String,
     prompt_tokens: usize,
     completion_tokens: usize,
+    /// Tokens of the prompt with their log-probs that were not returned yet.
+    prompt_left: std::vec::IntoIter<TokenOfPrompt>,
+    /// The texts of tokens, if they were asked for.
+    texts: Option<Arc<TokenTexts>>,
+    /// Number of the most likely tokens at each place.
+    top: usize,
     /// Parts that were not returned yet.
     parts: Vec<GeneratedPart>,
     shutdown: Shutdown,
     _quota: Option<QuotaShare>,
 }
+
+/// A token of a prompt, and what the engine says of it: nothing of the first one.
+type TokenOfPrompt = (u32, Option<ScoredToken>);
+
+/// A request whose prompt was run: its events, the name of the weights, and the prompt's tokens
+/// from the second on if their log-probs are wanted.
+type StartedRequest = (CountedEvents, String, Vec<ScoredToken>);
 
 /// The events of a request. When dropped, it cancels the request and counts the work for the owner,
 /// also that of tokens that nobody has read.
@@ -164,13 +219,22 @@ impl GenerationService {
             max_tokens: options.max_tokens,
             sampling: options.sampling.clone(),
             stop_tokens,
+            log_probs: options.log_probs,
         };
         request.max_tokens = self.engine.check_generation(&policy.weights, &request)?;
         let prompt_tokens = request.prompt.len();
+        let prompt_ids = match options.log_probs.prompt {
+            true => request.prompt.clone(),
+            false => Vec::new(),
+        };
+        let texts = match options.token_texts {
+            true => Some(Arc::new(TokenTexts::new(&tokenizer).map_err(undecodable)?)),
+            false => None,
+        };
         let most = prompt_tokens + request.samples.saturating_mul(request.max_tokens);
         let quota = self.quota.take(&caller.owner, most)?;
         let owner = &caller.owner;
-        let (events, version) = match self.start(owner, &policy, request.clone()).await {
+        let (events, version, scored) = match self.start(owner, &policy, request.clone()).await {
             // The job stopped running meanwhile. Its latest checkpoint has the weights that it
             // trained last, unless it was cancelled or failed after that checkpoint.
             Err(EngineError::NotResident(_)) if policy.job.is_some() => {
@@ -194,20 +258,22 @@ impl GenerationService {
             version,
             prompt_tokens,
             completion_tokens: 0,
+            prompt_left: with_first(prompt_ids, scored).into_iter(),
+            texts,
+            top: options.log_probs.top,
             parts: Vec::new(),
             shutdown: self.shutdown.clone(),
             _quota: quota,
         })
     }
 
-    /// Gives a request to the engine and waits until its prompt has been computed. Also returns the
-    /// name of the weights.
+    /// Gives a request to the engine and waits until its prompt has been computed.
     async fn start(
         &self,
         owner: &str,
         policy: &Resolved,
         request: GenerationRequest,
-    ) -> std::result::Result<(CountedEvents, String), EngineError> {
+    ) -> std::result::Result<StartedRequest, EngineError> {
         let mut events = CountedEvents {
             prompt: request.prompt.len(),
             stream: self.engine.generate(&policy.weights, request)?,
@@ -217,12 +283,13 @@ impl GenerationService {
         };
         let version = policy.version.clone();
         match events.next().await {
-            Some(Ok(GenerationEvent::Started { live_step })) => Ok((
+            Some(Ok(GenerationEvent::Started { live_step, prompt })) => Ok((
                 events,
                 match live_step {
                     Some(step) => format!("{version}@{step}"),
                     None => version,
                 },
+                prompt,
             )),
             Some(Err(e)) => Err(e),
             Some(Ok(GenerationEvent::Token { .. })) => {
@@ -239,10 +306,9 @@ impl GenerationService {
         tokenizer: Arc<ChatTokenizer>,
         options: &GenerateOptions,
     ) -> Result<Vec<u32>> {
-        let (prompt, own) = (options.prompt.clone(), &options.arguments);
-        if let Text::Plain(_) = prompt
-            && !own.is_empty()
-        {
+        let own = &options.arguments;
+        let is_chat = matches!(options.prompt, GenerationPrompt::Text(Text::Chat(_)));
+        if !is_chat && !own.is_empty() {
             let field = match own.tools {
                 Some(_) => "tools",
                 None => "chat_template_kwargs",
@@ -253,6 +319,11 @@ impl GenerationService {
                  messages, or leave this field and its JSON form empty",
             ));
         }
+        let vocab_size = self.engine.model(&policy.model)?.vocab_size;
+        let prompt = match &options.prompt {
+            GenerationPrompt::Text(text) => text.clone(),
+            GenerationPrompt::Tokens(ids) => return checked_ids(ids, vocab_size),
+        };
         let bytes = prompt.bytes() + own.bytes();
         if bytes > MAX_PROMPT_BYTES {
             let message = format!(
@@ -264,7 +335,6 @@ impl GenerationService {
         let of_job = policy.job.as_ref().map(|job| job.template_arguments());
         let arguments = own.over(&of_job.unwrap_or_default());
         let date = self.template_date.of(policy.job.as_ref());
-        let vocab_size = self.engine.model(&policy.model)?.vocab_size;
         let permit = self.tokenizers.acquire().await?;
         let encoded = blocking(move || {
             let _permit = permit;
@@ -277,6 +347,60 @@ impl GenerationService {
         .await?;
         encoded.map_err(|e| ServiceError::invalid("prompt", e.to_string()))
     }
+}
+
+/// Checks that a prompt's token ids are in the vocabulary, and that there are any.
+fn checked_ids(ids: &[u32], vocab_size: usize) -> Result<Vec<u32>> {
+    if ids.is_empty() {
+        let problem = "is empty: a prompt needs at least one token";
+        return Err(ServiceError::invalid("prompt_token_ids", problem));
+    }
+    match ids.iter().position(|id| *id as usize >= vocab_size) {
+        None => Ok(ids.to_vec()),
+        Some(place) => Err(ServiceError::invalid(
+            format!("prompt_token_ids[{place}]"),
+            format!(
+                "is {}: the model's vocabulary has {vocab_size} tokens; send ids of this model's \
+                 own tokenizer",
+                ids.get(place).copied().unwrap_or_default()
+            ),
+        )),
+    }
+}
+
+fn undecodable(e: ModelError) -> ServiceError {
+    ServiceError::internal(format!("tokens cannot be decoded: {e}"))
+}
+
+/// Returns the tokens of a prompt. `scored` has those from the second on.
+fn with_first(ids: Vec<u32>, scored: Vec<ScoredToken>) -> Vec<TokenOfPrompt> {
+    let scored = std::iter::once(None).chain(scored.into_iter().map(Some));
+    ids.into_iter().zip(scored).collect()
+}
+
+/// Returns likely tokens with their texts, if `texts` are wanted.
+fn likely(
+    tokenizer: &ChatTokenizer,
+    texts: Option<&TokenTexts>,
+    tokens: Vec<Sampled>,
+) -> std::result::Result<Vec<LikelyToken>, ModelError> {
+    let tokens = tokens.into_iter().map(|Sampled { token, log_prob }| {
+        Ok(LikelyToken {
+            token,
+            log_prob,
+            text: text_of(tokenizer, texts, token)?,
+        })
+    });
+    tokens.collect()
+}
+
+/// Returns the text of a token; empty if `texts` are not wanted.
+fn text_of(
+    tokenizer: &ChatTokenizer,
+    texts: Option<&TokenTexts>,
+    token: u32,
+) -> std::result::Result<String, ModelError> {
+    texts.map_or(Ok(String::new()), |texts| texts.of(tokenizer, token))
 }
 
 impl Generation {
@@ -295,6 +419,37 @@ impl Generation {
         self.completion_tokens
     }
 
+    /// Returns the next tokens of the prompt, at most [`MAX_TOKENS_AT_ONCE`], if their log-probs
+    /// were asked for. Returns nothing after the last one.
+    ///
+    /// # Errors
+    /// `Internal` if the tokenizer fails.
+    pub async fn next_of_prompt(&mut self) -> Result<Vec<PromptPart>> {
+        let left = self.prompt_left.by_ref();
+        let some: Vec<TokenOfPrompt> = left.take(MAX_TOKENS_AT_ONCE).collect();
+        if some.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (tokenizer, texts) = (self.tokenizer.clone(), self.texts.clone());
+        let decoded = blocking(move || {
+            let texts = texts.as_deref();
+            let tokens = some.into_iter().map(|(token, scored)| {
+                Ok(PromptPart {
+                    token,
+                    log_prob: scored.as_ref().map(|scored| scored.token.log_prob),
+                    text: text_of(&tokenizer, texts, token)?,
+                    top: match scored {
+                        Some(scored) => likely(&tokenizer, texts, scored.top)?,
+                        None => Vec::new(),
+                    },
+                })
+            });
+            tokens.collect::<std::result::Result<Vec<_>, ModelError>>()
+        })
+        .await?;
+        decoded.map_err(undecodable)
+    }
+
     /// Waits for new tokens and returns them, those of a sample together. Returns nothing after the
     /// last token of every sample.
     ///
@@ -310,12 +465,17 @@ impl Generation {
                 });
             };
             self.take(event?)?;
-            let mut taken = 1;
+            // The texts of all likely tokens are decoded here, too.
+            let step = match self.texts {
+                Some(_) => 2 + self.top,
+                None => 1,
+            };
+            let mut taken = step;
             while taken < MAX_TOKENS_AT_ONCE
                 && let Some(event) = self.events.try_next()
             {
                 self.take(event?)?;
-                taken += 1;
+                taken += step;
             }
             if !self.parts.is_empty() {
                 return Ok(std::mem::take(&mut self.parts));
@@ -330,6 +490,7 @@ impl Generation {
             sample: index,
             token,
             log_prob,
+            top,
             end,
         } = event
         else {
@@ -340,7 +501,6 @@ impl Generation {
             return Ok(());
         };
         self.completion_tokens += 1;
-        let undecodable = |e| ServiceError::internal(format!("tokens cannot be decoded: {e}"));
         let mut new = sample
             .text
             .push(&self.tokenizer, token, &self.stop)
@@ -363,6 +523,9 @@ impl Generation {
                 flag.store(true, Ordering::Relaxed);
             }
         }
+        let (tokenizer, texts) = (&self.tokenizer, self.texts.as_deref());
+        let token_text = text_of(tokenizer, texts, token).map_err(undecodable)?;
+        let top = likely(tokenizer, texts, top).map_err(undecodable)?;
         let known = self.parts.iter().position(|part| part.sample == index);
         let place = known.unwrap_or(self.parts.len());
         if known.is_none() {
@@ -375,6 +538,12 @@ impl Generation {
         part.text.push_str(&new.text);
         part.tokens.push(token);
         part.log_probs.push(log_prob);
+        if self.texts.is_some() {
+            part.texts.push(token_text);
+        }
+        if self.top > 0 {
+            part.top.push(top);
+        }
         part.end = end;
         Ok(())
     }
@@ -445,13 +614,17 @@ mod tests {
             owner: "team".into(),
             usage: meter.clone(),
         };
-        let started = GenerationEvent::Started { live_step: None };
+        let started = GenerationEvent::Started {
+            live_step: None,
+            prompt: Vec::new(),
+        };
         sender.try_send(Ok(started)).unwrap();
         for token in 0..3 {
             let token = GenerationEvent::Token {
                 sample: 0,
                 token,
                 log_prob: 0.0,
+                top: Vec::new(),
                 end: None,
             };
             sender.try_send(Ok(token)).unwrap();

@@ -48,6 +48,7 @@ mod model_files;
 mod models_page;
 mod oidc;
 mod open_calls;
+mod openai;
 mod operations;
 mod own_pairs;
 mod pages;

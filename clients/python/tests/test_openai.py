@@ -93,6 +93,106 @@ def test_a_text_is_continued(openai: OpenAI) -> None:
     assert text == whole.choices[0].text
 
 
+def test_a_text_has_its_log_probs(openai: OpenAI, server: Server) -> None:
+    answer = openai.completions.create(
+        model="tiny", prompt="One two three", temperature=0.0, max_tokens=6, logprobs=2
+    )
+    choice = answer.choices[0]
+    log_probs = choice.logprobs
+    assert log_probs is not None
+    assert answer.usage is not None
+    assert log_probs.tokens is not None
+    assert log_probs.token_logprobs is not None
+    assert log_probs.top_logprobs is not None
+    assert len(log_probs.tokens) == answer.usage.completion_tokens
+    for token, own, top in zip(
+        log_probs.tokens, log_probs.token_logprobs, log_probs.top_logprobs, strict=True
+    ):
+        assert own == max(top.values()), token
+    prompt = scoring_pb2.Text(plain="One two three")
+    request = generation_pb2.GenerateCompletionsRequest(
+        policy="models/tiny", prompt=prompt, temperature=0.0, max_tokens=6, logprobs=True
+    )
+    with grpc.insecure_channel(server.address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        deltas = [delta for part in stub.GenerateCompletions(request) for delta in part.deltas]
+    assert log_probs.token_logprobs == [p for delta in deltas for p in delta.token_logprobs]
+    stream = openai.completions.create(
+        model="tiny", prompt="One two three", temperature=0.0, max_tokens=6, logprobs=2, stream=True
+    )
+    tokens: list[str] = []
+    for chunk in stream:
+        logprobs = chunk.choices[0].logprobs
+        tokens += logprobs.tokens or [] if logprobs else []
+    assert tokens == log_probs.tokens
+
+
+def log_likelihoods(choices: Any, contexts: list[int]) -> list[tuple[float, bool]]:
+    """Reads log-likelihoods as lm-evaluation-harness does (LocalCompletionsAPI.parse_logprobs)."""
+    read: list[tuple[float, bool]] = []
+    for choice, context in zip(sorted(choices, key=lambda c: c.index), contexts, strict=True):
+        own = choice.logprobs.token_logprobs[context:-1]
+        top = choice.logprobs.top_logprobs[context:-1]
+        is_greedy = all(p == max(others.values()) for p, others in zip(own, top, strict=True))
+        read.append((sum(own), is_greedy))
+    return read
+
+
+def test_log_likelihoods_of_several_prompts(openai: OpenAI) -> None:
+    def score(prompts: list[list[int]]) -> Any:
+        return openai.completions.create(
+            model="tiny",
+            prompt=prompts,
+            temperature=0.0,
+            max_tokens=1,
+            logprobs=1,
+            seed=1234,
+            echo=True,
+        ).choices
+
+    prompts = [[5, 6, 7, 8], [5, 6, 9], [11, 12, 13, 14, 15]]
+    contexts = [2, 2, 1]
+    found = log_likelihoods(score(prompts), contexts)
+    assert len(found) == 3
+    assert all(total < 0 for total, _ in found)
+    for i, prompt in enumerate(prompts):
+        assert log_likelihoods(score([prompt]), contexts[i : i + 1]) == found[i : i + 1]
+    # The token that the model makes itself is the greedy one.
+    made = score([[5, 6]])[0].logprobs.top_logprobs[-1]
+    best = max(made.values())
+    candidates = log_likelihoods(score([[5, 6, token] for token in range(3, 99)]), [2] * 96)
+    for total, is_greedy in candidates:
+        assert is_greedy == (abs(total - best) < 1e-5)
+
+
+def test_a_prompt_is_repeated(openai: OpenAI) -> None:
+    for max_tokens in (0, 3):
+        answer = openai.completions.create(
+            model="tiny", prompt="One two three", max_tokens=max_tokens, echo=True, seed=5
+        )
+        assert answer.choices[0].text.startswith("One two three")
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 0 or max_tokens == 3
+
+
+def test_a_chat_has_its_log_probs(openai: OpenAI) -> None:
+    answer = openai.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        max_tokens=6,
+        temperature=0.0,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    log_probs = answer.choices[0].logprobs
+    assert log_probs is not None
+    assert log_probs.content
+    for token in log_probs.content:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].token == token.token
+        assert token.top_logprobs[0].logprob == token.logprob
+
+
 async def streamed(target: str) -> str:
     async with AsyncOpenAI(base_url=f"{target}/openai/v1", api_key="unused") as opened:
         stream = await opened.chat.completions.create(
@@ -112,9 +212,9 @@ def test_errors_are_those_of_the_client(openai: OpenAI) -> None:
     images: list[Any] = [{"role": "user", "content": [{"type": "image_url"}]}]
     with pytest.raises(BadRequestError) as refused:
         openai.chat.completions.create(
-            model="tiny", messages=MESSAGES, presence_penalty=0.5, logprobs=True, n=65
+            model="tiny", messages=MESSAGES, presence_penalty=0.5, top_logprobs=2, n=65
         )
-    for part in ("presence_penalty is not supported", "logprobs is not supported"):
+    for part in ("presence_penalty is not supported", "top_logprobs has no meaning"):
         assert part in refused.value.message
     with pytest.raises(BadRequestError, match="n is 65: at most 64 are allowed") as refused:
         openai.chat.completions.create(model="tiny", messages=MESSAGES, n=65)

@@ -371,6 +371,34 @@ pub fn logits(kernel: Kernel, h: &[f32], w: WeightView, softcap: Option<f32>) ->
 /// Returns log p of `target`, given one row of the result of [`logits`]. It has the bits of
 /// [`HeadOutput::log_probs`], because the sums run over the same tiles.
 pub fn log_prob(logits: &[f32], target: u32) -> f32 {
+    let running = softmax_state(logits, target);
+    running.target - running.log_sum_exp()
+}
+
+/// Returns the `count` most likely tokens with their log-probs, the most likely first, given one
+/// row of the result of [`logits`]. Of tokens with equal logits the one with the lowest id comes
+/// first. The log-probs have the bits of [`log_prob`].
+pub fn most_likely(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+    if count == 0 {
+        return Vec::new();
+    }
+    let mut top: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
+    for (id, logit) in logits.iter().enumerate() {
+        let least = top.last().map_or(f32::NEG_INFINITY, |(_, least)| *least);
+        if top.len() == count && *logit <= least {
+            continue;
+        }
+        let place = top.partition_point(|(_, other)| *other >= *logit);
+        top.insert(place, (id as u32, *logit));
+        top.truncate(count);
+    }
+    let log_sum_exp = softmax_state(logits, 0).log_sum_exp();
+    top.iter_mut().for_each(|(_, logit)| *logit -= log_sum_exp);
+    top
+}
+
+/// Returns the state of the online softmax after all tiles of one row of logits.
+fn softmax_state(logits: &[f32], target: u32) -> OnlineSoftmax {
     let (mut running, mut tile) = (EMPTY_SOFTMAX, [0f32; TILE]);
     for (i, from) in logits.chunks(TILE).enumerate() {
         let tile = &mut tile[..from.len()];
@@ -380,7 +408,7 @@ pub fn log_prob(logits: &[f32], target: u32) -> f32 {
             || running.update(tile, i * TILE, target, false),
         );
     }
-    running.target - running.log_sum_exp()
+    running
 }
 
 /// Computes ∂log p/∂h = W_y − (Σ_v e^(l_v − max)·W_v) / Σ_v e^(l_v − max). On entry,

@@ -5,7 +5,10 @@ use candle_core::{D, DType, Device, Tensor};
 
 use super::attention::{Heads, attention, attention_backward};
 use super::gemm::{Elements, Kernel, NR, Operand, View, WeightView};
-use super::head::{HeadInput, HeadOptions, MAX_SAVED_PROBABILITIES, head, head_weight_gradient};
+use super::head::{
+    HeadInput, HeadOptions, MAX_SAVED_PROBABILITIES, head, head_weight_gradient, log_prob,
+    most_likely,
+};
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
 use super::rope::{Direction, RopeTable, RotaryPairs, rotate};
 use super::simd::{soft_cap, soft_cap_slope};
@@ -721,4 +724,22 @@ fn queries_rotated_with_a_scaled_table_are_scaled_and_other_heads_are_left_alone
         }
         assert_ne!(plain, x);
     }
+}
+
+#[test]
+fn the_most_likely_tokens_come_first_and_equal_ones_in_the_order_of_their_ids() {
+    let mut logits = random(1300, 3);
+    for (id, logit) in [(900, 2.0), (7, 2.0), (20, 3.0)] {
+        logits[id] = logit;
+    }
+    let top = most_likely(&logits, 3);
+    let ids: Vec<u32> = top.iter().map(|(id, _)| *id).collect();
+    assert_eq!(ids, [20, 7, 900]);
+    for (id, likely) in &top {
+        assert_eq!(likely.to_bits(), log_prob(&logits, *id).to_bits());
+    }
+    assert!(most_likely(&logits, 0).is_empty());
+    let all = most_likely(&logits[..4], 9);
+    let sum: f32 = all.iter().map(|(_, log_prob)| log_prob.exp()).sum();
+    assert!(all.len() == 4 && (sum - 1.0).abs() < 1e-5, "{all:?}");
 }

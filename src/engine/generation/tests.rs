@@ -12,7 +12,7 @@ use super::*;
 use crate::domain::training::{LoraConfig, Precision};
 use crate::engine::memory::{HostMemory, Room};
 use crate::engine::scoring::tests::{base, base_models};
-use crate::infer::generate::SamplingOptions;
+use crate::infer::generate::{LogProbOptions, SamplingOptions};
 use crate::infer::pair::SequenceGroup;
 use crate::infer::scorer::score;
 
@@ -30,6 +30,7 @@ fn request(prompt: usize, samples: usize, max_tokens: usize) -> GenerationReques
             seed: 1,
         },
         stop_tokens: Vec::new(),
+        log_probs: LogProbOptions::default(),
     }
 }
 
@@ -102,6 +103,7 @@ fn read(events: &mut GenerationEvents, samples: usize) -> (Vec<Vec<Sampled>>, us
             token,
             log_prob,
             end,
+            ..
         } = event.unwrap()
         {
             all[sample].push(Sampled { token, log_prob });
@@ -135,6 +137,64 @@ fn requests_together_get_their_tokens_with_the_log_probs_of_scoring() {
             assert_eq!(got, want);
         }
     }
+}
+
+#[test]
+fn likely_tokens_and_those_of_the_prompt_come_with_their_log_probs() {
+    let mut device = Device::new(100);
+    let mut asked = request(150, 1, 5);
+    asked.sampling.temperature = 0.0;
+    asked.log_probs = LogProbOptions {
+        top: 3,
+        prompt: true,
+    };
+    let mut events = device.add(asked.clone());
+    while device.step() {}
+    let Ok(Ok(GenerationEvent::Started { prompt, .. })) = events.try_recv() else {
+        panic!("the first event is another one")
+    };
+    let policy = device.base_models.open(&base()).unwrap();
+    let group = SequenceGroup {
+        prompt: asked.prompt[..1].to_vec(),
+        completions: vec![asked.prompt[1..].to_vec()],
+    };
+    let want = score(&policy, &[group]).unwrap().remove(0);
+    assert_eq!(prompt.len(), 149);
+    for ((got, id), want) in prompt.iter().zip(&asked.prompt[1..]).zip(want) {
+        assert_eq!((got.token.token, got.top.len()), (*id, 3));
+        assert!((got.token.log_prob - want).abs() < 1e-4, "{got:?} {want}");
+        assert!(got.top[0].log_prob >= got.token.log_prob);
+    }
+    let mut tokens = 0;
+    while let Ok(event) = events.try_recv() {
+        let GenerationEvent::Token {
+            token,
+            log_prob,
+            top,
+            ..
+        } = event.unwrap()
+        else {
+            panic!("the prompt came twice")
+        };
+        tokens += 1;
+        assert_eq!(top[0], Sampled { token, log_prob });
+        assert!(top.is_sorted_by(|a, b| a.log_prob >= b.log_prob), "{top:?}");
+    }
+    assert_eq!(tokens, 5);
+    // Without them, the tokens are the same.
+    let mut plain = device.add(GenerationRequest {
+        log_probs: LogProbOptions::default(),
+        ..asked
+    });
+    while device.step() {}
+    let Ok(Ok(GenerationEvent::Started { prompt, .. })) = plain.try_recv() else {
+        panic!("the first event is another one")
+    };
+    assert!(prompt.is_empty());
+    let Ok(Ok(GenerationEvent::Token { top, .. })) = plain.try_recv() else {
+        panic!("there is no token")
+    };
+    assert!(top.is_empty());
 }
 
 #[test]

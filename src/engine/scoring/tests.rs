@@ -14,7 +14,7 @@ use crate::engine::api::{GenerationRequest, ScoreItem};
 use crate::engine::generation::GenerationEntry;
 use crate::formats::loader::load_model;
 use crate::formats::source::HubOptions;
-use crate::infer::generate::SamplingOptions;
+use crate::infer::generate::{LogProbOptions, SamplingOptions};
 use crate::infer::pair::EncodedPair;
 use crate::model::device::ComputeDevice;
 
@@ -281,6 +281,7 @@ fn generation_between_units_takes_turns_with_scoring_inside_them() {
             seed: 0,
         },
         stop_tokens: Vec::new(),
+        log_probs: LogProbOptions::default(),
     };
     let text = GenerationEntry {
         request,

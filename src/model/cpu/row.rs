@@ -44,7 +44,13 @@ impl<'a> CpuRow<'a> {
 
     /// Returns the logits of the predictors `[N, V]`, given the last block's output `[T, C]`.
     pub fn logits(&self, x: &Buffer) -> Result<Buffer> {
-        let normed = self.head_input(x)?.normed;
+        self.logits_after(x, &self.row.row().predictors)
+    }
+
+    /// Returns the logits of the tokens after these N tokens of the row `[N, V]`, given the last
+    /// block's output `[T, C]`. `tokens` are indices in the row.
+    pub fn logits_after(&self, x: &Buffer, tokens: &[u32]) -> Result<Buffer> {
+        let normed = self.head_input(x, tokens)?.normed;
         let w = self.policy.parameters.head()?.read()?;
         let softcap = self.policy.spec.logit_softcap;
         Ok(logits(self.kernel(), &normed, w.view(), softcap))
@@ -71,12 +77,13 @@ impl<'a> CpuRow<'a> {
         self.policy.parameters.norm(ParamId::Norm)
     }
 
-    /// Returns the hidden states of the predictors, before and after the last norm.
-    fn head_input(&self, x: &[f32]) -> Result<CpuHeadTape> {
-        let (width, row) = (self.width(), self.row.row());
-        let mut before_norm = Buffer::uninit(row.predictors.len() * width);
+    /// Returns the hidden states of the tokens with the indices `predictors`, before and after the
+    /// last norm.
+    fn head_input(&self, x: &[f32], predictors: &[u32]) -> Result<CpuHeadTape> {
+        let width = self.width();
+        let mut before_norm = Buffer::uninit(predictors.len() * width);
         thread_pool::chunks(&mut before_norm, width, |i, to| {
-            to.copy_from_slice(&x[row.predictors[i] as usize * width..][..width])
+            to.copy_from_slice(&x[predictors[i] as usize * width..][..width])
         });
         let mut normed = Buffer::uninit(before_norm.len());
         rms_norm(
@@ -100,7 +107,8 @@ impl<'a> CpuRow<'a> {
 
     /// Runs the last norm and the head on the last block's output `[T, C]`.
     fn run_head(&self, x: &[f32], options: HeadOptions) -> Result<(HeadOutput, CpuHeadTape)> {
-        let (tape, row) = (self.head_input(x)?, self.row.row());
+        let row = self.row.row();
+        let tape = self.head_input(x, &row.predictors)?;
         let w = self.policy.parameters.head()?.read()?;
         let input = HeadInput {
             kernel: self.kernel(),

@@ -8,10 +8,12 @@ use crate::domain::message::TemplateArguments;
 use crate::domain::names;
 use crate::domain::violation::{Violations, quoted};
 use crate::engine::api::GenerationEnd;
-use crate::infer::generate::SamplingOptions;
+use crate::infer::generate::{LogProbOptions, SamplingOptions};
 use crate::rpc::pb;
 use crate::rpc::status::{bad_request, status};
-use crate::service::generation::{GenerateOptions, GeneratedPart};
+use crate::service::generation::{
+    GenerateOptions, GeneratedPart, GenerationPrompt, LikelyToken, PromptPart,
+};
 
 /// Maximum number of samples of a request.
 const MAX_SAMPLES: u32 = 64;
@@ -23,6 +25,8 @@ const MAX_STOP_TEXTS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
 /// Maximum number of stop tokens.
 const MAX_STOP_TOKENS: usize = 64;
+/// Maximum number of likely tokens at each place.
+const MAX_TOP_LOGPROBS: u32 = 20;
 /// Highest temperature.
 const MAX_TEMPERATURE: f64 = 100.0;
 /// Minimum temperature above 0. Logits divided by a smaller one may overflow.
@@ -90,6 +94,23 @@ pub(in crate::rpc) fn request(
             ),
         );
     }
+    if r.top_logprobs > MAX_TOP_LOGPROBS {
+        bad.push(
+            "top_logprobs",
+            format!(
+                "is {}: at most {MAX_TOP_LOGPROBS} are allowed",
+                r.top_logprobs
+            ),
+        );
+    }
+    if r.top_logprobs > 0 && !r.logprobs && !r.prompt_logprobs {
+        let problem = "has no meaning without log-probs: set logprobs or prompt_logprobs";
+        bad.push("top_logprobs", problem);
+    }
+    if r.prompt.is_some() && !r.prompt_token_ids.is_empty() {
+        let problem = "is set together with prompt: give one of them";
+        bad.push("prompt_token_ids", problem);
+    }
     let arguments = json::arguments(
         "",
         r.tools,
@@ -104,7 +125,10 @@ pub(in crate::rpc) fn request(
     let Some(policy) = policy else {
         return Err(bad_request(bad));
     };
-    let prompt = text("prompt", r.prompt).map_err(status)?;
+    let prompt = match r.prompt_token_ids.is_empty() {
+        true => GenerationPrompt::Text(text("prompt", r.prompt).map_err(status)?),
+        false => GenerationPrompt::Tokens(r.prompt_token_ids),
+    };
     let options = GenerateOptions {
         policy,
         prompt,
@@ -124,6 +148,11 @@ pub(in crate::rpc) fn request(
         stop: r.stop,
         stop_token_ids: r.stop_token_ids,
         ignore_eos: r.ignore_eos,
+        log_probs: LogProbOptions {
+            top: r.top_logprobs as usize,
+            prompt: r.prompt_logprobs,
+        },
+        token_texts: r.token_texts,
     };
     finish((options, r.logprobs), bad)
 }
@@ -144,5 +173,34 @@ pub(in crate::rpc) fn delta(part: GeneratedPart, log_probs: bool) -> pb::Complet
             false => Vec::new(),
         },
         finish_reason: reason.into(),
+        token_texts: part.texts,
+        top_logprobs: match log_probs {
+            true => part.top.into_iter().map(top_logprobs).collect(),
+            false => Vec::new(),
+        },
+    }
+}
+
+fn top_logprobs(tokens: Vec<LikelyToken>) -> pb::TopLogprobs {
+    pb::TopLogprobs {
+        tokens: tokens.into_iter().map(token_logprob).collect(),
+    }
+}
+
+fn token_logprob(likely: LikelyToken) -> pb::TokenLogprob {
+    pb::TokenLogprob {
+        token_id: likely.token,
+        logprob: likely.log_prob,
+        text: likely.text,
+    }
+}
+
+/// Converts a token of the prompt.
+pub(in crate::rpc) fn prompt_token(part: PromptPart) -> pb::PromptToken {
+    pb::PromptToken {
+        token_id: part.token,
+        logprob: part.log_prob,
+        text: part.text,
+        top_logprobs: part.top.into_iter().map(token_logprob).collect(),
     }
 }

@@ -2,11 +2,13 @@
 //! clients that were written for it.
 //!
 //! Names of models are IDs of base models, or full names of policies. A parameter that would change
-//! the answer and is not supported is refused by name.
+//! the answer and is not supported is refused by name. Each prompt of a request is a call of its
+//! own.
 
 mod answer;
 mod endpoint;
 mod request;
+mod tokens;
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;

@@ -1,30 +1,43 @@
 //! From the answer of a gRPC call to OpenAI's JSON: one object, a stream of chunks, or an error.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::VecDeque;
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use prost::Message as _;
 use serde_json::{Value, json};
-use tonic::Status;
+use tokio::task::JoinSet;
 use tonic::body::Body;
 use tonic::codegen::http::{HeaderMap, Response, StatusCode};
+use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use super::endpoint::Endpoint;
 use super::request::AnswerOptions;
+use super::tokens::{self, AnswerToken};
 use crate::rpc::client::field_violations;
 use crate::rpc::pb;
 use crate::rpc::rest::answer::{self, StreamText, conversion};
 use crate::rpc::rest::request::MAX_INLINE;
+use crate::rpc::status::status;
+use crate::service::error::ServiceError;
+
+/// Number of prompts of a request that are continued at the same time.
+const PROMPTS_AT_ONCE: usize = 8;
+/// Maximum size of the answers to several prompts together, in MiB as gRPC sends them. As JSON they
+/// take several times as much memory.
+const MAX_ANSWERS_MIB: usize = 32;
 
 /// Names of the gRPC request's fields, and those of OpenAI's parameters.
-const PARAMETERS: [(&str, &str); 7] = [
+const PARAMETERS: [(&str, &str); 8] = [
     ("policy", "model"),
     ("samples", "n"),
     ("prompt.chat.messages", "messages"),
     ("prompt.chat", "messages"),
     ("prompt.plain", "prompt"),
+    ("prompt_token_ids", "prompt"),
     ("tools_json", "tools"),
     ("chat_template_kwargs_json", "chat_template_kwargs"),
 ];
@@ -38,21 +51,32 @@ pub struct AnswerConverter {
     pub asked: Arc<OnceLock<AnswerOptions>>,
 }
 
-/// Returns an error in OpenAI's form, for a request that is refused before its body is read.
-pub fn error(http: StatusCode, status: &Status) -> Response<Body> {
-    error_of(http, status, false)
+/// The part of a request that an error belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ErrorPlace {
+    /// A chat.
+    Chat,
+    /// A request for text completions as a whole.
+    Text,
+    /// The prompt with this index, of several.
+    Prompt(usize),
 }
 
-/// Returns an error in OpenAI's form. `is_chat` is true if the request continues a chat.
-fn error_of(http: StatusCode, status: &Status, is_chat: bool) -> Response<Body> {
-    let body = error_json(http, status, is_chat).to_string();
+/// Returns an error in OpenAI's form, for a request that is refused before its body is read.
+pub fn error(http: StatusCode, status: &Status) -> Response<Body> {
+    error_of(http, status, ErrorPlace::Text)
+}
+
+/// Returns an error in OpenAI's form.
+fn error_of(http: StatusCode, status: &Status, place: ErrorPlace) -> Response<Body> {
+    let body = error_json(http, status, place).to_string();
     answer::error_with(http, status, body.into())
 }
 
-fn error_json(http: StatusCode, status: &Status, is_chat: bool) -> Value {
+fn error_json(http: StatusCode, status: &Status, place: ErrorPlace) -> Value {
     let wrong: Vec<_> = field_violations(status)
         .into_iter()
-        .map(|(field, problem)| (parameter(&field, is_chat), problem))
+        .map(|(field, problem)| (parameter(&field, place), problem))
         .collect();
     let message = match wrong.is_empty() {
         true => status.message().to_owned(),
@@ -80,9 +104,9 @@ fn error_json(http: StatusCode, status: &Status, is_chat: bool) -> Value {
 }
 
 /// Returns the name of the parameter that a field of the gRPC request comes from.
-fn parameter(field: &str, is_chat: bool) -> String {
+fn parameter(field: &str, place: ErrorPlace) -> String {
     // The prompt of a chat as a whole, e.g. one that is too long.
-    if is_chat && field == "prompt" {
+    if place == ErrorPlace::Chat && field == "prompt" {
         return "messages".to_owned();
     }
     // A message is sent as JSON in this field, which OpenAI's messages do not have.
@@ -93,43 +117,161 @@ fn parameter(field: &str, is_chat: bool) -> String {
         ends.then(|| format!("{to}{rest}"))
     };
     let name = PARAMETERS.iter().find_map(of);
-    name.unwrap_or_else(|| field.to_owned())
+    let name = name.unwrap_or_else(|| field.to_owned());
+    let rest = name.strip_prefix("prompt");
+    match (place, rest.filter(|r| r.is_empty() || r.starts_with('['))) {
+        (ErrorPlace::Prompt(index), Some(rest)) => format!("prompt[{index}]{rest}"),
+        _ => name,
+    }
+}
+
+/// The messages of a call, or the error that ended it.
+type CallAnswer = Result<BytesMut, (StatusCode, Status)>;
+
+/// The messages of the calls for all prompts in order, or the error of one of them.
+type AllAnswers = Result<Vec<BytesMut>, (ErrorPlace, StatusCode, Status)>;
+
+/// Reads the answer of a call.
+async fn read_call<E>(
+    call: impl Future<Output = Result<Response<Body>, E>>,
+) -> Result<CallAnswer, E> {
+    let (head, body) = call.await?.into_parts();
+    Ok(match answer::failure(&head.headers) {
+        Some(status) => Err((answer::http_status(&status, &head.headers), status)),
+        None => answer::read_all(body).await,
+    })
+}
+
+/// Reads the answers to several prompts: the one of the first, whose call has begun, and those of
+/// the `further` messages, for which `call` makes calls. A call that is refused for lack of room
+/// is made again when another one has ended.
+async fn read_prompts<R, E>(
+    first: Body,
+    further: Vec<Bytes>,
+    call: impl Fn(Bytes) -> R,
+) -> Result<AllAnswers, E>
+where
+    R: Future<Output = Result<Response<Body>, E>> + Send + 'static,
+    E: Send + 'static,
+{
+    let none = HeaderMap::new();
+    let mut all = vec![BytesMut::new(); further.len() + 1];
+    let mut waiting: VecDeque<(usize, Bytes)> = (1..).zip(further.iter().cloned()).collect();
+    // Dropping the tasks ends the calls.
+    let mut tasks: JoinSet<(usize, Result<CallAnswer, E>)> = JoinSet::new();
+    tasks.spawn(async move { (0, Ok(answer::read_all(first).await)) });
+    let (mut at_once, mut bytes) = (PROMPTS_AT_ONCE, 0);
+    loop {
+        while tasks.len() < at_once
+            && let Some((prompt, message)) = waiting.pop_front()
+        {
+            let answering = call(message);
+            tasks.spawn(async move { (prompt, read_call(answering).await) });
+        }
+        let Some(ended) = tasks.join_next().await else {
+            return Ok(Ok(all));
+        };
+        let (prompt, answered) = match ended {
+            Ok((prompt, answered)) => (prompt, answered?),
+            Err(e) => {
+                let e = conversion(e);
+                return Ok(Err((ErrorPlace::Text, answer::http_status(&e, &none), e)));
+            }
+        };
+        match answered {
+            Ok(data) => {
+                bytes += data.len();
+                if bytes > MAX_ANSWERS_MIB << 20 {
+                    let long = format!(
+                        "has answers of more than {MAX_ANSWERS_MIB} MiB together: send fewer \
+                         prompts in a request"
+                    );
+                    let e = status(ServiceError::invalid("prompt", long));
+                    return Ok(Err((ErrorPlace::Text, answer::http_status(&e, &none), e)));
+                }
+                if let Some(place) = all.get_mut(prompt) {
+                    *place = data;
+                }
+            }
+            Err((http, e)) => {
+                let message = further.get(prompt.wrapping_sub(1));
+                let lacks_room = matches!(e.code(), Code::ResourceExhausted | Code::Unavailable);
+                let may_fit_later = lacks_room && !tasks.is_empty();
+                match message.filter(|_| may_fit_later) {
+                    Some(message) => {
+                        at_once = tasks.len();
+                        waiting.push_front((prompt, message.clone()));
+                    }
+                    None => return Ok(Err((ErrorPlace::Prompt(prompt), http, e))),
+                }
+            }
+        }
+    }
 }
 
 impl AnswerConverter {
-    /// Converts the answer of the gRPC call.
-    pub async fn convert(self, response: Response<Body>) -> Response<Body> {
+    /// Converts the answer of the gRPC call for the first prompt. `call` calls the service with the
+    /// message for a further prompt.
+    ///
+    /// # Errors
+    /// Returns the error of `call`.
+    pub async fn convert<R, E>(
+        self,
+        response: Response<Body>,
+        call: impl Fn(Bytes) -> R,
+    ) -> Result<Response<Body>, E>
+    where
+        R: Future<Output = Result<Response<Body>, E>> + Send + 'static,
+        E: Send + 'static,
+    {
         let (head, body) = response.into_parts();
         let converted = match answer::failure(&head.headers) {
             Some(status) => {
                 let http = answer::http_status(&status, &head.headers);
-                error_of(http, &status, self.endpoint == Endpoint::Chat)
+                error_of(http, &status, self.first_place())
             }
-            None => self.answer(body).await,
+            None => self.answer(body, call).await?,
         };
-        answer::with_headers(converted, head.headers)
+        Ok(answer::with_headers(converted, head.headers))
     }
 
-    async fn answer(self, body: Body) -> Response<Body> {
-        let is_chat = self.endpoint == Endpoint::Chat;
+    /// Returns the place of an error of the first call.
+    fn first_place(&self) -> ErrorPlace {
+        let has_several = |asked: &AnswerOptions| !asked.further.is_empty();
+        match self.endpoint {
+            Endpoint::Chat => ErrorPlace::Chat,
+            _ if self.asked.get().is_some_and(has_several) => ErrorPlace::Prompt(0),
+            _ => ErrorPlace::Text,
+        }
+    }
+
+    async fn answer<R, E>(self, body: Body, call: impl Fn(Bytes) -> R) -> Result<Response<Body>, E>
+    where
+        R: Future<Output = Result<Response<Body>, E>> + Send + 'static,
+        E: Send + 'static,
+    {
+        let place = self.first_place();
         let asked = self.asked.get().cloned();
         if let Some(asked) = asked.clone().filter(|asked| asked.streams) {
-            let text = Chunks {
-                asked,
-                has_begun: Arc::default(),
-                is_complete: Arc::default(),
-            };
-            return answer::event_stream(body, text);
+            return Ok(answer::event_stream(body, Chunks::new(asked)));
         }
-        let data = match answer::read_all(body).await {
-            Ok(data) => data,
-            Err((http, status)) => return error_of(http, &status, is_chat),
+        let further = asked.as_ref().map(|asked| asked.further.clone());
+        let read = match further.filter(|further| !further.is_empty()) {
+            Some(further) => read_prompts(body, further, call).await?,
+            None => match answer::read_all(body).await {
+                Ok(data) => Ok(vec![data]),
+                Err((http, status)) => Err((place, http, status)),
+            },
         };
-        let is_small = data.len() <= MAX_INLINE;
+        let data = match read {
+            Ok(data) => data,
+            Err((place, http, status)) => return Ok(error_of(http, &status, place)),
+        };
+        let is_small = data.iter().map(BytesMut::len).sum::<usize>() <= MAX_INLINE;
         let convert = move || {
             let value = match (self.endpoint, asked) {
-                (Endpoint::Models, _) => models(data),
-                (Endpoint::Model(_), _) => one(data).map(|model| model_json(&model)),
+                (Endpoint::Models, _) => models(first_of(data)),
+                (Endpoint::Model(_), _) => one(first_of(data)).map(|model| model_json(&model)),
                 (_, Some(asked)) => whole(data, &asked),
                 (_, None) => Err(conversion("the request was not read")),
             };
@@ -141,14 +283,19 @@ impl AnswerConverter {
                 .await
                 .unwrap_or_else(|e| Err(conversion(e))),
         };
-        match text {
+        Ok(match text {
             Ok(text) => answer::json(StatusCode::OK, text),
             Err(status) => {
                 let http = answer::http_status(&status, &HeaderMap::new());
-                error_of(http, &status, is_chat)
+                error_of(http, &status, place)
             }
-        }
+        })
     }
+}
+
+/// Returns the messages of the only call.
+fn first_of(data: Vec<BytesMut>) -> BytesMut {
+    data.into_iter().next().unwrap_or_default()
 }
 
 /// Decodes the message of a unary call.
@@ -174,54 +321,120 @@ fn model_json(model: &pb::Model) -> Value {
     })
 }
 
-/// Text of one sample, and the reason why it ended.
+/// Text and tokens of one sample, and the reason why it ended.
 #[derive(Clone, Default)]
 struct Sample {
     text: String,
+    /// Empty without log-probs.
+    tokens: Vec<AnswerToken>,
     finish: Option<&'static str>,
 }
 
-/// Returns the answer to a request that does not stream.
-fn whole(mut data: BytesMut, asked: &AnswerOptions) -> Result<Value, Status> {
-    let mut samples = vec![Sample::default(); asked.samples.max(1) as usize];
-    let (mut usage, mut version) = (None, String::new());
-    while let Some(message) = answer::take_message(&mut data) {
-        let response = pb::GenerateCompletionsResponse::decode(message).map_err(conversion)?;
-        for delta in &response.deltas {
-            let Some(sample) = samples.get_mut(delta.index as usize) else {
-                return Err(conversion("it has more samples than were asked for"));
-            };
-            sample.text.push_str(&delta.text);
-            sample.finish = finish(delta).or(sample.finish);
+/// The answer to one prompt.
+struct PromptAnswer {
+    samples: Vec<Sample>,
+    /// Tokens of the prompt, if the answer begins with it.
+    prompt: Vec<AnswerToken>,
+    usage: pb::GenerationUsage,
+    version: String,
+}
+
+impl PromptAnswer {
+    fn read(mut data: BytesMut, asked: &AnswerOptions) -> Result<Self, Status> {
+        let mut samples = vec![Sample::default(); asked.samples.max(1) as usize];
+        let (mut prompt, mut usage, mut version) = (Vec::new(), None, String::new());
+        while let Some(message) = answer::take_message(&mut data) {
+            let response = pb::GenerateCompletionsResponse::decode(message).map_err(conversion)?;
+            let tokens = response.prompt_tokens.into_iter();
+            prompt.extend(tokens.map(AnswerToken::of_prompt));
+            for mut delta in response.deltas {
+                let Some(sample) = samples.get_mut(delta.index as usize) else {
+                    return Err(conversion("it has more samples than were asked for"));
+                };
+                sample.text.push_str(&delta.text);
+                sample.finish = finish(&delta).or(sample.finish);
+                sample.tokens.extend(tokens::of_delta(&mut delta));
+            }
+            version = response.policy_version;
+            usage = response.usage;
         }
-        version = response.policy_version;
-        usage = response.usage;
+        Ok(PromptAnswer {
+            samples,
+            prompt,
+            usage: usage.ok_or_else(|| conversion("its end is missing"))?,
+            version,
+        })
     }
-    let usage = usage.ok_or_else(|| conversion("its end is missing"))?;
-    let choices = samples.into_iter().enumerate().map(|(i, sample)| {
-        let message = json!({"role": "assistant", "content": sample.text, "refusal": null});
-        match asked.is_chat {
-            true => json!({
-                "index": i,
-                "message": message,
-                "logprobs": null,
-                "finish_reason": sample.finish,
-            }),
-            false => json!({
-                "index": i,
-                "text": sample.text,
-                "logprobs": null,
-                "finish_reason": sample.finish,
-            }),
+
+    /// Adds the prompt to the beginning of the sample. `text` is its text; `None` if it was sent as
+    /// token ids.
+    fn echo(&mut self, text: Option<&str>, drops_sample: bool) {
+        let Some(sample) = self.samples.first_mut() else {
+            return;
+        };
+        let mut tokens = std::mem::take(&mut self.prompt);
+        let mut whole = match text {
+            Some(text) => text.to_owned(),
+            None => tokens.iter().map(|token| token.text.as_str()).collect(),
+        };
+        if drops_sample {
+            self.usage.completion_tokens = 0;
+            sample.finish = Some("length");
+        } else {
+            whole.push_str(&sample.text);
+            tokens.append(&mut sample.tokens);
         }
-    });
+        sample.text = whole;
+        sample.tokens = tokens;
+    }
+}
+
+/// Returns the answer to a request that does not stream, from the messages of each prompt's call.
+fn whole(all: Vec<BytesMut>, asked: &AnswerOptions) -> Result<Value, Status> {
+    let (mut choices, mut versions) = (Vec::new(), Vec::new());
+    let mut usage = pb::GenerationUsage::default();
+    for (i, data) in all.into_iter().enumerate() {
+        let mut read = PromptAnswer::read(data, asked)?;
+        if asked.echoes {
+            let text = asked.prompts.get(i).and_then(Option::as_deref);
+            read.echo(text, asked.drops_samples);
+        }
+        usage.prompt_tokens += read.usage.prompt_tokens;
+        usage.completion_tokens += read.usage.completion_tokens;
+        // The current weights of a running job may change between two prompts.
+        if !versions.contains(&read.version) {
+            versions.push(read.version);
+        }
+        for sample in read.samples {
+            choices.push(whole_choice(choices.len(), &sample, asked));
+        }
+    }
     let object = match asked.is_chat {
         true => "chat.completion",
         false => "text_completion",
     };
-    let mut value = envelope(asked, object, choices.collect(), &version);
+    let mut value = envelope(asked, object, choices, &versions.join(", "));
     value["usage"] = usage_json(&usage);
     Ok(value)
+}
+
+fn whole_choice(index: usize, sample: &Sample, asked: &AnswerOptions) -> Value {
+    let offsets = || tokens::offsets_in(&sample.tokens, &sample.text);
+    let log_probs = tokens::log_probs(asked, &sample.tokens, offsets);
+    match asked.is_chat {
+        true => json!({
+            "index": index,
+            "message": {"role": "assistant", "content": sample.text, "refusal": null},
+            "logprobs": log_probs,
+            "finish_reason": sample.finish,
+        }),
+        false => json!({
+            "index": index,
+            "text": sample.text,
+            "logprobs": log_probs,
+            "finish_reason": sample.finish,
+        }),
+    }
 }
 
 fn envelope(asked: &AnswerOptions, object: &str, choices: Vec<Value>, version: &str) -> Value {
@@ -260,9 +473,33 @@ struct Chunks {
     has_begun: Arc<AtomicBool>,
     /// True once the last message has come.
     is_complete: Arc<AtomicBool>,
+    /// Number of characters of each sample's tokens so far.
+    offsets: Arc<[AtomicUsize]>,
 }
 
 impl Chunks {
+    fn new(asked: AnswerOptions) -> Self {
+        let samples = 0..asked.samples.max(1);
+        Chunks {
+            has_begun: Arc::default(),
+            is_complete: Arc::default(),
+            offsets: samples.map(|_| AtomicUsize::new(0)).collect(),
+            asked,
+        }
+    }
+
+    /// Returns the log-probs of a sample's new tokens.
+    fn new_log_probs(&self, sample: u32, new: &[AnswerToken]) -> Value {
+        tokens::log_probs(&self.asked, new, || {
+            let Some(so_far) = self.offsets.get(sample as usize) else {
+                return Vec::new();
+            };
+            let (places, end) = tokens::offsets(new, so_far.load(Ordering::Relaxed));
+            so_far.store(end, Ordering::Relaxed);
+            places
+        })
+    }
+
     fn chunk(&self, choices: Vec<Value>, version: &str) -> Value {
         let object = match self.asked.is_chat {
             true => "chat.completion.chunk",
@@ -319,13 +556,14 @@ impl StreamText for Chunks {
                 event(&mut text, &self.chunk(vec![choice], version));
             }
         }
-        for delta in &response.deltas {
-            let finish = finish(delta);
+        for mut delta in response.deltas {
+            let (finish, new) = (finish(&delta), tokens::of_delta(&mut delta));
             // A token may have no whole character yet.
-            if delta.text.is_empty() && finish.is_none() {
+            if delta.text.is_empty() && finish.is_none() && new.is_empty() {
                 continue;
             }
-            let choice = self.choice(delta.index, &delta.text, finish);
+            let mut choice = self.choice(delta.index, &delta.text, finish);
+            choice["logprobs"] = self.new_log_probs(delta.index, &new);
             event(&mut text, &self.chunk(vec![choice], version));
         }
         if response.usage.is_some() {
@@ -350,7 +588,11 @@ impl StreamText for Chunks {
         };
         let http = answer::http_status(&status, &HeaderMap::new());
         let mut text = Vec::new();
-        event(&mut text, &error_json(http, &status, self.asked.is_chat));
+        let place = match self.asked.is_chat {
+            true => ErrorPlace::Chat,
+            false => ErrorPlace::Text,
+        };
+        event(&mut text, &error_json(http, &status, place));
         Some(text)
     }
 }

@@ -2,11 +2,13 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
+use prost::Message as _;
 use serde_json::{Map, Value};
 
 use crate::domain::violation::{Violations, shortened};
 use crate::rpc::pb;
-use crate::rpc::rest::request::parse;
+use crate::rpc::rest::request::{framed, parse};
 use crate::service::error::ServiceError;
 
 /// Number of tokens of a text completion if the request does not limit them, as in OpenAI's API.
@@ -24,6 +26,12 @@ const WITHOUT_EFFECT: [&str; 8] = [
 ];
 /// Maximum number of characters of a value that an error repeats.
 const MAX_REPEATED: usize = 60;
+/// Maximum number of prompts of a request.
+const MAX_PROMPTS: usize = 128;
+/// Maximum number of likely tokens at each place of a text, as in OpenAI's API.
+const MAX_TEXT_ALTERNATIVES: u32 = 5;
+/// Maximum number of likely tokens at each place of a chat, as in OpenAI's API.
+const MAX_CHAT_ALTERNATIVES: u32 = 20;
 
 /// The parts of a request that its answer needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,9 +50,71 @@ pub struct AnswerOptions {
     pub streams: bool,
     /// True if a stream ends with the numbers of tokens.
     pub includes_usage: bool,
+    /// Number of the most likely tokens at each place; `None` without log-probs.
+    pub alternatives: Option<u32>,
+    /// True if the answer begins with the prompt.
+    pub echoes: bool,
+    /// True if the answer has the prompt only.
+    pub drops_samples: bool,
+    /// The text of each prompt; `None` for a chat, and for a prompt of token ids.
+    pub prompts: Vec<Option<String>>,
+    /// The messages of the calls for all prompts but the first, framed as gRPC sends them.
+    pub further: Vec<Bytes>,
 }
 
-/// Converts the body of a request for completions.
+/// A prompt in the forms of OpenAI's API and of the service.
+struct OpenAiPrompt {
+    /// Its text; `None` for a chat and for token ids.
+    text: Option<String>,
+    form: Option<pb::text::Form>,
+    token_ids: Vec<u32>,
+}
+
+impl OpenAiPrompt {
+    fn of_text(text: &str) -> Self {
+        OpenAiPrompt {
+            text: Some(text.to_owned()),
+            form: Some(pb::text::Form::Plain(text.to_owned())),
+            token_ids: Vec::new(),
+        }
+    }
+
+    fn of_tokens(token_ids: Vec<u32>) -> Self {
+        OpenAiPrompt {
+            text: None,
+            form: None,
+            token_ids,
+        }
+    }
+
+    /// Reads the prompts of a text completion; `None` if they have none of the forms.
+    fn read(value: &Value) -> Option<Vec<Self>> {
+        if let Value::String(text) = value {
+            return Some(vec![OpenAiPrompt::of_text(text)]);
+        }
+        let list = value.as_array()?;
+        if let Some(ids) = token_ids(list) {
+            return Some(vec![OpenAiPrompt::of_tokens(ids)]);
+        }
+        let each = list.iter().map(|prompt| match prompt {
+            Value::String(text) => Some(OpenAiPrompt::of_text(text)),
+            Value::Array(ids) => token_ids(ids).map(OpenAiPrompt::of_tokens),
+            _ => None,
+        });
+        let all: Option<Vec<Self>> = each.collect();
+        all.filter(|all| !all.is_empty())
+    }
+}
+
+/// Returns a list of token ids; `None` if it has none, or other values.
+fn token_ids(list: &[Value]) -> Option<Vec<u32>> {
+    let ids = list.iter().map(|id| u32::try_from(id.as_u64()?).ok());
+    let ids: Option<Vec<u32>> = ids.collect();
+    ids.filter(|ids| !ids.is_empty())
+}
+
+/// Converts the body of a request for completions. Returns the message of the call for the first
+/// prompt; those for further prompts are in the options.
 ///
 /// # Errors
 /// `InvalidArgument` with all parameters that are wrong or not supported.
@@ -64,12 +134,25 @@ pub fn generation(
     if model.is_empty() {
         fields.bad.push("model", "is missing");
     }
-    let prompt = match is_chat {
+    let prompts = match is_chat {
         true => fields.messages(),
-        false => fields.prompt(),
+        false => fields.prompts(),
     };
     let samples = fields.limit("n").unwrap_or(1);
-    let mut max_tokens = fields.limit("max_tokens");
+    let echoes = !is_chat && fields.flag("echo").unwrap_or(false);
+    let mut max_tokens = match echoes {
+        true => fields.number("max_tokens"),
+        false => fields.limit("max_tokens"),
+    };
+    let drops_samples = max_tokens == Some(0);
+    if drops_samples {
+        // The service computes the first token with the prompt.
+        max_tokens = Some(1);
+    }
+    let alternatives = match is_chat {
+        true => fields.chat_logprobs(),
+        false => fields.text_logprobs(),
+    };
     if is_chat && let Some(max) = fields.limit("max_completion_tokens") {
         if max_tokens.is_some_and(|other| other != max) {
             let problem = "differs from max_tokens: give one of them";
@@ -79,9 +162,11 @@ pub fn generation(
     }
     let streams = fields.flag("stream").unwrap_or(false);
     let includes_usage = fields.stream_options(streams);
+    fields.check_together(prompts.len(), samples, streams, echoes);
+    let has_token_ids = prompts.iter().any(|prompt| !prompt.token_ids.is_empty());
     let request = pb::GenerateCompletionsRequest {
         policy: policy(&model),
-        prompt,
+        prompt: None,
         samples,
         max_tokens: max_tokens.unwrap_or(match is_chat {
             true => 0,
@@ -94,7 +179,7 @@ pub fn generation(
         stop: fields.stop(),
         stop_token_ids: fields.stop_token_ids(),
         ignore_eos: fields.flag("ignore_eos").unwrap_or(false),
-        logprobs: false,
+        logprobs: alternatives.is_some(),
         tools: Vec::new(),
         tools_json: fields.tools(is_chat),
         chat_template_kwargs: None,
@@ -102,7 +187,21 @@ pub fn generation(
             true => fields.json("chat_template_kwargs"),
             false => String::new(),
         },
+        prompt_token_ids: Vec::new(),
+        top_logprobs: alternatives.unwrap_or(0),
+        // Token ids are turned into text by the service.
+        prompt_logprobs: echoes && (alternatives.is_some() || has_token_ids),
+        token_texts: alternatives.is_some() || (echoes && has_token_ids),
     };
+    let texts = prompts.iter().map(|prompt| prompt.text.clone()).collect();
+    let mut calls = prompts
+        .into_iter()
+        .map(|prompt| pb::GenerateCompletionsRequest {
+            prompt: prompt.form.map(|form| pb::Text { form: Some(form) }),
+            prompt_token_ids: prompt.token_ids,
+            ..request.clone()
+        });
+    let first = calls.next().unwrap_or_default();
     let asked = AnswerOptions {
         is_chat,
         id: format!(
@@ -117,10 +216,15 @@ pub fn generation(
         samples,
         streams,
         includes_usage,
+        alternatives,
+        echoes,
+        drops_samples,
+        prompts: texts,
+        further: calls.map(|call| framed(&call.encode_to_vec())).collect(),
     };
     let bad = fields.finish();
     bad.into_result().map_err(ServiceError::InvalidArgument)?;
-    Ok((request, asked))
+    Ok((first, asked))
 }
 
 /// Returns a message as chat templates expect it: parts that are all texts as one text, and the
@@ -215,6 +319,11 @@ impl CompletionParameters {
         })
     }
 
+    fn number(&mut self, name: &str) -> Option<u32> {
+        let expected = "a whole number from 0 to 4294967295";
+        self.take(name, expected, |v| u32::try_from(v.as_u64()?).ok())
+    }
+
     /// Takes the seed, which OpenAI's API has with a sign.
     fn seed(&mut self) -> Option<u64> {
         let expected = "a whole number from -9223372036854775808 to 18446744073709551615";
@@ -229,14 +338,14 @@ impl CompletionParameters {
     }
 
     /// Takes the messages of a chat.
-    fn messages(&mut self) -> Option<pb::Text> {
+    fn messages(&mut self) -> Vec<OpenAiPrompt> {
         let Some(value) = self.given.remove("messages") else {
             self.bad.push("messages", "is missing");
-            return None;
+            return Vec::new();
         };
         let Value::Array(messages) = value else {
             self.wrong("messages", &value, "it must be a list of messages");
-            return None;
+            return Vec::new();
         };
         let messages = messages.into_iter().map(|message| pb::Message {
             // The service checks the message.
@@ -245,25 +354,71 @@ impl CompletionParameters {
         });
         let messages = messages.collect();
         let form = pb::text::Form::Chat(pb::MessageList { messages });
-        Some(pb::Text { form: Some(form) })
+        vec![OpenAiPrompt {
+            text: None,
+            form: Some(form),
+            token_ids: Vec::new(),
+        }]
     }
 
-    /// Takes the prompt of a text completion.
-    fn prompt(&mut self) -> Option<pb::Text> {
+    /// Takes the prompts of a text completion.
+    fn prompts(&mut self) -> Vec<OpenAiPrompt> {
         if !self.given.contains_key("prompt") {
             self.bad.push("prompt", "is missing");
         }
-        let expected = "a string, or a list with one string: send a request for each prompt";
-        let text = self.take("prompt", expected, |value| match value {
-            Value::String(text) => Some(text.clone()),
-            Value::Array(texts) => match texts.as_slice() {
-                [Value::String(text)] => Some(text.clone()),
-                _ => None,
-            },
-            _ => None,
-        })?;
-        let form = pb::text::Form::Plain(text);
-        Some(pb::Text { form: Some(form) })
+        let expected = "a string, a list of token ids that is not empty, or a list of these";
+        let prompts = self.take("prompt", expected, OpenAiPrompt::read);
+        let mut prompts = prompts.unwrap_or_default();
+        if prompts.len() > MAX_PROMPTS {
+            let count = prompts.len();
+            let problem = format!("has {count} prompts: at most {MAX_PROMPTS} are allowed");
+            self.bad.push("prompt", problem);
+            prompts.truncate(1);
+        }
+        prompts
+    }
+
+    /// Takes the number of likely tokens at each place of a text; `None` without log-probs.
+    fn text_logprobs(&mut self) -> Option<u32> {
+        if self.given.get("logprobs") == Some(&Value::Bool(false)) {
+            self.given.remove("logprobs");
+        }
+        let expected = format!("a whole number from 0 to {MAX_TEXT_ALTERNATIVES}");
+        self.take("logprobs", &expected, |v| {
+            let count = u32::try_from(v.as_u64()?).ok();
+            count.filter(|count| *count <= MAX_TEXT_ALTERNATIVES)
+        })
+    }
+
+    /// Takes the number of likely tokens at each place of a chat; `None` without log-probs.
+    fn chat_logprobs(&mut self) -> Option<u32> {
+        let wanted = self.flag("logprobs").unwrap_or(false);
+        let expected = format!("a whole number from 0 to {MAX_CHAT_ALTERNATIVES}");
+        let count = self.take("top_logprobs", &expected, |v| {
+            let count = u32::try_from(v.as_u64()?).ok();
+            count.filter(|count| *count <= MAX_CHAT_ALTERNATIVES)
+        });
+        if !wanted && count.is_some_and(|count| count > 0) {
+            let problem = "has no meaning without logprobs: set logprobs to true";
+            self.bad.push("top_logprobs", problem);
+        }
+        wanted.then_some(count.unwrap_or(0))
+    }
+
+    /// Refuses parameters that are not supported together.
+    fn check_together(&mut self, prompts: usize, samples: u32, streams: bool, echoes: bool) {
+        if streams && prompts > 1 {
+            let problem = "is true: several prompts are not streamed; send a request for each";
+            self.bad.push("stream", problem);
+        }
+        if echoes && streams {
+            let problem = "is true: the prompt is not repeated in a stream; leave one of them out";
+            self.bad.push("echo", problem);
+        }
+        if echoes && samples > 1 {
+            let problem = format!("is {samples}: with echo, a prompt has one sample");
+            self.bad.push("n", problem);
+        }
     }
 
     fn stop(&mut self) -> Vec<String> {
@@ -348,9 +503,7 @@ impl CompletionParameters {
                 continue;
             }
             let remedy = match name.as_str() {
-                "logprobs" | "top_logprobs" => {
-                    "is not supported here: GenerateCompletions has the tokens' log-probs"
-                }
+                "top_logprobs" => "is a parameter of chats: logprobs is the number of tokens here",
                 "echo" => "is not supported: ScoreCompletions has the log-probs of given texts",
                 _ => "is not supported: leave it out",
             };
@@ -367,7 +520,7 @@ fn is_neutral(name: &str, value: &Value) -> bool {
             value.as_f64() == Some(0.0)
         }
         "best_of" | "repetition_penalty" | "length_penalty" => value.as_f64() == Some(1.0),
-        "logprobs" | "echo" | "use_beam_search" => *value == Value::Bool(false),
+        "echo" | "use_beam_search" => *value == Value::Bool(false),
         "skip_special_tokens" => *value == Value::Bool(true),
         "logit_bias" => value.as_object().is_some_and(Map::is_empty),
         "suffix" => value.as_str() == Some(""),

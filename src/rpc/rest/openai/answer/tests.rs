@@ -1,9 +1,6 @@
-use tonic::Code;
-
 use super::*;
+use crate::domain::reason::Reason;
 use crate::rpc::rest::request::{LateBody, framed};
-use crate::rpc::status::status;
-use crate::service::error::ServiceError;
 
 fn asked(is_chat: bool) -> AnswerOptions {
     AnswerOptions {
@@ -14,7 +11,17 @@ fn asked(is_chat: bool) -> AnswerOptions {
         samples: 2,
         streams: true,
         includes_usage: true,
+        alternatives: None,
+        echoes: false,
+        drops_samples: false,
+        prompts: vec![Some("p".into())],
+        further: Vec::new(),
     }
+}
+
+/// Fails the test: there is no further prompt.
+async fn no_call(_: Bytes) -> Result<Response<Body>, String> {
+    Err("a call was made".to_owned())
 }
 
 fn responses() -> [pb::GenerateCompletionsResponse; 2] {
@@ -35,6 +42,7 @@ fn responses() -> [pb::GenerateCompletionsResponse; 2] {
         policy_version: "v".into(),
         seed: 1,
         usage,
+        prompt_tokens: Vec::new(),
     };
     let usage = pb::GenerationUsage {
         prompt_tokens: 3,
@@ -57,7 +65,7 @@ fn a_whole_answer_has_every_sample() {
         for response in responses() {
             data.extend_from_slice(&framed(&response.encode_to_vec()));
         }
-        let value = whole(data, &asked(is_chat)).unwrap();
+        let value = whole(vec![data], &asked(is_chat)).unwrap();
         let choices = value["choices"].as_array().unwrap();
         let texts: Vec<_> = choices
             .iter()
@@ -78,7 +86,7 @@ fn a_whole_answer_has_every_sample() {
     // A stream that broke off is no answer.
     let mut data = BytesMut::new();
     data.extend_from_slice(&framed(&responses()[0].encode_to_vec()));
-    assert!(whole(data, &asked(true)).is_err());
+    assert!(whole(vec![data], &asked(true)).is_err());
 }
 
 #[tokio::test]
@@ -95,7 +103,8 @@ async fn a_large_answer_is_whole() {
         asked: Arc::new(OnceLock::from(options)),
     };
     let body = Body::new(LateBody::reading(std::future::ready(Ok(data))));
-    let answered = converter.convert(Response::new(body)).await;
+    let answered = converter.convert(Response::new(body), no_call).await;
+    let answered = answered.unwrap();
     assert_eq!(answered.status(), StatusCode::OK);
     let text = answer::read_all(answered.into_body()).await.unwrap();
     let value: Value = serde_json::from_slice(&text).unwrap();
@@ -106,11 +115,7 @@ async fn a_large_answer_is_whole() {
 
 #[test]
 fn a_chat_is_streamed_in_chunks() {
-    let chunks = Chunks {
-        asked: asked(true),
-        has_begun: Arc::default(),
-        is_complete: Arc::default(),
-    };
+    let chunks = Chunks::new(asked(true));
     let cut = events(&chunks.last(None).unwrap());
     assert!(cut[0]["error"]["message"].is_string(), "{cut:?}");
     let mut all = Vec::new();
@@ -144,20 +149,218 @@ fn errors_name_the_parameters_of_the_request() {
     bad.push("chat_template_kwargs_json", "has the key \"tools\"");
     let status = status(ServiceError::InvalidArgument(bad));
     assert_eq!(status.code(), Code::InvalidArgument);
-    let error = &error_json(StatusCode::BAD_REQUEST, &status, true)["error"];
+    let error = &error_json(StatusCode::BAD_REQUEST, &status, ErrorPlace::Chat)["error"];
     assert_eq!(
         error["message"],
         "model is \"x\"; messages[0].role is missing; messages[1] is a string; \
          messages is too long; tools is no list; chat_template_kwargs has the key \"tools\""
     );
-    assert_eq!(parameter("prompt", false), "prompt");
+    assert_eq!(parameter("prompt", ErrorPlace::Text), "prompt");
+    assert_eq!(
+        parameter("prompt_token_ids[3]", ErrorPlace::Text),
+        "prompt[3]"
+    );
+    let third = ErrorPlace::Prompt(2);
+    assert_eq!(parameter("prompt", third), "prompt[2]");
+    assert_eq!(parameter("prompt_token_ids[3]", third), "prompt[2][3]");
+    assert_eq!(parameter("max_tokens", third), "max_tokens");
     assert_eq!(error["param"], "model");
     assert_eq!(error["type"], "invalid_request_error");
-    let chunks = Chunks {
-        asked: asked(true),
-        has_begun: Arc::default(),
-        is_complete: Arc::default(),
-    };
+    let chunks = Chunks::new(asked(true));
     let last = events(&chunks.last(Some(status)).unwrap());
     assert!(last[0]["error"]["message"].is_string(), "{last:?}");
+}
+
+fn likely(text: &str, logprob: f32) -> pb::TokenLogprob {
+    pb::TokenLogprob {
+        token_id: 1,
+        logprob,
+        text: text.into(),
+    }
+}
+
+/// Returns the answer to a prompt of three tokens, BOS included, with two more tokens.
+fn scored() -> pb::GenerateCompletionsResponse {
+    let of_prompt = |text: &str, logprob, top| pb::PromptToken {
+        token_id: 1,
+        logprob,
+        text: text.into(),
+        top_logprobs: top,
+    };
+    let best = |text: &str, logprob| pb::TopLogprobs {
+        tokens: vec![likely(text, logprob)],
+    };
+    pb::GenerateCompletionsResponse {
+        prompt_tokens: vec![
+            of_prompt("<s>", None, Vec::new()),
+            of_prompt(" né", Some(-1.5), vec![likely(" a", -0.5)]),
+            of_prompt("\u{FFFD}", Some(-2.0), vec![likely("\u{FFFD}", -0.25)]),
+        ],
+        deltas: vec![pb::CompletionDelta {
+            text: "!".into(),
+            token_texts: vec!["!".into(), "</s>".into()],
+            token_logprobs: vec![-0.125, f32::NEG_INFINITY],
+            top_logprobs: vec![best("!", -0.125), best("?", -0.75)],
+            finish_reason: pb::FinishReason::Stop.into(),
+            ..Default::default()
+        }],
+        usage: Some(pb::GenerationUsage {
+            prompt_tokens: 3,
+            completion_tokens: 2,
+        }),
+        ..Default::default()
+    }
+}
+
+fn asked_to_score(is_chat: bool) -> AnswerOptions {
+    AnswerOptions {
+        samples: 1,
+        streams: false,
+        alternatives: Some(1),
+        ..asked(is_chat)
+    }
+}
+
+fn data_of(response: &pb::GenerateCompletionsResponse) -> BytesMut {
+    BytesMut::from(&framed(&response.encode_to_vec())[..])
+}
+
+#[test]
+fn a_text_with_its_prompt_has_the_log_probs_of_both() {
+    let echoing = AnswerOptions {
+        echoes: true,
+        prompts: vec![Some(" né?".into())],
+        ..asked_to_score(false)
+    };
+    let value = whole(vec![data_of(&scored())], &echoing).unwrap();
+    let choice = &value["choices"][0];
+    assert_eq!(choice["text"], " né?!");
+    assert_eq!(
+        choice["logprobs"],
+        json!({
+            "tokens": ["<s>", " né", "\u{FFFD}", "!", "</s>"],
+            "token_logprobs": [null, -1.5, -2.0, -0.125, -9999.0],
+            "top_logprobs": [
+                null,
+                {" a": -0.5, " né": -1.5},
+                {"\u{FFFD}": -0.25},
+                {"!": -0.125},
+                {"?": -0.75, "</s>": -9999.0},
+            ],
+            "text_offset": [0, 0, 3, 4, 5],
+        })
+    );
+    // The prompt alone, which was sent as token ids.
+    let alone = AnswerOptions {
+        drops_samples: true,
+        alternatives: Some(0),
+        prompts: vec![None],
+        ..echoing
+    };
+    let value = whole(vec![data_of(&scored())], &alone).unwrap();
+    let choice = &value["choices"][0];
+    assert_eq!(choice["text"], "<s> né\u{FFFD}");
+    assert_eq!(choice["finish_reason"], "length");
+    let log_probs = &choice["logprobs"];
+    assert_eq!(log_probs["token_logprobs"], json!([null, -1.5, -2.0]));
+    assert_eq!(log_probs["top_logprobs"], Value::Null);
+    assert_eq!(log_probs["text_offset"], json!([0, 3, 6]));
+    assert_eq!(value["usage"]["completion_tokens"], 0);
+}
+
+#[test]
+fn a_chat_has_the_log_probs_and_the_bytes_of_its_tokens() {
+    let response = scored();
+    let value = whole(vec![data_of(&response)], &asked_to_score(true)).unwrap();
+    let content = &value["choices"][0]["logprobs"]["content"];
+    assert_eq!(
+        content[0],
+        json!({
+            "token": "!", "logprob": -0.125, "bytes": [33],
+            "top_logprobs": [{"token": "!", "logprob": -0.125, "bytes": [33]}],
+        })
+    );
+    assert_eq!(content.as_array().unwrap().len(), 2);
+    // A stream has each token in the chunk that it comes with.
+    let chunks = Chunks::new(asked_to_score(false));
+    let mut all = Vec::new();
+    for _ in 0..2 {
+        all.extend(events(&chunks.of(&response.encode_to_vec()).unwrap()));
+    }
+    let offsets = |chunk: &Value| chunk["choices"][0]["logprobs"]["text_offset"].clone();
+    assert_eq!(all.iter().map(offsets).next(), Some(json!([0, 1])));
+    assert!(all.iter().any(|chunk| offsets(chunk) == json!([5, 6])));
+}
+
+/// Returns the answer to the prompt whose call has this message.
+fn answer_to(message: &[u8]) -> Response<Body> {
+    let mut response = responses()[1].clone();
+    response.deltas[0].index = 0;
+    response.deltas[0].text = String::from_utf8(message.to_vec()).unwrap();
+    let data = framed(&response.encode_to_vec());
+    Response::new(Body::new(LateBody::reading(std::future::ready(Ok(data)))))
+}
+
+#[tokio::test]
+async fn several_prompts_are_answered_in_order() {
+    let options = AnswerOptions {
+        further: (0..30).map(|i| Bytes::from(format!("{i}"))).collect(),
+        ..asked_to_score(false)
+    };
+    let converter = || AnswerConverter {
+        endpoint: Endpoint::Text,
+        asked: Arc::new(OnceLock::from(options.clone())),
+    };
+    // Every third call is refused once.
+    let refusals = Arc::new(AtomicUsize::new(0));
+    let call = |message: Bytes| {
+        let refusals = Arc::clone(&refusals);
+        async move {
+            let number = refusals.fetch_add(1, Ordering::Relaxed);
+            tokio::task::yield_now().await;
+            match number % 3 {
+                1 if number < 10 => {
+                    let full = ServiceError::ResourceExhausted {
+                        reason: Reason::OutOfMemory,
+                        message: "no room".to_owned(),
+                    };
+                    Ok(status(full).into_http())
+                }
+                _ => Ok::<_, String>(answer_to(&message)),
+            }
+        }
+    };
+    let answered = converter()
+        .convert(answer_to(b"first"), call)
+        .await
+        .unwrap();
+    let text = answer::read_all(answered.into_body()).await.unwrap();
+    let value: Value = serde_json::from_slice(&text).unwrap();
+    let choices = value["choices"].as_array().unwrap();
+    let texts: Vec<&str> = choices
+        .iter()
+        .map(|c| c["text"].as_str().unwrap())
+        .collect();
+    let expected: Vec<String> = (0..30).map(|i| format!("{i}")).collect();
+    assert_eq!(texts[0], "first");
+    assert_eq!(texts[1..], expected);
+    assert!(choices.iter().enumerate().all(|(i, c)| c["index"] == i));
+    assert_eq!(value["usage"]["completion_tokens"], 31 * 4);
+    assert_eq!(value["system_fingerprint"], "v");
+
+    let wrong = |message: Bytes| async move {
+        let e = match &message[..] {
+            b"3" => status(ServiceError::invalid("prompt", "is too long")),
+            _ => return Ok::<_, String>(answer_to(&message)),
+        };
+        Ok(e.into_http())
+    };
+    let answered = converter()
+        .convert(answer_to(b"first"), wrong)
+        .await
+        .unwrap();
+    assert_eq!(answered.status(), StatusCode::BAD_REQUEST);
+    let text = answer::read_all(answered.into_body()).await.unwrap();
+    let value: Value = serde_json::from_slice(&text).unwrap();
+    assert_eq!(value["error"]["param"], "prompt[4]");
 }

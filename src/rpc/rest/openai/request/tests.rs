@@ -95,7 +95,7 @@ fn every_wrong_parameter_is_named() {
             "max_completion_tokens": 4,
             "temperature": "hot",
             "stream_options": {"include_usage": 1, "other": 2},
-            "logprobs": true,
+            "logprobs": 3,
             "frequency_penalty": 0.5,
             "response_format": {"type": "json_object"},
             "tool_choice": "required",
@@ -121,13 +121,11 @@ fn every_wrong_parameter_is_named() {
         assert!(names.contains(&name), "{name} is not in {found:?}");
     }
     assert_eq!(names.len(), 13, "{found:?}");
-    let two = json!({"model": "tiny", "prompt": ["a", "b"], "echo": true});
-    let found = refused(false, &two);
-    assert!(
-        found[0].1.contains("a request for each prompt"),
-        "{found:?}"
+    let found = refused(
+        true,
+        &json!({"model": "tiny", "messages": [], "echo": true}),
     );
-    assert!(found[1].1.contains("ScoreCompletions"), "{found:?}");
+    assert!(found[0].1.contains("ScoreCompletions"), "{found:?}");
     let no_tokens = json!({"model": "tiny", "messages": [], "max_completion_tokens": 0});
     let found = refused(true, &no_tokens);
     assert_eq!(found.len(), 1, "{found:?}");
@@ -193,4 +191,104 @@ fn values_that_change_nothing_are_accepted() {
     );
     let names: Vec<_> = found.iter().map(|(field, _)| field.as_str()).collect();
     assert_eq!(names, ["n", "top_k"]);
+}
+
+#[test]
+fn a_text_has_prompts_of_every_form() {
+    let read_prompts = |prompt: Value| {
+        let body = json!({"model": "tiny", "prompt": prompt, "temperature": 0.5});
+        let (first, asked) = read(false, &body);
+        let further = asked.further.iter().map(|framed| {
+            // Behind the prefix of a message.
+            pb::GenerateCompletionsRequest::decode(&framed[5..]).unwrap()
+        });
+        let calls: Vec<_> = std::iter::once(first).chain(further).collect();
+        assert!(calls.iter().all(|call| call.temperature == Some(0.5)));
+        let prompts = calls.into_iter().map(|call| {
+            let text = call.prompt.map(|text| text.form);
+            (text.flatten(), call.prompt_token_ids)
+        });
+        (prompts.collect::<Vec<_>>(), asked.prompts)
+    };
+    let plain = |text: &str| (Some(pb::text::Form::Plain(text.into())), Vec::new());
+    let text = |text: &str| Some(text.to_owned());
+    let tokens = |ids: &[u32]| (None, ids.to_vec());
+    for (prompt, calls, texts) in [
+        (json!("a"), vec![plain("a")], vec![text("a")]),
+        (json!(["a"]), vec![plain("a")], vec![text("a")]),
+        (
+            json!(["a", "b"]),
+            vec![plain("a"), plain("b")],
+            vec![text("a"), text("b")],
+        ),
+        (json!([3, 4]), vec![tokens(&[3, 4])], vec![None]),
+        (
+            json!([[3], [4, 5]]),
+            vec![tokens(&[3]), tokens(&[4, 5])],
+            vec![None, None],
+        ),
+    ] {
+        assert_eq!(read_prompts(prompt.clone()), (calls, texts), "{prompt}");
+    }
+    for prompt in [
+        json!([]),
+        json!([[]]),
+        json!([3, "a"]),
+        json!([-1]),
+        json!([[3], []]),
+        json!([1.5]),
+        json!({"a": 1}),
+        json!(3),
+    ] {
+        let found = refused(false, &json!({"model": "tiny", "prompt": prompt}));
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].1.contains("a list of token ids"), "{found:?}");
+    }
+    let many = json!({"model": "tiny", "prompt": vec!["a"; 129]});
+    let found = refused(false, &many);
+    assert!(found[0].1.contains("at most 128"), "{found:?}");
+}
+
+#[test]
+fn log_probs_and_the_prompt_are_asked_for() {
+    let text = |further: Value| {
+        let mut body = json!({"model": "tiny", "prompt": [3, 4]});
+        for (key, value) in further.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        body
+    };
+    let (call, asked) = read(false, &text(json!({"logprobs": 0})));
+    assert!(call.logprobs && call.token_texts && !call.prompt_logprobs);
+    assert_eq!((call.top_logprobs, asked.alternatives), (0, Some(0)));
+    let scoring = json!({"logprobs": 1, "echo": true, "max_tokens": 0, "temperature": 0});
+    let (call, asked) = read(false, &text(scoring));
+    assert!(call.logprobs && call.token_texts && call.prompt_logprobs);
+    assert_eq!((call.top_logprobs, call.max_tokens), (1, 1));
+    assert!(asked.echoes && asked.drops_samples);
+    // The service turns the ids into text.
+    let (call, asked) = read(false, &text(json!({"echo": true, "max_tokens": 3})));
+    assert!(!call.logprobs && call.token_texts && call.prompt_logprobs);
+    assert!(asked.echoes && !asked.drops_samples && asked.alternatives.is_none());
+    let echoed = json!({"model": "tiny", "prompt": "a", "echo": true, "logprobs": false});
+    let (call, _) = read(false, &echoed);
+    assert!(!call.logprobs && !call.token_texts && !call.prompt_logprobs);
+    let chat = json!({"model": "tiny", "messages": [], "logprobs": true, "top_logprobs": 20});
+    let (call, asked) = read(true, &chat);
+    assert!(call.logprobs && call.token_texts && !call.prompt_logprobs);
+    assert_eq!((call.top_logprobs, asked.alternatives), (20, Some(20)));
+    for (further, name) in [
+        (json!({"logprobs": 6}), "logprobs"),
+        (json!({"logprobs": true}), "logprobs"),
+        (json!({"top_logprobs": 2}), "top_logprobs"),
+        (json!({"max_tokens": 0}), "max_tokens"),
+        (json!({"echo": true, "stream": true}), "echo"),
+        (json!({"echo": true, "n": 2}), "n"),
+        (json!({"prompt": ["a", "b"], "stream": true}), "stream"),
+    ] {
+        let found = refused(false, &text(further));
+        assert_eq!((found.len(), found[0].0.as_str()), (1, name), "{found:?}");
+    }
+    let alone = json!({"model": "tiny", "messages": [], "top_logprobs": 2});
+    assert_eq!(refused(true, &alone)[0].0, "top_logprobs");
 }
