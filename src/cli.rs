@@ -2,6 +2,7 @@
 
 mod args;
 mod backup;
+mod chat;
 mod curate;
 mod data;
 mod demo;
@@ -105,6 +106,7 @@ async fn run(mut cli: Cli) -> Outcome {
         Command::Curate(args) => curate::run(*args, output).await,
         Command::ScoreFiles(args) => score_files::run(*args, output).await,
         Command::Generate(args) => generate::run(*args, output).await,
+        Command::Chat(args) => chat::run(*args, output).await,
         Command::Pairs(args) => pairs::run(*args, output).await,
         Command::Evaluate(args) => evaluate::run(*args, output).await,
         Command::Datasets(command) => resources::datasets(command, output).await,

@@ -142,6 +142,8 @@ pub enum Command {
     Evaluate(Box<EvaluateArgs>),
     /// Continue a prompt, or the prompts of a file, with a policy.
     Generate(Box<GenerateArgs>),
+    /// Talk with a policy, or with two policies beside each other.
+    Chat(Box<ChatArgs>),
     /// Make preference pairs from a policy's own answers, ranked by the rewards of a judge.
     Pairs(Box<PairsArgs>),
     /// Upload, list, show and delete datasets.
@@ -610,7 +612,7 @@ pub struct GenerateArgs {
     pub sampling: SamplingArgs,
 }
 
-/// The form of the prompts of `generate` and `pairs`.
+/// The form of the prompts of `generate`, `pairs` and `chat`.
 #[derive(Clone, Debug, Args)]
 pub struct PromptFormArgs {
     /// The prompts are plain texts, which no chat template renders.
@@ -631,7 +633,7 @@ pub struct PromptFormArgs {
     pub tools: Option<PathBuf>,
 }
 
-/// The way in which `generate` and `pairs` choose tokens.
+/// The way in which `generate`, `pairs` and `chat` choose tokens.
 #[derive(Clone, Debug, Args)]
 pub struct SamplingArgs {
     /// Maximum number of tokens of each sample.
@@ -658,6 +660,44 @@ pub struct SamplingArgs {
     #[arg(long, help_heading = "Sampling")]
     pub ignore_eos: bool,
 }
+
+/// Arguments of `chat`.
+#[derive(Debug, Args)]
+#[command(after_help = CHAT_HELP)]
+#[command(mut_arg("plain", |plain| plain.hide(true)))]
+#[command(mut_arg("seed", |seed| seed.help(CHAT_SEED)))]
+pub struct ChatArgs {
+    /// The server to connect to.
+    #[command(flatten, next_help_heading = "Connection")]
+    pub server: ServerArgs,
+    /// The form of the messages.
+    #[command(flatten)]
+    pub form: PromptFormArgs,
+    /// The policy: a base model's name, a job (its latest checkpoint), or
+    /// JOB/checkpoints/STEP|latest|best.
+    #[arg(long, help_heading = "Sampling")]
+    pub policy: String,
+    /// A policy that answers the same messages with the same seeds beside the other, named as
+    /// --policy is. The conversation goes on with the answers of --policy, on the left.
+    #[arg(long, value_name = "POLICY", help_heading = "Sampling")]
+    pub beside: Option<String>,
+    /// The way in which tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+const CHAT_SEED: &str = "Seed of the random numbers; answer N of the conversation has the seed \
+    + N − 1. Default: random";
+
+const CHAT_HELP: &str = "\
+Every line of standard input is a message, and the whole conversation is sent with each. If it is \
+too long for the server, its oldest turns are left out, and a note names them. /help lists the \
+commands: /reset, /system TEXT, /retry, /seed N, /save FILE and /quit. At a terminal, Ctrl-C stops \
+an answer.
+
+Examples:
+  bradley chat --policy JOB --beside models/smollm2 --temperature 0.7
+  bradley chat --policy smollm2 --system \"Answer in one sentence.\" --seed 1 < questions.txt";
 
 /// Arguments of `pairs`.
 #[derive(Debug, Args)]

@@ -23,7 +23,7 @@ use super::policy_names::PolicyNames;
 use super::progress::{WorkProgress, say};
 use super::remote::connect;
 use super::scoring_flags::{template_arguments, tools};
-use crate::rpc::client::{Client, Status, is_server_failure, is_transient, retry_after};
+use crate::rpc::client::{Client, Status, Streaming, is_server_failure, is_transient, retry_after};
 use crate::rpc::pb;
 
 /// Number of prompts of a file that are continued at the same time.
@@ -129,7 +129,7 @@ impl Samples {
 
 /// Returns the name of a finish reason, `other` for one that only newer servers have, and nothing
 /// for a sample that has not ended.
-fn finish_reason(number: Option<i32>) -> Option<&'static str> {
+pub(super) fn finish_reason(number: Option<i32>) -> Option<&'static str> {
     Some(match pb::FinishReason::try_from(number?) {
         Ok(pb::FinishReason::Stop) => "stop",
         Ok(pb::FinishReason::Length) => "length",
@@ -167,54 +167,85 @@ impl From<GenerationFailure> for Failure {
     }
 }
 
+/// The samples of a prompt that has been computed, as they come. Dropping it ends the work of the
+/// server.
+pub(super) struct SampleStream {
+    responses: Streaming<pb::GenerateCompletionsResponse>,
+    /// Number of samples.
+    samples: usize,
+}
+
+/// Begins to continue a prompt. Returns when the server has computed it.
+///
+/// # Errors
+/// Returns the server's status if it refuses the request.
+pub(super) async fn begin(
+    client: &Client,
+    request: pb::GenerateCompletionsRequest,
+) -> Result<SampleStream, GenerationFailure> {
+    let samples = request.samples.max(1) as usize;
+    let answer = client.generation().generate_completions(request).await?;
+    Ok(SampleStream {
+        responses: answer.into_inner(),
+        samples,
+    })
+}
+
+impl SampleStream {
+    /// Reads the samples to their end. `each` gets the new text of a sample.
+    ///
+    /// # Errors
+    /// Returns the failure of the call, or that of `each`.
+    pub async fn read(
+        mut self,
+        mut each: impl FnMut(usize, &str) -> Outcome,
+    ) -> Result<Samples, GenerationFailure> {
+        let mut result = Samples {
+            samples: vec![SampleSoFar::default(); self.samples],
+            ..Samples::default()
+        };
+        while let Some(response) = self.responses.message().await? {
+            for delta in response.deltas {
+                let Some(sample) = result.samples.get_mut(delta.index as usize) else {
+                    continue;
+                };
+                each(delta.index as usize, &delta.text).map_err(GenerationFailure::Output)?;
+                if delta.finish_reason != 0 {
+                    sample.finish_reason = Some(delta.finish_reason);
+                }
+                sample.text.push_str(&delta.text);
+                sample.tokens += delta.token_ids.len();
+                sample.log_prob += delta
+                    .token_logprobs
+                    .iter()
+                    .map(|l| f64::from(*l))
+                    .sum::<f64>();
+            }
+            result.policy_version = response.policy_version;
+            result.seed = response.seed;
+            if let Some(usage) = response.usage {
+                result.usage = usage;
+                return match result.samples.iter().all(|s| s.finish_reason.is_some()) {
+                    true => Ok(result),
+                    false => Err(GenerationFailure::Cut),
+                };
+            }
+        }
+        Err(GenerationFailure::Cut)
+    }
+}
+
 /// Continues a prompt. `each` gets the new text of a sample.
 async fn generate(
     client: &Client,
     request: pb::GenerateCompletionsRequest,
-    mut each: impl FnMut(usize, &str) -> Outcome,
+    each: impl FnMut(usize, &str) -> Outcome,
 ) -> Result<Samples, GenerationFailure> {
-    let wanted = request.samples.max(1) as usize;
-    let mut result = Samples {
-        samples: vec![SampleSoFar::default(); wanted],
-        ..Samples::default()
-    };
-    let mut stream = client
-        .generation()
-        .generate_completions(request)
-        .await?
-        .into_inner();
-    while let Some(response) = stream.message().await? {
-        for delta in response.deltas {
-            let Some(sample) = result.samples.get_mut(delta.index as usize) else {
-                continue;
-            };
-            each(delta.index as usize, &delta.text).map_err(GenerationFailure::Output)?;
-            if delta.finish_reason != 0 {
-                sample.finish_reason = Some(delta.finish_reason);
-            }
-            sample.text.push_str(&delta.text);
-            sample.tokens += delta.token_ids.len();
-            sample.log_prob += delta
-                .token_logprobs
-                .iter()
-                .map(|l| f64::from(*l))
-                .sum::<f64>();
-        }
-        result.policy_version = response.policy_version;
-        result.seed = response.seed;
-        if let Some(usage) = response.usage {
-            result.usage = usage;
-            return match result.samples.iter().all(|s| s.finish_reason.is_some()) {
-                true => Ok(result),
-                false => Err(GenerationFailure::Cut),
-            };
-        }
-    }
-    Err(GenerationFailure::Cut)
+    begin(client, request).await?.read(each).await
 }
 
 /// Returns a text as it is, or for a terminal a text that cannot control it.
-fn shown(text: &str) -> Cow<'_, str> {
+pub(super) fn shown(text: &str) -> Cow<'_, str> {
     match std::io::stdout().is_terminal() {
         true => printable(text),
         false => Cow::Borrowed(text),
@@ -222,7 +253,7 @@ fn shown(text: &str) -> Cow<'_, str> {
 }
 
 /// Replaces control characters: a model may write escape sequences.
-fn printable(text: &str) -> Cow<'_, str> {
+pub(super) fn printable(text: &str) -> Cow<'_, str> {
     let is_harmless = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
     match text.chars().all(is_harmless) {
         true => Cow::Borrowed(text),

@@ -5,6 +5,7 @@ pub mod human;
 pub mod table;
 #[cfg(test)]
 mod tests;
+pub mod wrap;
 
 use serde_json::{Value, json};
 

@@ -13,6 +13,8 @@ use tokio_stream::wrappers::ReceiverStream;
 pub use tonic::Code;
 /// The error status with which a server refuses a call.
 pub use tonic::Status;
+/// The messages of a call that the server answers with a stream.
+pub use tonic::Streaming;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;

@@ -6,6 +6,7 @@ mod backends;
 mod backup;
 mod campaign;
 mod candle_oracle;
+mod chat;
 mod clients;
 mod command_edges;
 mod command_line;

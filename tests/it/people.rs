@@ -19,7 +19,7 @@ use crate::wait::{until, until_blocking};
 const SOON: Duration = Duration::from_secs(120);
 
 /// The command with the address of a server, without the caller's settings.
-fn bradley(address: &str, args: &[&str]) -> Command {
+pub fn bradley(address: &str, args: &[&str]) -> Command {
     let mut command = Command::new(crate::support::binary());
     command.args(args);
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("BRADLEY_")) {
@@ -36,6 +36,7 @@ fn text(bytes: &[u8]) -> String {
 /// A terminal of 80 columns, and what was written to it.
 pub struct Terminal {
     written: Arc<Mutex<Vec<u8>>>,
+    keyboard: File,
 }
 
 impl Terminal {
@@ -68,6 +69,7 @@ impl Terminal {
         assert_eq!(flagged, 0);
         let written = Arc::new(Mutex::new(Vec::new()));
         let (copy, mut ours) = (written.clone(), File::from(ours));
+        let keyboard = ours.try_clone().unwrap();
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             // Reading fails when the last process with the terminal has ended.
@@ -75,7 +77,12 @@ impl Terminal {
                 copy.lock().unwrap().extend(&buffer[..n]);
             }
         });
-        (Terminal { written }, Stdio::from(theirs))
+        (Terminal { written, keyboard }, Stdio::from(theirs))
+    }
+
+    /// Types text.
+    pub fn types(&self, text: &str) {
+        (&self.keyboard).write_all(text.as_bytes()).unwrap();
     }
 
     pub fn shows(&self) -> String {
@@ -84,7 +91,7 @@ impl Terminal {
 }
 
 /// Waits for the end of a child.
-fn status(child: &mut Child) -> std::process::ExitStatus {
+pub fn status(child: &mut Child) -> std::process::ExitStatus {
     let mut status = None;
     until_blocking("the end of the command", SOON, || {
         status = child.try_wait().unwrap();
