@@ -8,16 +8,19 @@ use std::time::{Duration, Instant};
 
 use super::args::{DemoArgs, Output};
 use super::failure::{Failure, Outcome};
+use super::generate::{GenerationFailure, begin, printable};
 use super::loopback::LoopbackServer;
 use super::output::line;
+use super::output::table::terminal_width;
+use super::output::wrap::wrapped;
 use super::progress::waiting;
 use super::score::result::Summary;
 use super::score::{self, StreamedAnswer};
 use super::settings::{Sources, hub};
 use super::telemetry;
 use super::watch::ProgressView;
-use crate::domain::dataset::PreferenceRow;
-use crate::rpc::client::Client;
+use crate::domain::dataset::{PreferenceRow, Text};
+use crate::rpc::client::{Client, Code};
 use crate::rpc::pb::{self, training_event::Event};
 
 /// 124 pairs in JSONL that prefer a direct answer to a padded one. A quarter of them is held out of
@@ -26,6 +29,10 @@ const PAIRS: &str = include_str!("demo/pairs.jsonl");
 const MODEL_ID: &str = "demo";
 /// Maximum time for the server to load the model.
 const START_LIMIT: Duration = Duration::from_secs(120);
+/// Maximum number of tokens of the answers that are shown.
+const ANSWER_TOKENS: u32 = 48;
+/// Columns before the lines of an answer.
+const INDENT: usize = 5;
 
 pub(super) async fn run(args: DemoArgs) -> Outcome {
     let start = Instant::now();
@@ -90,13 +97,10 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
         held_out.len()
     ));
 
-    let before = score_held_out(
-        &client,
-        &format!("models/{MODEL_ID}"),
-        &format!("models/{MODEL_ID}"),
-        &held_out,
-    )
-    .await?;
+    let base = format!("models/{MODEL_ID}");
+    let before = score_held_out(&client, &base, &base, &held_out).await?;
+    let question = held_out.first();
+    let answer_before = answer(&client, &base, question).await?;
 
     line("4. Training a LoRA adapter with DPO");
     let job = client
@@ -125,6 +129,7 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
     line("5. The held-out pairs, scored through the service");
     let policy = format!("{}/checkpoints/latest", job.name);
     let after = score_held_out(&client, &policy, "", &held_out).await?;
+    let answer_after = answer(&client, &policy, question).await?;
     let row = |name: &str, s: &Summary| {
         vec![
             name.into(),
@@ -149,6 +154,19 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
         "   Before training the policy is its own reference: every margin is 0, and a tie counts \
          half.",
     );
+    let answers = answer_before.zip(answer_after);
+    match question.map(|row| text_of(&row.prompt)).zip(answers) {
+        Some((question, (before, after))) => {
+            line(&format!(
+                "   One of their questions, with the most likely answer (at most {ANSWER_TOKENS} \
+                 tokens):"
+            ));
+            show("question", &question);
+            show("before training", &before);
+            show("after training", &after);
+        }
+        None => line("   This device cannot generate, so that no answer is shown."),
+    }
 
     server.stop().await?;
     let peak = peak_memory_mib()
@@ -240,6 +258,58 @@ async fn score_held_out(
     });
     waiting("scoring the held-out pairs", scoring).await?;
     Ok(summary)
+}
+
+/// Returns the most likely answer of a policy to the prompt of a row; `None` if the server cannot
+/// generate, because it computes on a GPU.
+async fn answer(
+    client: &Client,
+    policy: &str,
+    row: Option<&PreferenceRow>,
+) -> Result<Option<String>, Failure> {
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    let request = pb::GenerateCompletionsRequest {
+        policy: policy.to_owned(),
+        prompt: Some(score::text(&row.prompt)),
+        max_tokens: ANSWER_TOKENS,
+        temperature: Some(0.0),
+        ..Default::default()
+    };
+    let generating = async { begin(client, request).await?.read(|_, _| Ok(())).await };
+    match waiting("answering a held-out question", generating).await {
+        Ok(samples) => Ok(samples.samples.into_iter().next().map(|sample| sample.text)),
+        Err(GenerationFailure::Refused(status)) if status.code() == Code::FailedPrecondition => {
+            Ok(None)
+        }
+        Err(failure) => Err(failure.into()),
+    }
+}
+
+/// Returns the text of a prompt: of its last message, if it has messages.
+fn text_of(prompt: &Text) -> String {
+    match prompt {
+        Text::Plain(text) => text.clone(),
+        Text::Chat(messages) => messages
+            .last()
+            .and_then(|message| message.fields().get("content")?.as_str())
+            .unwrap_or_default()
+            .to_owned(),
+    }
+}
+
+/// Prints a text under a title, in lines that fit the terminal.
+fn show(title: &str, text: &str) {
+    line(&format!("   {title}:"));
+    let width = terminal_width().map_or(usize::MAX, |width| width.saturating_sub(INDENT + 1));
+    let shown = match text.trim() {
+        "" => "(an empty answer)",
+        text => text,
+    };
+    for wrapped_line in wrapped(&printable(shown), width) {
+        line(format!("{}{wrapped_line}", " ".repeat(INDENT)).trim_end());
+    }
 }
 
 /// Returns the process's peak resident memory in MiB, if the system reports it.

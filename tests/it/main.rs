@@ -19,6 +19,7 @@ mod curate;
 mod data_files;
 mod datasets;
 mod declared_tokens;
+mod demo;
 mod devices;
 mod documents;
 mod evaluation;
