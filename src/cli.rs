@@ -17,6 +17,7 @@ mod job_diff;
 pub mod job_flags;
 mod job_metrics;
 mod job_rows;
+mod job_wait;
 mod loopback;
 mod manual;
 mod output;
@@ -25,12 +26,14 @@ mod policy_names;
 mod progress;
 mod remote;
 mod resources;
+mod rounds;
 mod score;
 mod score_files;
 mod scoring_flags;
 pub mod serve;
 pub mod settings;
 mod short_names;
+mod synced_file;
 mod telemetry;
 mod tokens;
 mod train;
@@ -108,6 +111,7 @@ async fn run(mut cli: Cli) -> Outcome {
         Command::Generate(args) => generate::run(*args, output).await,
         Command::Chat(args) => chat::run(*args, output).await,
         Command::Pairs(args) => pairs::run(*args, output).await,
+        Command::Rounds(args) => rounds::run(*args, output).await,
         Command::Evaluate(args) => evaluate::run(*args, output).await,
         Command::Datasets(command) => resources::datasets(command, output).await,
         Command::Checkpoints(command) => resources::checkpoints(command, output).await,

@@ -146,6 +146,8 @@ pub enum Command {
     Chat(Box<ChatArgs>),
     /// Make preference pairs from a policy's own answers, ranked by the rewards of a judge.
     Pairs(Box<PairsArgs>),
+    /// Improve a policy in rounds: make pairs from its own answers, train on them, compare.
+    Rounds(Box<RoundsArgs>),
     /// Upload, list, show and delete datasets.
     #[command(subcommand)]
     Datasets(DatasetsCommand),
@@ -612,7 +614,7 @@ pub struct GenerateArgs {
     pub sampling: SamplingArgs,
 }
 
-/// The form of the prompts of `generate`, `pairs` and `chat`.
+/// The form of the prompts of `generate`, `chat`, `pairs` and `rounds`.
 #[derive(Clone, Debug, Args)]
 pub struct PromptFormArgs {
     /// The prompts are plain texts, which no chat template renders.
@@ -633,7 +635,7 @@ pub struct PromptFormArgs {
     pub tools: Option<PathBuf>,
 }
 
-/// The way in which `generate`, `pairs` and `chat` choose tokens.
+/// The way in which `generate`, `chat`, `pairs` and `rounds` choose tokens.
 #[derive(Clone, Debug, Args)]
 pub struct SamplingArgs {
     /// Maximum number of tokens of each sample.
@@ -699,13 +701,9 @@ Examples:
   bradley chat --policy JOB --beside models/smollm2 --temperature 0.7
   bradley chat --policy smollm2 --system \"Answer in one sentence.\" --seed 1 < questions.txt";
 
-/// Arguments of `pairs`.
-#[derive(Debug, Args)]
-#[command(after_help = PAIRS_HELP)]
-pub struct PairsArgs {
-    /// The server to connect to.
-    #[command(flatten, next_help_heading = "Connection")]
-    pub server: ServerArgs,
+/// The prompts and the settings with which `pairs` and `rounds` make pairs.
+#[derive(Clone, Debug, Args)]
+pub struct PairMakingArgs {
     /// Files of prompts: each row has a column prompt with a text or a list of messages.
     #[arg(
         long,
@@ -723,17 +721,6 @@ pub struct PairsArgs {
     /// How the files are read.
     #[command(flatten, next_help_heading = "Prompts")]
     pub reading: DataArgs,
-    /// The JSONL file to write: a pair for each prompt that has one.
-    #[arg(long, value_name = "FILE", help_heading = "Prompts")]
-    pub out: PathBuf,
-    /// Time in seconds for which calls are repeated while the server is busy or not reached.
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        default_value_t = 600,
-        help_heading = "Connection"
-    )]
-    pub retry_timeout: u64,
     /// The form of the prompts.
     #[command(flatten)]
     pub form: PromptFormArgs,
@@ -785,6 +772,75 @@ pub struct PairsArgs {
     pub min_margin: f64,
 }
 
+/// Arguments of `pairs`.
+#[derive(Debug, Args)]
+#[command(after_help = PAIRS_HELP)]
+pub struct PairsArgs {
+    /// The server to connect to.
+    #[command(flatten, next_help_heading = "Connection")]
+    pub server: ServerArgs,
+    /// Prompts, policies and settings.
+    #[command(flatten)]
+    pub making: PairMakingArgs,
+    /// The JSONL file to write: a pair for each prompt that has one.
+    #[arg(long, value_name = "FILE", help_heading = "Prompts")]
+    pub out: PathBuf,
+    /// Time in seconds for which calls are repeated while the server is busy or not reached.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 600,
+        help_heading = "Connection"
+    )]
+    pub retry_timeout: u64,
+}
+
+/// Arguments of `rounds`.
+#[derive(Debug, Args)]
+#[command(after_help = ROUNDS_HELP)]
+#[command(mut_arg("policy", |policy| policy.help(FIRST_POLICY)))]
+#[command(mut_arg("judge", |judge| judge.help(JUDGE_OF_ROUNDS)))]
+pub struct RoundsArgs {
+    /// The server to connect to.
+    #[command(flatten, next_help_heading = "Connection")]
+    pub server: ServerArgs,
+    /// Prompts, policies and settings of the pairs.
+    #[command(flatten)]
+    pub making: PairMakingArgs,
+    /// Number of rounds in all. A larger number continues a run that has ended.
+    #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Rounds",
+          value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rounds: u32,
+    /// The folder for the pairs and the reports of all rounds.
+    #[arg(long, value_name = "FOLDER", help_heading = "Rounds")]
+    pub out: PathBuf,
+    /// Settings of the training as YAML or JSON, with the fields of TrainingJob, e.g. from bradley
+    /// train --print-job; - reads standard input.
+    #[arg(short, long, value_name = "FILE", help_heading = "Rounds")]
+    pub file: Option<PathBuf>,
+    /// Files of preference pairs on which each new policy is evaluated, in the formats of --data.
+    #[arg(long, value_name = "FILE", num_args = 1.., help_heading = "Rounds")]
+    pub eval_data: Vec<String>,
+    /// Number of prompts, the first ones, whose answers are compared before and after each round.
+    #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Rounds",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub compare_prompts: u32,
+    /// Time in seconds for which calls are repeated while the server is busy or not reached.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 600,
+        help_heading = "Connection"
+    )]
+    pub retry_timeout: u64,
+}
+
+const FIRST_POLICY: &str = "The policy of the first round, which answers and is trained further: a \
+    base model's name, a job (its latest checkpoint), or JOB/checkpoints/STEP|latest|best";
+
+const JUDGE_OF_ROUNDS: &str = "The policy whose rewards rank the samples of all rounds, named as \
+    --policy is. Default: the policy of each round";
+
 /// Parses a finite number that is not negative.
 fn finite_from_zero(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
@@ -801,6 +857,15 @@ interruption: FILE.progress has what is done.
 Examples:
   bradley pairs --data prompts.jsonl --policy smollm2 --judge JOB --out pairs.jsonl --seed 1
   bradley pairs --data prompts.jsonl --policy JOB --length-penalty 0.01 --out pairs.jsonl";
+
+const ROUNDS_HELP: &str = "\
+Each round makes pairs as bradley pairs does, trains the round's policy on them, and compares its \
+answers with those of the new policy, which is the policy of the next round. The same command \
+continues after an interruption: FOLDER has what is done.
+
+Examples:
+  bradley rounds --data prompts.jsonl --policy smollm2 --judge JOB --out rounds
+  bradley rounds --data prompts.jsonl --policy JOB --reference smollm2 -f job.yaml --out rounds";
 
 /// Arguments of `score`.
 #[derive(Debug, Args)]

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use self::folder::{ScoreFolder, SyncedFile, check_output};
+use self::folder::{ScoreFolder, check_output};
 use self::index::RowIndex;
 use self::jobs::{CreateError, FoldJob, FoldJobs, JobTemplate, RUN_LABEL};
 use self::report::{CurationReport, Thresholds, write_rows};
@@ -28,6 +28,7 @@ use super::policy_names::PolicyNames;
 use super::progress::{self, WorkProgress, say, waiting, warn};
 use super::remote::server_flag;
 use super::score_files::fleet::Fleet;
+use super::synced_file::SyncedFile;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 

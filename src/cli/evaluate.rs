@@ -75,7 +75,19 @@ async fn evaluate(
             rows.dataset(&data, &RowLimits::default(), true).await?
         }
     };
-    let progress = WorkProgress::pairs("evaluating");
+    evaluate_dataset(client, request, "evaluating").await
+}
+
+/// Evaluates a policy on a dataset of the server and shows the progress as that of `what`.
+///
+/// # Errors
+/// Returns a failure if the server refuses the call or ends it without a report.
+pub(super) async fn evaluate_dataset(
+    client: &Client,
+    request: pb::EvaluatePolicyRequest,
+    what: &str,
+) -> Result<pb::EvaluationReport, Failure> {
+    let progress = WorkProgress::pairs(what);
     let receive = async {
         let mut messages = client
             .evaluations()

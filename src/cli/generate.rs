@@ -87,7 +87,8 @@ pub(super) fn request(
 pub(super) struct SampleSoFar {
     /// Its text.
     pub text: String,
-    tokens: usize,
+    /// Number of its tokens, with the one that ended it.
+    pub tokens: usize,
     log_prob: f64,
     /// The number of a [`pb::FinishReason`]; `None` while the sample has not ended.
     pub finish_reason: Option<i32>,

@@ -8,17 +8,20 @@ mod progress_file;
 mod rank;
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
 use self::progress_file::{Outcomes, PromptOutcome};
+pub(super) use self::progress_file::{PairsReport, differing};
 use self::rank::{Candidate, Dropped, choose};
-use super::args::{Output, PairsArgs};
+use super::args::{Output, PairMakingArgs, PairsArgs};
 use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::generate::{
-    GenerationFailure, Patience, PromptRow, Samples, continued, in_order, read, repeated, request,
+    GenerationFailure, Patience, PromptRow, SampleSoFar, Samples, continued, in_order, read,
+    repeated, request,
 };
 use super::output;
 use super::policy_names::PolicyNames;
@@ -29,7 +32,7 @@ use crate::rpc::pb;
 
 /// Columns that the row of a prompt must not have: those of the result, and others that training
 /// reads although the samples do not depend on them.
-const RESULT_COLUMNS: [&str; 10] = [
+pub(super) const RESULT_COLUMNS: [&str; 10] = [
     "chosen",
     "rejected",
     "generated",
@@ -46,64 +49,28 @@ const RESULT_COLUMNS: [&str; 10] = [
 const MAX_WARNINGS: usize = 10;
 
 pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
-    let base = request(&args.form, &args.sampling, args.samples)?;
+    let making = &args.making;
+    let base = request(&making.form, &making.sampling, making.samples)?;
     let client = connect(&args.server.target()).await?;
     let names = PolicyNames::of(&client).await?;
-    let policy = names.complete("--policy", &args.policy).await?;
-    let judge = match &args.judge {
-        Some(judge) => names.complete("--judge", judge).await?,
-        None => policy.clone(),
-    };
-    let reference = match &args.reference {
-        Some(reference) => names.complete("--reference", reference).await?,
-        None => String::new(),
-    };
-    let scoring = pb::ScoringOptions {
-        policy: judge,
-        reference,
-        beta: args.beta,
-        max_length: args.max_length,
-        tools_json: base.tools_json.clone(),
-        chat_template_kwargs_json: base.chat_template_kwargs_json.clone(),
-        ..Default::default()
-    };
-    let data = DataFiles::find(&args.data, &args.reading).await?;
+    let given = PairPolicies::complete(&names, making).await?;
+    let data = DataFiles::find(&making.data, &making.reading).await?;
     if data.contains(&args.out) {
         return Err(Failure::Usage(format!(
             "--out {} would replace a file of --data: name another file",
             args.out.display()
         )));
     }
-    let rows = read(&data, &args.form, &RESULT_COLUMNS)?;
-    let maker = Arc::new(PairMaker {
-        client,
-        generation: pb::GenerateCompletionsRequest { policy, ..base },
-        scoring,
-        patience: Patience::new(args.retry_timeout),
-        system: args.form.system.clone(),
-        plain: args.form.plain,
-        keep_cut: args.keep_cut,
-        length_penalty: args.length_penalty,
-        min_margin: args.min_margin,
-    });
-    let mut outcomes = Outcomes::open(&args.out, &maker.settings(&rows))?;
-    let total = rows.len();
-    let done = outcomes.done();
-    if done > 0 {
-        say(&format!("{done} of {total} prompts were done before"));
-    }
-    let progress = WorkProgress::prompts("making pairs", total as u64);
-    progress.set(done as u64);
-    let work = make_all(&maker, &data, rows, &mut outcomes, &progress);
-    let ended = tokio::select! {
-        ended = progress.during(work) => ended,
+    let rows = read(&data, &making.form, &RESULT_COLUMNS)?;
+    let maker = PairMaker::new(&client, making, base, given, args.retry_timeout);
+    let title = data.title();
+    let made = tokio::select! {
+        made = make(&maker, (title.as_str(), "making pairs"), rows, &args.out) => made,
         _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted(
             "interrupted; the same command continues".to_owned(),
         )),
     };
-    drop(progress);
-    ended?;
-    let report = outcomes.finish()?;
+    let report = made?;
     match format {
         Output::Table => say(&report.sentence()),
         format => output::resource(format, &report.to_json()),
@@ -111,16 +78,80 @@ pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
     Ok(())
 }
 
+/// The policies that make pairs.
+#[derive(Clone, Debug)]
+pub(super) struct PairPolicies {
+    /// Answers the prompts.
+    pub policy: String,
+    /// Ranks the answers; the policy if it is `None`.
+    pub judge: Option<String>,
+    /// The judge's reference; empty for that of the judge's job.
+    pub reference: String,
+}
+
+impl PairPolicies {
+    /// Completes the names of the flags.
+    ///
+    /// # Errors
+    /// The errors of [`PolicyNames::complete`].
+    pub async fn complete(names: &PolicyNames, args: &PairMakingArgs) -> Result<Self, Failure> {
+        let policy = names.complete("--policy", &args.policy).await?;
+        let judge = match &args.judge {
+            Some(judge) => Some(names.complete("--judge", judge).await?),
+            None => None,
+        };
+        let reference = match &args.reference {
+            Some(reference) => names.complete("--reference", reference).await?,
+            None => String::new(),
+        };
+        Ok(PairPolicies {
+            policy,
+            judge,
+            reference,
+        })
+    }
+
+    /// Returns the name of the judge.
+    pub fn judge(&self) -> &str {
+        self.judge.as_deref().unwrap_or(&self.policy)
+    }
+}
+
+/// Makes the pairs of prompts and writes them to `out`, or continues an interrupted run. `title`
+/// names the prompts in errors, `what` the work in the progress.
+///
+/// # Errors
+/// Returns a failure if a call about a prompt fails, the weights change meanwhile, or a file cannot
+/// be read or written.
+pub(super) async fn make(
+    maker: &Arc<PairMaker>,
+    (title, what): (&str, &str),
+    rows: Vec<PromptRow>,
+    out: &Path,
+) -> Result<PairsReport, Failure> {
+    let mut outcomes = Outcomes::open(out, &maker.settings(&rows))?;
+    let total = rows.len();
+    let done = outcomes.done();
+    if done > 0 {
+        say(&format!("{done} of {total} prompts were done before"));
+    }
+    let progress = WorkProgress::prompts(what, total as u64);
+    progress.set(done as u64);
+    let work = make_all(maker, title, rows, &mut outcomes, &progress);
+    progress.during(work).await?;
+    drop(progress);
+    outcomes.finish()
+}
+
 /// Makes the pairs of the prompts that have no outcome yet.
 async fn make_all(
     maker: &Arc<PairMaker>,
-    data: &DataFiles,
+    title: &str,
     rows: Vec<PromptRow>,
     outcomes: &mut Outcomes,
     progress: &WorkProgress,
 ) -> Outcome {
     let first_seed = outcomes.seed();
-    let title = data.title();
     let left = rows.into_iter().skip(outcomes.done()).collect();
     let begin = |row: PromptRow| {
         let context = format!("{title}: {}", row.place);
@@ -146,7 +177,7 @@ async fn make_all(
 }
 
 /// Makes pairs by calls of a server.
-struct PairMaker {
+pub(super) struct PairMaker {
     client: Client,
     /// The request of a prompt, without it and its seed.
     generation: pb::GenerateCompletionsRequest,
@@ -160,8 +191,42 @@ struct PairMaker {
 }
 
 impl PairMaker {
+    /// Makes pairs with `policies`, whose names are whole. `base` is the request of a prompt,
+    /// without the prompt and the policy.
+    pub fn new(
+        client: &Client,
+        args: &PairMakingArgs,
+        base: pb::GenerateCompletionsRequest,
+        policies: PairPolicies,
+        retry_timeout: u64,
+    ) -> Arc<Self> {
+        let scoring = pb::ScoringOptions {
+            policy: policies.judge().to_owned(),
+            reference: policies.reference,
+            beta: args.beta,
+            max_length: args.max_length,
+            tools_json: base.tools_json.clone(),
+            chat_template_kwargs_json: base.chat_template_kwargs_json.clone(),
+            ..Default::default()
+        };
+        Arc::new(PairMaker {
+            client: client.clone(),
+            generation: pb::GenerateCompletionsRequest {
+                policy: policies.policy,
+                ..base
+            },
+            scoring,
+            patience: Patience::new(retry_timeout),
+            system: args.form.system.clone(),
+            plain: args.form.plain,
+            keep_cut: args.keep_cut,
+            length_penalty: args.length_penalty,
+            min_margin: args.min_margin,
+        })
+    }
+
     /// Returns everything that the pairs depend on, besides the seed and the weights.
-    fn settings(&self, rows: &[PromptRow]) -> Value {
+    pub fn settings(&self, rows: &[PromptRow]) -> Value {
         let mut prompts = blake3::Hasher::new();
         for row in rows {
             prompts.update(Value::Object(row.fields.clone()).to_string().as_bytes());
@@ -282,6 +347,55 @@ impl PairMaker {
         texts
     }
 
+    /// Returns the answer of a policy to a prompt without any randomness.
+    ///
+    /// # Errors
+    /// Returns a failure if the server refuses the call, or does not answer for long.
+    pub async fn greedy(&self, prompt: &pb::Text, policy: &str) -> Result<SampleSoFar, Failure> {
+        let request = pb::GenerateCompletionsRequest {
+            policy: policy.to_owned(),
+            prompt: Some(prompt.clone()),
+            samples: 1,
+            temperature: Some(0.0),
+            top_p: None,
+            top_k: None,
+            seed: Some(0),
+            ..self.generation.clone()
+        };
+        let samples = continued(&self.client, request, &self.patience).await?;
+        Ok(samples.samples.into_iter().next().unwrap_or_default())
+    }
+
+    /// Returns the judge's rewards of answers, lowered by the length penalty as for the ranking.
+    /// Empty answers and those that cannot be scored whole have none.
+    ///
+    /// # Errors
+    /// Returns a failure if the server refuses the call, or does not answer for long.
+    pub async fn rewards(
+        &self,
+        prompt: &pb::Text,
+        texts: &[String],
+    ) -> Result<Vec<Option<f64>>, Failure> {
+        let is_blank = |text: &str| text.trim().is_empty();
+        let written: Vec<String> = texts.iter().filter(|t| !is_blank(t)).cloned().collect();
+        if written.is_empty() {
+            return Ok(vec![None; texts.len()]);
+        }
+        let scored = self.score(prompt, &written).await?;
+        let mut results = scored.results.iter();
+        let mut reward = || match &results.next()?.result {
+            Some(pb::completion_result::Result::Score(score)) if !score.truncated => {
+                Some(score.reward - self.length_penalty * f64::from(score.tokens))
+            }
+            _ => None,
+        };
+        let rewards = texts.iter().map(|text| match is_blank(text) {
+            true => None,
+            false => reward(),
+        });
+        Ok(rewards.collect())
+    }
+
     async fn score(
         &self,
         prompt: &pb::Text,
@@ -369,7 +483,7 @@ fn answer_json(text: &str, is_chat: bool) -> Value {
 }
 
 /// Returns a prompt as a row has it.
-fn prompt_json(prompt: &pb::Text) -> Value {
+pub(super) fn prompt_json(prompt: &pb::Text) -> Value {
     match &prompt.form {
         Some(pb::text::Form::Chat(list)) => list
             .messages

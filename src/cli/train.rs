@@ -186,7 +186,10 @@ fn variants(
 
 /// Reads a job file, YAML or JSON, with one job or, as YAML documents, several. `-` reads standard
 /// input. The fields of the returned file are those of all its jobs.
-fn read_job_file(path: &Path) -> Result<(JobFile, Vec<Value>), Failure> {
+///
+/// # Errors
+/// Returns a failure if the file cannot be read or has fields that jobs do not have.
+pub(super) fn read_job_file(path: &Path) -> Result<(JobFile, Vec<Value>), Failure> {
     let name = match path.to_str() {
         Some("-") => "standard input".to_owned(),
         _ => path.display().to_string(),
@@ -527,7 +530,10 @@ impl TrainCall {
 
 /// Returns the base model of a policy. For a checkpoint it follows the policies of the jobs back to
 /// a base model. The result is empty if the base model cannot be determined.
-async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
+///
+/// # Errors
+/// Returns no failure: a policy that the server does not find has no known base model.
+pub(super) async fn base_model(client: &Client, policy: &str) -> Result<String, Failure> {
     let mut policy = policy.to_owned();
     for _ in 0..MAX_JOB_CHAIN {
         if policy.starts_with("models/") {

@@ -66,6 +66,7 @@ mod replicas;
 mod rest;
 mod rewards;
 mod rollback;
+mod rounds;
 mod score_files;
 mod security;
 mod server;

@@ -2,12 +2,13 @@
 //! and is removed at the end.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::cli::failure::Failure;
+use crate::cli::synced_file::{SyncedFile, parent};
 
 /// The score of a row by the adapter of its fold.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -56,14 +57,6 @@ fn failed(path: &Path) -> impl Fn(std::io::Error) -> Failure {
 fn prefix(out: &Path) -> String {
     let name = out.file_name().unwrap_or_default().to_string_lossy();
     format!("{name}.curate-")
-}
-
-/// Returns the folder of a file; `.` if its path has none.
-fn parent(out: &Path) -> &Path {
-    match out.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
 }
 
 /// Checks that the output can be created.
@@ -194,46 +187,5 @@ impl ScoreWriter {
 
     pub fn finish(self) -> Result<(), Failure> {
         self.file.move_to(&self.target)
-    }
-}
-
-/// A file that is written under a temporary name, and gets its own when it is on disk.
-pub(super) struct SyncedFile {
-    path: PathBuf,
-    file: BufWriter<File>,
-}
-
-impl SyncedFile {
-    pub fn create(path: PathBuf) -> Result<Self, Failure> {
-        let file = File::create(&path).map_err(failed(&path))?;
-        Ok(SyncedFile {
-            path,
-            file: BufWriter::new(file),
-        })
-    }
-
-    /// Writes a value as a line.
-    pub fn json_line(&mut self, value: &impl Serialize) -> Result<(), Failure> {
-        let path = &self.path;
-        serde_json::to_writer(&mut self.file, value)
-            .map_err(|e| failed(path)(e.into()))
-            .and_then(|()| self.file.write_all(b"\n").map_err(failed(path)))
-    }
-
-    /// Writes what is buffered, so that others can read it.
-    pub fn flush(&mut self) -> Result<(), Failure> {
-        self.file.flush().map_err(failed(&self.path))
-    }
-
-    /// Flushes the file to disk and gives it its name.
-    pub fn move_to(mut self, target: &Path) -> Result<(), Failure> {
-        let path = &self.path;
-        self.file.flush().map_err(failed(path))?;
-        self.file.get_ref().sync_all().map_err(failed(path))?;
-        fs::rename(path, target).map_err(failed(target))?;
-        // The rename is on disk when the folder is.
-        let folder = parent(target);
-        let synced = File::open(folder).and_then(|folder| folder.sync_all());
-        synced.map_err(failed(folder))
     }
 }

@@ -3,24 +3,23 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::folder::SyncedFile;
 use super::index::RowIndex;
 use crate::cli::args::CurateArgs;
 use crate::cli::data::DataFiles;
 use crate::cli::failure::{Failure, Outcome};
 use crate::cli::flag_names::JobWords;
 use crate::cli::job_flags::JobFlags;
+use crate::cli::job_wait::end_of_job;
 use crate::cli::output::state;
 use crate::cli::progress::{WorkProgress, waiting, warn};
 use crate::cli::short_names::all_jobs;
+use crate::cli::synced_file::SyncedFile;
 use crate::rpc::canonical::{self, CanonicalError};
 use crate::rpc::client::{
-    Client, ClientError, FirstEvent, Status, field_violations, is_absent, is_exhausted,
-    is_not_found,
+    Client, ClientError, Status, field_violations, is_absent, is_exhausted, is_not_found,
 };
-use crate::rpc::pb::{self, training_event::Event};
+use crate::rpc::pb;
 
 /// Label of the jobs of a curation, with its id.
 pub(super) const RUN_LABEL: &str = "curate";
@@ -362,47 +361,15 @@ impl FoldJobs {
     /// # Errors
     /// Returns a failure unless the job succeeds.
     pub async fn wait(&self, job: &FoldJob, progress: &WorkProgress) -> Outcome {
-        if matches!(job.state, pb::JobState::Paused | pb::JobState::Pausing) {
-            progress.suspend(|| {
-                warn(&format!(
-                    "{} is paused: bradley jobs resume {}",
-                    job.name, job.name
-                ));
-            });
-        }
-        let mut reason = String::new();
-        let follow = self
-            .client
-            .follow_from(&job.name, FirstEvent::Tail(1), |event| {
-                match event.event {
-                    Some(Event::StateChange(change)) => reason = change.reason,
-                    Some(Event::StepMetrics(step)) => {
-                        let p = step.progress.unwrap_or_default();
-                        let left = p.eta_seconds.map(|s| s.max(0.0));
-                        progress.set_total(p.total_steps);
-                        progress.set(p.step);
-                        let left = left.and_then(|s| Duration::try_from_secs_f64(s).ok());
-                        progress.set_left(left);
-                    }
-                    _ => {}
-                }
-                true
-            });
-        progress.during(follow).await.map_err(Failure::from)?;
-        let request = pb::GetTrainingJobRequest {
-            name: job.name.clone(),
-        };
-        let ended = self.client.training().get_training_job(request).await?;
-        let ended = ended.into_inner();
-        if ended.state() == pb::JobState::Succeeded {
+        let ended = end_of_job(&self.client, (job.name.as_str(), job.state), progress).await?;
+        if ended.state == pb::JobState::Succeeded {
             return Ok(());
         }
-        let reason = ended.error.map_or(reason, |error| error.message);
         Err(Failure::Failed(format!(
             "{} ended {}: {}",
             job.name,
-            state(ended.state),
-            self.template.words.in_sentence(&reason)
+            state(ended.state.into()),
+            self.template.words.in_sentence(&ended.reason)
         )))
     }
 

@@ -2,13 +2,14 @@
 
 use serde_json::{Map, Value, json};
 
-use super::folder::{FoldResult, FoldScore, ScoreFolder, SyncedFile};
+use super::folder::{FoldResult, FoldScore, ScoreFolder};
 use super::index::{ContentHasher, IndexedRow, RowIndex};
 use crate::cli::args::CurateArgs;
 use crate::cli::data::{DataFiles, DataRecord};
 use crate::cli::failure::Failure;
 use crate::cli::output::table::elide;
 use crate::cli::output::{line, table};
+use crate::cli::synced_file::SyncedFile;
 use crate::domain::dataset::{ChatMessage, Text};
 
 /// Columns of the results. A row's own columns with these names are replaced.

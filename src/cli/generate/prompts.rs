@@ -12,6 +12,7 @@ use crate::rpc::pb;
 pub(super) const RESULT_COLUMNS: [&str; 4] = ["samples", "prompt_tokens", "policy", "seed"];
 
 /// A row of the files of prompts.
+#[derive(Clone)]
 pub struct PromptRow {
     /// Number of the row, from 1 and through all files.
     pub row: u64,

@@ -57,7 +57,7 @@ pub(super) struct Outcomes {
 
 /// Numbers about a finished run.
 #[derive(Debug, Default)]
-pub(super) struct PairsReport {
+pub(in crate::cli) struct PairsReport {
     prompts: usize,
     pairs: usize,
     few_answers: usize,
@@ -277,8 +277,8 @@ impl Outcomes {
     }
 }
 
-/// Returns the names of the settings that differ.
-fn differing(old: &Value, new: &Value) -> Vec<String> {
+/// Returns the names of the settings that differ, as flags.
+pub(in crate::cli) fn differing(old: &Value, new: &Value) -> Vec<String> {
     let names = new.as_object().into_iter().flat_map(Map::keys);
     // Without the flag, the judge is the policy.
     let is_own_judge = |of: &Value| of["judge"] == of["policy"];

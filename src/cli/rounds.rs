@@ -1,0 +1,361 @@
+//! `bradley rounds`: improves a policy in rounds (bootstrapping with implicit rewards, arXiv
+//! 2406.09760).
+//!
+//! ```text
+//! prompts ─▶ pairs of own answers ─▶ training ─▶ comparison ─▶ next round
+//! ```
+//!
+//! Everything that is done is in a folder, so that the same command continues after an
+//! interruption, to the same pairs.
+
+mod compare;
+mod folder;
+mod report;
+mod training;
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use self::compare::compare;
+use self::folder::{RunFolder, RunHeader};
+use self::report::{ComparisonSummary, HeldOutPairs, RoundPairs, RoundReport};
+use self::training::{RoundTemplate, RoundTrainer, TrainedRound};
+use super::args::{DataArgs, Output, RoundsArgs};
+use super::data::DataFiles;
+use super::evaluate::evaluate_dataset;
+use super::failure::{Failure, Outcome};
+use super::generate::{PromptRow, read, request};
+use super::job_rows::{JobRows, RowLimits};
+use super::output;
+use super::pairs::{self, PairMaker, PairPolicies, RESULT_COLUMNS, differing};
+use super::policy_names::{PolicyNames, same_model_warning};
+use super::progress::{self, say, warn};
+use super::remote::{connect, server_flag};
+use crate::rpc::client::Client;
+use crate::rpc::pb;
+
+/// Number of hexadecimal digits of the id of a run. The last ones of a UUID are random.
+const ID_DIGITS: usize = 12;
+/// Setting that may still change while no job was created with it.
+const TRAINING_SETTINGS: &str = "--file";
+
+pub(super) async fn run(args: RoundsArgs, format: Output) -> Outcome {
+    let making = &args.making;
+    let base = request(&making.form, &making.sampling, making.samples)?;
+    check_standard_input(&args)?;
+    let mut template = RoundTemplate::read(args.file.as_deref())?;
+    let client = connect(&args.server.target()).await?;
+    let names = PolicyNames::of(&client).await?;
+    let given = PairPolicies::complete(&names, making).await?;
+    if same_model_warning(given.judge(), &given.reference).is_some() {
+        return Err(Failure::Usage(format!(
+            "{} is its own reference, so that all its rewards are 0 and there are no pairs: name a \
+             trained policy with --judge, or another model with --reference",
+            given.judge()
+        )));
+    }
+    template.complete(&client, &names).await?;
+    let data = progress::find(&making.data, &making.reading).await?;
+    let title = data.title();
+    let prompts = read(&data, &making.form, &RESULT_COLUMNS)?;
+    if prompts.is_empty() {
+        return Err(Failure::Failed(format!("{title} has no prompts")));
+    }
+    let eval_data = progress::find(&args.eval_data, &making.reading).await?;
+    let eval_hash = eval_data.content_hash().await?.map(|hash| hash.hex);
+    let maker = PairMaker::new(&client, making, base.clone(), given.clone(), 0);
+    let mut settings = maker.settings(&prompts);
+    settings["judge"] = given.judge.clone().into();
+    settings["eval_data"] = eval_hash.into();
+    settings["compare_prompts"] = args.compare_prompts.into();
+    settings["file"] = template.settings()?;
+    let folder = RunFolder::open(&args.out)?;
+    let header = header(&client, &folder, given, settings).await?;
+    if folder.training(1)?.is_none() {
+        template.check(&client, &header.policy).await?;
+    }
+    let mut rounds = RoundsInProgress {
+        args: &args,
+        base,
+        prompts,
+        title,
+        header,
+        folder,
+        trainer: RoundTrainer {
+            client: client.clone(),
+            template,
+            running: None,
+        },
+        eval_data,
+        // Standard output is for the report.
+        eval_rows: JobRows::new(&client, Output::Json),
+        client,
+    };
+    let worked = tokio::select! {
+        worked = rounds.work() => worked,
+        _ = tokio::signal::ctrl_c() => Err(rounds_interrupted()),
+    };
+    let worked = worked.map_err(|failure| rounds.with_running_job(failure));
+    let RoundsInProgress {
+        header, eval_rows, ..
+    } = rounds;
+    if let Some(remaining) = eval_rows.remove_uploads().await {
+        warn(&remaining);
+    }
+    let reports = worked?;
+    match format {
+        Output::Table => output::line(&report::text(&reports)),
+        Output::Csv => output::list(format, &[], Vec::new(), report::rows(&reports)?),
+        format => output::resource(format, &report::document(&header.run, &reports)?),
+    }
+    Ok(())
+}
+
+fn rounds_interrupted() -> Failure {
+    Failure::Interrupted("interrupted; the same command continues".to_owned())
+}
+
+/// Checks that at most one of the files is the standard input.
+fn check_standard_input(args: &RoundsArgs) -> Outcome {
+    let is_job_piped = args.file.as_ref().is_some_and(|f| f.as_os_str() == "-");
+    let files = args.making.data.iter().chain(&args.eval_data);
+    let piped = files.filter(|file| *file == "-").count();
+    match usize::from(is_job_piped) + piped > 1 {
+        true => Err(Failure::Usage(
+            "- stands for the standard input and can be named once in --file, --data and \
+             --eval-data"
+                .to_owned(),
+        )),
+        false => Ok(()),
+    }
+}
+
+/// Begins a run in a folder, or continues the one that the folder has.
+async fn header(
+    client: &Client,
+    folder: &RunFolder,
+    given: PairPolicies,
+    settings: Value,
+) -> Result<RunHeader, Failure> {
+    let Some(mut header) = folder.header()? else {
+        let judge = match given.judge {
+            Some(judge) => Some(pinned(client, judge).await?),
+            None => None,
+        };
+        let id = uuid::Uuid::now_v7().simple().to_string();
+        let seed = settings["seed"].as_u64();
+        let header = RunHeader {
+            run: id.chars().skip(id.len() - ID_DIGITS).collect(),
+            seed: seed.unwrap_or_else(rand::random),
+            policy: pinned(client, given.policy).await?,
+            judge,
+            reference: pinned(client, given.reference).await?,
+            settings,
+        };
+        folder.store_header(&header)?;
+        return Ok(header);
+    };
+    let differing = differing(&header.settings, &settings);
+    if differing.is_empty() {
+        return Ok(header);
+    }
+    if differing == [TRAINING_SETTINGS] && folder.training(1)?.is_none() {
+        header.settings["file"] = settings["file"].clone();
+        folder.store_header(&header)?;
+        return Ok(header);
+    }
+    Err(Failure::Usage(format!(
+        "{} is of a run with another value of {}: give the same flags and prompts to continue it, \
+         or name another folder with --out",
+        folder.path().display(),
+        differing.join(", ")
+    )))
+}
+
+/// Returns a name that always means the same weights: that of the step which `latest` and `best`
+/// mean now.
+async fn pinned(client: &Client, name: String) -> Result<String, Failure> {
+    let step = name.split_once("/checkpoints/").map(|(_, step)| step);
+    if !matches!(step, Some("latest" | "best")) {
+        return Ok(name);
+    }
+    let context = name.clone();
+    let request = pb::GetCheckpointRequest { name };
+    match client.checkpoints().get_checkpoint(request).await {
+        Ok(checkpoint) => Ok(checkpoint.into_inner().name),
+        Err(status) => Err(Failure::from(status).with_context(&context)),
+    }
+}
+
+/// A run in progress.
+struct RoundsInProgress<'a> {
+    args: &'a RoundsArgs,
+    client: Client,
+    /// The request of a prompt, without it, the policy and the seed of the round.
+    base: pb::GenerateCompletionsRequest,
+    prompts: Vec<PromptRow>,
+    /// Name of the files of prompts.
+    title: String,
+    header: RunHeader,
+    folder: RunFolder,
+    trainer: RoundTrainer,
+    eval_data: DataFiles,
+    eval_rows: JobRows,
+}
+
+impl RoundsInProgress<'_> {
+    /// Does the rounds that earlier starts have not finished, and returns the reports of all.
+    async fn work(&mut self) -> Result<Vec<RoundReport>, Failure> {
+        let mut reports: Vec<RoundReport> = Vec::new();
+        let mut policy = self.header.policy.clone();
+        for number in 1..=self.args.rounds {
+            let report = match self.folder.report::<RoundReport>(number)? {
+                Some(report) => report,
+                None => self.round(number, &policy).await?,
+            };
+            policy.clone_from(&report.new_policy);
+            reports.push(report);
+        }
+        Ok(reports)
+    }
+
+    /// Does a round, or what is left of it.
+    async fn round(&mut self, number: u32, policy: &str) -> Result<RoundReport, Failure> {
+        let what = format!("round {number} of {}", self.args.rounds);
+        self.folder.create_round(number)?;
+        let file = self.folder.pairs(number);
+        if !self.folder.has_pairs(number) {
+            let making = format!("{what}: making pairs");
+            let names = (self.title.as_str(), making.as_str());
+            let maker = self.maker(number, policy);
+            let made = pairs::make(&maker, names, self.prompts.clone(), &file).await?;
+            say(&format!("{what}: {}", made.sentence()));
+        }
+        let pairs = RoundPairs::read(&file)?;
+        if pairs.pairs == 0 {
+            return Err(Failure::Failed(format!(
+                "{what} has no pairs to train on: lower --min-margin, raise --samples or \
+                 --temperature, add --keep-cut if --max-tokens cuts the answers off, or name \
+                 another --judge, and begin in another folder"
+            )));
+        }
+        let round = TrainedRound {
+            run: &self.header.run,
+            number,
+            what: &what,
+            policy,
+        };
+        let files = [file.to_string_lossy().into_owned()];
+        let data = DataFiles::find(&files, &DataArgs::default()).await?;
+        let new_policy = self.trainer.train(&self.folder, &round, &data).await?;
+        say(&format!("{what}: the new policy is {new_policy}"));
+        let first = self.args.compare_prompts as usize;
+        let first = self.prompts.get(..first).unwrap_or(&self.prompts);
+        let names = (self.title.as_str(), what.as_str());
+        // A new one, because the server may have had no prompt to answer for long.
+        let maker = self.maker(number, policy);
+        let answers = compare(&maker, names, first, (policy, new_policy.as_str())).await?;
+        self.folder.store_answers(number, &answers)?;
+        let summary = ComparisonSummary::of(&answers);
+        let report = RoundReport {
+            round: number,
+            policy: policy.to_owned(),
+            prompts: self.prompts.len(),
+            pairs,
+            compared: summary.compared,
+            win_rate: summary.win_rate,
+            mean_tokens_before: summary.mean_tokens_before,
+            mean_tokens_after: summary.mean_tokens_after,
+            held_out: self.held_out(&new_policy, &what).await?,
+            samples: summary.samples,
+            new_policy,
+        };
+        self.folder.store_report(number, &report)?;
+        Ok(report)
+    }
+
+    /// Returns what makes the pairs of a round, and compares its answers.
+    fn maker(&self, number: u32, policy: &str) -> Arc<PairMaker> {
+        let policies = PairPolicies {
+            policy: policy.to_owned(),
+            judge: self.header.judge.clone(),
+            reference: self.header.reference.clone(),
+        };
+        let request = pb::GenerateCompletionsRequest {
+            seed: Some(self.seed(number)),
+            ..self.base.clone()
+        };
+        let (making, timeout) = (&self.args.making, self.args.retry_timeout);
+        PairMaker::new(&self.client, making, request, policies, timeout)
+    }
+
+    /// Returns the seed of the first prompt of a round. The seeds of two rounds do not overlap.
+    fn seed(&self, number: u32) -> u64 {
+        let last = self.prompts.last().map_or(0, |prompt| prompt.row);
+        let before = u64::from(number.saturating_sub(1)).wrapping_mul(last);
+        self.header.seed.wrapping_add(before)
+    }
+
+    /// Evaluates a new policy against the first one of the run on the pairs of `--eval-data`.
+    async fn held_out(
+        &mut self,
+        policy: &str,
+        what: &str,
+    ) -> Result<Option<HeldOutPairs>, Failure> {
+        if self.eval_data.is_empty() {
+            return Ok(None);
+        }
+        let limits = RowLimits::default();
+        let rows = &mut self.eval_rows;
+        let dataset = rows.dataset(&self.eval_data, &limits, true).await?;
+        let request = pb::EvaluatePolicyRequest {
+            options: Some(pb::ScoringOptions {
+                policy: policy.to_owned(),
+                reference: self.header.policy.clone(),
+                ..Default::default()
+            }),
+            dataset,
+            ..Default::default()
+        };
+        let evaluating = format!("{what}: evaluating");
+        let report = evaluate_dataset(&self.client, request, &evaluating).await?;
+        if report.failed_pairs > 0 {
+            let all = report.pairs + report.failed_pairs;
+            let failed = report.failed_pairs;
+            warn(&format!(
+                "{failed} of {all} pairs of --eval-data could not be scored"
+            ));
+        }
+        Ok(report.accuracy.map(|accuracy| HeldOutPairs {
+            pairs: accuracy.count,
+            accuracy: accuracy.share,
+        }))
+    }
+
+    /// Adds to an interruption that the job of the round goes on.
+    fn with_running_job(&self, failure: Failure) -> Failure {
+        let is_interrupted = matches!(failure, Failure::Interrupted(_));
+        let Some(job) = self.trainer.running.as_ref().filter(|_| is_interrupted) else {
+            return failure;
+        };
+        let flag = server_flag(&self.args.server);
+        failure.with_remark(&format!(
+            "the job goes on; to end it: bradley jobs cancel {job}{flag}"
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_settings_of_the_training_are_those_of_the_job_file() {
+        let old = json!({"file": {"seed": 1}, "min_margin": 0.1, "seed": null});
+        let new = json!({"file": {"seed": 2}, "min_margin": 0.1, "seed": null});
+        assert_eq!(differing(&old, &new), [TRAINING_SETTINGS]);
+    }
+}
