@@ -124,7 +124,7 @@ pub async fn serve(
     })
     .max_decoding_message_size(max);
     let scoring = ScoringServiceServer::new(scoring::ScoringRpc {
-        scoring: service.scoring.clone(),
+        scoring: service.inference.scoring.clone(),
         tokens: service.server.tokens().clone(),
     })
     .max_decoding_message_size(max)
@@ -132,19 +132,19 @@ pub async fn serve(
     .accept_compressed(CompressionEncoding::Gzip)
     .send_compressed(CompressionEncoding::Gzip);
     let evaluations = EvaluationServiceServer::new(evaluation::EvaluationRpc {
-        evaluations: service.evaluations.clone(),
+        evaluations: service.inference.evaluations.clone(),
         tokens: service.server.tokens().clone(),
     })
     .max_decoding_message_size(max);
     let generation = GenerationServiceServer::new(generation::GenerationRpc {
-        generation: service.generation.clone(),
+        generation: service.inference.generation.clone(),
         tokens: service.server.tokens().clone(),
     })
     .max_decoding_message_size(max)
     .accept_compressed(CompressionEncoding::Gzip);
     let models = ModelServiceServer::new(model::ModelRpc(service.server.clone()))
         .max_decoding_message_size(max);
-    let usage = UsageServiceServer::new(usage::UsageRpc(service.usage.clone()))
+    let usage = UsageServiceServer::new(usage::UsageRpc(service.server.usage().clone()))
         .max_decoding_message_size(max);
     for name in service_names() {
         health

@@ -129,16 +129,21 @@ pub struct Service {
     pub checkpoints: CheckpointService,
     /// Uploaded datasets.
     pub datasets: DatasetService,
+    /// Scores, continuations and evaluations: work with a policy as it is.
+    pub inference: InferenceServices,
+    /// Base models, callers' tokens, the work of each owner, readiness and shutdown.
+    pub server: Arc<Server>,
+}
+
+/// The services that use a policy without changing it. They share one quota.
+#[derive(Clone)]
+pub struct InferenceServices {
     /// Scores of preference pairs and of completions.
     pub scoring: Arc<ScoringService>,
     /// Continuations of prompts.
     pub generation: Arc<GenerationService>,
     /// Evaluations of policies on datasets.
     pub evaluations: EvaluationService,
-    /// Work that was done for each owner.
-    pub usage: UsageMeter,
-    /// Base models, callers' tokens, readiness and shutdown.
-    pub server: Arc<Server>,
 }
 
 impl Service {
@@ -286,10 +291,15 @@ impl Service {
                     max_text_bytes: options.max_dataset_text_bytes,
                 },
             },
-            evaluations: EvaluationService::new(store.clone(), artifacts.clone(), scoring.clone()),
-            scoring,
-            generation,
-            usage: usage.clone(),
+            inference: InferenceServices {
+                evaluations: EvaluationService::new(
+                    store.clone(),
+                    artifacts.clone(),
+                    scoring.clone(),
+                ),
+                scoring,
+                generation,
+            },
             server: Arc::new(Server {
                 usage,
                 engine,

@@ -32,6 +32,7 @@ pub struct Server {
     pub(super) store: Store,
     pub(super) runs: RunRegistry,
     pub(super) tokens: TokenService,
+    /// The work that was done for each owner.
     pub(super) usage: UsageMeter,
     pub(super) shutdown: Shutdown,
     /// Maximum time that [`Server::drain`] waits for the runners.
@@ -68,6 +69,11 @@ impl Server {
     /// Returns the service that authenticates callers by their tokens.
     pub fn tokens(&self) -> &TokenService {
         &self.tokens
+    }
+
+    /// Returns the meter of the work that was done for each owner.
+    pub fn usage(&self) -> &UsageMeter {
+        &self.usage
     }
 
     /// Returns a readiness message if requests should be sent to this server. A database that does

@@ -160,6 +160,29 @@ fn functions_have_at_most_seven_parameters() {
     );
 }
 
+/// Every part of the server hangs on `Service`, which therefore stays small: a new part belongs to
+/// one of its groups. Only `rpc`, which serves it, takes it as a parameter.
+#[test]
+fn the_service_has_at_most_five_fields() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/service.rs");
+    let source = fs::read_to_string(path).unwrap();
+    let (_, rest) = source.split_once("pub struct Service {\n").unwrap();
+    let (fields, _) = rest.split_once("\n}").unwrap();
+    let fields: Vec<&str> = fields
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.starts_with("//"))
+        .collect();
+    assert!((1..=5).contains(&fields.len()), "{fields:#?}");
+    let parameter = [": Service,", ": &Service,", ": Service)", ": &Service)"];
+    let (serving, others): (Vec<String>, Vec<String>) = parameter
+        .iter()
+        .flat_map(|form| lines_with(form, |_| true))
+        .partition(|line| line.starts_with("rpc.rs:"));
+    assert!(!serving.is_empty(), "the scan is broken");
+    assert!(others.is_empty(), "{others:#?}");
+}
+
 /// Kernels are started only by the typed functions of one file, which check their operands.
 #[test]
 fn kernels_are_launched_from_one_file() {
