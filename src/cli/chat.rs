@@ -52,6 +52,8 @@ pub(super) async fn run(args: ChatArgs, format: Output) -> Outcome {
     };
     let interrupts = signal(SignalKind::interrupt())
         .map_err(|e| Failure::Failed(format!("Ctrl-C cannot be handled: {e}")))?;
+    let mut conversation = Conversation::default();
+    conversation.system.clone_from(&args.form.system);
     let mut session = ChatSession {
         client,
         base: pb::GenerateCompletionsRequest {
@@ -60,10 +62,7 @@ pub(super) async fn run(args: ChatArgs, format: Output) -> Outcome {
             ..base
         },
         beside,
-        conversation: Conversation {
-            system: args.form.system.clone(),
-            ..Conversation::default()
-        },
+        conversation,
         seed: args.sampling.seed,
         unanswered: None,
         is_terminal: std::io::stdin().is_terminal(),

@@ -102,7 +102,7 @@ fn chat_token(token: &AnswerToken) -> Value {
 }
 
 fn with_bytes(text: &str, log_prob: f32) -> Value {
-    let bytes = (!text.contains(INCOMPLETE)).then(|| text.as_bytes());
+    let bytes = (!text.contains(INCOMPLETE)).then_some(text.as_bytes());
     json!({"token": text, "logprob": number(log_prob), "bytes": bytes})
 }
 
