@@ -1,6 +1,6 @@
-//! Runs the engine without the service, for `compare.py`, `gpu.py` and `families.py` in this
-//! folder. It reads one line per round from stdin, runs the round and prints its measurements as
-//! JSON.
+//! Runs the engine without the service, for `compare.py`, `gpu.py`, `families.py` and
+//! `score_files.py` in this folder. It reads one line per round from stdin, runs the round and
+//! prints its measurements as JSON.
 //!
 //! Arguments: `offline MODEL PAIRS.jsonl MODE f32|bf16 BATCH [MAX_LENGTH [ROW_TOKENS]]`. MODE is
 //! `train-lora`, `train-full`, `score`, or `lengths`, which reads no lines and measures scoring by
@@ -43,7 +43,7 @@ fn main() -> anyhow::Result<()> {
         .collect();
     let [model, pairs, mode, precision, batch, rest @ ..] = args.as_slice() else {
         // `cargo bench` starts every benchmark without arguments. This one then does nothing.
-        println!("offline: benches/compare.py, gpu.py and families.py start it with arguments");
+        println!("offline: scripts in benches/ start it with arguments");
         return Ok(());
     };
     let max_length = rest.first().map_or(Ok(512), |s| s.parse())?;

@@ -154,6 +154,9 @@ impl Cuda {
     }
 
     /// Allocates gradients of zero for tensors of these sizes, in elements.
+    ///
+    /// # Errors
+    /// Fails if the GPU fails or has no memory left for them.
     pub fn gradients(
         &self,
         sizes: impl IntoIterator<Item = (ParamId, usize)>,

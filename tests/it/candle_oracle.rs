@@ -86,7 +86,7 @@ impl Case {
     }
 }
 
-/// Returns every fixture that one of candle's models computes.
+/// Returns the fixtures that are compared, each with the model of candle that computes it.
 fn cases() -> Vec<Case> {
     let longrope = || {
         Case::new("phi3-long", oracle!(phi3::Model))

@@ -1,5 +1,5 @@
-//! LM head, log-softmax and gather in one pass over the vocabulary, tile by tile. The logits `[N,
-//! V]` never exist as a whole.
+//! LM head, log-softmax and gather in one pass over the vocabulary, tile by tile. Only [`logits`]
+//! makes the logits `[N, V]` as a whole.
 //!
 //! log p(y) = ⟨h, W_y⟩ − log Σ_v e^⟨h, W_v⟩. The maximum, the sum and ∂log p/∂h =
 //! W_y − Σ_v p_v·W_v are accumulated over the tiles and rescaled whenever a larger logit
@@ -341,7 +341,8 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
 }
 
 /// Computes the logits `[N, V]` of rows `h` `[N, C]`, after the soft-cap. Only generation needs
-/// them as a whole, for one token of each sequence.
+/// them as a whole: for the next token of each sequence, and for log-probs of a prompt, of which
+/// the caller gives a few rows at a time.
 pub fn logits(kernel: Kernel, h: &[f32], w: WeightView, softcap: Option<f32>) -> Buffer {
     let (vocabulary, hidden) = (w.rows(), w.columns());
     let rows = h.len() / hidden.max(1);

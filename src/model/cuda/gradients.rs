@@ -43,12 +43,18 @@ impl GradientBuffers {
     }
 
     /// Sets all gradients to zero.
+    ///
+    /// # Errors
+    /// Fails if the GPU fails.
     pub fn clear(&self) -> Result<()> {
         self.gpu.bind()?;
         self.gradients.values().try_for_each(|m| self.gpu.clear(m))
     }
 
     /// Copies the accumulated gradient of a tensor to the host.
+    ///
+    /// # Errors
+    /// Fails if the tensor has no gradient of `to.len()` elements, or if the GPU fails.
     pub fn download(&self, id: ParamId, to: &mut [f32]) -> Result<()> {
         self.gpu.bind()?;
         match self.gradients.get(&id) {
