@@ -8,8 +8,8 @@ Each round scores the same rows: by `score-files` through a server on loopback, 
 a Parquet part; by the engine in a process of its own, from memory; and by transformers as
 compare/trl_side.py does. The policy is LoRA of rank 16, the reference its base model, whose
 log-probs are computed anew each time. Loading is left out, the start of the command is not. The last
-line of a precision is the rate of rows with eight answers to a prompt (`completions`). The Python
-needs tests/goldens/requirements.txt for transformers.
+line of a precision is the number of answers a second in rows with eight answers to a prompt
+(`completions`). The Python needs tests/goldens/requirements.txt for transformers.
 """
 
 import argparse
