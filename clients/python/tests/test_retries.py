@@ -25,6 +25,7 @@ from bradley import (
     AsyncClient,
     BradleyError,
     Client,
+    DeadlineExceededError,
     NotFoundError,
     ResourceExhaustedError,
     RetryPolicy,
@@ -471,6 +472,19 @@ def test_a_first_call_whose_connection_is_lost_late_is_repeated(
         servicer.failures = [grpc.StatusCode.UNAVAILABLE]
         assert other.job("x").name == "trainingJobs/x"
     assert len(servicer.calls) == 2
+
+
+def test_a_server_that_notices_the_deadline_first_counts_as_reached(
+    fake: tuple[Fake, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servicer, client = fake
+    with Client(client._session.address.target, timeout=5) as other:
+        # As if the connection were made only during the call.
+        monkeypatch.setattr(other, "_connect", lambda attempts: None)
+        servicer.failures = [busy(None, code=4, reason="DEADLINE_EXCEEDED")]
+        with pytest.raises(DeadlineExceededError, match="give a longer timeout") as late:
+            other.job("x")
+    assert "cannot reach" not in str(late.value)
 
 
 def test_an_update_without_fields_changes_nothing(fake: tuple[Fake, Client]) -> None:

@@ -134,7 +134,10 @@ class AlreadyExistsError(BradleyError):
 
 
 class PermissionDeniedError(BradleyError):
-    """The token does not have the required role, or the resource belongs to another owner."""
+    """The token lacks the required role, or the resource is another owner's or does not exist.
+
+    Only a caller who may see every resource gets a `NotFoundError` for a job or dataset.
+    """
 
 
 class UnauthenticatedError(BradleyError):

@@ -102,11 +102,12 @@ def to_json(value: Any) -> str:
 
 
 def pair_message(row: PairLike, pair_id: str | None = None) -> scoring_pb2.Pair:
-    """Converts a row to a pair, as `bradley score` does. Raises `RowError` if it has none.
+    """Converts a row to a pair. Raises `RowError` if it has none.
 
-    Without `prompt`, the messages that both dialogues begin with are the prompt. So they are if
-    `prompt` is only the text of their first user message (UltraFeedback). A `system` column is the
-    text of the system message.
+    Reads fewer shapes of rows than `bradley score`, and these in the same way. Without `prompt`,
+    the messages that both dialogues begin with are the prompt. So they are if `prompt` is only the
+    text of their first user message (UltraFeedback). A `system` column is the text of the system
+    message.
     """
     if isinstance(row, scoring_pb2.Pair):
         pair = scoring_pb2.Pair()

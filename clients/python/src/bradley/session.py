@@ -39,7 +39,9 @@ class Session:
     def explained(self, rpc_error: grpc.RpcError) -> BradleyError:
         """Returns the exception for a failed call; its message has a remedy."""
         error = from_rpc(rpc_error)
-        if not self.was_reached and (error.is_lost_connection or error.is_timeout):
+        # An error with a reason comes from the server.
+        is_unanswered = not error.reason and (error.is_lost_connection or error.is_timeout)
+        if not self.was_reached and is_unanswered:
             return _with_message(
                 error,
                 f"cannot reach {self.address.where()[0]}: {error.message}: check the address, that "
