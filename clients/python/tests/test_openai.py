@@ -172,7 +172,7 @@ def test_a_prompt_is_repeated(openai: OpenAI) -> None:
         )
         assert answer.choices[0].text.startswith("One two three")
         assert answer.usage is not None
-        assert answer.usage.completion_tokens == 0 or max_tokens == 3
+        assert answer.usage.completion_tokens <= max_tokens
 
 
 def test_a_chat_has_its_log_probs(openai: OpenAI) -> None:
