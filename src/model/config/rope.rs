@@ -104,6 +104,15 @@ fn longrope_attention_factor(ratio: f64, original: usize) -> f64 {
     }
 }
 
+/// Requirement on factors, for messages.
+const MUST_BE_POSITIVE: &str = "must be above 0 and finite in f32";
+
+/// Returns true if a factor is above 0 and finite in f32, in which frequencies are computed.
+fn is_positive(value: f64) -> bool {
+    let value = value as f32;
+    value > 0.0 && value.is_finite()
+}
+
 /// Reads the frequencies from the object `nested` that describes them. `theta` applies if the
 /// object has no `rope_theta`. Without the object there is no context extension.
 pub(in crate::model) fn rope_of(
@@ -146,15 +155,15 @@ pub(in crate::model) fn rope_of(
         "su" | "yarn" if is_phi3 => "longrope",
         kind => kind,
     };
+    let positive = |name: &str, value: f64| match is_positive(value) {
+        true => Ok(value),
+        false => Err(rope.invalid(name, format!("is {value}; {MUST_BE_POSITIVE}"))),
+    };
     let factor = |name: &str| {
         let value = rope.number(name)?.ok_or_else(|| {
             rope.invalid(name, format!("is missing; rope type '{kind}' needs it"))
         })?;
-        if value > 0.0 && value.is_finite() {
-            Ok(value)
-        } else {
-            Err(rope.invalid(name, format!("is {value}; must be above 0")))
-        }
+        positive(name, value)
     };
     let original = || -> Result<usize, ModelError> {
         let name = "original_max_position_embeddings";
@@ -196,17 +205,22 @@ pub(in crate::model) fn rope_of(
             } else {
                 factor("factor")?
             };
-            let or = |name: &str, default: f64| {
-                Ok::<_, ModelError>(rope.number(name)?.filter(|v| *v != 0.0).unwrap_or(default))
+            // As in transformers, 0 in these fields has the same meaning as null.
+            let unless_zero = |name: &str| -> Result<Option<f64>, ModelError> {
+                let value = rope.number(name)?.filter(|value| *value != 0.0);
+                value.map(|value| positive(name, value)).transpose()
             };
+            let attention_factor = rope.number("attention_factor")?;
             RopeScaling::Yarn {
                 factor,
                 original_max_position_embeddings: original,
-                beta_fast: or("beta_fast", 32.0)?,
-                beta_slow: or("beta_slow", 1.0)?,
-                attention_factor: rope.number("attention_factor")?,
-                mscale: rope.number("mscale")?,
-                mscale_all_dim: rope.number("mscale_all_dim")?,
+                beta_fast: unless_zero("beta_fast")?.unwrap_or(32.0),
+                beta_slow: unless_zero("beta_slow")?.unwrap_or(1.0),
+                attention_factor: attention_factor
+                    .map(|value| positive("attention_factor", value))
+                    .transpose()?,
+                mscale: unless_zero("mscale")?,
+                mscale_all_dim: unless_zero("mscale_all_dim")?,
                 truncate: rope.flag("truncate")?.unwrap_or(true),
             }
         }
@@ -219,10 +233,12 @@ pub(in crate::model) fn rope_of(
                 let list = rope.numbers(name)?.ok_or_else(|| {
                     rope.invalid(name, format!("is missing; rope type '{kind}' needs it"))
                 })?;
-                if list.iter().all(|f| *f > 0.0 && f.is_finite()) {
-                    Ok(list)
-                } else {
-                    Err(rope.invalid(name, "lists a number that is not above 0"))
+                let wrong = list.iter().copied().find(|value| !is_positive(*value));
+                match wrong {
+                    None => Ok(list),
+                    Some(value) => {
+                        Err(rope.invalid(name, format!("lists {value}; each {MUST_BE_POSITIVE}")))
+                    }
                 }
             };
             let original = original()?;
@@ -234,16 +250,10 @@ pub(in crate::model) fn rope_of(
             let stored = rope.number("attention_factor")?;
             let attention_factor =
                 stored.unwrap_or_else(|| longrope_attention_factor(ratio, original));
-            if !(attention_factor > 0.0 && attention_factor.is_finite()) {
-                return Err(rope.invalid(
-                    "attention_factor",
-                    format!("is {attention_factor}; must be above 0"),
-                ));
-            }
             RopeScaling::LongRope {
                 short_factor: factors("short_factor")?,
                 long_factor: factors("long_factor")?,
-                attention_factor,
+                attention_factor: positive("attention_factor", attention_factor)?,
                 original_max_position_embeddings: original,
             }
         }

@@ -222,3 +222,59 @@ fn a_wrong_field_of_the_rotation_is_refused_with_the_name_of_its_object() {
         assert!(error.contains(part), "{error}");
     }
 }
+
+#[test]
+fn a_factor_of_the_rotation_that_is_not_positive_is_refused_with_its_key_and_file() {
+    let read = |scaling: &Value| {
+        let json = json!({
+            "model_type": "llama", "hidden_size": 16, "vocab_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "rope_scaling": scaling,
+        });
+        ModelConfig::from_hf_json(&json.to_string(), Path::new("folder/config.json"))
+    };
+    let yarn = json!({
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512,
+        "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.1, "mscale": 1.0,
+        "mscale_all_dim": 0.8,
+    });
+    let longrope = json!({
+        "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 512,
+        "short_factor": [1.0, 1.5], "long_factor": [1.0, 4.0], "attention_factor": 1.1,
+    });
+    for (scaling, field) in [
+        (&yarn, "factor"),
+        (&yarn, "beta_fast"),
+        (&yarn, "beta_slow"),
+        (&yarn, "attention_factor"),
+        (&yarn, "mscale"),
+        (&yarn, "mscale_all_dim"),
+        (&longrope, "factor"),
+        (&longrope, "short_factor"),
+        (&longrope, "long_factor"),
+        (&longrope, "attention_factor"),
+    ] {
+        assert!(read(scaling).is_ok(), "{scaling}");
+        // As f32 the last two are infinite and 0.
+        for wrong in [-1.0, 0.0, 1e39, 1e-50] {
+            let mut changed = scaling.clone();
+            match scaling[field].is_array() {
+                true => changed[field][1] = json!(wrong),
+                false => changed[field] = json!(wrong),
+            }
+            // As in transformers, 0 has the same meaning as null in these fields.
+            let is_null =
+                wrong == 0.0 && (field.starts_with("beta") || field.starts_with("mscale"));
+            if is_null {
+                assert!(read(&changed).is_ok(), "{changed}");
+                continue;
+            }
+            let error = read(&changed).unwrap_err().to_string();
+            assert!(error.contains("folder/config.json"), "{error}");
+            assert!(
+                error.contains(&format!("'rope_scaling.{field}': ")),
+                "{error}"
+            );
+            assert!(error.contains("must be above 0"), "{error}");
+        }
+    }
+}
