@@ -802,6 +802,34 @@ fn a_truncated_or_hostile_file_is_an_error_that_names_it() {
 }
 
 #[test]
+fn divisors_of_rotary_frequencies_are_compared_with_the_head_that_the_file_claims() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tiny.gguf");
+    let error = |divisors: usize, head_dim: u64| {
+        let ones = Tensor::ones(divisors, candle_core::DType::F32, &candle_core::Device::Cpu);
+        let keys = [
+            "llama.attention.key_length",
+            "llama.attention.value_length",
+            "llama.rope.dimension_count",
+        ];
+        let claims = keys.map(|key| (key, Value::U64(head_dim)));
+        let more = [("rope_freqs.weight", ones.unwrap())];
+        convert_as("llama", &file, GgmlDType::F32, &more, &claims);
+        load_model(None, file.to_str().unwrap(), &Default::default())
+            .unwrap_err()
+            .to_string()
+    };
+    // The frequencies of the second head would not fit into memory.
+    for (divisors, head_dim) in [(3, 16), (8, 1 << 40)] {
+        let e = error(divisors, head_dim);
+        assert!(
+            e.contains("'rope_freqs.weight': the divisors are not those of Llama 3"),
+            "{e}"
+        );
+    }
+}
+
+#[test]
 fn tensors_that_the_metadata_does_not_call_for_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("tiny.gguf");

@@ -519,6 +519,14 @@ fn scaling(
     let Some(freqs) = keys.values(ROPE_FREQS)? else {
         return Ok(None);
     };
+    let refused = || {
+        let reason = "the divisors are not those of Llama 3 (low 1, high 4, original context 8192)";
+        keys.gguf.invalid(ROPE_FREQS, reason)
+    };
+    // Checked before frequencies are computed, because the file may claim a head of any size.
+    if freqs.len() as u64 != shape.head_dim / 2 {
+        return Err(refused());
+    }
     let head_dim = shape.head_dim as usize;
     // The largest divisor is the scaling factor. The ramp must then reproduce all other divisors.
     let factor = f64::from(freqs.iter().copied().fold(1.0, f32::max));
@@ -536,17 +544,13 @@ fn scaling(
     }
     .inv_freq(head_dim)
     .0;
-    let same = freqs.len() == plain.len()
-        && plain
-            .iter()
-            .zip(&scaled)
-            .zip(&freqs)
-            .all(|((p, s), f)| (p / f / s - 1.0).abs() < 1e-3);
+    let same = plain
+        .iter()
+        .zip(&scaled)
+        .zip(&freqs)
+        .all(|((p, s), f)| (p / f / s - 1.0).abs() < 1e-3);
     if !same {
-        return Err(keys.gguf.invalid(
-            ROPE_FREQS,
-            "the divisors are not those of Llama 3 (low 1, high 4, original context 8192)",
-        ));
+        return Err(refused());
     }
     Ok(Some(json!({
         "rope_type": "llama3",
