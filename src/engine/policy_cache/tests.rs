@@ -158,17 +158,20 @@ fn adapters_are_counted_as_they_are_in_memory() {
         .map(|(_, t)| t.elem_count())
         .sum();
     let bytes = 4 * elements as u64;
+    assert_eq!(adapter_bytes(&policy), bytes);
     assert!(bytes > 0 && bytes < full_size(&base_models));
     assert!(policies(bytes).get(&base_models, &adapter()).is_ok());
     assert!(
         policies(bytes - 1).get(&base_models, &adapter()).is_ok(),
         "an adapter is never refused"
     );
-    // An adapter is evicted for full weights that need its memory.
-    let mut policies = policies(full_size(&base_models));
-    policies.get(&base_models, &adapter()).unwrap();
-    policies.get(&base_models, &full(0)).unwrap();
-    assert_eq!(contents(&policies), ["0"]);
+    // An adapter is evicted for full weights only if both do not fit.
+    for (lacking, expected) in [(0, &["adapter", "0"][..]), (1, &["0"][..])] {
+        let mut policies = policies(full_size(&base_models) + bytes - lacking);
+        policies.get(&base_models, &adapter()).unwrap();
+        policies.get(&base_models, &full(0)).unwrap();
+        assert_eq!(contents(&policies), expected);
+    }
 }
 
 #[test]
