@@ -59,7 +59,7 @@ pub fn with_logged(pair: EncodedPair, row: &PreferenceRow) -> Result<EncodedPair
 /// of `tokens` tokens.
 ///
 /// In f32, libraries that add in another order differ by less than 1e-4 nats a token. Rounding the
-/// operands of a matrix multiplication to bf16 changes each by at most 1 in 512, and a token's
+/// operands of a matrix multiplication to bf16 changes each by at most 1 in 256, and a token's
 /// log-prob by some 0.01 nats, with either sign. Another model or another prompt changes a token by
 /// a tenth of a nat and more. The constant part is for short answers, in which one token decides.
 pub fn allowed_difference(precision: Precision, tokens: usize) -> f64 {

@@ -1,5 +1,6 @@
-//! Python semantics in templates: the printed form of values, the methods of strings, and the tests
-//! that give other results in jinja2 than in minijinja.
+//! Python semantics in templates: the printed form of values, the methods of strings, and the
+//! template language's filters and tests (such as `is iterable`) that jinja2 and minijinja define
+//! differently.
 
 use std::fmt::Write;
 

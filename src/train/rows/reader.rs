@@ -48,10 +48,10 @@ pub enum DataError {
     },
 }
 
-/// Iterator over the pairs of a file in row order. A row has one pair, or one for each of several
-/// rejected answers; all carry the row's number. A bad row does not end the iteration. If the file
-/// cannot be read further, that finding is the last item. If a Parquet record cannot be decoded,
-/// there is a finding for it and for each later record of its row group.
+/// Iterator over the pairs of a file in row order. A row with several answers has one pair for each
+/// chosen with each rejected one; all carry the row's number. A bad row does not end the iteration.
+/// If the file cannot be read further, that finding is the last item. If a Parquet record cannot be
+/// decoded, there is a finding for it and for each later record of its row group.
 pub type RowReader = Box<dyn Iterator<Item = Result<PreferenceRow, RowIssue>> + Send>;
 
 /// Returns a finding about a row without an id.

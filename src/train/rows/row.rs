@@ -219,7 +219,7 @@ fn system(row: u64, fields: &mut Map<String, Value>) -> Result<Option<String>, R
 fn with_system(row: u64, prompt: Text, system: String) -> Result<Text, RowIssue> {
     let Text::Chat(mut messages) = prompt else {
         let message = "system needs a dialogue: make prompt, chosen and rejected lists of \
-            messages, name the column with the prompt question, or remove system";
+            messages, rename the column of the prompt to question, or remove system";
         return Err(issue(
             row,
             SYSTEM_COLUMN,

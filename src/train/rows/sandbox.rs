@@ -212,9 +212,9 @@ pub fn seconds(file_bytes: u64) -> u64 {
     BASE_SECONDS + file_bytes / BYTES_PER_SECOND
 }
 
-/// Main function of the decoding process, which has already set its own limits: writes every row of
-/// the file at `path` to `out`, and before its first pair its values in `columns`, if there are
-/// any columns.
+/// Main function of the decoding process, which has already set its own limits: writes the pairs of
+/// every row of the file at `path` to `out`. If `columns` are named, a line with the row's values
+/// in them comes before the first pair of each row.
 ///
 /// # Errors
 /// Fails if the reading process has closed `out`, or the file cannot be opened.

@@ -175,7 +175,7 @@ fn a_system_column_is_used_in_dialogues_and_refused_elsewhere() {
         ("system", IssueReason::UnsupportedField)
     );
     assert!(
-        message.contains("name the column with the prompt question"),
+        message.contains("rename the column of the prompt to question"),
         "{message}"
     );
 }
