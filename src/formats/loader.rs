@@ -85,11 +85,12 @@ fn open(id: String, source: &str, hub: &HubOptions) -> Result<LoadedModel, Model
             let config = ModelConfig::from_hf_json(&text, &path)?;
             let weights = Weights::open_folder(&folder)?;
             weights.check_names(&config)?;
+            let tokenizer = ChatTokenizer::from_folder(&folder)?;
             Ok(LoadedModel {
                 id,
+                tokenizer: tokenizer.with_end_ids(&config.eos_token_ids),
                 config,
                 weights,
-                tokenizer: ChatTokenizer::from_folder(&folder)?,
                 origin,
                 base,
             })
@@ -111,9 +112,9 @@ fn load_gguf(
     weights.check_names(&config)?;
     Ok(LoadedModel {
         id,
+        tokenizer: tokenizer.with_end_ids(&config.eos_token_ids),
         config,
         weights,
-        tokenizer,
         origin,
         base,
     })
@@ -145,7 +146,39 @@ pub fn default_id(source: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
+
+    #[test]
+    fn a_text_ends_as_generation_config_says_or_else_as_the_configuration_says() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/models/llama");
+        let folder = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(&golden).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+        }
+        let write = |file: &str, json: &Value| {
+            std::fs::write(folder.path().join(file), json.to_string()).unwrap();
+        };
+        let end_ids = || {
+            let source = folder.path().to_str().unwrap();
+            let model = load_model(None, source, &HubOptions::default()).unwrap();
+            assert_eq!(model.tokenizer.eos_id(), Some(1));
+            model.tokenizer.end_ids()
+        };
+        let text = std::fs::read_to_string(golden.join("config.json")).unwrap();
+        let mut config: Value = serde_json::from_str(&text).unwrap();
+        config["eos_token_id"] = json!([1, 7]);
+        write("config.json", &config);
+        let generation_config = "generation_config.json";
+        write(generation_config, &json!({"eos_token_id": [9, 8]}));
+        assert_eq!(end_ids(), [1, 8, 9]);
+        write(generation_config, &json!({"eos_token_id": null}));
+        assert_eq!(end_ids(), [1, 7]);
+        std::fs::remove_file(folder.path().join(generation_config)).unwrap();
+        assert_eq!(end_ids(), [1, 7]);
+    }
 
     #[test]
     fn ids_come_from_the_last_part() {

@@ -24,6 +24,8 @@ pub struct ChatTokenizer {
     files: Vec<(String, Vec<u8>)>,
     content_hash: String,
     vocabulary: Vocabulary,
+    /// Ids of `eos_token_id` in the model's configuration.
+    end_ids_of_config: Vec<u32>,
     path: PathBuf,
 }
 
@@ -101,6 +103,7 @@ impl ChatTokenizer {
             files: parts.files,
             content_hash,
             vocabulary,
+            end_ids_of_config: Vec::new(),
             path: path.to_owned(),
         };
         // A post-processor that names tokens outside the vocabulary must fail now, not in the first
@@ -109,6 +112,15 @@ impl ChatTokenizer {
         // Later errors are sent to clients, which must not see the server's folders.
         assembled.path = PathBuf::from(last_part(path));
         Ok(assembled)
+    }
+
+    /// Sets the ids of `eos_token_id` in the model's configuration. They end a generated text if
+    /// there is no generation_config.json that names such tokens.
+    pub(super) fn with_end_ids(self, of_config: &[u32]) -> Self {
+        ChatTokenizer {
+            end_ids_of_config: of_config.to_vec(),
+            ..self
+        }
     }
 
     /// Encodes `text` as token ids. With `add_special_tokens`, the special tokens that the
@@ -147,9 +159,9 @@ impl ChatTokenizer {
     }
 
     /// Returns the ids of all tokens that end a generated text: the end-of-sequence token, and
-    /// those of generation_config.json.
+    /// those of generation_config.json. If that file is absent or names none, those of the model's
+    /// configuration take their place.
     pub fn end_ids(&self) -> Vec<u32> {
-        let mut ids: Vec<u32> = self.eos_id().into_iter().collect();
         let config = self
             .files
             .iter()
@@ -160,10 +172,14 @@ impl ChatTokenizer {
             Some(one) => vec![one.clone()],
             None => Vec::new(),
         };
-        let listed = listed
+        let mut ids: Vec<u32> = listed
             .iter()
-            .filter_map(|id| u32::try_from(id.as_u64()?).ok());
-        ids.extend(listed);
+            .filter_map(|id| u32::try_from(id.as_u64()?).ok())
+            .collect();
+        if ids.is_empty() {
+            ids.extend_from_slice(&self.end_ids_of_config);
+        }
+        ids.extend(self.eos_id());
         ids.sort_unstable();
         ids.dedup();
         ids

@@ -679,6 +679,7 @@ fn the_end_of_a_turn_stops_generation_beside_the_end_of_a_text() {
         convert_as("qwen2", &file, GgmlDType::F32, &[], &metadata);
         let model = load_model(None, file.to_str().unwrap(), &Default::default()).unwrap();
         assert_eq!(model.config.eos_token_ids, stops, "{metadata:?}");
+        assert_eq!(model.tokenizer.end_ids(), stops, "{metadata:?}");
         // Same as in the Hugging Face tokenizer that the file was made from.
         assert_eq!(model.tokenizer.eos_id(), Some(end_of_text));
         let out = tempfile::tempdir().unwrap();
