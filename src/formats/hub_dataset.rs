@@ -146,16 +146,12 @@ impl<'a> DataFile<'a> {
         let stem = FORMATS
             .iter()
             .find_map(|ending| bare.strip_suffix(ending))?;
-        // train-00000-of-00002 is a shard of train, and 0000 one of its folder.
-        let stem = match stem.split_once("-of-") {
-            Some((before, _)) => before.rsplit_once('-').map_or(stem, |(split, _)| split),
-            None => stem,
-        };
-        let is_number = stem.bytes().all(|b| b.is_ascii_digit());
+        let stem = without_shard(stem);
+        // 0000 is a shard of its folder.
         Some(DataFile {
             path,
             folders: folders.to_vec(),
-            stem: if is_number { "" } else { stem },
+            stem: if is_number(stem) { "" } else { stem },
         })
     }
 
@@ -178,6 +174,23 @@ impl<'a> DataFile<'a> {
         };
         SPLITS.iter().any(|split| last.starts_with(split))
     }
+}
+
+/// Returns the name of the split of which a file is a shard: `train` for `train-00000-of-00002`,
+/// also with a hash behind it. Other names are returned unchanged.
+fn without_shard(stem: &str) -> &str {
+    let Some((before, after)) = stem.rsplit_once("-of-") else {
+        return stem;
+    };
+    let (count, _hash) = after.split_once('-').unwrap_or((after, ""));
+    match before.rsplit_once('-') {
+        Some((split, number)) if is_number(number) && is_number(count) => split,
+        _ => stem,
+    }
+}
+
+fn is_number(text: &str) -> bool {
+    text.bytes().all(|b| b.is_ascii_digit())
 }
 
 /// Chooses the files of the named parts.
@@ -291,6 +304,13 @@ mod tests {
             chosen(&converted, "o/n/train").unwrap(),
             [converted[1], converted[0]]
         );
+        let named = [
+            "data/state-of-the-art-00000-of-00002.parquet",
+            "data/state-of-the-art-00001-of-00002-a09b74b3ef9c3b56.parquet",
+            "data/second-part-of-it.parquet",
+        ];
+        assert_eq!(chosen(&named, "o/n/state-of-the-art").unwrap(), named[..2]);
+        assert_eq!(chosen(&named, "o/n/second-part-of-it").unwrap(), named[2..]);
         let shards = ["data/b.csv", "data/a.csv"];
         assert_eq!(chosen(&shards, "o/n").unwrap(), [shards[1], shards[0]]);
         assert!(
