@@ -220,12 +220,29 @@ pub fn conversion(e: impl std::fmt::Display) -> Status {
 ///
 /// # Errors
 /// Returns the error of a call that failed, with the HTTP status that it has.
-pub async fn read_all(mut body: Body) -> Result<BytesMut, (StatusCode, Status)> {
+pub async fn read_all(body: Body) -> Result<BytesMut, (StatusCode, Status)> {
+    read_counted(body, |_| Ok(())).await
+}
+
+/// Reads the whole body of a call as [`read_all`] does. `count` gets the number of bytes of each
+/// frame, and may refuse it.
+///
+/// # Errors
+/// As [`read_all`], and the error of `count`.
+pub async fn read_counted(
+    mut body: Body,
+    count: impl Fn(usize) -> Result<(), Status>,
+) -> Result<BytesMut, (StatusCode, Status)> {
     let mut data = BytesMut::new();
     let mut trailers = HeaderMap::new();
     while let Some(frame) = next_frame(&mut body).await {
         match frame.map(Frame::into_data) {
-            Ok(Ok(bytes)) => data.extend_from_slice(&bytes),
+            Ok(Ok(bytes)) => {
+                if let Err(status) = count(bytes.len()) {
+                    return Err((http_status(&status, &trailers), status));
+                }
+                data.extend_from_slice(&bytes);
+            }
             Ok(Err(frame)) => trailers.extend(frame.into_trailers().unwrap_or_default()),
             Err(status) => return Err((http_status(&status, &trailers), status)),
         }

@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 use bytes::{Bytes, BytesMut};
 use prost::Message as _;
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tonic::body::Body;
 use tonic::codegen::http::{HeaderMap, Response, StatusCode};
@@ -26,9 +27,11 @@ use crate::service::error::ServiceError;
 
 /// Number of prompts of a request that are continued at the same time.
 const PROMPTS_AT_ONCE: usize = 8;
-/// Maximum size of the answers to several prompts together, in MiB as gRPC sends them. As JSON they
-/// take several times as much memory.
+/// Maximum size of the answers to all prompts of a request together, in MiB as gRPC sends them.
+/// While they become JSON, likely tokens take up to 60 times as much memory.
 const MAX_ANSWERS_MIB: usize = 32;
+/// Permits for converting answers above [`MAX_INLINE`]: two at the same time, further ones wait.
+static LARGE_ANSWER_PERMITS: Semaphore = Semaphore::const_new(2);
 
 /// Names of the gRPC request's fields, and those of OpenAI's parameters.
 const PARAMETERS: [(&str, &str); 8] = [
@@ -131,15 +134,43 @@ type CallAnswer = Result<BytesMut, (StatusCode, Status)>;
 /// The messages of the calls for all prompts in order, or the error of one of them.
 type AllAnswers = Result<Vec<BytesMut>, (ErrorPlace, StatusCode, Status)>;
 
-/// Reads the answer of a call.
-async fn read_call<E>(
-    call: impl Future<Output = Result<Response<Body>, E>>,
-) -> Result<CallAnswer, E> {
-    let (head, body) = call.await?.into_parts();
-    Ok(match answer::failure(&head.headers) {
-        Some(status) => Err((answer::http_status(&status, &head.headers), status)),
-        None => answer::read_all(body).await,
-    })
+/// Number of bytes of all answers to a request so far, those of calls that failed included.
+#[derive(Clone, Default)]
+struct AnswerBytes(Arc<AtomicUsize>);
+
+impl AnswerBytes {
+    /// Adds the bytes of a frame.
+    ///
+    /// # Errors
+    /// `InvalidArgument` above [`MAX_ANSWERS_MIB`].
+    fn add(&self, bytes: usize) -> Result<(), Status> {
+        let before = self.0.fetch_add(bytes, Ordering::Relaxed);
+        if before.saturating_add(bytes) <= MAX_ANSWERS_MIB << 20 {
+            return Ok(());
+        }
+        let long = format!(
+            "asks for answers of more than {MAX_ANSWERS_MIB} MiB together: ask for fewer prompts, \
+             samples, tokens or likely tokens in a request"
+        );
+        Err(status(ServiceError::invalid("body", long)))
+    }
+
+    /// Reads the body of a call that has begun.
+    async fn read(&self, body: Body) -> CallAnswer {
+        answer::read_counted(body, |bytes| self.add(bytes)).await
+    }
+
+    /// Makes a call and reads its answer.
+    async fn read_call<E>(
+        &self,
+        call: impl Future<Output = Result<Response<Body>, E>>,
+    ) -> Result<CallAnswer, E> {
+        let (head, body) = call.await?.into_parts();
+        Ok(match answer::failure(&head.headers) {
+            Some(status) => Err((answer::http_status(&status, &head.headers), status)),
+            None => self.read(body).await,
+        })
+    }
 }
 
 /// Reads the answers to several prompts: the one of the first, whose call has begun, and those of
@@ -159,14 +190,16 @@ where
     let mut waiting: VecDeque<(usize, Bytes)> = (1..).zip(further.iter().cloned()).collect();
     // Dropping the tasks ends the calls.
     let mut tasks: JoinSet<(usize, Result<CallAnswer, E>)> = JoinSet::new();
-    tasks.spawn(async move { (0, Ok(answer::read_all(first).await)) });
-    let (mut at_once, mut bytes) = (PROMPTS_AT_ONCE, 0);
+    let bytes = AnswerBytes::default();
+    let of_first = bytes.clone();
+    tasks.spawn(async move { (0, Ok(of_first.read(first).await)) });
+    let mut at_once = PROMPTS_AT_ONCE;
     loop {
         while tasks.len() < at_once
             && let Some((prompt, message)) = waiting.pop_front()
         {
-            let answering = call(message);
-            tasks.spawn(async move { (prompt, read_call(answering).await) });
+            let (answering, bytes) = (call(message), bytes.clone());
+            tasks.spawn(async move { (prompt, bytes.read_call(answering).await) });
         }
         let Some(ended) = tasks.join_next().await else {
             return Ok(Ok(all));
@@ -180,15 +213,6 @@ where
         };
         match answered {
             Ok(data) => {
-                bytes += data.len();
-                if bytes > MAX_ANSWERS_MIB << 20 {
-                    let long = format!(
-                        "has answers of more than {MAX_ANSWERS_MIB} MiB together: send fewer \
-                         prompts in a request"
-                    );
-                    let e = status(ServiceError::invalid("prompt", long));
-                    return Ok(Err((ErrorPlace::Text, answer::http_status(&e, &none), e)));
-                }
                 if let Some(place) = all.get_mut(prompt) {
                     *place = data;
                 }
@@ -258,7 +282,7 @@ impl AnswerConverter {
         let further = asked.as_ref().map(|asked| asked.further.clone());
         let read = match further.filter(|further| !further.is_empty()) {
             Some(further) => read_prompts(body, further, call).await?,
-            None => match answer::read_all(body).await {
+            None => match AnswerBytes::default().read(body).await {
                 Ok(data) => Ok(vec![data]),
                 Err((http, status)) => Err((place, http, status)),
             },
@@ -279,9 +303,17 @@ impl AnswerConverter {
         };
         let text = match is_small {
             true => convert(),
-            false => tokio::task::spawn_blocking(convert)
-                .await
-                .unwrap_or_else(|e| Err(conversion(e))),
+            false => {
+                // The semaphore is never closed. The thread has the permit, because it continues
+                // when its request has been cancelled.
+                let permit = LARGE_ANSWER_PERMITS.acquire().await;
+                let work = move || {
+                    let _permit = permit;
+                    convert()
+                };
+                let converted = tokio::task::spawn_blocking(work).await;
+                converted.unwrap_or_else(|e| Err(conversion(e)))
+            }
         };
         Ok(match text {
             Ok(text) => answer::json(StatusCode::OK, text),

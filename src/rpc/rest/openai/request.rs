@@ -28,6 +28,9 @@ const WITHOUT_EFFECT: [&str; 8] = [
 const MAX_REPEATED: usize = 60;
 /// Maximum number of prompts of a request.
 const MAX_PROMPTS: usize = 128;
+/// Maximum size of the parameters besides the prompts if there are several, in bytes: the call for
+/// each prompt has a copy of them.
+const MAX_REPEATED_BYTES: usize = 64 << 10;
 /// Maximum number of likely tokens at each place of a text, as in OpenAI's API.
 const MAX_TEXT_ALTERNATIVES: u32 = 5;
 /// Maximum number of likely tokens at each place of a chat, as in OpenAI's API.
@@ -134,7 +137,7 @@ pub fn generation(
     if model.is_empty() {
         fields.bad.push("model", "is missing");
     }
-    let prompts = match is_chat {
+    let mut prompts = match is_chat {
         true => fields.messages(),
         false => fields.prompts(),
     };
@@ -193,6 +196,15 @@ pub fn generation(
         prompt_logprobs: echoes && (alternatives.is_some() || has_token_ids),
         token_texts: alternatives.is_some() || (echoes && has_token_ids),
     };
+    if prompts.len() > 1 && request.encoded_len() > MAX_REPEATED_BYTES {
+        let problem = format!(
+            "has {} prompts, and the other parameters have more than {MAX_REPEATED_BYTES} bytes: \
+             shorten these, or send a request for each prompt",
+            prompts.len()
+        );
+        fields.bad.push("prompt", problem);
+        prompts.truncate(1);
+    }
     let texts = prompts.iter().map(|prompt| prompt.text.clone()).collect();
     let mut calls = prompts
         .into_iter()

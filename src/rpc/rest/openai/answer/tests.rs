@@ -113,6 +113,48 @@ async fn a_large_answer_is_whole() {
     assert_eq!(value["choices"][1]["finish_reason"], "stop");
 }
 
+#[tokio::test]
+async fn answers_above_the_limit_are_refused() {
+    let [_, response] = responses();
+    let half = (MAX_ANSWERS_MIB << 20) / 2;
+    for (bytes, prompts, http) in [
+        (half, 1, StatusCode::OK),
+        (2 * half, 1, StatusCode::BAD_REQUEST),
+        (half, 2, StatusCode::BAD_REQUEST),
+    ] {
+        let mut response = response.clone();
+        response.deltas[0].text = "x".repeat(bytes);
+        let data = framed(&response.encode_to_vec());
+        let answer = move || {
+            let data = std::future::ready(Ok(data.clone()));
+            Response::new(Body::new(LateBody::reading(data)))
+        };
+        let options = AnswerOptions {
+            streams: false,
+            further: vec![Bytes::new(); prompts - 1],
+            ..asked(false)
+        };
+        let converter = AnswerConverter {
+            endpoint: Endpoint::Text,
+            asked: Arc::new(OnceLock::from(options)),
+        };
+        let first = answer();
+        let call = move |_: Bytes| {
+            let further = answer();
+            async move { Ok::<_, String>(further) }
+        };
+        let answered = converter.convert(first, call).await.unwrap();
+        assert_eq!(answered.status(), http, "{bytes} bytes, {prompts} prompts");
+        if http == StatusCode::BAD_REQUEST {
+            let text = answer::read_all(answered.into_body()).await.unwrap();
+            let value: Value = serde_json::from_slice(&text).unwrap();
+            assert_eq!(value["error"]["param"], "body");
+            let message = value["error"]["message"].as_str().unwrap();
+            assert!(message.contains("more than 32 MiB"), "{message}");
+        }
+    }
+}
+
 #[test]
 fn a_chat_is_streamed_in_chunks() {
     let chunks = Chunks::new(asked(true));

@@ -247,6 +247,19 @@ fn a_text_has_prompts_of_every_form() {
     let many = json!({"model": "tiny", "prompt": vec!["a"; 129]});
     let found = refused(false, &many);
     assert!(found[0].1.contains("at most 128"), "{found:?}");
+    // Each call would have a copy of the stop text.
+    let long = "x".repeat(MAX_REPEATED_BYTES);
+    let found = refused(
+        false,
+        &json!({"model": "tiny", "prompt": ["a", "b"], "stop": long}),
+    );
+    assert_eq!((found.len(), found[0].0.as_str()), (1, "prompt"));
+    assert!(found[0].1.contains("for each prompt"), "{found:?}");
+    let (alone, _) = read(
+        false,
+        &json!({"model": "tiny", "prompt": ["a"], "stop": long}),
+    );
+    assert_eq!(alone.stop, [long]);
 }
 
 #[test]
