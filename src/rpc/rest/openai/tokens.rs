@@ -119,17 +119,31 @@ pub fn offsets(tokens: &[AnswerToken], before: usize) -> (Vec<usize>, usize) {
     (places, at)
 }
 
-/// Returns the places of tokens in their text.
+/// Returns the places of tokens in their text, in characters. Each token that is a part of a
+/// character counts as one character.
 pub fn offsets_in(tokens: &[AnswerToken], text: &str) -> Vec<usize> {
+    // Some tokenizers leave the space before the first word out.
+    let at_beginning = |token: &AnswerToken| {
+        let forms = [token.text.as_str(), token.text.trim_start()];
+        let in_text = forms.into_iter().find(|t| text.starts_with(*t));
+        in_text.map(|t| t.chars().count())
+    };
     let Some((first, rest)) = tokens.split_first() else {
         return Vec::new();
     };
-    // A token such as BOS is not part of the text, and some tokenizers leave the space before the
-    // first word out.
-    let in_text = [first.text.as_str(), first.text.trim_start()];
-    let in_text = in_text.into_iter().find(|t| text.starts_with(*t));
-    let (mut places, _) = offsets(rest, in_text.map_or(0, |t| t.chars().count()));
-    places.insert(0, 0);
+    let mut places = vec![0];
+    let after_first = match (at_beginning(first), rest.split_first()) {
+        (Some(characters), _) => offsets(rest, characters).0,
+        // A token such as BOS is not part of the text, which begins with the second token.
+        (None, Some((second, others))) => {
+            places.push(0);
+            let characters = at_beginning(second);
+            let characters = characters.unwrap_or_else(|| second.text.chars().count());
+            offsets(others, characters).0
+        }
+        (None, None) => Vec::new(),
+    };
+    places.extend(after_first);
     places
 }
 
@@ -155,6 +169,8 @@ mod tests {
         };
         for (texts, text, places) in [
             (&["<s>", "a", "b"][..], "ab", &[0, 0, 1][..]),
+            (&["<s>", " a", "b"], "ab", &[0, 0, 1]),
+            (&["<s>"], "", &[0]),
             (&[" a", "b"], "ab", &[0, 1]),
             (&["aé", "b"], "aéb", &[0, 2]),
             (&[], "", &[]),
