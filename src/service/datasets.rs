@@ -289,10 +289,13 @@ impl DatasetUpload {
             store, artifacts, ..
         } = &self.service;
         let (path, target) = (self.temporary.0.clone(), artifacts.dataset(&id));
-        // Removes the file again if it cannot be published.
-        let unpublished = Temporary(target.clone());
         let publisher = artifacts.clone();
-        blocking(move || publisher.publish(&path, &target)).await??;
+        // The guard is in the work, which goes on if the caller leaves, and then removes the file.
+        let unpublished = blocking(move || {
+            let unpublished = Temporary(target.clone());
+            publisher.publish(&path, &target).map(|()| unpublished)
+        })
+        .await??;
         artifacts.upload_dataset(&id).await?;
         let dataset = Dataset {
             id,

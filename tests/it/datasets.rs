@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bradley::rpc::client::{ClientError, UploadError};
+use bradley::rpc::client::{Client, ClientError, UploadError};
 use bradley::rpc::pb;
 use parquet::basic::Compression;
 use parquet::data_type::{ByteArray, ByteArrayType};
@@ -21,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use crate::hostile::{assert_has_reason, mutate, number_of_cases, resident_kib};
 use crate::server::{Server, get, job, submit, succeed};
 use crate::support::golden;
-use crate::wait::holds_for;
+use crate::wait::{holds_for, until};
 
 const MESSAGES: &str = "(LIST) { repeated group list { required group element {
     optional binary role (UTF8); optional binary content (UTF8); } } }";
@@ -303,25 +303,9 @@ async fn the_datasets_of_a_client_stay_within_their_limit() {
     is_refused(upload(&server, &file).await);
 }
 
-/// A client that leaves while its upload is being stored must not leave a dataset without a file.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_dataset_of_a_client_that_has_left_has_its_file() {
-    let dir = tempfile::tempdir().unwrap();
-    let server = Server::start(dir.path());
-    let file = golden("pairs.jsonl");
-    let start = std::time::Instant::now();
-    let whole = upload(&server, &file).await.unwrap();
-    let took = start.elapsed();
-    for i in 0..200u32 {
-        // Different clients, because a connection ends with all of its calls.
-        let client = server.client().await;
-        let call = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {});
-        let _ = tokio::time::timeout(took * (i % 50) / 40, call).await;
-    }
-    // An upload that was being stored is stored to its end.
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    let client = server.client().await;
-    let (mut names, mut token) = (vec![whole.name], String::new());
+/// Returns the names of all datasets.
+async fn names(client: &Client) -> Vec<String> {
+    let (mut names, mut token) = (Vec::new(), String::new());
     loop {
         let request = pb::ListDatasetsRequest {
             page_size: 100,
@@ -333,11 +317,40 @@ async fn a_dataset_of_a_client_that_has_left_has_its_file() {
         names.extend(page.datasets.into_iter().map(|dataset| dataset.name));
         token = page.next_page_token;
         if token.is_empty() {
-            break;
+            return names;
         }
     }
-    assert!(names.len() > 10, "{} were stored", names.len());
-    for name in names {
+}
+
+/// A client that leaves while its upload is being stored must leave neither a dataset without a
+/// file nor a file without a dataset.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_during_its_upload_leaves_a_dataset_with_its_file_or_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let file = golden("pairs.jsonl");
+    let start = std::time::Instant::now();
+    upload(&server, &file).await.unwrap();
+    let took = start.elapsed();
+    for i in 0..200u32 {
+        // Different clients, because a connection ends with all of its calls.
+        let client = server.client().await;
+        let call = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {});
+        let _ = tokio::time::timeout(took * (i % 50) / 40, call).await;
+    }
+    // An upload that was being stored is stored to its end, or its file is removed.
+    let client = server.client().await;
+    let folder = server.data_dir.join("datasets");
+    let files = || std::fs::read_dir(&folder).unwrap().count();
+    until(
+        "as many files as datasets",
+        Duration::from_secs(60),
+        async || files() == names(&client).await.len(),
+    )
+    .await;
+    let stored = names(&client).await;
+    assert!(stored.len() > 10, "{} were stored", stored.len());
+    for name in stored {
         let file = server.data_dir.join(&name);
         assert!(file.is_file(), "{name} has no file");
     }
