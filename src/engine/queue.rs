@@ -287,7 +287,7 @@ impl<W: WorkItem> Queue<W> {
         if inner.draining {
             return Err(EngineError::Draining);
         }
-        inner.generations.retain(|waiting| !waiting.is_abandoned());
+        drop_abandoned(&mut inner.generations);
         if inner.generations.len() >= MAX_WAITING_GENERATIONS {
             metrics::counter!("bradley_generation_rejected_total").increment(1);
             return Err(EngineError::TooManyGenerations {
@@ -314,7 +314,7 @@ impl<W: WorkItem> Queue<W> {
             workers,
             ..
         } = &mut *inner;
-        generations.retain(|waiting| !waiting.is_abandoned());
+        drop_abandoned(generations);
         let oldest = generations
             .iter()
             .position(|waiting| may_take(workers, waiting.live_job(), job));
@@ -377,6 +377,7 @@ impl<W: WorkItem> Queue<W> {
         for entry in inner.entries.drain(..) {
             entry.refuse();
         }
+        drop_abandoned(&mut inner.generations);
         for entry in inner.generations.drain(..) {
             entry.refuse(EngineError::Draining);
         }
@@ -556,6 +557,16 @@ fn take_batch<W: WorkItem>(inner: &mut QueueState<W>, job: Option<&str>, budget:
     batch
 }
 
+/// Drops the generation requests whose callers have left, and counts them.
+fn drop_abandoned(generations: &mut VecDeque<GenerationEntry>) {
+    let before = generations.len();
+    generations.retain(|waiting| !waiting.is_abandoned());
+    let dropped = (before - generations.len()) as u64;
+    if dropped > 0 {
+        metrics::counter!("bradley_generation_abandoned_total").increment(dropped);
+    }
+}
+
 /// Returns true if a generation request waits that the worker of `job` may take.
 fn has_generation<W>(inner: &QueueState<W>, job: Option<&str>) -> bool {
     inner
@@ -671,7 +682,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gauge_of_waiting_prompts_falls_when_a_caller_leaves() {
+    fn a_caller_that_leaves_while_its_prompt_waits_is_counted_and_the_gauge_falls() {
         let recorder = PrometheusBuilder::new().build_recorder();
         let handle = recorder.handle();
         let assert_gauge = |number: usize| {
@@ -708,6 +719,11 @@ mod tests {
             let taken = queue.take_generation(None, &|_: &GenerationEntry| true);
             assert!(taken.is_none());
             assert_gauge(0);
+            let text = handle.render();
+            assert!(
+                text.contains("\nbradley_generation_abandoned_total 1\n"),
+                "{text}"
+            );
         });
     }
 
