@@ -70,7 +70,8 @@ pub struct Artifacts {
     store_identity: Arc<OnceLock<String>>,
     /// Folders whose files this process has verified completely.
     verified: Arc<Mutex<HashSet<PathBuf>>>,
-    /// Lock that lets only one checkpoint or adapter be fetched from the object store at a time.
+    /// Lock that lets only one checkpoint or adapter be fetched from the object store at a time. It
+    /// is moved into the work that replaces local files, which goes on if the caller leaves.
     fetching: Arc<tokio::sync::Mutex<()>>,
     /// Lock on the data directory. Other processes cannot take it while any clone exists.
     _lock: Option<Arc<File>>,
@@ -657,7 +658,7 @@ impl Artifacts {
         {
             return Ok(dir);
         }
-        let _fetching = self.fetching.lock().await;
+        let fetching = self.fetching.clone().lock_owned().await;
         let local = dir.clone();
         let found = blocking(move || hash_files(&local, &ADAPTER_FILES)).await?;
         let changed = |found: &str| {
@@ -698,6 +699,7 @@ impl Artifacts {
         }
         let (artifacts, target) = (self.clone(), dir.clone());
         blocking(move || {
+            let _fetching = fetching;
             remove(&target)?;
             artifacts.publish(&temporary.0, &target)
         })
@@ -739,7 +741,7 @@ impl Artifacts {
             return Ok(dir);
         }
         // One fetch at a time: a second caller then finds what the first has fetched.
-        let _fetching = self.fetching.lock().await;
+        let fetching = self.fetching.clone().lock_owned().await;
         if self.is_local(c).await? {
             return Ok(dir);
         }
@@ -757,6 +759,7 @@ impl Artifacts {
         }
         let (artifacts, expected) = (self.clone(), c.digest.clone());
         blocking(move || {
+            let _fetching = fetching;
             let state = checkpoint::digest(&temporary.0);
             match state.and_then(|digest| checkpoint::check(&temporary.0).map(|()| digest)) {
                 // Checkpoints of before migration 3 have no recorded hash.

@@ -1,10 +1,19 @@
-//! Tests of dataset files that are missing or damaged, locally and in the object store.
+//! Tests of dataset files that are missing or damaged, locally and in the object store, and of
+//! callers that leave while something is fetched.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::mpsc;
+use std::task::{Context, Poll, Waker};
 
 use tempfile::TempDir;
+use tokio::runtime::{Builder, Runtime};
 
 use super::*;
 use crate::domain::dataset::{DatasetFormat, ValidationReport};
+use crate::domain::job::Metrics;
 use crate::domain::reason::Reason;
+use crate::train::checkpoint::RunState;
 
 const ROWS: &[u8] = b"rows";
 
@@ -140,4 +149,131 @@ async fn without_a_store_a_missing_or_changed_dataset_is_refused_with_the_remedy
         reason == Reason::ArtifactMissing && message.contains("data directory"),
         "{reason:?}: {message}"
     );
+}
+
+/// A fetch of an adapter or a checkpoint.
+type Fetch<'a> = Pin<Box<dyn Future<Output = Result<PathBuf>> + 'a>>;
+
+/// A task that occupies the only blocking thread of a runtime, so that nothing behind it is done
+/// until it is dropped.
+struct Gate {
+    _open: mpsc::Sender<()>,
+}
+
+impl Gate {
+    /// Closes the gate behind the tasks that are queued, and returns when these are done. The gate
+    /// `before` is opened for them.
+    fn close(runtime: &Runtime, before: Option<Gate>) -> Self {
+        let (open, opened) = mpsc::channel::<()>();
+        let (reach, reached) = mpsc::channel();
+        runtime.spawn_blocking(move || {
+            let _ = reach.send(());
+            let _ = opened.recv_timeout(Duration::from_secs(60));
+        });
+        drop(before);
+        reached.recv_timeout(Duration::from_secs(60)).unwrap();
+        Gate { _open: open }
+    }
+}
+
+/// Polls a fetch, and does its blocking work between two polls, until it is ready or was pending
+/// `limit` times. Returns its result, how often it was pending, and a gate in front of the blocking
+/// work that it has begun last.
+fn poll_in_steps(
+    runtime: &Runtime,
+    mut fetch: Fetch,
+    limit: usize,
+) -> (Option<Result<PathBuf>>, usize, Gate) {
+    let _entered = runtime.enter();
+    let mut cx = Context::from_waker(Waker::noop());
+    let mut gate = Gate::close(runtime, None);
+    let mut pending = 0;
+    loop {
+        if let Poll::Ready(result) = fetch.as_mut().poll(&mut cx) {
+            return (Some(result), pending, gate);
+        }
+        pending += 1;
+        assert!(pending < 10_000, "it never ends");
+        if pending == limit {
+            return (None, pending, gate);
+        }
+        gate = Gate::close(runtime, Some(gate));
+    }
+}
+
+/// Lets the caller of a fetch leave before the last part of its blocking work is done, and waits
+/// for the end of that.
+fn leave_before_the_end<'a>(
+    runtime: &Runtime,
+    artifacts: &Artifacts,
+    fetch: impl Fn() -> Fetch<'a>,
+) {
+    let remove_local_files = || runtime.block_on(artifacts.drop_local_job("j")).unwrap();
+    remove_local_files();
+    let (fetched, pending, gate) = poll_in_steps(runtime, fetch(), usize::MAX);
+    drop(gate);
+    fetched.unwrap().unwrap();
+    remove_local_files();
+    let (unfinished, _, gate) = poll_in_steps(runtime, fetch(), pending);
+    assert!(unfinished.is_none());
+    assert!(
+        artifacts.fetching.try_lock().is_err(),
+        "another fetch may begin while files are replaced"
+    );
+    drop(gate);
+    runtime.block_on(async { drop(artifacts.fetching.lock().await) });
+}
+
+#[test]
+fn no_fetch_begins_while_one_whose_caller_has_left_replaces_files() {
+    let runtime = Builder::new_current_thread()
+        .max_blocking_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let [root, shared, from] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let url = format!("file://{}", shared.path().display());
+    let remote = Remote::open(&url, &BTreeMap::new(), true).unwrap();
+    let artifacts = Artifacts::open(root.path(), Some(remote)).unwrap();
+
+    for name in ADAPTER_FILES {
+        fs::write(from.path().join(name), name.repeat(1000)).unwrap();
+    }
+    let hash = runtime
+        .block_on(artifacts.store_init_adapter("j", from.path()))
+        .unwrap();
+    leave_before_the_end(&runtime, &artifacts, || {
+        Box::pin(artifacts.fetch_init_adapter("j", &hash))
+    });
+    assert_eq!(hash_adapter(&artifacts.init_adapter("j")).unwrap(), hash);
+
+    let folder = artifacts.checkpoint("j", 3);
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("weights"), b"weights").unwrap();
+    let state = serde_json::json!({
+        "version": 1,
+        "adapter": true,
+        "adam_updates": 3,
+        "state": RunState::default(),
+        "metrics": {},
+        "files": { "weights": blake3::hash(b"weights").to_hex().as_str() },
+    });
+    fs::write(folder.join(checkpoint::STATE_FILE), state.to_string()).unwrap();
+    let stored = Checkpoint {
+        job: "j".into(),
+        step: 3,
+        best: false,
+        adapter: true,
+        size_bytes: 7,
+        metrics: Metrics::new(),
+        create_time: 0,
+        digest: checkpoint::digest(&folder).unwrap(),
+    };
+    runtime
+        .block_on(artifacts.upload_checkpoint("j", 3, &stored.digest))
+        .unwrap();
+    leave_before_the_end(&runtime, &artifacts, || {
+        Box::pin(artifacts.fetch_checkpoint(&stored))
+    });
+    checkpoint::check(&folder).unwrap();
 }
