@@ -17,6 +17,7 @@ pub mod checkpoints;
 mod data_dir;
 mod data_volume;
 pub mod datasets;
+mod detached;
 pub mod error;
 pub mod evaluation;
 mod events;
@@ -48,6 +49,7 @@ use self::auth::tokens::TokenService;
 use self::background::BackgroundTasks;
 use self::checkpoints::CheckpointService;
 use self::datasets::{DatasetLimits, DatasetService};
+use self::detached::DetachedWork;
 use self::error::{Result, failed};
 use self::evaluation::EvaluationService;
 use self::events::EventFeed;
@@ -102,8 +104,7 @@ pub struct ServiceOptions {
     /// Highest priority that a client may give its jobs. Administrators may give any.
     pub max_client_priority: i32,
     /// Maximum total size of one client's datasets, in bytes. An upload that would exceed it is
-    /// refused at its beginning, on the way, or at its end. Only uploads that end at the same
-    /// moment can exceed it together.
+    /// refused at its beginning, on the way, or at its end.
     pub max_dataset_bytes_per_client: Option<u64>,
     /// Maximum text in one dataset, in bytes. It is limited because a job holds all its tokens in
     /// memory.
@@ -167,6 +168,7 @@ impl Service {
             RunRegistry::default(),
             Limiter::new(MAX_SLOW_TASKS),
         );
+        let detached = DetachedWork::default();
         let template_date = TemplateDate(options.template_date);
         let tokens = TokenService::new(store.clone(), declared, oidc);
         let usage = UsageMeter::new(store.clone());
@@ -204,6 +206,7 @@ impl Service {
                 validator: validator.clone(),
                 runs: runs.clone(),
                 slow_tasks: slow_tasks.clone(),
+                detached: detached.clone(),
                 shutdown: shutdown.clone(),
                 max_jobs_per_client: options.max_jobs_per_client,
             },
@@ -214,6 +217,7 @@ impl Service {
                 slow_tasks: slow_tasks.clone(),
                 shutdown: shutdown.clone(),
             },
+            detached: detached.clone(),
             max_client_priority: options.max_client_priority,
         });
         let tasks = BackgroundTasks {
@@ -277,12 +281,14 @@ impl Service {
                 policies: policies.clone(),
                 runs: runs.clone(),
                 slow_tasks: slow_tasks.clone(),
+                detached: detached.clone(),
             },
             datasets: DatasetService {
                 store: store.clone(),
                 artifacts: artifacts.clone(),
                 engine: engine.clone(),
                 slow_tasks,
+                detached: detached.clone(),
                 shutdown: shutdown.clone(),
                 template_date,
                 limits: DatasetLimits {
@@ -296,6 +302,7 @@ impl Service {
                     store.clone(),
                     artifacts.clone(),
                     scoring.clone(),
+                    detached.clone(),
                 ),
                 scoring,
                 generation,
@@ -306,6 +313,7 @@ impl Service {
                 store,
                 runs,
                 tokens,
+                detached,
                 shutdown,
                 drain_timeout: options.drain_timeout,
                 runners: Mutex::new(runners),

@@ -188,7 +188,8 @@ impl BackgroundTasks {
     }
 
     /// Deletes the next expired jobs. Each round continues where the last one ended, so that jobs
-    /// that cannot be deleted do not block the others.
+    /// that cannot be deleted do not block the others. A job whose deletion has begun when the
+    /// server shuts down is deleted with its files; the next one is left.
     async fn expire(&self, after: &mut ExpiredPosition) -> Result<()> {
         let (jobs, next) = self
             .store
@@ -196,6 +197,9 @@ impl BackgroundTasks {
             .await?;
         *after = next;
         for job in jobs {
+            if self.shutdown.has_begun() {
+                break;
+            }
             match self.jobs.delete_expired(&job).await {
                 Ok(()) => tracing::info!(job, "job deleted: its time to live is over"),
                 // Possible reasons: another job starts from it, another version wrote it, another

@@ -7,8 +7,9 @@ use super::audit::audit;
 use super::auth::access::own_job;
 use super::blocking::blocking;
 use super::checkpoint_files::remove_checkpoint_files;
+use super::detached::DetachedWork;
 use super::error::{Result, ServiceError, failed};
-use super::in_use::{Needed, check};
+use super::in_use::{DependentJobs, Needed, check};
 use super::jobs::registry::RunRegistry;
 use super::limiter::Limiter;
 use super::model_card::{CARD_FILE, ModelCard};
@@ -39,6 +40,8 @@ pub struct CheckpointService {
     pub(super) runs: RunRegistry,
     /// Shared limit on slow tasks; an export counts as one.
     pub(super) slow_tasks: Limiter,
+    /// Runs deletions and exports, which must not end half done.
+    pub(super) detached: DetachedWork,
 }
 
 impl CheckpointService {
@@ -102,22 +105,25 @@ impl CheckpointService {
                 message,
             });
         }
-        let needed = Needed::Weights {
-            job,
-            step: Some(step),
+        let (service, caller, job) = (self.clone(), caller.clone(), job.to_owned());
+        let removing = async move {
+            let needed = Needed::Weights {
+                job: &job,
+                step: Some(step),
+            };
+            let refuse = |users: &DependentJobs| check(&caller, users, needed);
+            service.store.delete_checkpoint(&job, step, refuse).await?;
+            audit(
+                &caller,
+                "delete",
+                &format!("trainingJobs/{job}/checkpoints/{step}"),
+            );
+            remove_checkpoint_files(&service.engine, &service.artifacts, &checkpoint).await;
+            service.runs.forget_postponed(&job);
+            service.runs.wake();
+            Ok::<_, ServiceError>(())
         };
-        self.store
-            .delete_checkpoint(job, step, |users| check(caller, users, needed))
-            .await?;
-        remove_checkpoint_files(&self.engine, &self.artifacts, &checkpoint).await;
-        self.runs.forget_postponed(job);
-        self.runs.wake();
-        audit(
-            caller,
-            "delete",
-            &format!("trainingJobs/{job}/checkpoints/{step}"),
-        );
-        Ok(())
+        self.detached.to_its_end(removing).await
     }
 
     /// Returns true if a queued or paused job cannot read this checkpoint. Deleting it lets the job
@@ -194,39 +200,44 @@ impl CheckpointService {
                 )
             }
         };
-        let (artifacts, engine, job_id) = (self.artifacts.clone(), self.engine.clone(), id.clone());
         let permit = self.slow_tasks.acquire().await?;
-        let (files, path) = blocking(move || {
-            let _permit = permit;
-            let target = artifacts.export(&job_id, step, name);
-            if !target.is_dir() {
-                let temporary = Temporary(artifacts.temporary());
-                std::fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
-                write(&engine, &contents, &temporary.0)?;
-                match artifacts.publish(&temporary.0, &target) {
-                    Ok(()) => {}
-                    // Another call may have made the same export meanwhile.
-                    Err(e) if !target.is_dir() => return Err(e),
-                    Err(_) => {}
+        let (service, caller) = (self.clone(), caller.clone());
+        let exporting = async move {
+            let (artifacts, engine) = (service.artifacts.clone(), service.engine.clone());
+            let job_id = id.clone();
+            let (files, path) = blocking(move || {
+                let _permit = permit;
+                let target = artifacts.export(&job_id, step, name);
+                if !target.is_dir() {
+                    let temporary = Temporary(artifacts.temporary());
+                    std::fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
+                    write(&engine, &contents, &temporary.0)?;
+                    match artifacts.publish(&temporary.0, &target) {
+                        Ok(()) => {}
+                        // Another call may have made the same export meanwhile.
+                        Err(e) if !target.is_dir() => return Err(e),
+                        Err(_) => {}
+                    }
                 }
-            }
-            Ok::<_, ServiceError>((describe(&target)?, target))
-        })
-        .await??;
-        let location = self
-            .artifacts
-            .upload_export(&id, step, name, &files)
-            .await?;
-        audit(
-            caller,
-            "export",
-            &format!("trainingJobs/{id}/checkpoints/{step}"),
-        );
-        Ok(Export {
-            files,
-            path,
-            location,
-        })
+                Ok::<_, ServiceError>((describe(&target)?, target))
+            })
+            .await??;
+            let location = service
+                .artifacts
+                .upload_export(&id, step, name, &files)
+                .await?;
+            audit(
+                &caller,
+                "export",
+                &format!("trainingJobs/{id}/checkpoints/{step}"),
+            );
+            Ok::<_, ServiceError>(Export {
+                files,
+                path,
+                location,
+            })
+        };
+        self.detached.to_its_end(exporting).await
     }
 
     /// Returns the contents of an adapter export. The adapter's files are copied, which needs no

@@ -2,17 +2,19 @@
 //! renamed, and stored as a row. It is acknowledged only after all four steps.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
-use tracing::Instrument as _;
+use tokio_util::sync::CancellationToken;
 
 use super::artifacts::{Artifacts, Temporary};
 use super::audit::{AUDIT, audit};
 use super::auth::access::own_dataset;
 use super::blocking::blocking;
+use super::detached::DetachedWork;
 use super::error::{Result, ServiceError, failed, unreadable};
-use super::in_use::{Needed, check};
+use super::in_use::{DependentJobs, Needed, check};
 use super::limiter::Limiter;
 use super::shutdown::Shutdown;
 use super::store::{Page, Store, now};
@@ -28,6 +30,10 @@ use crate::formats::tokenizer::ChatTokenizer;
 use crate::infer::encode::PairEncoder;
 use crate::train::rows::detect_format;
 use crate::train::validate::validate_rows;
+
+/// Maximum time for which an upload that failed waits for the removal of its object from the
+/// artifact store.
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Metadata of an upload.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -50,8 +56,7 @@ pub(super) struct DatasetLimits {
     /// Largest upload, in bytes.
     pub max_upload_bytes: u64,
     /// Maximum total size of one client's datasets, in bytes. An upload that would exceed it is
-    /// refused at its beginning, on the way, or at its end. Only uploads that end at the same
-    /// moment can exceed it together.
+    /// refused at its beginning, on the way, or at its end.
     pub max_bytes_per_client: Option<u64>,
     /// Maximum text in one dataset, in bytes. It is limited because a job holds all its tokens in
     /// memory.
@@ -66,6 +71,8 @@ pub struct DatasetService {
     pub(super) engine: Engine,
     /// Shared limit on slow tasks; validating a dataset counts as one.
     pub(super) slow_tasks: Limiter,
+    /// Stores and deletes datasets, which must not end half done.
+    pub(super) detached: DetachedWork,
     pub(super) shutdown: Shutdown,
     pub(super) template_date: TemplateDate,
     pub(super) limits: DatasetLimits,
@@ -131,11 +138,14 @@ impl DatasetService {
     pub async fn delete_dataset(&self, caller: &Caller, id: &str) -> Result<()> {
         own_dataset(&self.store, caller, id).await?;
         self.artifacts.check_artifact_store().await?;
-        self.store
-            .delete_dataset(id, |users| check(caller, users, Needed::Dataset(id)))
-            .await?;
-        audit(caller, "delete", &format!("datasets/{id}"));
-        self.artifacts.remove_dataset(id).await
+        let (service, caller, id) = (self.clone(), caller.clone(), id.to_owned());
+        let removing = async move {
+            let refuse = |users: &DependentJobs| check(&caller, users, Needed::Dataset(&id));
+            service.store.delete_dataset(&id, refuse).await?;
+            audit(&caller, "delete", &format!("datasets/{id}"));
+            service.artifacts.remove_dataset(&id).await
+        };
+        self.detached.to_its_end(removing).await
     }
 
     /// Begins an upload.
@@ -282,23 +292,10 @@ impl DatasetUpload {
             model,
             max_length: self.meta.max_length,
         });
-        // Other uploads of the client may have ended meanwhile.
+        // Other uploads of the client may have ended meanwhile. The insert checks this again.
         self.service.room(&self.owner, self.size).await?;
-        let id = uuid::Uuid::now_v7().to_string();
-        let DatasetService {
-            store, artifacts, ..
-        } = &self.service;
-        let (path, target) = (self.temporary.0.clone(), artifacts.dataset(&id));
-        let publisher = artifacts.clone();
-        // The guard is in the work, which goes on if the caller leaves, and then removes the file.
-        let unpublished = blocking(move || {
-            let unpublished = Temporary(target.clone());
-            publisher.publish(&path, &target).map(|()| unpublished)
-        })
-        .await??;
-        artifacts.upload_dataset(&id).await?;
         let dataset = Dataset {
-            id,
+            id: uuid::Uuid::now_v7().to_string(),
             display_name: self.meta.display_name.clone(),
             format,
             size_bytes: self.size,
@@ -307,41 +304,101 @@ impl DatasetUpload {
             create_time: now(),
             owner: self.owner.clone(),
         };
-        // The file stays from here on: a caller who leaves drops this call while the database may
-        // go on and store the row.
-        unpublished.persist();
-        let (store, artifacts) = (store.clone(), artifacts.clone());
-        let committed = tokio::spawn(commit(store, artifacts, dataset).in_current_span());
-        committed.await.map_err(ServiceError::internal)?
+        // Dropped when this returns or its caller leaves.
+        let caller_left = CancellationToken::new();
+        let _here = caller_left.clone().drop_guard();
+        let (service, temporary) = (self.service.clone(), self.temporary);
+        let storing = async move { service.store_upload(temporary, dataset, &caller_left).await };
+        self.service.detached.to_its_end(storing).await
     }
 }
 
-/// Stores the row of a dataset whose file is published. It runs to its end without a caller, too.
-///
-/// # Errors
-/// The errors of the database. The file is then removed, unless the row may be there.
-async fn commit(store: Store, artifacts: Artifacts, dataset: Dataset) -> Result<Dataset> {
-    if let Err(e) = store.insert_dataset(&dataset).await {
-        // The insert may have succeeded although its answer was lost. Then the file must stay.
-        if let Err(ServiceError::NotFound { .. }) = store.dataset(&dataset.id).await {
-            drop(artifacts.remove_dataset(&dataset.id).await);
+impl DatasetService {
+    /// Publishes the file of a dataset, here and in the artifact store, and stores its row, unless
+    /// the caller has left meanwhile. This runs to its end without a caller, too: otherwise the row
+    /// could be stored after its file was removed, or the file left without a row.
+    ///
+    /// # Errors
+    /// The errors of the file system, the artifact store and the database; `DeadlineExceeded` if
+    /// the caller has left; `ResourceExhausted` if the client's datasets would be too large. The
+    /// file is then removed, unless the row may be there.
+    async fn store_upload(
+        &self,
+        temporary: Temporary,
+        dataset: Dataset,
+        caller_left: &CancellationToken,
+    ) -> Result<Dataset> {
+        let ready = match self.publish(temporary, &dataset.id).await {
+            Ok(()) if caller_left.is_cancelled() => Err(ServiceError::DeadlineExceeded),
+            published => published,
+        };
+        if let Err(e) = ready {
+            self.discard(&dataset.id).await;
+            return Err(e);
         }
-        return Err(e);
+        // Other uploads of the client may have ended meanwhile.
+        let limit = self.limits.max_bytes_per_client.unwrap_or(u64::MAX);
+        let needed = dataset.size_bytes;
+        let refuse = |used: u64| room_within(limit, used, needed).map(|_| ());
+        if let Err(e) = self.store.insert_dataset(&dataset, refuse).await {
+            if self.is_absent(&dataset.id, &e).await {
+                self.discard(&dataset.id).await;
+            }
+            return Err(e);
+        }
+        tracing::info!(
+            target: AUDIT,
+            owner = dataset.owner,
+            action = "upload",
+            resource = format!("datasets/{}", dataset.id),
+            "done"
+        );
+        tracing::info!(
+            dataset = dataset.id,
+            rows = dataset.report.rows,
+            valid = dataset.report.valid_rows,
+            "dataset stored"
+        );
+        Ok(dataset)
     }
-    tracing::info!(
-        target: AUDIT,
-        owner = dataset.owner,
-        action = "upload",
-        resource = format!("datasets/{}", dataset.id),
-        "done"
-    );
-    tracing::info!(
-        dataset = dataset.id,
-        rows = dataset.report.rows,
-        valid = dataset.report.valid_rows,
-        "dataset stored"
-    );
-    Ok(dataset)
+
+    /// Renames an upload's file to that of the dataset, and copies it to the artifact store.
+    async fn publish(&self, temporary: Temporary, id: &str) -> Result<()> {
+        let (artifacts, target) = (self.artifacts.clone(), self.artifacts.dataset(id));
+        blocking(move || artifacts.publish(&temporary.0, &target)).await??;
+        self.artifacts.upload_dataset(id).await
+    }
+
+    /// Returns true if the row of a dataset, whose insert failed with `e`, is certainly not stored
+    /// and will not be. The insert may have succeeded although its answer was lost, and PostgreSQL
+    /// may still be at work on one whose connection broke.
+    async fn is_absent(&self, id: &str, e: &ServiceError) -> bool {
+        let may_be_at_work =
+            self.store.is_shared() && matches!(e, ServiceError::Unavailable { .. });
+        !may_be_at_work
+            && matches!(
+                self.store.dataset(id).await,
+                Err(ServiceError::NotFound { .. })
+            )
+    }
+
+    /// Removes the files of a dataset without a row, here and in the artifact store.
+    async fn discard(&self, id: &str) {
+        // First the local one, because the store may be what failed.
+        let here = self.artifacts.drop_local_dataset(id).await;
+        let everywhere = self.artifacts.remove_dataset(id);
+        let everywhere = match tokio::time::timeout(DISCARD_TIMEOUT, everywhere).await {
+            Ok(removed) => removed,
+            Err(_) => Err(ServiceError::DeadlineExceeded),
+        };
+        if let Err(e) = here.and(everywhere) {
+            tracing::warn!(
+                dataset = id,
+                error = %e,
+                "the file of an upload that was not stored cannot be removed"
+            );
+        }
+    }
 }
 
 /// Returns the number of bytes that fit into `limit` besides the `used` ones. `used` is above the

@@ -28,6 +28,7 @@ use super::artifacts::{Artifacts, Temporary};
 use super::audit::audit;
 use super::auth::access::{own_dataset, require};
 use super::blocking::blocking;
+use super::detached::DetachedWork;
 use super::error::{Result, ServiceError, failed, unreadable};
 use super::limiter::Limiter;
 use super::scoring::logged::LoggedPair;
@@ -104,6 +105,8 @@ pub struct EvaluationService {
     artifacts: Artifacts,
     scoring: Arc<ScoringService>,
     limit: Limiter,
+    /// Stores calibrations.
+    detached: DetachedWork,
 }
 
 /// An accepted evaluation.
@@ -129,12 +132,18 @@ type Reading = tokio::task::JoinHandle<std::result::Result<(), DataError>>;
 type ScoredFacts = (PairFacts, Result<ScoredPair>);
 
 impl EvaluationService {
-    pub(super) fn new(store: Store, artifacts: Artifacts, scoring: Arc<ScoringService>) -> Self {
+    pub(super) fn new(
+        store: Store,
+        artifacts: Artifacts,
+        scoring: Arc<ScoringService>,
+        detached: DetachedWork,
+    ) -> Self {
         EvaluationService {
             store,
             artifacts,
             scoring,
             limit: Limiter::new(MAX_EVALUATIONS),
+            detached,
         }
     }
 
@@ -270,9 +279,15 @@ impl AcceptedEvaluation {
         if self.request.save_calibration
             && let Ok(judged) = &mut report.calibration
         {
-            self.session.store_calibration(&judged.fitted).await?;
+            let (session, caller) = (self.session.clone(), self.caller.clone());
+            let (fitted, policy) = (judged.fitted, report.versions.policy.clone());
+            let storing = async move {
+                session.store_calibration(&fitted).await?;
+                audit(&caller, "calibrate", &policy);
+                Ok::<_, ServiceError>(())
+            };
+            self.service.detached.to_its_end(storing).await?;
             judged.is_saved = true;
-            audit(&self.caller, "calibrate", &report.versions.policy);
         }
         Ok(report)
     }

@@ -19,6 +19,7 @@ use self::estimate::{JobEstimate, JobEstimator};
 use self::registry::RunRegistry;
 use super::artifacts::Artifacts;
 use super::auth::access::own_job;
+use super::detached::DetachedWork;
 use super::error::{Result, ServiceError};
 use super::events::EventFeed;
 use super::policies::PolicyResolver;
@@ -37,6 +38,8 @@ pub struct JobService {
     pub(super) policies: PolicyResolver,
     pub(super) creator: JobCreator,
     pub(super) estimator: JobEstimator,
+    /// Runs the changes of jobs, which must not end half done.
+    pub(super) detached: DetachedWork,
     /// Highest priority that a client may give its jobs. Administrators may give any.
     pub(super) max_client_priority: i32,
 }

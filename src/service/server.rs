@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 
 use super::auth::tokens::TokenService;
+use super::detached::DetachedWork;
 use super::error::Result;
 use super::jobs::registry::RunRegistry;
 use super::shutdown::Shutdown;
@@ -16,6 +17,9 @@ use crate::engine::api::{ModelInfo, ModelUse};
 
 /// Time limit for storing the usage that was counted last.
 const USAGE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum time for which the server, after its last answer, waits for changes whose callers have
+/// left.
+const DETACHED_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A base model and the work that the server does with it.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,6 +38,8 @@ pub struct Server {
     pub(super) tokens: TokenService,
     /// The work that was done for each owner.
     pub(super) usage: UsageMeter,
+    /// Changes that go on without their callers.
+    pub(super) detached: DetachedWork,
     pub(super) shutdown: Shutdown,
     /// Maximum time that [`Server::drain`] waits for the runners.
     pub(super) drain_timeout: Duration,
@@ -147,9 +153,16 @@ impl Server {
         self.store_usage().await;
     }
 
-    /// Ends the use of the database, when all calls have ended. Calls that ended after the drain
-    /// are counted, too.
+    /// Ends the use of the database, when all calls have ended. Before that it waits at most 5
+    /// seconds for changes whose callers have left. Calls that ended after the drain are counted,
+    /// too.
     pub async fn close(&self) {
+        if !self.detached.wait(DETACHED_TIMEOUT).await {
+            tracing::warn!(
+                "a change whose caller has left did not end in time: files of what was deleted may \
+                 be left"
+            );
+        }
         self.store_usage().await;
         self.store.close().await;
     }

@@ -1,6 +1,7 @@
 //! Uploads of datasets. Parquet files are decoded in a separate process, so that the memory that a
 //! file takes, or a crash, does not affect the server.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -19,9 +20,12 @@ use rand_chacha::ChaCha8Rng;
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
 use crate::hostile::{assert_has_reason, mutate, number_of_cases, resident_kib};
-use crate::server::{Server, get, job, submit, succeed};
+use crate::server::{Server, get, is_audited, job, submit, succeed};
 use crate::support::golden;
 use crate::wait::{holds_for, until};
+
+/// Limit for what a server does within seconds, on a busy machine.
+const NOTICED: Duration = Duration::from_secs(60);
 
 const MESSAGES: &str = "(LIST) { repeated group list { required group element {
     optional binary role (UTF8); optional binary content (UTF8); } } }";
@@ -293,19 +297,35 @@ async fn the_datasets_of_a_client_stay_within_their_limit() {
     std::fs::write(&large, rows.repeat(2)).unwrap();
     is_refused(upload(&server, &large).await);
     // Both begin while there is room for each of them alone. The one that ends later is refused,
-    // unless both end at the same moment, before the row of either is stored.
+    // and leaves no file.
     let file = golden("pairs.jsonl");
     let (a, b) = tokio::join!(upload(&server, &file), upload(&server, &file));
     assert!(a.is_ok() || b.is_ok(), "{a:?} {b:?}");
-    if a.is_err() || b.is_err() {
-        is_refused(if a.is_err() { a } else { b });
-    }
+    is_refused(if a.is_err() { a } else { b });
+    let files = std::fs::read_dir(dir.path().join("datasets")).unwrap();
+    assert_eq!(files.count(), 1);
     is_refused(upload(&server, &file).await);
 }
 
+/// Uploads a file `uploads` times. Most clients leave before they have the answer. Returns the name
+/// of a dataset whose client stayed.
+async fn upload_and_leave(server: &Server, uploads: u32) -> String {
+    let file = golden("pairs.jsonl");
+    let start = std::time::Instant::now();
+    let whole = upload(server, &file).await.unwrap();
+    let took = start.elapsed();
+    for i in 0..uploads {
+        // Different clients, because a connection ends with all of its calls.
+        let client = server.client().await;
+        let call = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {});
+        let _ = tokio::time::timeout(took * (i % 50) / 40, call).await;
+    }
+    whole.name
+}
+
 /// Returns the names of all datasets.
-async fn names(client: &Client) -> Vec<String> {
-    let (mut names, mut token) = (Vec::new(), String::new());
+async fn names(client: &Client) -> BTreeSet<String> {
+    let (mut names, mut token) = (BTreeSet::new(), String::new());
     loop {
         let request = pb::ListDatasetsRequest {
             page_size: 100,
@@ -322,36 +342,89 @@ async fn names(client: &Client) -> Vec<String> {
     }
 }
 
-/// A client that leaves while its upload is being stored must leave neither a dataset without a
-/// file nor a file without a dataset.
+/// Returns the names of the datasets that have a file below `root`.
+fn names_of_files(root: &Path) -> BTreeSet<String> {
+    let files = std::fs::read_dir(root.join("datasets")).unwrap();
+    files
+        .map(|file| format!("datasets/{}", file.unwrap().file_name().to_str().unwrap()))
+        .collect()
+}
+
+/// A client that leaves while its upload is being stored must not leave a dataset without a file.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_leaves_during_its_upload_leaves_a_dataset_with_its_file_or_nothing() {
+async fn a_dataset_of_a_client_that_has_left_has_its_file() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
-    let file = golden("pairs.jsonl");
-    let start = std::time::Instant::now();
-    upload(&server, &file).await.unwrap();
-    let took = start.elapsed();
-    for i in 0..200u32 {
-        // Different clients, because a connection ends with all of its calls.
-        let client = server.client().await;
-        let call = client.upload_dataset(&file, pb::UploadMetadata::default(), |_| {});
-        let _ = tokio::time::timeout(took * (i % 50) / 40, call).await;
-    }
-    // An upload that was being stored is stored to its end, or its file is removed.
-    let client = server.client().await;
-    let folder = server.data_dir.join("datasets");
-    let files = || std::fs::read_dir(&folder).unwrap().count();
-    until(
-        "as many files as datasets",
-        Duration::from_secs(60),
-        async || files() == names(&client).await.len(),
-    )
-    .await;
-    let stored = names(&client).await;
-    assert!(stored.len() > 10, "{} were stored", stored.len());
-    for name in stored {
+    let whole = upload_and_leave(&server, 200).await;
+    // An upload whose row was being stored is stored to its end.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let names = names(&server.client().await).await;
+    assert!(names.len() > 10, "{} were stored", names.len());
+    assert!(names.contains(&whole));
+    for name in names {
         let file = server.data_dir.join(&name);
         assert!(file.is_file(), "{name} has no file");
+    }
+}
+
+/// A client that leaves must not leave a file that belongs to no dataset, neither in the data
+/// directory nor in the artifact store.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_is_not_stored_leaves_no_file_and_no_object() {
+    let (dir, shared) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let models = format!("tiny={}", golden("models/llama").display());
+    let url = format!("file://{}", shared.path().display());
+    let server = Server::start_with(dir.path(), &models, &["--artifact-url", &url]);
+    upload_and_leave(&server, 100).await;
+    let client = server.client().await;
+    until("a row for each file", NOTICED, async || {
+        let names = names(&client).await;
+        names_of_files(dir.path()) == names && names_of_files(shared.path()) == names
+    })
+    .await;
+}
+
+/// A client that leaves while its dataset is being deleted must not leave the file, and the audit
+/// log has the deletion.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dataset_that_a_client_deletes_and_leaves_has_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let (client, file) = (server.client().await, golden("pairs.jsonl"));
+    let mut datasets = Vec::new();
+    let mut took = Duration::from_secs(60);
+    for i in 0..100u32 {
+        let name = upload(&server, &file).await.unwrap().name;
+        let leaving = server.client().await;
+        let request = pb::DeleteDatasetRequest { name: name.clone() };
+        let start = std::time::Instant::now();
+        let limit = match i {
+            0 => took,
+            i => took * (i % 50) / 40,
+        };
+        let call = async { leaving.datasets().delete_dataset(request).await };
+        let ended = tokio::time::timeout(limit, call).await;
+        if i == 0 {
+            ended.unwrap().unwrap();
+            took = start.elapsed();
+        }
+        datasets.push(name);
+    }
+    until("a row for each file", NOTICED, async || {
+        names(&client).await == names_of_files(dir.path())
+    })
+    .await;
+    let left = names(&client).await;
+    let deleted: Vec<&String> = datasets
+        .iter()
+        .filter(|name| !left.contains(*name))
+        .collect();
+    assert!(deleted.len() > 10, "{} were deleted", deleted.len());
+    for name in deleted {
+        until("the line of the audit log", NOTICED, async || {
+            let lines = server.lines_with(name);
+            lines.iter().any(|line| is_audited(line, "delete"))
+        })
+        .await;
     }
 }

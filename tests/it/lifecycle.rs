@@ -12,12 +12,14 @@ use tonic::Code;
 use tonic_types::StatusExt;
 
 use crate::server::{
-    Server, became, checkpoints_folder, finish, get, is_final, is_step, job, losses, resume, state,
-    steps, submit, until_event, upload,
+    Server, became, checkpoints_folder, finish, get, id, is_audited, is_final, is_step, job,
+    losses, resume, state, steps, submit, try_get, until_event, upload,
 };
 use crate::wait::until;
 
 const STEPS: u64 = 150;
+/// Limit for what a server does within seconds, on a busy machine.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Returns a job that saves every five steps.
 fn checkpointing(dataset: &str) -> pb::TrainingJob {
@@ -452,5 +454,63 @@ async fn random_commands_make_only_legal_transitions() {
             matches!(last, Some(JobState::Succeeded | JobState::Cancelled)),
             "{name} ended: {last:?}"
         );
+    }
+}
+
+/// A client that leaves while its job is being deleted must not leave the files, and the audit log
+/// has the deletion. The files are made by hand, because the jobs never run.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_a_client_deletes_and_leaves_has_no_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let running = submit(&client, job(&dataset.name, 1_000_000)).await;
+    until_event(&client, &running, |e| is_step(e, 1)).await;
+    let mut jobs = Vec::new();
+    let mut took = LIMIT;
+    for i in 0..100u32 {
+        let name = submit(&client, job(&dataset.name, 1)).await;
+        let request = pb::CancelTrainingJobRequest { name: name.clone() };
+        let cancelled = client.training().cancel_training_job(request).await;
+        assert!(is_final(cancelled.unwrap().into_inner().state()));
+        let folder = checkpoint(dir.path(), &name, 1);
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("weights"), b"weights").unwrap();
+        // Different clients, because a connection ends with all of its calls.
+        let leaving = server.client().await;
+        let request = pb::DeleteTrainingJobRequest { name: name.clone() };
+        let start = std::time::Instant::now();
+        let limit = match i {
+            0 => took,
+            i => took * (i % 50) / 40,
+        };
+        let call = async { leaving.training().delete_training_job(request).await };
+        let ended = tokio::time::timeout(limit, call).await;
+        if i == 0 {
+            ended.unwrap().unwrap();
+            took = start.elapsed();
+        }
+        jobs.push(name);
+    }
+    let mut deleted = Vec::new();
+    for name in jobs {
+        let folder = dir.path().join("jobs").join(id(&name));
+        let exists = async || try_get(&client, &name).await.is_ok();
+        until("files of the jobs that exist only", LIMIT, async || {
+            exists().await == folder.exists()
+        })
+        .await;
+        if !exists().await {
+            deleted.push(name);
+        }
+    }
+    assert!(deleted.len() > 10, "{} were deleted", deleted.len());
+    for name in deleted {
+        until("the line of the audit log", LIMIT, async || {
+            let lines = server.lines_with(&name);
+            lines.iter().any(|line| is_audited(line, "delete"))
+        })
+        .await;
     }
 }

@@ -467,6 +467,13 @@ pub fn steps(events: &[pb::TrainingEvent]) -> Vec<u64> {
     events.iter().filter_map(step).collect()
 }
 
+/// Returns true if a line of the server's log says that an action was done, in the audit log.
+pub fn is_audited(line: &str, action: &str) -> bool {
+    let line: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+    let fields = &line["fields"];
+    line["target"] == "audit" && fields["message"] == "done" && fields["action"] == action
+}
+
 /// Returns the name of a job's last checkpoint.
 pub fn latest(job: &str) -> String {
     format!("{job}/checkpoints/latest")

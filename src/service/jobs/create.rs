@@ -2,7 +2,6 @@
 //! job once per `request_id`.
 
 use tokio::sync::oneshot;
-use tracing::Instrument as _;
 
 use super::init_adapter::{adopt_adapter, names_adapter};
 use super::registry::RunRegistry;
@@ -12,6 +11,7 @@ use crate::domain::job::{Job, JobRequest, JobState, Metrics, Progress};
 use crate::domain::training::{LoraConfig, Method};
 use crate::service::artifacts::Artifacts;
 use crate::service::audit::audit;
+use crate::service::detached::DetachedWork;
 use crate::service::error::{Result, ServiceError};
 use crate::service::limiter::Limiter;
 use crate::service::shutdown::Shutdown;
@@ -28,6 +28,7 @@ pub(in crate::service) struct JobCreator {
     pub runs: RunRegistry,
     /// Shared limit on slow tasks; copying an adapter counts as one.
     pub slow_tasks: Limiter,
+    pub detached: DetachedWork,
     pub shutdown: Shutdown,
     /// Maximum number of unfinished jobs per client.
     pub max_jobs_per_client: Option<u64>,
@@ -81,7 +82,7 @@ impl JobCreator {
             }
             let _ = sender.send(created);
         };
-        tokio::spawn(creating.in_current_span());
+        self.detached.start(creating);
         created.await.map_err(ServiceError::internal)?
     }
 

@@ -8,12 +8,26 @@ use crate::domain::dataset::Dataset;
 use crate::service::error::{Result, ServiceError};
 use crate::service::in_use::DependentJobs;
 
+/// SQL for the total size of the datasets of the owner `$1`, in bytes. The cast is needed because
+/// PostgreSQL's sum of BIGINT is NUMERIC.
+const SUM_OF_BYTES: &str =
+    "SELECT CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT) FROM datasets WHERE owner = $1";
+
 impl Store {
-    /// Adds a dataset.
+    /// Adds a dataset. `refuse` gets the total size in bytes of its owner's other datasets, and can
+    /// prevent the insertion with an error. No other dataset of the owner is added meanwhile.
     ///
     /// # Errors
-    /// `Unavailable` or `Internal` if the database fails.
-    pub async fn insert_dataset(&self, d: &Dataset) -> Result<()> {
+    /// The errors of `refuse`; `Unavailable` or `Internal` if the database fails.
+    pub async fn insert_dataset(
+        &self,
+        d: &Dataset,
+        refuse: impl FnOnce(u64) -> Result<()> + Send,
+    ) -> Result<()> {
+        let mut tx = self.writer.begin().await?;
+        self.lock_owner(&mut tx, &d.owner).await?;
+        // The row is inserted before the sum is read: a transaction of SQLite that reads first
+        // fails if another process writes in between.
         sqlx::query(
             "INSERT INTO datasets (id, display_name, format, size_bytes, content_hash, report, \
              create_time, owner)
@@ -27,9 +41,14 @@ impl Store {
         .bind(to_json(&d.report)?)
         .bind(d.create_time)
         .bind(&d.owner)
-        .execute(&self.writer)
+        .execute(&mut *tx)
         .await?;
-        Ok(())
+        let bytes: i64 = sqlx::query_scalar(SUM_OF_BYTES)
+            .bind(&d.owner)
+            .fetch_one(&mut *tx)
+            .await?;
+        refuse((bytes as u64).saturating_sub(d.size_bytes))?;
+        Ok(tx.commit().await?)
     }
 
     /// Returns one dataset.
@@ -75,10 +94,7 @@ impl Store {
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
     pub async fn dataset_bytes(&self, owner: &str) -> Result<u64> {
-        // The cast is needed because PostgreSQL's sum of BIGINT is NUMERIC.
-        let sum =
-            "SELECT CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT) FROM datasets WHERE owner = $1";
-        let bytes: i64 = sqlx::query_scalar(sum)
+        let bytes: i64 = sqlx::query_scalar(SUM_OF_BYTES)
             .bind(owner)
             .fetch_one(&self.readers)
             .await?;

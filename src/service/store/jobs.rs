@@ -198,8 +198,13 @@ impl Store {
             .await?)
     }
 
-    /// Prevents other transactions from creating a job of this owner until this one ends.
-    async fn lock_owner(&self, tx: &mut Transaction<'_, Any>, owner: &str) -> Result<()> {
+    /// Prevents other transactions from creating a job or a dataset of this owner until this one
+    /// ends.
+    pub(super) async fn lock_owner(
+        &self,
+        tx: &mut Transaction<'_, Any>,
+        owner: &str,
+    ) -> Result<()> {
         if self.dialect == Dialect::Postgres {
             let lock = "SELECT COUNT(*) FROM (SELECT pg_advisory_xact_lock(hashtextextended($1, \
                         0))) AS locked";

@@ -1,4 +1,5 @@
-//! Tests of jobs that wait, of expired jobs, of jobs that another version wrote, and of pages.
+//! Tests of jobs that wait, of expired jobs, of jobs that another version wrote, of the size of an
+//! owner's datasets, and of pages.
 
 use std::collections::BTreeMap;
 
@@ -7,6 +8,7 @@ use serde_json::Value;
 use super::jobs::{Creation, ExpiredPosition};
 use super::*;
 use crate::domain::access::Caller;
+use crate::domain::dataset::{Dataset, DatasetFormat, ValidationReport};
 use crate::domain::dpo::{Divergence, ReferenceSync};
 use crate::domain::identity::{ModelIdentity, Pins};
 use crate::domain::job::{Evaluation, Job, JobRequest, JobState, Metrics, Progress, RowPolicy};
@@ -372,6 +374,41 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
         })
         .await
         .unwrap();
+}
+
+/// Adds a dataset of 60 bytes, with which the owner's datasets may have at most 100.
+async fn insert_within_100(store: &Store, id: &str, owner: &str) -> Result<()> {
+    let dataset = Dataset {
+        id: id.into(),
+        display_name: String::new(),
+        format: DatasetFormat::Jsonl,
+        size_bytes: 60,
+        content_hash: String::new(),
+        report: ValidationReport::default(),
+        create_time: 0,
+        owner: owner.into(),
+    };
+    let refuse = |used: u64| match used + 60 <= 100 {
+        true => Ok(()),
+        false => Err(ServiceError::internal(format!("{used} bytes are used"))),
+    };
+    store.insert_dataset(&dataset, refuse).await
+}
+
+#[tokio::test]
+async fn datasets_that_are_stored_at_the_same_moment_stay_within_the_limit_together() {
+    let (_dir, store) = open().await;
+    let (a, b, other) = tokio::join!(
+        insert_within_100(&store, "1", "a"),
+        insert_within_100(&store, "2", "a"),
+        insert_within_100(&store, "3", "b"),
+    );
+    other.unwrap();
+    assert!(a.is_ok() != b.is_ok(), "{a:?} {b:?}");
+    let refused = a.and(b).unwrap_err().to_string();
+    assert_eq!(refused, "60 bytes are used", "without its own");
+    assert_eq!(store.dataset_bytes("a").await.unwrap(), 60);
+    assert_eq!(store.dataset_bytes("b").await.unwrap(), 60);
 }
 
 #[tokio::test]
