@@ -457,8 +457,32 @@ async fn random_commands_make_only_legal_transitions() {
     }
 }
 
+/// Creates a job that waits behind another one, cancels it, and makes files for it by hand. Returns
+/// its name.
+async fn cancelled_with_files(server: &Server, client: &Client, wanted: pb::TrainingJob) -> String {
+    let name = submit(client, wanted).await;
+    let folder = checkpoint(&server.data_dir, &name, 1);
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("weights"), b"weights").unwrap();
+    let request = pb::CancelTrainingJobRequest { name: name.clone() };
+    let cancelled = client.training().cancel_training_job(request).await;
+    assert!(is_final(cancelled.unwrap().into_inner().state()));
+    name
+}
+
+/// Waits until each of these jobs has a folder if and only if it exists.
+async fn until_files_have_jobs(server: &Server, client: &Client, jobs: &[String]) {
+    for name in jobs {
+        let folder = server.data_dir.join("jobs").join(id(name));
+        until("the files of existing jobs only", LIMIT, async || {
+            try_get(client, name).await.is_ok() == folder.exists()
+        })
+        .await;
+    }
+}
+
 /// A client that leaves while its job is being deleted must not leave the files, and the audit log
-/// has the deletion. The files are made by hand, because the jobs never run.
+/// has the deletion.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_a_client_deletes_and_leaves_has_no_files() {
     let dir = tempfile::tempdir().unwrap();
@@ -470,13 +494,7 @@ async fn a_job_that_a_client_deletes_and_leaves_has_no_files() {
     let mut jobs = Vec::new();
     let mut took = LIMIT;
     for i in 0..100u32 {
-        let name = submit(&client, job(&dataset.name, 1)).await;
-        let request = pb::CancelTrainingJobRequest { name: name.clone() };
-        let cancelled = client.training().cancel_training_job(request).await;
-        assert!(is_final(cancelled.unwrap().into_inner().state()));
-        let folder = checkpoint(dir.path(), &name, 1);
-        std::fs::create_dir_all(&folder).unwrap();
-        std::fs::write(folder.join("weights"), b"weights").unwrap();
+        let name = cancelled_with_files(&server, &client, job(&dataset.name, 1)).await;
         // Different clients, because a connection ends with all of its calls.
         let leaving = server.client().await;
         let request = pb::DeleteTrainingJobRequest { name: name.clone() };
@@ -493,15 +511,10 @@ async fn a_job_that_a_client_deletes_and_leaves_has_no_files() {
         }
         jobs.push(name);
     }
+    until_files_have_jobs(&server, &client, &jobs).await;
     let mut deleted = Vec::new();
     for name in jobs {
-        let folder = dir.path().join("jobs").join(id(&name));
-        let exists = async || try_get(&client, &name).await.is_ok();
-        until("files of the jobs that exist only", LIMIT, async || {
-            exists().await == folder.exists()
-        })
-        .await;
-        if !exists().await {
+        if try_get(&client, &name).await.is_err() {
             deleted.push(name);
         }
     }
@@ -513,4 +526,39 @@ async fn a_job_that_a_client_deletes_and_leaves_has_no_files() {
         })
         .await;
     }
+}
+
+/// A server that ends while it deletes expired jobs must not leave the files of one whose row is
+/// deleted: nothing would remove them later.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_while_jobs_expire_leaves_no_files_without_a_job() {
+    let dir = tempfile::tempdir().unwrap();
+    let models = format!("tiny={}", crate::support::golden("models/llama").display());
+    // The server looks for expired jobs every four seconds, and so finds many at once.
+    let mut server = Server::start_with(dir.path(), &models, &["--lease", "12"]);
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let running = submit(&client, job(&dataset.name, 1_000_000)).await;
+    until_event(&client, &running, |e| is_step(e, 1)).await;
+    let mut expiring = job(&dataset.name, 1);
+    expiring.ttl = Some(prost_types::Duration {
+        seconds: 1,
+        nanos: 0,
+    });
+    let mut jobs = Vec::new();
+    for _ in 0..60 {
+        jobs.push(cancelled_with_files(&server, &client, expiring.clone()).await);
+    }
+    let folders = dir.path().join("jobs");
+    let left = || std::fs::read_dir(&folders).unwrap().count();
+    let most = left();
+    let start = std::time::Instant::now();
+    // Finer than `until`: the deletions take milliseconds.
+    while left() >= most {
+        assert!(start.elapsed() < LIMIT, "nothing expires");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(server.terminate(LIMIT).success());
+    let server = Server::start(dir.path());
+    until_files_have_jobs(&server, &server.client().await, &jobs).await;
 }
