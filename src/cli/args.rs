@@ -825,7 +825,8 @@ pub struct RoundsArgs {
     #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Rounds",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub compare_prompts: u32,
-    /// Time in seconds for which calls are repeated while the server is busy or not reached.
+    /// Time in seconds for which calls about a prompt are repeated while the server is busy or not
+    /// reached.
     #[arg(
         long,
         value_name = "SECONDS",

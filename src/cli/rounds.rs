@@ -21,7 +21,7 @@ use self::compare::compare;
 use self::folder::{RunFolder, RunHeader};
 use self::report::{ComparisonSummary, HeldOutPairs, RoundPairs, RoundReport};
 use self::training::{RoundTemplate, RoundTrainer, TrainedRound};
-use super::args::{DataArgs, Output, RoundsArgs};
+use super::args::{DataArgs, Output, PairMakingArgs, RoundsArgs};
 use super::data::DataFiles;
 use super::evaluate::evaluate_dataset;
 use super::failure::{Failure, Outcome};
@@ -32,6 +32,7 @@ use super::pairs::{self, PairMaker, PairPolicies, RESULT_COLUMNS, differing};
 use super::policy_names::{PolicyNames, same_model_warning};
 use super::progress::{self, say, warn};
 use super::remote::{connect, server_flag};
+use super::short_names::with_earlier_last;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
@@ -40,7 +41,11 @@ const ID_DIGITS: usize = 12;
 /// Setting that may still change while no job was created with it.
 const TRAINING_SETTINGS: &str = "--file";
 
-pub(super) async fn run(args: RoundsArgs, format: Output) -> Outcome {
+pub(super) async fn run(mut args: RoundsArgs, format: Output) -> Outcome {
+    let earlier = RunFolder::stored_header(&args.out)?.map(|header| header.settings);
+    if let Some(earlier) = &earlier {
+        keep_last(&mut args.making, earlier);
+    }
     let making = &args.making;
     let base = request(&making.form, &making.sampling, making.samples)?;
     check_standard_input(&args)?;
@@ -55,7 +60,8 @@ pub(super) async fn run(args: RoundsArgs, format: Output) -> Outcome {
             given.judge()
         )));
     }
-    template.complete(&client, &names).await?;
+    let earlier = earlier.as_ref().map(|settings| &settings["file"]);
+    template.complete(&client, &names, earlier).await?;
     let data = progress::find(&making.data, &making.reading).await?;
     let title = data.title();
     let prompts = read(&data, &making.form, &RESULT_COLUMNS)?;
@@ -114,6 +120,20 @@ pub(super) async fn run(args: RoundsArgs, format: Output) -> Outcome {
 
 fn rounds_interrupted() -> Failure {
     Failure::Interrupted("interrupted; the same command continues".to_owned())
+}
+
+/// Lets `@last` name the job that it named when the run began. The jobs of the run are newer.
+fn keep_last(making: &mut PairMakingArgs, earlier: &Value) {
+    let keep = |name: &mut String, setting: &str| {
+        *name = with_earlier_last(name, earlier[setting].as_str());
+    };
+    keep(&mut making.policy, "policy");
+    if let Some(judge) = &mut making.judge {
+        keep(judge, "judge");
+    }
+    if let Some(reference) = &mut making.reference {
+        keep(reference, "reference");
+    }
 }
 
 /// Checks that at most one of the files is the standard input.

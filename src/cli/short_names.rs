@@ -9,6 +9,8 @@ use crate::rpc::pb;
 
 /// The caller's newest resource of a collection.
 pub(super) const LAST: &str = "@last";
+/// Part of a checkpoint's name between its job and its step.
+const CHECKPOINTS: &str = "/checkpoints/";
 /// Minimum number of characters of the beginning of an ID, as in git.
 const MIN_PREFIX: usize = 4;
 /// Number of characters of a whole ID, a UUID.
@@ -184,9 +186,7 @@ pub(super) async fn model(client: &Client, given: &str) -> Result<String, Failur
 /// # Errors
 /// The errors of [`job`].
 pub(super) async fn checkpoint(client: &Client, given: &str) -> Result<String, Failure> {
-    let (of, step) = given
-        .split_once("/checkpoints/")
-        .unwrap_or((given, "latest"));
+    let (of, step) = given.split_once(CHECKPOINTS).unwrap_or((given, "latest"));
     Ok(format!("{}/checkpoints/{step}", job(client, of).await?))
 }
 
@@ -195,12 +195,29 @@ pub(super) async fn checkpoint(client: &Client, given: &str) -> Result<String, F
 /// # Errors
 /// The errors of [`job`], and a failure if the step is missing.
 pub(super) async fn one_checkpoint(client: &Client, given: &str) -> Result<String, Failure> {
-    if !given.contains("/checkpoints/") {
+    if !given.contains(CHECKPOINTS) {
         return Err(Failure::Usage(format!(
             "{given} is a job: name one of its checkpoints, {given}/checkpoints/STEP"
         )));
     }
     checkpoint(client, given).await
+}
+
+/// Returns a name with the job or dataset that [`LAST`] stood for when `earlier`, a whole name, was
+/// made of it. Every other name is returned as it is.
+pub(super) fn with_earlier_last(given: &str, earlier: Option<&str>) -> String {
+    let job_of = |name: &str| name.split_once(CHECKPOINTS).map(|(job, _)| job.to_owned());
+    let of = job_of(given).unwrap_or_else(|| given.to_owned());
+    let collections = [JOBS, DATASETS].map(|collection| format!("{collection}/"));
+    let earlier = earlier
+        .filter(|name| of == LAST && collections.iter().any(|prefix| name.starts_with(prefix)));
+    match earlier {
+        Some(name) => {
+            let last = job_of(name).unwrap_or_else(|| name.to_owned());
+            given.replacen(LAST, &last, 1)
+        }
+        None => given.to_owned(),
+    }
 }
 
 fn without<'a>(collection: &str, name: &'a str) -> &'a str {
@@ -285,6 +302,27 @@ mod tests {
         match pick(JOBS, "aaaa", &many) {
             Err(Failure::Usage(said)) => assert!(said.contains("aaaa7, and 12 more;"), "{said}"),
             other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn last_keeps_its_earlier_meaning_and_other_names_stay() {
+        let job = Some("trainingJobs/a/checkpoints/latest");
+        for (given, earlier, expected) in [
+            ("@last", job, "trainingJobs/a"),
+            (
+                "@last/checkpoints/best",
+                job,
+                "trainingJobs/a/checkpoints/best",
+            ),
+            ("@last", Some("datasets/d"), "datasets/d"),
+            ("@last", Some("models/tiny"), "@last"),
+            ("@last", Some(""), "@last"),
+            ("@last", None, "@last"),
+            ("trainingJobs/b", job, "trainingJobs/b"),
+            ("tiny", job, "tiny"),
+        ] {
+            assert_eq!(with_earlier_last(given, earlier), expected, "{given}");
         }
     }
 

@@ -248,6 +248,15 @@ async fn rounds_that_cannot_go_on_are_refused() {
     refused(&out, &none, &["3 near ties", "round 1 of 2 has no pairs"]);
     // The same command says the same, and other flags are those of another run.
     refused(&out, &none, &["round 1 of 2 has no pairs"]);
+    // With newer jobs, such as those of the run, @last is still the job of the first start.
+    let named = dir.join("named");
+    let last = ["--judge", "@last", "--min-margin", "1e9"];
+    refused(&named, &last, &["round 1 of 2 has no pairs"]);
+    let newer = self::judge(&client).await;
+    assert_ne!(newer, judge);
+    refused(&named, &last, &["round 1 of 2 has no pairs"]);
+    let step = ["--judge", "@last/checkpoints/4", "--min-margin", "1e9"];
+    refused(&named, &step, &["another value of --judge"]);
     let other = [&none[..], &["--temperature", "0.5"]].concat();
     refused(&out, &other, &["another value of --temperature"]);
     // The settings of the training may change before the first job is created.

@@ -90,6 +90,18 @@ impl RunFolder {
         }
     }
 
+    /// Returns the run of a folder without opening it; `None` if there is no such folder, or the
+    /// folder has no run.
+    ///
+    /// # Errors
+    /// Returns a failure if the file cannot be read.
+    pub fn stored_header(path: &Path) -> Result<Option<RunHeader>, Failure> {
+        match path.is_dir() {
+            true => read(path, &header_path(path)),
+            false => Ok(None),
+        }
+    }
+
     /// Returns the path of the folder.
     pub fn path(&self) -> &Path {
         &self.path
@@ -100,7 +112,7 @@ impl RunFolder {
     /// # Errors
     /// Returns a failure if the file cannot be read, or the folder has rounds of an unknown run.
     pub fn header(&self) -> Result<Option<RunHeader>, Failure> {
-        let header = self.read(&self.header_path())?;
+        let header = Self::stored_header(&self.path)?;
         let first = self.round(1);
         if header.is_none() && first.exists() {
             return Err(Failure::Usage(format!(
@@ -117,7 +129,7 @@ impl RunFolder {
     /// # Errors
     /// Returns a failure if the file cannot be written.
     pub fn store_header(&self, header: &RunHeader) -> Outcome {
-        write(&self.header_path(), std::slice::from_ref(header))
+        write(&header_path(&self.path), std::slice::from_ref(header))
     }
 
     /// Creates the folder of a round.
@@ -146,7 +158,7 @@ impl RunFolder {
     /// # Errors
     /// Returns a failure if the file cannot be read.
     pub fn training(&self, number: u32) -> Result<Option<RoundTraining>, Failure> {
-        self.read(&self.training_path(number))
+        read(&self.path, &self.training_path(number))
     }
 
     /// Stores the training of a round.
@@ -180,7 +192,7 @@ impl RunFolder {
     /// # Errors
     /// Returns a failure if the file cannot be read.
     pub fn report<T: DeserializeOwned>(&self, number: u32) -> Result<Option<T>, Failure> {
-        self.read(&self.report_path(number))
+        read(&self.path, &self.report_path(number))
     }
 
     /// Stores the report of a round.
@@ -189,10 +201,6 @@ impl RunFolder {
     /// Returns a failure if the file cannot be written.
     pub fn store_report(&self, number: u32, report: &impl Serialize) -> Outcome {
         write(&self.report_path(number), std::slice::from_ref(report))
-    }
-
-    fn header_path(&self) -> PathBuf {
-        self.path.join("rounds.json")
     }
 
     fn round(&self, number: u32) -> PathBuf {
@@ -206,22 +214,27 @@ impl RunFolder {
     fn report_path(&self, number: u32) -> PathBuf {
         self.round(number).join("report.json")
     }
+}
 
-    fn read<T: DeserializeOwned>(&self, path: &Path) -> Result<Option<T>, Failure> {
-        let text = match fs::read(path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(failed(path)(e)),
-        };
-        let value = serde_json::from_slice(&text).map_err(|e| {
-            Failure::Failed(format!(
-                "{}: {e}; name another folder than {} with --out to begin again",
-                path.display(),
-                self.path.display()
-            ))
-        })?;
-        Ok(Some(value))
-    }
+fn header_path(folder: &Path) -> PathBuf {
+    folder.join("rounds.json")
+}
+
+/// Reads a file of a run's folder; `None` if there is none.
+fn read<T: DeserializeOwned>(folder: &Path, path: &Path) -> Result<Option<T>, Failure> {
+    let text = match fs::read(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(failed(path)(e)),
+    };
+    let value = serde_json::from_slice(&text).map_err(|e| {
+        Failure::Failed(format!(
+            "{}: {e}; name another folder than {} with --out to begin again",
+            path.display(),
+            folder.display()
+        ))
+    })?;
+    Ok(Some(value))
 }
 
 /// Writes a file with one value a line, which exists only as a whole.
@@ -258,6 +271,7 @@ mod tests {
         let path = dir.path().join("run");
         let folder = RunFolder::open(&path).unwrap();
         assert_eq!(folder.header().unwrap(), None);
+        assert_eq!(RunFolder::stored_header(&path).unwrap(), None);
         folder.store_header(&header()).unwrap();
         folder.create_round(1).unwrap();
         let training = RoundTraining {
@@ -269,6 +283,10 @@ mod tests {
         let e = RunFolder::open(&path).unwrap_err();
         let part = "another bradley rounds works on";
         assert!(e.message().contains(part), "{}", e.message());
+        let stored = RunFolder::stored_header(&path).unwrap();
+        assert_eq!(stored, Some(header()));
+        let nowhere = dir.path().join("nowhere");
+        assert_eq!(RunFolder::stored_header(&nowhere).unwrap(), None);
         drop(folder);
         let folder = RunFolder::open(&path).unwrap();
         assert_eq!(folder.header().unwrap(), Some(header()));

@@ -15,7 +15,7 @@ use crate::cli::job_wait::end_of_job;
 use crate::cli::output::state;
 use crate::cli::policy_names::PolicyNames;
 use crate::cli::progress::{WorkProgress, say, warn};
-use crate::cli::short_names;
+use crate::cli::short_names::{self, with_earlier_last};
 use crate::cli::train::{base_model, read_job_file};
 use crate::domain::logged::LOGGED_REFERENCE;
 use crate::rpc::canonical::{self, CanonicalError, FieldSelection};
@@ -102,17 +102,26 @@ impl RoundTemplate {
         })
     }
 
-    /// Completes the names in the job file.
+    /// Completes the names in the job file. In a run that an earlier start has begun, `@last` means
+    /// what it meant then; `earlier` has the settings of that start.
     ///
     /// # Errors
     /// Returns a failure if a name stands for nothing on the server.
-    pub async fn complete(&mut self, client: &Client, names: &PolicyNames) -> Outcome {
+    pub async fn complete(
+        &mut self,
+        client: &Client,
+        names: &PolicyNames,
+        earlier: Option<&Value>,
+    ) -> Outcome {
+        let earlier = |field: &str| earlier.and_then(|settings| settings[field].as_str());
         if !self.job.reference.is_empty() {
             let word = self.words.of_field("training_job.reference");
-            self.job.reference = names.complete(&word, &self.job.reference).await?;
+            let given = with_earlier_last(&self.job.reference, earlier("reference"));
+            self.job.reference = names.complete(&word, &given).await?;
         }
         if let Some(Evaluation::EvalDataset(name)) = &mut self.job.evaluation {
-            *name = short_names::dataset(client, name).await?;
+            let given = with_earlier_last(name, earlier("eval_dataset"));
+            *name = short_names::dataset(client, &given).await?;
         }
         Ok(())
     }
@@ -125,7 +134,8 @@ impl RoundTemplate {
         canonical::to_value(&self.job, FieldSelection::Set).map_err(unreadable)
     }
 
-    /// Checks the settings before any pair is made.
+    /// Checks the values of the settings before any pair is made. The server checks others, such as
+    /// the target modules, only with a dataset.
     ///
     /// # Errors
     /// Returns a failure that names the fields which the server refuses.
