@@ -819,6 +819,7 @@ pub struct RoundsArgs {
     #[arg(short, long, value_name = "FILE", help_heading = "Rounds")]
     pub file: Option<PathBuf>,
     /// Files of preference pairs on which each new policy is evaluated, in the formats of --data.
+    /// The names of --columns are for them, too.
     #[arg(long, value_name = "FILE", num_args = 1.., help_heading = "Rounds")]
     pub eval_data: Vec<String>,
     /// Number of prompts, the first ones, whose answers are compared before and after each round.

@@ -752,10 +752,14 @@ pub fn hub(sources: &Sources) -> HubOptions {
         endpoint: sources.variable("HF_ENDPOINT").map(str::to_owned),
         token: sources.variable("HF_TOKEN").map(str::to_owned),
         cache_dir: path("HF_HUB_CACHE").or_else(|| path("HF_HOME").map(|p| p.join("hub"))),
-        offline: sources
-            .variable("HF_HUB_OFFLINE")
-            .is_some_and(|v| !matches!(v, "0" | "false" | "no" | "off")),
+        offline: sources.variable("HF_HUB_OFFLINE").is_some_and(is_on),
     }
+}
+
+/// Returns true for the values with which the hub's own tools turn something on.
+fn is_on(value: &str) -> bool {
+    let on = ["1", "on", "yes", "true"];
+    on.iter().any(|name| value.eq_ignore_ascii_case(name))
 }
 
 struct SettingsReader<'a> {
@@ -1032,6 +1036,17 @@ mod tests {
         let s = sources(&[("rest_hosts", "bradley:50051")], &[], "models = \"/x\"");
         let bad = Settings::resolve(&s).err().unwrap();
         assert_eq!(bad.listed()[0].field, "--rest-hosts");
+    }
+
+    #[test]
+    fn the_hub_is_offline_for_the_values_that_its_own_tools_accept() {
+        let is_offline = |value| hub(&sources(&[], &[("HF_HUB_OFFLINE", value)], "")).offline;
+        for on in ["1", "true", "True", "YES", "on"] {
+            assert!(is_offline(on), "{on}");
+        }
+        for off in ["", "0", "false", "False", "NO", "off"] {
+            assert!(!is_offline(off), "{off}");
+        }
     }
 
     #[test]

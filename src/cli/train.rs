@@ -380,8 +380,9 @@ impl TrainCall {
         Ok(())
     }
 
-    /// Checks everything in a job except its data, before the data is uploaded. The server refuses
-    /// the missing datasets in any case, and tells the other errors with them.
+    /// Checks the values of a job's fields before the data is uploaded. The server refuses the
+    /// missing datasets in any case, and tells the other wrong values with them. What depends on
+    /// the model or on another job, it checks only with the datasets.
     async fn check_without_data(&self, args: &TrainArgs, job: &PlannedJob) -> Result<(), Failure> {
         let mut request = job.request.clone();
         if !args.data.is_empty() {
