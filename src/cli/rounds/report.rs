@@ -5,12 +5,11 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use unicode_width::UnicodeWidthStr;
 
 use super::compare::ComparedAnswers;
 use crate::cli::failure::Failure;
 use crate::cli::generate::shown;
-use crate::cli::output::{self, table::elide};
+use crate::cli::output::{self, wrap::wrapped};
 
 /// Number of prompts whose answers a report has.
 const MAX_SAMPLES: usize = 3;
@@ -180,7 +179,7 @@ pub(super) fn text(reports: &[RoundReport]) -> String {
             let prompt = prompt_text(&sample.prompt);
             let (before, after) = (&sample.before.text, &sample.after.text);
             for (name, text) in [("prompt", &prompt), ("before", before), ("after", after)] {
-                for (j, line) in wrapped(&shown(text)).into_iter().enumerate() {
+                for (j, line) in first_lines(&shown(text)).into_iter().enumerate() {
                     let name = if j == 0 { name } else { "" };
                     parts.push(format!("  {name:<8}{line}").trim_end().to_owned());
                 }
@@ -206,32 +205,27 @@ fn prompt_text(prompt: &Value) -> String {
     }
 }
 
-/// Breaks a text into at most [`MAX_LINES`] lines of [`TEXT_WIDTH`] columns; `…` stands for what
-/// does not fit. An empty text is one line.
-fn wrapped(text: &str) -> Vec<String> {
-    let mut lines = vec![String::new()];
-    for word in text.split_whitespace() {
-        let word = elide(word, TEXT_WIDTH);
-        let count = lines.len();
-        let Some(line) = lines.last_mut() else { break };
-        let room = TEXT_WIDTH.saturating_sub(line.width() + 1);
-        if line.is_empty() {
-            line.push_str(&word);
-        } else if word.width() <= room {
-            line.push(' ');
-            line.push_str(&word);
-        } else if count < MAX_LINES {
-            lines.push(word);
-        } else {
-            line.push('…');
-            break;
+/// Breaks a text into at most [`MAX_LINES`] lines of [`TEXT_WIDTH`] columns; `…` at the end stands
+/// for what does not fit. An empty text is one line.
+fn first_lines(text: &str) -> Vec<String> {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let mut lines = wrapped(&words.join(" "), TEXT_WIDTH);
+    if lines.len() > MAX_LINES {
+        lines.truncate(MAX_LINES);
+        if let Some(last) = lines.last_mut() {
+            last.push('…');
         }
+    }
+    if lines.is_empty() {
+        lines.push(String::new());
     }
     lines
 }
 
 #[cfg(test)]
 mod tests {
+    use unicode_width::UnicodeWidthStr;
+
     use super::super::compare::JudgedAnswer;
     use super::*;
 
@@ -307,14 +301,14 @@ mod tests {
     }
 
     #[test]
-    fn words_are_not_cut_and_long_ones_are_shortened() {
-        assert_eq!(wrapped(" a\n b "), ["a b"]);
-        assert_eq!(wrapped(""), [""]);
-        let endless = wrapped(&"x".repeat(500));
-        assert_eq!(endless.len(), 1);
-        assert_eq!(endless[0].width(), TEXT_WIDTH);
-        let many = wrapped(&"word ".repeat(200));
+    fn a_long_text_has_its_first_lines_also_without_spaces() {
+        assert_eq!(first_lines(" a\n b "), ["a b"]);
+        assert_eq!(first_lines(""), [""]);
+        let many = first_lines(&"word ".repeat(200));
         assert_eq!(many.len(), MAX_LINES);
         assert!(many[MAX_LINES - 1].ends_with("word…"));
+        let chinese = first_lines(&"水".repeat(500));
+        let widths: Vec<usize> = chinese.iter().map(|line| line.width()).collect();
+        assert_eq!(widths, [68, 68, 68, 69]);
     }
 }
