@@ -800,6 +800,7 @@ pub struct PairsArgs {
 #[command(after_help = ROUNDS_HELP)]
 #[command(mut_arg("policy", |policy| policy.help(FIRST_POLICY)))]
 #[command(mut_arg("judge", |judge| judge.help(JUDGE_OF_ROUNDS)))]
+#[command(mut_arg("seed", |seed| seed.help(SEED_OF_ROUNDS)))]
 pub struct RoundsArgs {
     /// The server to connect to.
     #[command(flatten, next_help_heading = "Connection")]
@@ -842,6 +843,9 @@ const FIRST_POLICY: &str = "The policy of the first round, which answers and is 
 
 const JUDGE_OF_ROUNDS: &str = "The policy whose rewards rank the samples of all rounds, named as \
     --policy is. Default: the policy of each round";
+
+const SEED_OF_ROUNDS: &str = "Seed of the random numbers; row N has the seed + N − 1 in the first \
+    round, and each later round has the seeds after those. Default: random";
 
 /// Parses a finite number that is not negative.
 fn finite_from_zero(text: &str) -> Result<f64, String> {
