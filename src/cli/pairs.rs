@@ -136,7 +136,7 @@ pub(super) async fn make(
         say(&format!("{done} of {total} prompts were done before"));
     }
     let progress = WorkProgress::prompts(what, total as u64);
-    progress.set(done as u64);
+    progress.start_at(done as u64);
     let work = make_all(maker, title, rows, &mut outcomes, &progress);
     progress.during(work).await?;
     drop(progress);

@@ -39,6 +39,8 @@ pub(super) struct WorkProgress {
     bar: ProgressBar,
     is_terminal: bool,
     started: Instant,
+    /// Position at the start, which an earlier command has reached.
+    first_position: Cell<u64>,
     is_shown: Cell<bool>,
     /// True if nothing is to be shown any more.
     is_over: Cell<bool>,
@@ -57,6 +59,7 @@ impl WorkProgress {
             bar,
             is_terminal: std::io::stderr().is_terminal(),
             started: Instant::now(),
+            first_position: Cell::new(0),
             is_shown: Cell::new(false),
             is_over: Cell::new(false),
             next_line: Cell::new(LINE_INTERVAL),
@@ -118,6 +121,13 @@ impl WorkProgress {
 
     /// Sets the position.
     pub fn set(&self, position: u64) {
+        self.bar.set_position(position);
+    }
+
+    /// Sets the position that an earlier command has reached. The time that is left is estimated
+    /// from what is done after it.
+    pub fn start_at(&self, position: u64) {
+        self.first_position.set(position);
         self.bar.set_position(position);
     }
 
@@ -186,11 +196,14 @@ impl WorkProgress {
                 .get()
                 .map(|left| format!("{} left", HumanDuration(left)));
             parts.extend(left);
-        } else if let Some(total) = self.bar.length().filter(|n| *n > done && done > 0) {
+            return parts.join(", ");
+        }
+        let done_here = done.saturating_sub(self.first_position.get());
+        if let Some(total) = self.bar.length().filter(|n| *n > done && done_here > 0) {
             let left = self
                 .started
                 .elapsed()
-                .mul_f64((total - done) as f64 / done as f64);
+                .mul_f64((total - done) as f64 / done_here as f64);
             parts.push(format!("{} left", HumanDuration(left)));
         }
         parts.join(", ")
@@ -305,4 +318,22 @@ fn of_files(failure: Failure, title: &str) -> Failure {
         message.push_str("; --columns chosen=NAME reads the column NAME as chosen");
     }
     Failure::Usage(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_that_is_left_follows_from_what_this_command_has_done() {
+        let mut progress = WorkProgress::prompts("making pairs", 1000);
+        let ago = Duration::from_secs(100);
+        progress.started = Instant::now().checked_sub(ago).unwrap();
+        progress.start_at(980);
+        assert_eq!(progress.details(), "");
+        progress.add(10);
+        // 10 prompts in 100 seconds, and 10 are left.
+        assert_eq!(progress.details(), "2 minutes left");
+        assert!(progress.line(ago).starts_with("making pairs: 990 of 1000"));
+    }
 }
