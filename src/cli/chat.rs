@@ -276,11 +276,12 @@ impl ChatSession {
             output::write(shown(&output::stream_item(self.format, &item)).as_bytes())?;
         }
         match &answers {
-            Some((left, _)) if is_cut(left) => say(&format!(
-                "note: the answer is cut off after {} tokens (--max-tokens)",
-                left.usage.completion_tokens
-            )),
-            Some(_) => {}
+            Some((left, right)) => {
+                self.note_cut(&self.base.policy, left);
+                if let Some((right, policy)) = right.as_ref().zip(self.beside.as_ref()) {
+                    self.note_cut(policy, right);
+                }
+            }
             None => self.tell(
                 "stopped; the conversation goes on with this part of the answer, /retry asks again",
             ),
@@ -294,6 +295,21 @@ impl ChatSession {
         self.unanswered = None;
         self.seed = self.seed.map(|seed| seed.wrapping_add(1));
         Ok(())
+    }
+
+    /// Says that the answer of a policy is cut off, if it is.
+    fn note_cut(&self, policy: &str, samples: &Samples) {
+        if !is_cut(samples) {
+            return;
+        }
+        let of = match &self.beside {
+            Some(_) => format!(" of {policy}"),
+            None => String::new(),
+        };
+        let tokens = samples.usage.completion_tokens;
+        say(&format!(
+            "note: the answer{of} is cut off after {tokens} tokens (--max-tokens)"
+        ));
     }
 
     /// Returns the way in which the next answers are shown.

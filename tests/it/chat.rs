@@ -242,7 +242,13 @@ async fn two_policies_answer_beside_each_other() {
     }
     assert_eq!(turns.len(), 2);
     // Without a terminal the texts are whole, one below the other.
-    assert_eq!(succeed(&server.address, &flags, input), below);
+    let out = run(&server.address, &flags, input.as_bytes());
+    assert_eq!(text(&out.stdout), below);
+    let said = text(&out.stderr);
+    for policy in ["models/tiny", "models/other"] {
+        let note = format!("the answer of {policy} is cut off after {MAX_TOKENS} tokens");
+        assert_eq!(said.matches(&note).count(), 2, "{said}");
+    }
 
     let (terminal, stdout) = Terminal::open();
     let mut columns = command(&server.address, &flags);
