@@ -65,9 +65,10 @@ pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
             folder.display()
         ));
     }
+    let flag = server_flag(&args.server);
     let mut curation = Curation {
         folder: ScoreFolder::open(&args.out, &run)?,
-        jobs: FoldJobs::find(&client, template, &run, args.folds).await?,
+        jobs: FoldJobs::find(&client, flag, template, &run, args.folds).await?,
         fleet,
         folds: args.folds,
         data,
@@ -80,7 +81,7 @@ pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
     };
     let report = match result {
         Ok(report) => report,
-        Err(failure) => return Err(resumable(failure, &curation.jobs, &args)),
+        Err(failure) => return Err(resumable(failure, &curation.jobs)),
     };
     let document = report.to_json(&run, &model.name);
     if let Some(path) = &args.report {
@@ -222,9 +223,9 @@ fn run_id(
 }
 
 /// Adds to a failure how to continue, and what is on the server meanwhile.
-fn resumable(failure: Failure, jobs: &FoldJobs, args: &CurateArgs) -> Failure {
+fn resumable(failure: Failure, jobs: &FoldJobs) -> Failure {
     let mut text = "the same command continues from here".to_owned();
-    if let Some(remaining) = jobs.remaining(&server_flag(&args.server)) {
+    if let Some(remaining) = jobs.remaining() {
         text.push_str(&format!("; {remaining}"));
     }
     let with = |message: String| format!("{message}\n{text}");
@@ -317,8 +318,7 @@ impl Curation {
         match self.jobs.delete().await {
             Ok(()) => self.folder.remove(),
             Err(failure) => {
-                let flag = server_flag(&args.server);
-                let remaining = self.jobs.remaining(&flag).unwrap_or_default();
+                let remaining = self.jobs.remaining().unwrap_or_default();
                 let done = format!("{} is complete, but {remaining}", args.out.display());
                 Err(Failure::Failed(format!("{done}\n{}", failure.message())))
             }

@@ -15,18 +15,22 @@ pub(super) struct EndedJob {
     pub reason: String,
 }
 
-/// Waits for the end of a job and shows its progress. `state` is that of the job at the beginning.
+/// Waits for the end of a job and shows its progress. `state` is that of the job at the beginning,
+/// and `server_flag` the one that names the server in commands that are shown.
 ///
 /// # Errors
 /// Returns a failure if the server refuses the call, or is not reached for long.
 pub(super) async fn end_of_job(
     client: &Client,
     (name, state): (&str, pb::JobState),
+    server_flag: &str,
     progress: &WorkProgress,
 ) -> Result<EndedJob, Failure> {
     if matches!(state, pb::JobState::Paused | pb::JobState::Pausing) {
         progress.suspend(|| {
-            warn(&format!("{name} is paused: bradley jobs resume {name}"));
+            warn(&format!(
+                "{name} is paused: bradley jobs resume {name}{server_flag}"
+            ));
         });
     }
     let mut reason = String::new();

@@ -90,6 +90,7 @@ pub(super) async fn run(mut args: RoundsArgs, format: Output) -> Outcome {
         folder,
         trainer: RoundTrainer {
             client: client.clone(),
+            server_flag: server_flag(&args.server),
             template,
             running: None,
         },
@@ -359,7 +360,7 @@ impl RoundsInProgress<'_> {
         let Some(job) = self.trainer.running.as_ref().filter(|_| is_interrupted) else {
             return failure;
         };
-        let flag = server_flag(&self.args.server);
+        let flag = &self.trainer.server_flag;
         failure.with_remark(&format!(
             "the job goes on; to end it: bradley jobs cancel {job}{flag}"
         ))

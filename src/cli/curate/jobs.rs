@@ -151,6 +151,8 @@ impl From<Failure> for CreateError {
 /// The jobs of one curation.
 pub(super) struct FoldJobs {
     client: Client,
+    /// The flag that names the server in commands that are shown.
+    server_flag: String,
     template: JobTemplate,
     run: String,
     folds: u32,
@@ -164,12 +166,14 @@ impl FoldJobs {
     /// Finds the jobs of earlier starts.
     pub async fn find(
         client: &Client,
+        server_flag: String,
         template: JobTemplate,
         run: &str,
         folds: u32,
     ) -> Result<Self, Failure> {
         let mut found = FoldJobs {
             client: client.clone(),
+            server_flag,
             template,
             run: run.to_owned(),
             folds,
@@ -221,10 +225,13 @@ impl FoldJobs {
                 Err(error) => return Err(self.template.words.failure(error)),
             }
         }
+        let commands = names
+            .iter()
+            .map(|name| format!("bradley jobs delete {name}{}", self.server_flag));
         Err(Failure::Failed(format!(
             "the datasets of an earlier start were deleted, so that its jobs cannot be used: \
-             delete these, too (bradley jobs delete {}), and run the command again",
-            names.join(", bradley jobs delete ")
+             delete these, too ({}), and run the command again",
+            commands.collect::<Vec<_>>().join(", ")
         )))
     }
 
@@ -244,7 +251,8 @@ impl FoldJobs {
     }
 
     /// Describes what is on the server, with the commands that remove it; `None` if nothing is.
-    pub fn remaining(&self, flag: &str) -> Option<String> {
+    pub fn remaining(&self) -> Option<String> {
+        let flag = &self.server_flag;
         let mut lines = Vec::new();
         for job in self.jobs.values() {
             lines.push(format!("  bradley jobs cancel {}{flag}", job.name));
@@ -361,7 +369,8 @@ impl FoldJobs {
     /// # Errors
     /// Returns a failure unless the job succeeds.
     pub async fn wait(&self, job: &FoldJob, progress: &WorkProgress) -> Outcome {
-        let ended = end_of_job(&self.client, (job.name.as_str(), job.state), progress).await?;
+        let named = (job.name.as_str(), job.state);
+        let ended = end_of_job(&self.client, named, &self.server_flag, progress).await?;
         if ended.state == pb::JobState::Succeeded {
             return Ok(());
         }

@@ -201,6 +201,8 @@ fn unreadable(error: CanonicalError) -> Failure {
 /// Trains the policies of a run.
 pub(super) struct RoundTrainer {
     pub client: Client,
+    /// The flag that names the server in commands that are shown.
+    pub server_flag: String,
     pub template: RoundTemplate,
     /// Name of the job that is waited for.
     pub running: Option<String>,
@@ -341,7 +343,8 @@ impl RoundTrainer {
     async fn checkpoint(&self, job: &pb::TrainingJob, what: &str) -> Result<String, Failure> {
         let name = job.name.as_str();
         let progress = WorkProgress::steps(&format!("{what}: training"));
-        let ended = end_of_job(&self.client, (name, job.state()), &progress).await?;
+        let flag = &self.server_flag;
+        let ended = end_of_job(&self.client, (name, job.state()), flag, &progress).await?;
         drop(progress);
         if ended.state != pb::JobState::Succeeded {
             return Err(Failure::Failed(format!(
@@ -361,7 +364,7 @@ impl RoundTrainer {
             Some(checkpoint) => Ok(checkpoint.name.clone()),
             None => Err(Failure::Failed(format!(
                 "the checkpoints of {name} were deleted: delete the job, too (bradley jobs delete \
-                 {name}), and run the same command again"
+                 {name}{flag}), and run the same command again"
             ))),
         }
     }
