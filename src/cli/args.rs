@@ -844,8 +844,8 @@ const FIRST_POLICY: &str = "The policy of the first round, which answers and is 
 const JUDGE_OF_ROUNDS: &str = "The policy whose rewards rank the samples of all rounds, named as \
     --policy is. Default: the policy of each round";
 
-const SEED_OF_ROUNDS: &str = "Seed of the random numbers; row N has the seed + N − 1 in the first \
-    round, and each later round has the seeds after those. Default: random";
+const SEED_OF_ROUNDS: &str = "Seed of the random numbers; row N has the seed + N − 1 in the \
+    first round, and each later round has the seeds after those. Default: random";
 
 /// Parses a finite number that is not negative.
 fn finite_from_zero(text: &str) -> Result<f64, String> {

@@ -205,8 +205,8 @@ fn prompt_text(prompt: &Value) -> String {
     }
 }
 
-/// Breaks a text into at most [`MAX_LINES`] lines of [`TEXT_WIDTH`] columns; `…` at the end stands
-/// for what does not fit. An empty text is one line.
+/// Breaks a text into at most [`MAX_LINES`] lines of [`TEXT_WIDTH`] columns; `…` at the end
+/// stands for what does not fit. An empty text is one line.
 fn first_lines(text: &str) -> Vec<String> {
     let words: Vec<&str> = text.split_whitespace().collect();
     let mut lines = wrapped(&words.join(" "), TEXT_WIDTH);
