@@ -1052,7 +1052,7 @@ async fn a_saved_calibration_belongs_to_exactly_its_checkpoint_and_options() {
     let said = String::from_utf8(refused.stderr).unwrap();
     assert!(
         refused.status.code() == Some(2)
-            && said.contains("weights.calibration (there: ")
+            && said.contains("--save-calibration stored (there: ")
             && said.contains("temperature"),
         "{said}"
     );

@@ -492,7 +492,7 @@ async fn columns_are_mapped_and_logged_log_probs_are_not_used() {
         &mut run("in/x.jsonl", "lines", &["--columns", "prompt=asked"]),
         2,
     );
-    assert!(text.contains("columns (there: "), "{text}");
+    assert!(text.contains("--columns (there: "), "{text}");
     let flags = ["--columns", "prompt=asked,chosen=good,rejected=none"];
     succeed(&mut run("in/x.jsonl", "none", &flags));
     let error = rows(&at("none"))[0]["error"].to_string();
@@ -758,7 +758,8 @@ async fn a_dead_replica_loses_no_row_and_other_weights_in_its_place_are_refused(
     // Another run with these weights does not continue the parts of the others.
     let text = fail(&mut command(&address, input, &at("changed"), &args), 2);
     assert!(
-        text.contains("has the parts of another run") && text.contains("weights"),
+        text.contains("has the parts of another run")
+            && text.contains("differ in the content of the policy"),
         "{text}"
     );
 }
@@ -813,7 +814,7 @@ async fn what_cannot_be_scored_or_written_is_named_with_the_remedy() {
     let args = [&WEIGHTS[..], &["--part-rows", "4"]].concat();
     succeed(&mut command(&server.address, input, &at("out"), &args));
     let text = refused("out", &[&WEIGHTS[..], &["--part-rows", "5"]].concat(), 2);
-    assert!(text.contains("part_rows (there: 4, here: 5)"), "{text}");
+    assert!(text.contains("--part-rows (there: 4, here: 5)"), "{text}");
     // So would another content of an input.
     write_lines(&at("in/x.jsonl"), &pairs(11));
     let text = refused("out", &args, 1);

@@ -24,10 +24,32 @@ const RUN_FILE: &str = "_run.json";
 const MANIFEST_FILE: &str = "_manifest.json";
 /// Maximum number of parts whose counts are read at the same time.
 const MAX_READS: usize = 16;
-/// Maximum number of fields that an error about another run names.
-const MAX_DIFFERING: usize = 3;
-/// Maximum number of characters of each of their values.
+/// Maximum number of characters of a value in the error about another run.
 const MAX_SHOWN: usize = 80;
+/// Fields of a [`RunDescription`], with the words for them in the error about another run.
+const WORDS: [(&str, &str); 13] = [
+    ("weights.policy", "--policy"),
+    ("weights.reference", "--reference"),
+    ("weights.normalization", "--normalization"),
+    (
+        "weights.calibration",
+        "the calibration that evaluate --save-calibration stored",
+    ),
+    ("beta", "--beta"),
+    ("max_length", "--max-length"),
+    ("template_args", "--template-args"),
+    ("tools", "--tools"),
+    ("columns", "--columns"),
+    ("precision", "--precision"),
+    ("carry", "--carry"),
+    ("part_rows", "--part-rows"),
+    ("format", "--out-format"),
+];
+/// Fields that hold only hashes, with their words. Their values say nothing to people.
+const HASH_WORDS: [(&str, &str); 2] = [
+    ("weights.policy_content", "the content of the policy"),
+    ("weights.reference_content", "the content of the reference"),
+];
 
 /// Everything that the content of the parts depends on, besides the inputs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -96,26 +118,53 @@ impl RunDescription {
         if other == *self {
             return Ok(());
         }
-        let value = |run: &RunDescription| serde_json::to_value(run).unwrap_or_default();
-        let shown = |value: &Value| elide(&value.to_string(), MAX_SHOWN);
-        let mut differing: Vec<String> = flat::differences(&value(self), &value(&other))
-            .iter()
-            .map(|(path, here, there)| {
-                format!("{path} (there: {}, here: {})", shown(there), shown(here))
-            })
-            .collect();
-        // Other weights differ in all of their hashes, which say nothing to people.
-        let more = differing.len().saturating_sub(MAX_DIFFERING);
-        differing.truncate(MAX_DIFFERING);
-        if more > 0 {
-            differing.push(format!("and {more} more"));
-        }
         Err(Failure::Usage(format!(
             "--out {} has the parts of another run ({RUN_FILE}): they differ in {}: name another \
              --out",
             out.shown(),
-            differing.join(", ")
+            self.differences(&other).join(", ")
         )))
+    }
+
+    /// Describes the differences from the run that the output has, in the words of the flags.
+    fn differences(&self, other: &Self) -> Vec<String> {
+        let value = |run: &Self| serde_json::to_value(run).unwrap_or_default();
+        let mut described: Vec<String> = Vec::new();
+        for (path, here, there) in flat::differences(&value(self), &value(other)) {
+            let is_hash = |(field, _): &&(&str, &str)| {
+                let rest = path.strip_prefix(*field);
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+            };
+            let text = match HASH_WORDS.iter().find(is_hash) {
+                Some((_, words)) => (*words).to_owned(),
+                None => {
+                    let words = WORDS.iter().find(|(field, _)| *field == path);
+                    let words = words.map_or(path.as_str(), |(_, words)| *words);
+                    format!("{words} (there: {}, here: {})", shown(&there), shown(&here))
+                }
+            };
+            // Other content differs in several hashes.
+            if !described.contains(&text) {
+                described.push(text);
+            }
+        }
+        described
+    }
+}
+
+/// Returns a value as a person would type it; `none` for one that was not given.
+fn shown(value: &Value) -> String {
+    let text = match value {
+        Value::Null => String::new(),
+        Value::Array(items) => {
+            let items: Vec<String> = items.iter().map(flat::plain).collect();
+            items.join(",")
+        }
+        other => flat::plain(other),
+    };
+    match text.as_str() {
+        "" => "none".to_owned(),
+        text => elide(text, MAX_SHOWN),
     }
 }
 
@@ -280,22 +329,72 @@ mod tests {
         }
     }
 
+    /// Returns the error of a run in the output of another one.
+    async fn refusal(first: &RunDescription, second: &RunDescription) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().display().to_string();
+        let out = PartStore::open(&out, &BTreeMap::new()).unwrap();
+        first.claim(&out).await.unwrap();
+        first.claim(&out).await.unwrap();
+        second.claim(&out).await.unwrap_err().message().to_owned()
+    }
+
     #[tokio::test]
     async fn another_run_is_refused_also_by_a_field_that_only_one_of_both_has() {
-        let mapped = r#"["chosen=good"]"#;
+        let mapped = "chosen=good";
         for (first, second, there, here) in [
-            (run(&["chosen=good"]), run(&[]), mapped, "null"),
-            (run(&[]), run(&["chosen=good"]), "null", mapped),
+            (run(&[mapped]), run(&[]), mapped, "none"),
+            (run(&[]), run(&[mapped]), "none", mapped),
         ] {
-            let folder = tempfile::tempdir().unwrap();
-            let out = folder.path().display().to_string();
-            let out = PartStore::open(&out, &BTreeMap::new()).unwrap();
-            first.claim(&out).await.unwrap();
-            first.claim(&out).await.unwrap();
-            let refusal = second.claim(&out).await.unwrap_err();
-            let wanted = format!("they differ in columns (there: {there}, here: {here}): name");
-            let said = refusal.message();
+            let said = refusal(&first, &second).await;
+            let wanted = format!("they differ in --columns (there: {there}, here: {here}): name");
             assert!(said.contains(&wanted), "{said}");
         }
+    }
+
+    #[tokio::test]
+    async fn every_difference_from_another_run_is_named_by_its_flag() {
+        let first = run(&[]);
+        let hashes = |hash: &str| json!({"weights": hash, "config": hash});
+        let second = RunDescription {
+            weights: WeightsIdentity {
+                policy: "models/other".to_owned(),
+                reference: "models/m".to_owned(),
+                normalization: "mean".to_owned(),
+                policy_content: hashes("1"),
+                reference_content: hashes("2"),
+                calibration: Some("temperature 2.0".to_owned()),
+            },
+            beta: Some(0.5),
+            max_length: Some(64),
+            template_args: "{}".to_owned(),
+            tools: "[]".to_owned(),
+            columns: vec!["id=key".to_owned(), "prompt=p".to_owned()],
+            precision: "f32".to_owned(),
+            carry: vec!["a".to_owned(), "b".to_owned()],
+            part_rows: 9,
+            format: "parquet".to_owned(),
+        };
+        let said = refusal(&first, &second).await;
+        for wanted in [
+            "--policy (there: models/m, here: models/other)",
+            "--reference (there: none, here: models/m)",
+            "--normalization (there: sum, here: mean)",
+            "the content of the policy",
+            "the content of the reference",
+            "--save-calibration stored (there: none, here: temperature 2.0)",
+            "--beta (there: none, here: 0.5)",
+            "--max-length (there: none, here: 64)",
+            "--template-args (there: none, here: {})",
+            "--tools (there: none, here: [])",
+            "--columns (there: none, here: id=key,prompt=p)",
+            "--precision (there: none, here: f32)",
+            "--carry (there: none, here: a,b)",
+            "--part-rows (there: 8, here: 9)",
+            "--out-format (there: jsonl, here: parquet)",
+        ] {
+            assert_eq!(said.matches(wanted).count(), 1, "{wanted}: {said}");
+        }
+        assert!(!said.contains("weights."), "{said}");
     }
 }
