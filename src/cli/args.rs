@@ -354,6 +354,8 @@ impl Args for ServeArgs {
                 let arg = clap::Arg::new(*name)
                     .long(name.replace('_', "-"))
                     .value_name("VALUE")
+                    // The setting's own error says what is allowed.
+                    .allow_negative_numbers(true)
                     .action(action);
                 command.arg(arg.help(format!(
                     "{help}{default} [env: BRADLEY_{}]",
@@ -1444,16 +1446,28 @@ pub struct CurateArgs {
     /// Rank of the adapters, 1 to 1024.
     #[arg(
         long,
+        allow_negative_numbers = true,
         value_name = "N",
         default_value = "16",
         help_heading = "Training"
     )]
     pub rank: String,
     /// Pairs in a step.
-    #[arg(long, value_name = "N", default_value = "4", help_heading = "Training")]
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "N",
+        default_value = "4",
+        help_heading = "Training"
+    )]
     pub batch_size: String,
     /// Maximum number of tokens of prompt + answer. Longer pairs are cut. Default: 1024.
-    #[arg(long, value_name = "N", help_heading = "Training")]
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        value_name = "N",
+        help_heading = "Training"
+    )]
     pub max_length: Option<String>,
     /// Precision of matrix multiplications: f32 or bf16. Default: the server's own.
     #[arg(long, value_name = "VALUE", help_heading = "Training")]

@@ -1,5 +1,8 @@
-//! The layout of every command's help: flags of the connection in a section of their own, and no
-//! empty default values.
+//! Rules for the flags of every command: those of the connection have a section of their own in the
+//! help, an empty default is not shown, and a number may be negative, so that the error about it
+//! names the flag.
+
+use std::any::TypeId;
 
 use clap::{Arg, Command, CommandFactory as _};
 
@@ -27,7 +30,7 @@ pub(super) fn command() -> Command {
 /// Lays out a command and its subcommands.
 fn arrange(command: Command) -> Command {
     command
-        .mut_args(|arg| section(without_empty_default(arg)))
+        .mut_args(|arg| section(without_empty_default(with_any_number(arg))))
         .mut_subcommands(arrange)
 }
 
@@ -45,6 +48,38 @@ fn without_empty_default(arg: Arg) -> Arg {
         [only] if only.is_empty() => arg.hide_default_value(true),
         _ => arg,
     }
+}
+
+/// Passes negative numbers to the parser of a numeric flag. Without this, `-3` counts as an unknown
+/// flag.
+fn with_any_number(arg: Arg) -> Arg {
+    let value_type = arg.get_value_parser().type_id();
+    if value_type == TypeId::of::<u64>() {
+        return arg.allow_negative_numbers(true).value_parser(whole_number);
+    }
+    if value_type == TypeId::of::<usize>() {
+        let parser = |text: &str| {
+            whole_number(text).and_then(|n| usize::try_from(n).map_err(|e| e.to_string()))
+        };
+        return arg.allow_negative_numbers(true).value_parser(parser);
+    }
+    // Their parsers say what they expect.
+    let others = [
+        TypeId::of::<f64>(),
+        TypeId::of::<i32>(),
+        TypeId::of::<u32>(),
+        TypeId::of::<u8>(),
+    ];
+    match others.iter().any(|other| value_type == *other) {
+        true => arg.allow_negative_numbers(true),
+        false => arg,
+    }
+}
+
+/// Parses a whole number. The message of the standard library does not say what is allowed.
+fn whole_number(text: &str) -> Result<u64, String> {
+    let expected = || format!("it must be a whole number from 0 to {}", u64::MAX);
+    text.parse().map_err(|_| expected())
 }
 
 #[cfg(test)]
@@ -72,6 +107,47 @@ mod tests {
                 let heading = help.find("\nConnection:\n");
                 assert!(heading.is_some_and(|h| h < server), "{name}:\n{help}");
             }
+        }
+    }
+
+    #[test]
+    fn a_negative_number_is_refused_with_the_flag_and_what_is_allowed() {
+        let generate: &[&str] = &["generate", "--policy", "p", "--prompt", "x"];
+        let files: &[&str] = &["score-files", "--in", "x", "--out", "y", "--policy", "p"];
+        let curate: &[&str] = &["curate", "--data", "x", "--out", "y"];
+        let train: &[&str] = &["train", "--data", "x"];
+        let serve: &[&str] = &["serve"];
+        let parsed = |given: &[&str], flag: &str| {
+            let line = [&["bradley"][..], given, &[flag, "-3"]].concat();
+            command().try_get_matches_from(line)
+        };
+        let whole = format!("it must be a whole number from 0 to {}", u64::MAX);
+        for (given, flag, expected) in [
+            (generate, "--top-k", "-3 is not in 0..=4294967295"),
+            (generate, "--max-tokens", "-3 is not in 0..=4294967295"),
+            (generate, "--seed", whole.as_str()),
+            (generate, "--retry-timeout", whole.as_str()),
+            (files, "--part-rows", "-3 is not in 1..=1000000"),
+            (files, "--connections", "-3 is not in 1..=64"),
+            (files, "--threads", whole.as_str()),
+            (curate, "--folds", "-3 is not in 2..=100"),
+        ] {
+            let said = parsed(given, flag).unwrap_err().to_string();
+            let place = format!("'-3' for '{flag} <");
+            assert!(said.contains(&place) && said.contains(expected), "{said}");
+        }
+        // The command or the server says what is wrong with these.
+        for (given, flag) in [
+            (generate, "--temperature"),
+            (curate, "--rank"),
+            (curate, "--batch-size"),
+            (curate, "--max-length"),
+            (curate, "--agrees-from"),
+            (train, "--ttl"),
+            (serve, "--threads"),
+        ] {
+            let refused = parsed(given, flag).err();
+            assert!(refused.is_none(), "{flag}: {refused:?}");
         }
     }
 }

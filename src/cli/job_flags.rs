@@ -798,7 +798,7 @@ impl JobFlag {
         let mut arg = arg
             .value_name(value_name)
             .action(action)
-            .allow_negative_numbers(is_number);
+            .allow_negative_numbers(is_number || matches!(self.kind, FlagKind::Time));
         if is_number || matches!(self.kind, FlagKind::Choice(_)) {
             arg = arg.value_delimiter(',');
         }
