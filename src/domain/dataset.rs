@@ -361,6 +361,21 @@ pub struct ValidationReport {
     /// reports of version 0.2.0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub length_check: Option<LengthCheck>,
+    /// Reference log-probs in the rows; `None` in reports of version 0.3.0 and before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logged: Option<LoggedRows>,
+}
+
+/// Reference log-probs in the rows of a dataset, for jobs with reference `logged`. Rows that have
+/// an error for every job do not count.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoggedRows {
+    /// Number of pairs that have them.
+    pub pairs: u64,
+    /// Number of rows with a pair that lacks them, or whose column has something else.
+    pub rows_without: u64,
+    /// Finding about the first of these rows.
+    pub first_without: Option<RowIssue>,
 }
 
 /// Check of the lengths of rows when a dataset is uploaded.

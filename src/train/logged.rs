@@ -18,26 +18,36 @@ pub(super) const SAMPLE_PAIRS: usize = 16;
 /// Epoch whose order of the pairs is that of the sample. No run has so many epochs.
 const SAMPLE_EPOCH: u64 = u64::MAX;
 
-/// Returns the pair with the log-probs that its row carries.
-///
-/// # Errors
-/// Returns the column that is missing or unusable, or the answer that `max_length` cuts: its
-/// log-prob was summed over all of its tokens, or over other ones.
-pub fn with_logged(pair: EncodedPair, row: &PreferenceRow) -> Result<EncodedPair, RowIssue> {
-    let issue = |field: &str, reason: IssueReason, message: String| RowIssue {
+fn issue(row: &PreferenceRow, field: &str, reason: IssueReason, message: String) -> RowIssue {
+    RowIssue {
         row: row.row,
         id: row.id.clone(),
         field: row.column(field),
         reason,
         message,
         of_model: false,
-    };
-    let sums = row
-        .logged
+    }
+}
+
+/// Returns the reference log-probs of the chosen and of the rejected answer that a row carries.
+///
+/// # Errors
+/// Returns the column that is missing or unusable.
+pub(super) fn reference_sums(row: &PreferenceRow) -> Result<[f64; 2], RowIssue> {
+    row.logged
         .of_reference()
         .map_err(|LoggedProblem { column, message }| {
-            issue(&column, IssueReason::MissingField, message)
-        })?;
+            issue(row, &column, IssueReason::MissingField, message)
+        })
+}
+
+/// Returns the pair with the log-probs that its row carries.
+///
+/// # Errors
+/// Returns the column that is missing or unusable, or the answer that `max_length` cuts: its
+/// log-prob was summed over all of its tokens, or over other ones.
+pub fn with_logged(pair: EncodedPair, row: &PreferenceRow) -> Result<EncodedPair, RowIssue> {
+    let sums = reference_sums(row)?;
     let cut = [
         ("chosen", pair.chosen_truncated, REFERENCE_COLUMNS[0]),
         ("rejected", pair.rejected_truncated, REFERENCE_COLUMNS[1]),
@@ -47,7 +57,7 @@ pub fn with_logged(pair: EncodedPair, row: &PreferenceRow) -> Result<EncodedPair
             "max_length cuts {field}, but {column} is the log-prob of the whole answer: raise \
              max_length, or leave the row out"
         );
-        return Err(issue(field, IssueReason::Truncated, message));
+        return Err(issue(row, field, IssueReason::Truncated, message));
     }
     Ok(EncodedPair {
         logged: Some(sums),

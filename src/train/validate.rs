@@ -3,10 +3,11 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
+use super::logged::reference_sums;
 use super::rows::{DataError, sandbox};
 use crate::domain::dataset::{
-    ChatMessage, DatasetFormat, IssueReason, MAX_LISTED_ISSUES, PreferenceRow, RowIssue, Severity,
-    Text, ValidationReport,
+    ChatMessage, DatasetFormat, IssueReason, LoggedRows, MAX_LISTED_ISSUES, PreferenceRow,
+    RowIssue, Severity, Text, ValidationReport,
 };
 use crate::domain::logged::{POLICY_COLUMNS, REFERENCE_COLUMNS};
 use crate::domain::violation::quoted;
@@ -179,6 +180,12 @@ fn scan(
         }
         let mut issues = check(&row);
         issues.extend(seen.check(&row));
+        if issues
+            .iter()
+            .all(|i| i.reason.severity() == Severity::Warning)
+        {
+            tally.count_logged(&row);
+        }
         if let (Some(encoder), true) = (
             &encoder,
             issues
@@ -227,6 +234,10 @@ struct Tally {
     pairs: u64,
     /// True if any row has several pairs.
     has_several: bool,
+    /// Reference log-probs of the pairs so far.
+    logged: LoggedRows,
+    /// Number of the last row that counts in `logged.rows_without`; 0 before the first.
+    row_without: u64,
 }
 
 impl Tally {
@@ -288,8 +299,26 @@ impl Tally {
         }
     }
 
+    /// Counts the reference log-probs of a pair.
+    fn count_logged(&mut self, pair: &PreferenceRow) {
+        let missing = match reference_sums(pair) {
+            Ok(_) => {
+                self.logged.pairs += 1;
+                return;
+            }
+            Err(missing) => missing,
+        };
+        if pair.row != self.row_without {
+            self.row_without = pair.row;
+            self.logged.rows_without += 1;
+        }
+        let first = &mut self.logged.first_without;
+        first.get_or_insert_with(|| missing.shortened());
+    }
+
     fn finish(mut self) -> (ValidationReport, BadRows) {
         self.leave();
+        self.report.logged = Some(self.logged);
         self.report.pairs = if self.has_several { self.pairs } else { 0 };
         (self.report, self.bad)
     }
@@ -652,5 +681,24 @@ mod tests {
             (6, "chosen", IssueReason::MissingField),
         ];
         assert_eq!(said, expected);
+    }
+
+    #[test]
+    fn rows_without_reference_log_probs_are_counted_once() {
+        let given = serde_json::json!({
+            "prompt": "p", "chosen": "a", "rejected": "b",
+            "ref_chosen_logps": -1, "ref_rejected_logps": -2,
+        });
+        let loaded = report(&[
+            &given.to_string(),
+            r#"{"prompt":"q","chosen":"a","rejected":["b","c"]}"#,
+            r#"{"prompt":"r","chosen":"a","rejected":"b","ref_chosen_logps":-1}"#,
+            r#"{"prompt":"s","chosen":"a","rejected":"a"}"#,
+        ]);
+        let logged = loaded.report.logged.unwrap();
+        assert_eq!((logged.pairs, logged.rows_without), (1, 2));
+        let first = logged.first_without.unwrap();
+        assert_eq!((first.row, first.field.as_str()), (2, "ref_chosen_logps"));
+        assert!(first.message.contains("are missing"), "{first:?}");
     }
 }

@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 
 use bradley::cli::job_flags::{FlagKind, JOB_FLAGS, JobFlags, OUTPUT_ONLY, get, remove};
 use bradley::rpc::canonical::{self, FieldSelection};
+use bradley::rpc::client::Client;
 use bradley::rpc::pb;
 use clap::{CommandFactory as _, Parser as _};
 use prost::Message as _;
@@ -15,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde_json::{Value, json};
 
-use crate::server::{Server, upload};
+use crate::server::Server;
 use crate::support::golden;
 
 /// Number of random jobs that go through flags and YAML.
@@ -537,6 +538,22 @@ fn write(dir: &Path, name: &str, text: &str) -> PathBuf {
     path
 }
 
+/// Uploads the golden pairs with reference log-probs, and returns the name of the dataset.
+async fn upload_with_logps(client: &Client, dir: &Path) -> String {
+    let text = std::fs::read_to_string(golden("pairs.jsonl")).unwrap();
+    let row = |line: &str| {
+        let mut row: Value = serde_json::from_str(line).unwrap();
+        row["ref_chosen_logps"] = json!(-1.0);
+        row["ref_rejected_logps"] = json!(-2.0);
+        row.to_string()
+    };
+    let rows: Vec<String> = text.lines().map(row).collect();
+    let file = write(dir, "logged.jsonl", &rows.join("\n"));
+    let metadata = pb::UploadMetadata::default();
+    let uploaded = client.upload_dataset(&file, metadata, |_| {}).await;
+    uploaded.unwrap().name
+}
+
 async fn datasets(server: &Server) -> Vec<pb::Dataset> {
     let client = server.client().await;
     let mut service = client.datasets();
@@ -557,7 +574,7 @@ async fn a_server_accepts_random_jobs_and_their_answers_as_files() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let dataset = upload_with_logps(&client, dir.path()).await;
     let check = async |job: pb::TrainingJob| {
         let request = pb::CreateTrainingJobRequest {
             training_job: Some(job),
@@ -601,7 +618,7 @@ async fn a_server_accepts_random_jobs_and_their_answers_as_files() {
 async fn every_choice_in_the_help_is_one_that_the_server_accepts() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
-    let dataset = upload(&server.client().await, "pairs.jsonl").await.name;
+    let dataset = upload_with_logps(&server.client().await, dir.path()).await;
     for flag in JOB_FLAGS {
         let FlagKind::Choice(values) = flag.kind else {
             continue;

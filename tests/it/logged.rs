@@ -13,8 +13,8 @@ use tonic_types::StatusExt as _;
 use crate::attacks::{Column, write_parquet};
 use crate::references::{golden_job, models};
 use crate::server::{
-    Server, create, finish, get, job, job_error_reason, pairs, pause, resume, score, scored, state,
-    submit, succeed, upload,
+    Server, create, finish, get, job, job_error_reason, pairs, pause, reason, resume, score,
+    scored, state, submit, succeed, upload,
 };
 use crate::support::{assert_close, golden, numbers};
 
@@ -371,8 +371,13 @@ async fn a_row_without_usable_log_probs_is_refused_by_its_number() {
             "{report:?}"
         );
         let job = logged(job(&dataset.name, 1));
-        let (reason, message) = failure_of(&client, job.clone()).await;
-        assert_eq!(reason, "DATASET_INVALID", "{message}");
+        let refused = create(&client, job.clone()).await.unwrap_err();
+        assert_eq!(reason(&refused), "DATASET_INVALID", "{refused:?}");
+        let message = refused.message();
+        assert!(
+            message.contains("has 1 rows that cannot be used with reference logged"),
+            "{message}"
+        );
         assert!(
             message.contains("row 3, ")
                 && message.contains(" missing_field: ")
@@ -401,6 +406,25 @@ async fn a_row_without_usable_log_probs_is_refused_by_its_number() {
     let refused = client.training().estimate_training_job(request).await;
     let refused = refused.unwrap_err();
     assert!(refused.message().contains("6 rows"), "{refused:?}");
+    // Without any log-prob, there is no row left to train on. Evaluation rows need them, too.
+    let skipping = pb::TrainingJob {
+        row_policy: pb::RowPolicy::Skip.into(),
+        ..logged(job(&dataset, 1))
+    };
+    let refused = create(&client, skipping).await.unwrap_err();
+    assert_eq!(reason(&refused), "DATASET_INVALID", "{refused:?}");
+    assert!(
+        refused.message().contains("row 1, ref_chosen_logps")
+            && refused.message().contains("No other row is left"),
+        "{refused:?}"
+    );
+    let with_logps = upload_rows(&client, dir.path(), &rows).await.name;
+    let evaluated = pb::TrainingJob {
+        evaluation: Some(pb::training_job::Evaluation::EvalDataset(dataset)),
+        ..logged(job(&with_logps, 1))
+    };
+    let refused = create(&client, evaluated).await.unwrap_err();
+    assert!(refused.message().contains("6 rows"), "{refused:?}");
     // max_length cuts an answer whose log-prob is that of all its tokens.
     let dataset = upload_rows(&client, dir.path(), &rows).await.name;
     let mut short = logged(job(&dataset, 1));
@@ -417,7 +441,8 @@ async fn settings_that_need_more_than_sums_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let rows = logged_rows(&client).await;
+    let dataset = upload_rows(&client, dir.path(), &rows).await.name;
     let refused = async |field: &str, job: pb::TrainingJob| {
         let status: Status = create(&client, job).await.unwrap_err();
         let violations = status.get_details_bad_request().unwrap().field_violations;

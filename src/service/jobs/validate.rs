@@ -4,8 +4,10 @@ use std::ops::RangeInclusive;
 
 use super::init_adapter::{INIT_ADAPTER, InitAdapters, adopt_adapter};
 use crate::domain::access::Caller;
+use crate::domain::dataset::{Dataset, LoggedRows};
 use crate::domain::identity::{ModelIdentity, Pins};
 use crate::domain::job::{Evaluation, JobRequest, RowPolicy};
+use crate::domain::logged::LOGGED_REFERENCE;
 use crate::domain::reason::Reason;
 use crate::domain::training::{LoraConfig, Method};
 use crate::domain::violation::Violations;
@@ -211,6 +213,10 @@ impl RequestValidator {
                     message,
                 });
             }
+            if request.spec.logged_reference.is_some() {
+                let is_training = *id == request.dataset;
+                check_logged(&dataset, request.row_policy, is_training)?;
+            }
         }
         pins.contents = Some(self.policies.content_pins(&request).await?);
         request.pins = Some(pins);
@@ -256,6 +262,38 @@ fn check_mixable(
         "training_job.dpo.reference_sync",
         message,
     ))
+}
+
+/// Rejects a dataset whose rows lack the log-probs of reference `logged`. With the row policy SKIP,
+/// a training dataset needs one pair that has them. A dataset of version 0.3.0 or before has no
+/// counts: the job finds such rows when it starts.
+fn check_logged(dataset: &Dataset, policy: RowPolicy, is_training: bool) -> Result<()> {
+    let Some(LoggedRows {
+        pairs,
+        rows_without,
+        first_without: Some(first),
+    }) = &dataset.report.logged
+    else {
+        return Ok(());
+    };
+    let remedy = match policy {
+        RowPolicy::Reject => "Fix them, or set row_policy to SKIP",
+        RowPolicy::Skip if *pairs == 0 && is_training => "No other row is left to train on",
+        RowPolicy::Skip => return Ok(()),
+    };
+    let message = format!(
+        "datasets/{} has {rows_without} rows that cannot be used with reference \
+         {LOGGED_REFERENCE}; row {}, {} {}: {}. {remedy}",
+        dataset.id,
+        first.row,
+        first.field,
+        first.reason.name(),
+        first.message
+    );
+    Err(ServiceError::FailedPrecondition {
+        reason: Reason::DatasetInvalid,
+        message,
+    })
 }
 
 fn eval_dataset(evaluation: &Evaluation) -> Option<&String> {
