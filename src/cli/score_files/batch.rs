@@ -55,6 +55,8 @@ pub(super) struct AnswerScores {
 struct RowCall {
     places: Vec<usize>,
     call: ScoringCall,
+    /// The columns of the answers; empty for pairs.
+    columns: Vec<String>,
 }
 
 /// Scores rows. Results have the order of the rows. `scored` is called with the number of rows that
@@ -122,6 +124,7 @@ fn calls(options: &pb::ScoringOptions, rows: &[InputRow]) -> Vec<RowCall> {
             RowContent::Answers(answers) => calls.push(RowCall {
                 places: vec![place],
                 call: ScoringCall::Answers(answers_call(options, answers)),
+                columns: answers.columns.clone(),
             }),
             RowContent::Bad(_) => {}
         }
@@ -133,6 +136,7 @@ fn calls(options: &pb::ScoringOptions, rows: &[InputRow]) -> Vec<RowCall> {
             options: Some(options.clone()),
             pairs: std::mem::take(pairs),
         }),
+        columns: Vec::new(),
     };
     for place in groups.into_iter().flatten() {
         let RowContent::Pair(row) = &rows[place].content else {
@@ -217,7 +221,8 @@ async fn answer(fleet: &Fleet, call: RowCall) -> Result<PlacedResults, Failure> 
             let Some(place) = call.places.first() else {
                 return Ok(Vec::new());
             };
-            Ok(vec![(*place, answers(fleet, request).await?)])
+            let result = answers(fleet, request, &call.columns).await?;
+            Ok(vec![(*place, result)])
         }
     }
 }
@@ -337,10 +342,12 @@ fn is_passing(code: i32, attempts: u32) -> bool {
     }
 }
 
-/// Scores the answers of one row, again if one of them has a passing error.
+/// Scores the answers of one row, again if one of them has a passing error. Errors name their
+/// columns.
 async fn answers(
     fleet: &Fleet,
     request: pb::ScoreCompletionsRequest,
+    columns: &[String],
 ) -> Result<RowResult, Failure> {
     let call = ScoringCall::Answers(request);
     let mut attempts = 0;
@@ -351,7 +358,9 @@ async fn answers(
                 return Ok(RowResult::Error("the server sent no result".to_owned()));
             }
             Err(CallError::Fatal(failure)) => return Err(failure),
-            Err(CallError::Refused(message)) => return Ok(RowResult::Error(message)),
+            Err(CallError::Refused(message)) => {
+                return Ok(RowResult::Error(with_columns(&message, columns)));
+            }
         };
         let passing = answer
             .results
@@ -363,7 +372,7 @@ async fn answers(
                 _ => None,
             });
         let Some(message) = passing else {
-            return Ok(RowResult::Answers(Box::new(ranked(answer))));
+            return Ok(RowResult::Answers(Box::new(ranked(answer, columns))));
         };
         if attempts == MAX_RETRIES {
             return Err(too_many_retries(&message));
@@ -374,7 +383,7 @@ async fn answers(
 }
 
 /// Puts scores and ranks in the order of the answers.
-fn ranked(answer: pb::ScoreCompletionsResponse) -> AnswerScores {
+fn ranked(answer: pb::ScoreCompletionsResponse, columns: &[String]) -> AnswerScores {
     let mut scores = AnswerScores {
         ranks: vec![None; answer.results.len()],
         ..Default::default()
@@ -395,7 +404,10 @@ fn ranked(answer: pb::ScoreCompletionsResponse) -> AnswerScores {
         };
         scores.rewards.push(reward);
         if let Some(message) = message {
-            scores.error.get_or_insert_with(|| of_answer(at, &message));
+            let column = columns.get(at).map_or("", String::as_str);
+            scores
+                .error
+                .get_or_insert_with(|| of_answer(column, at, &message));
         }
     }
     scores
@@ -403,13 +415,20 @@ fn ranked(answer: pb::ScoreCompletionsResponse) -> AnswerScores {
 
 /// Puts the error of an answer into the words of a row and of the flags. The server's message
 /// begins with the field that is wrong: the prompt or the answer.
-fn of_answer(at: usize, message: &str) -> String {
+fn of_answer(column: &str, at: usize, message: &str) -> String {
     if let Some(about_prompt) = message.strip_prefix("prompt ") {
         return of_row(&format!("pair.prompt {about_prompt}"));
     }
-    let place = format!("completions[{at}]");
-    let named = message.strip_prefix(&format!("{place} "));
-    of_row(&format!("{place}: {}", named.unwrap_or(message)))
+    let named = message.strip_prefix(&format!("completions[{at}] "));
+    of_row(&format!("{column}: {}", named.unwrap_or(message)))
+}
+
+/// Replaces the fields of the answers in a message by their columns.
+fn with_columns(message: &str, columns: &[String]) -> String {
+    let named = |text: String, (at, column): (usize, &String)| {
+        text.replace(&format!("completions[{at}]"), column)
+    };
+    columns.iter().enumerate().fold(message.to_owned(), named)
 }
 
 #[cfg(test)]
@@ -444,6 +463,7 @@ mod tests {
     fn the_error_of_an_answer_names_columns_and_flags() {
         assert_eq!(
             of_answer(
+                "rejected",
                 1,
                 "prompt the prompt alone has 9 tokens, max_length is 8: shorten the prompt or \
                  raise max_length"
@@ -452,9 +472,17 @@ mod tests {
              --max-length"
         );
         assert_eq!(
-            of_answer(1, "completions[1] has no text"),
-            "completions[1]: has no text"
+            of_answer("rejected[0]", 1, "completions[1] has no text"),
+            "rejected[0]: has no text"
         );
-        assert_eq!(of_answer(1, "busy"), "completions[1]: busy");
+        assert_eq!(of_answer("good", 0, "busy"), "good: busy");
+        let columns = ["chosen".to_owned(), "rejected[0]".to_owned()];
+        assert_eq!(
+            with_columns(
+                "  completions[1] has no text\n  completions[0] is a",
+                &columns
+            ),
+            "  rejected[0] has no text\n  chosen is a"
+        );
     }
 }

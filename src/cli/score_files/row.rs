@@ -36,6 +36,8 @@ pub(super) enum RowContent {
 pub(super) struct PromptAnswers {
     pub prompt: Text,
     pub answers: Vec<Text>,
+    /// The column of each answer in the input, with the place in its list: `rejected[1]`.
+    pub columns: Vec<String>,
     pub arguments: TemplateArguments,
 }
 
@@ -80,10 +82,15 @@ impl RowReading {
         let has_completions = fields
             .get(COMPLETIONS_COLUMN)
             .is_some_and(|completions| !completions.is_null());
-        let content = match has_completions {
+        let mut content = match has_completions {
             true => answers(row, fields),
             false => pairs(row, fields),
         };
+        if let Ok(RowContent::Answers(answers)) = &mut content {
+            for column in &mut answers.columns {
+                *column = self.columns.original(column);
+            }
+        }
         InputRow {
             row,
             id,
@@ -117,10 +124,10 @@ impl InputRow {
 /// Reads a row with `chosen` and `rejected`. Several answers are ranked together, the chosen ones
 /// first.
 fn pairs(row: u64, fields: Map<String, Value>) -> Result<RowContent, RowIssue> {
+    let is_list = |column: &str| has_list(&fields, column);
+    let (chosen_is_list, rejected_is_list) = (is_list("chosen"), is_list("rejected"));
     let rejected_count = match fields.get("rejected") {
-        Some(Value::Array(all)) if matches!(all[..], [Value::String(_) | Value::Array(_), ..]) => {
-            all.len()
-        }
+        Some(Value::Array(all)) if rejected_is_list => all.len(),
         _ => 1,
     };
     let mut pairs = pairs_of_record(row, fields).collect::<Result<Vec<_>, _>>()?;
@@ -144,12 +151,33 @@ fn pairs(row: u64, fields: Map<String, Value>) -> Result<RowContent, RowIssue> {
     // Each chosen answer has a pair with each rejected one, in the order of the rejected ones.
     let chosen = pairs.iter().step_by(rejected_count).map(|p| &p.chosen);
     let rejected = pairs.iter().take(rejected_count).map(|p| &p.rejected);
+    let mut columns = answer_columns("chosen", chosen_is_list, chosen.len());
+    columns.extend(answer_columns("rejected", rejected_is_list, rejected.len()));
     let answers = chosen.chain(rejected).cloned().collect();
     Ok(RowContent::Answers(Box::new(PromptAnswers {
         prompt,
         answers,
+        columns,
         arguments,
     })))
+}
+
+/// Returns true if a column has a list of answers: texts, or lists of messages.
+fn has_list(fields: &Map<String, Value>, column: &str) -> bool {
+    match fields.get(column) {
+        Some(Value::Array(all)) => {
+            matches!(all[..], [Value::String(_) | Value::Array(_), ..])
+        }
+        _ => false,
+    }
+}
+
+/// Returns the names of the answers in a column, which has one answer or a list.
+fn answer_columns(column: &str, is_list: bool, count: usize) -> Vec<String> {
+    match is_list {
+        true => (0..count).map(|at| format!("{column}[{at}]")).collect(),
+        false => vec![column.to_owned(); count],
+    }
 }
 
 /// Reads a row with `completions`. Each is read as the rejected answer to the first one, so that
@@ -206,6 +234,7 @@ fn answers(row: u64, mut fields: Map<String, Value>) -> Result<RowContent, RowIs
                 texts = Some(PromptAnswers {
                     prompt: pair.prompt,
                     answers: vec![pair.rejected],
+                    columns: answer_columns(COMPLETIONS_COLUMN, true, completions.len()),
                     arguments: pair.arguments,
                 });
             }
@@ -270,11 +299,20 @@ mod tests {
             panic!("{several}")
         };
         assert_eq!(row.answers, ["a", "b", "c", "d", "e"].map(plain));
+        let columns = [
+            "chosen[0]",
+            "chosen[1]",
+            "rejected[0]",
+            "rejected[1]",
+            "rejected[2]",
+        ];
+        assert_eq!(row.columns, columns);
         let one_rejected = r#"{"prompt": "p", "chosen": ["a", "b"], "rejected": "c"}"#;
         let RowContent::Answers(row) = read(one_rejected).content else {
             panic!("{one_rejected}")
         };
         assert_eq!(row.answers, ["a", "b", "c"].map(plain));
+        assert_eq!(row.columns, ["chosen[0]", "chosen[1]", "rejected"]);
         assert!(reading(&[]).line(1, b" \t").is_none());
     }
 
@@ -295,6 +333,11 @@ mod tests {
             panic!()
         };
         assert!(message.starts_with("bad is missing"), "{message}");
+        let line = br#"{"source": "p", "good": "a", "bad": ["b", "c"]}"#;
+        let RowContent::Answers(row) = reading.line(1, line).unwrap().content else {
+            panic!()
+        };
+        assert_eq!(row.columns, ["good", "bad[0]", "bad[1]"]);
     }
 
     #[test]
