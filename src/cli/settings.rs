@@ -748,10 +748,15 @@ pub(super) fn vendor_variables(sources: &Sources) -> BTreeMap<String, String> {
 /// Reads the environment variables of the Hugging Face hub's own tools.
 pub fn hub(sources: &Sources) -> HubOptions {
     let path = |name: &str| sources.variable(name).map(PathBuf::from);
+    // Without the variable, the user's entry in /etc/passwd has it.
+    let home = path("HOME").or_else(std::env::home_dir);
+    let of_home = home.map(|home| home.join(".cache/huggingface/hub"));
     HubOptions {
         endpoint: sources.variable("HF_ENDPOINT").map(str::to_owned),
         token: sources.variable("HF_TOKEN").map(str::to_owned),
-        cache_dir: path("HF_HUB_CACHE").or_else(|| path("HF_HOME").map(|p| p.join("hub"))),
+        cache_dir: path("HF_HUB_CACHE")
+            .or_else(|| path("HF_HOME").map(|p| p.join("hub")))
+            .or(of_home),
         offline: sources.variable("HF_HUB_OFFLINE").is_some_and(is_on),
     }
 }
@@ -975,6 +980,9 @@ mod tests {
             [("a".into(), "/x".into()), ("b".into(), "/y/b.gguf".into())]
         );
         assert!(settings.hub.offline && settings.hub.cache_dir == Some("/hf/hub".into()));
+        let of_home = hub(&sources(&[], &[("HOME", "/home/me")], ""));
+        let expected = "/home/me/.cache/huggingface/hub";
+        assert_eq!(of_home.cache_dir, Some(expected.into()));
     }
 
     #[test]

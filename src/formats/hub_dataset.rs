@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use hf_hub::api::sync::ApiBuilder;
-use hf_hub::{Cache, Repo, RepoType};
+use hf_hub::{Repo, RepoType};
 
 use super::source::HubOptions;
 use crate::domain::names::is_hub_id;
@@ -73,7 +73,7 @@ impl fmt::Display for DatasetId {
 /// # Errors
 /// Returns a text that says what was tried, or which parts the data set has.
 pub fn download(id: &DatasetId, hub: &HubOptions) -> Result<Vec<PathBuf>, String> {
-    let cache = hub.cache_dir.clone().map(Cache::new).unwrap_or_default();
+    let cache = hub.cache()?;
     if hub.offline {
         return Err(format!(
             "offline mode (HF_HUB_OFFLINE) forbids the hub: name the files themselves, e.g. those \
@@ -318,5 +318,12 @@ mod tests {
                 .unwrap_err()
                 .contains("no data file")
         );
+    }
+
+    #[test]
+    fn a_cache_without_a_folder_is_an_error_that_names_the_variables() {
+        let id = DatasetId::parse("o/n").unwrap();
+        let said = download(&id, &HubOptions::default()).unwrap_err();
+        assert!(said.contains("set HOME, HF_HOME or HF_HUB_CACHE"), "{said}");
     }
 }

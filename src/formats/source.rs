@@ -17,7 +17,8 @@ pub struct HubOptions {
     pub endpoint: Option<String>,
     /// HF_TOKEN.
     pub token: Option<String>,
-    /// HF_HUB_CACHE or HF_HOME/hub. `None` means ~/.cache/huggingface/hub.
+    /// HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub. `None` if there is no home directory
+    /// either: then nothing of the hub can be used.
     pub cache_dir: Option<PathBuf>,
     /// HF_HUB_OFFLINE. True means that only the cache is used.
     pub offline: bool,
@@ -32,6 +33,20 @@ impl fmt::Debug for HubOptions {
             .field("cache_dir", &self.cache_dir)
             .field("offline", &self.offline)
             .finish()
+    }
+}
+
+impl HubOptions {
+    /// Returns the local cache.
+    ///
+    /// # Errors
+    /// Returns a text that names the variables to set if the cache has no folder.
+    pub(super) fn cache(&self) -> Result<Cache, String> {
+        let folder = self.cache_dir.clone().ok_or(
+            "the cache of the hub (it has no folder, because the user has no home directory: set \
+             HOME, HF_HOME or HF_HUB_CACHE)",
+        )?;
+        Ok(Cache::new(folder))
     }
 }
 
@@ -86,7 +101,7 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
     let repo_at =
         |revision: &str| Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());
     let repo = repo_at(revision);
-    let cache = hub.cache_dir.clone().map(Cache::new).unwrap_or_default();
+    let cache = hub.cache()?;
     let begun = cache
         .repo(repo.clone())
         .get("config.json")
@@ -224,5 +239,8 @@ mod tests {
         let e = locate("../../etc/passwd-no", &hub).unwrap_err().to_string();
         assert!(e.contains("owner/name"), "{e}");
         assert!(!format!("{hub:?}").contains("hf_secret"));
+        let homeless = HubOptions::default();
+        let e = locate("owner/name", &homeless).unwrap_err().to_string();
+        assert!(e.contains("set HOME, HF_HOME or HF_HUB_CACHE"), "{e}");
     }
 }
