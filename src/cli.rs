@@ -41,6 +41,7 @@ mod usage;
 mod variables;
 mod watch;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -93,8 +94,18 @@ pub fn main() -> ExitCode {
     runtime.shutdown_timeout(Duration::from_secs(1));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
+        // A device that the command uses itself may still be at work.
+        Err(failure @ Failure::Interrupted(_)) => end_at_once(report(failure)),
         Err(failure) => ExitCode::from(report(failure)),
     }
+}
+
+/// Ends the process without exit handlers, because these must not unload a GPU's libraries during
+/// a computation.
+fn end_at_once(code: u8) -> ! {
+    let _ = std::io::stdout().flush();
+    // SAFETY: `_exit` has no preconditions. It ends the process without exit handlers.
+    unsafe { libc::_exit(code.into()) }
 }
 
 async fn run(mut cli: Cli) -> Outcome {
@@ -212,9 +223,7 @@ async fn serve_command(args: ServeArgs) -> Outcome {
     match served? {
         serve::Ended::DeviceIdle => Ok(()),
         serve::Ended::DeviceBusy(result) => {
-            let code = result.map_or_else(|e| report(e.into()), |()| 0);
-            // SAFETY: `_exit` has no preconditions. It ends the process without exit handlers.
-            unsafe { libc::_exit(code.into()) }
+            end_at_once(result.map_or_else(|e| report(e.into()), |()| 0))
         }
     }
 }

@@ -18,6 +18,7 @@ mod row;
 mod store;
 mod weights;
 
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -57,8 +58,20 @@ const IDENTITY_PAUSE: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(250);
 
 pub(super) async fn run(args: ScoreFilesArgs, output: Output) -> Outcome {
+    let sources = Sources::environment();
+    let shard = shard(&args, &sources)?;
+    check_carry(&args.carry)?;
+    let columns = ColumnMap::parse(&args.reading.columns).map_err(Failure::Usage)?;
+    match args.models.is_empty() {
+        true => unless_interrupted(score(args, columns, (shard, &sources), output)).await,
+        false => score_here(args, columns, (shard, &sources), output).await,
+    }
+}
+
+/// Does a part of the command until it ends, or until Ctrl-C.
+async fn unless_interrupted(work: impl Future<Output = Outcome>) -> Outcome {
     tokio::select! {
-        outcome = score_inputs(args, output) => outcome,
+        outcome = work => outcome,
         _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted(
             "interrupted: the parts that are written stay, and the same command continues with \
              the others"
@@ -67,14 +80,14 @@ pub(super) async fn run(args: ScoreFilesArgs, output: Output) -> Outcome {
     }
 }
 
-async fn score_inputs(mut args: ScoreFilesArgs, output: Output) -> Outcome {
-    let sources = Sources::environment();
-    let shard = shard(&args, &sources)?;
-    check_carry(&args.carry)?;
-    let columns = ColumnMap::parse(&args.reading.columns).map_err(Failure::Usage)?;
-    if args.models.is_empty() {
-        return score(args, columns, (shard, &sources), output).await;
-    }
+/// Scores with the models of `--models`, which a server in this process loads. The server is
+/// stopped in any case, so that no device computes while the process ends.
+async fn score_here(
+    mut args: ScoreFilesArgs,
+    columns: ColumnMap,
+    (shard, sources): (Shard, &Sources),
+    output: Output,
+) -> Outcome {
     super::telemetry::log("warn", false, None, None)?;
     // The engine's log of jobs and its cache of reference log-probs are of no use later.
     let folder = tempfile::tempdir().map_err(|e| Failure::Failed(e.to_string()))?;
@@ -85,15 +98,27 @@ async fn score_inputs(mut args: ScoreFilesArgs, output: Output) -> Outcome {
         ("precision", args.precision.clone()),
         ("threads", args.threads.to_string()),
     ];
-    let server = LoopbackServer::start(&settings, &sources).await?;
-    let ready = waiting("loading the models", server.connect_when_ready(START_LIMIT)).await;
-    if let Err(failure) = ready {
-        // If the server has ended with an error, that is the cause.
-        return Err(server.stop().await.err().unwrap_or(failure));
-    }
+    let server = LoopbackServer::start(&settings, sources).await?;
     args.fleet.servers = vec![server.address.clone()];
-    let outcome = score(args, columns, (shard, &sources), output).await;
-    outcome.and(server.stop().await)
+    let loading = async {
+        let ready = server.connect_when_ready(START_LIMIT);
+        waiting("loading the models", ready).await.map(drop)
+    };
+    let loaded = unless_interrupted(loading).await;
+    let has_loaded = loaded.is_ok();
+    let outcome = match loaded {
+        Ok(()) => unless_interrupted(score(args, columns, (shard, sources), output)).await,
+        Err(failure) => Err(failure),
+    };
+    // A second Ctrl-C ends the wait.
+    let stopped = unless_interrupted(server.stop()).await;
+    match outcome {
+        Ok(()) => stopped,
+        Err(failure @ Failure::Interrupted(_)) => Err(failure),
+        // If the server has ended with an error, that is the cause.
+        Err(failure) if !has_loaded => Err(stopped.err().unwrap_or(failure)),
+        Err(failure) => Err(failure),
+    }
 }
 
 /// Returns the shard that the flags name, or else the environment of Kubernetes or Slurm.

@@ -651,6 +651,32 @@ async fn ctrl_c_says_that_the_same_command_continues_and_it_does() {
     assert_eq!(rows(&at("out")).len(), 120);
 }
 
+#[test]
+fn ctrl_c_stops_the_own_engine() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let models = models(dir.path());
+    write_lines(&at("x.jsonl"), &pairs(4000));
+    std::fs::create_dir(at("tmp")).unwrap();
+    let input = at("x.jsonl");
+    let own = ["--part-rows", "4", "--models", &models, "--device", "cpu"];
+    let args = [&WEIGHTS[..], &own].concat();
+    let nowhere = "http://127.0.0.1:1";
+    let child = command(nowhere, input.to_str().unwrap(), &at("out"), &args)
+        .env("TMPDIR", at("tmp"))
+        .spawn()
+        .unwrap();
+    until_blocking("the first part", LIMIT, || !parts(&at("out")).is_empty());
+    signal(child.id(), libc::SIGINT);
+    let out = child.wait_with_output().unwrap();
+    let text = said(&out);
+    assert_eq!(out.status.code(), Some(130), "{text}");
+    assert!(text.contains("the same command continues"), "{text}");
+    assert!(!at("out/_manifest.json").exists());
+    let left = std::fs::read_dir(at("tmp")).unwrap().count();
+    assert_eq!(left, 0, "the engine's folder is left");
+}
+
 /// Starts a server at a given port, so that another one can take its place.
 fn serve_at(port: u16, data: &Path, models: &str) -> Child {
     Command::new(crate::support::binary())
