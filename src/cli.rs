@@ -13,6 +13,7 @@ mod flag_names;
 mod generate;
 mod help_layout;
 mod job_columns;
+mod job_creation;
 mod job_diff;
 pub mod job_flags;
 mod job_metrics;

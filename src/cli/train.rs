@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::args::{Output, TrainArgs};
 use super::failure::{Failure, Outcome};
 use super::flag_names::{JobFile, JobWords};
+use super::job_creation::create_job;
 use super::job_flags::{JobVariant, MAX_SWEEP, OUTPUT_ONLY, get, remove, set};
 use super::job_rows::{JobRows, RowLimits};
 use super::policy_names::PolicyNames;
@@ -115,6 +116,8 @@ pub(super) async fn run(mut args: TrainArgs, output: Output) -> Outcome {
 /// A job of the call.
 struct PlannedJob {
     request: pb::TrainingJob,
+    /// Makes a repeated call return the job of the first one.
+    request_id: String,
     /// The values in which it differs from the sweep's other jobs; empty for a single job.
     difference: String,
 }
@@ -290,6 +293,7 @@ fn requested(variants: Vec<PlacedVariant>, args: &TrainArgs) -> Result<Vec<Plann
             }
             Ok(PlannedJob {
                 request,
+                request_id: format!("train-{}", uuid::Uuid::now_v7().simple()),
                 difference,
             })
         });
@@ -416,13 +420,12 @@ impl TrainCall {
     ) -> Result<pb::TrainingJob, Failure> {
         let request = pb::CreateTrainingJobRequest {
             training_job: Some(job.request.clone()),
-            request_id: String::new(),
+            request_id: job.request_id.clone(),
             validate_only,
         };
-        let mut training = self.client.training();
-        let asked = training.create_training_job(request);
+        let asked = create_job(&self.client, request);
         let answer = progress::waiting("the server checks the job", asked).await;
-        Ok(answer.map_err(|e| self.refused(job, e))?.into_inner())
+        answer.map_err(|e| self.refused(job, e))
     }
 
     fn refused(&self, job: &PlannedJob, error: impl Into<ClientError>) -> Failure {

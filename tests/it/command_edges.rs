@@ -1,10 +1,11 @@
 //! The command line at its edges: job files with several jobs, formats of streams, a server that
 //! does not answer, tokens with few roles, and readers that stop reading.
 
-use std::io::{BufRead, BufReader, Read};
-use std::net::TcpListener;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bradley::rpc::canonical;
@@ -17,7 +18,7 @@ use crate::server::{
     upload,
 };
 use crate::support::golden;
-use crate::wait::until_blocking;
+use crate::wait::{until, until_blocking};
 
 /// Limit for what takes seconds at most, on a busy machine.
 const SOON: Duration = Duration::from_secs(120);
@@ -685,4 +686,113 @@ fn an_arrow_file_is_not_copied() {
 
 fn text_of(out: &Output) -> String {
     text(&out.stdout) + &text(&out.stderr)
+}
+
+/// A proxy that drops one answer: that to the first call that contains `mark`. It closes the
+/// connection when it may.
+struct AnswerDroppingProxy {
+    port: u16,
+    may_close: Arc<AtomicBool>,
+}
+
+impl AnswerDroppingProxy {
+    fn start(backend: u16, mark: &'static [u8]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let may_close = Arc::<AtomicBool>::default();
+        let (has_dropped, shared) = (Arc::<AtomicBool>::default(), may_close.clone());
+        std::thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let server = TcpStream::connect(("127.0.0.1", backend)).unwrap();
+                let (from, to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                let drops = Arc::<AtomicBool>::default();
+                let (has_dropped, is_marked) = (has_dropped.clone(), drops.clone());
+                std::thread::spawn(move || ask(from, to, mark, (&has_dropped, &is_marked)));
+                let may_close = shared.clone();
+                std::thread::spawn(move || answer(server, client, (&drops, &may_close)));
+            }
+        });
+        AnswerDroppingProxy { port, may_close }
+    }
+}
+
+/// Passes calls on, and sets the second flag before the marked one if the first flag is not set.
+fn ask(
+    mut client: TcpStream,
+    mut server: TcpStream,
+    mark: &[u8],
+    (has_dropped, is_marked): (&AtomicBool, &AtomicBool),
+) {
+    let (mut buffer, mut sent) = (vec![0; 1 << 16], Vec::new());
+    while let Ok(n @ 1..) = client.read(&mut buffer) {
+        sent.extend_from_slice(&buffer[..n]);
+        let has_mark = sent.windows(mark.len()).any(|window| window == mark);
+        if has_mark && !has_dropped.swap(true, Ordering::AcqRel) {
+            is_marked.store(true, Ordering::Release);
+        }
+        if server.write_all(&buffer[..n]).is_err() {
+            break;
+        }
+    }
+    let _ = server.shutdown(Shutdown::Both);
+}
+
+/// Passes answers on, or drops them until the connection may be closed.
+fn answer(
+    mut server: TcpStream,
+    mut client: TcpStream,
+    (drops, may_close): (&AtomicBool, &AtomicBool),
+) {
+    let interval = Duration::from_millis(50);
+    server.set_read_timeout(Some(interval)).unwrap();
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let read = server.read(&mut buffer);
+        let is_dropped = drops.load(Ordering::Acquire);
+        if is_dropped && may_close.load(Ordering::Acquire) {
+            break;
+        }
+        match read {
+            Ok(0) => break,
+            Ok(_) if is_dropped => {}
+            Ok(n) if client.write_all(&buffer[..n]).is_ok() => {}
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Ok(_) | Err(_) => break,
+        }
+    }
+    let _ = server.shutdown(Shutdown::Both);
+    let _ = client.shutdown(Shutdown::Both);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_answer_is_lost_is_created_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let title = "its answer is lost";
+    let port = server.address.rsplit(':').next().unwrap();
+    let proxy = AnswerDroppingProxy::start(port.parse().unwrap(), title.as_bytes());
+    let address = format!("http://127.0.0.1:{}", proxy.port);
+    let flags = ["--title", title, "--max-steps", "1", "--format", "json"];
+    let args = ["train", "--server", &address, "--dataset", &dataset];
+    let child = command(&[&args[..], &flags].concat())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let jobs = async || {
+        let request = pb::ListTrainingJobsRequest::default();
+        let listed = client.training().list_training_jobs(request).await;
+        listed.unwrap().into_inner().training_jobs
+    };
+    until("the job", SOON, async || jobs().await.len() == 1).await;
+    proxy.may_close.store(true, Ordering::Release);
+    let ended = tokio::task::spawn_blocking(move || child.wait_with_output());
+    let out = ended.await.unwrap().unwrap();
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let told: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let all = jobs().await;
+    assert_eq!(all.len(), 1, "{all:?}");
+    assert_eq!(told["name"], all[0].name.as_str());
 }

@@ -9,6 +9,7 @@ use crate::cli::args::CurateArgs;
 use crate::cli::data::DataFiles;
 use crate::cli::failure::{Failure, Outcome};
 use crate::cli::flag_names::JobWords;
+use crate::cli::job_creation::create_job;
 use crate::cli::job_flags::JobFlags;
 use crate::cli::job_wait::end_of_job;
 use crate::cli::output::state;
@@ -319,8 +320,8 @@ impl FoldJobs {
             request_id: format!("{RUN_LABEL}-{}-{}", self.run, fold + 1),
             validate_only: false,
         };
-        let created = match self.client.training().create_training_job(request).await {
-            Ok(created) => FoldJob::of(created.into_inner()),
+        let created = match create_job(&self.client, request).await {
+            Ok(created) => FoldJob::of(created),
             Err(status) => {
                 let is_exhausted = is_exhausted(&status);
                 let failure = self.template.words.failure(status);

@@ -9,6 +9,7 @@ use crate::cli::args::Output;
 use crate::cli::data::DataFiles;
 use crate::cli::failure::{Failure, Outcome};
 use crate::cli::flag_names::{JobFile, JobWords};
+use crate::cli::job_creation::create_job;
 use crate::cli::job_flags::{JobFlags, get, remove, set};
 use crate::cli::job_rows::{JobRows, RowLimits};
 use crate::cli::job_wait::end_of_job;
@@ -323,9 +324,8 @@ impl RoundTrainer {
             request_id: format!("{RUN_LABEL}-{}-{}", round.run, round.number),
             validate_only: false,
         };
-        let status = match self.client.training().create_training_job(request).await {
-            Ok(created) => {
-                let job = created.into_inner();
+        let status = match create_job(&self.client, request).await {
+            Ok(job) => {
                 say(&format!("{}: the job is {}", round.what, job.name));
                 return Ok(job);
             }

@@ -1,0 +1,40 @@
+//! Creates a job once, also if the connection breaks before the answer.
+
+use std::time::Duration;
+
+use crate::rpc::client::{Client, Code, Status};
+use crate::rpc::pb;
+
+/// Number of times that a call is repeated, and the time before the first repetition, which doubles
+/// each time: 7.5 seconds in all.
+const MAX_REPETITIONS: u32 = 4;
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+
+/// Creates a job. The call is repeated while the connection breaks: the request's id makes the
+/// server return the job whose first answer was lost.
+///
+/// # Errors
+/// Returns the server's refusal, or the last error of the connection.
+pub(super) async fn create_job(
+    client: &Client,
+    request: pb::CreateTrainingJobRequest,
+) -> Result<pb::TrainingJob, Status> {
+    let mut repetitions = 0;
+    loop {
+        let mut training = client.training();
+        match training.create_training_job(request.clone()).await {
+            Ok(job) => return Ok(job.into_inner()),
+            Err(status) if repetitions < MAX_REPETITIONS && is_lost(&status) => {
+                tokio::time::sleep(FIRST_PAUSE * (1 << repetitions)).await;
+                repetitions += 1;
+            }
+            Err(status) => return Err(status),
+        }
+    }
+}
+
+/// Returns true if no server has answered. Only an error of the connection has a source; a proxy
+/// answers that the server is unavailable.
+fn is_lost(status: &Status) -> bool {
+    status.code() == Code::Unavailable || std::error::Error::source(status).is_some()
+}
