@@ -72,12 +72,28 @@ pub(super) fn is_whole_job(given: &str) -> bool {
 
 /// Returns every dataset, newest first, without the findings of its rows.
 pub(super) async fn all_datasets(client: &Client) -> Result<Vec<pb::Dataset>, Failure> {
+    listed_datasets(client, pb::ListDatasetsRequest::default()).await
+}
+
+/// Returns every dataset of the caller, also for administrators, without the findings of its rows.
+pub(super) async fn own_datasets(client: &Client) -> Result<Vec<pb::Dataset>, Failure> {
+    let own = pb::ListDatasetsRequest {
+        own: true,
+        ..Default::default()
+    };
+    listed_datasets(client, own).await
+}
+
+async fn listed_datasets(
+    client: &Client,
+    wanted: pb::ListDatasetsRequest,
+) -> Result<Vec<pb::Dataset>, Failure> {
     let (mut all, mut page_token) = (Vec::new(), String::new());
     for _ in 0..MAX_PAGES {
         let request = pb::ListDatasetsRequest {
             page_size: PAGE_SIZE,
             page_token,
-            ..Default::default()
+            ..wanted.clone()
         };
         let page = client.datasets().list_datasets(request).await?.into_inner();
         all.extend(page.datasets);

@@ -634,3 +634,27 @@ async fn pairs_that_are_refused_for_load_are_scored_later() {
     let bytes = |name: &str| std::fs::read(case.path(name)).unwrap();
     assert_eq!(bytes("out.jsonl"), bytes("busy.jsonl"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dataset_that_an_earlier_start_has_left_is_deleted_at_the_end() {
+    let case = Case::new(&lines(&rows(9)));
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    case.curate(&server, "out.jsonl", &["--keep"]);
+    let made = jobs(&client).await;
+    // The first one is as if its job was deleted and the command killed before the dataset was.
+    for title in [made[0].display_name.as_str(), "of somebody else"] {
+        let metadata = pb::UploadMetadata {
+            display_name: title.to_owned(),
+            ..Default::default()
+        };
+        let file = golden("pairs.jsonl");
+        let uploaded = client.upload_dataset(&file, metadata, |_| {}).await;
+        uploaded.unwrap();
+    }
+    assert_eq!(dataset_count(&client).await, FOLDS + 2);
+    case.curate(&server, "again.jsonl", &[]);
+    assert!(jobs(&client).await.is_empty());
+    assert_eq!(dataset_count(&client).await, 1);
+}

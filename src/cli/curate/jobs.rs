@@ -14,7 +14,7 @@ use crate::cli::job_flags::JobFlags;
 use crate::cli::job_wait::end_of_job;
 use crate::cli::output::state;
 use crate::cli::progress::{WorkProgress, waiting, warn};
-use crate::cli::short_names::all_jobs;
+use crate::cli::short_names::{all_jobs, own_datasets};
 use crate::cli::synced_file::SyncedFile;
 use crate::rpc::canonical::{self, CanonicalError};
 use crate::rpc::client::{
@@ -164,7 +164,7 @@ pub(super) struct FoldJobs {
 }
 
 impl FoldJobs {
-    /// Finds the jobs of earlier starts.
+    /// Finds the jobs and datasets of earlier starts.
     pub async fn find(
         client: &Client,
         server_flag: String,
@@ -181,6 +181,13 @@ impl FoldJobs {
             jobs: BTreeMap::new(),
             datasets: Vec::new(),
         };
+        // Those whose jobs are deleted already, too.
+        let titles: Vec<String> = (0..folds).map(|fold| found.title(fold)).collect();
+        for dataset in own_datasets(client).await? {
+            if titles.contains(&dataset.display_name) {
+                found.add_dataset(&dataset.name);
+            }
+        }
         let mut jobs = Vec::new();
         for job in all_jobs(client).await? {
             let label = |name: &str| job.labels.get(name).map(String::as_str);
