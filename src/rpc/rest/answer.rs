@@ -263,18 +263,29 @@ async fn one_message(body: Body, descriptor: MessageDescriptor) -> Response<Body
     let Some(message) = take_message(&mut data) else {
         return internal(conversion("it has no message"));
     };
-    let is_small = message.len() <= MAX_INLINE;
+    let bytes = message.len();
     let convert = move || canonical::proto_json(&descriptor, &message).map_err(conversion);
-    let text = match is_small {
-        true => convert(),
-        false => tokio::task::spawn_blocking(convert)
-            .await
-            .unwrap_or_else(|e| Err(conversion(e))),
-    };
-    match text {
+    match inline_or_on_thread(bytes, convert).await {
         Ok(text) => json(StatusCode::OK, text),
         Err(status) => internal(status),
     }
+}
+
+/// Converts an answer. One of more than [`MAX_INLINE`] bytes is converted on a thread for blocking
+/// work.
+///
+/// # Errors
+/// Returns the error of `convert`.
+pub async fn inline_or_on_thread<T: Send + 'static>(
+    bytes: usize,
+    convert: impl FnOnce() -> Result<T, Status> + Send + 'static,
+) -> Result<T, Status> {
+    if bytes <= MAX_INLINE {
+        return convert();
+    }
+    tokio::task::spawn_blocking(convert)
+        .await
+        .unwrap_or_else(|e| Err(conversion(e)))
 }
 
 /// Takes the first message of a gRPC body, if it is there completely. The server compresses no

@@ -291,8 +291,15 @@ impl AnswerConverter {
             Ok(data) => data,
             Err((place, http, status)) => return Ok(error_of(http, &status, place)),
         };
-        let is_small = data.iter().map(BytesMut::len).sum::<usize>() <= MAX_INLINE;
+        let bytes: usize = data.iter().map(BytesMut::len).sum();
+        // The semaphore is never closed. The conversion has the permit, because it continues when
+        // its request has been cancelled.
+        let permit = match bytes > MAX_INLINE {
+            true => Some(LARGE_ANSWER_PERMITS.acquire().await),
+            false => None,
+        };
         let convert = move || {
+            let _permit = permit;
             let value = match (self.endpoint, asked) {
                 (Endpoint::Models, _) => models(first_of(data)),
                 (Endpoint::Model(_), _) => one(first_of(data)).map(|model| model_json(&model)),
@@ -301,21 +308,7 @@ impl AnswerConverter {
             };
             value.map(|value| value.to_string())
         };
-        let text = match is_small {
-            true => convert(),
-            false => {
-                // The semaphore is never closed. The thread has the permit, because it continues
-                // when its request has been cancelled.
-                let permit = LARGE_ANSWER_PERMITS.acquire().await;
-                let work = move || {
-                    let _permit = permit;
-                    convert()
-                };
-                let converted = tokio::task::spawn_blocking(work).await;
-                converted.unwrap_or_else(|e| Err(conversion(e)))
-            }
-        };
-        Ok(match text {
+        Ok(match answer::inline_or_on_thread(bytes, convert).await {
             Ok(text) => answer::json(StatusCode::OK, text),
             Err(status) => {
                 let http = answer::http_status(&status, &HeaderMap::new());

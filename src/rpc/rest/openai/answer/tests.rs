@@ -1,6 +1,6 @@
 use super::*;
 use crate::domain::reason::Reason;
-use crate::rpc::rest::request::{LateBody, framed};
+use crate::rpc::rest::request::{LateBody, MAX_INLINE, framed};
 
 fn asked(is_chat: bool) -> AnswerOptions {
     AnswerOptions {
