@@ -558,8 +558,22 @@ pub struct WatchArgs {
     pub tail: Option<u32>,
 }
 
+/// The time for which `generate`, `pairs`, `rounds` and `curate` repeat calls.
+#[derive(Clone, Debug, Args)]
+pub struct RetryArgs {
+    /// Time in seconds for which calls are repeated while the server is busy or not reached.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 600,
+        help_heading = "Connection"
+    )]
+    pub retry_timeout: u64,
+}
+
 /// Arguments of `generate`.
 #[derive(Debug, Args)]
+#[command(mut_arg("retry_timeout", |timeout| timeout.help(RETRIES_OF_PROMPTS)))]
 pub struct GenerateArgs {
     /// The server to connect to.
     #[command(flatten, next_help_heading = "Connection")]
@@ -592,15 +606,9 @@ pub struct GenerateArgs {
     /// it is complete. Default: standard output.
     #[arg(long, value_name = "FILE", help_heading = "Prompts", requires = "data")]
     pub out: Option<PathBuf>,
-    /// Time in seconds for which prompts of `--data` are sent again while the server is busy or not
-    /// reached.
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        default_value_t = 600,
-        help_heading = "Connection"
-    )]
-    pub retry_timeout: u64,
+    /// The time for which calls are repeated.
+    #[command(flatten)]
+    pub retries: RetryArgs,
     /// The form of the prompts.
     #[command(flatten)]
     pub form: PromptFormArgs,
@@ -615,6 +623,9 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub sampling: SamplingArgs,
 }
+
+const RETRIES_OF_PROMPTS: &str = "Time in seconds for which prompts of --data are sent again while \
+    the server is busy or not reached";
 
 /// The form of the prompts of `generate`, `chat`, `pairs` and `rounds`.
 #[derive(Clone, Debug, Args)]
@@ -787,14 +798,9 @@ pub struct PairsArgs {
     /// The JSONL file to write: a pair for each prompt that has one.
     #[arg(long, value_name = "FILE", help_heading = "Prompts")]
     pub out: PathBuf,
-    /// Time in seconds for which calls are repeated while the server is busy or not reached.
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        default_value_t = 600,
-        help_heading = "Connection"
-    )]
-    pub retry_timeout: u64,
+    /// The time for which calls are repeated.
+    #[command(flatten)]
+    pub retries: RetryArgs,
 }
 
 /// Arguments of `rounds`.
@@ -829,15 +835,9 @@ pub struct RoundsArgs {
     #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Rounds",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub compare_prompts: u32,
-    /// Time in seconds for which calls about a prompt are repeated while the server is busy or not
-    /// reached.
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        default_value_t = 600,
-        help_heading = "Connection"
-    )]
-    pub retry_timeout: u64,
+    /// The time for which calls are repeated.
+    #[command(flatten)]
+    pub retries: RetryArgs,
 }
 
 const FIRST_POLICY: &str = "The policy of the first round, which answers and is trained further: a \
@@ -1487,14 +1487,9 @@ pub struct CurateArgs {
     /// The server to connect to.
     #[command(flatten, next_help_heading = "Connection")]
     pub server: ServerArgs,
-    /// Time in seconds for which pairs are sent again while the server is busy or not reached.
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        default_value_t = 600,
-        help_heading = "Connection"
-    )]
-    pub retry_timeout: u64,
+    /// The time for which calls are repeated.
+    #[command(flatten)]
+    pub retries: RetryArgs,
 }
 
 const CURATE_HELP: &str = "\

@@ -114,7 +114,7 @@ fn fleet_args(args: &CurateArgs) -> FleetArgs {
     FleetArgs {
         servers: vec![args.server.server.clone()],
         connections: 1,
-        retry_timeout: args.retry_timeout,
+        retry_timeout: args.retries.retry_timeout,
         wait_for_server: 0,
         token: args.server.token.clone(),
         tls_server_ca: args.server.tls_server_ca.clone(),
@@ -173,7 +173,7 @@ async fn read_index(data: &DataFiles, args: &CurateArgs) -> Result<RowIndex, Fai
     let (files, seed, folds) = (data.clone(), args.seed, args.folds);
     let reading = tokio::task::spawn_blocking(move || RowIndex::read(&files, seed, folds));
     let index = waiting(&format!("reading {}", data.title()), reading).await;
-    let index = index.map_err(|e| Failure::Failed(e.to_string()))??;
+    let index = index??;
     for fold in (0..folds).filter(|fold| index.scored_count(*fold) > 0) {
         if index.trained_count(fold) == 0 {
             return Err(Failure::Failed(format!(

@@ -60,10 +60,7 @@ impl DataFiles {
             let sources = Sources::environment();
             places::find(&files, &hub(&sources))
         });
-        let places = places
-            .await
-            .map_err(|e| Failure::Failed(e.to_string()))?
-            .map_err(Failure::Failed)?;
+        let places = places.await?.map_err(Failure::Failed)?;
         Ok(DataFiles { places, columns })
     }
 
@@ -161,8 +158,7 @@ impl DataFiles {
             let hex = hasher.finalize().to_hex().to_string();
             Ok(Some(ContentHash { hex, names }))
         };
-        let hash = tokio::task::spawn_blocking(hash).await;
-        hash.map_err(|e| Failure::Failed(e.to_string()))?
+        tokio::task::spawn_blocking(hash).await?
     }
 
     /// Returns true if `path` is one of the files.

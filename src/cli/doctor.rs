@@ -133,9 +133,7 @@ pub(super) async fn run(args: DoctorArgs, output: Output) -> Outcome {
     let settings = resolve(&sources, &mut report);
     let for_machine = settings.clone();
     let machine = tokio::task::spawn_blocking(move || machine(for_machine.as_ref()));
-    report.machine = waiting("looking at the machine", machine)
-        .await
-        .map_err(|e| Failure::Failed(e.to_string()))?;
+    report.machine = waiting("looking at the machine", machine).await?;
     if let Some(settings) = &settings {
         check_server_parts(settings, &mut report).await?;
     }
@@ -269,7 +267,7 @@ async fn check_server_parts(settings: &Settings, report: &mut DoctorReport) -> O
         let source = source.clone();
         let opening = tokio::task::spawn_blocking(move || model(&source, &hub));
         let opened = waiting(&format!("opening the model {id}"), opening).await;
-        let (status, detail) = opened.map_err(|e| Failure::Failed(e.to_string()))?;
+        let (status, detail) = opened?;
         report.add(name, status, detail);
     }
     report.add_result(

@@ -67,6 +67,12 @@ impl From<Status> for Failure {
     }
 }
 
+impl From<tokio::task::JoinError> for Failure {
+    fn from(e: tokio::task::JoinError) -> Self {
+        Failure::Failed(e.to_string())
+    }
+}
+
 /// The result of a command.
 pub(super) type Outcome = Result<(), Failure>;
 

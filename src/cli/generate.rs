@@ -413,8 +413,7 @@ where
         let Some(task) = running.pop_front() else {
             return Ok(());
         };
-        let result = task.await.map_err(|e| Failure::Failed(e.to_string()))?;
-        write(result?)?;
+        write(task.await??)?;
     }
 }
 
@@ -458,7 +457,7 @@ async fn write_all(
     rows: Vec<PromptRow>,
     mut write: impl FnMut(&str) -> Outcome,
 ) -> Result<u64, Failure> {
-    let patience = Arc::new(Patience::new(args.retry_timeout));
+    let patience = Arc::new(Patience::new(args.retries.retry_timeout));
     let first_seed = base.seed.unwrap_or_else(rand::random);
     let title = data.title();
     let begin = |row: PromptRow| {

@@ -97,8 +97,7 @@ impl LoopbackServer {
     /// Returns the failure with which it ended.
     pub(super) async fn stop(self) -> Outcome {
         let _ = self.stop.send(());
-        let ended = self.task.await;
-        match ended.map_err(|e| Failure::Failed(e.to_string()))?? {
+        match self.task.await?? {
             serve::Ended::DeviceIdle => Ok(()),
             serve::Ended::DeviceBusy(result) => Ok(result?),
         }

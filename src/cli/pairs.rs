@@ -62,7 +62,7 @@ pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
         )));
     }
     let rows = read(&data, &making.form, &RESULT_COLUMNS)?;
-    let maker = PairMaker::new(&client, making, base, given, args.retry_timeout);
+    let maker = PairMaker::new(&client, making, base, given, args.retries.retry_timeout);
     let title = data.title();
     let made = tokio::select! {
         made = make(&maker, (title.as_str(), "making pairs"), rows, &args.out) => made,

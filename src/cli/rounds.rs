@@ -307,7 +307,7 @@ impl RoundsInProgress<'_> {
             seed: Some(self.seed(number)),
             ..self.base.clone()
         };
-        let (making, timeout) = (&self.args.making, self.args.retry_timeout);
+        let (making, timeout) = (&self.args.making, self.args.retries.retry_timeout);
         PairMaker::new(&self.client, making, request, policies, timeout)
     }
 

@@ -382,7 +382,7 @@ async fn score_parts(
                     None => is_open = false,
                 },
                 Some(done) = running.join_next() => {
-                    let counts = done.map_err(|e| Failure::Failed(e.to_string()))??;
+                    let counts = done??;
                     scored.parts += 1;
                     scored.counts.rows += counts.rows;
                     scored.counts.errors += counts.errors;
@@ -405,8 +405,7 @@ async fn score_parts(
     if let Some(rate) = rate {
         say(&rate);
     }
-    let read = reading.await.map_err(|e| Failure::Failed(e.to_string()))?;
-    scored.bad_inputs = read?;
+    scored.bad_inputs = reading.await??;
     Ok(scored)
 }
 
@@ -439,8 +438,7 @@ async fn score_part(work: Arc<ScoringRun>, part: PartToScore) -> Result<PartCoun
         let bytes = scored.encode(encoding.format)?;
         Ok::<_, String>((part.name, scored.counts(), bytes))
     });
-    let encoded = encoded.await.map_err(|e| Failure::Failed(e.to_string()))?;
-    let (name, counts, bytes) = encoded.map_err(Failure::Failed)?;
+    let (name, counts, bytes) = encoded.await?.map_err(Failure::Failed)?;
     work.fleet.verify().await?;
     // If another process has written the part meanwhile, it has the same bytes.
     work.out.create(&name, bytes).await?;

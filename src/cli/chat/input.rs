@@ -79,8 +79,7 @@ fn too_long() -> io::Error {
 /// Reads a line on a thread that may wait.
 async fn read_line() -> Result<Option<Vec<u8>>, Failure> {
     let reading = tokio::task::spawn_blocking(|| next_line(&mut io::stdin().lock()));
-    let line = reading.await.map_err(|e| Failure::Failed(e.to_string()))?;
-    line.map_err(|e| unread(&e))
+    reading.await?.map_err(|e| unread(&e))
 }
 
 /// Reads a line and removes its end. Returns nothing at the end of the input.

@@ -306,9 +306,7 @@ impl FoldJobs {
         let path = file.clone();
         let written =
             tokio::task::spawn_blocking(move || write_training_rows(&data, &index, fold, &path));
-        let hash = written
-            .await
-            .map_err(|e| Failure::Failed(e.to_string()))??;
+        let hash = written.await.map_err(Failure::from)??;
         let dataset = self.dataset(fold, &file, &hash).await?;
         let _ = std::fs::remove_file(&file);
         self.add_dataset(&dataset);

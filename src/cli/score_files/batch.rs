@@ -94,7 +94,7 @@ pub(super) async fn score(
         let Some(done) = running.join_next().await else {
             continue;
         };
-        for (place, result) in done.map_err(|e| Failure::Failed(e.to_string()))?? {
+        for (place, result) in done?? {
             results[place] = Some(result);
             scored(1);
         }

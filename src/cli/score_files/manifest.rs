@@ -244,7 +244,7 @@ pub(super) async fn complete(
         let Some(done) = reading.join_next().await else {
             break;
         };
-        let (at, count) = done.map_err(|e| Failure::Failed(e.to_string()))?;
+        let (at, count) = done?;
         counts[at] = count?;
     }
     let mut total = RunCounts::default();
