@@ -1,8 +1,11 @@
-//! Creates a job once, also if the connection breaks before the answer.
+//! Creates a job once, also if the connection breaks before the answer, and checks jobs before
+//! their rows are on the server.
 
 use std::time::Duration;
 
-use crate::rpc::client::{Client, Code, Status};
+use super::failure::Outcome;
+use super::flag_names::JobWords;
+use crate::rpc::client::{Client, Code, Status, field_violations};
 use crate::rpc::pb;
 
 /// Number of times that a call is repeated, and the time before the first repetition, which doubles
@@ -37,4 +40,30 @@ pub(super) async fn create_job(
 /// answers that the server is unavailable.
 fn is_lost(status: &Status) -> bool {
     status.code() == Code::Unavailable || std::error::Error::source(status).is_some()
+}
+
+/// Checks a job before its rows are uploaded.
+///
+/// # Errors
+/// Returns a failure that names what the server refuses besides the missing dataset.
+pub(super) async fn check_without_dataset(
+    client: &Client,
+    job: pb::TrainingJob,
+    words: &JobWords,
+) -> Outcome {
+    let request = pb::CreateTrainingJobRequest {
+        training_job: Some(job),
+        request_id: String::new(),
+        validate_only: true,
+    };
+    let Err(refused) = client.training().create_training_job(request).await else {
+        return Ok(());
+    };
+    // The dataset is missing in any case.
+    let dataset = "training_job.dataset";
+    let violations = field_violations(&refused);
+    match !violations.is_empty() && violations.iter().all(|(field, _)| field == dataset) {
+        true => Ok(()),
+        false => Err(words.failure_without(refused, &[dataset])),
+    }
 }

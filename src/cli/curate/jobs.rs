@@ -9,7 +9,7 @@ use crate::cli::args::CurateArgs;
 use crate::cli::data::DataFiles;
 use crate::cli::failure::{Failure, Outcome};
 use crate::cli::flag_names::JobWords;
-use crate::cli::job_creation::create_job;
+use crate::cli::job_creation::{check_without_dataset, create_job};
 use crate::cli::job_flags::JobFlags;
 use crate::cli::job_wait::end_of_job;
 use crate::cli::output::state;
@@ -17,9 +17,7 @@ use crate::cli::progress::{WorkProgress, waiting, warn};
 use crate::cli::short_names::{all_jobs, own_datasets};
 use crate::cli::synced_file::SyncedFile;
 use crate::rpc::canonical::{self, CanonicalError};
-use crate::rpc::client::{
-    Client, ClientError, Status, field_violations, is_absent, is_exhausted, is_not_found,
-};
+use crate::rpc::client::{Client, ClientError, Status, is_absent, is_exhausted, is_not_found};
 use crate::rpc::pb;
 
 /// Label of the jobs of a curation, with its id.
@@ -98,21 +96,7 @@ impl JobTemplate {
     /// # Errors
     /// Returns a failure that names the flags which the server refuses.
     pub async fn check(&self, client: &Client) -> Outcome {
-        let request = pb::CreateTrainingJobRequest {
-            training_job: Some(self.job.clone()),
-            request_id: String::new(),
-            validate_only: true,
-        };
-        let Err(refused) = client.training().create_training_job(request).await else {
-            return Ok(());
-        };
-        // The dataset is missing in any case.
-        let dataset = "training_job.dataset";
-        let violations = field_violations(&refused);
-        match !violations.is_empty() && violations.iter().all(|(field, _)| field == dataset) {
-            true => Ok(()),
-            false => Err(self.words.failure_without(refused, &[dataset])),
-        }
+        check_without_dataset(client, self.job.clone(), &self.words).await
     }
 }
 

@@ -9,7 +9,7 @@ use crate::cli::args::Output;
 use crate::cli::data::DataFiles;
 use crate::cli::failure::{Failure, Outcome};
 use crate::cli::flag_names::{JobFile, JobWords};
-use crate::cli::job_creation::create_job;
+use crate::cli::job_creation::{check_without_dataset, create_job};
 use crate::cli::job_flags::{JobFlags, get, remove, set};
 use crate::cli::job_rows::{JobRows, RowLimits};
 use crate::cli::job_wait::end_of_job;
@@ -20,7 +20,7 @@ use crate::cli::short_names::{self, with_earlier_last};
 use crate::cli::train::{base_model, read_job_file};
 use crate::domain::logged::LOGGED_REFERENCE;
 use crate::rpc::canonical::{self, CanonicalError, FieldSelection};
-use crate::rpc::client::{Client, field_violations, is_not_found, is_transient};
+use crate::rpc::client::{Client, is_not_found, is_transient};
 use crate::rpc::pb;
 use crate::rpc::pb::training_job::{Evaluation, Method};
 
@@ -141,24 +141,11 @@ impl RoundTemplate {
     /// # Errors
     /// Returns a failure that names the fields which the server refuses.
     pub async fn check(&self, client: &Client, policy: &str) -> Outcome {
-        let request = pb::CreateTrainingJobRequest {
-            training_job: Some(pb::TrainingJob {
-                policy: policy.to_owned(),
-                ..self.job.clone()
-            }),
-            request_id: String::new(),
-            validate_only: true,
+        let job = pb::TrainingJob {
+            policy: policy.to_owned(),
+            ..self.job.clone()
         };
-        let Err(refused) = client.training().create_training_job(request).await else {
-            return Ok(());
-        };
-        // The dataset is missing in any case.
-        let dataset = "training_job.dataset";
-        let violations = field_violations(&refused);
-        match !violations.is_empty() && violations.iter().all(|(field, _)| field == dataset) {
-            true => Ok(()),
-            false => Err(self.words.failure_without(refused, &[dataset])),
-        }
+        check_without_dataset(client, job, &self.words).await
     }
 
     /// Returns the job of a round on a dataset as canonical JSON.
