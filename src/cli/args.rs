@@ -808,6 +808,7 @@ pub struct PairsArgs {
 #[command(after_help = ROUNDS_HELP)]
 #[command(mut_arg("policy", |policy| policy.help(FIRST_POLICY)))]
 #[command(mut_arg("judge", |judge| judge.help(JUDGE_OF_ROUNDS)))]
+#[command(mut_arg("retry_timeout", |timeout| timeout.help(RETRIES_OF_ROUNDS)))]
 #[command(mut_arg("seed", |seed| seed.help(SEED_OF_ROUNDS)))]
 pub struct RoundsArgs {
     /// The server to connect to.
@@ -839,6 +840,9 @@ pub struct RoundsArgs {
     #[command(flatten)]
     pub retries: RetryArgs,
 }
+
+const RETRIES_OF_ROUNDS: &str = "Time in seconds for which calls about a prompt are repeated while \
+    the server is busy or not reached";
 
 const FIRST_POLICY: &str = "The policy of the first round, which answers and is trained further: a \
     base model's name, a job (its latest checkpoint), or JOB/checkpoints/STEP|latest|best";
