@@ -156,14 +156,14 @@ type Fetch<'a> = Pin<Box<dyn Future<Output = Result<PathBuf>> + 'a>>;
 
 /// A task that occupies the only blocking thread of a runtime, so that nothing behind it is done
 /// until it is dropped.
-struct Gate {
+struct ThreadGate {
     _open: mpsc::Sender<()>,
 }
 
-impl Gate {
+impl ThreadGate {
     /// Closes the gate behind the tasks that are queued, and returns when these are done. The gate
     /// `before` is opened for them.
-    fn close(runtime: &Runtime, before: Option<Gate>) -> Self {
+    fn close(runtime: &Runtime, before: Option<ThreadGate>) -> Self {
         let (open, opened) = mpsc::channel::<()>();
         let (reach, reached) = mpsc::channel();
         runtime.spawn_blocking(move || {
@@ -172,7 +172,7 @@ impl Gate {
         });
         drop(before);
         reached.recv_timeout(Duration::from_secs(60)).unwrap();
-        Gate { _open: open }
+        ThreadGate { _open: open }
     }
 }
 
@@ -183,10 +183,10 @@ fn poll_in_steps(
     runtime: &Runtime,
     mut fetch: Fetch,
     limit: usize,
-) -> (Option<Result<PathBuf>>, usize, Gate) {
+) -> (Option<Result<PathBuf>>, usize, ThreadGate) {
     let _entered = runtime.enter();
     let mut cx = Context::from_waker(Waker::noop());
-    let mut gate = Gate::close(runtime, None);
+    let mut gate = ThreadGate::close(runtime, None);
     let mut pending = 0;
     loop {
         if let Poll::Ready(result) = fetch.as_mut().poll(&mut cx) {
@@ -197,7 +197,7 @@ fn poll_in_steps(
         if pending == limit {
             return (None, pending, gate);
         }
-        gate = Gate::close(runtime, Some(gate));
+        gate = ThreadGate::close(runtime, Some(gate));
     }
 }
 
