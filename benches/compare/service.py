@@ -32,7 +32,7 @@ def stubs():
     subprocess.run([*command, *files], check=True)
     sys.path.insert(0, folder)
     modules = {}
-    for name in ("scoring", "training", "dataset"):
+    for name in ("scoring", "training", "dataset", "generation"):
         modules[name] = import_module(f"bradley.v1.{name}_pb2")
         modules[f"{name}_grpc"] = import_module(f"bradley.v1.{name}_pb2_grpc")
     return modules
@@ -70,6 +70,7 @@ class Service:
         port=50100,
         device="cpu",
         log=subprocess.DEVNULL,
+        flags=(),
     ):
         self.max_length, self.folder = max_length, tempfile.mkdtemp()
         command = [
@@ -84,7 +85,7 @@ class Service:
             "--listen",
             f"127.0.0.1:{port}",
         ]
-        command += ["--http-listen", "off", "--data-dir", self.folder, "--log", "warn"]
+        command += ["--http-listen", "off", "--data-dir", self.folder, "--log", "warn", *flags]
         self.child = subprocess.Popen(command, stderr=log)
         self.channel = grpc.insecure_channel(
             f"127.0.0.1:{port}", options=[("grpc.max_receive_message_length", 1 << 28)]
@@ -92,6 +93,7 @@ class Service:
         grpc.channel_ready_future(self.channel).result(timeout=180)
         self.scoring = pb["scoring_grpc"].ScoringServiceStub(self.channel)
         self.training = pb["training_grpc"].TrainingServiceStub(self.channel)
+        self.generation = pb["generation_grpc"].GenerationServiceStub(self.channel)
         job = self.submit(rows[-2:], steps=1)
         self.wait(job)
         self.policy = f"{job}/checkpoints/latest"
