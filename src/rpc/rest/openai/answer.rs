@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::{Bytes, BytesMut};
 use prost::Message as _;
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -17,7 +18,7 @@ use tonic_types::StatusExt as _;
 
 use super::endpoint::Endpoint;
 use super::request::AnswerOptions;
-use super::tokens::{self, AnswerToken};
+use super::tokens::{self, AnswerLogProbs, AnswerToken};
 use crate::rpc::client::field_violations;
 use crate::rpc::pb;
 use crate::rpc::rest::answer::{self, StreamText, conversion};
@@ -28,7 +29,8 @@ use crate::service::error::ServiceError;
 /// Number of prompts of a request that are continued at the same time.
 const PROMPTS_AT_ONCE: usize = 8;
 /// Maximum size of the answers to all prompts of a request together, in MiB as gRPC sends them.
-/// While they become JSON, likely tokens take up to 60 times as much memory.
+/// While they become JSON, likely tokens take up to 16 times as much memory: about half of it for
+/// the decoded messages, and half for the text.
 const MAX_ANSWERS_MIB: usize = 32;
 /// Permits for converting answers above [`MAX_INLINE`]: two at the same time, further ones wait.
 static LARGE_ANSWER_PERMITS: Semaphore = Semaphore::const_new(2);
@@ -300,13 +302,14 @@ impl AnswerConverter {
         };
         let convert = move || {
             let _permit = permit;
-            let value = match (self.endpoint, asked) {
-                (Endpoint::Models, _) => models(first_of(data)),
-                (Endpoint::Model(_), _) => one(first_of(data)).map(|model| model_json(&model)),
+            match (self.endpoint, asked) {
+                (Endpoint::Models, _) => models(first_of(data)).map(|list| list.to_string()),
+                (Endpoint::Model(_), _) => {
+                    one(first_of(data)).map(|model| model_json(&model).to_string())
+                }
                 (_, Some(asked)) => whole(data, &asked),
                 (_, None) => Err(conversion("the request was not read")),
-            };
-            value.map(|value| value.to_string())
+            }
         };
         Ok(match answer::inline_or_on_thread(bytes, convert).await {
             Ok(text) => answer::json(StatusCode::OK, text),
@@ -414,9 +417,94 @@ impl PromptAnswer {
     }
 }
 
-/// Returns the answer to a request that does not stream, from the messages of each prompt's call.
-fn whole(all: Vec<BytesMut>, asked: &AnswerOptions) -> Result<Value, Status> {
-    let (mut choices, mut versions) = (Vec::new(), Vec::new());
+/// An answer, or a chunk of a stream, as its JSON.
+#[derive(Serialize)]
+struct AnswerObject<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    /// It says which weights answered, as OpenAI's says which configuration did.
+    system_fingerprint: &'a str,
+    choices: Vec<AnswerChoice<'a>>,
+    #[serde(skip_serializing_if = "AnswerUsage::is_absent")]
+    usage: AnswerUsage,
+}
+
+/// One sample of an answer, or its new text in a chunk.
+#[derive(Serialize)]
+struct AnswerChoice<'a> {
+    index: usize,
+    #[serde(flatten)]
+    content: ChoiceContent<'a>,
+    logprobs: Option<AnswerLogProbs<'a>>,
+    finish_reason: Option<&'static str>,
+}
+
+/// The text of a choice, in the field that its kind of answer has for it.
+#[derive(Serialize)]
+#[serde(rename_all = "lowercase")]
+enum ChoiceContent<'a> {
+    /// The whole message of a chat.
+    Message(ChatAnswer<'a>),
+    /// The new part of a chat's message.
+    Delta(ChatDelta<'a>),
+    /// A text, or the new part of one.
+    Text(&'a str),
+}
+
+#[derive(Serialize)]
+struct ChatAnswer<'a> {
+    role: &'static str,
+    content: &'a str,
+    /// Always null: no answer is refused.
+    refusal: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct ChatDelta<'a> {
+    /// Only in the first chunk of a sample.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+}
+
+/// The numbers of tokens in an answer.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum AnswerUsage {
+    /// The chunk has no such field.
+    Absent,
+    /// Null: they come in the last chunk.
+    Later,
+    /// They are known.
+    Known {
+        prompt_tokens: u32,
+        completion_tokens: u32,
+        total_tokens: u32,
+    },
+}
+
+impl AnswerUsage {
+    fn known(usage: &pb::GenerationUsage) -> Self {
+        AnswerUsage::Known {
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+            total_tokens: usage.prompt_tokens + usage.completion_tokens,
+        }
+    }
+
+    fn is_absent(&self) -> bool {
+        matches!(self, AnswerUsage::Absent)
+    }
+}
+
+/// Returns the JSON of the answer to a request that does not stream, from the messages of each
+/// prompt's call.
+fn whole(all: Vec<BytesMut>, asked: &AnswerOptions) -> Result<String, Status> {
+    let mut samples: Vec<Sample> = Vec::new();
+    let mut versions: Vec<String> = Vec::new();
     let mut usage = pb::GenerationUsage::default();
     for (i, data) in all.into_iter().enumerate() {
         let mut read = PromptAnswer::read(data, asked)?;
@@ -430,56 +518,42 @@ fn whole(all: Vec<BytesMut>, asked: &AnswerOptions) -> Result<Value, Status> {
         if !versions.contains(&read.version) {
             versions.push(read.version);
         }
-        for sample in read.samples {
-            choices.push(whole_choice(choices.len(), &sample, asked));
-        }
+        samples.extend(read.samples);
     }
-    let object = match asked.is_chat {
-        true => "chat.completion",
-        false => "text_completion",
+    let versions = versions.join(", ");
+    let choices = samples.iter().enumerate();
+    let answer = AnswerObject {
+        id: &asked.id,
+        object: match asked.is_chat {
+            true => "chat.completion",
+            false => "text_completion",
+        },
+        created: asked.created,
+        model: &asked.model,
+        system_fingerprint: &versions,
+        choices: choices
+            .map(|(index, sample)| whole_choice(index, sample, asked))
+            .collect(),
+        usage: AnswerUsage::known(&usage),
     };
-    let mut value = envelope(asked, object, choices, &versions.join(", "));
-    value["usage"] = usage_json(&usage);
-    Ok(value)
+    serde_json::to_string(&answer).map_err(conversion)
 }
 
-fn whole_choice(index: usize, sample: &Sample, asked: &AnswerOptions) -> Value {
+fn whole_choice<'a>(index: usize, sample: &'a Sample, asked: &AnswerOptions) -> AnswerChoice<'a> {
     let offsets = || tokens::offsets_in(&sample.tokens, &sample.text);
-    let log_probs = tokens::log_probs(asked, &sample.tokens, offsets);
-    match asked.is_chat {
-        true => json!({
-            "index": index,
-            "message": {"role": "assistant", "content": sample.text, "refusal": null},
-            "logprobs": log_probs,
-            "finish_reason": sample.finish,
-        }),
-        false => json!({
-            "index": index,
-            "text": sample.text,
-            "logprobs": log_probs,
-            "finish_reason": sample.finish,
-        }),
+    AnswerChoice {
+        index,
+        content: match asked.is_chat {
+            true => ChoiceContent::Message(ChatAnswer {
+                role: "assistant",
+                content: &sample.text,
+                refusal: None,
+            }),
+            false => ChoiceContent::Text(&sample.text),
+        },
+        logprobs: tokens::log_probs(asked, &sample.tokens, offsets),
+        finish_reason: sample.finish,
     }
-}
-
-fn envelope(asked: &AnswerOptions, object: &str, choices: Vec<Value>, version: &str) -> Value {
-    json!({
-        "id": asked.id,
-        "object": object,
-        "created": asked.created,
-        "model": asked.model,
-        // It says which weights answered, as OpenAI's says which configuration did.
-        "system_fingerprint": version,
-        "choices": choices,
-    })
-}
-
-fn usage_json(usage: &pb::GenerationUsage) -> Value {
-    json!({
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    })
 }
 
 fn finish(delta: &pb::CompletionDelta) -> Option<&'static str> {
@@ -514,7 +588,7 @@ impl Chunks {
     }
 
     /// Returns the log-probs of a sample's new tokens.
-    fn new_log_probs(&self, sample: u32, new: &[AnswerToken]) -> Value {
+    fn new_log_probs<'a>(&self, sample: u32, new: &'a [AnswerToken]) -> Option<AnswerLogProbs<'a>> {
         tokens::log_probs(&self.asked, new, || {
             let Some(so_far) = self.offsets.get(sample as usize) else {
                 return Vec::new();
@@ -525,44 +599,43 @@ impl Chunks {
         })
     }
 
-    fn chunk(&self, choices: Vec<Value>, version: &str) -> Value {
-        let object = match self.asked.is_chat {
-            true => "chat.completion.chunk",
-            false => "text_completion",
-        };
-        let mut chunk = envelope(&self.asked, object, choices, version);
-        if self.asked.includes_usage {
-            chunk["usage"] = Value::Null;
+    /// Returns a chunk without the numbers of tokens.
+    fn chunk<'a>(&'a self, choices: Vec<AnswerChoice<'a>>, version: &'a str) -> AnswerObject<'a> {
+        AnswerObject {
+            id: &self.asked.id,
+            object: match self.asked.is_chat {
+                true => "chat.completion.chunk",
+                false => "text_completion",
+            },
+            created: self.asked.created,
+            model: &self.asked.model,
+            system_fingerprint: version,
+            choices,
+            usage: match self.asked.includes_usage {
+                true => AnswerUsage::Later,
+                false => AnswerUsage::Absent,
+            },
         }
-        chunk
     }
 
-    fn choice(&self, index: u32, text: &str, finish: Option<&str>) -> Value {
+    /// Returns the new text of a sample in the form of the request's API.
+    fn new_content<'a>(&self, text: &'a str) -> ChoiceContent<'a> {
         match self.asked.is_chat {
-            true => {
-                let delta = match text.is_empty() {
-                    true => json!({}),
-                    false => json!({"content": text}),
-                };
-                json!({
-                    "index": index,
-                    "delta": delta,
-                    "logprobs": null,
-                    "finish_reason": finish,
-                })
-            }
-            false => json!({
-                "index": index,
-                "text": text,
-                "logprobs": null,
-                "finish_reason": finish,
+            true => ChoiceContent::Delta(ChatDelta {
+                role: None,
+                content: (!text.is_empty()).then_some(text),
             }),
+            false => ChoiceContent::Text(text),
         }
     }
 }
 
-fn event(text: &mut Vec<u8>, value: &Value) {
-    text.extend_from_slice(format!("data: {value}\n\n").as_bytes());
+/// Adds an event to the text of a stream.
+fn event(text: &mut Vec<u8>, value: &impl Serialize) -> Result<(), Status> {
+    text.extend_from_slice(b"data: ");
+    serde_json::to_writer(&mut *text, value).map_err(conversion)?;
+    text.extend_from_slice(b"\n\n");
+    Ok(())
 }
 
 impl StreamText for Chunks {
@@ -575,10 +648,17 @@ impl StreamText for Chunks {
         let version = &response.policy_version;
         let mut text = Vec::new();
         if self.asked.is_chat && !self.has_begun.swap(true, Ordering::Relaxed) {
-            for index in 0..self.asked.samples.max(1) {
-                let mut choice = self.choice(index, "", None);
-                choice["delta"] = json!({"role": "assistant", "content": ""});
-                event(&mut text, &self.chunk(vec![choice], version));
+            for index in 0..self.asked.samples.max(1) as usize {
+                let choice = AnswerChoice {
+                    index,
+                    content: ChoiceContent::Delta(ChatDelta {
+                        role: Some("assistant"),
+                        content: Some(""),
+                    }),
+                    logprobs: None,
+                    finish_reason: None,
+                };
+                event(&mut text, &self.chunk(vec![choice], version))?;
             }
         }
         for mut delta in response.deltas {
@@ -587,17 +667,21 @@ impl StreamText for Chunks {
             if delta.text.is_empty() && finish.is_none() && new.is_empty() {
                 continue;
             }
-            let mut choice = self.choice(delta.index, &delta.text, finish);
-            choice["logprobs"] = self.new_log_probs(delta.index, &new);
-            event(&mut text, &self.chunk(vec![choice], version));
+            let choice = AnswerChoice {
+                index: delta.index as usize,
+                content: self.new_content(&delta.text),
+                logprobs: self.new_log_probs(delta.index, &new),
+                finish_reason: finish,
+            };
+            event(&mut text, &self.chunk(vec![choice], version))?;
         }
         if response.usage.is_some() {
             self.is_complete.store(true, Ordering::Relaxed);
         }
         if let Some(usage) = response.usage.filter(|_| self.asked.includes_usage) {
             let mut last = self.chunk(Vec::new(), version);
-            last["usage"] = usage_json(&usage);
-            event(&mut text, &last);
+            last.usage = AnswerUsage::known(&usage);
+            event(&mut text, &last)?;
         }
         Ok(text)
     }
@@ -612,13 +696,12 @@ impl StreamText for Chunks {
             None => conversion("its end is missing"),
         };
         let http = answer::http_status(&status, &HeaderMap::new());
-        let mut text = Vec::new();
         let place = match self.asked.is_chat {
             true => ErrorPlace::Chat,
             false => ErrorPlace::Text,
         };
-        event(&mut text, &error_json(http, &status, place));
-        Some(text)
+        let error = error_json(http, &status, place);
+        Some(format!("data: {error}\n\n").into_bytes())
     }
 }
 

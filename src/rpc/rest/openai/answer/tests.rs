@@ -58,6 +58,11 @@ fn events(text: &[u8]) -> Vec<Value> {
         .collect()
 }
 
+/// Returns the answer to a request with one prompt.
+fn whole_json(data: BytesMut, asked: &AnswerOptions) -> Value {
+    serde_json::from_str(&whole(vec![data], asked).unwrap()).unwrap()
+}
+
 #[test]
 fn a_whole_answer_has_every_sample() {
     for (is_chat, place) in [(true, "/message/content"), (false, "/text")] {
@@ -65,7 +70,7 @@ fn a_whole_answer_has_every_sample() {
         for response in responses() {
             data.extend_from_slice(&framed(&response.encode_to_vec()));
         }
-        let value = whole(vec![data], &asked(is_chat)).unwrap();
+        let value = whole_json(data, &asked(is_chat));
         let choices = value["choices"].as_array().unwrap();
         let texts: Vec<_> = choices
             .iter()
@@ -87,6 +92,33 @@ fn a_whole_answer_has_every_sample() {
     let mut data = BytesMut::new();
     data.extend_from_slice(&framed(&responses()[0].encode_to_vec()));
     assert!(whole(vec![data], &asked(true)).is_err());
+}
+
+#[test]
+fn the_fields_of_answers_have_the_order_of_openais() {
+    let rest = concat!(
+        r#""model":"tiny","system_fingerprint":"v","choices":["#,
+        r#"{"index":0,"text":"","logprobs":null,"finish_reason":null},"#,
+        r#"{"index":1,"text":"c","logprobs":null,"finish_reason":"stop"}],"#,
+        r#""usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}}"#,
+    );
+    let [_, last] = responses();
+    let text = whole(vec![data_of(&last)], &asked(false)).unwrap();
+    let start = r#"{"id":"id","object":"text_completion","created":5,"#;
+    assert_eq!(text, format!("{start}{rest}"));
+    let text = whole(vec![data_of(&last)], &asked(true)).unwrap();
+    let message = r#""message":{"role":"assistant","content":"c","refusal":null}"#;
+    assert!(text.contains(message), "{text}");
+    // Chunks without the numbers of tokens have no field for them.
+    let options = AnswerOptions {
+        includes_usage: false,
+        ..asked(false)
+    };
+    let chunk = Chunks::new(options).of(&last.encode_to_vec()).unwrap();
+    let choice = r#"{"index":1,"text":"c","logprobs":null,"finish_reason":"stop"}"#;
+    let rest = r#""model":"tiny","system_fingerprint":"v","choices":["#;
+    let expected = format!("data: {start}{rest}{choice}]}}\n\n");
+    assert_eq!(String::from_utf8(chunk).unwrap(), expected);
 }
 
 #[tokio::test]
@@ -274,7 +306,7 @@ fn a_text_with_its_prompt_has_the_log_probs_of_both() {
         prompts: vec![Some(" né?".into())],
         ..asked_to_score(false)
     };
-    let value = whole(vec![data_of(&scored())], &echoing).unwrap();
+    let value = whole_json(data_of(&scored()), &echoing);
     let choice = &value["choices"][0];
     assert_eq!(choice["text"], " né?!");
     assert_eq!(
@@ -299,7 +331,7 @@ fn a_text_with_its_prompt_has_the_log_probs_of_both() {
         prompts: vec![None],
         ..echoing
     };
-    let value = whole(vec![data_of(&scored())], &alone).unwrap();
+    let value = whole_json(data_of(&scored()), &alone);
     let choice = &value["choices"][0];
     assert_eq!(choice["text"], "<s> né\u{FFFD}");
     assert_eq!(choice["finish_reason"], "length");
@@ -313,7 +345,7 @@ fn a_text_with_its_prompt_has_the_log_probs_of_both() {
 #[test]
 fn a_chat_has_the_log_probs_and_the_bytes_of_its_tokens() {
     let response = scored();
-    let value = whole(vec![data_of(&response)], &asked_to_score(true)).unwrap();
+    let value = whole_json(data_of(&response), &asked_to_score(true));
     let content = &value["choices"][0]["logprobs"]["content"];
     assert_eq!(
         content[0],
