@@ -219,6 +219,12 @@ def test_errors_are_those_of_the_client(openai: OpenAI) -> None:
     with pytest.raises(BadRequestError, match="n is 65: at most 64 are allowed") as refused:
         openai.chat.completions.create(model="tiny", messages=MESSAGES, n=65)
     assert refused.value.param == "n"
+    for limit in ("max_tokens", "max_completion_tokens"):
+        limits: dict[str, Any] = {limit: 1_000_000}
+        expected = f"{limit} is too large: .*: lower {limit}, or"
+        with pytest.raises(BadRequestError, match=expected) as refused:
+            openai.chat.completions.create(model="tiny", messages=MESSAGES, **limits)
+        assert refused.value.param == limit
     with pytest.raises(NotFoundError, match="nothing"):
         openai.chat.completions.create(model="nothing", messages=MESSAGES)
     with pytest.raises(NotFoundError, match="nothing"):

@@ -35,6 +35,8 @@ const MAX_ANSWERS_MIB: usize = 32;
 /// Permits for converting answers above [`MAX_INLINE`]: two at the same time, further ones wait.
 static LARGE_ANSWER_PERMITS: Semaphore = Semaphore::const_new(2);
 
+/// The gRPC request's field, and OpenAI's older parameter, for the maximum number of tokens.
+const MAX_TOKENS: &str = "max_tokens";
 /// Names of the gRPC request's fields, and those of OpenAI's parameters.
 const PARAMETERS: [(&str, &str); 8] = [
     ("policy", "model"),
@@ -59,12 +61,22 @@ pub struct AnswerConverter {
 /// The part of a request that an error belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ErrorPlace {
-    /// A chat.
-    Chat,
+    /// A chat, with the parameter that limits its tokens.
+    Chat(&'static str),
     /// A request for text completions as a whole.
     Text,
     /// The prompt with this index, of several.
     Prompt(usize),
+}
+
+impl ErrorPlace {
+    /// Returns the name of the parameter that limits the tokens of the request.
+    fn token_limit(self) -> &'static str {
+        match self {
+            ErrorPlace::Chat(token_limit) => token_limit,
+            ErrorPlace::Text | ErrorPlace::Prompt(_) => MAX_TOKENS,
+        }
+    }
 }
 
 /// Returns an error in OpenAI's form, for a request that is refused before its body is read.
@@ -79,12 +91,15 @@ fn error_of(http: StatusCode, status: &Status, place: ErrorPlace) -> Response<Bo
 }
 
 fn error_json(http: StatusCode, status: &Status, place: ErrorPlace) -> Value {
+    // The service's advice has the name of its own field.
+    let lower_limit = format!("lower {}", place.token_limit());
+    let with_limit = |text: &str| text.replace("lower max_tokens", &lower_limit);
     let wrong: Vec<_> = field_violations(status)
         .into_iter()
-        .map(|(field, problem)| (parameter(&field, place), problem))
+        .map(|(field, problem)| (parameter(&field, place), with_limit(&problem)))
         .collect();
     let message = match wrong.is_empty() {
-        true => status.message().to_owned(),
+        true => with_limit(status.message()),
         false => wrong
             .iter()
             .map(|(name, problem)| format!("{name} {problem}"))
@@ -111,8 +126,11 @@ fn error_json(http: StatusCode, status: &Status, place: ErrorPlace) -> Value {
 /// Returns the name of the parameter that a field of the gRPC request comes from.
 fn parameter(field: &str, place: ErrorPlace) -> String {
     // The prompt of a chat as a whole, e.g. one that is too long.
-    if place == ErrorPlace::Chat && field == "prompt" {
+    if matches!(place, ErrorPlace::Chat(_)) && field == "prompt" {
         return "messages".to_owned();
+    }
+    if field == MAX_TOKENS {
+        return place.token_limit().to_owned();
     }
     // A message is sent as JSON in this field, which OpenAI's messages do not have.
     let field = field.strip_suffix(".fields_json").unwrap_or(field);
@@ -265,7 +283,10 @@ impl AnswerConverter {
     fn first_place(&self) -> ErrorPlace {
         let has_several = |asked: &AnswerOptions| !asked.further.is_empty();
         match self.endpoint {
-            Endpoint::Chat => ErrorPlace::Chat,
+            Endpoint::Chat => {
+                let asked = self.asked.get();
+                ErrorPlace::Chat(asked.map_or(MAX_TOKENS, |asked| asked.token_limit))
+            }
             _ if self.asked.get().is_some_and(has_several) => ErrorPlace::Prompt(0),
             _ => ErrorPlace::Text,
         }
@@ -697,7 +718,7 @@ impl StreamText for Chunks {
         };
         let http = answer::http_status(&status, &HeaderMap::new());
         let place = match self.asked.is_chat {
-            true => ErrorPlace::Chat,
+            true => ErrorPlace::Chat(self.asked.token_limit),
             false => ErrorPlace::Text,
         };
         let error = error_json(http, &status, place);

@@ -49,6 +49,8 @@ pub struct AnswerOptions {
     pub model: String,
     /// Number of samples.
     pub samples: u32,
+    /// Name of the parameter that limits the tokens of a sample.
+    pub token_limit: &'static str,
     /// True to send the answer as it comes.
     pub streams: bool,
     /// True if a stream ends with the numbers of tokens.
@@ -156,12 +158,14 @@ pub fn generation(
         true => fields.chat_logprobs(),
         false => fields.text_logprobs(),
     };
+    let mut token_limit = "max_tokens";
     if is_chat && let Some(max) = fields.limit("max_completion_tokens") {
         if max_tokens.is_some_and(|other| other != max) {
             let problem = "differs from max_tokens: give one of them";
             fields.bad.push("max_completion_tokens", problem);
         }
         max_tokens = Some(max);
+        token_limit = "max_completion_tokens";
     }
     let streams = fields.flag("stream").unwrap_or(false);
     let includes_usage = fields.stream_options(streams);
@@ -226,6 +230,7 @@ pub fn generation(
             .map_or(0, |passed| passed.as_secs()),
         model,
         samples,
+        token_limit,
         streams,
         includes_usage,
         alternatives,

@@ -1,5 +1,6 @@
 use super::*;
 use crate::domain::reason::Reason;
+use crate::engine::api::EngineError;
 use crate::rpc::rest::request::{LateBody, MAX_INLINE, framed};
 
 fn asked(is_chat: bool) -> AnswerOptions {
@@ -9,6 +10,7 @@ fn asked(is_chat: bool) -> AnswerOptions {
         created: 5,
         model: "tiny".into(),
         samples: 2,
+        token_limit: "max_tokens",
         streams: true,
         includes_usage: true,
         alternatives: None,
@@ -223,7 +225,8 @@ fn errors_name_the_parameters_of_the_request() {
     bad.push("chat_template_kwargs_json", "has the key \"tools\"");
     let status = status(ServiceError::InvalidArgument(bad));
     assert_eq!(status.code(), Code::InvalidArgument);
-    let error = &error_json(StatusCode::BAD_REQUEST, &status, ErrorPlace::Chat)["error"];
+    let chat = ErrorPlace::Chat("max_completion_tokens");
+    let error = &error_json(StatusCode::BAD_REQUEST, &status, chat)["error"];
     assert_eq!(
         error["message"],
         "model is \"x\"; messages[0].role is missing; messages[1] is a string; \
@@ -243,6 +246,47 @@ fn errors_name_the_parameters_of_the_request() {
     let chunks = Chunks::new(asked(true));
     let last = events(&chunks.last(Some(status)).unwrap());
     assert!(last[0]["error"]["message"].is_string(), "{last:?}");
+}
+
+#[test]
+fn errors_name_the_limit_of_tokens_that_was_given() {
+    let refusal = |e: ServiceError, place| {
+        let status = status(e);
+        let http = answer::http_status(&status, &HeaderMap::new());
+        error_json(http, &status, place)["error"].clone()
+    };
+    let chat = ErrorPlace::Chat("max_completion_tokens");
+    for (place, name) in [
+        (chat, "max_completion_tokens"),
+        (ErrorPlace::Chat("max_tokens"), "max_tokens"),
+        (ErrorPlace::Text, "max_tokens"),
+        (ErrorPlace::Prompt(2), "max_tokens"),
+    ] {
+        let long = EngineError::SampleTooLong {
+            tokens: 9,
+            limit: 8,
+        };
+        let error = refusal(long.into(), place);
+        assert_eq!(error["param"], name, "{error}");
+        let message = error["message"].as_str().unwrap();
+        let start = format!("{name} is too large: ");
+        assert!(message.starts_with(&start), "{message}");
+        let advice = format!(": lower {name}, or shorten the prompt");
+        assert!(message.ends_with(&advice), "{message}");
+        // An error of no field.
+        let full = EngineError::NoRoomToGenerate {
+            needed_mib: 9,
+            available_mib: 8,
+            setting: "memory_limit",
+        };
+        let error = refusal(full.into(), place);
+        assert_eq!(error["param"], Value::Null, "{error}");
+        let message = error["message"].as_str().unwrap();
+        assert!(
+            message.contains(&format!(": lower {name}, ask")),
+            "{message}"
+        );
+    }
 }
 
 fn likely(text: &str, logprob: f32) -> pb::TokenLogprob {

@@ -67,6 +67,7 @@ fn a_chat_becomes_a_call() {
     );
     assert!(asked.streams && asked.includes_usage && asked.is_chat);
     assert_eq!((asked.samples, asked.model.as_str()), (2, "tiny"));
+    assert_eq!(asked.token_limit, "max_completion_tokens");
     assert!(asked.id.starts_with("chatcmpl-"), "{}", asked.id);
 }
 
@@ -77,6 +78,7 @@ fn a_text_has_openais_limit_of_tokens_and_a_chat_that_of_the_service() {
     assert_eq!(form, Some(pb::text::Form::Plain("Hi".into())));
     assert_eq!((call.policy.as_str(), call.max_tokens), ("models/tiny", 16));
     assert_eq!((call.samples, asked.streams), (1, false));
+    assert_eq!(asked.token_limit, "max_tokens");
     let checkpoint = "trainingJobs/1/checkpoints/best";
     let chat = json!({"model": checkpoint, "messages": [], "max_tokens": null});
     let (call, _) = read(true, &chat);
