@@ -1,10 +1,11 @@
 //! Clients of other projects: grpcurl through reflection, Python's grpcio with the protos, peft
-//! with the adapter, OpenTelemetry's SDK.
+//! with the adapter, OpenTelemetry's SDK, lm-evaluation-harness.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::references::models;
 use crate::server::Server;
 use crate::support::{golden, needed};
 
@@ -77,6 +78,27 @@ fn grpcio_trains_and_scores_and_peft_loads_the_adapter() {
         &dir.path().join("adapter"),
     );
     assert!(said.contains("peft agrees within"), "{said}");
+}
+
+/// The harness reads log-likelihoods from the server, and computes them itself with transformers.
+/// Its client leaves BOS out if it is not told otherwise, unlike its own backend.
+#[test]
+#[ignore = "needs Python with lm-eval, torch and transformers (BRADLEY_TEST_PYTHON)"]
+fn lm_evaluation_harness_gets_the_log_likelihoods_that_it_computes_itself() {
+    let python = needed("BRADLEY_TEST_PYTHON");
+    let (dir, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let server = Server::start_with(dir.path(), &models(&["qwen2", "llama"]), &[]);
+    // Llama's tokenizer adds BOS.
+    for (model, further) in [("qwen2", None), ("llama", Some("add_bos_token=True"))] {
+        let said = run(Command::new(&python)
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/harness.py"))
+            .arg(format!("{}/openai/v1", server.address))
+            .arg(model)
+            .arg(golden(&format!("models/{model}")))
+            .arg(work.path().join(model))
+            .args(further));
+        assert!(said.contains("20 items agree"), "{said}");
+    }
 }
 
 #[test]
