@@ -17,6 +17,12 @@ use tonic_types::StatusExt;
 use crate::server::{Server, job, pairs, score, scored, upload};
 use crate::support::golden;
 
+/// Room for the keys and values of generated tokens. It also limits what a changed `max_tokens`
+/// may cost.
+const GENERATION_TOKENS: u32 = 1024;
+/// The method that generates texts.
+const GENERATE: &str = "GenerationService/GenerateCompletions";
+
 /// Returns the number of cases of each kind.
 pub fn number_of_cases() -> usize {
     std::env::var("BRADLEY_TEST_HOSTILE")
@@ -100,6 +106,16 @@ pub fn assert_has_reason(what: &str, e: &Status) {
     );
 }
 
+/// Checks that an answer of GenerateCompletions is complete. `last` is its last message.
+fn assert_is_whole_text(last: &[u8]) {
+    let end = pb::GenerateCompletionsResponse::decode(last).unwrap();
+    let usage = end.usage.unwrap_or_else(|| panic!("a text has no end"));
+    assert!(usage.prompt_tokens > 0, "{usage:?}");
+    // The last token of each of at most 64 samples takes no room.
+    let most = GENERATION_TOKENS + 64;
+    assert!((1..=most).contains(&usage.completion_tokens), "{usage:?}");
+}
+
 /// Returns the resident memory of a process in KiB.
 pub fn resident_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -117,7 +133,10 @@ pub fn resident_kib(pid: u32) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let server = Server::start(dir.path());
+    let models = format!("tiny={}", golden("models/llama").display());
+    let room = GENERATION_TOKENS.to_string();
+    let flags = ["--generation-cache-tokens", room.as_str()];
+    let server = Server::start_with(dir.path(), &models, &flags);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let before = score(&client, "models/tiny", pairs()).await;
@@ -210,6 +229,40 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
             .encode_to_vec(),
         ),
         (
+            GENERATE,
+            pb::GenerateCompletionsRequest {
+                policy: "models/tiny".into(),
+                prompt: chat.clone(),
+                samples: 2,
+                max_tokens: 4,
+                temperature: Some(0.5),
+                top_p: Some(0.9),
+                top_k: Some(7),
+                seed: Some(3),
+                stop: vec!["end".into()],
+                stop_token_ids: vec![4],
+                logprobs: true,
+                chat_template_kwargs_json: r#"{"style": "brief"}"#.into(),
+                top_logprobs: 2,
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        ),
+        (
+            GENERATE,
+            pb::GenerateCompletionsRequest {
+                policy: "models/tiny".into(),
+                prompt_token_ids: vec![5, 6, 7, 8],
+                max_tokens: 3,
+                ignore_eos: true,
+                prompt_logprobs: true,
+                top_logprobs: 1,
+                token_texts: true,
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        ),
+        (
             "ScoringService/ScoreCompletions",
             pb::ScoreCompletionsRequest {
                 options,
@@ -224,11 +277,15 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
         .connect()
         .await
         .unwrap();
+    let mut texts = 0;
     // After a quarter of the rounds, when caches and pools are filled.
     let mut settled_kib = 0;
     for round in 0..number_of_cases() {
         for (method, seed) in &seeds {
-            let body = if rng.random_range(0..8) == 0 {
+            // The first round sends the messages unchanged.
+            let body = if round == 0 {
+                seed.clone()
+            } else if rng.random_range(0..8) == 0 {
                 (0..rng.random_range(0..200))
                     .map(|_| rng.random())
                     .collect()
@@ -252,20 +309,30 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
                     .server_streaming(request, path, Raw)
                     .await?
                     .into_inner();
-                while messages.message().await?.is_some() {}
-                Ok::<_, Status>(())
+                let mut last = Vec::new();
+                while let Some(message) = messages.message().await? {
+                    last = message;
+                }
+                Ok::<_, Status>(last)
             };
             let answer = tokio::time::timeout(Duration::from_secs(30), call)
                 .await
                 .unwrap_or_else(|_| panic!("{method} hangs in round {round}"));
-            if let Err(e) = answer {
-                assert_has_reason(method, &e);
+            match answer {
+                Ok(last) if *method == GENERATE => {
+                    assert_is_whole_text(&last);
+                    texts += 1;
+                }
+                Ok(_) => {}
+                Err(e) => assert_has_reason(method, &e),
             }
         }
         if round == number_of_cases() / 4 {
             settled_kib = resident_kib(server.pid());
         }
     }
+
+    assert!(texts > 0, "every request for a text was refused");
 
     // Mutated JSONL, deep nesting, and JSONL between Parquet's magic bytes.
     let jsonl = std::fs::read(golden("pairs.jsonl")).unwrap();

@@ -1,20 +1,24 @@
 //! OpenAI's API over real sockets: log-probs of answers and of prompts, several prompts in one
-//! request, and prompts as token ids, as lm-evaluation-harness sends them.
+//! request, prompts as token ids, as lm-evaluation-harness sends them, and requests that nobody
+//! should send.
 
 use std::time::Duration;
 
 use bradley::rpc::client::Client;
 use bradley::rpc::pb;
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
+use crate::hostile::{mutate, number_of_cases};
 use crate::server::Server;
-use crate::support::tiny;
+use crate::support::{golden, tiny};
 
 /// Time limit of one request.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Sends a request. Returns the HTTP status and the answer.
-async fn post(server: &Server, path: &str, body: &Value) -> (u16, Value) {
+/// Sends a request. Returns the HTTP status and the text of the answer.
+async fn post_bytes(server: &Server, path: &str, body: Vec<u8>) -> (u16, String) {
     // This fails if another test has done it.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let client = reqwest::Client::builder()
@@ -24,10 +28,15 @@ async fn post(server: &Server, path: &str, body: &Value) -> (u16, Value) {
     let request = client
         .post(format!("{}/openai/v1/{path}", server.address))
         .header("content-type", "application/json")
-        .body(body.to_string());
+        .body(body);
     let response = request.send().await.unwrap();
     let status = response.status().as_u16();
-    let text = response.text().await.unwrap();
+    (status, response.text().await.unwrap())
+}
+
+/// Sends a request. Returns the HTTP status and the answer.
+async fn post(server: &Server, path: &str, body: &Value) -> (u16, Value) {
+    let (status, text) = post_bytes(server, path, body.to_string().into_bytes()).await;
     (status, serde_json::from_str(&text).unwrap())
 }
 
@@ -320,4 +329,161 @@ async fn the_tokens_of_a_long_prompt_come_in_pieces() {
         let e = answer.err().unwrap();
         assert!(e.message().contains(part), "{e}");
     }
+}
+
+/// Parameters that hostile requests change.
+const PARAMETERS: [&str; 20] = [
+    "echo",
+    "logit_bias",
+    "logprobs",
+    "max_completion_tokens",
+    "max_tokens",
+    "messages",
+    "model",
+    "n",
+    "prompt",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "stream",
+    "stream_options",
+    "temperature",
+    "tools",
+    "top_k",
+    "top_logprobs",
+    "top_p",
+    "unknown",
+];
+
+/// Changes some parameters of a request, or the bytes of its text.
+fn hostile_body(random: &mut ChaCha8Rng, request: &Value) -> Vec<u8> {
+    if random.random_range(0..2) == 0 {
+        return mutate(random, request.to_string().as_bytes());
+    }
+    let values = [
+        json!(null),
+        json!(true),
+        json!(false),
+        json!(-1),
+        json!(0),
+        json!(1),
+        json!(0.5),
+        json!(1e300),
+        json!(u32::MAX),
+        json!(u64::MAX),
+        json!(""),
+        json!("x"),
+        json!("models/tiny"),
+        json!("é".repeat(2000)),
+        json!([]),
+        json!([[]]),
+        json!([5, 6]),
+        json!(["a", [7]]),
+        json!([{"role": "user", "content": "x"}]),
+        json!([{"role": 7, "content": [{"type": "text"}]}]),
+        json!({}),
+        json!({"include_usage": true}),
+    ];
+    let mut changed = request.clone();
+    for _ in 0..random.random_range(1..4) {
+        let name = PARAMETERS[random.random_range(0..PARAMETERS.len())];
+        changed[name] = values[random.random_range(0..values.len())].clone();
+    }
+    changed.to_string().into_bytes()
+}
+
+/// Checks that an answer is a refusal with its reason, or a whole result. Returns true for a
+/// result.
+fn is_result(what: &str, status: u16, text: &str) -> bool {
+    let read = |text: &str| -> Value {
+        serde_json::from_str(text).unwrap_or_else(|e| panic!("{what}: {e}: {text}"))
+    };
+    let assert_is_error = |answer: &Value| {
+        let error = &answer["error"];
+        let message = error["message"].as_str().unwrap_or_default();
+        assert!(!message.is_empty(), "{what}: {answer}");
+        assert!(error["type"].is_string(), "{what}: {answer}");
+        assert_ne!(error["code"], "INTERNAL", "{what}: {answer}");
+    };
+    if status != 200 {
+        assert!((400..500).contains(&status), "{what}: {status} {text}");
+        assert_is_error(&read(text));
+        return false;
+    }
+    if text.starts_with("data: ") {
+        let last = text.split_terminator("\n\n").last().unwrap();
+        let last = last.strip_prefix("data: ").unwrap();
+        if last != "[DONE]" {
+            assert_is_error(&read(last));
+        }
+        return last == "[DONE]";
+    }
+    let answer = read(text);
+    let choices = answer["choices"].as_array().unwrap();
+    assert!(!choices.is_empty(), "{what}: {answer}");
+    for (i, choice) in choices.iter().enumerate() {
+        assert_eq!(choice["index"], i, "{what}: {answer}");
+        let content = choice
+            .pointer("/message/content")
+            .unwrap_or(&choice["text"]);
+        assert!(content.is_string(), "{what}: {answer}");
+        assert!(choice["finish_reason"].is_string(), "{what}: {answer}");
+    }
+    let count = |name: &str| answer["usage"][name].as_u64().unwrap();
+    let sum = count("prompt_tokens") + count("completion_tokens");
+    assert_eq!(count("total_tokens"), sum, "{what}: {answer}");
+    true
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_requests_are_refused_with_a_reason_or_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let models = format!("tiny={}", golden("models/llama").display());
+    // It also limits what a changed `max_tokens` may cost.
+    let flags = ["--generation-cache-tokens", "1024"];
+    let server = Server::start_with(dir.path(), &models, &flags);
+    let mut random = ChaCha8Rng::seed_from_u64(17);
+    let messages = json!([{"role": "user", "content": "Name a colour."}]);
+    let requests = [
+        (
+            "chat/completions",
+            json!({
+                "model": "tiny", "messages": messages, "max_tokens": 4, "n": 2,
+                "temperature": 0.5, "seed": 3, "stop": ["end"], "logprobs": true,
+                "top_logprobs": 2,
+            }),
+        ),
+        (
+            "chat/completions",
+            json!({
+                "model": "tiny", "messages": messages, "max_completion_tokens": 4,
+                "stream": true, "stream_options": {"include_usage": true},
+            }),
+        ),
+        (
+            "completions",
+            json!({
+                "model": "tiny", "prompt": ["One two", [5, 6, 7]], "max_tokens": 3,
+                "logprobs": 1, "echo": true,
+            }),
+        ),
+        (
+            "completions",
+            json!({"model": "tiny", "prompt": "One two three", "max_tokens": 4, "stream": true}),
+        ),
+    ];
+    for (path, request) in &requests {
+        let (status, text) = post_bytes(&server, path, request.to_string().into()).await;
+        assert!(is_result(path, status, &text), "{request}: {text}");
+    }
+    for _ in 0..number_of_cases() {
+        for (path, request) in &requests {
+            let body = hostile_body(&mut random, request);
+            let what = format!("{path} {}", String::from_utf8_lossy(&body));
+            let (status, text) = post_bytes(&server, path, body).await;
+            is_result(&what, status, &text);
+        }
+    }
+    assert!(!server.has_logged("panicked"));
+    assert!(server.client().await.health().await.unwrap());
 }

@@ -522,9 +522,23 @@ async fn tokens_and_roles_are_checked_before_a_body_is_read() {
 #[tokio::test(flavor = "multi_thread")]
 async fn hostile_requests_are_refused_one_by_one() {
     let dir = tempfile::tempdir().unwrap();
-    let server = Server::start_with(dir.path(), &tiny(), &["--max-message-bytes", "1MiB"]);
+    let flags = [
+        "--max-message-bytes",
+        "1MiB",
+        "--generation-cache-tokens",
+        "1024",
+    ];
+    let server = Server::start_with(dir.path(), &tiny(), &flags);
     let mut random = StdRng::seed_from_u64(7);
-    let templates: Vec<(Method, String)> = methods().into_iter().filter_map(|m| m.1).collect();
+    let mut templates: Vec<(Method, String)> = methods().into_iter().filter_map(|m| m.1).collect();
+    for (verb, path) in [
+        (Method::GET, "models"),
+        (Method::GET, "models/{name=*}"),
+        (Method::POST, "chat/completions"),
+        (Method::POST, "completions"),
+    ] {
+        templates.push((verb, format!("/openai/v1/{path}")));
+    }
     let pieces = [
         "%2F",
         "%",
@@ -551,7 +565,7 @@ async fn hostile_requests_are_refused_one_by_one() {
         "-1",
         "18446744073709551616",
     ];
-    for _ in 0..300 {
+    for _ in 0..400 {
         let (verb, template) = &templates[random.random_range(0..templates.len())];
         let mut path = example(template);
         for _ in 0..random.random_range(0..6) {
@@ -570,6 +584,9 @@ async fn hostile_requests_are_refused_one_by_one() {
             "{\"name\": 7}",
             "\"",
             "{\"a\": 1, \"a\": 2}",
+            "{\"policy\": \"models/tiny\", \"prompt\": {\"plain\": \"x\"}, \"maxTokens\": 2}",
+            "{\"model\": \"tiny\", \"prompt\": \"x\", \"max_tokens\": 2, \"stream\": true}",
+            "{\"model\": \"tiny\", \"messages\": [{\"role\": \"user\", \"content\": \"x\"}], \"n\": 2}",
         ];
         let body = bodies[random.random_range(0..bodies.len())];
         let head = format!(
