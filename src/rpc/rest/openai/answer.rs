@@ -29,9 +29,11 @@ use crate::service::error::ServiceError;
 /// Number of prompts of a request that are continued at the same time.
 const PROMPTS_AT_ONCE: usize = 8;
 /// Maximum size of the answers to all prompts of a request together, in MiB as gRPC sends them.
-/// While they become JSON, likely tokens take up to 16 times as much memory: about half of it for
-/// the decoded messages, and half for the text.
+/// The JSON of tokens with log-probs is up to 8 times as long, and grows in a buffer of up to twice
+/// its size.
 const MAX_ANSWERS_MIB: usize = 32;
+/// An empty list of choices in the JSON of an answer.
+const NO_CHOICES: &str = r#""choices":[]"#;
 /// Permits for converting answers above [`MAX_INLINE`]: two at the same time, further ones wait.
 static LARGE_ANSWER_PERMITS: Semaphore = Semaphore::const_new(2);
 
@@ -324,9 +326,11 @@ impl AnswerConverter {
         let convert = move || {
             let _permit = permit;
             match (self.endpoint, asked) {
-                (Endpoint::Models, _) => models(first_of(data)).map(|list| list.to_string()),
+                (Endpoint::Models, _) => {
+                    models(first_of(data)).map(|list| list.to_string().into_bytes())
+                }
                 (Endpoint::Model(_), _) => {
-                    one(first_of(data)).map(|model| model_json(&model).to_string())
+                    one(first_of(data)).map(|model| model_json(&model).to_string().into_bytes())
                 }
                 (_, Some(asked)) => whole(data, &asked),
                 (_, None) => Err(conversion("the request was not read")),
@@ -522,9 +526,10 @@ impl AnswerUsage {
 }
 
 /// Returns the JSON of the answer to a request that does not stream, from the messages of each
-/// prompt's call.
-fn whole(all: Vec<BytesMut>, asked: &AnswerOptions) -> Result<String, Status> {
-    let mut samples: Vec<Sample> = Vec::new();
+/// prompt's call. The choices of a prompt are written before the next one is decoded, because
+/// decoded messages take several times as much memory as their text.
+fn whole(all: Vec<BytesMut>, asked: &AnswerOptions) -> Result<Vec<u8>, Status> {
+    let (mut text, mut index) = (Vec::new(), 0);
     let mut versions: Vec<String> = Vec::new();
     let mut usage = pb::GenerationUsage::default();
     for (i, data) in all.into_iter().enumerate() {
@@ -539,10 +544,16 @@ fn whole(all: Vec<BytesMut>, asked: &AnswerOptions) -> Result<String, Status> {
         if !versions.contains(&read.version) {
             versions.push(read.version);
         }
-        samples.extend(read.samples);
+        for sample in read.samples {
+            if index > 0 {
+                text.push(b',');
+            }
+            let choice = whole_choice(index, &sample, asked);
+            serde_json::to_writer(&mut text, &choice).map_err(conversion)?;
+            index += 1;
+        }
     }
     let versions = versions.join(", ");
-    let choices = samples.iter().enumerate();
     let answer = AnswerObject {
         id: &asked.id,
         object: match asked.is_chat {
@@ -552,12 +563,18 @@ fn whole(all: Vec<BytesMut>, asked: &AnswerOptions) -> Result<String, Status> {
         created: asked.created,
         model: &asked.model,
         system_fingerprint: &versions,
-        choices: choices
-            .map(|(index, sample)| whole_choice(index, sample, asked))
-            .collect(),
+        choices: Vec::new(),
         usage: AnswerUsage::known(&usage),
     };
-    serde_json::to_string(&answer).map_err(conversion)
+    let answer = serde_json::to_string(&answer).map_err(conversion)?;
+    // No string of the answer has this text, because quotes in strings have backslashes.
+    let (start, end) = answer
+        .split_once(NO_CHOICES)
+        .ok_or_else(|| conversion("it has no list of choices"))?;
+    text.splice(0..0, format!("{start}\"choices\":[").into_bytes());
+    text.extend_from_slice(b"]");
+    text.extend_from_slice(end.as_bytes());
+    Ok(text)
 }
 
 fn whole_choice<'a>(index: usize, sample: &'a Sample, asked: &AnswerOptions) -> AnswerChoice<'a> {

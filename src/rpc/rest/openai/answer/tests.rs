@@ -62,7 +62,7 @@ fn events(text: &[u8]) -> Vec<Value> {
 
 /// Returns the answer to a request with one prompt.
 fn whole_json(data: BytesMut, asked: &AnswerOptions) -> Value {
-    serde_json::from_str(&whole(vec![data], asked).unwrap()).unwrap()
+    serde_json::from_slice(&whole(vec![data], asked).unwrap()).unwrap()
 }
 
 #[test]
@@ -105,12 +105,23 @@ fn the_fields_of_answers_have_the_order_of_openais() {
         r#""usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}}"#,
     );
     let [_, last] = responses();
-    let text = whole(vec![data_of(&last)], &asked(false)).unwrap();
+    let text = |options: &AnswerOptions| -> String {
+        let json = whole(vec![data_of(&last)], options).unwrap();
+        String::from_utf8(json).unwrap()
+    };
     let start = r#"{"id":"id","object":"text_completion","created":5,"#;
-    assert_eq!(text, format!("{start}{rest}"));
-    let text = whole(vec![data_of(&last)], &asked(true)).unwrap();
+    assert_eq!(text(&asked(false)), format!("{start}{rest}"));
+    let chat = text(&asked(true));
     let message = r#""message":{"role":"assistant","content":"c","refusal":null}"#;
-    assert!(text.contains(message), "{text}");
+    assert!(chat.contains(message), "{chat}");
+    // A name like a part of the answer.
+    let named = AnswerOptions {
+        model: NO_CHOICES.to_owned(),
+        ..asked(false)
+    };
+    let answer: Value = serde_json::from_str(&text(&named)).unwrap();
+    assert_eq!(answer["model"], NO_CHOICES);
+    assert_eq!(answer["choices"][1]["text"], "c");
     // Chunks without the numbers of tokens have no field for them.
     let options = AnswerOptions {
         includes_usage: false,
