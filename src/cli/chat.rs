@@ -12,6 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::io::IsTerminal as _;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -35,6 +36,12 @@ use crate::rpc::pb;
 
 /// Exit code after Ctrl-C, as shells have it.
 const EXIT_INTERRUPTED: i32 = 130;
+
+/// Time in which a second Ctrl-C at the prompt ends the conversation, and the text after the first
+/// one. The first may have been meant for an answer that had just ended.
+const LEAVE_WITHIN: Duration = Duration::from_secs(2);
+const LEAVE_HINT: &str = "\nCtrl-C again within 2 seconds ends the conversation, as /quit and \
+    Ctrl-D do";
 
 /// Fields of a request that the server refuses if the prompt, or the prompt with the longest
 /// answer, is too long.
@@ -116,11 +123,7 @@ impl ChatSession {
         let mut input = ChatInput::new(self.is_terminal && std::io::stderr().is_terminal());
         self.tell(&self.greeting());
         loop {
-            let line = tokio::select! {
-                line = input.message() => line?,
-                _ = interrupts.recv() => self.leave(),
-            };
-            let Some(line) = line else {
+            let Some(line) = self.next_message(&mut input, &mut interrupts).await? else {
                 // Ctrl-D leaves the cursor behind the prompt.
                 self.tell("");
                 return Ok(());
@@ -137,6 +140,29 @@ impl ChatSession {
                     return Err(failure.with_context(&place));
                 }
             }
+        }
+    }
+
+    /// Reads the next message; `None` at the end of the input. Ctrl-C ends the process, at a
+    /// terminal only if it is pressed twice.
+    async fn next_message(
+        &self,
+        input: &mut ChatInput,
+        interrupts: &mut Signal,
+    ) -> Result<Option<Vec<u8>>, Failure> {
+        let mut last_interrupt: Option<Instant> = None;
+        loop {
+            tokio::select! {
+                line = input.message() => return line,
+                _ = interrupts.recv() => {}
+            }
+            let is_second = last_interrupt.is_some_and(|at| at.elapsed() < LEAVE_WITHIN);
+            if !self.is_terminal || is_second {
+                self.leave();
+            }
+            last_interrupt = Some(Instant::now());
+            input.discard();
+            self.tell(LEAVE_HINT);
         }
     }
 

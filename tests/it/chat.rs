@@ -307,7 +307,7 @@ fn sequences(server: &Server) -> Option<f64> {
 }
 
 #[test]
-fn ctrl_c_stops_the_answer_and_at_the_prompt_the_command() {
+fn ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_command() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let (terminal, stdin) = Terminal::open();
@@ -330,6 +330,8 @@ fn ctrl_c_stops_the_answer_and_at_the_prompt_the_command() {
     until_blocking("the server's work", SOON, || {
         sequences(&server) == Some(1.0)
     });
+    // The second one may come when the answer has ended, and must not end the conversation.
+    signal(child.id(), libc::SIGINT);
     signal(child.id(), libc::SIGINT);
     until_blocking("the end of the server's work", SOON, || {
         sequences(&server) == Some(0.0)
@@ -346,10 +348,26 @@ fn ctrl_c_stops_the_answer_and_at_the_prompt_the_command() {
     until_blocking("the answer as far as it came", SOON, || {
         text(&stdout.lock().unwrap()) == format!("{answer}\n")
     });
-    // The command goes on until Ctrl-C at the prompt.
-    assert!(child.try_wait().unwrap().is_none());
+    // The first Ctrl-C at the prompt only says how to leave, and the next line is read as before.
+    let hint = "Ctrl-C again within 2 seconds ends the conversation";
+    let hints = || text(&stderr.lock().unwrap()).matches(hint).count();
+    let before = hints();
     signal(child.id(), libc::SIGINT);
-    assert_eq!(status(&mut child).code(), Some(130));
+    until_blocking("the hint", SOON, || hints() == before + 1);
+    terminal.types("/seed 7\n");
+    until_blocking("the command after the hint", SOON, || {
+        text(&stderr.lock().unwrap()).contains("the next answer has the seed 7")
+    });
+    assert!(child.try_wait().unwrap().is_none());
+    // The second one within 2 seconds ends the conversation.
+    let mut ended = None;
+    until_blocking("the end after two of them", SOON, || {
+        signal(child.id(), libc::SIGINT);
+        std::thread::sleep(Duration::from_millis(100));
+        ended = child.try_wait().unwrap();
+        ended.is_some()
+    });
+    assert_eq!(ended.and_then(|status| status.code()), Some(130));
     for part in [
         "models/tiny answers",
         "error: /rest is no command: did you mean /reset?",

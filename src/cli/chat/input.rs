@@ -2,6 +2,8 @@
 
 use std::io::{self, BufRead, Read as _, Write as _};
 
+use tokio::task::JoinHandle;
+
 use crate::cli::failure::Failure;
 
 /// Maximum size of a message in bytes, far above what a model reads.
@@ -13,6 +15,11 @@ pub(super) struct ChatInput {
     has_prompt: bool,
     /// Number of lines that were read.
     lines: u64,
+    /// The lines of the message so far. Each ended with a backslash.
+    begun: Vec<u8>,
+    /// The line that a thread reads. It is kept here, because a call of [`ChatInput::message`] that
+    /// Ctrl-C ends must not lose the line.
+    reading: Option<JoinHandle<io::Result<Option<Vec<u8>>>>>,
 }
 
 impl ChatInput {
@@ -21,6 +28,8 @@ impl ChatInput {
         ChatInput {
             has_prompt,
             lines: 0,
+            begun: Vec::new(),
+            reading: None,
         }
     }
 
@@ -33,30 +42,44 @@ impl ChatInput {
     /// next. Returns nothing at the end of the input.
     ///
     /// The next line is not read before it is asked for, so that no thread waits for it when the
-    /// command ends.
+    /// command ends. If the returned future is dropped, the next call continues.
     ///
     /// # Errors
     /// Returns a failure if the input cannot be read, or the message is too long.
     pub async fn message(&mut self) -> Result<Option<Vec<u8>>, Failure> {
-        let mut message = Vec::new();
         loop {
             if self.has_prompt {
-                show_prompt(if message.is_empty() { "> " } else { "… " });
+                show_prompt(if self.begun.is_empty() { "> " } else { "… " });
             }
-            let Some(line) = read_line().await? else {
+            let Some(line) = self.line().await? else {
+                let message = std::mem::take(&mut self.begun);
                 return Ok((!message.is_empty()).then_some(message));
             };
             self.lines += 1;
-            message.extend(line);
-            if message.len() as u64 > MAX_MESSAGE_BYTES {
+            self.begun.extend(line);
+            if self.begun.len() as u64 > MAX_MESSAGE_BYTES {
+                self.begun.clear();
                 return Err(unread(&too_long()));
             }
-            if message.last() != Some(&b'\\') {
-                return Ok(Some(message));
+            if self.begun.last() != Some(&b'\\') {
+                return Ok(Some(std::mem::take(&mut self.begun)));
             }
-            message.pop();
-            message.push(b'\n');
+            self.begun.pop();
+            self.begun.push(b'\n');
         }
+    }
+
+    /// Discards the lines of a message whose end was not read yet.
+    pub fn discard(&mut self) {
+        self.begun.clear();
+    }
+
+    /// Reads a line on a thread that may wait.
+    async fn line(&mut self) -> Result<Option<Vec<u8>>, Failure> {
+        let start = || tokio::task::spawn_blocking(|| next_line(&mut io::stdin().lock()));
+        let read = self.reading.get_or_insert_with(start).await;
+        self.reading = None;
+        read?.map_err(|e| unread(&e))
     }
 }
 
@@ -74,12 +97,6 @@ fn too_long() -> io::Error {
         "a message has more than {} MiB: send a shorter one",
         MAX_MESSAGE_BYTES >> 20
     ))
-}
-
-/// Reads a line on a thread that may wait.
-async fn read_line() -> Result<Option<Vec<u8>>, Failure> {
-    let reading = tokio::task::spawn_blocking(|| next_line(&mut io::stdin().lock()));
-    reading.await?.map_err(|e| unread(&e))
 }
 
 /// Reads a line and removes its end. Returns nothing at the end of the input.
