@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::failure::Outcome;
 use super::flag_names::JobWords;
+use super::short_names::newest_dataset;
 use crate::rpc::client::{Client, Code, Status, field_violations};
 use crate::rpc::pb;
 
@@ -51,19 +52,33 @@ pub(super) async fn check_without_dataset(
     job: pb::TrainingJob,
     words: &JobWords,
 ) -> Outcome {
+    // The dataset is missing in any case.
+    if let Err(refused) = check(client, job.clone()).await {
+        let dataset = "training_job.dataset";
+        let violations = field_violations(&refused);
+        if violations.is_empty() || violations.iter().any(|(field, _)| field != dataset) {
+            return Err(words.failure_without(refused, &[dataset]));
+        }
+    }
+    // The server compares the settings with the policy, such as the rank of its adapter, only if
+    // the job names a dataset. Any one of the caller's serves: refusals because of its rows have
+    // no fields.
+    let Some(dataset) = newest_dataset(client).await? else {
+        return Ok(());
+    };
+    match check(client, pb::TrainingJob { dataset, ..job }).await {
+        Err(refused) if !field_violations(&refused).is_empty() => Err(words.failure(refused)),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// Asks the server to check a job.
+async fn check(client: &Client, job: pb::TrainingJob) -> Result<(), Status> {
     let request = pb::CreateTrainingJobRequest {
         training_job: Some(job),
         request_id: String::new(),
         validate_only: true,
     };
-    let Err(refused) = client.training().create_training_job(request).await else {
-        return Ok(());
-    };
-    // The dataset is missing in any case.
-    let dataset = "training_job.dataset";
-    let violations = field_violations(&refused);
-    match !violations.is_empty() && violations.iter().all(|(field, _)| field == dataset) {
-        true => Ok(()),
-        false => Err(words.failure_without(refused, &[dataset])),
-    }
+    client.training().create_training_job(request).await?;
+    Ok(())
 }

@@ -155,16 +155,8 @@ pub(super) async fn job(client: &Client, given: &str) -> Result<String, Failure>
 /// The errors of [`job`].
 pub(super) async fn dataset(client: &Client, given: &str) -> Result<String, Failure> {
     if given == LAST {
-        let request = pb::ListDatasetsRequest {
-            page_size: 1,
-            own: true,
-            ..Default::default()
-        };
-        let page = client.datasets().list_datasets(request).await?;
-        let newest = page.into_inner().datasets.into_iter().next();
-        return newest
-            .map(|dataset| dataset.name)
-            .ok_or_else(|| none_yet("dataset"));
+        let newest = newest_dataset(client).await?;
+        return newest.ok_or_else(|| none_yet("dataset"));
     }
     let id = without(DATASETS, given);
     if is_whole(id) {
@@ -173,6 +165,18 @@ pub(super) async fn dataset(client: &Client, given: &str) -> Result<String, Fail
     let all = all_datasets(client).await?;
     let names: Vec<String> = all.into_iter().map(|d| d.name).collect();
     pick(DATASETS, id, &names)
+}
+
+/// Returns the name of the caller's newest dataset; `None` if there is none.
+pub(super) async fn newest_dataset(client: &Client) -> Result<Option<String>, Failure> {
+    let request = pb::ListDatasetsRequest {
+        page_size: 1,
+        own: true,
+        ..Default::default()
+    };
+    let page = client.datasets().list_datasets(request).await?;
+    let newest = page.into_inner().datasets.into_iter().next();
+    Ok(newest.map(|dataset| dataset.name))
 }
 
 /// Returns the name of the base model that a user means.

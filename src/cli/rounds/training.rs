@@ -135,8 +135,7 @@ impl RoundTemplate {
         canonical::to_value(&self.job, FieldSelection::Set).map_err(unreadable)
     }
 
-    /// Checks the values of the settings before any pair is made. The server checks others, such as
-    /// the target modules, only with a dataset.
+    /// Checks the settings before any pair is made.
     ///
     /// # Errors
     /// Returns a failure that names the fields which the server refuses.
