@@ -31,12 +31,28 @@ pub(super) const MODELS: &str = "models";
 
 /// Returns every job, newest first.
 pub(super) async fn all_jobs(client: &Client) -> Result<Vec<pb::TrainingJob>, Failure> {
+    listed_jobs(client, pb::ListTrainingJobsRequest::default()).await
+}
+
+/// Returns every job of the caller, newest first, also for administrators.
+pub(super) async fn own_jobs(client: &Client) -> Result<Vec<pb::TrainingJob>, Failure> {
+    let own = pb::ListTrainingJobsRequest {
+        own: true,
+        ..Default::default()
+    };
+    listed_jobs(client, own).await
+}
+
+async fn listed_jobs(
+    client: &Client,
+    wanted: pb::ListTrainingJobsRequest,
+) -> Result<Vec<pb::TrainingJob>, Failure> {
     let (mut all, mut page_token) = (Vec::new(), String::new());
     for _ in 0..MAX_PAGES {
         let request = pb::ListTrainingJobsRequest {
             page_size: PAGE_SIZE,
             page_token,
-            ..Default::default()
+            ..wanted.clone()
         };
         let page = client
             .training()

@@ -16,11 +16,11 @@ use crate::cli::job_wait::end_of_job;
 use crate::cli::output::state;
 use crate::cli::policy_names::PolicyNames;
 use crate::cli::progress::{WorkProgress, say, warn};
-use crate::cli::short_names::{self, with_earlier_last};
+use crate::cli::short_names::{self, own_jobs, with_earlier_last};
 use crate::cli::train::{base_model, read_job_file};
 use crate::domain::logged::LOGGED_REFERENCE;
 use crate::rpc::canonical::{self, CanonicalError, FieldSelection};
-use crate::rpc::client::{Client, is_not_found, is_transient};
+use crate::rpc::client::{Client, Code, is_not_found, is_transient};
 use crate::rpc::pb;
 use crate::rpc::pb::training_job::{Evaluation, Method};
 
@@ -208,10 +208,25 @@ impl RoundTrainer {
         pairs: &DataFiles,
     ) -> Result<String, Failure> {
         let number = round.number;
-        let mut training = match folder.training(number)? {
+        let stored = folder.training(number)?;
+        if let Some(checkpoint) = stored.as_ref().and_then(|t| t.checkpoint.clone()) {
+            return Ok(checkpoint);
+        }
+        let name = match stored.as_ref().and_then(|t| t.job.clone()) {
+            Some(name) => Some(name),
+            None => self.lost_job(round).await?,
+        };
+        let earlier = match &name {
+            Some(name) => self.earlier_job(name, round.what).await?,
+            None => None,
+        };
+        let mut training = match stored {
             Some(training) => training,
             None => {
-                let dataset = self.dataset(round, pairs).await?;
+                let dataset = match &earlier {
+                    Some(job) => job.dataset.clone(),
+                    None => self.dataset(round, pairs).await?,
+                };
                 let training = RoundTraining {
                     request: self.template.request(round, dataset)?,
                     job: None,
@@ -220,13 +235,6 @@ impl RoundTrainer {
                 folder.store_training(number, &training)?;
                 training
             }
-        };
-        if let Some(checkpoint) = &training.checkpoint {
-            return Ok(checkpoint.clone());
-        }
-        let earlier = match &training.job {
-            Some(name) => self.earlier_job(name, round.what).await?,
-            None => None,
         };
         let job = match earlier {
             Some(job) => job,
@@ -257,6 +265,23 @@ impl RoundTrainer {
         // Standard output is for the report.
         let mut rows = JobRows::new(&self.client, Output::Json);
         rows.dataset(pairs, &limits, skips).await
+    }
+
+    /// Finds the job that an earlier start has requested, if the answer was lost. The same request
+    /// would be refused if the dataset was deleted since.
+    async fn lost_job(&self, round: &TrainedRound<'_>) -> Result<Option<String>, Failure> {
+        let labels = [
+            (RUN_LABEL, round.run.to_owned()),
+            (ROUND_LABEL, round.number.to_string()),
+        ];
+        let is_of_round = |job: &pb::TrainingJob| {
+            let has = |(key, value): &(&str, String)| job.labels.get(*key) == Some(value);
+            job.policy == round.policy && labels.iter().all(has)
+        };
+        let jobs = own_jobs(&self.client).await?;
+        // A copy of the job, which has its labels, is newer.
+        let oldest = jobs.into_iter().rev().find(is_of_round);
+        Ok(oldest.map(|job| job.name))
     }
 
     /// Returns the job of an earlier start. One that has failed or was cancelled since is deleted.
@@ -321,7 +346,16 @@ impl RoundTrainer {
             // The next start uploads the pairs and makes the request again.
             folder.remove_training(round.number)?;
         }
-        Err(self.template.words.failure(status))
+        let is_taken = status.code() == Code::AlreadyExists;
+        let failure = self.template.words.failure(status);
+        Err(match is_taken {
+            true => failure.with_remark(&format!(
+                "an earlier start has created this job, which was changed since: delete it \
+                 (bradley jobs delete JOB{}) and run the same command again",
+                self.server_flag
+            )),
+            false => failure,
+        })
     }
 
     /// Waits for the end of a job, and returns the name of its best checkpoint, or of the last one
