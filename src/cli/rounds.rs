@@ -285,6 +285,7 @@ impl RoundsInProgress<'_> {
             prompts: self.prompts.len(),
             pairs,
             compared: summary.compared,
+            not_compared: summary.not_compared,
             win_rate: summary.win_rate,
             mean_tokens_before: summary.mean_tokens_before,
             mean_tokens_after: summary.mean_tokens_after,

@@ -47,6 +47,36 @@ impl ComparedAnswers {
     }
 }
 
+/// Numbers of prompts whose answers before and after could not be compared. They differ, and the
+/// judge has given one of them no reward.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct NotCompared {
+    /// One of the answers is empty or has only white space.
+    pub blank: usize,
+    /// One of the answers is too long for the judge, or cannot be scored for another reason.
+    pub not_scored: usize,
+}
+
+impl NotCompared {
+    /// Counts the prompts without a comparison.
+    pub fn of(answers: &[ComparedAnswers]) -> Self {
+        let mut counts = NotCompared::default();
+        for answer in answers.iter().filter(|answer| answer.win().is_none()) {
+            let texts = [&answer.before.text, &answer.after.text];
+            match texts.iter().any(|text| text.trim().is_empty()) {
+                true => counts.blank += 1,
+                false => counts.not_scored += 1,
+            }
+        }
+        counts
+    }
+
+    /// Returns the number of prompts without a comparison.
+    pub fn total(&self) -> usize {
+        self.blank + self.not_scored
+    }
+}
+
 /// Compares the answers of two policies to prompts. `title` names the prompts in errors, `what` is
 /// the round.
 ///
@@ -120,18 +150,34 @@ async fn compare_prompt(
 mod tests {
     use super::*;
 
-    fn win(before: (&str, Option<f64>), after: (&str, Option<f64>)) -> Option<f64> {
+    fn answers(before: (&str, Option<f64>), after: (&str, Option<f64>)) -> ComparedAnswers {
         let answer = |(text, reward): (&str, Option<f64>)| JudgedAnswer {
             text: text.into(),
             tokens: 1,
             reward,
         };
-        let compared = ComparedAnswers {
+        ComparedAnswers {
             prompt: "p".into(),
             before: answer(before),
             after: answer(after),
-        };
-        compared.win()
+        }
+    }
+
+    fn win(before: (&str, Option<f64>), after: (&str, Option<f64>)) -> Option<f64> {
+        answers(before, after).win()
+    }
+
+    #[test]
+    fn answers_without_a_comparison_are_counted_by_their_reason() {
+        let all = [
+            answers(("a", Some(0.1)), ("b", Some(0.2))),
+            answers((" ", None), (" ", None)),
+            answers(("\n", None), ("b", Some(0.1))),
+            answers(("a", Some(0.1)), ("", None)),
+            answers(("a", Some(0.1)), ("long", None)),
+        ];
+        let counts = NotCompared::of(&all);
+        assert_eq!((counts.blank, counts.not_scored, counts.total()), (2, 1, 3));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::compare::ComparedAnswers;
+use super::compare::{ComparedAnswers, NotCompared};
 use crate::cli::failure::Failure;
 use crate::cli::generate::shown;
 use crate::cli::output::{self, wrap::wrapped};
@@ -16,6 +16,8 @@ const MAX_SAMPLES: usize = 3;
 /// Width of the text of answers, in columns, and maximum number of its lines.
 const TEXT_WIDTH: usize = 68;
 const MAX_LINES: usize = 4;
+/// Width of sentences below the table, in columns.
+const SENTENCE_WIDTH: usize = 79;
 
 /// Numbers about the pairs of a round.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -47,7 +49,10 @@ pub(super) struct RoundReport {
     pub pairs: RoundPairs,
     /// Number of prompts whose answers before and after were compared.
     pub compared: usize,
-    /// Share of them that the new policy wins, with a tie as half; `None` without a comparison.
+    #[serde(default)]
+    pub not_compared: NotCompared,
+    /// Share of the compared prompts that the new policy wins, with a tie as half; `None` without a
+    /// comparison.
     pub win_rate: Option<f64>,
     /// Mean numbers of tokens of the answers to the first prompts.
     pub mean_tokens_before: f64,
@@ -90,6 +95,7 @@ fn mean(sum: f64, count: usize) -> f64 {
 #[derive(Debug, PartialEq)]
 pub(super) struct ComparisonSummary {
     pub compared: usize,
+    pub not_compared: NotCompared,
     pub win_rate: Option<f64>,
     pub mean_tokens_before: f64,
     pub mean_tokens_after: f64,
@@ -105,6 +111,7 @@ impl ComparisonSummary {
         };
         ComparisonSummary {
             compared: wins.len(),
+            not_compared: NotCompared::of(answers),
             win_rate: (!wins.is_empty()).then(|| mean(wins.iter().sum(), wins.len())),
             mean_tokens_before: tokens(|a| a.before.tokens),
             mean_tokens_after: tokens(|a| a.after.tokens),
@@ -173,6 +180,10 @@ pub(super) fn text(reports: &[RoundReport]) -> String {
         cells
     };
     let mut parts = vec![output::table(&header, reports.iter().map(cells).collect())];
+    for sentence in reports.iter().filter_map(not_compared_sentence) {
+        let lines = wrapped(&sentence, SENTENCE_WIDTH);
+        parts.push(format!("\n{}", lines.join("\n")));
+    }
     for report in reports {
         for (i, sample) in report.samples.iter().enumerate() {
             parts.push(format!("\nround {}, prompt {}", report.round, i + 1));
@@ -190,6 +201,29 @@ pub(super) fn text(reports: &[RoundReport]) -> String {
         parts.push(format!("\nthe new policy: {}", last.new_policy));
     }
     parts.join("\n")
+}
+
+/// Says how many answers of a round could not be compared, and why; `None` if all were compared.
+fn not_compared_sentence(report: &RoundReport) -> Option<String> {
+    let NotCompared { blank, not_scored } = report.not_compared;
+    let mut reasons = Vec::new();
+    if blank > 0 {
+        reasons.push(format!("{blank} because an answer is blank"));
+    }
+    if not_scored > 0 {
+        reasons.push(format!(
+            "{not_scored} because the judge cannot score an answer whole"
+        ));
+    }
+    let total = report.not_compared.total();
+    (total > 0).then(|| {
+        format!(
+            "round {}: the answers to {total} of {} prompts could not be compared, {}",
+            report.round,
+            report.compared + total,
+            reasons.join(" and ")
+        )
+    })
 }
 
 /// Returns the text of a prompt; of a chat, that of the last message.
@@ -257,6 +291,7 @@ mod tests {
                 mean_margin: 0.25,
             },
             compared: summary.compared,
+            not_compared: summary.not_compared,
             win_rate: summary.win_rate,
             mean_tokens_before: summary.mean_tokens_before,
             mean_tokens_after: summary.mean_tokens_after,
@@ -298,6 +333,44 @@ mod tests {
         assert_eq!(read, whole);
         let rows = rows(std::slice::from_ref(&whole)).unwrap();
         assert_eq!(rows[0]["samples"], Value::Null);
+    }
+
+    #[test]
+    fn answers_that_could_not_be_compared_are_counted_with_the_reason() {
+        let blank = compared("b", 1, 1.0);
+        let all = [
+            compared("better", 2, 1.0),
+            ComparedAnswers {
+                after: JudgedAnswer {
+                    text: " ".into(),
+                    tokens: 1,
+                    reward: None,
+                },
+                ..blank.clone()
+            },
+            ComparedAnswers {
+                after: JudgedAnswer {
+                    text: "too long".into(),
+                    tokens: 9,
+                    reward: None,
+                },
+                ..blank
+            },
+        ];
+        let whole = report(&all);
+        let text = text(std::slice::from_ref(&whole));
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let sentence = "round 1: the answers to 2 of 3 prompts could not be compared, 1 because an \
+                        answer is blank and 1 because the judge cannot score an answer whole";
+        assert!(words.join(" ").contains(sentence), "{text}");
+        assert!(text.lines().all(|line| line.width() <= 80), "{text}");
+        let json = document("r", std::slice::from_ref(&whole)).unwrap();
+        assert_eq!(
+            json["rounds"][0]["not_compared"],
+            json!({"blank": 1, "not_scored": 1})
+        );
+        let all_compared = report(&all[..1]);
+        assert_eq!(not_compared_sentence(&all_compared), None);
     }
 
     #[test]
