@@ -828,10 +828,19 @@ pub struct RoundsArgs {
     /// train --print-job; - reads standard input.
     #[arg(short, long, value_name = "FILE", help_heading = "Rounds")]
     pub file: Option<PathBuf>,
-    /// Files of preference pairs on which each new policy is evaluated, in the formats of --data.
-    /// The names of --columns are for them, too.
+    /// Files of preference pairs on which each new policy is evaluated, in the formats of --data,
+    /// but not standard input.
     #[arg(long, value_name = "FILE", num_args = 1.., help_heading = "Rounds")]
     pub eval_data: Vec<String>,
+    /// Names of columns in the files of --eval-data, as --columns has them for those of --data.
+    #[arg(
+        long,
+        value_name = "OURS=THEIRS",
+        value_delimiter = ',',
+        requires = "eval_data",
+        help_heading = "Rounds"
+    )]
+    pub eval_columns: Vec<String>,
     /// Number of prompts, the first ones, whose answers are compared before and after each round.
     #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Rounds",
           value_parser = clap::value_parser!(u32).range(1..))]

@@ -136,11 +136,28 @@ impl DataFiles {
         if !self.is_rereadable() {
             return Ok(None);
         }
+        let (hash, left_out) = self.hashed().await?;
+        Ok((left_out == 0).then_some(hash))
+    }
+
+    /// Computes the hash of the bytes that [`DataFiles::upload`] sends, in hex, also if it leaves
+    /// out rows. The files must be readable several times.
+    ///
+    /// # Errors
+    /// Returns a failure if a file cannot be read.
+    pub(super) async fn bytes_hash(&self) -> Result<String, Failure> {
+        let (hash, _) = self.hashed().await?;
+        Ok(hash.hex)
+    }
+
+    /// Returns the hash of the bytes to upload, and the number of rows that are left out.
+    async fn hashed(&self) -> Result<(ContentHash, u64), Failure> {
         let plain = self.plain()?.map(std::path::Path::to_owned);
         let rows = RowStream::new(self.places.clone(), self.columns.clone());
-        let hash = move || -> Result<Option<ContentHash>, Failure> {
+        let hash = move || -> Result<(ContentHash, u64), Failure> {
             let mut hasher = blake3::Hasher::new();
             let mut names = SourceNames::default();
+            let mut left_out = 0;
             if let Some(path) = plain {
                 let failed = |e| Failure::Failed(format!("{}: {e}", path.display()));
                 let mut file = std::fs::File::open(&path).map_err(failed)?;
@@ -150,13 +167,11 @@ impl DataFiles {
                     hasher.update(&text);
                     true
                 })?;
-                if converted.1.rows > 0 {
-                    return Ok(None);
-                }
                 names = converted.0;
+                left_out = converted.1.rows;
             }
             let hex = hasher.finalize().to_hex().to_string();
-            Ok(Some(ContentHash { hex, names }))
+            Ok((ContentHash { hex, names }, left_out))
         };
         tokio::task::spawn_blocking(hash).await?
     }

@@ -36,6 +36,11 @@ impl Failure {
         self.map(|message| format!("{message}\n{remark}"))
     }
 
+    /// Replaces a part of the message.
+    pub fn replacing(self, from: &str, to: &str) -> Self {
+        self.map(|message| message.replace(from, to))
+    }
+
     fn map(self, with: impl Fn(String) -> String) -> Self {
         match self {
             Failure::Failed(m) => Failure::Failed(with(m)),

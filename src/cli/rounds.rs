@@ -10,6 +10,7 @@
 
 mod compare;
 mod folder;
+mod held_out;
 mod report;
 mod training;
 
@@ -19,6 +20,7 @@ use serde_json::Value;
 
 use self::compare::compare;
 use self::folder::{RunFolder, RunHeader};
+use self::held_out::{EvalUpload, of_eval_data};
 use self::report::{ComparisonSummary, HeldOutPairs, RoundPairs, RoundReport};
 use self::training::{RoundTemplate, RoundTrainer, TrainedRound};
 use super::args::{DataArgs, Output, PairMakingArgs, RoundsArgs};
@@ -26,7 +28,6 @@ use super::data::DataFiles;
 use super::evaluate::evaluate_dataset;
 use super::failure::{Failure, Outcome};
 use super::generate::{PromptRow, read, request};
-use super::job_rows::{JobRows, RowLimits};
 use super::output;
 use super::pairs::{self, PairMaker, PairPolicies, RESULT_COLUMNS, differing};
 use super::policy_names::{PolicyNames, same_model_warning};
@@ -68,12 +69,12 @@ pub(super) async fn run(mut args: RoundsArgs, format: Output) -> Outcome {
     if prompts.is_empty() {
         return Err(Failure::Failed(format!("{title} has no prompts")));
     }
-    let eval_data = progress::find(&args.eval_data, &making.reading).await?;
-    let eval_hash = eval_data.content_hash().await?.map(|hash| hash.hex);
+    let eval_data = find_eval_data(&args).await?;
+    let eval_hash = eval_data.bytes_hash().await.map_err(of_eval_data)?;
     let maker = PairMaker::new(&client, making, base.clone(), given.clone(), 0);
     let mut settings = maker.settings(&prompts);
     settings["judge"] = given.judge.clone().into();
-    settings["eval_data"] = eval_hash.into();
+    settings["eval_data"] = eval_hash.as_str().into();
     settings["compare_prompts"] = args.compare_prompts.into();
     settings["file"] = template.settings()?;
     let folder = RunFolder::open(&args.out)?;
@@ -81,6 +82,7 @@ pub(super) async fn run(mut args: RoundsArgs, format: Output) -> Outcome {
     if folder.training(1)?.is_none() {
         template.check(&client, &header.policy).await?;
     }
+    let eval_upload = EvalUpload::new(&client, &header.run, eval_data, eval_hash);
     let mut rounds = RoundsInProgress {
         args: &args,
         base,
@@ -94,9 +96,7 @@ pub(super) async fn run(mut args: RoundsArgs, format: Output) -> Outcome {
             template,
             running: None,
         },
-        eval_data,
-        // Standard output is for the report.
-        eval_rows: JobRows::new(&client, Output::Json),
+        eval_upload,
         client,
     };
     let worked = tokio::select! {
@@ -105,9 +105,11 @@ pub(super) async fn run(mut args: RoundsArgs, format: Output) -> Outcome {
     };
     let worked = worked.map_err(|failure| rounds.with_running_job(failure));
     let RoundsInProgress {
-        header, eval_rows, ..
+        header,
+        eval_upload,
+        ..
     } = rounds;
-    if let Some(remaining) = eval_rows.remove_uploads().await {
+    if let Some(remaining) = eval_upload.remove().await {
         warn(&remaining);
     }
     let reports = worked?;
@@ -140,15 +142,29 @@ fn keep_last(making: &mut PairMakingArgs, earlier: &Value) {
 /// Checks that at most one of the files is the standard input.
 fn check_standard_input(args: &RoundsArgs) -> Outcome {
     let is_job_piped = args.file.as_ref().is_some_and(|f| f.as_os_str() == "-");
-    let files = args.making.data.iter().chain(&args.eval_data);
-    let piped = files.filter(|file| *file == "-").count();
+    let piped = args.making.data.iter().filter(|file| *file == "-").count();
     match usize::from(is_job_piped) + piped > 1 {
         true => Err(Failure::Usage(
-            "- stands for the standard input and can be named once in --file, --data and \
-             --eval-data"
-                .to_owned(),
+            "- stands for the standard input and can be named once in --file and --data".to_owned(),
         )),
         false => Ok(()),
+    }
+}
+
+/// Finds the files of `--eval-data`. They are read in every round, and by the next start.
+async fn find_eval_data(args: &RoundsArgs) -> Result<DataFiles, Failure> {
+    let reading = DataArgs {
+        columns: args.eval_columns.clone(),
+    };
+    let found = progress::find(&args.eval_data, &reading).await;
+    let found = found.map_err(of_eval_data)?;
+    match found.is_rereadable() {
+        true => Ok(found),
+        false => Err(Failure::Usage(
+            "--eval-data is read in every round, and standard input and pipes can be read once: \
+             write the pairs to a file first"
+                .to_owned(),
+        )),
     }
 }
 
@@ -221,8 +237,7 @@ struct RoundsInProgress<'a> {
     header: RunHeader,
     folder: RunFolder,
     trainer: RoundTrainer,
-    eval_data: DataFiles,
-    eval_rows: JobRows,
+    eval_upload: EvalUpload,
 }
 
 impl RoundsInProgress<'_> {
@@ -325,12 +340,10 @@ impl RoundsInProgress<'_> {
         policy: &str,
         what: &str,
     ) -> Result<Option<HeldOutPairs>, Failure> {
-        if self.eval_data.is_empty() {
+        if self.eval_upload.is_empty() {
             return Ok(None);
         }
-        let limits = RowLimits::default();
-        let rows = &mut self.eval_rows;
-        let dataset = rows.dataset(&self.eval_data, &limits, true).await?;
+        let dataset = self.eval_upload.dataset().await?;
         let request = pb::EvaluatePolicyRequest {
             options: Some(pb::ScoringOptions {
                 policy: policy.to_owned(),
