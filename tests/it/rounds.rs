@@ -9,22 +9,26 @@ use bradley::rpc::client::Client;
 use bradley::rpc::pb;
 use serde_json::Value;
 
-use crate::server::{Server, finish, job, submit, upload};
+use crate::backends::{Fault, Proxy};
+use crate::server::{Server, finish, get, job, submit, upload};
 use crate::support::{binary, golden};
 use crate::wait::until;
 
-/// Optimizer steps of a round: enough that the command is killed while they run.
-const STEPS: u64 = 400;
+/// Optimizer steps of a round.
+const STEPS: u64 = 6;
+/// Prompts of the rounds that are killed.
+const PROMPTS: usize = 24;
 const SOON: Duration = Duration::from_secs(120);
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-fn command(server: &Server, dir: &Path, out: &Path, more: &[&str]) -> Command {
+/// Returns the command for a server and a policy.
+fn command_at((address, policy): (&str, &str), dir: &Path, out: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(binary());
     command
-        .args(["rounds", "--server", &server.address, "--policy", "tiny"])
+        .args(["rounds", "--server", address, "--policy", policy])
         .args(["--samples", "4", "--max-tokens", "8", "--keep-cut"])
         .arg("--data")
         .arg(dir.join("prompts.jsonl"))
@@ -37,7 +41,8 @@ fn command(server: &Server, dir: &Path, out: &Path, more: &[&str]) -> Command {
 }
 
 fn run(server: &Server, dir: &Path, out: &Path, more: &[&str]) -> Output {
-    command(server, dir, out, more).output().unwrap()
+    let mut command = command_at((server.address.as_str(), "tiny"), dir, out, more);
+    command.output().unwrap()
 }
 
 fn write_inputs(dir: &Path, prompts: usize, steps: u64) {
@@ -46,6 +51,7 @@ fn write_inputs(dir: &Path, prompts: usize, steps: u64) {
     std::fs::write(dir.join("prompts.jsonl"), lines).unwrap();
     let job = format!(
         "lora: {{rank: 2}}\noptimizer: {{learning_rate: 0.0001}}\nlabels: {{team: a}}\n\
+         priority: -1\n\
          batch: {{batch_size: 2, max_length: 128, max_steps: {steps}}}\n"
     );
     std::fs::write(dir.join("job.yaml"), job).unwrap();
@@ -83,6 +89,25 @@ fn win(answers: &Value) -> Option<f64> {
     Some(if after > before { 1.0 } else { 0.0 })
 }
 
+/// Returns the id of the run in a folder.
+fn run_id(out: &Path) -> String {
+    json(&out.join("rounds.json"))["run"]
+        .as_str()
+        .unwrap()
+        .to_owned()
+}
+
+/// Returns the titles of all datasets.
+async fn titles(client: &Client) -> Vec<String> {
+    let request = pb::ListDatasetsRequest {
+        page_size: 1000,
+        ..Default::default()
+    };
+    let listed = client.datasets().list_datasets(request).await.unwrap();
+    let datasets = listed.into_inner().datasets.into_iter();
+    datasets.map(|dataset| dataset.display_name).collect()
+}
+
 /// Returns the jobs of a run.
 async fn jobs(client: &Client, run: &str) -> Vec<pb::TrainingJob> {
     let request = pb::ListTrainingJobsRequest {
@@ -110,7 +135,7 @@ async fn killed_rounds_continue_to_the_same_pairs() {
     let client = server.client().await;
     let judge = judge(&client).await;
     let dir = dir.path();
-    write_inputs(dir, 60, STEPS);
+    write_inputs(dir, PROMPTS, STEPS);
     let held_out = golden("pairs.jsonl");
     let flags = [
         "--judge",
@@ -134,7 +159,16 @@ async fn killed_rounds_continue_to_the_same_pairs() {
 
     let out = dir.join("killed");
     let progress = out.join("round-1/pairs.jsonl.progress");
-    let mut child = command(&server, dir, &out, &flags).spawn().unwrap();
+    // Every call takes at least 100 ms, so that much is left to do when the test sees a file.
+    let port = server.address.rsplit(':').next().unwrap();
+    let proxy = Proxy::start(port.parse().unwrap());
+    proxy.set(Fault::Slow(Duration::from_millis(50)));
+    let slow = format!("http://127.0.0.1:{}", proxy.port());
+    let start = || {
+        let mut command = command_at((slow.as_str(), "tiny"), dir, &out, &flags);
+        command.spawn().unwrap()
+    };
+    let mut child = start();
     until("some outcomes", SOON, async || {
         std::fs::read_to_string(&progress).is_ok_and(|lines| lines.lines().count() > 3)
     })
@@ -144,8 +178,16 @@ async fn killed_rounds_continue_to_the_same_pairs() {
     let first = out.join("round-1/pairs.jsonl");
     assert!(!first.exists(), "the command was faster than the test");
 
+    let mut child = start();
+    let training = out.join("round-1/job.json");
+    until("the policy of the first round", SOON, async || {
+        training.exists() && json(&training)["checkpoint"].is_string()
+    })
+    .await;
+    // A job of a higher priority keeps that of the second round in the queue.
+    let dataset = upload(&client, "pairs.jsonl").await;
+    let blocker = submit(&client, job(&dataset.name, 1_000_000)).await;
     let training = out.join("round-2/job.json");
-    let mut child = command(&server, dir, &out, &flags).spawn().unwrap();
     until("the training of the second round", SOON, async || {
         training.exists() && json(&training)["job"].is_string()
     })
@@ -153,10 +195,19 @@ async fn killed_rounds_continue_to_the_same_pairs() {
     child.kill().unwrap();
     child.wait().unwrap();
     let seen = json(&training);
-    assert!(
-        seen["checkpoint"].is_null(),
-        "too fast for the test: {seen}"
-    );
+    assert!(seen["checkpoint"].is_null(), "{seen}");
+    let waiting = seen["job"].as_str().unwrap();
+    assert_ne!(get(&client, waiting).await.state(), pb::JobState::Succeeded);
+    let request = pb::CancelTrainingJobRequest { name: blocker };
+    client
+        .training()
+        .cancel_training_job(request)
+        .await
+        .unwrap();
+    // The killed command has left its dataset for the evaluation.
+    let header = json(&out.join("rounds.json"));
+    let evaluated = format!("rounds {}: pairs of --eval-data", run_id(&out));
+    assert!(titles(&client).await.contains(&evaluated));
 
     // Other flags are refused, and nothing is lost by that.
     let mut other = flags;
@@ -168,12 +219,13 @@ async fn killed_rounds_continue_to_the_same_pairs() {
 
     let made = run(&server, dir, &out, &flags);
     assert!(made.status.success(), "{}", text(&made.stderr));
+    assert!(!titles(&client).await.contains(&evaluated));
     for round in [1, 2] {
         let expected = pairs(&calm, round);
-        assert!(expected.len() > 20, "{}", expected.len());
+        assert!(expected.len() > PROMPTS / 4, "{}", expected.len());
         assert_eq!(pairs(&out, round), expected);
     }
-    let header = json(&out.join("rounds.json"));
+    assert_eq!(json(&training)["job"], seen["job"]);
     let of_run = jobs(&client, header["run"].as_str().unwrap()).await;
     let numbers: BTreeSet<&str> = of_run.iter().map(|j| j.labels["round"].as_str()).collect();
     assert_eq!((of_run.len(), numbers), (2, BTreeSet::from(["1", "2"])));
@@ -188,7 +240,7 @@ async fn killed_rounds_continue_to_the_same_pairs() {
     assert!(new_policy.ends_with(&format!("/checkpoints/{STEPS}")));
     assert_eq!(second["pairs"], pairs(&out, 2).len());
     assert!(second["mean_margin"].as_f64().unwrap() > 0.0, "{second}");
-    assert_eq!(second["prompts"], 60);
+    assert_eq!(second["prompts"], PROMPTS);
     let answers = std::fs::read_to_string(out.join("round-2/answers.jsonl")).unwrap();
     let answers: Vec<Value> = answers
         .lines()
@@ -198,6 +250,10 @@ async fn killed_rounds_continue_to_the_same_pairs() {
     // Answers of white space only, which this policy often gives, have no reward.
     let wins: Vec<f64> = answers.iter().filter_map(win).collect();
     assert_eq!(second["compared"], wins.len());
+    // Here every answer fits the judge.
+    let blank = answers.len() - wins.len();
+    let expected = serde_json::json!({"blank": blank, "not_scored": 0});
+    assert_eq!(second["not_compared"], expected);
     let win_rate = second["win_rate"].as_f64();
     let expected = (!wins.is_empty()).then(|| wins.iter().sum::<f64>() / wins.len() as f64);
     assert_eq!(win_rate, expected, "{second}");
@@ -265,9 +321,179 @@ async fn rounds_that_cannot_go_on_are_refused() {
     std::fs::write(dir.join("job.yaml"), "lora: {rank: 100000}\n").unwrap();
     let new = dir.join("new");
     refused(&new, &["--judge", &judge], &["lora.rank"]);
+    // The policy has an adapter of rank 4 already.
+    std::fs::write(dir.join("job.yaml"), "lora: {rank: 8}\n").unwrap();
+    let adapter = dir.join("adapter");
+    let policy = (server.address.as_str(), judge.as_str());
+    let made = command_at(policy, dir, &adapter, &[]).output().unwrap();
+    let said = text(&made.stderr);
+    assert_eq!(made.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("lora.rank") && said.contains("which has 4"),
+        "{said}"
+    );
+    assert!(!adapter.join("round-1").exists());
     std::fs::write(dir.join("job.yaml"), "seed: 1\n---\nseed: 2\n").unwrap();
     refused(&new, &["--judge", &judge], &["has several jobs"]);
     std::fs::write(dir.join("prompts.jsonl"), "\n").unwrap();
     std::fs::write(dir.join("job.yaml"), "seed: 1\n").unwrap();
     refused(&new, &["--judge", &judge], &["prompts.jsonl"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_found_again_although_its_answer_was_lost_and_its_rows_were_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir.path().join("data"));
+    let client = server.client().await;
+    let judge = judge(&client).await;
+    let dir = dir.path();
+    write_inputs(dir, 12, 2);
+    let out = dir.join("out");
+    let flags = [
+        "--judge",
+        &judge,
+        "--min-margin",
+        "0",
+        "--seed",
+        "3",
+        "--rounds",
+        "1",
+        "--compare-prompts",
+        "1",
+    ];
+    let made = run(&server, dir, &out, &flags);
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let run_id = run_id(&out);
+    let first = jobs(&client, &run_id).await.remove(0);
+    let request = pb::DeleteDatasetRequest {
+        name: first.dataset.clone(),
+    };
+    client.datasets().delete_dataset(request).await.unwrap();
+
+    // The folder is as if the command had ended before the answer, or while nothing was stored.
+    let training = out.join("round-1/job.json");
+    let mut unanswered = json(&training);
+    unanswered["job"] = Value::Null;
+    unanswered["checkpoint"] = Value::Null;
+    for stored in [Some(unanswered.to_string()), None] {
+        std::fs::remove_file(out.join("round-1/report.json")).unwrap();
+        match &stored {
+            Some(text) => std::fs::write(&training, text).unwrap(),
+            None => std::fs::remove_file(&training).unwrap(),
+        }
+        let again = run(&server, dir, &out, &flags);
+        assert!(again.status.success(), "{}", text(&again.stderr));
+        assert_eq!(json(&training)["job"], first.name);
+        assert_eq!(jobs(&client, &run_id).await.len(), 1);
+    }
+
+    // Without its labels the job is not found, and has to be deleted.
+    let request = pb::UpdateTrainingJobRequest {
+        training_job: Some(pb::TrainingJob {
+            name: first.name.clone(),
+            ..Default::default()
+        }),
+        update_mask: Some(prost_types::FieldMask {
+            paths: vec!["labels".to_owned()],
+        }),
+    };
+    client
+        .training()
+        .update_training_job(request)
+        .await
+        .unwrap();
+    std::fs::remove_file(out.join("round-1/report.json")).unwrap();
+    std::fs::remove_file(&training).unwrap();
+    let refused = run(&server, dir, &out, &flags);
+    let said = text(&refused.stderr);
+    assert!(!refused.status.success(), "{said}");
+    let parts = [first.name.as_str(), "bradley jobs delete JOB --server"];
+    for part in parts {
+        assert!(said.contains(part), "{part} is not in\n{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_pairs_of_the_evaluation_have_their_own_columns_and_a_dataset_of_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir.path().join("data"));
+    let client = server.client().await;
+    let judge = judge(&client).await;
+    let dir = dir.path();
+    write_inputs(dir, 12, 2);
+    let prompts = std::fs::read_to_string(dir.join("prompts.jsonl")).unwrap();
+    let questions = prompts.replace("\"prompt\"", "\"question\"");
+    std::fs::write(dir.join("prompts.jsonl"), questions).unwrap();
+    // A row of the evaluation has too few cells, so that it is not sent.
+    let pairs = dir.join("pairs.csv");
+    let csv = "prompt,good,rejected\nIs ice cold?,Yes.,No.\nIs it?,Yes.\n";
+    std::fs::write(&pairs, csv).unwrap();
+    let out = dir.join("out");
+    let run = |pairs: &str, eval_columns: &str| {
+        let flags = [
+            "--judge",
+            &judge,
+            "--min-margin",
+            "0",
+            "--seed",
+            "3",
+            "--rounds",
+            "1",
+            "--compare-prompts",
+            "1",
+            "--columns",
+            "prompt=question",
+            "--eval-data",
+            pairs,
+            "--eval-columns",
+            eval_columns,
+            "--format",
+            "json",
+        ];
+        run(&server, dir, &out, &flags)
+    };
+    let refused = |pairs: &str, eval_columns: &str, part: &str| {
+        let made = run(pairs, eval_columns);
+        let said = text(&made.stderr);
+        assert!(!made.status.success(), "{said}");
+        assert!(said.contains(part), "{part} is not in\n{said}");
+    };
+    let file = pairs.to_str().unwrap();
+    refused("-", "chosen=good", "write the pairs to a file first");
+    let missing = "which --eval-columns chosen=best names";
+    refused(file, "chosen=best", missing);
+    let made = run(file, "chosen=good");
+    let said = text(&made.stderr);
+    assert!(made.status.success(), "{said}");
+    assert!(
+        said.contains("1 row cannot be read and was left out"),
+        "{said}"
+    );
+    let report: Value = serde_json::from_slice(&made.stdout).unwrap();
+    assert_eq!(report["rounds"][0]["held_out"]["pairs"], 1, "{report}");
+
+    // A dataset that a killed start has left is deleted, and those of other runs are not.
+    let title = |run: &str| format!("rounds {run}: pairs of --eval-data");
+    let (of_run, of_another) = (title(&run_id(&out)), title("another"));
+    assert!(!titles(&client).await.contains(&of_run));
+    for title in [&of_run, &of_another] {
+        let metadata = pb::UploadMetadata {
+            display_name: title.clone(),
+            ..Default::default()
+        };
+        let file = golden("pairs.jsonl");
+        let uploaded = client.upload_dataset(&file, metadata, |_| {}).await;
+        uploaded.unwrap();
+    }
+    let again = run(file, "chosen=good");
+    assert!(again.status.success(), "{}", text(&again.stderr));
+    let left = titles(&client).await;
+    assert!(
+        !left.contains(&of_run) && left.contains(&of_another),
+        "{left:?}"
+    );
+
+    // A changed file is noticed although one of its rows is not sent.
+    std::fs::write(&pairs, csv.replace("cold", "hot")).unwrap();
+    refused(file, "chosen=good", "another value of --eval-data");
 }

@@ -47,8 +47,8 @@ impl ComparedAnswers {
     }
 }
 
-/// Numbers of prompts whose answers before and after could not be compared. They differ, and the
-/// judge has given one of them no reward.
+/// Numbers of prompts whose answers before and after could not be compared, because the answers
+/// differ and one of them has no reward.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct NotCompared {
     /// One of the answers is empty or has only white space.
