@@ -23,8 +23,11 @@ const MIN_CUT_ROWS: usize = 32;
 /// order, in slices of [`SLICE_DEPTH`] units, if they are contiguous and the kernel is not AMX.
 const NARROW_ROWS: usize = 64;
 const SLICE_DEPTH: usize = 64;
-/// Number of multiplications below which starting threads costs more than it saves.
+/// Number of multiplications from which a GEMM uses several threads.
 const MIN_PARALLEL_MULTIPLICATIONS: usize = 1 << 19;
+/// Number of elements of B from which a GEMM uses several threads, however few rows A has: reading
+/// and packing B then takes most of the time.
+const MIN_PARALLEL_ELEMENTS: usize = 1 << 15;
 
 /// Returns the maximum size in bytes of the panels of B that all threads together have packed at
 /// one time. If a single panel has more than 2¹⁹ units, the size is larger.
@@ -98,8 +101,8 @@ pub fn matmul(
             t.a.cols
         );
     }
-    let work: usize = terms.iter().map(|t| m * n * t.a.cols).sum();
-    let threads = if work < MIN_PARALLEL_MULTIPLICATIONS {
+    let elements: usize = terms.iter().map(|t| n * t.a.cols).sum();
+    let threads = if is_small(m, elements) {
         Threads::One
     } else {
         threads
@@ -121,6 +124,12 @@ pub fn matmul(
         block_product(kernel, (m, n), &block, c, stride, accumulate, threads);
         accumulate = true;
     }
+}
+
+/// Returns true if starting threads costs more than it saves. A has `m` rows, and the right
+/// operands of all terms have `elements` elements.
+pub(super) fn is_small(m: usize, elements: usize) -> bool {
+    m * elements < MIN_PARALLEL_MULTIPLICATIONS && elements < MIN_PARALLEL_ELEMENTS
 }
 
 /// Splits the sum over all terms into blocks with a depth of at most `most` units.

@@ -1,6 +1,7 @@
 use half::bf16;
 use proptest::prelude::*;
 
+use super::product::is_small;
 use super::*;
 use crate::math::rng;
 
@@ -164,6 +165,29 @@ fn a_sum_of_products_is_one_product_over_the_joined_depth() {
         ];
         matmul(m, n, &terms, &mut y, n, false, Threads::All);
         assert_eq!(x, y, "{kernel:?}");
+    }
+}
+
+/// The projections of a small model for the new tokens of a few sequences.
+#[test]
+fn few_rows_and_a_large_weight_use_all_threads_and_have_the_bits_of_one() {
+    assert!(is_small(1, 64 * 64), "starting threads would take longer");
+    assert!(!is_small(512, 64 * 64));
+    for (m, n, k) in [(1, 576, 576), (1, 192, 576), (2, 192, 576), (1, 40, 2100)] {
+        assert!(!is_small(m, n * k), "{m}x{k}x{n}");
+        let (a, w) = (values("a", m * k), values("w", n * k));
+        let w = WeightView::new(Elements::F32(&w), k);
+        for kernel in Kernel::available() {
+            let a = Operand::new(kernel, View::f32(&a, k), m, k, 1.0);
+            let product = |threads| {
+                let mut c = vec![0f32; m * n];
+                let term = Term::new(&a, w.transposed());
+                matmul(m, n, &[term], &mut c, n, false, threads);
+                c
+            };
+            let (all, one) = (product(Threads::All), product(Threads::One));
+            assert_eq!(all, one, "{kernel:?} {m}x{k}x{n}");
+        }
     }
 }
 
