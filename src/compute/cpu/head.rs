@@ -21,6 +21,8 @@ const TILE: usize = 512;
 /// Maximum number of rows per task, before rounding up to whole strips of the kernel. These rows
 /// and their logits fit the L2 cache together.
 const MAX_ROWS: usize = 128;
+/// Number of logits to which a task of [`logits`] applies the soft-cap.
+const LOGITS_PER_TASK: usize = 1 << 12;
 /// Maximum number of probabilities that the head saves of one packed row for the weight's gradient:
 /// 256 MiB of f32.
 pub const MAX_SAVED_PROBABILITIES: usize = 1 << 26;
@@ -343,34 +345,36 @@ pub fn head(input: HeadInput<'_>, options: HeadOptions) -> HeadOutput {
 /// Computes the logits `[N, V]` of rows `h` `[N, C]`, after the soft-cap. Only generation needs
 /// them as a whole: for the next token of each sequence, and for log-probs of a prompt, of which
 /// the caller gives a few rows at a time.
+///
+/// [`head`] divides the rows among the threads, so that a few rows would use a single one. Here the
+/// threads share the vocabulary. The logits have the same bits.
 pub fn logits(kernel: Kernel, h: &[f32], w: WeightView, softcap: Option<f32>) -> Buffer {
     let (vocabulary, hidden) = (w.rows(), w.columns());
     let rows = h.len() / hidden.max(1);
     let operand = Operand::new(kernel, View::f32(h, hidden), rows, hidden, 1.0);
     let mut all = Buffer::uninit(rows * vocabulary);
-    let per_task = rows_per_task(kernel, rows);
-    for_each_tile(kernel, w, 0, false, |tile| {
-        thread_pool::chunks(&mut all, per_task * vocabulary, |i, rows| {
-            let n = rows.len() / vocabulary;
-            let mut scratch = Buffer::uninit(n * TILE);
-            tile.logits(kernel, &operand, i * per_task, n, &mut scratch);
-            for (from, to) in scratch.chunks_mut(TILE).zip(rows.chunks_mut(vocabulary)) {
-                let from = &mut from[..tile.width];
-                if let Some(cap) = softcap {
-                    dispatch(
-                        #[inline(always)]
-                        || soft_cap(from, 1.0, cap),
-                    );
-                }
-                to[tile.first..][..tile.width].copy_from_slice(from);
-            }
+    matmul(
+        rows,
+        vocabulary,
+        &[Term::new(&operand, w.transposed())],
+        &mut all,
+        vocabulary,
+        false,
+        Threads::All,
+    );
+    if let Some(cap) = softcap {
+        thread_pool::chunks(&mut all, LOGITS_PER_TASK, |_, logits| {
+            dispatch(
+                #[inline(always)]
+                || soft_cap(logits, 1.0, cap),
+            )
         });
-    });
+    }
     all
 }
 
 /// Returns log p of `target`, given one row of the result of [`logits`]. It has the bits of
-/// [`HeadOutput::log_probs`], because the sums run over the same tiles.
+/// [`HeadOutput::log_probs`], because the sums run over the same tiles of the same logits.
 pub fn log_prob(logits: &[f32], target: u32) -> f32 {
     let running = softmax_state(logits, target);
     running.target - running.log_sum_exp()

@@ -6,7 +6,7 @@ use candle_core::{D, DType, Device, Tensor};
 use super::attention::{Heads, attention, attention_backward};
 use super::gemm::{Elements, Kernel, NR, Operand, View, WeightView};
 use super::head::{
-    HeadInput, HeadOptions, MAX_SAVED_PROBABILITIES, head, head_weight_gradient, log_prob,
+    HeadInput, HeadOptions, MAX_SAVED_PROBABILITIES, head, head_weight_gradient, log_prob, logits,
     most_likely,
 };
 use super::rms_norm::{HeadColumns, head_norm, head_norm_backward, rms_norm, rms_norm_backward};
@@ -653,6 +653,54 @@ fn log_probs_and_distributions_match_a_full_softmax() {
             let p2: f64 = row.iter().map(|x| (2.0 * (x - lse)).exp()).sum();
             assert!((d.log_sum_p2 as f64 - p2.ln()).abs() < 1e-5);
             assert_eq!(d.is_argmax, row.iter().all(|x| *x <= row[y]));
+        }
+    }
+}
+
+#[test]
+fn log_probs_of_whole_rows_of_logits_have_the_bits_of_the_tiles() {
+    // First and last tokens of tiles and panels, among others.
+    const TOKENS: [u32; 9] = [0, 31, 32, 511, 512, 700, 1023, 1024, 1099];
+    // More tokens than a tile has, and no multiple of a panel. The largest width has more units
+    // than a block of a GEMM, also as pairs.
+    let vocabulary = 1100;
+    for hidden in [HIDDEN, 72, 2100] {
+        let w = random(vocabulary * hidden, 22);
+        // One strip of rows of every kernel, and more.
+        for rows in [1, 14, 15, 16, 33] {
+            let h = random(rows * hidden, 23);
+            for (kernel, softcap) in Kernel::available()
+                .into_iter()
+                .flat_map(|kernel| LOGIT_SOFTCAPS.map(|cap| (kernel, cap)))
+            {
+                let w = WeightView::new(Elements::F32(&w), hidden);
+                let all = logits(kernel, &h, w, softcap);
+                assert_eq!(all.len(), rows * vocabulary);
+                for first in [0, 4, 8] {
+                    let targets: Vec<u32> = (first..first + rows)
+                        .map(|i| TOKENS[i % TOKENS.len()])
+                        .collect();
+                    let input = HeadInput {
+                        kernel,
+                        h: &h,
+                        w,
+                        targets: &targets,
+                        softcap,
+                    };
+                    let by_tiles: Vec<u32> = head(input, HeadOptions::default())
+                        .log_probs
+                        .iter()
+                        .map(|log_prob| log_prob.to_bits())
+                        .collect();
+                    let whole: Vec<u32> = all
+                        .chunks(vocabulary)
+                        .zip(&targets)
+                        .map(|(row, y)| log_prob(row, *y).to_bits())
+                        .collect();
+                    let case = format!("{kernel:?} {softcap:?} {rows}x{hidden} from {first}");
+                    assert_eq!(whole, by_tiles, "{case}");
+                }
+            }
         }
     }
 }
