@@ -38,41 +38,112 @@ impl SamplingOptions {
     fn sampler(&self, sample: usize) -> Sampler {
         let temperature = self.temperature;
         let sampling = match (self.top_k, self.top_p) {
-            _ if temperature == 0.0 => Sampling::ArgMax,
-            (None, None) => Sampling::All { temperature },
+            (None, _) => Sampling::All { temperature },
             (Some(k), None) => Sampling::TopK { k, temperature },
-            (None, Some(p)) => Sampling::TopP { p, temperature },
             (Some(k), Some(p)) => Sampling::TopKThenTopP { k, p, temperature },
         };
+        let nucleus = match (self.top_k, self.top_p) {
+            (None, Some(p)) if p > 0.0 && p < 1.0 => Some(p as f32),
+            _ => None,
+        };
+        let nucleus_of = match sampling {
+            Sampling::TopKThenTopP { k, .. } => Some(k),
+            _ => None,
+        };
         let seed = derived_seed(self.seed, &format!("sample {sample}"));
+        let random = || LogitsProcessor::from_sampling(seed, sampling);
         Sampler {
-            nucleus_of: match sampling {
-                Sampling::TopKThenTopP { k, .. } => Some(k),
-                _ => None,
-            },
-            processor: LogitsProcessor::from_sampling(seed, sampling),
+            processor: (temperature != 0.0).then(random),
+            nucleus,
+            nucleus_of,
         }
     }
 }
 
 /// Chooses the tokens of a sample.
 struct Sampler {
-    processor: LogitsProcessor,
+    /// `None` chooses the most likely token.
+    processor: Option<LogitsProcessor>,
+    /// `top_p` if there is no `top_k`. candle would sort the whole vocabulary.
+    nucleus: Option<f32>,
     /// `top_k` if there is a `top_p` as well. candle compares `top_p` with probabilities among all
     /// tokens, transformers and vLLM with those among the `top_k` tokens. So they are scaled first.
     nucleus_of: Option<usize>,
 }
 
 impl Sampler {
-    /// Samples from logits `[V]`.
+    /// Samples from logits `[V]`. Fails if a logit is not a number.
     fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+        let Some(processor) = &mut self.processor else {
+            return most_likely_token(logits).map_or_else(not_a_number, Ok);
+        };
+        check_numbers(logits)?;
         let logits = Tensor::from_slice(logits, logits.len(), &Device::Cpu)?;
-        let top_k = self.nucleus_of;
-        self.processor.sample_f(&logits, |probabilities| {
-            if let Some(k) = top_k {
+        let (nucleus, nucleus_of) = (self.nucleus, self.nucleus_of);
+        processor.sample_f(&logits, |probabilities| {
+            if let Some(p) = nucleus {
+                keep_nucleus(probabilities, p);
+            }
+            if let Some(k) = nucleus_of {
                 scale(probabilities, k);
             }
         })
+    }
+}
+
+/// Returns the token with the largest of the logits `[V]` (on a tie, the first of them), or `None`
+/// if a logit is not a number.
+fn most_likely_token(logits: &[f32]) -> Option<u32> {
+    /// Logits that are compared with the largest one before them without a branch.
+    const AT_ONCE: usize = 64;
+    let (mut largest, mut token) = (f32::NEG_INFINITY, 0);
+    for (i, some) in logits.chunks(AT_ONCE).enumerate() {
+        let differs = |l: &f32| (*l > largest) | l.is_nan();
+        if !some.iter().fold(false, |any, l| any | differs(l)) {
+            continue;
+        }
+        for (j, l) in some.iter().enumerate() {
+            if l.is_nan() {
+                return None;
+            }
+            if *l > largest {
+                (largest, token) = (*l, i * AT_ONCE + j);
+            }
+        }
+    }
+    Some(token as u32)
+}
+
+/// Number of the most likely tokens that [`keep_nucleus`] sorts at first. While these are too few,
+/// it sorts eight times as many.
+const FIRST_SORTED: usize = 256;
+
+/// Sets the probabilities `[V]` of all tokens to 0 but those of the nucleus: the fewest most likely
+/// tokens whose probabilities add up to `p`. Of equally likely tokens, those with the lowest ids
+/// come first. The result is that of candle, which sorts the whole vocabulary.
+fn keep_nucleus(probabilities: &mut [f32], p: f32) {
+    let mut order: Vec<u32> = (0..probabilities.len() as u32).collect();
+    let of = |token: u32| probabilities[token as usize];
+    let by_rank = |a: &u32, b: &u32| of(*b).total_cmp(&of(*a)).then(a.cmp(b));
+    let (mut kept, mut sorted, mut sum) = (0, 0, 0f32);
+    while kept < order.len() {
+        if sum >= p {
+            break;
+        }
+        if kept == sorted {
+            let rest = &mut order[sorted..];
+            let count = FIRST_SORTED.max(7 * sorted).min(rest.len());
+            if count < rest.len() {
+                rest.select_nth_unstable_by(count, by_rank);
+            }
+            rest[..count].sort_unstable_by(by_rank);
+            sorted += count;
+        }
+        sum += of(order[kept]);
+        kept += 1;
+    }
+    for token in &order[kept..] {
+        probabilities[*token as usize] = 0.0;
     }
 }
 
@@ -196,6 +267,14 @@ impl Sequence {
         Ok((sequence, first))
     }
 
+    /// Samples the token after the last one, given its logits `[V]`.
+    fn advance(&mut self, logits: &[f32]) -> Result<Sampled> {
+        let next = draw(&mut self.sampler, logits)?;
+        self.last = next.token;
+        self.top = top_tokens(logits, self.prompt.log_probs.top);
+        Ok(next)
+    }
+
     /// Takes the most likely tokens at the place of the last token, the most likely first; empty
     /// if they are not wanted.
     pub fn take_top(&mut self) -> Vec<Sampled> {
@@ -210,12 +289,17 @@ fn top_tokens(logits: &[f32], count: usize) -> Vec<Sampled> {
         .collect()
 }
 
+/// Returns the error about a logit that is not a number.
+fn not_a_number<T>() -> Result<T> {
+    bail!("the model computed a logit that is not a number");
+}
+
 /// Fails if a logit is not a number.
 fn check_numbers(logits: &[f32]) -> Result<()> {
-    if logits.iter().any(|l| l.is_nan()) {
-        bail!("the model computed a logit that is not a number");
+    match logits.iter().any(|l| l.is_nan()) {
+        true => not_a_number(),
+        false => Ok(()),
     }
-    Ok(())
 }
 
 /// Returns a reader that adds the tokens of a prompt, from the second on, to `scored`. Each has its
@@ -248,7 +332,6 @@ fn scoring_reader<'a>(
 
 /// Samples a token from logits `[V]`.
 fn draw(sampler: &mut Sampler, logits: &[f32]) -> Result<Sampled> {
-    check_numbers(logits)?;
     let token = sampler.choose(logits)?;
     Ok(Sampled {
         token,
@@ -337,14 +420,18 @@ pub fn decode(
         own: &mut sequence.own,
     });
     let logits = base.decode(layout, rows.collect(), yield_point)?;
-    let rows = logits.chunks(base.config.spec.vocab_size);
-    let sampled = sequences.iter_mut().zip(rows).map(|(sequence, logits)| {
-        let sampled = draw(&mut sequence.sampler, logits)?;
-        sequence.last = sampled.token;
-        sequence.top = top_tokens(logits, sequence.prompt.log_probs.top);
-        Ok(sampled)
+    // Every sequence has its own generator, so the order in which they are sampled does not matter.
+    let mut draws: Vec<_> = sequences
+        .iter_mut()
+        .zip(logits.chunks(base.config.spec.vocab_size))
+        .map(|(sequence, logits)| (sequence, logits, None))
+        .collect();
+    thread_pool::chunks(&mut draws, 1, |_, draws| {
+        for (sequence, logits, next) in draws {
+            *next = Some(sequence.advance(logits));
+        }
     });
-    Ok(sampled.collect())
+    Ok(draws.into_iter().filter_map(|(_, _, next)| next).collect())
 }
 
 #[cfg(test)]

@@ -1,5 +1,8 @@
 use std::collections::HashMap;
 
+use candle_core::D;
+use proptest::prelude::*;
+
 use super::*;
 
 /// Draws `n` tokens, each from its own generator as the first tokens of samples are.
@@ -79,6 +82,80 @@ fn sampled_frequencies_pass_a_chi_squared_test() {
     assert_eq!(greedy, HashMap::from([(4, 50)]));
 }
 
+/// Sets the probabilities outside the nucleus to 0 as candle does, which sorts all tokens.
+fn keep_nucleus_by_sorting(probabilities: &mut [f32], p: f32) {
+    let mut order: Vec<usize> = (0..probabilities.len()).collect();
+    order.sort_by(|a, b| probabilities[*b].total_cmp(&probabilities[*a]));
+    let mut sum = 0f32;
+    for token in order {
+        match sum >= p {
+            true => probabilities[token] = 0.0,
+            false => sum += probabilities[token],
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Many probabilities are equal, and most nuclei have more tokens than are sorted at first.
+    #[test]
+    fn a_nucleus_has_the_tokens_that_sorting_the_vocabulary_gives(
+        weights in prop::collection::vec(0u32..20, 1..4000),
+        p in 0.001f32..1.0,
+    ) {
+        let total = weights.iter().sum::<u32>().max(1) as f32;
+        let mut ours: Vec<f32> = weights.iter().map(|w| *w as f32 / total).collect();
+        let mut sorted = ours.clone();
+        keep_nucleus(&mut ours, p);
+        keep_nucleus_by_sorting(&mut sorted, p);
+        prop_assert_eq!(ours, sorted);
+    }
+
+    /// Many logits are equal.
+    #[test]
+    fn the_most_likely_token_is_that_of_candle(
+        steps in prop::collection::vec(-6i32..6, 1..300),
+    ) {
+        let logit = |step: &i32| match *step {
+            -6 => f32::NEG_INFINITY,
+            step => step as f32 * 0.5,
+        };
+        let logits: Vec<f32> = steps.iter().map(logit).collect();
+        let tensor = Tensor::from_slice(&logits, logits.len(), &Device::Cpu).unwrap();
+        let first = tensor.argmax(D::Minus1).unwrap().to_scalar::<u32>().unwrap();
+        prop_assert_eq!(most_likely_token(&logits), Some(first));
+    }
+}
+
+#[test]
+fn a_seed_gives_the_tokens_that_candle_samples_from_a_sorted_vocabulary() {
+    let logits: Vec<f32> = (0..3000).map(|i| (i * 7919 % 97) as f32 * 0.05).collect();
+    let tensor = Tensor::from_slice(&logits, logits.len(), &Device::Cpu).unwrap();
+    for (temperature, p) in [
+        (1.0, 0.02),
+        (1.0, 0.3),
+        (0.7, 0.9),
+        (2.0, 0.999),
+        (1.0, 1.0),
+    ] {
+        let options = options(temperature, Some(p), None);
+        for sample in 0..10 {
+            let seed = derived_seed(options.seed, &format!("sample {sample}"));
+            let sampling = Sampling::TopP { p, temperature };
+            let mut candle = LogitsProcessor::from_sampling(seed, sampling);
+            let mut ours = options.sampler(sample);
+            for place in 0..3 {
+                assert_eq!(
+                    ours.choose(&logits).unwrap(),
+                    candle.sample(&tensor).unwrap(),
+                    "{options:?}: token {place} of sample {sample}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn logits_that_are_not_numbers_are_an_error() {
     let logits = [0.0, f32::NAN, 1.0];
@@ -86,6 +163,11 @@ fn logits_that_are_not_numbers_are_an_error() {
         let mut sampler = options(temperature, None, None).sampler(0);
         let e = draw(&mut sampler, &logits).unwrap_err();
         assert!(e.to_string().contains("not a number"), "{e}");
+    }
+    for place in [0, 63, 64, 129] {
+        let mut logits = [1.0; 130];
+        logits[place] = f32::NAN;
+        assert_eq!(most_likely_token(&logits), None, "place {place}");
     }
 }
 
