@@ -6,7 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::adapter::Adapter;
 use crate::compute::cpu::attention::{CacheLayout, CachedKeys, CachedSegment, attention_cached};
 use crate::compute::cpu::rope::RopeTable;
+use crate::compute::cpu::thread_pool;
 use crate::compute::layout::RowLayout;
+
+/// Number of sequences whose new keys and values one task stores. For fewer, starting threads takes
+/// longer than storing them.
+const STORED_PER_TASK: usize = 8;
 
 /// A packed row, ready for the decoder.
 #[derive(Clone, Debug)]
@@ -73,9 +78,12 @@ impl KeyCache for RowCache<'_> {
                 false
             }
             CacheAccess::Tokens(sequences) => {
-                for ((_, own), rows) in sequences.iter_mut().zip(qkv.chunks(width)) {
-                    own.store(layout, block, rows, 1);
-                }
+                thread_pool::chunks(sequences, STORED_PER_TASK, |i, some| {
+                    let rows = qkv.chunks(width).skip(i * STORED_PER_TASK);
+                    for ((_, own), rows) in some.iter_mut().zip(rows) {
+                        own.store(layout, block, rows, 1);
+                    }
+                });
                 let keys: Vec<CachedKeys> = sequences
                     .iter()
                     .map(|(prefix, own)| CachedKeys { prefix, own })

@@ -22,7 +22,7 @@ mod weight;
 pub use self::kernel::Kernel;
 pub(crate) use self::kernel::panel_product;
 pub use self::operand::Operand;
-pub(crate) use self::pack::pack_panel;
+pub(crate) use self::pack::{pack_panel, round};
 pub use self::panel::NR;
 pub(crate) use self::panel::{OutputTile, Product};
 pub(crate) use self::product::Shared;

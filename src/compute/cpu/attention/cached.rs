@@ -10,10 +10,12 @@
 //! which change no bit. The output of a token is therefore the same bit for bit as in a row that
 //! has the whole sequence.
 
+use half::bf16;
+
 use super::blocks::{Heads, softmax_of_scores};
 use crate::compute::cpu::buffer::Buffer;
 use crate::compute::cpu::gemm::{
-    Kernel, NR, Operand, OutputTile, Product, Shared, View, pack_panel, panel_product,
+    Kernel, NR, Operand, OutputTile, Product, Shared, View, pack_panel, panel_product, round,
 };
 use crate::compute::cpu::thread_pool;
 
@@ -122,19 +124,19 @@ impl CachedSegment {
             let units = &mut self.blocks[block].units_mut()[first..];
             let (keys, values) = units.split_at_mut(heads.key * keys_of_head(kernel, &heads));
             let rows = &qkv[done * row..(done + some) * row];
-            for kv in 0..heads.key {
-                let size = keys_of_head(kernel, &heads);
-                let to = &mut keys[kv * size..][..size];
-                store_keys(kernel, &heads, &rows[heads.key_at(kv)..], (slot, some), to);
-                let size = values_of_head(kernel, &heads);
-                let to = &mut values[kv * size..][..size];
-                store_values(
-                    kernel,
-                    &heads,
-                    &rows[heads.value_at(kv)..],
-                    (slot, some),
-                    to,
-                );
+            if slot > 0 {
+                for (row, slot) in rows.chunks(row).zip(slot..) {
+                    store_token(kernel, &heads, row, slot, keys, values);
+                }
+            } else {
+                for kv in 0..heads.key {
+                    let size = keys_of_head(kernel, &heads);
+                    let to = &mut keys[kv * size..][..size];
+                    store_first_keys(kernel, &heads, &rows[heads.key_at(kv)..], some, to);
+                    let size = values_of_head(kernel, &heads);
+                    let to = &mut values[kv * size..][..size];
+                    store_first_values(kernel, &heads, &rows[heads.value_at(kv)..], some, to);
+                }
             }
             done += some;
         }
@@ -146,69 +148,82 @@ impl CachedSegment {
     }
 }
 
-/// Writes the keys of `count` tokens from place `slot` of a block on. The tokens' keys lie a row of
-/// `[q | k | v]` apart.
-fn store_keys(
-    kernel: Kernel,
-    heads: &Heads,
-    from: &[f32],
-    (slot, count): (usize, usize),
-    to: &mut [u32],
-) {
+/// Writes the keys of one key head of the first `count` tokens of a block. The tokens' keys lie a
+/// row of `[q | k | v]` apart.
+fn store_first_keys(kernel: Kernel, heads: &Heads, from: &[f32], count: usize, to: &mut [u32]) {
     let (row, depth) = (heads.row(), kernel.depth(heads.dim));
-    if slot == 0 {
-        for (i, panel) in to.chunks_mut(depth * NR).enumerate() {
-            if i * NR < count {
-                let n = NR.min(count - i * NR);
-                let view = View::f32(&from[i * NR * row..], row).t();
-                pack_panel(kernel, view, 0, heads.dim, 0, n, panel);
-            }
-        }
-        return;
-    }
-    let mut one = Buffer::uninit(depth * NR);
-    for i in 0..count {
-        let view = View::f32(&from[i * row..], row).t();
-        pack_panel(kernel, view, 0, heads.dim, 0, 1, one.units_mut());
-        let (panel, column) = ((slot + i) / NR, (slot + i) % NR);
-        let panel = &mut to[panel * depth * NR..][..depth * NR];
-        for (to, from) in panel.chunks_mut(NR).zip(one.units().chunks(NR)) {
-            to[column] = from[0];
+    for (i, panel) in to.chunks_mut(depth * NR).enumerate() {
+        if i * NR < count {
+            let n = NR.min(count - i * NR);
+            let view = View::f32(&from[i * NR * row..], row).t();
+            pack_panel(kernel, view, 0, heads.dim, 0, n, panel);
         }
     }
 }
 
-/// Writes the values of `count` tokens from place `slot` of a block on, as [`store_keys`] does.
-fn store_values(
-    kernel: Kernel,
-    heads: &Heads,
-    from: &[f32],
-    (slot, count): (usize, usize),
-    to: &mut [u32],
-) {
+/// Writes the values of one key head of the first `count` tokens of a block, as
+/// [`store_first_keys`] does.
+fn store_first_values(kernel: Kernel, heads: &Heads, from: &[f32], count: usize, to: &mut [u32]) {
     let (row, depth) = (heads.row(), kernel.depth(CACHE_BLOCK));
-    let mut one = Buffer::uninit(kernel.depth(1) * NR);
     for (i, panel) in to.chunks_mut(depth * NR).enumerate() {
         let (column, n) = (i * NR, NR.min(heads.dim - i * NR));
-        if slot == 0 {
-            let view = View::f32(&from[column..], row);
-            pack_panel(kernel, view, 0, count, 0, n, panel);
-            continue;
+        let view = View::f32(&from[column..], row);
+        pack_panel(kernel, view, 0, count, 0, n, panel);
+    }
+}
+
+/// Writes the keys and values of all key heads of the token at place `slot` of a block, given its
+/// row `[q | k | v]`. Packing a panel for a single token would take much longer. The padding of the
+/// panels has been zero since the block was allocated.
+fn store_token(
+    kernel: Kernel,
+    heads: &Heads,
+    row: &[f32],
+    slot: usize,
+    keys: &mut [u32],
+    values: &mut [u32],
+) {
+    let is_bf16 = kernel.is_bf16();
+    let elements = one_per_unit(kernel, &row[heads.key_at(0)..]);
+    let (new_keys, new_values) = elements.split_at(heads.key * heads.dim);
+    // A unit of a bf16 kernel holds two elements, the first one in its lower half.
+    let per_unit = if is_bf16 { 2 } else { 1 };
+    let panel_units = kernel.depth(heads.dim) * NR;
+    let (panel, column) = (slot / NR, slot % NR);
+    for (to, from) in keys
+        .chunks_mut(keys_of_head(kernel, heads))
+        .zip(new_keys.chunks(heads.dim))
+    {
+        let units = to[panel * panel_units..][..panel_units].chunks_mut(NR);
+        for (unit, some) in units.zip(from.chunks(per_unit)) {
+            unit[column] = some[0] | some.get(1).map_or(0, |second| second << 16);
         }
-        for token in 0..count {
-            let view = View::f32(&from[token * row + column..], row);
-            pack_panel(kernel, view, 0, 1, 0, n, one.units_mut());
-            let at = slot + token;
-            let units = &mut panel[unit_of(kernel, at) * NR..][..NR];
-            for (to, from) in units.iter_mut().zip(one.units()) {
-                // A unit of a bf16 kernel holds two tokens, the first one in its lower half.
-                match kernel.is_bf16() && at % 2 == 1 {
+    }
+    let panel_units = kernel.depth(CACHE_BLOCK) * NR;
+    let at = unit_of(kernel, slot) * NR;
+    for (to, from) in values
+        .chunks_mut(values_of_head(kernel, heads))
+        .zip(new_values.chunks(heads.dim))
+    {
+        for (panel, some) in to.chunks_mut(panel_units).zip(from.chunks(NR)) {
+            for (to, from) in panel[at..].iter_mut().zip(some) {
+                match is_bf16 && slot % 2 == 1 {
                     true => *to = (*to & 0xffff) | (from << 16),
                     false => *to = *from,
                 }
             }
         }
     }
+}
+
+/// Returns the bits of each value: of the f32, or of the rounded bf16 for a bf16 kernel.
+fn one_per_unit(kernel: Kernel, values: &[f32]) -> Vec<u32> {
+    if !kernel.is_bf16() {
+        return values.iter().map(|x| x.to_bits()).collect();
+    }
+    let mut rounded = vec![bf16::ZERO; values.len()];
+    round(kernel, values, &mut rounded);
+    rounded.iter().map(|x| u32::from(x.to_bits())).collect()
 }
 
 /// Returns the unit of depth that holds element `k`.
@@ -341,4 +356,53 @@ pub fn attention_cached(
             }
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::math::rng::kaiming_uniform;
+
+    /// Stores tokens in passes of so many tokens each.
+    fn stored(layout: &CacheLayout, qkv: &[f32], passes: &[usize]) -> CachedSegment {
+        let mut segment = CachedSegment::default();
+        for count in passes {
+            segment.make_room(layout, *count);
+            for index in 0..layout.places.len() {
+                let rows = &qkv[segment.tokens * layout.row(index)..];
+                segment.store(layout, index, rows, *count);
+            }
+            segment.complete(*count);
+        }
+        segment
+    }
+
+    #[test]
+    fn tokens_that_are_stored_one_by_one_have_the_bits_of_those_stored_at_once() {
+        const TOKENS: usize = CACHE_BLOCK + 39;
+        let heads = |dim| Heads {
+            query: 4,
+            key: 2,
+            dim,
+            window: None,
+            scale: 1.0,
+            softcap: None,
+        };
+        for kernel in Kernel::available() {
+            for dim in [1, 20, 33, 64] {
+                let layout = CacheLayout::new(kernel, [heads(dim), heads(7)]);
+                let width = layout.row(0).max(layout.row(1));
+                let qkv = kaiming_uniform(7, "qkv", TOKENS * width, 1);
+                let at_once = stored(&layout, &qkv, &[TOKENS]);
+                for passes in [vec![1; TOKENS], vec![1, 5, 70, 27]] {
+                    let in_passes = stored(&layout, &qkv, &passes);
+                    assert_eq!(in_passes.tokens, TOKENS);
+                    assert_eq!(in_passes.num_blocks(), at_once.num_blocks());
+                    for (ours, whole) in in_passes.blocks.iter().zip(&at_once.blocks) {
+                        assert!(ours.units() == whole.units(), "{kernel:?}, dim {dim}");
+                    }
+                }
+            }
+        }
+    }
 }
