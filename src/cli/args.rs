@@ -287,13 +287,18 @@ pub struct MigrateArgs {
         long,
         value_name = "URL",
         env = "BRADLEY_DATABASE_URL",
-        hide_env_values = true
+        hide_env_values = true,
+        required_unless_present = "undo"
     )]
-    pub to: String,
+    pub to: Option<String>,
     /// Artifact store to which the files are copied: s3://BUCKET/PREFIX, gs://…, az://… or
     /// file:///FOLDER, configured by the variables of its vendor. Not needed if the server has one.
     #[arg(long, value_name = "URL", env = "BRADLEY_ARTIFACT_URL")]
     pub artifact_url: Option<String>,
+    /// Copy nothing, but let servers start again on a SQLite database that was moved. First stop
+    /// all servers of the PostgreSQL database for good.
+    #[arg(long)]
+    pub undo: bool,
     /// The server's data directory.
     #[arg(long, default_value = "bradley-data", env = "BRADLEY_DATA_DIR")]
     pub data_dir: PathBuf,

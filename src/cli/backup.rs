@@ -65,11 +65,19 @@ pub(super) async fn restore(args: RestoreArgs, output_format: Output) -> Outcome
 }
 
 pub(super) async fn migrate(args: MigrateArgs, output_format: Output) -> Outcome {
+    if args.undo {
+        transfer::undo(&args.data_dir).await?;
+        let place = args.data_dir.display().to_string();
+        output::done(output_format, "undone", &place);
+        return Ok(());
+    }
+    // The command line requires one of the two.
+    let to = args.to.unwrap_or_default();
     let sources = Sources::environment();
     let artifact_store = args
         .artifact_url
         .map(|url| (url, vendor_variables(&sources)));
-    let work = transfer::migrate(&args.data_dir, &args.to, artifact_store.as_ref());
+    let work = transfer::migrate(&args.data_dir, &to, artifact_store.as_ref());
     let copied = with_spinner("copying and comparing files and rows", work).await?;
     let rows = copied
         .iter()

@@ -176,6 +176,8 @@ reasons! {
     WrongArtifactStore = "WRONG_ARTIFACT_STORE" => Internal,
     /// A newer version has migrated the database so that this version may not use it.
     SchemaTooNew = "SCHEMA_TOO_NEW" => Internal,
+    /// The SQLite database was moved to PostgreSQL.
+    DatabaseMoved = "DATABASE_MOVED" => Internal,
 }
 
 impl Reason {
@@ -325,6 +327,7 @@ mod tests {
             ("DATA_DIR_IN_USE", FailureCode::Internal),
             ("WRONG_ARTIFACT_STORE", FailureCode::Internal),
             ("SCHEMA_TOO_NEW", FailureCode::Internal),
+            ("DATABASE_MOVED", FailureCode::Internal),
         ];
         let now: Vec<(&str, FailureCode)> = Reason::ALL
             .iter()

@@ -33,8 +33,8 @@ pub fn token_file(path: &Path) -> Result<String> {
 ///
 /// # Errors
 /// `Internal` if it does not answer within five seconds, or has migrations but no table of jobs, so
-/// that it is not Bradley's; `FailedPrecondition` (`SCHEMA_TOO_NEW`) if this version may not use
-/// it.
+/// that it is not Bradley's; `FailedPrecondition` (`SCHEMA_TOO_NEW`, `DATABASE_MOVED`) if a server
+/// of this version would not start on it.
 pub async fn database(data_dir: &Path, database_url: Option<&str>) -> Result<String> {
     sqlx::any::install_default_drivers();
     let file = data_dir.join(DATABASE_FILE);

@@ -10,6 +10,7 @@ mod datasets;
 pub mod jobs;
 pub mod leases;
 pub mod listen;
+pub mod moved;
 pub mod properties;
 mod rows;
 mod schema_version;
@@ -208,8 +209,8 @@ impl Store {
     ///
     /// # Errors
     /// `FailedPrecondition` (`SCHEMA_TOO_NEW`) if a newer version has migrated the database so that
-    /// this one may not use it; `Unavailable` or `Internal` if the database cannot be opened or
-    /// migrated.
+    /// this one may not use it, or (`DATABASE_MOVED`) if `bradley migrate` has moved it to
+    /// PostgreSQL; `Unavailable` or `Internal` if the database cannot be opened or migrated.
     pub async fn open(data_dir: &Path, options: &StoreOptions) -> Result<Self> {
         sqlx::any::install_default_drivers();
         let (dialect, url) = match &options.database_url {
@@ -287,6 +288,9 @@ impl Store {
         // Once more: a newer version may have migrated while this one waited for its turn.
         let mut connection = writer.acquire().await.map_err(cannot_open)?;
         schema_version::check(&mut connection, dialect.count_tables(), newest(&migrations)).await?;
+        if dialect == Dialect::Sqlite {
+            moved::check(&mut connection, dialect.count_tables()).await?;
+        }
         drop(connection);
         Ok(Store {
             dialect,
@@ -428,14 +432,19 @@ fn newest(migrations: &Migrator) -> i64 {
 /// Checks that this version may use a database, in PostgreSQL or in SQLite.
 ///
 /// # Errors
-/// `FailedPrecondition` (`SCHEMA_TOO_NEW`) if not; `Unavailable` or `Internal` if it fails.
+/// `FailedPrecondition` if not (`SCHEMA_TOO_NEW`, `DATABASE_MOVED`); `Unavailable` or `Internal` if
+/// it fails.
 pub(super) async fn check_version(connection: &mut AnyConnection, is_postgres: bool) -> Result<()> {
     let dialect = match is_postgres {
         true => Dialect::Postgres,
         false => Dialect::Sqlite,
     };
     let known = newest(&dialect.migrations());
-    schema_version::check(connection, dialect.count_tables(), known).await
+    schema_version::check(connection, dialect.count_tables(), known).await?;
+    match dialect {
+        Dialect::Sqlite => moved::check(connection, dialect.count_tables()).await,
+        Dialect::Postgres => Ok(()),
+    }
 }
 
 /// Sets the limits of a connection that migrates. A migration may take longer than any statement of

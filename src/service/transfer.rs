@@ -9,20 +9,22 @@ use super::data_dir::{check_restored, lock};
 use super::error::{Result, ServiceError};
 use super::remote::Remote;
 use super::store::properties::ARTIFACT_STORE;
-use super::store::snapshot::Snapshot;
+use super::store::snapshot::{LiveDatabase, Snapshot};
 use super::store::transfer::CopiedTable;
-use super::store::{DATABASE_FILE, Store, StoreOptions};
+use super::store::{DATABASE_FILE, Store, StoreOptions, moved};
 use crate::train::checkpoint::{self, CheckpointError};
 
 /// Copies the files of a data directory to an artifact store, given by its URL and its vendor's
 /// variables, and the rows of the SQLite database to an empty PostgreSQL database. No server may
-/// use the data directory meanwhile. Nothing is removed. The call can be repeated after a failure.
+/// use the data directory meanwhile. Nothing is removed, but the SQLite database is marked as moved
+/// at the end, and no server starts on it until [`undo`]. The call can be repeated after a failure.
 ///
 /// # Errors
 /// `InvalidArgument` if the data directory has no database or has files that were changed, if no
 /// artifact store is given or known, or if the target is not an empty PostgreSQL database;
-/// `FailedPrecondition` if a server runs (`DATA_DIR_IN_USE`), a file is missing or damaged, or the
-/// database knows another artifact store; `Unavailable` or `Internal` if a database, the artifact
+/// `FailedPrecondition` if a server runs (`DATA_DIR_IN_USE`), the database was moved before
+/// (`DATABASE_MOVED`), a file is missing or damaged, or the database knows another artifact store;
+/// `Unavailable` or `Internal` if a database, the artifact
 /// store or the disk fails.
 pub async fn migrate(
     data_dir: &Path,
@@ -72,9 +74,43 @@ pub async fn migrate(
         artifacts.identify(&source).await?;
     }
     let copied = source.copy_to(&target).await;
+    let marked = match &copied {
+        Ok(_) => mark_as_moved(&source, to).await,
+        Err(_) => Ok(()),
+    };
     source.close().await;
     target.close().await;
+    marked?;
     copied
+}
+
+async fn mark_as_moved(source: &Store, to: &str) -> Result<()> {
+    let value = moved::mark(&jiff::Timestamp::now().to_string(), to);
+    match source.set_property_once(moved::MOVED, &value).await {
+        Ok(_) => Ok(()),
+        Err(e) => Err(ServiceError::internal(format!(
+            "everything is copied, but the SQLite database cannot be marked as moved: start no \
+             server on it: {e}"
+        ))),
+    }
+}
+
+/// Removes the mark of a SQLite database that was moved, so that servers start on it again. They
+/// need its artifact store. No server may use the PostgreSQL database any more.
+///
+/// # Errors
+/// `InvalidArgument` if the data directory has no database, or one that was not moved;
+/// `FailedPrecondition` if a server uses the data directory (`DATA_DIR_IN_USE`) or this version may
+/// not use the database (`SCHEMA_TOO_NEW`); `Unavailable` or `Internal` if the database fails.
+pub async fn undo(data_dir: &Path) -> Result<()> {
+    let database = LiveDatabase::open(data_dir).await?;
+    let _lock = lock(data_dir)?;
+    check_restored(data_dir)?;
+    if database.remove_moved_mark().await? {
+        return Ok(());
+    }
+    let message = format!("the database in {} was not moved", data_dir.display());
+    Err(ServiceError::invalid("--undo:", message))
 }
 
 /// Uploads the files that a database names, after comparing them with their hashes.

@@ -423,14 +423,26 @@ async fn a_server_moves_from_sqlite_to_postgresql_in_the_middle_of_a_job() {
         let count = postgres.sql(&format!("SELECT COUNT(*) > 0 FROM {table}"));
         assert_eq!(count, ["t"], "{table} is empty");
     }
-    // The database has rows now, so a second copy is refused.
-    assert_fails(&migrate(), 2, &["--to", "is not empty"]);
+    let was_moved = ["this database was moved to PostgreSQL on 20", "--undo"];
+    assert_fails(&migrate(), 1, &was_moved);
+    let old_tokens = ["tokens", "list", "--data-dir", database];
+    assert_fails(&bradley(&old_tokens), 1, &was_moved);
     let elsewhere = ["migrate", "--to", "mysql://x", "--data-dir", database];
     assert_fails(&bradley(&elsewhere), 2, &["postgres://"]);
 
-    // On SQLite, the server would now miss the store.
+    // A server on SQLite, even one with the store, would continue the same jobs in both databases.
+    for flags in [&[][..], &["--artifact-url", &artifacts]] {
+        let said = refused_start(dir.path(), flags);
+        assert!(was_moved.iter().all(|part| said.contains(part)), "{said}");
+        assert!(!said.contains("set artifact_url"), "{said}");
+    }
+    // Whoever goes back on purpose needs the store, and the database with rows is refused.
+    let undo = ["migrate", "--undo", "--data-dir", database];
+    assert_succeeds(&bradley(&undo));
+    assert_fails(&bradley(&undo), 2, &["was not moved"]);
     let said = refused_start(dir.path(), &[]);
     assert!(said.contains("set artifact_url"), "{said}");
+    assert_fails(&migrate(), 2, &["--to", "is not empty"]);
     // A replica on another machine has every file.
     let server = replica(other.path(), &postgres, share.path(), &[]);
     let client = server.client().await;

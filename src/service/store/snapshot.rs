@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use sqlx::{AnyConnection, Connection as _};
 
-use super::{DATABASE_FILE, Dialect, newest, schema_version, sqlite_url};
+use super::{DATABASE_FILE, Dialect, moved, newest, schema_version, sqlite_url};
 use crate::service::error::{Result, ServiceError, failed};
 
 /// The SQLite database of a data directory. It is opened beside a server and never migrated.
@@ -63,6 +63,17 @@ impl LiveDatabase {
         let found = artifact_store(&mut connection).await?;
         connection.close().await?;
         Ok(found)
+    }
+
+    /// Removes the mark of a database that was moved to PostgreSQL. Returns false if it has none.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
+    pub async fn remove_moved_mark(&self) -> Result<bool> {
+        let mut connection = connect(&self.file, "rw").await?;
+        let is_removed = moved::forget(&mut connection, Dialect::Sqlite.count_tables()).await?;
+        connection.close().await?;
+        Ok(is_removed)
     }
 
     /// Prevents writes to the database. The server's own writes wait meanwhile.

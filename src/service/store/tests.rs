@@ -486,3 +486,26 @@ async fn a_page_ends_before_its_rows_are_too_large_for_an_answer() {
     ];
     assert_eq!(pages, expected);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_was_moved_is_opened_only_after_its_mark_is_removed() {
+    let (dir, store) = open().await;
+    let mark = moved::mark("2026-11-30T10:00:00Z", "postgres://a:secret@db/jobs");
+    store.set_property_once(moved::MOVED, &mark).await.unwrap();
+    store.close().await;
+    match Store::open(dir.path(), &StoreOptions::default()).await {
+        Err(ServiceError::FailedPrecondition { reason, message }) => {
+            assert_eq!(reason, Reason::DatabaseMoved);
+            let wanted = "moved to PostgreSQL on 2026-11-30 (db:5432/jobs): start with";
+            assert!(message.contains(wanted), "{message}");
+        }
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("it was opened"),
+    }
+    // A backup opens the database in this way, too.
+    let live = snapshot::LiveDatabase::open(dir.path()).await.unwrap();
+    assert!(live.remove_moved_mark().await.unwrap());
+    assert!(!live.remove_moved_mark().await.unwrap());
+    let store = Store::open(dir.path(), &StoreOptions::default()).await;
+    store.unwrap().close().await;
+}
