@@ -73,16 +73,22 @@ async fn ready(
         q.split('&')
             .any(|part| part == "verbose" || part.starts_with("verbose="))
     });
-    let mut text = String::new();
-    if is_verbose {
-        for (part, state) in server.parts().await {
-            text += &match state {
-                Ok(state) => format!("[+] {part}: {state}\n"),
-                Err(problem) => format!("[-] {part}: {problem}\n"),
-            };
+    let parts = async {
+        match is_verbose {
+            true => server.parts().await,
+            false => Vec::new(),
         }
+    };
+    // At one time, because each may wait for the database.
+    let (parts, ready) = tokio::join!(parts, server.ready());
+    let mut text = String::new();
+    for (part, state) in parts {
+        text += &match state {
+            Ok(state) => format!("[+] {part}: {state}\n"),
+            Err(problem) => format!("[-] {part}: {problem}\n"),
+        };
     }
-    match server.ready().await {
+    match ready {
         Ok(state) => (StatusCode::OK, format!("{text}{state}\n")),
         Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{text}{e}\n")),
     }

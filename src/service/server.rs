@@ -15,6 +15,9 @@ use super::usage::UsageMeter;
 use crate::engine::Engine;
 use crate::engine::api::{ModelInfo, ModelUse};
 
+/// Time limit for the database's answer in a readiness check. Probes have limits of their own, of 1
+/// second by default in Kubernetes, and a server without its database must stay ready.
+const READY_TIMEOUT: Duration = Duration::from_millis(700);
 /// Time limit for storing the usage that was counted last.
 const USAGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum time for which the server, after its last answer, waits for changes whose callers have
@@ -83,14 +86,14 @@ impl Server {
     }
 
     /// Returns a readiness message if requests should be sent to this server. A database that does
-    /// not answer is only mentioned: the server can still score, and other replicas have the same
-    /// problem.
+    /// not answer within 0.7 seconds is only mentioned: the server can still score, and other
+    /// replicas have the same problem.
     ///
     /// # Errors
     /// `Unavailable` (`DRAINING`) if the server is shutting down.
     pub async fn ready(&self) -> Result<&'static str> {
         self.shutdown.refuse_new_work()?;
-        Ok(if self.store.ping().await.is_ok() {
+        Ok(if self.store.ping_within(READY_TIMEOUT).await.is_ok() {
             "ok"
         } else {
             "ok, but the database does not answer"
@@ -103,7 +106,7 @@ impl Server {
             Ok(()) => Ok("accepted".to_owned()),
             Err(e) => Err(e.to_string()),
         };
-        let database = match self.store.ping().await {
+        let database = match self.store.ping_within(READY_TIMEOUT).await {
             Ok(()) => Ok("answers".to_owned()),
             Err(e) => Err(format!("does not answer: {e}")),
         };

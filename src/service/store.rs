@@ -33,6 +33,7 @@ use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Connection as _, FromRow};
 
 use super::error::{Result, ServiceError};
 use crate::domain::job::Millis;
+use crate::domain::reason::Reason;
 use crate::domain::violation::quoted;
 
 /// File of the SQLite database in the data directory.
@@ -377,6 +378,22 @@ impl Store {
     pub async fn ping(&self) -> Result<()> {
         sqlx::query("SELECT 1").execute(&self.readers).await?;
         Ok(())
+    }
+
+    /// Checks that the database answers within `limit`, which may be shorter than the time limits
+    /// of calls.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if it does not.
+    pub async fn ping_within(&self, limit: Duration) -> Result<()> {
+        let answer = tokio::time::timeout(limit, self.ping()).await;
+        answer.unwrap_or_else(|_| {
+            Err(ServiceError::Unavailable {
+                reason: Reason::StoreUnavailable,
+                message: format!("the database did not answer within {limit:?}"),
+                retry_after: Duration::from_secs(1),
+            })
+        })
     }
 }
 

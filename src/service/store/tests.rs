@@ -509,3 +509,20 @@ async fn a_database_that_was_moved_is_opened_only_after_its_mark_is_removed() {
     let store = Store::open(dir.path(), &StoreOptions::default()).await;
     store.unwrap().close().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_does_not_answer_is_noticed_within_the_limit_of_a_probe() {
+    let (_dir, store) = open().await;
+    let limit = Duration::from_millis(300);
+    store.ping_within(Duration::from_secs(5)).await.unwrap();
+    let mut held = Vec::new();
+    for _ in 0..SQLITE_READERS {
+        held.push(store.readers.acquire().await.unwrap());
+    }
+    let start = std::time::Instant::now();
+    let said = store.ping_within(limit).await.unwrap_err().to_string();
+    assert!(start.elapsed() < ACQUIRE_TIMEOUT, "{:?}", start.elapsed());
+    assert!(said.contains("did not answer within 300ms"), "{said}");
+    drop(held);
+    store.ping_within(Duration::from_secs(5)).await.unwrap();
+}
