@@ -333,6 +333,7 @@ async fn open_data(options: &ServiceOptions) -> Result<(Store, Artifacts)> {
         database_url: options.database_url.clone(),
         events_kept: options.events_kept,
         lease: options.lease,
+        ..StoreOptions::default()
     };
     let store = Store::open(root, &store_options).await?;
     // A missing artifact folder is created only for a database that knows of no files in an

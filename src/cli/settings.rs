@@ -22,6 +22,7 @@ use crate::formats::source::HubOptions;
 use crate::model::device::DeviceChoice;
 use crate::rpc::{RestHost, TlsFiles};
 use crate::service::auth::oidc::OidcOptions;
+use crate::service::remote::{URL_FORM, is_url};
 
 /// Name, default and help of every setting. The setting `like_this` has the flag `--like-this`, the
 /// environment variable `BRADLEY_LIKE_THIS` and the TOML key `like_this`.
@@ -537,11 +538,9 @@ impl Settings {
                     .then(|| s.to_owned())
             },
         );
-        let artifact_url = reader.optional(
-            "artifact_url",
-            "a URL such as s3://bucket/prefix or file:///folder",
-            |s| s.contains("://").then(|| s.to_owned()),
-        );
+        let artifact_url = reader.optional("artifact_url", URL_FORM, |s| {
+            is_url(s).then(|| s.to_owned())
+        });
         if database_url.is_some() && artifact_url.is_none() {
             reader.bad.push(
                 "artifact_url",

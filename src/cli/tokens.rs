@@ -192,6 +192,7 @@ async fn open(database: &DatabaseArgs) -> Result<Store, Failure> {
         .map_err(|e| Failure::Failed(format!("{}: {e}", database.data_dir.display())))?;
     let options = StoreOptions {
         database_url: database.database_url.clone(),
+        url_source: "--database-url",
         ..StoreOptions::default()
     };
     Ok(Store::open(&database.data_dir, &options).await?)

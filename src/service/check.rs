@@ -12,7 +12,7 @@ use super::auth::declared::DeclaredTokens;
 use super::error::{Result, ServiceError};
 use super::remote::Remote;
 use super::store::properties::ARTIFACT_STORE;
-use super::store::{DATABASE_FILE, check_version, sqlite_url};
+use super::store::{DATABASE_FILE, check_version, refusal, sqlite_url};
 use crate::domain::reason::Reason;
 
 /// Time limit for the database and for the artifact store.
@@ -45,7 +45,10 @@ pub async fn database(data_dir: &Path, database_url: Option<&str>) -> Result<Str
         }
         None => ("SQLite", sqlite_url(&file, "ro")),
     };
-    let failed = |e: sqlx::Error| ServiceError::internal(format!("{kind} does not answer: {e}"));
+    let failed = |e: sqlx::Error| {
+        let why = refusal(&e);
+        ServiceError::internal(format!("{kind} does not answer: {why}"))
+    };
     let asked = async {
         let pool = AnyPoolOptions::new()
             .max_connections(1)

@@ -42,6 +42,14 @@ impl std::fmt::Debug for Remote {
     }
 }
 
+/// Form of the URL of an artifact store, for errors.
+pub const URL_FORM: &str = "a URL such as s3://bucket/prefix or file:///folder";
+
+/// Returns true if a text is a URL with a scheme, and not only a path.
+pub fn is_url(text: &str) -> bool {
+    text.contains("://")
+}
+
 /// Opens the store of a URL. `options` are the variables of the vendor (`AWS_REGION`, …). Returns
 /// it with the key that the URL's path names.
 ///

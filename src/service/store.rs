@@ -46,6 +46,9 @@ const POSTGRES_CONNECTIONS: u32 = 8;
 /// error after this time.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// SQLSTATE of PostgreSQL for a connection to a database that does not exist.
+const NO_SUCH_DATABASE: &str = "3D000";
+
 /// Maximum text in the rows of a page, in bytes. Most gRPC clients accept messages of at most 4
 /// MiB. A page ends before the row that would exceed the limit.
 const PAGE_BYTES: usize = 2 << 20;
@@ -145,6 +148,8 @@ impl Dialect {
 pub struct StoreOptions {
     /// PostgreSQL URL (`postgres://…`); `None` selects SQLite in the data directory.
     pub database_url: Option<String>,
+    /// Name of the setting or flag that gave the URL, for errors.
+    pub url_source: &'static str,
     /// Maximum number of events stored per job; the oldest are deleted first.
     pub events_kept: u64,
     /// Duration of a job's lease. A worker that does not renew it for this long loses the job.
@@ -155,6 +160,7 @@ impl Default for StoreOptions {
     fn default() -> Self {
         StoreOptions {
             database_url: None,
+            url_source: "database_url",
             events_kept: 1_000_000,
             lease: Duration::from_secs(30),
         }
@@ -222,7 +228,7 @@ impl Store {
             ),
         };
         let connect = AnyConnectOptions::from_str(&url)
-            .map_err(|e| ServiceError::internal(format!("database_url: {e}")))?;
+            .map_err(|e| ServiceError::internal(format!("{}: {e}", options.url_source)))?;
         let pool = |n: u32| {
             AnyPoolOptions::new()
                 .max_connections(n)
@@ -243,7 +249,8 @@ impl Store {
             Some(_) => {
                 let url = &connect.database_url;
                 let host = url.host_str().unwrap_or("localhost");
-                format!("of database_url at {host}:{}", url.port().unwrap_or(5432))
+                let port = url.port().unwrap_or(5432);
+                format!("of {} at {host}:{port}", options.url_source)
             }
             None => data_dir.join(DATABASE_FILE).display().to_string(),
         };
@@ -254,7 +261,7 @@ impl Store {
                      that this machine may reach it",
                     ACQUIRE_TIMEOUT.as_secs()
                 ),
-                e => e.to_string(),
+                e => refusal(&e),
             };
             ServiceError::internal(format!("the database {place} cannot be opened: {why}"))
         };
@@ -439,6 +446,18 @@ async fn is_clean(dialect: Dialect, connection: &mut AnyConnection) -> sqlx::Res
         connection.ping().await?;
     }
     Ok(!connection.is_in_transaction())
+}
+
+/// Returns why a database cannot be opened. The library's own text says "error returned from
+/// database", and ends with a line number of PostgreSQL's source.
+pub(super) fn refusal(e: &sqlx::Error) -> String {
+    let Some(refused) = e.as_database_error() else {
+        return e.to_string();
+    };
+    match refused.code().as_deref() {
+        Some(NO_SUCH_DATABASE) => format!("{}: create it, or correct its name", refused.message()),
+        _ => refused.message().to_owned(),
+    }
 }
 
 /// Returns the number of the newest migration.

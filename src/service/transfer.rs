@@ -7,7 +7,7 @@ use super::artifacts::{Artifacts, damaged, hash_adapter, hash_file};
 use super::blocking::blocking;
 use super::data_dir::{check_restored, lock};
 use super::error::{Result, ServiceError};
-use super::remote::Remote;
+use super::remote::{Remote, URL_FORM, is_url};
 use super::store::properties::ARTIFACT_STORE;
 use super::store::snapshot::{LiveDatabase, Snapshot};
 use super::store::transfer::CopiedTable;
@@ -37,6 +37,12 @@ pub async fn migrate(
             "must be the URL of a PostgreSQL database: postgres://USER:PASSWORD@HOST/NAME";
         return Err(ServiceError::invalid("--to", message));
     }
+    if let Some((url, _)) = artifact_store
+        && !is_url(url)
+    {
+        let message = format!("is {url:?}: it must be {URL_FORM}");
+        return Err(ServiceError::invalid("--artifact-url", message));
+    }
     let file = data_dir.join(DATABASE_FILE);
     if !file.exists() {
         let message = format!(
@@ -56,6 +62,7 @@ pub async fn migrate(
     }
     let options = StoreOptions {
         database_url: Some(to.to_owned()),
+        url_source: "--to",
         ..StoreOptions::default()
     };
     let target = Store::open(data_dir, &options).await?;

@@ -394,6 +394,22 @@ async fn a_server_moves_from_sqlite_to_postgresql_in_the_middle_of_a_job() {
     let token = ["tokens", "create", "--owner", "ops", "--data-dir", database];
     assert_succeeds(&bradley(&token));
 
+    // Errors name what was given, without the library's words.
+    let nowhere = url.replace("/postgres", "/nosuch");
+    let flags = ["--artifact-url", &artifacts, "--data-dir", database];
+    let no_database = bradley(&[&["migrate", "--to", &nowhere][..], &flags].concat());
+    let why = "\"nosuch\" does not exist: create it, or correct its name";
+    assert_fails(
+        &no_database,
+        1,
+        &["the database of --to at 127.0.0.1:", why],
+    );
+    let said = String::from_utf8_lossy(&no_database.stderr);
+    assert!(
+        !said.contains("error returned from") && !said.contains("at line"),
+        "{said}"
+    );
+
     // Replicas could not find the files, so rows alone are not copied.
     assert_fails(&bradley(&only_rows), 2, &["--artifact-url"]);
     // A database with other columns is refused before any file is copied, and before the SQLite

@@ -342,6 +342,22 @@ fn commands_without_settings_of_serve_do_not_read_its_file() {
 }
 
 #[test]
+fn a_path_in_place_of_the_artifact_stores_url_is_refused_in_the_words_of_serve() {
+    let words = "\"/a/store\": it must be a URL such as s3://bucket/prefix or file:///folder";
+    let to = ["--to", "postgres://127.0.0.1:1/bradley"];
+    for (args, name) in [
+        (&["migrate", to[0], to[1]][..], "--artifact-url is "),
+        (&["serve", "--models", "x=/nowhere"], "artifact"),
+    ] {
+        let given = [args, &["--artifact-url", "/a/store"]].concat();
+        let out = command(&given).output().unwrap();
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{said}");
+        assert!(said.contains(name) && said.contains(words), "{said}");
+    }
+}
+
+#[test]
 fn settings_that_cannot_be_used_are_wrong_arguments_of_demo_and_doctor() {
     let model = golden("models/llama");
     let model = model.to_str().unwrap();

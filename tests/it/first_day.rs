@@ -90,6 +90,15 @@ fn a_server_that_cannot_start_names_the_setting_and_the_remedy() {
     let place = format!("the database of database_url at 127.0.0.1:{closed} cannot be opened: it");
     let said = refused(dir, &flags, 1, &[&place, "did not answer within"]);
     assert!(!said.contains("secret"), "{said}");
+    let data = dir.join("other");
+    let list = ["tokens", "list", "--database-url", &url, "--data-dir"];
+    let out = bradley(&[&list[..], &[data.to_str().unwrap()]].concat());
+    let said = stderr(&out);
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains(&place.replace("database_url", "--database-url")),
+        "{said}"
+    );
 }
 
 #[test]

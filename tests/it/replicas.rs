@@ -371,6 +371,20 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
         &scores,
     )
     .await;
+    // The server stays ready, and says so before a probe's time limit.
+    let start = std::time::Instant::now();
+    let ready = server.http_get("/readyz?verbose");
+    assert!(
+        start.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        start.elapsed()
+    );
+    assert!(ready.starts_with("HTTP/1.1 200"), "{ready}");
+    assert!(ready.contains("[-] database: does not answer"), "{ready}");
+    assert!(
+        ready.ends_with("ok, but the database does not answer\n"),
+        "{ready}"
+    );
     postgres.resume();
     let events = finish(&client, &name).await;
     assert_eq!(state(&client, &name).await, pb::JobState::Succeeded);
