@@ -12,6 +12,7 @@ use super::jobs::registry::RunRegistry;
 use super::shutdown::Shutdown;
 use super::store::Store;
 use super::usage::UsageMeter;
+use crate::domain::reason::Reason;
 use crate::engine::Engine;
 use crate::engine::api::{ModelInfo, ModelUse};
 
@@ -106,17 +107,24 @@ impl Server {
             Ok(()) => Ok("accepted".to_owned()),
             Err(e) => Err(e.to_string()),
         };
+        let runs = self.runs.all();
+        let waits: Vec<Reason> = runs.iter().filter_map(|run| run.waits_for()).collect();
         let database = match self.store.ping_within(READY_TIMEOUT).await {
+            // Reads succeed on a full disk.
+            Ok(()) if waits.contains(&Reason::StoreUnavailable) => Err(
+                "answers, but the last write of a job failed: see the log, and whether its disk \
+                 is full or read-only"
+                    .to_owned(),
+            ),
             Ok(()) => Ok("answers".to_owned()),
             Err(e) => Err(format!("does not answer: {e}")),
         };
         let models: Vec<String> = self.engine.models().into_iter().map(|m| m.id).collect();
-        let runs = self.runs.all().len();
         vec![
             ("new work", work),
             ("database", database),
             ("models", Ok(models.join(", "))),
-            ("jobs that run here", Ok(runs.to_string())),
+            ("jobs that run here", state_of_runs(runs.len(), &waits)),
         ]
     }
 
@@ -176,5 +184,38 @@ impl Server {
             Ok(Err(e)) => tracing::warn!(error = %e, "the last usage cannot be stored"),
             Err(_) => tracing::warn!("the database does not answer: the last usage is not stored"),
         }
+    }
+}
+
+/// Returns the number of runs. If some of them wait for storage (`waits`), it is a problem.
+fn state_of_runs(runs: usize, waits: &[Reason]) -> std::result::Result<String, String> {
+    if waits.is_empty() {
+        return Ok(runs.to_string());
+    }
+    let mut reasons: Vec<&str> = waits.iter().map(|reason| reason.name()).collect();
+    reasons.sort_unstable();
+    reasons.dedup();
+    let (number, reasons) = (waits.len(), reasons.join(", "));
+    Err(format!(
+        "{runs}, of which {number} cannot store or read something and wait: {reasons}"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_that_wait_for_storage_are_a_problem_with_its_reasons() {
+        assert_eq!(state_of_runs(2, &[]), Ok("2".to_owned()));
+        let (store, disk) = (Reason::StoreUnavailable, Reason::StorageFull);
+        assert_eq!(
+            state_of_runs(4, &[store, disk, store]),
+            Err(
+                "4, of which 3 cannot store or read something and wait: STORAGE_FULL, \
+                 STORE_UNAVAILABLE"
+                    .to_owned()
+            )
+        );
     }
 }

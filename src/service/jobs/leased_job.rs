@@ -39,6 +39,8 @@ pub(in crate::service) struct LeasedJob {
     preemption: Mutex<Option<Preemption>>,
     /// Gauges of the last logged step.
     gauges: Mutex<Vec<Gauge>>,
+    /// Reason for which a failed write or read of the run is about to be repeated.
+    waits_for: Mutex<Option<Reason>>,
 }
 
 /// Name and value of a gauge.
@@ -70,6 +72,7 @@ impl LeasedJob {
             written: AtomicI64::new(0),
             preemption: Mutex::default(),
             gauges: Mutex::default(),
+            waits_for: Mutex::default(),
         }
     }
 
@@ -120,6 +123,22 @@ impl LeasedJob {
             .clone()
     }
 
+    /// Returns what the run waits for, if the database, the artifact store or the disk failed at
+    /// its last attempt.
+    pub fn waits_for(&self) -> Option<Reason> {
+        *self
+            .waits_for
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_wait(&self, reason: Option<Reason>) {
+        *self
+            .waits_for
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = reason;
+    }
+
     /// Stores a change of the job and notifies the followers of its events. Retries while the store
     /// does not answer; a retried write is not stored twice.
     ///
@@ -132,9 +151,12 @@ impl LeasedJob {
         effect: RunWriteEffect<'_>,
     ) -> Result<Job> {
         let number = self.written.fetch_add(1, Ordering::Relaxed) + 1;
-        let (job, sequence) =
-            retry_while_unavailable(|| self.store.write_run(&self.lease, number, &change, effect))
-                .await?;
+        let (job, sequence) = retry(
+            || self.store.write_run(&self.lease, number, &change, effect),
+            || true,
+            |reason| self.note_wait(reason),
+        )
+        .await?;
         self.events.notify(&self.lease.job, sequence);
         Ok(job)
     }
@@ -147,7 +169,8 @@ impl LeasedJob {
         &self,
         f: impl Fn() -> F + Send + Sync,
     ) -> Result<T> {
-        retry(f, || self.control.command() == RunCommand::Run).await
+        let should_retry = || self.control.command() == RunCommand::Run;
+        retry(f, should_retry, |reason| self.note_wait(reason)).await
     }
 
     /// Like [`retry_while_unavailable`], but returns the failure once the run is cancelled.
@@ -158,7 +181,8 @@ impl LeasedJob {
         &self,
         f: impl Fn() -> F + Send + Sync,
     ) -> Result<T> {
-        retry(f, || self.control.command() != RunCommand::Cancel).await
+        let should_retry = || self.control.command() != RunCommand::Cancel;
+        retry(f, should_retry, |reason| self.note_wait(reason)).await
     }
 }
 
@@ -169,12 +193,15 @@ impl LeasedJob {
 pub(super) async fn retry_while_unavailable<T, F: Future<Output = Result<T>> + Send>(
     f: impl Fn() -> F + Send + Sync,
 ) -> Result<T> {
-    retry(f, || true).await
+    retry(f, || true, |_| {}).await
 }
 
+/// Repeats `f` while the database, the artifact store or the disk is unavailable or full, as long
+/// as `should_retry`. `note_wait` gets the reason before each pause, and `None` at the end.
 async fn retry<T, F: Future<Output = Result<T>> + Send>(
     f: impl Fn() -> F + Send + Sync,
     should_retry: impl Fn() -> bool + Send + Sync,
+    note_wait: impl Fn(Option<Reason>) + Send + Sync,
 ) -> Result<T> {
     let mut wait = RETRY_DELAYS.0;
     loop {
@@ -195,10 +222,39 @@ async fn retry<T, F: Future<Output = Result<T>> + Send>(
                 tracing::warn!(reason = reason.name(), error = message, "waiting");
                 metrics::counter!("bradley_store_retries_total", "reason" => reason.name())
                     .increment(1);
+                note_wait(Some(reason));
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(RETRY_DELAYS.1);
             }
-            result => return result,
+            result => {
+                note_wait(None);
+                return result;
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_wait_is_noted_until_the_call_succeeds() {
+        let (attempts, noted) = (AtomicI64::new(0), Mutex::new(Vec::new()));
+        let counter = &attempts;
+        let full = || async move {
+            match counter.fetch_add(1, Ordering::Relaxed) {
+                0 | 1 => Err(ServiceError::Unavailable {
+                    reason: Reason::StoreUnavailable,
+                    message: "the database is full".to_owned(),
+                    retry_after: Duration::from_secs(1),
+                }),
+                attempt => Ok(attempt),
+            }
+        };
+        let done = retry(full, || true, |reason| noted.lock().unwrap().push(reason));
+        assert_eq!(done.await.unwrap(), 2);
+        let waiting = Some(Reason::StoreUnavailable);
+        assert_eq!(*noted.lock().unwrap(), [waiting, waiting, None]);
     }
 }
