@@ -5,8 +5,8 @@ use std::fs::OpenOptions;
 use std::io::IsTerminal as _;
 use std::path::Path;
 use std::str::FromStr;
-use std::sync::Mutex;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use opentelemetry::KeyValue;
@@ -14,7 +14,8 @@ use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::tonic_types::transport::ClientTlsConfig;
 use opentelemetry_otlp::{SpanExporter, WithExportConfig as _, WithTonicConfig as _};
 use opentelemetry_sdk::Resource;
-use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
+use opentelemetry_sdk::error::OTelSdkResult;
+use opentelemetry_sdk::trace::{self, Sampler, SdkTracerProvider, SpanData};
 use tracing::field::{Field, Visit};
 use tracing_subscriber::field::{RecordFields, VisitOutput as _};
 use tracing_subscriber::filter::filter_fn;
@@ -28,6 +29,8 @@ use crate::service::audit::AUDIT;
 
 /// Time limit for sending a batch of spans to the collector.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Shortest time between two warnings that spans cannot be sent.
+const EXPORT_WARNING_INTERVAL: Duration = Duration::from_secs(600);
 
 /// Starts sending spans by OTLP over gRPC, in batches and from a separate thread. Of the traces
 /// that begin in this process, the share `ratio` (0 to 1) is exported; for other traces the caller
@@ -46,7 +49,7 @@ pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
     let exporter = exporter.build()?;
     let about = [KeyValue::new("service.version", env!("CARGO_PKG_VERSION"))];
     let provider = SdkTracerProvider::builder()
-        .with_batch_exporter(exporter)
+        .with_batch_exporter(WarningExporter::new(exporter))
         .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(
             ratio,
         ))))
@@ -59,6 +62,62 @@ pub fn traces(endpoint: &str, ratio: f64) -> anyhow::Result<SdkTracerProvider> {
         .build();
     opentelemetry::global::set_tracer_provider(provider.clone());
     Ok(provider)
+}
+
+/// Exporter that logs when spans cannot be sent. The library drops them without a word.
+#[derive(Debug)]
+struct WarningExporter<E> {
+    inner: E,
+    /// Time of the last warning; `None` before the first.
+    warned: Mutex<Option<Instant>>,
+}
+
+impl<E> WarningExporter<E> {
+    fn new(inner: E) -> Self {
+        WarningExporter {
+            inner,
+            warned: Mutex::new(None),
+        }
+    }
+
+    /// Returns true if a warning is due at `now`, and then notes that it was given.
+    fn is_warning_due(&self, now: Instant) -> bool {
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_recent = |last: Instant| now.duration_since(last) < EXPORT_WARNING_INTERVAL;
+        if warned.is_some_and(is_recent) {
+            return false;
+        }
+        *warned = Some(now);
+        true
+    }
+}
+
+impl<E: trace::SpanExporter> trace::SpanExporter for WarningExporter<E> {
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        let result = self.inner.export(batch).await;
+        if let Err(e) = &result
+            && self.is_warning_due(Instant::now())
+        {
+            tracing::warn!(
+                error = %e,
+                "spans cannot be sent and are lost: check otlp_endpoint, and that the collector \
+                 runs"
+            );
+        }
+        result
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.inner.shutdown_with_timeout(timeout)
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        self.inner.force_flush()
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.inner.set_resource(resource);
+    }
 }
 
 /// Formats the fields of text lines without those that are meant for exported spans: `otel.name`
@@ -156,4 +215,19 @@ pub fn log(
         .with(lines.with_filter(filter))
         .try_init();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lost_spans_are_logged_once_in_ten_minutes() {
+        let (exporter, start) = (WarningExporter::new(()), Instant::now());
+        let due_after = |seconds| exporter.is_warning_due(start + Duration::from_secs(seconds));
+        assert_eq!(
+            [0, 5, 599, 600, 601].map(due_after),
+            [true, false, false, true, false]
+        );
+    }
 }

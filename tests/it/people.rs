@@ -821,3 +821,33 @@ fn readiness_lists_the_parts_if_it_is_asked_to() {
     assert!(verbose.starts_with("HTTP/1.1 200"), "{verbose}");
     assert!(verbose.ends_with(&(parts.concat() + "ok\n")), "{verbose}");
 }
+
+#[test]
+fn a_collector_that_is_not_there_is_in_the_log_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let endpoint = format!("http://127.0.0.1:{}", free_port());
+    let models = format!("tiny={}", golden("models/llama").display());
+    let flags = ["--otlp-endpoint", &endpoint];
+    // Spans are sent after 200 ms instead of 5 s.
+    let environment = [("OTEL_BSP_SCHEDULE_DELAY", "200")];
+    let server = Server::start_in(dir.path(), &models, &flags, &environment);
+    let lost = "spans cannot be sent and are lost";
+    until_blocking("the warning", Duration::from_secs(60), || {
+        let listed = bradley(&server.address, &["models", "list"])
+            .output()
+            .unwrap();
+        assert!(listed.status.success(), "{}", text(&listed.stderr));
+        server.has_logged(lost)
+    });
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(400));
+        assert!(
+            bradley(&server.address, &["models", "list"])
+                .output()
+                .unwrap()
+                .status
+                .success()
+        );
+    }
+    assert_eq!(server.lines_with(lost).len(), 1);
+}
