@@ -22,7 +22,8 @@ pub(super) fn lock(root: &Path) -> Result<File> {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => {
             let message = format!(
-                "another server uses the data directory {}: stop it, or give each its own",
+                "a server or a command of Bradley already uses the data directory {}: wait for \
+                 its end or stop it, or name another folder",
                 root.display()
             );
             Err(ServiceError::FailedPrecondition {

@@ -491,6 +491,8 @@ async fn set_migration_limits(
 ) -> sqlx::Result<()> {
     if dialect == Dialect::Postgres {
         for setting in [
+            // Otherwise each start logs that the table of the migrations exists already.
+            "client_min_messages = 'warning'",
             "idle_in_transaction_session_timeout = 0",
             "lock_timeout = '60s'",
             "statement_timeout = 0",

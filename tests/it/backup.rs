@@ -211,7 +211,7 @@ async fn a_backup_is_restored_whole_or_not_at_all() {
 
     // A server may run in the target, or it may have files.
     let running = restore(&backup, dir.path());
-    assert_fails(&running, 1, &["another server uses the data directory"]);
+    assert_fails(&running, 1, &["already uses the data directory"]);
     assert!(server.terminate(LIMIT).success());
     assert_fails(&restore(&backup, dir.path()), 2, &["is not empty"]);
     assert_fails(&restore(dir.path(), &restored), 2, &["manifest.json"]);
@@ -376,7 +376,7 @@ async fn a_server_moves_from_sqlite_to_postgresql_in_the_middle_of_a_job() {
     let migrate = || bradley(&[&only_rows[..], &["--artifact-url", &artifacts]].concat());
     assert_fails(&migrate(), 2, &["has no bradley.db"]);
     let mut server = Server::start_with(dir.path(), &models(), &[]);
-    assert_fails(&migrate(), 1, &["another server uses the data directory"]);
+    assert_fails(&migrate(), 1, &["already uses the data directory"]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
     let done = submit(&client, job(&dataset.name, 2)).await;
@@ -461,6 +461,8 @@ async fn a_server_moves_from_sqlite_to_postgresql_in_the_middle_of_a_job() {
     assert_fails(&migrate(), 2, &["--to", "is not empty"]);
     // A replica on another machine has every file.
     let server = replica(other.path(), &postgres, share.path(), &[]);
+    let notices = server.lines_with("already exists, skipping");
+    assert!(notices.is_empty(), "{notices:?}");
     let client = server.client().await;
     assert_eq!(
         [events(&client, &done).await, events(&client, &name).await],

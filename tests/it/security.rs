@@ -557,7 +557,7 @@ async fn a_second_server_on_the_same_folder_is_refused() {
         .unwrap();
     let said = String::from_utf8_lossy(&second.stderr);
     assert!(
-        !second.status.success() && said.contains("another server uses the data directory"),
+        !second.status.success() && said.contains("already uses the data directory"),
         "{said}"
     );
 }
