@@ -24,8 +24,7 @@ use crate::train::checkpoint::{self, CheckpointError};
 /// artifact store is given or known, or if the target is not an empty PostgreSQL database;
 /// `FailedPrecondition` if a server runs (`DATA_DIR_IN_USE`), the database was moved before
 /// (`DATABASE_MOVED`), a file is missing or damaged, or the database knows another artifact store;
-/// `Unavailable` or `Internal` if a database, the artifact
-/// store or the disk fails.
+/// `Unavailable` or `Internal` if a database, the artifact store or the disk fails.
 pub async fn migrate(
     data_dir: &Path,
     to: &str,
@@ -81,9 +80,10 @@ pub async fn migrate(
         artifacts.identify(&source).await?;
     }
     let copied = source.copy_to(&target).await;
-    let marked = match &copied {
-        Ok(_) => mark_as_moved(&source, to).await,
-        Err(_) => Ok(()),
+    let marked = if copied.is_ok() {
+        mark_as_moved(&source, to).await
+    } else {
+        Ok(())
     };
     source.close().await;
     target.close().await;
