@@ -37,7 +37,7 @@ pub mod transfer;
 pub mod usage;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -321,6 +321,17 @@ impl Service {
             }),
         })
     }
+}
+
+/// Checks that no other process uses the data directory, which need not exist yet. A server asks
+/// before it loads its models and opens the file of its reference cache. [`Service::open`] locks
+/// the directory later.
+///
+/// # Errors
+/// `FailedPrecondition` (`DATA_DIR_IN_USE`) if another process uses it; `Internal` if the disk
+/// fails.
+pub fn check_data_dir_unused(data_dir: &Path) -> Result<()> {
+    data_dir::check_unused(data_dir)
 }
 
 /// Locks the data directory for this process and opens its database and artifacts.

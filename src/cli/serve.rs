@@ -17,7 +17,7 @@ use crate::engine;
 use crate::formats::loader::{LoadedModel, load_model};
 use crate::rpc::{RestHost, ServeOptions, Tls, serve, serve_http};
 use crate::service::error::ServiceError;
-use crate::service::{Service, ServiceOptions};
+use crate::service::{Service, ServiceOptions, check_data_dir_unused};
 
 /// Maximum time for which the server, after its last answer, waits for computations on the device:
 /// a scoring batch that no client waits for any more, or a block of a run that did not stop in
@@ -108,6 +108,7 @@ pub async fn serve_on(
     // Before the models, because loading these may take minutes.
     let tls = settings.tls.clone().map(Tls::open).transpose();
     let tls = tls.context("tls_cert, tls_key or tls_client_ca cannot be used")?;
+    check_data_dir_unused(&settings.data_dir)?;
     let engine = tokio::select! {
         engine = start_engine(&settings) => engine?,
         // No request was accepted yet, so there is nothing to drain.

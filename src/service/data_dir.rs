@@ -35,6 +35,19 @@ pub(super) fn lock(root: &Path) -> Result<File> {
     }
 }
 
+/// Checks that no other process uses the data directory, which need not exist yet. Nothing stays
+/// locked.
+///
+/// # Errors
+/// `FailedPrecondition` (`DATA_DIR_IN_USE`) if another process has locked it.
+pub(super) fn check_unused(root: &Path) -> Result<()> {
+    // Other problems with the folder are found when it is opened.
+    if root.join(LOCK_FILE).exists() {
+        lock(root)?;
+    }
+    Ok(())
+}
+
 /// Checks that no restore into the data directory was interrupted.
 ///
 /// # Errors

@@ -560,6 +560,11 @@ async fn a_second_server_on_the_same_folder_is_refused() {
         !second.status.success() && said.contains("already uses the data directory"),
         "{said}"
     );
+    // The error comes before the models are loaded, and before a warning about a locked cache.
+    assert!(
+        !said.contains("reference cache") && !said.contains("model opened"),
+        "{said}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
