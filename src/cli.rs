@@ -197,7 +197,13 @@ async fn serve_command(args: ServeArgs) -> Outcome {
         ))
     };
     let sources = Sources::collect(args.config.as_deref(), args.flags).map_err(bad)?;
-    let settings = Settings::resolve(&sources).map_err(bad)?;
+    // The log, which later has these remarks, is not configured yet.
+    let settings = Settings::resolve(&sources).map_err(|v| {
+        let remarks = variables::remarks(&sources.environment);
+        remarks
+            .iter()
+            .fold(bad(v), |failure, remark| failure.with_remark(remark))
+    })?;
     let traces = settings
         .traces
         .as_ref()

@@ -15,15 +15,23 @@ const OF_TESTS: [&str; 3] = ["BRADLEY_TEST_", "BRADLEY_CI_", "BRADLEY_FUZZ_"];
 /// Logs a warning for each variable whose name begins with `BRADLEY_` and that no setting and no
 /// flag has.
 pub(super) fn warn_about_unknown(environment: &BTreeMap<String, String>) {
-    for (variable, meant) in unknown(environment) {
-        let advice = match meant {
-            Some(meant) => format!("did you mean {meant}?"),
-            None => "bradley serve --help lists the settings".to_owned(),
-        };
-        tracing::warn!(
-            "the environment variable {variable} is unknown and has no effect: {advice}"
-        );
+    for remark in remarks(environment) {
+        tracing::warn!("{remark}");
     }
+}
+
+/// Returns a sentence about each unknown variable.
+pub(super) fn remarks(environment: &BTreeMap<String, String>) -> Vec<String> {
+    unknown(environment)
+        .into_iter()
+        .map(|(variable, meant)| {
+            let advice = match meant {
+                Some(meant) => format!("did you mean {meant}?"),
+                None => "bradley serve --help lists the settings".to_owned(),
+            };
+            format!("the environment variable {variable} is unknown and has no effect: {advice}")
+        })
+        .collect()
 }
 
 /// Returns the unknown variables, each with the known one that is most similar to it.

@@ -185,6 +185,21 @@ fn a_server_that_says_nothing_is_not_healthy() {
     assert!(said.contains("answered no health check within"), "{said}");
 }
 
+#[test]
+fn an_error_about_settings_names_misspelt_variables() {
+    let out = command(&["serve"])
+        .env("BRADLEY_MODEL", "tiny=/nowhere")
+        .output()
+        .unwrap();
+    let said = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{said}");
+    assert!(said.contains("--models is not set"), "{said}");
+    assert!(
+        said.contains("BRADLEY_MODEL is unknown and has no effect: did you mean BRADLEY_MODELS?"),
+        "{said}"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_and_estimates_have_the_format_that_is_asked_for() {
     let dir = tempfile::tempdir().unwrap();
