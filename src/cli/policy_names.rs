@@ -2,6 +2,7 @@
 
 use super::failure::Failure;
 use super::short_names;
+use crate::domain::names::is_valid_id;
 use crate::domain::similar::nearest;
 use crate::rpc::client::{Client, is_absent};
 use crate::rpc::pb;
@@ -69,7 +70,7 @@ impl PolicyNames {
             return Ok(format!("{MODEL_PREFIX}{id}"));
         }
         let mut hint = "";
-        if !given.contains('/') {
+        if is_valid_id(given) {
             if self.may_list_jobs().await? {
                 let job = short_names::job(&self.client, given).await?;
                 if self.is_job(&job).await? {

@@ -3,6 +3,7 @@
 
 use super::failure::Failure;
 use super::remote::full_name;
+use crate::domain::names::is_valid_id;
 use crate::domain::similar::nearest;
 use crate::rpc::client::{Client, is_denied};
 use crate::rpc::pb;
@@ -140,7 +141,8 @@ pub(super) async fn all_models(client: &Client) -> Result<Vec<pb::Model>, Failur
 /// is, so that the server refuses it.
 ///
 /// # Errors
-/// Returns a failure that names the candidates if several jobs are meant.
+/// Returns a failure that names the candidates if several jobs are meant, or a failure if no job
+/// can have this name.
 pub(super) async fn job(client: &Client, given: &str) -> Result<String, Failure> {
     if given == LAST {
         let request = pb::ListTrainingJobsRequest {
@@ -152,7 +154,7 @@ pub(super) async fn job(client: &Client, given: &str) -> Result<String, Failure>
         let newest = page.into_inner().training_jobs.into_iter().next();
         return newest.map(|job| job.name).ok_or_else(|| none_yet("job"));
     }
-    let id = without(JOBS, given);
+    let id = id_in(JOBS, "job", given)?;
     if is_whole(id) {
         return Ok(full_name(JOBS, id));
     }
@@ -174,7 +176,7 @@ pub(super) async fn dataset(client: &Client, given: &str) -> Result<String, Fail
         let newest = newest_dataset(client).await?;
         return newest.ok_or_else(|| none_yet("dataset"));
     }
-    let id = without(DATASETS, given);
+    let id = id_in(DATASETS, "dataset", given)?;
     if is_whole(id) {
         return Ok(full_name(DATASETS, id));
     }
@@ -229,14 +231,26 @@ pub(super) async fn checkpoint(client: &Client, given: &str) -> Result<String, F
 /// Returns the name of the checkpoint that a user wants to delete: its step must be given.
 ///
 /// # Errors
-/// The errors of [`job`], and a failure if the step is missing.
+/// The errors of [`job`], and a failure if the step is missing or is not a number.
 pub(super) async fn one_checkpoint(client: &Client, given: &str) -> Result<String, Failure> {
-    if !given.contains(CHECKPOINTS) {
-        return Err(Failure::Usage(format!(
-            "{given} is a job: name one of its checkpoints, {given}/checkpoints/STEP"
-        )));
-    }
+    check_step(given)?;
     checkpoint(client, given).await
+}
+
+/// Refuses the name of a checkpoint without the number of its step.
+fn check_step(given: &str) -> Result<(), Failure> {
+    let refused = match given.split_once(CHECKPOINTS) {
+        None => {
+            format!("{given} is a job: name one of its checkpoints, {given}/checkpoints/STEP")
+        }
+        Some((_, step)) if step.parse::<u64>().is_ok() => return Ok(()),
+        Some((job, step @ ("latest" | "best"))) => format!(
+            "{given}: name a step, {job}/checkpoints/STEP, because {step} may become another \
+             checkpoint before the deletion"
+        ),
+        Some((job, _)) => format!("{given}: name a step, {job}/checkpoints/STEP, a number"),
+    };
+    Err(Failure::Usage(refused))
 }
 
 /// Returns a name with the job or dataset that [`LAST`] stood for when `earlier`, a whole name, was
@@ -260,6 +274,27 @@ fn without<'a>(collection: &str, name: &'a str) -> &'a str {
     name.strip_prefix(collection)
         .and_then(|rest| rest.strip_prefix('/'))
         .unwrap_or(name)
+}
+
+/// Returns the ID, or its beginning, in a name of a collection. `what` is the collection's word for
+/// one of its resources.
+///
+/// # Errors
+/// Returns a failure with what was given if it cannot be an ID.
+fn id_in<'a>(collection: &str, what: &str, given: &'a str) -> Result<&'a str, Failure> {
+    let id = without(collection, given);
+    if is_valid_id(id) {
+        return Ok(id);
+    }
+    Err(Failure::Usage(match given.starts_with('@') {
+        true => format!(
+            "{given} names no {what}: {LAST} is the only name with @, your own newest {what}"
+        ),
+        false => format!(
+            "{given:?} is no name of a {what}: give {collection}/ID, the ID, its beginning, or \
+             {LAST}"
+        ),
+    }))
 }
 
 fn is_whole(id: &str) -> bool {
@@ -360,6 +395,55 @@ mod tests {
         ] {
             assert_eq!(with_earlier_last(given, earlier), expected, "{given}");
         }
+    }
+
+    /// Returns what a failure about a name says.
+    fn refusal<T: std::fmt::Debug>(result: Result<T, Failure>) -> String {
+        match result {
+            Err(Failure::Usage(said)) => said,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_one_is_refused_as_it_was_given() {
+        assert_eq!(
+            refusal(id_in(JOBS, "job", "@2")),
+            "@2 names no job: @last is the only name with @, your own newest job"
+        );
+        assert_eq!(
+            refusal(id_in(DATASETS, "dataset", "a b")),
+            "\"a b\" is no name of a dataset: give datasets/ID, the ID, its beginning, or @last"
+        );
+        for of_something_else in [
+            "",
+            "trainingJobs/",
+            "datasets/x",
+            "trainingJobs/x/checkpoints/1",
+        ] {
+            let said = refusal(id_in(JOBS, "job", of_something_else));
+            assert!(said.contains(&format!("{of_something_else:?}")), "{said}");
+        }
+        assert_eq!(id_in(JOBS, "job", "trainingJobs/0193").unwrap(), "0193");
+        assert_eq!(id_in(JOBS, "job", "none").unwrap(), "none");
+    }
+
+    #[test]
+    fn a_deletion_needs_the_number_of_a_step() {
+        assert!(check_step("@last/checkpoints/12").is_ok());
+        assert_eq!(
+            refusal(check_step("0193a/checkpoints/latest")),
+            "0193a/checkpoints/latest: name a step, 0193a/checkpoints/STEP, because latest may \
+             become another checkpoint before the deletion"
+        );
+        assert_eq!(
+            refusal(check_step("0193a/checkpoints/x")),
+            "0193a/checkpoints/x: name a step, 0193a/checkpoints/STEP, a number"
+        );
+        assert_eq!(
+            refusal(check_step("0193a")),
+            "0193a is a job: name one of its checkpoints, 0193a/checkpoints/STEP"
+        );
     }
 
     #[test]

@@ -236,6 +236,21 @@ fn every_format_has_the_whole_job_and_a_short_name_suffices() {
     let same = succeed(&server, &["jobs", "diff", &first, &first]);
     assert!(same.contains("have the same settings"), "{same}");
 
+    // Names that cannot be one are refused as they were typed.
+    let other = refused(&server, &["watch", "@2"]);
+    assert!(
+        other.contains("@2 names no job: @last is the only"),
+        "{other}"
+    );
+    let other = refused(&server, &["datasets", "get", "@newest"]);
+    assert!(other.contains("@newest names no dataset"), "{other}");
+    let newest = ["checkpoints", "delete", "@last/checkpoints/latest"];
+    let newest = refused(&server, &newest);
+    assert!(
+        newest.contains("@last/checkpoints/latest: name a step, @last/checkpoints/STEP"),
+        "{newest}"
+    );
+
     // Columns.
     let columns = ["jobs", "list", "--columns", "title,beta,lora.rank,steps"];
     assert_eq!(
