@@ -1172,7 +1172,7 @@ pub struct UpdateArgs {
     #[command(flatten)]
     pub named: NamedArgs,
     /// A new title.
-    #[arg(long, alias = "name", required_unless_present_any = ["priority", "label"])]
+    #[arg(long, alias = "name")]
     pub title: Option<String>,
     /// A new priority: higher goes first.
     #[arg(long, allow_negative_numbers = true)]

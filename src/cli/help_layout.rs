@@ -27,6 +27,28 @@ pub(super) fn command() -> Command {
     arrange(Cli::command())
 }
 
+/// Returns the definition with the usage lines of the help for errors, too. The lines that clap makes
+/// for an error list every argument with a value, also those whose values come from environment
+/// variables.
+pub(super) fn with_usage_of_help(command: Command) -> Command {
+    // Only a built command knows the names of the commands above it.
+    let mut built = command.clone();
+    built.build();
+    override_usage(command, &mut built)
+}
+
+fn override_usage(command: Command, built: &mut Command) -> Command {
+    let rendered = built.render_usage().ansi().to_string();
+    let command = match rendered.split_once(' ') {
+        Some((_heading, usage)) => command.override_usage(usage.to_owned()),
+        None => command,
+    };
+    command.mut_subcommands(|sub| match built.find_subcommand_mut(sub.get_name()) {
+        Some(built_sub) => override_usage(sub, built_sub),
+        None => sub,
+    })
+}
+
 /// Lays out a command and its subcommands.
 fn arrange(command: Command) -> Command {
     command
@@ -107,6 +129,45 @@ mod tests {
                 let heading = help.find("\nConnection:\n");
                 assert!(heading.is_some_and(|h| h < server), "{name}:\n{help}");
             }
+        }
+    }
+
+    #[test]
+    fn an_error_has_the_usage_line_of_the_help() {
+        let helped = |line: &[&str]| {
+            let mut plain = command();
+            let refused = plain.try_get_matches_from_mut(line).unwrap_err();
+            refused.to_string()
+        };
+        let usage = |text: &str| {
+            let line = text.lines().find(|line| line.starts_with("Usage: "));
+            line.unwrap().to_owned()
+        };
+        for (given, expected) in [
+            (
+                &["bradley", "jobs", "cancel", "--server", "http://h:1"][..],
+                "Usage: bradley jobs cancel [OPTIONS] <NAME>",
+            ),
+            (
+                &["bradley", "jobs", "diff", "--token", "t"],
+                "Usage: bradley jobs diff [OPTIONS] <A> <B>",
+            ),
+            (
+                &["bradley", "watch", "--server", "http://h:1"],
+                "Usage: bradley watch [OPTIONS] <JOB>",
+            ),
+            (
+                &["bradley", "jobs", "--format", "json", "remove"],
+                "Usage: bradley jobs [OPTIONS] <COMMAND>",
+            ),
+        ] {
+            let refused = with_usage_of_help(command()).try_get_matches_from(given);
+            let said = refused.unwrap_err().to_string();
+            assert_eq!(usage(&said), expected, "{said}");
+            // The help is the same with and without it.
+            let help = [given, &["--help"]].concat();
+            let with = with_usage_of_help(command()).try_get_matches_from(&help);
+            assert_eq!(with.unwrap_err().to_string(), helped(&help), "{given:?}");
         }
     }
 

@@ -68,17 +68,22 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
             output::show_job(output, &job, fields(&args))?;
         }
         JobsCommand::Update(args) => {
-            let (client, name) = open_job(&args.named).await?;
             let changed = [
                 ("display_name", args.title.is_some()),
                 ("priority", args.priority.is_some()),
                 ("labels", !args.label.is_empty()),
             ];
-            let paths = changed
+            let paths: Vec<String> = changed
                 .into_iter()
                 .filter(|(_, named)| *named)
                 .map(|(field, _)| field.to_owned())
                 .collect();
+            if paths.is_empty() {
+                return Err(Failure::Usage(
+                    "nothing to change: give --title, --priority or --label".to_owned(),
+                ));
+            }
+            let (client, name) = open_job(&args.named).await?;
             let training_job = Some(pb::TrainingJob {
                 name,
                 etag: args.etag,

@@ -200,6 +200,45 @@ fn an_error_about_settings_names_misspelt_variables() {
     );
 }
 
+#[test]
+fn an_update_without_a_change_names_the_flags_before_it_connects() {
+    let nowhere = ["--server", "http://127.0.0.1:1"];
+    let said = fails(2, &[&["jobs", "update", "@last"][..], &nowhere].concat());
+    assert!(
+        said.contains("nothing to change: give --title, --priority or --label"),
+        "{said}"
+    );
+    fails(
+        3,
+        &[
+            &["jobs", "update", "@last", "--priority", "1"][..],
+            &nowhere,
+        ]
+        .concat(),
+    );
+}
+
+#[test]
+fn the_usage_line_of_an_error_has_no_values_of_variables() {
+    for (args, usage) in [
+        (
+            &["jobs", "cancel"][..],
+            "bradley jobs cancel [OPTIONS] <NAME>",
+        ),
+        (&["jobs", "update"], "bradley jobs update [OPTIONS] <NAME>"),
+        (&["watch", "--tial", "3"], "bradley watch [OPTIONS] <JOB>"),
+    ] {
+        let out = command(args)
+            .env("BRADLEY_SERVER", "http://127.0.0.1:1")
+            .env("BRADLEY_TOKEN", "t")
+            .output()
+            .unwrap();
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{said}");
+        assert!(said.contains(&format!("Usage: {usage}\n")), "{said}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_and_estimates_have_the_format_that_is_asked_for() {
     let dir = tempfile::tempdir().unwrap();
