@@ -1281,7 +1281,34 @@ pub struct ListJobsArgs {
     /// job, such as beta, dpo.losses, batch.batch_size, latest_metrics.loss or labels.KEY.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub columns: Vec<String>,
+    /// Only jobs in one of these states, separated by commas.
+    #[arg(
+        long,
+        value_name = "STATES",
+        value_delimiter = ',',
+        value_parser = JOB_STATES
+    )]
+    pub state: Vec<String>,
+    /// Only jobs with this label, KEY=VALUE; may be given several times, for jobs with all of them.
+    #[arg(long, value_parser = label)]
+    pub label: Vec<(String, String)>,
+    /// Only the newest N jobs, of those that the other flags choose. Default: all.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: Option<u32>,
 }
+
+/// States of jobs, as the lists show them.
+pub const JOB_STATES: [&str; 9] = [
+    "queued",
+    "preparing",
+    "running",
+    "pausing",
+    "paused",
+    "cancelling",
+    "cancelled",
+    "succeeded",
+    "failed",
+];
 
 /// Arguments of `jobs diff`.
 #[derive(Debug, Args)]

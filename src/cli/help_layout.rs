@@ -27,9 +27,9 @@ pub(super) fn command() -> Command {
     arrange(Cli::command())
 }
 
-/// Returns the definition with the usage lines of the help for errors, too. The lines that clap makes
-/// for an error list every argument with a value, also those whose values come from environment
-/// variables.
+/// Returns the definition with the usage lines of the help for errors, too. The lines that clap
+/// makes for an error list every argument with a value, also those whose values come from
+/// environment variables.
 pub(super) fn with_usage_of_help(command: Command) -> Command {
     // Only a built command knows the names of the commands above it.
     let mut built = command.clone();

@@ -8,6 +8,7 @@ use super::failure::{Failure, Outcome};
 use super::output::{self, bytes, human, time};
 use super::progress::{self, waiting};
 use super::remote::connect;
+use super::short_names::JobChoice;
 use super::{job_columns, job_diff, job_metrics, short_names, watch};
 use crate::rpc::canonical::{Canonical, FieldSelection};
 use crate::rpc::client::{Client, FieldMask};
@@ -48,13 +49,25 @@ fn show<M: Canonical>(output: Output, message: &M, fields: FieldSelection) -> Ou
     Ok(())
 }
 
+/// Returns the state with a name of [`super::args::JOB_STATES`].
+fn job_state(name: &str) -> pb::JobState {
+    let full = format!("JOB_STATE_{}", name.to_uppercase());
+    pb::JobState::from_str_name(&full).unwrap_or_default()
+}
+
 pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
     match command {
         JobsCommand::Watch(args) => return watch::run(args, output).await,
         JobsCommand::List(args) => {
             let client = connect(&args.server.target()).await?;
-            let all = short_names::all_jobs(&client).await?;
-            job_columns::list(output, &args.columns, &all)?;
+            let choice = JobChoice {
+                states: args.state.iter().map(|name| job_state(name)).collect(),
+                labels: args.label,
+                limit: args.limit.map(|limit| limit as usize),
+                own: false,
+            };
+            let chosen = short_names::chosen_jobs(&client, &choice).await?;
+            job_columns::list(output, &args.columns, &chosen)?;
         }
         JobsCommand::Diff(args) => job_diff::run(args, output).await?,
         JobsCommand::Metrics(args) => job_metrics::run(args, output).await?,
@@ -363,4 +376,27 @@ pub(super) async fn models(command: ModelsCommand, output: Output) -> Outcome {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::args::JOB_STATES;
+
+    #[test]
+    fn every_state_can_be_chosen_by_the_name_that_lists_show() {
+        let mut chosen: Vec<i32> = JOB_STATES
+            .iter()
+            .map(|name| {
+                let state = job_state(name).into();
+                assert_eq!(output::state(state), *name);
+                state
+            })
+            .collect();
+        chosen.sort_unstable();
+        let all: Vec<i32> = (1..)
+            .take_while(|state| pb::JobState::try_from(*state).is_ok())
+            .collect();
+        assert_eq!(chosen, all);
+    }
 }

@@ -30,40 +30,74 @@ pub(super) const DATASETS: &str = "datasets";
 /// Collection of base models in names.
 pub(super) const MODELS: &str = "models";
 
+/// Choice of jobs for a list.
+#[derive(Debug, Default)]
+pub(super) struct JobChoice {
+    /// Only jobs in one of these states. Empty: in any state.
+    pub states: Vec<pb::JobState>,
+    /// Only jobs with all of these labels.
+    pub labels: Vec<(String, String)>,
+    /// Maximum number of jobs, at least 1.
+    pub limit: Option<usize>,
+    /// Only the caller's own jobs, also for administrators.
+    pub own: bool,
+}
+
+impl JobChoice {
+    fn has_labels_of(&self, job: &pb::TrainingJob) -> bool {
+        let has = |(key, value): &(String, String)| job.labels.get(key) == Some(value);
+        self.labels.iter().all(has)
+    }
+
+    /// Returns the size of a page. The server does not choose by labels, so that a list with labels
+    /// has whole pages.
+    fn page_size(&self) -> i32 {
+        match self.limit.map(i32::try_from) {
+            Some(Ok(limit)) if self.labels.is_empty() => limit.min(PAGE_SIZE),
+            _ => PAGE_SIZE,
+        }
+    }
+}
+
 /// Returns every job, newest first.
 pub(super) async fn all_jobs(client: &Client) -> Result<Vec<pb::TrainingJob>, Failure> {
-    listed_jobs(client, pb::ListTrainingJobsRequest::default()).await
+    chosen_jobs(client, &JobChoice::default()).await
 }
 
 /// Returns every job of the caller, newest first, also for administrators.
 pub(super) async fn own_jobs(client: &Client) -> Result<Vec<pb::TrainingJob>, Failure> {
-    let own = pb::ListTrainingJobsRequest {
+    let choice = JobChoice {
         own: true,
-        ..Default::default()
+        ..JobChoice::default()
     };
-    listed_jobs(client, own).await
+    chosen_jobs(client, &choice).await
 }
 
-async fn listed_jobs(
+/// Returns the chosen jobs, newest first.
+pub(super) async fn chosen_jobs(
     client: &Client,
-    wanted: pb::ListTrainingJobsRequest,
+    choice: &JobChoice,
 ) -> Result<Vec<pb::TrainingJob>, Failure> {
-    let (mut all, mut page_token) = (Vec::new(), String::new());
+    let limit = choice.limit.unwrap_or(usize::MAX);
+    let (mut chosen, mut page_token) = (Vec::new(), String::new());
     for _ in 0..MAX_PAGES {
         let request = pb::ListTrainingJobsRequest {
-            page_size: PAGE_SIZE,
+            page_size: choice.page_size(),
             page_token,
-            ..wanted.clone()
+            states: choice.states.iter().map(|&state| state.into()).collect(),
+            own: choice.own,
         };
         let page = client
             .training()
             .list_training_jobs(request)
             .await?
             .into_inner();
-        all.extend(page.training_jobs);
+        let jobs = page.training_jobs.into_iter();
+        chosen.extend(jobs.filter(|job| choice.has_labels_of(job)));
+        chosen.truncate(limit);
         page_token = page.next_page_token;
-        if page_token.is_empty() {
-            return Ok(all);
+        if page_token.is_empty() || chosen.len() == limit {
+            return Ok(chosen);
         }
     }
     Err(endless("jobs"))
@@ -395,6 +429,42 @@ mod tests {
         ] {
             assert_eq!(with_earlier_last(given, earlier), expected, "{given}");
         }
+    }
+
+    #[test]
+    fn a_list_is_chosen_by_labels_and_its_pages_are_no_larger_than_the_limit() {
+        let labels = |all: &[(&str, &str)]| -> Vec<(String, String)> {
+            let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+            all.iter().map(owned).collect()
+        };
+        let job = pb::TrainingJob {
+            labels: labels(&[("team", "a"), ("env", "prod")])
+                .into_iter()
+                .collect(),
+            ..Default::default()
+        };
+        for (wanted, is_chosen) in [
+            (&[("team", "a")][..], true),
+            (&[("team", "a"), ("env", "prod")], true),
+            (&[("team", "a"), ("env", "dev")], false),
+            (&[("owner", "a")], false),
+        ] {
+            let choice = JobChoice {
+                labels: labels(wanted),
+                ..JobChoice::default()
+            };
+            assert_eq!(choice.has_labels_of(&job), is_chosen, "{wanted:?}");
+        }
+        let mut choice = JobChoice::default();
+        assert!(choice.has_labels_of(&job));
+        assert_eq!(choice.page_size(), PAGE_SIZE);
+        choice.limit = Some(3);
+        assert_eq!(choice.page_size(), 3);
+        choice.limit = Some(5000);
+        assert_eq!(choice.page_size(), PAGE_SIZE);
+        choice.limit = Some(3);
+        choice.labels = labels(&[("team", "a")]);
+        assert_eq!(choice.page_size(), PAGE_SIZE);
     }
 
     /// Returns what a failure about a name says.

@@ -260,6 +260,35 @@ fn every_format_has_the_whole_job_and_a_short_name_suffices() {
     let wrong = refused(&server, &["jobs", "list", "--columns", "betta"]);
     assert!(wrong.contains("did you mean beta?"), "{wrong}");
 
+    // A choice.
+    let chosen = |flags: &[&str]| -> Vec<Value> {
+        let list = as_json(&server, &[&["jobs", "list"][..], flags].concat());
+        let jobs = list.as_array().unwrap();
+        jobs.iter().map(|job| job["name"].clone()).collect()
+    };
+    assert_eq!(chosen(&[]), [second.as_str(), first.as_str()]);
+    assert_eq!(chosen(&["--limit", "1"]), [second.as_str()]);
+    assert_eq!(
+        chosen(&["--state", "running,succeeded"]),
+        [second.as_str(), first.as_str()]
+    );
+    assert_eq!(
+        chosen(&["--state", "queued", "--state", "running"]),
+        [""; 0]
+    );
+    succeed(&server, &["jobs", "update", &first, "--label", "team=a"]);
+    assert_eq!(chosen(&["--label", "team=a"]), [first.as_str()]);
+    assert_eq!(
+        chosen(&["--label", "team=a", "--limit", "1"]),
+        [first.as_str()]
+    );
+    assert_eq!(chosen(&["--label", "team=b"]), [""; 0]);
+    let wrong = refused(&server, &["jobs", "list", "--state", "runing"]);
+    assert!(
+        wrong.contains("[possible values: queued, preparing, running"),
+        "{wrong}"
+    );
+
     // Metrics.
     let file = dir.path().join("m.csv");
     succeed(
