@@ -1406,7 +1406,7 @@ pub struct DownloadArgs {
     /// files, or f16 if these are quantised.
     #[arg(long, default_value = "")]
     pub dtype: String,
-    /// The folder to write to.
+    /// The folder to write to. It must be new or empty.
     #[arg(long)]
     pub out: PathBuf,
 }

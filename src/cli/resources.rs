@@ -1,5 +1,8 @@
 //! `bradley jobs | datasets | checkpoints | models`: commands for resources of a server.
 
+use std::io::ErrorKind;
+use std::path::Path;
+
 use super::args::{
     CheckpointsCommand, ContentsFlag, DatasetsCommand, GetArgs, JobsCommand, ModelsCommand,
     NamedArgs, Output,
@@ -261,6 +264,7 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
             show(output, &checkpoint, fields(&args))?;
         }
         CheckpointsCommand::Download(args) => {
+            check_new_or_empty(&args.out).await?;
             let (client, name) = open_checkpoint(&args.named).await?;
             let request = pb::DownloadCheckpointRequest {
                 name,
@@ -314,6 +318,25 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
         }
     }
     Ok(())
+}
+
+/// Refuses a folder with files, because those of another download could not be told from the new
+/// ones.
+async fn check_new_or_empty(out: &Path) -> Outcome {
+    let failed = |e: std::io::Error| Failure::Failed(format!("{}: {e}", out.display()));
+    let mut entries = match tokio::fs::read_dir(out).await {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(failed(e)),
+    };
+    match entries.next_entry().await.map_err(failed)? {
+        None => Ok(()),
+        Some(entry) => Err(Failure::Usage(format!(
+            "--out: {} is not empty (it has {}): name a new folder",
+            out.display(),
+            entry.file_name().display()
+        ))),
+    }
 }
 
 fn export_format(contents: ContentsFlag) -> pb::ExportFormat {

@@ -201,6 +201,34 @@ fn an_error_about_settings_names_misspelt_variables() {
 }
 
 #[test]
+fn a_download_into_a_folder_with_files_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (new, used) = (dir.path().join("new"), dir.path().join("used"));
+    std::fs::create_dir(&used).unwrap();
+    let download = |code: i32, out: &std::path::Path| {
+        let fixed = ["checkpoints", "download", "@last", "--contents", "merged"];
+        let rest = [
+            "--server",
+            "http://127.0.0.1:1",
+            "--out",
+            out.to_str().unwrap(),
+        ];
+        fails(code, &[&fixed[..], &rest].concat())
+    };
+    // These folders are accepted, and then there is no server.
+    download(3, &new);
+    download(3, &used);
+    std::fs::write(used.join("adapter_config.json"), "{}").unwrap();
+    let said = download(2, &used);
+    assert!(
+        said.contains("--out: ")
+            && said.contains("used is not empty (it has adapter_config.json): name a new folder"),
+        "{said}"
+    );
+    assert_eq!(std::fs::read_dir(&used).unwrap().count(), 1);
+}
+
+#[test]
 fn an_update_without_a_change_names_the_flags_before_it_connects() {
     let nowhere = ["--server", "http://127.0.0.1:1"];
     let said = fails(2, &[&["jobs", "update", "@last"][..], &nowhere].concat());
