@@ -9,6 +9,7 @@ use std::io::IsTerminal;
 use comfy_table::{Table, presets};
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
+use super::wrap::wrapped;
 use crate::cli::settings;
 
 /// Width of a terminal that does not tell its own, in columns.
@@ -90,7 +91,9 @@ pub fn render(header: &[&str], mut rows: Vec<Vec<String>>, width: Option<usize>)
         &rows.iter().map(|row| cut(row)).collect::<Vec<_>>(),
     );
     if shown < header.len() {
-        text.push_str(&format!("\nnot shown: {}", header[shown..].join(", ")));
+        let left_out = format!("not shown: {}", header[shown..].join(", "));
+        text.push('\n');
+        text.push_str(&wrapped(&left_out, width).join("\n"));
     }
     text
 }

@@ -197,6 +197,22 @@ fn tables_fit_their_width_and_have_whole_values_where_there_is_room() {
 }
 
 #[test]
+fn names_of_columns_that_are_left_out_fit_the_terminal() {
+    let header: Vec<String> = (0..20)
+        .map(|i| format!("eval_rewards/margins{i}"))
+        .collect();
+    let header: Vec<&str> = header.iter().map(String::as_str).collect();
+    let row = vec!["0.123456789".to_owned(); header.len()];
+    let text = render(&header, vec![row], Some(60));
+    assert!(widest(&text) <= 60, "{text}");
+    let (_, left_out) = text.split_once("\nnot shown: ").unwrap();
+    assert!(
+        left_out.lines().count() > 2 && left_out.ends_with("eval_rewards/margins19"),
+        "{text}"
+    );
+}
+
+#[test]
 fn lists_of_models_and_of_times_fit_80_columns_without_cuts() {
     let header = ["name", "architecture", "parameters", "context", "dtype"];
     let row = [
