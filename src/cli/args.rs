@@ -1159,8 +1159,8 @@ pub enum JobsCommand {
     Watch(WatchArgs),
     /// Resume a paused job, or try a job that waits for a missing input again at once.
     Resume(NamedArgs),
-    /// Cancel a job. Its checkpoints stay.
-    Cancel(NamedArgs),
+    /// Cancel jobs. Their checkpoints stay.
+    Cancel(CancelArgs),
     /// Delete an ended job with its events and checkpoints.
     Delete(NamedArgs),
 }
@@ -1183,6 +1183,17 @@ pub struct UpdateArgs {
     /// Fail if the job has changed since it had this etag.
     #[arg(long, default_value = "")]
     pub etag: String,
+}
+
+/// Arguments of `jobs cancel`.
+#[derive(Debug, Args)]
+pub struct CancelArgs {
+    /// The server to connect to.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// The jobs, each named as for `jobs get`.
+    #[arg(value_name = "NAME", required = true)]
+    pub names: Vec<String>,
 }
 
 fn label(text: &str) -> Result<(String, String), String> {

@@ -145,8 +145,8 @@ mod tests {
         };
         for (given, expected) in [
             (
-                &["bradley", "jobs", "cancel", "--server", "http://h:1"][..],
-                "Usage: bradley jobs cancel [OPTIONS] <NAME>",
+                &["bradley", "jobs", "pause", "--server", "http://h:1"][..],
+                "Usage: bradley jobs pause [OPTIONS] <NAME>",
             ),
             (
                 &["bradley", "jobs", "diff", "--token", "t"],

@@ -1052,8 +1052,18 @@ impl JobFlags {
         let texts = self.given.get(flag.name).map_or(&[][..], Vec::as_slice);
         if matches!(flag.kind, FlagKind::Labels) {
             let mut variants = variants;
+            let mut labels = Map::new();
             for text in texts {
                 let label = flag.parse(text)?.unwrap_or_default();
+                for (key, value) in label.as_object().into_iter().flatten() {
+                    let other = labels.insert(key.clone(), value.clone());
+                    if let Some(other) = other.filter(|other| other != value) {
+                        return Err(format!(
+                            "--label {key} is given twice, with {other} and {value}: a label has \
+                             one value"
+                        ));
+                    }
+                }
                 for variant in &mut variants {
                     add_labels(&mut variant.fields, &label);
                 }

@@ -170,6 +170,20 @@ pub fn show_job(
     Ok(())
 }
 
+/// Prints a job after a change: for people its name and its state, else the whole job.
+///
+/// # Errors
+/// The errors of [`message`].
+pub fn changed_job(output: Output, job: &pb::TrainingJob) -> Result<(), Failure> {
+    match output {
+        Output::Table => {
+            line(&format!("{} is {}", job.name, state(job.state)));
+            Ok(())
+        }
+        other => show_job(other, job, FieldSelection::Set),
+    }
+}
+
 /// Prints what a command has deleted.
 pub fn deleted(output: Output, name: &str) {
     done(output, "deleted", name);

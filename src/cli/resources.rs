@@ -1,5 +1,6 @@
 //! `bradley jobs | datasets | checkpoints | models`: commands for resources of a server.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -58,6 +59,26 @@ fn job_state(name: &str) -> pb::JobState {
     pb::JobState::from_str_name(&full).unwrap_or_default()
 }
 
+/// Returns the values of labels by their keys.
+///
+/// # Errors
+/// Returns a failure if a key has two values.
+fn distinct_labels(given: Vec<(String, String)>) -> Result<BTreeMap<String, String>, Failure> {
+    let mut labels = BTreeMap::new();
+    for (key, value) in given {
+        match labels.get(&key) {
+            Some(other) if *other != value => {
+                return Err(Failure::Usage(format!(
+                    "--label {key} is given twice, with {other:?} and {value:?}: a label has one \
+                     value"
+                )));
+            }
+            _ => labels.insert(key, value),
+        };
+    }
+    Ok(labels)
+}
+
 pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
     match command {
         JobsCommand::Watch(args) => return watch::run(args, output).await,
@@ -65,7 +86,7 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
             let client = connect(&args.server.target()).await?;
             let choice = JobChoice {
                 states: args.state.iter().map(|name| job_state(name)).collect(),
-                labels: args.label,
+                labels: distinct_labels(args.label)?.into_iter().collect(),
                 limit: args.limit.map(|limit| limit as usize),
                 own: false,
             };
@@ -99,13 +120,14 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                     "nothing to change: give --title, --priority or --label".to_owned(),
                 ));
             }
+            let labels = distinct_labels(args.label)?;
             let (client, name) = open_job(&args.named).await?;
             let training_job = Some(pb::TrainingJob {
                 name,
                 etag: args.etag,
                 display_name: args.title.unwrap_or_default(),
                 priority: args.priority.unwrap_or_default(),
-                labels: args.label.into_iter().collect(),
+                labels,
                 ..Default::default()
             });
             let request = pb::UpdateTrainingJobRequest {
@@ -117,7 +139,10 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                 .update_training_job(request)
                 .await?
                 .into_inner();
-            output::show_job(output, &job, FieldSelection::Set)?;
+            match output {
+                Output::Table => output::done(output, "updated", &job.name),
+                _ => output::show_job(output, &job, FieldSelection::Set)?,
+            }
         }
         JobsCommand::Pause(args) => {
             let (client, name) = open_job(&args).await?;
@@ -126,7 +151,7 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                 .pause_training_job(pb::PauseTrainingJobRequest { name })
                 .await?
                 .into_inner();
-            output::show_job(output, &job, FieldSelection::Set)?;
+            output::changed_job(output, &job)?;
         }
         JobsCommand::Resume(args) => {
             let (client, name) = open_job(&args).await?;
@@ -135,16 +160,32 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
                 .resume_training_job(pb::ResumeTrainingJobRequest { name })
                 .await?
                 .into_inner();
-            output::show_job(output, &job, FieldSelection::Set)?;
+            output::changed_job(output, &job)?;
         }
         JobsCommand::Cancel(args) => {
-            let (client, name) = open_job(&args).await?;
-            let job = client
-                .training()
-                .cancel_training_job(pb::CancelTrainingJobRequest { name })
-                .await?
-                .into_inner();
-            output::show_job(output, &job, FieldSelection::Set)?;
+            let client = connect(&args.server.target()).await?;
+            // With a name that is ambiguous or cannot be one, no job is cancelled.
+            let mut names = Vec::new();
+            for given in &args.names {
+                names.push(short_names::job(&client, given).await?);
+            }
+            let mut cancelled = Vec::new();
+            for name in names {
+                let job = client
+                    .training()
+                    .cancel_training_job(pb::CancelTrainingJobRequest { name })
+                    .await?
+                    .into_inner();
+                if output == Output::Table {
+                    output::changed_job(output, &job)?;
+                }
+                cancelled.push(job);
+            }
+            match &cancelled[..] {
+                _ if output == Output::Table => {}
+                [one] => output::show_job(output, one, FieldSelection::Set)?,
+                many => output::list(output, &[], vec![], output::messages(many)?),
+            }
         }
         JobsCommand::Delete(args) => {
             let (client, name) = open_job(&args).await?;

@@ -228,6 +228,50 @@ fn a_download_into_a_folder_with_files_is_refused() {
     assert_eq!(std::fs::read_dir(&used).unwrap().count(), 1);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn several_jobs_are_cancelled_by_one_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let mut names = Vec::new();
+    for _ in 0..4 {
+        names.push(submit(&client, job(&dataset, 100_000)).await);
+    }
+    let given: Vec<&str> = names.iter().map(String::as_str).collect();
+    let cancel = ["jobs", "cancel", "--server", server.address.as_str()];
+    // With a name that cannot be one, no job is cancelled.
+    let said = fails(2, &[&cancel[..], &given[..2], &["@first"]].concat());
+    assert!(said.contains("@first names no job"), "{said}");
+    let said = succeed(&[&cancel[..], &given[..2]].concat());
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines.len(), 2, "{said}");
+    for (line, name) in lines.iter().zip(&names) {
+        assert!(line.starts_with(&format!("{name} is cancel")), "{said}");
+    }
+    let said = succeed(&[&cancel[..], &given[2..], &["--format", "json"]].concat());
+    let list: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(list[0]["name"], given[2]);
+    assert_eq!(list[1]["name"], given[3]);
+}
+
+#[test]
+fn a_label_with_two_values_is_refused() {
+    let twice = ["--label", "env=prod", "--label", "env=dev"];
+    let nowhere = ["--server", "http://127.0.0.1:1"];
+    let update = [&["jobs", "update", "@last"][..], &nowhere].concat();
+    for args in [&["train", "--print-job"][..], &update] {
+        let said = fails(2, &[args, &twice].concat());
+        assert!(
+            said.contains(r#"--label env is given twice, with "prod" and "dev""#),
+            "{said}"
+        );
+    }
+    let same = ["--label", "env=prod", "--label", "env=prod"];
+    let printed = succeed(&[&["train", "--print-job"][..], &same].concat());
+    assert_eq!(documents(&printed)[0]["labels"], json!({"env": "prod"}));
+}
+
 #[test]
 fn an_update_without_a_change_names_the_flags_before_it_connects() {
     let nowhere = ["--server", "http://127.0.0.1:1"];
@@ -250,8 +294,8 @@ fn an_update_without_a_change_names_the_flags_before_it_connects() {
 fn the_usage_line_of_an_error_has_no_values_of_variables() {
     for (args, usage) in [
         (
-            &["jobs", "cancel"][..],
-            "bradley jobs cancel [OPTIONS] <NAME>",
+            &["jobs", "pause"][..],
+            "bradley jobs pause [OPTIONS] <NAME>",
         ),
         (&["jobs", "update"], "bradley jobs update [OPTIONS] <NAME>"),
         (&["watch", "--tial", "3"], "bradley watch [OPTIONS] <JOB>"),

@@ -399,6 +399,12 @@ async fn ctrl_c_ends_the_watching_and_not_the_job() {
         .output()
         .unwrap();
     assert!(cancel.status.success(), "{}", text(&cancel.stderr));
+    let said = text(&cancel.stdout);
+    let states = [" is cancelling\n", " is cancelled\n"];
+    assert!(
+        states.iter().any(|state| said == format!("{name}{state}")),
+        "{said}"
+    );
     let events = crate::server::finish(&client, &name).await;
     let newest = events.last().unwrap().sequence;
     assert!(newest > 4, "{newest} events");
