@@ -2,6 +2,7 @@
 
 mod probe;
 
+use std::path::Path;
 use std::time::Duration;
 
 use self::probe::{Probe, Speaks};
@@ -26,6 +27,10 @@ pub(super) async fn connect(target: &Target) -> Result<Client, Failure> {
         Ok(client) => client,
         Err(ClientError::Unreachable { reason, .. }) => {
             return Err(Failure::Unreachable(explain(target, &reason).await));
+        }
+        Err(ClientError::File { path, source }) => {
+            let flag = flag_of_file(target, &path);
+            return Err(Failure::Failed(format!("{flag} {path}: {source}")));
         }
         Err(e) => return Err(e.into()),
     };
@@ -53,6 +58,16 @@ pub(super) async fn connect(target: &Target) -> Result<Client, Failure> {
             ));
             Ok(client)
         }
+    }
+}
+
+/// Returns the flag that names a file with certificates or a key.
+fn flag_of_file(target: &Target, path: &str) -> &'static str {
+    let is = |file: &Path| file.display().to_string() == path;
+    match (&target.tls_ca, &target.tls_identity) {
+        (Some(ca), _) if is(ca) => "--tls-server-ca",
+        (_, Some((certificate, _))) if is(certificate) => "--tls-client-cert",
+        _ => "--tls-client-key",
     }
 }
 
@@ -185,6 +200,22 @@ async fn explain(target: &Target, reason: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_of_the_connection_is_named_with_its_flag() {
+        let target = Target {
+            tls_ca: Some("ca.pem".into()),
+            tls_identity: Some(("me.pem".into(), "me.key".into())),
+            ..Target::plain("https://h:1")
+        };
+        for (path, flag) in [
+            ("ca.pem", "--tls-server-ca"),
+            ("me.pem", "--tls-client-cert"),
+            ("me.key", "--tls-client-key"),
+        ] {
+            assert_eq!(flag_of_file(&target, path), flag);
+        }
+    }
 
     #[test]
     fn an_address_needs_a_scheme_and_a_host() {

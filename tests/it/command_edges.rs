@@ -256,6 +256,14 @@ async fn several_jobs_are_cancelled_by_one_command() {
 }
 
 #[test]
+fn a_missing_file_of_certificates_is_named_with_its_flag() {
+    let secure = ["--server", "https://127.0.0.1:1"];
+    let list = ["jobs", "list", "--tls-server-ca", "/nowhere/ca.pem"];
+    let said = fails(1, &[&list[..], &secure].concat());
+    assert!(said.contains("--tls-server-ca /nowhere/ca.pem: "), "{said}");
+}
+
+#[test]
 fn a_label_with_two_values_is_refused() {
     let twice = ["--label", "env=prod", "--label", "env=dev"];
     let nowhere = ["--server", "http://127.0.0.1:1"];
