@@ -68,7 +68,7 @@ pub fn main() -> ExitCode {
     tune_allocator();
     // Selects the cryptography for TLS. It fails only if one is already selected.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let mut command = help_layout::with_usage_of_help(command());
+    let mut command = help_layout::with_plain_errors(command());
     let given = command.get_matches_mut();
     let cli = Cli::from_arg_matches(&given).unwrap_or_else(|e| e.format(&mut command).exit());
     if let Command::Decode {

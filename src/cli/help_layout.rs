@@ -4,6 +4,7 @@
 
 use std::any::TypeId;
 
+use clap::builder::UnknownArgumentValueParser;
 use clap::{Arg, Command, CommandFactory as _};
 
 use super::args::Cli;
@@ -27,26 +28,44 @@ pub(super) fn command() -> Command {
     arrange(Cli::command())
 }
 
-/// Returns the definition with the usage lines of the help for errors, too. The lines that clap
-/// makes for an error list every argument with a value, also those whose values come from
-/// environment variables.
-pub(super) fn with_usage_of_help(command: Command) -> Command {
+/// Returns the definition with better errors. Their usage lines are those of the help: clap's own
+/// list every argument with a value, also those whose values come from environment variables. Names
+/// that other programs use for a flag get a tip.
+pub(super) fn with_plain_errors(command: Command) -> Command {
     // Only a built command knows the names of the commands above it.
     let mut built = command.clone();
     built.build();
-    override_usage(command, &mut built)
+    improve_errors(command, &mut built)
 }
 
-fn override_usage(command: Command, built: &mut Command) -> Command {
+fn improve_errors(command: Command, built: &mut Command) -> Command {
     let rendered = built.render_usage().ansi().to_string();
     let command = match rendered.split_once(' ') {
         Some((_heading, usage)) => command.override_usage(usage.to_owned()),
         None => command,
     };
-    command.mut_subcommands(|sub| match built.find_subcommand_mut(sub.get_name()) {
-        Some(built_sub) => override_usage(sub, built_sub),
-        None => sub,
+    with_names_of_others(command).mut_subcommands(|sub| {
+        match built.find_subcommand_mut(sub.get_name()) {
+            Some(built_sub) => improve_errors(sub, built_sub),
+            None => sub,
+        }
     })
+}
+
+/// Adds hidden flags with names that other programs use for `--days`. Their errors name it.
+fn with_names_of_others(command: Command) -> Command {
+    if command
+        .get_arguments()
+        .all(|arg| arg.get_id().as_str() != "days")
+    {
+        return command;
+    }
+    ["expires", "ttl"]
+        .into_iter()
+        .fold(command, |extended, name| {
+            let meant = UnknownArgumentValueParser::suggest_arg("--days");
+            extended.arg(Arg::new(name).long(name).hide(true).value_parser(meant))
+        })
 }
 
 /// Lays out a command and its subcommands.
@@ -161,14 +180,29 @@ mod tests {
                 "Usage: bradley jobs [OPTIONS] <COMMAND>",
             ),
         ] {
-            let refused = with_usage_of_help(command()).try_get_matches_from(given);
+            let refused = with_plain_errors(command()).try_get_matches_from(given);
             let said = refused.unwrap_err().to_string();
             assert_eq!(usage(&said), expected, "{said}");
             // The help is the same with and without it.
             let help = [given, &["--help"]].concat();
-            let with = with_usage_of_help(command()).try_get_matches_from(&help);
+            let with = with_plain_errors(command()).try_get_matches_from(&help);
             assert_eq!(with.unwrap_err().to_string(), helped(&help), "{given:?}");
         }
+    }
+
+    #[test]
+    fn other_names_of_days_get_a_tip() {
+        for name in ["--expires", "--ttl"] {
+            let line = ["bradley", "tokens", "create", "--owner", "me", name, "7"];
+            let refused = with_plain_errors(command()).try_get_matches_from(line);
+            let said = refused.unwrap_err().to_string();
+            assert!(said.contains(name) && said.contains("'--days'"), "{said}");
+        }
+        let line = [
+            "bradley", "tokens", "create", "--owner", "me", "--days", "7",
+        ];
+        let parsed = with_plain_errors(command()).try_get_matches_from(line);
+        assert!(parsed.is_ok(), "{parsed:?}");
     }
 
     #[test]
