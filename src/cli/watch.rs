@@ -8,12 +8,16 @@ use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::args::{Output, ServerArgs, WatchArgs};
 use super::failure::{Failure, Outcome};
+use super::output::table::terminal_width;
 use super::output::{self, state};
 use super::progress::warn;
 use super::remote::{connect, server_flag};
 use super::short_names;
 use crate::rpc::client::{Client, FirstEvent};
 use crate::rpc::pb::{self, training_event::Event};
+
+/// Columns before a line of the summary: two spaces, the label and a space.
+const LABEL_COLUMNS: usize = 15;
 
 pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
     check_format(output)?;
@@ -148,7 +152,7 @@ fn summary(job: &pb::TrainingJob, checkpoints: &[pb::Checkpoint], flag: &str) ->
     }
     let next = match (job.state(), best.or(newest)) {
         (pb::JobState::Succeeded, Some(checkpoint)) => {
-            let name = &checkpoint.name;
+            let name = checkpoint.name.trim_start_matches("trainingJobs/");
             vec![
                 format!("bradley score --policy {name} --data PAIRS{flag}"),
                 format!("bradley checkpoints download {name} --out FOLDER{flag}"),
@@ -156,9 +160,37 @@ fn summary(job: &pb::TrainingJob, checkpoints: &[pb::Checkpoint], flag: &str) ->
         }
         _ => vec![format!("bradley jobs get {id}{flag}")],
     };
-    for (i, command) in next.iter().enumerate() {
-        let label = if i == 0 { "next:" } else { "" };
-        lines.push(format!("  {label:<12} {command}"));
+    let width = terminal_width().map_or(usize::MAX, |width| width.saturating_sub(LABEL_COLUMNS));
+    let mut label = "next:";
+    for line in next
+        .iter()
+        .flat_map(|command| command_lines(command, width))
+    {
+        lines.push(format!("  {label:<12} {line}"));
+        label = "";
+    }
+    lines
+}
+
+/// Returns a command in lines of at most `width` columns, if its flags are not longer. All but the
+/// last one end with a backslash, so that a shell takes them as one line.
+fn command_lines(command: &str, width: usize) -> Vec<String> {
+    if command.len() <= width {
+        return vec![command.to_owned()];
+    }
+    let mut lines: Vec<String> = Vec::new();
+    for part in command.split(" --") {
+        match lines.last_mut() {
+            None => lines.push(part.to_owned()),
+            Some(line) if line.len() + part.len() + " -- \\".len() <= width => {
+                line.push_str(" --");
+                line.push_str(part);
+            }
+            Some(line) => {
+                line.push_str(" \\");
+                lines.push(format!("--{part}"));
+            }
+        }
     }
     lines
 }
@@ -294,4 +326,26 @@ fn metrics(all: &std::collections::BTreeMap<String, f64>, prefix: &str) -> Strin
         reward("margins"),
         100.0 * reward("accuracies")
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_is_divided_between_its_flags() {
+        let policy = "--policy 0193c8e4-7a3f-7000-8000-000000000000/checkpoints/12";
+        let server = "--server http://127.0.0.1:9000";
+        let command = format!("bradley score {policy} --data PAIRS {server}");
+        assert_eq!(command_lines(&command, usize::MAX), [command.as_str()]);
+        assert_eq!(command_lines(&command, command.len()), [command.as_str()]);
+        assert_eq!(
+            command_lines(&command, 65),
+            [
+                "bradley score \\".to_owned(),
+                format!("{policy} \\"),
+                format!("--data PAIRS {server}"),
+            ]
+        );
+    }
 }
