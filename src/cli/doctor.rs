@@ -1,8 +1,12 @@
 //! `bradley doctor`: shows what this machine offers and which settings are in force, and checks
-//! that models, database, stores, ports and a server answer. It changes nothing.
+//! that models, database, stores, the issuer, the collector, ports and a server answer. It changes
+//! nothing.
 
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -11,7 +15,7 @@ use super::failure::{Failure, Outcome};
 use super::output::{self, bytes};
 use super::progress::waiting;
 use super::remote::connect;
-use super::settings::{SECRET_SETTINGS, SETTINGS, Settings, Sources};
+use super::settings::{SECRET_SETTINGS, SETTINGS, Settings, Sources, setting_of};
 use super::variables;
 use crate::compute::cpu::gemm::Kernel;
 use crate::domain::training::Precision;
@@ -19,7 +23,7 @@ use crate::engine::memory::HostMemoryOfProcess;
 use crate::formats::loader::load_model;
 use crate::formats::source::HubOptions;
 use crate::model::device::{ComputeDevice, DeviceChoice};
-use crate::rpc::client::Target;
+use crate::rpc::client::{Client, ClientError, Target};
 use crate::rpc::{Tls, pb};
 use crate::service::check;
 
@@ -130,14 +134,27 @@ pub(super) async fn run(args: DoctorArgs, output: Output) -> Outcome {
         };
         report.add(variable, CheckStatus::Warning, advice);
     }
-    let settings = resolve(&sources, &mut report);
+    let (settings, bad) = resolve(&sources, &mut report);
     let for_machine = settings.clone();
-    let machine = tokio::task::spawn_blocking(move || machine(for_machine.as_ref()));
+    let machine = tokio::task::spawn_blocking(move || machine(&for_machine));
     report.machine = waiting("looking at the machine", machine).await?;
-    if let Some(settings) = &settings {
-        check_server_parts(settings, &mut report).await?;
+    let mut skipped = impossible_checks(&settings, &bad);
+    check_server_parts(&settings, &skipped, &mut report).await?;
+    let own = if skipped.contains(&"listen") || skipped.contains(&"TLS") {
+        OwnAddress::BadSettings
+    } else {
+        own_address(&settings).map_or(OwnAddress::Unknown, OwnAddress::Known)
+    };
+    if !check_running_server(&args, own, &mut report).await {
+        skipped.push("running server");
     }
-    check_running_server(&args, settings.as_ref(), &mut report).await;
+    if !skipped.is_empty() {
+        let detail = format!(
+            "{}: the settings for this cannot be used",
+            skipped.join(", ")
+        );
+        report.add("not checked", CheckStatus::Warning, detail);
+    }
     match output {
         Output::Table => report.lines().iter().for_each(|line| output::line(line)),
         _ => output::resource(output, &report.to_json()),
@@ -173,8 +190,8 @@ fn list_settings(sources: &Sources, report: &mut DoctorReport) {
     }
 }
 
-/// Validates the settings. Each bad one is a failed check.
-fn resolve(sources: &Sources, report: &mut DoctorReport) -> Option<Settings> {
+/// Validates the settings. Each bad one is a failed check. Also returns the names of the bad ones.
+fn resolve(sources: &Sources, report: &mut DoctorReport) -> (Settings, BTreeSet<String>) {
     let mut sources = sources.clone();
     let names_models = !sources.get("models", "").0.trim().is_empty();
     if !names_models {
@@ -183,32 +200,56 @@ fn resolve(sources: &Sources, report: &mut DoctorReport) -> Option<Settings> {
         // Without a model, the other settings would not be validated.
         sources.flags.insert("models".to_owned(), ".".to_owned());
     }
-    match Settings::resolve(&sources) {
-        Ok(mut settings) => {
-            if !names_models {
-                settings.models.clear();
-            }
-            report.add("settings", CheckStatus::Ok, "all of them can be used");
-            Some(settings)
-        }
-        Err(bad) => {
-            for violation in bad.listed() {
-                report.add(
-                    &violation.field,
-                    CheckStatus::Failed,
-                    &violation.description,
-                );
-            }
-            None
-        }
+    let (mut settings, bad) = Settings::read(&sources);
+    if !names_models {
+        settings.models.clear();
     }
+    if bad.is_empty() {
+        report.add("settings", CheckStatus::Ok, "all of them can be used");
+    }
+    for violation in bad.listed() {
+        report.add(
+            &violation.field,
+            CheckStatus::Failed,
+            &violation.description,
+        );
+    }
+    let names = bad.listed().iter().map(|v| setting_of(&v.field));
+    (settings, names.collect())
+}
+
+/// Returns the names of the checks that cannot be made, because their settings cannot be used.
+fn impossible_checks(settings: &Settings, bad: &BTreeSet<String>) -> Vec<&'static str> {
+    let is_bad = |name: &str| bad.contains(name);
+    // Without a URL, the database is a file in the data directory.
+    let lacks_database =
+        is_bad("database_url") || (settings.database_url.is_none() && is_bad("data_dir"));
+    let lacks_issuer = (is_bad("oidc_issuer") && settings.oidc.is_none())
+        || is_bad("oidc_jwks_url")
+        || is_bad("oidc_ca_file");
+    let checks = [
+        ("device", is_bad("device")),
+        ("models", is_bad("models")),
+        ("data_dir", is_bad("data_dir")),
+        ("database", lacks_database),
+        (
+            "artifact store",
+            is_bad("artifact_url") || (settings.artifact_store.is_some() && lacks_database),
+        ),
+        ("issuer", lacks_issuer),
+        ("collector", is_bad("otlp_endpoint")),
+        ("TLS", bad.iter().any(|name| name.starts_with("tls_"))),
+        ("listen", is_bad("listen")),
+        ("http_listen", is_bad("http_listen")),
+    ];
+    let impossible = checks.into_iter().filter(|(_, lacks)| *lacks);
+    impossible.map(|(name, _)| name).collect()
 }
 
 /// Describes this machine.
-fn machine(settings: Option<&Settings>) -> Vec<(&'static str, String)> {
+fn machine(settings: &Settings) -> Vec<(&'static str, String)> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = settings.map_or(0, |s| s.threads);
-    let cores = match threads {
+    let cores = match settings.threads {
         0 => cores.to_string(),
         threads => format!("{cores}, of which the setting threads uses {threads}"),
     };
@@ -254,8 +295,14 @@ fn machine(settings: Option<&Settings>) -> Vec<(&'static str, String)> {
     facts
 }
 
-/// Checks the parts that `bradley serve` would use with these settings.
-async fn check_server_parts(settings: &Settings, report: &mut DoctorReport) -> Outcome {
+/// Checks the parts that `bradley serve` would use with these settings, without the checks in
+/// `skipped`.
+async fn check_server_parts(
+    settings: &Settings,
+    skipped: &[&str],
+    report: &mut DoctorReport,
+) -> Outcome {
+    let is_possible = |check: &str| !skipped.contains(&check);
     for device in &settings.engine.devices {
         if let DeviceChoice::Cuda(_) = device {
             let opened = ComputeDevice::open_all(*device).map(|_| "can be opened".to_owned());
@@ -270,17 +317,23 @@ async fn check_server_parts(settings: &Settings, report: &mut DoctorReport) -> O
         let (status, detail) = opened?;
         report.add(name, status, detail);
     }
-    report.add_result(
-        format!("data_dir {}", settings.data_dir.display()),
-        writable(&settings.data_dir),
-    );
+    if is_possible("data_dir") {
+        report.add_result(
+            format!("data_dir {}", settings.data_dir.display()),
+            writable(&settings.data_dir),
+        );
+    }
     let database_url = settings.database_url.as_deref();
-    let database = waiting(
-        "asking the database",
-        check::database(&settings.data_dir, database_url),
-    );
-    report.add_result("database", database.await);
-    if let Some((url, options)) = &settings.artifact_store {
+    if is_possible("database") {
+        let database = waiting(
+            "asking the database",
+            check::database(&settings.data_dir, database_url),
+        );
+        report.add_result("database", database.await);
+    }
+    if let Some((url, options)) = &settings.artifact_store
+        && is_possible("artifact store")
+    {
         let asked = waiting(
             "asking the artifact store",
             check::artifact_store(url, options, &settings.data_dir, database_url),
@@ -290,12 +343,28 @@ async fn check_server_parts(settings: &Settings, report: &mut DoctorReport) -> O
     if let Some(path) = &settings.token_file {
         report.add_result("tokens", check::token_file(path));
     }
+    if let Some(path) = &settings.audit_log {
+        report.add_result(format!("audit_log {}", path.display()), appendable(path));
+    }
+    if let Some(oidc) = &settings.oidc
+        && is_possible("issuer")
+    {
+        let asked = waiting("asking the OIDC issuer", check::issuer(&oidc.keys));
+        report.add_result(format!("oidc_issuer {}", oidc.keys.issuer), asked.await);
+    }
+    if let Some((endpoint, _)) = &settings.traces {
+        let (status, detail) = waiting("asking the collector", collector(endpoint)).await;
+        report.add(format!("otlp_endpoint {endpoint}"), status, detail);
+    }
     if let Some(files) = settings.tls.clone() {
         let opened = Tls::open(files).map(|_| "certificate and key can be used".to_owned());
         report.add_result("TLS", opened);
     }
     let ports = [
-        ("listen", Some(settings.listen)),
+        (
+            "listen",
+            Some(settings.listen).filter(|_| is_possible("listen")),
+        ),
         ("http_listen", settings.http_listen),
     ];
     for (name, address) in ports {
@@ -363,11 +432,53 @@ fn writable(folder: &Path) -> Result<String, String> {
     })
 }
 
+/// Checks that lines can be appended to a file, or that the file can be created.
+fn appendable(path: &Path) -> Result<String, String> {
+    // Opening a named pipe would wait for its reader.
+    if path.metadata().is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+        return Ok("is not a regular file, and was not opened".to_owned());
+    }
+    match std::fs::OpenOptions::new().append(true).open(path) {
+        Ok(_) => return Ok("can be written".to_owned()),
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        Err(e) => return Err(e.to_string()),
+    }
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    folder.metadata().map_err(|e| {
+        format!(
+            "{e}: create the folder {}, or name another file",
+            folder.display()
+        )
+    })?;
+    writable(folder)?;
+    Ok("is created at the first start".to_owned())
+}
+
+/// Connects to the collector of traces at `endpoint`. The server works without it.
+async fn collector(endpoint: &str) -> (CheckStatus, String) {
+    let target = Target::plain(endpoint);
+    let connected = Client::connect(&target, COLLECTOR_TIMEOUT);
+    let reason = match tokio::time::timeout(COLLECTOR_TIMEOUT, connected).await {
+        Ok(Ok(_)) => return (CheckStatus::Ok, "accepts connections".to_owned()),
+        Ok(Err(ClientError::Unreachable { reason, .. })) => reason,
+        Ok(Err(e)) => e.to_string(),
+        Err(_) => format!(
+            "it does not answer within {} seconds",
+            COLLECTOR_TIMEOUT.as_secs()
+        ),
+    };
+    let detail = format!("cannot be reached, so that traces are lost: {reason}");
+    (CheckStatus::Warning, detail)
+}
+
 /// Checks that a server could listen on an address.
 fn port(address: std::net::SocketAddr) -> (CheckStatus, String) {
     match std::net::TcpListener::bind(address) {
         Ok(_) => (CheckStatus::Ok, "is free".to_owned()),
-        Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => (
+        Err(e) if e.kind() == ErrorKind::AddrInUse => (
             CheckStatus::Warning,
             "is in use, perhaps by a server that runs already".to_owned(),
         ),
@@ -389,21 +500,30 @@ fn own_address(settings: &Settings) -> Option<String> {
     (settings.tls.is_none() && address.port() != 0).then(|| format!("http://{address}"))
 }
 
+/// Address of the server that has these settings.
+enum OwnAddress {
+    Known(String),
+    /// The settings give none, see [`own_address`].
+    Unknown,
+    /// The settings that give it cannot be used.
+    BadSettings,
+}
+
 /// Asks a running server for its health and its models. Without --address and --server this is the
 /// server at the address of `listen`, which need not run, or at [`DEFAULT_SERVER`] if the settings
-/// give no such address (see [`own_address`]).
+/// give no such address. Returns false if no server can be asked, because of bad settings.
 async fn check_running_server(
     args: &DoctorArgs,
-    settings: Option<&Settings>,
+    own: OwnAddress,
     report: &mut DoctorReport,
-) {
+) -> bool {
     let is_optional = args.address.is_none() && args.server.server == DEFAULT_SERVER;
-    let own = match is_optional {
-        true => settings.and_then(own_address),
-        false => None,
-    };
     let given = args.address.as_ref().unwrap_or(&args.server.server);
-    let address = own.as_ref().unwrap_or(given);
+    let address = match (&own, is_optional) {
+        (OwnAddress::BadSettings, true) => return false,
+        (OwnAddress::Known(address), true) => address,
+        _ => given,
+    };
     let target = Target {
         address: address.clone(),
         ..args.server.target()
@@ -450,7 +570,10 @@ async fn check_running_server(
             report.add(name, CheckStatus::Failed, detail);
         }
     }
+    true
 }
 
 /// Time limit for a running server.
-const SERVER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(20);
+const SERVER_TIMEOUT: Duration = Duration::from_secs(20);
+/// Time limit for the collector of traces.
+const COLLECTOR_TIMEOUT: Duration = Duration::from_secs(2);

@@ -504,6 +504,13 @@ impl Settings {
     /// # Errors
     /// Returns all bad settings, each with its source.
     pub fn resolve(sources: &Sources) -> Result<Self, Violations> {
+        let (settings, bad) = Settings::read(sources);
+        bad.into_result().map(|()| settings)
+    }
+
+    /// Validates every setting. Also returns all bad settings, each with its source. A bad setting
+    /// has its default value or none, so a server must not start with it.
+    pub(super) fn read(sources: &Sources) -> (Self, Violations) {
         let mut bad = Violations::default();
         if let Some((path, table)) = &sources.file {
             for key in table
@@ -729,7 +736,22 @@ impl Settings {
                 .unwrap_or_default(),
             hub: hub(sources),
         };
-        bad.into_result().map(|()| settings)
+        (settings, bad)
+    }
+}
+
+/// Returns the name of the setting whose source (a flag, a variable or a key of the file) is the
+/// field of a violation.
+pub(super) fn setting_of(field: &str) -> String {
+    if let Some((_, key)) = field.rsplit_once(": ") {
+        return key.to_owned();
+    }
+    if let Some(flag) = field.strip_prefix("--") {
+        return flag.replace('-', "_");
+    }
+    match field.strip_prefix("BRADLEY_") {
+        Some(variable) => variable.to_lowercase(),
+        None => field.to_owned(),
     }
 }
 
@@ -1005,6 +1027,22 @@ mod tests {
                 "{expected} is missing from {origins:?}"
             );
         }
+    }
+
+    #[test]
+    fn settings_beside_bad_ones_are_read() {
+        let s = sources(
+            &[("models", "/x"), ("batch_tokens", "none")],
+            &[("BRADLEY_LEASE", "soon")],
+            "listen = \"127.0.0.1:53150\"\nlitsen = 1\ndrain_timeout = 0",
+        );
+        let (settings, bad) = Settings::read(&s);
+        assert_eq!(settings.listen.port(), 53150);
+        assert_eq!(settings.models.len(), 1);
+        let mut names: Vec<String> = bad.listed().iter().map(|v| setting_of(&v.field)).collect();
+        names.sort();
+        assert_eq!(names, ["batch_tokens", "drain_timeout", "lease", "litsen"]);
+        assert_eq!(setting_of("oidc_roles"), "oidc_roles");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Checks of the database, the artifact store and the token file that change nothing, for
-//! `bradley doctor`.
+//! Checks of the database, the artifact store, the token file and the OIDC issuer that change
+//! nothing, for `bradley doctor`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,13 +9,14 @@ use sqlx::Connection as _;
 use sqlx::any::AnyPoolOptions;
 
 use super::auth::declared::DeclaredTokens;
+use super::auth::oidc::{self, KeySource};
 use super::error::{Result, ServiceError};
 use super::remote::Remote;
 use super::store::properties::ARTIFACT_STORE;
 use super::store::{DATABASE_FILE, check_version, refusal, sqlite_url};
 use crate::domain::reason::Reason;
 
-/// Time limit for the database and for the artifact store.
+/// Time limit for the database, for the artifact store and for the OIDC issuer.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Reads the file that declares tokens. Returns a text about it.
@@ -25,6 +26,27 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 pub fn token_file(path: &Path) -> Result<String> {
     DeclaredTokens::open(path)?;
     Ok(format!("{} can be used", path.display()))
+}
+
+/// Fetches the keys of an OIDC issuer as the server does: with its discovery document, unless the
+/// URL of the keys is set. Returns a text with their number.
+///
+/// # Errors
+/// `InvalidArgument` (`oidc_ca_file`) or `Internal` if there can be no HTTPS client, `Unavailable`
+/// if the keys cannot be fetched within five seconds.
+pub async fn issuer(source: &KeySource) -> Result<String> {
+    let counted = tokio::time::timeout(TIMEOUT, oidc::count_keys(source.clone())).await;
+    let counted = counted.unwrap_or_else(|_| {
+        Err(ServiceError::Unavailable {
+            reason: Reason::IssuerUnavailable,
+            message: format!(
+                "the keys of the OIDC issuer cannot be fetched: no answer within {} seconds",
+                TIMEOUT.as_secs()
+            ),
+            retry_after: TIMEOUT,
+        })
+    });
+    Ok(format!("its keys can be fetched ({})", counted?))
 }
 
 /// Asks the database at `database_url`, or the SQLite database in `data_dir`. Returns a text with

@@ -120,12 +120,15 @@ impl Server {
             Err(e) => Err(format!("does not answer: {e}")),
         };
         let models: Vec<String> = self.engine.models().into_iter().map(|m| m.id).collect();
-        vec![
+        let mut parts = vec![
             ("new work", work),
             ("database", database),
             ("models", Ok(models.join(", "))),
             ("jobs that run here", state_of_runs(runs.len(), &waits)),
-        ]
+        ];
+        let issuer = self.tokens.issuer_state();
+        parts.extend(issuer.map(|state| ("OIDC issuer", state)));
+        parts
     }
 
     /// Returns the gauges of all runs in this process as (job id, gauge name, value).

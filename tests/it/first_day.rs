@@ -179,6 +179,105 @@ fn doctor_asks_the_server_of_its_settings() {
 }
 
 #[test]
+fn doctor_makes_the_checks_that_the_usable_settings_allow() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = golden("models/llama");
+    let listen = format!("127.0.0.1:{}", free_port());
+    let config = dir.path().join("bradley.toml");
+    let text = format!(
+        "modles = \"x\"\nbatch_tokens = 0\nlisten = {listen:?}\nhttp_listen = \"off\"\n\
+         models = {:?}\ndata_dir = {:?}\nauth = \"tokens\"\n\
+         token_file = \"/nowhere/t.yaml\"\n",
+        model.to_str().unwrap(),
+        dir.path().join("data").to_str().unwrap()
+    );
+    std::fs::write(&config, text).unwrap();
+    let doctor = |more: &[&str]| {
+        let args = ["doctor", "--config", config.to_str().unwrap()];
+        let out = bradley(&[&args[..], more].concat());
+        assert_eq!(out.status.code(), Some(1), "{}", stderr(&out));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let said = doctor(&[]);
+    for wanted in [
+        "bradley.toml: modles: is not a setting",
+        "bradley.toml: batch_tokens: is \"0\"",
+        "ok       model llama: ",
+        "ok       data_dir ",
+        "failed   tokens: token_file /nowhere/t.yaml: No such file",
+        &format!("ok       listen {listen}: is free"),
+        &format!("ok       server http://{listen}: no server answers there"),
+    ] {
+        assert!(said.contains(wanted), "{wanted}: {said}");
+    }
+    assert!(!said.contains("not checked"), "{said}");
+
+    let said = doctor(&["--data-dir", "", "--listen", "nowhere"]);
+    let wanted = "warning  not checked: data_dir, database, listen, running server: ";
+    assert!(said.contains(wanted), "{said}");
+    assert!(said.contains("ok       model llama: "), "{said}");
+    assert!(!said.contains("no server answers"), "{said}");
+}
+
+#[test]
+fn doctor_checks_the_audit_log_the_issuer_and_the_collector() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = golden("models/llama");
+    let data = dir.path().join("data");
+    let listen = format!("127.0.0.1:{}", free_port());
+    let closed = format!("http://127.0.0.1:{}", free_port());
+    let doctor = |more: &[&str]| {
+        let args = [
+            "doctor",
+            "--models",
+            model.to_str().unwrap(),
+            "--data-dir",
+            data.to_str().unwrap(),
+            "--listen",
+            &listen,
+            "--http-listen",
+            "off",
+        ];
+        let out = bradley(&[&args[..], more].concat());
+        let said = String::from_utf8(out.stdout).unwrap();
+        (out.status.code(), said)
+    };
+    let (code, said) = doctor(&["--audit-log", "/nowhere/a.jsonl"]);
+    assert_eq!(code, Some(1), "{said}");
+    let wanted = "failed   audit_log /nowhere/a.jsonl: No such file";
+    assert!(said.contains(wanted), "{said}");
+
+    let log = dir.path().join("a.jsonl");
+    let (code, said) = doctor(&["--audit-log", log.to_str().unwrap()]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("a.jsonl: is created"), "{said}");
+    assert!(!log.exists(), "doctor made the audit log");
+    std::fs::write(&log, "").unwrap();
+    let (_, said) = doctor(&["--audit-log", log.to_str().unwrap()]);
+    assert!(said.contains("a.jsonl: can be written"), "{said}");
+
+    let (code, said) = doctor(&["--otlp-endpoint", &closed]);
+    assert_eq!(code, Some(0), "{said}");
+    let wanted = format!("warning  otlp_endpoint {closed}: cannot be reached");
+    assert!(said.contains(&wanted), "{said}");
+    let (code, said) = doctor(&[
+        "--auth",
+        "tokens",
+        "--oidc-issuer",
+        &closed,
+        "--oidc-audience",
+        "bradley",
+        "--oidc-roles",
+        "score=*",
+    ]);
+    assert_eq!(code, Some(1), "{said}");
+    let wanted = format!(
+        "failed   oidc_issuer {closed}: the keys of the OIDC issuer cannot be fetched: {closed}/"
+    );
+    assert!(said.contains(&wanted), "{said}");
+}
+
+#[test]
 fn refused_calls_speak_of_flags() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());

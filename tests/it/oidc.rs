@@ -568,6 +568,34 @@ async fn open_calls_end_with_their_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn doctor_and_readiness_tell_that_the_issuer_answers() {
+    let key = Key::ec("k");
+    let issuer = Issuer::start(&[&key]).await;
+    let dir = tempfile::tempdir().unwrap();
+    let server = serve(dir.path(), &issuer.url, &[]);
+    let state = "[+] OIDC issuer: its keys are known (1)\n";
+    until(
+        "the line of readiness",
+        Duration::from_secs(30),
+        async || server.http_get("/readyz?verbose").contains(state),
+    )
+    .await;
+    let mut doctor = std::process::Command::new(crate::support::binary());
+    doctor
+        .args(["doctor", "--auth", "tokens", "--oidc-issuer", &issuer.url])
+        .args(["--oidc-audience", "bradley", "--oidc-roles", "score=*"])
+        .args(["--otlp-endpoint", &server.address]);
+    let ended = tokio::task::spawn_blocking(move || doctor.output()).await;
+    let said = String::from_utf8(ended.unwrap().unwrap().stdout).unwrap();
+    let wanted = format!(
+        "ok       oidc_issuer {}: its keys can be fetched (1)",
+        issuer.url
+    );
+    assert!(said.contains(&wanted), "{said}");
+    assert!(said.contains(": accepts connections"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_discovery_document_of_another_issuer_gives_no_keys() {
     let key = Key::ec("k");
     let issuer = Issuer::start(&[&key]).await;
@@ -577,6 +605,16 @@ async fn a_discovery_document_of_another_issuer_gives_no_keys() {
     until("the warning", Duration::from_secs(30), async || {
         server.has_logged("set oidc_issuer to exactly this")
     })
+    .await;
+    let state = "[-] OIDC issuer: its keys cannot be fetched: its tokens cannot be checked\n";
+    until(
+        "the line of readiness",
+        Duration::from_secs(10),
+        async || {
+            let verbose = server.http_get("/readyz?verbose");
+            verbose.starts_with("HTTP/1.1 200") && verbose.contains(state)
+        },
+    )
     .await;
     let token = key.sign(&claims(&localhost, json!({})));
     let unavailable = async || {

@@ -155,6 +155,21 @@ impl From<Refusal> for ServiceError {
     }
 }
 
+/// Fetches the keys of an issuer once, and returns their number.
+///
+/// # Errors
+/// `InvalidArgument` (`oidc_ca_file`) or `Internal` if there can be no HTTPS client, `Unavailable`
+/// if the keys cannot be fetched.
+pub(in crate::service) async fn count_keys(source: KeySource) -> Result<usize> {
+    signatures::install();
+    let counted = IssuerKeys::new(source)?.count().await;
+    counted.map_err(|reason| ServiceError::Unavailable {
+        reason: Reason::IssuerUnavailable,
+        message: format!("the keys of the OIDC issuer cannot be fetched: {reason}"),
+        retry_after: Duration::from_secs(5),
+    })
+}
+
 /// Authenticates callers by an issuer's tokens.
 pub(in crate::service) struct Oidc {
     options: OidcOptions,
@@ -175,6 +190,14 @@ impl Oidc {
     /// Fetches the issuer's keys forever.
     pub async fn follow(&self) {
         self.keys.follow().await;
+    }
+
+    /// Returns a text about the issuer's keys, for people.
+    ///
+    /// # Errors
+    /// Returns the problem with the keys, for people.
+    pub fn state(&self) -> std::result::Result<String, String> {
+        self.keys.state()
     }
 
     /// Returns the caller who presents `token`.
@@ -375,6 +398,20 @@ mod tests {
         let all = all.as_object_mut().unwrap();
         all.extend(more.as_object().unwrap().clone());
         all.clone()
+    }
+
+    #[tokio::test]
+    async fn an_issuer_that_does_not_answer_has_no_keys() {
+        let oidc = oidc("sub", None, &[]);
+        let before = oidc.state().unwrap_err();
+        assert_eq!(before, "its keys are not known yet");
+        // Nothing listens on port 1.
+        let failed = count_keys(oidc.options.keys.clone()).await.unwrap_err();
+        let said = failed.to_string();
+        let start = "the keys of the OIDC issuer cannot be fetched: \
+                     http://127.0.0.1:1/.well-known/openid-configuration: ";
+        assert!(said.starts_with(start), "{said}");
+        assert!(said.contains("refused"), "{said}");
     }
 
     #[test]

@@ -178,6 +178,12 @@ impl TokenService {
         tokio::join!(file, issuer);
     }
 
+    /// Returns the state of the issuer's keys, or the problem with them, for people; `None` without
+    /// an issuer.
+    pub(in crate::service) fn issuer_state(&self) -> Option<std::result::Result<String, String>> {
+        self.oidc.as_ref().map(|oidc| oidc.state())
+    }
+
     /// Waits until the caller's token has been revoked or has expired, and returns the error for
     /// the calls that are still open. Never returns for a caller without a token.
     pub async fn until_invalid(&self, caller: &Caller) -> ServiceError {

@@ -275,6 +275,33 @@ impl IssuerKeys {
         }
     }
 
+    /// Fetches the keys once, without using them, and returns their number.
+    ///
+    /// # Errors
+    /// Returns the reason why they cannot be fetched.
+    pub async fn count(&self) -> std::result::Result<usize, String> {
+        Ok(self.fetch().await?.len())
+    }
+
+    /// Returns a text about the keys in use, for people.
+    ///
+    /// # Errors
+    /// Returns the problem with the keys, for people.
+    pub fn state(&self) -> std::result::Result<String, String> {
+        let known = self.published.borrow().clone();
+        let keys = known.keys.len();
+        match (self.is_current(&known), known.failed) {
+            (true, false) => Ok(format!("its keys are known ({keys})")),
+            (true, true) => Err(format!(
+                "its keys cannot be fetched: the last ones ({keys}) are in use"
+            )),
+            (false, true) => {
+                Err("its keys cannot be fetched: its tokens cannot be checked".to_owned())
+            }
+            (false, false) => Err("its keys are not known yet".to_owned()),
+        }
+    }
+
     async fn fetch(&self) -> std::result::Result<Vec<PublishedKey>, String> {
         let url = match &self.source.jwks_url {
             Some(url) => url.clone(),
