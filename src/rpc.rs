@@ -5,6 +5,7 @@
 
 mod auth;
 pub mod canonical;
+mod certificate;
 mod checkpoint;
 pub mod client;
 mod connections;

@@ -357,8 +357,12 @@ async fn check_server_parts(
         report.add(format!("otlp_endpoint {endpoint}"), status, detail);
     }
     if let Some(files) = settings.tls.clone() {
+        let problem = files.problem();
         let opened = Tls::open(files).map(|_| "certificate and key can be used".to_owned());
-        report.add_result("TLS", opened);
+        match problem {
+            Some(problem) if opened.is_ok() => report.add("TLS", CheckStatus::Warning, problem),
+            _ => report.add_result("TLS", opened),
+        }
     }
     let ports = [
         (

@@ -21,6 +21,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic_types::StatusExt;
 
+use super::certificate;
 use super::pb;
 use super::pb::checkpoint_service_client::CheckpointServiceClient;
 use super::pb::dataset_service_client::DatasetServiceClient;
@@ -55,6 +56,14 @@ pub enum ClientError {
         address: String,
         /// The transport's error.
         reason: String,
+    },
+    /// The server's certificate is refused.
+    #[error("cannot reach {address}: TLS failed: {problem}")]
+    BadCertificate {
+        /// The server's address.
+        address: String,
+        /// The problem with the certificate, and the remedy.
+        problem: String,
     },
     /// The server refused the call or ended it with an error.
     #[error("{}", describe(.0))]
@@ -295,7 +304,8 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError::Unreachable`] if the address, a certificate or a key is wrong or the
-    /// connection fails, [`ClientError::File`] if the file of a certificate or key cannot be read,
+    /// connection fails, [`ClientError::BadCertificate`] if the server's certificate is refused,
+    /// [`ClientError::File`] if the file of a certificate or key cannot be read,
     /// [`ClientError::BadToken`] if the token has characters that a header cannot have.
     pub async fn connect(target: &Target, timeout: Duration) -> ClientResult<Self> {
         let address = &target.address;
@@ -325,7 +335,13 @@ impl Client {
         let channel = endpoint
             .connect()
             .await
-            .map_err(|e| unreachable(root_cause(&e)))?;
+            .map_err(|e| match certificate::problem_in(&e) {
+                Some(problem) => ClientError::BadCertificate {
+                    address: address.clone(),
+                    problem,
+                },
+                None => unreachable(root_cause(&e)),
+            })?;
         Ok(Client { channel, bearer })
     }
 

@@ -26,6 +26,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::transport::server::Connected;
 
+use super::certificate::{IS_AUTHORITY, is_authority};
 use super::connections::{Activity, Connections, Place};
 use crate::telemetry::gauge_guard::GaugeGuard;
 
@@ -59,6 +60,15 @@ pub struct TlsFiles {
     pub http1: bool,
 }
 
+impl TlsFiles {
+    /// Returns the problem because of which clients refuse the server's certificate, and the
+    /// remedy. `None` if there is none, or if the file cannot be read.
+    pub fn problem(&self) -> Option<&'static str> {
+        let chain = certificates(&self.certificate).ok()?;
+        is_authority(chain.first()?).then_some(IS_AUTHORITY)
+    }
+}
+
 /// The reason why a TLS file cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {reason}", path.display())]
@@ -80,6 +90,7 @@ impl Tls {
     pub fn open(files: TlsFiles) -> Result<Self, TlsError> {
         let mut known = contents(&files)?;
         let (sender, receiver) = watch::channel(Arc::new(configure(&files)?));
+        warn_about_certificate(&files);
         tokio::spawn(async move {
             while !sender.is_closed() {
                 tokio::time::sleep(CERTIFICATE_CHECK_INTERVAL).await;
@@ -100,6 +111,7 @@ impl Tls {
                             certificate = %files.certificate.display(),
                             "new TLS certificates are in use"
                         );
+                        warn_about_certificate(&files);
                         metrics::counter!("bradley_tls_reloads_total").increment(1);
                         sender.send_replace(Arc::new(config));
                         known = current;
@@ -132,6 +144,12 @@ fn tls_error(path: &Path, e: impl fmt::Display) -> TlsError {
     TlsError {
         path: path.to_owned(),
         reason: e.to_string(),
+    }
+}
+
+fn warn_about_certificate(files: &TlsFiles) {
+    if let Some(problem) = files.problem() {
+        tracing::warn!(certificate = %files.certificate.display(), "{problem}");
     }
 }
 

@@ -817,6 +817,61 @@ async fn tls_needs_client_certificates_and_reloads_changed_files() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_authority_as_a_server_is_explained_to_both_sides() {
+    let (data_dir, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(vec!["localhost".into()]).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let certificate = files.path().join("c.pem");
+    let key_file = files.path().join("c.key");
+    std::fs::write(&certificate, params.self_signed(&key).unwrap().pem()).unwrap();
+    std::fs::write(&key_file, key.serialize_pem()).unwrap();
+    let flags = [
+        "--tls-cert",
+        certificate.to_str().unwrap(),
+        "--tls-key",
+        key_file.to_str().unwrap(),
+    ];
+    let server = Server::start_with(data_dir.path(), &tiny(), &flags);
+    assert!(server.has_logged("the server's certificate is a CA certificate (CA:TRUE)"));
+    let port = server.address.rsplit(':').next().unwrap();
+    let target = Target {
+        tls_ca: Some(certificate.clone()),
+        ..Target::plain(format!("https://localhost:{port}"))
+    };
+    match Client::connect(&target, Duration::from_secs(5)).await {
+        Err(ClientError::BadCertificate { problem, .. }) => {
+            assert!(
+                problem.contains("basicConstraints=critical,CA:FALSE"),
+                "{problem}"
+            );
+        }
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("the client accepts an authority as a server"),
+    }
+    // Neither the name nor the authority is right for this server.
+    let tls = TlsServer::start();
+    let refused = async |host: &str, ca: PathBuf| {
+        let target = Target {
+            tls_ca: Some(ca),
+            ..Target::plain(format!("https://{host}:{}", tls.port()))
+        };
+        match Client::connect(&target, Duration::from_secs(5)).await {
+            Err(ClientError::BadCertificate { problem, .. }) => problem,
+            Err(other) => panic!("{other}"),
+            Ok(_) => panic!("the client accepts the certificate"),
+        }
+    };
+    let other_name = refused("127.0.0.1", tls.file("ca.pem")).await;
+    assert!(
+        other_name.contains("not for the name 127.0.0.1: use one of its names: localhost"),
+        "{other_name}"
+    );
+    let unknown = refused("localhost", tls.file("clients.pem")).await;
+    assert!(unknown.contains("--tls-server-ca"), "{unknown}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_call_past_its_deadline_is_dropped_and_counted() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());

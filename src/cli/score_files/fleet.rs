@@ -449,7 +449,9 @@ impl Attempt {
     fn of(error: ClientError) -> Self {
         match error {
             ClientError::Refused(status) => Attempt::Refused(status),
-            ClientError::Unreachable { .. } => Attempt::Silent(error.to_string()),
+            ClientError::Unreachable { .. } | ClientError::BadCertificate { .. } => {
+                Attempt::Silent(error.to_string())
+            }
             other => Attempt::Fatal(other.into()),
         }
     }
