@@ -51,6 +51,7 @@ use clap::FromArgMatches as _;
 use self::args::{Cli, Command, ServeArgs};
 use self::failure::{Failure, Outcome};
 use self::settings::{Settings, Sources};
+use crate::rpc::TlsError;
 use crate::telemetry::metrics;
 use crate::train::rows::sandbox;
 
@@ -227,6 +228,11 @@ async fn serve_command(args: ServeArgs) -> Outcome {
             tokio::task::spawn_blocking(move || traces.shutdown_with_timeout(TRACE_FLUSH_TIMEOUT))
                 .await;
     }
+    let served = served.map_err(|e| match e.downcast_ref::<TlsError>() {
+        // A wrong file is a wrong setting.
+        Some(wrong) => Failure::Usage(wrong.to_string()),
+        None => e.into(),
+    });
     match served? {
         serve::Ended::DeviceIdle => Ok(()),
         serve::Ended::DeviceBusy(result) => {

@@ -307,7 +307,7 @@ fn open_devices(
                 device.name()
             );
             let e = EngineError::OutOfMemory {
-                needed_mib: needed >> 20,
+                needed_mib: needed.div_ceil(1 << 20),
                 available_mib: available >> 20,
                 remedy,
             };
@@ -636,7 +636,7 @@ impl Engine {
                     weights: train with LoRA, or raise memory_limit"
                     .to_owned();
                 return Err(EngineError::OutOfMemory {
-                    needed_mib: needed >> 20,
+                    needed_mib: needed.div_ceil(1 << 20),
                     available_mib: available >> 20,
                     remedy,
                 });
@@ -671,7 +671,7 @@ impl Engine {
                     ),
                 };
                 Err(EngineError::OutOfMemory {
-                    needed_mib: (resident + least.total()) >> 20,
+                    needed_mib: (resident + least.total()).div_ceil(1 << 20),
                     available_mib: available >> 20,
                     remedy,
                 })

@@ -106,8 +106,7 @@ pub async fn serve_on(
 ) -> anyhow::Result<Ended> {
     tokio::pin!(shutdown);
     // Before the models, because loading these may take minutes.
-    let tls = settings.tls.clone().map(Tls::open).transpose();
-    let tls = tls.context("tls_cert, tls_key or tls_client_ca cannot be used")?;
+    let tls = settings.tls.clone().map(Tls::open).transpose()?;
     check_data_dir_unused(&settings.data_dir)?;
     let engine = tokio::select! {
         engine = start_engine(&settings) => engine?,
@@ -150,6 +149,13 @@ pub async fn serve_on(
         ),
         e => e.into(),
     })?;
+    if settings.tokens && matches!(service.server.tokens().lacks_tokens().await, Ok(true)) {
+        tracing::warn!(
+            "auth is tokens, but there is no token yet, so every call is refused: make one with \
+             `bradley tokens create --owner NAME --roles admin` and the same --data-dir or \
+             --database-url"
+        );
+    }
     let (stop, mut stopping) = watch::channel(false);
     let http_address = http
         .as_ref()

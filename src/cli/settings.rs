@@ -862,12 +862,13 @@ impl SettingsReader<'_> {
                 let set = ["tls_cert", "tls_key", "tls_client_ca"]
                     .into_iter()
                     .find(|name| !self.sources.get(name, "").0.is_empty());
-                let missing = match (certificate, key) {
-                    (None, None) => "tls_cert and tls_key are",
-                    (None, _) => "tls_cert is",
-                    _ => "tls_key is",
-                };
                 let (_, origin) = self.sources.get(set.unwrap_or("tls_cert"), "");
+                let [cert_name, key_name] = ["tls_cert", "tls_key"].map(|n| name_as(&origin, n));
+                let missing = match (certificate, key) {
+                    (None, None) => format!("{cert_name} and {key_name} are"),
+                    (None, _) => format!("{cert_name} is"),
+                    _ => format!("{key_name} is"),
+                };
                 self.bad
                     .push(origin, format!("is set, but {missing} not: TLS needs both"));
                 None
@@ -928,6 +929,17 @@ impl SettingsReader<'_> {
             );
         }
         models
+    }
+}
+
+/// Returns a setting's name as `origin` has that of another one: as a flag, a variable or a key.
+fn name_as(origin: &str, name: &str) -> String {
+    if origin.starts_with("--") {
+        format!("--{}", name.replace('_', "-"))
+    } else if origin.starts_with("BRADLEY_") {
+        format!("BRADLEY_{}", name.to_uppercase())
+    } else {
+        name.to_owned()
     }
 }
 

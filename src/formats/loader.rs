@@ -81,6 +81,12 @@ fn open(id: String, source: &str, hub: &HubOptions) -> Result<LoadedModel, Model
     match located {
         Located::Folder(folder) => {
             let path = folder.join("config.json");
+            if is_local && !path.exists() {
+                return Err(ModelError::NotFound {
+                    model: source.to_owned(),
+                    tried: "this folder, which has no config.json".to_owned(),
+                });
+            }
             let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
             let config = ModelConfig::from_hf_json(&text, &path)?;
             let weights = Weights::open_folder(&folder)?;
@@ -178,6 +184,16 @@ mod tests {
         assert_eq!(end_ids(), [1, 7]);
         std::fs::remove_file(folder.path().join(generation_config)).unwrap();
         assert_eq!(end_ids(), [1, 7]);
+    }
+
+    #[test]
+    fn a_folder_without_a_configuration_is_no_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().to_str().unwrap();
+        let refused = load_model(None, source, &HubOptions::default()).unwrap_err();
+        let expected =
+            format!("model '{source}' not found; tried this folder, which has no config.json");
+        assert_eq!(refused.to_string(), expected);
     }
 
     #[test]

@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig};
+use rustls::{InconsistentKeys, RootCertStore, ServerConfig};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -64,15 +64,16 @@ impl TlsFiles {
     /// Returns the problem because of which clients refuse the server's certificate, and the
     /// remedy. `None` if there is none, or if the file cannot be read.
     pub fn problem(&self) -> Option<&'static str> {
-        let chain = certificates(&self.certificate).ok()?;
+        let chain = certificates("tls_cert", &self.certificate).ok()?;
         is_authority(chain.first()?).then_some(IS_AUTHORITY)
     }
 }
 
 /// The reason why a TLS file cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("{}: {reason}", path.display())]
+#[error("{setting} {}: {reason}", path.display())]
 pub struct TlsError {
+    setting: &'static str,
     path: PathBuf,
     reason: String,
 }
@@ -140,8 +141,9 @@ impl fmt::Debug for Tls {
     }
 }
 
-fn tls_error(path: &Path, e: impl fmt::Display) -> TlsError {
+fn tls_error(setting: &'static str, path: &Path, e: impl fmt::Display) -> TlsError {
     TlsError {
+        setting,
         path: path.to_owned(),
         reason: e.to_string(),
     }
@@ -155,50 +157,63 @@ fn warn_about_certificate(files: &TlsFiles) {
 
 fn contents(files: &TlsFiles) -> Result<Vec<Vec<u8>>, TlsError> {
     let paths = [
-        Some(&files.certificate),
-        Some(&files.key),
-        files.client_ca.as_ref(),
+        ("tls_cert", Some(&files.certificate)),
+        ("tls_key", Some(&files.key)),
+        ("tls_client_ca", files.client_ca.as_ref()),
     ];
-    paths
+    let given = paths
         .into_iter()
-        .flatten()
-        .map(|p| std::fs::read(p).map_err(|e| tls_error(p, e)))
+        .filter_map(|(setting, path)| Some((setting, path?)));
+    given
+        .map(|(setting, path)| std::fs::read(path).map_err(|e| tls_error(setting, path, e)))
         .collect()
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+fn certificates(
+    setting: &'static str,
+    path: &Path,
+) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let all: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path)
-        .map_err(|e| tls_error(path, e))?
+        .map_err(|e| tls_error(setting, path, e))?
         .collect();
-    let all = all.map_err(|e| tls_error(path, e))?;
+    let all = all.map_err(|e| tls_error(setting, path, e))?;
     if all.is_empty() {
-        Err(tls_error(path, "it holds no PEM certificate"))
+        Err(tls_error(setting, path, "it holds no PEM certificate"))
     } else {
         Ok(all)
     }
 }
 
 fn configure(files: &TlsFiles) -> Result<ServerConfig, TlsError> {
-    let chain = certificates(&files.certificate)?;
-    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| tls_error(&files.key, e))?;
+    let chain = certificates("tls_cert", &files.certificate)?;
+    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| match e {
+        pem::Error::NoItemsFound => tls_error("tls_key", &files.key, "it holds no PEM private key"),
+        e => tls_error("tls_key", &files.key, e),
+    })?;
     let builder = ServerConfig::builder();
     let builder = match &files.client_ca {
         None => builder.with_no_client_auth(),
         Some(path) => {
+            let wrong = |e: &dyn fmt::Display| tls_error("tls_client_ca", path, e);
             let mut roots = RootCertStore::empty();
-            for authority in certificates(path)? {
-                roots.add(authority).map_err(|e| tls_error(path, e))?;
+            for authority in certificates("tls_client_ca", path)? {
+                roots.add(authority).map_err(|e| wrong(&e))?;
             }
             builder.with_client_cert_verifier(
                 WebPkiClientVerifier::builder(Arc::new(roots))
                     .build()
-                    .map_err(|e| tls_error(path, e))?,
+                    .map_err(|e| wrong(&e))?,
             )
         }
     };
-    let mut config = builder
-        .with_single_cert(chain, key)
-        .map_err(|e| tls_error(&files.certificate, e))?;
+    let mut config = builder.with_single_cert(chain, key).map_err(|e| match e {
+        rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+            let certificate = files.certificate.display();
+            let problem = format!("it is not the key of the certificate in {certificate}");
+            tls_error("tls_key", &files.key, problem)
+        }
+        e => tls_error("tls_cert", &files.certificate, e),
+    })?;
     config.alpn_protocols = vec![b"h2".to_vec()];
     if files.http1 {
         config.alpn_protocols.push(b"http/1.1".to_vec());

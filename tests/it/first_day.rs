@@ -56,9 +56,9 @@ fn a_server_that_cannot_start_names_the_setting_and_the_remedy() {
     refused(dir, &["--http-listen", &held], 1, &words);
     drop(holders);
 
-    let words = ["--tls-cert is set, but tls_key is not: TLS needs both"];
+    let words = ["--tls-cert is set, but --tls-key is not: TLS needs both"];
     refused(dir, &["--tls-cert", "x.pem"], 2, &words);
-    let words = ["--tls-client-ca is set, but tls_cert and tls_key are not"];
+    let words = ["--tls-client-ca is set, but --tls-cert and --tls-key are not"];
     refused(dir, &["--tls-client-ca", "x.pem"], 2, &words);
     let files = [
         "--tls-cert",
@@ -66,9 +66,32 @@ fn a_server_that_cannot_start_names_the_setting_and_the_remedy() {
         "--tls-key",
         "/nowhere/x.key",
     ];
-    let words = ["tls_cert, tls_key or tls_client_ca cannot be used: /nowhere/x.pem: No such"];
-    let said = refused(dir, &files, 1, &words);
+    let words = ["error: tls_cert /nowhere/x.pem: No such"];
+    let said = refused(dir, &files, 2, &words);
     assert!(!said.contains("model opened"), "TLS comes first: {said}");
+    let [cert, key] = ["a.pem", "b.key"].map(|name| dir.join(name));
+    for (path, is_certificate) in [(&cert, true), (&key, false)] {
+        // Each of the files belongs to another pair.
+        let pair = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        let text = match is_certificate {
+            true => params.self_signed(&pair).unwrap().pem(),
+            false => pair.serialize_pem(),
+        };
+        std::fs::write(path, text).unwrap();
+    }
+    let (cert, key) = (cert.to_str().unwrap(), key.to_str().unwrap());
+    let words = [
+        "error: tls_key ",
+        "b.key: it is not the key of the certificate in",
+    ];
+    refused(dir, &["--tls-cert", cert, "--tls-key", key], 2, &words);
+    let words = ["tls_key ", "a.pem: it holds no PEM private key"];
+    refused(dir, &["--tls-cert", cert, "--tls-key", cert], 2, &words);
+
+    let words = ["MiB are needed, 0 MiB are allowed"];
+    let said = refused(dir, &["--memory-limit", "1KB"], 1, &words);
+    assert!(!said.contains("about 0 MiB"), "{said}");
 
     let words = ["audit_log /nowhere/a.log: No such file"];
     refused(dir, &["--audit-log", "/nowhere/a.log"], 1, &words);
@@ -293,6 +316,7 @@ fn refused_calls_speak_of_flags() {
     let dir = tempfile::tempdir().unwrap();
     let models = format!("tiny={}", golden("models/llama").display());
     let server = Server::start_with(dir.path(), &models, &["--auth", "tokens"]);
+    assert!(server.has_logged("there is no token yet"));
     let out = bradley(&["jobs", "list", "--server", &server.address]);
     assert_eq!(out.status.code(), Some(1));
     let said = stderr(&out);

@@ -178,6 +178,18 @@ impl TokenService {
         tokio::join!(file, issuer);
     }
 
+    /// Returns true if there is no token with which a call could be made: the database has none, no
+    /// file declares any, and there is no issuer.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Internal` if the database fails.
+    pub async fn lacks_tokens(&self) -> Result<bool> {
+        if self.declared.is_some() || self.oidc.is_some() {
+            return Ok(false);
+        }
+        Ok(self.store.tokens().await?.is_empty())
+    }
+
     /// Returns the state of the issuer's keys, or the problem with them, for people; `None` without
     /// an issuer.
     pub(in crate::service) fn issuer_state(&self) -> Option<std::result::Result<String, String>> {
