@@ -514,8 +514,8 @@ enum OwnAddress {
 }
 
 /// Asks a running server for its health and its models. Without --address and --server this is the
-/// server at the address of `listen`, which need not run, or at [`DEFAULT_SERVER`] if the settings
-/// give no such address. Returns false if no server can be asked, because of bad settings.
+/// server at the address of `listen`, which need not run; if the settings give no such address, none
+/// is asked. Returns false if the cause of this are bad settings.
 async fn check_running_server(
     args: &DoctorArgs,
     own: OwnAddress,
@@ -525,6 +525,12 @@ async fn check_running_server(
     let given = args.address.as_ref().unwrap_or(&args.server.server);
     let address = match (&own, is_optional) {
         (OwnAddress::BadSettings, true) => return false,
+        (OwnAddress::Unknown, true) => {
+            let detail = "is not asked, because the settings do not tell its address (TLS, or port \
+                          0): --address names it";
+            report.add("server", CheckStatus::Ok, detail);
+            return true;
+        }
         (OwnAddress::Known(address), true) => address,
         _ => given,
     };

@@ -235,6 +235,10 @@ fn doctor_makes_the_checks_that_the_usable_settings_allow() {
     }
     assert!(!said.contains("not checked"), "{said}");
 
+    let said = doctor(&["--listen", "127.0.0.1:0"]);
+    assert!(said.contains("ok       server: is not asked"), "{said}");
+    assert!(!said.contains("not checked"), "{said}");
+
     let said = doctor(&["--data-dir", "", "--listen", "nowhere"]);
     let wanted = "warning  not checked: data_dir, database, listen, running server: ";
     assert!(said.contains(wanted), "{said}");
