@@ -514,8 +514,8 @@ enum OwnAddress {
 }
 
 /// Asks a running server for its health and its models. Without --address and --server this is the
-/// server at the address of `listen`, which need not run; if the settings give no such address, none
-/// is asked. Returns false if the cause of this are bad settings.
+/// server at the address of `listen`, which need not run; if the settings give no such address,
+/// none is asked. Returns false if bad settings are the cause.
 async fn check_running_server(
     args: &DoctorArgs,
     own: OwnAddress,

@@ -834,6 +834,11 @@ async fn an_authority_as_a_server_is_explained_to_both_sides() {
     ];
     let server = Server::start_with(data_dir.path(), &tiny(), &flags);
     assert!(server.has_logged("the server's certificate is a CA certificate (CA:TRUE)"));
+    let mut doctor = Command::new(crate::support::binary());
+    let out = doctor.arg("doctor").args(flags).output().unwrap();
+    let said = String::from_utf8(out.stdout).unwrap();
+    let wanted = "warning  TLS: the server's certificate is a CA certificate";
+    assert!(said.contains(wanted), "{said}");
     let port = server.address.rsplit(':').next().unwrap();
     let target = Target {
         tls_ca: Some(certificate.clone()),
