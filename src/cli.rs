@@ -70,7 +70,9 @@ pub fn main() -> ExitCode {
     // Selects the cryptography for TLS. It fails only if one is already selected.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut command = help_layout::with_plain_errors(command());
-    let given = command.get_matches_mut();
+    let args = help_layout::with_joined_numbers(std::env::args_os());
+    let given = command.try_get_matches_from_mut(args);
+    let given = given.unwrap_or_else(|e| e.exit());
     let cli = Cli::from_arg_matches(&given).unwrap_or_else(|e| e.format(&mut command).exit());
     if let Command::Decode {
         path,

@@ -3,6 +3,7 @@
 //! names the flag.
 
 use std::any::TypeId;
+use std::ffi::{OsStr, OsString};
 
 use clap::builder::UnknownArgumentValueParser;
 use clap::{Arg, Command, CommandFactory as _};
@@ -66,6 +67,37 @@ fn with_names_of_others(command: Command) -> Command {
             let meant = UnknownArgumentValueParser::suggest_arg("--days");
             extended.arg(Arg::new(name).long(name).hide(true).value_parser(meant))
         })
+}
+
+/// Joins a flag and a negative number behind it to one argument. The parser takes `-3` as the value
+/// of a numeric flag, but `-1e-4`, `-.5` and `-1/2` for other flags.
+pub(super) fn with_joined_numbers(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut joined: Vec<OsString> = Vec::new();
+    let mut has_ended = false;
+    for arg in args {
+        has_ended = has_ended || arg == "--";
+        let is_value = !has_ended && begins_as_negative_number(&arg);
+        match joined.last_mut() {
+            Some(flag) if is_value && takes_next(flag) => {
+                flag.push("=");
+                flag.push(arg);
+            }
+            _ => joined.push(arg),
+        }
+    }
+    joined
+}
+
+/// Returns true for a flag without a value of its own.
+fn takes_next(arg: &OsStr) -> bool {
+    let name = arg.to_str().and_then(|text| text.strip_prefix("--"));
+    name.is_some_and(|name| !name.is_empty() && !name.contains('='))
+}
+
+fn begins_as_negative_number(arg: &OsStr) -> bool {
+    let number = arg.to_str().and_then(|text| text.strip_prefix('-'));
+    let digits = number.map(|number| number.strip_prefix('.').unwrap_or(number));
+    digits.is_some_and(|digits| digits.starts_with(|c: char| c.is_ascii_digit()))
 }
 
 /// Lays out a command and its subcommands.
@@ -244,5 +276,41 @@ mod tests {
             let refused = parsed(given, flag).err();
             assert!(refused.is_none(), "{flag}: {refused:?}");
         }
+    }
+
+    #[test]
+    fn a_flag_takes_every_form_of_a_negative_number() {
+        let joined = |line: &str| with_joined_numbers(line.split(' ').map(OsString::from));
+        for (line, expected) in [
+            ("train --learning-rate -1e-4", "train --learning-rate=-1e-4"),
+            ("pairs --beta -.5 --top-k 3", "pairs --beta=-.5 --top-k 3"),
+            ("score-files --shard -1/2", "score-files --shard=-1/2"),
+            ("train --beta=0.1 -1", "train --beta=0.1 -1"),
+            ("x --temperature --top-k 3", "x --temperature --top-k 3"),
+            ("x -- --beta -1", "x -- --beta -1"),
+            ("x -- -1", "x -- -1"),
+            ("x --data - -h", "x --data - -h"),
+        ] {
+            let expected: Vec<OsString> = expected.split(' ').map(OsString::from).collect();
+            assert_eq!(joined(line), expected);
+        }
+        let parsed = |line: &str| command().try_get_matches_from(joined(line));
+        for taken in [
+            "bradley train --data x --learning-rate -1e-4",
+            "bradley generate --policy p --prompt x --temperature -.5",
+            "bradley score-files --in x --out y --policy p --shard -1/2",
+        ] {
+            let refused = parsed(taken).err();
+            assert!(refused.is_none(), "{taken}: {refused:?}");
+        }
+        let files = "bradley score-files --in x --out y --policy p --part-rows -1e3";
+        let said = parsed(files).unwrap_err().to_string();
+        assert!(said.contains("'-1e3' for '--part-rows <"), "{said}");
+        let generate = "bradley generate --policy p --prompt x --temperature --top-k 3";
+        let said = parsed(generate).unwrap_err().to_string();
+        assert!(
+            said.contains("value is required for '--temperature <"),
+            "{said}"
+        );
     }
 }
