@@ -168,14 +168,20 @@ async fn find_eval_data(args: &RoundsArgs) -> Result<DataFiles, Failure> {
     }
 }
 
-/// Begins a run in a folder, or continues the one that the folder has.
+/// Begins a run in a folder, or continues the one that the folder has. As long as no prompt has an
+/// outcome, other settings begin the run anew.
 async fn header(
     client: &Client,
     folder: &RunFolder,
     given: PairPolicies,
     settings: Value,
 ) -> Result<RunHeader, Failure> {
-    let Some(mut header) = folder.header()? else {
+    let has_changed = |stored: &RunHeader| !differing(&stored.settings, &settings).is_empty();
+    let stored = match folder.header()? {
+        Some(stored) if has_changed(&stored) && !folder.has_outcomes()? => None,
+        stored => stored,
+    };
+    let Some(mut header) = stored else {
         let judge = match given.judge {
             Some(judge) => Some(pinned(client, judge).await?),
             None => None,

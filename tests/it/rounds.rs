@@ -315,6 +315,12 @@ async fn rounds_that_cannot_go_on_are_refused() {
     refused(&named, &step, &["another value of --judge"]);
     let other = [&none[..], &["--temperature", "0.5"]].concat();
     refused(&out, &other, &["another value of --temperature"]);
+    // All settings may change as long as no prompt has an outcome.
+    let hot = dir.join("hot");
+    let wrong = [&none[..], &["--temperature", "-1"]].concat();
+    refused(&hot, &wrong, &["--temperature"]);
+    refused(&hot, &other, &["round 1 of 2 has no pairs"]);
+    refused(&hot, &none, &["another value of --temperature"]);
     // The settings of the training may change before the first job is created.
     std::fs::write(dir.join("job.yaml"), "batch: {max_steps: 3}\n").unwrap();
     refused(&out, &none, &["round 1 of 2 has no pairs"]);

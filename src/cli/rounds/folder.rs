@@ -150,7 +150,24 @@ impl RunFolder {
     pub fn has_pairs(&self, number: u32) -> bool {
         let pairs = self.pairs(number);
         // The file gets its name before the progress is removed.
-        pairs.is_file() && !self.round(number).join("pairs.jsonl.progress").exists()
+        pairs.is_file() && !self.progress(number).exists()
+    }
+
+    /// Returns true if a prompt of the first round has an outcome.
+    ///
+    /// # Errors
+    /// Returns a failure if the file of outcomes cannot be read.
+    pub fn has_outcomes(&self) -> Result<bool, Failure> {
+        if self.pairs(1).exists() {
+            return Ok(true);
+        }
+        let path = self.progress(1);
+        match fs::read(&path) {
+            // The first line has the settings.
+            Ok(text) => Ok(text.split(|byte| *byte == b'\n').count() > 2),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(failed(&path)(e)),
+        }
     }
 
     /// Returns the training of a round; `None` if it has not begun.
@@ -205,6 +222,10 @@ impl RunFolder {
 
     fn round(&self, number: u32) -> PathBuf {
         self.path.join(format!("round-{number}"))
+    }
+
+    fn progress(&self, number: u32) -> PathBuf {
+        self.round(number).join("pairs.jsonl.progress")
     }
 
     fn training_path(&self, number: u32) -> PathBuf {
@@ -304,8 +325,15 @@ mod tests {
         folder.create_round(1).unwrap();
         assert!(!folder.has_pairs(1));
         let progress = dir.path().join("round-1/pairs.jsonl.progress");
+        assert!(!folder.has_outcomes().unwrap());
+        // The settings, and an outcome that was being written.
+        fs::write(&progress, "{}\n{").unwrap();
+        assert!(!folder.has_outcomes().unwrap());
+        fs::write(&progress, "{}\n{}\n").unwrap();
+        assert!(folder.has_outcomes().unwrap());
         fs::write(&progress, "").unwrap();
         fs::write(folder.pairs(1), "").unwrap();
+        assert!(folder.has_outcomes().unwrap());
         assert!(!folder.has_pairs(1));
         fs::remove_file(progress).unwrap();
         assert!(folder.has_pairs(1));
