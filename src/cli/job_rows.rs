@@ -6,6 +6,8 @@ use super::args::Output;
 use super::data::{ContentHash, DataFiles, Uploaded};
 use super::failure::Failure;
 use super::{output, progress};
+use crate::domain::dataset::IssueReason;
+use crate::domain::logged::REFERENCE_COLUMNS;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
@@ -34,6 +36,8 @@ pub(super) struct JobRows {
     ready: Vec<(DataFiles, RowLimits, Uploaded)>,
     /// Names of the datasets that this call uploaded.
     uploaded: Vec<String>,
+    /// True if a job of this call uses the reference log-probs of its rows.
+    uses_logged: bool,
 }
 
 impl JobRows {
@@ -43,6 +47,15 @@ impl JobRows {
             output,
             ready: Vec::new(),
             uploaded: Vec::new(),
+            uses_logged: false,
+        }
+    }
+
+    /// Leaves out the findings that say that reference log-probs are not used, if `uses_logged`.
+    pub(super) fn with_logged(self, uses_logged: bool) -> Self {
+        JobRows {
+            uses_logged,
+            ..self
         }
     }
 
@@ -173,7 +186,12 @@ impl JobRows {
         if let Some(shapes) = output::shapes(&r) {
             output::line(&format!("  {shapes}"));
         }
-        for finding in rows.findings(MAX_PRINTED) {
+        let is_unused_logprob = |issue: &pb::RowIssue| {
+            issue.reason == IssueReason::IgnoredField.name()
+                && REFERENCE_COLUMNS.contains(&issue.field.as_str())
+        };
+        let is_of_use = |issue: &pb::RowIssue| !(self.uses_logged && is_unused_logprob(issue));
+        for finding in rows.findings(MAX_PRINTED, is_of_use) {
             output::line(&format!("  {finding}"));
         }
         if let Some(warning) = rows.left_out.warning() {

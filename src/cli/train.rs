@@ -93,8 +93,12 @@ pub(super) async fn run(mut args: TrainArgs, output: Output) -> Outcome {
     }
     let client = connect(&args.server.target()).await?;
     complete_names(&client, &mut jobs, &words).await?;
+    let uses_logged = jobs
+        .iter()
+        .any(|job| job.request.reference == LOGGED_REFERENCE);
     let mut call = TrainCall {
-        rows: JobRows::new(&client, output),
+        rows: JobRows::new(&client, output).with_logged(uses_logged),
+        sources: Vec::new(),
         client,
         words,
         output,
@@ -336,6 +340,8 @@ struct TrainCall {
     client: Client,
     words: JobWords,
     rows: JobRows,
+    /// Names of the datasets with the rows of files, and of these files with their flag.
+    sources: Vec<(String, String)>,
     output: Output,
 }
 
@@ -368,10 +374,15 @@ impl TrainCall {
             };
             let skips = job.request.row_policy() == pb::RowPolicy::Skip;
             if !data.is_empty() {
-                job.request.dataset = self.rows.dataset(&data, &limits, skips).await?;
+                let name = self.rows.dataset(&data, &limits, skips).await?;
+                let source = format!("{} of --data", data.title());
+                self.sources.push((name.clone(), source));
+                job.request.dataset = name;
             }
             if !eval_data.is_empty() {
                 let name = self.rows.dataset(&eval_data, &limits, skips).await?;
+                let source = format!("{} of --eval-data", eval_data.title());
+                self.sources.push((name.clone(), source));
                 job.request.evaluation = Some(Evaluation::EvalDataset(name));
             }
         }
@@ -428,8 +439,14 @@ impl TrainCall {
         answer.map_err(|e| self.refused(job, e))
     }
 
+    /// Converts the refusal of a job to a failure in the caller's words: with flags in place of
+    /// fields, and with files in place of the datasets with their rows.
     fn refused(&self, job: &PlannedJob, error: impl Into<ClientError>) -> Failure {
-        job.place(self.words.failure(error))
+        let refused = job.place(self.words.failure(error));
+        let sources = self.sources.iter();
+        sources.fold(refused, |refused, (name, source)| {
+            refused.replacing(name, source)
+        })
     }
 
     /// Estimates, validates or creates the jobs, and prints the answers.

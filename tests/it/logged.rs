@@ -980,4 +980,28 @@ async fn the_command_line_scores_and_trains_on_the_columns() {
     let said = said + &String::from_utf8_lossy(&out.stdout);
     assert!(out.status.success(), "{said}");
     assert!(said.contains("6 sampled pairs agree"), "{said}");
+    // Only the columns that the job does not use are reported as not used.
+    assert!(
+        said.contains(" chosen_logps ignored_field") && !said.contains("ref_chosen_logps ignored"),
+        "{said}"
+    );
+    // The rows of an upload are named by their file, which the caller knows.
+    let eval_data = golden("pairs.jsonl");
+    let more = ["--eval-data", eval_data.to_str().unwrap()];
+    let (out, said) = bradley(&server, &[&args[..], &flags, &more].concat());
+    assert!(!out.status.success(), "{said}");
+    let expected = "error: pairs.jsonl of --eval-data has 6 rows that cannot be used with";
+    assert!(
+        said.contains(expected) && said.contains("Fix them: no other row is left"),
+        "{said}"
+    );
+    assert!(!said.contains("--skip-bad-rows"), "{said}");
+    write_rows(dir.path(), &few);
+    let (out, said) = bradley(&server, &[&args[..], &flags].concat());
+    assert!(!out.status.success(), "{said}");
+    assert!(
+        said.contains("error: rows.jsonl of --data has 1 rows that cannot be used with")
+            && said.contains("--skip-bad-rows"),
+        "{said}"
+    );
 }

@@ -75,12 +75,16 @@ impl Uploaded {
         self.dataset.report.clone().unwrap_or_default()
     }
 
-    /// Describes at most `limit` findings. Findings of several rows that say the same are one,
-    /// which names the first rows.
-    pub(in crate::cli) fn findings(&self, limit: usize) -> Vec<String> {
+    /// Describes at most `limit` findings of those for which `is_of_use` returns true. Findings of
+    /// several rows that say the same are one, which names the first rows.
+    pub(in crate::cli) fn findings(
+        &self,
+        limit: usize,
+        is_of_use: impl Fn(&pb::RowIssue) -> bool,
+    ) -> Vec<String> {
         let report = self.report();
         let mut different: Vec<(&pb::RowIssue, Vec<u64>)> = Vec::new();
-        for issue in &report.issues {
+        for issue in report.issues.iter().filter(|issue| is_of_use(issue)) {
             let is_same = |(other, _): &(&pb::RowIssue, Vec<u64>)| {
                 (&other.field, &other.reason, &other.message)
                     == (&issue.field, &issue.reason, &issue.message)
@@ -144,11 +148,14 @@ impl Uploaded {
             .contains_key(IssueReason::PromptFillsMaxLength.name());
         (bad > 0).then(|| RowRefusal {
             rows: format!("{bad} of the {} rows", report.rows + self.left_out.rows),
-            remedy: if is_too_long {
-                "give them more room with --max-length, correct them, or leave them out with \
-                 --skip-bad-rows"
-            } else {
-                "correct them, or leave them out with --skip-bad-rows"
+            remedy: match (is_too_long, report.valid_rows > 0) {
+                (true, true) => {
+                    "give them more room with --max-length, correct them, or leave them out with \
+                     --skip-bad-rows"
+                }
+                (true, false) => "give them more room with --max-length, or correct them",
+                (false, true) => "correct them, or leave them out with --skip-bad-rows",
+                (false, false) => "correct them",
             },
         })
     }

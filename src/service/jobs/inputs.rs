@@ -237,10 +237,13 @@ fn encode_dataset(
             Some(check) => format!(" (the upload was checked with models/{})", check.model),
             None => String::new(),
         };
+        let remedy = match pairs.is_empty() {
+            true => "Fix them: no other row is left",
+            false => "Fix them, or set row_policy to SKIP",
+        };
         let message = format!(
             "datasets/{} has {} rows that cannot be used with {with_reference}models/{} and \
-             at most {} tokens for a prompt with its answer{checked}; row {}, {} {}: {}. Fix them, \
-             or set row_policy to SKIP",
+             at most {} tokens for a prompt with its answer{checked}; row {}, {} {}: {}. {remedy}",
             dataset.id,
             bad.rows(),
             context.model,

@@ -277,6 +277,7 @@ fn check_logged(dataset: &Dataset, policy: RowPolicy, is_training: bool) -> Resu
         return Ok(());
     };
     let remedy = match policy {
+        RowPolicy::Reject if *pairs == 0 => "Fix them: no other row is left",
         RowPolicy::Reject => "Fix them, or set row_policy to SKIP",
         RowPolicy::Skip if *pairs == 0 && is_training => "No other row is left to train on",
         RowPolicy::Skip => return Ok(()),
