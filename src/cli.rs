@@ -46,7 +46,8 @@ use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::FromArgMatches as _;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, FromArgMatches as _};
 
 use self::args::{Cli, Command, ServeArgs};
 use self::failure::{Failure, Outcome};
@@ -82,6 +83,9 @@ pub fn main() -> ExitCode {
     {
         return decode(path, columns, records.as_deref());
     }
+    if let Err(failure) = check_servers(&given) {
+        return ExitCode::from(report(failure));
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -101,6 +105,23 @@ pub fn main() -> ExitCode {
         // A device that the command uses itself may still be at work.
         Err(failure @ Failure::Interrupted(_)) => end_at_once(report(failure)),
         Err(failure) => ExitCode::from(report(failure)),
+    }
+}
+
+/// Refuses an address of a server for `score-files --models`, which has none. A variable with an
+/// address is not refused, because it is meant for other commands, too.
+fn check_servers(given: &ArgMatches) -> Outcome {
+    let is_typed = |of: &ArgMatches, flag: &str| {
+        let source = of.value_source(flag);
+        source == Some(ValueSource::CommandLine)
+    };
+    match given.subcommand_matches("score-files") {
+        Some(of) if is_typed(of, "models") && is_typed(of, "servers") => Err(Failure::Usage(
+            "--server is of no use with --models, which scores in this process: leave one of them \
+             out"
+            .to_owned(),
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -43,6 +43,7 @@ use super::output::{line, resource};
 use super::policy_names::same_model_warning;
 use super::progress::{WorkProgress, say, waiting, warn};
 use super::settings::{Sources, vendor_variables};
+use super::short_names::LAST;
 use crate::rpc::client::{Client, ClientError, is_transient, retry_after};
 use crate::rpc::pb;
 
@@ -56,6 +57,10 @@ const START_LIMIT: Duration = Duration::from_secs(1800);
 const IDENTITY_PAUSE: Duration = Duration::from_secs(1);
 /// Time between two updates of the display.
 const TICK: Duration = Duration::from_millis(250);
+/// Remedy for the name of a job with the models of `--models`.
+const MERGED_REMEDY: &str = "to score with a checkpoint, download its merged weights (bradley \
+    checkpoints download JOB/checkpoints/STEP --contents merged --out FOLDER) and load FOLDER with \
+    --models";
 
 pub(super) async fn run(args: ScoreFilesArgs, output: Output) -> Outcome {
     let sources = Sources::environment();
@@ -88,6 +93,8 @@ async fn score_here(
     (shard, sources): (Shard, &Sources),
     output: Output,
 ) -> Outcome {
+    refuse_job("--policy", &args.scoring.policy)?;
+    refuse_job("--reference", &args.scoring.reference)?;
     super::telemetry::log("warn", false, None, None)?;
     // The engine's log of jobs and its cache of reference log-probs are of no use later.
     let folder = tempfile::tempdir().map_err(|e| Failure::Failed(e.to_string()))?;
@@ -119,6 +126,28 @@ async fn score_here(
         Err(failure) if !has_loaded => Err(stopped.err().unwrap_or(failure)),
         Err(failure) => Err(failure),
     }
+}
+
+/// Refuses the name of a job, which the own engine does not have, before the models are loaded.
+fn refuse_job(flag: &str, given: &str) -> Outcome {
+    let is_job =
+        given == LAST || given.starts_with("trainingJobs/") || given.contains("/checkpoints/");
+    match is_job {
+        true => Err(Failure::Usage(format!(
+            "{flag} {given}: with --models there are no jobs: {MERGED_REMEDY}"
+        ))),
+        false => Ok(()),
+    }
+}
+
+/// Speaks of the models of `--models` in an error about a policy that the own engine does not have.
+fn of_own_engine(failure: Failure) -> Failure {
+    failure
+        .replacing("This server has", "--models has")
+        .replacing(
+            "; a job is named by its id",
+            &format!(" and no jobs: {MERGED_REMEDY}"),
+        )
 }
 
 /// Returns the shard that the flags name, or else the environment of Kubernetes or Slurm.
@@ -241,7 +270,11 @@ async fn score(
     let inputs = input::find(&args.inputs, &vendor).await?;
     let (fleet, client) = Fleet::connect(args.fleet.clone()).await?;
     let mut options = args.scoring.options()?;
-    weights::complete_names(&client, &mut options).await?;
+    let completed = weights::complete_names(&client, &mut options).await;
+    match args.models.is_empty() {
+        true => completed?,
+        false => completed.map_err(of_own_engine)?,
+    }
     if let Some(warning) = same_model_warning(&options.policy, &options.reference) {
         warn(&warning);
     }

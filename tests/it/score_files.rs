@@ -45,12 +45,16 @@ fn command(server: &str, input: &str, out: &Path, more: &[&str]) -> Command {
     command
         .args(["score-files", "--in", input, "--out"])
         .arg(out)
-        .args(["--server", server])
         .args(more)
         .env_remove("BRADLEY_CONFIG")
         .env_remove("JOB_COMPLETION_INDEX")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
+    // Beside --models only the variable may name a server, which is not used.
+    match more.contains(&"--models") {
+        true => command.env("BRADLEY_SERVER", server),
+        false => command.args(["--server", server]),
+    };
     command
 }
 
@@ -958,6 +962,31 @@ async fn the_own_engine_writes_what_a_server_does() {
         1,
     );
     assert!(text.contains("/none"), "{text}");
+    let refused = |more: &[&str], parts: &[&str]| {
+        let own = ["--models", models.as_str(), "--device", "cpu"];
+        let args = [&own[..], more].concat();
+        let text = fail(
+            &mut command("http://127.0.0.1:1", input, &at("no"), &args),
+            2,
+        );
+        for part in parts {
+            assert!(text.contains(part), "{part} is not in\n{text}");
+        }
+    };
+    let merged = "checkpoints download JOB/checkpoints/STEP --contents merged";
+    for job in ["trainingJobs/x", "x/checkpoints/3", "@last"] {
+        let policy = format!("--policy {job}: with --models there are no jobs: ");
+        refused(&["--policy", job], &[&policy, merged]);
+        let reference = format!("--reference {job}: with --models there are no jobs: ");
+        let flags = ["--policy", "models/tuned", "--reference", job];
+        refused(&flags, &[&reference, merged]);
+    }
+    for other in ["models/unknown", "unknown"] {
+        let parts = ["--models has models/", " and no jobs: ", merged];
+        refused(&["--policy", other], &parts);
+    }
+    let both = [&WEIGHTS[..], &["--server", "http://127.0.0.1:1"]].concat();
+    refused(&both, &["--server is of no use with --models"]);
 }
 
 /// Writes an object to moto with a plain HTTP request, whose signature moto does not check.

@@ -43,7 +43,7 @@ const WORDS: [(&str, &str); 13] = [
     ("precision", "--precision"),
     ("carry", "--carry"),
     ("part_rows", "--part-rows"),
-    ("format", "--out-format"),
+    ("format", "--format"),
 ];
 /// Fields that hold only hashes, with their words. Their values say nothing to people.
 const HASH_WORDS: [(&str, &str); 2] = [
@@ -391,7 +391,7 @@ mod tests {
             "--precision (there: none, here: f32)",
             "--carry (there: none, here: a,b)",
             "--part-rows (there: 8, here: 9)",
-            "--out-format (there: jsonl, here: parquet)",
+            "--format (there: jsonl, here: parquet)",
         ] {
             assert_eq!(said.matches(wanted).count(), 1, "{wanted}: {said}");
         }
