@@ -6,6 +6,7 @@ use std::any::TypeId;
 use std::ffi::{OsStr, OsString};
 
 use clap::builder::UnknownArgumentValueParser;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, Command, CommandFactory as _};
 
 use super::args::Cli;
@@ -86,6 +87,22 @@ pub(super) fn with_joined_numbers(args: impl Iterator<Item = OsString>) -> Vec<O
         }
     }
     joined
+}
+
+/// Says how a result gets into a file, in the error about `--out` of a command that has no such
+/// flag. The parser's own tip is the old name of `--format`.
+pub(super) fn with_file_tip(mut error: clap::Error) -> clap::Error {
+    let unknown = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(flag)) => flag.as_str(),
+        _ => "",
+    };
+    if error.kind() == ErrorKind::UnknownArgument && unknown == "--out" {
+        let tip = "write the result to a file with --format json > FILE";
+        let tips = ContextValue::StyledStrs(vec![tip.into()]);
+        error.remove(ContextKind::SuggestedArg);
+        error.insert(ContextKind::Suggested, tips);
+    }
+    error
 }
 
 /// Returns true for a flag without a value of its own.
@@ -312,5 +329,24 @@ mod tests {
             said.contains("value is required for '--temperature <"),
             "{said}"
         );
+    }
+
+    #[test]
+    fn the_error_about_a_missing_flag_for_a_file_names_the_format() {
+        let said = |line: &str| {
+            let refused = command().try_get_matches_from(line.split(' '));
+            with_file_tip(refused.unwrap_err()).to_string()
+        };
+        for line in [
+            "bradley score --policy p --data x --out y",
+            "bradley evaluate --policy p --data x --out=y",
+        ] {
+            let text = said(line);
+            assert!(text.contains("unexpected argument '--out' found"), "{text}");
+            assert!(text.contains("tip: write the result to a file"), "{text}");
+            assert!(!text.contains("--output"), "{text}");
+        }
+        let text = said("bradley score --policy p --data x --polic y");
+        assert!(text.contains("'--policy'"), "{text}");
     }
 }
