@@ -827,7 +827,7 @@ pub struct RoundsArgs {
           value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: u32,
     /// The folder for the pairs and the reports of all rounds.
-    #[arg(long, value_name = "FOLDER", help_heading = "Rounds")]
+    #[arg(long, value_name = "DIR", help_heading = "Rounds")]
     pub out: PathBuf,
     /// Settings of the training as YAML or JSON, with the fields of TrainingJob, e.g. from bradley
     /// train --print-job; - reads standard input.

@@ -36,6 +36,8 @@ pub(super) struct JobRows {
     ready: Vec<(DataFiles, RowLimits, Uploaded)>,
     /// Names of the datasets that this call uploaded.
     uploaded: Vec<String>,
+    /// Title of uploaded datasets; `None` for the names of their files.
+    title: Option<String>,
     /// True if a job of this call uses the reference log-probs of its rows.
     uses_logged: bool,
 }
@@ -47,7 +49,16 @@ impl JobRows {
             output,
             ready: Vec::new(),
             uploaded: Vec::new(),
+            title: None,
             uses_logged: false,
+        }
+    }
+
+    /// Gives datasets that are uploaded a title.
+    pub(super) fn with_title(self, title: String) -> Self {
+        JobRows {
+            title: Some(title),
+            ..self
         }
     }
 
@@ -122,7 +133,7 @@ impl JobRows {
             return Ok(stored);
         }
         let metadata = pb::UploadMetadata {
-            display_name: data.title(),
+            display_name: self.title.clone().unwrap_or_else(|| data.title()),
             model: limits.model.clone(),
             max_length: limits.max_length,
             content_hash: hash.map(|hash| hash.hex).unwrap_or_default(),

@@ -268,7 +268,8 @@ impl RoundsInProgress<'_> {
         self.folder.create_round(number)?;
         let file = self.folder.pairs(number);
         if !self.folder.has_pairs(number) {
-            let making = format!("{what}: making pairs");
+            // A line of a terminal has 80 columns, most of which the bar takes.
+            let making = format!("{what}: pairs");
             let names = (self.title.as_str(), making.as_str());
             let maker = self.maker(number, policy);
             let made = pairs::make(&maker, names, self.prompts.clone(), &file).await?;

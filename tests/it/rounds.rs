@@ -219,8 +219,11 @@ async fn killed_rounds_continue_to_the_same_pairs() {
 
     let made = run(&server, dir, &out, &flags);
     assert!(made.status.success(), "{}", text(&made.stderr));
-    assert!(!titles(&client).await.contains(&evaluated));
+    let left = titles(&client).await;
+    assert!(!left.contains(&evaluated));
     for round in [1, 2] {
+        let title = format!("rounds {}: pairs of round {round}", run_id(&calm));
+        assert!(left.contains(&title), "{left:?}");
         let expected = pairs(&calm, round);
         assert!(expected.len() > PROMPTS / 4, "{}", expected.len());
         assert_eq!(pairs(&out, round), expected);

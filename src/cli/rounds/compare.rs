@@ -89,7 +89,7 @@ pub(super) async fn compare(
     (before, after): (&str, &str),
 ) -> Result<Vec<ComparedAnswers>, Failure> {
     let total = prompts.len() as u64;
-    let progress = WorkProgress::prompts(&format!("{what}: comparing answers"), total);
+    let progress = WorkProgress::prompts(&format!("{what}: comparing"), total);
     let begin = |row: PromptRow| {
         let context = format!("{title}: {}", row.place);
         let maker = Arc::clone(maker);

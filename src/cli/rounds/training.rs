@@ -263,7 +263,8 @@ impl RoundTrainer {
         };
         let skips = self.template.job.row_policy() == pb::RowPolicy::Skip;
         // Standard output is for the report.
-        let mut rows = JobRows::new(&self.client, Output::Json);
+        let title = format!("rounds {}: pairs of round {}", round.run, round.number);
+        let mut rows = JobRows::new(&self.client, Output::Json).with_title(title);
         rows.dataset(pairs, &limits, skips).await
     }
 
