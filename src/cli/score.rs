@@ -97,10 +97,15 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
             warn(&format!("{n} of {rows} rows were skipped"));
             Ok(())
         }
-        n if n == rows && printer.lacks_columns() => Err(Failure::Failed(format!(
-            "none of the {n} rows could be scored: rename the columns, or name them with \
-             --columns chosen=NAME"
-        ))),
+        n if n == rows && printer.lacks_columns() => {
+            let remedy = match printer.has_completions() {
+                true => "rows with completions are for bradley score-files",
+                false => "rename the columns, or name them with --columns chosen=NAME",
+            };
+            Err(Failure::Failed(format!(
+                "none of the {n} rows could be scored: {remedy}"
+            )))
+        }
         n => Err(Failure::Failed(format!(
             "{n} of {rows} rows could not be scored: correct them, or skip them with \
              --skip-bad-rows"

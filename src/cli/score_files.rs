@@ -507,7 +507,10 @@ fn report(
             "complete: {} parts, {} rows, {} with an error; see _manifest.json",
             all.parts, all.rows, all.errors
         )),
-        None => line("parts of other shards, or of inputs that cannot be read, are missing"),
+        None if shard.count > 1 => {
+            line("parts of other shards, or of inputs that cannot be read, are missing");
+        }
+        None => line("parts of inputs that cannot be read are missing"),
     }
 }
 

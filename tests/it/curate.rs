@@ -522,7 +522,7 @@ async fn flags_and_files_that_cannot_be_used_leave_nothing_behind() {
         (
             &["--flipped-below", "0.7"],
             2,
-            "--flipped-below is 0.7, above --agrees-from",
+            "--agrees-from is 0.6 and --flipped-below is 0.7",
         ),
         (&["--agrees-from", "1.5"], 2, "--agrees-from is 1.5"),
         (&["--beta", "-1"], 2, "--beta"),

@@ -302,6 +302,14 @@ fn rows_that_cannot_be_scored_follow_one_rule() {
         bad.to_str().unwrap(),
     ];
     assert!(fail(&server, &bad).contains("1 of 1 rows could not be scored"));
+    // Rows of several answers are for another command.
+    let several = json!({"prompt": "1?", "completions": [" a", " b"]});
+    std::fs::write(dir.path().join("bad.jsonl"), several.to_string()).unwrap();
+    let text = fail(&server, &bad);
+    assert!(
+        text.contains("rows with completions are for bradley score-files"),
+        "{text}"
+    );
 }
 
 const COMMIT: &str = "0123456789012345678901234567890123456789";

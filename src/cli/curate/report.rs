@@ -78,8 +78,9 @@ impl Thresholds {
         }
         if args.flipped_below > args.agrees_from {
             return Err(Failure::Usage(format!(
-                "--flipped-below is {}, above --agrees-from, which is {}: a row would be both",
-                args.flipped_below, args.agrees_from
+                "--agrees-from is {} and --flipped-below is {}: a row between them would be both; \
+                 the defaults are 0.6 and 0.4",
+                args.agrees_from, args.flipped_below
             )));
         }
         Ok(Thresholds {

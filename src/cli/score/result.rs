@@ -218,6 +218,12 @@ impl<W: Write> RowPrinter<W> {
                 .all(|e| e.contains("is missing; found: "))
     }
 
+    /// Returns true if the first rows with an error have the column `completions`.
+    pub fn has_completions(&self) -> bool {
+        let names = |e: &String| e.contains(" completions,") || e.contains(" completions;");
+        !self.errors.is_empty() && self.errors.iter().all(names)
+    }
+
     /// Returns the lines that list the first errors; `failed` is the number of all.
     pub fn errors(&self, failed: u64) -> Vec<String> {
         let mut lines = self.errors.clone();
