@@ -27,7 +27,7 @@ use super::output;
 use super::policy_names::PolicyNames;
 use super::progress::{WorkProgress, say, warn};
 use super::remote::connect;
-use crate::rpc::client::Client;
+use crate::rpc::client::{Client, are_answers_refused};
 use crate::rpc::pb;
 
 /// Columns that the row of a prompt must not have: those of the result, and others that training
@@ -396,43 +396,119 @@ impl PairMaker {
         Ok(rewards.collect())
     }
 
-    async fn score(
+    /// Returns the judge's scores of answers. If the server refuses to score so many at a time,
+    /// each half is a call of its own: the score of an answer does not depend on the others.
+    async fn score(&self, prompt: &pb::Text, texts: &[String]) -> Result<SampleScores, Failure> {
+        let mut all: Option<SampleScores> = None;
+        // The next part is the last one.
+        let mut waiting = vec![texts];
+        while let Some(part) = waiting.pop() {
+            let Some(scored) = self.score_part(prompt, part).await? else {
+                let (first, second) = part.split_at(part.len() / 2);
+                waiting.push(second);
+                waiting.push(first);
+                continue;
+            };
+            match &mut all {
+                Some(all) => all.extend(scored)?,
+                None => all = Some(SampleScores::of(scored)),
+            }
+        }
+        Ok(all.unwrap_or_default())
+    }
+
+    /// Scores answers in one call. The result is `None` if they are too many for it.
+    async fn score_part(
         &self,
         prompt: &pb::Text,
         texts: &[String],
-    ) -> Result<pb::ScoreCompletionsResponse, Failure> {
+    ) -> Result<Option<pb::ScoreCompletionsResponse>, Failure> {
         let is_chat = is_chat(prompt);
         let request = pb::ScoreCompletionsRequest {
             options: Some(self.scoring.clone()),
             prompt: Some(prompt.clone()),
             completions: texts.iter().map(|text| answer(text, is_chat)).collect(),
         };
+        let may_be_halved = texts.len() > 1;
         let call = || async {
             let mut service = self.client.scoring();
             let answer = service.score_completions(request.clone()).await;
-            let answer = answer.map_err(GenerationFailure::from)?.into_inner();
+            let answer = match answer {
+                Ok(answer) => Some(answer.into_inner()),
+                Err(status) if may_be_halved && are_answers_refused(&status) => None,
+                Err(status) => return Err(GenerationFailure::from(status)),
+            };
             self.patience.answered();
             Ok(answer)
         };
         let scored = repeated(&self.patience, call).await?;
-        // These names of the current weights of a running job do not change with its steps.
-        for version in [&scored.policy_version, &scored.reference_version] {
-            if version.ends_with("/checkpoints/latest")
-                || version.ends_with("/checkpoints/latest/reference")
-            {
-                return Err(Failure::Usage(format!(
-                    "the rewards need weights that do not change, but {version} is training: name \
-                     a step instead of latest"
-                )));
-            }
+        if let Some(scored) = &scored {
+            check_fixed([&scored.policy_version, &scored.reference_version])?;
         }
         Ok(scored)
     }
 }
 
+/// Checks that weights do not change. The current weights of a running job have one name, which
+/// does not change with its steps.
+fn check_fixed(versions: [&String; 2]) -> Outcome {
+    for version in versions {
+        if version.ends_with("/checkpoints/latest")
+            || version.ends_with("/checkpoints/latest/reference")
+        {
+            return Err(Failure::Usage(format!(
+                "the rewards need weights that do not change, but {version} is training: name a \
+                 step instead of latest"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Scores of the answers to a prompt, from one call or several.
+#[derive(Default)]
+struct SampleScores {
+    /// In the order of the answers.
+    results: Vec<pb::CompletionResult>,
+    /// Name of the judge's weights.
+    policy_version: String,
+    /// Name of the reference's weights.
+    reference_version: String,
+    /// The server's warnings.
+    warnings: Vec<String>,
+}
+
+impl SampleScores {
+    fn of(scored: pb::ScoreCompletionsResponse) -> Self {
+        SampleScores {
+            results: scored.results,
+            policy_version: scored.policy_version,
+            reference_version: scored.reference_version,
+            warnings: scored.warnings,
+        }
+    }
+
+    /// Adds the scores of the next answers, which must be of the same weights.
+    fn extend(&mut self, scored: pb::ScoreCompletionsResponse) -> Outcome {
+        for (known, version) in [
+            (&self.policy_version, &scored.policy_version),
+            (&self.reference_version, &scored.reference_version),
+        ] {
+            if known != version {
+                return Err(Failure::Failed(format!(
+                    "the weights of the judge or its reference have changed between two answers \
+                     ({known}, now {version}): name a step instead of latest"
+                )));
+            }
+        }
+        self.results.extend(scored.results);
+        Ok(())
+    }
+}
+
 /// Returns the samples that were scored whole, and the server's reason if one cannot be scored.
 fn candidates<'a>(
-    scored: &'a pb::ScoreCompletionsResponse,
+    scored: &'a SampleScores,
     texts: &'a [String],
 ) -> (Vec<Candidate<'a>>, Option<&'a str>) {
     let mut candidates = Vec::new();
@@ -498,5 +574,28 @@ pub(super) fn prompt_json(prompt: &pb::Text) -> Value {
             .collect(),
         Some(pb::text::Form::Plain(text)) => text.as_str().into(),
         None => Value::Null,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scored(policy: &str, number: usize) -> pb::ScoreCompletionsResponse {
+        pb::ScoreCompletionsResponse {
+            results: vec![pb::CompletionResult::default(); number],
+            policy_version: policy.to_owned(),
+            reference_version: "r".to_owned(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn scores_of_several_calls_are_of_the_same_weights() {
+        let mut all = SampleScores::of(scored("p", 2));
+        all.extend(scored("p", 3)).unwrap();
+        assert_eq!(all.results.len(), 5);
+        let e = all.extend(scored("q", 1)).unwrap_err();
+        assert!(e.message().contains("(p, now q)"), "{}", e.message());
     }
 }

@@ -163,6 +163,13 @@ pub fn field_violations(status: &Status) -> Vec<(String, String)> {
         .collect()
 }
 
+/// Returns true if the answers of a call of ScoreCompletions were refused together, for example
+/// because they have more tokens than the server takes at a time. Fewer answers may be accepted.
+pub fn are_answers_refused(status: &Status) -> bool {
+    let violations = field_violations(status);
+    status.code() == Code::InvalidArgument && violations.iter().any(|(f, _)| f == "completions")
+}
+
 /// Returns true if a call was refused because the caller may not make it.
 pub fn is_denied(status: &Status) -> bool {
     status.code() == Code::PermissionDenied

@@ -9,7 +9,7 @@ use bradley::rpc::pb;
 use serde_json::Value;
 
 use crate::server::{Server, finish, job, submit, upload};
-use crate::support::binary;
+use crate::support::{binary, golden};
 use crate::wait::until;
 
 const SEED: u64 = 3;
@@ -36,6 +36,20 @@ fn command(server: &Server, prompts: &Path, out: &Path, more: &[&str]) -> Comman
 
 fn run(server: &Server, prompts: &Path, out: &Path, more: &[&str]) -> Output {
     command(server, prompts, out, more).output().unwrap()
+}
+
+/// Runs the command with the default number of samples, unless `more` has another.
+fn run_many(server: &Server, prompts: &Path, out: &Path, more: &[&str]) -> Output {
+    Command::new(binary())
+        .args(["pairs", "--server", &server.address, "--policy", "tiny"])
+        .args(["--max-tokens", &MAX_TOKENS.to_string()])
+        .arg("--data")
+        .arg(prompts)
+        .arg("--out")
+        .arg(out)
+        .args(more)
+        .output()
+        .unwrap()
 }
 
 /// Writes prompts of both kinds and returns their file.
@@ -316,4 +330,46 @@ async fn what_cannot_be_a_pair_is_said() {
     let said = text(&made.stderr);
     assert!(made.status.success() && said.contains(few), "{said}");
     assert!(said.contains("some samples cannot be scored"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_answers_than_the_server_scores_at_a_time_are_scored_in_parts() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let server = Server::start(&data);
+    let judge = judge(&server.client().await).await;
+    let prompts = prompts(dir.path(), 2);
+    let flags = [
+        "--keep-cut",
+        "--judge",
+        &judge,
+        "--min-margin",
+        "0",
+        "--seed",
+        "5",
+        "--samples",
+        "64",
+    ];
+    let whole = dir.path().join("whole.jsonl");
+    let made = run_many(&server, &prompts, &whole, &flags);
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    drop(server);
+    // 64 answers of 8 tokens are longer than 256 tokens, and a prompt with one answer is not.
+    let tiny = format!("tiny={}", golden("models/llama").display());
+    let limit = [("BRADLEY_MAX_ROW_TOKENS", "256")];
+    let server = Server::start_in(&data, &tiny, &[], &limit);
+    let parts = dir.path().join("parts.jsonl");
+    let made = run_many(&server, &prompts, &parts, &flags);
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let (whole, parts) = (rows(&whole), rows(&parts));
+    assert_eq!((whole.len(), parts.len()), (2, 2));
+    for (one, other) in whole.iter().zip(&parts) {
+        let (one, other) = (&one["generated"], &other["generated"]);
+        assert!(one["different_samples"].as_u64() > Some(40), "{one}");
+        assert_eq!(one["different_samples"], other["different_samples"]);
+        for name in ["chosen_reward", "rejected_reward", "margin"] {
+            let difference = one[name].as_f64().unwrap() - other[name].as_f64().unwrap();
+            assert!(difference.abs() < 1e-4, "{name}: {one} {other}");
+        }
+    }
 }
