@@ -622,7 +622,8 @@ pub struct GenerateArgs {
     #[arg(long, help_heading = "Sampling")]
     pub policy: String,
     /// Number of samples of each prompt.
-    #[arg(long, default_value_t = 1, help_heading = "Sampling")]
+    #[arg(long, default_value_t = 1, help_heading = "Sampling",
+          value_parser = clap::value_parser!(u32).range(1..))]
     pub samples: u32,
     /// The way in which tokens are chosen.
     #[command(flatten)]
@@ -657,7 +658,8 @@ pub struct PromptFormArgs {
 #[derive(Clone, Debug, Args)]
 pub struct SamplingArgs {
     /// Maximum number of tokens of each sample.
-    #[arg(long, default_value_t = 256, help_heading = "Sampling")]
+    #[arg(long, default_value_t = 256, help_heading = "Sampling",
+          value_parser = clap::value_parser!(u32).range(1..))]
     pub max_tokens: u32,
     /// Temperature; 0 always takes the most likely token. Default: 1.
     #[arg(long, allow_negative_numbers = true, help_heading = "Sampling")]

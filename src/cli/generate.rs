@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-pub(super) use self::prompts::{PromptRow, read};
+pub(super) use self::prompts::{PromptRow, ResultColumns, read};
 use self::prompts::{RESULT_COLUMNS, prompt_of};
 use self::results::Results;
 use super::args::{GenerateArgs, Output, PromptFormArgs, SamplingArgs};
@@ -388,6 +388,15 @@ where
     }
 }
 
+/// Adds the place of a row to a failure, unless the failure begins with a flag: the flag's value is
+/// wrong for every row.
+pub(super) fn of_row(failure: Failure, place: &str) -> Failure {
+    match failure.message().starts_with("--") {
+        true => failure,
+        false => failure.with_context(place),
+    }
+}
+
 /// Begins a task for each row, several at a time, and calls `write` with the results in the order
 /// of the rows.
 ///
@@ -471,7 +480,7 @@ async fn write_all(
         let (client, patience) = (client.clone(), Arc::clone(&patience));
         async move {
             let samples = continued(&client, request, &patience).await;
-            let samples = samples.map_err(|failure| failure.with_context(&context))?;
+            let samples = samples.map_err(|failure| of_row(failure, &context))?;
             Ok((row.fields, samples))
         }
     };
@@ -497,6 +506,15 @@ mod tests {
             "a\u{fffd}]0;title\u{fffd}b\u{fffd}\u{fffd}2J\n\tc é"
         );
         assert!(matches!(printable("a\n é"), Cow::Borrowed(_)));
+    }
+
+    #[test]
+    fn the_error_of_a_flag_names_no_row() {
+        let failed = |message: &str| Failure::Usage(message.to_owned());
+        let of_flag = of_row(failed("--temperature is -1"), "p.jsonl: row 1");
+        assert_eq!(of_flag.message(), "--temperature is -1");
+        let of_prompt = of_row(failed("prompt has no text"), "p.jsonl: row 1");
+        assert_eq!(of_prompt.message(), "p.jsonl: row 1: prompt has no text");
     }
 
     #[test]

@@ -13,37 +13,38 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use self::progress_file::{Outcomes, PromptOutcome};
+use self::progress_file::{Outcomes, PromptOutcome, check_output};
 pub(super) use self::progress_file::{PairsReport, differing};
 use self::rank::{Candidate, Dropped, choose};
 use super::args::{Output, PairMakingArgs, PairsArgs};
 use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::generate::{
-    GenerationFailure, Patience, PromptRow, SampleSoFar, Samples, continued, in_order, read,
-    repeated, request,
+    GenerationFailure, Patience, PromptRow, ResultColumns, SampleSoFar, Samples, continued,
+    in_order, read, repeated, request,
 };
 use super::output;
 use super::policy_names::PolicyNames;
 use super::progress::{WorkProgress, say, warn};
 use super::remote::connect;
-use crate::rpc::client::{Client, are_answers_refused};
+use crate::rpc::client::{Client, are_answers_refused, is_content_refused, is_not_found};
 use crate::rpc::pb;
 
-/// Columns that the row of a prompt must not have: those of the result, and others that training
-/// reads although the samples do not depend on them.
-pub(super) const RESULT_COLUMNS: [&str; 10] = [
-    "chosen",
-    "rejected",
-    "generated",
-    "tools",
-    "chat_template_kwargs",
-    "system",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-    "chosen_logps",
-    "rejected_logps",
-];
+/// Columns of a prompt's row that its pair does not have. Those of a pair are left out, so that
+/// pairs can be prompts. The others are refused: the model would read them in training, and the
+/// samples do not depend on them.
+pub(super) const RESULT_COLUMNS: ResultColumns = ResultColumns {
+    refused: &["tools", "chat_template_kwargs", "system"],
+    left_out: &[
+        "chosen",
+        "rejected",
+        "generated",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+        "chosen_logps",
+        "rejected_logps",
+    ],
+};
 
 /// Maximum number of different warnings of a run.
 const MAX_WARNINGS: usize = 10;
@@ -51,15 +52,16 @@ const MAX_WARNINGS: usize = 10;
 pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
     let making = &args.making;
     let base = request(&making.form, &making.sampling, making.samples)?;
+    if making.data.iter().any(|file| Path::new(file) == args.out) {
+        return Err(would_replace(&args.out));
+    }
+    check_output(&args.out)?;
     let client = connect(&args.server.target()).await?;
     let names = PolicyNames::of(&client).await?;
     let given = PairPolicies::complete(&names, making).await?;
     let data = DataFiles::find(&making.data, &making.reading).await?;
     if data.contains(&args.out) {
-        return Err(Failure::Usage(format!(
-            "--out {} would replace a file of --data: name another file",
-            args.out.display()
-        )));
+        return Err(would_replace(&args.out));
     }
     let rows = read(&data, &making.form, &RESULT_COLUMNS)?;
     let maker = PairMaker::new(&client, making, base, given, args.retries.retry_timeout);
@@ -75,7 +77,25 @@ pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
         Output::Table => say(&report.sentence()),
         format => output::resource(format, &report.to_json()),
     }
-    Ok(())
+    if report.has_pairs() {
+        return Ok(());
+    }
+    // An empty file is of no use to training.
+    std::fs::remove_file(&args.out)
+        .map_err(|e| Failure::Failed(format!("--out {}: {e}", args.out.display())))?;
+    Err(Failure::Failed(
+        "no prompt has a pair: lower --min-margin, raise --samples or --temperature, add \
+         --keep-cut if --max-tokens cuts the answers off, raise --max-length if they are too long \
+         for the judge, or name another --judge"
+            .to_owned(),
+    ))
+}
+
+fn would_replace(out: &Path) -> Failure {
+    Failure::Usage(format!(
+        "--out {} would replace a file of --data: name another file",
+        out.display()
+    ))
 }
 
 /// The policies that make pairs.
@@ -129,6 +149,10 @@ pub(super) async fn make(
     rows: Vec<PromptRow>,
     out: &Path,
 ) -> Result<PairsReport, Failure> {
+    check_output(out)?;
+    if let Some(first) = rows.first() {
+        maker.check(&first.prompt).await?;
+    }
     let mut outcomes = Outcomes::open(out, &maker.settings(&rows))?;
     let total = rows.len();
     let done = outcomes.done();
@@ -159,7 +183,7 @@ async fn make_all(
         let seed = first_seed.wrapping_add(row.row - 1);
         async move {
             let made = maker.make(row, seed).await;
-            made.map_err(|failure| failure.with_context(&context))
+            made.map_err(|failure| of_row(failure, &context))
         }
     };
     let mut warned = HashSet::new();
@@ -223,6 +247,45 @@ impl PairMaker {
             length_penalty: args.length_penalty,
             min_margin: args.min_margin,
         })
+    }
+
+    /// Checks the policy's checkpoint, the judge, its reference and the flags of the rewards before
+    /// anything is generated. Errors of the prompt are left to its own turn.
+    ///
+    /// # Errors
+    /// Returns a failure if the server refuses one of them, or does not answer for long.
+    async fn check(&self, prompt: &pb::Text) -> Outcome {
+        let policy = &self.generation.policy;
+        if policy.contains("/checkpoints/") {
+            let request = pb::GetCheckpointRequest {
+                name: policy.clone(),
+            };
+            // Other errors need not concern the generation, for example the caller's roles.
+            if let Err(status) = self.client.checkpoints().get_checkpoint(request).await
+                && is_not_found(&status)
+            {
+                return Err(status.into());
+            }
+        }
+        let request = pb::ScoreCompletionsRequest {
+            options: Some(self.scoring.clone()),
+            prompt: Some(prompt.clone()),
+            completions: vec![answer("a", is_chat(prompt))],
+        };
+        let call = || async {
+            let mut service = self.client.scoring();
+            let answer = match service.score_completions(request.clone()).await {
+                Ok(answer) => Some(answer.into_inner()),
+                Err(status) if is_content_refused(&status) => None,
+                Err(status) => return Err(GenerationFailure::from(status)),
+            };
+            self.patience.answered();
+            Ok(answer)
+        };
+        match repeated(&self.patience, call).await? {
+            Some(scored) => check_fixed([&scored.policy_version, &scored.reference_version]),
+            None => Ok(()),
+        }
     }
 
     /// Returns everything that the pairs depend on, besides the seed and the weights.
@@ -506,13 +569,14 @@ impl SampleScores {
     }
 }
 
-/// Returns the samples that were scored whole, and the server's reason if one cannot be scored.
+/// Returns the samples that were scored whole, and a reason in the words of the flags if one was
+/// not.
 fn candidates<'a>(
     scored: &'a SampleScores,
     texts: &'a [String],
-) -> (Vec<Candidate<'a>>, Option<&'a str>) {
+) -> (Vec<Candidate<'a>>, Option<String>) {
     let mut candidates = Vec::new();
-    let mut refused = None;
+    let mut refused: Option<String> = None;
     for (result, text) in scored.results.iter().zip(texts) {
         match &result.result {
             Some(pb::completion_result::Result::Score(score)) if !score.truncated => {
@@ -522,13 +586,26 @@ fn candidates<'a>(
                     tokens: score.tokens,
                 });
             }
-            Some(pb::completion_result::Result::Score(_)) | None => {}
-            Some(pb::completion_result::Result::Error(status)) => {
-                refused.get_or_insert(status.message.as_str());
+            Some(pb::completion_result::Result::Score(_)) => {
+                refused
+                    .get_or_insert_with(|| "with the prompt they exceed --max-length".to_owned());
             }
+            Some(pb::completion_result::Result::Error(status)) => {
+                refused.get_or_insert_with(|| reason_in_flags(&status.message));
+            }
+            None => {}
         }
     }
     (candidates, refused)
+}
+
+/// Returns the server's reason without the field that it begins with, and with the flag's name.
+fn reason_in_flags(message: &str) -> String {
+    let reason = match message.split_once(' ') {
+        Some((field, rest)) if field == "prompt" || field.starts_with("completions[") => rest,
+        _ => message,
+    };
+    reason.replace("max_length", "--max-length")
 }
 
 fn is_chat(prompt: &pb::Text) -> bool {
@@ -588,6 +665,16 @@ mod tests {
             reference_version: "r".to_owned(),
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn the_reason_why_an_answer_has_no_score_names_the_flag() {
+        assert_eq!(
+            reason_in_flags("prompt the prompt alone has 9 tokens, max_length is 8"),
+            "the prompt alone has 9 tokens, --max-length is 8"
+        );
+        assert_eq!(reason_in_flags("completions[1] has no text"), "has no text");
+        assert_eq!(reason_in_flags("the device is full"), "the device is full");
     }
 
     #[test]

@@ -170,6 +170,16 @@ pub fn are_answers_refused(status: &Status) -> bool {
     status.code() == Code::InvalidArgument && violations.iter().any(|(f, _)| f == "completions")
 }
 
+/// Returns true if a call was refused because of its prompt or its answers, rather than because of
+/// a setting.
+pub fn is_content_refused(status: &Status) -> bool {
+    let is_content = |field: &str| field.is_empty() || field.starts_with("prompt");
+    are_answers_refused(status)
+        || field_violations(status)
+            .iter()
+            .any(|(field, _)| is_content(field) || field.starts_with("completions["))
+}
+
 /// Returns true if a call was refused because the caller may not make it.
 pub fn is_denied(status: &Status) -> bool {
     status.code() == Code::PermissionDenied

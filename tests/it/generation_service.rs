@@ -454,6 +454,13 @@ async fn the_command_continues_a_prompt_and_the_prompts_of_a_file() {
     refused(&files, &["row 1: prompt is a number"]);
     std::fs::write(&prompts, "{\"seed\": 1, \"prompt\": \"x\"}\n").unwrap();
     refused(&files, &["row 1: the column seed cannot be copied"]);
+    std::fs::write(&prompts, "").unwrap();
+    refused(&files, &["has no prompts"]);
+    std::fs::write(&prompts, "{\"prompt\": \"x\"}\n").unwrap();
+    let cold = [&files[..], &["--temperature", "-1"]].concat();
+    refused(&cold, &["error: --temperature is -1"]);
+    let none = [&files[..], &["--samples", "0"]].concat();
+    refused(&none, &["0 is not in 1.."]);
     assert_eq!(std::fs::read(&out).unwrap(), complete);
 
     // CSV, compressed and with another name of the prompt's column. All columns are copied.

@@ -209,6 +209,12 @@ async fn a_pair_is_the_best_and_the_worst_sample() {
         "json",
     ];
     let made = run(&server, &prompts, &none, &high);
+    let said = text(&made.stderr);
+    assert_eq!(made.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("no prompt has a pair: lower --min-margin"),
+        "{said}"
+    );
     let report: Value = serde_json::from_slice(&made.stdout).unwrap();
     assert_eq!(
         (&report["near_ties"], &report["pairs"]),
@@ -223,7 +229,37 @@ async fn a_pair_is_the_best_and_the_worst_sample() {
     let said = text(&made.stderr);
     assert!(said.contains("6 near ties"), "{said}");
     assert!(said.contains("the same weights"), "{said}");
-    assert_eq!(rows(&none).len(), 0);
+    assert!(!none.exists());
+    assert!(!dir.path().join("none.jsonl.progress").exists());
+
+    // The result of an earlier run, and files of others, are not replaced.
+    let before = std::fs::read(&out).unwrap();
+    let again = run(&server, &prompts, &out, &flags);
+    let said = text(&again.stderr);
+    assert_eq!(again.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("exists: remove it, or name another file"),
+        "{said}"
+    );
+    assert_eq!(std::fs::read(&out).unwrap(), before);
+
+    // The pairs can be the prompts of other pairs.
+    let more = dir.path().join("more.jsonl");
+    let made = run(&server, &out, &more, &flags);
+    let said = text(&made.stderr);
+    assert!(made.status.success(), "{said}");
+    let left_out = "left out of the pairs: chosen, rejected, generated\n";
+    assert_eq!(said.matches(left_out).count(), 1, "{said}");
+    let more = rows(&more);
+    assert_eq!(more.len(), 6);
+    for (pair, prompt) in more.iter().zip(&pairs) {
+        assert_eq!(
+            (&pair["id"], &pair["prompt"]),
+            (&prompt["id"], &prompt["prompt"])
+        );
+        assert_eq!(pair["generated"]["seed"], prompt["generated"]["seed"]);
+        assert_eq!(pair["chosen"], prompt["chosen"]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -295,41 +331,71 @@ async fn what_cannot_be_a_pair_is_said() {
     };
     refused(&["--judge", "nothing"], "--judge");
     refused(&["--min-margin", "-1"], "--min-margin");
-    refused(&["--temperature", "-1"], "--temperature is -1");
+    // Errors of flags name no row, and come before anything is stored.
+    refused(&["--temperature", "-1"], "error: --temperature is -1");
+    refused(&["--beta", "-1"], "error: --beta is -1");
+    let none = Command::new(binary())
+        .args(["pairs", "--policy", "tiny", "--max-tokens", "0", "--data"])
+        .arg(&prompts)
+        .arg("--out")
+        .arg(&out)
+        .output()
+        .unwrap();
+    let said = text(&none.stderr);
+    assert_eq!(none.status.code(), Some(2), "{said}");
+    assert!(said.contains("0 is not in 1.."), "{said}");
+    let started = dir.path().join("pairs.jsonl.progress");
+    std::fs::remove_file(&started).unwrap();
+    refused(&["--beta", "-1"], "error: --beta is -1");
+    assert!(!started.exists());
     let own = run(&server, &prompts, &prompts, &[]);
     let said = text(&own.stderr);
     assert!(said.contains("would replace a file of --data"), "{said}");
-    std::fs::write(&prompts, "{\"prompt\": \"x\", \"chosen\": \"y\"}\n").unwrap();
-    refused(&[], "the column chosen cannot be copied");
+    std::fs::write(&prompts, "").unwrap();
+    refused(&[], "prompts.jsonl has no prompts");
     std::fs::write(&prompts, "{\"prompt\": \"x\", \"system\": \"y\"}\n").unwrap();
     refused(&[], "the column system cannot be copied");
     // Greedy samples are all the same.
     std::fs::write(&prompts, "{\"prompt\": \"x\"}\n").unwrap();
-    let folder = run(&server, &prompts, dir.path(), &[]);
-    let said = text(&folder.stderr);
-    assert!(said.contains("is a folder: name a file"), "{said}");
-    let made = run(&server, &prompts, &out, &["--temperature", "0"]);
-    let said = text(&made.stderr);
+    let wrong_outputs = [
+        (dir.path().to_owned(), "is a folder: name a file"),
+        (dir.path().join("none/"), "ends with a slash: name a file"),
+        (dir.path().join("none/pairs.jsonl"), "none does not exist"),
+        (PathBuf::from("-"), "is standard output: name a file"),
+    ];
+    for (wrong, part) in wrong_outputs {
+        let made = run(&server, &prompts, &wrong, &[]);
+        let said = text(&made.stderr);
+        assert_eq!(made.status.code(), Some(2), "{said}");
+        assert!(said.contains(part), "{said}");
+    }
+    let without_pairs = |more: &[&str], part: &str| {
+        let made = run(&server, &prompts, &out, more);
+        let said = text(&made.stderr);
+        assert_eq!(made.status.code(), Some(1), "{said}");
+        assert!(said.contains(part), "{said}");
+        assert!(!out.exists());
+        said
+    };
     let few = "1 with fewer than two different complete answers";
-    assert!(made.status.success() && said.contains(few), "{said}");
+    without_pairs(&["--temperature", "0"], few);
     // Samples that are cut off, and those that are too long to be scored whole.
-    let made = run(&server, &prompts, &out, &["--ignore-eos"]);
-    let said = text(&made.stderr);
-    assert!(made.status.success() && said.contains(few), "{said}");
+    without_pairs(&["--ignore-eos"], few);
     let words = "word ".repeat(60);
-    let long = format!("{{\"prompt\": \"x\"}}\n{{\"prompt\": \"{words}\"}}\n");
-    std::fs::write(&prompts, long).unwrap();
     let short = [
         "--ignore-eos",
         "--keep-cut",
         "--reference",
         "tiny",
         "--max-length",
+        "60",
     ];
-    let made = run(&server, &prompts, &out, &[&short[..], &["60"]].concat());
-    let said = text(&made.stderr);
-    assert!(made.status.success() && said.contains(few), "{said}");
-    assert!(said.contains("some samples cannot be scored"), "{said}");
+    std::fs::write(&prompts, format!("{{\"prompt\": \"{words}\"}}\n")).unwrap();
+    let said = without_pairs(&short, "1 with answers that cannot be scored");
+    let reason = "some samples cannot be scored: the prompt alone has ";
+    assert!(said.contains(reason), "{said}");
+    assert!(said.contains("--max-length is 60"), "{said}");
+    assert!(said.contains("0 with fewer than two different"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -356,8 +422,7 @@ async fn more_answers_than_the_server_scores_at_a_time_are_scored_in_parts() {
     drop(server);
     // 64 answers of 8 tokens are longer than 256 tokens, and a prompt with one answer is not.
     let tiny = format!("tiny={}", golden("models/llama").display());
-    let limit = [("BRADLEY_MAX_ROW_TOKENS", "256")];
-    let server = Server::start_in(&data, &tiny, &[], &limit);
+    let server = Server::start_with(&data, &tiny, &["--max-row-tokens", "256"]);
     let parts = dir.path().join("parts.jsonl");
     let made = run_many(&server, &prompts, &parts, &flags);
     assert!(made.status.success(), "{}", text(&made.stderr));
@@ -365,7 +430,7 @@ async fn more_answers_than_the_server_scores_at_a_time_are_scored_in_parts() {
     assert_eq!((whole.len(), parts.len()), (2, 2));
     for (one, other) in whole.iter().zip(&parts) {
         let (one, other) = (&one["generated"], &other["generated"]);
-        assert!(one["different_samples"].as_u64() > Some(40), "{one}");
+        assert!(one["different_samples"].as_u64() > Some(32), "{one}");
         assert_eq!(one["different_samples"], other["different_samples"]);
         for name in ["chosen_reward", "rejected_reward", "margin"] {
             let difference = one[name].as_f64().unwrap() - other[name].as_f64().unwrap();

@@ -5,11 +5,23 @@ use serde_json::{Map, Value};
 use crate::cli::args::PromptFormArgs;
 use crate::cli::data::{DataFiles, WholeRecord};
 use crate::cli::failure::Failure;
+use crate::cli::progress::say;
 use crate::domain::message::kind;
 use crate::rpc::pb;
 
 /// Columns that a result adds to its row.
-pub(super) const RESULT_COLUMNS: [&str; 4] = ["samples", "prompt_tokens", "policy", "seed"];
+pub(super) const RESULT_COLUMNS: ResultColumns = ResultColumns {
+    refused: &["samples", "prompt_tokens", "policy", "seed"],
+    left_out: &[],
+};
+
+/// Columns of the rows of prompts that cannot be copied into the result.
+pub struct ResultColumns {
+    /// A row must not have them.
+    pub refused: &'static [&'static str],
+    /// They are left out of the row.
+    pub left_out: &'static [&'static str],
+}
 
 /// A row of the files of prompts.
 #[derive(Clone)]
@@ -67,25 +79,46 @@ pub(super) fn prompt_of(prompt: &Value, form: &PromptFormArgs) -> Result<pb::Tex
 }
 
 /// Reads the prompts of files. Every row has a text or messages in the column `prompt`, or messages
-/// in `messages`, and none of the columns `taken`, which the result adds.
+/// in `messages`. A note on standard error names the columns that are left out.
 ///
 /// # Errors
-/// Returns a failure that names the row that cannot be used.
+/// Returns a failure that names the row that cannot be used, or says that there is no row.
 pub fn read(
     data: &DataFiles,
     form: &PromptFormArgs,
-    taken: &[&str],
+    taken: &ResultColumns,
 ) -> Result<Vec<PromptRow>, Failure> {
     let mut prompts = Vec::new();
+    let mut left_out: Vec<&str> = Vec::new();
     for record in data.whole_records() {
         let WholeRecord {
             row,
             place,
-            columns,
+            mut columns,
         } = record?;
-        let prompt = columns.and_then(|columns| prompt_row((row, &place), columns, form, taken));
+        if let Ok(columns) = &mut columns {
+            for name in taken.left_out {
+                if columns.contains_key(*name) && !left_out.contains(name) {
+                    left_out.push(name);
+                }
+            }
+            columns.retain(|name, _| !taken.left_out.contains(&name.as_str()));
+        }
+        let prompt =
+            columns.and_then(|columns| prompt_row((row, &place), columns, form, taken.refused));
         let failed = |problem| Failure::Failed(format!("{}: {place}: {problem}", data.title()));
         prompts.push(prompt.map_err(failed)?);
+    }
+    if prompts.is_empty() {
+        return Err(Failure::Failed(format!("{} has no prompts", data.title())));
+    }
+    if !left_out.is_empty() {
+        let is_named = |name: &&&str| left_out.contains(*name);
+        let names: Vec<&str> = taken.left_out.iter().filter(is_named).copied().collect();
+        let names = names.join(", ");
+        say(&format!(
+            "columns of the prompts that are left out of the pairs: {names}"
+        ));
     }
     Ok(prompts)
 }
@@ -94,11 +127,11 @@ fn prompt_row(
     (row, place): (u64, &str),
     fields: Map<String, Value>,
     form: &PromptFormArgs,
-    taken: &[&str],
+    refused: &[&str],
 ) -> Result<PromptRow, String> {
-    if let Some(taken) = taken.iter().find(|name| fields.contains_key(**name)) {
+    if let Some(refused) = refused.iter().find(|name| fields.contains_key(**name)) {
         return Err(format!(
-            "the column {taken} cannot be copied into the result: rename or remove it"
+            "the column {refused} cannot be copied into the result: rename or remove it"
         ));
     }
     let Some(prompt) = fields.get("prompt").or_else(|| fields.get("messages")) else {

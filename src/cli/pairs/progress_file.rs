@@ -11,6 +11,11 @@ use serde_json::{Map, Value, json};
 use super::rank::Dropped;
 use crate::cli::failure::{Failure, Outcome};
 
+/// End of the name of the file of outcomes, after that of the output.
+const PROGRESS_ENDING: &str = ".progress";
+/// The remedy for an output that exists and is not of the run that is continued.
+const EXISTS: &str = "exists: remove it, or name another file";
+
 /// Result of a prompt: a pair, or the reason why there is none.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct PromptOutcome {
@@ -61,6 +66,7 @@ pub(in crate::cli) struct PairsReport {
     prompts: usize,
     pairs: usize,
     few_answers: usize,
+    not_scored: usize,
     near_ties: usize,
     tokens: u64,
     /// Sums over the pairs.
@@ -80,6 +86,47 @@ fn beside(out: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
+/// Returns the file to write: the target of a symbolic link is replaced, not the link.
+fn target(out: &Path) -> PathBuf {
+    out.canonicalize().unwrap_or_else(|_| out.to_owned())
+}
+
+/// Checks that the output can be created, and that it replaces no file but the result of the
+/// interrupted run that is continued.
+///
+/// # Errors
+/// Returns a failure that says why another output must be named.
+pub(super) fn check_output(out: &Path) -> Outcome {
+    let wrong = |reason: &str| {
+        let out = out.display();
+        Err(Failure::Usage(format!("--out {out} {reason}")))
+    };
+    if out.as_os_str() == "-" {
+        return wrong("is standard output: name a file, beside which the progress is stored");
+    }
+    if out.is_dir() || out.file_name().is_none() {
+        return wrong("is a folder: name a file");
+    }
+    if out.as_os_str().as_encoded_bytes().ends_with(b"/") {
+        return wrong("ends with a slash: name a file");
+    }
+    let target = target(out);
+    if fs::metadata(&target).is_ok_and(|m| !m.is_file()) {
+        return wrong("is a pipe or a device: name a file");
+    }
+    let folder = target.parent().filter(|f| !f.as_os_str().is_empty());
+    if let Some(missing) = folder.filter(|folder| !folder.is_dir()) {
+        return wrong(&format!(
+            "cannot be created: the folder {} does not exist",
+            missing.display()
+        ));
+    }
+    match target.exists() && !beside(&target, PROGRESS_ENDING).exists() {
+        true => wrong(EXISTS),
+        false => Ok(()),
+    }
+}
+
 impl Outcomes {
     /// Begins a run with `settings`, or continues an interrupted one. If the settings name no seed,
     /// the seed is that of the interrupted run, or a random one.
@@ -88,21 +135,9 @@ impl Outcomes {
     /// Returns a failure if the file cannot be read or written, is of a run with other settings, or
     /// another process writes it.
     pub fn open(out: &Path, settings: &Value) -> Result<Self, Failure> {
-        // The target of a symbolic link is replaced, not the link.
-        let out = &out.canonicalize().unwrap_or_else(|_| out.to_owned());
-        if out.is_dir() || out.file_name().is_none() {
-            return Err(Failure::Usage(format!(
-                "--out {} is a folder: name a file",
-                out.display()
-            )));
-        }
-        if fs::metadata(out).is_ok_and(|m| !m.is_file()) {
-            return Err(Failure::Usage(format!(
-                "--out {} is a pipe or a device: name a file",
-                out.display()
-            )));
-        }
-        let path = beside(out, ".progress");
+        check_output(out)?;
+        let out = &target(out);
+        let path = beside(out, PROGRESS_ENDING);
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -138,6 +173,9 @@ impl Outcomes {
         drop(reader);
         // Without an outcome there is nothing to continue.
         if lines.len() < 2 {
+            if out.exists() {
+                return Err(Failure::Usage(format!("--out {} {EXISTS}", out.display())));
+            }
             (complete, lines) = (0, Vec::new());
         }
         file.set_len(complete).map_err(failed(&path))?;
@@ -298,6 +336,7 @@ impl PairsReport {
         self.tokens += line.tokens;
         match line.dropped {
             Some(Dropped::FewAnswers) => self.few_answers += 1,
+            Some(Dropped::NotScored) => self.not_scored += 1,
             Some(Dropped::NearTie) => self.near_ties += 1,
             None => {}
         }
@@ -315,12 +354,18 @@ impl PairsReport {
         (self.pairs > 0).then(|| sum / self.pairs as f64)
     }
 
+    /// Returns true if a prompt has a pair.
+    pub fn has_pairs(&self) -> bool {
+        self.pairs > 0
+    }
+
     /// Returns the numbers as a JSON object.
     pub fn to_json(&self) -> Value {
         json!({
             "prompts": self.prompts,
             "pairs": self.pairs,
             "few_answers": self.few_answers,
+            "not_scored": self.not_scored,
             "near_ties": self.near_ties,
             "generated_tokens": self.tokens,
             "mean_margin": self.mean(self.margin),
@@ -340,11 +385,28 @@ impl PairsReport {
             ),
             None => String::new(),
         };
+        let not_scored = match self.not_scored {
+            0 => String::new(),
+            some => format!("{some} with answers that cannot be scored, "),
+        };
         format!(
-            "{} pairs from {} prompts, {} tokens, seed {}; left out: {} with fewer than two \
-             different complete answers, {} near ties{means}",
-            self.pairs, self.prompts, self.tokens, self.seed, self.few_answers, self.near_ties
+            "{} from {}, {} tokens, seed {}; left out: {} with fewer than two different complete \
+             answers, {not_scored}{}{means}",
+            counted(self.pairs, "pair"),
+            counted(self.prompts, "prompt"),
+            self.tokens,
+            self.seed,
+            self.few_answers,
+            counted(self.near_ties, "near tie")
         )
+    }
+}
+
+/// Returns a number with a noun: `1 pair`, `2 pairs`.
+fn counted(number: usize, noun: &str) -> String {
+    match number {
+        1 => format!("1 {noun}"),
+        _ => format!("{number} {noun}s"),
     }
 }
 
@@ -418,5 +480,35 @@ mod tests {
         );
         let same = json!({"policy": "p", "min_margin": 0.1, "seed": null});
         assert_eq!(Outcomes::open(&out, &same).unwrap().seed(), 1);
+    }
+
+    #[test]
+    fn a_file_of_another_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("mine.jsonl");
+        let settings = json!({"policy": "p", "seed": 1});
+        fs::write(&out, "mine").unwrap();
+        let e = Outcomes::open(&out, &settings).unwrap_err();
+        assert!(e.message().contains("mine.jsonl exists"), "{}", e.message());
+        let progress = dir.path().join("mine.jsonl.progress");
+        assert!(!progress.exists());
+        // A run that has stored no outcome has not written it either.
+        fs::write(&progress, "{\"settings\": {}, \"seed\": 1}\n").unwrap();
+        let e = Outcomes::open(&out, &settings).unwrap_err();
+        assert!(e.message().contains("mine.jsonl exists"), "{}", e.message());
+        assert_eq!(fs::read_to_string(&out).unwrap(), "mine");
+        // Killed after the output had its name, and before the progress was removed.
+        fs::remove_file(&out).unwrap();
+        let mut first = Outcomes::open(&out, &settings).unwrap();
+        first.add(outcome("v", Some(1.0))).unwrap();
+        drop(first);
+        fs::write(&out, "of this run").unwrap();
+        let report = Outcomes::open(&out, &settings).unwrap().finish().unwrap();
+        assert!(report.has_pairs());
+        assert!(
+            report
+                .sentence()
+                .starts_with("1 pair from 1 prompt, 5 tokens")
+        );
     }
 }

@@ -28,8 +28,10 @@ pub(super) struct ChosenPair {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Dropped {
-    /// Fewer than two of its samples differ, are complete, and fit into the judge's maximum length.
+    /// Fewer than two of its samples differ and are complete.
     FewAnswers,
+    /// Fewer than two of them can be scored whole.
+    NotScored,
     /// The rewards of the best and the worst sample differ too little.
     NearTie,
 }
@@ -38,7 +40,7 @@ pub(super) enum Dropped {
 /// every token. Among equal ones, the first counts.
 ///
 /// # Errors
-/// Returns the reason why there is no pair: fewer than two samples, or a margin below `min_margin`
+/// Returns the reason why there is no pair: fewer than two candidates, or a margin below `min_margin`
 /// or of 0.
 pub(super) fn choose(
     candidates: &[Candidate<'_>],
@@ -46,7 +48,7 @@ pub(super) fn choose(
     min_margin: f64,
 ) -> Result<ChosenPair, Dropped> {
     if candidates.len() < 2 {
-        return Err(Dropped::FewAnswers);
+        return Err(Dropped::NotScored);
     }
     let value = |i: usize| candidates[i].reward - length_penalty * f64::from(candidates[i].tokens);
     let (mut best, mut worst) = (0, 0);
@@ -100,6 +102,6 @@ mod tests {
         let equal = candidates(&[(1.0, 1), (1.0, 1)]);
         assert_eq!(choose(&equal, 0.0, 0.0), Err(Dropped::NearTie));
         let one = candidates(&[(1.0, 1)]);
-        assert_eq!(choose(&one, 0.0, 0.0), Err(Dropped::FewAnswers));
+        assert_eq!(choose(&one, 0.0, 0.0), Err(Dropped::NotScored));
     }
 }
