@@ -802,7 +802,8 @@ pub struct PairsArgs {
     /// Prompts, policies and settings.
     #[command(flatten)]
     pub making: PairMakingArgs,
-    /// The JSONL file to write: a pair for each prompt that has one.
+    /// The JSONL file to write: a pair for each prompt that has one. An existing file is not
+    /// replaced.
     #[arg(long, value_name = "FILE", help_heading = "Prompts")]
     pub out: PathBuf,
     /// The time for which calls are repeated.

@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io::IsTerminal as _;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -174,6 +175,8 @@ pub(super) struct SampleStream {
     responses: Streaming<pb::GenerateCompletionsResponse>,
     /// Number of samples.
     samples: usize,
+    /// Gets the number of tokens that arrive, if somebody counts them.
+    counter: Option<Arc<AtomicU64>>,
 }
 
 /// Begins to continue a prompt. Returns when the server has computed it.
@@ -189,6 +192,7 @@ pub(super) async fn begin(
     Ok(SampleStream {
         responses: answer.into_inner(),
         samples,
+        counter: None,
     })
 }
 
@@ -216,6 +220,9 @@ impl SampleStream {
                 }
                 sample.text.push_str(&delta.text);
                 sample.tokens += delta.token_ids.len();
+                if let Some(counter) = &self.counter {
+                    counter.fetch_add(delta.token_ids.len() as u64, Ordering::Relaxed);
+                }
                 sample.log_prob += delta
                     .token_logprobs
                     .iter()
@@ -304,6 +311,8 @@ async fn one(client: &Client, request: pb::GenerateCompletionsRequest, format: O
 pub(super) struct Patience {
     limit: Duration,
     last_answer: Mutex<Instant>,
+    /// Number of tokens that have arrived.
+    tokens: Arc<AtomicU64>,
 }
 
 impl Patience {
@@ -312,7 +321,13 @@ impl Patience {
         Patience {
             limit: Duration::from_secs(seconds),
             last_answer: Mutex::new(Instant::now()),
+            tokens: Arc::default(),
         }
+    }
+
+    /// Returns the number of tokens that have arrived, which grows.
+    pub fn tokens(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.tokens)
     }
 
     /// Notes that the server has answered.
@@ -338,13 +353,23 @@ pub(super) async fn continued(
     request: pb::GenerateCompletionsRequest,
     patience: &Patience,
 ) -> Result<Samples, Failure> {
-    let call = || {
-        generate(client, request.clone(), |_, _| {
-            patience.answered();
-            Ok(())
-        })
-    };
+    let call = || generate_patiently(client, request.clone(), patience);
     repeated(patience, call).await
+}
+
+/// Continues a prompt once, and notes when the server has answered.
+async fn generate_patiently(
+    client: &Client,
+    request: pb::GenerateCompletionsRequest,
+    patience: &Patience,
+) -> Result<Samples, GenerationFailure> {
+    let mut stream = begin(client, request).await?;
+    stream.counter = Some(patience.tokens());
+    let answered = |_: usize, _: &str| {
+        patience.answered();
+        Ok(())
+    };
+    stream.read(answered).await
 }
 
 /// Makes a call, and makes it again after an error that may pass.
@@ -438,7 +463,10 @@ async fn all(
     let mut results = Results::create(args.out.as_deref(), &data)?;
     let mut written = 0;
     let progress = WorkProgress::prompts("generating", total as u64);
-    let work = write_all(client, (args, &data), base, rows, |line| {
+    let patience = Arc::new(Patience::new(args.retries.retry_timeout));
+    progress.count_tokens(patience.tokens());
+    let title = data.title();
+    let work = write_all(client, (&patience, title.as_str()), base, rows, |line| {
         progress.suspend(|| results.add(line))?;
         progress.add(1);
         written += 1;
@@ -461,14 +489,12 @@ async fn all(
 /// Continues prompts and calls `write` with the line of each. Returns the number of their tokens.
 async fn write_all(
     client: &Client,
-    (args, data): (&GenerateArgs, &DataFiles),
+    (patience, title): (&Arc<Patience>, &str),
     base: pb::GenerateCompletionsRequest,
     rows: Vec<PromptRow>,
     mut write: impl FnMut(&str) -> Outcome,
 ) -> Result<u64, Failure> {
-    let patience = Arc::new(Patience::new(args.retries.retry_timeout));
     let first_seed = base.seed.unwrap_or_else(rand::random);
-    let title = data.title();
     let begin = |row: PromptRow| {
         let request = pb::GenerateCompletionsRequest {
             prompt: Some(row.prompt),
@@ -477,7 +503,7 @@ async fn write_all(
             ..base.clone()
         };
         let context = format!("{title}: {}", row.place);
-        let (client, patience) = (client.clone(), Arc::clone(&patience));
+        let (client, patience) = (client.clone(), Arc::clone(patience));
         async move {
             let samples = continued(&client, request, &patience).await;
             let samples = samples.map_err(|failure| of_row(failure, &context))?;

@@ -161,6 +161,7 @@ pub(super) async fn make(
     }
     let progress = WorkProgress::prompts(what, total as u64);
     progress.start_at(done as u64);
+    progress.count_tokens(maker.patience.tokens());
     let work = make_all(maker, title, rows, &mut outcomes, &progress);
     progress.during(work).await?;
     drop(progress);
@@ -572,7 +573,7 @@ impl SampleScores {
 /// Returns the samples that were scored whole, and a reason in the words of the flags if one was
 /// not.
 fn candidates<'a>(
-    scored: &'a SampleScores,
+    scored: &SampleScores,
     texts: &'a [String],
 ) -> (Vec<Candidate<'a>>, Option<String>) {
     let mut candidates = Vec::new();

@@ -1,9 +1,11 @@
 //! Progress of long work, on standard error: a bar on a terminal, elsewhere a line now and then.
 //! Work that is done within a second shows nothing.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::future::Future;
 use std::io::IsTerminal as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -48,6 +50,8 @@ pub(super) struct WorkProgress {
     next_line: Cell<Duration>,
     /// The time that is left, if somebody else estimates it.
     left: Cell<Option<Duration>>,
+    /// Number of tokens that were received, if the work counts them.
+    tokens: OnceCell<Arc<AtomicU64>>,
 }
 
 impl WorkProgress {
@@ -64,6 +68,7 @@ impl WorkProgress {
             is_over: Cell::new(false),
             next_line: Cell::new(LINE_INTERVAL),
             left: Cell::new(None),
+            tokens: OnceCell::new(),
         };
         progress.set_style();
         progress
@@ -99,8 +104,9 @@ impl WorkProgress {
             (Unit::None, _) => "{spinner} {prefix}  {elapsed}",
             (Unit::Pairs, None) => "{spinner} {prefix}  {pos} pairs  {msg}",
             (Unit::Pairs, Some(_)) => "{prefix} {bar:20} {pos}/{len} pairs  {msg}",
-            (Unit::Prompts, None) => "{spinner} {prefix}  {pos} prompts",
-            (Unit::Prompts, Some(_)) => "{prefix} {bar:20} {pos}/{len} prompts  {msg}",
+            (Unit::Prompts, None) => "{spinner} {prefix}  {pos} prompts  {elapsed}  {msg}",
+            // The first prompts may take minutes, and a round has a long prefix.
+            (Unit::Prompts, Some(_)) => "{spinner} {prefix} {bar:8} {pos}/{len}  {elapsed}  {msg}",
             (Unit::Steps, None) => "{spinner} {prefix}  {elapsed}",
             (Unit::Steps, Some(_)) => "{prefix} {bar:20} {pos}/{len} steps  {msg}",
             (Unit::Bytes, None) => "{spinner} {prefix}  {bytes}",
@@ -139,6 +145,11 @@ impl WorkProgress {
     /// Sets the time that is left, as the server estimates it.
     pub fn set_left(&self, left: Option<Duration>) {
         self.left.set(left);
+    }
+
+    /// Also shows a number of tokens, to which the work adds those that it receives.
+    pub fn count_tokens(&self, tokens: Arc<AtomicU64>) {
+        let _ = self.tokens.set(tokens);
     }
 
     /// Sets the text before the bar.
@@ -182,7 +193,7 @@ impl WorkProgress {
         }
     }
 
-    /// Returns the rate and the time that is left, as far as they are known.
+    /// Returns the rate, the number of tokens and the time that is left, as far as they are known.
     fn details(&self) -> String {
         let mut parts = Vec::new();
         if self.unit == Unit::Pairs {
@@ -198,6 +209,8 @@ impl WorkProgress {
             parts.extend(left);
             return parts.join(", ");
         }
+        let tokens = self.tokens.get().map(|n| n.load(Ordering::Relaxed));
+        parts.extend(tokens.filter(|n| *n > 0).map(|n| format!("{n} tokens")));
         let done_here = done.saturating_sub(self.first_position.get());
         if let Some(total) = self.bar.length().filter(|n| *n > done && done_here > 0) {
             let left = self
@@ -335,5 +348,10 @@ mod tests {
         // 10 prompts in 100 seconds, and 10 are left.
         assert_eq!(progress.details(), "2 minutes left");
         assert!(progress.line(ago).starts_with("making pairs: 990 of 1000"));
+        let tokens = Arc::new(AtomicU64::new(0));
+        progress.count_tokens(Arc::clone(&tokens));
+        assert_eq!(progress.details(), "2 minutes left");
+        tokens.fetch_add(4321, Ordering::Relaxed);
+        assert_eq!(progress.details(), "4321 tokens, 2 minutes left");
     }
 }

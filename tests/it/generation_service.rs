@@ -456,6 +456,9 @@ async fn the_command_continues_a_prompt_and_the_prompts_of_a_file() {
     refused(&files, &["row 1: the column seed cannot be copied"]);
     std::fs::write(&prompts, "").unwrap();
     refused(&files, &["has no prompts"]);
+    std::fs::write(&prompts, "{\"ask\": \"x\", \"note\": 1}\n").unwrap();
+    let found = "found: ask, note; --columns prompt=NAME reads the column NAME as prompt";
+    refused(&files, &[found]);
     std::fs::write(&prompts, "{\"prompt\": \"x\"}\n").unwrap();
     let cold = [&files[..], &["--temperature", "-1"]].concat();
     refused(&cold, &["error: --temperature is -1"]);

@@ -135,7 +135,12 @@ fn prompt_row(
         ));
     }
     let Some(prompt) = fields.get("prompt").or_else(|| fields.get("messages")) else {
-        return Err("no column prompt: add it, a text or a list of messages".into());
+        let found: Vec<&str> = fields.keys().map(String::as_str).collect();
+        return Err(format!(
+            "no column prompt, a text or a list of messages; found: {}; --columns prompt=NAME \
+             reads the column NAME as prompt",
+            found.join(", ")
+        ));
     };
     let prompt = prompt_of(prompt, form).map_err(|problem| format!("prompt {problem}"))?;
     Ok(PromptRow {
