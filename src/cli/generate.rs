@@ -24,7 +24,9 @@ use super::policy_names::PolicyNames;
 use super::progress::{WorkProgress, say};
 use super::remote::connect;
 use super::scoring_flags::{template_arguments, tools};
-use crate::rpc::client::{Client, Status, Streaming, is_server_failure, is_transient, retry_after};
+use crate::rpc::client::{
+    Client, Status, Streaming, is_not_found, is_server_failure, is_transient, retry_after,
+};
 use crate::rpc::pb;
 
 /// Number of prompts of a file that are continued at the same time.
@@ -413,6 +415,26 @@ where
     }
 }
 
+/// Checks that the checkpoint exists if a policy names a step. Other errors are left to the calls that use it:
+/// a caller who may generate need not have the role to read checkpoints.
+///
+/// # Errors
+/// Returns a failure if there is no such checkpoint.
+pub(super) async fn check_checkpoint(client: &Client, policy: &str) -> Outcome {
+    let step = policy.split_once("/checkpoints/").map(|(_, step)| step);
+    // The latest weights of a running job need not have been stored.
+    if matches!(step, None | Some("latest" | "best")) {
+        return Ok(());
+    }
+    let request = pb::GetCheckpointRequest {
+        name: policy.to_owned(),
+    };
+    match client.checkpoints().get_checkpoint(request).await {
+        Err(status) if is_not_found(&status) => Err(status.into()),
+        _ => Ok(()),
+    }
+}
+
 /// Adds the place of a row to a failure, unless the failure begins with a flag: the flag's value is
 /// wrong for every row.
 pub(super) fn of_row(failure: Failure, place: &str) -> Failure {
@@ -457,6 +479,7 @@ async fn all(
     args: &GenerateArgs,
     base: pb::GenerateCompletionsRequest,
 ) -> Outcome {
+    check_checkpoint(client, &base.policy).await?;
     let data = DataFiles::find(&args.data, &args.reading).await?;
     let rows = read(&data, &args.form, &RESULT_COLUMNS)?;
     let total = rows.len();

@@ -20,14 +20,14 @@ use super::args::{Output, PairMakingArgs, PairsArgs};
 use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::generate::{
-    GenerationFailure, Patience, PromptRow, ResultColumns, SampleSoFar, Samples, continued,
-    in_order, read, repeated, request,
+    GenerationFailure, Patience, PromptRow, ResultColumns, SampleSoFar, Samples, check_checkpoint,
+    continued, in_order, of_row, read, repeated, request,
 };
 use super::output;
 use super::policy_names::PolicyNames;
 use super::progress::{WorkProgress, say, warn};
 use super::remote::connect;
-use crate::rpc::client::{Client, are_answers_refused, is_content_refused, is_not_found};
+use crate::rpc::client::{Client, are_answers_refused, is_content_refused};
 use crate::rpc::pb;
 
 /// Columns of a prompt's row that its pair does not have. Those of a pair are left out, so that
@@ -74,7 +74,8 @@ pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
     };
     let report = made?;
     match format {
-        Output::Table => say(&report.sentence()),
+        // A line for each part: the sentence is longer than a terminal is wide.
+        Output::Table => say(&report.sentence().replace("; ", "\n")),
         format => output::resource(format, &report.to_json()),
     }
     if report.has_pairs() {
@@ -256,18 +257,7 @@ impl PairMaker {
     /// # Errors
     /// Returns a failure if the server refuses one of them, or does not answer for long.
     async fn check(&self, prompt: &pb::Text) -> Outcome {
-        let policy = &self.generation.policy;
-        if policy.contains("/checkpoints/") {
-            let request = pb::GetCheckpointRequest {
-                name: policy.clone(),
-            };
-            // Other errors need not concern the generation, for example the caller's roles.
-            if let Err(status) = self.client.checkpoints().get_checkpoint(request).await
-                && is_not_found(&status)
-            {
-                return Err(status.into());
-            }
-        }
+        check_checkpoint(&self.client, &self.generation.policy).await?;
         let request = pb::ScoreCompletionsRequest {
             options: Some(self.scoring.clone()),
             prompt: Some(prompt.clone()),

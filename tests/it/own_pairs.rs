@@ -243,6 +243,15 @@ async fn a_pair_is_the_best_and_the_worst_sample() {
     );
     assert_eq!(std::fs::read(&out).unwrap(), before);
 
+    // A judge that does not exist is not the error of a row.
+    let missing = judge.replace("/checkpoints/4", "/checkpoints/9");
+    let lost = dir.path().join("lost.jsonl");
+    let refused = run(&server, &prompts, &lost, &["--judge", &missing]);
+    let said = text(&refused.stderr);
+    assert!(!refused.status.success(), "{said}");
+    assert!(!said.contains("row 1"), "{said}");
+    assert!(!dir.path().join("lost.jsonl.progress").exists());
+
     // The pairs can be the prompts of other pairs.
     let more = dir.path().join("more.jsonl");
     let made = run(&server, &out, &more, &flags);
