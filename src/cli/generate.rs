@@ -415,8 +415,8 @@ where
     }
 }
 
-/// Checks that the checkpoint exists if a policy names a step. Other errors are left to the calls that use it:
-/// a caller who may generate need not have the role to read checkpoints.
+/// Checks that the checkpoint exists if a policy names a step. Other errors are left to the calls
+/// that use it: a caller who may generate need not have the role to read checkpoints.
 ///
 /// # Errors
 /// Returns a failure if there is no such checkpoint.
