@@ -40,8 +40,8 @@ pub(super) enum Dropped {
 /// every token. Among equal ones, the first counts.
 ///
 /// # Errors
-/// Returns the reason why there is no pair: fewer than two candidates, or a margin below `min_margin`
-/// or of 0.
+/// Returns the reason why there is no pair: fewer than two candidates, or a margin below
+/// `min_margin` or of 0.
 pub(super) fn choose(
     candidates: &[Candidate<'_>],
     length_penalty: f64,
