@@ -5,6 +5,7 @@
 
 mod command;
 mod conversation;
+mod editor;
 mod input;
 mod view;
 
@@ -19,6 +20,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use self::command::{ChatCommand, ChatEntry, HELP};
 use self::conversation::{ChatTurn, Conversation, append};
+use self::editor::{ChatLine, NOT_UTF8, fatal_signal, leave};
 use self::input::ChatInput;
 use self::view::{AnswerView, Side};
 use super::args::{ChatArgs, Output};
@@ -40,8 +42,8 @@ const EXIT_INTERRUPTED: i32 = 130;
 /// Time in which a second Ctrl-C at the prompt ends the conversation, and the text after the first
 /// one. The first may have been meant for an answer that had just ended.
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
-const LEAVE_HINT: &str = "\nCtrl-C again within 2 seconds ends the conversation, as /quit and \
-    Ctrl-D do";
+const LEAVE_HINT: &str =
+    "Ctrl-C again within 2 seconds ends the conversation, as /quit and Ctrl-D do";
 
 /// Fields of a request that the server refuses if the prompt, or the prompt with the longest
 /// answer, is too long.
@@ -75,7 +77,17 @@ pub(super) async fn run(args: ChatArgs, format: Output) -> Outcome {
         is_terminal: std::io::stdin().is_terminal(),
         format,
     };
-    session.run(interrupts).await
+    let input = ChatInput::new(session.is_terminal && std::io::stderr().is_terminal());
+    if !input.has_editor() {
+        return session.run(input, interrupts).await;
+    }
+    tokio::select! {
+        outcome = session.run(input, interrupts) => outcome,
+        code = fatal_signal() => match code {
+            Ok(code) => leave(code),
+            Err(e) => Err(Failure::Failed(format!("signals cannot be handled: {e}"))),
+        },
+    }
 }
 
 /// Refuses arguments that have no meaning for a conversation.
@@ -119,13 +131,14 @@ type ChatAnswers = (Samples, Option<Samples>);
 
 impl ChatSession {
     /// Answers the lines of standard input until it ends.
-    async fn run(&mut self, mut interrupts: Signal) -> Outcome {
-        let mut input = ChatInput::new(self.is_terminal && std::io::stderr().is_terminal());
+    async fn run(&mut self, mut input: ChatInput, mut interrupts: Signal) -> Outcome {
         self.tell(&self.greeting());
         loop {
             let Some(line) = self.next_message(&mut input, &mut interrupts).await? else {
-                // Ctrl-D leaves the cursor behind the prompt.
-                self.tell("");
+                if input.is_line_open() {
+                    // Ctrl-D leaves the cursor behind the prompt.
+                    self.tell("");
+                }
                 return Ok(());
             };
             match self.take(line, &mut interrupts).await {
@@ -153,24 +166,30 @@ impl ChatSession {
         let mut last_interrupt: Option<Instant> = None;
         loop {
             tokio::select! {
-                line = input.message() => return line,
+                line = input.message() => match line? {
+                    ChatLine::Text(line) => return Ok(Some(line)),
+                    ChatLine::End => return Ok(None),
+                    ChatLine::Refused(reason) => {
+                        say(&format!("error: {reason}"));
+                        continue;
+                    }
+                    ChatLine::Interrupt => {}
+                },
                 _ = interrupts.recv() => {}
+            }
+            if input.is_line_open() {
+                self.tell("");
             }
             let is_second = last_interrupt.is_some_and(|at| at.elapsed() < LEAVE_WITHIN);
             if !self.is_terminal || is_second {
-                self.leave();
+                // The thread that reads standard input cannot be stopped, and the end of the async
+                // runtime would wait for it.
+                leave(EXIT_INTERRUPTED);
             }
             last_interrupt = Some(Instant::now());
             input.discard();
             self.tell(LEAVE_HINT);
         }
-    }
-
-    /// Ends the process after Ctrl-C at the prompt. The thread that reads standard input cannot be
-    /// stopped, and the end of the async runtime would wait for it.
-    fn leave(&self) -> ! {
-        self.tell("");
-        std::process::exit(EXIT_INTERRUPTED)
     }
 
     /// Prints a line for a person at a terminal.
@@ -198,9 +217,7 @@ impl ChatSession {
         line: Vec<u8>,
         interrupts: &mut Signal,
     ) -> Result<ControlFlow<()>, Failure> {
-        let line = String::from_utf8(line).map_err(|_| {
-            Failure::Failed("the message is not UTF-8 text: convert it first".to_owned())
-        })?;
+        let line = String::from_utf8(line).map_err(|_| Failure::Failed(NOT_UTF8.to_owned()))?;
         match command::parse(&line).map_err(Failure::Usage)? {
             ChatEntry::Nothing => {}
             ChatEntry::Message(text) => self.ask(text, interrupts).await?,

@@ -966,9 +966,17 @@ fn parse_bytes(text: &str) -> Option<u64> {
     n.checked_mul(1 << shift)
 }
 
+/// Values of TERM for which there is no line editor.
+const DUMB_TERMINALS: [&str; 3] = ["dumb", "cons25", "emacs"];
+
 /// Returns the width of the terminal that the variable COLUMNS names.
 pub fn terminal_columns() -> Option<usize> {
     std::env::var("COLUMNS").ok()?.parse().ok()
+}
+
+/// Returns true if the variable TERM names a terminal whose cursor cannot be moved.
+pub fn is_dumb_terminal() -> bool {
+    std::env::var("TERM").is_ok_and(|term| DUMB_TERMINALS.contains(&term.as_str()))
 }
 
 #[cfg(test)]

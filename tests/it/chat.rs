@@ -2,8 +2,9 @@
 //! messages and seed.
 
 use std::io::{Read, Write as _};
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -375,6 +376,117 @@ fn ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_command() {
         "appended to",
     ] {
         until_blocking(part, SOON, || text(&stderr.lock().unwrap()).contains(part));
+    }
+}
+
+/// Starts a conversation whose input and outputs are all a terminal.
+fn at_terminal(address: &str, device: &OwnedFd) -> Child {
+    let stdio = || Stdio::from(device.try_clone().unwrap());
+    let args = [
+        "chat",
+        "--policy",
+        "tiny",
+        "--max-tokens",
+        "4",
+        "--seed",
+        "1",
+    ];
+    bradley(address, &args)
+        .env("TERM", "xterm")
+        .stdin(stdio())
+        .stdout(stdio())
+        .stderr(stdio())
+        .spawn()
+        .unwrap()
+}
+
+/// Returns the flags of a terminal's mode.
+fn mode(device: &OwnedFd) -> (rustix::termios::InputModes, rustix::termios::LocalModes) {
+    let mode = rustix::termios::tcgetattr(device).unwrap();
+    (mode.input_modes, mode.local_modes)
+}
+
+/// Waits for a prompt after the last `text`. Keys are then read by the editor.
+fn prompt_after(terminal: &Terminal, text: &str) {
+    until_blocking(&format!("a prompt after {text:?}"), SOON, || {
+        let shown = terminal.shows();
+        shown
+            .rsplit_once(text)
+            .is_some_and(|(_, rest)| rest.contains("> "))
+    });
+}
+
+#[test]
+fn a_terminal_edits_long_and_pasted_lines_and_repeats_messages() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let file = dir.path().join("chat.jsonl");
+    let (terminal, device) = Terminal::open_device();
+    let before = mode(&device);
+    let mut child = at_terminal(&server.address, &device);
+    prompt_after(&terminal, "Ctrl-D ends.");
+    assert_ne!(mode(&device), before);
+    // Left and Backspace edit the first message. The keys after it wait for their prompts.
+    terminal.types("Watxr\x1b[D\x7fe\r");
+    terminal.types("\x1b[A\r");
+    terminal.types("\x1b[200~two\rlines\r\x1b[201~\r");
+    // A mode with lines would cut this one after 4095 bytes.
+    let long = format!("{}end", "word ".repeat(1200));
+    terminal.types(&format!("\x1b[200~/system {long}\x1b[201~\r"));
+    terminal.types(&format!("/save {}\r", file.display()));
+    let path = file.clone();
+    until_blocking("the conversation", SOON, || {
+        std::fs::read_to_string(&path).is_ok_and(|row| row.ends_with('\n'))
+    });
+    let row = &rows(&file)[0];
+    let messages = row["messages"].as_array().unwrap();
+    let of = |role: &str| -> Vec<&str> {
+        let with_role = messages.iter().filter(|m| m["role"] == role);
+        with_role.map(|m| m["content"].as_str().unwrap()).collect()
+    };
+    assert_eq!(of("system"), [long.as_str()]);
+    assert_eq!(of("user"), ["Water", "Water", "two\nlines"]);
+
+    prompt_after(&terminal, "appended to");
+    terminal.types("\x03");
+    prompt_after(
+        &terminal,
+        "Ctrl-C again within 2 seconds ends the conversation",
+    );
+    let mut ended = None;
+    until_blocking("the end after two of them", SOON, || {
+        terminal.types("\x03");
+        std::thread::sleep(Duration::from_millis(100));
+        ended = child.try_wait().unwrap();
+        ended.is_some()
+    });
+    assert_eq!(ended.and_then(|status| status.code()), Some(130));
+    assert_eq!(mode(&device), before);
+}
+
+#[test]
+fn a_terminal_gets_its_mode_back_at_every_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let (terminal, device) = Terminal::open_device();
+    let before = mode(&device);
+    let ends: [(&str, &dyn Fn(&Child), i32); 3] = [
+        ("Ctrl-D", &|_| terminal.types("\x04"), 0),
+        ("/quit", &|_| terminal.types("/quit\r"), 0),
+        ("SIGTERM", &|child| signal(child.id(), libc::SIGTERM), 143),
+    ];
+    for (number, (name, end, code)) in ends.into_iter().enumerate() {
+        let mut child = at_terminal(&server.address, &device);
+        until_blocking("the prompt", SOON, || {
+            let shown = terminal.shows();
+            let greetings = shown.matches("Ctrl-D ends.").count();
+            let last = shown.rsplit_once("Ctrl-D ends.");
+            greetings == number + 1 && last.is_some_and(|(_, rest)| rest.contains("> "))
+        });
+        assert_ne!(mode(&device), before, "{name}");
+        end(&child);
+        assert_eq!(status(&mut child).code(), Some(code), "{name}");
+        assert_eq!(mode(&device), before, "{name}");
     }
 }
 

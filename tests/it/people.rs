@@ -42,6 +42,12 @@ pub struct Terminal {
 impl Terminal {
     /// Returns the terminal and its end for a child process.
     pub fn open() -> (Self, Stdio) {
+        let (terminal, theirs) = Self::open_device();
+        (terminal, Stdio::from(theirs))
+    }
+
+    /// Returns the terminal and its other end.
+    pub fn open_device() -> (Self, OwnedFd) {
         let (mut ours, mut theirs) = (0, 0);
         let size = libc::winsize {
             ws_row: 24,
@@ -77,7 +83,7 @@ impl Terminal {
                 copy.lock().unwrap().extend(&buffer[..n]);
             }
         });
-        (Terminal { written, keyboard }, Stdio::from(theirs))
+        (Terminal { written, keyboard }, theirs)
     }
 
     /// Types text.

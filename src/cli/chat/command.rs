@@ -15,6 +15,7 @@ pub(super) const HELP: &str = "\
 /help         show these commands
 /quit         end, as Ctrl-D does
 Ctrl-C stops an answer. A line that ends with \\ goes on in the next one.
+Arrow up brings earlier messages back; pasted lines are one message.
 A message that begins with / is written with two.";
 
 /// Names of the commands.

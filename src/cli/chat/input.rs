@@ -1,36 +1,63 @@
 //! Reads the user's messages from standard input.
 
-use std::io::{self, BufRead, Read as _, Write as _};
+use std::io::{self, BufRead, IsTerminal as _, Read as _, Write as _};
 
 use tokio::task::JoinHandle;
 
+use super::editor::{ChatLine, LineEditor};
 use crate::cli::failure::Failure;
 
 /// Maximum size of a message in bytes, far above what a model reads.
 const MAX_MESSAGE_BYTES: u64 = 4 << 20;
 
+/// Number of bytes after which Linux cuts a line of a terminal that has no line editor.
+const TERMINAL_LINE_BYTES: usize = 4095;
+
+/// Remark about a line that may have been cut.
+const CUT_LINE: &str = "the terminal cuts lines after 4095 bytes: divide the message with a \
+    backslash at the end of each line, or send it through a pipe";
+
 /// The lines of standard input.
 pub(super) struct ChatInput {
     /// True to show a prompt before each line.
     has_prompt: bool,
+    /// True if a person edits the lines.
+    has_editor: bool,
+    /// The editor, unless a thread uses it.
+    editor: Option<LineEditor>,
     /// Number of lines that were read.
     lines: u64,
     /// The lines of the message so far. Each ended with a backslash.
     begun: Vec<u8>,
     /// The line that a thread reads. It is kept here, because a call of [`ChatInput::message`] that
     /// Ctrl-C ends must not lose the line.
-    reading: Option<JoinHandle<io::Result<Option<Vec<u8>>>>>,
+    reading: Option<JoinHandle<(Option<LineEditor>, io::Result<ChatLine>)>>,
 }
 
 impl ChatInput {
-    /// Begins with the first line.
+    /// Begins with the first line. With a prompt, standard input is a terminal, and its lines can
+    /// be edited if it allows this.
     pub fn new(has_prompt: bool) -> Self {
+        let editor = has_prompt.then(LineEditor::open).flatten();
         ChatInput {
             has_prompt,
+            has_editor: editor.is_some(),
+            editor,
             lines: 0,
             begun: Vec::new(),
             reading: None,
         }
+    }
+
+    /// Returns true if a person edits the lines.
+    pub fn has_editor(&self) -> bool {
+        self.has_editor
+    }
+
+    /// Returns true if the cursor may be behind a prompt. The editor moves it to the next line when
+    /// it has read one.
+    pub fn is_line_open(&self) -> bool {
+        !self.has_editor || self.reading.is_some()
     }
 
     /// Returns the number of lines that were read.
@@ -39,21 +66,24 @@ impl ChatInput {
     }
 
     /// Reads a message, which may have several lines: one that ends with a backslash goes on in the
-    /// next. Returns nothing at the end of the input.
+    /// next.
     ///
     /// The next line is not read before it is asked for, so that no thread waits for it when the
     /// command ends. If the returned future is dropped, the next call continues.
     ///
     /// # Errors
     /// Returns a failure if the input cannot be read, or the message is too long.
-    pub async fn message(&mut self) -> Result<Option<Vec<u8>>, Failure> {
+    pub async fn message(&mut self) -> Result<ChatLine, Failure> {
         loop {
-            if self.has_prompt {
-                show_prompt(if self.begun.is_empty() { "> " } else { "… " });
-            }
-            let Some(line) = self.line().await? else {
-                let message = std::mem::take(&mut self.begun);
-                return Ok((!message.is_empty()).then_some(message));
+            let line = match self.line().await? {
+                ChatLine::Text(line) => line,
+                ChatLine::End if !self.begun.is_empty() => {
+                    return Ok(ChatLine::Text(std::mem::take(&mut self.begun)));
+                }
+                other => {
+                    self.begun.clear();
+                    return Ok(other);
+                }
             };
             self.lines += 1;
             self.begun.extend(line);
@@ -62,7 +92,12 @@ impl ChatInput {
                 return Err(unread(&too_long()));
             }
             if self.begun.last() != Some(&b'\\') {
-                return Ok(Some(std::mem::take(&mut self.begun)));
+                let message = std::mem::take(&mut self.begun);
+                if let (Some(editor), Ok(text)) = (&mut self.editor, std::str::from_utf8(&message))
+                {
+                    editor.remember(text);
+                }
+                return Ok(ChatLine::Text(message));
             }
             self.begun.pop();
             self.begun.push(b'\n');
@@ -75,11 +110,31 @@ impl ChatInput {
     }
 
     /// Reads a line on a thread that may wait.
-    async fn line(&mut self) -> Result<Option<Vec<u8>>, Failure> {
-        let start = || tokio::task::spawn_blocking(|| next_line(&mut io::stdin().lock()));
+    async fn line(&mut self) -> Result<ChatLine, Failure> {
+        let prompt = match (self.has_prompt, self.begun.is_empty()) {
+            (false, _) => "",
+            (true, true) => "> ",
+            (true, false) => "… ",
+        };
+        if !self.has_editor {
+            show_prompt(prompt);
+        }
+        let editor = &mut self.editor;
+        let start = || {
+            let editor = editor.take();
+            tokio::task::spawn_blocking(move || match editor {
+                Some(mut editor) => {
+                    let line = editor.read(prompt);
+                    (Some(editor), line)
+                }
+                None => (None, plain_line()),
+            })
+        };
         let read = self.reading.get_or_insert_with(start).await;
         self.reading = None;
-        read?.map_err(|e| unread(&e))
+        let (editor, line) = read?;
+        self.editor = editor;
+        line.map_err(|e| unread(&e))
     }
 }
 
@@ -97,6 +152,18 @@ fn too_long() -> io::Error {
         "a message has more than {} MiB: send a shorter one",
         MAX_MESSAGE_BYTES >> 20
     ))
+}
+
+/// Reads a line that nobody can edit.
+fn plain_line() -> io::Result<ChatLine> {
+    let line = next_line(&mut io::stdin().lock())?;
+    Ok(match line {
+        None => ChatLine::End,
+        Some(line) if line.len() >= TERMINAL_LINE_BYTES && io::stdin().is_terminal() => {
+            ChatLine::Refused(CUT_LINE)
+        }
+        Some(line) => ChatLine::Text(line),
+    })
 }
 
 /// Reads a line and removes its end. Returns nothing at the end of the input.
