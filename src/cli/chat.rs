@@ -30,6 +30,7 @@ use super::generate::{
 };
 use super::output;
 use super::output::table::terminal_width;
+use super::output::wrap::wrapped;
 use super::policy_names::PolicyNames;
 use super::progress::{WorkProgress, say};
 use super::remote::connect;
@@ -44,6 +45,10 @@ const EXIT_INTERRUPTED: i32 = 130;
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 const LEAVE_HINT: &str =
     "Ctrl-C again within 2 seconds ends the conversation, as /quit and Ctrl-D do";
+
+/// Added to the reason why an answer ended too early.
+const KEPT_PART: &str =
+    "the conversation goes on with the part of the answer that came, /retry asks again";
 
 /// Fields of a request that the server refuses if the prompt, or the prompt with the longest
 /// answer, is too long.
@@ -146,7 +151,7 @@ impl ChatSession {
                 Ok(ControlFlow::Break(())) => return Ok(()),
                 Err(failure @ Failure::Interrupted(_)) => return Err(failure),
                 Err(failure) if self.is_terminal => {
-                    say(&format!("error: {}", printable(failure.message())));
+                    say_wrapped(&format!("error: {}", printable(failure.message())));
                 }
                 Err(failure) => {
                     let place = format!("standard input, line {}", input.lines());
@@ -170,7 +175,7 @@ impl ChatSession {
                     ChatLine::Text(line) => return Ok(Some(line)),
                     ChatLine::End => return Ok(None),
                     ChatLine::Refused(reason) => {
-                        say(&format!("error: {reason}"));
+                        say_wrapped(&format!("error: {reason}"));
                         continue;
                     }
                     ChatLine::Interrupt => {}
@@ -195,7 +200,7 @@ impl ChatSession {
     /// Prints a line for a person at a terminal.
     fn tell(&self, text: &str) {
         if self.is_terminal {
-            say(text);
+            say_wrapped(text);
         }
     }
 
@@ -220,7 +225,7 @@ impl ChatSession {
         let line = String::from_utf8(line).map_err(|_| Failure::Failed(NOT_UTF8.to_owned()))?;
         match command::parse(&line).map_err(Failure::Usage)? {
             ChatEntry::Nothing => {}
-            ChatEntry::Message(text) => self.ask(text, interrupts).await?,
+            ChatEntry::Message(text) => self.ask_new(text, interrupts).await?,
             ChatEntry::Command(ChatCommand::Retry) => self.ask_again(interrupts).await?,
             ChatEntry::Command(ChatCommand::Quit) => return Ok(ControlFlow::Break(())),
             ChatEntry::Command(ChatCommand::Help) => say(HELP),
@@ -261,11 +266,22 @@ impl ChatSession {
         Ok(())
     }
 
+    /// Asks a message that has no answer yet. If the answer ends too early, the failure says so.
+    async fn ask_new(&mut self, user: String, interrupts: &mut Signal) -> Outcome {
+        let turns = self.conversation.len();
+        let asked = self.ask(user, interrupts).await;
+        let has_part = self.is_terminal && self.conversation.len() > turns;
+        asked.map_err(|failure| match has_part {
+            true => failure.with_remark(KEPT_PART),
+            false => failure,
+        })
+    }
+
     /// Asks the last message again, in place of its answer. If there is no new answer, the old one
     /// stays.
     async fn ask_again(&mut self, interrupts: &mut Signal) -> Outcome {
         if let Some(user) = self.unanswered.clone() {
-            return self.ask(user, interrupts).await;
+            return self.ask_new(user, interrupts).await;
         }
         let left_out = self.conversation.left_out();
         let Some(old) = self.conversation.remove_last() else {
@@ -275,6 +291,9 @@ impl ChatSession {
         };
         let turns = self.conversation.len();
         let asked = self.ask(old.user.clone(), interrupts).await;
+        if asked.is_err() && self.conversation.len() > turns {
+            self.conversation.remove_last();
+        }
         if self.conversation.len() == turns {
             self.conversation.add(old, left_out);
             self.unanswered = None;
@@ -282,7 +301,8 @@ impl ChatSession {
         asked
     }
 
-    /// Gets and shows the answers to a message, and adds them to the conversation.
+    /// Gets and shows the answers to a message, and adds them to the conversation, also the part
+    /// that came before a failure.
     async fn ask(&mut self, user: String, interrupts: &mut Signal) -> Outcome {
         let view = RefCell::new(self.view());
         let seed = self.seed.unwrap_or_else(rand::random);
@@ -300,7 +320,10 @@ impl ChatSession {
         let answers = match ended {
             Some(Ok(answers)) => Some(answers),
             Some(Err(failure)) => {
-                self.unanswered = Some(user);
+                match view.text(Side::Left) {
+                    "" => self.unanswered = Some(user),
+                    part => self.add(part.to_owned(), user, seed, left_out.get()),
+                }
                 return Err(failure);
             }
             None if !self.is_terminal => {
@@ -329,15 +352,16 @@ impl ChatSession {
                 "stopped; the conversation goes on with this part of the answer, /retry asks again",
             ),
         }
-        let turn = ChatTurn {
-            answer: answer.to_owned(),
-            user,
-            seed,
-        };
-        self.conversation.add(turn, left_out.get());
+        self.add(answer.to_owned(), user, seed, left_out.get());
+        Ok(())
+    }
+
+    /// Adds an answer, or a part of it, to the conversation.
+    fn add(&mut self, answer: String, user: String, seed: u64, left_out: usize) {
+        let turn = ChatTurn { user, answer, seed };
+        self.conversation.add(turn, left_out);
         self.unanswered = None;
         self.seed = self.seed.map(|seed| seed.wrapping_add(1));
-        Ok(())
     }
 
     /// Says that the answer of a policy is cut off, if it is.
@@ -350,7 +374,7 @@ impl ChatSession {
             None => String::new(),
         };
         let tokens = samples.usage.completion_tokens;
-        say(&format!(
+        say_wrapped(&format!(
             "note: the answer{of} is cut off after {tokens} tokens (--max-tokens)"
         ));
     }
@@ -409,7 +433,7 @@ impl ChatSession {
     ) -> Result<ChatAnswers, Failure> {
         let (left, right) = self.begin((user, seed), left_out).await?;
         if let Some(note) = self.conversation.note(left_out.get()) {
-            progress.suspend(|| say(&note));
+            progress.suspend(|| say_wrapped(&note));
         }
         let add = |side: Side, text: &str| {
             progress.end();
@@ -471,6 +495,16 @@ impl ChatSession {
                 Err(failure) => return Err(failure.into()),
             }
         }
+    }
+}
+
+/// Prints a line on standard error, at a terminal without a break within a word.
+fn say_wrapped(text: &str) {
+    let is_terminal = std::io::stderr().is_terminal();
+    match terminal_width().filter(|width| is_terminal && *width > 1) {
+        // The last column of the terminal stays free, because some wrap when it is filled.
+        Some(width) => say(&wrapped(text, width - 1).join("\n")),
+        None => say(text),
     }
 }
 

@@ -379,6 +379,43 @@ fn ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_command() {
     }
 }
 
+#[test]
+fn the_part_of_an_answer_stays_when_the_server_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path());
+    let (terminal, stdin) = Terminal::open();
+    let args = ["chat", "--policy", "tiny", "--max-tokens", "16000"];
+    let mut command = bradley(&server.address, &args);
+    let mut child = command
+        .args(["--ignore-eos", "--seed", "1"])
+        .stdin(stdin)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(command);
+    let stdout = collect(child.stdout.take().unwrap());
+    let stderr = collect(child.stderr.take().unwrap());
+    terminal.types("Water boils\n");
+    until_blocking("the first text", SOON, || {
+        !stdout.lock().unwrap().is_empty()
+    });
+    server.kill();
+    let kept = "goes on with the part of the answer that came";
+    until_blocking("the remark", SOON, || {
+        text(&stderr.lock().unwrap()).contains(kept)
+    });
+    let file = dir.path().join("chat.jsonl");
+    terminal.types(&format!("/save {}\n/quit\n", file.display()));
+    assert!(status(&mut child).success());
+    let messages = &rows(&file)[0]["messages"];
+    assert_eq!(messages[0], said("user", "Water boils"));
+    let answer = messages[1]["content"].as_str().unwrap();
+    until_blocking("the answer as far as it came", SOON, || {
+        text(&stdout.lock().unwrap()) == format!("{answer}\n")
+    });
+}
+
 /// Starts a conversation whose input and outputs are all a terminal.
 fn at_terminal(address: &str, device: &OwnedFd) -> Child {
     let stdio = || Stdio::from(device.try_clone().unwrap());
