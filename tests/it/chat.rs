@@ -507,12 +507,13 @@ fn a_terminal_gets_its_mode_back_at_every_end() {
     let server = Server::start(dir.path());
     let (terminal, device) = Terminal::open_device();
     let before = mode(&device);
-    let ends: [(&str, &dyn Fn(&Child), i32); 3] = [
-        ("Ctrl-D", &|_| terminal.types("\x04"), 0),
-        ("/quit", &|_| terminal.types("/quit\r"), 0),
-        ("SIGTERM", &|child| signal(child.id(), libc::SIGTERM), 143),
+    // Keys, or a signal without them.
+    let ends = [
+        ("Ctrl-D", Some("\x04"), 0),
+        ("/quit", Some("/quit\r"), 0),
+        ("SIGTERM", None, 143),
     ];
-    for (number, (name, end, code)) in ends.into_iter().enumerate() {
+    for (number, (name, keys, code)) in ends.into_iter().enumerate() {
         let mut child = at_terminal(&server.address, &device);
         until_blocking("the prompt", SOON, || {
             let shown = terminal.shows();
@@ -521,7 +522,10 @@ fn a_terminal_gets_its_mode_back_at_every_end() {
             greetings == number + 1 && last.is_some_and(|(_, rest)| rest.contains("> "))
         });
         assert_ne!(mode(&device), before, "{name}");
-        end(&child);
+        match keys {
+            Some(keys) => terminal.types(keys),
+            None => signal(child.id(), libc::SIGTERM),
+        }
         assert_eq!(status(&mut child).code(), Some(code), "{name}");
         assert_eq!(mode(&device), before, "{name}");
     }

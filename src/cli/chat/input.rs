@@ -17,6 +17,9 @@ const TERMINAL_LINE_BYTES: usize = 4095;
 const CUT_LINE: &str = "the terminal cuts lines after 4095 bytes: divide the message with a \
     backslash at the end of each line, or send it through a pipe";
 
+/// The editor, given back by the thread that used it, and the line that was read.
+type LineWithEditor = (Option<LineEditor>, io::Result<ChatLine>);
+
 /// The lines of standard input.
 pub(super) struct ChatInput {
     /// True to show a prompt before each line.
@@ -31,7 +34,7 @@ pub(super) struct ChatInput {
     begun: Vec<u8>,
     /// The line that a thread reads. It is kept here, because a call of [`ChatInput::message`] that
     /// Ctrl-C ends must not lose the line.
-    reading: Option<JoinHandle<(Option<LineEditor>, io::Result<ChatLine>)>>,
+    reading: Option<JoinHandle<LineWithEditor>>,
 }
 
 impl ChatInput {
