@@ -268,7 +268,7 @@ mod tests {
         let whole = format!("it must be a whole number from 0 to {}", u64::MAX);
         for (given, flag, expected) in [
             (generate, "--top-k", "-3 is not in 0..=4294967295"),
-            (generate, "--max-tokens", "-3 is not in 0..=4294967295"),
+            (generate, "--max-tokens", "-3 is not in 1..=4294967295"),
             (generate, "--seed", whole.as_str()),
             (generate, "--retry-timeout", whole.as_str()),
             (files, "--part-rows", "-3 is not in 1..=1000000"),
