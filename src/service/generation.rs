@@ -419,7 +419,7 @@ impl Generation {
         self.completion_tokens
     }
 
-    /// Returns the next tokens of the prompt, at most [`MAX_TOKENS_AT_ONCE`], if their log-probs
+    /// Returns the next tokens of the prompt, at most `MAX_TOKENS_AT_ONCE`, if their log-probs
     /// were asked for. Returns nothing after the last one.
     ///
     /// # Errors
