@@ -274,6 +274,11 @@ impl Store {
         // still runs on a database to which a newer one has only added something.
         let mut connection = writer.acquire().await.map_err(cannot_open)?;
         schema_version::check(&mut connection, dialect.count_tables(), newest(&migrations)).await?;
+        // Before the migrations, so that the version that moved a database can still use it after
+        // `bradley migrate --undo`.
+        if dialect == Dialect::Sqlite {
+            moved::check(&mut connection, dialect.count_tables()).await?;
+        }
         drop(connection);
         migrations.set_ignore_missing(true);
         let migrating = pool(1)
@@ -296,9 +301,6 @@ impl Store {
         // Once more: a newer version may have migrated while this one waited for its turn.
         let mut connection = writer.acquire().await.map_err(cannot_open)?;
         schema_version::check(&mut connection, dialect.count_tables(), newest(&migrations)).await?;
-        if dialect == Dialect::Sqlite {
-            moved::check(&mut connection, dialect.count_tables()).await?;
-        }
         drop(connection);
         Ok(Store {
             dialect,

@@ -511,6 +511,29 @@ async fn a_database_that_was_moved_is_opened_only_after_its_mark_is_removed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_was_moved_is_not_migrated() {
+    let (dir, store) = open().await;
+    let mark = moved::mark("2026-11-30T10:00:00Z", "postgres://a:secret@db/jobs");
+    store.set_property_once(moved::MOVED, &mark).await.unwrap();
+    // As if the database had last been used by a version without the newest migration. To apply it
+    // again would fail, because its table is there.
+    let forget = "DELETE FROM _sqlx_migrations
+                  WHERE version = (SELECT MAX(version) FROM _sqlx_migrations)";
+    sqlx::query(forget).execute(&store.writer).await.unwrap();
+    store.close().await;
+    match Store::open(dir.path(), &StoreOptions::default()).await {
+        Err(ServiceError::FailedPrecondition { reason, .. }) => {
+            assert_eq!(reason, Reason::DatabaseMoved);
+        }
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("it was opened"),
+    }
+    let left = snapshot::Snapshot::read(&dir.path().join(DATABASE_FILE)).await;
+    let known = newest(&Dialect::Sqlite.migrations());
+    assert!(left.unwrap().migration < known);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_does_not_answer_is_noticed_within_the_limit_of_a_probe() {
     let (_dir, store) = open().await;
     let limit = Duration::from_millis(300);
