@@ -221,7 +221,13 @@ impl GenerationService {
             stop_tokens,
             log_probs: options.log_probs,
         };
-        request.max_tokens = self.engine.check_generation(&policy.weights, &request)?;
+        request.max_tokens = match self.engine.check_generation(&policy.weights, &request) {
+            Err(e @ EngineError::PromptTooLong { .. }) if is_token_ids(&options.prompt) => {
+                let problem = format!("is too long: {e}");
+                return Err(ServiceError::invalid("prompt_token_ids", problem));
+            }
+            checked => checked?,
+        };
         let prompt_tokens = request.prompt.len();
         let prompt_ids = match options.log_probs.prompt {
             true => request.prompt.clone(),
@@ -347,6 +353,10 @@ impl GenerationService {
         .await?;
         encoded.map_err(|e| ServiceError::invalid("prompt", e.to_string()))
     }
+}
+
+fn is_token_ids(prompt: &GenerationPrompt) -> bool {
+    matches!(prompt, GenerationPrompt::Tokens(_))
 }
 
 /// Checks that a prompt's token ids are in the vocabulary, and that there are any.

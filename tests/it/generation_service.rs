@@ -255,6 +255,15 @@ async fn lengths_are_checked_before_the_quota_and_only_possible_tokens_count() {
             "prompt",
             "max_row_tokens",
         ),
+        (
+            pb::GenerateCompletionsRequest {
+                prompt: None,
+                prompt_token_ids: vec![5; 20_000],
+                ..wanted("", 1, 1)
+            },
+            "prompt_token_ids",
+            "max_row_tokens",
+        ),
     ] {
         let e = receive(&client, request).await.unwrap_err();
         assert_eq!(e.code(), Code::InvalidArgument, "{e}");
