@@ -226,7 +226,8 @@ impl Prompt {
 
     /// Takes the prompt's tokens from the second on, with their log-probs, after [`prefill`]. They
     /// agree with [`super::scorer::score`] up to rounding: there, a prompt's tokens and those of
-    /// its completion are added separately.
+    /// its completion are added separately. The rotary frequencies are those of the prompt with the
+    /// tokens after it, which other lengths may not have (LongRoPE, `dynamic`).
     pub fn take_scored(&mut self) -> Vec<ScoredToken> {
         std::mem::take(&mut self.scored)
     }
