@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::blocking::blocking;
 use super::error::{Result, ServiceError, failed};
+use super::limiter::Limiter;
 use super::remote::Remote;
 use super::store::Store;
 use super::store::properties::ARTIFACT_STORE;
@@ -57,6 +58,9 @@ pub(super) const TEMPORARY_FOLDER: &str = "tmp";
 /// File of a temporary folder that another process than the server uses, and has locked.
 pub(super) const IN_USE_FILE: &str = "in-use";
 
+/// Maximum number of exports that are uploaded to the object store at a time. An upload goes on if
+/// its caller leaves, so a caller who asks again and again could otherwise start any number.
+const MAX_EXPORT_UPLOADS: usize = 2;
 /// Maximum time for the object store to answer a ping.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -73,6 +77,8 @@ pub struct Artifacts {
     /// Lock that lets only one checkpoint or adapter be fetched from the object store at a time. It
     /// is moved into the work that replaces local files, which goes on if the caller leaves.
     fetching: Arc<tokio::sync::Mutex<()>>,
+    /// Limit on the uploads of exports; further ones wait.
+    export_uploads: Limiter,
     /// Lock on the data directory. Other processes cannot take it while any clone exists.
     _lock: Option<Arc<File>>,
 }
@@ -149,6 +155,7 @@ impl Artifacts {
             store_identity: Arc::default(),
             verified: Arc::default(),
             fetching: Arc::default(),
+            export_uploads: Limiter::new(MAX_EXPORT_UPLOADS),
             _lock: None,
         };
         let temporary = artifacts.temporary_folder();
@@ -843,7 +850,7 @@ impl Artifacts {
 
     /// Uploads a complete local export to the object store, if there is one, and returns its
     /// location for clients. Files that the store already has are skipped: an earlier call may have
-    /// been interrupted.
+    /// been interrupted, or has uploaded them while this one waited for its turn.
     ///
     /// # Errors
     /// `Unavailable` if the object store does not answer, is not the database's, or does not list
@@ -859,6 +866,7 @@ impl Artifacts {
         let Some(remote) = &self.remote else {
             return Ok(key);
         };
+        let _turn = self.export_uploads.acquire().await?;
         self.check_artifact_store().await?;
         let stored = remote.folder(&key).await?;
         let absent = |stored: &BTreeMap<String, u64>, file: &ExportedFile| {

@@ -1,5 +1,5 @@
-//! Tests of dataset files that are missing or damaged, locally and in the object store, and of
-//! callers that leave while something is fetched.
+//! Tests of dataset files that are missing or damaged, locally and in the object store, of uploads
+//! of exports, and of callers that leave while something is fetched.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -149,6 +149,33 @@ async fn without_a_store_a_missing_or_changed_dataset_is_refused_with_the_remedy
         reason == Reason::ArtifactMissing && message.contains("data directory"),
         "{reason:?}: {message}"
     );
+}
+
+#[tokio::test]
+async fn a_further_export_is_uploaded_when_another_upload_has_ended() {
+    let [root, shared] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let url = format!("file://{}", shared.path().display());
+    let remote = Remote::open(&url, &BTreeMap::new(), true).unwrap();
+    let artifacts = Artifacts::open(root.path(), Some(remote)).unwrap();
+    let folder = artifacts.export("j", 3, ExportName::Adapter);
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("weights"), b"weights").unwrap();
+    let files = [ExportedFile {
+        path: "weights".into(),
+        size_bytes: 7,
+        content_hash: String::new(),
+    }];
+    let upload = || artifacts.upload_export("j", 3, ExportName::Adapter, &files);
+    let mut others = Vec::new();
+    for _ in 0..MAX_EXPORT_UPLOADS {
+        others.push(artifacts.export_uploads.acquire().await.unwrap());
+    }
+    let waiting = tokio::time::timeout(Duration::from_millis(50), upload()).await;
+    assert!(waiting.is_err(), "{waiting:?}");
+    others.pop();
+    let key = upload().await.unwrap();
+    let stored = fs::read(shared.path().join(key).join("weights")).unwrap();
+    assert_eq!(stored, b"weights");
 }
 
 /// A fetch of an adapter or a checkpoint.
