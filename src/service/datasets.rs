@@ -370,12 +370,9 @@ impl DatasetService {
     }
 
     /// Returns true if the row of a dataset, whose insert failed with `e`, is certainly not stored
-    /// and will not be. The insert may have succeeded although its answer was lost, and PostgreSQL
-    /// may still be at work on one whose connection broke.
+    /// and will not be. The insert may have succeeded although its answer was lost.
     async fn is_absent(&self, id: &str, e: &ServiceError) -> bool {
-        let may_be_at_work =
-            self.store.is_shared() && matches!(e, ServiceError::Unavailable { .. });
-        !may_be_at_work
+        !self.store.may_still_insert(e)
             && matches!(
                 self.store.dataset(id).await,
                 Err(ServiceError::NotFound { .. })

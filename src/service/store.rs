@@ -321,6 +321,12 @@ impl Store {
         self.dialect == Dialect::Postgres
     }
 
+    /// Returns true if a row whose insert failed with `e` may still be stored: PostgreSQL may be at
+    /// work on it although the connection broke.
+    pub fn may_still_insert(&self, e: &ServiceError) -> bool {
+        self.is_shared() && matches!(e, ServiceError::Unavailable { .. })
+    }
+
     /// Closes all connections. SQLite then merges its WAL into the database file.
     pub async fn close(&self) {
         self.readers.close().await;

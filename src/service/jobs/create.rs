@@ -94,26 +94,40 @@ impl JobCreator {
         creation: Creation<'_>,
         caller_left: impl Fn() -> bool,
     ) -> Result<Job> {
-        let inserted = match self.copy_init_adapter(&mut job, creation.request_id).await {
+        let copied = match self.copy_init_adapter(&mut job, creation.request_id).await {
             Ok(()) if caller_left() => Err(ServiceError::DeadlineExceeded),
-            Ok(()) => self.store.insert_job(&job, creation).await,
-            Err(e) => Err(e),
+            copied => copied,
         };
-        let is_stored = match &inserted {
-            Ok(stored) => stored.id == job.id,
-            // The insert may have succeeded although its answer was lost. Then the files must stay.
-            Err(_) => !matches!(
-                self.store.job(&job.id).await,
-                Err(ServiceError::NotFound { .. })
-            ),
+        let (inserted, may_be_stored) = match copied {
+            Ok(()) => {
+                let inserted = self.store.insert_job(&job, creation).await;
+                let may_be_stored = self.may_be_stored(&job, &inserted).await;
+                (inserted, may_be_stored)
+            }
+            Err(e) => (Err(e), false),
         };
-        if !is_stored && names_adapter(&job) {
+        if !may_be_stored && names_adapter(&job) {
             // A failure is ignored, and the copied adapter remains. A later sweep removes it from a
             // data directory that has always been a cache of an artifact store. Nothing removes it
             // from another data directory, or from the artifact store.
             let _ = self.artifacts.remove_job(&job.id).await;
         }
         inserted
+    }
+
+    /// Returns true if an insert with this result has stored the job or may have done so. Then its
+    /// files must stay. The insert may have succeeded although its answer was lost.
+    async fn may_be_stored(&self, job: &Job, inserted: &Result<Job>) -> bool {
+        match inserted {
+            Ok(stored) => stored.id == job.id,
+            Err(e) => {
+                self.store.may_still_insert(e)
+                    || !matches!(
+                        self.store.job(&job.id).await,
+                        Err(ServiceError::NotFound { .. })
+                    )
+            }
+        }
     }
 
     /// Copies the adapter that a new job starts from, if any, to the job's artifacts and pins its

@@ -412,6 +412,19 @@ async fn datasets_that_are_stored_at_the_same_moment_stay_within_the_limit_toget
 }
 
 #[tokio::test]
+async fn only_postgresql_may_still_store_a_row_after_its_connection_broke() {
+    let (_dir, sqlite) = open().await;
+    let postgres = Store {
+        dialect: Dialect::Postgres,
+        ..sqlite.clone()
+    };
+    let broken = ServiceError::from(sqlx::Error::WorkerCrashed);
+    assert!(postgres.may_still_insert(&broken));
+    assert!(!postgres.may_still_insert(&ServiceError::DeadlineExceeded));
+    assert!(!sqlite.may_still_insert(&broken));
+}
+
+#[tokio::test]
 async fn lists_are_paged_newest_first_and_by_owner() {
     let (_dir, store) = open().await;
     for i in 0..5 {
