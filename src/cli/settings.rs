@@ -719,7 +719,7 @@ impl Settings {
             drain_timeout: Duration::from_secs(
                 reader.number("drain_timeout", 1).unwrap_or_default() as u64,
             ),
-            traces: traces.zip(trace_ratio),
+            traces: traces.map(|endpoint| (endpoint, trace_ratio.unwrap_or_default())),
             log: reader
                 .parse("log", "a filter such as info or bradley=debug", |s| {
                     tracing_subscriber::EnvFilter::from_str(s)
@@ -1053,15 +1053,25 @@ mod tests {
     fn settings_beside_bad_ones_are_read() {
         let s = sources(
             &[("models", "/x"), ("batch_tokens", "none")],
-            &[("BRADLEY_LEASE", "soon")],
-            "listen = \"127.0.0.1:53150\"\nlitsen = 1\ndrain_timeout = 0",
+            &[("BRADLEY_LEASE", "soon"), ("BRADLEY_TRACE_RATIO", "2")],
+            "listen = \"127.0.0.1:53150\"\nlitsen = 1\ndrain_timeout = 0\n\
+             otlp_endpoint = \"http://collector:4317\"",
         );
         let (settings, bad) = Settings::read(&s);
+        let collector = settings.traces.map(|(endpoint, _)| endpoint);
+        assert_eq!(collector.as_deref(), Some("http://collector:4317"));
         assert_eq!(settings.listen.port(), 53150);
         assert_eq!(settings.models.len(), 1);
         let mut names: Vec<String> = bad.listed().iter().map(|v| setting_of(&v.field)).collect();
         names.sort();
-        assert_eq!(names, ["batch_tokens", "drain_timeout", "lease", "litsen"]);
+        let expected = [
+            "batch_tokens",
+            "drain_timeout",
+            "lease",
+            "litsen",
+            "trace_ratio",
+        ];
+        assert_eq!(names, expected);
         assert_eq!(setting_of("oidc_roles"), "oidc_roles");
     }
 
