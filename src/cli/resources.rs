@@ -169,22 +169,30 @@ pub(super) async fn jobs(command: JobsCommand, output: Output) -> Outcome {
             for given in &args.names {
                 names.push(short_names::job(&client, given).await?);
             }
-            let mut cancelled = Vec::new();
+            let is_single = names.len() == 1;
+            let (mut cancelled, mut refused) = (Vec::new(), None);
             for name in names {
-                let job = client
-                    .training()
-                    .cancel_training_job(pb::CancelTrainingJobRequest { name })
-                    .await?
-                    .into_inner();
+                let request = pb::CancelTrainingJobRequest { name };
+                let job = match client.training().cancel_training_job(request).await {
+                    Ok(job) => job.into_inner(),
+                    Err(status) => {
+                        refused = Some(status);
+                        break;
+                    }
+                };
                 if output == Output::Table {
                     output::changed_job(output, &job)?;
                 }
                 cancelled.push(job);
             }
+            // Also the jobs before one that is refused.
             match &cancelled[..] {
-                _ if output == Output::Table => {}
-                [one] => output::show_job(output, one, FieldSelection::Set)?,
+                _ if output == Output::Table || cancelled.is_empty() => {}
+                [one] if is_single => output::show_job(output, one, FieldSelection::Set)?,
                 many => output::list(output, &[], vec![], output::messages(many)?),
+            }
+            if let Some(status) = refused {
+                return Err(status.into());
             }
         }
         JobsCommand::Delete(args) => {

@@ -235,7 +235,7 @@ async fn several_jobs_are_cancelled_by_one_command() {
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let mut names = Vec::new();
-    for _ in 0..4 {
+    for _ in 0..5 {
         names.push(submit(&client, job(&dataset, 100_000)).await);
     }
     let given: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -249,10 +249,18 @@ async fn several_jobs_are_cancelled_by_one_command() {
     for (line, name) in lines.iter().zip(&names) {
         assert!(line.starts_with(&format!("{name} is cancel")), "{said}");
     }
-    let said = succeed(&[&cancel[..], &given[2..], &["--format", "json"]].concat());
+    let said = succeed(&[&cancel[..], &given[2..4], &["--format", "json"]].concat());
     let list: Value = serde_json::from_str(&said).unwrap();
     assert_eq!(list[0]["name"], given[2]);
     assert_eq!(list[1]["name"], given[3]);
+    // The job before one that does not exist is cancelled and shown.
+    let unknown = "00000000-0000-7000-8000-000000000000";
+    let more = [given[4], unknown, "--format", "json"];
+    let out = run(&[&cancel[..], &more].concat());
+    assert!(!out.status.success(), "{}", text(&out.stdout));
+    let list: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(list.as_array().map(Vec::len), Some(1), "{list}");
+    assert_eq!(list[0]["name"], given[4]);
 }
 
 #[test]
