@@ -9,6 +9,8 @@ use crate::cli::failure::Failure;
 
 /// Maximum size of a message in bytes, far above what a model reads.
 const MAX_MESSAGE_BYTES: u64 = 4 << 20;
+/// The error about a longer one.
+const TOO_LONG: &str = "a message has more than 4 MiB: send a shorter one";
 
 /// Number of bytes after which Linux cuts a line of a terminal that has no line editor.
 const TERMINAL_LINE_BYTES: usize = 4095;
@@ -75,7 +77,8 @@ impl ChatInput {
     /// command ends. If the returned future is dropped, the next call continues.
     ///
     /// # Errors
-    /// Returns a failure if the input cannot be read, or the message is too long.
+    /// Returns a failure if the input cannot be read, or has a message that is too long. A person
+    /// with an editor is told so instead.
     pub async fn message(&mut self) -> Result<ChatLine, Failure> {
         loop {
             let line = match self.line().await? {
@@ -92,7 +95,10 @@ impl ChatInput {
             self.begun.extend(line);
             if self.begun.len() as u64 > MAX_MESSAGE_BYTES {
                 self.begun.clear();
-                return Err(unread(&too_long()));
+                return match self.has_editor {
+                    true => Ok(ChatLine::Refused(TOO_LONG)),
+                    false => Err(unread(&too_long())),
+                };
             }
             if self.begun.last() != Some(&b'\\') {
                 let message = std::mem::take(&mut self.begun);
@@ -151,10 +157,7 @@ fn unread(e: &io::Error) -> Failure {
 }
 
 fn too_long() -> io::Error {
-    io::Error::other(format!(
-        "a message has more than {} MiB: send a shorter one",
-        MAX_MESSAGE_BYTES >> 20
-    ))
+    io::Error::other(TOO_LONG)
 }
 
 /// Reads a line that nobody can edit.
@@ -206,5 +209,29 @@ mod tests {
         let mut endless = io::BufReader::new(io::repeat(b'a'));
         let e = next_line(&mut endless).unwrap_err();
         assert!(e.to_string().contains("more than 4 MiB"), "{e}");
+    }
+
+    #[tokio::test]
+    async fn a_message_that_is_too_long_ends_only_a_conversation_without_an_editor() {
+        for has_editor in [true, false] {
+            let line = vec![b'a'; MAX_MESSAGE_BYTES as usize + 1];
+            let read: LineWithEditor = (None, Ok(ChatLine::Text(line)));
+            let mut input = ChatInput {
+                has_prompt: false,
+                has_editor,
+                editor: None,
+                lines: 0,
+                begun: Vec::new(),
+                reading: Some(tokio::spawn(async move { read })),
+            };
+            let (is_failure, said) = match input.message().await {
+                Ok(ChatLine::Refused(reason)) => (false, reason.to_owned()),
+                Ok(_) => panic!("a message of more than 4 MiB is taken"),
+                Err(failure) => (true, failure.message().to_owned()),
+            };
+            assert_eq!(is_failure, !has_editor, "{said}");
+            assert!(said.contains("more than 4 MiB"), "{said}");
+            assert!(input.begun.is_empty());
+        }
     }
 }
