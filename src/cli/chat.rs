@@ -28,9 +28,8 @@ use super::failure::{Failure, Outcome};
 use super::generate::{
     GenerationFailure, SampleStream, Samples, begin, finish_reason, printable, request, shown,
 };
-use super::output;
 use super::output::table::terminal_width;
-use super::output::wrap::wrapped;
+use super::output::{self, say_wrapped};
 use super::policy_names::PolicyNames;
 use super::progress::{WorkProgress, say};
 use super::remote::connect;
@@ -495,16 +494,6 @@ impl ChatSession {
                 Err(failure) => return Err(failure.into()),
             }
         }
-    }
-}
-
-/// Prints a line on standard error, at a terminal without a break within a word.
-fn say_wrapped(text: &str) {
-    let is_terminal = std::io::stderr().is_terminal();
-    match terminal_width().filter(|width| is_terminal && *width > 1) {
-        // The last column of the terminal stays free, because some wrap when it is filled.
-        Some(width) => say(&wrapped(text, width - 1).join("\n")),
-        None => say(text),
     }
 }
 

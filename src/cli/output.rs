@@ -7,11 +7,14 @@ pub mod table;
 mod tests;
 pub mod wrap;
 
+use std::io::IsTerminal as _;
+
 use serde_json::{Value, json};
 
 use self::flat::section;
 pub use self::human::{bytes, seconds};
 use self::table::{Section, Shown};
+use self::wrap::wrapped;
 use super::args::Output;
 use super::failure::Failure;
 use super::progress::say;
@@ -42,6 +45,22 @@ const JOB_SETTINGS: [&str; 12] = [
 /// Prints a line on standard output.
 pub fn line(text: &str) {
     emit(&format!("{text}\n"));
+}
+
+/// Prints a line on standard error, at a terminal without a break within a word.
+pub fn say_wrapped(text: &str) {
+    let width = table::terminal_width().filter(|_| std::io::stderr().is_terminal());
+    say(&fitted(text, width));
+}
+
+/// Breaks a text at spaces into lines that fit a terminal of this width. Without one it is not
+/// divided.
+fn fitted(text: &str, width: Option<usize>) -> String {
+    match width.filter(|width| *width > 1) {
+        // The last column of the terminal stays free, because some wrap when it is filled.
+        Some(width) => wrapped(text, width - 1).join("\n"),
+        None => text.to_owned(),
+    }
 }
 
 /// Writes to standard output. If nobody reads it any more or the disk is full, the process ends:

@@ -75,7 +75,7 @@ pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
     let report = made?;
     match format {
         // A line for each part: the sentence is longer than a terminal is wide.
-        Output::Table => say(&report.sentence().replace("; ", "\n")),
+        Output::Table => output::say_wrapped(&report.sentence().replace("; ", "\n")),
         format => output::resource(format, &report.to_json()),
     }
     if report.has_pairs() {

@@ -273,7 +273,7 @@ impl RoundsInProgress<'_> {
             let names = (self.title.as_str(), making.as_str());
             let maker = self.maker(number, policy);
             let made = pairs::make(&maker, names, self.prompts.clone(), &file).await?;
-            say(&format!("{what}: {}", made.sentence()));
+            output::say_wrapped(&format!("{what}: {}", made.sentence()));
         }
         let pairs = RoundPairs::read(&file)?;
         if pairs.pairs == 0 {

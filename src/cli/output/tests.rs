@@ -24,6 +24,21 @@ fn a_model_shows_what_is_supported() {
     assert_eq!(supported(&of_text), "train lora, score, export, text only");
 }
 
+#[test]
+fn a_sentence_fits_the_terminal_and_is_whole_without_one() {
+    let text = "12 pairs from 24 prompts, 816 tokens, seed 3\nleft out: 9 with fewer than two \
+                different complete answers, 2 with answers that cannot be scored, 1 near tie";
+    let shown = fitted(text, Some(80));
+    assert_eq!(shown.lines().count(), 3, "{shown}");
+    assert!(widest(&shown) < 80, "{shown}");
+    assert!(
+        shown.split_whitespace().eq(text.split_whitespace()),
+        "{shown}"
+    );
+    assert_eq!(fitted(text, None), text);
+    assert_eq!(fitted("", Some(80)), "");
+}
+
 /// Returns a job as a server returns it.
 fn job() -> pb::TrainingJob {
     let hash = |digit: &str| digit.repeat(64);
