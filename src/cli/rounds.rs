@@ -66,9 +66,6 @@ pub(super) async fn run(mut args: RoundsArgs, format: Output) -> Outcome {
     let data = progress::find(&making.data, &making.reading).await?;
     let title = data.title();
     let prompts = read(&data, &making.form, &RESULT_COLUMNS)?;
-    if prompts.is_empty() {
-        return Err(Failure::Failed(format!("{title} has no prompts")));
-    }
     let eval_data = find_eval_data(&args).await?;
     let eval_hash = eval_data.bytes_hash().await.map_err(of_eval_data)?;
     let maker = PairMaker::new(&client, making, base.clone(), given.clone(), 0);

@@ -346,7 +346,8 @@ async fn rounds_that_cannot_go_on_are_refused() {
     refused(&new, &["--judge", &judge], &["has several jobs"]);
     std::fs::write(dir.join("prompts.jsonl"), "\n").unwrap();
     std::fs::write(dir.join("job.yaml"), "seed: 1\n").unwrap();
-    refused(&new, &["--judge", &judge], &["prompts.jsonl"]);
+    let empty = ["error: ", "prompts.jsonl has no prompts"];
+    refused(&new, &["--judge", &judge], &empty);
 }
 
 #[tokio::test(flavor = "multi_thread")]
