@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bradley::rpc::client::Client;
 use bradley::rpc::pb;
+use rustix::termios::{InputModes, LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use serde_json::{Value, json};
 use unicode_width::UnicodeWidthStr as _;
 
@@ -416,19 +417,14 @@ fn the_part_of_an_answer_stays_when_the_server_ends() {
     });
 }
 
+/// Flags of short answers.
+const SHORT: [&str; 2] = ["--max-tokens", "4"];
+
 /// Starts a conversation whose input and outputs are all a terminal.
-fn at_terminal(address: &str, device: &OwnedFd) -> Child {
+fn at_terminal(address: &str, device: &OwnedFd, flags: &[&str]) -> Child {
     let stdio = || Stdio::from(device.try_clone().unwrap());
-    let args = [
-        "chat",
-        "--policy",
-        "tiny",
-        "--max-tokens",
-        "4",
-        "--seed",
-        "1",
-    ];
-    bradley(address, &args)
+    bradley(address, &["chat", "--policy", "tiny", "--seed", "1"])
+        .args(flags)
         .env("TERM", "xterm")
         .stdin(stdio())
         .stdout(stdio())
@@ -438,8 +434,8 @@ fn at_terminal(address: &str, device: &OwnedFd) -> Child {
 }
 
 /// Returns the flags of a terminal's mode.
-fn mode(device: &OwnedFd) -> (rustix::termios::InputModes, rustix::termios::LocalModes) {
-    let mode = rustix::termios::tcgetattr(device).unwrap();
+fn mode(device: &OwnedFd) -> (InputModes, LocalModes) {
+    let mode = tcgetattr(device).unwrap();
     (mode.input_modes, mode.local_modes)
 }
 
@@ -460,7 +456,7 @@ fn a_terminal_edits_long_and_pasted_lines_and_repeats_messages() {
     let file = dir.path().join("chat.jsonl");
     let (terminal, device) = Terminal::open_device();
     let before = mode(&device);
-    let mut child = at_terminal(&server.address, &device);
+    let mut child = at_terminal(&server.address, &device, &SHORT);
     prompt_after(&terminal, "Ctrl-D ends.");
     assert_ne!(mode(&device), before);
     // Left and Backspace edit the first message. The keys after it wait for their prompts.
@@ -514,7 +510,7 @@ fn a_terminal_gets_its_mode_back_at_every_end() {
         ("SIGTERM", None, 143),
     ];
     for (number, (name, keys, code)) in ends.into_iter().enumerate() {
-        let mut child = at_terminal(&server.address, &device);
+        let mut child = at_terminal(&server.address, &device, &SHORT);
         until_blocking("the prompt", SOON, || {
             let shown = terminal.shows();
             let greetings = shown.matches("Ctrl-D ends.").count();
@@ -529,6 +525,39 @@ fn a_terminal_gets_its_mode_back_at_every_end() {
         assert_eq!(status(&mut child).code(), Some(code), "{name}");
         assert_eq!(mode(&device), before, "{name}");
     }
+}
+
+#[test]
+fn a_terminal_whose_mode_a_shell_has_set_gets_that_of_the_conversation_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let (terminal, device) = Terminal::open_device();
+    let (before, of_shell) = (mode(&device), tcgetattr(&device).unwrap());
+    let long = ["--max-tokens", "16000", "--ignore-eos"];
+    let mut child = at_terminal(&server.address, &device, &long);
+    let until_sequences = |number: f64| {
+        until_blocking("the server's work", SOON, || {
+            sequences(&server) == Some(number)
+        });
+    };
+    prompt_after(&terminal, "Ctrl-D ends.");
+    terminal.types("Water boils\r");
+    until_sequences(1.0);
+    // A shell does this when it continues a command after Ctrl-Z.
+    tcsetattr(&device, OptionalActions::Now, &of_shell).unwrap();
+    signal(child.id(), libc::SIGINT);
+    prompt_after(&terminal, "stopped");
+    until_sequences(0.0);
+    terminal.types("Name a colour.\r");
+    until_sequences(1.0);
+    let (_, local) = mode(&device);
+    assert!(
+        !local.intersects(LocalModes::ECHO | LocalModes::ICANON),
+        "{local:?}"
+    );
+    signal(child.id(), libc::SIGTERM);
+    assert_eq!(status(&mut child).code(), Some(143));
+    assert_eq!(mode(&device), before);
 }
 
 #[test]

@@ -40,6 +40,8 @@ pub(super) enum ChatLine {
 /// A line editor with the messages of the conversation as its history.
 pub(super) struct LineEditor {
     editor: DefaultEditor,
+    /// The mode of the terminal between two prompts.
+    mode: Termios,
 }
 
 impl LineEditor {
@@ -57,8 +59,8 @@ impl LineEditor {
         }
         let config = Config::builder().behavior(behavior).build();
         let editor = DefaultEditor::with_config(config).ok()?;
-        take_terminal().ok()?;
-        Some(LineEditor { editor })
+        let mode = take_terminal().ok()?;
+        Some(LineEditor { editor, mode })
     }
 
     /// Waits for a line.
@@ -66,6 +68,8 @@ impl LineEditor {
     /// # Errors
     /// Returns an error if the terminal cannot be read.
     pub fn read(&mut self, prompt: &str) -> io::Result<ChatLine> {
+        // After Ctrl-Z during an answer, the terminal has the mode of the shell.
+        tcsetattr(io::stdin(), OptionalActions::Now, &self.mode)?;
         match self.editor.readline(prompt) {
             // Pasted text often ends with the end of its last line.
             Ok(text) => Ok(ChatLine::Text(text.trim_end_matches('\n').into())),
@@ -86,11 +90,12 @@ impl LineEditor {
     }
 }
 
-/// Sets the mode for the time between two prompts, and restores the old one when the process ends.
+/// Sets the mode for the time between two prompts and returns it. The old one is restored when the
+/// process ends.
 ///
 /// Keys that are pressed during an answer are not shown, and wait for the next prompt. The terminal
 /// does not collect them to lines, which it would cut.
-fn take_terminal() -> io::Result<()> {
+fn take_terminal() -> io::Result<Termios> {
     let before = tcgetattr(io::stdin())?;
     let mut mode = before.clone();
     mode.local_modes
@@ -104,7 +109,7 @@ fn take_terminal() -> io::Result<()> {
         }
     }
     tcsetattr(io::stdin(), OptionalActions::Now, &mode)?;
-    Ok(())
+    Ok(mode)
 }
 
 /// Gives the terminal its mode back.
