@@ -381,7 +381,8 @@ async fn check_new_or_empty(out: &Path) -> Outcome {
     match entries.next_entry().await.map_err(failed)? {
         None => Ok(()),
         Some(entry) => Err(Failure::Usage(format!(
-            "--out: {} is not empty (it has {}): name a new folder",
+            "--out: {} is not empty (it has {}): name a new folder, or remove what an interrupted \
+             download has left",
             out.display(),
             entry.file_name().display()
         ))),

@@ -222,7 +222,8 @@ fn a_download_into_a_folder_with_files_is_refused() {
     let said = download(2, &used);
     assert!(
         said.contains("--out: ")
-            && said.contains("used is not empty (it has adapter_config.json): name a new folder"),
+            && said.contains("used is not empty (it has adapter_config.json): name a new folder")
+            && said.contains("or remove what an interrupted download has left"),
         "{said}"
     );
     assert_eq!(std::fs::read_dir(&used).unwrap().count(), 1);
