@@ -160,17 +160,32 @@ impl Outcomes {
         // A line without an end was being written when the process was killed.
         let mut complete = 0;
         let mut reader = BufReader::new(&file);
-        loop {
+        let rest = loop {
             // Bytes, because the last line may end within a character.
             let mut line = Vec::new();
             let read = reader.read_until(b'\n', &mut line).map_err(failed(&path))?;
             if !line.ends_with(b"\n") {
-                break;
+                break line;
             }
             complete += read as u64;
             lines.push(line);
-        }
+        };
         drop(reader);
+        // The file is not changed before this, because it may be somebody else's.
+        let unreadable = |e: serde_json::Error| {
+            Failure::Failed(format!("{}: {e}; delete it to begin again", path.display()))
+        };
+        let header: Option<Header> = match lines.first() {
+            Some(first) => Some(serde_json::from_slice(first).map_err(unreadable)?),
+            None if rest.is_empty() || rest.starts_with(b"{") => None,
+            None => {
+                return Err(Failure::Failed(format!(
+                    "{} is not of bradley pairs; delete it to begin again, or name another file \
+                     with --out",
+                    path.display()
+                )));
+            }
+        };
         // Without an outcome there is nothing to continue.
         if lines.len() < 2 {
             if out.exists() {
@@ -190,16 +205,12 @@ impl Outcomes {
             versions: [None, None],
         };
         let mut lines = lines.iter();
-        let Some(first) = lines.next() else {
+        let (Some(_), Some(header)) = (lines.next(), header) else {
             let seed = settings["seed"].as_u64();
             outcomes.seed = seed.unwrap_or_else(rand::random);
             outcomes.write(&json!({"settings": settings, "seed": outcomes.seed}))?;
             return Ok(outcomes);
         };
-        let unreadable = |e: serde_json::Error| {
-            Failure::Failed(format!("{}: {e}; delete it to begin again", path.display()))
-        };
-        let header: Header = serde_json::from_slice(first).map_err(unreadable)?;
         let differing = differing(&header.settings, settings);
         if !differing.is_empty() {
             return Err(Failure::Usage(format!(
@@ -510,5 +521,18 @@ mod tests {
                 .sentence()
                 .starts_with("1 pair from 1 prompt, 5 tokens")
         );
+        // Nor is the file of outcomes.
+        let out = dir.path().join("other.jsonl");
+        let progress = dir.path().join("other.jsonl.progress");
+        for foreign in ["mine", "mine\n", "mine\nand\nmore"] {
+            fs::write(&progress, foreign).unwrap();
+            let e = Outcomes::open(&out, &settings).unwrap_err();
+            let part = "delete it to begin again";
+            assert!(e.message().contains(part), "{}", e.message());
+            assert_eq!(fs::read_to_string(&progress).unwrap(), foreign);
+        }
+        // Killed while the settings were written.
+        fs::write(&progress, "{\"sett").unwrap();
+        assert_eq!(Outcomes::open(&out, &settings).unwrap().done(), 0);
     }
 }
