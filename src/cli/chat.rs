@@ -321,7 +321,13 @@ impl ChatSession {
             Some(Err(failure)) => {
                 match view.text(Side::Left) {
                     "" => self.unanswered = Some(user),
-                    part => self.add(part.to_owned(), user, seed, left_out.get()),
+                    part => {
+                        // From a pipe the conversation does not go on with it.
+                        if self.is_terminal {
+                            self.print_item((user.as_str(), seed), &view, None)?;
+                        }
+                        self.add(part.to_owned(), user, seed, left_out.get());
+                    }
                 }
                 return Err(failure);
             }
@@ -336,10 +342,7 @@ impl ChatSession {
             self.unanswered = Some(user);
             return Ok(());
         }
-        if self.format != Output::Table {
-            let item = self.item((user.as_str(), seed), &view, answers.as_ref());
-            output::write(shown(&output::stream_item(self.format, &item)).as_bytes())?;
-        }
+        self.print_item((user.as_str(), seed), &view, answers.as_ref())?;
         match &answers {
             Some((left, right)) => {
                 self.note_cut(&self.base.policy, left);
@@ -387,6 +390,23 @@ impl ChatSession {
                 AnswerView::pair(names, terminal_width())
             }
             _ => AnswerView::hidden(),
+        }
+    }
+
+    /// Prints a turn for programs; people have seen its answers while they came. `answers` are its
+    /// complete answers; `None` if it was stopped.
+    fn print_item(
+        &self,
+        asked: (&str, u64),
+        view: &AnswerView,
+        answers: Option<&ChatAnswers>,
+    ) -> Outcome {
+        match self.format {
+            Output::Table => Ok(()),
+            format => {
+                let item = self.item(asked, view, answers);
+                output::write(shown(&output::stream_item(format, &item)).as_bytes())
+            }
         }
     }
 

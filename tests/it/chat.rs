@@ -302,8 +302,11 @@ fn collect(mut from: impl Read + Send + 'static) -> Arc<Mutex<Vec<u8>>> {
 
 /// Returns the number of samples that the server generates.
 fn sequences(server: &Server) -> Option<f64> {
+    metric(server, "bradley_generation_sequences")
+}
+
+fn metric(server: &Server, name: &str) -> Option<f64> {
     let metrics = server.metrics();
-    let name = "bradley_generation_sequences";
     let line = metrics.lines().find(|line| line.starts_with(name))?;
     line.rsplit(' ').next()?.parse().ok()
 }
@@ -382,39 +385,47 @@ fn ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_command() {
 
 #[test]
 fn the_part_of_an_answer_stays_when_the_server_ends() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut server = Server::start(dir.path());
-    let (terminal, stdin) = Terminal::open();
-    let args = ["chat", "--policy", "tiny", "--max-tokens", "16000"];
-    let mut command = bradley(&server.address, &args);
-    let mut child = command
-        .args(["--ignore-eos", "--seed", "1"])
-        .stdin(stdin)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    drop(command);
-    let stdout = collect(child.stdout.take().unwrap());
-    let stderr = collect(child.stderr.take().unwrap());
-    terminal.types("Water boils\n");
-    until_blocking("the first text", SOON, || {
-        !stdout.lock().unwrap().is_empty()
-    });
-    server.kill();
-    let kept = "goes on with the part of the answer that came";
-    until_blocking("the remark", SOON, || {
-        text(&stderr.lock().unwrap()).contains(kept)
-    });
-    let file = dir.path().join("chat.jsonl");
-    terminal.types(&format!("/save {}\n/quit\n", file.display()));
-    assert!(status(&mut child).success());
-    let messages = &rows(&file)[0]["messages"];
-    assert_eq!(messages[0], said("user", "Water boils"));
-    let answer = messages[1]["content"].as_str().unwrap();
-    until_blocking("the answer as far as it came", SOON, || {
-        text(&stdout.lock().unwrap()) == format!("{answer}\n")
-    });
+    for format in ["table", "json"] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut server = Server::start(dir.path());
+        let (terminal, stdin) = Terminal::open();
+        let args = ["chat", "--policy", "tiny", "--max-tokens", "16000"];
+        let mut command = bradley(&server.address, &args);
+        let mut child = command
+            .args(["--ignore-eos", "--seed", "1", "--format", format])
+            .stdin(stdin)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(command);
+        let stdout = collect(child.stdout.take().unwrap());
+        let stderr = collect(child.stderr.take().unwrap());
+        terminal.types("Water boils\n");
+        // With JSON no text is shown while it comes. The first of so many tokens was sent long ago.
+        until_blocking("many tokens", SOON, || {
+            metric(&server, "bradley_generated_tokens_total") >= Some(300.0)
+        });
+        server.kill();
+        let kept = "goes on with the part of the answer that came";
+        until_blocking("the remark", SOON, || {
+            text(&stderr.lock().unwrap()).contains(kept)
+        });
+        let file = dir.path().join("chat.jsonl");
+        terminal.types(&format!("/save {}\n/quit\n", file.display()));
+        assert!(status(&mut child).success());
+        let messages = &rows(&file)[0]["messages"];
+        assert_eq!(messages[0], said("user", "Water boils"));
+        let answer = messages[1]["content"].as_str().unwrap();
+        until_blocking("the answer as far as it came", SOON, || {
+            let printed = text(&stdout.lock().unwrap());
+            match format {
+                "json" => serde_json::from_str::<Value>(&printed)
+                    .is_ok_and(|item| item["answer"] == answer && item["finish_reason"].is_null()),
+                _ => printed == format!("{answer}\n"),
+            }
+        });
+    }
 }
 
 /// Flags of short answers.
