@@ -1,5 +1,5 @@
-//! `bradley chat` through the real binary: its answers are those of GenerateCompletions with the same
-//! messages and seed.
+//! `bradley chat` through the real binary: its answers are those of GenerateCompletions with the
+//! same messages and seed.
 
 use std::io::{Read, Write as _};
 use std::os::fd::OwnedFd;

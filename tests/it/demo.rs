@@ -1,4 +1,5 @@
-//! `bradley demo` with a tiny model: trains, scores, and shows a question answered before and after.
+//! `bradley demo` with a tiny model: trains, scores, and shows a question answered before and
+//! after.
 
 use crate::people::bradley;
 use crate::server::free_port;
