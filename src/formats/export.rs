@@ -10,6 +10,7 @@ use candle_core::{DType, Tensor};
 use safetensors::{Dtype, View};
 use serde_json::{Map, Value, json};
 
+use super::peft::io_error;
 use super::tokenizer::{ChatTokenizer, GENERATION_CONFIG};
 use super::weights::{ElementType, Weights};
 use crate::compute::cpu::with_values;
@@ -111,7 +112,7 @@ pub fn save_merged(
         }
         written.map_err(|e| ModelError::Io {
             path,
-            source: std::io::Error::other(e.to_string()),
+            source: io_error(e),
         })?;
     }
     if shards.len() > 1 {

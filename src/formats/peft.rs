@@ -5,7 +5,7 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::{Value, json};
 
 use crate::domain::names::{BaseName, is_hub_id};
@@ -409,8 +409,16 @@ pub fn save_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), Mod
         .collect();
     safetensors::serialize_to_file(views, Some(metadata), path).map_err(|e| ModelError::Io {
         path: path.to_owned(),
-        source: std::io::Error::other(e.to_string()),
+        source: io_error(e),
     })
+}
+
+/// Returns an error of writing tensors as one of the operating system, which tells a full disk.
+pub(super) fn io_error(e: SafeTensorError) -> std::io::Error {
+    match e {
+        SafeTensorError::IoError(e) => e,
+        e => std::io::Error::other(e.to_string()),
+    }
 }
 
 /// A tensor that makes its bytes on demand.

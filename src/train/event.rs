@@ -41,6 +41,15 @@ pub enum RunEvent {
         /// Metrics at that step.
         metrics: Metrics,
     },
+    /// A checkpoint could not be written. The run waits and tries again.
+    CheckpointDelayed {
+        /// Optimizer step of the checkpoint.
+        step: u64,
+        /// Reason for clients, without the server's folders.
+        reason: String,
+        /// True if there is no space left.
+        disk_full: bool,
+    },
     /// A message for people.
     Log {
         /// `info`, `warning` or `error`.

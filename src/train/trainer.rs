@@ -12,6 +12,8 @@
 mod agreement;
 mod evaluation;
 
+use std::error::Error;
+use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -101,6 +103,21 @@ impl TrainError {
             | TrainError::LoggedDisagrees(_)
             | TrainError::Checkpoint(_) => false,
         }
+    }
+
+    /// Returns true if a checkpoint could not be written because there is no space left.
+    fn is_disk_full(&self) -> bool {
+        let mut next: Option<&(dyn Error + 'static)> = Some(self);
+        while let Some(e) = next {
+            if let Some(io) = e.downcast_ref::<io::Error>() {
+                return matches!(
+                    io.kind(),
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+                );
+            }
+            next = e.source();
+        }
+        false
     }
 
     /// Returns the message without the server's folders.
@@ -442,14 +459,10 @@ impl Trainer {
         }
         if self.unsaved.is_none() {
             tracing::warn!(step = self.state.step, error = %e, "the checkpoint cannot be written");
-            let why = e.for_clients();
-            let message = format!(
-                "the checkpoint of step {} cannot be written, the run waits until it can: {why}",
-                self.state.step
-            );
-            (context.emit)(RunEvent::Log {
-                severity: "warning",
-                message,
+            (context.emit)(RunEvent::CheckpointDelayed {
+                step: self.state.step,
+                reason: e.for_clients(),
+                disk_full: e.is_disk_full(),
             });
         }
         self.unsaved = Some(Unsaved {

@@ -562,3 +562,53 @@ async fn a_shutdown_while_jobs_expire_leaves_no_files_without_a_job() {
     let server = Server::start(dir.path());
     until_files_have_jobs(&server, &server.client().await, &jobs).await;
 }
+
+/// A run whose checkpoint cannot be written waits, and the server says so where it is asked for its
+/// state. Here a file stands in place of the folder of the job's checkpoints.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_cannot_write_its_checkpoint_waits_and_is_listed() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let client = server.client().await;
+    let dataset = upload(&client, "pairs.jsonl").await.name;
+    let mut wanted = job(&dataset, 1_000_000);
+    wanted.run = Some(pb::RunConfig {
+        save_steps: Some(20),
+        ..Default::default()
+    });
+    let name = submit(&client, wanted).await;
+    until_event(&client, &name, |e| is_step(e, 1)).await;
+    let folder = checkpoints_folder(dir.path(), &name);
+    let aside = folder.with_extension("aside");
+    std::fs::rename(&folder, &aside).unwrap();
+    until("a file in place of the folder", LIMIT, async || {
+        // The run may have made the folder again.
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::write(&folder, "").is_ok()
+    })
+    .await;
+    let listed = async |state: &str| {
+        let line = format!("jobs that run here: {state}\n");
+        until(&line, LIMIT, async || {
+            server.http_get("/readyz?verbose").contains(&line)
+        })
+        .await;
+    };
+    listed("1, of which 1 cannot store or read something and wait: STORAGE_UNAVAILABLE").await;
+    until_event(
+        &client,
+        &name,
+        |e| matches!(e, Event::Log(log) if log.message.contains("the run waits until it can")),
+    )
+    .await;
+    std::fs::remove_file(&folder).unwrap();
+    std::fs::rename(&aside, &folder).unwrap();
+    listed("1").await;
+    let request = pb::CancelTrainingJobRequest { name: name.clone() };
+    client
+        .training()
+        .cancel_training_job(request)
+        .await
+        .unwrap();
+    until_event(&client, &name, |e| became(e, pb::JobState::Cancelled)).await;
+}

@@ -132,7 +132,8 @@ impl LeasedJob {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note_wait(&self, reason: Option<Reason>) {
+    /// Notes what the run waits for, until the next change of the job is stored.
+    pub(super) fn note_wait(&self, reason: Option<Reason>) {
         *self
             .waits_for
             .lock()

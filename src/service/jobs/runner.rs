@@ -540,6 +540,28 @@ impl JobRunner {
                     .await?;
                 self.delete_surplus_checkpoints(job, leased).await?;
             }
+            RunEvent::CheckpointDelayed {
+                step,
+                reason,
+                disk_full,
+            } => {
+                let message = format!(
+                    "the checkpoint of step {step} cannot be written, the run waits until it can: \
+                     {reason}"
+                );
+                let log = |_: &mut Job| {
+                    Ok(vec![EventKind::Log {
+                        severity: "warning".into(),
+                        message: message.clone(),
+                    }])
+                };
+                leased.write(log, RunWriteEffect::Nothing).await?;
+                // The write of the next event, at the latest that of the checkpoint, ends this.
+                leased.note_wait(Some(match disk_full {
+                    true => Reason::StorageFull,
+                    false => Reason::StorageUnavailable,
+                }));
+            }
             RunEvent::Log { severity, message } => {
                 let log = |_: &mut Job| {
                     Ok(vec![EventKind::Log {
@@ -659,7 +681,7 @@ fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, to
             "training.checkpoint",
             vec![("step", *step as f64), ("bytes", *size_bytes as f64)],
         ),
-        RunEvent::Log { .. } | RunEvent::Ended(_) => return,
+        RunEvent::CheckpointDelayed { .. } | RunEvent::Log { .. } | RunEvent::Ended(_) => return,
     };
     let about = about
         .into_iter()
