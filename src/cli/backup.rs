@@ -9,7 +9,7 @@ use serde_json::json;
 use super::args::{BackupArgs, MigrateArgs, Output, RestoreArgs};
 use super::failure::{Failure, Outcome};
 use super::output::{self, human};
-use super::progress::warn;
+use super::progress::{say, warn};
 use super::settings::{Sources, vendor_variables};
 use crate::service::backup::{self, BackupManifest};
 use crate::service::transfer;
@@ -69,6 +69,10 @@ pub(super) async fn migrate(args: MigrateArgs, output_format: Output) -> Outcome
         transfer::undo(&args.data_dir).await?;
         let place = args.data_dir.display().to_string();
         output::done(output_format, "undone", &place);
+        say(
+            "start the server with the --artifact-url that bradley migrate was given, and without \
+             --database-url",
+        );
         return Ok(());
     }
     // The command line requires one of the two.

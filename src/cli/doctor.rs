@@ -237,7 +237,7 @@ fn impossible_checks(settings: &Settings, bad: &BTreeSet<String>) -> Vec<&'stati
             is_bad("artifact_url") || (settings.artifact_store.is_some() && lacks_database),
         ),
         ("issuer", lacks_issuer),
-        ("collector", is_bad("otlp_endpoint")),
+        ("otlp_endpoint", is_bad("otlp_endpoint")),
         ("TLS", bad.iter().any(|name| name.starts_with("tls_"))),
         ("listen", is_bad("listen")),
         ("http_listen", is_bad("http_listen")),

@@ -50,10 +50,13 @@ const OTHER_FIELDS: [(&str, &str); 34] = [
     ("save_calibration", "--save-calibration"),
 ];
 /// Instructions of the server that name a field's value, with the flag that does the same.
-const INSTRUCTIONS: [(&str, &str); 1] = [(
-    "set row_policy to SKIP",
-    "leave them out with --skip-bad-rows",
-)];
+const INSTRUCTIONS: [(&str, &str); 2] = [
+    (
+        "set row_policy to SKIP",
+        "leave them out with --skip-bad-rows",
+    ),
+    ("leaving reference empty", "leaving out --reference"),
+];
 /// The same for commands other than `train`.
 const OTHER_INSTRUCTIONS: [(&str, &str); 3] = [
     ("lower max_tokens", "lower --max-tokens"),
@@ -359,6 +362,11 @@ mod tests {
         assert_eq!(
             words(&[], None).in_sentence("fix them, or set row_policy to SKIP to train on 4"),
             "fix them, or leave them out with --skip-bad-rows to train on 4"
+        );
+        let logged = "by leaving reference empty, or set logged_check to warn";
+        assert_eq!(
+            words(&[], None).in_sentence(logged),
+            "by leaving out --reference, or set --logged-check to warn"
         );
         assert_eq!(
             replace_names(r#"a_b "c_d\" e_f" g_h"#, |_| Some("x".into())),

@@ -142,7 +142,8 @@ fn check_standard_input(args: &RoundsArgs) -> Outcome {
     let piped = args.making.data.iter().filter(|file| *file == "-").count();
     match usize::from(is_job_piped) + piped > 1 {
         true => Err(Failure::Usage(
-            "- stands for the standard input and can be named once in --file and --data".to_owned(),
+            "- stands for the standard input and can be named once in --file (-f) and --data"
+                .to_owned(),
         )),
         false => Ok(()),
     }
@@ -209,7 +210,10 @@ async fn header(
         "{} is of a run with another value of {}: give the same flags and prompts to continue it, \
          or name another folder with --out",
         folder.path().display(),
-        differing.join(", ")
+        // Its short form may be what the caller typed.
+        differing
+            .join(", ")
+            .replace(TRAINING_SETTINGS, "--file (-f)")
     )))
 }
 

@@ -14,7 +14,8 @@ use super::job_flags::{JobVariant, MAX_SWEEP, OUTPUT_ONLY, get, remove, set};
 use super::job_rows::{JobRows, RowLimits};
 use super::policy_names::PolicyNames;
 use super::remote::connect;
-use super::{output, progress, short_names, watch};
+use super::watch::{self, ProgressView};
+use super::{output, progress, short_names};
 use crate::domain::logged::LOGGED_REFERENCE;
 use crate::rpc::canonical::{self, CanonicalError, FieldSelection};
 use crate::rpc::client::{Client, ClientError, FirstEvent, field_violations};
@@ -40,7 +41,7 @@ pub(super) async fn run(mut args: TrainArgs, output: Output) -> Outcome {
         .filter(|f| *f == "-");
     if usize::from(is_job_piped) + piped.count() > 1 {
         return Err(Failure::Usage(
-            "- stands for the standard input and can be named once in --file, --data and \
+            "- stands for the standard input and can be named once in --file (-f), --data and \
              --eval-data"
                 .into(),
         ));
@@ -466,9 +467,8 @@ impl TrainCall {
                 output::line(&format!("{} is queued", job.name));
             }
             let first = FirstEvent::After(0);
-            let end =
-                watch::follow(&self.client, &args.server, &job.name, first, self.output).await;
-            return end.map_err(|e| change(e, |message| self.words.in_sentence(&message)));
+            let view = ProgressView::new(self.output).with_words(&self.words);
+            return watch::follow(&self.client, &args.server, &job.name, first, view).await;
         }
         if let [(_, job)] = &made[..] {
             if args.validate_only {

@@ -8,6 +8,7 @@ use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::args::{Output, ServerArgs, WatchArgs};
 use super::failure::{Failure, Outcome};
+use super::flag_names::JobWords;
 use super::output::table::terminal_width;
 use super::output::{self, state};
 use super::progress::warn;
@@ -27,7 +28,8 @@ pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
         None => FirstEvent::After(args.after),
     };
     let job = short_names::job(&client, &args.job).await?;
-    follow(&client, &args.server, &job, first, output).await
+    let view = ProgressView::new(output);
+    follow(&client, &args.server, &job, first, view).await
 }
 
 /// Refuses a format that events do not have.
@@ -45,16 +47,16 @@ pub(super) fn check_format(output: Output) -> Outcome {
     }
 }
 
-/// Follows a job to its end and prints a summary. Ctrl-C only ends the following. Returns a failure
-/// unless the job succeeded.
+/// Follows a job in `view` to its end and prints a summary. Ctrl-C only ends the following. Returns
+/// a failure unless the job succeeded.
 pub(super) async fn follow(
     client: &Client,
     server: &ServerArgs,
     job: &str,
     first: FirstEvent,
-    output: Output,
+    mut view: ProgressView,
 ) -> Outcome {
-    let mut view = ProgressView::new(output);
+    let output = view.output;
     let (bar, is_lost) = (view.bar.clone(), Cell::new(false));
     let each = |event: pb::TrainingEvent| {
         is_lost.set(false);
@@ -206,6 +208,8 @@ fn duration(job: &pb::TrainingJob) -> Option<Duration> {
 pub(super) struct ProgressView {
     output: Output,
     bar: ProgressBar,
+    /// The caller's words for the fields that reasons name; `None` for those of the API.
+    words: Option<JobWords>,
     /// Reason of the last change of the job's state.
     reason: String,
 }
@@ -229,15 +233,30 @@ impl ProgressView {
         ProgressView {
             output,
             bar,
+            words: None,
             reason: String::new(),
+        }
+    }
+
+    /// Lets the view name flags in place of a job's fields.
+    pub(super) fn with_words(mut self, words: &JobWords) -> Self {
+        self.words = Some(words.clone());
+        self
+    }
+
+    /// Returns a text of the server in the caller's words.
+    fn in_words(&self, text: &str) -> String {
+        match &self.words {
+            Some(words) => words.in_sentence(text),
+            None => text.to_owned(),
         }
     }
 
     /// Returns the reason why the job ended.
     fn last_reason(&self, job: &pb::TrainingJob) -> String {
         match &job.error {
-            Some(error) => error.message.clone(),
-            None => self.reason.clone(),
+            Some(error) => self.in_words(&error.message),
+            None => self.in_words(&self.reason),
         }
     }
 
@@ -260,7 +279,7 @@ impl ProgressView {
                 }
                 match s.reason.is_empty() {
                     true => state(s.to),
-                    false => format!("{}: {}", state(s.to), s.reason),
+                    false => format!("{}: {}", state(s.to), self.in_words(&s.reason)),
                 }
             }
             Some(Event::StepMetrics(s)) => {
@@ -299,7 +318,7 @@ impl ProgressView {
                     if c.best { " (best)" } else { "" }
                 )
             }
-            Some(Event::Log(l)) => format!("{}: {}", l.severity, l.message),
+            Some(Event::Log(l)) => format!("{}: {}", l.severity, self.in_words(&l.message)),
             None => return,
         };
         self.bar.suspend(|| output::line(&text));

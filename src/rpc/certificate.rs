@@ -10,7 +10,8 @@ use rustls::{CertificateError, OtherError};
 pub(super) const IS_AUTHORITY: &str = "the server's certificate is a CA certificate (CA:TRUE), \
     which clients refuse: issue one with CA:FALSE, e.g. with `openssl req -x509 -newkey rsa:2048 \
     -nodes -keyout server.key -out server.pem -days 365 -subj /CN=HOST -addext \
-    subjectAltName=DNS:HOST -addext basicConstraints=critical,CA:FALSE`";
+    subjectAltName=DNS:HOST -addext basicConstraints=critical,CA:FALSE`, with IP: in \
+    place of DNS: for an IP address";
 
 /// Returns true if a certificate is that of an authority, which clients refuse as a server's.
 pub(super) fn is_authority(certificate: &CertificateDer<'_>) -> bool {
@@ -65,8 +66,8 @@ fn describe(problem: &CertificateError) -> String {
              authority's certificate with --tls-server-ca"
         }
         BadSignature => {
-            "the server's certificate is not signed by the authority of --tls-server-ca, which has \
-             the same name as the one that signed it: name that one"
+            "the server's certificate is not signed by the trusted authority that has the name of \
+             its issuer: name the certificate of the authority that signed it with --tls-server-ca"
         }
         InvalidPurpose | InvalidPurposeContext { .. } => {
             "the server's certificate is not meant for servers: issue one with the extended key \
