@@ -890,7 +890,7 @@ Examples:
 const ROUNDS_HELP: &str = "\
 Each round makes pairs as bradley pairs does, trains the round's policy on them, and compares its \
 answers with those of the new policy, which is the policy of the next round. The same command \
-continues after an interruption: FOLDER has what is done.
+continues after an interruption: DIR has what is done.
 
 Examples:
   bradley rounds --data prompts.jsonl --policy smollm2 --judge JOB --out rounds

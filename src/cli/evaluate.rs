@@ -157,13 +157,50 @@ fn finish(args: &EvaluateArgs, format: Output, report: &pb::EvaluationReport) ->
     for line in report::errors(report) {
         say(&line);
     }
+    failed_pairs(report, args.skip_bad_rows)
+}
+
+/// Returns the outcome of a report with pairs that have no score.
+fn failed_pairs(report: &pb::EvaluationReport, skips_bad_rows: bool) -> Outcome {
     let (failed, all) = (report.failed_pairs, report.pairs + report.failed_pairs);
-    if args.skip_bad_rows && report.pairs > 0 {
-        warn(&format!("{failed} of {all} pairs were skipped"));
-        return Ok(());
+    if !skips_bad_rows {
+        return Err(Failure::Failed(format!(
+            "{failed} of {all} pairs could not be scored: correct them, or skip them with \
+             --skip-bad-rows"
+        )));
     }
-    Err(Failure::Failed(format!(
-        "{failed} of {all} pairs could not be scored: correct them, or skip them with \
-         --skip-bad-rows"
-    )))
+    if report.pairs == 0 {
+        return Err(Failure::Failed(format!(
+            "{failed} of {all} pairs could not be scored: correct them, because --skip-bad-rows \
+             needs at least one pair with a score"
+        )));
+    }
+    warn(&format!("{failed} of {all} pairs were skipped"));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_without_a_score_are_skipped_unless_no_pair_has_one() {
+        let said = |pairs, skips_bad_rows| {
+            let report = pb::EvaluationReport {
+                pairs,
+                failed_pairs: 2,
+                ..Default::default()
+            };
+            let failure = failed_pairs(&report, skips_bad_rows).err();
+            failure.map(|failure| failure.message().to_owned())
+        };
+        assert_eq!(said(3, true), None);
+        let refused = said(3, false).unwrap_or_default();
+        assert!(refused.contains("2 of 5 pairs could not"), "{refused}");
+        assert!(refused.contains("skip them with"), "{refused}");
+        // The flag was given already.
+        let refused = said(0, true).unwrap_or_default();
+        assert!(refused.contains("2 of 2 pairs could not"), "{refused}");
+        assert!(!refused.contains("skip them with"), "{refused}");
+    }
 }
