@@ -552,6 +552,11 @@ async fn check_running_server(
         Ok::<_, Failure>((is_serving, names.join(", ")))
     };
     let asked = tokio::time::timeout(SERVER_TIMEOUT, waiting("asking the server", asked)).await;
+    let bad_status = match is_optional {
+        // Nobody has asked for this server.
+        true => CheckStatus::Warning,
+        false => CheckStatus::Failed,
+    };
     match asked {
         Ok(Ok((true, models))) => report.add(name, CheckStatus::Ok, format!("serves {models}")),
         Ok(Ok((false, _))) => {
@@ -564,20 +569,13 @@ async fn check_running_server(
                 "no server answers there; --address names another one",
             );
         }
-        Ok(Err(failure)) => {
-            // Nobody has asked for this server.
-            let status = match is_optional {
-                true => CheckStatus::Warning,
-                false => CheckStatus::Failed,
-            };
-            report.add(name, status, failure.message());
-        }
+        Ok(Err(failure)) => report.add(name, bad_status, failure.message()),
         Err(_) => {
             let detail = format!(
                 "does not answer within {} seconds: it may still be loading its models",
                 SERVER_TIMEOUT.as_secs()
             );
-            report.add(name, CheckStatus::Failed, detail);
+            report.add(name, bad_status, detail);
         }
     }
     true

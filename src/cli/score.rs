@@ -106,6 +106,10 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
                 "none of the {n} rows could be scored: {remedy}"
             )))
         }
+        n if args.skip_bad_rows => Err(Failure::Failed(format!(
+            "{n} of {rows} rows could not be scored: correct them, because --skip-bad-rows needs \
+             at least one row with a score"
+        ))),
         n => Err(Failure::Failed(format!(
             "{n} of {rows} rows could not be scored: correct them, or skip them with \
              --skip-bad-rows"

@@ -24,6 +24,9 @@ const USAGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum time for which the server, after its last answer, waits for changes whose callers have
 /// left.
 const DETACHED_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum time for which the server waits until its connections to the database are closed. A
+/// database that does not answer keeps those that are in use.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A base model and the work that the server does with it.
 #[derive(Clone, Debug, PartialEq)]
@@ -169,7 +172,7 @@ impl Server {
 
     /// Ends the use of the database, when all calls have ended. Before that it waits at most 5
     /// seconds for changes whose callers have left. Calls that ended after the drain are counted,
-    /// too.
+    /// too. A database that does not answer delays the end by at most 8 seconds.
     pub async fn close(&self) {
         if !self.detached.wait(DETACHED_TIMEOUT).await {
             tracing::warn!(
@@ -178,7 +181,10 @@ impl Server {
             );
         }
         self.store_usage().await;
-        self.store.close().await;
+        let closing = tokio::time::timeout(CLOSE_TIMEOUT, self.store.close());
+        if closing.await.is_err() {
+            tracing::warn!("the database does not answer: its connections are not closed");
+        }
     }
 
     async fn store_usage(&self) {

@@ -98,6 +98,25 @@ impl Postgres {
         let _ = child.wait();
     }
 
+    /// Stops its processes without ending them, until the returned value is dropped. Connections to
+    /// it stay open.
+    pub fn freeze(&self) -> FrozenPostgres {
+        let server = self.child.as_ref().unwrap().id();
+        let children = std::fs::read_to_string(format!("/proc/{server}/task/{server}/children"));
+        let mut processes = vec![server];
+        processes.extend(
+            children
+                .unwrap()
+                .split_whitespace()
+                .map(|pid| pid.parse::<u32>().unwrap()),
+        );
+        assert!(processes.len() > 1, "it has a process for each connection");
+        for process in &processes {
+            signal(*process, libc::SIGSTOP);
+        }
+        FrozenPostgres(processes)
+    }
+
     /// Starts it, or starts it again, and waits until it answers.
     pub fn resume(&mut self) {
         let child = as_postgres(&self.bin.join("postgres"))
@@ -116,6 +135,18 @@ impl Postgres {
                 .unwrap();
             ready.status.success()
         });
+    }
+}
+
+/// A PostgreSQL server whose processes are stopped.
+pub struct FrozenPostgres(Vec<u32>);
+
+impl Drop for FrozenPostgres {
+    fn drop(&mut self) {
+        for process in &self.0 {
+            // SAFETY: the server waits for its processes, and it was stopped with them.
+            unsafe { libc::kill(*process as i32, libc::SIGCONT) };
+        }
     }
 }
 

@@ -503,6 +503,22 @@ async fn two_servers_that_start_at_once_on_an_empty_store_agree_on_its_identity(
     }
 }
 
+/// The database keeps a connection that the server waits for: the usage of the scoring call.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
+async fn a_server_ends_although_its_database_does_not_answer() {
+    let postgres = Postgres::start();
+    let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let flags = ["--drain-timeout", "1"];
+    let mut server = replica(dir.path(), &postgres, share.path(), &flags);
+    score(&server.client().await, "models/tiny", pairs()).await;
+    let frozen = postgres.freeze();
+    let status = server.terminate(LIMIT);
+    drop(frozen);
+    assert!(status.success(), "{status}");
+    assert!(server.has_logged("its connections are not closed"));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_does_not_start_without_the_store_that_its_database_knows() {
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

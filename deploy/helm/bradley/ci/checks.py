@@ -460,9 +460,9 @@ def references(name, found):
         must(least == 1 or "topologySpreadConstraints" in pod, "several replicas are not spread")
 
     # A shutdown must fit into the grace period, and a job's memory into the container's limit. For
-    # the 31 seconds see _pod.tpl.
+    # the 34 seconds see _pod.tpl.
     sleep = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
-    must(pod["terminationGracePeriodSeconds"] >= int(config["BRADLEY_DRAIN_TIMEOUT"]) + sleep + 31, "the grace period is too short")
+    must(pod["terminationGracePeriodSeconds"] >= int(config["BRADLEY_DRAIN_TIMEOUT"]) + sleep + 34, "the grace period is too short")
     limit, memory = container["resources"]["limits"]["memory"], config["BRADLEY_MEMORY_LIMIT"]
     must(bytes_of(memory) + 2**30 <= bytes_of(limit), f"BRADLEY_MEMORY_LIMIT {memory} leaves less than 1 GiB of {limit}")
     must(all(isinstance(value, str) and not re.search(r"\de\+\d", value) for value in config.values()), "a setting is no text, or a number in another form")

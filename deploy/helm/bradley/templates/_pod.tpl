@@ -28,10 +28,10 @@ spec:
   automountServiceAccountToken: false
   # Otherwise a Service named bradley would add BRADLEY_… variables to the environment.
   enableServiceLinks: false
-  # Includes the sleep of preStop. After drain_timeout the server may need up to 31 seconds: 10 if
+  # Includes the sleep of preStop. After drain_timeout the server may need up to 34 seconds: 13 if
   # the database does not answer, 10 for the device, 5 for changes whose callers have left, 3 for
-  # traces, and 1 each for open calls, the HTTP port and threads. 4 seconds are to spare.
-  terminationGracePeriodSeconds: {{ add (default 30 .Values.config.drain_timeout | int) (int .Values.preStopSleepSeconds) 35 }}
+  # traces, and 1 each for open calls, the HTTP port and threads. 6 seconds are to spare.
+  terminationGracePeriodSeconds: {{ add (default 30 .Values.config.drain_timeout | int) (int .Values.preStopSleepSeconds) 40 }}
   {{- with .Values.priorityClassName }}
   priorityClassName: {{ . }}
   {{- end }}
