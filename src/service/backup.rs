@@ -91,7 +91,7 @@ pub async fn back_up(data_dir: &Path, target: &Path) -> Result<BackupManifest> {
     let create_time = jiff::Timestamp::now().to_string();
     let live = LiveDatabase::open(data_dir).await?;
     refuse_mount_point(target)?;
-    check_empty("DIR", target)?;
+    check_empty("DIR", target, &[])?;
     remove_abandoned_backups(target)?;
     let partial = Unfinished::beside(target)?;
     let temporary = data_dir.join(TEMPORARY_FOLDER);
@@ -153,7 +153,7 @@ pub async fn restore(backup: &Path, data_dir: &Path) -> Result<BackupManifest> {
     fs::create_dir_all(data_dir).map_err(|e| failed(data_dir, e))?;
     let _lock = lock(data_dir)?;
     check_restored(data_dir)?;
-    check_empty("--data-dir", data_dir)?;
+    check_empty("--data-dir", data_dir, &IGNORED)?;
     let restoring = Temporary(data_dir.join(RESTORING_FOLDER));
     fs::create_dir(&restoring.0).map_err(|e| failed(&restoring.0, e))?;
     let (from, to, files) = (
@@ -491,15 +491,15 @@ fn restore_file(from: &Path, to: &Path, path: &str, expected: &BackupFile) -> Re
     }
 }
 
-/// Checks that a folder does not exist or is empty.
-fn check_empty(argument: &str, folder: &Path) -> Result<()> {
+/// Checks that a folder does not exist, or has nothing but the names `ignored`.
+fn check_empty(argument: &str, folder: &Path, ignored: &[&str]) -> Result<()> {
     let entries = match fs::read_dir(folder) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries.map_err(|e| failed(folder, e))?,
     };
     for entry in entries {
         let name = entry.map_err(|e| failed(folder, e))?.file_name();
-        if !IGNORED.iter().any(|ignored| name == *ignored) {
+        if !ignored.iter().any(|file| name == *file) {
             let message = format!(
                 "{} is not empty (it has {}): name a new folder",
                 folder.display(),

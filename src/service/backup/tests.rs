@@ -21,6 +21,27 @@ fn only_a_folder_with_a_file_system_on_it_is_a_mount_point() {
     );
 }
 
+/// The complete backup could not take the place of a folder with a file.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_with_the_lock_file_of_a_data_directory_is_refused_before_the_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, target) = (dir.path().join("data"), dir.path().join("backup"));
+    fs::create_dir(&data).unwrap();
+    let options = StoreOptions::default();
+    Store::open(&data, &options).await.unwrap().close().await;
+    fs::create_dir(&target).unwrap();
+    fs::write(target.join(LOCK_FILE), "").unwrap();
+    let refused = back_up(&data, &target).await.unwrap_err().to_string();
+    assert!(
+        refused.contains("is not empty (it has bradley.lock)"),
+        "{refused}"
+    );
+    check_empty("--data-dir", &target, &IGNORED).unwrap();
+    fs::remove_file(target.join(LOCK_FILE)).unwrap();
+    back_up(&data, &target).await.unwrap();
+    assert!(target.join(MANIFEST_FILE).exists());
+}
+
 #[test]
 fn an_adapter_that_a_job_starts_from_is_compared_with_its_hash() {
     let dir = tempfile::tempdir().unwrap();
