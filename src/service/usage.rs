@@ -115,7 +115,8 @@ impl UsageMeter {
     ///
     /// # Errors
     /// `PermissionDenied` if a caller who is no administrator asks for another owner,
-    /// `InvalidArgument` if the range is too long or there are too many records.
+    /// `InvalidArgument` if the range ends before it begins or is too long, or if there are too many
+    /// records.
     pub async fn report(&self, caller: &Caller, query: &UsageQuery) -> Result<Vec<OwnerUsage>> {
         let owner = match (&query.owner, caller.visible_owner()) {
             (Some(asked), Some(own)) if asked != own => {
@@ -138,10 +139,11 @@ impl UsageMeter {
                 ),
             ));
         }
-        if query.last - query.first >= MAX_DAYS {
+        let length = query.last - query.first + 1;
+        if length > MAX_DAYS {
             return Err(ServiceError::invalid(
                 "start_date",
-                format!("is more than {MAX_DAYS} days before the last day: ask for fewer days"),
+                format!("begins a range of {length} days: ask for at most {MAX_DAYS}"),
             ));
         }
         self.flush().await?;
