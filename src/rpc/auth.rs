@@ -197,6 +197,7 @@ pub(super) fn split_caller<T>(request: tonic::Request<T>) -> Result<(Caller, T),
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rpc::canonical;
 
     #[test]
     fn every_service_has_its_role() {
@@ -218,6 +219,22 @@ mod tests {
         );
         assert_eq!(required_role("/bradley.v1.ModelService/ListModels"), None);
         assert_eq!(required_role("/bradley.v1.UsageService/GetUsage"), None);
+        for service in ["DatasetService", "CheckpointService"] {
+            let method = format!("/bradley.v1.{service}/Method");
+            assert_eq!(required_role(&method), Some(Role::Submit), "{method}");
+        }
+        for method in [
+            "/grpc.health.v1.Health/Watch",
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        ] {
+            assert_eq!(required_role(method), None, "{method}");
+        }
+        // A service that nobody has given a role is for administrators only.
+        for service in canonical::pool().unwrap().services() {
+            let method = format!("/{}/Method", service.full_name());
+            assert_ne!(required_role(&method), Some(Role::Admin), "{method}");
+        }
         assert_eq!(required_role("/bradley.v1.Unheard/Of"), Some(Role::Admin));
         assert_eq!(
             required_role("bradley.v1.ScoringServiceX/Y"),

@@ -368,7 +368,9 @@ mod tests {
             time_left(&headers)
         };
         assert_eq!(left("2S"), Some(Duration::from_millis(1997)));
+        assert_eq!(left("2M"), Some(Duration::from_millis(119_997)));
         assert_eq!(left("50m"), Some(Duration::from_millis(47)));
+        assert_eq!(left("5000u"), Some(Duration::from_millis(2)));
         assert_eq!(left("1n"), Some(Duration::ZERO));
         assert_eq!(
             left("1H"),
