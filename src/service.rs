@@ -152,10 +152,11 @@ impl Service {
     /// runner per run that the devices can execute concurrently.
     ///
     /// # Errors
-    /// `FailedPrecondition` if another process uses the data directory, or if the artifact store is
-    /// not the one that belongs to the database. `Unavailable`, `InvalidArgument`,
-    /// `ResourceExhausted` or `Internal` if the database, the data directory or the artifact store
-    /// cannot be opened.
+    /// `FailedPrecondition` if another process uses the data directory, if a restore into it was
+    /// interrupted, if this version may not use the database, or if the artifact store is not the
+    /// one that belongs to the database. `InvalidArgument` if the file of tokens or the issuer's CA
+    /// file cannot be used. `Unavailable`, `InvalidArgument`, `ResourceExhausted` or `Internal` if
+    /// the database, the data directory or the artifact store cannot be opened.
     pub async fn open(engine: Engine, options: ServiceOptions) -> Result<Service> {
         let declared = options.token_file.as_deref().map(DeclaredTokens::open);
         let (declared, oidc) = (

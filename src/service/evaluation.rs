@@ -198,11 +198,11 @@ impl AcceptedEvaluation {
     /// the future ends the work.
     ///
     /// # Errors
-    /// `FailedPrecondition` if the dataset's file has changed; `InvalidArgument` if the subset
-    /// column has too many values or one that is a list or an object, or if the dataset's file
-    /// cannot be decoded; `NotFound` if the calibration cannot be stored, because the checkpoint
-    /// has been deleted meanwhile; errors of scoring that are not about a single pair, such as
-    /// `Unavailable` if the server is shutting down or has no room for two minutes.
+    /// `FailedPrecondition` if the dataset's file is missing or has changed; `InvalidArgument` if
+    /// the subset column has too many values or one that is a list or an object, or if the
+    /// dataset's file cannot be decoded; `NotFound` if the calibration cannot be stored, because
+    /// the checkpoint has been deleted meanwhile; errors of scoring that are not about a single
+    /// pair, such as `Unavailable` if the server is shutting down or has no room for two minutes.
     pub async fn run(
         self,
         mut progress: impl FnMut(EvaluationProgress) + Send,

@@ -23,8 +23,9 @@ use crate::train::checkpoint::{self, CheckpointError};
 /// `InvalidArgument` if the data directory has no database or has files that were changed, if no
 /// artifact store is given or known, or if the target is not an empty PostgreSQL database;
 /// `FailedPrecondition` if a server runs (`DATA_DIR_IN_USE`), the database was moved before
-/// (`DATABASE_MOVED`), a file is missing or damaged, or the database knows another artifact store;
-/// `Unavailable` or `Internal` if a database, the artifact store or the disk fails.
+/// (`DATABASE_MOVED`), a file of a checkpoint or of a copied adapter is missing or damaged, or the
+/// database knows another artifact store; `Unavailable` or `Internal` if a database, the artifact
+/// store or the disk fails, or if the file of a dataset is missing.
 pub async fn migrate(
     data_dir: &Path,
     to: &str,
