@@ -115,8 +115,8 @@ impl UsageMeter {
     ///
     /// # Errors
     /// `PermissionDenied` if a caller who is no administrator asks for another owner,
-    /// `InvalidArgument` if the range ends before it begins or is too long, or if there are too many
-    /// records.
+    /// `InvalidArgument` if the range ends before it begins or is too long, or if there are too
+    /// many records.
     pub async fn report(&self, caller: &Caller, query: &UsageQuery) -> Result<Vec<OwnerUsage>> {
         let owner = match (&query.owner, caller.visible_owner()) {
             (Some(asked), Some(own)) if asked != own => {

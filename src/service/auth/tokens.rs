@@ -178,8 +178,8 @@ impl TokenService {
         tokio::join!(file, issuer);
     }
 
-    /// Returns true if there is no token with which a call could be made: the database has none, and
-    /// neither a file nor an issuer is configured, from which tokens may come later.
+    /// Returns true if there is no token with which a call could be made: the database has none,
+    /// and neither a file nor an issuer is configured, from which tokens may come later.
     ///
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.
