@@ -226,8 +226,9 @@ impl Prompt {
 
     /// Takes the prompt's tokens from the second on, with their log-probs, after [`prefill`]. They
     /// agree with [`super::scorer::score`] up to rounding: there, a prompt's tokens and those of
-    /// its completion are added separately. The rotary frequencies are those of the prompt with the
-    /// tokens after it, which other lengths may not have (LongRoPE, `dynamic`).
+    /// its completion are added separately. The rotary frequencies are those of a sequence that is
+    /// longer than the prompt. If frequencies depend on the length (LongRoPE, `dynamic`), scoring
+    /// the prompt's tokens alone may use other ones.
     pub fn take_scored(&mut self) -> Vec<ScoredToken> {
         std::mem::take(&mut self.scored)
     }
