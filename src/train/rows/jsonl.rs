@@ -1,14 +1,14 @@
 //! JSONL files: one JSON object per line.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 use serde_json::Value;
 
 use super::reader::{DataError, MAX_LINE_BYTES, RowReader, issue};
 use super::shapes::{self, Record};
-use crate::domain::dataset::IssueReason;
+use crate::domain::dataset::{IssueReason, RowIssue};
 use crate::domain::message::kind;
 
 pub(super) fn read(path: &Path) -> Result<RowReader, DataError> {
@@ -23,20 +23,33 @@ pub(super) fn records(
         path: path.to_owned(),
         source,
     })?;
-    Ok(Lines {
-        reader: BufReader::with_capacity(1 << 18, file),
-        row: 0,
-        failed: false,
-    })
+    Ok(Lines::new(file))
 }
 
-struct Lines {
-    reader: BufReader<File>,
+struct Lines<R> {
+    reader: BufReader<R>,
     row: u64,
     failed: bool,
 }
 
-impl Iterator for Lines {
+impl<R: Read> Lines<R> {
+    fn new(file: R) -> Self {
+        Lines {
+            reader: BufReader::with_capacity(1 << 18, file),
+            row: 0,
+            failed: false,
+        }
+    }
+
+    /// Ends the iteration. Returns its last item, the finding that the file cannot be read further.
+    fn end_with(&mut self, row: u64, e: &io::Error) -> RowIssue {
+        self.failed = true;
+        let message = format!("the file cannot be read further: {e}");
+        issue(row, "", IssueReason::InvalidJson, message)
+    }
+}
+
+impl<R: Read> Iterator for Lines<R> {
     type Item = Record;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -51,20 +64,14 @@ impl Iterator for Lines {
             match read {
                 Ok(0) => return None,
                 Ok(_) => self.row += 1,
-                Err(e) => {
-                    self.failed = true;
-                    return Some(Err(issue(
-                        self.row + 1,
-                        "",
-                        IssueReason::InvalidJson,
-                        format!("the file cannot be read further: {e}"),
-                    )));
-                }
+                Err(e) => return Some(Err(self.end_with(self.row + 1, &e))),
             }
             // A line at the limit has been read with its line break, so there is no rest to skip.
             let content = line.strip_suffix(b"\n").unwrap_or(&line);
             if content.len() > MAX_LINE_BYTES {
-                self.skip_line();
+                if let Err(e) = self.reader.skip_until(b'\n') {
+                    return Some(Err(self.end_with(self.row, &e)));
+                }
                 let message = format!(
                     "the line is longer than {} MiB: split the file into rows, one JSON object a \
                      line",
@@ -81,28 +88,6 @@ impl Iterator for Lines {
                 continue;
             }
             return Some(parse(self.row, line));
-        }
-    }
-}
-
-impl Lines {
-    fn skip_line(&mut self) {
-        loop {
-            let (used, done) = match self.reader.fill_buf() {
-                Ok([]) => return,
-                Ok(buffer) => match buffer.iter().position(|b| *b == b'\n') {
-                    Some(i) => (i + 1, true),
-                    None => (buffer.len(), false),
-                },
-                Err(_) => {
-                    self.failed = true;
-                    return;
-                }
-            };
-            self.reader.consume(used);
-            if done {
-                return;
-            }
         }
     }
 }
@@ -135,5 +120,39 @@ pub(super) fn parse(row: u64, line: &[u8]) -> Record {
             IssueReason::InvalidJson,
             format!("a row is a JSON object, this is {}", kind(&other)),
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file with an error in place of its end.
+    struct Failing<'a>(&'a [u8]);
+
+    impl Read for Failing<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            match self.0.read(buffer)? {
+                0 => Err(io::Error::other("a bad sector")),
+                read => Ok(read),
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_further_ends_with_that_finding() {
+        // The second line is in the middle of its content, or of the rest that is skipped.
+        for length in [10, MAX_LINE_BYTES + 10] {
+            let mut bytes = b"{}\n".to_vec();
+            bytes.resize(bytes.len() + length, b'x');
+            let found: Vec<(u64, String)> = Lines::new(Failing(&bytes))
+                .map(|record| match record {
+                    Ok((row, _)) => (row, String::new()),
+                    Err(issue) => (issue.row, issue.message),
+                })
+                .collect();
+            let last = "the file cannot be read further: a bad sector".to_owned();
+            assert_eq!(found, [(1, String::new()), (2, last)], "{length}");
+        }
     }
 }
