@@ -348,8 +348,8 @@ impl Engine {
     }
 
     /// Returns the work that this engine does with a base model. Training belongs to it if a run
-    /// with the default settings on the shortest pairs fits the memory limit. Scoring and export
-    /// always belong to it.
+    /// with the default settings, in the server's precision and on the shortest pairs, fits the
+    /// memory limit. Scoring and export always belong to it.
     ///
     /// # Errors
     /// `UnknownModel` if the server does not have it.
@@ -364,6 +364,7 @@ impl Engine {
         ] {
             let spec = TrainingSpec {
                 method,
+                precision: Some(self.precision()),
                 ..TrainingSpec::default()
             };
             match self.check(model, Some(&base), &spec, Lengths::one(SHORTEST_PAIR)) {

@@ -434,11 +434,9 @@ fn training_is_a_use_of_a_model_as_far_as_it_fits_the_memory() {
     let largest = engine(u64::MAX / 2);
     let base_models = &largest.shared.base_models;
     let config = &base_models.get("tiny").unwrap().policy.config;
+    // The server computes in bf16, and so does a job that chooses no precision.
     let least = |method: Method| {
-        let spec = TrainingSpec {
-            method,
-            ..TrainingSpec::default()
-        };
+        let spec = spec(method, Precision::Bf16);
         let (lengths, host) = (Lengths::one(3), MemoryKind::Host);
         let leanest = estimate::plan(config, &spec, lengths, 0, host).unwrap_err();
         base_models.needed() + leanest.total()
