@@ -190,7 +190,8 @@ fn saved_tokens(spec: &TrainingSpec, lengths: Lengths, row: u64) -> u64 {
     }
 }
 
-/// Returns the estimate for pairs of these lengths with the given plan.
+/// Returns the estimate for pairs of these lengths with the given plan. A spec without a precision
+/// counts as one in f32.
 pub fn estimate(
     config: &ModelConfig,
     spec: &TrainingSpec,
