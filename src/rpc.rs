@@ -100,8 +100,8 @@ pub enum ServeError {
 /// Serves all services on `listener` until `shutdown`, then drains: health says NOT_SERVING,
 /// new work is refused, running jobs write a checkpoint and are requeued, and open calls end. All
 /// of this happens within the drain timeout, except that open calls always get at least one second
-/// after the jobs have stopped, that changes whose callers have left get up to 5 seconds, and that a
-/// database which does not answer delays the end by up to 13 seconds.
+/// after the jobs have stopped, that changes whose callers have left get up to 5 seconds, and that
+/// a database which does not answer delays the end by up to 13 seconds.
 ///
 /// # Errors
 /// Returns an error if the transport fails, reflection cannot be set up, or an annotation of a

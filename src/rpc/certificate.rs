@@ -13,7 +13,8 @@ pub(super) const IS_AUTHORITY: &str = "the server's certificate is a CA certific
     subjectAltName=DNS:HOST -addext basicConstraints=critical,CA:FALSE`, with IP: in \
     place of DNS: for an IP address";
 
-/// Returns true if a certificate is that of an authority, which clients refuse as a server's.
+/// Returns true if a certificate that is valid now is that of an authority, which clients refuse as
+/// a server's.
 pub(super) fn is_authority(certificate: &CertificateDer<'_>) -> bool {
     let Ok(parsed) = webpki::EndEntityCert::try_from(certificate) else {
         return false;
