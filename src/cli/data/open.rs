@@ -262,7 +262,11 @@ fn parquet(
     })?;
     Ok(Box::new(records.map(move |record| {
         let _exists = &copy;
-        // After an error, the file cannot be read further.
-        record.map(DataRow::Fields).map_err(|issue| issue.message)
+        match record {
+            Ok(fields) => Ok(DataRow::Fields(fields)),
+            // Unlike a bad value, a record that cannot be decoded ends the file.
+            Err(issue) if issue.field.is_empty() => Err(issue.message),
+            Err(issue) => Ok(DataRow::bad(&issue.field, issue.reason, issue.message)),
+        }
     })))
 }

@@ -8,7 +8,7 @@ use arrow_array::builder::{ListBuilder, StringBuilder, StructBuilder};
 use arrow_array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray};
 use arrow_ipc::writer::{FileWriter, StreamWriter};
 use arrow_schema::{DataType, Field, Fields};
-use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::data_type::{ByteArray, ByteArrayType, DoubleType};
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 
@@ -322,6 +322,47 @@ fn arrow_values_become_those_of_json() {
         ("weight", IssueReason::InvalidType)
     );
     assert!(issue.message.contains("NaN"), "{}", issue.message);
+}
+
+#[test]
+fn a_bad_value_in_a_parquet_file_is_a_finding_of_its_row_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("weights.parquet");
+    let columns = ["prompt", "chosen", "rejected"]
+        .map(|name| format!("required binary {name} (UTF8);"))
+        .concat();
+    let schema = format!("message m {{ {columns} required double weight; }}");
+    let schema = parse_message_type(&schema).unwrap();
+    let file = std::fs::File::create(&path).unwrap();
+    let mut writer = SerializedFileWriter::new(file, Arc::new(schema), Arc::default()).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    for texts in [["p", "q"], ["a", "b"], ["c", "d"]] {
+        let mut column = group.next_column().unwrap().unwrap();
+        let texts = texts.map(|text| ByteArray::from(text.as_bytes().to_vec()));
+        column
+            .typed::<ByteArrayType>()
+            .write_batch(&texts, None, None)
+            .unwrap();
+        column.close().unwrap();
+    }
+    let mut column = group.next_column().unwrap().unwrap();
+    column
+        .typed::<DoubleType>()
+        .write_batch(&[f64::NAN, 0.5], None, None)
+        .unwrap();
+    column.close().unwrap();
+    group.close().unwrap();
+    writer.close().unwrap();
+    let rows = read(&path).unwrap_or_else(|e| panic!("{e}"));
+    let issue = rows[0].as_ref().unwrap_err();
+    assert_eq!((issue.row, issue.field.as_str()), (1, "weight"));
+    assert!(
+        issue.message.starts_with("weight is NaN"),
+        "{}",
+        issue.message
+    );
+    let row = rows[1].as_ref().unwrap();
+    assert_eq!((rows.len(), row.row, row.weight), (2, 2, 0.5));
 }
 
 #[test]
