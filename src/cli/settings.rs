@@ -548,7 +548,8 @@ impl Settings {
         let artifact_url = reader.optional("artifact_url", URL_FORM, |s| {
             is_url(s).then(|| s.to_owned())
         });
-        if database_url.is_some() && artifact_url.is_none() {
+        // A wrong URL is refused above.
+        if database_url.is_some() && reader.is_empty("artifact_url") {
             reader.bad.push(
                 "artifact_url",
                 "is not set: replicas that share a database must find the same files, \
@@ -577,19 +578,19 @@ impl Settings {
         }
         let rest = reader.rest();
         let tls = reader.tls(rest);
-        let tokens = reader
-            .parse("auth", "off or tokens", |s| match s {
-                "off" => Some(false),
-                "tokens" => Some(true),
-                _ => None,
-            })
-            .unwrap_or_default();
+        let auth = reader.parse("auth", "off or tokens", |s| match s {
+            "off" => Some(false),
+            "tokens" => Some(true),
+            _ => None,
+        });
+        // A wrong value, which is refused above, is probably a misspelt `tokens`.
+        let (tokens, is_off) = (auth.unwrap_or_default(), auth == Some(false));
         let token_file = reader.optional("token_file", "a path", |s| Some(PathBuf::from(s)));
-        if token_file.is_some() && !tokens {
+        if token_file.is_some() && is_off {
             reader.needs_tokens("token_file");
         }
         let oidc = reader.oidc();
-        if oidc.is_some() && !tokens {
+        if oidc.is_some() && is_off {
             reader.needs_tokens("oidc_issuer");
         }
         let traces = reader.optional(
@@ -876,6 +877,10 @@ impl SettingsReader<'_> {
         }
     }
 
+    fn is_empty(&self, name: &str) -> bool {
+        self.sources.get(name, "").0.trim().is_empty()
+    }
+
     fn needs_tokens(&mut self, name: &str) {
         let (_, origin) = self.sources.get(name, "");
         self.bad.push(
@@ -1073,6 +1078,25 @@ mod tests {
         ];
         assert_eq!(names, expected);
         assert_eq!(setting_of("oidc_roles"), "oidc_roles");
+    }
+
+    #[test]
+    fn a_wrong_value_is_not_also_reported_as_missing() {
+        let database = ("database_url", "postgres://u:p@h/d");
+        for (flags, field) in [
+            (vec![database, ("artifact_url", "bucket")], "--artifact-url"),
+            (vec![database], "artifact_url"),
+            (
+                vec![("auth", "token"), ("token_file", "/etc/tokens.yaml")],
+                "--auth",
+            ),
+            (vec![("token_file", "/etc/tokens.yaml")], "--token-file"),
+        ] {
+            let bad = Settings::resolve(&sources(&flags, &[], "models = \"/x\""));
+            let bad = bad.err().unwrap();
+            let fields: Vec<&str> = bad.listed().iter().map(|v| v.field.as_str()).collect();
+            assert_eq!(fields, [field], "{flags:?}");
+        }
     }
 
     #[test]

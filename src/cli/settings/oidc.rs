@@ -104,12 +104,6 @@ impl SettingsReader<'_> {
     }
 }
 
-impl SettingsReader<'_> {
-    fn is_empty(&self, name: &str) -> bool {
-        self.sources.get(name, "").0.trim().is_empty()
-    }
-}
-
 fn list(text: &str) -> Option<Vec<String>> {
     let parts: Vec<String> = text.split(',').map(|p| p.trim().to_owned()).collect();
     parts.iter().all(|p| !p.is_empty()).then_some(parts)
