@@ -27,7 +27,7 @@ use crate::rpc::pb;
 const EXIT_BROKEN_PIPE: i32 = 141;
 
 /// The fields of a job that are its settings.
-const JOB_SETTINGS: [&str; 12] = [
+const JOB_SETTINGS: [&str; 13] = [
     "dpo",
     "optimizer",
     "lora",
@@ -40,6 +40,7 @@ const JOB_SETTINGS: [&str; 12] = [
     "chat_template_kwargs",
     "chat_template_kwargs_json",
     "eval_fraction",
+    "logged_check",
 ];
 
 /// Prints a line on standard output.

@@ -130,6 +130,9 @@ fn a_job_shows_its_settings_and_the_beginning_of_hashes() {
     }
     assert!(view.ends_with("rows left out:\n  row 7: empty_completion\n  row 7: empty_completion"));
     assert_eq!(shown(&view, "reference"), None, "{view}");
+    let logged = json!({"logged_check": "warn"});
+    let whole = json!({"reference": "logged", "logged_check": "warn", "name": "x"});
+    assert_eq!(settings(&whole), logged);
     let full = settings(&json!({"full": {}, "name": "x"}));
     assert_eq!(
         shown(&render_sections(&[section("s", &full)], None), "full"),
