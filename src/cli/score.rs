@@ -106,9 +106,9 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
                 "none of the {n} rows could be scored: {remedy}"
             )))
         }
-        n if args.skip_bad_rows => Err(Failure::Failed(format!(
-            "{n} of {rows} rows could not be scored: correct them, because --skip-bad-rows needs \
-             at least one row with a score"
+        // Without them no row would be left.
+        n if n == rows => Err(Failure::Failed(format!(
+            "{n} of {rows} rows could not be scored: correct them"
         ))),
         n => Err(Failure::Failed(format!(
             "{n} of {rows} rows could not be scored: correct them, or skip them with \
