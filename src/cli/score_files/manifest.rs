@@ -239,7 +239,8 @@ pub(super) async fn complete(
                 break;
             };
             let (out, format) = (out.clone(), naming.format);
-            reading.spawn(async move { (at, count(&out, &name, format).await) });
+            let bytes = written.get(&name).copied().unwrap_or_default();
+            reading.spawn(async move { (at, count(&out, &name, bytes, format).await) });
         }
         let Some(done) = reading.join_next().await else {
             break;
@@ -285,12 +286,19 @@ pub(super) async fn complete(
     Ok(Some(total))
 }
 
-async fn count(out: &PartStore, name: &str, format: PartFormat) -> Result<PartCounts, Failure> {
-    let last = match format {
-        PartFormat::Parquet => Some(TAIL_BYTES),
-        PartFormat::Jsonl => None,
+/// Returns the counts of a part with a size of `bytes` bytes.
+async fn count(
+    out: &PartStore,
+    name: &str,
+    bytes: u64,
+    format: PartFormat,
+) -> Result<PartCounts, Failure> {
+    let tail = match format {
+        // Stores refuse an empty range.
+        PartFormat::Parquet if bytes > 0 => Some(bytes.saturating_sub(TAIL_BYTES)..bytes),
+        PartFormat::Parquet | PartFormat::Jsonl => None,
     };
-    let content = out.read(name, last).await?.unwrap_or_default();
+    let content = out.read(name, tail).await?.unwrap_or_default();
     let counts = match format {
         PartFormat::Parquet => parquet_counts(&content),
         PartFormat::Jsonl => jsonl_counts(&content),
