@@ -48,6 +48,9 @@ pub(super) fn compression(head: &[u8]) -> Option<Compression> {
     }
 }
 
+/// Mark of ORC files. A header of CSV may begin with these letters, too, as in `ORCID`.
+const ORC: &[u8] = b"ORC";
+
 /// Formats that cannot be read: position and bytes of their mark, their name, and the remedy.
 const REFUSED: [(usize, &[u8], &str, &str); 17] = [
     (
@@ -112,7 +115,7 @@ const REFUSED: [(usize, &[u8], &str, &str); 17] = [
     ),
     (
         0,
-        b"ORC",
+        ORC,
         "an ORC file",
         "write the rows as Parquet or JSONL",
     ),
@@ -163,13 +166,15 @@ pub(super) fn kind(
     if head.starts_with(&[0xff, 0xff, 0xff, 0xff]) {
         return Ok(RowFormat::ArrowStream);
     }
-    let refused = REFUSED
-        .iter()
-        .find(|(at, mark, ..)| head.get(*at..).is_some_and(|rest| rest.starts_with(mark)));
+    let is_binary = head.contains(&0);
+    let refused = REFUSED.iter().find(|(at, mark, ..)| {
+        let has_mark = head.get(*at..).is_some_and(|rest| rest.starts_with(mark));
+        has_mark && (is_binary || *mark != ORC)
+    });
     if let Some((_, _, what, remedy)) = refused {
         return Err(format!("is {what}, which cannot be read: {remedy}"));
     }
-    if head.contains(&0) {
+    if is_binary {
         return Err(
             "is a binary file of an unknown format: JSONL, a JSON array, CSV, Parquet and Arrow \
              can be read, also with gzip or zstd"
@@ -255,6 +260,7 @@ mod tests {
             (b"a,b\n", "x.csv.zst", RowFormat::Delimited(b',')),
             (b"prompt\n", "x.csv", RowFormat::Delimited(b',')),
             (b"a,b\n", "x.jsonl", RowFormat::JsonLines),
+            (b"ORCID,chosen\n", "x", RowFormat::Delimited(b',')),
             (b"", "x.jsonl", RowFormat::JsonLines),
         ];
         for (head, name, expected) in read {
@@ -272,6 +278,7 @@ mod tests {
             (b"\xd0\xcf\x11\xe0\xa1", "as CSV"),
             (&tar, "tar archive"),
             (b"BZh9", "bzip2 -dc"),
+            (b"ORC\x0a\0\0", "an ORC file"),
             (b"\xff\xfep\0", "save it as UTF-8"),
             (b"abc\0def", "unknown format: JSONL, a JSON array, CSV"),
         ];
