@@ -113,12 +113,7 @@ const REFUSED: [(usize, &[u8], &str, &str); 17] = [
         "a NumPy array",
         "write the rows as Parquet or JSONL",
     ),
-    (
-        0,
-        ORC,
-        "an ORC file",
-        "write the rows as Parquet or JSONL",
-    ),
+    (0, ORC, "an ORC file", "write the rows as Parquet or JSONL"),
     (
         0,
         b"Obj\x01",
