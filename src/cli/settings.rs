@@ -1,8 +1,9 @@
 //! Settings of `bradley serve`. Flags override environment variables, these override a TOML file,
 //! and this overrides the defaults. All bad settings are reported together.
 //!
-//! **The rest of the program gets environment variables from here.** Only libraries read others:
-//! clap those of the client's flags, OpenTelemetry `OTEL_*`, rustls `SSL_CERT_FILE`.
+//! **The rest of the program gets environment variables from here.** Only libraries read others,
+//! e.g. clap those of the client's flags, OpenTelemetry `OTEL_*`, rustls `SSL_CERT_FILE`, reqwest
+//! `HTTPS_PROXY`.
 
 mod oidc;
 

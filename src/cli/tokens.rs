@@ -188,8 +188,10 @@ async fn open_existing(database: &DatabaseArgs) -> Result<Store, Failure> {
 }
 
 async fn open(database: &DatabaseArgs) -> Result<Store, Failure> {
-    std::fs::create_dir_all(&database.data_dir)
-        .map_err(|e| Failure::Failed(format!("{}: {e}", database.data_dir.display())))?;
+    if database.database_url.is_none() {
+        std::fs::create_dir_all(&database.data_dir)
+            .map_err(|e| Failure::Failed(format!("{}: {e}", database.data_dir.display())))?;
+    }
     let options = StoreOptions {
         database_url: database.database_url.clone(),
         url_source: "--database-url",
@@ -224,4 +226,20 @@ fn token_json(t: &Token) -> serde_json::Value {
         "created": time(Some(t.create_time)),
         "ends": time(t.expire_time),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_database_elsewhere_needs_no_data_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let database = DatabaseArgs {
+            data_dir: dir.path().join("data"),
+            database_url: Some("not a URL".to_owned()),
+        };
+        assert!(open(&database).await.is_err());
+        assert!(!database.data_dir.exists());
+    }
 }
