@@ -58,10 +58,25 @@ pub(super) async fn restore(args: RestoreArgs, output_format: Output) -> Outcome
     let work = backup::restore(&args.dir, &args.data_dir);
     let manifest = with_spinner("restoring the database and its files", work).await?;
     output::resource(output_format, &summary(&manifest, output_format));
-    for lost in manifest.missing.iter().take(MAX_LISTED_FILES) {
-        warn(&format!("the backup itself lacks {lost}"));
+    for warning in lacking(&manifest.missing) {
+        warn(&warning);
     }
     Ok(())
+}
+
+/// Returns the warnings about files that a backup does not have.
+fn lacking(missing: &[String]) -> Vec<String> {
+    let named = missing.iter().take(MAX_LISTED_FILES);
+    let mut warnings: Vec<String> = named
+        .map(|lost| format!("the backup itself lacks {lost}"))
+        .collect();
+    match missing.len().saturating_sub(MAX_LISTED_FILES) {
+        0 => {}
+        more => warnings.push(format!(
+            "the backup itself lacks {more} more: its manifest.json lists all"
+        )),
+    }
+    warnings
 }
 
 pub(super) async fn migrate(args: MigrateArgs, output_format: Output) -> Outcome {
@@ -113,4 +128,19 @@ fn summary(manifest: &BackupManifest, output_format: Output) -> serde_json::Valu
         summary["bytes"] = human::bytes(bytes).into();
     }
     summary
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_are_not_listed_are_counted() {
+        let missing: Vec<String> = (0..23).map(|i| format!("dataset {i}")).collect();
+        assert_eq!(lacking(&missing[..1]), ["the backup itself lacks dataset 0"]);
+        assert_eq!(lacking(&missing[..20]).len(), 20);
+        let warnings = lacking(&missing);
+        assert_eq!(warnings.len(), 21);
+        assert!(warnings[20].contains("lacks 3 more"), "{warnings:?}");
+    }
 }

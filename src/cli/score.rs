@@ -106,7 +106,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
                 "none of the {n} rows could be scored: {remedy}"
             )))
         }
-        // Without them no row would be left.
+        // Skipping them would leave no row.
         n if n == rows => Err(Failure::Failed(format!(
             "{n} of {rows} rows could not be scored: correct them"
         ))),
