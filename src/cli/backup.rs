@@ -137,7 +137,10 @@ mod tests {
     #[test]
     fn files_that_are_not_listed_are_counted() {
         let missing: Vec<String> = (0..23).map(|i| format!("dataset {i}")).collect();
-        assert_eq!(lacking(&missing[..1]), ["the backup itself lacks dataset 0"]);
+        assert_eq!(
+            lacking(&missing[..1]),
+            ["the backup itself lacks dataset 0"]
+        );
         assert_eq!(lacking(&missing[..20]).len(), 20);
         let warnings = lacking(&missing);
         assert_eq!(warnings.len(), 21);
