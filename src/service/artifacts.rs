@@ -349,11 +349,23 @@ impl Artifacts {
             // Only the object with this digest: another worker may have written the same step again
             // meanwhile.
             remote.remove(&checkpoint_key(job, step, digest)).await?;
+        }
+        self.remove_exports(job, step).await?;
+        self.drop_local_checkpoint(job, step).await
+    }
+
+    /// Removes the exports made from a checkpoint, here and in the object store.
+    ///
+    /// # Errors
+    /// `Unavailable` if the object store does not answer; `Internal` if the file system fails.
+    pub async fn remove_exports(&self, job: &str, step: u64) -> Result<()> {
+        if let Some(remote) = &self.remote {
             for exports in exports_keys(job, step) {
                 remote.remove(&exports).await?;
             }
         }
-        self.drop_local_checkpoint(job, step).await
+        let paths = exports_keys(job, step).map(|key| self.root.join(key));
+        blocking(move || paths.iter().try_for_each(|p| remove(p))).await?
     }
 
     /// Marks a checkpoint as unverified: its files are checked again before their next use.

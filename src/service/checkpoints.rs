@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use tokio::sync::OwnedSemaphorePermit;
+
 use super::artifacts::{Artifacts, Export, ExportFormat, ExportName, Temporary, describe};
 use super::audit::audit;
 use super::auth::access::own_job;
 use super::blocking::blocking;
-use super::checkpoint_files::remove_checkpoint_files;
+use super::checkpoint_files::{check_exported, remove_checkpoint_files};
 use super::detached::DetachedWork;
 use super::error::{Result, ServiceError, failed};
 use super::in_use::{DependentJobs, Needed, check};
@@ -203,41 +205,60 @@ impl CheckpointService {
         let permit = self.slow_tasks.acquire().await?;
         let (service, caller) = (self.clone(), caller.clone());
         let exporting = async move {
-            let (artifacts, engine) = (service.artifacts.clone(), service.engine.clone());
-            let job_id = id.clone();
-            let (files, path) = blocking(move || {
-                let _permit = permit;
-                let target = artifacts.export(&job_id, step, name);
-                if !target.is_dir() {
-                    let temporary = Temporary(artifacts.temporary());
-                    std::fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
-                    write(&engine, &contents, &temporary.0)?;
-                    match artifacts.publish(&temporary.0, &target) {
-                        Ok(()) => {}
-                        // Another call may have made the same export meanwhile.
-                        Err(e) if !target.is_dir() => return Err(e),
-                        Err(_) => {}
-                    }
-                }
-                Ok::<_, ServiceError>((describe(&target)?, target))
-            })
-            .await??;
-            let location = service
-                .artifacts
-                .upload_export(&id, step, name, &files)
-                .await?;
+            let made = service.make_export(&id, step, name, contents, permit).await;
+            // Also after a failure, of which some files may be left.
+            check_exported(&service.store, &service.artifacts, &checkpoint).await?;
+            let export = made?;
             audit(
                 &caller,
                 "export",
                 &format!("trainingJobs/{id}/checkpoints/{step}"),
             );
-            Ok::<_, ServiceError>(Export {
-                files,
-                path,
-                location,
-            })
+            Ok::<_, ServiceError>(export)
         };
         self.detached.to_its_end(exporting).await
+    }
+
+    /// Writes an export, unless it exists, and uploads it. `permit` is released when it is written.
+    ///
+    /// # Errors
+    /// The errors of the file system, of the engine and of the artifact store.
+    async fn make_export(
+        &self,
+        job: &str,
+        step: u64,
+        name: ExportName,
+        contents: ExportContents,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<Export> {
+        let (artifacts, engine) = (self.artifacts.clone(), self.engine.clone());
+        let job_id = job.to_owned();
+        let (files, path) = blocking(move || {
+            let _permit = permit;
+            let target = artifacts.export(&job_id, step, name);
+            if !target.is_dir() {
+                let temporary = Temporary(artifacts.temporary());
+                std::fs::create_dir_all(&temporary.0).map_err(|e| failed(&temporary.0, e))?;
+                write(&engine, &contents, &temporary.0)?;
+                match artifacts.publish(&temporary.0, &target) {
+                    Ok(()) => {}
+                    // Another call may have made the same export meanwhile.
+                    Err(e) if !target.is_dir() => return Err(e),
+                    Err(_) => {}
+                }
+            }
+            Ok::<_, ServiceError>((describe(&target)?, target))
+        })
+        .await??;
+        let location = self
+            .artifacts
+            .upload_export(job, step, name, &files)
+            .await?;
+        Ok(Export {
+            files,
+            path,
+            location,
+        })
     }
 
     /// Returns the contents of an adapter export. The adapter's files are copied, which needs no
