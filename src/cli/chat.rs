@@ -20,7 +20,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use self::command::{ChatCommand, ChatEntry, HELP};
 use self::conversation::{ChatTurn, Conversation, append};
-use self::editor::{ChatLine, NOT_UTF8, fatal_signal, leave};
+use self::editor::{ChatLine, FatalSignals, NOT_UTF8, leave};
 use self::input::ChatInput;
 use self::view::{AnswerView, Side};
 use super::args::{ChatArgs, Output};
@@ -82,16 +82,12 @@ pub(super) async fn run(args: ChatArgs, format: Output) -> Outcome {
         format,
     };
     let input = ChatInput::new(session.is_terminal && std::io::stderr().is_terminal());
-    if !input.has_editor() {
-        return session.run(input, interrupts).await;
+    if input.has_editor() {
+        let fatal = FatalSignals::take()
+            .map_err(|e| Failure::Failed(format!("signals cannot be handled: {e}")))?;
+        tokio::spawn(fatal.end_process());
     }
-    tokio::select! {
-        outcome = session.run(input, interrupts) => outcome,
-        code = fatal_signal() => match code {
-            Ok(code) => leave(code),
-            Err(e) => Err(Failure::Failed(format!("signals cannot be handled: {e}"))),
-        },
-    }
+    session.run(input, interrupts).await
 }
 
 /// Refuses arguments that have no meaning for a conversation.

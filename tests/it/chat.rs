@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use bradley::rpc::client::Client;
 use bradley::rpc::pb;
-use rustix::termios::{InputModes, LocalModes, OptionalActions, tcgetattr, tcsetattr};
+use rustix::termios::{
+    Action, InputModes, LocalModes, OptionalActions, tcflow, tcgetattr, tcsetattr,
+};
 use serde_json::{Value, json};
 use unicode_width::UnicodeWidthStr as _;
 
@@ -536,6 +538,27 @@ fn a_terminal_gets_its_mode_back_at_every_end() {
         assert_eq!(status(&mut child).code(), Some(code), "{name}");
         assert_eq!(mode(&device), before, "{name}");
     }
+}
+
+#[test]
+fn sigterm_ends_a_conversation_whose_terminal_takes_no_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let (terminal, device) = Terminal::open_device();
+    let before = mode(&device);
+    let long = ["--max-tokens", "16000", "--ignore-eos"];
+    let mut child = at_terminal(&server.address, &device, &long);
+    prompt_after(&terminal, "Ctrl-D ends.");
+    terminal.types("Water boils\r");
+    until_blocking("the answer", SOON, || sequences(&server) == Some(1.0));
+    // Ctrl-S does this, too.
+    tcflow(&device, Action::OOff).unwrap();
+    let generated = || metric(&server, "bradley_generated_tokens_total").unwrap_or_default();
+    let at_stop = generated();
+    until_blocking("text that waits", SOON, || generated() > at_stop + 50.0);
+    signal(child.id(), libc::SIGTERM);
+    assert_eq!(status(&mut child).code(), Some(143));
+    assert_eq!(mode(&device), before);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use rustix::process::getpgrp;
 use rustix::termios::{
@@ -9,7 +10,7 @@ use rustix::termios::{
 };
 use rustyline::error::ReadlineError;
 use rustyline::{Behavior, Config, DefaultEditor};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::cli::settings::is_dumb_terminal;
 
@@ -21,6 +22,9 @@ pub(super) const NOT_UTF8: &str = "the message is not UTF-8 text: convert it fir
 
 /// Added to the number of a signal for the exit code, as shells do.
 const SIGNAL_EXIT: i32 = 128;
+
+/// Maximum time for the last write to the terminal after a signal.
+const LAST_WRITE_LIMIT: Duration = Duration::from_millis(200);
 
 /// The mode of the terminal before the conversation.
 static MODE_BEFORE: OnceLock<Termios> = OnceLock::new();
@@ -126,26 +130,47 @@ extern "C" fn restore_terminal() {
 
 /// Ends the process, also while a thread waits for a line.
 pub(super) fn leave(code: i32) -> ! {
+    turn_paste_marks_off();
+    std::process::exit(code)
+}
+
+fn turn_paste_marks_off() {
     if MODE_BEFORE.get().is_some() {
         // Without standard error there is no terminal, either.
         let _ = io::stderr().write_all(PASTE_MARKS_OFF);
     }
-    std::process::exit(code)
 }
 
-/// Waits for a signal that would end the process without giving the terminal its mode back, and
-/// returns the exit code.
-///
-/// # Errors
-/// Returns an error if the signals cannot be handled.
-pub(super) async fn fatal_signal() -> io::Result<i32> {
-    let mut hangup = signal(SignalKind::hangup())?;
-    let mut quit = signal(SignalKind::quit())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let received = tokio::select! {
-        _ = hangup.recv() => SignalKind::hangup(),
-        _ = quit.recv() => SignalKind::quit(),
-        _ = terminate.recv() => SignalKind::terminate(),
-    };
-    Ok(SIGNAL_EXIT + received.as_raw_value())
+/// Signals that would end the process without giving the terminal its mode back.
+pub(super) struct FatalSignals {
+    hangup: Signal,
+    quit: Signal,
+    terminate: Signal,
+}
+
+impl FatalSignals {
+    /// Takes the signals over. From now on they no longer end the process by themselves.
+    ///
+    /// # Errors
+    /// Returns an error if the signals cannot be handled.
+    pub fn take() -> io::Result<Self> {
+        Ok(FatalSignals {
+            hangup: signal(SignalKind::hangup())?,
+            quit: signal(SignalKind::quit())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    /// Waits for a signal and ends the process, also while the terminal takes no text, as after
+    /// Ctrl-S. For this it needs a task of its own: the one that prints may be blocked.
+    pub async fn end_process(mut self) {
+        let received = tokio::select! {
+            _ = self.hangup.recv() => SignalKind::hangup(),
+            _ = self.quit.recv() => SignalKind::quit(),
+            _ = self.terminate.recv() => SignalKind::terminate(),
+        };
+        let last_write = tokio::task::spawn_blocking(turn_paste_marks_off);
+        let _ = tokio::time::timeout(LAST_WRITE_LIMIT, last_write).await;
+        std::process::exit(SIGNAL_EXIT + received.as_raw_value())
+    }
 }
