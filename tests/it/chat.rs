@@ -541,6 +541,25 @@ fn a_terminal_gets_its_mode_back_at_every_end() {
 }
 
 #[test]
+fn the_rest_of_pasted_text_that_is_not_utf_8_is_no_message() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let file = dir.path().join("chat.jsonl");
+    let (terminal, device) = Terminal::open_device();
+    let mut child = at_terminal(&server.address, &device, &SHORT);
+    prompt_after(&terminal, "Ctrl-D ends.");
+    // Longer than the part that the editor reads at a time.
+    terminal.types_bytes(&[&b"\xff"[..], "x".repeat(2000).as_bytes(), b"\r"].concat());
+    prompt_after(&terminal, "convert it first");
+    terminal.types(&format!("Water\r/save {}\r/quit\r", file.display()));
+    assert!(status(&mut child).success());
+    let row = &rows(&file)[0];
+    let messages = row["messages"].as_array().unwrap();
+    let asked: Vec<&Value> = messages.iter().filter(|m| m["role"] == "user").collect();
+    assert_eq!(asked, [&said("user", "Water")]);
+}
+
+#[test]
 fn sigterm_ends_a_conversation_whose_terminal_takes_no_text() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());

@@ -88,7 +88,12 @@ impl Terminal {
 
     /// Types text.
     pub fn types(&self, text: &str) {
-        (&self.keyboard).write_all(text.as_bytes()).unwrap();
+        self.types_bytes(text.as_bytes());
+    }
+
+    /// Types bytes that need not be UTF-8.
+    pub fn types_bytes(&self, bytes: &[u8]) {
+        (&self.keyboard).write_all(bytes).unwrap();
     }
 
     pub fn shows(&self) -> String {

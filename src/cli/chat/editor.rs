@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use rustix::process::getpgrp;
 use rustix::termios::{
-    LocalModes, OptionalActions, Termios, tcgetattr, tcgetpgrp, tcgetsid, tcsetattr,
+    LocalModes, OptionalActions, QueueSelector, Termios, tcflush, tcgetattr, tcgetpgrp, tcgetsid,
+    tcsetattr,
 };
 use rustyline::error::ReadlineError;
 use rustyline::{Behavior, Config, DefaultEditor};
@@ -80,6 +81,8 @@ impl LineEditor {
             Err(ReadlineError::Eof) => Ok(ChatLine::End),
             Err(ReadlineError::Interrupted) => Ok(ChatLine::Interrupt),
             Err(ReadlineError::Io(e)) if e.kind() == io::ErrorKind::InvalidData => {
+                // What follows the wrong byte in pasted text must not become a message.
+                tcflush(io::stdin(), QueueSelector::IFlush)?;
                 Ok(ChatLine::Refused(NOT_UTF8))
             }
             Err(ReadlineError::Io(e)) => Err(e),
