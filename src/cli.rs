@@ -41,6 +41,7 @@ mod train;
 mod usage;
 mod variables;
 mod watch;
+mod whole_number;
 
 use std::io::Write as _;
 use std::process::ExitCode;

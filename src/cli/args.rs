@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use super::job_flags::JobFlags;
 use super::scoring_flags::ScoringArgs;
 use super::settings::SETTINGS;
+use super::whole_number::{whole_from, whole_number, whole_size};
 use crate::rpc::client::Target;
 use crate::train::rows::sandbox::DECODE;
 
@@ -213,7 +214,7 @@ pub enum TokensCommand {
         #[arg(long, value_delimiter = ',', default_value = "submit,score")]
         roles: Vec<String>,
         /// Days until the token expires. Default: never.
-        #[arg(long)]
+        #[arg(long, value_parser = whole_from::<0>)]
         days: Option<u32>,
         /// The server's database.
         #[command(flatten)]
@@ -229,7 +230,7 @@ pub enum TokensCommand {
         #[arg(long, value_delimiter = ',', default_value = "submit,score")]
         roles: Vec<String>,
         /// Days until the token expires. Default: never.
-        #[arg(long)]
+        #[arg(long, value_parser = whole_from::<0>)]
         days: Option<u32>,
         /// Make a random token and print it to standard error. It cannot be shown again.
         #[arg(long)]
@@ -528,7 +529,8 @@ pub struct TrainArgs {
     #[command(flatten)]
     pub job: JobFlags,
     /// Days that the job is stored after its end.
-    #[arg(long, value_name = "DAYS", hide = true, conflicts_with = "ttl")]
+    #[arg(long, value_name = "DAYS", hide = true, conflicts_with = "ttl",
+          value_parser = whole_from::<0>)]
     pub ttl_days: Option<u32>,
     /// The server to connect to.
     #[command(flatten, next_help_heading = "Connection")]
@@ -555,11 +557,11 @@ pub struct WatchArgs {
     /// The job: trainingJobs/ID or ID.
     pub job: String,
     /// Show only events after this sequence number.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = whole_number)]
     pub after: u64,
     /// Show only the newest N events and those that follow.
     #[arg(long, value_name = "N", conflicts_with = "after",
-          value_parser = clap::value_parser!(u32).range(1..))]
+          value_parser = whole_from::<1>)]
     pub tail: Option<u32>,
 }
 
@@ -571,7 +573,8 @@ pub struct RetryArgs {
         long,
         value_name = "SECONDS",
         default_value_t = 600,
-        help_heading = "Connection"
+        help_heading = "Connection",
+        value_parser = whole_number
     )]
     pub retry_timeout: u64,
 }
@@ -623,7 +626,7 @@ pub struct GenerateArgs {
     pub policy: String,
     /// Number of samples of each prompt.
     #[arg(long, default_value_t = 1, help_heading = "Sampling",
-          value_parser = clap::value_parser!(u32).range(1..))]
+          value_parser = whole_from::<1>)]
     pub samples: u32,
     /// The way in which tokens are chosen.
     #[command(flatten)]
@@ -659,7 +662,7 @@ pub struct PromptFormArgs {
 pub struct SamplingArgs {
     /// Maximum number of tokens of each sample.
     #[arg(long, default_value_t = 256, help_heading = "Sampling",
-          value_parser = clap::value_parser!(u32).range(1..))]
+          value_parser = whole_from::<1>)]
     pub max_tokens: u32,
     /// Temperature; 0 always takes the most likely token. Default: 1.
     #[arg(long, allow_negative_numbers = true, help_heading = "Sampling")]
@@ -669,11 +672,11 @@ pub struct SamplingArgs {
     #[arg(long, allow_negative_numbers = true, help_heading = "Sampling")]
     pub top_p: Option<f64>,
     /// Samples from this many of the most likely tokens.
-    #[arg(long, help_heading = "Sampling")]
+    #[arg(long, help_heading = "Sampling", value_parser = whole_from::<0>)]
     pub top_k: Option<u32>,
     /// Seed of the random numbers; row N, counted through all files, has the seed + N − 1.
     /// Default: random.
-    #[arg(long, help_heading = "Sampling")]
+    #[arg(long, help_heading = "Sampling", value_parser = whole_number)]
     pub seed: Option<u64>,
     /// A text that ends a sample; may be given several times.
     #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
@@ -768,7 +771,7 @@ pub struct PairMakingArgs {
     #[arg(long, allow_negative_numbers = true, help_heading = "Ranking")]
     pub beta: Option<f64>,
     /// Maximum number of tokens of prompt + answer. Default: that of the judge's job, or 1024.
-    #[arg(long, help_heading = "Ranking")]
+    #[arg(long, help_heading = "Ranking", value_parser = whole_from::<0>)]
     pub max_length: Option<u32>,
     /// Taken off the reward for each token of a sample, against a preference for long ones.
     #[arg(
@@ -851,7 +854,7 @@ pub struct RoundsArgs {
     pub eval_columns: Vec<String>,
     /// Number of prompts, the first ones, whose answers are compared before and after each round.
     #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Rounds",
-          value_parser = clap::value_parser!(u32).range(1..))]
+          value_parser = whole_from::<1>)]
     pub compare_prompts: u32,
     /// The time for which calls are repeated.
     #[command(flatten)]
@@ -977,10 +980,10 @@ pub struct FleetArgs {
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub connections: u8,
     /// Time in seconds for which calls are repeated while no server answers.
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = whole_number)]
     pub retry_timeout: u64,
     /// Time in seconds to wait for a first server, for jobs that start together with the servers.
-    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = whole_number)]
     pub wait_for_server: u64,
     /// A bearer token, for servers that require one.
     #[arg(long, env = "BRADLEY_TOKEN", hide_env_values = true)]
@@ -1056,7 +1059,7 @@ pub struct ScoreFilesArgs {
     #[arg(long, value_name = "I/N")]
     pub shard: Option<String>,
     /// Number of shards, if the environment names only the index of this one.
-    #[arg(long, value_name = "N", conflicts_with = "shard")]
+    #[arg(long, value_name = "N", conflicts_with = "shard", value_parser = whole_from::<0>)]
     pub shards: Option<u32>,
     /// Format of the parts; --format parquet and --format jsonl mean the same.
     #[arg(long, value_enum, default_value = "parquet")]
@@ -1076,7 +1079,7 @@ pub struct ScoreFilesArgs {
     #[arg(long, default_value = "f32")]
     pub precision: String,
     /// With --models: number of CPU threads for compute; 0 means all cores.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = whole_size)]
     pub threads: usize,
 }
 
@@ -1307,7 +1310,7 @@ pub struct ListJobsArgs {
     #[arg(long, value_parser = label)]
     pub label: Vec<(String, String)>,
     /// Only the newest N jobs, of those that the other flags choose. Default: all.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = whole_from::<1>)]
     pub limit: Option<u32>,
 }
 
@@ -1350,7 +1353,7 @@ pub struct MetricsArgs {
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
     /// Use only events after this sequence number, for jobs whose first events have been deleted.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = whole_number)]
     pub after: u64,
 }
 
@@ -1377,7 +1380,7 @@ pub struct UploadArgs {
     #[arg(long, default_value = "")]
     pub model: String,
     /// Maximum number of tokens of prompt + answer, for the check with --model.
-    #[arg(long, default_value_t = 1024)]
+    #[arg(long, default_value_t = 1024, value_parser = whole_from::<0>)]
     pub max_length: u32,
 }
 
@@ -1452,7 +1455,7 @@ pub struct CurateArgs {
           value_parser = clap::value_parser!(u32).range(2..=100))]
     pub folds: u32,
     /// Seed of the division into folds and of the training.
-    #[arg(long, value_name = "N", default_value_t = 42)]
+    #[arg(long, value_name = "N", default_value_t = 42, value_parser = whole_number)]
     pub seed: u64,
     /// Probability from which a row agrees with the other rows. Rows between this and
     /// --flipped-below are doubtful.

@@ -140,36 +140,22 @@ fn without_empty_default(arg: Arg) -> Arg {
     }
 }
 
-/// Passes negative numbers to the parser of a numeric flag. Without this, `-3` counts as an unknown
-/// flag.
+/// Passes negative numbers to the parser of a numeric flag, which says what it expects. Without
+/// this, `-3` counts as an unknown flag.
 fn with_any_number(arg: Arg) -> Arg {
     let value_type = arg.get_value_parser().type_id();
-    if value_type == TypeId::of::<u64>() {
-        return arg.allow_negative_numbers(true).value_parser(whole_number);
-    }
-    if value_type == TypeId::of::<usize>() {
-        let parser = |text: &str| {
-            whole_number(text).and_then(|n| usize::try_from(n).map_err(|e| e.to_string()))
-        };
-        return arg.allow_negative_numbers(true).value_parser(parser);
-    }
-    // Their parsers say what they expect.
-    let others = [
+    let numbers = [
         TypeId::of::<f64>(),
         TypeId::of::<i32>(),
-        TypeId::of::<u32>(),
         TypeId::of::<u8>(),
+        TypeId::of::<u32>(),
+        TypeId::of::<u64>(),
+        TypeId::of::<usize>(),
     ];
-    match others.iter().any(|other| value_type == *other) {
+    match numbers.iter().any(|number| value_type == *number) {
         true => arg.allow_negative_numbers(true),
         false => arg,
     }
-}
-
-/// Parses a whole number. The message of the standard library does not say what is allowed.
-fn whole_number(text: &str) -> Result<u64, String> {
-    let expected = || format!("it must be a whole number from 0 to {}", u64::MAX);
-    text.parse().map_err(|_| expected())
 }
 
 #[cfg(test)]
@@ -266,9 +252,10 @@ mod tests {
             command().try_get_matches_from(line)
         };
         let whole = format!("it must be a whole number from 0 to {}", u64::MAX);
+        let from_one = "it must be a whole number, at least 1";
         for (given, flag, expected) in [
-            (generate, "--top-k", "-3 is not in 0..=4294967295"),
-            (generate, "--max-tokens", "-3 is not in 1..=4294967295"),
+            (generate, "--top-k", "it must be a whole number, at least 0"),
+            (generate, "--max-tokens", from_one),
             (generate, "--seed", whole.as_str()),
             (generate, "--retry-timeout", whole.as_str()),
             (files, "--part-rows", "-3 is not in 1..=1000000"),
@@ -292,6 +279,41 @@ mod tests {
         ] {
             let refused = parsed(given, flag).err();
             assert!(refused.is_none(), "{flag}: {refused:?}");
+        }
+    }
+
+    /// Says how each flag of a command that is a whole number from 0 or more refuses `-3`.
+    fn refusals(command: &Command, into: &mut Vec<(String, String)>) {
+        let unsigned = [
+            TypeId::of::<u8>(),
+            TypeId::of::<u32>(),
+            TypeId::of::<u64>(),
+            TypeId::of::<usize>(),
+        ];
+        for arg in command.get_arguments() {
+            let parser = arg.get_value_parser();
+            if unsigned.iter().any(|number| parser.type_id() == *number) {
+                let flag = Arg::new("n").long("n").value_parser(parser.clone());
+                let alone = Command::new("x").arg(flag.allow_negative_numbers(true));
+                let refused = alone.try_get_matches_from(["x", "--n", "-3"]).unwrap_err();
+                let name = format!("{} --{}", command.get_name(), arg.get_id());
+                into.push((name, refused.to_string()));
+            }
+        }
+        for sub in command.get_subcommands() {
+            refusals(sub, into);
+        }
+    }
+
+    #[test]
+    fn every_flag_refuses_a_number_below_its_range_with_the_range() {
+        let mut all = Vec::new();
+        refusals(&command(), &mut all);
+        assert!(all.len() > 20, "{}", all.len());
+        for (flag, said) in &all {
+            let has_range = said.contains("it must be ") || said.contains(" is not in ");
+            assert!(has_range, "{flag}: {said}");
+            assert!(!said.contains("..=4294967295"), "{flag}: {said}");
         }
     }
 

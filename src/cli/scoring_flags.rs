@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::{Map, Value};
 
 use super::failure::Failure;
+use super::whole_number::whole_from;
 use crate::rpc::pb;
 
 /// The policy, the reference and the options of `score`, `score-files` and `evaluate`.
@@ -24,7 +25,7 @@ pub struct ScoringArgs {
     #[arg(long, allow_negative_numbers = true)]
     pub beta: Option<f64>,
     /// Maximum number of tokens of prompt + answer. Default: the job's, or 1024 for a base model.
-    #[arg(long)]
+    #[arg(long, value_parser = whole_from::<0>)]
     pub max_length: Option<u32>,
     /// Variables for the chat template, as a JSON object: {"enable_thinking": false}. A row's own
     /// chat_template_kwargs override them.

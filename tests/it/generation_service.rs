@@ -472,7 +472,7 @@ async fn the_command_continues_a_prompt_and_the_prompts_of_a_file() {
     let cold = [&files[..], &["--temperature", "-1"]].concat();
     refused(&cold, &["error: --temperature is -1"]);
     let none = [&files[..], &["--samples", "0"]].concat();
-    refused(&none, &["0 is not in 1.."]);
+    refused(&none, &["a whole number, at least 1"]);
     assert_eq!(std::fs::read(&out).unwrap(), complete);
 
     // CSV, compressed and with another name of the prompt's column. All columns are copied.

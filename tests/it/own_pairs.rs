@@ -352,7 +352,7 @@ async fn what_cannot_be_a_pair_is_said() {
         .unwrap();
     let said = text(&none.stderr);
     assert_eq!(none.status.code(), Some(2), "{said}");
-    assert!(said.contains("0 is not in 1.."), "{said}");
+    assert!(said.contains("a whole number, at least 1"), "{said}");
     let started = dir.path().join("pairs.jsonl.progress");
     std::fs::remove_file(&started).unwrap();
     refused(&["--beta", "-1"], "error: --beta is -1");
