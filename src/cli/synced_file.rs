@@ -1,12 +1,16 @@
 //! A file that exists only as a whole: it gets its name when its content is on disk.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write as _};
+use std::io::{BufRead as _, BufReader, BufWriter, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use serde_json::{Map, Value};
 
-use super::failure::Failure;
+use super::failure::{Failure, Outcome};
+
+/// Maximum number of bytes of a line that is read to find out who has written a file.
+const MAX_FIRST_LINE: u64 = 64 << 20;
 
 fn failed(path: &Path) -> impl Fn(std::io::Error) -> Failure {
     move |e| Failure::Failed(format!("{}: {e}", path.display()))
@@ -18,6 +22,39 @@ pub(super) fn parent(out: &Path) -> &Path {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     }
+}
+
+/// Checks that no file is at the temporary name `part` of an output, or that an interrupted run of
+/// `command` has left it: then it is empty, or its first line is an object that `is_own` knows.
+///
+/// # Errors
+/// Returns a failure if the file is of somebody else, or cannot be read.
+pub(super) fn check_part(
+    part: &Path,
+    command: &str,
+    is_own: impl Fn(&Map<String, Value>) -> bool,
+) -> Outcome {
+    let is_file = match fs::metadata(part) {
+        Ok(metadata) => metadata.is_file(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(failed(part)(e)),
+    };
+    if is_file {
+        let file = File::open(part).map_err(failed(part))?;
+        let mut line = Vec::new();
+        BufReader::new(file.take(MAX_FIRST_LINE))
+            .read_until(b'\n', &mut line)
+            .map_err(failed(part))?;
+        let row: Option<Map<String, Value>> = serde_json::from_slice(&line).ok();
+        if line.is_empty() || row.is_some_and(|row| is_own(&row)) {
+            return Ok(());
+        }
+    }
+    Err(Failure::Usage(format!(
+        "{} is not of {command}, which would replace it: remove it, or name another file with \
+         --out",
+        part.display()
+    )))
 }
 
 /// A file that is written under a temporary name, and gets its own when it is on disk.
@@ -58,5 +95,31 @@ impl SyncedFile {
         let folder = parent(target);
         let synced = File::open(folder).and_then(|folder| folder.sync_all());
         synced.map_err(failed(folder))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_temporary_file_is_replaced_only_if_it_is_of_the_same_command() {
+        let dir = tempfile::tempdir().unwrap();
+        let part = dir.path().join("out.part");
+        let check = || check_part(&part, "bradley pairs", |row| row.contains_key("generated"));
+        check().unwrap();
+        for own in ["", "{\"generated\": {}}\n{\"gen"] {
+            fs::write(&part, own).unwrap();
+            check().unwrap();
+        }
+        for foreign in ["mine", "{\"a\": 1}\n{\"generated\": {}}\n", "[]\n", "\n"] {
+            fs::write(&part, foreign).unwrap();
+            let e = check().unwrap_err();
+            let said = "out.part is not of bradley pairs, which would replace it: remove it";
+            assert!(e.message().contains(said), "{}", e.message());
+        }
+        fs::remove_file(&part).unwrap();
+        fs::create_dir(&part).unwrap();
+        assert!(check().is_err());
     }
 }

@@ -459,6 +459,13 @@ async fn the_command_continues_a_prompt_and_the_prompts_of_a_file() {
     );
     let part = std::fs::read_to_string(dir.path().join("out.jsonl.part")).unwrap();
     assert_eq!(part.lines().count(), 3);
+    // The next start replaces it, but no file of somebody else.
+    refused(&files, &["out.jsonl.part has the first 3 results"]);
+    let part = dir.path().join("out.jsonl.part");
+    std::fs::write(&part, "mine\n").unwrap();
+    refused(&files, &["out.jsonl.part is not of bradley generate"]);
+    assert_eq!(std::fs::read_to_string(&part).unwrap(), "mine\n");
+    std::fs::remove_file(&part).unwrap();
     std::fs::write(&prompts, "{\"id\": \"a\", \"prompt\": 3}\n").unwrap();
     refused(&files, &["row 1: prompt is a number"]);
     std::fs::write(&prompts, "{\"seed\": 1, \"prompt\": \"x\"}\n").unwrap();

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::cli::data::DataFiles;
 use crate::cli::failure::{Failure, Outcome};
 use crate::cli::output;
+use crate::cli::synced_file::check_part;
 
 /// End of the name of an output file that is not complete.
 const PART_SUFFIX: &str = ".part";
@@ -32,7 +33,8 @@ impl Results {
     /// Opens the output for the prompts in `data`.
     ///
     /// # Errors
-    /// Returns a failure if the output is a file of prompts, or cannot be created.
+    /// Returns a failure if the output is a file of prompts, the file until it is complete is of
+    /// somebody else, or it cannot be created.
     pub fn create(out: Option<&Path>, data: &DataFiles) -> Result<Self, Failure> {
         let Some(out) = out else {
             return Ok(Results::Printed);
@@ -57,6 +59,11 @@ impl Results {
                 "--out {} is a folder: name a file",
                 out.display()
             )));
+        }
+        if let Some(part) = &part {
+            check_part(part, "bradley generate", |row| {
+                row.contains_key("samples") && row.contains_key("prompt_tokens")
+            })?;
         }
         let file = File::create(written).map_err(|e| unwritten(written, &e))?;
         Ok(Results::File { target, part, file })

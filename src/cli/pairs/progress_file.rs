@@ -10,9 +10,12 @@ use serde_json::{Map, Value, json};
 
 use super::rank::Dropped;
 use crate::cli::failure::{Failure, Outcome};
+use crate::cli::synced_file::check_part;
 
 /// End of the name of the file of outcomes, after that of the output.
 const PROGRESS_ENDING: &str = ".progress";
+/// The same for the output until it is complete.
+const PART_ENDING: &str = ".part";
 /// The remedy for an output that exists and is not of the run that is continued.
 const EXISTS: &str = "exists: remove it, or name another file";
 
@@ -91,8 +94,8 @@ fn target(out: &Path) -> PathBuf {
     out.canonicalize().unwrap_or_else(|_| out.to_owned())
 }
 
-/// Checks that the output can be created, and that it replaces no file but the result of the
-/// interrupted run that is continued.
+/// Checks that the output can be created, and that it replaces no file but those of an interrupted
+/// run.
 ///
 /// # Errors
 /// Returns a failure that says why another output must be named.
@@ -121,10 +124,11 @@ pub(super) fn check_output(out: &Path) -> Outcome {
             missing.display()
         ));
     }
-    match target.exists() && !beside(&target, PROGRESS_ENDING).exists() {
-        true => wrong(EXISTS),
-        false => Ok(()),
+    if target.exists() && !beside(&target, PROGRESS_ENDING).exists() {
+        return wrong(EXISTS);
     }
+    let is_pair = |row: &Map<String, Value>| row.get("generated").is_some_and(Value::is_object);
+    check_part(&beside(&target, PART_ENDING), "bradley pairs", is_pair)
 }
 
 impl Outcomes {
@@ -298,7 +302,7 @@ impl Outcomes {
             seed: self.seed,
             ..PairsReport::default()
         };
-        let part = beside(&self.out, ".part");
+        let part = beside(&self.out, PART_ENDING);
         let created = File::create(&part).map_err(failed(&part))?;
         let mut written = BufWriter::new(created);
         self.file.rewind().map_err(failed(&self.path))?;
@@ -521,6 +525,12 @@ mod tests {
                 .sentence()
                 .starts_with("1 pair from 1 prompt, 5 tokens")
         );
+        // Nor is the file that becomes the output.
+        let part = dir.path().join("third.jsonl.part");
+        fs::write(&part, "mine").unwrap();
+        let e = Outcomes::open(&dir.path().join("third.jsonl"), &settings).unwrap_err();
+        assert!(e.message().contains("third.jsonl.part is not of"), "{e:?}");
+        assert_eq!(fs::read_to_string(&part).unwrap(), "mine");
         // Nor is the file of outcomes.
         let out = dir.path().join("other.jsonl");
         let progress = dir.path().join("other.jsonl.progress");
