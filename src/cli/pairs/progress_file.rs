@@ -59,6 +59,8 @@ pub(super) struct Outcomes {
     file: File,
     seed: u64,
     done: usize,
+    /// True if this run has begun the file.
+    is_new: bool,
     /// Versions of the first outcome that has them: of the policy and of the judge.
     versions: [Option<String>; 2],
 }
@@ -206,10 +208,12 @@ impl Outcomes {
             file,
             seed: 0,
             done: 0,
+            is_new: false,
             versions: [None, None],
         };
         let mut lines = lines.iter();
         let (Some(_), Some(header)) = (lines.next(), header) else {
+            outcomes.is_new = true;
             let seed = settings["seed"].as_u64();
             outcomes.seed = seed.unwrap_or_else(rand::random);
             outcomes.write(&json!({"settings": settings, "seed": outcomes.seed}))?;
@@ -327,6 +331,15 @@ impl Outcomes {
             .map_err(failed(&self.out))?;
         fs::remove_file(&self.path).map_err(failed(&self.path))?;
         Ok(report)
+    }
+}
+
+impl Drop for Outcomes {
+    fn drop(&mut self) {
+        if self.is_new && self.done == 0 {
+            // A run that was refused at its first prompt has nothing to continue.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -474,6 +487,26 @@ mod tests {
         assert_eq!(lines.lines().count(), 2, "{lines}");
         let names: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
         assert_eq!(names.len(), 1, "{names:?}");
+    }
+
+    #[test]
+    fn a_run_without_an_outcome_leaves_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("pairs.jsonl");
+        let progress = dir.path().join("pairs.jsonl.progress");
+        let settings = json!({"policy": "p", "seed": 1});
+        let mut run = Outcomes::open(&out, &settings).unwrap();
+        assert!(progress.exists());
+        drop(run);
+        assert!(!progress.exists());
+        run = Outcomes::open(&out, &settings).unwrap();
+        run.add(outcome("v", None)).unwrap();
+        drop(run);
+        // A refusal to continue it removes nothing.
+        Outcomes::open(&out, &json!({"policy": "q", "seed": 1})).unwrap_err();
+        drop(Outcomes::open(&out, &settings).unwrap());
+        let lines = fs::read_to_string(&progress).unwrap();
+        assert_eq!(lines.lines().count(), 2, "{lines}");
     }
 
     #[test]
