@@ -29,6 +29,7 @@ use super::progress::{self, WorkProgress, say, waiting, warn};
 use super::remote::server_flag;
 use super::score_files::fleet::Fleet;
 use super::synced_file::SyncedFile;
+use crate::domain::violation::counted;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
@@ -101,8 +102,9 @@ pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
     }
     if report.errors() > 0 {
         warn(&format!(
-            "{} rows were not scored: the column error of {} says why",
-            report.errors(),
+            "{} {} not scored: the column error of {} says why",
+            counted(report.errors(), "row"),
+            if report.errors() == 1 { "was" } else { "were" },
             args.out.display()
         ));
     }

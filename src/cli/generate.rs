@@ -24,6 +24,7 @@ use super::policy_names::PolicyNames;
 use super::progress::{WorkProgress, say};
 use super::remote::connect;
 use super::scoring_flags::{template_arguments, tools};
+use crate::domain::violation::counted;
 use crate::rpc::client::{
     Client, Status, Streaming, is_not_found, is_server_failure, is_transient, retry_after,
 };
@@ -300,9 +301,9 @@ async fn one(client: &Client, request: pb::GenerateCompletionsRequest, format: O
         output::resource(format, &samples.to_json().into());
     }
     say(&format!(
-        "prompt {} tokens, samples {} tokens, seed {}, policy {}",
-        samples.usage.prompt_tokens,
-        samples.usage.completion_tokens,
+        "prompt {}, samples {}, seed {}, policy {}",
+        counted(samples.usage.prompt_tokens.into(), "token"),
+        counted(samples.usage.completion_tokens.into(), "token"),
         samples.seed,
         samples.policy_version
     ));
@@ -505,7 +506,11 @@ async fn all(
         Err(failure) => return Err(results.interrupted(failure, written)),
     };
     results.finish()?;
-    say(&format!("{total} prompts continued, {tokens} tokens"));
+    say(&format!(
+        "{} continued, {}",
+        counted(total as u64, "prompt"),
+        counted(tokens, "token")
+    ));
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use super::failure::{Failure, Outcome};
 use super::output::{self, flat};
 use super::remote::connect;
 use super::short_names;
+use crate::domain::violation::counted;
 use crate::rpc::canonical;
 use crate::rpc::client::Client;
 use crate::rpc::pb::{self, training_event::Event};
@@ -65,8 +66,9 @@ pub(super) async fn run(args: MetricsArgs, output: Output) -> Outcome {
         .map_err(|e| Failure::Failed(format!("--out {}: {e}", path.display())))?;
     match output {
         Output::Table => output::line(&format!(
-            "{} steps of {job} are in {}",
-            steps.len(),
+            "{} of {job} {} in {}",
+            counted(steps.len() as u64, "step"),
+            if steps.len() == 1 { "is" } else { "are" },
             path.display()
         )),
         other => output::resource(other, &json!({"file": path, "steps": steps.len()})),

@@ -23,6 +23,7 @@ use super::progress::{self, WorkProgress, say, warn};
 use super::remote::connect;
 use crate::domain::dataset::{ChatMessage, PreferenceRow, Text};
 use crate::domain::message::TemplateArguments;
+use crate::domain::violation::counted;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 use crate::train::rows::{RowReader, detect_format, read_rows};
@@ -88,7 +89,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     }
     outcome.map_err(|failure| match summary.rows() {
         0 => failure,
-        n => failure.with_context(&format!("after {n} rows")),
+        n => failure.with_context(&format!("after {}", counted(n, "row"))),
     })?;
     let rows = summary.rows();
     match summary.failed() {
@@ -159,8 +160,9 @@ impl IgnoredColumns {
     fn warn(&self) {
         if let Some(example) = &self.example {
             warn(&format!(
-                "{} rows have fields that are not used, e.g. {example}",
-                self.rows
+                "{} {} fields that are not used, e.g. {example}",
+                counted(self.rows, "row"),
+                if self.rows == 1 { "has" } else { "have" }
             ));
         }
     }

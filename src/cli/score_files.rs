@@ -44,6 +44,7 @@ use super::policy_names::same_model_warning;
 use super::progress::{WorkProgress, say, waiting, warn};
 use super::settings::{Sources, vendor_variables};
 use super::short_names::LAST;
+use crate::domain::violation::counted;
 use crate::rpc::client::{Client, ClientError, is_transient, retry_after};
 use crate::rpc::pb;
 
@@ -499,13 +500,17 @@ fn report(
         return resource(output, &value);
     }
     line(&format!(
-        "{} parts with {rows} rows written, {errors} rows with an error",
-        scored.parts
+        "{} with {} written, {} with an error",
+        counted(scored.parts, "part"),
+        counted(rows, "row"),
+        counted(errors, "row")
     ));
     match complete {
         Some(all) => line(&format!(
-            "complete: {} parts, {} rows, {} with an error; see _manifest.json",
-            all.parts, all.rows, all.errors
+            "complete: {}, {}, {} with an error; see _manifest.json",
+            counted(all.parts, "part"),
+            counted(all.rows, "row"),
+            all.errors
         )),
         None if shard.count > 1 => {
             line("parts of other shards, or of inputs that cannot be read, are missing");

@@ -14,6 +14,7 @@ use super::output::{self, state};
 use super::progress::warn;
 use super::remote::{connect, server_flag};
 use super::short_names;
+use crate::domain::violation::counted;
 use crate::rpc::client::{Client, FirstEvent};
 use crate::rpc::pb::{self, training_event::Event};
 
@@ -128,9 +129,10 @@ fn summary(job: &pb::TrainingJob, checkpoints: &[pb::Checkpoint], flag: &str) ->
     let id = job.name.trim_start_matches("trainingJobs/");
     let steps = job.progress.unwrap_or_default().step;
     let mut lines = vec![format!(
-        "{} {} after {steps} steps{}",
+        "{} {} after {}{}",
         job.name,
         state(job.state),
+        counted(steps, "step"),
         duration(job).map_or(String::new(), |d| format!(" and {}", HumanDuration(d))),
     )];
     let all = &job.latest_metrics;

@@ -134,9 +134,23 @@ pub fn shortened(text: &str, limit: usize) -> String {
     }
 }
 
+/// Returns a number with a noun whose plural ends in s: `1 pair`, `2 pairs`.
+pub fn counted(number: u64, noun: &str) -> String {
+    match number {
+        1 => format!("1 {noun}"),
+        _ => format!("{number} {noun}s"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_thing_has_no_plural() {
+        let said = [0, 1, 2].map(|number| counted(number, "row"));
+        assert_eq!(said, ["0 rows", "1 row", "2 rows"]);
+    }
 
     #[test]
     fn further_violations_are_counted_and_long_quotations_cut() {

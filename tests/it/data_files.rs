@@ -273,7 +273,7 @@ fn rows_that_cannot_be_scored_follow_one_rule() {
     assert!(out.status.success(), "{text}");
     assert!(text.contains("2 of 4 rows were skipped"), "{text}");
     assert!(
-        text.contains("2 rows without a score, 1 truncated answers"),
+        text.contains("2 rows without a score, 1 truncated answer"),
         "{text}"
     );
     let rows = lines(&succeed(

@@ -838,7 +838,7 @@ async fn what_cannot_be_scored_or_written_is_named_with_the_remedy() {
     );
     assert!(parts(&at("full")).is_empty());
     let mut again = command(&server.address, input, &at("full"), &WEIGHTS);
-    assert!(succeed(&mut again).contains("complete: 1 parts, 10 rows"));
+    assert!(succeed(&mut again).contains("complete: 1 part, 10 rows"));
 
     // Another number of rows in a part would write rows twice.
     let args = [&WEIGHTS[..], &["--part-rows", "4"]].concat();

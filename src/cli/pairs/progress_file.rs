@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 use super::rank::Dropped;
 use crate::cli::failure::{Failure, Outcome};
 use crate::cli::synced_file::check_part;
+use crate::domain::violation::counted;
 
 /// End of the name of the file of outcomes, after that of the output.
 const PROGRESS_ENDING: &str = ".progress";
@@ -418,23 +419,15 @@ impl PairsReport {
             some => format!("{some} with answers that cannot be scored, "),
         };
         format!(
-            "{} from {}, {} tokens, seed {}; left out: {} with fewer than two different complete \
+            "{} from {}, {}, seed {}; left out: {} with fewer than two different complete \
              answers, {not_scored}{}{means}",
-            counted(self.pairs, "pair"),
-            counted(self.prompts, "prompt"),
-            self.tokens,
+            counted(self.pairs as u64, "pair"),
+            counted(self.prompts as u64, "prompt"),
+            counted(self.tokens, "token"),
             self.seed,
             self.few_answers,
-            counted(self.near_ties, "near tie")
+            counted(self.near_ties as u64, "near tie")
         )
-    }
-}
-
-/// Returns a number with a noun: `1 pair`, `2 pairs`.
-fn counted(number: usize, noun: &str) -> String {
-    match number {
-        1 => format!("1 {noun}"),
-        _ => format!("{number} {noun}s"),
     }
 }
 

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use crate::cli::args::Output;
 use crate::cli::output::table::elide;
 use crate::cli::output::{flat, stream_item};
+use crate::domain::violation::counted;
 use crate::rpc::pb;
 
 /// Maximum number of errors that are listed one by one.
@@ -386,18 +387,19 @@ impl Summary {
 
     fn line(&self) -> String {
         if self.scored == 0 {
-            return format!("no pair has a score; {} rows without one", self.failed);
+            let failed = counted(self.failed, "row");
+            return format!("no pair has a score; {failed} without one");
         }
         format!(
-            "{} pairs: accuracy {:.1}% (ties count half), mean probability {:.3}, mean margin \
-             {:+.3}; rewards are {}s over tokens; {} rows without a score, {} truncated answers",
-            self.scored,
+            "{}: accuracy {:.1}% (ties count half), mean probability {:.3}, mean margin {:+.3}; \
+             rewards are {}s over tokens; {} without a score, {}",
+            counted(self.scored, "pair"),
             100.0 * self.accuracy(),
             self.probability(),
             self.margin(),
             normalization_name(self.normalization),
-            self.failed,
-            self.truncated
+            counted(self.failed, "row"),
+            counted(self.truncated, "truncated answer")
         )
     }
 }
@@ -455,7 +457,7 @@ mod tests {
         );
         assert!(
             lines[3].contains("2 pairs: accuracy 75.0% (ties count half)")
-                && lines[3].ends_with("1 rows without a score, 1 truncated answers"),
+                && lines[3].ends_with("1 row without a score, 1 truncated answer"),
             "{table}"
         );
         assert_eq!(errors, ["row 2: too long"]);

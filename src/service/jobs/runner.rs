@@ -44,6 +44,7 @@ use crate::domain::job::{Checkpoint, EventKind, Job, JobError, JobState};
 use crate::domain::logged::{LOGGED_REFERENCE, REFERENCE_COLUMNS};
 use crate::domain::reason::Reason;
 use crate::domain::usage::Usage;
+use crate::domain::violation::counted;
 use crate::engine::Engine;
 use crate::engine::api::{EngineError, Report, RunCommand, RunEnd, RunEvent, TrainingRun};
 use crate::service::artifacts::Artifacts;
@@ -700,8 +701,10 @@ fn trace_stage(context: &Context, event: &RunEvent, made: std::time::Instant, to
 async fn log_unused(leased: &LeasedJob, rows: u64) -> Result<()> {
     let [chosen, rejected] = REFERENCE_COLUMNS;
     let message = format!(
-        "{rows} rows have {chosen} or {rejected}, which are not used: set reference to \
-         {LOGGED_REFERENCE} to train on them without computing a reference"
+        "{} {} {chosen} or {rejected}, which are not used: set reference to {LOGGED_REFERENCE} to \
+         train on them without computing a reference",
+        counted(rows, "row"),
+        if rows == 1 { "has" } else { "have" }
     );
     let note = |_: &mut Job| {
         Ok(vec![EventKind::Log {
@@ -719,8 +722,9 @@ async fn log_skipped_rows(leased: &LeasedJob, skipped: &BadRows) -> Result<()> {
     let listed = skipped.lines();
     let first = listed.first().map(String::as_str).unwrap_or_default();
     let message = format!(
-        "{} rows are left out, see skipped_rows; the first: {first}",
-        skipped.rows()
+        "{} {} left out, see skipped_rows; the first: {first}",
+        counted(skipped.rows(), "row"),
+        if skipped.rows() == 1 { "is" } else { "are" }
     );
     let note = |j: &mut Job| {
         // A resumed job has already logged the same rows.
