@@ -8,6 +8,7 @@ use super::failure::Failure;
 use super::{output, progress};
 use crate::domain::dataset::IssueReason;
 use crate::domain::logged::REFERENCE_COLUMNS;
+use crate::domain::violation::counted;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
@@ -191,8 +192,10 @@ impl JobRows {
         }
         let r = rows.dataset.report.clone().unwrap_or_default();
         output::line(&format!(
-            "{before}{} holds {} rows, {} of them usable",
-            rows.dataset.name, r.rows, r.valid_rows
+            "{before}{} holds {}, {} of them usable",
+            rows.dataset.name,
+            counted(r.rows, "row"),
+            r.valid_rows
         ));
         if let Some(shapes) = output::shapes(&r) {
             output::line(&format!("  {shapes}"));

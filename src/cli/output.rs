@@ -19,6 +19,7 @@ use super::args::Output;
 use super::failure::Failure;
 use super::progress::say;
 use crate::domain::dataset::RowShape;
+use crate::domain::violation::counted;
 use crate::rpc::canonical::{self, Canonical, FieldSelection};
 use crate::rpc::client::Timestamp;
 use crate::rpc::pb;
@@ -345,7 +346,7 @@ pub fn shapes(r: &pb::ValidationReport) -> Option<String> {
         .map(|(name, rows)| format!("{rows} {name}"))
         .collect();
     if r.pairs > 0 {
-        parts.push(format!("{} pairs in all", r.pairs));
+        parts.push(format!("{} in all", counted(r.pairs, "pair")));
     }
     let is_plain = r.pairs == 0
         && shapes

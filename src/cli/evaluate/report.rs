@@ -3,6 +3,7 @@
 use unicode_width::UnicodeWidthStr;
 
 use crate::cli::output::{self, table::elide};
+use crate::domain::violation::counted;
 use crate::rpc::pb;
 
 const WIDTH: usize = 80;
@@ -68,14 +69,20 @@ fn heading(report: &pb::EvaluationReport) -> String {
         ),
         format!("data       {}", elide(&report.dataset, MAX_VERSION)),
         format!(
-            "           {} rows, {} pairs scored, {} without a score",
-            report.rows, report.pairs, report.failed_pairs
+            "           {}, {} scored, {} without a score",
+            counted(report.rows, "row"),
+            counted(report.pairs, "pair"),
+            report.failed_pairs
         ),
     ];
     if report.truncated_answers > 0 {
+        let answers = counted(report.truncated_answers, "answer");
+        let were = match report.truncated_answers {
+            1 => "was",
+            _ => "were",
+        };
         lines.push(format!(
-            "           {} answers were truncated at the maximum length",
-            report.truncated_answers
+            "           {answers} {were} truncated at the maximum length"
         ));
     }
     lines.join("\n")
