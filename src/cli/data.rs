@@ -119,6 +119,11 @@ impl DataFiles {
         upload::upload(client, rows, metadata, sent).await
     }
 
+    /// Returns the name that one of our columns has in the files.
+    pub(super) fn original_column(&self, ours: &str) -> String {
+        self.columns.original(ours)
+    }
+
     /// Returns true if the rows can be read several times, unlike those of standard input and of
     /// pipes.
     pub(super) fn is_rereadable(&self) -> bool {

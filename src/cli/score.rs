@@ -21,11 +21,12 @@ use super::output::{table, unwritten};
 use super::policy_names::{PolicyNames, same_model_warning};
 use super::progress::{self, WorkProgress, say, warn};
 use super::remote::connect;
-use crate::domain::dataset::{ChatMessage, PreferenceRow, Text};
+use crate::domain::dataset::{ChatMessage, IssueReason, PreferenceRow, Text};
 use crate::domain::message::TemplateArguments;
 use crate::domain::violation::counted;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
+use crate::train::rows::names::COMPLETIONS_COLUMN;
 use crate::train::rows::{RowReader, detect_format, read_rows};
 
 /// Maximum number of pairs that are queued for sending.
@@ -47,8 +48,11 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let data = progress::find(&args.data, &args.reading).await?;
     let progress = WorkProgress::pairs("scoring");
     let total = RowCount::start(data.clone());
+    let files = data.clone();
     let (rows, read_failure) = data.reader();
-    let mut printer = RowPrinter::new(std::io::stdout(), output, table::terminal_width());
+    let answers = ["chosen", "rejected"].map(|column| files.original_column(column));
+    let mut printer = RowPrinter::new(std::io::stdout(), output, table::terminal_width())
+        .with_answer_columns(answers);
     let (mut summary, mut ignored) = (Summary::default(), IgnoredColumns::default());
     let is_same = same_model_warning(&options.policy, &options.reference).is_some();
     let each = |answer| -> Outcome {
@@ -99,7 +103,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
             Ok(())
         }
         n if n == rows && printer.lacks_columns() => {
-            let remedy = match printer.has_completions() {
+            let remedy = match has_completions(files).await {
                 true => "rows with completions are for bradley score-files",
                 false => "rename the columns, or name them with --columns chosen=NAME",
             };
@@ -116,6 +120,20 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
              --skip-bad-rows"
         ))),
     }
+}
+
+/// Returns true if the first row of the files has the column `completions`.
+async fn has_completions(files: DataFiles) -> bool {
+    if !files.is_rereadable() {
+        return false;
+    }
+    let first = tokio::task::spawn_blocking(move || files.whole_records().next());
+    let Ok(Some(Ok(first))) = first.await else {
+        return false;
+    };
+    first
+        .columns
+        .is_ok_and(|columns| columns.contains_key(COMPLETIONS_COLUMN))
 }
 
 /// Reads the pairs of a JSONL or Parquet file.
@@ -332,6 +350,7 @@ fn send(
                     pair: row.pair,
                     id: row.id,
                     ignored: row.ignored,
+                    missing_column: None,
                     result: Ok(Score::default()),
                 };
                 (read, Some(pair))
@@ -342,6 +361,8 @@ fn send(
                     pair: None,
                     ignored: Vec::new(),
                     result: Err(issue.message_with_field()),
+                    missing_column: (issue.reason == IssueReason::MissingField)
+                        .then_some(issue.field),
                     id: issue.id,
                 };
                 (read, None)

@@ -57,6 +57,8 @@ pub(crate) struct ScoredRow {
     pub id: Option<String>,
     /// Columns of the row that are not used.
     pub ignored: Vec<String>,
+    /// The column that the row lacks, if this is why it has no score.
+    pub missing_column: Option<String>,
     /// The score, or the reason why there is none.
     pub result: Result<Score, String>,
 }
@@ -113,6 +115,10 @@ pub(super) struct RowPrinter<W> {
     is_calibrated: bool,
     /// The first errors, which are listed below a table.
     errors: Vec<String>,
+    /// Names of the columns with the answers, as the files have them.
+    answer_columns: [String; 2],
+    /// True unless a row has an error for another reason than a missing answer.
+    lack_answers: bool,
 }
 
 impl<W: Write> RowPrinter<W> {
@@ -125,6 +131,16 @@ impl<W: Write> RowPrinter<W> {
             has_header: false,
             is_calibrated: false,
             errors: Vec::new(),
+            answer_columns: ["chosen", "rejected"].map(str::to_owned),
+            lack_answers: true,
+        }
+    }
+
+    /// Takes other names of the columns with the answers.
+    pub fn with_answer_columns(self, answer_columns: [String; 2]) -> Self {
+        RowPrinter {
+            answer_columns,
+            ..self
         }
     }
 
@@ -173,8 +189,13 @@ impl<W: Write> RowPrinter<W> {
                 let others = table_row(&name, &score.pair, self.has_rewards());
                 writeln!(self.out, "{probabilities}  {others}")?;
             }
-            Err(_) if self.errors.len() < MAX_LISTED_ERRORS => self.errors.extend(row.error()),
-            Err(_) => {}
+            Err(_) => {
+                let missing = row.missing_column.as_ref();
+                self.lack_answers &= missing.is_some_and(|c| self.answer_columns.contains(c));
+                if self.errors.len() < MAX_LISTED_ERRORS {
+                    self.errors.extend(row.error());
+                }
+            }
         }
         self.out.flush()
     }
@@ -210,19 +231,9 @@ impl<W: Write> RowPrinter<W> {
         Ok(())
     }
 
-    /// Returns true if the first rows with an error lack a column.
+    /// Returns true if every row with an error lacks the column of an answer.
     pub fn lacks_columns(&self) -> bool {
-        !self.errors.is_empty()
-            && self
-                .errors
-                .iter()
-                .all(|e| e.contains("is missing; found: "))
-    }
-
-    /// Returns true if the first rows with an error have the column `completions`.
-    pub fn has_completions(&self) -> bool {
-        let names = |e: &String| e.contains(" completions,") || e.contains(" completions;");
-        !self.errors.is_empty() && self.errors.iter().all(names)
+        !self.errors.is_empty() && self.lack_answers
     }
 
     /// Returns the lines that list the first errors; `failed` is the number of all.
@@ -429,6 +440,7 @@ mod tests {
             pair: None,
             id: None,
             ignored: Vec::new(),
+            missing_column: None,
             result: result.map(score).map_err(str::to_owned),
         }
     }
@@ -475,6 +487,20 @@ mod tests {
             errors[MAX_LISTED_ERRORS].starts_with("and 17 more"),
             "{errors:?}"
         );
+    }
+
+    #[test]
+    fn errors_about_a_missing_answer_are_listed_a_few_times() {
+        let lacking = |column: &str| ScoredRow {
+            missing_column: Some(column.to_owned()),
+            ..row(1, Err("it is missing"))
+        };
+        let rows: Vec<ScoredRow> = (0..9).map(|_| lacking("rejected")).collect();
+        let (_, errors) = printed(Output::Table, &rows);
+        assert_eq!(errors.len(), SAME_ERRORS + 1, "{errors:?}");
+        let of_prompts: Vec<ScoredRow> = (0..9).map(|_| lacking("prompt")).collect();
+        let (_, errors) = printed(Output::Table, &of_prompts);
+        assert_eq!(errors.len(), 9, "{errors:?}");
     }
 
     #[test]
