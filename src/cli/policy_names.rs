@@ -18,6 +18,9 @@ pub(super) struct PolicyNames {
     client: Client,
     /// IDs of the server's models.
     models: Vec<String>,
+    /// For models that the command serves itself, without jobs: the flag that names them, and the
+    /// remedy for who means a job.
+    own_models: Option<(&'static str, &'static str)>,
 }
 
 impl PolicyNames {
@@ -30,7 +33,17 @@ impl PolicyNames {
         Ok(PolicyNames {
             client: client.clone(),
             models: models.into_iter().map(|m| id(m.name)).collect(),
+            own_models: None,
         })
+    }
+
+    /// Speaks in errors of the models of `flag`, which the command serves itself. There are no jobs
+    /// then: `remedy` is for who means one.
+    pub(super) fn without_jobs(self, flag: &'static str, remedy: &'static str) -> Self {
+        PolicyNames {
+            own_models: Some((flag, remedy)),
+            ..self
+        }
     }
 
     /// Returns the only model of the server. `flag` is the one that names a model.
@@ -86,10 +99,13 @@ impl PolicyNames {
         let meant = nearest(id, self.models.iter().map(String::as_str))
             .map(|model| format!("did you mean {MODEL_PREFIX}{model}? "))
             .unwrap_or_default();
+        let listed = self.listed();
+        let there_are = match self.own_models {
+            None => format!("This server has {listed}; a job is named by its id{hint}"),
+            Some((flag, remedy)) => format!("{flag} has {listed} and no jobs: {remedy}"),
+        };
         Err(Failure::Usage(format!(
-            "{word} {given} does not exist: {meant}This server has {}; a job is named by its \
-             id{hint}",
-            self.listed()
+            "{word} {given} does not exist: {meant}{there_are}"
         )))
     }
 

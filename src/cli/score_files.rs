@@ -40,7 +40,7 @@ use super::data::ColumnMap;
 use super::failure::{Failure, Outcome};
 use super::loopback::LoopbackServer;
 use super::output::{line, resource};
-use super::policy_names::same_model_warning;
+use super::policy_names::{PolicyNames, same_model_warning};
 use super::progress::{WorkProgress, say, waiting, warn};
 use super::settings::{Sources, vendor_variables};
 use super::short_names::LAST;
@@ -139,16 +139,6 @@ fn refuse_job(flag: &str, given: &str) -> Outcome {
         ))),
         false => Ok(()),
     }
-}
-
-/// Speaks of the models of `--models` in an error about a policy that the own engine does not have.
-fn of_own_engine(failure: Failure) -> Failure {
-    failure
-        .replacing("This server has", "--models has")
-        .replacing(
-            "; a job is named by its id",
-            &format!(" and no jobs: {MERGED_REMEDY}"),
-        )
 }
 
 /// Returns the shard that the flags name, or else the environment of Kubernetes or Slurm.
@@ -271,11 +261,12 @@ async fn score(
     let inputs = input::find(&args.inputs, &vendor).await?;
     let (fleet, client) = Fleet::connect(args.fleet.clone()).await?;
     let mut options = args.scoring.options()?;
-    let completed = weights::complete_names(&client, &mut options).await;
-    match args.models.is_empty() {
-        true => completed?,
-        false => completed.map_err(of_own_engine)?,
-    }
+    let names = PolicyNames::of(&client).await?;
+    let names = match args.models.is_empty() {
+        true => names,
+        false => names.without_jobs("--models", MERGED_REMEDY),
+    };
+    weights::complete_names(&client, &names, &mut options).await?;
     if let Some(warning) = same_model_warning(&options.policy, &options.reference) {
         warn(&warning);
     }

@@ -38,9 +38,9 @@ pub(super) struct WeightsIdentity {
 /// Returns a failure if a name means nothing, or means weights that change.
 pub(super) async fn complete_names(
     client: &Client,
+    names: &PolicyNames,
     options: &mut pb::ScoringOptions,
 ) -> Result<(), Failure> {
-    let names = PolicyNames::of(client).await?;
     names.complete_options(options).await?;
     refuse_moving(client, "--policy", &options.policy).await?;
     refuse_moving(client, "--reference", &options.reference).await
