@@ -109,6 +109,13 @@ fn check(args: &ChatArgs, format: Output) -> Outcome {
     }
 }
 
+/// A message is asked for the first time, or once more in place of its answer.
+#[derive(Clone, Copy, PartialEq)]
+enum ChatAttempt {
+    First,
+    Repeated,
+}
+
 /// A conversation and its settings.
 struct ChatSession {
     client: Client,
@@ -264,7 +271,7 @@ impl ChatSession {
     /// Asks a message that has no answer yet. If the answer ends too early, the failure says so.
     async fn ask_new(&mut self, user: String, interrupts: &mut Signal) -> Outcome {
         let turns = self.conversation.len();
-        let asked = self.ask(user, interrupts).await;
+        let asked = self.ask(user, ChatAttempt::First, interrupts).await;
         let has_part = self.is_terminal && self.conversation.len() > turns;
         asked.map_err(|failure| match has_part {
             true => failure.with_remark(KEPT_PART),
@@ -285,7 +292,9 @@ impl ChatSession {
             ));
         };
         let turns = self.conversation.len();
-        let asked = self.ask(old.user.clone(), interrupts).await;
+        let asked = self
+            .ask(old.user.clone(), ChatAttempt::Repeated, interrupts)
+            .await;
         if asked.is_err() && self.conversation.len() > turns {
             self.conversation.remove_last();
         }
@@ -298,7 +307,12 @@ impl ChatSession {
 
     /// Gets and shows the answers to a message, and adds them to the conversation, also the part
     /// that came before a failure.
-    async fn ask(&mut self, user: String, interrupts: &mut Signal) -> Outcome {
+    async fn ask(
+        &mut self,
+        user: String,
+        attempt: ChatAttempt,
+        interrupts: &mut Signal,
+    ) -> Outcome {
         let view = RefCell::new(self.view());
         let seed = self.seed.unwrap_or_else(rand::random);
         let left_out = Cell::new(self.conversation.left_out());
@@ -318,8 +332,8 @@ impl ChatSession {
                 match view.text(Side::Left) {
                     "" => self.unanswered = Some(user),
                     part => {
-                        // From a pipe the conversation does not go on with it.
-                        if self.is_terminal {
+                        // Otherwise the conversation does not go on with it.
+                        if self.is_terminal && attempt == ChatAttempt::First {
                             self.print_item((user.as_str(), seed), &view, None)?;
                         }
                         self.add(part.to_owned(), user, seed, left_out.get());

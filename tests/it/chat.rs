@@ -430,6 +430,50 @@ fn the_part_of_an_answer_stays_when_the_server_ends() {
     }
 }
 
+/// The part of a repeated answer is not one that the conversation goes on with, so it is no item of
+/// the output.
+#[test]
+fn the_old_answer_stays_when_the_server_ends_during_a_retry() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path());
+    let (terminal, stdin) = Terminal::open();
+    let args = ["chat", "--policy", "tiny", "--max-tokens", "16000"];
+    let mut command = bradley(&server.address, &args);
+    let mut child = command
+        .args(["--ignore-eos", "--seed", "1", "--format", "json"])
+        .stdin(stdin)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(command);
+    let stdout = collect(child.stdout.take().unwrap());
+    let stderr = collect(child.stderr.take().unwrap());
+    let has_said = |part: &str| {
+        until_blocking(part, SOON, || text(&stderr.lock().unwrap()).contains(part));
+    };
+    let generated = || metric(&server, "bradley_generated_tokens_total").unwrap_or(0.0);
+    terminal.types("Water boils\n");
+    until_blocking("many tokens", SOON, || generated() >= 300.0);
+    signal(child.id(), libc::SIGINT);
+    has_said("stopped; the conversation goes on with this part");
+    let before = generated();
+    terminal.types("/retry\n");
+    until_blocking("many tokens of the retry", SOON, || {
+        generated() >= before + 300.0
+    });
+    server.kill();
+    has_said("error: ");
+    let file = dir.path().join("chat.jsonl");
+    terminal.types(&format!("/save {}\n/quit\n", file.display()));
+    assert!(status(&mut child).success());
+    let answer = &rows(&file)[0]["messages"][1]["content"];
+    until_blocking("one answer on the standard output", SOON, || {
+        let printed = text(&stdout.lock().unwrap());
+        serde_json::from_str::<Value>(&printed).is_ok_and(|item| item["answer"] == *answer)
+    });
+}
+
 /// Flags of short answers.
 const SHORT: [&str; 2] = ["--max-tokens", "4"];
 
