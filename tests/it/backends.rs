@@ -13,6 +13,8 @@ use crate::wait::until_blocking;
 
 /// Maximum time for a backend to start.
 const START_LIMIT: Duration = Duration::from_secs(60);
+/// Delay between two checks whether a proxy still holds its messages back.
+const HOLD_INTERVAL: Duration = Duration::from_millis(5);
 
 /// PostgreSQL with an empty database; it is stopped and removed on drop.
 pub struct Postgres {
@@ -304,28 +306,57 @@ pub enum Fault {
     Reset,
 }
 
-/// A TCP proxy in front of a backend that can cause faults.
+/// A TCP proxy in front of a server that can cause faults, and can hold everything back.
 pub struct Proxy {
     port: u16,
-    fault: Arc<Mutex<Fault>>,
+    state: Arc<ProxyState>,
+}
+
+struct ProxyState {
+    fault: Mutex<Fault>,
+    /// While it returns true, nothing passes.
+    holds: Mutex<Option<Condition>>,
+}
+
+type Condition = Box<dyn Fn() -> bool + Send>;
+
+impl ProxyState {
+    fn fault(&self) -> Fault {
+        *self.fault.lock().unwrap()
+    }
+
+    fn holds(&self) -> bool {
+        let holds = self.holds.lock().unwrap();
+        holds.as_ref().is_some_and(|holds| holds())
+    }
 }
 
 impl Proxy {
     /// Starts a proxy for a port of this machine; its threads end with the process.
     pub fn start(backend: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let state = ProxyState {
+            fault: Mutex::new(Fault::None),
+            holds: Mutex::new(None),
+        };
         let proxy = Proxy {
             port: listener.local_addr().unwrap().port(),
-            fault: Arc::new(Mutex::new(Fault::None)),
+            state: Arc::new(state),
         };
-        let fault = proxy.fault.clone();
+        let state = proxy.state.clone();
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                let fault = fault.clone();
-                std::thread::spawn(move || serve(client, backend, &fault));
+                let state = state.clone();
+                std::thread::spawn(move || serve(client, backend, &state));
             }
         });
         proxy
+    }
+
+    /// Starts a proxy for the server with this URL.
+    pub fn in_front_of(url: &str) -> Self {
+        let (_, port) = url.rsplit_once(':').unwrap();
+        Self::start(port.parse().unwrap())
     }
 
     /// Returns its port.
@@ -333,15 +364,32 @@ impl Proxy {
         self.port
     }
 
+    /// Returns its URL.
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
     /// Causes this fault from now on.
     pub fn set(&self, fault: Fault) {
-        *self.fault.lock().unwrap() = fault;
+        *self.state.fault.lock().unwrap() = fault;
+    }
+
+    /// Lets nothing pass while `condition` returns true, until [`Proxy::release`]. The condition is
+    /// checked before every message, so a test that waits for the same condition finds the client
+    /// in the middle of its work, however late the test looks.
+    pub fn hold_while(&self, condition: impl Fn() -> bool + Send + 'static) {
+        *self.state.holds.lock().unwrap() = Some(Box::new(condition));
+    }
+
+    /// Lets everything pass again.
+    pub fn release(&self) {
+        *self.state.holds.lock().unwrap() = None;
     }
 }
 
 /// Connects a client with the backend, until one of them ends.
-fn serve(mut client: TcpStream, backend: u16, fault: &Arc<Mutex<Fault>>) {
-    if *fault.lock().unwrap() == Fault::Error {
+fn serve(mut client: TcpStream, backend: u16, state: &Arc<ProxyState>) {
+    if state.fault() == Fault::Error {
         let _ = client.read(&mut [0; 65536]);
         let _ = client
             .write_all(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
@@ -353,19 +401,21 @@ fn serve(mut client: TcpStream, backend: u16, fault: &Arc<Mutex<Fault>>) {
     let (Ok(from_server), Ok(to_client)) = (server.try_clone(), client.try_clone()) else {
         return;
     };
-    let shared = fault.clone();
+    let shared = state.clone();
     let back = std::thread::spawn(move || pump(from_server, to_client, &shared));
-    pump(client, server, fault);
+    pump(client, server, state);
     let _ = back.join();
 }
 
 /// Passes bytes on until one side ends or the proxy causes a fault.
-fn pump(mut from: TcpStream, mut to: TcpStream, fault: &Mutex<Fault>) {
+fn pump(mut from: TcpStream, mut to: TcpStream, state: &ProxyState) {
     let mut buffer = vec![0; 65536];
     loop {
         let read = from.read(&mut buffer);
-        let now = *fault.lock().unwrap();
-        match now {
+        while state.holds() {
+            std::thread::sleep(HOLD_INTERVAL);
+        }
+        match state.fault() {
             Fault::Slow(time) => std::thread::sleep(time),
             Fault::None => {}
             Fault::Error | Fault::Reset => break,

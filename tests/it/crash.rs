@@ -154,6 +154,7 @@ async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
     wanted.run = None;
     let name = submit(&client, wanted).await;
     events_until(&client, &name, |e| step_of(e) >= Some(5)).await;
+    let (opened, is_open) = tokio::sync::oneshot::channel();
     let open = {
         let (client, name) = (client.clone(), name.clone());
         tokio::spawn(async move {
@@ -168,6 +169,7 @@ async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
                 .await
                 .unwrap()
                 .into_inner();
+            opened.send(()).unwrap();
             loop {
                 match stream.message().await {
                     Ok(Some(_)) => {}
@@ -177,7 +179,7 @@ async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
             }
         })
     };
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    is_open.await.unwrap();
     let status = server.terminate(Duration::from_secs(20));
     assert!(status.success(), "{status}");
     assert_eq!(

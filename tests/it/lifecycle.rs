@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bradley::domain::job::JobState;
 use bradley::math::rng::kaiming_uniform;
@@ -156,15 +156,15 @@ async fn a_job_of_a_higher_priority_preempts_one_that_then_continues_bit_for_bit
     )
     .await;
     finish(&client, &high).await;
-    assert_ne!(
-        state(&client, &low).await,
-        pb::JobState::Succeeded,
+    let events = finish(&client, &low).await;
+    let preempted = |e: &pb::TrainingEvent| match &e.event {
+        Some(Event::StateChange(s)) => s.reason.contains("higher priority"),
+        _ => false,
+    };
+    assert!(
+        events.iter().any(preempted),
         "the job of low priority was not preempted"
     );
-    let events = finish(&client, &low).await;
-    assert!(events.iter().any(
-        |e| matches!(&e.event, Some(Event::StateChange(s)) if s.reason.contains("higher priority"))
-    ));
     assert!(
         outcome(dir.path(), &low, &events) == expected,
         "the losses or the weights differ from those of an uninterrupted run"
@@ -491,34 +491,42 @@ async fn a_job_that_a_client_deletes_and_leaves_has_no_files() {
     let dataset = upload(&client, "pairs.jsonl").await;
     let running = submit(&client, job(&dataset.name, 1_000_000)).await;
     until_event(&client, &running, |e| is_step(e, 1)).await;
-    let mut jobs = Vec::new();
-    let mut took = LIMIT;
-    for i in 0..100u32 {
-        let name = cancelled_with_files(&server, &client, job(&dataset.name, 1)).await;
-        // Different clients, because a connection ends with all of its calls.
-        let leaving = server.client().await;
-        let request = pb::DeleteTrainingJobRequest { name: name.clone() };
-        let start = std::time::Instant::now();
-        let limit = match i {
-            0 => took,
-            i => took * (i % 50) / 40,
-        };
-        let call = async { leaving.training().delete_training_job(request).await };
-        let ended = tokio::time::timeout(limit, call).await;
-        if i == 0 {
-            ended.unwrap().unwrap();
-            took = start.elapsed();
+    // A call that is given up too early deletes nothing. So calls are given up until enough of them
+    // have deleted their job, however fast the machine is.
+    let start = Instant::now();
+    let (mut took, mut deleted) = (Duration::ZERO, Vec::new());
+    while deleted.len() < 10 {
+        let few = deleted.len();
+        assert!(start.elapsed() < 2 * LIMIT, "only {few} were deleted");
+        let (mut jobs, mut left) = (Vec::new(), Vec::new());
+        for i in 0..40u32 {
+            let name = cancelled_with_files(&server, &client, job(&dataset.name, 1)).await;
+            jobs.push(name.clone());
+            // Different clients, because a connection ends with all of its calls.
+            let leaving = server.client().await;
+            let request = pb::DeleteTrainingJobRequest { name: name.clone() };
+            let begun = Instant::now();
+            let call = async { leaving.training().delete_training_job(request).await };
+            if i % 5 == 0 {
+                call.await.unwrap();
+                took = begun.elapsed();
+                continue;
+            }
+            // Finer than the timer of tokio, because a deletion may take less than a millisecond.
+            let patience = took * i / 40;
+            let leaves = tokio::task::spawn_blocking(move || std::thread::sleep(patience));
+            tokio::select! {
+                answer = call => drop(answer.unwrap()),
+                _ = leaves => left.push(name),
+            }
         }
-        jobs.push(name);
-    }
-    until_files_have_jobs(&server, &client, &jobs).await;
-    let mut deleted = Vec::new();
-    for name in jobs {
-        if try_get(&client, &name).await.is_err() {
-            deleted.push(name);
+        until_files_have_jobs(&server, &client, &jobs).await;
+        for name in left {
+            if try_get(&client, &name).await.is_err() {
+                deleted.push(name);
+            }
         }
     }
-    assert!(deleted.len() > 10, "{} were deleted", deleted.len());
     for name in deleted {
         until("the line of the audit log", LIMIT, async || {
             let lines = server.lines_with(&name);
@@ -552,7 +560,7 @@ async fn a_shutdown_while_jobs_expire_leaves_no_files_without_a_job() {
     let folders = dir.path().join("jobs");
     let left = || std::fs::read_dir(&folders).unwrap().count();
     let most = left();
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     // Finer than `until`: the deletions take milliseconds.
     while left() >= most {
         assert!(start.elapsed() < LIMIT, "nothing expires");

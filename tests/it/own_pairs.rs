@@ -8,6 +8,7 @@ use bradley::rpc::client::Client;
 use bradley::rpc::pb;
 use serde_json::Value;
 
+use crate::backends::Proxy;
 use crate::server::{Server, finish, job, submit, upload};
 use crate::support::{binary, golden};
 use crate::wait::until;
@@ -20,10 +21,10 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-fn command(server: &Server, prompts: &Path, out: &Path, more: &[&str]) -> Command {
+fn command(address: &str, prompts: &Path, out: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(binary());
     command
-        .args(["pairs", "--server", &server.address, "--policy", "tiny"])
+        .args(["pairs", "--server", address, "--policy", "tiny"])
         .args(["--samples", &SAMPLES.to_string()])
         .args(["--max-tokens", &MAX_TOKENS.to_string()])
         .arg("--data")
@@ -35,7 +36,9 @@ fn command(server: &Server, prompts: &Path, out: &Path, more: &[&str]) -> Comman
 }
 
 fn run(server: &Server, prompts: &Path, out: &Path, more: &[&str]) -> Output {
-    command(server, prompts, out, more).output().unwrap()
+    command(&server.address, prompts, out, more)
+        .output()
+        .unwrap()
 }
 
 /// Runs the command with the default number of samples, unless `more` has another.
@@ -296,15 +299,24 @@ async fn a_killed_run_continues_to_the_same_pairs() {
     assert!(rows(&calm).len() > 30, "{}", text(&made.stderr));
     let out = dir.path().join("killed.jsonl");
     let progress = dir.path().join("killed.jsonl.progress");
+    let has_more_lines_than = |path: &Path, number: usize| {
+        std::fs::read_to_string(path).is_ok_and(|lines| lines.lines().count() > number)
+    };
+    let proxy = Proxy::in_front_of(&server.address);
     for finished in [2, 20] {
-        let mut child = command(&server, &prompts, &out, &flags).spawn().unwrap();
+        // After these nothing passes, so that prompts are left when the command is killed.
+        let written = progress.clone();
+        proxy.hold_while(move || has_more_lines_than(&written, finished));
+        let mut child = command(&proxy.url(), &prompts, &out, &flags)
+            .spawn()
+            .unwrap();
         until("some outcomes", Duration::from_secs(60), async || {
-            std::fs::read_to_string(&progress).is_ok_and(|lines| lines.lines().count() > finished)
+            has_more_lines_than(&progress, finished)
         })
         .await;
         child.kill().unwrap();
         child.wait().unwrap();
-        assert!(!out.exists(), "the command was faster than the test");
+        assert!(!out.exists(), "no prompt is left");
     }
     let other = [
         "--keep-cut",

@@ -9,7 +9,7 @@ use bradley::rpc::client::Client;
 use bradley::rpc::pb;
 use serde_json::Value;
 
-use crate::backends::{Fault, Proxy};
+use crate::backends::Proxy;
 use crate::server::{Server, finish, get, job, submit, upload};
 use crate::support::{binary, golden};
 use crate::wait::until;
@@ -59,6 +59,16 @@ fn write_inputs(dir: &Path, prompts: usize, steps: u64) {
 
 fn json(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// Returns true if a file of JSON is there and has a text in this field.
+fn has_text(path: &Path, field: &str) -> bool {
+    path.exists() && json(path)[field].is_string()
+}
+
+/// Returns true if a file of outcomes has more than its header and two prompts.
+fn has_some_outcomes(path: &Path) -> bool {
+    std::fs::read_to_string(path).is_ok_and(|lines| lines.lines().count() > 3)
 }
 
 /// Returns the pairs of a round. The names of trained policies, which differ between runs, are left
@@ -159,37 +169,38 @@ async fn killed_rounds_continue_to_the_same_pairs() {
 
     let out = dir.join("killed");
     let progress = out.join("round-1/pairs.jsonl.progress");
-    // Every call takes at least 100 ms, so that much is left to do when the test sees a file.
-    let port = server.address.rsplit(':').next().unwrap();
-    let proxy = Proxy::start(port.parse().unwrap());
-    proxy.set(Fault::Slow(Duration::from_millis(50)));
-    let slow = format!("http://127.0.0.1:{}", proxy.port());
+    let proxy = Proxy::in_front_of(&server.address);
+    let url = proxy.url();
     let start = || {
-        let mut command = command_at((slow.as_str(), "tiny"), dir, &out, &flags);
+        let mut command = command_at((url.as_str(), "tiny"), dir, &out, &flags);
         command.spawn().unwrap()
     };
+    // After some outcomes nothing passes, so that prompts are left when the command is killed.
+    let written = progress.clone();
+    proxy.hold_while(move || has_some_outcomes(&written));
     let mut child = start();
-    until("some outcomes", SOON, async || {
-        std::fs::read_to_string(&progress).is_ok_and(|lines| lines.lines().count() > 3)
-    })
-    .await;
+    until("some outcomes", SOON, async || has_some_outcomes(&progress)).await;
     child.kill().unwrap();
     child.wait().unwrap();
     let first = out.join("round-1/pairs.jsonl");
-    assert!(!first.exists(), "the command was faster than the test");
+    assert!(!first.exists(), "no prompt is left");
 
-    let mut child = start();
+    // The second round begins when the job below is in the queue.
     let training = out.join("round-1/job.json");
+    let written = training.clone();
+    proxy.hold_while(move || has_text(&written, "checkpoint"));
+    let mut child = start();
     until("the policy of the first round", SOON, async || {
-        training.exists() && json(&training)["checkpoint"].is_string()
+        has_text(&training, "checkpoint")
     })
     .await;
     // A job of a higher priority keeps that of the second round in the queue.
     let dataset = upload(&client, "pairs.jsonl").await;
     let blocker = submit(&client, job(&dataset.name, 1_000_000)).await;
+    proxy.release();
     let training = out.join("round-2/job.json");
     until("the training of the second round", SOON, async || {
-        training.exists() && json(&training)["job"].is_string()
+        has_text(&training, "job")
     })
     .await;
     child.kill().unwrap();

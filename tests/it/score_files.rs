@@ -582,13 +582,12 @@ fn disturbed(server: &str, input: &str, out: &Path, kills: usize, seed: u64) -> 
     killed
 }
 
-/// Returns an address of the same server, to and from which every message takes some time. So a run
-/// takes seconds, whatever the machine, and can be disturbed in its middle.
+/// Returns an address of the same server, to and from which every message takes 20 ms, so that a run
+/// of many parts takes seconds on a fast machine, too.
 fn slowed(address: &str) -> String {
-    let (_, port) = address.rsplit_once(':').unwrap();
-    let proxy = Proxy::start(port.parse().unwrap());
+    let proxy = Proxy::in_front_of(address);
     proxy.set(Fault::Slow(Duration::from_millis(20)));
-    format!("http://127.0.0.1:{}", proxy.port())
+    proxy.url()
 }
 
 /// Compares two outputs: all files are equal, except for the time in the manifest.
@@ -638,8 +637,11 @@ async fn ctrl_c_says_that_the_same_command_continues_and_it_does() {
     let input = at("x.jsonl");
     let args = [&WEIGHTS[..], &["--part-rows", "4", "--connections", "1"]].concat();
     let run = |server: &str| command(server, input.to_str().unwrap(), &at("out"), &args);
-    let slow = slowed(&server.address);
-    let child = run(&slow).spawn().unwrap();
+    // After a part nothing passes, so that rows are left when the command is interrupted.
+    let proxy = Proxy::in_front_of(&server.address);
+    let out = at("out");
+    proxy.hold_while(move || !parts(&out).is_empty());
+    let child = run(&proxy.url()).spawn().unwrap();
     until_blocking("the first part", LIMIT, || !parts(&at("out")).is_empty());
     signal(child.id(), libc::SIGINT);
     let out = child.wait_with_output().unwrap();
@@ -740,16 +742,22 @@ async fn a_dead_replica_loses_no_row_and_other_weights_in_its_place_are_refused(
     let port = free_port();
     let mut replica = Ended(serve_at(port, &at("data-1"), &models));
     until_ready(port).await;
-    let address = slowed(&format!("http://127.0.0.1:{port}"));
-    let both = format!("{address},{}", slowed(&stable.address));
+    let of_replica = Proxy::start(port);
+    let of_stable = Proxy::in_front_of(&stable.address);
+    let address = of_replica.url();
+    // After some parts nothing passes, so that rows are left when a server is killed.
+    for proxy in [&of_replica, &of_stable] {
+        let out = at("two");
+        proxy.hold_while(move || parts(&out).len() > 2);
+    }
+    let both = format!("{address},{}", of_stable.url());
     let mut running = command(&both, input, &at("two"), &args).spawn().unwrap();
     until_blocking("the first parts", LIMIT, || parts(&at("two")).len() > 2);
     replica.0.kill().unwrap();
     replica.0.wait().unwrap();
-    assert!(
-        running.try_wait().unwrap().is_none(),
-        "the run ended before the replica did"
-    );
+    assert!(running.try_wait().unwrap().is_none(), "no row is left");
+    of_replica.release();
+    of_stable.release();
     let out = running.wait_with_output().unwrap();
     assert!(out.status.success(), "{}", said(&out));
     assert_same(&at("calm"), &at("two"));
@@ -757,16 +765,16 @@ async fn a_dead_replica_loses_no_row_and_other_weights_in_its_place_are_refused(
     // A server with the same names and other weights takes the place of the only one.
     let mut first = Ended(serve_at(port, &at("data-2"), &models));
     until_ready(port).await;
+    let out = at("changed");
+    of_replica.hold_while(move || parts(&out).len() > 2);
     let mut running = command(&address, input, &at("changed"), &args)
         .spawn()
         .unwrap();
     until_blocking("the first parts", LIMIT, || parts(&at("changed")).len() > 2);
     first.0.kill().unwrap();
     first.0.wait().unwrap();
-    assert!(
-        running.try_wait().unwrap().is_none(),
-        "the run ended before the server did"
-    );
+    assert!(running.try_wait().unwrap().is_none(), "no row is left");
+    of_replica.release();
     let base = golden("models/llama").display().to_string();
     let swapped = format!("tuned={base},base={base}");
     let _second = Ended(serve_at(port, &at("data-3"), &swapped));

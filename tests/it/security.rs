@@ -904,10 +904,10 @@ async fn a_call_past_its_deadline_is_dropped_and_counted() {
         .await
         .unwrap_err();
     assert_eq!(late.code(), Code::DeadlineExceeded, "{late}");
-    // The queue is empty soon after, because nobody waits for these pairs.
-    let start = Instant::now();
+    // The pairs that are left are not scored, because nobody waits for them.
     score(&client, "models/tiny", pairs()).await;
-    assert!(start.elapsed() < Duration::from_secs(20));
+    let scored = scored_pairs(&server);
+    assert!(scored < 1024, "{scored} pairs were scored");
     assert_eq!(counted(&server, "ScorePairs", "DeadlineExceeded"), 1);
 }
 
@@ -917,17 +917,16 @@ async fn a_call_that_its_client_cancels_is_counted_as_cancelled() {
     let server = Server::start(dir.path());
     let client = server.client().await;
     let many: Vec<pb::Pair> = (0..40).flat_map(|_| pairs()).take(1024).collect();
+    let mut patience = Duration::from_millis(8);
     until(
         "the count of a cancelled call",
         Duration::from_secs(60),
         async || {
             // The client may cancel before the call arrives, which is then not counted; so the call
-            // is repeated.
-            let _ = tokio::time::timeout(
-                Duration::from_millis(8),
-                score(&client, "models/tiny", many.clone()),
-            )
-            .await;
+            // is repeated, each time with more patience.
+            let call = score(&client, "models/tiny", many.clone());
+            let _ = tokio::time::timeout(patience, call).await;
+            patience += Duration::from_millis(2);
             counted(&server, "ScorePairs", "Cancelled") > 0
         },
     )
