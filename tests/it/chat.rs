@@ -289,8 +289,25 @@ async fn two_policies_answer_beside_each_other() {
     assert!(widest <= Some(79), "{widest:?}: {shown}");
 }
 
+/// Starts a conversation whose answers take long. Returns it with its outputs as far as they came.
+fn with_long_answers(server: &Server, stdin: Stdio, more: &[&str]) -> (Child, Bytes, Bytes) {
+    let mut child = bradley(&server.address, &["chat", "--policy", "tiny"])
+        .args(["--max-tokens", "16000", "--ignore-eos", "--seed", "1"])
+        .args(more)
+        .stdin(stdin)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stdout = collect(child.stdout.take().unwrap());
+    let stderr = collect(child.stderr.take().unwrap());
+    (child, stdout, stderr)
+}
+
+type Bytes = Arc<Mutex<Vec<u8>>>;
+
 /// Reads everything in the background.
-fn collect(mut from: impl Read + Send + 'static) -> Arc<Mutex<Vec<u8>>> {
+fn collect(mut from: impl Read + Send + 'static) -> Bytes {
     let read = Arc::new(Mutex::new(Vec::new()));
     let copy = read.clone();
     std::thread::spawn(move || {
@@ -304,13 +321,7 @@ fn collect(mut from: impl Read + Send + 'static) -> Arc<Mutex<Vec<u8>>> {
 
 /// Returns the number of samples that the server generates.
 fn sequences(server: &Server) -> Option<f64> {
-    metric(server, "bradley_generation_sequences")
-}
-
-fn metric(server: &Server, name: &str) -> Option<f64> {
-    let metrics = server.metrics();
-    let line = metrics.lines().find(|line| line.starts_with(name))?;
-    line.rsplit(' ').next()?.parse().ok()
+    server.metric("bradley_generation_sequences")
 }
 
 #[test]
@@ -318,18 +329,7 @@ fn ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_command() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let (terminal, stdin) = Terminal::open();
-    let args = ["chat", "--policy", "tiny", "--max-tokens", "16000"];
-    let mut command = bradley(&server.address, &args);
-    let mut child = command
-        .args(["--ignore-eos", "--seed", "1"])
-        .stdin(stdin)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    drop(command);
-    let stdout = collect(child.stdout.take().unwrap());
-    let stderr = collect(child.stderr.take().unwrap());
+    let (mut child, stdout, stderr) = with_long_answers(&server, stdin, &[]);
     terminal.types("/rest\nWater boils\n");
     until_blocking("the first text", SOON, || {
         !stdout.lock().unwrap().is_empty()
@@ -391,22 +391,11 @@ fn the_part_of_an_answer_stays_when_the_server_ends() {
         let dir = tempfile::tempdir().unwrap();
         let mut server = Server::start(dir.path());
         let (terminal, stdin) = Terminal::open();
-        let args = ["chat", "--policy", "tiny", "--max-tokens", "16000"];
-        let mut command = bradley(&server.address, &args);
-        let mut child = command
-            .args(["--ignore-eos", "--seed", "1", "--format", format])
-            .stdin(stdin)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        drop(command);
-        let stdout = collect(child.stdout.take().unwrap());
-        let stderr = collect(child.stderr.take().unwrap());
+        let (mut child, stdout, stderr) = with_long_answers(&server, stdin, &["--format", format]);
         terminal.types("Water boils\n");
         // With JSON no text is shown while it comes. The first of so many tokens was sent long ago.
         until_blocking("many tokens", SOON, || {
-            metric(&server, "bradley_generated_tokens_total") >= Some(300.0)
+            server.metric("bradley_generated_tokens_total") >= Some(300.0)
         });
         server.kill();
         let kept = "goes on with the part of the answer that came";

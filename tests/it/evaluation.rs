@@ -486,15 +486,6 @@ async fn a_parquet_dataset_gives_the_same_report() {
     assert_eq!(left, 0, "{}", temporary.display());
 }
 
-/// Returns the number of pairs that the server has scored.
-fn scored_pairs(server: &Server) -> u64 {
-    let metrics = server.metrics();
-    let line = metrics
-        .lines()
-        .find_map(|line| line.strip_prefix("bradley_scored_pairs_total "));
-    line.map_or(0, |n| n.parse().unwrap())
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn an_evaluation_ends_when_its_client_leaves() {
     let dir = tempfile::tempdir().unwrap();
@@ -513,13 +504,13 @@ async fn an_evaluation_ends_when_its_client_leaves() {
     let first = messages.message().await.unwrap().unwrap();
     assert!(matches!(first.part, Some(Part::Progress(p)) if p.total_pairs == n as u64));
     until("a scored pair", Duration::from_secs(60), async || {
-        scored_pairs(&server) > 0
+        server.scored_pairs() > 0
     })
     .await;
     drop(messages);
     let (mut scored, mut unchanged_since) = (0, Instant::now());
     until("the end of the work", Duration::from_secs(60), async || {
-        let now = scored_pairs(&server);
+        let now = server.scored_pairs();
         if now != scored {
             (scored, unchanged_since) = (now, Instant::now());
         }
@@ -794,7 +785,7 @@ async fn an_interrupted_command_deletes_its_upload() {
         .spawn()
         .unwrap();
     until("a scored pair", Duration::from_secs(60), async || {
-        scored_pairs(&server) > 0
+        server.scored_pairs() > 0
     })
     .await;
     assert_eq!(number_of_datasets(&client).await, 1);

@@ -444,15 +444,8 @@ async fn no_call_of_a_client_with_the_service_config_fails_when_a_replica_stops(
     assert_eq!(line.trim(), "started");
     // Both replicas are used.
     for server in [&stopping, &staying] {
-        let scored = || {
-            server.metrics().lines().find_map(|l| {
-                l.strip_prefix("bradley_scored_pairs_total ")?
-                    .parse::<u64>()
-                    .ok()
-            })
-        };
         until("the use of a replica", PATIENCE, async || {
-            scored().is_some_and(|n| n >= 10)
+            server.scored_pairs() >= 10
         })
         .await;
     }

@@ -9,7 +9,7 @@ use bradley::rpc::pb;
 use serde_json::Value;
 
 use crate::backends::Proxy;
-use crate::server::{Server, finish, job, submit, upload};
+use crate::server::{Server, trained_adapter};
 use crate::support::{binary, golden};
 use crate::wait::until;
 
@@ -76,14 +76,6 @@ fn rows(path: &Path) -> Vec<Value> {
     rows.collect()
 }
 
-/// Trains an adapter and returns the name of its checkpoint.
-async fn judge(client: &Client) -> String {
-    let dataset = upload(client, "pairs.jsonl").await;
-    let name = submit(client, job(&dataset.name, 4)).await;
-    finish(client, &name).await;
-    format!("{name}/checkpoints/4")
-}
-
 fn chat(role: &str, content: &str) -> pb::Text {
     let message = pb::Message {
         role: role.into(),
@@ -144,7 +136,7 @@ async fn a_pair_is_the_best_and_the_worst_sample() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    let judge = judge(&client).await;
+    let judge = trained_adapter(&client).await;
     let prompts = prompts(dir.path(), 6);
     let out = dir.path().join("pairs.jsonl");
     let seed = SEED.to_string();
@@ -279,7 +271,7 @@ async fn a_killed_run_continues_to_the_same_pairs() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
-    let judge = judge(&client).await;
+    let judge = trained_adapter(&client).await;
     let prompts = prompts(dir.path(), 60);
     let seed = SEED.to_string();
     let flags = [
@@ -422,7 +414,7 @@ async fn more_answers_than_the_server_scores_at_a_time_are_scored_in_parts() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data");
     let server = Server::start(&data);
-    let judge = judge(&server.client().await).await;
+    let judge = trained_adapter(&server.client().await).await;
     let prompts = prompts(dir.path(), 2);
     let flags = [
         "--keep-cut",

@@ -580,7 +580,9 @@ async fn a_new_job_and_the_deletion_of_what_it_needs_exclude_each_other() {
     for i in 0..24_u64 {
         let dataset = upload(&client_a, "pairs.jsonl").await.name;
         let creation = async {
-            tokio::time::sleep(Duration::from_micros(i * 200)).await;
+            // From nothing to a fifth of a second, so that some deletions are earlier on a slow
+            // machine, too.
+            tokio::time::sleep(Duration::from_micros(i * i * 400)).await;
             create(&client_a, job(&dataset, 1)).await
         };
         let deletion = async {

@@ -10,7 +10,7 @@ use bradley::rpc::pb;
 use serde_json::Value;
 
 use crate::backends::Proxy;
-use crate::server::{Server, finish, get, job, submit, upload};
+use crate::server::{Server, get, job, submit, trained_adapter, upload};
 use crate::support::{binary, golden};
 use crate::wait::until;
 
@@ -130,20 +130,12 @@ async fn jobs(client: &Client, run: &str) -> Vec<pb::TrainingJob> {
     jobs
 }
 
-/// Trains an adapter and returns the name of its checkpoint.
-async fn judge(client: &Client) -> String {
-    let dataset = upload(client, "pairs.jsonl").await;
-    let name = submit(client, job(&dataset.name, 4)).await;
-    finish(client, &name).await;
-    format!("{name}/checkpoints/4")
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_rounds_continue_to_the_same_pairs() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&dir.path().join("data"));
     let client = server.client().await;
-    let judge = judge(&client).await;
+    let judge = trained_adapter(&client).await;
     let dir = dir.path();
     write_inputs(dir, PROMPTS, STEPS);
     let held_out = golden("pairs.jsonl");
@@ -294,7 +286,7 @@ async fn rounds_that_cannot_go_on_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&dir.path().join("data"));
     let client = server.client().await;
-    let judge = judge(&client).await;
+    let judge = trained_adapter(&client).await;
     let dir = dir.path();
     write_inputs(dir, 3, 2);
     let out: PathBuf = dir.join("out");
@@ -322,7 +314,7 @@ async fn rounds_that_cannot_go_on_are_refused() {
     let named = dir.join("named");
     let last = ["--judge", "@last", "--min-margin", "1e9"];
     refused(&named, &last, &["round 1 of 2 has no pairs"]);
-    let newer = self::judge(&client).await;
+    let newer = trained_adapter(&client).await;
     assert_ne!(newer, judge);
     refused(&named, &last, &["round 1 of 2 has no pairs"]);
     let step = ["--judge", "@last/checkpoints/4", "--min-margin", "1e9"];
@@ -366,7 +358,7 @@ async fn a_job_is_found_again_although_its_answer_was_lost_and_its_rows_were_del
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&dir.path().join("data"));
     let client = server.client().await;
-    let judge = judge(&client).await;
+    let judge = trained_adapter(&client).await;
     let dir = dir.path();
     write_inputs(dir, 12, 2);
     let out = dir.join("out");
@@ -439,7 +431,7 @@ async fn the_pairs_of_the_evaluation_have_their_own_columns_and_a_dataset_of_the
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&dir.path().join("data"));
     let client = server.client().await;
-    let judge = judge(&client).await;
+    let judge = trained_adapter(&client).await;
     let dir = dir.path();
     write_inputs(dir, 12, 2);
     let prompts = std::fs::read_to_string(dir.join("prompts.jsonl")).unwrap();

@@ -166,6 +166,20 @@ impl Server {
         self.http_get("/metrics")
     }
 
+    /// Returns the value of the first metric whose line begins with `name`, or `None` if there is
+    /// none yet.
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        let metrics = self.metrics();
+        let line = metrics.lines().find(|line| line.starts_with(name))?;
+        line.rsplit(' ').next()?.parse().ok()
+    }
+
+    /// Returns the number of pairs that it has scored.
+    pub fn scored_pairs(&self) -> u64 {
+        let scored = self.metric("bradley_scored_pairs_total ");
+        scored.unwrap_or_default() as u64
+    }
+
     /// Returns the answer of the HTTP port to a GET request, with its headers.
     pub fn http_get(&self, path: &str) -> String {
         let mut connection = TcpStream::connect(&self.http).unwrap();
@@ -304,6 +318,14 @@ pub async fn finish(client: &Client, job: &str) -> Vec<pb::TrainingEvent> {
         .expect("the job ends")
         .unwrap();
     events
+}
+
+/// Trains an adapter and returns the name of its checkpoint.
+pub async fn trained_adapter(client: &Client) -> String {
+    let dataset = upload(client, "pairs.jsonl").await;
+    let name = submit(client, job(&dataset.name, 4)).await;
+    finish(client, &name).await;
+    format!("{name}/checkpoints/4")
 }
 
 /// Returns the state of a job.
