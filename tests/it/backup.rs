@@ -110,15 +110,15 @@ async fn a_backup_under_load_has_everything_that_was_acknowledged_before_it() {
     let mut server = Server::start_with(dir.path(), &models(), &[]);
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
-    let name = submit(&client, checkpointing(&dataset.name, STEPS)).await;
-    let waiting = submit(&client, job(&dataset.name, 3)).await;
     let stop = Arc::new(AtomicBool::new(false));
     let uploads = tokio::spawn(keep_uploading(server.client().await, stop.clone()));
-    until_event(&client, &name, |e| is_step(e, 15)).await;
     until("the first uploads", LIMIT, async || {
-        datasets(&client).await.len() > 2
+        datasets(&client).await.len() > 1
     })
     .await;
+    let name = submit(&client, checkpointing(&dataset.name, STEPS)).await;
+    let waiting = submit(&client, job(&dataset.name, 3)).await;
+    until_event(&client, &name, |e| is_step(e, 15)).await;
 
     // Everything that is known before the backup begins must be in it.
     let (known, history) = (datasets(&client).await, events(&client, &name).await);
