@@ -283,14 +283,6 @@ async fn lengths_are_checked_before_the_quota_and_only_possible_tokens_count() {
     drop(open);
 }
 
-/// Returns the value of a metric.
-fn metric(server: &Server, name: &str) -> f64 {
-    let metrics = server.metrics();
-    let line = metrics.lines().find(|line| line.starts_with(name));
-    line.and_then(|line| line.rsplit(' ').next()?.parse().ok())
-        .unwrap_or(-1.0)
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_that_vanish_leave_nothing_behind_and_a_stopping_server_says_so() {
     let dir = tempfile::tempdir().unwrap();
@@ -310,13 +302,13 @@ async fn clients_that_vanish_leave_nothing_behind_and_a_stopping_server_says_so(
         streams.push(answer.unwrap().into_inner());
     }
     assert!(streams[0].message().await.unwrap().is_some());
-    assert!(metric(&server, "bradley_generation_cache_tokens") > 0.0);
+    assert!(server.metric("bradley_generation_cache_tokens") > Some(0.0));
     let mut kept = streams.remove(0);
     drop(streams);
     until(
         "the end of the others",
         Duration::from_secs(60),
-        async || metric(&server, "bradley_generation_sequences") == 2.0,
+        async || server.metric("bradley_generation_sequences") == Some(2.0),
     )
     .await;
     let reading = tokio::spawn(async move {

@@ -2,8 +2,6 @@
 //! request, prompts as token ids, as lm-evaluation-harness sends them, and requests that nobody
 //! should send.
 
-use std::time::Duration;
-
 use bradley::rpc::client::Client;
 use bradley::rpc::pb;
 use rand::{Rng as _, SeedableRng as _};
@@ -11,21 +9,13 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 use crate::hostile::{mutate, number_of_cases};
+use crate::rest::client;
 use crate::server::Server;
 use crate::support::{golden, tiny};
 
-/// Time limit of one request.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// Sends a request. Returns the HTTP status and the text of the answer.
 async fn post_bytes(server: &Server, path: &str, body: Vec<u8>) -> (u16, String) {
-    // This fails if another test has done it.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = reqwest::Client::builder()
-        .timeout(PATIENCE)
-        .build()
-        .unwrap();
-    let request = client
+    let request = client()
         .post(format!("{}/openai/v1/{path}", server.address))
         .header("content-type", "application/json")
         .body(body);

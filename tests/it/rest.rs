@@ -27,7 +27,8 @@ fn tiny() -> String {
     format!("tiny={}", golden("models/llama").display())
 }
 
-fn client() -> reqwest::Client {
+/// Returns a client whose requests have a time limit.
+pub fn client() -> reqwest::Client {
     // This fails if another test has done it.
     let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder()
@@ -640,24 +641,18 @@ async fn streams_end_when_their_client_leaves_and_when_the_server_stops() {
     let grpc = server.client().await;
     let dataset = upload(&grpc, "pairs.jsonl").await.name;
     let name = submit(&grpc, job(&dataset, 100_000)).await;
-    let streams = |server: &Server| {
-        let metrics = server.metrics();
-        let line = metrics
-            .lines()
-            .find_map(|line| line.strip_prefix("bradley_event_streams "));
-        line.map_or(0, |n| n.parse().unwrap())
-    };
+    let streams = |server: &Server| server.metric("bradley_event_streams ");
     let mut open = Vec::new();
     for _ in 0..5 {
         let mut stream = event_stream(&server, &name, None).send().await.unwrap();
         stream.chunk().await.unwrap().expect("an event");
         open.push(stream);
     }
-    assert!(streams(&server) >= 5, "{}", server.metrics());
+    assert!(streams(&server) >= Some(5.0), "{}", server.metrics());
     let mut last = open.pop().unwrap();
     drop(open);
     until("the end of abandoned streams", PATIENCE, async || {
-        streams(&server) == 1
+        streams(&server) == Some(1.0)
     })
     .await;
 
@@ -736,10 +731,7 @@ async fn a_stream_ends_at_its_deadline() {
     assert_eq!(late.code(), tonic::Code::DeadlineExceeded, "{late}");
     assert_eq!(crate::server::reason(&late), "DEADLINE_EXCEEDED");
     until("the end of the streams' work", PATIENCE, async || {
-        let metrics = server.metrics();
-        metrics
-            .lines()
-            .any(|line| line == "bradley_event_streams 0")
+        server.metric("bradley_event_streams ") == Some(0.0)
     })
     .await;
 }
