@@ -81,13 +81,7 @@ async fn longest(client: &Client) -> u32 {
 /// Returns the number of training pairs and scoring items whose reference log-probs were computed
 /// or found in the cache.
 fn references(server: &Server) -> f64 {
-    let metrics = server.metrics();
-    let count = |name: &str| -> f64 {
-        let line = metrics.lines().find(|line| line.starts_with(name));
-        line.map_or(0.0, |line| {
-            line.rsplit(' ').next().unwrap().parse().unwrap()
-        })
-    };
+    let count = |name: &str| server.metric(name).unwrap_or_default();
     count("bradley_reference_cache_hits_total") + count("bradley_reference_cache_misses_total")
 }
 
