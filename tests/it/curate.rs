@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use bradley::rpc::client::{Client, Target};
+use bradley::rpc::client::Client;
 use bradley::rpc::pb;
 use serde_json::{Value, json};
 
@@ -593,13 +593,7 @@ async fn an_administrator_with_the_same_rows_has_jobs_of_their_own() {
     let admin = create_token(dir.path(), "root", "admin");
     let models = format!("tiny={}", golden("models/llama").display());
     let server = Server::start_with(dir.path(), &models, &["--auth", "tokens"]);
-    let target = Target {
-        token: Some(admin.clone()),
-        ..Target::plain(&server.address)
-    };
-    let client = Client::connect(&target, Duration::from_secs(10))
-        .await
-        .unwrap();
+    let client = server.client_with(&admin).await;
     let owners = async || {
         let jobs = jobs(&client).await;
         jobs.into_iter().map(|job| job.owner).collect::<Vec<_>>()

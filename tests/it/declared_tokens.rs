@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use bradley::rpc::client::{Client, Status, Target};
+use bradley::rpc::client::Status;
 use bradley::rpc::pb;
 use tonic::Code;
 
@@ -46,18 +46,8 @@ fn serve(dir: &Path, file: &Path) -> Server {
     )
 }
 
-async fn client(server: &Server, token: &str) -> Client {
-    let target = Target {
-        token: Some(token.to_owned()),
-        ..Target::plain(&server.address)
-    };
-    Client::connect(&target, Duration::from_secs(10))
-        .await
-        .unwrap()
-}
-
 async fn call(server: &Server, token: &str) -> Result<(), Status> {
-    let client = client(server, token).await;
+    let client = server.client_with(token).await;
     client
         .models()
         .list_models(pb::ListModelsRequest {})
@@ -78,7 +68,7 @@ async fn a_file_declares_tokens_and_takes_them_back() {
     let server = serve(dir.path(), &file);
     let limit = Duration::from_secs(20);
 
-    let (of_a, of_b) = (client(&server, &a).await, client(&server, &b).await);
+    let (of_a, of_b) = (server.client_with(&a).await, server.client_with(&b).await);
     let dataset = upload(&of_a, "pairs.jsonl").await;
     let name = submit(&of_a, job(&dataset.name, 100_000)).await;
     assert_eq!(try_get(&of_a, &name).await.unwrap().owner, "team-a");
@@ -103,7 +93,7 @@ async fn a_file_declares_tokens_and_takes_them_back() {
         .output()
         .unwrap();
     let own: serde_json::Value = serde_json::from_slice(&own.stdout).unwrap();
-    let own = client(&server, own["token"].as_str().unwrap()).await;
+    let own = server.client_with(own["token"].as_str().unwrap()).await;
     assert!(try_get(&own, &name).await.is_ok());
 
     // A file that cannot be used changes nothing.
@@ -143,7 +133,7 @@ async fn a_file_declares_tokens_and_takes_them_back() {
     })
     .await;
     assert!(call(&server, &b).await.is_ok());
-    let of_c = client(&server, &c).await;
+    let of_c = server.client_with(&c).await;
     assert!(try_get(&of_c, &name).await.is_ok(), "the same owner");
     let ended = async {
         loop {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bradley::math::calibration::{CalibrationPoint, fit};
 use bradley::math::evaluation::{Wins, probability_scores};
 use bradley::math::sigmoid;
-use bradley::rpc::client::{Client, Status, Target};
+use bradley::rpc::client::{Client, Status};
 use bradley::rpc::pb::{self, evaluate_policy_response::Part};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::writer::SerializedFileWriter;
@@ -545,25 +545,16 @@ async fn evaluations_need_the_role_score_and_the_callers_own_dataset() {
     let scorer = create_token(dir.path(), "team-a", "score");
     let other = create_token(dir.path(), "team-b", "submit,score");
     let server = serve(dir.path(), &["--auth", "tokens"]);
-    let client = async |token: &str| {
-        let target = Target {
-            token: Some(token.to_owned()),
-            ..Target::plain(&server.address)
-        };
-        Client::connect(&target, Duration::from_secs(10))
-            .await
-            .unwrap()
-    };
     let file = dir.path().join("rows.jsonl");
     write_rows(&file, &rows(12));
-    let owner = client(&submitter).await;
+    let owner = server.client_with(&submitter).await;
     let dataset = upload(&owner, &file).await;
     let refused = evaluate(&owner, request(&dataset)).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
     assert!(refused.message().contains("score"), "{refused:?}");
-    let foreign = evaluate(&client(&other).await, request(&dataset)).await;
+    let foreign = evaluate(&server.client_with(&other).await, request(&dataset)).await;
     assert_eq!(foreign.unwrap_err().code(), Code::PermissionDenied);
-    let scorer = client(&scorer).await;
+    let scorer = server.client_with(&scorer).await;
     let (_, report) = evaluate(&scorer, request(&dataset)).await.unwrap();
     assert_eq!(report.pairs, 12);
     let saving = pb::EvaluatePolicyRequest {

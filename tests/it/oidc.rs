@@ -43,19 +43,9 @@ fn serve(dir: &Path, issuer: &str, flags: &[&str]) -> Server {
     )
 }
 
-async fn client(server: &Server, token: &str) -> Client {
-    let target = Target {
-        token: Some(token.to_owned()),
-        ..Target::plain(&server.address)
-    };
-    Client::connect(&target, Duration::from_secs(10))
-        .await
-        .unwrap()
-}
-
 /// Calls a method for which every role suffices.
 async fn call(server: &Server, token: &str) -> Result<(), Status> {
-    let client = client(server, token).await;
+    let client = server.client_with(token).await;
     client
         .models()
         .list_models(pb::ListModelsRequest {})
@@ -358,11 +348,11 @@ async fn an_issuers_owners_and_roles_are_apart_from_our_own() {
     };
     until_accepted(&server, &token("team-a", &["ml-team"])).await;
 
-    let ours = client(&server, &own).await;
+    let ours = server.client_with(&own).await;
     let dataset = upload(&ours, "pairs.jsonl").await;
     let stolen = submit(&ours, job(&dataset.name, 1)).await;
     for sub in ["team-a", "oidc:team-a"] {
-        let theirs = client(&server, &token(sub, &["ml-team"])).await;
+        let theirs = server.client_with(&token(sub, &["ml-team"])).await;
         let refused = try_get(&theirs, &stolen).await.unwrap_err();
         assert_eq!(refused.code(), Code::PermissionDenied, "{sub}");
         let refused = create(&theirs, job(&dataset.name, 1)).await.unwrap_err();
@@ -376,20 +366,20 @@ async fn an_issuers_owners_and_roles_are_apart_from_our_own() {
         assert!(listed.training_jobs.is_empty(), "{sub}");
     }
 
-    let alice = client(&server, &token("alice", &["ml-team"])).await;
+    let alice = server.client_with(&token("alice", &["ml-team"])).await;
     let dataset = upload(&alice, "pairs.jsonl").await;
     let name = submit(&alice, job(&dataset.name, 1)).await;
     assert_eq!(try_get(&alice, &name).await.unwrap().owner, "oidc:alice");
     for other in [
         &ours,
-        &client(&server, &token("Alice", &["ml-team"])).await,
-        &client(&server, &token("bob", &["ml-team"])).await,
+        &server.client_with(&token("Alice", &["ml-team"])).await,
+        &server.client_with(&token("bob", &["ml-team"])).await,
     ] {
         let refused = try_get(other, &name).await.unwrap_err();
         assert_eq!(refused.code(), Code::PermissionDenied);
     }
 
-    let rater = client(&server, &token("carol", &["raters"])).await;
+    let rater = server.client_with(&token("carol", &["raters"])).await;
     assert!(
         !score(&rater, "models/tiny", crate::server::pairs())
             .await
@@ -399,7 +389,7 @@ async fn an_issuers_owners_and_roles_are_apart_from_our_own() {
     let refused = try_get(&rater, &name).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
     assert!(refused.message().contains("submit"), "{refused:?}");
-    let admin = client(&server, &token("dan", &["ml-ops"])).await;
+    let admin = server.client_with(&token("dan", &["ml-ops"])).await;
     assert!(try_get(&admin, &name).await.is_ok() && try_get(&admin, &stolen).await.is_ok());
 
     // Whoever has no role may do nothing, not even what needs no particular role.
@@ -534,7 +524,7 @@ async fn open_calls_end_with_their_token() {
     let server = serve(dir.path(), &issuer.url, &[]);
     let lasting = key.sign(&claims(&issuer.url, json!({})));
     until_accepted(&server, &lasting).await;
-    let lasting = client(&server, &lasting).await;
+    let lasting = server.client_with(&lasting).await;
     let dataset = upload(&lasting, "pairs.jsonl").await;
     let name = submit(&lasting, job(&dataset.name, 100_000)).await;
     // 30 seconds after its expiry a token is still accepted.
@@ -544,7 +534,8 @@ async fn open_calls_end_with_their_token() {
         after_sequence: 0,
         ..Default::default()
     };
-    let mut open = client(&server, &ending)
+    let mut open = server
+        .client_with(&ending)
         .await
         .training()
         .stream_training_events(request)

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use bradley::rpc::client::{Client, Status, Target};
+use bradley::rpc::client::Status;
 use bradley::rpc::pb;
 use serde_json::Value;
 use tonic::{Code, Request};
@@ -34,16 +34,6 @@ fn serve(dir: &Path, flags: &[&str]) -> Server {
     Server::start_with(dir, &models, &[&["--auth", "tokens"], flags].concat())
 }
 
-async fn client(server: &Server, token: &str) -> Client {
-    let target = Target {
-        token: Some(token.to_owned()),
-        ..Target::plain(&server.address)
-    };
-    Client::connect(&target, Duration::from_secs(10))
-        .await
-        .unwrap()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_download_ends_when_its_token_is_revoked() {
     let dir = tempfile::tempdir().unwrap();
@@ -52,7 +42,7 @@ async fn a_download_ends_when_its_token_is_revoked() {
     let made = bradley(&[&create[..], &["--format", "json"]].concat());
     let made: Value = serde_json::from_slice(&made).unwrap();
     let server = serve(dir.path(), &[]);
-    let client = client(&server, made["token"].as_str().unwrap()).await;
+    let client = server.client_with(made["token"].as_str().unwrap()).await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, job(&dataset, 2)).await;
     finish(&client, &name).await;
@@ -120,7 +110,7 @@ async fn open_calls_end_when_their_token_loses_a_role() {
     };
     declare("submit, score");
     let server = serve(dir.path(), &["--token-file", file.to_str().unwrap()]);
-    let client = client(&server, token).await;
+    let client = server.client_with(token).await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, job(&dataset, 1_000_000)).await;
     let request = pb::StreamTrainingEventsRequest {

@@ -21,11 +21,14 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// Returns the command with [`SAMPLES`] samples, unless `more` has another number.
 fn command(address: &str, prompts: &Path, out: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(binary());
+    command.args(["pairs", "--server", address, "--policy", "tiny"]);
+    if !more.contains(&"--samples") {
+        command.args(["--samples", &SAMPLES.to_string()]);
+    }
     command
-        .args(["pairs", "--server", address, "--policy", "tiny"])
-        .args(["--samples", &SAMPLES.to_string()])
         .args(["--max-tokens", &MAX_TOKENS.to_string()])
         .arg("--data")
         .arg(prompts)
@@ -37,20 +40,6 @@ fn command(address: &str, prompts: &Path, out: &Path, more: &[&str]) -> Command 
 
 fn run(server: &Server, prompts: &Path, out: &Path, more: &[&str]) -> Output {
     command(&server.address, prompts, out, more)
-        .output()
-        .unwrap()
-}
-
-/// Runs the command with the default number of samples, unless `more` has another.
-fn run_many(server: &Server, prompts: &Path, out: &Path, more: &[&str]) -> Output {
-    Command::new(binary())
-        .args(["pairs", "--server", &server.address, "--policy", "tiny"])
-        .args(["--max-tokens", &MAX_TOKENS.to_string()])
-        .arg("--data")
-        .arg(prompts)
-        .arg("--out")
-        .arg(out)
-        .args(more)
         .output()
         .unwrap()
 }
@@ -428,14 +417,14 @@ async fn more_answers_than_the_server_scores_at_a_time_are_scored_in_parts() {
         "64",
     ];
     let whole = dir.path().join("whole.jsonl");
-    let made = run_many(&server, &prompts, &whole, &flags);
+    let made = run(&server, &prompts, &whole, &flags);
     assert!(made.status.success(), "{}", text(&made.stderr));
     drop(server);
     // 64 answers of 8 tokens are longer than 256 tokens, and a prompt with one answer is not.
     let tiny = format!("tiny={}", golden("models/llama").display());
     let server = Server::start_with(&data, &tiny, &["--max-row-tokens", "256"]);
     let parts = dir.path().join("parts.jsonl");
-    let made = run_many(&server, &prompts, &parts, &flags);
+    let made = run(&server, &prompts, &parts, &flags);
     assert!(made.status.success(), "{}", text(&made.stderr));
     let (whole, parts) = (rows(&whole), rows(&parts));
     assert_eq!((whole.len(), parts.len()), (2, 2));

@@ -286,7 +286,7 @@ async fn a_repeated_request_copies_no_adapter() {
     create(&it.client, another)
         .await
         .expect_err("another request has to copy it");
-    // The job's folder is deleted, too.
+    // The folder of the refused job is deleted, too.
     let folders = std::fs::read_dir(it.dir.path().join("jobs"))
         .unwrap()
         .count();

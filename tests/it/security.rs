@@ -33,16 +33,6 @@ fn bradley(arguments: &[&str]) -> String {
     String::from_utf8(done.stdout).unwrap()
 }
 
-async fn client_with(server: &Server, token: &str) -> Client {
-    let target = Target {
-        token: Some(token.into()),
-        ..Target::plain(&server.address)
-    };
-    Client::connect(&target, Duration::from_secs(10))
-        .await
-        .unwrap()
-}
-
 fn tiny() -> String {
     format!("tiny={}", golden("models/llama").display())
 }
@@ -84,7 +74,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         "x",
         &format!("brd_{a_id}_{}", "0".repeat(64)),
     ] {
-        let client = client_with(&server, wrong).await;
+        let client = server.client_with(wrong).await;
         assert_eq!(
             client
                 .models()
@@ -103,12 +93,12 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     }
 
     let (a, b) = (
-        client_with(&server, &a_token).await,
-        client_with(&server, &b_token).await,
+        server.client_with(&a_token).await,
+        server.client_with(&b_token).await,
     );
     let (scorer, admin) = (
-        client_with(&server, &scorer_token).await,
-        client_with(&server, &admin_token).await,
+        server.client_with(&scorer_token).await,
+        server.client_with(&admin_token).await,
     );
     let dataset = upload(&a, "pairs.jsonl").await;
     let name = submit(&a, job(&dataset.name, 4)).await;

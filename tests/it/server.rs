@@ -17,6 +17,9 @@ use tonic_types::{RpcStatusExt as _, StatusExt as _};
 use crate::support::{golden, hashes};
 use crate::wait::{until_blocking, until_ok};
 
+/// Time limit for a connection, on a busy machine.
+const CONNECT_LIMIT: Duration = Duration::from_secs(60);
+
 /// A running server; killed when dropped.
 pub struct Server {
     child: Child,
@@ -156,9 +159,16 @@ impl Server {
 
     /// Returns a connected client.
     pub async fn client(&self) -> Client {
-        Client::connect(&Target::plain(&self.address), Duration::from_secs(10))
-            .await
-            .unwrap()
+        connected(&Target::plain(&self.address)).await
+    }
+
+    /// Returns a connected client with a token.
+    pub async fn client_with(&self, token: &str) -> Client {
+        let target = Target {
+            token: Some(token.to_owned()),
+            ..Target::plain(&self.address)
+        };
+        connected(&target).await
     }
 
     /// Returns the answer of `/metrics`, with its HTTP headers.
@@ -218,6 +228,10 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+async fn connected(target: &Target) -> Client {
+    Client::connect(target, CONNECT_LIMIT).await.unwrap()
 }
 
 /// Returns a port on which nobody listens, another one at each call. It lies below the range from

@@ -3,9 +3,8 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
-use bradley::rpc::client::{Client, Status, Target};
+use bradley::rpc::client::{Client, Status};
 use bradley::rpc::pb;
 use tonic::Code;
 
@@ -96,15 +95,9 @@ async fn assert_run_survives(statements: &str) {
     let postgres = Postgres::start();
     let (expected, _) = expected().await;
     let (dir, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let token = Some(token(dir.path(), &postgres));
+    let token = token(dir.path(), &postgres);
     let server = replica(dir.path(), &postgres, share.path(), &["--auth", "tokens"]);
-    let target = Target {
-        token,
-        ..Target::plain(&server.address)
-    };
-    let client = Client::connect(&target, Duration::from_secs(10))
-        .await
-        .unwrap();
+    let client = server.client_with(&token).await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let name = submit(&client, checkpointing(&dataset, STEPS)).await;
     until_event(&client, &name, |e| is_step(e, 12)).await;

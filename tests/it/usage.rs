@@ -4,7 +4,6 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use bradley::rpc::client::{Client, Target};
 use bradley::rpc::pb;
 use serde_json::Value;
 use tonic::Code;
@@ -24,16 +23,6 @@ fn usage(server: &Server, token: &str, more: &[&str]) -> Vec<Value> {
     serde_json::from_slice(&done.stdout).unwrap()
 }
 
-async fn client(server: &Server, token: &str) -> Client {
-    let target = Target {
-        token: Some(token.to_owned()),
-        ..Target::plain(&server.address)
-    };
-    Client::connect(&target, Duration::from_secs(10))
-        .await
-        .unwrap()
-}
-
 fn serve(dir: &Path) -> Server {
     let models = format!("tiny={}", golden("models/llama").display());
     Server::start_with(dir, &models, &["--auth", "tokens"])
@@ -48,7 +37,7 @@ async fn an_owner_sees_its_own_work_and_an_administrator_all() {
     let mut server = serve(dir.path());
     assert!(usage(&server, &a, &[]).is_empty(), "nothing was done yet");
 
-    let of_a = client(&server, &a).await;
+    let of_a = server.client_with(&a).await;
     let n = pairs().len() as u64;
     let scored = score(&of_a, "models/tiny", pairs()).await;
     // Each pair's row has its prompt once.
@@ -81,7 +70,7 @@ async fn an_owner_sees_its_own_work_and_an_administrator_all() {
         "{seen:?}"
     );
 
-    let of_b = client(&server, &b).await;
+    let of_b = server.client_with(&b).await;
     score(&of_b, "models/tiny", pairs()[..1].to_vec()).await;
     assert_eq!(usage(&server, &b, &[])[0]["scored_pairs"], 1);
     let all = usage(&server, &ops, &[]);
@@ -114,7 +103,7 @@ async fn an_owner_sees_its_own_work_and_an_administrator_all() {
         &["--from", "2020-01-01", "--to", "2020-12-31"],
     );
     assert!(earlier.is_empty());
-    let of_b = client(&server, &b).await;
+    let of_b = server.client_with(&b).await;
     for (start, end, field) in [
         ("2020-13-01", "", "start_date"),
         ("", "yesterday", "end_date"),
@@ -146,7 +135,7 @@ async fn work_that_ends_while_the_server_drains_is_counted() {
     };
     let mut calls = tokio::task::JoinSet::new();
     for caller in 0..4 {
-        let (client, mut pair) = (client(&server, &team).await, pair.clone());
+        let (client, mut pair) = (server.client_with(&team).await, pair.clone());
         calls.spawn(async move {
             let mut scored: u64 = 0;
             loop {
