@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bradley::rpc::client::{Client, Target};
@@ -548,13 +550,26 @@ fn spawn(server: &str, input: &str, out: &Path, shard: usize) -> Child {
 }
 
 /// Runs two shards that are killed now and then, until both have ended. Returns the number of
-/// kills.
-fn disturbed(server: &str, input: &str, out: &Path, kills: usize, seed: u64) -> usize {
+/// kills. `limit` is set to a number of parts at which the server may stop answering until the next
+/// kill.
+fn disturbed(
+    server: &str,
+    input: &str,
+    out: &Path,
+    (kills, limit): (usize, &AtomicUsize),
+    seed: u64,
+) -> usize {
     let mut random = rand::rngs::StdRng::seed_from_u64(seed);
     let mut shards = [0, 1].map(|i| Some(spawn(server, input, out, i)));
     let mut killed = 0;
     while shards.iter().any(Option::is_some) {
         let wanted = parts(out).len() + random.random_range(0..4);
+        let most = if killed < kills {
+            wanted + 4
+        } else {
+            usize::MAX
+        };
+        limit.store(most, Ordering::Relaxed);
         let ends = |shards: &mut [Option<Child>; 2]| {
             for shard in shards.iter_mut() {
                 let Some(child) = shard else { continue };
@@ -618,8 +633,13 @@ async fn shards_that_are_killed_and_restarted_write_the_bytes_of_an_undisturbed_
     let input = input.to_str().unwrap();
     let args = [&WEIGHTS[..], &["--part-rows", "8"]].concat();
     succeed(&mut command(&server.address, input, &at("calm"), &args));
-    let slow = slowed(&server.address);
-    let killed = disturbed(&slow, input, &at("disturbed"), 6, 22);
+    let proxy = Proxy::in_front_of(&server.address);
+    proxy.set(Fault::Slow(Duration::from_millis(20)));
+    // Nothing passes at the limit, so that rows are left however late this process kills a shard.
+    let limit = Arc::new(AtomicUsize::new(usize::MAX));
+    let (shared, out) = (limit.clone(), at("disturbed"));
+    proxy.hold_while(move || parts(&out).len() >= shared.load(Ordering::Relaxed));
+    let killed = disturbed(&proxy.url(), input, &at("disturbed"), (6, &limit), 22);
     assert!(
         killed >= 3,
         "the shards ended before they were killed: {killed}"
@@ -1098,7 +1118,9 @@ async fn a_million_rows_are_written_once() {
         write_parquet(&at(&format!("in/{i}.parquet")), file);
     }
     let input: PathBuf = at("in/*");
-    let killed = disturbed(&server.address, input.to_str().unwrap(), &at("out"), 20, 1);
+    let kills = (20, &AtomicUsize::default());
+    let input = input.to_str().unwrap();
+    let killed = disturbed(&server.address, input, &at("out"), kills, 1);
     assert_eq!(manifest(&at("out"))["rows"], json!(rows_wanted));
     eprintln!("{rows_wanted} rows, {killed} kills");
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tonic::Code;
 
-use super::{call, client, serve, until_accepted};
+use super::{call, serve, until_accepted};
 use crate::server::{free_port, job, submit, try_get, upload};
 use crate::support::needed;
 use crate::wait::until;
@@ -96,7 +96,7 @@ async fn tokens_of_a_certified_provider_are_accepted_across_its_rotations() {
             )
             .await;
         }
-        let trainer = client(&server, &new).await;
+        let trainer = server.client_with(&new).await;
         let dataset = upload(&trainer, "pairs.jsonl").await;
         let name = submit(&trainer, job(&dataset.name, 1)).await;
         let job = try_get(&trainer, &name).await.unwrap();
