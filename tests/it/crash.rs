@@ -213,6 +213,7 @@ async fn probes_and_metrics_answer_on_the_http_port() {
         let answer = server.http_get(path);
         assert!(answer.contains(expected), "{path}: {answer}");
     }
+    assert!(server.metric("bradley_scored_tokens_total ") > Some(0.0));
     assert!(server.data_dir.join("bradley.db").is_file());
 }
 

@@ -146,7 +146,7 @@ async fn a_file_declares_tokens_and_takes_them_back() {
     };
     let ended = tokio::time::timeout(Duration::from_secs(30), ended).await;
     assert_eq!(ended.expect("the stream ends"), Some(Code::Unauthenticated));
-    assert!(server.metrics().contains("bradley_declared_tokens 2"));
+    assert_eq!(server.metric("bradley_declared_tokens "), Some(2.0));
 
     // An expired entry is refused, and a file that is gone takes nothing back.
     let past = for_c.replace("expires: 2", "expires: 1");

@@ -656,11 +656,7 @@ async fn pairs_with_log_probs_have_the_scores_of_the_models_that_gave_them() {
         }
         assert_eq!(references(&server), before, "a reference was asked for");
     }
-    let metrics = server.metrics();
-    assert!(
-        metrics.contains("bradley_scored_pairs_total 36"),
-        "{metrics}"
-    );
+    assert_eq!(server.scored_pairs(), 36);
 }
 
 #[tokio::test(flavor = "multi_thread")]
