@@ -597,8 +597,8 @@ fn disturbed(
     killed
 }
 
-/// Returns an address of the same server, to and from which every message takes 20 ms, so that a run
-/// of many parts takes seconds on a fast machine, too.
+/// Returns an address of the same server, to and from which every message takes 20 ms. So a run of
+/// many parts takes seconds on a fast machine, too.
 fn slowed(address: &str) -> String {
     let proxy = Proxy::in_front_of(address);
     proxy.set(Fault::Slow(Duration::from_millis(20)));
