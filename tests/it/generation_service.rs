@@ -1,6 +1,7 @@
 //! The generation service and its command through the real binary: streams, seeds, stop texts,
 //! refused requests, clients that vanish, and jobs that train meanwhile.
 
+use std::path::Path;
 use std::time::Duration;
 
 use bradley::rpc::client::{Client, Status};
@@ -8,6 +9,7 @@ use bradley::rpc::pb;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
+use crate::backends::Proxy;
 use crate::server::{
     Server, free_port, is_final, is_step, job, reason, state, submit, until_event, upload,
 };
@@ -510,8 +512,13 @@ async fn the_prompts_of_a_file_survive_a_restart_of_the_server() {
     std::fs::write(&prompts, "{\"prompt\": \"x\"}\n".repeat(200)).unwrap();
     let out = dir.path().join("out.jsonl");
     let part = dir.path().join("out.jsonl.part");
+    let has_result = |part: &Path| std::fs::read_to_string(part).is_ok_and(|text| !text.is_empty());
+    // After a result nothing passes, so that prompts are left when the server is killed.
+    let proxy = Proxy::in_front_of(&server.address);
+    let written = part.clone();
+    proxy.hold_while(move || has_result(&written));
     let mut command = std::process::Command::new(binary())
-        .args(["generate", "--server", &server.address, "--policy", "tiny"])
+        .args(["generate", "--server", &proxy.url(), "--policy", "tiny"])
         .args(["--max-tokens", "100", "--ignore-eos", "--data"])
         .arg(&prompts)
         .arg("--out")
@@ -519,11 +526,12 @@ async fn the_prompts_of_a_file_survive_a_restart_of_the_server() {
         .spawn()
         .unwrap();
     until("a first result", Duration::from_secs(60), async || {
-        std::fs::read_to_string(&part).is_ok_and(|text| !text.is_empty())
+        has_result(&part)
     })
     .await;
     server.kill();
-    assert!(!out.exists(), "the command was faster than the test");
+    assert!(!out.exists(), "no prompt is left");
+    proxy.release();
     let server = Server::start_with(&data_dir, &models, &["--listen", &listen]);
     let status = tokio::task::block_in_place(|| command.wait().unwrap());
     assert!(status.success());
