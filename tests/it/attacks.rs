@@ -597,7 +597,7 @@ async fn a_server_warns_that_the_limit_of_open_files_lowers_max_connections() {
     let server = start_limited(dir.path(), libc::RLIMIT_NOFILE, 256, 256);
     until(
         "a log line about max_connections",
-        Duration::from_secs(10),
+        Duration::from_secs(60),
         async || server.has_logged("max_connections"),
     )
     .await;

@@ -180,7 +180,8 @@ async fn sigterm_drains_within_its_deadline_and_the_job_continues() {
         })
     };
     is_open.await.unwrap();
-    let status = server.terminate(Duration::from_secs(20));
+    // The default of drain_timeout.
+    let status = server.terminate(Duration::from_secs(30));
     assert!(status.success(), "{status}");
     assert_eq!(
         open.await.unwrap(),

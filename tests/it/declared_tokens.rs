@@ -66,7 +66,7 @@ async fn a_file_declares_tokens_and_takes_them_back() {
     );
     std::fs::write(&file, format!("# The platform's tokens.\n{for_a}{for_b}")).unwrap();
     let server = serve(dir.path(), &file);
-    let limit = Duration::from_secs(20);
+    let limit = Duration::from_secs(60);
 
     let (of_a, of_b) = (server.client_with(&a).await, server.client_with(&b).await);
     let dataset = upload(&of_a, "pairs.jsonl").await;

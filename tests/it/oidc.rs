@@ -600,7 +600,7 @@ async fn a_discovery_document_of_another_issuer_gives_no_keys() {
     let state = "[-] OIDC issuer: its keys cannot be fetched: its tokens cannot be checked\n";
     until(
         "the line of readiness",
-        Duration::from_secs(10),
+        Duration::from_secs(30),
         async || {
             let verbose = server.http_get("/readyz?verbose");
             verbose.starts_with("HTTP/1.1 200") && verbose.contains(state)

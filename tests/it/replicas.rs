@@ -264,7 +264,7 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
         .pause_training_job(pb::PauseTrainingJobRequest { name: name.clone() })
         .await
         .unwrap();
-    until("the pause", Duration::from_secs(20), async || {
+    until("the pause", Duration::from_secs(60), async || {
         state(&client_b, &name).await == pb::JobState::Paused
     })
     .await;
@@ -273,7 +273,7 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
         .resume_training_job(pb::ResumeTrainingJobRequest { name: name.clone() })
         .await
         .unwrap();
-    until("the continued run", Duration::from_secs(20), async || {
+    until("the continued run", Duration::from_secs(60), async || {
         state(&client_a, &name).await == pb::JobState::Running
     })
     .await;
@@ -282,7 +282,7 @@ async fn a_client_of_one_replica_commands_a_job_on_another() {
         .cancel_training_job(pb::CancelTrainingJobRequest { name: name.clone() })
         .await
         .unwrap();
-    until("the cancellation", Duration::from_secs(20), async || {
+    until("the cancellation", Duration::from_secs(60), async || {
         state(&client_b, &name).await == pb::JobState::Cancelled
     })
     .await;
@@ -418,7 +418,7 @@ async fn a_job_waits_for_a_lost_checkpoint_and_fetches_a_damaged_copy_again() {
         .pause_training_job(pb::PauseTrainingJobRequest { name: name.clone() })
         .await
         .unwrap();
-    until("the pause", Duration::from_secs(20), async || {
+    until("the pause", Duration::from_secs(60), async || {
         state(&client, &name).await == pb::JobState::Paused
     })
     .await;
