@@ -441,7 +441,11 @@ fn the_old_answer_stays_when_the_server_ends_during_a_retry() {
     let has_said = |part: &str| {
         until_blocking(part, SOON, || text(&stderr.lock().unwrap()).contains(part));
     };
-    let generated = || metric(&server, "bradley_generated_tokens_total").unwrap_or(0.0);
+    let generated = || {
+        server
+            .metric("bradley_generated_tokens_total")
+            .unwrap_or(0.0)
+    };
     terminal.types("Water boils\n");
     until_blocking("many tokens", SOON, || generated() >= 300.0);
     signal(child.id(), libc::SIGINT);
@@ -605,7 +609,11 @@ fn sigterm_ends_a_conversation_whose_terminal_takes_no_text() {
     until_blocking("the answer", SOON, || sequences(&server) == Some(1.0));
     // Ctrl-S does this, too.
     tcflow(&device, Action::OOff).unwrap();
-    let generated = || metric(&server, "bradley_generated_tokens_total").unwrap_or_default();
+    let generated = || {
+        server
+            .metric("bradley_generated_tokens_total")
+            .unwrap_or_default()
+    };
     let at_stop = generated();
     until_blocking("text that waits", SOON, || generated() > at_stop + 50.0);
     signal(child.id(), libc::SIGTERM);
