@@ -70,7 +70,7 @@ fn token(port: u16, resource: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs node"]
+#[ignore = "needs oidc-provider on Node.js (BRADLEY_TEST_OIDC)"]
 async fn tokens_of_a_certified_provider_are_accepted_across_its_rotations() {
     let port = free_port();
     let url = format!("http://127.0.0.1:{port}");
