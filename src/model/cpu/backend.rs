@@ -20,7 +20,7 @@ impl Backend for CpuBackend {
     type LeftOperand<'a> = gemm::Operand<'a>;
     type LowRankProjection = Buffer;
     /// Nothing is allocated in advance: gate and up are usually computed tile by tile, and the full
-    /// matrix exists only if tiling is not possible.
+    /// matrix exists only if the tape saves it or if tiling is not possible.
     type GateUpSpace = ();
     type GateUp = GateUpTape;
     type GateUpGradient = CpuGateUpGradient;
