@@ -30,7 +30,7 @@ const MAX_REPEATED: usize = 60;
 const MAX_PROMPTS: usize = 128;
 /// Maximum size of the parameters besides the prompts if there are several, in bytes: the call for
 /// each prompt has a copy of them.
-const MAX_REPEATED_BYTES: usize = 64 << 10;
+const MAX_COPIED_BYTES: usize = 64 << 10;
 /// Maximum number of likely tokens at each place of a text, as in OpenAI's API.
 const MAX_TEXT_ALTERNATIVES: u32 = 5;
 /// Maximum number of likely tokens at each place of a chat, as in OpenAI's API.
@@ -200,9 +200,9 @@ pub fn generation(
         prompt_logprobs: echoes && (alternatives.is_some() || has_token_ids),
         token_texts: alternatives.is_some() || (echoes && has_token_ids),
     };
-    if prompts.len() > 1 && request.encoded_len() > MAX_REPEATED_BYTES {
+    if prompts.len() > 1 && request.encoded_len() > MAX_COPIED_BYTES {
         let problem = format!(
-            "has {} prompts, and the other parameters have more than {MAX_REPEATED_BYTES} bytes: \
+            "has {} prompts, and the other parameters have more than {MAX_COPIED_BYTES} bytes: \
              shorten these, or send a request for each prompt",
             prompts.len()
         );

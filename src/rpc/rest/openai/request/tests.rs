@@ -250,7 +250,7 @@ fn a_text_has_prompts_of_every_form() {
     let found = refused(false, &many);
     assert!(found[0].1.contains("at most 128"), "{found:?}");
     // Each call would have a copy of the stop text.
-    let long = "x".repeat(MAX_REPEATED_BYTES);
+    let long = "x".repeat(MAX_COPIED_BYTES);
     let found = refused(
         false,
         &json!({"model": "tiny", "prompt": ["a", "b"], "stop": long}),
