@@ -279,8 +279,8 @@ impl Generator {
     }
 
     /// Admits waiting requests and computes one token of every sequence whose caller reads. `take`
-    /// returns the next request for which the given test is true. Returns false if nothing could be
-    /// computed.
+    /// returns the next request if the given test is true for it; no other request overtakes it.
+    /// Returns false if nothing could be computed.
     pub fn step(
         &mut self,
         cx: &mut StepContext,

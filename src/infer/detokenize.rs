@@ -158,8 +158,9 @@ impl IncrementalText {
     }
 }
 
-/// Returns the number of bytes of `first` that the text `all` of its tokens and of later ones has,
-/// too; `None` if the later tokens change more than an incomplete character at its end.
+/// Returns the number of bytes at the beginning of `first` that are final. `all` is the text of the
+/// same tokens and of later ones. `None` if the later tokens change more of `first` than an
+/// incomplete character at its end.
 fn final_bytes(first: &str, all: &str) -> Option<usize> {
     let complete = first.trim_end_matches(INCOMPLETE);
     let unchanged = [first, complete];

@@ -227,8 +227,8 @@ struct Tally {
     has_usable_pair: bool,
     /// True if its shape has been counted.
     has_shape: bool,
-    /// Findings about the current row. The pairs of a row share prompt and chosen answer, so they
-    /// repeat findings.
+    /// Findings about the current row. Its pairs share the prompt and some answers, so they repeat
+    /// findings.
     reported: Vec<(String, IssueReason)>,
     /// Number of usable pairs so far.
     pairs: u64,

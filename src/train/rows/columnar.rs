@@ -354,8 +354,8 @@ struct Records {
     left: u64,
     /// The records of the open row group, or the reason why the others cannot be decoded.
     rows: Result<ReaderIter, String>,
-    /// Number of records that may still be returned although another one of their row group failed.
-    /// A file may claim any number of records.
+    /// Number of further records that may be reported as lost, one by one. A file may claim any
+    /// number of records.
     losses_left: u64,
 }
 
