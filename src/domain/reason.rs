@@ -91,8 +91,8 @@ reasons! {
     // Conditions that may be temporary.
     /// The server is stopping.
     Draining = "DRAINING" => Internal,
-    /// The scoring queue is full, or too many generation requests or training runs wait for a
-    /// device.
+    /// The scoring queue is full, too many generation requests or training runs wait for a device,
+    /// or a training run needs the memory of a generation request.
     QueueFull = "QUEUE_FULL" => Internal,
     /// The database does not answer.
     StoreUnavailable = "STORE_UNAVAILABLE" => Internal,
@@ -100,7 +100,7 @@ reasons! {
     ArtifactsUnavailable = "ARTIFACTS_UNAVAILABLE" => Internal,
     /// The issuer of OIDC tokens does not answer, so its keys are not known.
     IssuerUnavailable = "ISSUER_UNAVAILABLE" => Internal,
-    /// A file cannot be read at the moment.
+    /// A file cannot be read or written at the moment.
     StorageUnavailable = "STORAGE_UNAVAILABLE" => Internal,
     /// The caller does not read an answer that holds memory.
     AnswerNotRead = "ANSWER_NOT_READ" => Internal,
@@ -170,7 +170,7 @@ reasons! {
     DeviceFailed = "DEVICE_FAILED" => Internal,
 
     // Reasons why the server does not start.
-    /// Another process uses the data directory.
+    /// Another process uses the data directory, or a restore into it was interrupted.
     DataDirInUse = "DATA_DIR_IN_USE" => Internal,
     /// The artifact store belongs to another database, or the database to another artifact store.
     WrongArtifactStore = "WRONG_ARTIFACT_STORE" => Internal,
