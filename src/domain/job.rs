@@ -136,7 +136,8 @@ pub enum RowPolicy {
     /// Refuse the job.
     #[default]
     Reject,
-    /// Leave the rows out and list them.
+    /// Leave the rows out and list them. Of a row that makes several pairs, only the bad pairs are
+    /// left out.
     Skip,
 }
 
