@@ -327,8 +327,8 @@ impl RowIssue {
 
 /// Maximum number of findings that a report lists; further ones are only counted.
 pub const MAX_LISTED_ISSUES: usize = 1000;
-/// Maximum length of a stored finding's id and field (first) and message (second), in characters.
-/// Rows come from clients and may be long.
+/// Maximum length of a stored finding's id and field (first) and message (second), in characters,
+/// without the `…` of a text that was cut. Rows come from clients and may be long.
 const MAX_ISSUE_CHARS: (usize, usize) = (199, 399);
 /// Maximum number of characters of a value that is quoted in a finding's message.
 pub const MAX_QUOTED_VALUE: usize = 200;

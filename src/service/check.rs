@@ -135,9 +135,9 @@ async fn known_store(data_dir: &Path, database_url: Option<&str>) -> Option<Stri
     tokio::time::timeout(TIMEOUT, asked).await.ok().flatten()
 }
 
-/// Asks the artifact store at `url`. `options` are the variables of its vendor. A new store is
-/// empty, and the folder of a new `file:` URL need not exist, unless the database of these settings
-/// knows a store.
+/// Asks the artifact store at `url`. `options` are the variables of its vendor. Unless the
+/// database of these settings knows a store, a store without an identity is accepted as a new one,
+/// and the folder of a `file:` URL need not exist.
 ///
 /// # Errors
 /// `InvalidArgument` if the URL cannot be used, `Unavailable` if the store does not answer,

@@ -23,7 +23,8 @@ const STREAM_BUFFER_EVENTS: usize = 64;
 /// Event streams of jobs. Clones share them.
 #[derive(Clone)]
 pub(super) struct EventFeed {
-    /// Newest stored sequence number of each followed job.
+    /// Newest sequence number that was announced of each followed job; 0 before the first one, and
+    /// `u64::MAX` after the job's deletion.
     followed: Arc<Mutex<HashMap<String, watch::Sender<u64>>>>,
     store: Store,
     /// Used to end a stream when the caller's token is revoked or expires.

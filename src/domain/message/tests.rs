@@ -160,7 +160,7 @@ fn arguments_that_are_given_nearer_win() {
 }
 
 #[test]
-fn nulls_of_tables_go_all_through() {
+fn null_keys_are_removed_at_every_depth() {
     assert_eq!(
         without_nulls(json!({"a": null, "b": [{"c": null, "d": 1}, null]})),
         json!({"b": [{"d": 1}, null]})

@@ -91,7 +91,8 @@ pub(super) fn refuse_truncated(encoded: &[EncodedCompletion]) -> Result<()> {
 
 /// Returns true if the named reference also computes the pair: the first byte of a hash of the
 /// tokens of its prompt and answers is a multiple of [`CHECK_INTERVAL`]. So the same pairs are
-/// checked each time, and of pairs with the same answers some are.
+/// checked each time. If many pairs have the same answers, some of them are checked, because their
+/// prompts differ.
 pub(super) fn is_checked(encoded: &[EncodedCompletion]) -> bool {
     let mut hash = blake3::Hasher::new();
     for answer in encoded {
