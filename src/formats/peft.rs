@@ -413,7 +413,8 @@ pub fn save_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), Mod
     })
 }
 
-/// Returns an error of writing tensors as one of the operating system, which tells a full disk.
+/// Converts an error of writing tensors to an I/O error, whose kind says, for example, that the
+/// disk is full.
 pub(super) fn io_error(e: SafeTensorError) -> std::io::Error {
     match e {
         SafeTensorError::IoError(e) => e,

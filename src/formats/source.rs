@@ -20,7 +20,7 @@ pub struct HubOptions {
     /// HF_HUB_CACHE, HF_HOME/hub or ~/.cache/huggingface/hub. `None` if there is no home directory
     /// either: then nothing of the hub can be used.
     pub cache_dir: Option<PathBuf>,
-    /// HF_HUB_OFFLINE. True means that only the cache is used.
+    /// HF_HUB_OFFLINE. True forbids requests to the hub.
     pub offline: bool,
 }
 

@@ -261,9 +261,10 @@ impl ChatTokenizer {
         }
     }
 
-    /// Returns name and contents of the files to write beside exported weights, as they were read:
-    /// the tokenizer's files, the chat templates and those of [`EXTRA_FILES`] that the model has. A
-    /// name may contain a folder.
+    /// Returns name and contents of the files to write beside exported weights. From a folder
+    /// these are the tokenizer's files, the chat templates and those of [`EXTRA_FILES`] that the
+    /// model has, as they were read. From GGUF they are a tokenizer.json and a
+    /// tokenizer_config.json that were made from the metadata. A name may contain a folder.
     pub fn files(&self) -> &[(String, Vec<u8>)] {
         &self.files
     }

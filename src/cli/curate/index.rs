@@ -42,7 +42,7 @@ impl IndexedRow {
 pub(super) struct RowIndex {
     /// The rows in order.
     pub rows: Vec<IndexedRow>,
-    /// BLAKE3 hash of every row.
+    /// BLAKE3 hash over all rows.
     pub content: blake3::Hash,
 }
 
@@ -138,9 +138,9 @@ fn usable(pairs: Result<Vec<PreferenceRow>, RowIssue>) -> Result<Vec<PreferenceR
     Ok(pairs)
 }
 
-/// Returns the fold of a row: a hash of its prompt and the seed. So all rows with a prompt are in
-/// one fold, and with them all duplicates and contradictions. An adapter that was trained on a
-/// prompt knows the preference for it, and would only repeat the label.
+/// Returns the fold of a row: a hash of its prompt and the seed. So all rows with the same prompt
+/// are in one fold, and with them all duplicates and contradictions. An adapter that was trained on
+/// a prompt knows the preference for it, and would only repeat the label.
 fn fold(pairs: &[PreferenceRow], seed: u64, folds: u32) -> u32 {
     let prompts = pairs.iter().map(|pair| &pair.prompt);
     // Pairs of one row may divide dialogues at different messages. The shortest beginning is

@@ -31,7 +31,8 @@ impl DataPlace {
     }
 }
 
-/// Finds the files of all arguments, in their order. The files of a pattern or folder are sorted.
+/// Finds the files of all arguments, in their order. The files of a pattern are sorted by name,
+/// those of a folder have the order of its state.json.
 ///
 /// # Errors
 /// Returns a text that names the argument and what to do.

@@ -33,8 +33,8 @@ impl Results {
     /// Opens the output for the prompts in `data`.
     ///
     /// # Errors
-    /// Returns a failure if the output is a file of prompts, the file until it is complete is of
-    /// somebody else, or it cannot be created.
+    /// Returns a failure if the output is a file of prompts, if its `.part` file exists and is not
+    /// of this command, or if it cannot be created.
     pub fn create(out: Option<&Path>, data: &DataFiles) -> Result<Self, Failure> {
         let Some(out) = out else {
             return Ok(Results::Printed);

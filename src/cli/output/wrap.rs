@@ -1,4 +1,4 @@
-//! Wraps text to a number of columns while it comes, for texts of models on a terminal.
+//! Wraps text to a number of columns: the text of a model while it comes, or a whole text.
 
 use std::collections::VecDeque;
 

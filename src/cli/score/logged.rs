@@ -8,8 +8,8 @@ use crate::domain::logged::{
 use crate::rpc::pb;
 use crate::train::rows::RowReader;
 
-/// Leaves only the log-probs in the rows that are to be sent. A row that lacks them becomes a
-/// finding.
+/// Removes the log-probs that are not to be sent from the rows. A row that lacks one that is to be
+/// sent becomes a finding.
 pub(super) fn rows(rows: RowReader, columns: Option<LoggedColumns>) -> RowReader {
     Box::new(rows.map(move |row| select_columns(row?, columns)))
 }

@@ -329,8 +329,8 @@ async fn pairs(
 /// Returns the failure for a server that has no room for a row for a long time.
 fn too_many_retries(message: &str) -> Failure {
     Failure::Failed(format!(
-        "a row was sent {MAX_RETRIES} times, and the server could not score it: {message}; run the \
-         command again later: it continues"
+        "a row was sent again {MAX_RETRIES} times, and the server could not score it: {message}; \
+         run the command again later: it continues"
     ))
 }
 

@@ -7,7 +7,7 @@ use super::SettingsReader;
 use crate::domain::access::Role;
 use crate::service::auth::oidc::{EVERYONE, KeySource, OidcOptions, is_safe_url};
 
-/// Settings that have no effect without `oidc_issuer`.
+/// Settings without a default that have no effect without `oidc_issuer`.
 const DETAILS: [&str; 5] = [
     "oidc_audience",
     "oidc_roles_claim",
