@@ -572,7 +572,8 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         OPTIMIZER,
         U32,
         "8",
-        "Pairs in a micro-batch. Memory grows with it.",
+        "Pairs in a micro-batch. Once these have --row-tokens tokens in all, more pairs need no \
+         more memory, except with the losses aot and aot_unpaired.",
     ),
     flag(
         "gradient-accumulation-steps",
@@ -672,8 +673,8 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         RUN,
         U32,
         "1024",
-        "Maximum number of tokens that are computed at once. Lower it if memory is short; results \
-         stay the same up to rounding.",
+        "Maximum number of tokens that are computed at once; a longer pair is computed as a whole. \
+         The server lowers it if memory is short; results stay the same up to rounding.",
     ),
     flag(
         "activation-checkpointing",
