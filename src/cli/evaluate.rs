@@ -23,7 +23,8 @@ pub(super) async fn run(args: EvaluateArgs, output: Output) -> Outcome {
     if let Some(warning) = same_model_warning(&options.policy, &options.reference) {
         warn(&warning);
     }
-    // With this format nothing about the upload is printed. The report counts its rows.
+    // With this format at most a warning about left-out rows is printed. The report counts the
+    // rows.
     let mut rows = JobRows::new(&client, Output::Json);
     let evaluated = tokio::select! {
         evaluated = evaluate(&client, &args, request, &mut rows) => evaluated,
@@ -113,7 +114,7 @@ pub(super) async fn evaluate_dataset(
         ))
     };
     let report = progress.during(receive).await?;
-    let rate = progress.total();
+    let rate = progress.summary();
     drop(progress);
     if let Some(rate) = rate {
         say(&rate);

@@ -177,7 +177,7 @@ impl WorkProgress {
 
     /// Describes the number of pairs that were done since the start: `60 pairs in 1.5 s, 40
     /// pairs/s`. `None` if it took less than a second.
-    pub fn total(&self) -> Option<String> {
+    pub fn summary(&self) -> Option<String> {
         let passed = self.started.elapsed();
         (passed >= BAR_DELAY).then(|| {
             let (pairs, seconds) = (self.bar.position(), passed.as_secs_f64());

@@ -78,7 +78,7 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let answered = progress.during(score(&client, options, rows, each)).await;
     // A file that cannot be read to its end is also the reason why the stream ended.
     let outcome = read_failure.check().and(answered);
-    let rate = progress.total();
+    let rate = progress.summary();
     drop(progress);
     // A call that was refused as a whole has no results to sum up.
     if outcome.is_ok() || summary.rows() > 0 {

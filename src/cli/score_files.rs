@@ -425,7 +425,7 @@ async fn score_parts(
     };
     progress.during(doing).await?;
     progress.set(work.done.load(Ordering::Relaxed));
-    let rate = progress.total();
+    let rate = progress.summary();
     drop(progress);
     if let Some(rate) = rate {
         say(&rate);
