@@ -18,8 +18,8 @@ pub(super) struct PolicyNames {
     client: Client,
     /// IDs of the server's models.
     models: Vec<String>,
-    /// For models that the command serves itself, without jobs: the flag that names them, and the
-    /// remedy for who means a job.
+    /// For models that the command serves itself, without jobs: the flag that names them, and what
+    /// to do instead of naming a job.
     own_models: Option<(&'static str, &'static str)>,
 }
 
@@ -37,8 +37,8 @@ impl PolicyNames {
         })
     }
 
-    /// Speaks in errors of the models of `flag`, which the command serves itself. There are no jobs
-    /// then: `remedy` is for who means one.
+    /// Lets errors say that the command itself serves the models that `flag` names, and that there
+    /// are no jobs. `remedy` says what to do instead of naming a job.
     pub(super) fn without_jobs(self, flag: &'static str, remedy: &'static str) -> Self {
         PolicyNames {
             own_models: Some((flag, remedy)),

@@ -104,8 +104,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "max_row_tokens",
         "16384",
-        "Maximum number of tokens in one scored row, with the prompt and all of its answers, and \
-         of a prompt with max_tokens of one generated sample; training is limited by a job's \
+        "Maximum number of tokens of a prompt with all of its answers in scoring, and of a prompt \
+         with the max_tokens of one sample in generation; training is limited by a job's \
          max_length instead",
     ),
     (
@@ -509,8 +509,8 @@ impl Settings {
         bad.into_result().map(|()| settings)
     }
 
-    /// Validates every setting. Also returns all bad settings, each with its source. A bad setting
-    /// has its default value or none, so a server must not start with it.
+    /// Validates every setting. Also returns all bad settings, each with its source. The value of a
+    /// bad setting is a stand-in, such as 0, so a server must not start with it.
     pub(super) fn read(sources: &Sources) -> (Self, Violations) {
         let mut bad = Violations::default();
         if let Some((path, table)) = &sources.file {

@@ -26,7 +26,7 @@ pub(super) fn whole_number(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| expected())
 }
 
-/// Parses a number of things in memory.
+/// Parses a whole number that a `usize` can hold, such as a number of threads.
 ///
 /// # Errors
 /// Returns what is allowed.
