@@ -144,7 +144,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "drain_timeout",
         "30",
-        "Time limit for a shutdown, in seconds",
+        "Time for which a shutdown waits for open calls and running jobs, in seconds; the process \
+         ends at most 40 seconds later",
     ),
     (
         "database_url",
@@ -357,7 +358,7 @@ pub struct Settings {
     pub max_upload_bytes: u64,
     /// Number of a job's newest events that are stored.
     pub events_kept: u64,
-    /// Time limit for a shutdown.
+    /// Time for which a shutdown waits for open calls and running jobs.
     pub drain_timeout: Duration,
     /// URL of a PostgreSQL database that replicas share; `None` means SQLite in `data_dir`.
     pub database_url: Option<String>,
