@@ -22,7 +22,7 @@ use self::compare::compare;
 use self::folder::{RunFolder, RunHeader};
 use self::held_out::{EvalUpload, of_eval_data};
 use self::report::{ComparisonSummary, HeldOutPairs, RoundPairs, RoundReport};
-use self::training::{RoundTemplate, RoundTrainer, TrainedRound};
+use self::training::{RoundTemplate, RoundToTrain, RoundTrainer};
 use super::args::{DataArgs, Output, PairMakingArgs, RoundsArgs};
 use super::data::DataFiles;
 use super::evaluate::evaluate_dataset;
@@ -284,7 +284,7 @@ impl RoundsInProgress<'_> {
                  another --judge, and begin in another folder"
             )));
         }
-        let round = TrainedRound {
+        let round = RoundToTrain {
             run: &self.header.run,
             number,
             what: &what,

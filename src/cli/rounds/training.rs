@@ -38,7 +38,7 @@ pub(super) struct RoundTemplate {
 }
 
 /// A round to train.
-pub(super) struct TrainedRound<'a> {
+pub(super) struct RoundToTrain<'a> {
     /// Id of the run.
     pub run: &'a str,
     /// Number of the round, from 1.
@@ -148,7 +148,7 @@ impl RoundTemplate {
     }
 
     /// Returns the job of a round on a dataset as canonical JSON.
-    fn request(&self, round: &TrainedRound<'_>, dataset: String) -> Result<Value, Failure> {
+    fn request(&self, round: &RoundToTrain<'_>, dataset: String) -> Result<Value, Failure> {
         let mut job = self.job.clone();
         job.policy = round.policy.to_owned();
         job.dataset = dataset;
@@ -204,7 +204,7 @@ impl RoundTrainer {
     pub async fn train(
         &mut self,
         folder: &RunFolder,
-        round: &TrainedRound<'_>,
+        round: &RoundToTrain<'_>,
         pairs: &DataFiles,
     ) -> Result<String, Failure> {
         let number = round.number;
@@ -253,7 +253,7 @@ impl RoundTrainer {
     /// Returns the name of a dataset with the pairs of a round.
     async fn dataset(
         &self,
-        round: &TrainedRound<'_>,
+        round: &RoundToTrain<'_>,
         pairs: &DataFiles,
     ) -> Result<String, Failure> {
         let batch = self.template.job.batch.as_ref();
@@ -270,7 +270,7 @@ impl RoundTrainer {
 
     /// Finds the job that an earlier start has requested, if the answer was lost. The same request
     /// would be refused if the dataset was deleted since.
-    async fn lost_job(&self, round: &TrainedRound<'_>) -> Result<Option<String>, Failure> {
+    async fn lost_job(&self, round: &RoundToTrain<'_>) -> Result<Option<String>, Failure> {
         let labels = [
             (RUN_LABEL, round.run.to_owned()),
             (ROUND_LABEL, round.number.to_string()),
@@ -326,7 +326,7 @@ impl RoundTrainer {
     async fn create(
         &self,
         folder: &RunFolder,
-        round: &TrainedRound<'_>,
+        round: &RoundToTrain<'_>,
         training: &RoundTraining,
     ) -> Result<pb::TrainingJob, Failure> {
         let job: pb::TrainingJob =
@@ -402,8 +402,8 @@ mod tests {
         RoundTemplate::read(Some(&path))
     }
 
-    fn round() -> TrainedRound<'static> {
-        TrainedRound {
+    fn round() -> RoundToTrain<'static> {
+        RoundToTrain {
             run: "abc",
             number: 2,
             what: "round 2 of 3",
