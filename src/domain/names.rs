@@ -115,9 +115,16 @@ pub fn parse_checkpoint(name: &str) -> Option<(&str, CheckpointRef)> {
     let which = match which {
         "latest" => CheckpointRef::Latest,
         "best" => CheckpointRef::Best,
-        digits => CheckpointRef::Step(digits.parse().ok()?),
+        digits => CheckpointRef::Step(parse_step(digits)?),
     };
     is_valid_id(job).then_some((job, which))
+}
+
+/// Returns the step in decimal digits, without a sign and without leading zeros, so that each
+/// checkpoint has one name.
+fn parse_step(digits: &str) -> Option<u64> {
+    let step: u64 = digits.parse().ok()?;
+    (step.to_string() == digits).then_some(step)
 }
 
 /// Parses the name of a base model or of a checkpoint.
@@ -161,6 +168,7 @@ mod tests {
         for n in [
             "models/m",
             "trainingJobs/a-1/checkpoints/12",
+            "trainingJobs/a/checkpoints/0",
             "trainingJobs/a/checkpoints/latest",
             "trainingJobs/a/checkpoints/best",
         ] {
@@ -173,6 +181,10 @@ mod tests {
             "datasets/a",
             "trainingJobs/a/b/checkpoints/1",
             "trainingJobs/a/checkpoints/-1",
+            "trainingJobs/a/checkpoints/+5",
+            "trainingJobs/a/checkpoints/007",
+            "trainingJobs/a/checkpoints/00",
+            "trainingJobs/a/checkpoints/",
             "",
         ] {
             assert_eq!(parse_policy(n), None, "{n}");
