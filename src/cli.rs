@@ -75,7 +75,8 @@ pub fn main() -> ExitCode {
     let args = help_layout::with_joined_numbers(std::env::args_os());
     let given = command.try_get_matches_from_mut(args);
     let given = given.unwrap_or_else(|e| help_layout::with_file_tip(e).exit());
-    let cli = Cli::from_arg_matches(&given).unwrap_or_else(|e| e.format(&mut command).exit());
+    let mut cli = Cli::from_arg_matches(&given).unwrap_or_else(|e| e.format(&mut command).exit());
+    note_sources(&mut cli, &given);
     if let Command::Decode {
         path,
         columns,
@@ -106,6 +107,19 @@ pub fn main() -> ExitCode {
         // A device that the command uses itself may still be at work.
         Err(failure @ Failure::Interrupted(_)) => end_at_once(report(failure)),
         Err(failure) => ExitCode::from(report(failure)),
+    }
+}
+
+/// Adds to the arguments of some commands what only the sources of their values tell.
+fn note_sources(cli: &mut Cli, given: &ArgMatches) {
+    if let Command::Doctor(args) = &mut cli.command {
+        // An address that equals the default one is as good as any other.
+        let of = given.subcommand_matches("doctor");
+        let source = of.and_then(|of| of.value_source("server"));
+        let is_given = source.is_some_and(|source| source != ValueSource::DefaultValue);
+        if is_given && args.address.is_none() {
+            args.address = Some(args.server.server.clone());
+        }
     }
 }
 

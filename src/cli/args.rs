@@ -428,6 +428,7 @@ impl ServerArgs {
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
     /// A running server to ask, too. Default: --server, or else the address of --listen.
+    // The address of --server or of its variable is moved here, unless it is clap's default.
     #[arg(long)]
     pub address: Option<String>,
     /// Token and certificates for the running server.

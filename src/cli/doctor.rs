@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::args::{DEFAULT_SERVER, DoctorArgs, Output};
+use super::args::{DoctorArgs, Output};
 use super::failure::{Failure, Outcome};
 use super::output::{self, bytes};
 use super::progress::waiting;
@@ -521,18 +521,17 @@ async fn check_running_server(
     own: OwnAddress,
     report: &mut DoctorReport,
 ) -> bool {
-    let is_optional = args.address.is_none() && args.server.server == DEFAULT_SERVER;
-    let given = args.address.as_ref().unwrap_or(&args.server.server);
-    let address = match (&own, is_optional) {
-        (OwnAddress::BadSettings, true) => return false,
-        (OwnAddress::Unknown, true) => {
+    let is_optional = args.address.is_none();
+    let address = match (&args.address, &own) {
+        (Some(given), _) => given,
+        (None, OwnAddress::Known(address)) => address,
+        (None, OwnAddress::BadSettings) => return false,
+        (None, OwnAddress::Unknown) => {
             let detail = "is not asked, because the settings do not tell its address (TLS, or port \
                           0): --address names it";
             report.add("server", CheckStatus::Ok, detail);
             return true;
         }
-        (OwnAddress::Known(address), true) => address,
-        _ => given,
     };
     let target = Target {
         address: address.clone(),

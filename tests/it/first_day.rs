@@ -202,6 +202,43 @@ fn doctor_asks_the_server_of_its_settings() {
 }
 
 #[test]
+fn doctor_asks_the_server_that_is_named_even_if_its_address_is_the_default() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = golden("models/llama");
+    let own = format!("127.0.0.1:{}", free_port());
+    let named = "http://127.0.0.1:50051";
+    let doctor = |flags: &[&str], variables: &[(&str, &str)]| {
+        let mut command = Command::new(crate::support::binary());
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("BRADLEY_")) {
+            command.env_remove(name);
+        }
+        let out = command
+            .args(["doctor", "--http-listen", "off", "--listen", &own])
+            .args(["--models", model.to_str().unwrap(), "--data-dir"])
+            .arg(dir.path())
+            .args(flags)
+            .envs(variables.iter().copied())
+            .output()
+            .unwrap();
+        // A server may or may not answer at the default address.
+        String::from_utf8(out.stdout).unwrap()
+    };
+    for said in [
+        doctor(&["--server", named], &[]),
+        doctor(&[], &[("BRADLEY_SERVER", named)]),
+    ] {
+        assert!(said.contains(&format!(" server {named}: ")), "{said}");
+        assert!(!said.contains(&format!(" server http://{own}: ")), "{said}");
+        assert!(!said.contains("no server answers there"), "{said}");
+    }
+    let said = doctor(&[], &[]);
+    assert!(
+        said.contains(&format!("ok       server http://{own}: ")),
+        "{said}"
+    );
+}
+
+#[test]
 fn doctor_makes_the_checks_that_the_usable_settings_allow() {
     let dir = tempfile::tempdir().unwrap();
     let model = golden("models/llama");
