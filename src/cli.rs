@@ -50,7 +50,7 @@ use std::time::Duration;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, FromArgMatches as _};
 
-use self::args::{Cli, Command, ServeArgs};
+use self::args::{Cli, Command, JobsCommand, ServeArgs};
 use self::failure::{Failure, Outcome};
 use self::settings::{Settings, Sources};
 use crate::rpc::TlsError;
@@ -120,6 +120,10 @@ fn note_sources(cli: &mut Cli, given: &ArgMatches) {
         if is_given && args.address.is_none() {
             args.address = Some(args.server.server.clone());
         }
+    }
+    if let Command::Jobs(JobsCommand::Metrics(args)) = &mut cli.command {
+        let is_typed = |flag: &str| given.value_source(flag) == Some(ValueSource::CommandLine);
+        args.is_format_given = is_typed("format") || is_typed("output");
     }
 }
 

@@ -1350,9 +1350,12 @@ pub struct MetricsArgs {
     #[command(flatten)]
     pub named: NamedArgs,
     /// A file to write to instead of standard output. Its extension is the format unless --format
-    /// is given: .csv, .json, .yaml or .yml; any other is CSV.
+    /// is given: .csv, .json, .yaml or .yml; any other is the format of BRADLEY_OUTPUT, or CSV.
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    /// True if the format of the results was typed, i.e. is not from its variable or the default.
+    #[arg(skip)]
+    pub is_format_given: bool,
     /// Use only events after this sequence number, for jobs whose first events have been deleted.
     #[arg(long, default_value_t = 0, value_parser = whole_number)]
     pub after: u64,

@@ -55,12 +55,18 @@ pub(super) async fn run(args: MetricsArgs, output: Output) -> Outcome {
         }
         return Ok(());
     };
-    let text = match file_format(path, output) {
+    let given = args.is_format_given.then_some(output);
+    let text = match file_format(path, given, output) {
         Output::Json => format!("{:#}\n", Value::Array(items)),
         Output::Yaml => {
             canonical::yaml_of(&Value::Array(items)).map_err(|e| Failure::Failed(e.to_string()))?
         }
-        Output::Csv | Output::Table => flat::csv(Some(&header), &items),
+        Output::Csv => flat::csv(Some(&header), &items),
+        Output::Table => {
+            let rows = items.iter().map(|item| cells(item, &header)).collect();
+            // A file has no width into which the table must fit.
+            format!("{}\n", output::table::render(&header, rows, None))
+        }
     };
     std::fs::write(path, text)
         .map_err(|e| Failure::Failed(format!("--out {}: {e}", path.display())))?;
@@ -76,14 +82,18 @@ pub(super) async fn run(args: MetricsArgs, output: Output) -> Outcome {
     Ok(())
 }
 
-/// Returns the format of a file: that of `--format`, else that of its extension, else CSV.
-fn file_format(path: &Path, output: Output) -> Output {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("");
-    match (output, extension) {
-        (Output::Table, "json") => Output::Json,
-        (Output::Table, "yaml" | "yml") => Output::Yaml,
-        (Output::Table, _) => Output::Csv,
-        (given, _) => given,
+/// Returns the format of a file: the one that was typed, else that of its extension, else the
+/// default of results. A file is no table by default, but CSV.
+fn file_format(path: &Path, given: Option<Output>, default: Output) -> Output {
+    if let Some(given) = given {
+        return given;
+    }
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("csv") => Output::Csv,
+        Some("json") => Output::Json,
+        Some("yaml" | "yml") => Output::Yaml,
+        _ if default == Output::Table => Output::Csv,
+        _ => default,
     }
 }
 
@@ -240,10 +250,18 @@ mod tests {
 
     #[test]
     fn a_file_has_the_format_of_its_name_unless_another_is_given() {
-        let of = |name: &str, output| file_format(Path::new(name), output);
-        assert_eq!(of("m.csv", Output::Table), Output::Csv);
-        assert_eq!(of("m.txt", Output::Table), Output::Csv);
-        assert_eq!(of("m.yml", Output::Table), Output::Yaml);
-        assert_eq!(of("m.csv", Output::Json), Output::Json);
+        let of = |name: &str, given, default| file_format(Path::new(name), given, default);
+        for default in [Output::Table, Output::Csv, Output::Json, Output::Yaml] {
+            assert_eq!(of("m.csv", None, default), Output::Csv);
+            assert_eq!(of("m.json", None, default), Output::Json);
+            assert_eq!(of("m.yaml", None, default), Output::Yaml);
+            assert_eq!(of("m.yml", None, default), Output::Yaml);
+        }
+        for given in [Output::Table, Output::Csv, Output::Json, Output::Yaml] {
+            assert_eq!(of("m.json", Some(given), given), given);
+            assert_eq!(of("m.txt", Some(given), given), given);
+        }
+        assert_eq!(of("m.txt", None, Output::Table), Output::Csv);
+        assert_eq!(of("m", None, Output::Json), Output::Json);
     }
 }

@@ -298,6 +298,29 @@ fn every_format_has_the_whole_job_and_a_short_name_suffices() {
     let written = std::fs::read_to_string(&file).unwrap();
     assert_eq!(written.lines().count(), 4, "{written}");
     assert!(written.starts_with("step,epoch,loss,"), "{written}");
+    // A typed format decides, else the name of the file, else the variable.
+    let in_file = |name: &str, flags: &[&str]| {
+        let file = dir.path().join(name);
+        let named = ["jobs", "metrics", "@last", "--out", file.to_str().unwrap()];
+        let mut metrics = command(&server, &[&named[..], flags].concat());
+        let out = metrics.env("BRADLEY_OUTPUT", "json").output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success(), "{name} {flags:?}: {said}");
+        std::fs::read_to_string(&file).unwrap()
+    };
+    assert_eq!(in_file("v.csv", &[]), written);
+    assert_eq!(in_file("c.json", &["--format", "csv"]), written);
+    assert_eq!(in_file("o.json", &["--output", "csv"]), written);
+    let json = in_file("v.txt", &[]);
+    assert!(json.starts_with("[\n"), "{json}");
+    assert_eq!(in_file("v.json", &[]), json);
+    let yaml = in_file("v.yaml", &[]);
+    assert!(yaml.contains("step: 1\n"), "{yaml}");
+    let table = in_file("t.json", &["--format", "table"]);
+    assert!(
+        table.starts_with('┌') && table.contains(" loss "),
+        "{table}"
+    );
     let metrics = as_json(&server, &["jobs", "metrics", "@last"]);
     assert_eq!(metrics[2]["step"], 3);
     assert!(metrics[2]["loss"].is_f64());
