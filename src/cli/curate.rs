@@ -94,10 +94,10 @@ pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
         Output::Table => report.print(),
         other => output::resource(other, &document),
     }
-    if !report.replaced.is_empty() {
+    if !report.left_out.is_empty() {
         warn(&format!(
-            "these columns of the rows are replaced by the results: {}",
-            report.replaced.join(", ")
+            "these columns of the rows are left out, because results have the same names: {}",
+            report.left_out.join(", ")
         ));
     }
     if report.errors() > 0 {

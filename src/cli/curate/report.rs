@@ -12,7 +12,8 @@ use crate::cli::output::{line, table};
 use crate::cli::synced_file::SyncedFile;
 use crate::domain::dataset::{ChatMessage, Text};
 
-/// Columns of the results. A row's own columns with these names are replaced.
+/// Columns of the results. A row's own columns with these names are left out, also if the row has
+/// no such result: in a file that is curated again they are old results.
 const COLUMNS: [&str; 9] = [
     "fold",
     "out_of_fold_probability",
@@ -134,8 +135,8 @@ pub(super) struct CurationReport {
     folds: Vec<FoldTally>,
     /// The rows with the lowest margins, lowest first.
     suspicious: Vec<SuspiciousRow>,
-    /// Own columns of the rows that are replaced.
-    pub replaced: Vec<&'static str>,
+    /// Own columns of the rows that are left out, because results have the same names.
+    pub left_out: Vec<&'static str>,
 }
 
 /// Writes every row with its result to `file` and returns the report.
@@ -197,7 +198,7 @@ impl CurationReport {
             contradictions: 0,
             folds: vec![FoldTally::default(); folds as usize],
             suspicious: Vec::new(),
-            replaced: Vec::new(),
+            left_out: Vec::new(),
         }
     }
 
@@ -210,8 +211,8 @@ impl CurationReport {
     ) -> Map<String, Value> {
         let mut columns = record.columns.clone();
         for name in COLUMNS {
-            if columns.shift_remove(name).is_some() && !self.replaced.contains(&name) {
-                self.replaced.push(name);
+            if columns.shift_remove(name).is_some() && !self.left_out.contains(&name) {
+                self.left_out.push(name);
             }
         }
         let mut set = |name: &str, value: Value| columns.insert(name.to_owned(), value);
@@ -434,6 +435,45 @@ mod tests {
                 "agrees"
             ]
         );
+    }
+
+    #[test]
+    fn results_of_an_earlier_curation_are_left_out() {
+        let thresholds = Thresholds {
+            agrees_from: 0.6,
+            flipped_below: 0.4,
+        };
+        let mut report = CurationReport::new(thresholds, 2);
+        let own = json!({"verdict": "agrees", "x": 1, "error": "old", "duplicate_of": 3});
+        let record = DataRecord {
+            row: 7,
+            columns: own.as_object().unwrap().clone(),
+            pairs: Ok(Vec::new()),
+        };
+        let mut indexed = IndexedRow {
+            row: 7,
+            fold: Err("new".to_owned()),
+            duplicate_of: None,
+            contradicts: None,
+        };
+        let failed = Value::Object(report.add(&record, &indexed, None));
+        assert_eq!(failed, json!({"x": 1, "error": "new"}));
+        indexed.fold = Ok(1);
+        let score = FoldScore {
+            row: 7,
+            result: FoldResult::Scored {
+                probability: 0.75,
+                margin: 1.5,
+                calibrated_probability: None,
+                pair: None,
+            },
+        };
+        let scored = Value::Object(report.add(&record, &indexed, Some((1, score))));
+        let wanted = json!({
+            "x": 1, "fold": 2, "out_of_fold_probability": 0.75, "margin": 1.5, "verdict": "agrees",
+        });
+        assert_eq!(scored, wanted);
+        assert_eq!(report.left_out, ["verdict", "duplicate_of", "error"]);
     }
 
     #[test]
