@@ -34,7 +34,7 @@ use crate::rpc::client::Client;
 use crate::rpc::pb;
 
 /// Version of the computation. A curation does not continue with the scores of another version.
-const RUN_VERSION: u32 = 1;
+const RUN_VERSION: u32 = 2;
 /// Number of hexadecimal digits of the id of a curation.
 const ID_DIGITS: usize = 16;
 
