@@ -914,7 +914,8 @@ impl Artifacts {
         fs::create_dir_all(parent).map_err(|e| failed(parent, e))?;
         sync(temporary)?;
         fs::rename(temporary, target).map_err(|e| failed(target, e))?;
-        sync(parent)
+        // Only its entries: other calls may be removing files in it.
+        sync_folder(parent)
     }
 }
 
@@ -932,6 +933,13 @@ pub(super) fn sync(path: &Path) -> Result<()> {
     File::open(path)
         .and_then(|f| f.sync_all())
         .map_err(|e| failed(path, e))
+}
+
+/// Syncs the entries of a folder, but not the contents of its files.
+pub(super) fn sync_folder(folder: &Path) -> Result<()> {
+    File::open(folder)
+        .and_then(|f| f.sync_all())
+        .map_err(|e| failed(folder, e))
 }
 
 /// Lists the plain files below a folder with their sizes and hashes, sorted by path. Symbolic links

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::artifacts::{
     DATASETS_FOLDER, JOBS_FOLDER, TEMPORARY_FOLDER, Temporary, describe, hash_adapter, hash_file,
-    remove, sync,
+    remove, sync, sync_folder,
 };
 use super::blocking::blocking;
 use super::data_dir::{LOCK_FILE, RESTORING_FOLDER, check_restored, lock};
@@ -551,13 +551,6 @@ fn is_mount_point(folder: &Path) -> bool {
             .map(|place| place.as_bytes() == folder)
     };
     mounts.lines().filter_map(of_line).any(|is_it| is_it)
-}
-
-/// Syncs the entries of a folder, but not the contents of its files.
-fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder)
-        .and_then(|f| f.sync_all())
-        .map_err(|e| failed(folder, e))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::task::{Context, Poll, Waker};
 
@@ -303,4 +304,30 @@ fn no_fetch_begins_while_one_whose_caller_has_left_replaces_files() {
         Box::pin(artifacts.fetch_checkpoint(&stored))
     });
     checkpoint::check(&folder).unwrap();
+}
+
+/// Other calls publish and remove files in the same folder.
+#[test]
+fn a_file_is_published_while_others_are_removed() {
+    let root = tempfile::tempdir().unwrap();
+    let artifacts = Artifacts::open(root.path(), None).unwrap();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let other = artifacts.dataset("other");
+            while !is_over.load(Ordering::Relaxed) {
+                fs::write(&other, ROWS).unwrap();
+                fs::remove_file(&other).unwrap();
+            }
+        });
+        let published = (0..500).try_for_each(|i| {
+            let (temporary, target) = (artifacts.temporary(), artifacts.dataset(&i.to_string()));
+            fs::write(&temporary, ROWS).unwrap();
+            artifacts.publish(&temporary, &target)?;
+            assert_eq!(fs::read(&target).unwrap(), ROWS);
+            remove(&target)
+        });
+        is_over.store(true, Ordering::Relaxed);
+        published.unwrap();
+    });
 }
