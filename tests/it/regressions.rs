@@ -503,7 +503,7 @@ async fn two_servers_that_start_at_once_on_an_empty_store_agree_on_its_identity(
     }
 }
 
-/// The database keeps a connection that the server waits for: the usage of the scoring call.
+/// The usage of the scoring call is still to be stored.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL (BRADLEY_TEST_POSTGRES)"]
 async fn a_server_ends_although_its_database_does_not_answer() {
@@ -516,7 +516,7 @@ async fn a_server_ends_although_its_database_does_not_answer() {
     let status = server.terminate(LIMIT);
     drop(frozen);
     assert!(status.success(), "{status}");
-    assert!(server.has_logged("its connections are not closed"));
+    assert!(server.has_logged("the last usage is not stored"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
