@@ -516,7 +516,10 @@ async fn a_server_ends_although_its_database_does_not_answer() {
     let status = server.terminate(LIMIT);
     drop(frozen);
     assert!(status.success(), "{status}");
-    assert!(server.has_logged("the last usage is not stored"));
+    until("a warning about the usage", LIMIT, async || {
+        server.has_logged("the last usage")
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
