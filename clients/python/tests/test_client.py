@@ -304,7 +304,7 @@ def test_scores_are_those_of_every_way(client: Client, policy: str) -> None:
     assert [result.id for result in whole.results] == [row["id"] for row in ROWS]
     assert whole.policy_version == policy
     assert all(result.score.probability != 0.5 for result in whole.results)
-    # Rows as they come, in two calls, by another name of the columns, and as a stream.
+    # The same rows as a stream, and in another call with other names of the columns.
     streamed = {a.result.id: a.result.score for a in client.stream_scores(ROWS, policy)}
     named = [{"prompt": r["prompt"], "a": r["chosen"], "b": r["rejected"]} for r in ROWS]
     for result, other in zip(whole.results, client.score_pairs(named, policy).results, strict=True):

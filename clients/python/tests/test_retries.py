@@ -48,7 +48,7 @@ PAIRS = [{"id": str(i), "prompt": "x", "chosen": " y", "rejected": " z"} for i i
 
 
 def busy(delay: float | None, code: int = 14, reason: str = "QUEUE_FULL") -> status_pb2.Status:
-    """Returns the status of a server that has no time now."""
+    """Returns a status with this reason; by default that of a server that has no time now."""
     details = [error_details_pb2.ErrorInfo(reason=reason, domain="bradley.dev")]
     if delay is not None:
         retry: Any = error_details_pb2.RetryInfo()
@@ -76,12 +76,12 @@ class Fake(
         self.bad_pairs: dict[str, status_pb2.Status] = {}
         # Number of further times that the server has no time for a pair.
         self.busy_again: dict[str, int] = {}
-        # A pair because of which a whole call is refused.
+        # A pair because of which a whole call is refused, or a file whose download lacks its end.
         self.spoiler = ""
         # Seconds before a failure.
         self.pause = 0.0
-        # A pair with which the connection of its stream is lost as soon as that may happen, and set
-        # when it has happened.
+        # A pair with which the connection of its stream is lost as soon as that may happen, or a
+        # file in which a download is lost. The last event is set when it has happened.
         self.breaker = ""
         self.may_break = threading.Event()
         self.may_break.set()
