@@ -549,9 +549,9 @@ impl<'a> Objective<'a> {
 }
 
 /// Description of the case, printed on drop when a check fails or the program panics.
-struct Told(String);
+struct PrintedOnPanic(String);
 
-impl Drop for Told {
+impl Drop for PrintedOnPanic {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("{}", self.0);
@@ -571,7 +571,7 @@ fn check(seed: u64) {
     );
     let layout = &case.row.row.layout.segments;
     let save = case.save;
-    let _told = Told(format!(
+    let _printed = PrintedOnPanic(format!(
         "BRADLEY_TEST_SEED={seed}: {spec:#?}\n{lora:?}\n{layout:?}\n{save:?}"
     ));
 
