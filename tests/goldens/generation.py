@@ -10,7 +10,7 @@ import torch
 from common import HERE, LONGROPE_CONTEXT, MODELS, load
 
 NEW_TOKENS = 32
-# Lengths of the prompts: shorter than the windows, longer than them, and longer than a block of 64 tokens of Bradley's cache.
+# Lengths of the prompts: shorter than the windows, at least as long as them, and longer than a block of 64 tokens of Bradley's cache.
 LENGTHS = [5, 20, 70]
 # The models of generate.py and common.py, without references and other storage of the same model.
 NAMES = sorted(p.name for p in MODELS.iterdir() if not p.name.endswith("-ref") and p.name not in ("llama-sharded", "llama-bf16"))

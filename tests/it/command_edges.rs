@@ -875,7 +875,8 @@ impl AnswerDroppingProxy {
     }
 }
 
-/// Passes calls on, and sets the second flag before the marked one if the first flag is not set.
+/// Passes calls on. Before the first marked one of all connections, sets the first flag, which they
+/// share, and the second one, with which the answers of this connection are dropped.
 fn ask(
     mut client: TcpStream,
     mut server: TcpStream,

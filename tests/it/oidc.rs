@@ -527,7 +527,7 @@ async fn open_calls_end_with_their_token() {
     let lasting = server.client_with(&lasting).await;
     let dataset = upload(&lasting, "pairs.jsonl").await;
     let name = submit(&lasting, job(&dataset.name, 100_000)).await;
-    // 30 seconds after its expiry a token is still accepted.
+    // For 30 seconds after its expiry a token is still accepted.
     let ending = key.sign(&claims(&issuer.url, json!({"exp": now() - 22})));
     let request = pb::StreamTrainingEventsRequest {
         parent: name.clone(),

@@ -845,7 +845,7 @@ async fn what_cannot_be_scored_or_written_is_named_with_the_remedy() {
         2,
     );
     assert!(text.contains("nothing matches this pattern"), "{text}");
-    // The output is a file, or its file system has no room.
+    // The output is a file.
     let text = refused("in/x.jsonl", &WEIGHTS, 1);
     assert!(
         text.contains("--out") && text.contains("name another folder"),

@@ -476,7 +476,7 @@ async fn invalid_requests_are_refused_with_their_reason_and_the_server_continues
         assert_eq!(e.code(), Code::InvalidArgument, "{name}");
     }
 
-    // Uploads without a usable row, in the wrong order, or with the wrong bytes.
+    // Uploads without a usable row, or in the wrong order.
     let file = dir.path().join("bad.jsonl");
     std::fs::write(&file, "{\"prompt\":\"a\"}\nnot json\n\u{fffd}\n").unwrap();
     let e = client
