@@ -32,7 +32,7 @@ and then while it trains. Windows with one load alternate with windows with both
 table says what share of its speed a load keeps beside another one.
 
 The Python needs tests/goldens/requirements.txt, grpcio-tools and googleapis-common-protos. Every
-measurement is one JSON line in --out; the tables at the end are markdown.
+measurement is one JSON line in --out; the tables on standard output are markdown.
 """
 
 import argparse

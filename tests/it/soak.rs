@@ -314,7 +314,7 @@ async fn under_twice_the_load_memory_does_not_grow_and_refusals_say_why() {
         count(&seen.pairs) as f64 / lasted
     );
     println!(
-        "| refusals, each with its reason and a time | {} |",
+        "| refusals, each with its reason and a time or a quota | {} |",
         count(&seen.refused)
     );
     println!(
