@@ -232,7 +232,7 @@ def usage_request(
 
 
 class PairsRun:
-    """Scores the pairs of a call. Pairs whose own error asks for a retry are sent again."""
+    """Tracks the pairs of a call. Those whose own error asks for a retry are requested again."""
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_forked() -> bool:
-    """Returns true if this process was forked from one that had imported gRPC already."""
+    """Returns true if this process was forked from one that had imported this package already."""
     return _is_forked
 
 

@@ -90,15 +90,15 @@ def _file(path: Path) -> Iterator[bytes]:
 def _rows_or_bytes(items: Iterator[Any]) -> Iterator[bytes]:
     for first in items:
         if isinstance(first, (bytes, bytearray, memoryview)):
-            for item in _and(first, items):
+            for item in _chained(first, items):
                 view = memoryview(item).cast("B")
                 for i in range(0, len(view), CHUNK):
                     yield bytes(view[i : i + CHUNK])
         else:
-            yield from _lines(_and(first, items))
+            yield from _lines(_chained(first, items))
 
 
-def _and(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield first
     yield from rest
 
