@@ -17,10 +17,11 @@ const MAX_BEGINNING_TOKENS: usize = 3;
 #[derive(Debug, Default)]
 pub struct IncrementalText {
     ids: Vec<u32>,
-    /// Tokens from here on are decoded again: the text of a token may depend on the one before it.
+    /// Index of the first token that is decoded again: the text of a token may depend on the one
+    /// before it.
     prefix: usize,
-    /// The text of the tokens before this one was returned or is held, except for a character that
-    /// ends after them.
+    /// Index of a token. The text of the tokens before it was returned or is held, except for a
+    /// character that they only begin.
     done: usize,
     /// Text that may be the beginning of a stop text.
     held: String,

@@ -176,7 +176,8 @@ pub struct ScoredToken {
     pub top: Vec<Sampled>,
 }
 
-/// A token with its log-prob: a generated one, or one that is compared with it.
+/// A token with its log-prob: a generated one, one of a prompt, or one of the most likely ones at
+/// the same place.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampled {
     /// Its id.

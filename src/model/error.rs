@@ -21,7 +21,8 @@ pub enum ModelError {
     InvalidConfig {
         /// Path of the file.
         path: PathBuf,
-        /// Name of the field as in the file.
+        /// Name of the field as in the file. For some values of GGUF metadata, the name that they
+        /// have in a config.json.
         field: String,
         /// The problem and the values that are accepted.
         reason: String,
@@ -49,8 +50,9 @@ pub enum ModelError {
     /// The weight files have a tensor in a decoder layer that the configuration does not describe.
     #[error(
         "{}: tensor '{name}'{} belongs to a decoder layer, but the configuration does not describe \
-         it. Ignoring it would change the model's results: correct config.json (attention_bias, \
-         mlp_bias, num_hidden_layers, model_type) or remove the tensor",
+         it. Ignoring it would change the model's results: correct the configuration (in \
+         config.json attention_bias, mlp_bias, num_hidden_layers or model_type; in GGUF \
+         block_count) or remove the tensor",
         path.display(), and_others(*others)
     )]
     UnexpectedTensor {

@@ -18,7 +18,7 @@ pub enum RunEvent {
     Step {
         /// Progress after the step.
         progress: Progress,
-        /// Values by the names that TRL uses.
+        /// Values by name. The names are TRL's, except those of `rewards_normalized/*`.
         metrics: Metrics,
     },
     /// Metrics of an evaluation.

@@ -6,8 +6,8 @@
 //! logged log-probs with the model. Everything is a function of the spec, the data and the seed:
 //! on a CPU the same run gives bit-identical numbers, even if it was interrupted and continued.
 //! Another memory limit or other devices may change the last bits, because the rows may then be
-//! packed differently. On a GPU so may an interruption, because the reference's log-probs are then
-//! computed again in other rows.
+//! packed differently. On a GPU an interruption may change them, too, because the reference's
+//! log-probs are then computed again in other rows.
 
 mod agreement;
 mod evaluation;

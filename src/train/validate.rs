@@ -162,7 +162,7 @@ fn scan(
                 return Ok(());
             }
         };
-        tally.read(&row);
+        tally.count_shape(&row);
         for problem in row.logged.problems() {
             let message = format!(
                 "{}; a job with reference logged refuses the row",
@@ -263,7 +263,7 @@ impl Tally {
     }
 
     /// Counts the shape of the current row, once, and notes if the row has several pairs.
-    fn read(&mut self, pair: &PreferenceRow) {
+    fn count_shape(&mut self, pair: &PreferenceRow) {
         if !self.has_shape {
             *self
                 .report

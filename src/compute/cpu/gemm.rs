@@ -3,9 +3,9 @@
 //!
 //! B, usually a weight ([`WeightView`]), is packed into panels of [`NR`] columns on the fly, one
 //! block at a time. One row-major copy of a weight therefore serves the forward x·Wᵀ and the
-//! backward g·W. A is read in place (f32) or rounded row by row (bf16). The order of the sum over
-//! k depends on k only: **a row of C is the same bit for bit, whatever other rows are computed with
-//! it and however many threads take part**.
+//! backward g·W. A is read in place (f32, unless it is transposed or scaled) or rounded row by row
+//! (bf16). The order of the sum over k depends on k only: **a row of C is the same bit for bit,
+//! whatever other rows are computed with it and however many threads take part**.
 
 mod amx;
 mod kernel;
