@@ -42,7 +42,7 @@ pub enum ModelError {
         path.display()
     )]
     MissingTensor {
-        /// The tensor's Hugging Face name.
+        /// The tensor's Hugging Face name; for the embedding of a GGUF file, its name there.
         name: String,
         /// Path of the file or folder.
         path: PathBuf,
@@ -69,7 +69,7 @@ pub enum ModelError {
         path.display()
     )]
     ShapeMismatch {
-        /// The tensor's Hugging Face name.
+        /// The tensor's Hugging Face name, or PEFT's for a tensor of an adapter.
         name: String,
         /// The file that stores it.
         path: PathBuf,

@@ -139,8 +139,8 @@ pub fn load_rows(path: &Path, format: DatasetFormat) -> Result<LoadedRows, DataE
 /// Message of the finding about a tokenizer without an end-of-sequence token, added to the first
 /// plain-text row.
 const NO_EOS: &str = "the model's tokenizer has no end-of-sequence token, so the model does not \
-    learn where plain-text answers end: set eos_token in its tokenizer_config.json, or end each \
-    answer with a text that stops generation";
+    learn where plain-text answers end: set eos_token in its tokenizer_config.json \
+    (tokenizer.ggml.eos_token_id in GGUF), or end each answer with a text that stops generation";
 
 fn scan(
     path: &Path,
