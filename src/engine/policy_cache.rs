@@ -458,7 +458,7 @@ pub(super) struct PolicyCache {
     limit: usize,
     room: Room,
     /// Bytes that are reserved for cached keys and values of generation.
-    cache: u64,
+    generation_bytes: u64,
     /// Most recently used last.
     all: Vec<CachedPolicy>,
 }
@@ -469,7 +469,7 @@ impl PolicyCache {
         PolicyCache {
             limit: limit.max(1),
             room: Room::unlimited(),
-            cache: 0,
+            generation_bytes: 0,
             all: Vec::new(),
         }
     }
@@ -585,7 +585,7 @@ impl PolicyCache {
     fn left(&self) -> u64 {
         self.room
             .bytes()
-            .saturating_sub(self.counted_bytes() + self.cache)
+            .saturating_sub(self.counted_bytes() + self.generation_bytes)
     }
 
     /// Returns true if `bytes` for the keys and values of a request with these weights have no room
@@ -605,7 +605,7 @@ impl PolicyCache {
             stay.map(|r| r.counted_bytes()).sum()
         };
         let (room, needed) = (self.room.bytes(), own + bytes);
-        needed + in_use(true) <= room && needed + in_use(false) + self.cache > room
+        needed + in_use(true) <= room && needed + in_use(false) + self.generation_bytes > room
     }
 
     /// Reserves bytes for cached keys and values, and evicts weights that are not in use for them.
@@ -626,18 +626,18 @@ impl PolicyCache {
                 setting: base_models.memory_setting(),
             });
         }
-        self.cache += bytes;
+        self.generation_bytes += bytes;
         Ok(())
     }
 
     /// Gives reserved bytes back.
     pub fn release_cache(&mut self, bytes: u64) {
-        self.cache = self.cache.saturating_sub(bytes);
+        self.generation_bytes = self.generation_bytes.saturating_sub(bytes);
     }
 
     #[cfg(test)]
     pub fn reserved_cache(&self) -> u64 {
-        self.cache
+        self.generation_bytes
     }
 
     fn counted_bytes(&self) -> u64 {
@@ -668,7 +668,7 @@ impl PolicyCache {
     /// Returns true if the weights, and the cached keys and values, fit beside the runs in
     /// progress.
     pub fn fits(&self) -> bool {
-        self.counted_bytes() + self.cache <= self.room.bytes()
+        self.counted_bytes() + self.generation_bytes <= self.room.bytes()
     }
 
     #[cfg(test)]

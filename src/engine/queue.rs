@@ -1,8 +1,8 @@
-//! Queue of work for the devices: scoring items, bounded by tokens, prompts to continue, and
-//! training runs, both bounded by number. All workers share it. [`Queue::next`] gives a free worker
-//! scoring items first, then a run, of each kind the oldest that it may take. Prompts do not wait
-//! for these: a free worker takes a generation step before each call of [`Queue::next`], and is
-//! woken if prompts are all that waits.
+//! Queue of work for the devices, which all workers share. The number of tokens of the scoring
+//! items in it is limited, and so are the numbers of training runs and of prompts to continue.
+//! [`Queue::next`] gives a free worker scoring items first, then a run, of each kind the oldest
+//! that it may take. Prompts do not wait for these: a free worker takes a generation step before
+//! each call of [`Queue::next`], and is woken if prompts are all that waits.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};

@@ -175,7 +175,7 @@ fn adapters_are_counted_as_they_are_in_memory() {
 }
 
 #[test]
-fn their_number_stays_limited() {
+fn the_number_of_cached_weights_stays_limited() {
     let base_models = base_models(Precision::F32);
     let mut policies = PolicyCache::new(2);
     for i in 0..4 {
