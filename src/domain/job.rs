@@ -314,7 +314,7 @@ pub struct Checkpoint {
     pub job: String,
     /// Optimizer step after which it was written.
     pub step: u64,
-    /// True if it was the best so far.
+    /// True if it is the best of the job so far. A better one takes the mark away.
     pub best: bool,
     /// True if it holds a LoRA adapter, false if it holds full weights.
     pub adapter: bool,

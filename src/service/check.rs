@@ -140,8 +140,8 @@ async fn known_store(data_dir: &Path, database_url: Option<&str>) -> Option<Stri
 /// and the folder of a `file:` URL need not exist.
 ///
 /// # Errors
-/// `InvalidArgument` if the URL cannot be used, `Unavailable` if the store does not answer,
-/// `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) if the database knows another store.
+/// `InvalidArgument` if the URL cannot be used, `Unavailable` or `Internal` if the store does not
+/// answer, `FailedPrecondition` (`WRONG_ARTIFACT_STORE`) if the database knows another store.
 pub async fn artifact_store(
     url: &str,
     options: &BTreeMap<String, String>,

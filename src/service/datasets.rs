@@ -44,7 +44,7 @@ pub struct UploadMeta {
     pub format: Option<DatasetFormat>,
     /// Id of a model; if given, the lengths of the rows are checked with its tokenizer.
     pub model: Option<String>,
-    /// Maximum length of a row in tokens for this check.
+    /// Maximum number of tokens of prompt + answer for this check.
     pub max_length: usize,
     /// Hash that the file must have, if the client knows it.
     pub content_hash: Option<blake3::Hash>,

@@ -69,7 +69,8 @@ pub struct ScoreOptions {
     pub reference: Option<PolicyName>,
     /// β of the reward; `None` means the job's β, or 0.1 for a base model.
     pub beta: Option<f64>,
-    /// Maximum length of a row in tokens; `None` means the job's, or 1024 for a base model.
+    /// Maximum number of tokens of prompt + answer; `None` means the job's, or 1024 for a base
+    /// model.
     pub max_length: Option<usize>,
     /// Normalization of the reward; `None` means the one the job trains with, or the sum for a base
     /// model.

@@ -14,10 +14,11 @@ use super::store::transfer::CopiedTable;
 use super::store::{DATABASE_FILE, Store, StoreOptions, moved};
 use crate::train::checkpoint::{self, CheckpointError};
 
-/// Copies the files of a data directory to an artifact store, given by its URL and its vendor's
-/// variables, and the rows of the SQLite database to an empty PostgreSQL database. No server may
-/// use the data directory meanwhile. Nothing is removed, but the SQLite database is marked as moved
-/// at the end, and no server starts on it until [`undo`]. The call can be repeated after a failure.
+/// Copies the files of a data directory, except exports, to an artifact store, given by its URL and
+/// its vendor's variables, and the rows of the SQLite database to an empty PostgreSQL database. No
+/// server may use the data directory meanwhile. Nothing is removed, but the SQLite database is
+/// marked as moved at the end, and no server starts on it until [`undo`]. The call can be repeated
+/// after a failure.
 ///
 /// # Errors
 /// `InvalidArgument` if the data directory has no database or has files that were changed, if no

@@ -86,8 +86,8 @@ type TokenTable = HashMap<[u8; 32], Declared>;
 pub(in crate::service) struct DeclaredTokens {
     path: PathBuf,
     table: Arc<RwLock<Arc<TokenTable>>>,
-    /// The bytes that were read when the table was made.
-    first: Arc<Vec<u8>>,
+    /// Bytes of the file at the start, with which [`DeclaredTokens::follow`] compares it first.
+    initial: Arc<Vec<u8>>,
 }
 
 /// Returns the SHA-256 of a token.
@@ -123,14 +123,14 @@ impl DeclaredTokens {
         Ok(DeclaredTokens {
             path: path.to_owned(),
             table: Arc::new(RwLock::new(Arc::new(table))),
-            first: Arc::new(bytes),
+            initial: Arc::new(bytes),
         })
     }
 
     /// Reads the file again whenever it changes, forever. If the changed file cannot be used, the
     /// error is logged and the old tokens stay in use.
     pub async fn follow(&self) {
-        let mut known: std::result::Result<Vec<u8>, String> = Ok(self.first.to_vec());
+        let mut known: std::result::Result<Vec<u8>, String> = Ok(self.initial.to_vec());
         loop {
             tokio::time::sleep(CHECK_INTERVAL).await;
             let current = read(&self.path).await;

@@ -17,8 +17,8 @@ const CHECK_INTERVAL: u8 = 16;
 /// Log-probs of a pair's answers a and b that the caller has computed before.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoggedPair {
-    /// Σ log π_ref of each answer, in nats. The reference then computes nothing, except that one
-    /// which the request names checks one pair in 16.
+    /// Σ log π_ref of each answer, in nats. The reference then computes nothing. Only a reference
+    /// that the request names also computes one pair in 16, as a check.
     pub reference: Option<[f64; 2]>,
     /// Log-probs under the policy. No model computes anything then, and no text is needed.
     pub policy: Option<LoggedPolicy>,
