@@ -1,4 +1,5 @@
-//! `bradley backup`, `restore` and `migrate`: work on a data directory, without a server.
+//! `bradley backup`, `restore` and `migrate`: work on a data directory itself, not through a
+//! server.
 
 use std::future::Future;
 use std::time::Duration;
@@ -58,14 +59,14 @@ pub(super) async fn restore(args: RestoreArgs, output_format: Output) -> Outcome
     let work = backup::restore(&args.dir, &args.data_dir);
     let manifest = with_spinner("restoring the database and its files", work).await?;
     output::resource(output_format, &summary(&manifest, output_format));
-    for warning in lacking(&manifest.missing) {
+    for warning in missing_file_warnings(&manifest.missing) {
         warn(&warning);
     }
     Ok(())
 }
 
 /// Returns the warnings about files that a backup does not have.
-fn lacking(missing: &[String]) -> Vec<String> {
+fn missing_file_warnings(missing: &[String]) -> Vec<String> {
     let named = missing.iter().take(MAX_LISTED_FILES);
     let mut warnings: Vec<String> = named
         .map(|lost| format!("the backup itself lacks {lost}"))
@@ -85,7 +86,7 @@ pub(super) async fn migrate(args: MigrateArgs, output_format: Output) -> Outcome
         let place = args.data_dir.display().to_string();
         output::done(output_format, "undone", &place);
         say(
-            "start the server with the --artifact-url that bradley migrate was given, and without \
+            "start the server with the --artifact-url of its PostgreSQL servers, and without \
              --database-url",
         );
         return Ok(());
@@ -138,11 +139,11 @@ mod tests {
     fn files_that_are_not_listed_are_counted() {
         let missing: Vec<String> = (0..23).map(|i| format!("dataset {i}")).collect();
         assert_eq!(
-            lacking(&missing[..1]),
+            missing_file_warnings(&missing[..1]),
             ["the backup itself lacks dataset 0"]
         );
-        assert_eq!(lacking(&missing[..20]).len(), 20);
-        let warnings = lacking(&missing);
+        assert_eq!(missing_file_warnings(&missing[..20]).len(), 20);
+        let warnings = missing_file_warnings(&missing);
         assert_eq!(warnings.len(), 21);
         assert!(warnings[20].contains("lacks 3 more"), "{warnings:?}");
     }

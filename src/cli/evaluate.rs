@@ -37,7 +37,8 @@ pub(super) async fn run(args: EvaluateArgs, output: Output) -> Outcome {
     finish(&args, output, &evaluated)
 }
 
-/// Returns the request, so far without the names of policy, reference and dataset.
+/// Returns the request, so far with the names of policy and reference as they were given, and
+/// without a dataset.
 fn request(args: &EvaluateArgs) -> Result<pb::EvaluatePolicyRequest, Failure> {
     let (chosen, rejected) = match args.score_columns.as_deref().map(|s| s.split_once(',')) {
         None => ("", ""),
@@ -131,7 +132,7 @@ fn finish(args: &EvaluateArgs, format: Output, report: &pb::EvaluationReport) ->
         Output::Table => {
             let mut shown = report.clone();
             if args.dataset.is_none() {
-                // The upload is deleted, and the caller knows the files.
+                // An upload is deleted, and the caller knows the files.
                 shown.dataset = args.data.join(", ");
             }
             output::line(&report::tables(&shown));

@@ -22,7 +22,7 @@ const FIELDS_OF_COLUMNS: [(&str, &str); 5] = [
 /// Columns that are shown by default if a server runs one of the jobs: which one, and the age of
 /// the job's newest event.
 const OF_RUNNING: [&str; 2] = ["replica", "last event"];
-/// The column with the time since the server that runs a job was heard.
+/// The column with the time since the last sign of life of the server that runs a job.
 const HEARD: &str = "replica_time";
 /// The column with the age of a job's newest event.
 const LAST_EVENT: &str = "last_event_time";

@@ -14,11 +14,11 @@ use crate::rpc::pb;
 const MAX_REPETITIONS: u32 = 4;
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 
-/// Creates a job. The call is repeated while the connection breaks: the request's id makes the
-/// server return the job whose first answer was lost.
+/// Creates a job. The call is repeated while the connection breaks or the server is unavailable.
+/// The request's id makes the server return the job whose first answer was lost.
 ///
 /// # Errors
-/// Returns the server's refusal, or the last error of the connection.
+/// Returns the server's refusal, or the last error if all repetitions failed.
 pub(super) async fn create_job(
     client: &Client,
     request: pb::CreateTrainingJobRequest,
@@ -28,7 +28,7 @@ pub(super) async fn create_job(
         let mut training = client.training();
         match training.create_training_job(request.clone()).await {
             Ok(job) => return Ok(job.into_inner()),
-            Err(status) if repetitions < MAX_REPETITIONS && is_lost(&status) => {
+            Err(status) if repetitions < MAX_REPETITIONS && is_lost_or_unavailable(&status) => {
                 tokio::time::sleep(FIRST_PAUSE * (1 << repetitions)).await;
                 repetitions += 1;
             }
@@ -37,9 +37,9 @@ pub(super) async fn create_job(
     }
 }
 
-/// Returns true if no server has answered. Only an error of the connection has a source; a proxy
-/// answers that the server is unavailable.
-fn is_lost(status: &Status) -> bool {
+/// Returns true if the connection broke, or if a proxy or the server itself answered that the
+/// server is unavailable. Only an error of the connection has a source.
+fn is_lost_or_unavailable(status: &Status) -> bool {
     status.code() == Code::Unavailable || std::error::Error::source(status).is_some()
 }
 

@@ -11,8 +11,8 @@ use crate::rpc::canonical::FieldSelection;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
-/// Fields that say what a job trains on, beside its settings.
-const INPUTS: [&str; 8] = [
+/// Fields that are compared besides the settings: the job's inputs, labels and priority.
+const FIELDS_BESIDES_SETTINGS: [&str; 8] = [
     "policy",
     "reference",
     "logged_check",
@@ -72,10 +72,10 @@ fn title(job: &pb::TrainingJob) -> String {
     }
 }
 
-/// Returns a job's settings and inputs.
+/// Returns a job's settings, inputs, labels and priority.
 fn compared(job: &Value) -> Value {
     let mut compared = output::settings(job);
-    for field in INPUTS {
+    for field in FIELDS_BESIDES_SETTINGS {
         if let Some(value) = job.get(field) {
             compared[field] = value.clone();
         }

@@ -195,7 +195,8 @@ fn cells(item: &Value, header: &[&str]) -> Vec<String> {
         .collect()
 }
 
-/// Formats a number with four significant digits.
+/// Formats a number with four significant digits, or with all digits before the point if these are
+/// more.
 fn significant(x: f64) -> String {
     match x.abs() {
         0.0 => "0".to_owned(),

@@ -14,7 +14,7 @@ use crate::rpc::pb;
 
 /// Number of datasets with the same content that are compared with the job's needs.
 const MAX_CANDIDATES: i32 = 100;
-/// Number of findings that are printed.
+/// Maximum number of findings that are printed.
 const MAX_PRINTED: usize = 10;
 
 /// Maximum time for the removal of a dataset.
@@ -33,13 +33,14 @@ pub(super) struct RowLimits {
 pub(super) struct JobRows {
     client: Client,
     output: Output,
-    /// Datasets of this call, with their files and the limits that they were checked with.
+    /// Datasets that were found or uploaded, with their files and the limits that they were checked
+    /// with.
     ready: Vec<(DataFiles, RowLimits, Uploaded)>,
-    /// Names of the datasets that this call uploaded.
+    /// Names of the datasets that were uploaded.
     uploaded: Vec<String>,
     /// Title of uploaded datasets; `None` for the names of their files.
     title: Option<String>,
-    /// True if a job of this call uses the reference log-probs of its rows.
+    /// True if a job uses the reference log-probs of these rows.
     uses_logged: bool,
 }
 
@@ -105,7 +106,7 @@ impl JobRows {
         Ok(rows.dataset.name)
     }
 
-    /// Deletes the datasets that this call uploaded. Returns a sentence about those that remain.
+    /// Deletes the datasets that were uploaded. Returns a sentence about those that remain.
     pub(super) async fn remove_uploads(self) -> Option<String> {
         let mut remaining = Vec::new();
         for name in self.uploaded {

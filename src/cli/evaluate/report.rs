@@ -9,7 +9,7 @@ use crate::rpc::pb;
 const WIDTH: usize = 80;
 /// Maximum width of names in the tables.
 const MAX_NAME: usize = 34;
-/// Maximum width of the names of weights.
+/// Maximum width of the names of weights, and of the dataset or its files.
 const MAX_VERSION: usize = 68;
 
 /// Returns the report for people.

@@ -196,11 +196,11 @@ impl Fleet {
     /// Sets the options, and the weights that every server must have.
     pub(super) fn set_expected(&self, options: pb::ScoringOptions, weights: WeightsIdentity) {
         *locked(&self.expected) = Some((options, weights));
-        self.begin();
+        self.restart_patience();
     }
 
-    /// Begins the time for which calls are repeated while no server answers.
-    pub(in crate::cli) fn begin(&self) {
+    /// Restarts the time for which calls are repeated while no server answers.
+    pub(in crate::cli) fn restart_patience(&self) {
         *locked(&self.last_answer) = Instant::now();
     }
 

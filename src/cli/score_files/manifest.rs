@@ -176,7 +176,8 @@ pub(super) struct RunCounts {
     pub errors: u64,
 }
 
-/// Returns the parts that belong to the inputs, in order, or `None` if one is missing.
+/// Returns the inputs as the manifest lists them, and the names of their parts in order, or `None`
+/// if a part is missing.
 async fn parts(
     out: &PartStore,
     inputs: &[ScoreInput],
