@@ -13,7 +13,7 @@ use super::status::status;
 use crate::service::auth::tokens::TokenService;
 use crate::service::evaluation::EvaluationService;
 
-/// Maximum number of messages that wait for a slow client. It gets the newest progress later.
+/// Maximum number of messages that wait for a slow client. Progress that finds no room is left out.
 const MAX_WAITING_MESSAGES: usize = 2;
 
 /// The gRPC service for evaluations.
@@ -43,7 +43,7 @@ impl evaluation_service_server::EvaluationService for EvaluationRpc {
             let part = |part| pb::EvaluatePolicyResponse { part: Some(part) };
             let messages = answers.clone();
             let progress = move |progress| {
-                // Progress that finds no room is left out.
+                // Without room, this progress is left out.
                 let progress = part(Part::Progress(convert::progress(progress)));
                 let _ = messages.try_send(Ok(progress));
             };

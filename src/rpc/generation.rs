@@ -18,8 +18,8 @@ use crate::service::auth::tokens::TokenService;
 use crate::service::error::ServiceError;
 use crate::service::generation::{Generation, GenerationService};
 
-/// Maximum number of responses that wait for a slow client. The engine then also waits, and a
-/// response has all tokens that were computed meanwhile.
+/// Maximum number of responses that wait for a slow client. Meanwhile further tokens collect in the
+/// engine's channel, and the engine waits when that is full.
 const MAX_WAITING_MESSAGES: usize = 4;
 /// Maximum time for which a response waits for a slow client.
 const SEND_LIMIT: Duration = Duration::from_secs(60);

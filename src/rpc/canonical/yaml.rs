@@ -98,6 +98,8 @@ fn convert_key(key: yaml_serde::Value) -> Result<String, CanonicalError> {
         Yaml::String(text) => Ok(text),
         Yaml::Number(number) => Ok(number.to_string()),
         Yaml::Bool(flag) => Ok(flag.to_string()),
-        _ => Err(syntax("a key is neither text nor a number".to_owned())),
+        _ => Err(syntax(
+            "a key must be text, a number, true or false".to_owned(),
+        )),
     }
 }

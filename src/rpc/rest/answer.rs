@@ -155,7 +155,7 @@ pub fn with_headers(mut response: Response<Body>, given: HeaderMap) -> Response<
     response
 }
 
-/// Returns the answer for a call that failed, with the headers or trailers that say so.
+/// Returns the answer for a call that failed. `headers` are the headers or trailers of the call.
 fn error_of(status: &Status, headers: &HeaderMap) -> Response<Body> {
     error(http_status(status, headers), status)
 }
@@ -446,7 +446,7 @@ impl<T: StreamText> Events<T> {
 }
 
 impl StreamText for EventText {
-    /// Not every reader of lines skips an empty one.
+    /// Lines have no comments: not every reader of lines would skip them.
     fn has_comments(&self) -> bool {
         self.form == StreamForm::Events
     }

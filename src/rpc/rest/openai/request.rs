@@ -151,7 +151,7 @@ pub fn generation(
     };
     let drops_samples = max_tokens == Some(0);
     if drops_samples {
-        // The service computes the first token with the prompt.
+        // The service has no call without a token: the answer leaves this one out.
         max_tokens = Some(1);
     }
     let alternatives = match is_chat {
@@ -429,7 +429,8 @@ impl CompletionParameters {
             self.bad.push("stream", problem);
         }
         if echoes && streams {
-            let problem = "is true: the prompt is not repeated in a stream; leave one of them out";
+            let problem =
+                "is true: the prompt is not repeated in a stream; leave echo or stream out";
             self.bad.push("echo", problem);
         }
         if echoes && samples > 1 {
