@@ -404,7 +404,7 @@ impl ChatSession {
     }
 
     /// Prints a turn for programs; people have seen its answers while they came. `answers` are its
-    /// complete answers; `None` if it was stopped.
+    /// complete answers; `None` if it was stopped or has failed.
     fn print_item(
         &self,
         asked: (&str, u64),
@@ -420,7 +420,8 @@ impl ChatSession {
         }
     }
 
-    /// Returns a turn for programs. `answers` are its complete answers; `None` if it was stopped.
+    /// Returns a turn for programs. `answers` are its complete answers; `None` if it was stopped or
+    /// has failed.
     fn item(
         &self,
         (user, seed): (&str, u64),
@@ -490,8 +491,8 @@ impl ChatSession {
     }
 
     /// Sends a message to both policies with the conversation before it, without its oldest turns
-    /// if the prompt is too long with them. If it is refused without any of them, the refusal has
-    /// another reason.
+    /// if the prompt is too long with them. If the message alone is refused, too, the refusal is
+    /// returned.
     async fn begin(
         &self,
         (user, seed): (&str, u64),

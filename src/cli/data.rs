@@ -113,7 +113,7 @@ impl DataFiles {
     ) -> Result<Uploaded, Failure> {
         if let Some(path) = self.plain()? {
             let dataset = client.upload_dataset(path, metadata, sent).await?;
-            return Ok(Uploaded::plain(dataset, SourceNames::default()));
+            return Ok(Uploaded::complete(dataset, SourceNames::default()));
         }
         let rows = RowStream::new(self.places.clone(), self.columns.clone());
         upload::upload(client, rows, metadata, sent).await
@@ -192,8 +192,8 @@ impl DataFiles {
             .any(|place| matches!(place, DataPlace::File(file) if is_same(file)))
     }
 
-    /// Returns the rows of all files with their own columns. A file that cannot be read to its end
-    /// is the last item.
+    /// Returns the rows of all files with their own columns. If a file cannot be read to its end,
+    /// the failure is the last item.
     pub(super) fn records(
         &self,
     ) -> impl Iterator<Item = Result<DataRecord, Failure>> + Send + use<> {
@@ -201,8 +201,8 @@ impl DataFiles {
         RecordReader::new(RowStream::wanting(Wanted::PairsAndOthers, places, columns))
     }
 
-    /// Returns the rows of all files with all of their columns, which need not be those of pairs. A
-    /// file that cannot be read to its end is the last item.
+    /// Returns the rows of all files with all of their columns, which need not be those of pairs.
+    /// If a file cannot be read to its end, the failure is the last item.
     pub(super) fn whole_records(
         &self,
     ) -> impl Iterator<Item = Result<WholeRecord, Failure>> + Send + use<> {
@@ -210,8 +210,8 @@ impl DataFiles {
         whole_records(RowStream::wanting(Wanted::All, places, columns))
     }
 
-    /// Returns the pairs of all files, with findings about rows that cannot be read, and the place
-    /// where a failure is found after the last pair.
+    /// Returns the pairs of all files, with findings about rows that cannot be read. After the last
+    /// one, the second result says whether a file could not be read to its end.
     pub(super) fn reader(self) -> (RowReader, ReadFailure) {
         let read_failure = ReadFailure::default();
         let pairs = PairReader {
@@ -233,7 +233,7 @@ pub(super) struct ContentHash {
 impl ContentHash {
     /// Combines a stored dataset that has this hash with the names in the files.
     pub(super) fn stored(&self, dataset: pb::Dataset) -> Uploaded {
-        Uploaded::plain(dataset, self.names.clone())
+        Uploaded::complete(dataset, self.names.clone())
     }
 }
 

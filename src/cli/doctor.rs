@@ -197,7 +197,7 @@ fn resolve(sources: &Sources, report: &mut DoctorReport) -> (Settings, BTreeSet<
     if !names_models {
         let advice = "none is named: bradley serve needs --models or BRADLEY_MODELS";
         report.add("models", CheckStatus::Warning, advice);
-        // Without a model, the other settings would not be validated.
+        // A missing model would count as a bad setting, beside which some others are not reported.
         sources.flags.insert("models".to_owned(), ".".to_owned());
     }
     let (mut settings, bad) = Settings::read(&sources);

@@ -57,8 +57,8 @@ pub struct JobFlag {
     group: &'static str,
     /// Form of the value.
     pub kind: FlagKind,
-    /// Default, as the help shows it. Empty if the help's sentence says what happens without the
-    /// flag.
+    /// Default, as the help shows it. Empty if the flag has none, or if the help's sentence says
+    /// what happens without the flag.
     default: &'static str,
     help: &'static str,
     /// Fields of a job file that have no effect beside this one, and are removed.
@@ -156,7 +156,7 @@ fn truncation_modes() -> Vec<&'static str> {
     vec!["keep_start", "keep_end"]
 }
 
-fn on_or_off() -> Vec<&'static str> {
+fn auto_on_or_off() -> Vec<&'static str> {
     vec!["auto", "on", "off"]
 }
 
@@ -288,8 +288,8 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         MODEL,
         FlagKind::Message,
         "false",
-        "Train every weight in place of a LoRA adapter. It needs about four times the memory \
-         (docs/sizing.md).",
+        "Train every weight in place of a LoRA adapter. It needs about four times the memory, and \
+         on the host of a GPU about eight times (docs/sizing.md).",
     )
     .replacing(&["lora"]),
     flag(
@@ -325,7 +325,7 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         FlagKind::Number,
         "0",
         "Share ε of labels that are assumed to be wrong, at least 0 and below 0.5. It makes noisy \
-         preferences less harmful; losses that ignore it refuse it.",
+         preferences less harmful. It is refused if no loss of the mix uses it.",
     ),
     flag(
         "f-divergence",
@@ -680,7 +680,7 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         "activation-checkpointing",
         "batch.activation_checkpointing",
         RUN,
-        FlagKind::Choice(on_or_off),
+        FlagKind::Choice(auto_on_or_off),
         "auto",
         "Computes activations a second time in place of storing them, which saves memory and costs \
          time. auto does so if memory requires it.",

@@ -279,7 +279,8 @@ impl PairMaker {
         }
     }
 
-    /// Returns everything that the pairs depend on, besides the seed and the weights.
+    /// Returns everything that the pairs depend on, besides the weights and a seed that is chosen
+    /// at random.
     pub fn settings(&self, rows: &[PromptRow]) -> Value {
         let mut prompts = blake3::Hasher::new();
         for row in rows {
@@ -312,7 +313,8 @@ impl PairMaker {
         })
     }
 
-    /// Returns the outcome of a prompt, and the server's warnings about the judge.
+    /// Returns the outcome of a prompt, and warnings: those of the server about the judge, and one
+    /// if samples cannot be scored.
     async fn make(
         &self,
         row: PromptRow,

@@ -305,7 +305,7 @@ fn requested(variants: Vec<PlacedVariant>, args: &TrainArgs) -> Result<Vec<Plann
     planned.collect()
 }
 
-/// Completes the names of policies and references.
+/// Completes the names of policies, references and datasets.
 async fn complete_names(
     client: &Client,
     jobs: &mut [PlannedJob],

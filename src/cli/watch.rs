@@ -218,7 +218,7 @@ pub(super) struct ProgressView {
 
 /// Template of the bar until the number of steps is known.
 const WITHOUT_STEPS: &str = "{spinner} {msg}  {elapsed}";
-/// The bar has the columns that the rest of the line leaves, so that the line fits 80 of them.
+/// The bar gets the columns that the rest of the line leaves, so that the line fits a terminal.
 const WITH_STEPS: &str = "{wide_bar} {pos}/{len} steps  {prefix} left  {msg}";
 
 impl ProgressView {

@@ -93,8 +93,8 @@ impl Conversation {
         }
     }
 
-    /// Returns a note about the turns that are left out for the first time if the first `left_out`
-    /// ones are; `None` if there are none.
+    /// Returns a note about the turns that a prompt without the first `left_out` turns leaves out
+    /// and earlier prompts did not; `None` if there are none.
     pub fn note(&self, left_out: usize) -> Option<String> {
         let new = self.turns.get(self.left_out..left_out)?;
         let number = new.len();

@@ -1,5 +1,5 @@
-//! Uploads rows: a file that the server can read as it is, and any other input as JSONL that is
-//! made while it is sent.
+//! Uploads rows of input that the server cannot read as it is, as JSONL that is made while it is
+//! sent, and describes uploaded datasets.
 
 use std::io;
 use std::pin::Pin;
@@ -63,7 +63,8 @@ pub(in crate::cli) struct Uploaded {
 }
 
 impl Uploaded {
-    pub(super) fn plain(dataset: pb::Dataset, names: SourceNames) -> Self {
+    /// Returns a dataset that has every row of the files.
+    pub(super) fn complete(dataset: pb::Dataset, names: SourceNames) -> Self {
         Uploaded {
             dataset,
             left_out: LeftOut::default(),

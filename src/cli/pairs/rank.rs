@@ -28,7 +28,7 @@ pub(super) struct ChosenPair {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Dropped {
-    /// Fewer than two of its samples differ and are complete.
+    /// Fewer than two of its samples differ, are not blank and, without `--keep-cut`, are complete.
     FewAnswers,
     /// Fewer than two of them can be scored whole.
     NotScored,
