@@ -229,7 +229,8 @@ fn impossible_checks(settings: &Settings, bad: &BTreeSet<String>) -> Vec<&'stati
         || is_bad("oidc_ca_file");
     let checks = [
         ("device", is_bad("device")),
-        ("models", is_bad("models")),
+        // The others are opened, and the bad one is a failed setting.
+        ("models", is_bad("models") && settings.models.is_empty()),
         ("data_dir", is_bad("data_dir")),
         ("database", lacks_database),
         (
@@ -283,12 +284,16 @@ fn machine(settings: &Settings) -> Vec<(&'static str, String)> {
     // Only opening a GPU tells if this build and this machine have one.
     match ComputeDevice::open_all(DeviceChoice::Cuda(0)) {
         Ok(_) => {
-            for gpu in ComputeDevice::open_all(DeviceChoice::Auto).unwrap_or_default() {
+            let all = ComputeDevice::open_all(DeviceChoice::Auto).unwrap_or_default();
+            let described = all.iter().map(|gpu| {
                 let memory = gpu.memory().map_or(String::new(), |(free, total)| {
                     format!(": {} of {} free", bytes(free), bytes(total))
                 });
-                facts.push(("GPU", format!("{}{memory}", gpu.name())));
-            }
+                format!("{}{memory}", gpu.name())
+            });
+            // One fact, because the names are the keys of a JSON object.
+            let described: Vec<String> = described.collect();
+            facts.push(("GPU", described.join("; ")));
         }
         Err(reason) => facts.push(("GPU", format!("none: {reason}"))),
     }

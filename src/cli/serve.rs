@@ -58,6 +58,14 @@ pub async fn run(settings: Settings, metrics: PrometheusHandle) -> anyhow::Resul
         ),
         None => None,
     };
+    let upkeep = metrics.clone();
+    // Also without an HTTP port: the values are recorded all the same.
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(UPKEEP_INTERVAL).await;
+            upkeep.run_upkeep();
+        }
+    });
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
     let shutdown = async move {
@@ -162,13 +170,7 @@ pub async fn serve_on(
         .map(|(listener, _)| listener.local_addr())
         .transpose()?;
     let http = http.map(|(listener, handle)| {
-        let (server, upkeep) = (service.server.clone(), handle.clone());
-        tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(UPKEEP_INTERVAL).await;
-                upkeep.run_upkeep();
-            }
-        });
+        let server = service.server.clone();
         tokio::spawn(serve_http(listener, server, handle, async move {
             let _ = stopping.wait_for(|s| *s).await;
         }))
