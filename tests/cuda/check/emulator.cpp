@@ -103,8 +103,8 @@ static void test_bf16() {
     CHECK(low_bf16(pack_bf16(1.5f, -2.0f)) == 1.5f && high_bf16(pack_bf16(1.5f, -2.0f)) == -2.0f);
 }
 
-// D = A · B, both row-major in global memory, through shared memory as a real kernel does it:
-// A by ldmatrix, B (k × n) by ldmatrix.trans.
+// D = 1 + A · B, A and B row-major in global memory, through shared memory as a real kernel does
+// it: A by ldmatrix, B (k × n) by ldmatrix.trans.
 KERNEL void product(float* d, const bf16* a, const bf16* b) {
     SHARED(bf16, shared);
     bf16 *a_tile = shared, *b_tile = shared + 256;  // each 16 × 16; mma takes half of B

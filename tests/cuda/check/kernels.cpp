@@ -54,8 +54,8 @@ void move_rows(int rows, int width, int grid) {
         run.expect(to, want, 0);
     });
     cases<T>("scatter_rows", shape, [&](Run& run) {
-        // Rows of `from` sorted by id; ids 0..2·rows, of which about half appear, the first one
-        // very often.
+        // `order` sorts the rows of `from` by id. Of the ids 0..2·rows about 60 % appear, the first
+        // one very often.
         auto to = run.random<float>(2 * rows * width), from = run.random<float>(3 * rows * width);
         auto ids = run.below(3 * rows, 2 * rows), order = run.empty<unsigned>(3 * rows);
         for (int i = 0; i < rows; ++i) ids[3 * i] = ids[0];

@@ -109,14 +109,14 @@ def main():
         "--steps",
         type=int,
         metavar="N",
-        help="the trace has N equal steps: say also what each takes",
+        help="the trace has N equal steps: print the figures per step, too",
     )
     parser.add_argument(
         "--skip",
         type=int,
         default=0,
         metavar="N",
-        help="leave out all before the kernel after the first N",
+        help="leave out the first N kernels, and all else before the next kernel",
     )
     parser.add_argument(
         "--ordered",
