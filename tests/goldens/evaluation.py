@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes evaluation.json: what scikit-learn and scipy say about margins and length differences.
+"""Writes evaluation.json: what scikit-learn, scipy and numpy say about margins and
+length differences.
 
 Needs scikit-learn==1.9.1, scipy==1.17.1 and numpy==2.4.6.
 """

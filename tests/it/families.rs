@@ -591,7 +591,7 @@ fn a_phi_3_is_read_as_transformers_reads_it() {
 
 #[test]
 fn a_glm_4_is_read_as_transformers_reads_it() {
-    // The fields of THUDM/GLM-4-9B-0414's config.json that describe the model.
+    // The fields of zai-org/GLM-4-9B-0414's config.json that describe the model.
     let published = json!({
         "model_type": "glm4",
         "architectures": ["Glm4ForCausalLM"],

@@ -1,4 +1,4 @@
-//! Figures of evaluations against scikit-learn's and scipy's.
+//! Figures of evaluations against those of scikit-learn, scipy and numpy.
 
 use bradley::math::calibration::{CalibrationPoint, fit, fit_temperature};
 use bradley::math::evaluation::{Wins, histogram, probability_scores};

@@ -1,5 +1,5 @@
-//! Compares every loss, divergence and weighting of TRL's DPOTrainer with its own code: value,
-//! gradient norm and metrics. Losses that it lacks are compared with their formulas.
+//! Compares every loss, divergence and weighting that TRL's DPOTrainer has with TRL's own results:
+//! value, gradient norm and metrics. Losses that TRL lacks are compared with their formulas.
 
 use bradley::domain::dpo::{Divergence, DpoConfig, LossType, WeightedLoss};
 use bradley::domain::training::{BatchConfig, Method, OptimizerConfig, ScheduleKind, TrainingSpec};

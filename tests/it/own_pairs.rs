@@ -355,7 +355,6 @@ async fn what_cannot_be_a_pair_is_said() {
     refused(&[], "prompts.jsonl has no prompts");
     std::fs::write(&prompts, "{\"prompt\": \"x\", \"system\": \"y\"}\n").unwrap();
     refused(&[], "the column system cannot be copied");
-    // Greedy samples are all the same.
     std::fs::write(&prompts, "{\"prompt\": \"x\"}\n").unwrap();
     let wrong_outputs = [
         (dir.path().to_owned(), "is a folder: name a file"),
@@ -378,6 +377,7 @@ async fn what_cannot_be_a_pair_is_said() {
         said
     };
     let few = "1 with fewer than two different complete answers";
+    // Greedy samples are all the same.
     without_pairs(&["--temperature", "0"], few);
     // Samples that are cut off, and those that are too long to be scored whole.
     without_pairs(&["--ignore-eos"], few);

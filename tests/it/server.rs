@@ -28,7 +28,7 @@ pub struct Server {
     /// `127.0.0.1:PORT` of the HTTP port.
     pub http: String,
     pub data_dir: PathBuf,
-    /// Lines of its log above the level INFO.
+    /// Lines of its log at other levels than INFO.
     log: Arc<Mutex<Vec<String>>>,
     /// All lines of its log.
     lines: Arc<Mutex<Vec<String>>>,

@@ -81,7 +81,8 @@ class Fake(
         # Seconds before a failure.
         self.pause = 0.0
         # A pair with which the connection of its stream is lost as soon as that may happen, or a
-        # file in which a download is lost. The last event is set when it has happened.
+        # file in which a download is lost. `may_break` allows the loss of the connection;
+        # `has_broken` is set when either is lost.
         self.breaker = ""
         self.may_break = threading.Event()
         self.may_break.set()

@@ -241,8 +241,8 @@ def memory():
     a GPU's or a MIG slice's is set only by config. Checks the devices, too."""
     gpu, large = {"gpu": {"enabled": True}}, {"resources": {"limits": {"memory": "64Gi"}}}
     cases = (
-        # Values, the limits of the host's and of the GPUs' memory (0.9 · (memory - 1 GiB), in MiB),
-        # and the devices.
+        # Values; the limit of the host's memory (0.9 · (memory - 1 GiB), in MiB); that of each
+        # GPU's; and the devices.
         ({}, "4608MiB", None, None),
         (large, "58060MiB", None, None),
         (gpu, "4608MiB", None, "cuda:0"),
