@@ -128,7 +128,7 @@ class Client:
         DataFrame, a pyarrow Table or a `datasets.Dataset`. With `model`, the lengths of the rows
         are checked with that model's tokenizer. `timeout` is `scoring_timeout` by default. An
         upload is repeated only if the server asks for it, because another one would be another
-        dataset.
+        dataset, and only if `data` can be read again (no iterator, no open file).
         """
         read, repeatable = uploads.reader(data)
         model = messages.full_name("models", model) if model else ""

@@ -157,7 +157,7 @@ class AbortedError(BradleyError):
 
 
 class OutOfRangeError(BradleyError):
-    """A cursor lies outside of the stored events."""
+    """A cursor lies outside of the stored events, or a message is too large for the server."""
 
 
 class UnimplementedError(BradleyError):

@@ -105,9 +105,9 @@ def pair_message(row: PairLike, pair_id: str | None = None) -> scoring_pb2.Pair:
     """Converts a row to a pair. Raises `RowError` if it has none.
 
     Reads fewer shapes of rows than `bradley score`, and these in the same way. Without `prompt`,
-    the messages that both dialogues begin with are the prompt. So they are if `prompt` is only the
-    text of their first user message (UltraFeedback). A `system` column is the text of the system
-    message.
+    the messages that both dialogues begin with are the prompt. The same holds if `prompt` is only
+    the text of their first user message (UltraFeedback). A `system` column is the text of the
+    system message.
     """
     if isinstance(row, scoring_pb2.Pair):
         pair = scoring_pb2.Pair()

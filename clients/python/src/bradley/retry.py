@@ -13,9 +13,9 @@ from bradley.errors import BradleyError
 class RetryPolicy:
     """Settings of retries.
 
-    A call is repeated if the server's error asks for it (RetryInfo), after the delay in that error,
-    and if the connection was lost and the call can be repeated without harm. All attempts and
-    delays together last at most as long as the call's `timeout`.
+    A call is repeated in two cases: if the server's error asks for it (RetryInfo), after the delay
+    in that error; or if the connection was lost and the call can be repeated without harm. All
+    attempts and delays together last at most as long as the call's `timeout`.
     """
 
     max_attempts: int = 30
