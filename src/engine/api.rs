@@ -349,8 +349,8 @@ pub struct EngineOptions {
     pub reference_cache_file: Option<PathBuf>,
     /// Size of each worker's cache of keys and values for generation, in tokens.
     pub generation_cache_tokens: usize,
-    /// Maximum number of adapters and full weights in the LRU cache, besides the base models.
-    /// Memory may allow fewer.
+    /// Maximum number of adapters and full weights in each worker's LRU cache, besides the base
+    /// models. Memory may allow fewer.
     pub resident_policies: usize,
     /// Share of device time that scoring may take while a job trains, in (0, 1].
     pub scoring_share: f64,

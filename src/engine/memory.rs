@@ -118,13 +118,13 @@ pub(super) fn host_limit(options: &EngineOptions) -> u64 {
         .unwrap_or_else(|| within(None, HostMemoryOfProcess::read().usable()))
 }
 
-/// Returns a memory limit in bytes. `there` is the memory that there is, `None` if it is not known.
-/// A `setting` is lowered to it; without a setting the limit is nine tenths of it.
-fn within(setting: Option<u64>, there: Option<u64>) -> u64 {
-    match (setting, there) {
-        (Some(limit), Some(there)) => limit.min(there),
+/// Returns a memory limit in bytes. `usable` is the memory that there is, `None` if it is not
+/// known. A `setting` is lowered to it; without a setting the limit is nine tenths of it.
+fn within(setting: Option<u64>, usable: Option<u64>) -> u64 {
+    match (setting, usable) {
+        (Some(limit), Some(usable)) => limit.min(usable),
         (Some(limit), None) => limit,
-        (None, Some(there)) => there / 10 * 9,
+        (None, Some(usable)) => usable / 10 * 9,
         (None, None) => u64::MAX,
     }
 }

@@ -127,7 +127,7 @@ fn load_gguf(
 }
 
 /// Makes a model id from the last part of a path or hub id, without `.gguf` and revision.
-/// Characters that an id must not have become `-`.
+/// Characters that are not allowed in an id are replaced by `-`.
 pub fn default_id(source: &str) -> String {
     let last = source
         .trim_end_matches('/')

@@ -2,10 +2,13 @@
 //! r = β·(log π_θ − log π_ref), the same reward that the loss trains.
 //!
 //! Losses that compare means over tokens (ipo, sigmoid_norm, simpo, orpo) train
-//! r = β·(log π_θ − log π_ref)/n instead, with n the number of tokens. Training metrics and
-//! served scores are both computed by [`reward`], so that equal log-probs give the same bits if the
-//! normalization is the same. For ipo and sigmoid_norm it is not: `rewards/*` are sums, as in TRL
-//! (`DpoConfig::logged_normalization`), while served scores and `rewards_normalized/*` are means.
+//! r = β·(log π_θ − log π_ref)/n instead, with n the number of tokens; for simpo and orpo
+//! without log π_ref.
+//!
+//! Training metrics and served scores are both computed by [`reward`], so that equal log-probs give
+//! the same bits if the normalization is the same. For ipo and sigmoid_norm it is not: `rewards/*`
+//! are sums, as in TRL (`DpoConfig::logged_normalization`), while served scores and
+//! `rewards_normalized/*` are means.
 
 use super::sigmoid;
 use crate::domain::dpo::Normalization;

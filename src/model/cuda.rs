@@ -121,7 +121,7 @@ impl Cuda {
         self.gpu.bind().and_then(|()| self.gpu.memory()).ok()
     }
 
-    /// Returns the peak of the memory in use, in bytes.
+    /// Returns the peak of the memory in use since the last trim, in bytes.
     pub fn peak_bytes(&self) -> u64 {
         self.gpu.peak_bytes()
     }

@@ -158,7 +158,8 @@ impl ComputeDevice {
         }
     }
 
-    /// Returns the peak of the device's own memory in use, in bytes. Returns `None` for the CPU.
+    /// Returns the peak of the device's own memory in use since the last trim, in bytes. Returns
+    /// `None` for the CPU.
     pub fn peak_memory(&self) -> Option<u64> {
         match self {
             ComputeDevice::Cpu => None,

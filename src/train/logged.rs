@@ -15,7 +15,7 @@ use crate::math::score::total;
 
 /// Maximum number of pairs that are computed for comparison.
 pub(super) const SAMPLE_PAIRS: usize = 16;
-/// Epoch of which the first pairs are the sample. No run has so many epochs.
+/// Number of an epoch that no run reaches. The sample is the first pairs in this epoch's order.
 const SAMPLE_EPOCH: u64 = u64::MAX;
 
 fn issue(row: &PreferenceRow, field: &str, reason: IssueReason, message: String) -> RowIssue {

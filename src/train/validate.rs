@@ -222,7 +222,7 @@ struct Tally {
     /// True if the current row has an error.
     is_bad: bool,
     /// True if it has an error that does not depend on model or length.
-    is_bad_for_any_job: bool,
+    is_bad_for_every_job: bool,
     /// True if one of its pairs has no error.
     has_usable_pair: bool,
     /// True if its shape has been counted.
@@ -247,7 +247,7 @@ impl Tally {
             return;
         }
         self.leave();
-        (self.row, self.is_bad, self.is_bad_for_any_job) = (number, false, false);
+        (self.row, self.is_bad, self.is_bad_for_every_job) = (number, false, false);
         (self.has_usable_pair, self.has_shape) = (false, false);
         self.reported.clear();
         self.report.rows += 1;
@@ -256,7 +256,7 @@ impl Tally {
     /// Counts the current row, after its last pair.
     fn leave(&mut self) {
         self.report.valid_rows += u64::from(self.row > 0 && !self.is_bad);
-        *self.report.unusable_rows.get_or_insert_default() += u64::from(self.is_bad_for_any_job);
+        *self.report.unusable_rows.get_or_insert_default() += u64::from(self.is_bad_for_every_job);
         if self.is_bad && self.has_usable_pair {
             self.bad.partly_usable.push(self.row);
         }
@@ -284,7 +284,7 @@ impl Tally {
         self.reported.push(finding);
         if issue.reason.severity() == Severity::Error {
             self.is_bad = true;
-            self.is_bad_for_any_job |= !issue.depends_on_job();
+            self.is_bad_for_every_job |= !issue.depends_on_job();
             self.bad.add(issue.clone());
         }
         self.report.add(issue);
@@ -574,7 +574,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_unusable_for_any_job_only_if_a_finding_does_not_depend_on_the_job() {
+    fn rows_are_unusable_for_every_job_only_if_a_finding_does_not_depend_on_the_job() {
         let mut tally = Tally::default();
         let mut add = |row: u64, field: &str, reason: IssueReason| {
             tally.enter(row);

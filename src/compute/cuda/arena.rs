@@ -18,7 +18,7 @@ const MAX_CHUNK: usize = 32 << 20;
 /// Minimum size in bytes of a chunk: the page size in which devices map memory.
 const MIN_CHUNK: usize = 2 << 20;
 
-/// A chunk is one part in this many of the device's memory, rounded up to a multiple of
+/// The size of a chunk is the device's memory divided by this number, rounded up to a multiple of
 /// [`MIN_CHUNK`], but at most [`MAX_CHUNK`]. A small device (a MIG slice) thus loses little memory
 /// to a partly used chunk.
 const MIN_CHUNKS: usize = 512;

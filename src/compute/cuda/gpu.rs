@@ -22,8 +22,8 @@ use crate::compute::out_of_memory::OutOfMemory;
 /// does not depend on what ran before. NVIDIA recommends this size for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
 
-/// One part in this many of the GPU's memory is left to the driver, which loads code when it is
-/// first used.
+/// The GPU's memory divided by this number is left to the driver, which loads code when it is first
+/// used.
 const RESERVE_DIVISOR: usize = 64;
 
 /// An opened GPU with compiled kernels.

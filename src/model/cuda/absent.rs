@@ -72,7 +72,7 @@ impl AbsentGpu {
         match *self {}
     }
 
-    /// Returns the peak of the memory in use, in bytes.
+    /// Returns the peak of the memory in use since the last trim, in bytes.
     pub fn peak_bytes(&self) -> u64 {
         match *self {}
     }

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use crate::domain::dataset::{IssueReason, PreferenceRow, RowIssue};
 
-/// Maximum length of a line in bytes, without its line break. Longer lines are refused without
-/// reading them into memory.
+/// Maximum length of a line in bytes, without its line break. Longer lines are refused, and
+/// the rest of them is not read into memory.
 pub const MAX_LINE_BYTES: usize = 16 << 20;
 
 /// Error that prevents reading a file. Problems of a single row are [`RowIssue`]s.

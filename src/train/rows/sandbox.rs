@@ -31,7 +31,8 @@ pub const MEMORY: u64 = 1 << 30;
 const BASE_SECONDS: u64 = 60;
 const BYTES_PER_SECOND: u64 = 1 << 20;
 
-/// Lock that lets only one file be decoded at a time, to bound the total memory.
+/// Lock that lets only one file be decoded into pairs at a time, to bound the total memory.
+/// [`SandboxedRecords`] does not take it.
 static DECODE_LOCK: Mutex<()> = Mutex::new(());
 
 /// Message of the decoding process, one JSON line each.
@@ -104,7 +105,8 @@ pub struct SandboxedRecords {
 }
 
 impl SandboxedRecords {
-    /// Starts the process. Unlike [`for_each_row`] it does not wait until another file is decoded.
+    /// Starts the process. Unlike [`for_each_row`], it does not wait for other decoding processes
+    /// to end.
     ///
     /// # Errors
     /// Fails if the file cannot be opened, or its footer or columns are not usable.

@@ -20,10 +20,10 @@ pub(super) fn available() -> bool {
         const XFEATURE_XTILEDATA: libc::c_int = 18;
         // Leaf 7, EDX: bit 22 amx-bf16, bit 24 amx-tile.
         let edx = std::arch::x86_64::__cpuid_count(7, 0).edx;
-        let there = edx & (1 << 22) != 0 && edx & (1 << 24) != 0;
+        let has_amx = edx & (1 << 22) != 0 && edx & (1 << 24) != 0;
         // SAFETY: the call asks for permission to use the tiles and changes nothing else. Threads
         // that start later inherit the permission.
-        there
+        has_amx
             && unsafe {
                 libc::syscall(
                     libc::SYS_arch_prctl,

@@ -97,11 +97,15 @@ impl PreTokenizer {
 /// llama.cpp's names of pre-tokenizers, with their rules.
 ///
 /// Its converter takes the name from the tokens of a test text, so models of several families share
-/// one. Files of Granite have `refact`; of SmolLM3, and of Llama 3 without the BOS token,
-/// `smaug-bpe`; of Phi-4, OLMo 2 and 3 and Granite 4, `dbrx`; of Phi-4-mini, `gpt-4o`; of Mistral
-/// since NeMo and of Ministral, `tekken`. Those of GLM-4 have `chatglm-bpe` or `glm4`. llama.cpp
-/// ignores the merges only for `glm4`, but tiktoken's tokenizer, which both names stand for, always
-/// does.
+/// one:
+///
+/// - `refact`: Granite.
+/// - `smaug-bpe`: SmolLM3, and Llama 3 without the BOS token.
+/// - `dbrx`: Phi-4, OLMo 2 and 3, Granite 4.
+/// - `gpt-4o`: Phi-4-mini.
+/// - `tekken`: Mistral since NeMo, Ministral.
+/// - `chatglm-bpe` or `glm4`: GLM-4. Of these two names, llama.cpp ignores the merges only for
+///   `glm4`, but tiktoken's tokenizer, which both stand for, always does.
 const PRE_TOKENIZERS: [(&[&str], PreTokenizer); 8] = [
     (&[DEFAULT_PRE, "gpt-2"], PreTokenizer::of(Division::Gpt2)),
     (
