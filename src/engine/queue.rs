@@ -26,7 +26,7 @@ const ASSUMED_TOKENS_PER_SECOND: f64 = 500.0;
 /// Interval at which an idle worker checks whether a waiting run was told to stop.
 const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A small piece of work that is done in batches between the units of runs.
+/// A small piece of work that is done in batches, between the units of runs and inside them.
 pub(super) trait WorkItem {
     /// Returns its size in tokens, which counts against the queue's limit and a batch's budget.
     fn tokens(&self) -> usize;
