@@ -265,7 +265,7 @@ pub struct JobWorker {
     /// Name of its machine, which in Kubernetes is that of the pod; its id if there is no name.
     pub replica: String,
     /// Time at which it last renewed the job's lease.
-    pub heard: Millis,
+    pub lease_renewed: Millis,
     /// Time of the job's newest event.
     pub last_event_time: Option<Millis>,
 }

@@ -100,7 +100,7 @@ reasons! {
     ArtifactsUnavailable = "ARTIFACTS_UNAVAILABLE" => Internal,
     /// The issuer of OIDC tokens does not answer, so its keys are not known.
     IssuerUnavailable = "ISSUER_UNAVAILABLE" => Internal,
-    /// A file cannot be read or written at the moment.
+    /// A file cannot be read, decoded or written at the moment.
     StorageUnavailable = "STORAGE_UNAVAILABLE" => Internal,
     /// The caller does not read an answer that holds memory.
     AnswerNotRead = "ANSWER_NOT_READ" => Internal,

@@ -2,7 +2,7 @@
 
 /// Least similarity of two names, from 0 to 1, for one to be taken for a misspelling of the other.
 /// `choosen` and `chosen` have 0.86, `reject` and `rejected` 0.75, `smolm2` and `smollm2` 0.86.
-const SIMILAR: f64 = 0.65;
+const MIN_SIMILARITY: f64 = 0.65;
 
 /// Returns the candidate that is most similar to a misspelt name, if one is similar enough. Upper
 /// and lower case are the same.
@@ -18,7 +18,7 @@ pub fn nearest<'a>(
                 strsim::normalized_damerau_levenshtein(&misspelt, &name.to_lowercase());
             (similarity, name)
         })
-        .filter(|(similarity, _)| *similarity >= SIMILAR)
+        .filter(|(similarity, _)| *similarity >= MIN_SIMILARITY)
         .max_by(|(a, _), (b, _)| a.total_cmp(b))
         .map(|(_, name)| name)
 }

@@ -491,7 +491,7 @@ impl TrainingSpec {
             if self.dpo.reference_sync.is_some() {
                 out.push(
                     format!("{field}.dpo.reference_sync"),
-                    "needs full fine-tuning: with LoRA the reference is the frozen base",
+                    "needs full fine-tuning: with LoRA the reference is frozen",
                 );
             }
         }

@@ -80,8 +80,7 @@ impl BackgroundTasks {
             if let Err(e) = self.set_job_gauges().await {
                 tracing::debug!(error = %e, "jobs cannot be counted");
             }
-            // Repeats notifications that were lost because a caller disconnected or the connection
-            // to the database broke.
+            // Repeats notifications that were lost because the connection to the database broke.
             self.refresh().await;
             if tick.is_multiple_of(ROUNDS_PER_SWEEP)
                 && let Err(e) = self.sweep().await

@@ -32,7 +32,7 @@ impl DetachedWork {
             .map_err(|e| ServiceError::internal(format!("a background task failed: {e}")))?
     }
 
-    /// Starts `work`. Only the end of the server waits for it.
+    /// Starts `work` and returns at once. The server waits for the work before it ends.
     pub fn start(&self, work: impl Future<Output = ()> + Send + 'static) {
         self.0.spawn(work.in_current_span());
     }

@@ -456,7 +456,7 @@ impl WaitingRoom {
     }
 }
 
-/// Returns true if the error says that there is no room now.
+/// Returns true if the error may pass: there is no room now, or something is unavailable.
 fn is_passing(error: &ServiceError) -> bool {
     match error {
         ServiceError::Unavailable { .. } => !error.is_draining(),

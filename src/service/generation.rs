@@ -201,8 +201,8 @@ impl GenerationService {
     /// for another client's job; `NotFound` if the server does not have the policy;
     /// `FailedPrecondition` if its weights cannot be used, or if the server computes on a GPU, for
     /// which generation is not implemented; `Unavailable` if too many requests wait or the server
-    /// is shutting down; `ResourceExhausted` if memory is not sufficient or the client has too many
-    /// tokens in the queue.
+    /// is shutting down; `ResourceExhausted` if memory is not sufficient or the client's unanswered
+    /// requests have too many tokens.
     pub async fn begin(&self, caller: &Caller, options: GenerateOptions) -> Result<Generation> {
         self.shutdown.refuse_new_work()?;
         check_weights(&self.policies.store, caller, &options.policy).await?;

@@ -514,7 +514,8 @@ impl ScoringSession {
     ///
     /// # Errors
     /// `InvalidArgument` if the text has more than 16 MiB, or if the request has tools and the
-    /// prompt is plain text; `ResourceExhausted` if the client has too many tokens in the queue.
+    /// prompt is plain text; `ResourceExhausted` if the client's unanswered requests have too many
+    /// tokens.
     pub async fn admit_completions(
         &self,
         prompt: Text,
@@ -764,7 +765,7 @@ impl ReservedPair {
     /// # Errors
     /// `InvalidArgument` if the pair cannot be encoded, if it has tools or template variables and
     /// its prompt is plain text, or if the log-probs that it carries do not suffice or are of a
-    /// longer answer; `ResourceExhausted` if the client has too many tokens in the queue.
+    /// longer answer; `ResourceExhausted` if the client's unanswered requests have too many tokens.
     pub async fn admit(self) -> Result<AdmittedPair> {
         let ReservedPair {
             session,

@@ -172,8 +172,8 @@ impl Default for StoreOptions {
 pub struct Store {
     dialect: Dialect,
     url: String,
-    /// Connections for writes. SQLite has only one, so that writes are serialised here and never
-    /// meet `SQLITE_BUSY`.
+    /// Connections for writes. SQLite has only one, so that the writes of this process are
+    /// serialised here and never meet `SQLITE_BUSY` because of each other.
     writer: AnyPool,
     readers: AnyPool,
     events_kept: i64,

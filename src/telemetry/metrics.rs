@@ -89,7 +89,7 @@ const COUNTERS: [(&str, &str); 8] = [
     ),
     (
         "bradley_jobs_waiting_total",
-        "Times that a job was requeued because an input was missing or had changed, or too many \
+        "Times that a job could not start because an input was missing or had changed, or too many \
          runs waited, by reason.",
     ),
     (

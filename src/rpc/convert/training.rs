@@ -611,7 +611,10 @@ pub(in crate::rpc) fn job(j: Job) -> pb::TrainingJob {
             .as_ref()
             .and_then(|worker| worker.last_event_time)
             .map(timestamp),
-        replica_time: j.worker.as_ref().map(|worker| timestamp(worker.heard)),
+        replica_time: j
+            .worker
+            .as_ref()
+            .map(|worker| timestamp(worker.lease_renewed)),
         replica: j.worker.map(|worker| worker.replica).unwrap_or_default(),
     }
 }

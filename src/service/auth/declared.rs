@@ -1,5 +1,6 @@
 //! Tokens that a file declares: who they belong to, and the hash of each. The file is part of a
-//! deployment's configuration, e.g. in a Secret, and no command creates these tokens in a database.
+//! deployment's configuration, e.g. in a Secret, so that no command has to create these tokens
+//! in a database.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

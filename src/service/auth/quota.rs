@@ -11,7 +11,7 @@ use crate::service::error::{Result, ServiceError};
 pub(in crate::service) struct ScoringQuota {
     /// Maximum number of these tokens per client; `None` is no limit.
     limit: Option<usize>,
-    in_queue: Arc<Mutex<HashMap<String, usize>>>,
+    unanswered: Arc<Mutex<HashMap<String, usize>>>,
 }
 
 /// A client's share of the quota. It is released when dropped.
@@ -27,7 +27,7 @@ impl ScoringQuota {
     pub fn new(limit: Option<usize>) -> Self {
         ScoringQuota {
             limit,
-            in_queue: Arc::default(),
+            unanswered: Arc::default(),
         }
     }
 
@@ -41,7 +41,10 @@ impl ScoringQuota {
         let Some(limit) = self.limit else {
             return Ok(None);
         };
-        let mut all = self.in_queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self
+            .unanswered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let queued = all.get(owner).copied().unwrap_or(0);
         if queued > 0 && queued.saturating_add(tokens) > limit {
             let message = format!(
@@ -67,7 +70,7 @@ impl Drop for QuotaShare {
     fn drop(&mut self) {
         let mut all = self
             .quota
-            .in_queue
+            .unanswered
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if let Some(queued) = all.get_mut(&self.owner) {
@@ -96,7 +99,7 @@ mod tests {
         assert!(quota.take("b", 41).is_err() && quota.take("b", 40).is_ok());
         drop((first, other));
         assert!(
-            quota.in_queue.lock().unwrap().is_empty(),
+            quota.unanswered.lock().unwrap().is_empty(),
             "no entry remains for a client without requests"
         );
         assert!(

@@ -69,7 +69,7 @@ impl Unfinished {
         if let Err(e) = lock(&file) {
             tracing::debug!(folder = %folder.0.display(), error = %e, "a file cannot be locked");
         }
-        // Without a lock the file tells, too, if somebody has removed the folder.
+        // Even without a lock, the file is useful: if it is gone, somebody has removed the folder.
         fs::rename(&unlocked, &in_use).map_err(|e| failed(&unlocked, e))?;
         Ok(Unfinished {
             folder,

@@ -12,7 +12,7 @@
 //! | Preparing, Running | Pausing | a client asks; the run is told to write a checkpoint and stop |
 //! | Preparing, Running, Pausing | Cancelling | a client asks; the run is told to stop |
 //! | Preparing, Running | Queued | the run is drained or preempted |
-//! | Preparing, Running | Queued | an input is missing or has changed: the job is postponed |
+//! | Preparing | Queued | an input is missing or has changed: the job is postponed |
 //! | Preparing | Queued | too many runs wait for a device: the job is postponed |
 //! | Pausing | Paused | the run is drained, or the job would be postponed |
 //! | Preparing, Running, Pausing, Cancelling | Failed | the run failed, or an input is unusable |

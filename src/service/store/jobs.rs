@@ -265,7 +265,7 @@ impl Store {
         let lease = i64::try_from(self.lease.as_millis()).unwrap_or(i64::MAX);
         job.worker = holder.map(|(owner, until)| JobWorker {
             replica: replica_name(&owner).to_owned(),
-            heard: until.saturating_sub(lease),
+            lease_renewed: until.saturating_sub(lease),
             last_event_time,
         });
         job

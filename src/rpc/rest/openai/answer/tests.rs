@@ -440,7 +440,7 @@ async fn several_prompts_are_answered_in_order() {
         endpoint: Endpoint::Text,
         asked: Arc::new(OnceLock::from(options.clone())),
     };
-    // Every third call is refused once.
+    // Three of the first ten calls are refused.
     let refusals = Arc::new(AtomicUsize::new(0));
     let call = |message: Bytes| {
         let refusals = Arc::clone(&refusals);
