@@ -158,7 +158,7 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
     match question.map(|row| text_of(&row.prompt)).zip(answers) {
         Some((question, (before, after))) => {
             line(&format!(
-                "   One of their questions, with the most likely answer (at most {ANSWER_TOKENS} \
+                "   One of their questions, answered at temperature 0 (at most {ANSWER_TOKENS} \
                  tokens):"
             ));
             show("question", &question);
@@ -260,8 +260,8 @@ async fn score_held_out(
     Ok(summary)
 }
 
-/// Returns the most likely answer of a policy to the prompt of a row; `None` if the server cannot
-/// generate, because it computes on a GPU.
+/// Returns the answer of a policy at temperature 0 to the prompt of a row; `None` if the server
+/// cannot generate, because it computes on a GPU.
 async fn answer(
     client: &Client,
     policy: &str,

@@ -71,7 +71,7 @@ fn with_names_of_others(command: Command) -> Command {
 }
 
 /// Joins a flag and a negative number behind it to one argument. The parser takes `-3` as the value
-/// of a numeric flag, but `-1e-4`, `-.5` and `-1/2` for other flags.
+/// of a numeric flag, but mistakes `-1e-4`, `-.5` and `-1/2` for flags themselves.
 pub(super) fn with_joined_numbers(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut joined: Vec<OsString> = Vec::new();
     let mut has_ended = false;

@@ -12,10 +12,9 @@ use crate::rpc::client::Client;
 use crate::rpc::pb;
 
 /// Fields that are compared besides the settings: the job's inputs, labels and priority.
-const FIELDS_BESIDES_SETTINGS: [&str; 8] = [
+const FIELDS_BESIDES_SETTINGS: [&str; 7] = [
     "policy",
     "reference",
-    "logged_check",
     "dataset",
     "eval_dataset",
     "labels",

@@ -61,7 +61,7 @@ pub struct JobFlag {
     /// what happens without the flag.
     default: &'static str,
     help: &'static str,
-    /// Fields of a job file that have no effect beside this one, and are removed.
+    /// Fields of a job file that contradict or override this one, and are removed.
     replaces: &'static [&'static str],
 }
 

@@ -97,8 +97,8 @@ fn file_format(path: &Path, given: Option<Output>, default: Output) -> Output {
     }
 }
 
-/// Returns the metrics of all stored events, by step. A step that was repeated after a restart has
-/// its last values.
+/// Returns the metrics of the stored events with a sequence number above `after`, by step. A step
+/// that was repeated after a restart has its last values.
 async fn read(client: &Client, job: &str, after: u64) -> Result<BTreeMap<u64, StepRow>, Failure> {
     let mut steps: BTreeMap<u64, StepRow> = BTreeMap::new();
     let mut after_sequence = after;
@@ -195,8 +195,8 @@ fn cells(item: &Value, header: &[&str]) -> Vec<String> {
         .collect()
 }
 
-/// Formats a number with four significant digits, or with all digits before the point if these are
-/// more.
+/// Formats a number with four significant digits. One from 10000 to 99999 has all its digits before
+/// the point.
 fn significant(x: f64) -> String {
     match x.abs() {
         0.0 => "0".to_owned(),

@@ -12,7 +12,7 @@ use crate::domain::violation::counted;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
-/// Number of datasets with the same content that are compared with the job's needs.
+/// Maximum number of datasets with the same content that are compared with the job's needs.
 const MAX_CANDIDATES: i32 = 100;
 /// Maximum number of findings that are printed.
 const MAX_PRINTED: usize = 10;

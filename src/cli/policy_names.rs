@@ -49,7 +49,7 @@ impl PolicyNames {
     /// Returns the only model of the server. `flag` is the one that names a model.
     ///
     /// # Errors
-    /// Returns a failure with the models' names if there are several.
+    /// Returns a failure with the models' names unless there is exactly one.
     pub(super) fn only_model(&self, flag: &str) -> Result<String, Failure> {
         match &self.models[..] {
             [one] => Ok(format!("{MODEL_PREFIX}{one}")),

@@ -31,8 +31,8 @@ use crate::train::rows::{RowReader, detect_format, read_rows};
 
 /// Maximum number of pairs that are queued for sending.
 const MAX_QUEUED_PAIRS: usize = 64;
-/// Maximum number of rows that are read but not printed. Answers come in any order, rows are
-/// printed in the order of the files.
+/// Maximum number of rows that are queued for printing. Answers come in any order, rows are printed
+/// in the order of the files.
 const MAX_UNPRINTED_ROWS: usize = 1024;
 
 pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
@@ -252,8 +252,8 @@ struct ReadRow {
 }
 
 /// Scores rows over one stream and calls `each` for every row, in the order of the files. A row
-/// that cannot be read or scored gets an error of its own. At most [`MAX_UNPRINTED_ROWS`] rows are
-/// in memory, whatever the size of the files.
+/// that cannot be read or scored gets an error of its own. Two rows more than
+/// [`MAX_UNPRINTED_ROWS`] are in memory at most, whatever the size of the files.
 pub(super) async fn score(
     client: &Client,
     options: pb::ScoringOptions,

@@ -434,8 +434,8 @@ async fn score_parts(
     Ok(scored)
 }
 
-/// Estimates the number of rows that this shard has to score: other inputs have as many rows for
-/// each byte as those whose rows are known. `None` if no input's rows are known yet.
+/// Estimates the number of rows that this shard has to score, as if all inputs had as many of them
+/// for each byte as those whose rows are known. `None` if no input's rows are known yet.
 fn expected_rows(planned: &PlannedRows, all_bytes: u64) -> Option<u64> {
     let known = planned.rows.load(Ordering::Relaxed);
     let bytes = planned.bytes.load(Ordering::Relaxed);

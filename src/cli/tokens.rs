@@ -170,7 +170,7 @@ fn in_flags(e: ServiceError) -> Failure {
     Failure::Usage(lines.collect::<Vec<_>>().join("\n  "))
 }
 
-/// Returns true if the data directory has no database yet.
+/// Returns true if the database would be a new file of the data directory.
 fn lacks_database(database: &DatabaseArgs) -> bool {
     database.database_url.is_none() && !database.data_dir.join(DATABASE_FILE).exists()
 }

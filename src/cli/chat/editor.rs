@@ -55,8 +55,8 @@ impl LineEditor {
     pub fn open() -> Option<Self> {
         let behavior = match io::stdout().is_terminal() {
             true => Behavior::Stdio,
-            // Standard output has only answers, so that the editor writes to the controlling
-            // terminal, if standard input is this one.
+            // Standard output gets only answers, so the editor writes to the controlling terminal.
+            // It can do so only if that is the terminal of standard input.
             false => tcgetsid(io::stdin()).ok().map(|_| Behavior::PreferTerm)?,
         };
         if !io::stdin().is_terminal() || is_dumb_terminal() {

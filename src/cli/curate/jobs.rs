@@ -24,7 +24,7 @@ use crate::rpc::pb;
 pub(super) const RUN_LABEL: &str = "curate";
 /// Label with the number of the fold, from 1.
 const FOLD_LABEL: &str = "fold";
-/// Number of datasets with the same content that are looked at.
+/// Maximum number of datasets with the same content that are looked at.
 const MAX_CANDIDATES: i32 = 1000;
 
 /// The settings that the jobs of all folds share, and the caller's words for the fields.

@@ -144,7 +144,7 @@ enum Stop {
 }
 
 impl PartReader {
-    /// Reads on a thread of its own and sends the parts. Returns the inputs that cannot be read.
+    /// Reads and sends the parts, and returns the inputs that cannot be read. It blocks its thread.
     ///
     /// # Errors
     /// Returns a failure if the output cannot be used or has parts of another content of an input.

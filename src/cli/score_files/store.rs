@@ -1,5 +1,6 @@
 //! Where parts are written: a folder or an object store. A part is written once: a name that exists
-//! is never overwritten, also if several processes write it at the same time.
+//! is never overwritten, also if several processes write it at the same time. In a store without
+//! conditional writes, such processes may overwrite a part with the same bytes.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom, Write};
