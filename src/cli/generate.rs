@@ -51,13 +51,13 @@ pub(super) async fn run(args: GenerateArgs, output: Output) -> Outcome {
         ..base
     };
     let Some(prompt) = &args.prompt else {
-        return all(&client, &args, base).await;
+        return continue_files(&client, &args, base).await;
     };
     let request = pb::GenerateCompletionsRequest {
         prompt: Some(prompt_of(&Value::from(prompt.as_str()), &args.form).map_err(usage)?),
         ..base
     };
-    one(&client, request, output).await
+    continue_one(&client, request, output).await
 }
 
 fn usage(problem: String) -> Failure {
@@ -279,7 +279,11 @@ pub(super) fn printable(text: &str) -> Cow<'_, str> {
 }
 
 /// Continues one prompt and prints its text while it comes.
-async fn one(client: &Client, request: pb::GenerateCompletionsRequest, format: Output) -> Outcome {
+async fn continue_one(
+    client: &Client,
+    request: pb::GenerateCompletionsRequest,
+    format: Output,
+) -> Outcome {
     let is_stream = format == Output::Table && request.samples <= 1;
     let progress = WorkProgress::of_task("generating");
     let generated = generate(client, request, |_, text| match is_stream {
@@ -438,7 +442,7 @@ pub(super) async fn check_checkpoint(client: &Client, policy: &str) -> Outcome {
 
 /// Adds the place of a row to a failure, unless the failure begins with a flag: the flag's value is
 /// wrong for every row.
-pub(super) fn of_row(failure: Failure, place: &str) -> Failure {
+pub(super) fn with_row_place(failure: Failure, place: &str) -> Failure {
     match failure.message().starts_with("--") {
         true => failure,
         false => failure.with_context(place),
@@ -475,7 +479,7 @@ where
 }
 
 /// Continues the prompts of files, several at a time, and writes the results in their order.
-async fn all(
+async fn continue_files(
     client: &Client,
     args: &GenerateArgs,
     base: pb::GenerateCompletionsRequest,
@@ -534,7 +538,7 @@ async fn write_all(
         let (client, patience) = (client.clone(), Arc::clone(patience));
         async move {
             let samples = continued(&client, request, &patience).await;
-            let samples = samples.map_err(|failure| of_row(failure, &context))?;
+            let samples = samples.map_err(|failure| with_row_place(failure, &context))?;
             Ok((row.fields, samples))
         }
     };
@@ -565,9 +569,9 @@ mod tests {
     #[test]
     fn the_error_of_a_flag_names_no_row() {
         let failed = |message: &str| Failure::Usage(message.to_owned());
-        let of_flag = of_row(failed("--temperature is -1"), "p.jsonl: row 1");
+        let of_flag = with_row_place(failed("--temperature is -1"), "p.jsonl: row 1");
         assert_eq!(of_flag.message(), "--temperature is -1");
-        let of_prompt = of_row(failed("prompt has no text"), "p.jsonl: row 1");
+        let of_prompt = with_row_place(failed("prompt has no text"), "p.jsonl: row 1");
         assert_eq!(of_prompt.message(), "p.jsonl: row 1: prompt has no text");
     }
 

@@ -21,7 +21,7 @@ use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::generate::{
     GenerationFailure, Patience, PromptRow, ResultColumns, SampleSoFar, Samples, check_checkpoint,
-    continued, in_order, of_row, read, repeated, request,
+    continued, in_order, read, repeated, request, with_row_place,
 };
 use super::output;
 use super::policy_names::PolicyNames;
@@ -185,7 +185,7 @@ async fn make_all(
         let seed = first_seed.wrapping_add(row.row - 1);
         async move {
             let made = maker.make(row, seed).await;
-            made.map_err(|failure| of_row(failure, &context))
+            made.map_err(|failure| with_row_place(failure, &context))
         }
     };
     let mut warned = HashSet::new();

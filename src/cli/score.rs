@@ -306,13 +306,13 @@ fn scored(answer: pb::StreamScorePairsResponse) -> Result<Score, String> {
             policy_version: answer.policy_version,
             normalization,
         }),
-        Some(pb::pair_result::Result::Error(e)) => Err(of_row(&e.message)),
+        Some(pb::pair_result::Result::Error(e)) => Err(row_error(&e.message)),
         None => Err("the server sent no result".to_owned()),
     }
 }
 
 /// Puts the error of a pair into the words of a row and of the flags.
-pub(super) fn of_row(message: &str) -> String {
+pub(super) fn row_error(message: &str) -> String {
     const FIELDS: [(&str, &str); 3] = [
         ("pair.prompt ", "prompt: "),
         ("pair.a ", "chosen: "),
@@ -440,14 +440,14 @@ mod tests {
     #[test]
     fn the_error_of_a_pair_names_columns_and_flags() {
         assert_eq!(
-            of_row(
+            row_error(
                 "pair.prompt the prompt alone has 9 tokens, max_length is 8: shorten the prompt \
                  or raise max_length"
             ),
             "prompt: the prompt alone has 9 tokens, --max-length is 8: shorten the prompt or raise \
              --max-length"
         );
-        assert_eq!(of_row("pair.b has no text"), "rejected: has no text");
-        assert_eq!(of_row("busy"), "busy");
+        assert_eq!(row_error("pair.b has no text"), "rejected: has no text");
+        assert_eq!(row_error("busy"), "busy");
     }
 }

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use super::fleet::{CallError, Fleet, ScoringAnswer, ScoringCall};
 use super::row::{InputRow, PromptAnswers, RowContent};
 use crate::cli::failure::Failure;
-use crate::cli::score::{of_row, pair, text};
+use crate::cli::score::{pair, row_error, text};
 use crate::domain::dataset::Text;
 use crate::rpc::client::{Code, is_transient};
 use crate::rpc::pb;
@@ -306,7 +306,7 @@ async fn pairs(
                     again.push(pair);
                     continue;
                 }
-                Some(pb::pair_result::Result::Error(e)) => RowResult::Error(of_row(&e.message)),
+                Some(pb::pair_result::Result::Error(e)) => RowResult::Error(row_error(&e.message)),
                 None => RowResult::Error("the server sent no result".to_owned()),
             };
             answered.push((place, result));
@@ -417,10 +417,10 @@ fn ranked(answer: pb::ScoreCompletionsResponse, columns: &[String]) -> AnswerSco
 /// begins with the field that is wrong: the prompt or the answer.
 fn of_answer(column: &str, at: usize, message: &str) -> String {
     if let Some(about_prompt) = message.strip_prefix("prompt ") {
-        return of_row(&format!("pair.prompt {about_prompt}"));
+        return row_error(&format!("pair.prompt {about_prompt}"));
     }
     let named = message.strip_prefix(&format!("completions[{at}] "));
-    of_row(&format!("{column}: {}", named.unwrap_or(message)))
+    row_error(&format!("{column}: {}", named.unwrap_or(message)))
 }
 
 /// Replaces the fields of the answers in a message by their columns.

@@ -226,9 +226,9 @@ impl Fleet {
                     *locked(&self.last_answer) = Instant::now();
                     return Ok(answer);
                 }
-                Err(Attempt::Fatal(failure)) => return Err(CallError::Fatal(failure)),
-                Err(Attempt::Silent(reason)) => (Code::Unavailable, None, reason),
-                Err(Attempt::Refused(status)) => {
+                Err(AttemptError::Fatal(failure)) => return Err(CallError::Fatal(failure)),
+                Err(AttemptError::Silent(reason)) => (Code::Unavailable, None, reason),
+                Err(AttemptError::Refused(status)) => {
                     let code = status.code();
                     let is_too_large = code == Code::ResourceExhausted && is_size(status.message());
                     server_failures += u32::from(is_server_failure(&status));
@@ -279,8 +279,8 @@ impl Fleet {
             if is_used {
                 match self.identify(&replica).await {
                     Ok(()) => {}
-                    Err(Attempt::Fatal(failure)) => return Err(failure),
-                    Err(Attempt::Refused(_) | Attempt::Silent(_)) => {
+                    Err(AttemptError::Fatal(failure)) => return Err(failure),
+                    Err(AttemptError::Refused(_) | AttemptError::Silent(_)) => {
                         replica.is_unverified.store(true, Ordering::Release);
                     }
                 }
@@ -355,17 +355,17 @@ impl Fleet {
         &self,
         replica: &Replica,
         call: &ScoringCall,
-    ) -> Result<ScoringAnswer, Attempt> {
+    ) -> Result<ScoringAnswer, AttemptError> {
         if replica.is_unverified.load(Ordering::Acquire) {
             let _one = replica.verifying.lock().await;
             if replica.is_unverified.load(Ordering::Acquire) {
                 self.identify(replica)
                     .await
-                    .map_err(Attempt::before_the_call)?;
+                    .map_err(AttemptError::before_the_call)?;
                 replica.is_unverified.store(false, Ordering::Release);
             }
         }
-        let client = replica.client(&self.args).await.map_err(Attempt::of)?;
+        let client = replica.client(&self.args).await.map_err(AttemptError::of)?;
         let answer = async {
             Ok::<_, Status>(match call.clone() {
                 ScoringCall::Pairs(request) => {
@@ -380,7 +380,7 @@ impl Fleet {
         };
         let answer = match tokio::time::timeout(CALL_LIMIT, answer).await {
             Ok(answer) => answer?,
-            Err(_) => return Err(Attempt::timeout(CALL_LIMIT)),
+            Err(_) => return Err(AttemptError::timeout(CALL_LIMIT)),
         };
         let (policy, reference) = match &answer {
             ScoringAnswer::Pairs(a) => (&a.policy_version, &a.reference_version),
@@ -397,39 +397,39 @@ impl Fleet {
                 ..expected.clone()
             };
             now.check(expected, &replica.address)
-                .map_err(Attempt::Fatal)?;
+                .map_err(AttemptError::Fatal)?;
         }
         Ok(answer)
     }
 
     /// Asks a server for the identity of its weights and compares it with the expected one.
-    async fn identify(&self, replica: &Replica) -> Result<(), Attempt> {
+    async fn identify(&self, replica: &Replica) -> Result<(), AttemptError> {
         let Some((options, expected)) = locked(&self.expected).clone() else {
             return Ok(());
         };
-        let client = replica.client(&self.args).await.map_err(Attempt::of)?;
+        let client = replica.client(&self.args).await.map_err(AttemptError::of)?;
         let answer = identify(&client, &options);
         let weights = match tokio::time::timeout(IDENTITY_LIMIT, answer).await {
             Ok(Ok(weights)) => weights,
             // At the start these names meant weights, so this server is another one.
             Ok(Err(status)) if status.code() == Code::NotFound => {
-                return Err(Attempt::Fatal(Failure::Failed(format!(
+                return Err(AttemptError::Fatal(Failure::Failed(format!(
                     "{} does not have the weights of the start any more: {}",
                     replica.address,
                     ClientError::from(status)
                 ))));
             }
             Ok(Err(status)) => return Err(status.into()),
-            Err(_) => return Err(Attempt::timeout(IDENTITY_LIMIT)),
+            Err(_) => return Err(AttemptError::timeout(IDENTITY_LIMIT)),
         };
         weights
             .check(&expected, &replica.address)
-            .map_err(Attempt::Fatal)
+            .map_err(AttemptError::Fatal)
     }
 }
 
 /// The reason why one attempt failed.
-enum Attempt {
+enum AttemptError {
     /// The server answered with an error.
     Refused(Box<Status>),
     /// The server is not reached or does not answer.
@@ -439,35 +439,35 @@ enum Attempt {
     Fatal(Failure),
 }
 
-impl From<Status> for Attempt {
+impl From<Status> for AttemptError {
     fn from(status: Status) -> Self {
-        Attempt::Refused(Box::new(status))
+        AttemptError::Refused(Box::new(status))
     }
 }
 
-impl Attempt {
+impl AttemptError {
     fn of(error: ClientError) -> Self {
         match error {
-            ClientError::Refused(status) => Attempt::Refused(status),
+            ClientError::Refused(status) => AttemptError::Refused(status),
             ClientError::Unreachable { .. } | ClientError::BadCertificate { .. } => {
-                Attempt::Silent(error.to_string())
+                AttemptError::Silent(error.to_string())
             }
-            other => Attempt::Fatal(other.into()),
+            other => AttemptError::Fatal(other.into()),
         }
     }
 
     /// Turns a failure of the server into silence, so that it does not count as one at the call.
     fn before_the_call(self) -> Self {
         match self {
-            Attempt::Refused(status) if is_server_failure(&status) => {
-                Attempt::Silent(ClientError::from(*status).to_string())
+            AttemptError::Refused(status) if is_server_failure(&status) => {
+                AttemptError::Silent(ClientError::from(*status).to_string())
             }
             other => other,
         }
     }
 
     fn timeout(limit: Duration) -> Self {
-        Attempt::Silent(format!("no answer within {} seconds", limit.as_secs()))
+        AttemptError::Silent(format!("no answer within {} seconds", limit.as_secs()))
     }
 }
 

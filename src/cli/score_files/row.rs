@@ -180,8 +180,8 @@ fn answer_columns(column: &str, is_list: bool, count: usize) -> Vec<String> {
     }
 }
 
-/// Reads a row with `completions`. Each is read as the rejected answer of a pair whose chosen answer
-/// is the first one, so that answers have the same forms as in pairs.
+/// Reads a row with `completions`. Each is read as the rejected answer of a pair that has the first
+/// one as the chosen answer, so that answers have the same forms as in pairs.
 fn answers(row: u64, mut fields: Map<String, Value>) -> Result<RowContent, RowIssue> {
     let bad = |message: String| Ok(RowContent::Bad(message));
     let completions = match fields.remove(COMPLETIONS_COLUMN) {
