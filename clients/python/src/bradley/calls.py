@@ -32,7 +32,7 @@ STREAM_SECONDS = 600.0
 IN_FLIGHT = 512
 """Maximum number of pairs of a scoring stream that are sent and not answered."""
 _PAUSE = 1.0
-"""Seconds before an event stream is opened again that ended without an event."""
+"""Pause after an event stream that ended without an event, before the next one, in seconds."""
 
 FINAL_STATES = frozenset(
     {

@@ -165,7 +165,10 @@ class UnimplementedError(BradleyError):
 
 
 class InternalError(BradleyError):
-    """The server has a defect; its log describes it under `request_id`."""
+    """The server has a defect; its log describes it under `request_id`.
+
+    With the reason PROTOCOL, the client itself has found an answer that violates the protocol.
+    """
 
 
 class UnavailableError(BradleyError):

@@ -97,7 +97,7 @@ def _chat_message(message: Any, place: str) -> scoring_pb2.Message:
 
 
 def to_json(value: Any) -> str:
-    """Writes JSON that preserves the order of keys, and 1.0 besides 1."""
+    """Writes JSON that preserves the order of keys and the difference between 1.0 and 1."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 

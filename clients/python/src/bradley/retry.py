@@ -24,7 +24,8 @@ class RetryPolicy:
     first_delay: float = 0.2
     """Seconds before the first retry after a lost connection. Each further delay is doubled."""
     max_delay: float = 10.0
-    """Maximum delay after a lost connection, in seconds. The server's own delays may be longer."""
+    """Maximum delay after a lost connection, in seconds. A random part of up to a fifth is added to
+    it, as to all delays. The server's own delays may be longer."""
 
     def delay(self, error: BradleyError, failures: int, *, repeatable: bool) -> float | None:
         """Returns the seconds before the next attempt, or `None` if there must be none.

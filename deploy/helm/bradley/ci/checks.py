@@ -169,7 +169,7 @@ def docs(write=False):
     for name, text in documented().items():
         if write:
             (CHART / name).write_text(text)
-        check((CHART / name).read_text() == text, f"{name} is out of date: run {CI.relative_to(ROOT)}/checks.py docs --write")
+        check((CHART / name).read_text() == text, f"{name} is out of date: run .ci/helm docs")
 
     # Each value is changed by at least one file of values, so every part of the templates is
     # rendered.
