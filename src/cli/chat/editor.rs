@@ -81,7 +81,7 @@ impl LineEditor {
             Err(ReadlineError::Eof) => Ok(ChatLine::End),
             Err(ReadlineError::Interrupted) => Ok(ChatLine::Interrupt),
             Err(ReadlineError::Io(e)) if e.kind() == io::ErrorKind::InvalidData => {
-                // What follows the wrong byte in pasted text must not become a message.
+                // The rest of the pasted text is discarded, because it would be sent as a message.
                 tcflush(io::stdin(), QueueSelector::IFlush)?;
                 Ok(ChatLine::Refused(NOT_UTF8))
             }
