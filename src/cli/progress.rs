@@ -13,6 +13,7 @@ use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, Prog
 use super::args::DataArgs;
 use super::data::{DataFiles, Uploaded};
 use super::failure::Failure;
+use crate::domain::dataset::IssueReason;
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
@@ -318,19 +319,28 @@ pub(super) async fn upload(
         }
     };
     let uploaded = progress.during(data.upload(client, metadata, sent)).await;
-    uploaded.map_err(|failure| of_files(failure, &title))
+    match uploaded {
+        Err(Failure::Usage(message)) => {
+            let mut message = message.replacen("the file: ", &format!("{title}: "), 1);
+            if lacks_answer_column(data).await {
+                message.push_str("; --columns chosen=NAME reads the column NAME as chosen");
+            }
+            Err(Failure::Usage(message))
+        }
+        other => other,
+    }
 }
 
-/// Names the files in the refusal of an upload, and the flag that reads columns of other names.
-fn of_files(failure: Failure, title: &str) -> Failure {
-    let Failure::Usage(message) = failure else {
-        return failure;
-    };
-    let mut message = message.replacen("the file: ", &format!("{title}: "), 1);
-    if message.contains("; found: ") {
-        message.push_str("; --columns chosen=NAME reads the column NAME as chosen");
+/// Returns true if the first row of the files lacks the column of an answer. The result is false for
+/// standard input and pipes, which can be read only once.
+async fn lacks_answer_column(data: &DataFiles) -> bool {
+    if !data.is_rereadable() {
+        return false;
     }
-    Failure::Usage(message)
+    let (mut rows, _) = data.clone().reader();
+    let first = tokio::task::spawn_blocking(move || rows.next()).await;
+    matches!(first, Ok(Some(Err(issue)))
+        if issue.reason == IssueReason::MissingField && issue.field != "prompt")
 }
 
 #[cfg(test)]

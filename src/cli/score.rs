@@ -18,7 +18,7 @@ use super::args::{Output, ScoreArgs};
 use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::output::{table, unwritten};
-use super::policy_names::{PolicyNames, same_model_warning};
+use super::policy_names::PolicyNames;
 use super::progress::{self, WorkProgress, say, warn};
 use super::remote::connect;
 use crate::domain::dataset::{ChatMessage, IssueReason, PreferenceRow, Text};
@@ -41,10 +41,6 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     options.per_token_logprobs = args.per_token_logprobs;
     let names = PolicyNames::of(&client).await?;
     names.complete_options(&mut options).await?;
-    let warning = same_model_warning(&options.policy, &options.reference);
-    if let Some(warning) = warning.filter(|_| args.logged.is_none()) {
-        warn(&warning);
-    }
     let data = progress::find(&args.data, &args.reading).await?;
     let progress = WorkProgress::pairs("scoring");
     let total = RowCount::start(data.clone());
@@ -54,11 +50,8 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let mut printer = RowPrinter::new(std::io::stdout(), output, table::terminal_width())
         .with_answer_columns(answers);
     let (mut summary, mut ignored) = (Summary::default(), IgnoredColumns::default());
-    let is_same = same_model_warning(&options.policy, &options.reference).is_some();
     let each = |answer| -> Outcome {
         match answer {
-            // The same was said before the first row.
-            StreamedAnswer::Warning(text) if is_same && text.contains("the same weights") => {}
             StreamedAnswer::Warning(text) => progress.suspend(|| warn(&text)),
             StreamedAnswer::Row(row) => {
                 summary.add(&row);

@@ -225,6 +225,14 @@ pub fn is_server_failure(status: &Status) -> bool {
         .is_some_and(|info| info.domain == DOMAIN && names.contains(&info.reason.as_str()))
 }
 
+/// Returns true if the refusal comes from Bradley, and not from the transport or a proxy, which give
+/// no reason of ours.
+pub fn is_bradleys(status: &Status) -> bool {
+    status
+        .get_details_error_info()
+        .is_some_and(|info| info.domain == DOMAIN)
+}
+
 /// Returns true if a call was refused because of a limit or a quota.
 pub fn is_exhausted(status: &Status) -> bool {
     status.code() == Code::ResourceExhausted

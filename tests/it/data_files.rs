@@ -182,6 +182,15 @@ fn several_files_and_standard_input_are_one_dataset() {
         (&json!(2), &json!(1)),
         "{dataset}"
     );
+    let renamed = dir.path().join("renamed.jsonl");
+    std::fs::write(&renamed, format!("{bad}\n")).unwrap();
+    let text = fail(&server, &["datasets", "upload", renamed.to_str().unwrap()]);
+    assert!(
+        text.contains("renamed.jsonl: ")
+            && text.contains("did you mean chosen instead of choosen?")
+            && text.contains("; --columns chosen=NAME reads the column NAME as chosen"),
+        "{text}"
+    );
     let archive = dir.path().join("pairs.jsonl");
     std::fs::write(&archive, b"PK\x03\x04....").unwrap();
     let text = fail(&server, &["datasets", "upload", archive.to_str().unwrap()]);

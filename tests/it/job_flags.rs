@@ -883,7 +883,7 @@ async fn bare_names_of_models_and_jobs_are_policies() {
     succeed(&server, &["score", "--policy", id, "--data", pairs]);
     let said = succeed(&server, &["score", "--policy", "tiny", "--data", pairs]);
     assert!(
-        said.contains("models/tiny is compared with itself"),
+        said.contains("policy and reference are the same weights"),
         "{said}"
     );
     let said = refused(&server, &["score", "--policy", "tinny", "--data", pairs]);

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use prost::Message as _;
 use tokio::sync::Notify;
 
 use super::weights::{IDENTITY_LIMIT, WeightsIdentity, calibration, identify};
@@ -13,7 +14,7 @@ use crate::cli::failure::Failure;
 use crate::cli::progress::say;
 use crate::cli::remote::{connect, open};
 use crate::rpc::client::{
-    Client, ClientError, Code, Status, is_server_failure, is_transient, retry_after,
+    Client, ClientError, Code, Status, is_bradleys, is_server_failure, is_transient, retry_after,
 };
 use crate::rpc::pb;
 
@@ -37,6 +38,9 @@ const MAX_REPETITIONS: u32 = 100;
 /// content counts as their reason. If nothing else succeeds meanwhile, the pauses between them add
 /// up to about 40 seconds.
 const MAX_SERVER_FAILURES: u32 = 10;
+/// Size in bytes up to which gRPC servers and proxies take a message, unless they are told another
+/// limit. A larger call that a proxy refuses with RESOURCE_EXHAUSTED was too large for it.
+const DEFAULT_MESSAGE_LIMIT: usize = 4 << 20;
 /// Prefix of names that are resolved to all of their addresses.
 const DNS: &str = "dns:///";
 /// Time between two resolutions of such a name.
@@ -47,6 +51,16 @@ const RESOLVE_INTERVAL: Duration = Duration::from_secs(10);
 pub(super) enum ScoringCall {
     Pairs(pb::ScorePairsRequest),
     Answers(pb::ScoreCompletionsRequest),
+}
+
+impl ScoringCall {
+    /// Returns the size of the request's message in bytes.
+    fn encoded_len(&self) -> usize {
+        match self {
+            ScoringCall::Pairs(request) => request.encoded_len(),
+            ScoringCall::Answers(request) => request.encoded_len(),
+        }
+    }
 }
 
 /// The answer to a call.
@@ -230,7 +244,9 @@ impl Fleet {
                 Err(AttemptError::Silent(reason)) => (Code::Unavailable, None, reason),
                 Err(AttemptError::Refused(status)) => {
                     let code = status.code();
-                    let is_too_large = code == Code::ResourceExhausted && is_size(status.message());
+                    let is_too_large = code == Code::ResourceExhausted
+                        && !is_bradleys(&status)
+                        && call.encoded_len() > DEFAULT_MESSAGE_LIMIT;
                     server_failures += u32::from(is_server_failure(&status));
                     if matches!(code, Code::InvalidArgument | Code::OutOfRange)
                         || is_too_large
@@ -469,11 +485,6 @@ impl AttemptError {
     fn timeout(limit: Duration) -> Self {
         AttemptError::Silent(format!("no answer within {} seconds", limit.as_secs()))
     }
-}
-
-/// Returns true for the message with which a transport refuses a call because of its size.
-fn is_size(message: &str) -> bool {
-    message.contains("message length too large") || message.contains("larger than max")
 }
 
 /// Returns the addresses of all servers, and a connection to the first one that answers.
