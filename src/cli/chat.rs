@@ -270,7 +270,7 @@ impl ChatSession {
 
     /// Asks a message that has no answer yet. If the answer ends too early, the failure says so.
     async fn ask_new(&mut self, user: String, interrupts: &mut Signal) -> Outcome {
-        let turns = self.conversation.len();
+        let (turns, seed) = (self.conversation.len(), self.seed);
         let asked = self.ask(user, ChatAttempt::First, interrupts).await;
         let has_part = self.is_terminal && self.conversation.len() > turns;
         asked.map_err(|failure| match has_part {
@@ -297,6 +297,7 @@ impl ChatSession {
             .await;
         if asked.is_err() && self.conversation.len() > turns {
             self.conversation.remove_last();
+            self.seed = seed;
         }
         if self.conversation.len() == turns {
             self.conversation.add(old, left_out);

@@ -25,7 +25,8 @@ pub(super) fn parent(out: &Path) -> &Path {
 }
 
 /// Checks that no file is at the temporary name `part` of an output, or that an interrupted run of
-/// `command` has left it: then it is empty, or its first line is an object that `is_own` knows.
+/// `command` has left it: then it is empty, or its first line is an object that `is_own` knows, or
+/// it is the beginning of such a line.
 ///
 /// # Errors
 /// Returns a failure if the file is of somebody else, or cannot be read.
@@ -41,12 +42,17 @@ pub(super) fn check_part(
     };
     if is_file {
         let file = File::open(part).map_err(failed(part))?;
+        let length = file.metadata().map_err(failed(part))?.len();
         let mut line = Vec::new();
         BufReader::new(file.take(MAX_FIRST_LINE))
             .read_until(b'\n', &mut line)
             .map_err(failed(part))?;
-        let row: Option<Map<String, Value>> = serde_json::from_slice(&line).ok();
-        if line.is_empty() || row.is_some_and(|row| is_own(&row)) {
+        let is_known = match serde_json::from_slice::<Map<String, Value>>(&line) {
+            Ok(row) => is_own(&row),
+            // The program was killed while it wrote the first row.
+            Err(e) => e.is_eof() && line.starts_with(b"{") && line.len() as u64 == length,
+        };
+        if line.is_empty() || is_known {
             return Ok(());
         }
     }
@@ -108,11 +114,18 @@ mod tests {
         let part = dir.path().join("out.part");
         let check = || check_part(&part, "bradley pairs", |row| row.contains_key("generated"));
         check().unwrap();
-        for own in ["", "{\"generated\": {}}\n{\"gen"] {
+        for own in ["", "{\"generated\": {}}\n{\"gen", "{\"generated\": {\"te"] {
             fs::write(&part, own).unwrap();
             check().unwrap();
         }
-        for foreign in ["mine", "{\"a\": 1}\n{\"generated\": {}}\n", "[]\n", "\n"] {
+        for foreign in [
+            "mine",
+            "{\"a\": 1}\n{\"generated\": {}}\n",
+            "{\"a\": 1}",
+            "{\n\"a\": 1}",
+            "[]\n",
+            "\n",
+        ] {
             fs::write(&part, foreign).unwrap();
             let e = check().unwrap_err();
             let said = "out.part is not of bradley pairs, which would replace it: remove it";

@@ -8,7 +8,7 @@ use super::source::{HubOptions, Located, locate};
 use super::tokenizer::ChatTokenizer;
 use super::weights::Weights;
 use crate::domain::identity::ModelIdentity;
-use crate::domain::names::{BaseName, is_valid_id};
+use crate::domain::names::{BaseName, is_hub_id, is_valid_id};
 use crate::model::config::ModelConfig;
 use crate::model::error::{ModelError, last_part};
 
@@ -129,6 +129,11 @@ fn load_gguf(
 /// Makes a model id from the last part of a path or hub id, without `.gguf` and revision.
 /// Characters that are not allowed in an id are replaced by `-`.
 pub fn default_id(source: &str) -> String {
+    // The revision of a hub id may have slashes.
+    let source = match source.split_once('@') {
+        Some((name, _)) if is_hub_id(name) => name,
+        _ => source,
+    };
     let last = source
         .trim_end_matches('/')
         .rsplit('/')
@@ -203,6 +208,7 @@ mod tests {
             "SmolLM2-135M-Instruct"
         );
         assert_eq!(default_id("/models/SmolLM2.Q4_1.gguf"), "SmolLM2.Q4_1");
+        assert_eq!(default_id("owner/tiny@refs/pr/3"), "tiny");
         assert_eq!(default_id("/models/tiny/"), "tiny");
         assert_eq!(default_id("/.."), "model");
     }

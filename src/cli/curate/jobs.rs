@@ -248,6 +248,8 @@ impl FoldJobs {
         let mut lines = Vec::new();
         for job in self.jobs.values() {
             lines.push(format!("  bradley jobs cancel {}{flag}", job.name));
+        }
+        for job in self.jobs.values() {
             lines.push(format!("  bradley jobs delete {}{flag}", job.name));
         }
         for dataset in &self.datasets {
@@ -256,7 +258,7 @@ impl FoldJobs {
         (!lines.is_empty()).then(|| {
             format!(
                 "on the server are {} jobs with the label {RUN_LABEL}={} and {} datasets; to \
-                 remove them:\n{}",
+                 remove them, cancel the jobs that have not ended, and then delete all:\n{}",
                 self.jobs.len(),
                 self.run,
                 self.datasets.len(),
