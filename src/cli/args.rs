@@ -1274,7 +1274,8 @@ pub struct NamedArgs {
     pub server: ServerArgs,
     /// The resource's name. The prefix, such as trainingJobs/, may be left out. The beginning of an
     /// ID, at least 4 characters, suffices if no other ID begins so. @last is your own newest job
-    /// or dataset.
+    /// or dataset. A checkpoint is JOB/checkpoints/STEP; STEP may be latest or best, but not in a
+    /// deletion.
     pub name: String,
 }
 

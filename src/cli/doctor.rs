@@ -23,6 +23,7 @@ use crate::engine::memory::HostMemoryOfProcess;
 use crate::formats::loader::load_model;
 use crate::formats::source::HubOptions;
 use crate::model::device::{ComputeDevice, DeviceChoice};
+use crate::model::error::ModelError;
 use crate::rpc::client::{Client, ClientError, Target};
 use crate::rpc::{Tls, pb};
 use crate::service::check;
@@ -403,6 +404,11 @@ fn model(source: &str, hub: &HubOptions) -> (CheckStatus, String) {
         Err(e) if is_local || hub.offline || !crate::domain::names::is_hub_id(hub_name(source)) => {
             (CheckStatus::Failed, e.to_string())
         }
+        // The error says that offline mode forbids the hub, which is so for this check only.
+        Err(ModelError::NotFound { .. }) => (
+            CheckStatus::Warning,
+            format!("{source} is not in the cache as a whole: bradley serve downloads it"),
+        ),
         Err(e) => (
             CheckStatus::Warning,
             format!("bradley serve downloads it at the start: {e}"),

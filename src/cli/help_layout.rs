@@ -90,7 +90,7 @@ pub(super) fn with_joined_numbers(args: impl Iterator<Item = OsString>) -> Vec<O
 }
 
 /// Says how a result gets into a file, in the error about `--out` of a command that has no such
-/// flag. The parser's own tip is the old name of `--format`.
+/// flag. The parser itself would suggest `--output`, the hidden old name of `--format`.
 pub(super) fn with_file_tip(mut error: clap::Error) -> clap::Error {
     let unknown = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(flag)) => flag.as_str(),

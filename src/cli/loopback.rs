@@ -75,7 +75,8 @@ impl LoopbackServer {
         while started.elapsed() < limit {
             if self.task.is_finished() {
                 return Err(Failure::Failed(
-                    "the server stopped while it was starting; run `bradley serve` to see why"
+                    "the server stopped while it was starting; run `bradley serve --models \
+                     MODEL` with the same model, --device and --precision to see why"
                         .into(),
                 ));
             }

@@ -280,8 +280,9 @@ impl RoundsInProgress<'_> {
         if pairs.pairs == 0 {
             return Err(Failure::Failed(format!(
                 "{what} has no pairs to train on: lower --min-margin, raise --samples or \
-                 --temperature, add --keep-cut if --max-tokens cuts the answers off, or name \
-                 another --judge, and begin in another folder"
+                 --temperature, add --keep-cut if --max-tokens cuts the answers off, raise \
+                 --max-length if they are too long for the judge, or name another --judge, and \
+                 begin in another folder"
             )));
         }
         let round = RoundToTrain {

@@ -31,7 +31,8 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
     (
         "models",
         "",
-        "Models to serve, separated by commas: [ID=]SOURCE, a folder, a GGUF file or a hub id",
+        "Models to serve: [ID=]SOURCE, separated by commas. A SOURCE is a folder, a GGUF file or a \
+         hub id",
     ),
     (
         "data_dir",

@@ -472,7 +472,7 @@ impl TrainCall {
         }
         if let [(_, job)] = &made[..] {
             if args.validate_only {
-                progress::say("the job is valid; --validate-only has not created it");
+                progress::say("the job is valid; because of --validate-only it was not created");
             }
             return output::show_job(self.output, job, FieldSelection::Set);
         }

@@ -75,19 +75,19 @@ const REFUSED: [(usize, &[u8], &str, &str); 17] = [
         0,
         b"BZh",
         "compressed with bzip2",
-        "use gzip or zstd, or decompress it: bzip2 -dc FILE | bradley … -",
+        "use gzip or zstd, or decompress it: bzip2 -dc FILE > COPY",
     ),
     (
         0,
         b"\xfd7zXZ\0",
         "compressed with xz",
-        "use gzip or zstd, or decompress it: xz -dc FILE | bradley … -",
+        "use gzip or zstd, or decompress it: xz -dc FILE > COPY",
     ),
     (
         0,
         b"\x04\x22\x4d\x18",
         "compressed with lz4",
-        "use gzip or zstd, or decompress it: lz4 -dc FILE | bradley … -",
+        "use gzip or zstd, or decompress it: lz4 -dc FILE > COPY",
     ),
     (
         0,

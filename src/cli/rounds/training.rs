@@ -265,7 +265,13 @@ impl RoundTrainer {
         // Standard output is for the report.
         let title = format!("rounds {}: pairs of round {}", round.run, round.number);
         let mut rows = JobRows::new(&self.client, Output::Json).with_title(title);
-        rows.dataset(pairs, &limits, skips).await
+        let dataset = rows.dataset(pairs, &limits, skips).await;
+        // Failures name flags of `train`, which `rounds` lacks or uses for its judge.
+        dataset.map_err(|failure| {
+            failure
+                .replacing("--max-length", "batch.max_length of --file")
+                .replacing("--skip-bad-rows", "row_policy: skip in --file")
+        })
     }
 
     /// Finds the job that an earlier start has requested, if the answer was lost. The same request
