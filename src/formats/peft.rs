@@ -260,7 +260,7 @@ fn read_config(fields: &Value, tensors: &SafeTensors) -> Result<LoraConfig, Stri
         .get("r")
         .and_then(Value::as_u64)
         .filter(|r| (1..=4096).contains(r))
-        .ok_or("r must be an integer in 1..=4096")?;
+        .ok_or("r must be an integer from 1 to 4096")?;
     let alpha = fields
         .get("lora_alpha")
         .and_then(Value::as_f64)

@@ -19,7 +19,7 @@ use crate::model::adapter::Adapter;
 use crate::model::decoder::{CachedPrompt, CachedSequence, LogitsReader, Policy};
 use crate::model::spec::ModelSpec;
 
-/// How the next token is chosen.
+/// Options that decide how the next token is chosen.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingOptions {
     /// The logits are divided by it; 0 chooses the most likely token.
@@ -94,7 +94,7 @@ impl Sampler {
 /// Returns the token with the largest of the logits `[V]` (on a tie, the first of them), or `None`
 /// if a logit is not a number.
 fn most_likely_token(logits: &[f32]) -> Option<u32> {
-    /// Logits that are compared with the largest one before them without a branch.
+    /// Number of logits that are compared with the largest one before them without a branch.
     const AT_ONCE: usize = 64;
     let (mut largest, mut token) = (f32::NEG_INFINITY, 0);
     for (i, some) in logits.chunks(AT_ONCE).enumerate() {

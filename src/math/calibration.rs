@@ -7,10 +7,10 @@
 //! the probability must become its complement. Both orders of a pair have the same likelihood, so
 //! that each pair is used once.
 //!
-//! The likelihood has exactly one maximum unless a line through the origin has all points (m, d) on
-//! one side or on itself. With such a line the likelihood grows with the parameters without end;
-//! or, if all points are on the line, many parameters are equally good. Then the length is left
-//! out. If all margins, too, have one sign or are 0, there is no calibration.
+//! The likelihood has exactly one maximum unless there is a line through the origin with no point
+//! (m, d) on one of its sides. With such a line the likelihood grows with the parameters without
+//! end; or, if all points are on the line, many parameters are equally good. Then the length is
+//! left out. If all margins, too, have one sign or are 0, there is no calibration.
 
 use std::f64::consts::{PI, TAU};
 

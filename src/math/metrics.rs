@@ -81,7 +81,9 @@ pub fn micro_batch(loss: f64, pairs: &[PairObservation]) -> Metrics {
     metrics
 }
 
-/// Returns the metrics that are means over the completion tokens of all `pairs`.
+/// Returns the metrics that are means over completion tokens of all `pairs`: `logits/chosen` and
+/// `mean_token_accuracy` over the chosen ones, `logits/rejected` over the rejected ones, `entropy`
+/// over both.
 pub fn tokens(pairs: &[PairObservation]) -> Metrics {
     let sum_and_count = |side: &dyn Fn(&PairObservation) -> &[TokenStats],
                          f: &dyn Fn(&TokenStats) -> f64| {

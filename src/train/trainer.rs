@@ -152,9 +152,9 @@ pub struct TrainerInput {
     /// Content hashes of the base model. Checkpoints record them, and a run continues only on the
     /// same content.
     pub identity: ModelIdentity,
-    /// Memory in bytes for the plan: training state and activations (see [`Estimate`]). Weights
-    /// that are not trained (the base's, the reference's) are not part of it. It decides how long
-    /// the rows are and whether activations are recomputed.
+    /// Memory in bytes for the plan: training state, activations and the program itself
+    /// ([`Estimate::total`]). Weights that are not trained (the base's, the reference's) are not
+    /// part of it. It decides how long the rows are and whether activations are recomputed.
     pub memory: u64,
 }
 

@@ -399,9 +399,9 @@ fn check_lengths(row: &PreferenceRow, encoder: &PairEncoder) -> Vec<RowIssue> {
     }
     if let Some(tail) = prompt_cut {
         let message = format!(
-            "the end {} of the prompt's tokens is left out, because prompt + answer does not \
-             begin with it: the model is trained on another context than it answers in. Use a \
-             chat template that renders the prompt alike with and without an answer, or end a \
+            "the end {} of the prompt's tokens is left out, because prompt + answer has other \
+             tokens in its place: the model is trained on another context than it answers in. Use \
+             a chat template that renders the prompt alike with and without an answer, or end a \
              plain prompt where a token ends",
             quoted(&tail)
         );

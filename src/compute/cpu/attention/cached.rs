@@ -363,7 +363,7 @@ mod tests {
     use super::*;
     use crate::math::rng::kaiming_uniform;
 
-    /// Stores tokens in passes of so many tokens each.
+    /// Stores tokens in several passes. `passes` has the number of tokens of each.
     fn stored(layout: &CacheLayout, qkv: &[f32], passes: &[usize]) -> CachedSegment {
         let mut segment = CachedSegment::default();
         for count in passes {
