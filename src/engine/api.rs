@@ -169,7 +169,7 @@ pub struct GenerationRequest {
     pub samples: usize,
     /// Maximum number of tokens of each sample.
     pub max_tokens: usize,
-    /// How tokens are chosen.
+    /// Temperature, top-p, top-k and seed with which tokens are chosen.
     pub sampling: SamplingOptions,
     /// A sample ends with any of these tokens.
     pub stop_tokens: Vec<u32>,

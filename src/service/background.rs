@@ -169,7 +169,7 @@ impl BackgroundTasks {
         }
     }
 
-    /// Requeues jobs whose worker is gone; see [`Store::reclaim`].
+    /// Reclaims jobs whose worker is gone, see [`Store::reclaim`], and tells their followers.
     ///
     /// # Errors
     /// `Unavailable` or `Internal` if the database fails.

@@ -58,7 +58,7 @@ pub struct GenerateOptions {
     pub samples: usize,
     /// Maximum number of tokens of each sample; at least one.
     pub max_tokens: usize,
-    /// How tokens are chosen.
+    /// Temperature, top-p, top-k and seed with which tokens are chosen.
     pub sampling: SamplingOptions,
     /// Texts that end a sample; none is empty.
     pub stop: Vec<String>,

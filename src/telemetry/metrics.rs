@@ -76,7 +76,7 @@ const PLAIN_COUNTERS: [(&str, &str); 16] = [
     ),
     (
         "bradley_jobs_recovered_total",
-        "Jobs requeued because their worker was gone.",
+        "Jobs requeued, or paused as requested, because their worker was gone.",
     ),
 ];
 

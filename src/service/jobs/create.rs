@@ -149,8 +149,8 @@ impl JobCreator {
         if let Some(pins) = &mut job.request.pins {
             pins.init_adapter = Some(hash);
         }
-        // The source folder may have changed since it was validated, so rank, α and targets are
-        // read from the copy.
+        // The source folder may have changed since it was validated, so the settings are read
+        // from the copy.
         adopt_adapter(&mut job.request, self.artifacts.init_adapter(&job.id)).await
     }
 }

@@ -48,8 +48,8 @@ impl InitAdapters {
     }
 }
 
-/// Copies the rank, α and target modules of the adapter in `folder`, from which a LoRA job starts,
-/// into the job's request.
+/// Copies the rank, α, target modules and `use_rslora` of the adapter in `folder`, from which a
+/// LoRA job starts, into the job's request.
 ///
 /// # Errors
 /// `InvalidArgument` if the client gave another value for one of them, or if the adapter cannot be
