@@ -66,7 +66,11 @@ pub(super) async fn run(args: DemoArgs) -> Outcome {
     ];
     let server = LoopbackServer::start(&flags, &sources).await?;
     let ready = server.connect_when_ready(START_LIMIT);
-    let client = waiting("the server loads the model", ready).await?;
+    let client = match waiting("the server loads the model", ready).await {
+        Ok(client) => client,
+        // If the server has ended with an error, that is the cause.
+        Err(failure) => return Err(server.stop().await.err().unwrap_or(failure)),
+    };
     let models = client
         .models()
         .list_models(pb::ListModelsRequest {})

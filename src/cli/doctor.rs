@@ -18,6 +18,7 @@ use super::remote::connect;
 use super::settings::{SECRET_SETTINGS, SETTINGS, Settings, Sources, setting_of};
 use super::variables;
 use crate::compute::cpu::gemm::Kernel;
+use crate::domain::names::is_hub_id;
 use crate::domain::training::Precision;
 use crate::engine::memory::HostMemoryOfProcess;
 use crate::formats::loader::load_model;
@@ -401,18 +402,14 @@ fn model(source: &str, hub: &HubOptions) -> (CheckStatus, String) {
                 format!("{source}, {parameters} parameters"),
             )
         }
-        Err(e) if is_local || hub.offline || !crate::domain::names::is_hub_id(hub_name(source)) => {
-            (CheckStatus::Failed, e.to_string())
-        }
         // The error says that offline mode forbids the hub, which is so for this check only.
-        Err(ModelError::NotFound { .. }) => (
-            CheckStatus::Warning,
-            format!("{source} is not in the cache as a whole: bradley serve downloads it"),
-        ),
-        Err(e) => (
-            CheckStatus::Warning,
-            format!("bradley serve downloads it at the start: {e}"),
-        ),
+        Err(ModelError::NotFound { .. })
+            if !is_local && !hub.offline && is_hub_id(hub_name(source)) =>
+        {
+            let detail = "is not in the cache as a whole: bradley serve downloads it";
+            (CheckStatus::Warning, format!("{source} {detail}"))
+        }
+        Err(e) => (CheckStatus::Failed, e.to_string()),
     }
 }
 

@@ -445,6 +445,17 @@ async fn invalid_requests_are_refused_with_their_reason_and_the_server_continues
     );
 
     finish(&client, &first.name).await;
+    // A repeated call gets its job although the dataset is gone.
+    let other = upload(&client, "plain.jsonl").await;
+    let created = create(job(&other.name, 1), "twice").await.unwrap();
+    let created = created.into_inner();
+    finish(&client, &created.name).await;
+    let delete = pb::DeleteDatasetRequest {
+        name: other.name.clone(),
+    };
+    client.datasets().delete_dataset(delete).await.unwrap();
+    let repeated = create(job(&other.name, 1), "twice").await.unwrap();
+    assert_eq!(repeated.into_inner().name, created.name);
     let cancel = pb::CancelTrainingJobRequest {
         name: first.name.clone(),
     };

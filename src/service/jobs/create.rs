@@ -5,7 +5,7 @@ use tokio::sync::oneshot;
 
 use super::init_adapter::{adopt_adapter, names_adapter};
 use super::registry::RunRegistry;
-use super::validate::RequestValidator;
+use super::validate::{RequestValidator, is_request_id};
 use crate::domain::access::Caller;
 use crate::domain::job::{Job, JobRequest, JobState, Metrics, Progress};
 use crate::domain::training::{LoraConfig, Method};
@@ -50,6 +50,17 @@ impl JobCreator {
         let hash = serde_json::to_vec(&request)
             .map(|b| blake3::hash(&b).to_hex().to_string())
             .map_err(ServiceError::internal)?;
+        let quota = self.max_jobs_per_client;
+        let known = Creation {
+            request_id: request_id.as_deref().filter(|id| is_request_id(id)),
+            request_hash: &hash,
+            quota,
+        };
+        // A repeated request gets its job, even if an input is gone or a limit has changed since.
+        if !validate_only && let Some(job) = self.store.created_before(&caller.owner, known).await?
+        {
+            return Ok(job);
+        }
         let request = self
             .validator
             .check_request(caller, request, request_id.as_deref())
@@ -61,7 +72,6 @@ impl JobCreator {
                 ..job
             });
         }
-        let quota = self.max_jobs_per_client;
         // Runs in a separate task, which finishes even if the caller disconnects. Otherwise the
         // copied adapter of a job that is not stored would never be removed.
         let (creator, caller, (sender, created)) =

@@ -67,6 +67,11 @@ pub(in crate::service) struct RequestValidator {
     pub max_client_priority: i32,
 }
 
+/// Returns true if `id` can be the `request_id` of a call.
+pub(super) fn is_request_id(id: &str) -> bool {
+    id.len() <= 128 && !id.contains('\0')
+}
+
 impl RequestValidator {
     /// Checks everything that can be checked before the data is read, and replaces `latest` and
     /// `best` by steps.
@@ -84,7 +89,7 @@ impl RequestValidator {
         let mut bad = Violations::default();
         request.spec.validate("training_job", &mut bad);
         check_changeable(&request, &mut bad);
-        if request_id.is_some_and(|id| id.len() > 128 || id.contains('\0')) {
+        if request_id.is_some_and(|id| !is_request_id(id)) {
             bad.push(
                 "request_id",
                 "must have at most 128 bytes, none of them NUL",

@@ -59,6 +59,23 @@ fn request_key(owner: &str, id: &str) -> String {
     format!("{owner}/{id}")
 }
 
+/// Returns the job that an earlier call with the same `request_id` has created.
+///
+/// # Errors
+/// `AlreadyExists` if that call had another request.
+fn repeated(earlier: JobRow, creation: Creation<'_>) -> Result<Job> {
+    if earlier.request_hash.as_deref() == Some(creation.request_hash) {
+        return earlier.try_into();
+    }
+    let id = creation.request_id.unwrap_or_default();
+    let message = format!(
+        "request_id {id:?} was already used for trainingJobs/{} with a different request: use a \
+         new request_id",
+        earlier.id
+    );
+    Err(ServiceError::AlreadyExists { message })
+}
+
 impl Store {
     /// Adds a job with its first event. If the owner's `request_id` has already created a job from
     /// the same request, that job is returned instead.
@@ -106,16 +123,7 @@ impl Store {
                 .job_of_request(&mut tx, &key)
                 .await?
                 .ok_or_else(|| ServiceError::internal("a job could not be stored"))?;
-            if earlier.request_hash.as_deref() != Some(creation.request_hash) {
-                let id = creation.request_id.unwrap_or_default();
-                let message = format!(
-                    "request_id {id:?} was already used for trainingJobs/{} with a different \
-                     request: use a new request_id",
-                    earlier.id
-                );
-                return Err(ServiceError::AlreadyExists { message });
-            }
-            return earlier.try_into();
+            return repeated(earlier, creation);
         }
         let created = EventKind::StateChange {
             from: None,
@@ -184,6 +192,23 @@ impl Store {
             .fetch_one(&self.readers)
             .await?;
         Ok(made > 0)
+    }
+
+    /// Returns the job that the owner's `request_id` has created from the same request; `None` if
+    /// there is no `request_id`, or it has created no job.
+    ///
+    /// # Errors
+    /// `AlreadyExists` if the `request_id` has created a job from another request.
+    pub async fn created_before(&self, owner: &str, creation: Creation<'_>) -> Result<Option<Job>> {
+        let Some(id) = creation.request_id else {
+            return Ok(None);
+        };
+        let select = format!("SELECT {JOB} FROM jobs WHERE request_id = $1");
+        let earlier: Option<JobRow> = sqlx::query_as(AssertSqlSafe(select))
+            .bind(request_key(owner, id))
+            .fetch_optional(&self.readers)
+            .await?;
+        earlier.map(|row| repeated(row, creation)).transpose()
     }
 
     async fn job_of_request(
