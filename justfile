@@ -8,7 +8,7 @@ test *args:
     cargo test {{ args }}
 
 # Runs all tests but those for a GPU and one that takes an hour. The first time it fetches the
-# tools, which take about 6 GB.
+# tools, which take about 6 GB. One of the tests mounts control groups, and fails without root.
 test-all *args:
     eval "$(.ci/run setup | grep '^export')" \
         && cargo test {{ args }} -- --include-ignored --skip a_million_rows
