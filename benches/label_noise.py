@@ -3,8 +3,9 @@
 
 For each file, share and seed, the labels of that share of the rows are flipped, and the rows are
 curated through a running server. The script prints a line of JSON with the AUC of finding the
-flipped rows by their out-of-fold margin, the share of the flipped rows that are in the tenth of the
-rows with the lowest margins, and the share of them with the verdict `probably_flipped`.
+flipped rows by their out-of-fold margin (`auc`), the share of the flipped rows that are in the
+tenth of the rows with the lowest margins (`in_first_tenth`), and the shares of the flipped and of
+the other rows that have the verdict `probably_flipped` (`named`, `named_wrongly`).
 
     bradley serve --models smollm2=MODEL --data-dir /tmp/label-noise
     python3 benches/label_noise.py --bradley target/release/bradley src/cli/demo/pairs.jsonl …

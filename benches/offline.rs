@@ -4,9 +4,10 @@
 //!
 //! Arguments: `offline MODEL PAIRS.jsonl MODE f32|bf16 BATCH [MAX_LENGTH [ROW_TOKENS]]`. MODE is
 //! `train-lora`, `train-full`, `score`, or `lengths`, which reads no lines and measures scoring by
-//! the length of a row. A line is `FROM TO`, a range of the file's pairs without those that cannot
-//! be encoded, or `FROM TO warm` to reuse the reference cache of the previous round. The variable
-//! BRADLEY_BENCH_DEVICE selects the device, e.g. `cuda:0`; the default is `cpu`.
+//! the length of a row. BATCH is the number of pairs of a training step; scoring takes 8 pairs at a
+//! time, whatever BATCH says. A line is `FROM TO`, a range of the file's pairs without those that
+//! cannot be encoded, or `FROM TO warm` to reuse the reference cache of the previous round. The
+//! variable BRADLEY_BENCH_DEVICE selects the device, e.g. `cuda:0`; the default is `cpu`.
 
 #![allow(clippy::print_stdout)]
 

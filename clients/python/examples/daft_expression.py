@@ -1,6 +1,8 @@
 """Scores the pairs of Parquet files with Daft.
 
 Usage: python daft_expression.py SERVER POLICY INPUT OUTPUT
+
+The files have the columns id, prompt, chosen and rejected.
 """
 
 import sys

@@ -4,10 +4,11 @@ roofs.py TRACE.tsv --shape 8b --bandwidth 4800 --flops 989 [--gflop G --seen S]
 TRACE.tsv is the output of trace.cpp for LoRA steps in bf16 on a model with a shape of
 benches/gpu.py. --bandwidth is in GB/s and --flops in TFLOP/s, from the data sheet for example. The
 bytes that a kernel must move are counted from its shape, every input and every output once; the
-length of the row is the grid of the last `embed`. --gflop is the sum of the figure that offline.rs
-prints. --seen is the number of pairs of tokens that attention compares in one pass, summed over all
-steps of the trace. With both, the arithmetic of attention and of the GEMMs is known, too. The
-larger share of a peak is the one that limits the kernel. The table is markdown.
+length of the row is the grid of the last `embed`. --gflop is `gflop` of the lines that offline.rs
+prints, summed over the rounds of the trace. --seen is the number of pairs of tokens that attention
+compares in one pass, summed over all steps of the trace. With both, the arithmetic of attention and
+of the GEMMs is known, too. The larger share of a peak is the one that limits the kernel. The table
+is markdown.
 """
 
 import argparse

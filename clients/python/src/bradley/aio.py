@@ -355,7 +355,7 @@ class AsyncClient:
         dtype: str = "",
         timeout: float | None = None,
     ) -> checkpoint_pb2.ExportCheckpointResponse:
-        """Exports a checkpoint (`adapter` or `merged`) into the server's store."""
+        """Exports a checkpoint into the server's store; `format` and `dtype` as in `download`."""
         request = checkpoint_pb2.ExportCheckpointRequest(
             name=calls.checkpoint_name(checkpoint), format=calls.export_format(format), dtype=dtype
         )

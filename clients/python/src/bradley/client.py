@@ -125,10 +125,11 @@ class Client:
         """Uploads a dataset and returns it with the findings of its validation.
 
         `data` is a file's path, bytes, an iterator of bytes, an iterable of dicts, a pandas
-        DataFrame, a pyarrow Table or a `datasets.Dataset`. With `model`, the lengths of the rows
-        are checked with that model's tokenizer. `timeout` is `scoring_timeout` by default. An
-        upload is repeated only if the server asks for it, because another one would be another
-        dataset, and only if `data` can be read again (no iterator, no open file).
+        DataFrame, a pyarrow Table or a `datasets.Dataset`. `format` is jsonl or parquet; by default
+        the server recognises it. With `model`, the lengths of the rows are checked with that
+        model's tokenizer against `max_length` (1024 by default). `timeout` is `scoring_timeout` by
+        default. An upload is repeated only if the server asks for it, because another one would be
+        another dataset, and only if `data` can be read again (no iterator, no open file).
         """
         read, repeatable = uploads.reader(data)
         model = messages.full_name("models", model) if model else ""
@@ -361,7 +362,7 @@ class Client:
         dtype: str = "",
         timeout: float | None = None,
     ) -> checkpoint_pb2.ExportCheckpointResponse:
-        """Exports a checkpoint (`adapter` or `merged`) into the server's store."""
+        """Exports a checkpoint into the server's store; `format` and `dtype` as in `download`."""
         request = checkpoint_pb2.ExportCheckpointRequest(
             name=calls.checkpoint_name(checkpoint), format=calls.export_format(format), dtype=dtype
         )
@@ -382,9 +383,11 @@ class Client:
     ) -> list[Path]:
         """Downloads a checkpoint's files into the folder `out` and returns their paths.
 
-        `format` is adapter (PEFT) or merged (transformers); by default it is adapter for LoRA jobs.
-        A job means its latest checkpoint. A file gets its name when it is complete. `timeout` is
-        one hour by default.
+        `format` is adapter (PEFT) or merged (transformers); by default it is adapter for LoRA jobs
+        and merged for full fine-tunes. `dtype` is the type of merged weights: f32, bf16 or f16; by
+        default that of the base model's files, or f16 where these are quantised. A job means its
+        latest checkpoint. A file gets its name when it is complete. `timeout` is one hour by
+        default.
         """
         request = checkpoint_pb2.DownloadCheckpointRequest(
             name=calls.checkpoint_name(checkpoint), format=calls.export_format(format), dtype=dtype
@@ -528,10 +531,12 @@ class Client:
 
         `on_progress` is called about once a second. `subset_column` names a column by whose values
         the accuracy is shown separately, and `score_columns` two columns with given scores of the
-        chosen and of the rejected answer. `bins` is the number of bins of the reliability diagram,
-        15 by default. With `save_calibration`, the report's calibration is stored with the policy's
-        checkpoint, so that its scores have a `calibrated_probability`. `timeout` is the time of the
-        whole evaluation. After a lost connection it begins again.
+        chosen and of the rejected answer, by default `score_chosen` and `score_rejected`. `bins` is
+        the number of bins of the reliability diagram, 15 by default. With `save_calibration`, the
+        report's calibration is stored with the policy's checkpoint, so that scores with the same
+        reference, β and normalization have a `calibrated_probability`. If there is none to store,
+        `report.calibration.problem` says why. `timeout` is the time of the whole evaluation. After
+        a lost connection it begins again.
         """
         chosen, rejected = score_columns or ("", "")
         request = calls.evaluation_request(

@@ -44,7 +44,7 @@ class Address:
             tls = scheme == "https"
             if certificates and not tls:
                 raise ValueError(
-                    f"{given} is without TLS, but certificates are given: https://{rest}"
+                    f"{given} is without TLS, but certificates are given: write https://{rest}"
                 )
             name = rest.rstrip("/")
             # The default port of gRPC's resolver is 443.

@@ -22,7 +22,8 @@ class FieldViolation:
     """A field of a request that the server refused."""
 
     field: str
-    """Path of the field, e.g. `training_job.dpo.beta`."""
+    """Path of the field, e.g. `training_job.dpo.beta`. Empty in the last entry of a long list,
+    which says how many more there are."""
     description: str
     """The problem and its remedy."""
 
@@ -87,7 +88,7 @@ class BradleyError(Exception):
 
     @property
     def resource(self) -> Resource | None:
-        """The resource that does not exist."""
+        """The resource that does not exist; `None` for all other errors."""
         return self.info.resource
 
     @property

@@ -43,9 +43,9 @@ PAIR_COLUMNS: dict[str, Column] = {
         Column("error", "string", "string"),
     )
 }
-"""Columns for pairs. `calibrated_probability` has values where a calibration is saved with the
-checkpoint. A row with lists of answers has the values of its pair with the lowest margin, whose
-number, from 1, is in `pair`."""
+"""Columns for pairs. `calibrated_probability` has values where a calibration for these options is
+saved with the checkpoint. A row with lists of answers has the values of its pair with the lowest
+margin, whose number, from 1, is in `pair`."""
 
 ANSWER_COLUMNS: dict[str, Column] = {
     column.name: column
