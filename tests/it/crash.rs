@@ -11,6 +11,10 @@ use crate::server::{
 };
 use crate::support::copy_files;
 
+/// Steps of the job that is killed twice. They take about a second, so that the job still runs when
+/// a busy machine kills its server late.
+const STEPS: u64 = 150;
+
 fn checkpointing(dataset: &str, steps: u64) -> pb::TrainingJob {
     let mut wanted = job(dataset, steps);
     wanted.run = Some(pb::RunConfig {
@@ -69,14 +73,14 @@ async fn sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint() {
         let server = Server::start(other.path());
         let client = server.client().await;
         let dataset = upload(&client, "pairs.jsonl").await;
-        let name = submit(&client, checkpointing(&dataset.name, 40)).await;
+        let name = submit(&client, checkpointing(&dataset.name, STEPS)).await;
         losses(&finish(&client, &name).await)
     };
 
     let mut server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await;
-    let name = submit(&client, checkpointing(&dataset.name, 40)).await;
+    let name = submit(&client, checkpointing(&dataset.name, STEPS)).await;
     let waiting = submit(&client, job(&dataset.name, 2)).await;
     let mut delivered = Vec::new();
     for kill_after in [7, 23] {

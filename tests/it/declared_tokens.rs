@@ -148,7 +148,8 @@ async fn a_file_declares_tokens_and_takes_them_back() {
     assert_eq!(ended.expect("the stream ends"), Some(Code::Unauthenticated));
     assert_eq!(server.metric("bradley_declared_tokens "), Some(2.0));
 
-    // An expired entry is refused, and a file that is gone takes nothing back.
+    // An expired entry is refused, and a file that is gone takes nothing back. The server looks at
+    // the file every five seconds.
     let past = for_c.replace("expires: 2", "expires: 1");
     std::fs::write(&file, format!("{for_b}{past}")).unwrap();
     until("the refusal of an expired token", limit, async || {

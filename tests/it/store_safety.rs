@@ -25,8 +25,9 @@ use crate::server::{
 use crate::support::golden;
 use crate::wait::{until, until_ok};
 
-/// Steps of the jobs that are compared with an undisturbed run.
-pub const STEPS: u64 = 120;
+/// Steps of the jobs that are compared with an undisturbed run. Tests act while such a job runs, so
+/// it must last for seconds.
+pub const STEPS: u64 = 300;
 /// Deadline of every wait.
 pub const LIMIT: Duration = Duration::from_secs(120);
 /// Duration of short leases in seconds: as a flag, and as a time.

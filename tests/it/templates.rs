@@ -1012,8 +1012,12 @@ async fn a_token_that_the_model_does_not_have_is_a_finding() {
         finish(&client, &name).await;
         let done = get(&client, &name).await;
         assert_eq!(done.state(), expected, "{done:?}");
-        if let Some(error) = done.error {
-            assert!(error.message.contains("<extra>"), "{error:?}");
-        }
+        let says_why = |error: &tonic_types::Status| error.message.contains("<extra>");
+        let must_say_why = expected == pb::JobState::Failed;
+        assert_eq!(
+            done.error.as_ref().is_some_and(says_why),
+            must_say_why,
+            "{done:?}"
+        );
     }
 }
