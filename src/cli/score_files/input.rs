@@ -170,11 +170,11 @@ pub(super) async fn find(
     let mut inputs = Vec::new();
     for argument in arguments {
         let found = match argument.split_once("://") {
-            None => files(argument),
-            Some(("file", path)) => files(path),
+            None => files(argument).map_err(Failure::Usage),
+            Some(("file", path)) => files(path).map_err(Failure::Usage),
             Some((scheme, rest)) => objects(argument, scheme, rest, options).await,
         };
-        let found = found.map_err(|reason| Failure::Usage(format!("--in {argument}: {reason}")))?;
+        let found = found.map_err(|failure| failure.with_context(&format!("--in {argument}")))?;
         if found.is_empty() {
             return Err(Failure::Usage(format!(
                 "--in {argument}: nothing matches this pattern"
@@ -243,18 +243,31 @@ fn files(argument: &str) -> Result<Vec<ScoreInput>, String> {
 
 /// Finds the objects that a URL names, with or without a pattern. A URL that ends with / names all
 /// objects below it.
+///
+/// # Errors
+/// [`Failure::Usage`] if the URL, its pattern or what it names is wrong. [`Failure::Failed`] for
+/// other errors of the store, after which the same command may succeed.
 async fn objects(
     url: &str,
     scheme: &str,
     rest: &str,
     options: &BTreeMap<String, String>,
-) -> Result<Vec<ScoreInput>, String> {
+) -> Result<Vec<ScoreInput>, Failure> {
     let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
     let root = format!("{scheme}://{bucket}/");
-    let (store, _) = open_store(&root, options)
-        .map_err(|e| format!("{e}: give a path, or a URL such as s3://BUCKET/FOLDER/*.parquet"))?;
+    let (store, _) = open_store(&root, options).map_err(|e| {
+        let remedy = "give a path, or a URL such as s3://BUCKET/FOLDER/*.parquet";
+        Failure::Usage(format!("{e}: {remedy}"))
+    })?;
     let store: Arc<dyn ObjectStore> = Arc::from(store);
-    let failed = |e: object_store::Error| store_failure(url, &e, "list and read");
+    let failed = |e: object_store::Error| {
+        let message = store_failure(url, &e, "list and read");
+        match e {
+            object_store::Error::NotFound { .. } => Failure::Usage(message),
+            _ => Failure::Failed(message),
+        }
+    };
+    let wrong = |e: &dyn std::fmt::Display| Failure::Usage(e.to_string());
     let (folder, _) = fixed_part(path);
     let input = |meta: ObjectMeta| {
         let key = meta.location.as_ref();
@@ -266,14 +279,14 @@ async fn objects(
         }
     };
     if !path.contains(WILDCARDS) && !path.is_empty() && !path.ends_with('/') {
-        let key = Key::parse(path).map_err(|e| e.to_string())?;
+        let key = Key::parse(path).map_err(|e| wrong(&e))?;
         return Ok(vec![input(store.head(&key).await.map_err(failed)?)]);
     }
     let pattern = match path.contains(WILDCARDS) {
-        true => Some(Pattern::new(path).map_err(|e| e.to_string())?),
+        true => Some(Pattern::new(path).map_err(|e| wrong(&e))?),
         false => None,
     };
-    let prefix = Key::parse(folder.trim_end_matches('/')).map_err(|e| e.to_string())?;
+    let prefix = Key::parse(folder.trim_end_matches('/')).map_err(|e| wrong(&e))?;
     let mut listed = store.list((!folder.is_empty()).then_some(&prefix));
     let mut found = Vec::new();
     while let Some(meta) = listed.next().await {
