@@ -270,7 +270,7 @@ impl ChatSession {
 
     /// Asks a message that has no answer yet. If the answer ends too early, the failure says so.
     async fn ask_new(&mut self, user: String, interrupts: &mut Signal) -> Outcome {
-        let (turns, seed) = (self.conversation.len(), self.seed);
+        let turns = self.conversation.len();
         let asked = self.ask(user, ChatAttempt::First, interrupts).await;
         let has_part = self.is_terminal && self.conversation.len() > turns;
         asked.map_err(|failure| match has_part {
@@ -291,7 +291,7 @@ impl ChatSession {
                 "/retry: there is no message yet: send one first".to_owned(),
             ));
         };
-        let turns = self.conversation.len();
+        let (turns, seed) = (self.conversation.len(), self.seed);
         let asked = self
             .ask(old.user.clone(), ChatAttempt::Repeated, interrupts)
             .await;
