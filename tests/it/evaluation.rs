@@ -23,6 +23,10 @@ use crate::server::{Server, create_token, finish, job, scored, submit, until_eve
 use crate::support::golden;
 use crate::wait::until;
 
+/// Rows of a dataset whose evaluation is interrupted. Scoring them must take seconds, because a busy
+/// machine may interrupt it late.
+const MANY_ROWS: usize = 20_000;
+
 /// Starts a server with a policy and a reference.
 fn serve(dir: &Path, flags: &[&str]) -> Server {
     let models = format!(
@@ -491,9 +495,8 @@ async fn an_evaluation_ends_when_its_client_leaves() {
     let dir = tempfile::tempdir().unwrap();
     let server = serve(dir.path(), &[]);
     let client = server.client().await;
-    let n = 5000;
     let file = dir.path().join("rows.jsonl");
-    write_rows(&file, &rows(n));
+    write_rows(&file, &rows(MANY_ROWS));
     let dataset = upload(&client, &file).await;
     let mut messages = client
         .evaluations()
@@ -502,7 +505,7 @@ async fn an_evaluation_ends_when_its_client_leaves() {
         .unwrap()
         .into_inner();
     let first = messages.message().await.unwrap().unwrap();
-    assert!(matches!(first.part, Some(Part::Progress(p)) if p.total_pairs == n as u64));
+    assert!(matches!(first.part, Some(Part::Progress(p)) if p.total_pairs == MANY_ROWS as u64));
     until("a scored pair", Duration::from_secs(60), async || {
         server.scored_pairs() > 0
     })
@@ -517,7 +520,7 @@ async fn an_evaluation_ends_when_its_client_leaves() {
         unchanged_since.elapsed() >= Duration::from_secs(1)
     })
     .await;
-    assert!(scored < n as u64, "all {scored} pairs were scored");
+    assert!(scored < MANY_ROWS as u64, "all {scored} pairs were scored");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -766,7 +769,7 @@ async fn an_interrupted_command_deletes_its_upload() {
     let server = serve(dir.path(), &[]);
     let client = server.client().await;
     let file = dir.path().join("rows.jsonl");
-    write_rows(&file, &rows(5000));
+    write_rows(&file, &rows(MANY_ROWS));
     let child = Command::new(crate::support::binary())
         .args(["evaluate", "--policy", "tiny", "--reference", "ref"])
         .args(["--server", &server.address, "--data"])

@@ -17,7 +17,10 @@ use crate::server::{
 };
 use crate::wait::until;
 
-const STEPS: u64 = 150;
+/// Steps of a job that is paused or preempted. It must last for seconds, because a busy machine may
+/// do that late. The number is a multiple of three, because a job that logs every third step also
+/// logs the last one.
+const STEPS: u64 = 390;
 /// Limit for what a server does within seconds, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 

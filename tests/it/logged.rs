@@ -303,7 +303,8 @@ async fn a_paused_job_goes_on_with_the_same_log_probs() {
     let client = server.client().await;
     let rows = logged_rows(&client).await;
     let dataset = upload_rows(&client, dir.path(), &rows).await.name;
-    let long = logged(job(&dataset, 120));
+    // The job must last for seconds, because a busy machine may pause it late.
+    let long = logged(job(&dataset, 300));
     let undisturbed = submit(&client, long.clone()).await;
     let undisturbed = succeed(&client, &undisturbed).await;
     let paused = submit(&client, long).await;

@@ -19,8 +19,9 @@ use crate::server::{
 use crate::support::golden;
 use crate::wait::until_ok;
 
-/// Steps of a job that is paused before its end.
-const STEPS: u64 = 120;
+/// Steps of a job that is paused before its end. It must last for seconds, because a busy machine
+/// may pause it late.
+const STEPS: u64 = 300;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 async fn delete(client: &Client, name: &str) -> Result<(), Status> {

@@ -12,8 +12,9 @@ use crate::server::{
 };
 use crate::support::golden;
 
-/// Steps of a job that is paused before its end.
-pub const STEPS: u64 = 120;
+/// Steps of a job that is paused before its end. It must last for seconds, because a busy machine
+/// may pause it late.
+pub const STEPS: u64 = 300;
 /// Loss of a pair whose policy equals its reference: log 2.
 pub const UNDECIDED: f64 = std::f64::consts::LN_2;
 

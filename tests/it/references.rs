@@ -20,8 +20,9 @@ use crate::support::{
     assert_close, copy_files, golden, hashes, json, numbers, perturb_weights, replace,
 };
 
-/// Steps of a job that is paused before its end.
-const STEPS: u64 = 120;
+/// Steps of a job that is paused before its end. It must last for seconds, because a busy machine
+/// may pause it late.
+const STEPS: u64 = 300;
 /// β of the scores, which is the default.
 const BETA: f64 = 0.1;
 
