@@ -30,7 +30,7 @@ use crate::support::golden;
 use crate::wait::until;
 
 /// Maximum time of a call while a server is under attack.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn tiny() -> String {
     format!("tiny={}", golden("models/llama").display())

@@ -679,7 +679,7 @@ async fn a_stream_ends_at_its_deadline() {
     let dataset = upload(&grpc, "pairs.jsonl").await.name;
     let name = submit(&grpc, job(&dataset, 100_000)).await;
     let path = format!("/v1/{name}/events:stream");
-    let stream = request(&server, Method::GET, &path).header("x-server-timeout", "1");
+    let stream = request(&server, Method::GET, &path).header("x-server-timeout", "5");
     let lines = stream.try_clone().unwrap().send().await.unwrap();
     assert_eq!(lines.status(), 200);
     let text = lines.text().await.unwrap();
@@ -712,7 +712,7 @@ async fn a_stream_ends_at_its_deadline() {
         parent: name,
         ..Default::default()
     });
-    let limit = "1S".parse().unwrap();
+    let limit = "5S".parse().unwrap();
     events.metadata_mut().insert("grpc-timeout", limit);
     let mut client =
         pb::training_service_client::TrainingServiceClient::with_origin(carrier, origin);

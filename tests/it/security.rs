@@ -13,8 +13,8 @@ use tonic::Code;
 use tonic_types::StatusExt;
 
 use crate::server::{
-    Server, became, create, create_token, create_token_with_id, events, finish, id, job, pairs,
-    score, state, submit, try_get, upload,
+    CONNECT_LIMIT, Server, became, create, create_token, create_token_with_id, events, finish, id,
+    job, pairs, score, state, submit, try_get, upload,
 };
 use crate::support::{golden, needed};
 use crate::wait::until;
@@ -215,7 +215,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
         "--data-dir",
         dir.path().to_str().unwrap(),
     ]);
-    let limit = Duration::from_secs(15);
+    let limit = Duration::from_secs(60);
     until("the refusal of a revoked token", limit, async || {
         try_get(&a, &name).await.is_err()
     })
@@ -760,7 +760,7 @@ async fn tls_needs_client_certificates_and_reloads_changed_files() {
             tls_identity: identity
                 .map(|name| (at(&format!("{name}.pem")), at(&format!("{name}.key")))),
         };
-        let client = Client::connect(&target, Duration::from_secs(5)).await?;
+        let client = Client::connect(&target, CONNECT_LIMIT).await?;
         client
             .models()
             .list_models(pb::ListModelsRequest {})
@@ -773,7 +773,7 @@ async fn tls_needs_client_certificates_and_reloads_changed_files() {
         connect(Some("stranger")).await.is_err(),
         "with another authority's certificate"
     );
-    let plain = Client::connect(&Target::plain(&tls.server.address), Duration::from_secs(5)).await;
+    let plain = Client::connect(&Target::plain(&tls.server.address), CONNECT_LIMIT).await;
     if let Ok(plain) = plain {
         assert!(plain.health().await.is_err(), "without TLS");
     }
@@ -834,7 +834,7 @@ async fn an_authority_as_a_server_is_explained_to_both_sides() {
         tls_ca: Some(certificate.clone()),
         ..Target::plain(format!("https://localhost:{port}"))
     };
-    match Client::connect(&target, Duration::from_secs(5)).await {
+    match Client::connect(&target, CONNECT_LIMIT).await {
         Err(ClientError::BadCertificate { problem, .. }) => {
             assert!(
                 problem.contains("basicConstraints=critical,CA:FALSE"),
@@ -851,7 +851,7 @@ async fn an_authority_as_a_server_is_explained_to_both_sides() {
             tls_ca: Some(ca),
             ..Target::plain(format!("https://{host}:{}", tls.port()))
         };
-        match Client::connect(&target, Duration::from_secs(5)).await {
+        match Client::connect(&target, CONNECT_LIMIT).await {
             Err(ClientError::BadCertificate { problem, .. }) => problem,
             Err(other) => panic!("{other}"),
             Ok(_) => panic!("the client accepts the certificate"),

@@ -18,7 +18,7 @@ use crate::support::{golden, hashes};
 use crate::wait::{until_blocking, until_ok};
 
 /// Time limit for a connection, on a busy machine.
-const CONNECT_LIMIT: Duration = Duration::from_secs(60);
+pub const CONNECT_LIMIT: Duration = Duration::from_secs(60);
 
 /// A running server; killed when dropped.
 pub struct Server {
@@ -567,7 +567,7 @@ pub fn assert_refused<T>(what: &str, answer: Result<T, Status>, part: &str) {
 
 /// Waits until a job waits for its model, and checks the error.
 pub async fn assert_waits(client: &Client, name: &str, part: &str) {
-    let limit = Duration::from_secs(30);
+    let limit = Duration::from_secs(60);
     until_ok("a job's wait for its model", limit, async || {
         let shown = get(client, name).await;
         if let (pb::JobState::Queued, Some(error)) = (shown.state(), &shown.error) {

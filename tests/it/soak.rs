@@ -18,7 +18,7 @@ use tonic::Code;
 use tonic_types::StatusExt;
 
 use crate::hostile::resident_kib;
-use crate::server::{Server, job, pairs, submit, upload};
+use crate::server::{CONNECT_LIMIT, Server, job, pairs, submit, upload};
 use crate::support::golden;
 
 /// Number of clients that send requests at fixed times.
@@ -191,7 +191,7 @@ async fn vanishing(address: String, seed: u64, until: Instant, seen: Arc<Seen>) 
     let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
     while Instant::now() < until {
         let target = bradley::rpc::client::Target::plain(&address);
-        let Ok(client) = Client::connect(&target, Duration::from_secs(5)).await else {
+        let Ok(client) = Client::connect(&target, CONNECT_LIMIT).await else {
             seen.wrong("no connection".into());
             continue;
         };
