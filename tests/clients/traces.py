@@ -149,7 +149,7 @@ within("scoring.tokenize", call, 2)
 within("scoring.queue", call, 2)
 for device in within("scoring.device", call, 2):
     (link,) = device.links
-    batch = spans[link.span_id][1]
+    _, batch = wait_for("the batch", lambda: spans.get(link.span_id))
     assert batch.name == "scoring.batch" and batch.trace_id != score_trace
     assert call.span_id in [other.span_id for other in batch.links], batch
     assert device.end_time_unix_nano <= call.end_time_unix_nano

@@ -450,7 +450,12 @@ async fn no_call_of_a_client_with_the_service_config_fails_when_a_replica_stops(
         .await;
     }
     assert!(tokio::task::block_in_place(|| stopping.terminate(Duration::from_secs(40))).success());
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    let before = staying.scored_pairs();
+    until("calls without the stopped replica", PATIENCE, async || {
+        // The client has ended if a call has failed.
+        staying.scored_pairs() >= before + 50 || client.try_wait().unwrap().is_some()
+    })
+    .await;
     drop(client.stdin.take());
     let output = client.wait_with_output().unwrap();
     said.read_to_string(&mut line).unwrap();

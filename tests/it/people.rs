@@ -378,8 +378,8 @@ async fn ctrl_c_ends_the_watching_and_not_the_job() {
         .spawn()
         .unwrap();
     drop(command);
-    until("steps of the job", SOON, async || {
-        terminal.shows().contains("/100000 steps")
+    until("metrics of the job", SOON, async || {
+        terminal.shows().contains("  accuracy ")
     })
     .await;
     signal(child.id(), libc::SIGINT);
