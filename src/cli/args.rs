@@ -931,7 +931,8 @@ pub struct ScoreArgs {
     pub per_token_logprobs: bool,
     /// Use log-probs that the rows have: those of the reference (ref_chosen_logps and
     /// ref_rejected_logps), or those of both models (chosen_logps and rejected_logps, too), so that
-    /// rows are scored without any model. Every row must have them.
+    /// rows are scored without any model, if rewards are sums over tokens. Every row must have
+    /// them.
     #[arg(long, value_enum)]
     pub logged: Option<LoggedColumns>,
 }

@@ -306,17 +306,35 @@ fn scored(answer: pb::StreamScorePairsResponse) -> Result<Score, String> {
 
 /// Puts the error of a pair into the words of a row and of the flags.
 pub(super) fn row_error(message: &str) -> String {
-    const FIELDS: [(&str, &str); 3] = [
+    const FIELDS: [(&str, &str); 7] = [
         ("pair.prompt ", "prompt: "),
         ("pair.a ", "chosen: "),
         ("pair.b ", "rejected: "),
+        ("pair.logged.reference_a ", "ref_chosen_logps "),
+        ("pair.logged.reference_b ", "ref_rejected_logps "),
+        ("pair.logged.tokens_a ", "the number of tokens of chosen "),
+        ("pair.logged.tokens_b ", "the number of tokens of rejected "),
+    ];
+    // Of `score --logged`, whose rows have no numbers of tokens.
+    const INSTRUCTIONS: [(&str, &str); 3] = [
+        (
+            "add the number of tokens, or set options.normalization to SUM",
+            "use --normalization sum, or --logged reference",
+        ),
+        (
+            "raise options.max_length, or leave the pair's logged log-probs out",
+            "raise --max-length, or leave --logged out",
+        ),
+        ("options.reference", "--reference"),
     ];
     let named = FIELDS
         .iter()
         .find_map(|(field, word)| Some(format!("{word}{}", message.strip_prefix(field)?)));
-    named
-        .unwrap_or_else(|| message.to_owned())
-        .replace(" max_length", " --max-length")
+    let mut text = named.unwrap_or_else(|| message.to_owned());
+    for (instruction, flags) in INSTRUCTIONS {
+        text = text.replace(instruction, flags);
+    }
+    text.replace(" max_length", " --max-length")
 }
 
 /// Reads rows and sends them, until the call or the printing ends.
@@ -441,6 +459,15 @@ mod tests {
              --max-length"
         );
         assert_eq!(row_error("pair.b has no text"), "rejected: has no text");
+        assert_eq!(
+            row_error(
+                "pair.logged.reference_b is the log-prob of the whole answer, but max_length cuts \
+                 prompt + answer: raise options.max_length, or leave the pair's logged log-probs \
+                 out"
+            ),
+            "ref_rejected_logps is the log-prob of the whole answer, but --max-length cuts prompt \
+             + answer: raise --max-length, or leave --logged out"
+        );
         assert_eq!(row_error("busy"), "busy");
     }
 }

@@ -49,9 +49,10 @@ pub(super) async fn check(
         Some(mark) => Err(ServiceError::FailedPrecondition {
             reason: Reason::DatabaseMoved,
             message: format!(
-                "this database was moved to PostgreSQL on {mark}: start with --database-url and \
-                 --artifact-url; to go back to this copy, stop all servers of that database for \
-                 good and run bradley migrate --undo (docs/upgrade.md)"
+                "this database was moved to PostgreSQL on {mark}: start servers with \
+                 --database-url and --artifact-url, and give bradley tokens --database-url; to go \
+                 back to this copy, stop all servers of that database for good and run bradley \
+                 migrate --undo (docs/upgrade.md)"
             ),
         }),
     }
