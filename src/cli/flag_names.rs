@@ -11,12 +11,13 @@ use crate::rpc::client::{ClientError, Status, field_violations};
 const JOB: &str = "training_job.";
 /// Fields outside of a job, or of a job that a command other than `train` changes, with the
 /// caller's words for them.
-const OTHER_FIELDS: [(&str, &str); 34] = [
+const OTHER_FIELDS: [(&str, &str); 37] = [
     ("options.policy", "--policy"),
     ("options.reference", "--reference"),
     ("options.beta", "--beta"),
     ("options.max_length", "--max-length"),
     ("options.normalization", "--normalization"),
+    ("options.tools", "--tools"),
     ("options.tools_json", "--tools"),
     ("options.chat_template_kwargs_json", "--template-args"),
     ("metadata.display_name", "--title"),
@@ -39,7 +40,9 @@ const OTHER_FIELDS: [(&str, &str); 34] = [
     ("top_p", "--top-p"),
     ("top_k", "--top-k"),
     ("stop", "--stop"),
+    ("tools", "--tools"),
     ("tools_json", "--tools"),
+    ("chat_template_kwargs", "--template-args"),
     ("chat_template_kwargs_json", "--template-args"),
     // Of `evaluate`.
     ("dataset", "--dataset"),

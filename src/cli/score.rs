@@ -306,10 +306,11 @@ fn scored(answer: pb::StreamScorePairsResponse) -> Result<Score, String> {
 
 /// Puts the error of a pair into the words of a row and of the flags.
 pub(super) fn row_error(message: &str) -> String {
-    const FIELDS: [(&str, &str); 7] = [
+    const FIELDS: [(&str, &str); 8] = [
         ("pair.prompt ", "prompt: "),
         ("pair.a ", "chosen: "),
         ("pair.b ", "rejected: "),
+        ("options.tools ", "--tools "),
         ("pair.logged.reference_a ", "ref_chosen_logps "),
         ("pair.logged.reference_b ", "ref_rejected_logps "),
         ("pair.logged.tokens_a ", "the number of tokens of chosen "),

@@ -545,8 +545,8 @@ impl Artifacts {
     /// Returns the error for a dataset whose authoritative copy is missing.
     fn dataset_missing(&self, id: &str) -> ServiceError {
         let message = format!(
-            "the file of datasets/{id} is not in {}: restore it from a backup, or upload the \
-             dataset again and create the job anew",
+            "the file of datasets/{id} is not in {}: restore it from a backup, or upload it again \
+             and name the new dataset (a job must be created again)",
             self.location_name()
         );
         ServiceError::FailedPrecondition {
@@ -976,12 +976,12 @@ fn describe_below(dir: &Path, prefix: &str, files: &mut Vec<ExportedFile>) -> Re
     Ok(())
 }
 
-/// Returns the error for a dataset file whose content differs from the one that the job was created
-/// with.
+/// Returns the error for a dataset file whose content is not the one that was uploaded.
 fn dataset_changed(id: &str, found: &str, expected: &str) -> ServiceError {
     let message = format!(
-        "the file of datasets/{id} has the content hash {found}, but the job was created with \
-         {expected}: restore it, or upload it again and make a new job"
+        "the file of datasets/{id} has the content hash {found}, but {expected} is needed: \
+         restore it from a backup, or upload it again and name the new dataset (a job must be \
+         created again)"
     );
     ServiceError::FailedPrecondition {
         reason: Reason::DatasetChanged,

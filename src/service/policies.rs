@@ -270,25 +270,34 @@ impl PolicyResolver {
             return Ok(checkpoint);
         }
         let state = self.store.job(job).await?.state;
-        match which {
-            CheckpointRef::Step(_) => Err(ServiceError::not_found(
-                "checkpoint",
-                format!("trainingJobs/{job}/checkpoints/{which}"),
-            )),
-            _ => Err(ServiceError::FailedPrecondition {
-                reason: Reason::NoCheckpoint,
-                message: format!(
-                    "trainingJobs/{job} is {} and has no {which} checkpoint: {}",
-                    state.name(),
-                    match state.is_final() {
-                        true => {
-                            "name one by its step, or train a job with save_steps or an evaluation"
-                        }
-                        false => "wait for one, or set save_steps or an evaluation",
-                    }
-                ),
-            }),
-        }
+        let remedy = match (which, state.is_final()) {
+            (CheckpointRef::Step(_), _) => {
+                return Err(ServiceError::not_found(
+                    "checkpoint",
+                    format!("trainingJobs/{job}/checkpoints/{which}"),
+                ));
+            }
+            (CheckpointRef::Latest, true) => {
+                "create the job again, with save_steps to have checkpoints before its end"
+            }
+            (CheckpointRef::Latest, false) => {
+                "wait for its first one; save_steps or eval_steps give a job one before its end"
+            }
+            (CheckpointRef::Best, true) => {
+                "name latest or a step; only jobs with an evaluation have a best one"
+            }
+            (CheckpointRef::Best, false) => {
+                "wait for its first evaluation, or name a step; jobs without an evaluation have no \
+                 best one"
+            }
+        };
+        Err(ServiceError::FailedPrecondition {
+            reason: Reason::NoCheckpoint,
+            message: format!(
+                "trainingJobs/{job} is {} and has no {which} checkpoint: {remedy}",
+                state.name()
+            ),
+        })
     }
 
     /// Returns the id of a job's base model. If the request does not name it, the chain of

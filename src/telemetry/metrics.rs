@@ -94,7 +94,8 @@ const COUNTERS: [(&str, &str); 8] = [
     ),
     (
         "bradley_requests_total",
-        "Finished calls, by method and code; a call that its client gave up is Cancelled.",
+        "Calls by method and code, counted when their answer begins: a stream that fails later is \
+         Ok, and a call that its client gave up before is Cancelled.",
     ),
     (
         "bradley_scoring_saved_tokens_total",

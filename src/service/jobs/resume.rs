@@ -61,7 +61,8 @@ pub(super) async fn newest_intact(
             .await?;
         tracing::warn!(job, step = c.step, reason, "damaged checkpoint");
         let message = format!(
-            "checkpoint {} is removed, the run continues from the one before: {reason}",
+            "checkpoint {} is removed, the run continues from the one before, or from the \
+             beginning if there is none: {reason}",
             c.step
         );
         let log_removal = |_: &mut _| {
