@@ -1,4 +1,5 @@
-# `just` lists these recipes. Each of them is only a short name for plain commands.
+# `just` lists these recipes, each with the last line of its comment. Each of them is only a short
+# name for plain commands.
 
 _default:
     @just --list
@@ -7,8 +8,9 @@ _default:
 test *args:
     cargo test {{ args }}
 
-# Runs all tests but those for a GPU and one that takes an hour. The first time it fetches the
-# tools, which take about 6 GB. One of the tests mounts control groups, and fails without root.
+# The first time, this fetches the tools, which take about 6 GB. One of the tests mounts control
+# groups, and fails without root.
+# Runs all tests but those for a GPU and one that takes an hour.
 test-all *args:
     eval "$(.ci/run setup | grep '^export')" \
         && cargo test {{ args }} -- --include-ignored --skip a_million_rows
@@ -23,8 +25,9 @@ lint:
 demo *args:
     cargo run --release -- demo {{ args }}
 
-# Generates the golden files, except evaluation.json, generation.json and smollm2.json, for which
-# tests/goldens/README.md has the commands.
+# tests/goldens/README.md has the commands for evaluation.json, generation.json and smollm2.json,
+# and tests/fuzz/seeds.py writes parquet/.
+# Generates the other golden files.
 goldens:
     python3 -m venv target/goldens-venv
     target/goldens-venv/bin/pip install --quiet -r tests/goldens/requirements.txt
