@@ -4,8 +4,10 @@
   python benches/compare.py MODEL.gguf PAIRS.jsonl [--rounds 5] [--train-pairs 4]
       [--train-steps 2] [--score-pairs 8] [--out FILE.jsonl]
 
-The Python needs tests/goldens/requirements.txt, grpcio-tools and googleapis-common-protos. Every
-measurement is one JSON line in --out; the tables at the end are markdown, for docs/benchmarks.
+PAIRS.jsonl has the columns prompt, chosen and rejected, as lists of messages. Each round takes
+other rows: five rounds need 40 rows, with --train-steps 4 they need 80. The Python needs
+tests/goldens/requirements.txt, grpcio-tools and googleapis-common-protos. Every measurement is one
+JSON line in --out; the tables at the end are markdown, for docs/benchmarks.
 Training figures leave loading and tokenising out on both sides. Each measurement has a process of
 its own, except those of Bradley's servers, which run all the time.
 """

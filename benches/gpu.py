@@ -5,10 +5,12 @@
 
 It measures LoRA training, and scoring through gRPC at several loads. PROGRAMS is the folder with
 the unpacked archive of `tests/cuda/device pack`. The models have Llama 3's shapes, random weights
-(made once, on the GPU) and the tokenizer's vocabulary padded to 128,256. The Python needs torch,
-transformers, peft, trl 1.16 with datasets, grpcio-tools, googleapis-common-protos and
-nvidia-ml-py. Every measurement is one JSON line in --out; the tables at the end are markdown, for
-docs/benchmarks.
+(made once, on the GPU) and the tokenizer's vocabulary padded to 128,256. PAIRS.jsonl has the
+columns prompt, chosen and rejected, as lists of messages; each round takes 32 other rows. The
+Python needs torch, transformers, peft, trl 1.16 with datasets, grpcio-tools,
+googleapis-common-protos and nvidia-ml-py, and liger-kernel for the configurations of --trl that end
+in `l`, of which the default has one. Every measurement is one JSON line in --out; the tables at the
+end are markdown, for docs/benchmarks.
 
 Training is LoRA of rank 16 on all linear layers, in bf16, with steps of 16 pairs and max_length
 2048. First it looks for TRL's fastest configuration. Peak memory is sampled: the memory that the
