@@ -1,5 +1,7 @@
 //! Maps errors to gRPC statuses with details. No other module does this.
 
+use std::time::Duration;
+
 use tonic::codegen::http::HeaderMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
@@ -23,6 +25,8 @@ const MAX_VIOLATIONS: usize = 1664;
 const MAX_VIOLATION: (usize, usize) = (100, 400);
 /// Bytes that protobuf's encoding adds to each violation.
 const PER_VIOLATION: usize = 8;
+/// Time after which a client whose unanswered requests fill its quota sends the next one again.
+const QUOTA_RETRY: Duration = Duration::from_secs(1);
 /// Maximum length of a resource's name, in characters.
 const MAX_NAME: usize = 300;
 
@@ -67,6 +71,9 @@ pub fn status(e: ServiceError) -> Status {
         ServiceError::ResourceExhausted { reason, .. } => {
             if reason.is_quota() {
                 details.add_quota_failure_violation("client", &message);
+            }
+            if *reason == Reason::TooManyTokens {
+                details.set_retry_info(Some(QUOTA_RETRY));
             }
             (Code::ResourceExhausted, *reason)
         }
@@ -192,8 +199,6 @@ pub fn without_details(code: Code, text: &str) -> Status {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
@@ -265,6 +270,14 @@ mod tests {
                 "OUT_OF_MEMORY",
             ),
             (
+                ServiceError::ResourceExhausted {
+                    reason: Reason::TooManyTokens,
+                    message: "m".into(),
+                },
+                Code::ResourceExhausted,
+                "TOO_MANY_TOKENS",
+            ),
+            (
                 ServiceError::OutOfRange {
                     message: "m".into(),
                 },
@@ -288,7 +301,7 @@ mod tests {
             );
             assert_eq!(
                 s.get_details_retry_info().is_some(),
-                code == Code::Unavailable
+                code == Code::Unavailable || reason == "TOO_MANY_TOKENS"
             );
         }
     }
