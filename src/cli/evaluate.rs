@@ -165,16 +165,16 @@ fn finish(args: &EvaluateArgs, format: Output, report: &pb::EvaluationReport) ->
 /// Returns the outcome of a report with pairs that have no score.
 fn failed_pairs(report: &pb::EvaluationReport, skips_bad_rows: bool) -> Outcome {
     let (failed, all) = (report.failed_pairs, report.pairs + report.failed_pairs);
-    if !skips_bad_rows {
-        return Err(Failure::Failed(format!(
-            "{failed} of {all} pairs could not be scored: correct them, or skip them with \
-             --skip-bad-rows"
-        )));
-    }
     if report.pairs == 0 {
         return Err(Failure::Failed(format!(
             "{failed} of {all} pairs could not be scored: correct them, because --skip-bad-rows \
              needs at least one pair with a score"
+        )));
+    }
+    if !skips_bad_rows {
+        return Err(Failure::Failed(format!(
+            "{failed} of {all} pairs could not be scored: correct them, or skip them with \
+             --skip-bad-rows"
         )));
     }
     warn(&format!("{failed} of {all} pairs were skipped"));
@@ -200,9 +200,11 @@ mod tests {
         let refused = said(3, false).unwrap_or_default();
         assert!(refused.contains("2 of 5 pairs could not"), "{refused}");
         assert!(refused.contains("skip them with"), "{refused}");
-        // The flag was given already.
-        let refused = said(0, true).unwrap_or_default();
-        assert!(refused.contains("2 of 2 pairs could not"), "{refused}");
-        assert!(!refused.contains("skip them with"), "{refused}");
+        // Skipping them would leave no pair.
+        for skips_bad_rows in [true, false] {
+            let refused = said(0, skips_bad_rows).unwrap_or_default();
+            assert!(refused.contains("2 of 2 pairs could not"), "{refused}");
+            assert!(!refused.contains("skip them with"), "{refused}");
+        }
     }
 }

@@ -61,10 +61,12 @@ const INSTRUCTIONS: [(&str, &str); 2] = [
     ("leaving reference empty", "leaving out --reference"),
 ];
 /// The same for commands other than `train`.
-const OTHER_INSTRUCTIONS: [(&str, &str); 3] = [
+const OTHER_INSTRUCTIONS: [(&str, &str); 4] = [
     ("lower max_tokens", "lower --max-tokens"),
     ("ask for MERGED", "add --contents merged"),
     ("export it MERGED", "use --contents merged"),
+    // Of `watch` and `jobs metrics`.
+    ("after_sequence", "--after"),
 ];
 /// The server's instruction to a caller without a token, and that of the command line.
 const BEARER: (&str, &str) = (

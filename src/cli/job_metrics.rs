@@ -111,8 +111,7 @@ async fn read(client: &Client, job: &str, after: u64) -> Result<BTreeMap<u64, St
         let page = client
             .training()
             .list_training_events(request)
-            .await
-            .map_err(name_the_flag)?
+            .await?
             .into_inner();
         let before = after_sequence;
         for event in page.events {
@@ -132,14 +131,6 @@ async fn read(client: &Client, job: &str, after: u64) -> Result<BTreeMap<u64, St
         if !page.more || after_sequence == before {
             return Ok(steps);
         }
-    }
-}
-
-/// Converts a refused call to a failure that names the flag instead of the API's field.
-fn name_the_flag(status: crate::rpc::client::Status) -> Failure {
-    match Failure::from(status) {
-        Failure::Usage(said) => Failure::Usage(said.replace("after_sequence", "--after")),
-        other => other,
     }
 }
 

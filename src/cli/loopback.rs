@@ -98,7 +98,13 @@ impl LoopbackServer {
     /// Returns the failure with which it ended.
     pub(super) async fn stop(self) -> Outcome {
         let _ = self.stop.send(());
-        match self.task.await?? {
+        // No setting but those of the command's flags applies, so the limits cannot be raised.
+        let ended = self.task.await?.map_err(|e| {
+            Failure::from(e)
+                .replacing(", or raise memory_limit", "")
+                .replacing(", or raise device_memory_limit", "")
+        })?;
+        match ended {
             serve::Ended::DeviceIdle => Ok(()),
             serve::Ended::DeviceBusy(result) => Ok(result?),
         }

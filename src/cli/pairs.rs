@@ -514,7 +514,7 @@ fn check_fixed(versions: [&String; 2]) -> Outcome {
         {
             return Err(Failure::Usage(format!(
                 "the rewards need weights that do not change, but {version} is training: name a \
-                 step instead of latest"
+                 step instead of latest, or wait until the job has ended"
             )));
         }
     }

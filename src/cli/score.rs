@@ -316,8 +316,8 @@ pub(super) fn row_error(message: &str) -> String {
         ("pair.logged.tokens_a ", "the number of tokens of chosen "),
         ("pair.logged.tokens_b ", "the number of tokens of rejected "),
     ];
-    // Of `score --logged`, whose rows have no numbers of tokens.
-    const INSTRUCTIONS: [(&str, &str); 3] = [
+    // The first ones are of `score --logged`, whose rows have no numbers of tokens.
+    const INSTRUCTIONS: [(&str, &str); 4] = [
         (
             "add the number of tokens, or set options.normalization to SUM",
             "use --normalization sum, or --logged reference",
@@ -327,6 +327,7 @@ pub(super) fn row_error(message: &str) -> String {
             "raise --max-length, or leave --logged out",
         ),
         ("options.reference", "--reference"),
+        ("leave this field and its JSON form empty", "leave it out"),
     ];
     let named = FIELDS
         .iter()
@@ -468,6 +469,13 @@ mod tests {
             ),
             "ref_rejected_logps is the log-prob of the whole answer, but --max-length cuts prompt \
              + answer: raise --max-length, or leave --logged out"
+        );
+        assert_eq!(
+            row_error(
+                "options.tools applies only to chat messages: send chat messages, or leave this \
+                 field and its JSON form empty"
+            ),
+            "--tools applies only to chat messages: send chat messages, or leave it out"
         );
         assert_eq!(row_error("busy"), "busy");
     }

@@ -347,11 +347,17 @@ impl DpoConfig {
         let own = format!("{field}.losses[{i}].label_smoothing");
         if let Some(eps) = term.label_smoothing {
             if !(0.0..0.5).contains(&eps) {
-                out.push(&own, format!("is {eps}: it must lie in [0, 0.5)"));
+                out.push(
+                    &own,
+                    format!("is {eps}: label smoothing must lie in [0, 0.5)"),
+                );
             } else if eps > 0.0 && !term.loss.smooths_labels() {
                 out.push(
                     &own,
-                    format!("has no meaning for {}: remove it", term.loss.name()),
+                    format!(
+                        "is {eps}: {} has no label smoothing, remove this number",
+                        term.loss.name()
+                    ),
                 );
             }
         }
@@ -362,7 +368,7 @@ impl DpoConfig {
                 format!("{field}.label_smoothing")
             };
             let message = format!(
-                "is {}: exo_pair needs a value above 0, for example 0.001",
+                "is {}: exo_pair needs a label smoothing above 0, for example 0.001",
                 self.smoothing(term)
             );
             out.push(at, message);
@@ -381,7 +387,7 @@ impl DpoConfig {
             if !(l.weight.is_finite() && l.weight > 0.0) {
                 out.push(
                     format!("{field}.losses[{i}].weight"),
-                    format!("is {}: it must be a finite number above 0", l.weight),
+                    format!("is {}: a weight must be a finite number above 0", l.weight),
                 );
             }
             if self.divergence != Divergence::ReverseKl && !l.loss.accepts_divergence() {

@@ -401,7 +401,7 @@ impl Generator {
         let Some(adapter) = &live.policy.adapter else {
             return Err(EngineError::Weights(format!(
                 "trainingJobs/{} trains all weights of its model, and they change while a text is \
-                 generated: name a checkpoint by its step",
+                 generated: name a checkpoint by its step, or wait until the job has ended",
                 live.job
             )));
         };

@@ -166,7 +166,7 @@ impl EvaluationService {
         if session.is_live() {
             let message = format!(
                 "{} is still training, and its weights change during an evaluation: name a \
-                 checkpoint by its step",
+                 checkpoint by its step, or wait until the job has ended",
                 session.policy_version()
             );
             return Err(ServiceError::invalid("options.policy", message));

@@ -315,7 +315,7 @@ impl ScoringService {
         if let Some(WeightsRef::Live { job }) = reference.as_ref().map(|r| &r.weights) {
             let message = format!(
                 "trainingJobs/{job} is still training: a reference must not move, name a \
-                 checkpoint by its step"
+                 checkpoint by its step, or wait until the job has ended"
             );
             return Err(ServiceError::invalid("options.reference", message));
         }

@@ -3,6 +3,7 @@
 use unicode_width::UnicodeWidthStr;
 
 use crate::cli::output::{self, table::elide};
+use crate::cli::score::row_error;
 use crate::domain::violation::counted;
 use crate::rpc::pb;
 
@@ -39,7 +40,7 @@ pub(super) fn errors(report: &pb::EvaluationReport) -> Vec<String> {
             "" => String::new(),
             id => format!(" (id {id:?})"),
         };
-        format!("row {}{pair}{id}: {}", e.row, e.message)
+        format!("row {}{pair}{id}: {}", e.row, row_error(&e.message))
     };
     let mut lines: Vec<String> = report.errors.iter().map(line).collect();
     match report.failed_pairs.saturating_sub(lines.len() as u64) {

@@ -423,12 +423,13 @@ fn of_answer(column: &str, at: usize, message: &str) -> String {
     row_error(&format!("{column}: {}", named.unwrap_or(message)))
 }
 
-/// Replaces the fields of the answers in a message by their columns.
+/// Replaces the fields in a message by the answers' columns and by flags.
 fn with_columns(message: &str, columns: &[String]) -> String {
     let named = |text: String, (at, column): (usize, &String)| {
         text.replace(&format!("completions[{at}]"), column)
     };
-    columns.iter().enumerate().fold(message.to_owned(), named)
+    let text = columns.iter().enumerate().fold(message.to_owned(), named);
+    row_error(&text.replace("options.tools ", "--tools "))
 }
 
 #[cfg(test)]

@@ -208,11 +208,13 @@ impl RequestValidator {
                 let example = first
                     .map(|i| format!(" (row {}, {}: {})", i.row, i.reason.name(), i.message))
                     .unwrap_or_default();
-                let message = format!(
-                    "datasets/{id} has {bad_rows} bad rows{example}: fix them, or set row_policy \
-                     to SKIP to train on the other {}",
-                    dataset.report.rows - bad_rows
-                );
+                let remedy = match dataset.report.rows - bad_rows {
+                    0 => "fix them: no other row is left".to_owned(),
+                    others => {
+                        format!("fix them, or set row_policy to SKIP to use the other {others}")
+                    }
+                };
+                let message = format!("datasets/{id} has {bad_rows} bad rows{example}: {remedy}");
                 return Err(ServiceError::FailedPrecondition {
                     reason: Reason::DatasetInvalid,
                     message,
