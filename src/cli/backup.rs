@@ -12,6 +12,7 @@ use super::failure::{Failure, Outcome};
 use super::output::{self, human};
 use super::progress::{say, warn};
 use super::settings::{Sources, vendor_variables};
+use super::telemetry;
 use crate::service::backup::{self, BackupManifest};
 use crate::service::transfer;
 
@@ -35,6 +36,8 @@ pub(super) async fn back_up(args: BackupArgs, output_format: Output) -> Outcome 
                 .to_owned(),
         ));
     }
+    // Warnings about what an interrupted backup has left.
+    telemetry::log("warn", false, None, None)?;
     let work = backup::back_up(&args.database.data_dir, &args.dir);
     let manifest = with_spinner("copying the database and its files", work).await?;
     output::resource(output_format, &summary(&manifest, output_format));

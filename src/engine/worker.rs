@@ -272,14 +272,16 @@ impl Worker {
         }
         drop(live);
         self.scoring.fair_share.stop(Instant::now());
-        metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone())
-            .record(spent.as_secs_f64());
-        let helpers = self.training.as_ref().map_or(0, |t| t.helpers.len());
-        let devices = u32::try_from(1 + helpers).unwrap_or(u32::MAX);
-        active
-            .run
-            .control
-            .add_device_time(spent.saturating_mul(devices));
+        if !matches!(status, Ok(Ok(Status::Waiting))) {
+            metrics::histogram!("bradley_training_unit_seconds", "device" => self.label.clone())
+                .record(spent.as_secs_f64());
+            let helpers = self.training.as_ref().map_or(0, |t| t.helpers.len());
+            let devices = u32::try_from(1 + helpers).unwrap_or(u32::MAX);
+            active
+                .run
+                .control
+                .add_device_time(spent.saturating_mul(devices));
+        }
         let ran_out_of_memory = active.trainer.is_shortened() && !was_shortened;
         self.abort_if_gpu_is_lost();
         if ran_out_of_memory {
@@ -288,7 +290,7 @@ impl Worker {
             self.scoring.free_memory();
         }
         match status {
-            Ok(Ok(Status::Working)) => {}
+            Ok(Ok(Status::Working | Status::Waiting)) => {}
             Ok(Ok(Status::Finished)) => self.end(RunEnd::Succeeded),
             Ok(Err(e)) => self.end(RunEnd::Failed(explain(&e))),
             Err(panic) => self.end(RunEnd::Failed(internal(panic))),

@@ -163,6 +163,8 @@ pub struct TrainerInput {
 pub enum Status {
     /// More units follow.
     Working,
+    /// Nothing was computed: the run waits until it can write a checkpoint.
+    Waiting,
     /// The run is complete.
     Finished,
 }
@@ -399,10 +401,10 @@ impl Trainer {
             Phase::Evaluate { next } => self.evaluate_unit(next, context)?,
             Phase::Save { best } => self.save_unit(best, context)?,
         }
-        Ok(if matches!(self.phase, Phase::Done) {
-            Status::Finished
-        } else {
-            Status::Working
+        Ok(match self.phase {
+            Phase::Done => Status::Finished,
+            _ if self.unsaved.is_some() => Status::Waiting,
+            _ => Status::Working,
         })
     }
 

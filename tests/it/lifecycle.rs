@@ -612,6 +612,11 @@ async fn a_run_that_cannot_write_its_checkpoint_waits_and_is_listed() {
         |e| matches!(e, Event::Log(log) if log.message.contains("the run waits until it can")),
     )
     .await;
+    // Waiting is no work of the device.
+    let units = || server.metric("bradley_training_unit_seconds_count");
+    let before = units();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(units(), before);
     std::fs::remove_file(&folder).unwrap();
     std::fs::rename(&aside, &folder).unwrap();
     listed("1").await;
