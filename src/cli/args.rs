@@ -20,7 +20,7 @@ pub struct Cli {
     /// The command to run.
     #[command(subcommand)]
     pub command: Command,
-    /// Format of the results. Default: table.
+    /// Format of the results. Default: that of the variable BRADLEY_OUTPUT, or else table.
     #[arg(short = 'o', long, global = true, value_enum)]
     pub format: Option<FormatFlag>,
     /// The old name of `--format`. Its variable still sets the default.
@@ -177,7 +177,8 @@ pub enum Command {
     Usage(UsageArgs),
     /// Check that a server is serving. Exit code 0 means yes; for container health checks.
     Health(ServerArgs),
-    /// Create, list and revoke bearer tokens in the server's database.
+    /// Create, list and revoke bearer tokens in the server's database, and print entries for its
+    /// token_file.
     #[command(subcommand)]
     Tokens(TokensCommand),
     /// Copy the database and the files of a server that uses SQLite. The server may run meanwhile.
@@ -555,7 +556,7 @@ pub struct WatchArgs {
     /// The server to connect to.
     #[command(flatten)]
     pub server: ServerArgs,
-    /// The job: trainingJobs/ID or ID.
+    /// The job: trainingJobs/ID, ID, the beginning of an ID, or @last.
     pub job: String,
     /// Show only events after this sequence number.
     #[arg(long, default_value_t = 0, value_parser = whole_number)]
@@ -1165,7 +1166,7 @@ pub enum JobsCommand {
     Pause(NamedArgs),
     /// Follow a job's events until it ends.
     Watch(WatchArgs),
-    /// Resume a paused job, or try a job that waits for a missing input again at once.
+    /// Resume a paused job. A job that waits for a missing input tries again at once.
     Resume(NamedArgs),
     /// Cancel jobs. Their checkpoints stay.
     Cancel(CancelArgs),
@@ -1456,7 +1457,7 @@ pub struct CurateArgs {
     /// A JSON file for the report.
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
-    /// Number of parts of the rows. For each part, an adapter is trained on the others.
+    /// Number of folds, the parts of the rows. For each fold, an adapter is trained on the others.
     #[arg(long, value_name = "N", default_value_t = 5,
           value_parser = clap::value_parser!(u32).range(2..=100))]
     pub folds: u32,

@@ -186,7 +186,8 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         DATA,
         FlagKind::Text,
         "",
-        "A dataset that is already on the server, datasets/ID or ID, in place of --data.",
+        "A dataset that is already on the server, in place of --data: datasets/ID, ID, the \
+         beginning of an ID, or @last.",
     ),
     flag(
         "eval-dataset",
