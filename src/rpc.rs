@@ -1,7 +1,8 @@
 //! The gRPC API and its REST form: one file per service, conversion between protobuf and domain
 //! types, and mapping of errors to statuses.
 //!
-//! **Only this layer knows protobuf, and only `status.rs` makes a gRPC status.**
+//! **Only this layer uses the crates for gRPC and protobuf, and only `status.rs` makes a gRPC
+//! status.** `cli` uses the messages of [`pb`].
 
 mod auth;
 pub mod canonical;

@@ -98,7 +98,7 @@ impl Caller {
     }
 }
 
-/// Owners whose jobs or datasets a list has.
+/// Selects the owners whose jobs or datasets are in a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whose {
     /// Only the caller, even if the caller is an administrator.

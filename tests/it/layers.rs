@@ -313,7 +313,7 @@ fn upward(module: &[String], own: usize, path: &PathUse) -> Option<String> {
     })
 }
 
-/// Finds protobuf and gRPC outside of rpc, and the async runtime below the engine.
+/// Finds the crates for gRPC and protobuf outside of rpc, and the async runtime below the engine.
 fn foreign_crate(own: usize, path: &PathUse) -> Option<String> {
     let first = path.segments.first()?;
     let is = |name: &str| {
@@ -324,7 +324,8 @@ fn foreign_crate(own: usize, path: &PathUse) -> Option<String> {
     };
     if (is("tonic") || is("prost")) && LAYERS[own] != "rpc" {
         return Some(
-            "only rpc knows gRPC and protobuf: use what rpc::client and rpc::pb offer".into(),
+            "only rpc uses the crates for gRPC and protobuf: use what rpc::client and rpc::pb offer"
+                .into(),
         );
     }
     let engine = layer_rank("engine")?;

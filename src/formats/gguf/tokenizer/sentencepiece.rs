@@ -11,7 +11,7 @@
 //! before the text and after each special token, unless the file switches that off
 //! (`tokenizer.ggml.add_space_prefix`, as in Gemma). The second is the treatment of the text around
 //! added tokens: here, as in SentencePiece, an added token is matched exactly, and the spaces
-//! around it stay. Only Phi-3's tokens drop the spaces behind them, as in its tokenizer.json and in
+//! around it stay. Only Phi-3's tokens drop the spaces after them, as in its tokenizer.json and in
 //! llama.cpp.
 //!
 //! A vocabulary from which the merges do not follow is refused.
@@ -35,7 +35,7 @@ const SPACE: char = '▁';
 const MAX_TOKEN_BYTES: usize = 256;
 /// Architecture of Phi-3. Its SentencePiece model is that of Llama 2.
 const PHI3: &str = "phi3";
-/// Added tokens of Phi-3 behind which spaces stay.
+/// Added tokens of Phi-3 after which spaces stay.
 const EXACT_IN_PHI3: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
 
 /// A token of the vocabulary, with its text as in tokenizer.json.
