@@ -1,9 +1,11 @@
 # syntax=docker/dockerfile:1
 # `bradley serve` on a CPU (target cpu, the default):
-#   docker build -t bradley . && docker run -p 50051:50051 -p 9464:9464 -v bradley:/var/lib/bradley \
-#     -e BRADLEY_MODELS=HuggingFaceTB/SmolLM2-135M-Instruct bradley
+#   docker build -t bradley . && docker run -p 127.0.0.1:50051:50051 -p 127.0.0.1:9464:9464 \
+#     -v bradley:/var/lib/bradley -e BRADLEY_MODELS=HuggingFaceTB/SmolLM2-135M-Instruct bradley
+# Without 127.0.0.1, other machines reach the ports, too, and everyone may do everything.
 # With CUDA (target cuda): docker build --target cuda -t bradley:0.3.0-cuda .
-# The chart adds -cuda to the tag of pods with a GPU.
+# Run it with `docker run --gpus all`: without a GPU it computes on the CPU. The chart adds -cuda to
+# the tag of pods with a GPU.
 # Without an image registry: deploy/image/build.
 
 # Every base image is an argument, so that a mirror or a local image can replace it.
