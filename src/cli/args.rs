@@ -428,7 +428,8 @@ impl ServerArgs {
 /// Arguments of `doctor`: those of `serve`, and a running server.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// A running server to ask, too. Default: --server, or else the address of --listen.
+    /// The address of a running server to check, too, as http://HOST:PORT. Default: --server if it
+    /// is given, or else the address of --listen.
     // The address of --server or of its variable is moved here, unless it is clap's default.
     #[arg(long)]
     pub address: Option<String>,
@@ -919,9 +920,9 @@ pub struct ScoreArgs {
     /// How the files are read.
     #[command(flatten)]
     pub reading: DataArgs,
-    /// Do not fail because of rows that cannot be read or scored, e.g. because they are too long,
-    /// unless no row has a score. They have an error in place of a score with and without this
-    /// flag.
+    /// Succeed although some rows cannot be read or scored, e.g. because they are too long. They
+    /// have an error in place of a score with and without this flag. If no row has a score, the
+    /// command fails all the same.
     #[arg(long)]
     pub skip_bad_rows: bool,
     /// Policy, reference and options of the rewards.
@@ -1129,8 +1130,8 @@ pub struct EvaluateArgs {
     /// answer, with which the margins are compared. Default: score_chosen,score_rejected.
     #[arg(long, value_name = "CHOSEN,REJECTED", help_heading = "Data")]
     pub score_columns: Option<String>,
-    /// Do not fail because of rows that cannot be read or scored, unless no row has a score. They
-    /// are in no figure with and without this flag.
+    /// Succeed although some rows cannot be read or scored. They are in no figure with and without
+    /// this flag. If no row has a score, the command fails all the same.
     #[arg(long, help_heading = "Data")]
     pub skip_bad_rows: bool,
     /// Policy, reference and options of the rewards.

@@ -159,10 +159,18 @@ impl From<Status> for GenerationFailure {
     }
 }
 
+/// The server's advice for a model without a chat template, and that of the command line.
+const PLAIN_PROMPTS: (&str, &str) = (
+    "use plain-text prompts and completions",
+    "use plain-text prompts (--plain)",
+);
+
 impl From<GenerationFailure> for Failure {
     fn from(reason: GenerationFailure) -> Self {
         match reason {
-            GenerationFailure::Refused(status) => (*status).into(),
+            GenerationFailure::Refused(status) => {
+                Failure::from(*status).replacing(PLAIN_PROMPTS.0, PLAIN_PROMPTS.1)
+            }
             GenerationFailure::Cut => Failure::Failed(
                 "the server ended the stream before the text was complete: repeat the command"
                     .into(),

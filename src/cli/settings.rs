@@ -32,7 +32,7 @@ pub const SETTINGS: &[(&str, &str, &str)] = &[
         "models",
         "",
         "Models to serve: [ID=]SOURCE, separated by commas. A SOURCE is a folder, a GGUF file or a \
-         hub id",
+         hub id; gated models of the hub need the variable HF_TOKEN",
     ),
     (
         "data_dir",
@@ -663,14 +663,17 @@ impl Settings {
                 })
                 .unwrap_or_default(),
             listen: reader
-                .parse("listen", "an address such as 0.0.0.0:50051", |s| {
-                    s.parse().ok()
-                })
+                .parse(
+                    "listen",
+                    "an IP address and a port, such as 127.0.0.1:50051, or 0.0.0.0:50051 for all \
+                     addresses of this machine",
+                    |s| s.parse().ok(),
+                )
                 .unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0))),
             http_listen: reader
                 .parse(
                     "http_listen",
-                    "an address such as 0.0.0.0:9464, or off",
+                    "an IP address and a port, such as 127.0.0.1:9464 or 0.0.0.0:9464, or off",
                     |s| {
                         if s == "off" {
                             Some(None)

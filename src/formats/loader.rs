@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::gguf::reader::Gguf;
 use super::gguf::weights::GgufWeights;
+use super::peft;
 use super::source::{HubOptions, Located, locate};
 use super::tokenizer::ChatTokenizer;
 use super::weights::Weights;
@@ -82,9 +83,16 @@ fn open(id: String, source: &str, hub: &HubOptions) -> Result<LoadedModel, Model
         Located::Folder(folder) => {
             let path = folder.join("config.json");
             if is_local && !path.exists() {
+                let holds = match folder.join(peft::CONFIG_FILE).exists() {
+                    true => {
+                        " but a PEFT adapter: serve the adapter's base model, or merged weights \
+                         (bradley checkpoints download --contents merged)"
+                    }
+                    false => "",
+                };
                 return Err(ModelError::NotFound {
                     model: source.to_owned(),
-                    tried: "this folder, which has no config.json".to_owned(),
+                    tried: format!("this folder, which has no config.json{holds}"),
                 });
             }
             let text = std::fs::read_to_string(&path).map_err(ModelError::io(&path))?;
@@ -199,6 +207,10 @@ mod tests {
         let expected =
             format!("model '{source}' not found; tried this folder, which has no config.json");
         assert_eq!(refused.to_string(), expected);
+        std::fs::write(folder.path().join(peft::CONFIG_FILE), "{}").unwrap();
+        let refused = load_model(None, source, &HubOptions::default()).unwrap_err();
+        let words = "no config.json but a PEFT adapter: serve the adapter's base model";
+        assert!(refused.to_string().contains(words), "{refused}");
     }
 
     #[test]

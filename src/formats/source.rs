@@ -128,14 +128,15 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
         return Ok(dir);
     }
     let endpoint = hub.endpoint.as_deref().unwrap_or("https://huggingface.co");
-    let remedy = if begun.is_some() {
+    let offline = if begun.is_some() {
         "; HF_HUB_OFFLINE=1 uses the cache as it is"
     } else {
         ""
     };
     let failed = |e: &dyn fmt::Display| {
         format!(
-            "the cache {} ({cached}) and the hub {endpoint} ({e}){remedy}",
+            "the cache {} ({cached}) and the hub {endpoint} ({e}){offline}; a private or gated \
+             model needs HF_TOKEN, a token of an account that may read it",
             cache.path().display()
         )
     };

@@ -792,6 +792,9 @@ fn a_truncated_or_hostile_file_is_an_error_that_names_it() {
         let e = load().unwrap_err().to_string();
         assert!(e.contains("damaged.gguf"), "{cut}: {e}");
     }
+    std::fs::copy(golden("models/llama/model.safetensors"), &file).unwrap();
+    let e = load().unwrap_err().to_string();
+    assert!(e.contains("name the folder with its config.json"), "{e}");
     // Inverts every byte of the counts and the first entries. Such a file may be refused or read,
     // but it must cause neither a panic nor an endless allocation.
     for at in 4..400 {

@@ -179,6 +179,7 @@ async fn a_model_is_downloaded_once_and_then_read_from_the_cache() {
     .unwrap_err()
     .to_string();
     assert!(e.contains("tiny/llama") && e.contains("401"), "{e}");
+    assert!(e.contains("gated model needs HF_TOKEN"), "{e}");
     let model = open(hub.clone()).await.unwrap().unwrap();
     assert_eq!(
         (model.id.as_str(), model.config.spec.blocks.len()),

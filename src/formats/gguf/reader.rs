@@ -63,8 +63,9 @@ impl Gguf {
     /// Reads the header and checks that every tensor lies inside the file.
     ///
     /// # Errors
-    /// [`ModelError::CorruptWeights`] if the file is not GGUF, is truncated or contradicts itself.
-    /// [`ModelError::Unsupported`] if its version or a quantisation cannot be read.
+    /// [`ModelError::CorruptWeights`] if the file is truncated or contradicts itself.
+    /// [`ModelError::Unsupported`] if it is not GGUF, or its version or a quantisation cannot be
+    /// read.
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
         let file = File::open(path).map_err(ModelError::io(path))?;
         let len = file.metadata().map_err(ModelError::io(path))?.len();
@@ -75,10 +76,13 @@ impl Gguf {
             position: 0,
         };
         if &reader.array::<4>("the magic number")? != MAGIC {
-            return Err(ModelError::corrupt(
-                path,
-                "not a GGUF file: it does not start with 'GGUF'",
-            ));
+            return Err(ModelError::Unsupported {
+                what: format!(
+                    "{}: a single file must be GGUF, and this one does not start with 'GGUF'; of \
+                     a model in safetensors, name the folder with its config.json",
+                    path.display()
+                ),
+            });
         }
         let version = reader.u32("the version")?;
         if !(2..=3).contains(&version) {
