@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::failure::Failure;
 use super::job_flags::{JOB_FLAGS, JobFlags, flag_for, get};
-use crate::rpc::client::{ClientError, Status, field_violations};
+use crate::rpc::client::{ClientError, Status, field_violations, missing_kind};
 
 /// Prefix of the fields of a job in the server's errors.
 const JOB: &str = "training_job.";
@@ -247,13 +247,24 @@ where
         })
         .collect();
     match &lines[..] {
-        [] => format!(
-            "{} ({:?})",
-            (words.in_sentence)(status.message()).replace(BEARER.0, BEARER.1),
-            status.code()
-        ),
+        [] => {
+            let text = (words.in_sentence)(status.message()).replace(BEARER.0, BEARER.1);
+            let list = missing_kind(status).map_or("", |kind| listing(&kind));
+            format!("{text} ({:?}){list}", status.code())
+        }
         [one] => one.clone(),
         many => format!("the server refused these values:\n  {}", many.join("\n  ")),
+    }
+}
+
+/// Returns a hint to the command that lists the resources of a kind; empty if there is none.
+fn listing(kind: &str) -> &'static str {
+    match kind {
+        "job" => ": bradley jobs list shows your jobs",
+        "dataset" => ": bradley datasets list shows your datasets",
+        "checkpoint" => ": bradley checkpoints list JOB shows those of a job",
+        "model" => ": bradley models list shows those of this server",
+        _ => "",
     }
 }
 

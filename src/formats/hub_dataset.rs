@@ -89,9 +89,13 @@ pub fn download(id: &DatasetId, hub: &HubOptions) -> Result<Vec<PathBuf>, String
         };
         format!("the hub {endpoint} ({e}){hint}")
     };
-    let api = ApiBuilder::from_cache(cache.clone())
+    // The cache may have the token that `hf auth login` has stored.
+    let mut api = ApiBuilder::from_cache(cache.clone());
+    if hub.token.is_some() {
+        api = api.with_token(hub.token.clone());
+    }
+    let api = api
         .with_endpoint(endpoint.to_owned())
-        .with_token(hub.token.clone())
         .with_progress(std::io::stderr().is_terminal())
         .build()
         .map_err(|e| failed(&e))?;

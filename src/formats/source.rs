@@ -140,9 +140,13 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
             cache.path().display()
         )
     };
-    let api = ApiBuilder::from_cache(cache.clone())
+    // The cache may have the token that `hf auth login` has stored.
+    let mut api = ApiBuilder::from_cache(cache.clone());
+    if hub.token.is_some() {
+        api = api.with_token(hub.token.clone());
+    }
+    let api = api
         .with_endpoint(endpoint.to_owned())
-        .with_token(hub.token.clone())
         .with_progress(false)
         .build()
         .map_err(|e| failed(&e))?;

@@ -238,6 +238,11 @@ pub fn is_exhausted(status: &Status) -> bool {
     status.code() == Code::ResourceExhausted
 }
 
+/// Returns the kind of the resource that does not exist, if a call was refused for this reason.
+pub fn missing_kind(status: &Status) -> Option<String> {
+    Some(status.get_details_resource_info()?.resource_type)
+}
+
 /// Returns true if a call was refused because the named resource does not exist.
 pub fn is_not_found(status: &Status) -> bool {
     status.code() == Code::NotFound
