@@ -3,6 +3,7 @@
 #   docker build -t bradley . && docker run -p 127.0.0.1:50051:50051 -p 127.0.0.1:9464:9464 \
 #     -v bradley:/var/lib/bradley -e BRADLEY_MODELS=HuggingFaceTB/SmolLM2-135M-Instruct bradley
 # Without 127.0.0.1, other machines reach the ports, too, and everyone may do everything.
+# `docker stop` kills after 10 seconds: `docker stop -t 70` lets a running job write a checkpoint.
 # With CUDA (target cuda): docker build --target cuda -t bradley:0.3.0-cuda .
 # Run it with `docker run --gpus all`: without a GPU it computes on the CPU. The chart adds -cuda to
 # the tag of pods with a GPU.
