@@ -27,7 +27,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use self::encode::{PartCounts, ScoredPart};
+use self::encode::{PartCounts, RowError, ScoredPart};
 use self::fleet::Fleet;
 use self::input::ScoreInput;
 use self::manifest::RunDescription;
@@ -325,7 +325,10 @@ async fn score(
     };
     let scored = score_parts(Arc::new(work), reader, &inputs, &planned).await?;
     let complete = manifest::complete(&out, &inputs, &naming, &run, started).await?;
-    report(output, &scored, shard, complete, started);
+    report(output, &scored, (shard, complete), out.shown(), started);
+    if let Some(warning) = error_warning(&scored) {
+        warn(&warning);
+    }
     match scored.bad_inputs.as_slice() {
         [] => Ok(()),
         bad => Err(Failure::Failed(format!(
@@ -379,8 +382,19 @@ async fn identify_patiently(
 struct ScoredParts {
     parts: u64,
     counts: PartCounts,
+    /// Number of rows with a score, also if only some of several answers have one.
+    with_score: u64,
+    first_error: Option<RowError>,
     /// A text for each input that cannot be read, with the reason.
     bad_inputs: Vec<String>,
+}
+
+/// The rows of a part that was written.
+struct WrittenPart {
+    counts: PartCounts,
+    /// Number of rows with a score, also if only some of several answers have one.
+    with_score: u64,
+    first_error: Option<RowError>,
 }
 
 /// Scores the parts that the reader sends, and shows the progress.
@@ -407,10 +421,14 @@ async fn score_parts(
                     None => is_open = false,
                 },
                 Some(done) = running.join_next() => {
-                    let counts = done??;
+                    let written = done??;
                     scored.parts += 1;
-                    scored.counts.rows += counts.rows;
-                    scored.counts.errors += counts.errors;
+                    scored.counts.rows += written.counts.rows;
+                    scored.counts.errors += written.counts.errors;
+                    scored.with_score += written.with_score;
+                    // Parts end in any order.
+                    let errors = [scored.first_error.take(), written.first_error];
+                    scored.first_error = errors.into_iter().flatten().min();
                 }
                 _ = ticks.tick() => {
                     let done = work.done.load(Ordering::Relaxed);
@@ -446,7 +464,7 @@ fn expected_rows(planned: &PlannedRows, all_bytes: u64) -> Option<u64> {
 }
 
 /// Scores a part and writes it, if the weights are still those of the start.
-async fn score_part(work: Arc<ScoringRun>, part: PartToScore) -> Result<PartCounts, Failure> {
+async fn score_part(work: Arc<ScoringRun>, part: PartToScore) -> Result<WrittenPart, Failure> {
     let add = |rows| {
         work.done.fetch_add(rows, Ordering::Relaxed);
     };
@@ -461,21 +479,50 @@ async fn score_part(work: Arc<ScoringRun>, part: PartToScore) -> Result<PartCoun
             about: &encoding.about,
         };
         let bytes = scored.encode(encoding.format)?;
-        Ok::<_, String>((part.name, scored.counts(), bytes))
+        let written = WrittenPart {
+            counts: scored.counts(),
+            with_score: scored.rows_with_score(),
+            first_error: scored.first_error(),
+        };
+        Ok::<_, String>((part.name, written, bytes))
     });
-    let (name, counts, bytes) = encoded.await?.map_err(Failure::Failed)?;
+    let (name, written, bytes) = encoded.await?.map_err(Failure::Failed)?;
     work.fleet.verify().await?;
     // If another process has written the part meanwhile, it has the same bytes.
     work.out.create(&name, bytes).await?;
-    Ok(counts)
+    Ok(written)
 }
 
-/// Says what was done, and what is left.
+/// Returns a warning with the first error of the rows that were written, if one has an error.
+fn error_warning(scored: &ScoredParts) -> Option<String> {
+    let first = scored.first_error.as_ref()?;
+    let errors = scored.counts.errors;
+    let summary = match scored.with_score {
+        0 => "none of the rows that were written has a score".to_owned(),
+        _ if errors == 1 => "1 row has an error".to_owned(),
+        _ => format!("{errors} rows have an error"),
+    };
+    // A run with other columns or another input is refused in the same folder.
+    let remedy = match scored.with_score == 0 && first.lacks_column {
+        true => {
+            "; rename the columns, or name them with --columns chosen=NAME, and name another --out"
+        }
+        false => "",
+    };
+    let RowError {
+        input, row, reason, ..
+    } = first;
+    Some(format!(
+        "{summary}; the first error is in row {row} of {input}: {reason}{remedy}"
+    ))
+}
+
+/// Says what was done, and what is left. `out` is the argument of `--out`.
 fn report(
     output: Output,
     scored: &ScoredParts,
-    shard: Shard,
-    complete: Option<manifest::RunCounts>,
+    (shard, complete): (Shard, Option<manifest::RunCounts>),
+    out: &str,
     started: Instant,
 ) {
     let PartCounts { rows, errors } = scored.counts;
@@ -490,6 +537,7 @@ fn report(
         });
         return resource(output, &value);
     }
+    let has_errors = errors > 0 || complete.as_ref().is_some_and(|all| all.errors > 0);
     line(&format!(
         "{} with {} written, {} with an error",
         counted(scored.parts, "part"),
@@ -507,6 +555,11 @@ fn report(
             line("parts of other shards, or of inputs that cannot be read, are missing");
         }
         None => line("parts of inputs that cannot be read are missing"),
+    }
+    if has_errors {
+        line(&format!(
+            "the column error of the parts in {out} says why a row has no score"
+        ));
     }
 }
 
@@ -581,6 +634,40 @@ mod tests {
         assert_eq!(expected_rows(&planned, 400), Some(200));
         planned.add(30, 200);
         assert_eq!(expected_rows(&planned, 400), Some(130));
+    }
+
+    #[test]
+    fn the_first_error_is_named_and_columns_only_if_no_row_has_a_score() {
+        let warning = |with_score, errors, lacks_column| {
+            error_warning(&ScoredParts {
+                counts: PartCounts { rows: 9, errors },
+                with_score,
+                first_error: Some(RowError {
+                    input: "x.jsonl".to_owned(),
+                    row: 4,
+                    reason: "chosen is missing".to_owned(),
+                    lacks_column,
+                }),
+                ..Default::default()
+            })
+        };
+        assert_eq!(error_warning(&ScoredParts::default()), None);
+        let first = "the first error is in row 4 of x.jsonl: chosen is missing";
+        assert_eq!(
+            warning(8, 1, true),
+            Some(format!("1 row has an error; {first}"))
+        );
+        assert_eq!(
+            warning(7, 2, true),
+            Some(format!("2 rows have an error; {first}"))
+        );
+        let none = format!("none of the rows that were written has a score; {first}");
+        assert_eq!(warning(0, 9, false), Some(none.clone()));
+        let renamed = warning(0, 9, true).unwrap();
+        assert!(
+            renamed.starts_with(&none) && renamed.contains("--columns chosen=NAME"),
+            "{renamed}"
+        );
     }
 
     #[test]

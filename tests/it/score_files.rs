@@ -519,6 +519,46 @@ async fn columns_are_mapped_and_logged_log_probs_are_not_used() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_first_error_of_the_rows_is_said_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    let all = pairs(3);
+    let names = [("chosen", "good"), ("rejected", "bad")];
+    write_lines(&at("other.jsonl"), &renamed(&all, &names));
+    let mut mixed = all;
+    mixed[1] = json!({"prompt": "p", "chosen": " a"});
+    write_lines(&at("mixed.jsonl"), &mixed);
+    let run = |input: &str, out: &str| {
+        let (input, out) = (at(input), at(out));
+        let input = input.to_str().unwrap();
+        succeed(&mut command(&server.address, input, &out, &WEIGHTS))
+    };
+    let text = run("other.jsonl", "none");
+    let pointer = format!("the column error of the parts in {}", at("none").display());
+    for expected in [
+        "complete: 1 part, 3 rows, 3 with an error; see _manifest.json",
+        pointer.as_str(),
+        "warning: none of the rows that were written has a score; the first error is in row 1 of \
+         other.jsonl: chosen is missing",
+        "--columns chosen=NAME",
+    ] {
+        assert!(text.contains(expected), "{expected} is missing: {text}");
+    }
+    assert_eq!(text.matches("warning: ").count(), 1, "{text}");
+    // Nothing is left to do, and the errors are still there.
+    assert!(run("other.jsonl", "none").contains(&pointer));
+    let text = run("mixed.jsonl", "some");
+    assert!(
+        text.contains(
+            "warning: 1 row has an error; the first error is in row 2 of mixed.jsonl: rejected is \
+             missing"
+        ) && !text.contains("--columns"),
+        "{text}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn several_chosen_answers_are_ranked_with_the_rejected_ones() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);

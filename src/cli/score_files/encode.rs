@@ -18,6 +18,7 @@ use serde_json::{Map, Value, json};
 use super::batch::RowResult;
 use super::row::InputRow;
 use crate::cli::args::PartFormat;
+use crate::domain::violation::shortened;
 
 /// Columns of every part, in their order, before the carried ones.
 pub(super) const COLUMNS: [&str; 18] = [
@@ -46,6 +47,9 @@ const ERRORS_KEY: &str = "bradley.errors";
 /// thousand columns fits into them.
 pub(super) const TAIL_BYTES: u64 = 256 << 10;
 
+/// Maximum number of characters of the reason in a [`RowError`].
+const MAX_REASON_CHARS: usize = 400;
+
 /// A part that is scored.
 pub(super) struct ScoredPart<'a> {
     pub input: &'a str,
@@ -64,6 +68,18 @@ pub(super) struct PartCounts {
     pub errors: u64,
 }
 
+/// A row with an error. Errors are ordered by input and row.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct RowError {
+    pub input: String,
+    /// Its number in the input, from 1.
+    pub row: u64,
+    /// The error, shortened for a message.
+    pub reason: String,
+    /// True if the row lacks a column.
+    pub lacks_column: bool,
+}
+
 impl ScoredPart<'_> {
     /// Counts the rows of this part.
     pub(super) fn counts(&self) -> PartCounts {
@@ -71,6 +87,28 @@ impl ScoredPart<'_> {
             rows: self.rows.len() as u64,
             errors: self.cells().filter(|cells| cells.error.is_some()).count() as u64,
         }
+    }
+
+    /// Returns the number of rows in which a pair or at least one of several answers has a score.
+    pub(super) fn rows_with_score(&self) -> u64 {
+        let with_score = self.cells().filter(|cells| {
+            let has_reward = |rewards: &[Option<f64>]| rewards.iter().any(Option::is_some);
+            cells.pair.is_some() || cells.rewards.is_some_and(has_reward)
+        });
+        with_score.count() as u64
+    }
+
+    /// Returns the error of the first row that has one.
+    pub(super) fn first_error(&self) -> Option<RowError> {
+        let mut rows = self.rows.iter().zip(self.cells());
+        rows.find_map(|(row, cells)| {
+            Some(RowError {
+                input: self.input.to_owned(),
+                row: row.row,
+                reason: shortened(cells.error?, MAX_REASON_CHARS),
+                lacks_column: row.lacks_column,
+            })
+        })
     }
 
     /// Returns the bytes of the part.

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::cli::data::ColumnMap;
-use crate::domain::dataset::{PreferenceRow, RowIssue, Text};
+use crate::domain::dataset::{IssueReason, PreferenceRow, RowIssue, Text};
 use crate::domain::message::TemplateArguments;
 use crate::train::rows::names::COMPLETIONS_COLUMN;
 use crate::train::rows::{pairs_of_line, pairs_of_record};
@@ -19,6 +19,8 @@ pub(super) struct InputRow {
     pub id: Option<String>,
     /// Values of the columns that are carried, in the order of `--carry`.
     pub carried: Vec<Value>,
+    /// True if the row cannot be scored because it lacks a column.
+    pub lacks_column: bool,
     pub content: RowContent,
 }
 
@@ -91,10 +93,13 @@ impl RowReading {
                 *column = self.columns.original(column);
             }
         }
+        let lacks_column =
+            matches!(&content, Err(issue) if issue.reason == IssueReason::MissingField);
         InputRow {
             row,
             id,
             carried,
+            lacks_column,
             content: content.unwrap_or_else(|issue| {
                 let message = self.columns.message(&issue.field, &issue.message);
                 let field = self.columns.original(&issue.field);
@@ -116,6 +121,7 @@ impl InputRow {
             row,
             id: None,
             carried: Vec::new(),
+            lacks_column: false,
             content: RowContent::Bad(message),
         }
     }
@@ -368,6 +374,8 @@ mod tests {
     fn a_bad_row_says_what_is_wrong() {
         assert!(refusal("{\"prompt\": 1").contains("JSON"));
         assert!(refusal("[]").contains("JSON"));
+        assert!(read(r#"{"prompt": "p", "chosen": "a"}"#).lacks_column);
+        assert!(!read(r#"{"prompt": "p", "chosen": "a", "rejected": 5}"#).lacks_column);
         assert!(refusal(r#"{"prompt": "p", "chosen": "a"}"#).contains("rejected is missing"));
         assert!(refusal(r#"{"completions": ["a"]}"#).contains("prompt is missing"));
         assert!(refusal(r#"{"prompt": "p", "completions": []}"#).contains("1 to 256"));
