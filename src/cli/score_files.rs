@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -44,9 +44,11 @@ use super::policy_names::{PolicyNames, same_model_warning};
 use super::progress::{WorkProgress, say, waiting, warn};
 use super::settings::{Sources, vendor_variables};
 use super::short_names::LAST;
-use crate::domain::violation::counted;
+use crate::domain::similar::nearest;
+use crate::domain::violation::{counted, quoted};
 use crate::rpc::client::{Client, ClientError, is_transient, retry_after};
 use crate::rpc::pb;
+use crate::train::rows::names::listed;
 
 /// Number of parts that are scored at the same time, so that the servers have work while the last
 /// pairs of a part are scored.
@@ -320,6 +322,7 @@ async fn score(
         rows: RowReading {
             carry: args.carry,
             columns,
+            ..Default::default()
         },
         planned: Arc::clone(&planned),
     };
@@ -413,11 +416,19 @@ async fn score_parts(
     let doing = async {
         let mut running = JoinSet::new();
         let mut is_open = true;
+        let mut is_first = true;
         let mut ticks = tokio::time::interval(TICK);
         while is_open || !running.is_empty() {
             tokio::select! {
                 part = parts.recv(), if is_open && running.len() < PARTS_AT_ONCE => match part {
-                    Some(part) => drop(running.spawn(score_part(Arc::clone(&work), part))),
+                    Some(part) => {
+                        if std::mem::take(&mut is_first) {
+                            for warning in carry_warnings(&work.carry, &part) {
+                                progress.suspend(|| warn(&warning));
+                            }
+                        }
+                        running.spawn(score_part(Arc::clone(&work), part));
+                    }
                     None => is_open = false,
                 },
                 Some(done) = running.join_next() => {
@@ -450,6 +461,35 @@ async fn score_parts(
     }
     scored.bad_inputs = reading.await??;
     Ok(scored)
+}
+
+/// Returns a warning for each carried column, such as a misspelt one, in which no row of a part has
+/// a value.
+fn carry_warnings(carry: &[String], part: &PartToScore) -> Vec<String> {
+    // A row that cannot be read carries no values.
+    let is_readable = part.rows.iter().any(|row| !row.carried.is_empty());
+    let is_empty = |at: usize| {
+        let mut values = part.rows.iter().filter_map(|row| row.carried.get(at));
+        is_readable && values.all(Value::is_null)
+    };
+    let found = match part.columns.as_slice() {
+        [] => String::new(),
+        columns => format!("; found: {}", listed(columns)),
+    };
+    let empty = carry.iter().enumerate().filter(|(at, _)| is_empty(*at));
+    let warning = |(_, name): (usize, &String)| {
+        let columns = part.columns.iter().map(String::as_str);
+        let meant = match nearest(name, columns) {
+            Some(column) if column != name => format!("; did you mean {column}?"),
+            _ => String::new(),
+        };
+        format!(
+            "no row of the first part that was read has a value in the column {} of \
+             --carry{found}{meant}",
+            quoted(name)
+        )
+    };
+    empty.map(warning).collect()
 }
 
 /// Estimates the number of rows that this shard has to score, as if all inputs had as many of them
@@ -668,6 +708,45 @@ mod tests {
             renamed.starts_with(&none) && renamed.contains("--columns chosen=NAME"),
             "{renamed}"
         );
+    }
+
+    #[test]
+    fn a_carried_column_without_values_is_named_with_the_columns_that_there_are() {
+        let carry = ["sorce", "source", "note"].map(str::to_owned).to_vec();
+        let reading = RowReading {
+            carry: carry.clone(),
+            ..Default::default()
+        };
+        let read = |lines: &[&str]| -> Vec<_> {
+            let rows = lines.iter().zip(1..);
+            rows.filter_map(|(line, row)| reading.line(row, line.as_bytes()))
+                .collect()
+        };
+        let mut part = PartToScore {
+            name: "x.jsonl-0".to_owned(),
+            input: "x.jsonl".to_owned(),
+            rows: read(&["no JSON"]),
+            columns: Vec::new(),
+        };
+        assert!(carry_warnings(&carry, &part).is_empty());
+        part.rows = read(&[
+            r#"{"prompt": "p", "note": null, "source": 1}"#,
+            r#"{"prompt": "q"}"#,
+        ]);
+        part.columns = reading.first_columns.get().cloned().unwrap();
+        let start = "no row of the first part that was read has a value in the column";
+        assert_eq!(
+            carry_warnings(&carry, &part),
+            [
+                format!(
+                    "{start} \"sorce\" of --carry; found: prompt, note, source; did you mean \
+                     source?"
+                ),
+                format!("{start} \"note\" of --carry; found: prompt, note, source"),
+            ]
+        );
+        part.columns.clear();
+        assert!(carry_warnings(&carry, &part)[0].ends_with("\"sorce\" of --carry"));
     }
 
     #[test]

@@ -322,6 +322,13 @@ async fn scores_of_every_format_are_those_of_score_pairs_bit_for_bit() {
     );
     assert_eq!(manifest["parts"].as_array().unwrap().len(), 12);
     assert_eq!(manifest["run"]["weights"]["policy"], json!("models/tuned"));
+    let misspelt = run(&at("misspelt"), &["--carry", "sorce,prompt"]);
+    assert!(
+        misspelt.contains("a value in the column \"sorce\" of --carry; found: id, prompt, chosen,")
+            && misspelt.contains("did you mean source?"),
+        "{misspelt}"
+    );
+    assert_eq!(misspelt.matches("warning: ").count(), 1, "{misspelt}");
     // Nothing is left to do, and a number of a Parquet file is carried as text.
     assert!(run(&at("out"), &["--carry", "source,prompt"]).contains("0 parts with 0 rows written"));
     run(&at("jsonl"), &["--format", "jsonl", "--carry", "page"]);

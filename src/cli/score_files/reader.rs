@@ -103,6 +103,8 @@ pub(super) struct PartToScore {
     pub name: String,
     pub input: String,
     pub rows: Vec<InputRow>,
+    /// All columns of the first row of JSON that was read; empty if only Parquet was.
+    pub columns: Vec<String>,
 }
 
 /// Inputs whose rows are known, counted by the reader for the display.
@@ -302,7 +304,7 @@ impl PartReader {
                 // A row of another part is not parsed.
                 DataRow::Line(_) if !filling.is_wanted() => None,
                 DataRow::Line(line) => self.rows.line(number, &line),
-                DataRow::Fields(fields) => Some(self.rows.record(number, fields)),
+                DataRow::Fields(fields) => Some(self.rows.whole_record(number, fields)),
                 DataRow::Bad(problem) => Some(InputRow::bad(number, problem.message)),
             };
             filling.add(row)?;
@@ -477,6 +479,13 @@ impl<'a> Filling<'a> {
             name,
             input: self.input.name.clone(),
             rows,
+            columns: self
+                .reader
+                .rows
+                .first_columns
+                .get()
+                .cloned()
+                .unwrap_or_default(),
         };
         self.parts.blocking_send(part).map_err(|_| Stop::Unwanted)
     }

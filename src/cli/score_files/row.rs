@@ -1,5 +1,7 @@
 //! Rows of inputs: pairs, several answers to a prompt, or the reason why a row is neither.
 
+use std::sync::OnceLock;
+
 use serde_json::{Map, Value};
 
 use crate::cli::data::ColumnMap;
@@ -50,6 +52,8 @@ pub(super) struct RowReading {
     pub carry: Vec<String>,
     /// The names that columns of the input have in our format.
     pub columns: ColumnMap,
+    /// All columns of the first row of JSON that was read.
+    pub first_columns: OnceLock<Vec<String>>,
 }
 
 impl RowReading {
@@ -59,7 +63,7 @@ impl RowReading {
             return None;
         }
         Some(match serde_json::from_slice::<Map<String, Value>>(line) {
-            Ok(fields) => self.record(row, fields),
+            Ok(fields) => self.whole_record(row, fields),
             Err(_) => {
                 let findings = pairs_of_line(row, line).find_map(Result::err);
                 let message = findings.map_or_else(
@@ -71,7 +75,14 @@ impl RowReading {
         })
     }
 
-    /// Reads a record.
+    /// Reads a record with all columns of the row.
+    pub(super) fn whole_record(&self, row: u64, fields: Map<String, Value>) -> InputRow {
+        self.first_columns
+            .get_or_init(|| fields.keys().cloned().collect());
+        self.record(row, fields)
+    }
+
+    /// Reads a record, which may have only the columns that are needed.
     pub(super) fn record(&self, row: u64, fields: Map<String, Value>) -> InputRow {
         let value = |name: &String| fields.get(name).cloned().unwrap_or_default();
         let carried = self.carry.iter().map(value).collect();
@@ -268,6 +279,7 @@ mod tests {
         RowReading {
             carry: vec!["source".to_owned()],
             columns: ColumnMap::parse(&columns).unwrap(),
+            ..Default::default()
         }
     }
 
