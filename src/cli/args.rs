@@ -1475,8 +1475,13 @@ pub struct CurateArgs {
     /// Do not delete the jobs and datasets at the end.
     #[arg(long)]
     pub keep: bool,
-    /// The base model. Default: the server's only model.
-    #[arg(long, default_value = "", help_heading = "Training")]
+    /// The base model, on which the adapters are trained. Default: the server's only model.
+    #[arg(
+        long,
+        visible_alias = "policy",
+        default_value = "",
+        help_heading = "Training"
+    )]
     pub model: String,
     /// Passes over the pairs; may be fractional.
     #[arg(

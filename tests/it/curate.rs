@@ -517,7 +517,7 @@ async fn flags_and_files_that_cannot_be_used_leave_nothing_behind() {
         command.output().unwrap()
     };
     let usual = ["--data", "pairs.jsonl", "--out", "out.jsonl"];
-    let cases: [(&[&str], i32, &str); 16] = [
+    let cases: [(&[&str], i32, &str); 17] = [
         (&["--folds", "1"], 2, "--folds"),
         (
             &["--flipped-below", "0.7"],
@@ -529,6 +529,7 @@ async fn flags_and_files_that_cannot_be_used_leave_nothing_behind() {
         (&["--learning-rate", "fast"], 2, "--learning-rate"),
         (&["--rank", "4,8"], 2, "--rank"),
         (&["--model", "nope"], 2, "--model nope does not exist"),
+        (&["--policy", "nope"], 2, "--model nope does not exist"),
         (
             &["--report", "no/such/report.json"],
             2,
