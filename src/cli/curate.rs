@@ -37,6 +37,8 @@ use crate::rpc::pb;
 const RUN_VERSION: u32 = 2;
 /// Number of hexadecimal digits of the id of a curation.
 const ID_DIGITS: usize = 16;
+/// Endings of names that promise another format than JSON lines.
+const OTHER_FORMATS: [&str; 5] = ["csv", "tsv", "parquet", "arrow", "feather"];
 
 pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
     let thresholds = Thresholds::new(&args)?;
@@ -57,6 +59,9 @@ pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
             "--out {} exists: remove it, or name another file",
             args.out.display()
         )));
+    }
+    if let Some(warning) = format_warning(&args.out) {
+        warn(&warning);
     }
     for other in ScoreFolder::others(&args.out, &run) {
         let folder = ScoreFolder::path(&args.out, &other);
@@ -152,6 +157,18 @@ fn check_files(args: &CurateArgs, data: &DataFiles) -> Outcome {
         )),
         false => Ok(()),
     }
+}
+
+/// Returns a warning if the name of the output promises another format than it has.
+fn format_warning(out: &Path) -> Option<String> {
+    let ending = out.extension()?.to_str()?.to_lowercase();
+    OTHER_FORMATS.contains(&ending.as_str()).then(|| {
+        format!(
+            "--out {} will have the rows as JSON lines, whatever its name: better name it {}",
+            out.display(),
+            out.with_extension("jsonl").display()
+        )
+    })
 }
 
 /// Returns the base model with its content hashes.
@@ -324,6 +341,26 @@ impl Curation {
                 let done = format!("{} is complete, but {remaining}", args.out.display());
                 Err(Failure::Failed(format!("{done}\n{}", failure.message())))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_of_another_format_is_answered_with_one_of_json_lines() {
+        for name in ["out/x.jsonl", "x.json", "x", "x.v2", ".csv"] {
+            assert_eq!(format_warning(Path::new(name)), None, "{name}");
+        }
+        for name in ["out/x.csv", "out/x.PARQUET"] {
+            let warning = format_warning(Path::new(name)).unwrap();
+            assert!(
+                warning.starts_with(&format!("--out {name} will have the rows as JSON lines"))
+                    && warning.ends_with("better name it out/x.jsonl"),
+                "{warning}"
+            );
         }
     }
 }
