@@ -59,6 +59,14 @@ fn refused(job: &Job, reason: Reason, remedy: &str) -> ServiceError {
     }
 }
 
+/// Returns what a caller can do so that a job that has not ended can be deleted.
+fn before_deletion(state: JobState) -> &'static str {
+    match state {
+        JobState::Cancelling => "wait until it has ended",
+        _ => "cancel it first",
+    }
+}
+
 impl JobService {
     /// Changes the display name, labels, priority and time to live of a job. If `etag` is given,
     /// the job must still have it.
@@ -259,7 +267,8 @@ impl JobService {
         let removing = async move {
             let refuse = |job: &Job, users: &DependentJobs| {
                 if !job.state.is_final() {
-                    return Err(refused(job, Reason::NotEnded, "cancel it first"));
+                    let remedy = before_deletion(job.state);
+                    return Err(refused(job, Reason::NotEnded, remedy));
                 }
                 let needed = Needed::Weights {
                     job: &id,
@@ -277,5 +286,19 @@ impl JobService {
             service.artifacts.remove_job(&id).await
         };
         self.detached.to_its_end(removing).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_that_is_being_cancelled_need_not_be_cancelled_before_it_is_deleted() {
+        assert_eq!(before_deletion(JobState::Running), "cancel it first");
+        assert_eq!(
+            before_deletion(JobState::Cancelling),
+            "wait until it has ended"
+        );
     }
 }
