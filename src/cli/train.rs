@@ -13,7 +13,7 @@ use super::job_creation::create_job;
 use super::job_flags::{JobVariant, MAX_SWEEP, OUTPUT_ONLY, get, remove, set};
 use super::job_rows::{JobRows, RowLimits};
 use super::policy_names::PolicyNames;
-use super::remote::connect;
+use super::remote::{connect, server_flag};
 use super::watch::{self, ProgressView};
 use super::{output, progress, short_names};
 use crate::domain::logged::LOGGED_REFERENCE;
@@ -474,7 +474,9 @@ impl TrainCall {
             if args.validate_only {
                 progress::say("the job is valid; because of --validate-only it was not created");
             }
-            return output::show_job(self.output, job, FieldSelection::Set);
+            output::show_job(self.output, job, FieldSelection::Set)?;
+            self.say_next_step(args, &made);
+            return Ok(());
         }
         let header = ["name", "state", "differs in"];
         let state = |job: &pb::TrainingJob| match args.validate_only {
@@ -487,7 +489,19 @@ impl TrainCall {
             .collect();
         let all: Vec<pb::TrainingJob> = made.iter().map(|(_, job)| job.clone()).collect();
         output::list(self.output, &header, rows, output::messages(&all)?);
+        self.say_next_step(args, &made);
         Ok(())
+    }
+
+    /// Tells a person how to follow the jobs that were created.
+    fn say_next_step(&self, args: &TrainArgs, made: &[(&PlannedJob, pb::TrainingJob)]) {
+        if self.output != Output::Table || args.validate_only {
+            return;
+        }
+        let jobs: Vec<&pb::TrainingJob> = made.iter().map(|(_, job)| job).collect();
+        if let Some(step) = next_step(&jobs, &server_flag(&args.server)) {
+            progress::say(&step);
+        }
     }
 
     /// Adds to a failure what happened before it: uploads are removed if no job was made, and
@@ -549,6 +563,26 @@ impl TrainCall {
     }
 }
 
+/// Describes how to follow jobs; `flag` names the server in commands. The jobs of a sweep have a
+/// label in common. `None` if there is no job, or if several have no such label.
+fn next_step(jobs: &[&pb::TrainingJob], flag: &str) -> Option<String> {
+    let [first, others @ ..] = jobs else {
+        return None;
+    };
+    if others.is_empty() {
+        let id = first.name.trim_start_matches("trainingJobs/");
+        return Some(format!("follow it: bradley watch {id}{flag}"));
+    }
+    let sweep = first.labels.get(SWEEP_LABEL)?;
+    let is_of_sweep = |job: &&pb::TrainingJob| job.labels.get(SWEEP_LABEL) == Some(sweep);
+    others.iter().all(is_of_sweep).then(|| {
+        format!(
+            "these jobs have the label {SWEEP_LABEL}={sweep}\n\
+             list them: bradley jobs list --label {SWEEP_LABEL}={sweep}{flag}"
+        )
+    })
+}
+
 /// Returns the base model of a policy. For a checkpoint it follows the policies of the jobs back to
 /// a base model. The result is empty if the base model cannot be determined.
 ///
@@ -574,4 +608,37 @@ pub(super) async fn base_model(client: &Client, policy: &str) -> Result<String, 
         }
     }
     Ok(String::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(name: &str, sweep: Option<&str>) -> pb::TrainingJob {
+        let label = sweep.map(|sweep| (SWEEP_LABEL.to_owned(), sweep.to_owned()));
+        pb::TrainingJob {
+            name: format!("trainingJobs/{name}"),
+            labels: label.into_iter().collect(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_next_step_follows_a_job_or_lists_those_of_a_sweep() {
+        let (single, first) = (job("a", None), job("b", Some("s")));
+        let (second, other) = (job("c", Some("s")), job("d", Some("t")));
+        let step = |jobs: &[&pb::TrainingJob]| next_step(jobs, " --server X");
+        assert_eq!(
+            step(&[&single]).as_deref(),
+            Some("follow it: bradley watch a --server X")
+        );
+        let listed = step(&[&first, &second]).unwrap_or_default();
+        assert!(
+            listed.ends_with("bradley jobs list --label sweep=s --server X"),
+            "{listed}"
+        );
+        assert_eq!(step(&[&first, &other]), None);
+        assert_eq!(step(&[&first, &single]), None);
+        assert_eq!(step(&[]), None);
+    }
 }

@@ -767,6 +767,11 @@ async fn a_sweep_makes_a_labelled_job_for_each_combination() {
         let label = |key: &str| job.labels[key].as_str();
         assert_eq!(label("by"), "me");
         assert_eq!(label("sweep"), made[0].labels["sweep"]);
+        let listing = format!(
+            "bradley jobs list --label sweep={} --server ",
+            label("sweep")
+        );
+        assert!(said.contains(&listing), "{said}");
         assert_eq!(label("beta").parse().ok(), job.dpo.as_ref().unwrap().beta);
         assert_eq!(label("seed").parse().ok(), job.seed);
         let title = format!("study beta={} seed={}", label("beta"), label("seed"));
