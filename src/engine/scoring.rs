@@ -12,7 +12,7 @@ use super::fair_share::FairShare;
 use super::generation::{Generator, StepContext};
 use super::live::{Live, device_error};
 use super::policy_cache::{BaseModels, PolicyCache, ROW_TOKENS};
-use super::queue::Generates;
+use super::queue::{Generates, WorkItem as _};
 use crate::compute::cpu::attention::CACHE_BLOCK;
 use crate::domain::training::Precision;
 use crate::infer::pack::Owned;
@@ -238,11 +238,9 @@ impl PolicyScorer {
                 scoring.score_references(entries, cache, live)
             });
         }
-        // A model that is scored against itself needs only one pass.
-        let needs_own_pass = |e: &'_ Entry| e.reference.as_ref() != Some(&e.policy);
         let mut policy_logps = vec_of_none(batch.len());
         for members in self.clusters(
-            groups(&batch, |e| needs_own_pass(e).then_some(&e.policy)),
+            groups(&batch, |e| needs_policy_pass(e).then_some(&e.policy)),
             &batch,
             live,
         ) {
@@ -480,6 +478,12 @@ fn groups<'a, K: PartialEq>(
         }
     }
     groups.into_iter().map(|(_, members)| members).collect()
+}
+
+/// Returns true if the policy of an entry is still to be scored after the reference. A model that is
+/// scored against itself needs only one pass, and so does a caller that has left meanwhile.
+fn needs_policy_pass(entry: &Entry) -> bool {
+    entry.reference.as_ref() != Some(&entry.policy) && !entry.is_abandoned()
 }
 
 /// Combines the results of the passes into an item's answer. If the policy had no pass of its own,

@@ -96,6 +96,16 @@ fn is_cached(cache: &ReferenceCache, base_models: &BaseModels, precision: Precis
 }
 
 #[test]
+fn the_policy_is_not_scored_for_a_caller_that_has_left_since_the_reference_was() {
+    let (of_job, answer) = entry(WeightsRef::Live { job: JOB.into() });
+    assert!(needs_policy_pass(&of_job));
+    drop(answer);
+    assert!(!needs_policy_pass(&of_job));
+    let (of_base, _answer) = entry(base());
+    assert!(!needs_policy_pass(&of_base));
+}
+
+#[test]
 fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_servers() {
     let precisions = [Precision::F32, Precision::Bf16];
     for (server, job) in [precisions, [precisions[1], precisions[0]]].map(|[a, b]| (a, b)) {
