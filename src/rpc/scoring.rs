@@ -240,7 +240,10 @@ async fn score_stream(
                     // read only then.
                     match convert::pair(pair) {
                         Ok(pair) => {
-                            let reserved = session.reserve(pair).await;
+                            let reserved = tokio::select! {
+                                reserved = session.reserve(pair) => reserved,
+                                () = answers.closed() => return Ok(()),
+                            };
                             let scored = async move { (id, score_reserved(reserved).await) };
                             tasks.spawn(scored.in_current_span());
                         }
