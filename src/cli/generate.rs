@@ -17,11 +17,10 @@ pub(super) use self::prompts::{PromptRow, ResultColumns, read};
 use self::prompts::{RESULT_COLUMNS, prompt_of};
 use self::results::Results;
 use super::args::{GenerateArgs, Output, PromptFormArgs, SamplingArgs};
-use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::output;
 use super::policy_names::PolicyNames;
-use super::progress::{WorkProgress, say};
+use super::progress::{self, WorkProgress, say};
 use super::remote::connect;
 use super::scoring_flags::{template_arguments, tools};
 use crate::domain::violation::counted;
@@ -493,7 +492,7 @@ async fn continue_files(
     base: pb::GenerateCompletionsRequest,
 ) -> Outcome {
     check_checkpoint(client, &base.policy).await?;
-    let data = DataFiles::find(&args.data, &args.reading).await?;
+    let data = progress::find(&args.data, &args.reading).await?;
     let rows = read(&data, &args.form, &RESULT_COLUMNS)?;
     let total = rows.len();
     let mut results = Results::create(args.out.as_deref(), &data)?;

@@ -17,7 +17,6 @@ use self::progress_file::{Outcomes, PromptOutcome, check_output};
 pub(super) use self::progress_file::{PairsReport, differing};
 use self::rank::{Candidate, Dropped, choose};
 use super::args::{Output, PairMakingArgs, PairsArgs};
-use super::data::DataFiles;
 use super::failure::{Failure, Outcome};
 use super::generate::{
     GenerationFailure, Patience, PromptRow, ResultColumns, SampleSoFar, Samples, check_checkpoint,
@@ -25,7 +24,7 @@ use super::generate::{
 };
 use super::output;
 use super::policy_names::PolicyNames;
-use super::progress::{WorkProgress, say, warn};
+use super::progress::{self, WorkProgress, say, waiting, warn};
 use super::remote::connect;
 use crate::rpc::client::{Client, are_answers_refused, is_content_refused};
 use crate::rpc::pb;
@@ -59,7 +58,7 @@ pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
     let names = PolicyNames::of(&client).await?;
     let given = PairPolicies::complete(&names, making).await?;
-    let data = DataFiles::find(&making.data, &making.reading).await?;
+    let data = progress::find(&making.data, &making.reading).await?;
     if data.contains(&args.out) {
         return Err(would_replace(&args.out));
     }
@@ -152,7 +151,7 @@ pub(super) async fn make(
 ) -> Result<PairsReport, Failure> {
     check_output(out)?;
     if let Some(first) = rows.first() {
-        maker.check(&first.prompt).await?;
+        waiting("waiting for the server", maker.check(&first.prompt)).await?;
     }
     let mut outcomes = Outcomes::open(out, &maker.settings(&rows))?;
     let total = rows.len();

@@ -96,7 +96,8 @@ impl JobTemplate {
     /// # Errors
     /// Returns a failure that names the flags which the server refuses.
     pub async fn check(&self, client: &Client) -> Outcome {
-        check_without_dataset(client, self.job.clone(), &self.words).await
+        let checking = check_without_dataset(client, self.job.clone(), &self.words);
+        waiting("the server checks the flags", checking).await
     }
 }
 
@@ -311,7 +312,8 @@ impl FoldJobs {
             request_id: format!("{RUN_LABEL}-{}-{}", self.run, fold + 1),
             validate_only: false,
         };
-        let created = match create_job(&self.client, request).await {
+        let creating = create_job(&self.client, request);
+        let created = match waiting("the server checks the job", creating).await {
             Ok(created) => FoldJob::of(created),
             Err(status) => {
                 let is_exhausted = is_exhausted(&status);

@@ -15,7 +15,7 @@ use crate::cli::job_rows::{JobRows, RowLimits};
 use crate::cli::job_wait::end_of_job;
 use crate::cli::output::state;
 use crate::cli::policy_names::PolicyNames;
-use crate::cli::progress::{WorkProgress, say, warn};
+use crate::cli::progress::{WorkProgress, say, waiting, warn};
 use crate::cli::short_names::{self, own_jobs, with_earlier_last};
 use crate::cli::train::{base_model, read_job_file};
 use crate::domain::logged::LOGGED_REFERENCE;
@@ -144,7 +144,8 @@ impl RoundTemplate {
             policy: policy.to_owned(),
             ..self.job.clone()
         };
-        check_without_dataset(client, job, &self.words).await
+        let checking = check_without_dataset(client, job, &self.words);
+        waiting("the server checks the job", checking).await
     }
 
     /// Returns the job of a round on a dataset as canonical JSON.
@@ -342,7 +343,8 @@ impl RoundTrainer {
             request_id: format!("{RUN_LABEL}-{}-{}", round.run, round.number),
             validate_only: false,
         };
-        let status = match create_job(&self.client, request).await {
+        let creating = create_job(&self.client, request);
+        let status = match waiting("the server checks the job", creating).await {
             Ok(job) => {
                 say(&format!("{}: the job is {}", round.what, job.name));
                 return Ok(job);
