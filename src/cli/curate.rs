@@ -22,7 +22,7 @@ use self::report::{CurationReport, Thresholds, write_rows};
 use self::scorer::score_fold;
 use super::args::{CurateArgs, FleetArgs, Output};
 use super::data::DataFiles;
-use super::failure::{Failure, Outcome};
+use super::failure::{Failure, Outcome, unless_interrupted};
 use super::output::{self, line};
 use super::policy_names::PolicyNames;
 use super::progress::{self, WorkProgress, say, waiting, warn};
@@ -81,10 +81,7 @@ pub(super) async fn run(args: CurateArgs, output: Output) -> Outcome {
         index: Arc::new(index),
         thresholds,
     };
-    let result = tokio::select! {
-        result = curation.work(&args.out) => result,
-        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted("interrupted".to_owned())),
-    };
+    let result = unless_interrupted("interrupted", curation.work(&args.out)).await;
     let report = match result {
         Ok(report) => report,
         Err(failure) => return Err(resumable(failure, &curation.jobs)),

@@ -4,7 +4,7 @@ mod plots;
 mod report;
 
 use super::args::{EvaluateArgs, Output};
-use super::failure::{Failure, Outcome};
+use super::failure::{Failure, Outcome, unless_interrupted};
 use super::job_rows::{JobRows, RowLimits};
 use super::policy_names::{PolicyNames, same_model_warning};
 use super::progress::{self, WorkProgress, say, warn};
@@ -26,10 +26,8 @@ pub(super) async fn run(args: EvaluateArgs, output: Output) -> Outcome {
     // With this format at most a warning about left-out rows is printed. The report counts the
     // rows.
     let mut rows = JobRows::new(&client, Output::Json);
-    let evaluated = tokio::select! {
-        evaluated = evaluate(&client, &args, request, &mut rows) => evaluated,
-        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted("interrupted".to_owned())),
-    };
+    let evaluating = evaluate(&client, &args, request, &mut rows);
+    let evaluated = unless_interrupted("interrupted", evaluating).await;
     if let Some(remaining) = rows.remove_uploads().await {
         warn(&remaining);
     }

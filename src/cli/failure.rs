@@ -1,5 +1,7 @@
 //! Failures of commands, with their exit codes.
 
+use std::future::Future;
+
 use crate::rpc::client::{ClientError, Status};
 
 /// The reason why a command failed. `--help` lists the exit codes.
@@ -80,6 +82,20 @@ impl From<tokio::task::JoinError> for Failure {
 
 /// The result of a command.
 pub(super) type Outcome = Result<(), Failure>;
+
+/// Does `work` until it ends, or until Ctrl-C, which drops it. `said` is the message then.
+///
+/// # Errors
+/// Returns the failure of the work, or [`Failure::Interrupted`].
+pub(super) async fn unless_interrupted<T>(
+    said: &str,
+    work: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    tokio::select! {
+        done = work => done,
+        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted(said.to_owned())),
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,7 @@ mod prompts;
 mod results;
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io::IsTerminal as _;
@@ -17,7 +18,7 @@ pub(super) use self::prompts::{PromptRow, ResultColumns, read};
 use self::prompts::{RESULT_COLUMNS, prompt_of};
 use self::results::Results;
 use super::args::{GenerateArgs, Output, PromptFormArgs, SamplingArgs};
-use super::failure::{Failure, Outcome};
+use super::failure::{Failure, Outcome, unless_interrupted};
 use super::output;
 use super::policy_names::PolicyNames;
 use super::progress::{self, WorkProgress, say};
@@ -293,15 +294,25 @@ async fn continue_one(
 ) -> Outcome {
     let is_stream = format == Output::Table && request.samples <= 1;
     let progress = WorkProgress::of_task("generating");
-    let generated = generate(client, request, |_, text| match is_stream {
-        true => {
-            progress.end();
-            output::write(shown(text).as_bytes())
-        }
-        false => Ok(()),
-    });
-    let samples = progress.during(generated).await?;
+    let has_text = Cell::new(false);
+    let generating = async {
+        let generated = generate(client, request, |_, text| match is_stream {
+            true => {
+                progress.end();
+                has_text.set(true);
+                output::write(shown(text).as_bytes())
+            }
+            false => Ok(()),
+        });
+        progress.during(generated).await.map_err(Failure::from)
+    };
+    let generated = unless_interrupted("interrupted", generating).await;
     drop(progress);
+    if has_text.get() && matches!(generated, Err(Failure::Interrupted(_))) {
+        // What is said stands on a line of its own.
+        output::line("");
+    }
+    let samples = generated?;
     if is_stream {
         output::line("");
     } else if format == Output::Table {
@@ -507,10 +518,7 @@ async fn continue_files(
         written += 1;
         Ok(())
     });
-    let ended = tokio::select! {
-        ended = progress.during(work) => ended,
-        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted("interrupted".to_owned())),
-    };
+    let ended = unless_interrupted("interrupted", progress.during(work)).await;
     drop(progress);
     let tokens = match ended {
         Ok(tokens) => tokens,

@@ -17,7 +17,7 @@ use self::progress_file::{Outcomes, PromptOutcome, check_output};
 pub(super) use self::progress_file::{PairsReport, differing};
 use self::rank::{Candidate, Dropped, choose};
 use super::args::{Output, PairMakingArgs, PairsArgs};
-use super::failure::{Failure, Outcome};
+use super::failure::{Failure, Outcome, unless_interrupted};
 use super::generate::{
     GenerationFailure, Patience, PromptRow, ResultColumns, SampleSoFar, Samples, check_checkpoint,
     continued, in_order, read, repeated, request, with_row_place,
@@ -65,13 +65,8 @@ pub(super) async fn run(args: PairsArgs, format: Output) -> Outcome {
     let rows = read(&data, &making.form, &RESULT_COLUMNS)?;
     let maker = PairMaker::new(&client, making, base, given, args.retries.retry_timeout);
     let title = data.title();
-    let made = tokio::select! {
-        made = make(&maker, (title.as_str(), "making pairs"), rows, &args.out) => made,
-        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted(
-            "interrupted; the same command continues".to_owned(),
-        )),
-    };
-    let report = made?;
+    let work = make(&maker, (title.as_str(), "making pairs"), rows, &args.out);
+    let report = unless_interrupted("interrupted; the same command continues", work).await?;
     match format {
         // A line for each part: the sentence is longer than a terminal is wide.
         Output::Table => output::say_wrapped(&report.sentence().replace("; ", "\n")),

@@ -8,10 +8,10 @@ use super::args::{
     CheckpointsCommand, ContentsFlag, DatasetsCommand, GetArgs, JobsCommand, ModelsCommand,
     NamedArgs, Output,
 };
-use super::failure::{Failure, Outcome};
+use super::failure::{Failure, Outcome, unless_interrupted};
 use super::output::{self, bytes, human, time};
 use super::progress::{self, waiting};
-use super::remote::connect;
+use super::remote::{connect, server_flag};
 use super::short_names::JobChoice;
 use super::{job_columns, job_diff, job_metrics, short_names, watch};
 use crate::rpc::canonical::{Canonical, FieldSelection};
@@ -223,7 +223,13 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
                 max_length: args.max_length,
                 ..Default::default()
             };
-            let uploaded = progress::upload(&client, &data, metadata).await?;
+            let said = format!(
+                "interrupted: if all rows were sent, the server may have stored them: bradley \
+                 datasets list{}",
+                server_flag(&args.server)
+            );
+            let uploading = progress::upload(&client, &data, metadata);
+            let uploaded = unless_interrupted(&said, uploading).await?;
             if let Some(warning) = uploaded.left_out.warning() {
                 progress::warn(&warning);
             }
@@ -320,8 +326,17 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
                 format: export_format(args.contents).into(),
                 dtype: args.dtype,
             };
-            let downloading = client.download(request, &args.out);
-            let names = waiting("downloading the checkpoint", downloading).await?;
+            let said = format!(
+                "interrupted: the files in {} are not complete: remove them before the next \
+                 download",
+                args.out.display()
+            );
+            let downloading = async {
+                let download = client.download(request, &args.out);
+                let names = waiting("downloading the checkpoint", download).await;
+                names.map_err(Failure::from)
+            };
+            let names = unless_interrupted(&said, downloading).await?;
             let rows = names
                 .iter()
                 .map(|n| vec![args.out.join(n).display().to_string()])
@@ -344,12 +359,13 @@ pub(super) async fn checkpoints(command: CheckpointsCommand, output: Output) -> 
                 dtype: args.dtype,
             };
             let mut checkpoints = client.checkpoints();
-            let export = waiting(
-                "the server exports the checkpoint",
-                checkpoints.export_checkpoint(request),
-            )
-            .await?
-            .into_inner();
+            let exporting = async {
+                let export = checkpoints.export_checkpoint(request);
+                let export = waiting("the server exports the checkpoint", export).await;
+                export.map_err(Failure::from)
+            };
+            let export = unless_interrupted("interrupted", exporting).await?;
+            let export = export.into_inner();
             let files: Vec<&str> = export.files.iter().map(|f| f.path.as_str()).collect();
             output::resource(
                 output,

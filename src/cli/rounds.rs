@@ -26,7 +26,7 @@ use self::training::{RoundTemplate, RoundToTrain, RoundTrainer};
 use super::args::{DataArgs, Output, PairMakingArgs, RoundsArgs};
 use super::data::DataFiles;
 use super::evaluate::evaluate_dataset;
-use super::failure::{Failure, Outcome};
+use super::failure::{Failure, Outcome, unless_interrupted};
 use super::generate::{PromptRow, read, request};
 use super::output;
 use super::pairs::{self, PairMaker, PairPolicies, RESULT_COLUMNS, differing};
@@ -96,10 +96,8 @@ pub(super) async fn run(mut args: RoundsArgs, format: Output) -> Outcome {
         eval_upload,
         client,
     };
-    let worked = tokio::select! {
-        worked = rounds.work() => worked,
-        _ = tokio::signal::ctrl_c() => Err(rounds_interrupted()),
-    };
+    let interrupted = "interrupted; the same command continues";
+    let worked = unless_interrupted(interrupted, rounds.work()).await;
     let worked = worked.map_err(|failure| rounds.with_running_job(failure));
     let RoundsInProgress {
         header,
@@ -116,10 +114,6 @@ pub(super) async fn run(mut args: RoundsArgs, format: Output) -> Outcome {
         format => output::resource(format, &report::document(&header.run, &reports)?),
     }
     Ok(())
-}
-
-fn rounds_interrupted() -> Failure {
-    Failure::Interrupted("interrupted; the same command continues".to_owned())
 }
 
 /// Lets `@last` name the job that it named when the run began. The jobs of the run are newer.

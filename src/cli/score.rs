@@ -16,7 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use self::result::{RowPrinter, Score, ScoredRow, Summary};
 use super::args::{Output, ScoreArgs};
 use super::data::DataFiles;
-use super::failure::{Failure, Outcome};
+use super::failure::{Failure, Outcome, unless_interrupted};
 use super::output::{table, unwritten};
 use super::policy_names::PolicyNames;
 use super::progress::{self, WorkProgress, say, warn};
@@ -68,7 +68,8 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         Ok(())
     };
     let rows = logged::rows(rows, args.logged);
-    let answered = progress.during(score(&client, options, rows, each)).await;
+    let scoring = progress.during(score(&client, options, rows, each));
+    let answered = unless_interrupted("interrupted", scoring).await;
     // A file that cannot be read to its end is also the reason why the stream ended.
     let outcome = read_failure.check().and(answered);
     let rate = progress.summary();
@@ -84,9 +85,12 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     if let Some(rate) = rate {
         say(&rate);
     }
-    outcome.map_err(|failure| match summary.rows() {
-        0 => failure,
-        n => failure.with_context(&format!("after {}", counted(n, "row"))),
+    outcome.map_err(|failure| match (summary.rows(), failure) {
+        (n, Failure::Interrupted(_)) => {
+            Failure::Interrupted(format!("interrupted after {}", counted(n, "row")))
+        }
+        (0, failure) => failure,
+        (n, failure) => failure.with_context(&format!("after {}", counted(n, "row"))),
     })?;
     let rows = summary.rows();
     match summary.failed() {

@@ -37,7 +37,7 @@ use self::store::PartStore;
 use self::weights::WeightsIdentity;
 use super::args::{Output, PartFormat, ScoreFilesArgs};
 use super::data::ColumnMap;
-use super::failure::{Failure, Outcome};
+use super::failure::{self, Failure, Outcome};
 use super::loopback::LoopbackServer;
 use super::output::{line, resource};
 use super::policy_names::{PolicyNames, same_model_warning};
@@ -78,14 +78,9 @@ pub(super) async fn run(args: ScoreFilesArgs, output: Output) -> Outcome {
 
 /// Does a part of the command until it ends, or until Ctrl-C.
 async fn unless_interrupted(work: impl Future<Output = Outcome>) -> Outcome {
-    tokio::select! {
-        outcome = work => outcome,
-        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted(
-            "interrupted: the parts that are written stay, and the same command continues with \
-             the others"
-                .to_owned(),
-        )),
-    }
+    let said = "interrupted: the parts that are written stay, and the same command continues with \
+                the others";
+    failure::unless_interrupted(said, work).await
 }
 
 /// Scores with the models of `--models`, which a server in this process loads. The server is

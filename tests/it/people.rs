@@ -177,6 +177,40 @@ fn scores_are_printed_as_they_come_with_progress_on_standard_error() {
     assert!(shown.contains(&format!("{rows} pairs in ")), "{shown}");
 }
 
+/// The server is stopped, so that rows are left when the command is interrupted.
+#[test]
+fn ctrl_c_ends_scoring_and_says_after_how_many_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let file = pairs_file(dir.path(), 4000);
+    let args = [
+        "score",
+        "--policy",
+        "models/tiny",
+        "--output",
+        "json",
+        "--data",
+        file.to_str().unwrap(),
+    ];
+    let (terminal, stderr) = Terminal::open();
+    let mut command = bradley(&server.address, &args);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(stderr)
+        .spawn()
+        .unwrap();
+    drop(command);
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    lines.next().unwrap().unwrap();
+    signal(server.pid(), libc::SIGSTOP);
+    signal(child.id(), libc::SIGINT);
+    let printed = 1 + lines.count();
+    assert_eq!(status(&mut child).code(), Some(130), "{}", terminal.shows());
+    signal(server.pid(), libc::SIGCONT);
+    let said = format!("interrupted after {printed} row");
+    until_blocking(&said, SOON, || terminal.shows().contains(&said));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn watching_says_once_that_the_connection_is_lost() {
     let dir = tempfile::tempdir().unwrap();
