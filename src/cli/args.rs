@@ -614,7 +614,7 @@ pub struct GenerateArgs {
     #[command(flatten, next_help_heading = "Prompts")]
     pub reading: DataArgs,
     /// The file for the results: the rows of `--data`, each with its samples. It is FILE.part until
-    /// it is complete. Default: standard output.
+    /// it is complete. Default: standard output. Not with --prompt.
     #[arg(long, value_name = "FILE", help_heading = "Prompts", requires = "data")]
     pub out: Option<PathBuf>,
     /// The time for which calls are repeated.

@@ -43,6 +43,14 @@ const LONGEST_ASKED_PAUSE: Duration = Duration::from_secs(60);
 const MAX_SERVER_FAILURES: u32 = 10;
 
 pub(super) async fn run(args: GenerateArgs, output: Output) -> Outcome {
+    // The parser lets --prompt stand for the --data that --out requires.
+    if let (Some(_), Some(out)) = (&args.prompt, &args.out) {
+        return Err(Failure::Usage(format!(
+            "--out {out} is for the results of --data; the text for --prompt goes to standard \
+             output: write it to a file with --format json > {out}",
+            out = out.display()
+        )));
+    }
     let base = request(&args.form, &args.sampling, args.samples)?;
     let client = connect(&args.server.target()).await?;
     let names = PolicyNames::of(&client).await?;

@@ -114,6 +114,20 @@ fn the_printed_jobs_of_a_sweep_are_a_job_file() {
 }
 
 #[test]
+fn the_answer_to_one_prompt_is_not_written_to_a_file_of_results() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("g.jsonl");
+    let path = out.to_str().unwrap();
+    let prompt = ["generate", "--policy", "tiny", "--prompt", "hi"];
+    let said = fails(2, &[&prompt[..], &["--out", path]].concat());
+    let remedy = format!("--format json > {path}");
+    for part in ["--out", "is for the results of --data", &remedy] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
+    assert!(!out.exists());
+}
+
+#[test]
 fn a_sweep_overwrites_no_label_of_the_caller() {
     let sweep = ["train", "--print-job", "--beta", "0.1,0.2", "--label"];
     let said = fails(2, &[&sweep[..], &["beta=mine"]].concat());
