@@ -17,7 +17,8 @@ use super::remote::{connect, server_flag};
 use super::watch::{self, ProgressView};
 use super::{output, progress, short_names};
 use crate::domain::logged::LOGGED_REFERENCE;
-use crate::rpc::canonical::{self, CanonicalError, FieldSelection};
+use crate::domain::violation::shortened;
+use crate::rpc::canonical::{self, CanonicalError, FieldSelection, KeyMatch};
 use crate::rpc::client::{Client, ClientError, FirstEvent, field_violations};
 use crate::rpc::pb::{self, training_job::Evaluation};
 
@@ -26,6 +27,9 @@ use crate::rpc::pb::{self, training_job::Evaluation};
 const MAX_JOB_CHAIN: usize = 32;
 /// Maximum size of a job file in bytes.
 const MAX_JOB_FILE: u64 = 1 << 20;
+/// Maximum number of keys of a job file that an error names, and of characters of each.
+const MAX_NAMED_KEYS: usize = 8;
+const MAX_KEY_CHARS: usize = 50;
 /// Label with the id of a sweep, which all its jobs have.
 const SWEEP_LABEL: &str = "sweep";
 
@@ -225,9 +229,11 @@ pub(super) fn read_job_file(path: &Path) -> Result<(JobFile, Vec<Value>), Failur
     let is_one = documents.len() == 1;
     let mut fields = json!({});
     for (i, document) in documents.iter_mut().enumerate() {
-        *document = read_job(std::mem::take(document)).map_err(|e| match is_one {
-            true => usage(e),
-            false => Failure::Usage(format!("{name} job {}: {e}", i + 1)),
+        *document = read_job(std::mem::take(document)).map_err(|reason| {
+            Failure::Usage(match is_one {
+                true => format!("{name}: {reason}"),
+                false => format!("{name} job {}: {reason}", i + 1),
+            })
         })?;
         merge(&mut fields, document);
     }
@@ -246,13 +252,73 @@ fn merge(fields: &mut Value, other: &Value) {
     }
 }
 
-/// Reads a job as canonical JSON, without the fields that only the server sets.
-fn read_job(mut fields: Value) -> Result<Value, CanonicalError> {
-    for name in OUTPUT_ONLY {
-        remove(&mut fields, name);
+/// Reads a job as canonical JSON, without the fields that only the server sets. An error says what
+/// is wrong with the job.
+fn read_job(mut fields: Value) -> Result<Value, String> {
+    const EXAMPLE: &str = "bradley train --print-job prints a job file";
+    let text = |e: CanonicalError| e.to_string();
+    let Value::Object(object) = &mut fields else {
+        let kind = match fields {
+            Value::Null => "empty",
+            Value::Array(_) => "a list",
+            _ => "a single value",
+        };
+        return Err(format!(
+            "this is {kind}, and a job is an object with fields of {}; {EXAMPLE}",
+            settable_fields().map_err(text)?
+        ));
+    };
+    object.retain(|key, _| !OUTPUT_ONLY.contains(&key.as_str()));
+    let mut found = 0;
+    let mut misspelt = 0;
+    let mut unknown = Vec::new();
+    for key in object.keys() {
+        match canonical::match_key::<pb::TrainingJob>(key).map_err(text)? {
+            KeyMatch::Field => found += 1,
+            KeyMatch::Misspelt => misspelt += 1,
+            KeyMatch::Unknown => unknown.push(key.clone()),
+        }
     }
-    let job: pb::TrainingJob = canonical::from_value(fields)?;
-    canonical::to_value(&job, FieldSelection::Set)
+    object.retain(|key, _| !unknown.contains(key));
+    let read = canonical::from_value(fields)
+        .and_then(|job: pb::TrainingJob| canonical::to_value(&job, FieldSelection::Set));
+    if unknown.is_empty() {
+        return read.map_err(text);
+    }
+    let settable = settable_fields().map_err(text)?;
+    let wrong = format!("{}: a job has {settable}", do_not_exist(&unknown));
+    match read {
+        _ if found == 0 && unknown.len() > misspelt => {
+            Err(format!("this is no job file: {wrong}; {EXAMPLE}"))
+        }
+        Ok(_) => Err(wrong),
+        Err(other) => Err(format!("{wrong}; {other}")),
+    }
+}
+
+/// Says that keys do not exist, and names the first of them.
+fn do_not_exist(keys: &[String]) -> String {
+    let first = keys.iter().take(MAX_NAMED_KEYS);
+    let short: Vec<String> = first.map(|key| shortened(key, MAX_KEY_CHARS)).collect();
+    let named = short.join(", ");
+    match keys.len() {
+        1 => format!("{named} does not exist"),
+        all if all > MAX_NAMED_KEYS => {
+            format!("{named} and {} more do not exist", all - MAX_NAMED_KEYS)
+        }
+        _ => format!("{named} do not exist"),
+    }
+}
+
+/// Returns the names of the fields that a job file can set, separated by commas.
+fn settable_fields() -> Result<String, CanonicalError> {
+    let paths = canonical::field_paths::<pb::TrainingJob>()?;
+    let names: Vec<&str> = paths
+        .iter()
+        .map(|field| field.path.as_str())
+        .filter(|path| !path.contains('.') && !OUTPUT_ONLY.contains(path))
+        .collect();
+    Ok(names.join(", "))
 }
 
 fn unreadable(error: CanonicalError) -> Failure {
@@ -640,5 +706,56 @@ mod tests {
         assert_eq!(step(&[&first, &other]), None);
         assert_eq!(step(&[&first, &single]), None);
         assert_eq!(step(&[]), None);
+    }
+
+    #[test]
+    fn a_file_of_something_else_is_no_job_file_and_says_so_once() {
+        let mut config = json!({"name": "m", "architectures": ["LlamaForCausalLM"]});
+        for i in 0..20 {
+            config[format!("zz{i}")] = json!(i);
+        }
+        let said = read_job(config).unwrap_err();
+        let begin = "this is no job file: architectures, zz0, zz1, zz2, zz3, zz4, zz5, zz6 and 13 \
+                     more do not exist: a job has display_name, labels, policy, ";
+        assert!(said.starts_with(begin), "{said}");
+        assert!(
+            said.ends_with("bradley train --print-job prints a job file"),
+            "{said}"
+        );
+        for name in OUTPUT_ONLY {
+            assert!(!said.contains(&format!(" {name},")), "{name} is in {said}");
+        }
+        for (other, kind) in [
+            (json!([1, 2]), "a list"),
+            (Value::Null, "empty"),
+            (json!("text"), "a single value"),
+        ] {
+            let said = read_job(other).unwrap_err();
+            let begin = format!("this is {kind}, and a job is an object with fields of ");
+            assert!(said.starts_with(&begin), "{said}");
+            assert!(said.contains("prints a job file"), "{said}");
+        }
+    }
+
+    #[test]
+    fn unknown_keys_of_a_job_are_named_with_its_other_errors() {
+        let said = |job: Value| read_job(job).unwrap_err();
+        assert_eq!(
+            said(json!({"lora": {"rnak": 8}})),
+            "lora.rnak does not exist: did you mean lora.rank?"
+        );
+        assert_eq!(
+            said(json!({"optimiser": {}})),
+            "optimiser does not exist: did you mean optimizer?"
+        );
+        let both = said(json!({"zzz": 1, "qqq": 2, "seed": "many"}));
+        assert!(
+            both.starts_with("zzz, qqq do not exist: a job has display_name, "),
+            "{both}"
+        );
+        assert!(both.contains("; seed is \"many\": it must be "), "{both}");
+        assert!(!both.contains("no job file"), "{both}");
+        let job = json!({"uid": "u", "seed": 7});
+        assert_eq!(read_job(job).unwrap(), json!({"seed": 7}));
     }
 }

@@ -322,6 +322,7 @@ fn check_message(
             ),
         );
     };
+    let mut are_fields_listed = false;
     for (key, value) in object.iter_mut() {
         let at = match path {
             "" => key.clone(),
@@ -332,7 +333,14 @@ fn check_message(
             .or_else(|| descriptor.get_field_by_json_name(key));
         match field {
             Some(field) => check_field(&field, value, &at, wrong),
-            None => wrong.push(at, unknown_key(descriptor, key, path)),
+            // The fields are listed once for all the keys of an object.
+            None if are_fields_listed && meant_field(descriptor, key).is_none() => {
+                wrong.push(at, "does not exist");
+            }
+            None => {
+                are_fields_listed |= meant_field(descriptor, key).is_none();
+                wrong.push(at, unknown_key(descriptor, key, path));
+            }
         }
     }
     let is_given = |field: &FieldDescriptor| {
@@ -357,13 +365,26 @@ fn check_message(
 
 /// Describes a key that the message does not have, with the one that was meant.
 pub(super) fn unknown_key(descriptor: &MessageDescriptor, key: &str, path: &str) -> String {
-    let names: Vec<FieldDescriptor> = descriptor.fields().collect();
-    let within = |name: &str| match path {
-        "" => name.to_owned(),
-        path => format!("{path}.{name}"),
-    };
+    match (meant_field(descriptor, key), path) {
+        (Some(meant), "") => format!("does not exist: did you mean {meant}?"),
+        (Some(meant), path) => format!("does not exist: did you mean {path}.{meant}?"),
+        (None, _) => {
+            let fields: Vec<FieldDescriptor> = descriptor.fields().collect();
+            format!(
+                "does not exist: {} has {}",
+                descriptor.name(),
+                listed(&fields)
+            )
+        }
+    }
+}
+
+/// Returns the path of the field that was meant by a key that the message does not have; `None` if
+/// no field is similar.
+fn meant_field(descriptor: &MessageDescriptor, key: &str) -> Option<String> {
+    let fields: Vec<FieldDescriptor> = descriptor.fields().collect();
     // A field of a nested message is often given without that message.
-    let nested = names.iter().find_map(|field| match field.kind() {
+    let nested = fields.iter().find_map(|field| match field.kind() {
         Kind::Message(inner)
             if !field.is_map() && !field.is_list() && inner.get_field_by_name(key).is_some() =>
         {
@@ -371,17 +392,7 @@ pub(super) fn unknown_key(descriptor: &MessageDescriptor, key: &str, path: &str)
         }
         _ => None,
     });
-    let meant = nested
-        .or_else(|| nearest(key, names.iter().map(|f| f.name())).map(str::to_owned))
-        .map(|name| within(&name));
-    match meant {
-        Some(meant) => format!("does not exist: did you mean {meant}?"),
-        None => format!(
-            "does not exist: {} has {}",
-            descriptor.name(),
-            listed(&names)
-        ),
-    }
+    nested.or_else(|| nearest(key, fields.iter().map(|f| f.name())).map(str::to_owned))
 }
 
 fn listed(fields: &[FieldDescriptor]) -> String {
@@ -563,6 +574,33 @@ fn kind_of(value: &Value) -> String {
         Value::Array(_) => "a list".to_owned(),
         Value::Object(_) => "an object".to_owned(),
     }
+}
+
+/// Relation of a key of a JSON object to the fields of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyMatch {
+    /// The key is the name of a field.
+    Field,
+    /// The key is similar to the name of a field, or names a field of a nested message.
+    Misspelt,
+    /// The key has nothing to do with the message.
+    Unknown,
+}
+
+/// Compares a key with the fields of a message.
+///
+/// # Errors
+/// [`CanonicalError::Conversion`] if the API does not have the message.
+pub fn match_key<M: Canonical>(key: &str) -> Result<KeyMatch, CanonicalError> {
+    let descriptor = descriptor::<M>()?;
+    let field = descriptor
+        .get_field_by_name(key)
+        .or_else(|| descriptor.get_field_by_json_name(key));
+    Ok(match (field, meant_field(&descriptor, key)) {
+        (Some(_), _) => KeyMatch::Field,
+        (None, Some(_)) => KeyMatch::Misspelt,
+        (None, None) => KeyMatch::Unknown,
+    })
 }
 
 /// A field of a message, by its path.

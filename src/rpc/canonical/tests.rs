@@ -183,14 +183,31 @@ fn wrong_keys_are_refused_with_their_path_and_the_one_that_was_meant() {
             "learning_rate does not exist: did you mean optimizer.learning_rate?",
         ]
     );
-    let far = errors("lora: {zzz: 1}");
+    // The fields are listed once.
+    let far = errors("lora: {zzz: 1, rnak: 2, qqq: 3}");
     assert_eq!(
         far,
         [
             "lora.zzz does not exist: LoraConfig has rank, alpha, target_modules, use_rslora, \
-          init_adapter"
+          init_adapter",
+            "lora.rnak does not exist: did you mean lora.rank?",
+            "lora.qqq does not exist",
         ]
     );
+}
+
+#[test]
+fn a_key_is_a_field_or_similar_to_one_or_neither() {
+    for (key, expected) in [
+        ("row_policy", KeyMatch::Field),
+        ("rowPolicy", KeyMatch::Field),
+        ("optimiser", KeyMatch::Misspelt),
+        ("learning_rate", KeyMatch::Misspelt),
+        ("architectures", KeyMatch::Unknown),
+    ] {
+        let found = match_key::<pb::TrainingJob>(key).unwrap();
+        assert_eq!(found, expected, "{key}");
+    }
 }
 
 #[test]
