@@ -727,6 +727,9 @@ Examples:
   bradley chat --policy JOB --beside models/smollm2 --temperature 0.7
   bradley chat --policy smollm2 --system \"Answer in one sentence.\" --seed 1 < questions.txt";
 
+/// Default of `--min-margin`.
+pub const DEFAULT_MIN_MARGIN: f64 = 0.1;
+
 /// The prompts and the settings with which `pairs` and `rounds` make pairs.
 #[derive(Clone, Debug, Args)]
 pub struct PairMakingArgs {
@@ -790,7 +793,7 @@ pub struct PairMakingArgs {
     #[arg(
         long,
         value_name = "REWARD",
-        default_value_t = 0.1,
+        default_value_t = DEFAULT_MIN_MARGIN,
         allow_negative_numbers = true,
         help_heading = "Ranking",
         value_parser = finite_from_zero

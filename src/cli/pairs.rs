@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 
 use self::progress_file::{Outcomes, PromptOutcome, check_output};
 pub(super) use self::progress_file::{PairsReport, differing};
-use self::rank::{Candidate, Dropped, choose};
+use self::rank::{Candidate, Dropped, NoPair, choose};
 use super::args::{Output, PairMakingArgs, PairsArgs};
 use super::failure::{Failure, Outcome, unless_interrupted};
 use super::generate::{
@@ -322,11 +322,11 @@ impl PairMaker {
         let samples = continued(&self.client, request, &self.patience).await?;
         let tokens = u64::from(samples.usage.completion_tokens);
         let texts = self.usable(&samples);
-        let dropped = |reason| PromptOutcome {
+        let dropped = |reason: Dropped| PromptOutcome {
             policy: samples.policy_version.clone(),
             judge: None,
             tokens,
-            result: Err(reason),
+            result: Err(NoPair::from(reason)),
         };
         if texts.len() < 2 {
             return Ok((dropped(Dropped::FewAnswers), Vec::new()));

@@ -204,6 +204,9 @@ async fn a_pair_is_the_best_and_the_worst_sample() {
         (&report["near_ties"], &report["pairs"]),
         (&6.into(), &0.into())
     );
+    let largest = report["largest_near_tie"].as_f64();
+    assert!(largest > Some(0.0) && largest < Some(1e9), "{report}");
+    assert_eq!(report["min_margin"], 1e9);
     let made = run(
         &server,
         &prompts,
@@ -211,7 +214,7 @@ async fn a_pair_is_the_best_and_the_worst_sample() {
         &["--keep-cut", "--min-margin", "0"],
     );
     let said = text(&made.stderr);
-    assert!(said.contains("6 near ties"), "{said}");
+    assert!(said.contains("6 near ties (equal rewards)"), "{said}");
     assert!(said.contains("the same weights"), "{said}");
     assert!(!none.exists());
     assert!(!dir.path().join("none.jsonl.progress").exists());

@@ -307,7 +307,12 @@ async fn rounds_that_cannot_go_on_are_refused() {
     let file = dir.join("prompts.jsonl");
     refused(&file, &["--judge", &judge], &["is a file: name a folder"]);
     let none = ["--judge", &judge, "--min-margin", "1e9"];
-    refused(&out, &none, &["3 near ties", "round 1 of 2 has no pairs"]);
+    let said = [
+        "3 near ties (largest margin ",
+        ", below --min-margin 1000000000)",
+        "round 1 of 2 has no pairs",
+    ];
+    refused(&out, &none, &said);
     // The same command says the same, and other flags are those of another run.
     refused(&out, &none, &["round 1 of 2 has no pairs"]);
     // With newer jobs, such as those of the run, @last is still the job of the first start.

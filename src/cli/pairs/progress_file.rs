@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::rank::Dropped;
+use super::rank::{Dropped, NoPair};
+use crate::cli::args::DEFAULT_MIN_MARGIN;
 use crate::cli::failure::{Failure, Outcome};
 use crate::cli::synced_file::check_part;
 use crate::domain::violation::counted;
@@ -30,7 +31,7 @@ pub(super) struct PromptOutcome {
     /// Number of tokens that were generated.
     pub tokens: u64,
     /// The row of the pair, or the reason why there is none.
-    pub result: Result<Map<String, Value>, Dropped>,
+    pub result: Result<Map<String, Value>, NoPair>,
 }
 
 /// An outcome as a line of the file.
@@ -43,6 +44,9 @@ struct OutcomeLine {
     pair: Option<Map<String, Value>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     dropped: Option<Dropped>,
+    /// Margin of a near tie, which older versions do not write.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    margin: Option<f64>,
 }
 
 /// The first line of the file.
@@ -59,6 +63,8 @@ pub(super) struct Outcomes {
     path: PathBuf,
     file: File,
     seed: u64,
+    /// The bound below which a margin is a near tie.
+    min_margin: f64,
     done: usize,
     /// True if this run has begun the file.
     is_new: bool,
@@ -74,6 +80,10 @@ pub(in crate::cli) struct PairsReport {
     few_answers: usize,
     not_scored: usize,
     near_ties: usize,
+    /// The largest margin of the near ties; `None` if none is known.
+    largest_near_tie: Option<f64>,
+    /// The bound below which they are.
+    min_margin: f64,
     tokens: u64,
     /// Sums over the pairs.
     margin: f64,
@@ -208,6 +218,7 @@ impl Outcomes {
             path: path.clone(),
             file,
             seed: 0,
+            min_margin: settings["min_margin"].as_f64().unwrap_or_default(),
             done: 0,
             is_new: false,
             versions: [None, None],
@@ -255,16 +266,17 @@ impl Outcomes {
     /// written.
     pub fn add(&mut self, outcome: PromptOutcome) -> Outcome {
         self.check_versions([Some(outcome.policy.clone()), outcome.judge.clone()])?;
-        let (pair, dropped) = match outcome.result {
+        let (pair, no_pair) = match outcome.result {
             Ok(pair) => (Some(pair), None),
-            Err(reason) => (None, Some(reason)),
+            Err(no_pair) => (None, Some(no_pair)),
         };
         self.write(&OutcomeLine {
             policy: outcome.policy,
             judge: outcome.judge,
             tokens: outcome.tokens,
             pair,
-            dropped,
+            dropped: no_pair.map(|no_pair| no_pair.reason),
+            margin: no_pair.and_then(|no_pair| no_pair.margin),
         })?;
         self.done += 1;
         Ok(())
@@ -305,6 +317,7 @@ impl Outcomes {
         let mut report = PairsReport {
             prompts: self.done,
             seed: self.seed,
+            min_margin: self.min_margin,
             ..PairsReport::default()
         };
         let part = beside(&self.out, PART_ENDING);
@@ -366,7 +379,13 @@ impl PairsReport {
         match line.dropped {
             Some(Dropped::FewAnswers) => self.few_answers += 1,
             Some(Dropped::NotScored) => self.not_scored += 1,
-            Some(Dropped::NearTie) => self.near_ties += 1,
+            Some(Dropped::NearTie) => {
+                self.near_ties += 1;
+                // `None` is below every number.
+                if line.margin > self.largest_near_tie {
+                    self.largest_near_tie = line.margin;
+                }
+            }
             None => {}
         }
         if let Some(pair) = &line.pair {
@@ -396,12 +415,33 @@ impl PairsReport {
             "few_answers": self.few_answers,
             "not_scored": self.not_scored,
             "near_ties": self.near_ties,
+            "largest_near_tie": self.largest_near_tie,
+            "min_margin": self.min_margin,
             "generated_tokens": self.tokens,
             "mean_margin": self.mean(self.margin),
             "mean_chosen_tokens": self.mean(self.chosen_tokens),
             "mean_rejected_tokens": self.mean(self.rejected_tokens),
             "seed": self.seed,
         })
+    }
+
+    /// Returns how near the near ties are, in parentheses. The text is empty if this is not known.
+    fn nearness(&self) -> String {
+        let (margin, bound) = match self.largest_near_tie {
+            None => return String::new(),
+            Some(0.0) => return " (equal rewards)".to_owned(),
+            Some(margin) => (margin, self.min_margin),
+        };
+        // Three digits, unless these are not below the bound.
+        let shown = match format!("{margin:.2e}").parse::<f64>() {
+            Ok(rounded) if rounded < bound => rounded,
+            _ => margin,
+        };
+        let default = match bound == DEFAULT_MIN_MARGIN {
+            true => ", the default",
+            false => "",
+        };
+        format!(" (largest margin {shown}, below --min-margin {bound}{default})")
     }
 
     /// Returns the numbers as a sentence.
@@ -420,13 +460,14 @@ impl PairsReport {
         };
         format!(
             "{} from {}, {}, seed {}; left out: {} with fewer than two different complete \
-             answers, {not_scored}{}{means}",
+             answers, {not_scored}{}{}{means}",
             counted(self.pairs as u64, "pair"),
             counted(self.prompts as u64, "prompt"),
             counted(self.tokens, "token"),
             self.seed,
             self.few_answers,
-            counted(self.near_ties as u64, "near tie")
+            counted(self.near_ties as u64, "near tie"),
+            self.nearness()
         )
     }
 }
@@ -445,9 +486,43 @@ mod tests {
                     let row = json!({"prompt": "x", "generated": {"margin": margin}});
                     Ok(row.as_object().unwrap().clone())
                 }
-                None => Err(Dropped::NearTie),
+                None => Err(Dropped::NearTie.into()),
             },
         }
+    }
+
+    #[test]
+    fn the_report_says_how_near_the_near_ties_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let reported = |name: &str, min_margin: f64, margins: &[Option<f64>]| {
+            let settings = json!({"seed": 1, "min_margin": min_margin});
+            let mut run = Outcomes::open(&dir.path().join(name), &settings).unwrap();
+            for margin in margins {
+                let tie = NoPair {
+                    reason: Dropped::NearTie,
+                    margin: *margin,
+                };
+                let result = Err(tie);
+                run.add(PromptOutcome {
+                    result,
+                    ..outcome("v", None)
+                })
+                .unwrap();
+            }
+            run.finish().unwrap()
+        };
+        let near = reported("a", 0.1, &[Some(0.01), Some(0.054321), None, Some(0.0)]);
+        let said = near.sentence();
+        let end = "4 near ties (largest margin 0.0543, below --min-margin 0.1, the default)";
+        assert!(said.ends_with(end), "{said}");
+        assert_eq!(near.to_json()["largest_near_tie"], 0.054321);
+        let rounded = reported("b", 0.2, &[Some(0.1999)]).sentence();
+        let end = "1 near tie (largest margin 0.1999, below --min-margin 0.2)";
+        assert!(rounded.ends_with(end), "{rounded}");
+        let equal = reported("c", 0.0, &[Some(0.0), Some(0.0)]).sentence();
+        assert!(equal.ends_with("2 near ties (equal rewards)"), "{equal}");
+        let unknown = reported("d", 0.1, &[None]).sentence();
+        assert!(unknown.ends_with("1 near tie"), "{unknown}");
     }
 
     #[test]

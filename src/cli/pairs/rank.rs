@@ -36,6 +36,25 @@ pub(super) enum Dropped {
     NearTie,
 }
 
+/// The result of a prompt that has no pair.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct NoPair {
+    /// The reason.
+    pub reason: Dropped,
+    /// Difference of the rewards of the best and the worst sample after the length penalty; `None`
+    /// if fewer than two samples have a reward.
+    pub margin: Option<f64>,
+}
+
+impl From<Dropped> for NoPair {
+    fn from(reason: Dropped) -> Self {
+        NoPair {
+            reason,
+            margin: None,
+        }
+    }
+}
+
 /// Chooses the samples with the highest and the lowest reward, each lowered by `length_penalty` for
 /// every token. Among equal ones, the first counts.
 ///
@@ -46,9 +65,9 @@ pub(super) fn choose(
     candidates: &[Candidate<'_>],
     length_penalty: f64,
     min_margin: f64,
-) -> Result<ChosenPair, Dropped> {
+) -> Result<ChosenPair, NoPair> {
     if candidates.len() < 2 {
-        return Err(Dropped::NotScored);
+        return Err(Dropped::NotScored.into());
     }
     let value = |i: usize| candidates[i].reward - length_penalty * f64::from(candidates[i].tokens);
     let (mut best, mut worst) = (0, 0);
@@ -67,7 +86,10 @@ pub(super) fn choose(
             worst,
             margin,
         }),
-        false => Err(Dropped::NearTie),
+        false => Err(NoPair {
+            reason: Dropped::NearTie,
+            margin: Some(margin),
+        }),
     }
 }
 
@@ -97,11 +119,18 @@ mod tests {
     #[test]
     fn near_ties_and_single_samples_are_no_pairs() {
         let near = candidates(&[(1.0, 1), (1.25, 1)]);
-        assert_eq!(choose(&near, 0.0, 0.3), Err(Dropped::NearTie));
+        let tie = |margin| NoPair {
+            reason: Dropped::NearTie,
+            margin: Some(margin),
+        };
+        assert_eq!(choose(&near, 0.0, 0.3), Err(tie(0.25)));
         assert_eq!(choose(&near, 0.0, 0.25).map(|p| p.best), Ok(1));
         let equal = candidates(&[(1.0, 1), (1.0, 1)]);
-        assert_eq!(choose(&equal, 0.0, 0.0), Err(Dropped::NearTie));
+        assert_eq!(choose(&equal, 0.0, 0.0), Err(tie(0.0)));
         let one = candidates(&[(1.0, 1)]);
-        assert_eq!(choose(&one, 0.0, 0.0), Err(Dropped::NotScored));
+        assert_eq!(
+            choose(&one, 0.0, 0.0),
+            Err(NoPair::from(Dropped::NotScored))
+        );
     }
 }
