@@ -81,8 +81,9 @@ impl BadRows {
     /// Describes the first errors, one per line. The last line counts the remaining ones.
     pub fn lines(&self) -> Vec<String> {
         let line = |i: &RowIssue| {
+            let space = if i.field.is_empty() { "" } else { " " };
             format!(
-                "row {}, {} {}: {}",
+                "row {}, {}{space}{}: {}",
                 i.row,
                 i.field,
                 i.reason.name(),
@@ -518,6 +519,7 @@ mod tests {
         );
         let r = &loaded.report;
         assert_eq!((r.rows, r.valid_rows, r.bad_rows()), (7, 2, 5));
+        assert!(loaded.bad.lines()[4].starts_with("row 7, invalid_json: not JSON"));
         for reason in [
             "duplicate_pair",
             "contradictory_pair",

@@ -79,10 +79,11 @@ impl<R: Read> Iterator for Lines<R> {
                 );
                 return Some(Err(issue(self.row, "", IssueReason::InvalidJson, message)));
             }
+            // Without its line break, a line that ends too early has its error in line 1.
             let line = if self.row == 1 {
-                line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line)
+                content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(content)
             } else {
-                &line
+                content
             };
             if line.iter().all(u8::is_ascii_whitespace) {
                 continue;
@@ -137,6 +138,17 @@ mod tests {
                 read => Ok(read),
             }
         }
+    }
+
+    #[test]
+    fn the_place_of_an_error_is_in_the_line() {
+        let found = Lines::new(&b"{\"prompt\":\n"[..]).next();
+        let message = found.unwrap().unwrap_err().message;
+        assert!(
+            message.starts_with("not JSON (column 10): ")
+                && message.ends_with(" at line 1 column 10"),
+            "{message}"
+        );
     }
 
     #[test]
