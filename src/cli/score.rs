@@ -167,8 +167,14 @@ impl IgnoredColumns {
     fn add(&mut self, row: &ScoredRow) {
         if !row.ignored.is_empty() {
             self.rows += 1;
-            self.example
-                .get_or_insert_with(|| format!("row {}: {}", row.row, row.ignored.join(", ")));
+            self.example.get_or_insert_with(|| {
+                let named = |name: &String| match name.trim() {
+                    "" => "a column without a name".to_owned(),
+                    _ => name.clone(),
+                };
+                let names: Vec<String> = row.ignored.iter().map(named).collect();
+                format!("row {}: {}", row.row, names.join(", "))
+            });
         }
     }
 

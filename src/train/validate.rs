@@ -429,8 +429,12 @@ impl UnusedColumns {
         } else {
             "is not used: the model does not see it"
         };
+        let name = match column.trim() {
+            "" => "a column without a name",
+            _ => column,
+        };
         let message =
-            format!("{column} {why} (further rows with this column are counted, not listed)");
+            format!("{name} {why} (further rows with this column are counted, not listed)");
         tally.add(issue(row, column, IssueReason::IgnoredField, message));
     }
 }
@@ -683,6 +687,18 @@ mod tests {
             (6, "chosen", IssueReason::MissingField),
         ];
         assert_eq!(said, expected);
+    }
+
+    #[test]
+    fn an_unused_column_is_named_also_if_it_has_no_name() {
+        let loaded = report(&[r#"{"prompt":"p","chosen":"a","rejected":"b","":"0"}"#]);
+        let issue = &loaded.report.issues[0];
+        assert_eq!(
+            (&*issue.field, issue.reason),
+            ("", IssueReason::IgnoredField)
+        );
+        let expected = "a column without a name is not used: ";
+        assert!(issue.message.starts_with(expected), "{}", issue.message);
     }
 
     #[test]

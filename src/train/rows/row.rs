@@ -320,9 +320,19 @@ fn to_text(row: u64, field: &str, value: Value) -> Result<Text, RowIssue> {
             }
             Ok(Text::Chat(chat))
         }
+        Value::Object(cells) if is_pandas_column(&cells) => Err(wrong(format!(
+            "{field} is an object: use a string or a list of messages; pandas: \
+             to_json(orient='records', lines=True) writes one row a line"
+        ))),
         other => Err(wrong(format!(
             "{field} is {}: use a string or a list of messages",
             kind(&other)
         ))),
     }
+}
+
+/// Returns true for an object with the numbers of rows as keys, as `to_json()` of pandas writes
+/// each column.
+fn is_pandas_column(cells: &Map<String, Value>) -> bool {
+    !cells.is_empty() && cells.keys().all(|key| key.parse::<u64>().is_ok())
 }

@@ -112,6 +112,25 @@ fn a_prompt_that_repeats_the_first_user_message_gives_way_to_the_dialogues() {
 }
 
 #[test]
+fn the_columns_that_pandas_writes_as_objects_are_recognised() {
+    let (field, reason, message) = refusal(json!({
+        "prompt": {"0": "p", "1": "q"},
+        "chosen": {"0": "a", "1": "b"},
+        "rejected": {"0": "c", "1": "d"},
+    }));
+    assert_eq!((&*field, reason), ("prompt", IssueReason::InvalidType));
+    assert!(
+        message.contains("orient='records', lines=True"),
+        "{message}"
+    );
+    let (_, _, message) = refusal(json!({"prompt": {"a": 1}, "chosen": "a", "rejected": "b"}));
+    assert_eq!(
+        message,
+        "prompt is an object: use a string or a list of messages"
+    );
+}
+
+#[test]
 fn questions_with_plain_answers_become_dialogues() {
     let row = one(json!({"system": "Be brief.", "question": "Q", "chosen": "a", "rejected": "b"}));
     let prompt = chat(&[("system", "Be brief."), ("user", "Q")]);
