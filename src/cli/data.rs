@@ -23,7 +23,7 @@ mod upload;
 
 use std::sync::{Arc, OnceLock};
 
-pub(super) use self::columns::ColumnMap;
+pub(super) use self::columns::{ColumnMap, naming};
 use self::open::is_plain;
 pub(super) use self::open::{InputContent, open_input};
 use self::places::DataPlace;

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::args::DataArgs;
-use super::data::{DataFiles, Uploaded};
+use super::data::{DataFiles, Uploaded, naming};
 use super::failure::Failure;
-use crate::domain::dataset::IssueReason;
+use crate::domain::dataset::{IssueReason, RowIssue};
 use crate::rpc::client::Client;
 use crate::rpc::pb;
 
@@ -321,26 +321,41 @@ pub(super) async fn upload(
     let uploaded = progress.during(data.upload(client, metadata, sent)).await;
     match uploaded {
         Err(Failure::Usage(message)) => {
-            let mut message = message.replacen("the file: ", &format!("{title}: "), 1);
-            if lacks_answer_column(data).await {
-                message.push_str("; --columns chosen=NAME reads the column NAME as chosen");
-            }
-            Err(Failure::Usage(message))
+            let message = message.replacen("the file: ", &format!("{title}: "), 1);
+            Err(Failure::Usage(explained(message, data).await))
         }
         other => other,
     }
 }
 
-/// Returns true if the first row of the files lacks the column of an answer. The result is false for
-/// standard input and pipes, which can be read only once.
-async fn lacks_answer_column(data: &DataFiles) -> bool {
+/// Adds the flag for a column that the first row of refused files lacks. If the files cannot be
+/// read here either, the reason replaces the message, because it names the flag. Standard input and
+/// pipes can be read only once, so that their message stays as it is.
+async fn explained(message: String, data: &DataFiles) -> String {
     if !data.is_rereadable() {
-        return false;
+        return message;
     }
-    let (mut rows, _) = data.clone().reader();
-    let first = tokio::task::spawn_blocking(move || rows.next()).await;
-    matches!(first, Ok(Some(Err(issue)))
-        if issue.reason == IssueReason::MissingField && issue.field != "prompt")
+    let (mut rows, read_failure) = data.clone().reader();
+    match tokio::task::spawn_blocking(move || rows.next()).await {
+        Ok(Some(Err(issue))) => match missing_column(&issue) {
+            Some(column) => format!("{message}; {}", naming(column)),
+            None => message,
+        },
+        Ok(None) => match read_failure.check() {
+            Err(failure) => failure.message().to_owned(),
+            Ok(()) => message,
+        },
+        _ => message,
+    }
+}
+
+/// Returns the column that a row lacks, if this is why it cannot be read.
+fn missing_column(issue: &RowIssue) -> Option<&'static str> {
+    match (issue.reason, issue.field.as_str()) {
+        (IssueReason::MissingField | IssueReason::DifferentPrompts, "prompt") => Some("prompt"),
+        (IssueReason::MissingField, _) => Some("chosen"),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

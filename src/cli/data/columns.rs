@@ -133,7 +133,12 @@ impl ColumnMap {
 /// another one.
 pub(super) fn check_answers(names: &[Option<String>]) -> Result<(), String> {
     let ours: Vec<String> = names.iter().flatten().cloned().collect();
-    check(&ours).map_err(|e| format!("{e}; --columns chosen=NAME reads the column NAME as chosen"))
+    check(&ours).map_err(|e| format!("{e}; {}", naming("chosen")))
+}
+
+/// Describes the flag that names the column of a file for one of ours.
+pub(in crate::cli) fn naming(ours: &str) -> String {
+    format!("--columns {ours}=NAME reads the column NAME as {ours}")
 }
 
 /// Names of the columns that a reader has seen.

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tempfile::NamedTempFile;
 
-use super::columns::{ColumnMap, SeenColumns};
+use super::columns::{ColumnMap, SeenColumns, check_answers};
 use super::kind::{Compression, HEAD, RowFormat, compression, kind};
 use super::places::DataPlace;
 use super::row::{DataRow, DataRows, Wanted};
@@ -254,6 +254,11 @@ fn parquet(
     };
     if !columns.is_empty() && !seen.list().is_empty() {
         columns.check(&seen.list())?;
+    }
+    if records.is_err() && wanted != Wanted::All && !seen.list().is_empty() {
+        // Other than the error of the records, this one names the flag.
+        let names: Vec<Option<String>> = seen.list().iter().map(|n| columns.rename(n)).collect();
+        check_answers(&names)?;
     }
     let records = records.map_err(|e| match e {
         DataError::BadFile { reason, .. } => reason,

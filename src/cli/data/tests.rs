@@ -181,6 +181,24 @@ fn columns_are_mapped_in_every_format_and_a_wrong_one_is_named() {
 }
 
 #[test]
+fn a_table_without_the_columns_of_answers_names_the_flag() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut refused = 0;
+    for path in every_format(dir.path(), ["Prompt", "Chosen", "Rejected"]) {
+        // Rows in JSON are refused one by one.
+        if let Err(said) = read(&path) {
+            assert!(
+                said.contains("did you mean chosen instead of Chosen?")
+                    && said.ends_with("; --columns chosen=NAME reads the column NAME as chosen"),
+                "{said}"
+            );
+            refused += 1;
+        }
+    }
+    assert!(refused >= 9, "{refused}");
+}
+
+#[test]
 fn rows_of_several_files_are_numbered_through_and_named() {
     let dir = tempfile::tempdir().unwrap();
     let good = r#"{"prompt":"p","chosen":"a","rejected":"c"}"#;
