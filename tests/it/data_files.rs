@@ -252,6 +252,27 @@ fn a_damaged_file_leaves_no_dataset() {
 }
 
 #[test]
+fn a_table_without_a_row_to_send_is_refused_before_the_server_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let file = dir.path().join("latin1.csv");
+    let refused = |content: &[u8]| {
+        std::fs::write(&file, content).unwrap();
+        let path = file.to_str().unwrap();
+        fail(&server, &["datasets", "upload", path])
+    };
+    let text = refused(b"prompt,chosen,rejected\n1?,caf\xe9,b\n2?,\xe9,c\n");
+    assert!(
+        text.contains(
+            "latin1.csv: none of its 2 rows can be read, the first one: row 1: chosen is not UTF-8"
+        ) && !text.contains("holds no row"),
+        "{text}"
+    );
+    let text = refused(b"prompt,chosen,rejected\n");
+    assert!(text.contains("latin1.csv: it holds no row\n"), "{text}");
+}
+
+#[test]
 fn rows_that_cannot_be_scored_follow_one_rule() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());

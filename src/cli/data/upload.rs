@@ -22,15 +22,34 @@ const MAX_PIECES: usize = 2;
 /// Maximum number of rows that a finding names.
 const MAX_NAMED_ROWS: usize = 8;
 
-/// Rows that the client could not read. The server got a blank line in place of each.
+/// Rows that the client could not read. The server gets a blank line in place of each.
 #[derive(Clone, Debug, Default)]
 pub(in crate::cli) struct LeftOut {
     pub rows: u64,
     /// Description of the first one.
     pub first: String,
+    /// Number of rows that are sent.
+    sent: u64,
 }
 
 impl LeftOut {
+    /// Checks that there is a row to send.
+    ///
+    /// # Errors
+    /// Returns a failure that begins with `the file: `, as those of the server do.
+    fn check(&self) -> Result<(), Failure> {
+        let reason = match (self.sent, self.rows) {
+            (0, 0) => "it holds no row".to_owned(),
+            (0, 1) => format!("its only row cannot be read: {}", self.first),
+            (0, n) => format!(
+                "none of its {n} rows can be read, the first one: {}",
+                self.first
+            ),
+            _ => return Ok(()),
+        };
+        Err(Failure::Usage(format!("the file: {reason}")))
+    }
+
     /// Describes the rows, if there are any.
     pub(in crate::cli) fn warning(&self) -> Option<String> {
         match self.rows {
@@ -166,8 +185,8 @@ impl Uploaded {
 /// far.
 ///
 /// # Errors
-/// Returns a failure if a file cannot be read to its end, in which case the server stores nothing,
-/// or if the server refuses the upload.
+/// Returns a failure if a file cannot be read to its end or no row can be read, in which cases the
+/// server stores nothing, or if the server refuses the upload.
 pub(super) async fn upload(
     client: &Client,
     rows: RowStream,
@@ -224,6 +243,9 @@ fn convert(
     let converted = to_jsonl(rows, |text| {
         sender.blocking_send(JsonlPiece::Text(text)).is_ok()
     })?;
+    if !sender.is_closed() {
+        converted.1.check()?;
+    }
     let _ = sender.blocking_send(JsonlPiece::End);
     Ok(converted)
 }
@@ -239,9 +261,15 @@ pub(super) fn to_jsonl(
     let mut text = Vec::with_capacity(PIECE_BYTES);
     while let Some((number, row)) = rows.next().transpose()? {
         match row {
-            DataRow::Line(line) => text.extend(line),
-            DataRow::Fields(fields) => serde_json::to_writer(&mut text, &fields)
-                .map_err(|e| Failure::Failed(e.to_string()))?,
+            DataRow::Line(line) => {
+                left_out.sent += u64::from(!line.iter().all(u8::is_ascii_whitespace));
+                text.extend(line);
+            }
+            DataRow::Fields(fields) => {
+                left_out.sent += 1;
+                serde_json::to_writer(&mut text, &fields)
+                    .map_err(|e| Failure::Failed(e.to_string()))?;
+            }
             DataRow::Bad(problem) => {
                 if left_out.rows == 0 {
                     left_out.first = rows.names().describe(number, &problem);
