@@ -186,7 +186,7 @@ impl JobRows {
     /// Prints the number of rows and the first findings.
     fn describe(&self, rows: &Uploaded, before: &str) {
         if self.output != Output::Table {
-            if let Some(warning) = rows.left_out.warning() {
+            for warning in rows.warnings() {
                 progress::warn(&warning);
             }
             return;
@@ -209,7 +209,7 @@ impl JobRows {
         for finding in rows.findings(MAX_PRINTED, is_of_use) {
             output::line(&format!("  {finding}"));
         }
-        if let Some(warning) = rows.left_out.warning() {
+        for warning in rows.warnings() {
             output::line(&format!("  {warning}"));
         }
     }

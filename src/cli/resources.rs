@@ -230,7 +230,7 @@ pub(super) async fn datasets(command: DatasetsCommand, output: Output) -> Outcom
             );
             let uploading = progress::upload(&client, &data, metadata);
             let uploaded = unless_interrupted(&said, uploading).await?;
-            if let Some(warning) = uploaded.left_out.warning() {
+            for warning in uploaded.warnings() {
                 progress::warn(&warning);
             }
             show(output, &uploaded.dataset, FieldSelection::Set)?;

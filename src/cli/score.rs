@@ -15,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use self::result::{RowPrinter, Score, ScoredRow, Summary};
 use super::args::{Output, ScoreArgs};
-use super::data::DataFiles;
+use super::data::{DataFiles, naming};
 use super::failure::{Failure, Outcome, unless_interrupted};
 use super::output::{table, unwritten};
 use super::policy_names::PolicyNames;
@@ -93,10 +93,14 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         (n, failure) => failure.with_context(&format!("after {}", counted(n, "row"))),
     })?;
     let rows = summary.rows();
+    let hint = match printer.lacks_prompts() {
+        true => format!("; {}", naming("prompt")),
+        false => String::new(),
+    };
     match summary.failed() {
         0 => Ok(()),
         n if args.skip_bad_rows && n < rows => {
-            warn(&format!("{n} of {rows} rows were skipped"));
+            warn(&format!("{n} of {rows} rows were skipped{hint}"));
             Ok(())
         }
         n if n == rows && printer.lacks_columns() => {
@@ -110,11 +114,11 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         }
         // Skipping them would leave no row.
         n if n == rows => Err(Failure::Failed(format!(
-            "{n} of {rows} rows could not be scored: correct them"
+            "{n} of {rows} rows could not be scored: correct them{hint}"
         ))),
         n => Err(Failure::Failed(format!(
             "{n} of {rows} rows could not be scored: correct them, or skip them with \
-             --skip-bad-rows"
+             --skip-bad-rows{hint}"
         ))),
     }
 }
@@ -379,13 +383,17 @@ fn send(
                 (read, Some(pair))
             }
             Err(issue) => {
+                let lacks_column = match issue.reason {
+                    IssueReason::MissingField => true,
+                    IssueReason::DifferentPrompts => issue.field == "prompt",
+                    _ => false,
+                };
                 let read = ScoredRow {
                     row: issue.row,
                     pair: None,
                     ignored: Vec::new(),
                     result: Err(issue.message_with_field()),
-                    missing_column: (issue.reason == IssueReason::MissingField)
-                        .then_some(issue.field),
+                    missing_column: lacks_column.then_some(issue.field),
                     id: issue.id,
                 };
                 (read, None)

@@ -7,9 +7,9 @@ use super::logged::reference_sums;
 use super::rows::{DataError, sandbox};
 use crate::domain::dataset::{
     ChatMessage, DatasetFormat, IssueReason, LoggedRows, MAX_LISTED_ISSUES, PreferenceRow,
-    RowIssue, Severity, Text, ValidationReport,
+    RowIssue, RowShape, Severity, Text, ValidationReport,
 };
-use crate::domain::logged::{POLICY_COLUMNS, REFERENCE_COLUMNS};
+use crate::domain::logged::{POLICY_COLUMNS, REFERENCE_COLUMNS, is_logged_column};
 use crate::domain::violation::quoted;
 use crate::infer::encode::PairEncoder;
 
@@ -433,8 +433,15 @@ impl UnusedColumns {
             "" => "a column without a name",
             _ => column,
         };
+        // Without its prompt, a row's answers were split where they begin to differ.
+        let remedy = match row.shape {
+            RowShape::ImplicitPromptText if !is_logged_column(column) => {
+                "; if it holds the prompt, rename it to prompt"
+            }
+            _ => "",
+        };
         let message =
-            format!("{name} {why} (further rows with this column are counted, not listed)");
+            format!("{name} {why}{remedy} (further rows with this column are counted, not listed)");
         tally.add(issue(row, column, IssueReason::IgnoredField, message));
     }
 }
@@ -699,6 +706,22 @@ mod tests {
         );
         let expected = "a column without a name is not used: ";
         assert!(issue.message.starts_with(expected), "{}", issue.message);
+    }
+
+    #[test]
+    fn an_unused_column_of_a_row_without_a_prompt_may_hold_the_prompt() {
+        let loaded = report(&[
+            r#"{"chosen":"1 2","rejected":"1 3","question_text":"q"}"#,
+            r#"{"prompt":"p","chosen":"a","rejected":"b","source":"s"}"#,
+        ]);
+        let has_remedy = |i: &RowIssue| i.message.contains("; if it holds the prompt, rename it");
+        let said: Vec<(&str, bool)> = loaded
+            .report
+            .issues
+            .iter()
+            .map(|i| (&*i.field, has_remedy(i)))
+            .collect();
+        assert_eq!(said, [("question_text", true), ("source", false)]);
     }
 
     #[test]

@@ -273,6 +273,44 @@ fn a_table_without_a_row_to_send_is_refused_before_the_server_has_it() {
 }
 
 #[test]
+fn a_column_of_prompts_with_another_name_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path());
+    let file = dir.path().join("asked.csv");
+    let hint = "--columns prompt=NAME reads the column NAME as prompt";
+    let asked = |rows: &str| {
+        std::fs::write(&file, format!("question_text,chosen,rejected\n{rows}")).unwrap();
+        file.to_str().unwrap()
+    };
+    // The answers of the first row begin alike, those of the second do not.
+    let path = asked("1?,I am,I was\n2?,a,b\n");
+    let out = command(&server, &["datasets", "upload", path])
+        .output()
+        .unwrap();
+    let text = said(&out);
+    assert!(out.status.success(), "{text}");
+    assert!(
+        text.contains(&format!("warning: rows have no prompt: {hint}")),
+        "{text}"
+    );
+    let text = fail(&server, &["train", "--data", path, "--max-steps", "1"]);
+    assert!(
+        text.contains("found: question_text, chosen, rejected")
+            && text.contains("if it holds the prompt, rename it to prompt")
+            && text.contains(hint),
+        "{text}"
+    );
+    let score = ["score", "--policy", "models/tiny", "--data", path];
+    let text = fail(&server, &score);
+    assert!(text.contains(&format!("--skip-bad-rows; {hint}")), "{text}");
+    let text = fail(&server, &["datasets", "upload", asked("2?,a,b\n")]);
+    assert!(
+        text.contains("asked.csv: none of the 1 rows") && text.contains(&format!("; {hint}")),
+        "{text}"
+    );
+}
+
+#[test]
 fn rows_that_cannot_be_scored_follow_one_rule() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());

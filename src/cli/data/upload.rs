@@ -8,10 +8,12 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::sync::mpsc;
 
+use super::columns::naming;
 use super::row::DataRow;
 use super::stream::{RowStream, SourceNames};
 use crate::cli::failure::Failure;
-use crate::domain::dataset::IssueReason;
+use crate::domain::dataset::{IssueReason, RowShape};
+use crate::domain::logged::is_logged_column;
 use crate::rpc::client::{Client, ClientError, UploadError};
 use crate::rpc::pb;
 
@@ -24,7 +26,7 @@ const MAX_NAMED_ROWS: usize = 8;
 
 /// Rows that the client could not read. The server gets a blank line in place of each.
 #[derive(Clone, Debug, Default)]
-pub(in crate::cli) struct LeftOut {
+pub(super) struct LeftOut {
     pub rows: u64,
     /// Description of the first one.
     pub first: String,
@@ -51,7 +53,7 @@ impl LeftOut {
     }
 
     /// Describes the rows, if there are any.
-    pub(in crate::cli) fn warning(&self) -> Option<String> {
+    fn warning(&self) -> Option<String> {
         match self.rows {
             0 => None,
             1 => Some(format!(
@@ -77,7 +79,7 @@ pub(in crate::cli) struct RowRefusal {
 #[derive(Clone, Debug)]
 pub(in crate::cli) struct Uploaded {
     pub dataset: pb::Dataset,
-    pub left_out: LeftOut,
+    left_out: LeftOut,
     names: SourceNames,
 }
 
@@ -93,6 +95,29 @@ impl Uploaded {
 
     fn report(&self) -> pb::ValidationReport {
         self.dataset.report.clone().unwrap_or_default()
+    }
+
+    /// Returns warnings about rows that were left out, and about rows without a prompt.
+    pub(in crate::cli) fn warnings(&self) -> Vec<String> {
+        let left_out = self.left_out.warning().into_iter();
+        left_out.chain(self.prompt_hint()).collect()
+    }
+
+    /// Names the flag for the column of the prompt if rows have no prompt, but perhaps such a
+    /// column under another name.
+    fn prompt_hint(&self) -> Option<String> {
+        let report = self.report();
+        let has = |reason: IssueReason, is_field: fn(&str) -> bool| {
+            let mut issues = report.issues.iter();
+            issues.any(|issue| issue.reason == reason.name() && is_field(&issue.field))
+        };
+        let is_split = report
+            .shapes
+            .contains_key(RowShape::ImplicitPromptText.name());
+        let lacks_prompt = has(IssueReason::DifferentPrompts, |field| field == "prompt")
+            || (is_split && has(IssueReason::IgnoredField, |field| !is_logged_column(field)));
+        (lacks_prompt && self.names.column("prompt") == "prompt")
+            .then(|| format!("rows have no prompt: {}", naming("prompt")))
     }
 
     /// Describes at most `limit` findings of those for which `is_of_use` returns true. Findings of

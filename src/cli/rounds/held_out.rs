@@ -98,16 +98,20 @@ impl EvalUpload {
         };
         let uploaded = progress::upload(&self.client, &self.data, metadata).await;
         let uploaded = uploaded.map_err(of_eval_data)?;
-        if let Some(warning) = uploaded.left_out.warning() {
-            warn(&warning);
+        for warning in uploaded.warnings() {
+            warn(&warning.replace(COLUMNS_FLAG, EVAL_COLUMNS_FLAG));
         }
         Ok(uploaded.dataset.name)
     }
 }
 
+/// The flag for the columns of other files, and that for those of these files.
+const COLUMNS_FLAG: &str = "--columns";
+const EVAL_COLUMNS_FLAG: &str = "--eval-columns";
+
 /// Names the flag for the columns of these files in a failure about them.
 pub(super) fn of_eval_data(failure: Failure) -> Failure {
-    failure.replacing("--columns", "--eval-columns")
+    failure.replacing(COLUMNS_FLAG, EVAL_COLUMNS_FLAG)
 }
 
 #[cfg(test)]

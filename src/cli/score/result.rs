@@ -119,6 +119,8 @@ pub(super) struct RowPrinter<W> {
     answer_columns: [String; 2],
     /// True unless a row has an error for another reason than a missing answer.
     lack_answers: bool,
+    /// True unless a row has an error for another reason than a missing prompt.
+    lack_prompts: bool,
 }
 
 impl<W: Write> RowPrinter<W> {
@@ -133,6 +135,7 @@ impl<W: Write> RowPrinter<W> {
             errors: Vec::new(),
             answer_columns: ["chosen", "rejected"].map(str::to_owned),
             lack_answers: true,
+            lack_prompts: true,
         }
     }
 
@@ -192,6 +195,7 @@ impl<W: Write> RowPrinter<W> {
             Err(_) => {
                 let missing = row.missing_column.as_ref();
                 self.lack_answers &= missing.is_some_and(|c| self.answer_columns.contains(c));
+                self.lack_prompts &= missing.is_some_and(|c| c == "prompt");
                 if self.errors.len() < MAX_LISTED_ERRORS {
                     self.errors.extend(row.error());
                 }
@@ -234,6 +238,11 @@ impl<W: Write> RowPrinter<W> {
     /// Returns true if every row with an error lacks the column of an answer.
     pub fn lacks_columns(&self) -> bool {
         !self.errors.is_empty() && self.lack_answers
+    }
+
+    /// Returns true if every row with an error lacks the column `prompt`.
+    pub fn lacks_prompts(&self) -> bool {
+        !self.errors.is_empty() && self.lack_prompts
     }
 
     /// Returns the lines that list the first errors; `failed` is the number of all.
@@ -501,6 +510,12 @@ mod tests {
         let of_prompts: Vec<ScoredRow> = (0..9).map(|_| lacking("prompt")).collect();
         let (_, errors) = printed(Output::Table, &of_prompts);
         assert_eq!(errors.len(), 9, "{errors:?}");
+        let mut printer = RowPrinter::new(Vec::new(), Output::Table, None);
+        assert!(!printer.lacks_prompts());
+        printer.print(&lacking("prompt")).unwrap();
+        assert!(printer.lacks_prompts() && !printer.lacks_columns());
+        printer.print(&row(2, Err("too long"))).unwrap();
+        assert!(!printer.lacks_prompts());
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub(super) fn from_fields(
     }
     let arguments = arguments(row, &mut fields).map_err(named)?;
     let system = system(row, &mut fields).map_err(named)?;
-    let is_incomplete = ["chosen", "rejected"]
+    let is_incomplete = ["prompt", "chosen", "rejected"]
         .iter()
         .any(|column| fields.get(*column).is_none_or(Value::is_null));
     let columns: Vec<String> = if is_incomplete {
@@ -90,8 +90,11 @@ pub(super) fn from_fields(
         (Some(p), c, r) => (p, c, r),
         (None, Text::Chat(c), Text::Chat(r)) => split_dialogues(row, c, r).map_err(named)?,
         (None, ..) => {
-            let message = "prompt is missing, and only two dialogues or two texts can be split \
-                into prompt and answer: add a prompt";
+            let message = format!(
+                "prompt is missing, and only two dialogues or two texts can be split into prompt \
+                 and answer: add a prompt; {}",
+                found(&columns, "prompt")
+            );
             return Err(named(issue(
                 row,
                 "prompt",

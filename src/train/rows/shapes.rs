@@ -26,7 +26,7 @@
 use serde_json::{Map, Value, json};
 
 use super::logged::LoggedOfAnswers;
-use super::names::{OPENAI_COLUMNS, QUESTION_COLUMN};
+use super::names::{OPENAI_COLUMNS, QUESTION_COLUMN, found};
 use super::reader::issue;
 use super::row;
 use crate::domain::dataset::{IssueReason, MAX_MESSAGES, PreferenceRow, RowIssue, RowShape};
@@ -308,7 +308,7 @@ fn normalise(row: u64, fields: &mut Map<String, Value>) -> Result<RowShape, RowI
                 (Some(chosen), Some(rejected)) => (RowShape::Hh, split_hh(row, chosen, rejected)?),
                 _ => (
                     RowShape::ImplicitPromptText,
-                    split_texts(row, chosen, rejected)?,
+                    split_texts(row, fields, chosen, rejected)?,
                 ),
             };
             for (column, text) in ["prompt", "chosen", "rejected"].into_iter().zip(texts) {
@@ -421,7 +421,12 @@ fn first_user_text(dialogue: &[Value]) -> Option<&str> {
 
 /// Splits two plain texts into prompt and answers, as TRL does. A row for which TRL would train on
 /// an empty prompt is refused.
-fn split_texts(row: u64, chosen: &str, rejected: &str) -> Result<[Value; 3], RowIssue> {
+fn split_texts(
+    row: u64,
+    fields: &Map<String, Value>,
+    chosen: &str,
+    rejected: &str,
+) -> Result<[Value; 3], RowIssue> {
     for (field, text) in [("chosen", chosen), ("rejected", rejected)] {
         if text.is_empty() {
             let message = format!("{field} has no text: give an answer or remove the row");
@@ -430,8 +435,13 @@ fn split_texts(row: u64, chosen: &str, rejected: &str) -> Result<[Value; 3], Row
     }
     let end = end_of_prompt(chosen, rejected);
     if end == 0 {
-        let message = "prompt is missing, and the two texts have no common beginning, so there \
-            is no common prompt: add a prompt";
+        let others = fields.keys().filter(|name| *name != "prompt");
+        let columns: Vec<String> = others.cloned().collect();
+        let message = format!(
+            "prompt is missing, and the two texts have no common beginning, so there is no common \
+             prompt: add a prompt; {}",
+            found(&columns, "prompt")
+        );
         return Err(issue(row, "prompt", IssueReason::DifferentPrompts, message));
     }
     Ok([&chosen[..end], &chosen[end..], &rejected[end..]].map(|text| json!(text)))

@@ -112,6 +112,25 @@ fn a_prompt_that_repeats_the_first_user_message_gives_way_to_the_dialogues() {
 }
 
 #[test]
+fn a_row_without_a_prompt_lists_its_columns() {
+    let (field, reason, message) =
+        refusal(json!({"question_text": "Q", "chosen": "a", "rejected": "b"}));
+    assert_eq!((&*field, reason), ("prompt", IssueReason::DifferentPrompts));
+    assert!(
+        message.contains("add a prompt; found: question_text, chosen, rejected; "),
+        "{message}"
+    );
+    let answer = json!([{"role": "assistant", "content": "a"}]);
+    let (field, reason, message) =
+        refusal(json!({"Prompt": "Q", "chosen": answer, "rejected": "b"}));
+    assert_eq!((&*field, reason), ("prompt", IssueReason::MissingField));
+    assert!(
+        message.ends_with("; did you mean prompt instead of Prompt?"),
+        "{message}"
+    );
+}
+
+#[test]
 fn the_columns_that_pandas_writes_as_objects_are_recognised() {
     let (field, reason, message) = refusal(json!({
         "prompt": {"0": "p", "1": "q"},
