@@ -222,9 +222,9 @@ where
         other => other.to_string(),
     };
     match &error {
-        ClientError::Unreachable { .. } | ClientError::BadCertificate { .. } => {
-            Failure::Unreachable(message)
-        }
+        ClientError::Unreachable { .. }
+        | ClientError::BadCertificate { .. }
+        | ClientError::SilentTls { .. } => Failure::Unreachable(message),
         e if e.is_usage() => Failure::Usage(message),
         _ => Failure::Failed(message),
     }

@@ -23,17 +23,28 @@ const HEALTH_TIMEOUT: Duration = Duration::from_secs(3);
 /// Returns a failure that names the cause and a remedy.
 pub(super) async fn connect(target: &Target) -> Result<Client, Failure> {
     check_address(&target.address)?;
-    let client = match open(target).await {
-        Ok(client) => client,
-        Err(ClientError::Unreachable { reason, .. }) => {
-            return Err(Failure::Unreachable(explain(target, &reason).await));
+    match open(target).await {
+        Ok(client) => check_protocol(target, client).await,
+        Err(error) => Err(not_connected(target, error).await),
+    }
+}
+
+/// Converts the error of a connection that was not made to a failure that names a remedy.
+async fn not_connected(target: &Target, error: ClientError) -> Failure {
+    match error {
+        ClientError::Unreachable { reason, .. } => {
+            Failure::Unreachable(explain(target, &reason).await)
         }
-        Err(ClientError::File { path, source }) => {
+        ClientError::File { path, source } => {
             let flag = flag_of_file(target, &path);
-            return Err(Failure::Failed(format!("{flag} {path}: {source}")));
+            Failure::Failed(format!("{flag} {path}: {source}"))
         }
-        Err(e) => return Err(e.into()),
-    };
+        other => other.into(),
+    }
+}
+
+/// Checks that the server of a connection speaks gRPC.
+async fn check_protocol(target: &Target, client: Client) -> Result<Client, Failure> {
     match tokio::time::timeout(HEALTH_TIMEOUT, client.health()).await {
         // A status with a source is an error of the transport. Every other status is the answer of
         // a gRPC server, or of a proxy in front of it.
@@ -73,18 +84,26 @@ fn flag_of_file(target: &Target, path: &str) -> &'static str {
 
 /// Checks that a server is serving. A server that does not answer in time is not.
 pub(super) async fn check_health(target: &Target) -> Outcome {
-    let client = connect(target).await?;
+    check_address(&target.address)?;
     let address = &target.address;
-    let why = match tokio::time::timeout(HEALTH_TIMEOUT, client.health()).await {
-        Ok(Ok(true)) => return Ok(()),
-        Ok(Ok(false)) => format!("{address} is not serving"),
-        Ok(Err(error)) => return Err(error.into()),
-        Err(_) => format!(
+    let limit = 2 * HEALTH_TIMEOUT;
+    let silent = || {
+        Failure::Failed(format!(
             "{address} accepts connections and answered no health check within {} seconds",
-            (2 * HEALTH_TIMEOUT).as_secs()
-        ),
+            limit.as_secs()
+        ))
     };
-    Err(Failure::Failed(why))
+    let client = match Client::connect(target, limit).await {
+        Ok(client) => check_protocol(target, client).await?,
+        Err(ClientError::SilentTls { .. }) => return Err(silent()),
+        Err(error) => return Err(not_connected(target, error).await),
+    };
+    match tokio::time::timeout(HEALTH_TIMEOUT, client.health()).await {
+        Ok(Ok(true)) => Ok(()),
+        Ok(Ok(false)) => Err(Failure::Failed(format!("{address} is not serving"))),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Err(silent()),
+    }
 }
 
 /// Connects to a server without checking what it speaks.

@@ -18,7 +18,7 @@ pub use tonic::Streaming;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri};
 use tonic_types::StatusExt;
 
 use super::certificate;
@@ -43,6 +43,8 @@ pub fn json_struct(fields: &serde_json::Map<String, serde_json::Value>) -> prost
 const CHUNK_BYTES: usize = 1 << 20;
 /// Maximum size of a server's message, in bytes.
 const MAX_MESSAGE_BYTES: usize = 256 << 20;
+/// Time limit for the connection with which a port is tried after a silent TLS handshake.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of reconnects of an event stream without an event in between.
 const MAX_RECONNECTS: u32 = 30;
 
@@ -64,6 +66,17 @@ pub enum ClientError {
         address: String,
         /// The problem with the certificate, and the remedy.
         problem: String,
+    },
+    /// The server accepts connections, but not even the TLS handshake is answered.
+    #[error(
+        "{address} accepts connections but did not answer the TLS handshake within {seconds} \
+         seconds: see whether the server hangs, and whether it uses TLS"
+    )]
+    SilentTls {
+        /// The server's address.
+        address: String,
+        /// The time limit, in seconds.
+        seconds: u64,
     },
     /// The server refused the call or ended it with an error.
     #[error("{}", describe(.0))]
@@ -330,11 +343,12 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to a server.
+    /// Connects to a server, with TLS including its handshake, within the time `timeout`.
     ///
     /// # Errors
     /// [`ClientError::Unreachable`] if the address, a certificate or a key is wrong or the
     /// connection fails, [`ClientError::BadCertificate`] if the server's certificate is refused,
+    /// [`ClientError::SilentTls`] if the TLS handshake is not answered in time,
     /// [`ClientError::File`] if the file of a certificate or key cannot be read,
     /// [`ClientError::BadToken`] if the token has characters that a header cannot have.
     pub async fn connect(target: &Target, timeout: Duration) -> ClientResult<Self> {
@@ -353,25 +367,37 @@ impl Client {
         }
         let mut endpoint =
             Endpoint::from_shared(address.clone()).map_err(|e| unreachable(e.to_string()))?;
-        if address.starts_with("https:") {
+        let uses_tls = address.starts_with("https:");
+        if uses_tls {
+            // This limit is for reconnects. At the first connection the one below ends earlier.
+            let tls = target.tls()?.timeout(timeout + ACCEPT_TIMEOUT);
             endpoint = endpoint
-                .tls_config(target.tls()?)
+                .tls_config(tls)
                 .map_err(|e| unreachable(root_cause(&e)))?;
         }
         let endpoint = endpoint
             .connect_timeout(timeout)
             .http2_keep_alive_interval(Duration::from_secs(30))
             .keep_alive_while_idle(true);
-        let channel = endpoint
-            .connect()
-            .await
-            .map_err(|e| match certificate::problem_in(&e) {
-                Some(problem) => ClientError::BadCertificate {
+        // The limit of the endpoint is for TCP alone.
+        let Ok(connected) = tokio::time::timeout(timeout, endpoint.connect()).await else {
+            let seconds = timeout.as_secs();
+            let is_silent = uses_tls && accepts_connections(endpoint.uri()).await;
+            return Err(match is_silent {
+                true => ClientError::SilentTls {
                     address: address.clone(),
-                    problem,
+                    seconds,
                 },
-                None => unreachable(root_cause(&e)),
-            })?;
+                false => unreachable(format!("it does not answer within {seconds} seconds")),
+            });
+        };
+        let channel = connected.map_err(|e| match certificate::problem_in(&e) {
+            Some(problem) => ClientError::BadCertificate {
+                address: address.clone(),
+                problem,
+            },
+            None => unreachable(root_cause(&e)),
+        })?;
         Ok(Client { channel, bearer })
     }
 
@@ -689,6 +715,22 @@ impl Client {
 fn stays_inside(name: &str) -> bool {
     let part = |p: &str| !p.is_empty() && !p.starts_with('.') && !p.contains(['\\', ':']);
     name.split('/').count() <= 2 && name.split('/').all(part)
+}
+
+/// Returns true if the port at an address with TLS accepts a connection within a second.
+async fn accepts_connections(address: &Uri) -> bool {
+    let Some(host) = address.host() else {
+        return false;
+    };
+    let place = (
+        host.trim_matches(['[', ']']),
+        address.port_u16().unwrap_or(443),
+    );
+    let connecting = tokio::net::TcpStream::connect(place);
+    matches!(
+        tokio::time::timeout(ACCEPT_TIMEOUT, connecting).await,
+        Ok(Ok(_))
+    )
 }
 
 /// Returns the innermost error, because the outer ones of the transport say nothing specific.

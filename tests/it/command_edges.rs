@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bradley::rpc::canonical;
 use bradley::rpc::pb;
+use rcgen::{CertificateParams, KeyPair};
 use serde_json::{Value, json};
 
 use crate::people::Terminal;
@@ -173,30 +174,60 @@ fn a_time_to_live_is_a_time_or_is_refused_by_name() {
     }
 }
 
-#[test]
-fn a_server_that_says_nothing_is_not_healthy() {
+/// Returns HOST:PORT of a port that accepts connections and never answers.
+fn silent_port() -> String {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = format!("http://{}", silent.local_addr().unwrap());
+    let place = silent.local_addr().unwrap().to_string();
     std::thread::spawn(move || {
         // Connections stay open and get no answer.
         let open: Vec<_> = silent.incoming().collect();
         drop(open);
     });
-    let mut child = command(&["health", "--server", &address])
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // Without a limit of its own, the command ends when keep-alive gives up, after 50 s.
+    place
+}
+
+/// Runs a command that must end within 30 seconds. Returns its exit code and what it says.
+fn ends_soon(args: &[&str]) -> (Option<i32>, String) {
+    let mut child = command(args).stderr(Stdio::piped()).spawn().unwrap();
     let mut status = None;
     let limit = Duration::from_secs(30);
-    until_blocking("the end of the health check", limit, || {
+    until_blocking("the end of the command", limit, || {
         status = child.try_wait().unwrap();
         status.is_some()
     });
     let mut said = String::new();
     child.stderr.unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(status.unwrap().code(), Some(1), "{said}");
+    (status.unwrap().code(), said)
+}
+
+#[test]
+fn a_server_that_says_nothing_is_not_healthy() {
+    let address = format!("http://{}", silent_port());
+    // Without a limit of its own, the command ends when keep-alive gives up, after 50 s.
+    let (code, said) = ends_soon(&["health", "--server", &address]);
+    assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("answered no health check within"), "{said}");
+}
+
+#[test]
+fn a_tls_handshake_without_an_answer_ends() {
+    let key = KeyPair::generate().unwrap();
+    let params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let ca = dir.path().join("ca.pem");
+    std::fs::write(&ca, params.self_signed(&key).unwrap().pem()).unwrap();
+    let address = format!("https://{}", silent_port());
+    let ca = ca.to_str().unwrap();
+    let tls = ["--server", &address, "--tls-server-ca", ca];
+    let (code, said) = ends_soon(&[&["health"][..], &tls].concat());
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("answered no health check within"), "{said}");
+    let (code, said) = ends_soon(&[&["jobs", "list"][..], &tls].concat());
+    assert_eq!(code, Some(3), "{said}");
+    assert!(
+        said.contains("accepts connections but did not answer the TLS handshake within 10 seconds"),
+        "{said}"
+    );
 }
 
 #[test]

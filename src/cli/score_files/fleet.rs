@@ -465,9 +465,9 @@ impl AttemptError {
     fn of(error: ClientError) -> Self {
         match error {
             ClientError::Refused(status) => AttemptError::Refused(status),
-            ClientError::Unreachable { .. } | ClientError::BadCertificate { .. } => {
-                AttemptError::Silent(error.to_string())
-            }
+            ClientError::Unreachable { .. }
+            | ClientError::BadCertificate { .. }
+            | ClientError::SilentTls { .. } => AttemptError::Silent(error.to_string()),
             other => AttemptError::Fatal(other.into()),
         }
     }
