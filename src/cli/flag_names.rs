@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::failure::Failure;
 use super::job_flags::{JOB_FLAGS, JobFlags, flag_for, get};
-use crate::rpc::client::{ClientError, Status, field_violations, missing_kind};
+use crate::rpc::client::{ClientError, Status, field_violations, has_fallen_silent, missing_kind};
 
 /// Prefix of the fields of a job in the server's errors.
 const JOB: &str = "training_job.";
@@ -212,6 +212,11 @@ where
     S: Fn(&str) -> String,
 {
     let message = match &error {
+        ClientError::Refused(status) if has_fallen_silent(status) => {
+            "the server was reached but no longer answers: see whether it hangs or its machine is \
+             overloaded, and repeat the command"
+                .to_owned()
+        }
         // Only an error of the connection has a source.
         ClientError::Refused(status) if std::error::Error::source(&**status).is_some() => format!(
             "the connection to the server is lost: {}: see whether it still runs, and repeat the \

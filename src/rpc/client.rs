@@ -218,6 +218,22 @@ pub fn is_transient(code: Code) -> bool {
     )
 }
 
+/// Returns true if a call failed because its server was reached and then gave no sign of life, so
+/// that keep-alive ended the connection.
+pub fn has_fallen_silent(status: &Status) -> bool {
+    // Only errors of the transport have a source. It gives this code to a connection that was not
+    // made, too.
+    let mut cause = std::error::Error::source(status);
+    let is_of_transport = cause.is_some();
+    while let Some(error) = cause {
+        if error.is::<tonic::ConnectError>() {
+            return false;
+        }
+        cause = error.source();
+    }
+    is_of_transport && status.code() == Code::Unavailable
+}
+
 /// Returns true if the resource that a call names may not exist for this caller: the code is one
 /// that a server answers if there is no such resource, if it belongs to another client, or if its
 /// name is not legal. These codes have other causes, too.
@@ -744,6 +760,8 @@ pub(crate) fn root_cause(e: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::rpc::status::{status, without_details};
     use crate::service::error::ServiceError;
@@ -761,5 +779,28 @@ mod tests {
         assert!(!is_server_failure(&exhausted(Reason::TooManyTokens)));
         let transport = without_details(Code::Internal, "h2 protocol error");
         assert!(!is_server_failure(&transport));
+    }
+
+    #[test]
+    fn a_server_that_fell_silent_is_told_from_one_that_is_not_reached() {
+        let of_transport = |code, source: Arc<dyn std::error::Error + Send + Sync>| {
+            let mut status = without_details(code, "http2 error");
+            status.set_source(source);
+            status
+        };
+        let expired = || Arc::new(std::io::Error::other("keep-alive timed out"));
+        let refused = tonic::ConnectError("connection refused".into());
+        assert!(has_fallen_silent(&of_transport(
+            Code::Unavailable,
+            expired()
+        )));
+        assert!(!has_fallen_silent(&of_transport(Code::Unknown, expired())));
+        assert!(!has_fallen_silent(&of_transport(
+            Code::Unavailable,
+            Arc::new(refused)
+        )));
+        // The answer of a server.
+        let draining = status(ServiceError::draining());
+        assert!(!has_fallen_silent(&draining));
     }
 }
