@@ -12,12 +12,13 @@ use super::auth::declared::DeclaredTokens;
 use super::auth::oidc::{self, KeySource};
 use super::error::{Result, ServiceError};
 use super::remote::Remote;
+use super::store::acquire::{ACQUIRE_TIMEOUT, no_connection};
 use super::store::properties::ARTIFACT_STORE;
 use super::store::{DATABASE_FILE, check_version, refusal, sqlite_url};
 use crate::domain::reason::Reason;
 
 /// Time limit for the database, for the artifact store and for the OIDC issuer.
-const TIMEOUT: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = ACQUIRE_TIMEOUT;
 
 /// Reads the file that declares tokens. Returns a text about it.
 ///
@@ -68,8 +69,11 @@ pub async fn database(data_dir: &Path, database_url: Option<&str>) -> Result<Str
         None => ("SQLite", sqlite_url(&file, "ro")),
     };
     let failed = |e: sqlx::Error| {
-        let why = refusal(&e);
-        ServiceError::internal(format!("{kind} does not answer: {why}"))
+        let why = match &e {
+            sqlx::Error::PoolTimedOut => no_connection(kind),
+            e => format!("{kind} does not answer: {}", refusal(e)),
+        };
+        ServiceError::internal(why)
     };
     let asked = async {
         let pool = AnyPoolOptions::new()

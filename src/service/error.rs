@@ -152,7 +152,10 @@ impl From<Violations> for ServiceError {
 
 impl From<sqlx::Error> for ServiceError {
     fn from(e: sqlx::Error) -> Self {
-        let message = format!("the database failed: {e}");
+        let message = match &e {
+            sqlx::Error::PoolTimedOut => super::store::acquire::no_connection("the database"),
+            e => format!("the database failed: {e}"),
+        };
         if is_stale_statement(&e) {
             super::store::stale::note_refused();
         }

@@ -4,6 +4,7 @@
 //! The SQL is written once, in the subset that both databases understand; `Dialect` holds the few
 //! differences. All columns are 64-bit integers or TEXT.
 
+pub(super) mod acquire;
 pub mod calibrations;
 mod checkpoints;
 mod datasets;
@@ -31,6 +32,7 @@ use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
 use sqlx::migrate::Migrator;
 use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Connection as _, FromRow};
 
+use self::acquire::ACQUIRE_TIMEOUT;
 use super::error::{Result, ServiceError};
 use crate::domain::job::Millis;
 use crate::domain::reason::Reason;
@@ -42,9 +44,6 @@ pub const DATABASE_FILE: &str = "bradley.db";
 const SQLITE_READERS: u32 = 4;
 /// Number of connections to PostgreSQL: this many for reads, and as many again for writes.
 const POSTGRES_CONNECTIONS: u32 = 8;
-/// Maximum time that a call waits for a connection. If the database does not answer, callers get an
-/// error after this time.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// SQLSTATE of PostgreSQL for a connection to a database that does not exist.
 const NO_SUCH_DATABASE: &str = "3D000";

@@ -424,6 +424,23 @@ async fn only_postgresql_may_still_store_a_row_after_its_connection_broke() {
     assert!(!sqlite.may_still_insert(&broken));
 }
 
+#[test]
+fn a_database_without_a_connection_is_explained() {
+    match ServiceError::from(sqlx::Error::PoolTimedOut) {
+        ServiceError::Unavailable {
+            reason, message, ..
+        } => {
+            assert_eq!(reason, Reason::StoreUnavailable);
+            assert_eq!(
+                message,
+                "the database gave no connection within 5 seconds: check that it runs and answers, \
+                 and how many connections it allows"
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
 #[tokio::test]
 async fn lists_are_paged_newest_first_and_by_owner() {
     let (_dir, store) = open().await;
