@@ -74,7 +74,7 @@ pub fn main() -> ExitCode {
     let mut command = help_layout::with_plain_errors(command());
     let args = help_layout::with_joined_numbers(std::env::args_os());
     let given = command.try_get_matches_from_mut(args);
-    let given = given.unwrap_or_else(|e| help_layout::with_file_tip(e).exit());
+    let given = given.unwrap_or_else(|e| help_layout::with_current_names(e).exit());
     let mut cli = Cli::from_arg_matches(&given).unwrap_or_else(|e| e.format(&mut command).exit());
     note_sources(&mut cli, &given);
     if let Command::Decode {

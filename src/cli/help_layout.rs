@@ -89,19 +89,29 @@ pub(super) fn with_joined_numbers(args: impl Iterator<Item = OsString>) -> Vec<O
     joined
 }
 
-/// Says how a result gets into a file, in the error about `--out` of a command that has no such
-/// flag. The parser itself would suggest `--output`, the hidden old name of `--format`.
-pub(super) fn with_file_tip(mut error: clap::Error) -> clap::Error {
-    let unknown = match error.get(ContextKind::InvalidArg) {
+/// Names `--format` in errors that concern `--output`, its hidden old name. The error about `--out`
+/// of a command that has no such flag, for which the parser would suggest `--output`, says how a
+/// result gets into a file. The error about a value of `--output`, which may be that of its
+/// variable, names both.
+pub(super) fn with_current_names(mut error: clap::Error) -> clap::Error {
+    let argument = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(flag)) => flag.as_str(),
         _ => "",
     };
-    if error.kind() == ErrorKind::UnknownArgument && unknown == "--out" {
-        let tip = "write the result to a file with --format json > FILE";
-        let tips = ContextValue::StyledStrs(vec![tip.into()]);
-        error.remove(ContextKind::SuggestedArg);
-        error.insert(ContextKind::Suggested, tips);
-    }
+    let tip = match (error.kind(), argument) {
+        (ErrorKind::UnknownArgument, "--out") => {
+            error.remove(ContextKind::SuggestedArg);
+            "write the result to a file with --format json > FILE"
+        }
+        (ErrorKind::InvalidValue, "--output <OUTPUT>") => {
+            let current = ContextValue::String("--format <FORMAT>".to_owned());
+            error.insert(ContextKind::InvalidArg, current);
+            "the variable BRADLEY_OUTPUT, or --output, the old name of this flag, has this value"
+        }
+        _ => return error,
+    };
+    let tips = ContextValue::StyledStrs(vec![tip.into()]);
+    error.insert(ContextKind::Suggested, tips);
     error
 }
 
@@ -357,7 +367,7 @@ mod tests {
     fn the_error_about_a_missing_flag_for_a_file_names_the_format() {
         let said = |line: &str| {
             let refused = command().try_get_matches_from(line.split(' '));
-            with_file_tip(refused.unwrap_err()).to_string()
+            with_current_names(refused.unwrap_err()).to_string()
         };
         for line in [
             "bradley score --policy p --data x --out y",
@@ -370,5 +380,11 @@ mod tests {
         }
         let text = said("bradley score --policy p --data x --polic y");
         assert!(text.contains("'--policy'"), "{text}");
+        let text = said("bradley jobs list --output xml");
+        assert!(text.contains("'xml' for '--format <FORMAT>'"), "{text}");
+        assert!(
+            text.contains("tip: the variable BRADLEY_OUTPUT, or"),
+            "{text}"
+        );
     }
 }

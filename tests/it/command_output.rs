@@ -162,6 +162,12 @@ fn every_format_has_the_whole_job_and_a_short_name_suffices() {
         .output()
         .unwrap();
     assert!(String::from_utf8_lossy(&by_variable.stdout).starts_with("- name: models/tiny"));
+    let bad_variable = command(&server, &["models", "list"])
+        .env("BRADLEY_OUTPUT", "xml")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&bad_variable.stderr);
+    assert!(said.contains("'xml' for '--format <FORMAT>'"), "{said}");
     assert!(refused(&server, &["jobs", "list", "--format", "merged"]).contains("table, json"));
 
     // Names: the beginning of an ID, and the newest.
