@@ -85,11 +85,13 @@ pub struct BackupFile {
 ///
 /// # Errors
 /// `InvalidArgument` if the data directory has no database, or if the target is not empty or is a
-/// mount point; `FailedPrecondition` (`SCHEMA_TOO_NEW`) if this version may not use the database;
-/// `ResourceExhausted`, `Unavailable` or `Internal` if the database or the file system fails.
+/// mount point; `FailedPrecondition` if this version may not use the database (`SCHEMA_TOO_NEW`) or
+/// it was moved to PostgreSQL (`DATABASE_MOVED`); `ResourceExhausted`, `Unavailable` or `Internal`
+/// if the database or the file system fails.
 pub async fn back_up(data_dir: &Path, target: &Path) -> Result<BackupManifest> {
     let create_time = jiff::Timestamp::now().to_string();
     let live = LiveDatabase::open(data_dir).await?;
+    live.check_not_moved().await?;
     refuse_mount_point(target)?;
     check_empty("DIR", target, &[])?;
     remove_abandoned_backups(target)?;

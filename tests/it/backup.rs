@@ -443,6 +443,9 @@ async fn a_server_moves_from_sqlite_to_postgresql_in_the_middle_of_a_job() {
     assert_fails(&migrate(), 1, &was_moved);
     let old_tokens = ["tokens", "list", "--data-dir", database];
     assert_fails(&bradley(&old_tokens), 1, &was_moved);
+    // A copy would be one of a database that no longer changes.
+    let refused = back_up(dir.path(), &other.path().join("backup"));
+    assert_fails(&refused, 1, &[was_moved[0], "pg_dump", "docs/backup.md"]);
     let elsewhere = ["migrate", "--to", "mysql://x", "--data-dir", database];
     assert_fails(&bradley(&elsewhere), 2, &["postgres://"]);
 

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use sqlx::{Connection as _, Executor as _};
 
 use super::*;
+use crate::domain::reason::Reason;
 use crate::formats::peft;
-use crate::service::store::{Store, StoreOptions, sqlite_url};
+use crate::service::store::{Store, StoreOptions, moved, sqlite_url};
 
 #[test]
 fn only_a_folder_with_a_file_system_on_it_is_a_mount_point() {
@@ -40,6 +41,27 @@ async fn a_target_with_the_lock_file_of_a_data_directory_is_refused_before_the_c
     fs::remove_file(target.join(LOCK_FILE)).unwrap();
     back_up(&data, &target).await.unwrap();
     assert!(target.join(MANIFEST_FILE).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_was_moved_to_postgresql_is_not_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, target) = (dir.path().join("data"), dir.path().join("backup"));
+    fs::create_dir(&data).unwrap();
+    let options = StoreOptions::default();
+    let store = Store::open(&data, &options).await.unwrap();
+    let mark = moved::mark("2026-11-30T10:00:00Z", "postgres://a:secret@db/jobs");
+    store.set_property_once(moved::MOVED, &mark).await.unwrap();
+    store.close().await;
+    match back_up(&data, &target).await {
+        Err(ServiceError::FailedPrecondition { reason, message }) => {
+            assert_eq!(reason, Reason::DatabaseMoved);
+            let wanted = "moved to PostgreSQL on 2026-11-30 (db:5432/jobs): back up that";
+            assert!(message.contains(wanted), "{message}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(!target.exists());
 }
 
 #[test]

@@ -36,6 +36,31 @@ pub(super) async fn check(
     connection: &mut AnyConnection,
     count_tables: &'static str,
 ) -> Result<()> {
+    let remedy = "start servers with --database-url and --artifact-url, and give bradley tokens \
+                  --database-url; to go back to this copy, stop all servers of that database for \
+                  good and run bradley migrate --undo (docs/upgrade.md)";
+    refuse(connection, count_tables, remedy).await
+}
+
+/// Like [`check`], for a backup: a copy of a database that no server uses any more would be taken
+/// for one of the server's data.
+///
+/// # Errors
+/// As [`check`].
+pub(super) async fn check_for_backup(
+    connection: &mut AnyConnection,
+    count_tables: &'static str,
+) -> Result<()> {
+    let remedy = "back up that database with pg_dump, and then the bucket (docs/backup.md)";
+    refuse(connection, count_tables, remedy).await
+}
+
+/// Refuses a database with the mark.
+async fn refuse(
+    connection: &mut AnyConnection,
+    count_tables: &'static str,
+    remedy: &str,
+) -> Result<()> {
     if !schema_version::exists(connection, count_tables, PROPERTIES).await? {
         return Ok(());
     }
@@ -48,12 +73,7 @@ pub(super) async fn check(
         None => Ok(()),
         Some(mark) => Err(ServiceError::FailedPrecondition {
             reason: Reason::DatabaseMoved,
-            message: format!(
-                "this database was moved to PostgreSQL on {mark}: start servers with \
-                 --database-url and --artifact-url, and give bradley tokens --database-url; to go \
-                 back to this copy, stop all servers of that database for good and run bradley \
-                 migrate --undo (docs/upgrade.md)"
-            ),
+            message: format!("this database was moved to PostgreSQL on {mark}: {remedy}"),
         }),
     }
 }

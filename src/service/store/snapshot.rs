@@ -54,6 +54,18 @@ impl LiveDatabase {
         Ok(LiveDatabase { file })
     }
 
+    /// Checks that the database was not moved to PostgreSQL.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` (`DATABASE_MOVED`) if it was; `Unavailable` or `Internal` if the
+    /// database fails.
+    pub async fn check_not_moved(&self) -> Result<()> {
+        let mut connection = connect(&self.file, "rw").await?;
+        moved::check_for_backup(&mut connection, Dialect::Sqlite.count_tables()).await?;
+        connection.close().await?;
+        Ok(())
+    }
+
     /// Returns the identity of the artifact store, if the files are in one.
     ///
     /// # Errors

@@ -532,10 +532,11 @@ async fn a_database_that_was_moved_is_opened_only_after_its_mark_is_removed() {
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("it was opened"),
     }
-    // A backup opens the database in this way, too.
     let live = snapshot::LiveDatabase::open(dir.path()).await.unwrap();
+    assert!(live.check_not_moved().await.is_err());
     assert!(live.remove_moved_mark().await.unwrap());
     assert!(!live.remove_moved_mark().await.unwrap());
+    live.check_not_moved().await.unwrap();
     let store = Store::open(dir.path(), &StoreOptions::default()).await;
     store.unwrap().close().await;
 }
