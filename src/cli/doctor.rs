@@ -376,7 +376,10 @@ async fn check_server_parts(
             "listen",
             Some(settings.listen).filter(|_| is_possible("listen")),
         ),
-        ("http_listen", settings.http_listen),
+        (
+            "http_listen",
+            settings.http_listen.filter(|_| is_possible("http_listen")),
+        ),
     ];
     for (name, address) in ports {
         if let Some(address) = address {

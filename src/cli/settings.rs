@@ -499,6 +499,15 @@ impl Sources {
         }
         (default.to_owned(), format!("the default of {name}"))
     }
+
+    /// Returns true if a source other than the default has the setting.
+    fn has(&self, name: &str) -> bool {
+        let variable = format!("BRADLEY_{}", name.to_uppercase());
+        let is_in_file = |(_, table): &(PathBuf, toml::Table)| table.contains_key(name);
+        self.flags.contains_key(name)
+            || self.environment.contains_key(&variable)
+            || self.file.as_ref().is_some_and(is_in_file)
+    }
 }
 
 impl Settings {
@@ -743,8 +752,29 @@ impl Settings {
                 .unwrap_or_default(),
             hub: hub(sources),
         };
+        refuse_shared_port(&settings, sources, &mut bad);
         (settings, bad)
     }
+}
+
+/// Refuses the same address and port in `listen` and `http_listen`. Port 0 stands for any free one.
+fn refuse_shared_port(settings: &Settings, sources: &Sources, bad: &mut Violations) {
+    let (grpc, http) = (settings.listen, settings.http_listen);
+    if grpc.port() == 0 || http != Some(grpc) {
+        return;
+    }
+    // At least one of the two was set, because their defaults differ.
+    let (set, other) = match sources.has("http_listen") {
+        true => ("http_listen", "listen"),
+        false => ("listen", "http_listen"),
+    };
+    let (_, origin) = sources.get(set, "");
+    bad.push(
+        origin,
+        format!(
+            "is {grpc}, which is also the address of {other}: name another port for one of them"
+        ),
+    );
 }
 
 /// Returns the name of the setting whose source (a flag, a variable or a key of the file) is the
@@ -1103,6 +1133,29 @@ mod tests {
             let fields: Vec<&str> = bad.listed().iter().map(|v| v.field.as_str()).collect();
             assert_eq!(fields, [field], "{flags:?}");
         }
+    }
+
+    #[test]
+    fn two_ports_cannot_have_the_same_address() {
+        let said_of = |flags: &[(&str, &str)], file: &str| {
+            let flags = [&[("models", "/x")][..], flags].concat();
+            let (_, bad) = Settings::read(&sources(&flags, &[], file));
+            let listed = bad.listed().iter();
+            let texts = listed.map(|v| format!("{} {}", v.field, v.description));
+            texts.collect::<Vec<String>>()
+        };
+        let same = ("listen", "127.0.0.1:9464");
+        let wanted = "--listen is 127.0.0.1:9464, which is also the address of http_listen";
+        let said = said_of(&[same], "");
+        assert!(said.len() == 1 && said[0].starts_with(wanted), "{said:?}");
+        let wanted = "bradley.toml: http_listen is 127.0.0.1:9464, which is also the address of";
+        let said = said_of(&[same], "http_listen = \"127.0.0.1:9464\"");
+        assert!(said.len() == 1 && said[0].starts_with(wanted), "{said:?}");
+        for http in ["off", "127.0.0.1:9465", "127.0.0.2:9464"] {
+            assert!(said_of(&[same, ("http_listen", http)], "").is_empty());
+        }
+        let any = [("listen", "127.0.0.1:0"), ("http_listen", "127.0.0.1:0")];
+        assert!(said_of(&any, "").is_empty());
     }
 
     #[test]

@@ -55,6 +55,10 @@ fn a_server_that_cannot_start_names_the_setting_and_the_remedy() {
     let words = ["http_listen: cannot listen on", "with --http-listen"];
     refused(dir, &["--http-listen", &held], 1, &words);
     drop(holders);
+    let same = format!("127.0.0.1:{}", free_port());
+    let ports = ["--listen", &same, "--http-listen", &same];
+    let words = format!("--http-listen is {same}, which is also the address of listen: name");
+    refused(dir, &ports, 2, &[&words]);
 
     let words = ["--tls-cert is set, but --tls-key is not: TLS needs both"];
     refused(dir, &["--tls-cert", "x.pem"], 2, &words);
@@ -275,6 +279,12 @@ fn doctor_makes_the_checks_that_the_usable_settings_allow() {
     let said = doctor(&["--listen", "127.0.0.1:0"]);
     assert!(said.contains("ok       server: is not asked"), "{said}");
     assert!(!said.contains("not checked"), "{said}");
+
+    let said = doctor(&["--http-listen", &listen]);
+    let wanted = format!("failed   --http-listen: is {listen}, which is also the address of");
+    assert!(said.contains(&wanted), "{said}");
+    let wanted = "warning  not checked: http_listen: ";
+    assert!(said.contains(wanted), "{said}");
 
     let said = doctor(&["--data-dir", "", "--listen", "nowhere"]);
     let wanted = "warning  not checked: data_dir, database, listen, running server: ";
