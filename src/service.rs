@@ -15,7 +15,7 @@ pub mod check;
 mod checkpoint_files;
 pub mod checkpoints;
 mod data_dir;
-mod data_volume;
+pub mod data_volume;
 pub mod datasets;
 mod detached;
 pub mod error;

@@ -27,7 +27,7 @@ use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::error::ModelError;
 use crate::rpc::client::{Client, ClientError, Target};
 use crate::rpc::{Tls, pb};
-use crate::service::check;
+use crate::service::{check, data_volume};
 
 /// Result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -325,10 +325,9 @@ async fn check_server_parts(
         report.add(name, status, detail);
     }
     if is_possible("data_dir") {
-        report.add_result(
-            format!("data_dir {}", settings.data_dir.display()),
-            writable(&settings.data_dir),
-        );
+        let (status, detail) = data_dir(&settings.data_dir);
+        let name = format!("data_dir {}", settings.data_dir.display());
+        report.add(name, status, detail);
     }
     let database_url = settings.database_url.as_deref();
     if is_possible("database") {
@@ -421,9 +420,37 @@ fn hub_name(source: &str) -> &str {
     source.split_once('@').map_or(source, |(name, _)| name)
 }
 
-/// Checks that files can be created in a folder, or that the folder can be created.
-fn writable(folder: &Path) -> Result<String, String> {
-    let existing = folder
+/// Checks that the data directory can be used, and that its volume has free space.
+fn data_dir(folder: &Path) -> (CheckStatus, String) {
+    let usable = match writable(folder) {
+        Ok(usable) => usable,
+        Err(reason) => return (CheckStatus::Failed, reason),
+    };
+    match data_volume::space(existing_part(folder)) {
+        Ok(space) if space.total > 0 => {
+            let (free, total) = (bytes(space.free), bytes(space.total));
+            match space.is_almost_full() {
+                true => (
+                    CheckStatus::Warning,
+                    format!(
+                        "{usable}, but only {free} of {total} are free on its volume: free space, \
+                         or name a folder on another volume"
+                    ),
+                ),
+                false => (
+                    CheckStatus::Ok,
+                    format!("{usable}, {free} of {total} are free on its volume"),
+                ),
+            }
+        }
+        // Some file systems do not tell their size.
+        _ => (CheckStatus::Ok, usable),
+    }
+}
+
+/// Returns a folder, or the nearest one above it that exists.
+fn existing_part(folder: &Path) -> &Path {
+    folder
         .ancestors()
         .map(|f| {
             if f.as_os_str().is_empty() {
@@ -433,7 +460,12 @@ fn writable(folder: &Path) -> Result<String, String> {
             }
         })
         .find(|f| f.exists())
-        .unwrap_or(folder);
+        .unwrap_or(folder)
+}
+
+/// Checks that files can be created in a folder, or that the folder can be created.
+fn writable(folder: &Path) -> Result<String, String> {
+    let existing = existing_part(folder);
     // The file is removed at once.
     tempfile::tempfile_in(existing).map_err(|e| {
         format!(

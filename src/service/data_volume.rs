@@ -1,4 +1,4 @@
-//! Metrics of the volume that holds the data directory.
+//! Free space of the volume that holds the data directory.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,10 +10,18 @@ const INTERVAL: Duration = Duration::from_secs(15);
 
 /// Size of a file system, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Space {
+pub struct Space {
     /// Bytes that a process without root rights may still write.
-    free: u64,
-    total: u64,
+    pub free: u64,
+    /// All bytes; 0 on a file system that does not tell its size.
+    pub total: u64,
+}
+
+impl Space {
+    /// Returns true if less than a tenth is free, as the alert BradleyDiskAlmostFull has it.
+    pub fn is_almost_full(self) -> bool {
+        self.free.saturating_mul(10) < self.total
+    }
 }
 
 /// Updates the gauges forever. This is a task of its own, because on a network volume that hangs a
@@ -36,7 +44,10 @@ pub(super) async fn measure(data_dir: PathBuf) {
 }
 
 /// Reads the size of the file system that holds `folder`.
-fn space(folder: &Path) -> std::io::Result<Space> {
+///
+/// # Errors
+/// Fails if the folder does not exist or the file system does not answer.
+pub fn space(folder: &Path) -> std::io::Result<Space> {
     let found = rustix::fs::statvfs(folder)?;
     Ok(Space {
         free: found.f_bavail.saturating_mul(found.f_frsize),
@@ -54,5 +65,12 @@ mod tests {
         let space = space(folder.path()).unwrap();
         assert!(space.total > 0 && space.free <= space.total, "{space:?}");
         assert!(super::space(&folder.path().join("missing")).is_err());
+    }
+
+    #[test]
+    fn a_volume_with_less_than_a_tenth_free_is_almost_full() {
+        let space = |free, total| Space { free, total };
+        assert!(space(0, 1000).is_almost_full() && space(99, 1000).is_almost_full());
+        assert!(!space(100, 1000).is_almost_full() && !space(0, 0).is_almost_full());
     }
 }
