@@ -27,6 +27,7 @@ use crate::model::device::{ComputeDevice, DeviceChoice};
 use crate::model::error::ModelError;
 use crate::rpc::client::{Client, ClientError, Target};
 use crate::rpc::{Tls, pb};
+use crate::service::store::DATABASE_FILE;
 use crate::service::{check, data_volume};
 
 /// Result of a check.
@@ -324,13 +325,19 @@ async fn check_server_parts(
         let (status, detail) = opened?;
         report.add(name, status, detail);
     }
+    let mut has_data_dir = true;
     if is_possible("data_dir") {
         let (status, detail) = data_dir(&settings.data_dir);
+        has_data_dir = status != CheckStatus::Failed;
         let name = format!("data_dir {}", settings.data_dir.display());
         report.add(name, status, detail);
     }
     let database_url = settings.database_url.as_deref();
-    if is_possible("database") {
+    let is_new = database_url.is_none() && !settings.data_dir.join(DATABASE_FILE).exists();
+    if is_possible("database") && is_new && !has_data_dir {
+        let detail = "is not made, because data_dir cannot be used";
+        report.add("database", CheckStatus::Warning, detail);
+    } else if is_possible("database") {
         let database = waiting(
             "asking the database",
             check::database(&settings.data_dir, database_url),
@@ -466,6 +473,12 @@ fn existing_part(folder: &Path) -> &Path {
 /// Checks that files can be created in a folder, or that the folder can be created.
 fn writable(folder: &Path) -> Result<String, String> {
     let existing = existing_part(folder);
+    if !existing.is_dir() {
+        return Err(match existing == folder {
+            true => "is a file: name a folder".to_owned(),
+            false => format!("{} is a file: name another folder", existing.display()),
+        });
+    }
     // The file is removed at once.
     tempfile::tempfile_in(existing).map_err(|e| {
         format!(

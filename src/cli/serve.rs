@@ -1,9 +1,9 @@
 //! `bradley serve`: opens the ports, loads the models, and starts engine and service.
 
-use anyhow::Context as _;
 use std::future::Future;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -115,6 +115,7 @@ pub async fn serve_on(
     tokio::pin!(shutdown);
     // Before the models, because loading these may take minutes.
     let tls = settings.tls.clone().map(Tls::open).transpose()?;
+    prepare_data_dir(&settings.data_dir)?;
     check_data_dir_unused(&settings.data_dir)?;
     let engine = tokio::select! {
         engine = start_engine(&settings) => engine?,
@@ -220,6 +221,34 @@ pub async fn serve_on(
     Ok(Ended::DeviceBusy(result.map_err(Into::into)))
 }
 
+/// Creates the data directory if it does not exist, and checks that files can be created in it.
+fn prepare_data_dir(folder: &Path) -> anyhow::Result<()> {
+    let shown = folder.display();
+    anyhow::ensure!(
+        !folder.exists() || folder.is_dir(),
+        "data_dir {shown} is a file: name a folder with --data-dir"
+    );
+    let remedy = |e: &std::io::Error, owned: &str| match e.kind() {
+        ErrorKind::PermissionDenied => {
+            format!("correct {owned}, or name another folder with --data-dir")
+        }
+        _ => "name another folder with --data-dir".to_owned(),
+    };
+    std::fs::create_dir_all(folder).map_err(|e| {
+        let advice = remedy(&e, "the owner of the folder above it");
+        anyhow::anyhow!("data_dir {shown} cannot be created: {e}: {advice}")
+    })?;
+    match tempfile::tempfile_in(folder) {
+        Ok(_) => Ok(()),
+        // A server starts on a full disk, too, and its runs wait.
+        Err(e) if matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => Ok(()),
+        Err(e) => {
+            let advice = remedy(&e, "its owner");
+            Err(anyhow::anyhow!("data_dir {shown}: {e}: {advice}"))
+        }
+    }
+}
+
 /// Returns the names of the setting and the machine's own.
 fn rest_hosts(given: &[RestHost]) -> Vec<RestHost> {
     let own = std::fs::read_to_string("/proc/sys/kernel/hostname");
@@ -288,10 +317,7 @@ async fn start_engine(settings: &Settings) -> anyhow::Result<engine::Engine> {
     );
     options.memory_limit = Some(engine::memory::host_limit_for(options.memory_limit));
     options.reference_cache_file = Some(settings.data_dir.join("reference-cache.redb"));
-    let data_dir = settings.data_dir.clone();
     tokio::task::spawn_blocking(move || {
-        std::fs::create_dir_all(&data_dir)
-            .with_context(|| format!("data_dir {} cannot be created", data_dir.display()))?;
         let mut loaded: Vec<LoadedModel> = Vec::new();
         for (id, source) in &models {
             let start = std::time::Instant::now();

@@ -129,6 +129,37 @@ fn a_server_that_cannot_start_names_the_setting_and_the_remedy() {
 }
 
 #[test]
+fn a_data_directory_that_cannot_be_used_is_named_before_the_models_are_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = golden("models/llama");
+    let file = dir.path().join("afile");
+    std::fs::write(&file, "").unwrap();
+    let file = file.to_str().unwrap();
+    let run = |command: &str, data: &str| {
+        let ports = ["--listen", "127.0.0.1:0", "--http-listen", "off"];
+        let models = ["--models", model.to_str().unwrap(), "--data-dir", data];
+        let out = bradley(&[&[command][..], &ports, &models].concat());
+        assert_eq!(out.status.code(), Some(1), "{}", stderr(&out));
+        (stderr(&out), String::from_utf8(out.stdout).unwrap())
+    };
+    // Nobody can create a file in /proc, not even root.
+    for (data, wanted) in [
+        (file, " is a file: name a folder with --data-dir"),
+        ("/proc", "name another folder with --data-dir"),
+        ("/proc/new", " cannot be created: "),
+    ] {
+        let (said, _) = run("serve", data);
+        let named = said.contains(&format!("error: data_dir {data}"));
+        assert!(named && said.contains(wanted), "{said}");
+        assert!(!said.contains("model opened"), "{said}");
+    }
+    let (_, said) = run("doctor", file);
+    let wanted = format!("failed   data_dir {file}: is a file: name a folder");
+    assert!(said.contains(&wanted), "{said}");
+    assert!(said.contains("warning  database: is not made"), "{said}");
+}
+
+#[test]
 fn commands_for_tokens_make_no_database_by_mistake() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("mistyped");
