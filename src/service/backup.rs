@@ -146,10 +146,10 @@ pub async fn back_up(data_dir: &Path, target: &Path) -> Result<BackupManifest> {
 /// until the restore is complete.
 ///
 /// # Errors
-/// `InvalidArgument` if the folder is no backup, if one of its files is missing or has changed, or
-/// if the data directory is not empty; `FailedPrecondition` if a process uses the data directory
-/// (`DATA_DIR_IN_USE`) or this version may not use the database (`SCHEMA_TOO_NEW`);
-/// `ResourceExhausted` or `Internal` if the file system fails.
+/// `InvalidArgument` if the folder is no backup, or if the data directory is not empty;
+/// `FailedPrecondition` if a process uses the data directory (`DATA_DIR_IN_USE`) or this version
+/// may not use the database (`SCHEMA_TOO_NEW`); `Internal` if one of the backup's files is missing
+/// or has changed; `ResourceExhausted` or `Internal` if the file system fails.
 pub async fn restore(backup: &Path, data_dir: &Path) -> Result<BackupManifest> {
     let manifest = read_manifest(backup)?;
     fs::create_dir_all(data_dir).map_err(|e| failed(data_dir, e))?;
@@ -450,8 +450,13 @@ fn read_manifest(backup: &Path) -> Result<BackupManifest> {
         }
         _ => failed(&path, e),
     })?;
-    let value: serde_json::Value = serde_json::from_slice(&text)
-        .map_err(|e| invalid(&format!("has a damaged manifest.json: {e}")))?;
+    let damaged = |e: serde_json::Error| {
+        let place = backup.display();
+        ServiceError::internal(format!(
+            "BACKUP {place} has a damaged manifest.json: {e}: use another backup"
+        ))
+    };
+    let value: serde_json::Value = serde_json::from_slice(&text).map_err(damaged)?;
     if value["format"] != FORMAT {
         let made_by = value["bradley"].as_str().unwrap_or("another version");
         return Err(invalid(&format!(
@@ -461,8 +466,7 @@ fn read_manifest(backup: &Path) -> Result<BackupManifest> {
             env!("CARGO_PKG_VERSION")
         )));
     }
-    let manifest: BackupManifest = serde_json::from_value(value)
-        .map_err(|e| invalid(&format!("has a damaged manifest.json: {e}")))?;
+    let manifest: BackupManifest = serde_json::from_value(value).map_err(damaged)?;
     let is_plain = |path: &String| {
         let mut parts = Path::new(path).components();
         parts.all(|part| matches!(part, Component::Normal(_)))
@@ -478,11 +482,11 @@ fn read_manifest(backup: &Path) -> Result<BackupManifest> {
 fn restore_file(from: &Path, to: &Path, path: &str, expected: &BackupFile) -> Result<()> {
     let source = from.join(path);
     let damaged = |what: &str| {
-        let message = format!(
-            "{} {what}, so the backup is damaged and nothing was restored: use another backup",
+        ServiceError::internal(format!(
+            "BACKUP {} {what}, so the backup is damaged and nothing was restored: use another \
+             backup",
             source.display()
-        );
-        ServiceError::invalid("BACKUP", message)
+        ))
     };
     if !source.exists() {
         return Err(damaged("is missing"));
