@@ -263,7 +263,7 @@ pub struct DatabaseArgs {
 /// Arguments of `backup`.
 #[derive(Debug, Args)]
 pub struct BackupArgs {
-    /// Folder for the backup. It must be new or empty.
+    /// Folder for the backup. It must be new or empty, and not in the data directory.
     pub dir: PathBuf,
     /// The server's database.
     #[command(flatten)]

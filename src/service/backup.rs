@@ -84,16 +84,17 @@ pub struct BackupFile {
 /// folder appears when the backup is complete.
 ///
 /// # Errors
-/// `InvalidArgument` if the data directory has no database, or if the target is not empty or is a
-/// mount point; `FailedPrecondition` if this version may not use the database (`SCHEMA_TOO_NEW`) or
-/// it was moved to PostgreSQL (`DATABASE_MOVED`); `ResourceExhausted`, `Unavailable` or `Internal`
-/// if the database or the file system fails.
+/// `InvalidArgument` if the data directory has no database, or if the target is not empty, is a
+/// mount point or is inside the data directory; `FailedPrecondition` if this version may not use
+/// the database (`SCHEMA_TOO_NEW`) or it was moved to PostgreSQL (`DATABASE_MOVED`);
+/// `ResourceExhausted`, `Unavailable` or `Internal` if the database or the file system fails.
 pub async fn back_up(data_dir: &Path, target: &Path) -> Result<BackupManifest> {
     let create_time = jiff::Timestamp::now().to_string();
     let live = LiveDatabase::open(data_dir).await?;
     live.check_not_moved().await?;
     refuse_mount_point(target)?;
     check_empty("DIR", target, &[])?;
+    refuse_inside(data_dir, target)?;
     remove_abandoned_backups(target)?;
     let partial = Unfinished::beside(target)?;
     let temporary = data_dir.join(TEMPORARY_FOLDER);
@@ -526,6 +527,29 @@ fn refuse_mount_point(folder: &Path) -> Result<()> {
                 "{} is a mount point, which a backup cannot replace when it is complete: name a \
                  new folder below it",
                 folder.display()
+            ),
+        )),
+        false => Ok(()),
+    }
+}
+
+/// Refuses a target inside the data directory, because whoever loses the one loses the other.
+fn refuse_inside(data_dir: &Path, target: &Path) -> Result<()> {
+    let root = data_dir.canonicalize().map_err(|e| failed(data_dir, e))?;
+    let existing = target
+        .ancestors()
+        .map(|folder| match folder.as_os_str().is_empty() {
+            true => Path::new("."),
+            false => folder,
+        })
+        .find_map(|folder| folder.canonicalize().ok());
+    match existing.is_some_and(|folder| folder.starts_with(&root)) {
+        true => Err(ServiceError::invalid(
+            "DIR",
+            format!(
+                "{} is inside the data directory {}: name a new folder elsewhere",
+                target.display(),
+                data_dir.display()
             ),
         )),
         false => Ok(()),

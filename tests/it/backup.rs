@@ -206,6 +206,11 @@ async fn a_backup_is_restored_whole_or_not_at_all() {
         2,
         &["is not empty", "name a new folder"],
     );
+    assert_fails(
+        &back_up(dir.path(), &dir.path().join("new")),
+        2,
+        &["is inside the data directory"],
+    );
     let refused = bradley(&["backup", "x", "--database-url", "postgres://localhost/x"]);
     assert_fails(&refused, 2, &["pg_dump"]);
 

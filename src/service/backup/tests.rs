@@ -22,6 +22,21 @@ fn only_a_folder_with_a_file_system_on_it_is_a_mount_point() {
     );
 }
 
+#[test]
+fn a_target_inside_the_data_directory_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, link) = (dir.path().join("data"), dir.path().join("link"));
+    fs::create_dir(&data).unwrap();
+    std::os::unix::fs::symlink(&data, &link).unwrap();
+    for inside in [data.join("new"), data.join("a/b"), link.join("new")] {
+        let said = refuse_inside(&data, &inside).unwrap_err().to_string();
+        assert!(said.contains("is inside the data directory"), "{said}");
+    }
+    for outside in ["data-2", "a/b", "data/../new"] {
+        refuse_inside(&data, &dir.path().join(outside)).unwrap();
+    }
+}
+
 /// The complete backup could not take the place of a folder with a file.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_with_the_lock_file_of_a_data_directory_is_refused_before_the_copy() {
