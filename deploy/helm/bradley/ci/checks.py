@@ -116,6 +116,43 @@ def settings():
     return {name: re.sub(r"\\\n\s*", "", help).replace('\\"', '"') for name, help in found}
 
 
+# JSON schemas of a number from 0 to 1 and of a size. A quoted number is valid, too.
+SHARE = {"type": ["number", "string"], "maximum": 1, "pattern": r"^(0|0?\.[0-9]+|1(\.0*)?)$"}
+SIZE = {"type": ["integer", "string"], "minimum": 0, "pattern": "^[0-9]+ *[KMGTkmgt]?i?B?$"}
+# Settings whose values neither a number nor a size describes.
+FORMS = {
+    "missing_devices": {"type": "string", "enum": ["refuse", "skip"]},
+    "precision": {"type": "string", "enum": ["f32", "bf16"]},
+    "scoring_share": {**SHARE, "exclusiveMinimum": 0},
+    "trace_ratio": {**SHARE, "minimum": 0},
+    "max_client_priority": {"type": ["integer", "string"], "minimum": -1000, "maximum": 1000, "pattern": "^-?[0-9]{1,4}$"},
+    # Without quotes, YAML reads on and off as booleans.
+    "rest": {"type": ["string", "boolean"], "enum": ["on", "off", "true", "false", True, False]},
+    "log_format": {"type": "string", "enum": ["text", "json"]},
+    # The pod's grace period is computed of it, so it must be a number.
+    "drain_timeout": {"type": "integer", "minimum": 1},
+    "template_date": {"type": "string", "pattern": "^([0-9]{4}-[0-9]{2}-[0-9]{2})?$"},
+    "otlp_endpoint": {"type": "string", "pattern": "^(https?://.+)?$"},
+}  # fmt: skip
+
+
+def forms(every):
+    """Returns the JSON schemas of the values that the server accepts, by setting. Those of numbers
+    and sizes are read from its source."""
+    source = "".join((ROOT / file).read_text() for file in ("src/cli/settings.rs", "src/cli/settings/oidc.rs"))
+    numbers = re.findall(r'\.number\(\s*"(\w+)",\s*(\d+)\s*\)', source)
+    sizes = re.findall(r'\.bytes\(\s*"(\w+)"\s*\)', source)
+    assert len(numbers) > 10 and len(sizes) > 3, "the calls that read settings are not understood"
+    found = {}
+    for name, least in numbers:
+        digits = "^[0-9]+$" if least == "0" else "^0*[1-9][0-9]*$"
+        found[name] = {"type": ["integer", "string"], "minimum": int(least), "pattern": digits}
+    found |= {name: SIZE for name in sizes} | FORMS
+    for name in found:
+        check(name in every, f"{name} is no setting of the server")
+    return found
+
+
 def documented():
     """Returns the texts that README.md and values.schema.json should have."""
     text = (CHART / "values.yaml").read_text()
@@ -132,7 +169,9 @@ def documented():
         "additionalProperties": False,
         "properties": {name: {"type": ["string", "number", "boolean"], "description": help} for name, help in every.items() if name not in MANAGED},
     }
-    schema["properties"]["config"]["properties"]["drain_timeout"].update({"type": "integer", "minimum": 1})
+    for name, form in forms(every).items():
+        if name not in MANAGED:
+            schema["properties"]["config"]["properties"][name].update(form)
 
     rows, section_of, section = [], sections(text), None
     for path, description in found:

@@ -14,6 +14,14 @@
 {{- if and (include "bradley.several" .) (not (and $database $v.artifacts.url)) -}}
 {{- $wrong = append $wrong "more than one replica needs database.url (or database.existingSecret) and artifacts.url: SQLite and files on a volume belong to one process" -}}
 {{- end -}}
+{{- $shared := include "bradley.shared" . -}}
+{{- if and $v.persistence.existingClaim (not $v.persistence.enabled) (not $shared) -}}
+{{- $wrong = append $wrong "persistence.existingClaim is set, but persistence.enabled is false: the data would be lost with the pod; remove one of them" -}}
+{{- end -}}
+{{- $update := $v.rollingUpdate -}}
+{{- if and $shared (regexMatch "^0+%?$" (include "bradley.text" $update.maxSurge)) (regexMatch "^0+%?$" (include "bradley.text" $update.maxUnavailable)) -}}
+{{- $wrong = append $wrong "rollingUpdate.maxSurge and rollingUpdate.maxUnavailable are both 0, which Kubernetes refuses: set one of them to 1" -}}
+{{- end -}}
 {{- if and $v.artifacts.secretEnv $v.artifacts.existingSecret -}}
 {{- $wrong = append $wrong "artifacts.secretEnv and artifacts.existingSecret are both set: keep one" -}}
 {{- end -}}
