@@ -36,11 +36,9 @@ VALUES = sorted(CI.glob("*-values.yaml")) + sorted((CHART / "examples").glob("*.
 # From the chart's kubeVersion to the newest with schemas.
 KUBERNETES = [f"1.{minor}.0" for minor in range(30, 38)]
 NAMESPACE = "models"
-# Settings that the chart sets from other values; `config` refuses them.
-MANAGED = {
-    "models", "data_dir", "listen", "http_listen", "device", "database_url", "artifact_url", "auth", "token_file", "tls_cert", "tls_key", "tls_client_ca",
-    "oidc_issuer", "oidc_audience", "oidc_owner_claim", "oidc_roles_claim", "oidc_roles", "oidc_jwks_url", "oidc_ca_file",
-}  # fmt: skip
+# Settings that the chart sets from other values, and these values; the templates refuse the settings
+# in `config` with a message that names the values. The schema's own message would not name them.
+MANAGED = yaml.safe_load((CHART / "files/managed-settings.yaml").read_text())
 CUSTOM = ("monitoring.coreos.com/", "keda.sh/", "gateway.networking.k8s.io/")
 # Custom resources of examples whose schemas are in no package. They are not validated.
 UNKNOWN = ("cert-manager.io/",)
@@ -163,12 +161,14 @@ def documented():
         check(any(path[:n] in known for n in range(1, len(path))), f"values.yaml: {'.'.join(path)} has no description")
 
     every = settings()
-    check(MANAGED <= set(every), f"settings that the chart sets are none of the server: {sorted(MANAGED - set(every))}")
+    check(set(MANAGED) <= set(every), f"settings that the chart sets are none of the server: {sorted(set(MANAGED) - set(every))}")
     schema["properties"]["config"] = {
         "type": "object",
         "additionalProperties": False,
         "properties": {name: {"type": ["string", "number", "boolean"], "description": help} for name, help in every.items() if name not in MANAGED},
     }
+    for name, instead in MANAGED.items():
+        schema["properties"]["config"]["properties"][name] = {"description": f"Refused here: use {instead}."}
     for name, form in forms(every).items():
         if name not in MANAGED:
             schema["properties"]["config"]["properties"][name].update(form)

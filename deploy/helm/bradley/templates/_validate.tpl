@@ -4,6 +4,12 @@
 {{- define "bradley.validate" -}}
 {{- $v := .Values -}}
 {{- $wrong := list -}}
+{{- $managed := .Files.Get "files/managed-settings.yaml" | required "files/managed-settings.yaml is not in the chart" | fromYaml -}}
+{{- range $name, $instead := $managed -}}
+{{- if hasKey $v.config $name -}}
+{{- $wrong = append $wrong (printf "config.%s is set by the chart: remove it, and use %s" $name $instead) -}}
+{{- end -}}
+{{- end -}}
 {{- $database := or $v.database.url $v.database.existingSecret -}}
 {{- if and $v.database.url $v.database.existingSecret -}}
 {{- $wrong = append $wrong "database.url and database.existingSecret are both set: keep one" -}}
