@@ -24,12 +24,12 @@ const LABEL_COLUMNS: usize = 15;
 pub(super) async fn run(args: WatchArgs, output: Output) -> Outcome {
     check_format(output)?;
     let client = connect(&args.server.target()).await?;
-    let first = match args.tail {
-        Some(n) => FirstEvent::Tail(n),
-        None => FirstEvent::After(args.after),
-    };
     let job = short_names::job(&client, &args.job).await?;
     let view = ProgressView::new(output);
+    let (first, view) = match args.tail {
+        Some(n) => (FirstEvent::Tail(n), view.with_lines(n)),
+        None => (FirstEvent::After(args.after), view),
+    };
     follow(&client, &args.server, &job, first, view).await
 }
 
@@ -212,6 +212,8 @@ pub(super) struct ProgressView {
     bar: ProgressBar,
     /// The caller's words for the fields that reasons name; `None` for those of the API.
     words: Option<JobWords>,
+    /// Number of the next events that print a line even if the bar shows the same.
+    lines_left: u32,
     /// Reason of the last change of the job's state.
     reason: String,
 }
@@ -236,6 +238,7 @@ impl ProgressView {
             output,
             bar,
             words: None,
+            lines_left: 0,
             reason: String::new(),
         }
     }
@@ -243,6 +246,12 @@ impl ProgressView {
     /// Lets the view name flags in place of a job's fields.
     pub(super) fn with_words(mut self, words: &JobWords) -> Self {
         self.words = Some(words.clone());
+        self
+    }
+
+    /// Lets the first `n` events print a line each, also those that the bar shows.
+    fn with_lines(mut self, n: u32) -> Self {
+        self.lines_left = n;
         self
     }
 
@@ -274,6 +283,8 @@ impl ProgressView {
         if self.output != Output::Table {
             return output::item(self.output, &output::event(event));
         }
+        let needs_line = self.lines_left > 0;
+        self.lines_left = self.lines_left.saturating_sub(1);
         let text = match &event.event {
             Some(Event::StateChange(s)) => {
                 if self.bar.length().is_none() {
@@ -295,8 +306,8 @@ impl ProgressView {
                 self.bar.set_prefix(left.unwrap_or_else(|| "?".to_owned()));
                 self.bar.set_message(metrics(&s.metrics, ""));
                 // The bar shows the step. Where there is none, or where the output goes to a file,
-                // each step prints a line.
-                if !self.bar.is_hidden() && std::io::stdout().is_terminal() {
+                // each step prints a line, and so do the newest events that --tail asks for.
+                if !needs_line && !self.bar.is_hidden() && std::io::stdout().is_terminal() {
                     return;
                 }
                 format!(

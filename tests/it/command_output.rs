@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::FromRawFd;
-use std::process::{Command, Output, Stdio};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::process::{Command, Output};
 
 use bradley::rpc::canonical;
 use bradley::rpc::pb;
@@ -72,8 +72,8 @@ fn train(server: &Server, flags: &[&str]) -> String {
     newest["name"].as_str().unwrap().to_owned()
 }
 
-/// Runs a command on a terminal of this many columns, and returns what the terminal shows.
-fn on_terminal(server: &Server, columns: u16, args: &[&str]) -> String {
+/// Opens a terminal of this many columns. The second value returned is the end for a process.
+fn terminal(columns: u16) -> (File, OwnedFd) {
     let size = libc::winsize {
         ws_row: 24,
         ws_col: columns,
@@ -93,21 +93,29 @@ fn on_terminal(server: &Server, columns: u16, args: &[&str]) -> String {
     };
     assert_eq!(opened, 0);
     // SAFETY: both descriptors are open, and nothing else owns them.
-    let (mut main, of_process) =
-        unsafe { (File::from_raw_fd(main), Stdio::from_raw_fd(of_process)) };
+    unsafe { (File::from_raw_fd(main), OwnedFd::from_raw_fd(of_process)) }
+}
+
+/// Runs a command whose standard output is a terminal of this many columns, and returns what the
+/// terminal shows.
+fn on_terminal(server: &Server, columns: u16, args: &[&str]) -> String {
+    let (main, of_process) = terminal(columns);
     let mut command = command(server, args);
-    let mut child = command
-        .env_remove("COLUMNS")
-        .stdout(of_process)
-        .spawn()
-        .unwrap();
+    command.stdout(of_process);
+    shown_on(main, command)
+}
+
+/// Runs a command that must succeed, and returns what the terminal shows whose end it has.
+fn shown_on(mut main: File, mut command: Command) -> String {
+    let mut child = command.env_remove("COLUMNS").spawn().unwrap();
     // The command holds the last other end, so that reading ends with the process.
     drop(command);
     let mut shown = Vec::new();
     // A terminal without another end is an error on Linux, not an end of file.
     let _ = main.read_to_end(&mut shown);
-    assert!(child.wait().unwrap().success(), "{args:?}");
-    String::from_utf8(shown).unwrap().replace('\r', "")
+    let shown = String::from_utf8(shown).unwrap().replace('\r', "");
+    assert!(child.wait().unwrap().success(), "{shown}");
+    shown
 }
 
 fn widest(text: &str) -> usize {
@@ -357,6 +365,22 @@ fn every_format_has_the_whole_job_and_a_short_name_suffices() {
         as_json(&server, &["jobs", "get", id_in_list])["name"],
         second.as_str()
     );
+    // The bar shows steps, but those that --tail asks for are lines, too.
+    let watched = |args: &[&str]| {
+        let (main, of_process) = terminal(80);
+        let mut command = command(&server, args);
+        command
+            .env("TERM", "xterm")
+            .stderr(of_process.try_clone().unwrap())
+            .stdout(of_process);
+        shown_on(main, command)
+    };
+    let (bar, tail) = (
+        watched(&["watch", &first]),
+        watched(&["watch", &first, "--tail", "20"]),
+    );
+    assert!(!bar.contains("step 1/3  loss "), "{bar}");
+    assert!(tail.contains("step 1/3  loss "), "{tail}");
     let shown = on_terminal(&server, 80, &["jobs", "get", &first]);
     assert!(shown.contains(&format!("\ntitle: {title}")), "{shown}");
 
