@@ -118,7 +118,8 @@ where
                             .extensions()
                             .get::<Peer>()
                             .map(|p| p.address.to_string());
-                        tracing::warn!(target: AUDIT, peer, reason = %e, "refused");
+                        let reason = log_reason(&e);
+                        tracing::warn!(target: AUDIT, peer, reason, "refused");
                     }
                     Ok(status(e).into_http())
                 }
@@ -140,13 +141,27 @@ async fn admit(layer: &AuthLayer, path: &str, headers: &HeaderMap) -> Result<Cal
         let message =
             "this server needs a token: send the metadata \"authorization: Bearer TOKEN\""
                 .to_owned();
-        return Err(ServiceError::Unauthenticated { message });
+        return Err(ServiceError::Unauthenticated {
+            message,
+            log_reason: None,
+        });
     };
     let caller = layer.authenticator.admit(token).await?;
     if let Some(role) = required_role(path) {
         require(&caller, role)?;
     }
     Ok(caller)
+}
+
+/// Returns the reason of a refusal for the log, which may say more than the answer.
+fn log_reason(refusal: &ServiceError) -> String {
+    match refusal {
+        ServiceError::Unauthenticated {
+            log_reason: Some(reason),
+            ..
+        } => reason.clone(),
+        other => other.to_string(),
+    }
 }
 
 /// Returns the token of an authorization header with the scheme `Bearer`.
@@ -190,6 +205,7 @@ pub(super) fn split_caller<T>(request: tonic::Request<T>) -> Result<(Caller, T),
         Some(caller) => Ok((caller, request.into_inner())),
         None => Err(status(ServiceError::Unauthenticated {
             message: "the request has no caller".into(),
+            log_reason: None,
         })),
     }
 }

@@ -225,6 +225,7 @@ mod tests {
             (
                 ServiceError::Unauthenticated {
                     message: "m".into(),
+                    log_reason: Some("for the log".into()),
                 },
                 Code::Unauthenticated,
                 "UNAUTHENTICATED",

@@ -34,6 +34,9 @@ pub enum ServiceError {
     Unauthenticated {
         /// Message for the client: the problem and its remedy.
         message: String,
+        /// Reason for the log, if it says more than the message. A caller must not learn from it
+        /// which tokens exist.
+        log_reason: Option<String>,
     },
     /// The state of the resource does not allow the operation.
     #[error("{message}")]

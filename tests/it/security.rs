@@ -281,6 +281,17 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
             .any(|l| l["fields"]["message"] == "refused" && l["fields"]["peer"].is_string()),
         "{log}"
     );
+    // The log has the reasons that clients do not learn.
+    for reason in [
+        "the token is unknown: it has no ID, and token_file does not declare it".to_owned(),
+        format!("the text of the token {a_id} is wrong after its ID: it is mistyped or guessed"),
+        format!("the token {a_id} does not exist: it was revoked, or is of another database"),
+    ] {
+        assert!(
+            lines.iter().any(|l| l["fields"]["reason"] == reason),
+            "{reason}: {log}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -178,6 +178,15 @@ impl DeclaredTokens {
         })
     }
 
+    /// Returns the owner and the end of an expired token, or `None` if the file does not declare it
+    /// or it has not expired.
+    pub fn find_expired(&self, token: &str) -> Option<(String, Millis)> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let declared = table.get(&sha256(token))?;
+        let end = declared.expire_time.filter(|t| *t <= now())?;
+        Some((declared.owner.clone(), end))
+    }
+
     /// Returns true while the file declares the token with this hash for the caller, with all roles
     /// that the caller has.
     pub fn is_valid(&self, hash: &[u8; 32], caller: &Caller) -> bool {

@@ -151,6 +151,7 @@ impl From<Refusal> for ServiceError {
         };
         ServiceError::Unauthenticated {
             message: format!("the bearer token {message}"),
+            log_reason: None,
         }
     }
 }

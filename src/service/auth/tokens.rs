@@ -220,6 +220,7 @@ impl TokenService {
                 return ServiceError::Unauthenticated {
                     message: "the bearer token is no longer valid: repeat the call with a new one"
                         .into(),
+                    log_reason: None,
                 };
             }
         }
@@ -229,7 +230,7 @@ impl TokenService {
     ///
     /// # Errors
     /// `Unauthenticated` if the token is unknown, expired or revoked; for tokens that the server
-    /// made, the error does not say which. `PermissionDenied` if an issuer's token gives no role,
+    /// made, only `log_reason` says which. `PermissionDenied` if an issuer's token gives no role,
     /// `Unavailable` if it cannot be checked at the moment.
     pub async fn admit(&self, token: &str) -> Result<Caller> {
         if let Some(caller) = self.declared.as_ref().and_then(|d| d.find(token)) {
@@ -253,31 +254,46 @@ impl TokenService {
             self.remember(key, &caller);
             return Ok(caller);
         }
-        let refused = || ServiceError::Unauthenticated {
-            message: "the bearer token is not valid: ask an administrator for one".into(),
+        if let Some((owner, end)) = self.declared.as_ref().and_then(|d| d.find_expired(token)) {
+            let end = date(end);
+            return Err(refused(format!(
+                "a token of {owner} in token_file has expired: {end}"
+            )));
+        }
+        let unknown = || {
+            refused("the token is unknown: it has no ID, and token_file does not declare it".into())
         };
         let mut parts = token.splitn(3, '_');
         let (Some(PREFIX), Some(id), Some(secret)) = (parts.next(), parts.next(), parts.next())
         else {
-            return Err(refused());
+            return Err(unknown());
         };
         if id.len() != 16 || secret.len() != 64 || !is_valid_id(id) {
-            return Err(refused());
+            return Err(unknown());
         }
-        let row = {
+        let found = {
             let _lookup = self
                 .lookups
                 .acquire()
                 .await
                 .map_err(ServiceError::internal)?;
-            self.store.token(id).await?.ok_or_else(refused)?
+            self.store.token(id).await?
+        };
+        let Some(row) = found else {
+            return Err(refused(format!(
+                "the token {id} does not exist: it was revoked, or is of another database"
+            )));
         };
         // `blake3::Hash` compares in constant time.
         let expected = blake3::Hash::from_hex(&row.hash).map_err(ServiceError::internal)?;
-        if expected != blake3::hash(secret.as_bytes())
-            || row.expire_time.is_some_and(|t| t <= now())
-        {
-            return Err(refused());
+        if expected != blake3::hash(secret.as_bytes()) {
+            return Err(refused(format!(
+                "the text of the token {id} is wrong after its ID: it is mistyped or guessed"
+            )));
+        }
+        if let Some(end) = row.expire_time.filter(|t| *t <= now()) {
+            let end = date(end);
+            return Err(refused(format!("the token {id} has expired: {end}")));
         }
         let token = token_from_row(row);
         let caller = Caller {
@@ -309,6 +325,66 @@ impl TokenService {
     }
 }
 
+/// Returns the refusal of a token. The client gets the same message for every reason; the log has
+/// the reason, too, but never a secret.
+fn refused(reason: String) -> ServiceError {
+    ServiceError::Unauthenticated {
+        message: "the bearer token is not valid: ask an administrator for one".into(),
+        log_reason: Some(reason),
+    }
+}
+
+/// Formats a time, which is in milliseconds since 1970.
+fn date(time: Millis) -> String {
+    jiff::Timestamp::from_millisecond(time)
+        .map_or_else(|_| format!("{time} ms"), |t| format!("{t:.0}"))
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::store::StoreOptions;
+
+    #[tokio::test]
+    async fn the_log_has_the_reason_that_the_client_does_not_learn() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), &StoreOptions::default())
+            .await
+            .unwrap();
+        let roles = [Role::Score];
+        let (valid, text) = create(&store, "a", &roles, None).await.unwrap();
+        let (old, old_text) = create(&store, "a", &roles, Some(Duration::ZERO))
+            .await
+            .unwrap();
+        let service = TokenService::new(store, None, None);
+        assert_eq!(service.admit(&text).await.unwrap().owner, "a");
+        let zeros = "0".repeat(64);
+        let mistyped = format!("{PREFIX}_{}_{zeros}", valid.id);
+        let absent = format!("{PREFIX}_0000000000000000_{zeros}");
+        for (text, reason) in [
+            (old_text, format!("the token {} has expired: 2", old.id)),
+            (mistyped, format!("the text of the token {} is", valid.id)),
+            (
+                absent,
+                "the token 0000000000000000 does not exist".to_owned(),
+            ),
+            (zeros, "the token is unknown".to_owned()),
+        ] {
+            let Err(ServiceError::Unauthenticated {
+                message,
+                log_reason: Some(said),
+            }) = service.admit(&text).await
+            else {
+                panic!("{text} is admitted");
+            };
+            assert!(said.starts_with(&reason), "{said}");
+            let secret = text.rsplit('_').next().unwrap();
+            assert!(!said.contains(secret), "{said}");
+            assert!(message.starts_with("the bearer token is not valid"));
+        }
+    }
 }
