@@ -155,6 +155,10 @@ impl From<Violations> for ServiceError {
 
 impl From<sqlx::Error> for ServiceError {
     fn from(e: sqlx::Error) -> Self {
+        // Only a server that ends closes its connections.
+        if matches!(e, sqlx::Error::PoolClosed) {
+            return ServiceError::draining();
+        }
         let message = match &e {
             sqlx::Error::PoolTimedOut => super::store::acquire::no_connection("the database"),
             e => format!("the database failed: {e}"),
@@ -176,9 +180,9 @@ impl From<sqlx::Error> for ServiceError {
 /// Returns true if the database is unreachable, full or busy, so that the same statement may
 /// succeed later.
 fn may_succeed_later(e: &sqlx::Error) -> bool {
-    use sqlx::Error::{Database, Io, PoolClosed, PoolTimedOut, Protocol, Tls, WorkerCrashed};
+    use sqlx::Error::{Database, Io, PoolTimedOut, Protocol, Tls, WorkerCrashed};
     match e {
-        Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed => true,
+        Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | WorkerCrashed => true,
         Database(e) => match e.code().as_deref() {
             // PostgreSQL SQLSTATE classes and codes: 08 lost connection, 0A schema changed under a
             // prepared statement, 40 conflict, 53 no resources, 55 locked, 57 operator

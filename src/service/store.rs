@@ -332,6 +332,11 @@ impl Store {
         self.writer.close().await;
     }
 
+    /// Returns true after [`Store::close`].
+    pub fn is_closed(&self) -> bool {
+        self.readers.is_closed()
+    }
+
     /// Returns a page of the rows that `select` finds, newest first. `select` must contain
     /// [`PAGE_CONDITION`]. Only rows of `owner` are returned, or of everyone if it is `None`. A
     /// page has at most `size` rows, and fewer if their text would exceed [`PAGE_BYTES`]. A row

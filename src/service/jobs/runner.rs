@@ -162,6 +162,8 @@ impl JobRunner {
             }
             Ok(end) => Ok(JobOutcome::Run(end)),
             Err(ServiceError::Aborted { message, .. }) => Err(message),
+            // The drain has timed out. Another worker reclaims the job when its lease has ended.
+            Err(e) if self.store.is_closed() => Err(e.to_string()),
             Err(e) if may_succeed_later(&e) => {
                 tracing::warn!(job = job.id, error = %e, "the job is requeued because it cannot \
                     begin yet");

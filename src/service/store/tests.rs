@@ -580,3 +580,13 @@ async fn a_database_that_does_not_answer_is_noticed_within_the_limit_of_a_probe(
     drop(held);
     store.ping_within(Duration::from_secs(5)).await.unwrap();
 }
+
+#[tokio::test]
+async fn a_closed_store_says_that_the_server_ends() {
+    let (_dir, store) = open().await;
+    assert!(!store.is_closed());
+    store.close().await;
+    assert!(store.is_closed());
+    let failed = store.token("none").await.unwrap_err();
+    assert!(failed.is_draining(), "{failed}");
+}
