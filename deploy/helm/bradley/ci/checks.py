@@ -36,8 +36,8 @@ VALUES = sorted(CI.glob("*-values.yaml")) + sorted((CHART / "examples").glob("*.
 # From the chart's kubeVersion to the newest with schemas.
 KUBERNETES = [f"1.{minor}.0" for minor in range(30, 38)]
 NAMESPACE = "models"
-# Settings that the chart sets from other values, and these values; the templates refuse the settings
-# in `config` with a message that names the values. The schema's own message would not name them.
+# Settings that the chart sets from other values, and these values. The templates refuse the
+# settings in `config`, because the schema's message would not name the values.
 MANAGED = yaml.safe_load((CHART / "files/managed-settings.yaml").read_text())
 CUSTOM = ("monitoring.coreos.com/", "keda.sh/", "gateway.networking.k8s.io/")
 # Custom resources of examples whose schemas are in no package. They are not validated.
