@@ -568,7 +568,7 @@ pub struct WatchArgs {
     pub tail: Option<u32>,
 }
 
-/// The time for which `generate`, `pairs`, `rounds` and `curate` repeat calls.
+/// The time for which `generate`, `pairs`, `rounds`, `curate` and `score` repeat calls.
 #[derive(Clone, Debug, Args)]
 pub struct RetryArgs {
     /// Time in seconds for which calls are repeated while the server is busy or not reached.
@@ -907,6 +907,9 @@ Examples:
 
 /// Arguments of `score`.
 #[derive(Debug, Args)]
+#[command(mut_arg("retry_timeout", |timeout| {
+    timeout.help(RETRIES_OF_SCORES).help_heading(None::<&'static str>)
+}))]
 pub struct ScoreArgs {
     /// The server to connect to.
     #[command(flatten)]
@@ -940,7 +943,13 @@ pub struct ScoreArgs {
     /// them.
     #[arg(long, value_enum)]
     pub logged: Option<LoggedColumns>,
+    /// The time for which calls are repeated.
+    #[command(flatten)]
+    pub retries: RetryArgs,
 }
+
+const RETRIES_OF_SCORES: &str = "Time in seconds for which rows are sent again while the server \
+    has no room for any of them";
 
 /// The log-probs of rows that `score` uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

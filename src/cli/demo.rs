@@ -29,6 +29,8 @@ const PAIRS: &str = include_str!("demo/pairs.jsonl");
 const MODEL_ID: &str = "demo";
 /// Maximum time for the server to load the model.
 const START_LIMIT: Duration = Duration::from_secs(120);
+/// Time for which pairs are sent again while the server has no room for any of them.
+const SCORING_PATIENCE: Duration = Duration::from_secs(60);
 /// Maximum number of tokens of the answers that are shown.
 const ANSWER_TOKENS: u32 = 48;
 /// Columns before the lines of an answer.
@@ -254,12 +256,14 @@ async fn score_held_out(
     };
     let mut summary = Summary::default();
     let rows: Vec<_> = rows.iter().cloned().map(Ok).collect();
-    let scoring = score::score(client, options, Box::new(rows.into_iter()), |answer| {
+    let each = |answer| {
         if let StreamedAnswer::Row(row) = answer {
             summary.add(&row);
         }
         Ok(())
-    });
+    };
+    let rows = Box::new(rows.into_iter());
+    let scoring = score::score(client, options, rows, SCORING_PATIENCE, each);
     waiting("scoring the held-out pairs", scoring).await?;
     Ok(summary)
 }

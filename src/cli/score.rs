@@ -3,17 +3,20 @@
 
 mod logged;
 pub(super) mod result;
+mod unprinted;
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 
 use self::result::{RowPrinter, Score, ScoredRow, Summary};
+use self::unprinted::UnprintedRows;
 use super::args::{Output, ScoreArgs};
 use super::data::{DataFiles, naming};
 use super::failure::{Failure, Outcome, unless_interrupted};
@@ -24,16 +27,19 @@ use super::remote::connect;
 use crate::domain::dataset::{ChatMessage, IssueReason, PreferenceRow, Text};
 use crate::domain::message::TemplateArguments;
 use crate::domain::violation::counted;
-use crate::rpc::client::Client;
-use crate::rpc::pb;
+use crate::rpc::client::{Client, Status, from_rpc_status, is_draining, is_transient, retry_after};
+use crate::rpc::pb::{self, stream_score_pairs_request::Part};
 use crate::train::rows::names::COMPLETIONS_COLUMN;
 use crate::train::rows::{RowReader, detect_format, read_rows};
 
-/// Maximum number of pairs that are queued for sending.
+/// Maximum number of pairs that are read ahead, and of those that are queued for sending.
 const MAX_QUEUED_PAIRS: usize = 64;
-/// Maximum number of rows that are queued for printing. Answers come in any order, rows are printed
-/// in the order of the files.
-const MAX_UNPRINTED_ROWS: usize = 1024;
+/// Limits of the time before a pair is sent again because the server asked for this.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// The warning about a server that is shutting down.
+const LEAVING: &str = "the server is shutting down: rows without an answer are sent again, to the \
+    restarted server or to another one";
 
 pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
     let client = connect(&args.server.target()).await?;
@@ -68,7 +74,8 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
         Ok(())
     };
     let rows = logged::rows(rows, args.logged);
-    let scoring = progress.during(score(&client, options, rows, each));
+    let patience = Duration::from_secs(args.retries.retry_timeout);
+    let scoring = progress.during(score(&client, options, rows, patience, each));
     let answered = unless_interrupted("interrupted", scoring).await;
     // A file that cannot be read to its end is also the reason why the stream ended.
     let outcome = read_failure.check().and(answered);
@@ -112,14 +119,31 @@ pub(super) async fn run(args: ScoreArgs, output: Output) -> Outcome {
                 "none of the {n} rows could be scored: {remedy}"
             )))
         }
-        // Skipping them would leave no row.
-        n if n == rows => Err(Failure::Failed(format!(
-            "{n} of {rows} rows could not be scored: correct them{hint}"
-        ))),
         n => Err(Failure::Failed(format!(
-            "{n} of {rows} rows could not be scored: correct them, or skip them with \
-             --skip-bad-rows{hint}"
+            "{n} of {rows} rows could not be scored: {}{hint}",
+            remedy(&summary)
         ))),
+    }
+}
+
+/// Returns the remedy for the rows without a score.
+fn remedy(summary: &Summary) -> String {
+    let of_server = summary.failed_at_server();
+    let of_rows = summary.failed() - of_server;
+    if of_rows == 0 {
+        return "the server had no room for them or failed; score them again later".to_owned();
+    }
+    // Skipping all rows would leave none.
+    let skip = match summary.failed() == summary.rows() {
+        true => "",
+        false => ", or skip them with --skip-bad-rows",
+    };
+    match of_server {
+        0 => format!("correct them{skip}"),
+        _ => format!(
+            "the server had no room for {of_server} of them or failed; score these again later, \
+             and correct the others{skip}"
+        ),
     }
 }
 
@@ -246,63 +270,221 @@ impl Drop for RowCount {
 pub(super) enum StreamedAnswer {
     /// The next row of the files.
     Row(Box<ScoredRow>),
-    /// A warning about the weights that were named.
+    /// A warning: about the weights that were named, or about the server.
     Warning(String),
 }
 
-/// A row that was read and perhaps sent.
+/// A row that was read.
 struct ReadRow {
-    /// Number of the pair in the stream, from 0.
-    index: usize,
-    /// The row, so far with an empty score.
+    /// The row with an empty score, or with the reason why it cannot be read.
     row: ScoredRow,
+    /// Its pair without an id, if it can be read.
+    pair: Option<pb::Pair>,
 }
 
-/// Scores rows over one stream and calls `each` for every row, in the order of the files. A row
-/// that cannot be read or scored gets an error of its own. Two rows more than
-/// [`MAX_UNPRINTED_ROWS`] are in memory at most, whatever the size of the files.
+/// Scores rows and calls `each` for every row, in the order of the files. A row that cannot be read
+/// or scored gets an error of its own. A pair for which the server has no room is sent again, until
+/// the server has given nothing but such refusals for `retry_timeout`. The number of rows in memory
+/// is limited, whatever the size of the files.
+///
+/// # Errors
+/// Returns the failure of the call, or of `each`.
 pub(super) async fn score(
     client: &Client,
     options: pb::ScoringOptions,
     rows: RowReader,
+    retry_timeout: Duration,
     mut each: impl FnMut(StreamedAnswer) -> Outcome,
 ) -> Outcome {
-    let (sender, receiver) = mpsc::channel(MAX_QUEUED_PAIRS);
-    let (read, mut unprinted) = mpsc::channel(MAX_UNPRINTED_ROWS);
-    tokio::task::spawn_blocking(move || send(options, rows, &sender, &read));
-    let mut answers = client
-        .scoring()
-        .stream_score_pairs(ReceiverStream::new(receiver))
-        .await?
-        .into_inner();
-    // Answers to later rows than the next one to print.
-    let mut early: HashMap<usize, pb::StreamScorePairsResponse> = HashMap::new();
-    while let Some(ReadRow { index, mut row }) = unprinted.recv().await {
-        while row.result.is_ok() {
-            if let Some(answer) = early.remove(&index) {
-                row.result = scored(answer);
-                break;
+    let (sender, read) = mpsc::channel(MAX_QUEUED_PAIRS);
+    tokio::task::spawn_blocking(move || read_all(rows, &sender));
+    let mut scoring = StreamedScoring {
+        client,
+        options,
+        retry_timeout,
+        read,
+        are_all_read: false,
+        rows: UnprintedRows::new(),
+        warnings: Vec::new(),
+        leaving: None,
+    };
+    while let Some(pause) = scoring.stream(&mut each).await? {
+        tokio::time::sleep(pause).await;
+    }
+    Ok(())
+}
+
+/// The work of [`score`].
+struct StreamedScoring<'a> {
+    client: &'a Client,
+    options: pb::ScoringOptions,
+    retry_timeout: Duration,
+    /// The rows of the files.
+    read: mpsc::Receiver<ReadRow>,
+    are_all_read: bool,
+    rows: UnprintedRows,
+    /// The warnings so far. Each stream has them.
+    warnings: Vec<String>,
+    /// The time after which another stream is to be opened, if the server is shutting down.
+    leaving: Option<Duration>,
+}
+
+impl StreamedScoring<'_> {
+    /// Sends pairs over a stream until all rows have a result and are printed. Returns the time to
+    /// wait if the others are to be sent over another stream.
+    async fn stream(
+        &mut self,
+        each: &mut impl FnMut(StreamedAnswer) -> Outcome,
+    ) -> Result<Option<Duration>, Failure> {
+        self.rows.send_again();
+        let (sender, receiver) = mpsc::channel(MAX_QUEUED_PAIRS);
+        // The channel has room for the first message.
+        let _ = sender
+            .send(request(Part::Options(self.options.clone())))
+            .await;
+        let mut sender = Some(sender);
+        let opened = self
+            .client
+            .scoring()
+            .stream_score_pairs(ReceiverStream::new(receiver))
+            .await;
+        let mut answers = match opened {
+            Ok(answers) => answers.into_inner(),
+            Err(status) => return self.pause_after(status).map(Some),
+        };
+        self.leaving = None;
+        loop {
+            while let Some(row) = self.rows.pop() {
+                each(StreamedAnswer::Row(Box::new(row)))?;
             }
-            let Some(mut answer) = answers.message().await? else {
-                return Err(Failure::Failed(
-                    "the server ended the stream before every pair was answered".into(),
-                ));
-            };
-            for warning in std::mem::take(&mut answer.warnings) {
-                each(StreamedAnswer::Warning(warning))?;
+            let is_done = self.are_all_read && self.rows.is_empty();
+            if is_done || self.leaving.is_some() {
+                sender = None;
             }
-            let id = answer.result.as_ref().and_then(|r| r.id.parse().ok());
-            // Other ids are of no row that waits.
-            let waiting = index..=index + MAX_UNPRINTED_ROWS + 1;
-            if let Some(id) = id.filter(|id| waiting.contains(id)) {
-                early.insert(id, answer);
+            let now = Instant::now();
+            let is_open = sender.as_ref().is_some_and(|sender| !sender.is_closed());
+            let may_send = is_open && self.rows.may_send(now);
+            let may_read = is_open && !self.are_all_read && self.rows.may_read();
+            let wakes_at = self.rows.wakes_at(now).filter(|_| is_open);
+            tokio::select! {
+                answer = answers.message() => match answer {
+                    Ok(Some(answer)) => self.take(answer, each)?,
+                    // The status of the call comes last.
+                    Ok(None) if is_done => return Ok(None),
+                    Ok(None) => return self.pause_at_end().map(Some),
+                    Err(status) => return self.pause_after(status).map(Some),
+                },
+                Some(room) = room_in(sender.as_ref()), if may_send => {
+                    if let Some(pair) = self.rows.send() {
+                        room.send(request(Part::Pair(pair)));
+                    }
+                }
+                read = self.read.recv(), if may_read => match read {
+                    Some(ReadRow { row, pair }) => self.rows.push(row, pair),
+                    None => self.are_all_read = true,
+                },
+                () = tokio::time::sleep_until(wakes_at.unwrap_or(now)), if wakes_at.is_some() => {}
             }
         }
-        each(StreamedAnswer::Row(Box::new(row)))?;
     }
-    // The status of the call comes last.
-    while answers.message().await?.is_some() {}
-    Ok(())
+
+    /// Takes an answer to a pair.
+    ///
+    /// # Errors
+    /// Returns a failure if the server has given nothing but refusals for too long.
+    fn take(
+        &mut self,
+        mut answer: pb::StreamScorePairsResponse,
+        each: &mut impl FnMut(StreamedAnswer) -> Outcome,
+    ) -> Outcome {
+        for warning in std::mem::take(&mut answer.warnings) {
+            if !self.warnings.contains(&warning) {
+                self.warnings.push(warning.clone());
+                each(StreamedAnswer::Warning(warning))?;
+            }
+        }
+        let Some(result) = &answer.result else {
+            return Ok(());
+        };
+        // Other ids are of no row that waits.
+        let Ok(index) = result.id.parse::<usize>() else {
+            return Ok(());
+        };
+        let error = match &result.result {
+            Some(pb::pair_result::Result::Error(error)) => Some(from_rpc_status(error)),
+            _ => None,
+        };
+        if let Some(status) = &error
+            && let Some(delay) = asked_pause(status)
+        {
+            let now = Instant::now();
+            if !is_draining(status) {
+                self.rows.refused(index, delay, now);
+            } else if self.leaving.replace(delay).is_none() {
+                each(StreamedAnswer::Warning(LEAVING.to_owned()))?;
+            }
+            return self.check_patience(now, || Failure::Failed(status.message().to_owned()));
+        }
+        let of_server = error.is_some_and(|status| is_transient(status.code()));
+        match scored(answer) {
+            Ok(score) => self.rows.scored(index, score),
+            Err(message) if of_server => self.rows.failed_at_server(index, message),
+            Err(message) => self.rows.failed(index, message),
+        }
+        Ok(())
+    }
+
+    /// Returns the time after which a stream that failed can be repeated.
+    ///
+    /// # Errors
+    /// Returns the failure if it is for good, or if the server has given nothing but refusals for
+    /// too long.
+    fn pause_after(&mut self, status: Status) -> Result<Duration, Failure> {
+        let is_passing = is_transient(status.code());
+        let pause = asked_pause(&status).or(self.leaving.filter(|_| is_passing));
+        let Some(pause) = pause else {
+            return Err(status.into());
+        };
+        self.check_patience(Instant::now(), || status.into())?;
+        Ok(pause)
+    }
+
+    /// Returns the time after which a stream is repeated that ended before every pair was answered.
+    ///
+    /// # Errors
+    /// Returns a failure if the server is not shutting down.
+    fn pause_at_end(&self) -> Result<Duration, Failure> {
+        self.leaving.ok_or_else(|| {
+            Failure::Failed("the server ended the stream before every pair was answered".into())
+        })
+    }
+
+    /// Takes note of a refusal.
+    ///
+    /// # Errors
+    /// Returns `failure` if the server has given nothing but refusals for too long.
+    fn check_patience(&mut self, now: Instant, failure: impl FnOnce() -> Failure) -> Outcome {
+        self.rows.begin_patience(now);
+        if !self.rows.are_refused_for(self.retry_timeout, now) {
+            return Ok(());
+        }
+        let seconds = self.retry_timeout.as_secs();
+        Err(failure().with_context(&format!("no answer for {seconds} s (--retry-timeout)")))
+    }
+}
+
+fn request(part: Part) -> pb::StreamScorePairsRequest {
+    pb::StreamScorePairsRequest { part: Some(part) }
+}
+
+/// Waits until a stream takes another message; `None` if it has ended.
+async fn room_in<T>(sender: Option<&mpsc::Sender<T>>) -> Option<mpsc::Permit<'_, T>> {
+    sender?.reserve().await.ok()
+}
+
+/// Returns the time after which the server asks to repeat a call or a pair, within limits.
+fn asked_pause(status: &Status) -> Option<Duration> {
+    retry_after(status).map(|pause| pause.clamp(SHORTEST_PAUSE, LONGEST_PAUSE))
 }
 
 fn scored(answer: pb::StreamScorePairsResponse) -> Result<Score, String> {
@@ -353,24 +535,14 @@ pub(super) fn row_error(message: &str) -> String {
     text.replace(" max_length", " --max-length")
 }
 
-/// Reads rows and sends them, until the call or the printing ends.
-fn send(
-    options: pb::ScoringOptions,
-    rows: RowReader,
-    sender: &mpsc::Sender<pb::StreamScorePairsRequest>,
-    read: &mpsc::Sender<ReadRow>,
-) {
-    use pb::stream_score_pairs_request::Part;
-    let part = |part| pb::StreamScorePairsRequest { part: Some(part) };
-    if sender.blocking_send(part(Part::Options(options))).is_err() {
-        return;
-    }
-    for (index, row) in rows.enumerate() {
+/// Reads rows, until their receiver is dropped.
+fn read_all(rows: RowReader, sender: &mpsc::Sender<ReadRow>) {
+    for row in rows {
         let (row, pair) = match row {
             Ok(row) => {
                 let pair = pb::Pair {
                     logged: logged::message(&row.logged),
-                    ..pair(index.to_string(), &row)
+                    ..pair(String::new(), &row)
                 };
                 let read = ScoredRow {
                     row: row.row,
@@ -378,6 +550,7 @@ fn send(
                     id: row.id,
                     ignored: row.ignored,
                     missing_column: None,
+                    of_server: false,
                     result: Ok(Score::default()),
                 };
                 (read, Some(pair))
@@ -392,6 +565,7 @@ fn send(
                     row: issue.row,
                     pair: None,
                     ignored: Vec::new(),
+                    of_server: false,
                     result: Err(issue.message_with_field()),
                     missing_column: lacks_column.then_some(issue.field),
                     id: issue.id,
@@ -399,13 +573,7 @@ fn send(
                 (read, None)
             }
         };
-        // The row is announced before its pair is sent, so that its answer is awaited.
-        if read.blocking_send(ReadRow { index, row }).is_err() {
-            return;
-        }
-        if let Some(pair) = pair
-            && sender.blocking_send(part(Part::Pair(pair))).is_err()
-        {
+        if sender.blocking_send(ReadRow { row, pair }).is_err() {
             return;
         }
     }
@@ -467,6 +635,37 @@ fn message(message: &ChatMessage) -> pb::Message {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_that_the_server_failed_to_score_are_not_to_be_corrected() {
+        // `None` is a row with a score, `Some(true)` one that the server failed to score.
+        let advice = |rows: &[Option<bool>]| {
+            let mut summary = Summary::default();
+            for failure in rows {
+                summary.add(&ScoredRow {
+                    row: 1,
+                    pair: None,
+                    id: None,
+                    ignored: Vec::new(),
+                    missing_column: None,
+                    of_server: *failure == Some(true),
+                    result: match failure {
+                        None => Ok(Score::default()),
+                        Some(_) => Err("an error".to_owned()),
+                    },
+                });
+            }
+            remedy(&summary)
+        };
+        assert_eq!(advice(&[Some(false)]), "correct them");
+        let skip = "correct them, or skip them with --skip-bad-rows";
+        assert_eq!(advice(&[None, Some(false)]), skip);
+        let again = "the server had no room for them or failed; score them again later";
+        assert_eq!(advice(&[None, Some(true)]), again);
+        let both = "the server had no room for 1 of them or failed; score these again later, and \
+                    correct the others";
+        assert_eq!(advice(&[Some(false), Some(true)]), both);
+    }
 
     #[test]
     fn the_error_of_a_pair_names_columns_and_flags() {

@@ -32,6 +32,8 @@ use super::pb::scoring_service_client::ScoringServiceClient;
 use super::pb::training_service_client::TrainingServiceClient;
 use super::pb::usage_service_client::UsageServiceClient;
 use super::status::DOMAIN;
+/// Converts the error of a pair to a status, for the functions of this module.
+pub use super::status::from_rpc_status;
 use crate::domain::reason::Reason;
 
 /// Converts a JSON object to a protobuf Struct, which loses the order of its keys.
@@ -252,6 +254,13 @@ pub fn is_server_failure(status: &Status) -> bool {
     status
         .get_details_error_info()
         .is_some_and(|info| info.domain == DOMAIN && names.contains(&info.reason.as_str()))
+}
+
+/// Returns true if a call or a pair was refused because the server is shutting down.
+pub fn is_draining(status: &Status) -> bool {
+    status
+        .get_details_error_info()
+        .is_some_and(|info| info.domain == DOMAIN && info.reason == Reason::Draining.name())
 }
 
 /// Returns true if the refusal comes from Bradley, and not from the transport or a proxy, which give
@@ -779,6 +788,8 @@ mod tests {
         assert!(!is_server_failure(&exhausted(Reason::TooManyTokens)));
         let transport = without_details(Code::Internal, "h2 protocol error");
         assert!(!is_server_failure(&transport));
+        assert!(is_draining(&status(ServiceError::draining())));
+        assert!(!is_draining(&exhausted(Reason::TooManyTokens)));
     }
 
     #[test]

@@ -162,6 +162,16 @@ pub fn to_rpc_status(status: Status) -> tonic_types::Status {
     })
 }
 
+/// Converts a google.rpc.Status, which was sent inside an answer, to a gRPC status with details.
+pub fn from_rpc_status(status: &tonic_types::Status) -> Status {
+    use prost::Message;
+    Status::with_details(
+        Code::from_i32(status.code),
+        status.message.clone(),
+        status.encode_to_vec().into(),
+    )
+}
+
 /// Returns an INVALID_ARGUMENT status with details for a call that the transport ended because it
 /// could not read the message. Such a call is recognised by the code INTERNAL without details,
 /// because the statuses of this module always have details. Returns `None` for every other call.
@@ -350,5 +360,9 @@ mod tests {
         let m = message(ServiceError::invalid("pair.a", "is empty"));
         assert_eq!(m.code, Code::InvalidArgument as i32);
         assert_eq!(m.details.len(), 2);
+        let status = from_rpc_status(&m);
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(status.get_details_bad_request().is_some());
+        assert_eq!(to_rpc_status(status), m);
     }
 }

@@ -313,6 +313,38 @@ fn refused_values_of_generate_and_evaluate_are_named_by_their_flags() {
     assert!(refused.contains("--save-calibration stores"), "{refused}");
 }
 
+/// A full queue and a full quota are caused by the command's own pairs, for which it waits.
+#[test]
+fn rows_wait_until_the_server_has_room_for_them() {
+    let models = format!("tiny={}", golden("models/llama").display());
+    for flag in ["--queue-tokens", "--max-scoring-tokens-per-client"] {
+        let dir = tempfile::tempdir().unwrap();
+        // Room for a few pairs.
+        let server = Server::start_with(dir.path(), &models, &[flag, "60"]);
+        let rows = 600;
+        let file = pairs_file(dir.path(), rows);
+        let args = ["score", "--policy", "tiny", "--format", "json", "--data"];
+        let mut command = bradley(&server.address, &args);
+        let out = command.arg(&file).output().unwrap();
+        let (stdout, stderr) = (text(&out.stdout), text(&out.stderr));
+        assert!(out.status.success(), "{flag}: {stderr}");
+        assert_eq!(stdout.lines().count(), rows, "{flag}: {stderr}");
+        for (i, line) in stdout.lines().enumerate() {
+            let row: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert_eq!(row["row"], i as u64 + 1, "{flag}: {row}");
+            assert_eq!(row["probability"], 0.5, "{flag}: {row}");
+        }
+        assert_eq!(stderr.matches("warning:").count(), 1, "{stderr}");
+        // Without patience, the first refusal ends the command.
+        let impatient = [&args[..5], &["--retry-timeout", "0", "--data"]].concat();
+        let mut command = bradley(&server.address, &impatient);
+        let out = command.arg(&file).output().unwrap();
+        let stderr = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(1), "{flag}: {stderr}");
+        assert!(stderr.contains("(--retry-timeout): "), "{flag}: {stderr}");
+    }
+}
+
 #[test]
 fn a_bad_row_is_listed_apart_and_the_others_are_scored() {
     let dir = tempfile::tempdir().unwrap();

@@ -59,6 +59,8 @@ pub(crate) struct ScoredRow {
     pub ignored: Vec<String>,
     /// The column that the row lacks, if this is why it has no score.
     pub missing_column: Option<String>,
+    /// True if the server, not the row, is the reason why it has no score.
+    pub of_server: bool,
     /// The score, or the reason why there is none.
     pub result: Result<Score, String>,
 }
@@ -346,6 +348,8 @@ pub(crate) struct Summary {
     scored: u64,
     /// Number of rows without a score.
     failed: u64,
+    /// Number of those rows for which the server is the reason.
+    failed_at_server: u64,
     /// Number of answers that were longer than the maximum length.
     truncated: u64,
     /// Number of pairs with a positive margin; a tie counts half.
@@ -360,6 +364,7 @@ impl Summary {
     pub fn add(&mut self, row: &ScoredRow) {
         let Ok(score) = &row.result else {
             self.failed += 1;
+            self.failed_at_server += u64::from(row.of_server);
             return;
         };
         let pair = &score.pair;
@@ -398,6 +403,11 @@ impl Summary {
     /// Returns the number of rows without a score.
     pub fn failed(&self) -> u64 {
         self.failed
+    }
+
+    /// Returns the number of rows without a score for which the server is the reason.
+    pub fn failed_at_server(&self) -> u64 {
+        self.failed_at_server
     }
 
     /// Returns the number of all rows.
@@ -450,6 +460,7 @@ mod tests {
             id: None,
             ignored: Vec::new(),
             missing_column: None,
+            of_server: false,
             result: result.map(score).map_err(str::to_owned),
         }
     }
