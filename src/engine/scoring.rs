@@ -480,8 +480,8 @@ fn groups<'a, K: PartialEq>(
     groups.into_iter().map(|(_, members)| members).collect()
 }
 
-/// Returns true if the policy of an entry is still to be scored after the reference. A model that is
-/// scored against itself needs only one pass, and so does a caller that has left meanwhile.
+/// Returns true if the policy of an entry is still to be scored after the reference. A model that
+/// is scored against itself needs only one pass, and so does a caller that has left meanwhile.
 fn needs_policy_pass(entry: &Entry) -> bool {
     entry.reference.as_ref() != Some(&entry.policy) && !entry.is_abandoned()
 }

@@ -263,8 +263,8 @@ pub fn is_draining(status: &Status) -> bool {
         .is_some_and(|info| info.domain == DOMAIN && info.reason == Reason::Draining.name())
 }
 
-/// Returns true if the refusal comes from Bradley, and not from the transport or a proxy, which give
-/// no reason of ours.
+/// Returns true if the refusal comes from Bradley, and not from the transport or a proxy, which
+/// give no reason of ours.
 pub fn is_bradleys(status: &Status) -> bool {
     status
         .get_details_error_info()
