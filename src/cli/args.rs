@@ -158,8 +158,8 @@ pub enum Command {
     /// Show the server's base models.
     #[command(subcommand)]
     Models(ModelsCommand),
-    /// Show what this machine offers and which settings are in force, and check that models,
-    /// database, stores and a running server answer. Exit code 1 means that a check failed.
+    /// Show what this machine offers and which settings bradley serve would have, and check that
+    /// models, database, stores and a running server answer. Exit code 1 means that a check failed.
     Doctor(Box<DoctorArgs>),
     /// Print the completion script of a shell: source <(bradley completions bash).
     Completions {
@@ -770,7 +770,8 @@ pub struct PairMakingArgs {
     /// The policy whose rewards rank the samples, named as --policy is. Default: --policy.
     #[arg(long, value_name = "POLICY", help_heading = "Ranking")]
     pub judge: Option<String>,
-    /// The reference of the judge, named as --policy is. Default: that of the judge's job.
+    /// The reference of the judge, named as --policy is. Default: that of the judge's job; a base
+    /// model is its own, so that all its rewards are 0.
     #[arg(long, help_heading = "Ranking")]
     pub reference: Option<String>,
     /// β of the rewards. Default: that of the judge's job, or 0.1 for a base model.
@@ -1580,7 +1581,7 @@ pub struct CurateArgs {
 }
 
 const CURATE_HELP: &str = "\
-The same command continues after an interruption: it finds its jobs by their label curate=RUN, and \
+The same command continues after an interruption: it finds its jobs by their label curate=ID, and \
 the scores so far in a folder beside --out.
 
 Example:

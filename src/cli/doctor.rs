@@ -1,6 +1,6 @@
-//! `bradley doctor`: shows what this machine offers and which settings are in force, and checks
-//! that models, database, stores, the issuer, the collector, ports and a server answer. It changes
-//! nothing.
+//! `bradley doctor`: shows what this machine offers and which settings `bradley serve` would have,
+//! and checks that models, database, stores, the issuer, the collector, ports and a server answer.
+//! It changes nothing.
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
