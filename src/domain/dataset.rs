@@ -280,7 +280,7 @@ pub struct RowIssue {
     pub reason: IssueReason,
     /// Explanation with the remedy.
     pub message: String,
-    /// True for an error that was found with a model. With another model, the row need not have it.
+    /// True for an error that was found with a model. The row may be good for another model.
     #[serde(default, skip_serializing_if = "is_false")]
     pub of_model: bool,
 }

@@ -52,8 +52,8 @@ const IN_FLIGHT: usize = 256;
 const READ_AHEAD: usize = 64;
 /// Interval of progress messages.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
-/// Maximum delay before a pair for which there was no room is tried again. It doubles with each try
-/// up to [`MAX_DELAY`].
+/// Delay before a pair for which there was no room is tried again, unless another pair is scored
+/// earlier. It doubles with each try up to [`MAX_DELAY`].
 const FIRST_DELAY: Duration = Duration::from_millis(50);
 const MAX_DELAY: Duration = Duration::from_secs(2);
 /// Time without any scored pair after which pairs are not tried again.
