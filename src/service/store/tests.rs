@@ -526,7 +526,7 @@ async fn a_database_that_was_moved_is_opened_only_after_its_mark_is_removed() {
     match Store::open(dir.path(), &StoreOptions::default()).await {
         Err(ServiceError::FailedPrecondition { reason, message }) => {
             assert_eq!(reason, Reason::DatabaseMoved);
-            let wanted = "moved to PostgreSQL on 2026-11-30 (db:5432/jobs): start with";
+            let wanted = "moved to PostgreSQL on 2026-11-30 (db:5432/jobs): start servers with";
             assert!(message.contains(wanted), "{message}");
         }
         Err(other) => panic!("{other}"),
