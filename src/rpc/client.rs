@@ -276,6 +276,11 @@ pub fn is_exhausted(status: &Status) -> bool {
     status.code() == Code::ResourceExhausted
 }
 
+/// Returns the size of a message on the wire, in bytes.
+pub fn message_bytes(message: &impl prost::Message) -> usize {
+    message.encoded_len()
+}
+
 /// Returns the kind of the resource that does not exist, if a call was refused for this reason.
 pub fn missing_kind(status: &Status) -> Option<String> {
     Some(status.get_details_resource_info()?.resource_type)

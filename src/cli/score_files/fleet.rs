@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use prost::Message as _;
 use tokio::sync::Notify;
 
 use super::weights::{IDENTITY_LIMIT, WeightsIdentity, calibration, identify};
@@ -14,7 +13,8 @@ use crate::cli::failure::Failure;
 use crate::cli::progress::say;
 use crate::cli::remote::{connect, open};
 use crate::rpc::client::{
-    Client, ClientError, Code, Status, is_bradleys, is_server_failure, is_transient, retry_after,
+    Client, ClientError, Code, Status, is_bradleys, is_server_failure, is_transient, message_bytes,
+    retry_after,
 };
 use crate::rpc::pb;
 
@@ -57,8 +57,8 @@ impl ScoringCall {
     /// Returns the size of the request's message in bytes.
     fn encoded_len(&self) -> usize {
         match self {
-            ScoringCall::Pairs(request) => request.encoded_len(),
-            ScoringCall::Answers(request) => request.encoded_len(),
+            ScoringCall::Pairs(request) => message_bytes(request),
+            ScoringCall::Answers(request) => message_bytes(request),
         }
     }
 }
