@@ -545,7 +545,7 @@ async fn a_job_waits_for_the_file_of_its_dataset() {
     );
     let says = |word: &str| status.message().contains(word);
     assert!(
-        says(&it.dataset) && says("data directory") && says("upload the dataset again"),
+        says(&it.dataset) && says("data directory") && says("upload it again"),
         "{status}"
     );
     resume(&it.client, &it.job).await.unwrap();
