@@ -101,9 +101,10 @@ LABEL org.opencontainers.image.title="bradley" \
 
 FROM runtime AS cuda
 # The NVIDIA container toolkit reads the first two, and adds libcuda, which is part of the driver.
+# GKE's own device plugin mounts the driver as /usr/local/nvidia instead.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
-    LD_LIBRARY_PATH=/usr/local/lib \
+    LD_LIBRARY_PATH=/usr/local/lib:/usr/local/nvidia/lib64 \
     BRADLEY_DEVICE=auto \
     CUDA_CACHE_PATH=/var/lib/bradley/cuda-cache
 COPY --from=build-cuda /build/out/lib /usr/local/lib
