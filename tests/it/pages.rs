@@ -13,11 +13,12 @@ use crate::documents::documents;
 /// Documents that name commands of other versions.
 const HISTORY: [&str; 1] = ["CHANGELOG.md"];
 /// Flags of other programs that the documents name in their text.
-const FOREIGN_FLAGS: [&str; 8] = [
+const FOREIGN_FLAGS: [&str; 9] = [
     "--cascade",
     "--force-conflicts",
     "--include-ignored",
     "--only",
+    "--reset-then-reuse-values",
     "--set",
     "--timeout",
     "--train-steps",
