@@ -70,12 +70,13 @@ pub fn with_logged(pair: EncodedPair, row: &PreferenceRow) -> Result<EncodedPair
 ///
 /// In f32, libraries that add in another order differ by less than 1e-4 nats a token. Rounding the
 /// operands of a matrix multiplication to bf16 changes each by at most 1 in 256, and a token's
-/// log-prob by some 0.01 nats, with either sign. Another model or another prompt changes a token by
-/// a tenth of a nat and more. The constant part is for short answers, in which one token decides.
+/// log-prob by some 0.01 nats, with either sign. An answer of 32 tokens of SmolLM2 differed by 0.6
+/// nats, with the tiles of AMX. Another model or another prompt changes a token by a tenth of a nat
+/// and more. The constant part is for short answers, in which one token decides.
 pub fn allowed_difference(precision: Precision, tokens: usize) -> f64 {
     let (once, each_token) = match precision {
         Precision::F32 => (0.01, 1e-3),
-        Precision::Bf16 => (0.1, 1e-2),
+        Precision::Bf16 => (0.2, 2e-2),
     };
     once + each_token * tokens as f64
 }
