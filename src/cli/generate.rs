@@ -317,7 +317,7 @@ async fn continue_one(
     let generated = unless_interrupted("interrupted", generating).await;
     drop(progress);
     if has_text.get() && matches!(generated, Err(Failure::Interrupted(_))) {
-        // What is said stands on a line of its own.
+        // The text so far has no line end, and the message gets a line of its own.
         output::line("");
     }
     let samples = generated?;

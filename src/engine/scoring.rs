@@ -487,7 +487,7 @@ fn needs_policy_pass(entry: &Entry) -> bool {
 }
 
 /// Combines the results of the passes into an item's answer. If the policy had no pass of its own,
-/// it is the same as the reference.
+/// it is the same as the reference, or the caller has left and nobody gets the answer.
 fn combine(
     policy: Option<LogpsResult>,
     reference: Option<LogpsResult>,
