@@ -214,7 +214,7 @@ async fn a_backup_is_restored_whole_or_not_at_all() {
     let refused = bradley(&["backup", "x", "--database-url", "postgres://localhost/x"]);
     assert_fails(&refused, 2, &["pg_dump"]);
 
-    // A server may run in the target, or it may have files.
+    // The target is refused while a server runs in it, and if it has files.
     let running = restore(&backup, dir.path());
     assert_fails(&running, 1, &["already uses the data directory"]);
     assert!(server.terminate(LIMIT).success());
@@ -460,7 +460,8 @@ async fn a_server_moves_from_sqlite_to_postgresql_in_the_middle_of_a_job() {
         assert!(was_moved.iter().all(|part| said.contains(part)), "{said}");
         assert!(!said.contains("set artifact_url"), "{said}");
     }
-    // Whoever goes back on purpose needs the store, and the database with rows is refused.
+    // After --undo the server on SQLite still needs the store, and a second move is refused because
+    // the database of --to has rows.
     let undo = ["migrate", "--undo", "--data-dir", database];
     assert_succeeds(&bradley(&undo));
     assert_fails(&bradley(&undo), 2, &["was not moved"]);

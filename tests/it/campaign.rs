@@ -7,8 +7,9 @@
 //! It needs PostgreSQL and moto; CONTRIBUTING.md says how to get them.
 //!
 //! Rounds alternate between two replicas on PostgreSQL and S3, and one server on SQLite and a
-//! folder (on a small file system of its own if the test may mount one). BRADLEY_TEST_FAULT names a
-//! [`Disturbance`], `DiskFull` for example: the rounds in which it is possible then cause no other.
+//! folder (on a small file system of its own if the test may mount one; if not, rounds of
+//! `DiskFull` become rounds of `KillInTraining`). BRADLEY_TEST_FAULT names a [`Disturbance`],
+//! `DiskFull` for example: the rounds in which it is possible then cause no other.
 //!
 //! Every round asserts that nothing is lost or done twice. The table at the end counts what was
 //! checked.
@@ -584,6 +585,7 @@ async fn nothing_is_lost_or_done_twice_whatever_fails() {
         "| events delivered, persisted | {}, {} |",
         t.events_delivered, t.events_persisted
     );
+    // `check_history` fails the test if two workers run a job at the same time.
     println!(
         "| workers replaced, jobs executed twice | {}, 0 |",
         t.workers_replaced

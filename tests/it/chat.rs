@@ -325,7 +325,7 @@ fn sequences(server: &Server) -> Option<f64> {
 }
 
 #[test]
-fn ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_command() {
+fn ctrl_c_stops_the_answer_and_twice_at_the_prompt_ends_the_command() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let (terminal, stdin) = Terminal::open();

@@ -65,7 +65,7 @@ fn documents(text: &str) -> Vec<Value> {
 }
 
 #[test]
-fn no_reference_is_a_reference_by_the_name_none() {
+fn reference_none_makes_a_job_without_a_reference() {
     let print = ["train", "--print-job"];
     let printed = |more: &[&str]| documents(&succeed(&[&print[..], more].concat()));
     let one = printed(&["--reference", "none"]);

@@ -18,7 +18,7 @@ use crate::wait::until;
 const FOLDS: usize = 3;
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// A file of pairs with everything that `curate` must find, in a folder of its own.
+/// A file of pairs in a folder of its own, which also gets the outputs of `curate`.
 struct Case {
     dir: tempfile::TempDir,
 }

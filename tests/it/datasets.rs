@@ -94,8 +94,8 @@ async fn a_job_trains_on_a_parquet_file() {
     succeed(&client, &name).await;
 }
 
-/// Writes pairs of texts in row groups of two. The answers of `damaged` are in the file with a
-/// length that its page does not have.
+/// Writes pairs of texts in row groups of two, and damages the row with the number `damaged`: the
+/// file says that its chosen answer is longer than the whole page.
 fn write_groups(path: &Path, pairs: usize, damaged: usize) {
     let columns = ["prompt", "chosen", "rejected"];
     let schema = columns.map(|c| format!("required binary {c} (UTF8);"));

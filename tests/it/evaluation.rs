@@ -887,7 +887,8 @@ async fn a_saved_calibration_belongs_to_exactly_its_checkpoint_and_options() {
         policy: format!("{name}/checkpoints/{step}"),
         ..Default::default()
     };
-    // The quarter with the smallest margins is lost, so that there is a temperature.
+    // Swaps answers until the policy is wrong about exactly the quarter of the pairs with the
+    // smallest margins: if it were right about all pairs, no temperature could be fitted.
     let mut rows = rows(80);
     let raw = score_rows_with(&client, of_step(2), &rows).await;
     let mut sizes: Vec<f64> = raw.iter().map(|score| score.margin.abs()).collect();

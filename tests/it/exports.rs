@@ -344,8 +344,8 @@ fn run_script(python: &str, script: &str, arguments: &[&Path], folder: &Path) ->
     said.into_owned()
 }
 
-/// Returns the name of transformers' module for a tensor in an older file of a model of text and
-/// images. Newer files have these names.
+/// Returns the name that transformers' module gives to a tensor of a model in [`OLDER_FILES`].
+/// Other files of such models have this name.
 fn newer_name(stored: &str) -> String {
     let other_parts = ["visual.", "vision_tower.", "multi_modal_projector."];
     let name = stored.strip_prefix("language_model.").unwrap_or(stored);

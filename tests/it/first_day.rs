@@ -1,4 +1,5 @@
-//! Errors of the first day with a server name the setting or flag, the place and the remedy.
+//! Errors that people meet on their first day with a server: each names the setting or flag, the
+//! place and the remedy.
 
 use std::net::TcpListener;
 use std::path::Path;

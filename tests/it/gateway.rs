@@ -252,7 +252,7 @@ impl Load {
     /// Waits until `n` more requests have been answered.
     async fn wait_for_more(&self, n: usize) {
         let before = self.answered();
-        until("an answer to every request", PATIENCE, async || {
+        until("more answered requests", PATIENCE, async || {
             self.answered() >= before + n
         })
         .await;

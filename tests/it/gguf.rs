@@ -632,12 +632,12 @@ fn files_of_other_architectures_are_refused_with_the_reason() {
     let e = convert("glm4", &[("rope.dimension_sections", sections)]);
     assert!(e.contains("order of rows"), "{e}");
     // A number of blocks that would not fit into memory.
-    let e = convert_blocks(&file);
+    let e = error_of_too_many_blocks(&file);
     assert!(e.contains("block_count"), "{e}");
 }
 
 /// Returns the error of a file that claims to have very many blocks.
-fn convert_blocks(file: &Path) -> String {
+fn error_of_too_many_blocks(file: &Path) -> String {
     let own = [("attention.sliding_window", Value::U32(16))];
     let folder = tempfile::tempdir().unwrap();
     crate::support::copy_files(&golden("models/olmo3"), folder.path());

@@ -248,7 +248,7 @@ fn every_adapter_gradient_is_torchs_and_peft_adapters_load() {
 }
 
 #[test]
-fn checkpointing_changes_no_bit() {
+fn activation_checkpointing_changes_no_bit() {
     let (model, tokenizer) = tiny("qwen3");
     let pairs = encode(&rows("pairs.jsonl")[..3], &tokenizer, 256);
     let references: Vec<_> = pairs
