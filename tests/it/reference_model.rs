@@ -1,6 +1,7 @@
 //! A second implementation of the decoder, written from its definition: plain loops in f64, one
 //! token sequence at a time. It has no packed rows, no tiles, no tape and no backward pass, so it
-//! shares no code and no optimisations with the program. Its derivatives are difference quotients.
+//! shares no computation with the program, only the description of the model (`ModelSpec`). Its
+//! derivatives are difference quotients.
 
 use std::collections::HashMap;
 use std::f64::consts::PI;

@@ -717,7 +717,7 @@ impl Local {
             "{said}"
         );
         another_succeeds(&self.client, &self.dataset).await;
-        assert_eq!(self.stored_steps().await, self.steps, "no row is removed");
+        assert_eq!(self.stored_steps().await, self.steps, "a row was removed");
     }
 
     /// Waits until the job has continued from a step and ended as if nothing had happened.

@@ -252,7 +252,7 @@ async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
     assert_eq!(
         finish(&client_a, &name).await,
         events,
-        "nothing was written after the end"
+        "something was written after the end"
     );
     assert!(
         adapter(&client_b, &name).await == weights && adapter(&client_a, &name).await == weights

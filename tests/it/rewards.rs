@@ -372,7 +372,7 @@ async fn a_checkpoint_of_tr_dpo_is_scored_against_the_reference_that_it_holds() 
     assert_ne!(
         mean(&against_start, |s| s.margin),
         mean(&served, |s| s.margin),
-        "the reference has moved"
+        "the reference has not moved"
     );
 
     // Without its reference file a checkpoint is refused with the reason, and can still be scored
@@ -506,7 +506,7 @@ async fn a_running_job_of_tr_dpo_is_scored_against_its_reference_as_it_is_at_tha
                 .results
                 .iter()
                 .any(|r| scored(r).margin != 0.0),
-            "the policy has changed"
+            "the policy has not changed"
         );
         assert_eq!(state(&client, &name).await, pb::JobState::Running);
 

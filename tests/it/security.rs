@@ -638,7 +638,7 @@ async fn silent_connections_are_closed_and_unknown_methods_make_no_metrics() {
     );
 }
 
-/// A certificate authority, and the certificates that it signed.
+/// A certificate authority: its own certificate in PEM, and what signs others.
 struct Authority {
     certificate: String,
     issuer: Issuer<'static, KeyPair>,

@@ -138,7 +138,8 @@ impl Server {
         self.child.id()
     }
 
-    /// Returns true if it has logged a warning or an error that contains `text`.
+    /// Returns true if `text` is in a line of its log at another level than INFO: in a warning, an
+    /// error, or the message of a panic.
     pub fn has_logged(&self, text: &str) -> bool {
         self.log
             .lock()

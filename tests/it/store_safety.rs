@@ -633,7 +633,7 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
         .await
         .expect("the job whose ttl was cleared is there");
     assert_eq!((still.state(), still.ttl), (pb::JobState::Succeeded, None));
-    assert_eq!(objects(kept), of_kept, "its objects are there");
+    assert_eq!(objects(kept), of_kept, "some of its objects were deleted");
     assert!(!adapter(&client, kept).await.is_empty());
 }
 
@@ -806,7 +806,7 @@ async fn only_one_of_two_workers_with_the_same_lease_token_writes() {
     assert_eq!(
         finish(&client_a, &name).await,
         events,
-        "nothing was written after the end"
+        "something was written after the end"
     );
     another_succeeds(&client_a, &dataset).await;
 }

@@ -289,7 +289,10 @@ fn follow(guide: &Guide, python: Option<String>) {
         reader.block(block);
     }
     assert!(reader.job.is_some(), "no job was trained");
-    assert_eq!(reader.replaced, guide.replaced, "lines that were replaced");
+    assert_eq!(
+        reader.replaced, guide.replaced,
+        "another number of lines does not run as it stands; if that is meant, change `replaced`"
+    );
     reader.stop();
     assert!(dir.path().join("bradley-data").is_dir());
 }
@@ -332,6 +335,7 @@ fn the_model_of_the_tutorial_loads_in_python() {
 fn the_commands_of_the_quick_start_lead_to_a_trained_model() {
     let guide = Guide {
         text: section("README.md", "Quick start"),
+        // The model's name occurs once, the job's ID three times.
         replaced: 4,
     };
     follow(&guide, None);
@@ -343,6 +347,7 @@ fn the_commands_for_training_in_the_manual_run() {
     let path = "```\nexport PATH=$PWD/target/release:$PATH\n```\n";
     let guide = Guide {
         text: path.to_owned() + &serve + &section("docs/usage.md", "Training"),
+        // The line above that starts the server.
         replaced: 1,
     };
     follow(&guide, None);

@@ -48,7 +48,7 @@ fn a_moving_reference_starts_from_unrounded_weights_on_every_server() {
         assert_eq!(
             exact.read.len(),
             usize::from(stored == Precision::Bf16),
-            "read where the ones in memory are rounded"
+            "files are read exactly if the weights in memory are rounded"
         );
         let moving = reference(
             &run(),

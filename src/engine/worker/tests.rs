@@ -310,7 +310,7 @@ async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
         .unwrap();
     assert_ne!(
         start.completions[0].reference, trained.completions[0].reference,
-        "it has moved"
+        "the reference has not moved"
     );
     assert_eq!(
         (start.live_step, &start.completions[0].policy),

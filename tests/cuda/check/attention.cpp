@@ -344,9 +344,10 @@ double error(const std::vector<T>& values, const Numbers& right, int columns, in
 std::mt19937 generator(1);
 double worst[3][5];
 
-// Compares the kernels with the reference. `shift` is added to all scores, by a constant in the
-// queries and one in the keys, so that e^score alone would vanish or overflow. The absolute error
-// of a score, and with it the relative error of the results, grows with `shift`.
+// Compares the kernels with the reference. `place` is the row of `worst`. `shift` is added to all
+// scores, by a constant in the queries and one in the keys, so that e^score alone would vanish or
+// overflow. The absolute error of a score, and with it the relative error of the results, grows
+// with `shift`.
 template <class T>
 void check(const char* kind, int place, const Kernels<T>& kernels, const std::vector<Group>& groups,
            int heads, int kv_heads, int dim, int window, float shift = 0, float softcap = 0) {

@@ -95,6 +95,7 @@ fn parts_of_key_gradients_exist_on_tensor_cores_where_heads_share_keys() {
 fn launches_compute_what_they_say_and_refuse_operands_that_do_not_fit() {
     let gpu = gpu();
     let f32s = |values: &[f32]| gpu.upload(F32, values).unwrap();
+    // The kind of 32 bits also stands for integers.
     let ints = |values: &[u32]| gpu.upload(F32, values).unwrap();
     let zeros = |kind, len| gpu.zeros(kind, len).unwrap();
     let read = |memory: &Memory| {

@@ -441,11 +441,11 @@ async fn several_prompts_are_answered_in_order() {
         asked: Arc::new(OnceLock::from(options.clone())),
     };
     // Three of the first ten calls are refused.
-    let refusals = Arc::new(AtomicUsize::new(0));
+    let calls = Arc::new(AtomicUsize::new(0));
     let call = |message: Bytes| {
-        let refusals = Arc::clone(&refusals);
+        let calls = Arc::clone(&calls);
         async move {
-            let number = refusals.fetch_add(1, Ordering::Relaxed);
+            let number = calls.fetch_add(1, Ordering::Relaxed);
             tokio::task::yield_now().await;
             match number % 3 {
                 1 if number < 10 => {
