@@ -1471,7 +1471,8 @@ pub struct CurateArgs {
     /// A JSON file for the report.
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
-    /// Number of folds, the parts of the rows. For each fold, an adapter is trained on the others.
+    /// Number of folds into which the rows are divided. For each fold, an adapter is trained on the
+    /// others.
     #[arg(long, value_name = "N", default_value_t = 5,
           value_parser = clap::value_parser!(u32).range(2..=100))]
     pub folds: u32,

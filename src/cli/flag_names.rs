@@ -262,7 +262,8 @@ where
     }
 }
 
-/// Returns a hint to the command that lists the resources of a kind; empty if there is none.
+/// Returns a hint that names the command which lists the resources of a kind; empty if there is
+/// none.
 fn listing(kind: &str) -> &'static str {
     match kind {
         "job" => ": bradley jobs list shows your jobs",

@@ -481,7 +481,8 @@ fn groups<'a, K: PartialEq>(
 }
 
 /// Returns true if the policy of an entry is still to be scored after the reference. A model that
-/// is scored against itself needs only one pass, and so does a caller that has left meanwhile.
+/// is scored against itself needs only one pass, and an entry whose caller has left meanwhile needs
+/// no more.
 fn needs_policy_pass(entry: &Entry) -> bool {
     entry.reference.as_ref() != Some(&entry.policy) && !entry.is_abandoned()
 }
