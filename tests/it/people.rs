@@ -124,9 +124,8 @@ fn pairs_file(folder: &Path, rows: usize) -> PathBuf {
     path
 }
 
-/// More rows than the command holds in memory. While the server is stopped, only rows that were
-/// answered before can have been printed: an implementation that waits for all would have printed
-/// none, and this test would not get its first line before the last pair is scored.
+/// More rows than the command and the pipe hold: a command that waits for the last score would have
+/// all of them scored before its first line.
 #[test]
 fn scores_are_printed_as_they_come_with_progress_on_standard_error() {
     let dir = tempfile::tempdir().unwrap();
@@ -152,6 +151,12 @@ fn scores_are_printed_as_they_come_with_progress_on_standard_error() {
     drop(command);
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let first = lines.next().unwrap().unwrap();
+    // The command waits for this test to read more, so the server cannot have scored all rows.
+    let scored = server.scored_pairs();
+    assert!(
+        scored < rows as u64,
+        "the first line came after all {scored} scores"
+    );
     signal(server.pid(), libc::SIGSTOP);
     until_blocking("a bar with the rate", SOON, || {
         terminal.shows().contains("pairs/s")
