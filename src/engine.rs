@@ -149,7 +149,7 @@ pub fn start(models: Vec<LoadedModel>, options: EngineOptions) -> Result<Engine,
         tracing::warn!(
             data_parallel = group,
             devices = all.len(),
-            "a run uses the devices that there are"
+            "there are fewer devices than data_parallel: a run uses all of them"
         );
     }
     let (mut roomiest, mut available) = (0, 0);
@@ -303,7 +303,7 @@ fn open_devices(
                 "memory_limit"
             };
             let remedy = format!(
-                "on {}: load fewer or smaller models, or raise {setting}",
+                "load fewer or smaller models on {}, or raise {setting}",
                 device.name()
             );
             let e = EngineError::OutOfMemory {
@@ -633,8 +633,8 @@ impl Engine {
             host = extra.host + on_host(config, spec, options.data_parallel);
             let (needed, available) = (base_models.on_host() + host, memory::host_limit(options));
             if needed > available {
-                let remedy = "on the host, for master weights, optimizer moments and copies of \
-                    weights: train with LoRA, or raise memory_limit"
+                let remedy = "train with LoRA, or raise memory_limit (the host's memory holds \
+                    master weights, optimizer moments and copies of weights)"
                     .to_owned();
                 return Err(EngineError::OutOfMemory {
                     needed_mib: needed.div_ceil(1 << 20),

@@ -411,8 +411,8 @@ pub enum EngineError {
     },
     /// One row is longer than the limit.
     #[error(
-        "the row has {tokens} tokens, the limit is {limit}: shorten it, lower max_length, or send \
-         fewer answers at a time"
+        "the prompt and its answers have {tokens} tokens together, and the server's \
+         max_row_tokens is {limit}: shorten them, lower max_length, or send fewer answers at a time"
     )]
     RowTooLong {
         /// Length of the row in tokens.
@@ -494,7 +494,7 @@ pub enum EngineError {
         retry_after: Duration,
     },
     /// The job is not running, so its weights are not on a device.
-    #[error("job {0} is not running on this server")]
+    #[error("trainingJobs/{0} is not running on this server")]
     NotResident(String),
     /// The engine is stopping.
     #[error("the server is shutting down: retry elsewhere or later")]

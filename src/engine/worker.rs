@@ -438,8 +438,8 @@ impl Worker {
                 return;
             }
             // The job continues from its last complete checkpoint; only later steps are repeated.
-            Ok(Err(e)) => tracing::error!(error = %e, "checkpoint at drain failed"),
-            Err(panic) => tracing::error!(panic, "checkpoint at drain failed"),
+            Ok(Err(e)) => tracing::error!(error = %e, "a stopping run cannot write its checkpoint"),
+            Err(panic) => tracing::error!(panic, "a stopping run cannot write its checkpoint"),
         }
         self.end(RunEnd::Drained);
     }

@@ -238,9 +238,9 @@ impl Artifacts {
                     |id| format!("its identity is {id}"),
                 );
                 return wrong(format!(
-                    "the artifact store {} is not the one that this database knows, which is \
-                     {known} ({found}): mount that store, or correct artifact_url; if the store \
-                     was moved, its object bradley-store-id must be copied, too",
+                    "the artifact store {} is not the one that this database knows: {found}, and \
+                     the database knows {known}; mount that store, or correct artifact_url; if the \
+                     store was moved, its object bradley-store-id must be copied, too",
                     remote.url()
                 ));
             }

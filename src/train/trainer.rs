@@ -460,7 +460,11 @@ impl Trainer {
             return Err(e);
         }
         if self.unsaved.is_none() {
-            tracing::warn!(step = self.state.step, error = %e, "the checkpoint cannot be written");
+            tracing::warn!(
+                step = self.state.step,
+                error = %e,
+                "the checkpoint cannot be written: the run tries again for an hour"
+            );
             (context.emit)(RunEvent::CheckpointDelayed {
                 step: self.state.step,
                 reason: e.for_clients(),

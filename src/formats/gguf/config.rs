@@ -93,7 +93,9 @@ impl ModelConfig {
             if keys.integer(key)?.is_some_and(|n| n != head_dim) {
                 return Err(gguf.invalid(
                     &keys.key(key),
-                    format!("must {what} the whole key of {head_dim}; the rest is not implemented"),
+                    format!(
+                        "must {what} the whole key of {head_dim}; other values are not implemented"
+                    ),
                 ));
             }
         }

@@ -220,7 +220,11 @@ async fn retry<T, F: Future<Output = Result<T>> + Send>(
                     | Reason::StorageFull
             ) && should_retry() =>
             {
-                tracing::warn!(reason = reason.name(), error = message, "waiting");
+                tracing::warn!(
+                    reason = reason.name(),
+                    error = message,
+                    "the job waits and tries again"
+                );
                 metrics::counter!("bradley_store_retries_total", "reason" => reason.name())
                     .increment(1);
                 note_wait(Some(reason));

@@ -549,8 +549,8 @@ impl JobRunner {
                 disk_full,
             } => {
                 let message = format!(
-                    "the checkpoint of step {step} cannot be written, the run waits until it can: \
-                     {reason}"
+                    "the checkpoint of step {step} cannot be written, the run waits until it can, \
+                     for an hour at most: {reason}"
                 );
                 let log = |_: &mut Job| {
                     Ok(vec![EventKind::Log {

@@ -100,7 +100,7 @@ impl RequestValidator {
         {
             bad.push(
                 "training_job.eval_fraction",
-                format!("is {f}: it must lie between 0 and 1"),
+                format!("is {f}: it must be above 0 and below 1"),
             );
         }
         let run = &request.spec.run;
