@@ -421,25 +421,27 @@ impl Worker {
             return;
         };
         let events = active.run.events.clone();
+        let job = active.run.job.clone();
         let trainer = &mut active.trainer;
         let saved = guarded(|| trainer.save_now(&mut emitter(&events)));
         match saved {
             Ok(Ok(())) => {}
             Ok(Err(e)) if !self.queue.is_draining() => {
-                // Nothing is urgent here: the steps are worth waiting for, and a client who cannot
-                // wait may cancel.
-                tracing::warn!(
-                    error = %e,
-                    "the checkpoint of a preempted or paused run cannot be written: trying again"
-                );
+                // Nothing is urgent for a preempted or paused run: the steps are worth waiting for,
+                // and a client who cannot wait may cancel.
+                trainer.report_unsaved(&e, None, &mut emitter(&events));
                 let live = active.live();
                 YieldPoint::new(&mut self.scoring, &self.cache, &live).run();
                 std::thread::sleep(SAVE_RETRY_DELAY);
                 return;
             }
             // The job continues from its last complete checkpoint; only later steps are repeated.
-            Ok(Err(e)) => tracing::error!(error = %e, "a stopping run cannot write its checkpoint"),
-            Err(panic) => tracing::error!(panic, "a stopping run cannot write its checkpoint"),
+            Ok(Err(e)) => {
+                tracing::error!(job, error = %e, "a stopping run cannot write its checkpoint");
+            }
+            Err(panic) => {
+                tracing::error!(job, panic, "a stopping run cannot write its checkpoint");
+            }
         }
         self.end(RunEnd::Drained);
     }

@@ -1,5 +1,7 @@
 //! Events that a training run reports. The layers above send these through channels.
 
+use std::time::Duration;
+
 use crate::domain::job::{JobError, Metrics, Progress};
 
 /// Event of a run. Each run reports `Ended` once, as its last event. A run that starts reports
@@ -49,6 +51,8 @@ pub enum RunEvent {
         reason: String,
         /// True if there is no space left.
         disk_full: bool,
+        /// Time after which the run fails, or `None` if it waits without limit.
+        limit: Option<Duration>,
     },
     /// A message for people.
     Log {

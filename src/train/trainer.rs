@@ -459,23 +459,38 @@ impl Trainer {
         if now - since > SAVE_RETRY_PERIOD {
             return Err(e);
         }
-        if self.unsaved.is_none() {
-            tracing::warn!(
-                step = self.state.step,
-                error = %e,
-                "the checkpoint cannot be written: the run tries again for an hour"
-            );
-            (context.emit)(RunEvent::CheckpointDelayed {
-                step: self.state.step,
-                reason: e.for_clients(),
-                disk_full: e.is_disk_full(),
-            });
-        }
+        self.report_unsaved(&e, Some(SAVE_RETRY_PERIOD), context.emit);
         self.unsaved = Some(Unsaved {
             since,
             next: now + SAVE_RETRY_DELAY,
         });
         Ok(())
+    }
+
+    /// Logs and reports that the checkpoint of the current step cannot be written, unless an
+    /// attempt before this one has reported it. The run gives up after `limit`, if there is one.
+    pub fn report_unsaved(
+        &mut self,
+        error: &TrainError,
+        limit: Option<Duration>,
+        emit: &mut dyn FnMut(RunEvent),
+    ) {
+        if self.unsaved.is_some() {
+            return;
+        }
+        let now = Instant::now();
+        self.unsaved = Some(Unsaved {
+            since: now,
+            next: now,
+        });
+        let step = self.state.step;
+        tracing::warn!(step, %error, ?limit, "the checkpoint cannot be written: the run tries again");
+        emit(RunEvent::CheckpointDelayed {
+            step,
+            reason: error.for_clients(),
+            disk_full: error.is_disk_full(),
+            limit,
+        });
     }
 
     /// Computes one micro-batch, and takes the optimizer step after the step's last one.

@@ -578,13 +578,36 @@ async fn a_shutdown_while_jobs_expire_leaves_no_files_without_a_job() {
 /// state. Here a file stands in place of the folder of the job's checkpoints.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_cannot_write_its_checkpoint_waits_and_is_listed() {
+    let limit = "the run waits until it can, for 60 minutes at most";
+    assert_waits_for_its_folder(20, async |_, _| (), limit, "1").await;
+}
+
+/// A paused run waits without limit: its steps would be lost otherwise.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_run_that_cannot_write_its_checkpoint_waits_and_is_listed() {
+    let pause = async |client: Client, name| {
+        let request = pb::PauseTrainingJobRequest { name };
+        client.training().pause_training_job(request).await.unwrap();
+    };
+    assert_waits_for_its_folder(0, pause, "the run waits until it can:", "0").await;
+}
+
+/// Makes it impossible to write the checkpoints of a job with `save_steps`, calls `save`, and
+/// expects the run to wait, with `message` in its events, until they can be written again. Then
+/// `left` jobs run.
+async fn assert_waits_for_its_folder(
+    save_steps: u32,
+    save: impl AsyncFnOnce(Client, String),
+    message: &str,
+    left: &str,
+) {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path());
     let client = server.client().await;
     let dataset = upload(&client, "pairs.jsonl").await.name;
     let mut wanted = job(&dataset, 1_000_000);
     wanted.run = Some(pb::RunConfig {
-        save_steps: Some(20),
+        save_steps: Some(save_steps),
         ..Default::default()
     });
     let name = submit(&client, wanted).await;
@@ -598,6 +621,7 @@ async fn a_run_that_cannot_write_its_checkpoint_waits_and_is_listed() {
         std::fs::write(&folder, "").is_ok()
     })
     .await;
+    save(server.client().await, name.clone()).await;
     let listed = async |state: &str| {
         let line = format!("jobs that run here: {state}\n");
         until(&line, LIMIT, async || {
@@ -609,7 +633,7 @@ async fn a_run_that_cannot_write_its_checkpoint_waits_and_is_listed() {
     until_event(
         &client,
         &name,
-        |e| matches!(e, Event::Log(log) if log.message.contains("the run waits until it can")),
+        |e| matches!(e, Event::Log(log) if log.message.contains(message)),
     )
     .await;
     // Waiting is no work of the device.
@@ -619,7 +643,7 @@ async fn a_run_that_cannot_write_its_checkpoint_waits_and_is_listed() {
     assert_eq!(units(), before);
     std::fs::remove_file(&folder).unwrap();
     std::fs::rename(&aside, &folder).unwrap();
-    listed("1").await;
+    listed(left).await;
     let request = pb::CancelTrainingJobRequest { name: name.clone() };
     client
         .training()

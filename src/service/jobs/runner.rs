@@ -547,10 +547,14 @@ impl JobRunner {
                 step,
                 reason,
                 disk_full,
+                limit,
             } => {
+                let limit = limit.map_or_else(String::new, |limit| {
+                    format!(", for {} minutes at most", limit.as_secs() / 60)
+                });
                 let message = format!(
-                    "the checkpoint of step {step} cannot be written, the run waits until it can, \
-                     for an hour at most: {reason}"
+                    "the checkpoint of step {step} cannot be written, the run waits until it can\
+                     {limit}: {reason}"
                 );
                 let log = |_: &mut Job| {
                     Ok(vec![EventKind::Log {
