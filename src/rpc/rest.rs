@@ -450,8 +450,8 @@ fn check_origin(request: &Request<Body>) -> Result<(), Refused> {
     match (origin, host(request)) {
         (Some((_, origin)), Some(host)) if origin.eq_ignore_ascii_case(host) => Ok(()),
         _ => Err(denied(
-            "this server answers no pages of other origins (CORS): put a proxy that allows them \
-             in front of it"
+            "this server answers no pages of other origins (CORS): put a proxy in front of it \
+             that allows them and removes the header origin"
                 .to_owned(),
         )),
     }

@@ -115,7 +115,8 @@ const COUNTERS: [(&str, &str); 8] = [
     ),
     (
         "bradley_store_retries_total",
-        "Retries after a failure of the database, the artifact store or the disk, by reason.",
+        "Retries after a failure of the database, the artifact store or the disk, by reason, \
+         without those of writing a checkpoint to the disk.",
     ),
 ];
 
