@@ -484,7 +484,8 @@ impl Trainer {
             next: now,
         });
         let step = self.state.step;
-        tracing::warn!(step, %error, ?limit, "the checkpoint cannot be written: the run tries again");
+        let limit_seconds = limit.map(|l| l.as_secs());
+        tracing::warn!(step, %error, limit_seconds, "a checkpoint cannot be written yet");
         emit(RunEvent::CheckpointDelayed {
             step,
             reason: error.for_clients(),
