@@ -118,7 +118,7 @@ fn losses(names: impl IntoIterator<Item = impl Into<String>>) -> Vec<pb::Weighte
 // ---- repeated fields without a limit
 
 /// Returns the peak memory of a process, in KiB.
-fn peak_kib(pid: u32) -> u64 {
+pub fn peak_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the server lives");
     let line = status
         .lines()

@@ -13,7 +13,7 @@ use candle_core::quantized::gguf_file::{Value, write};
 use candle_core::quantized::{GgmlDType, QTensor};
 use serde_json::json;
 
-use crate::support::{MODELS, encode, golden, policy, rows, tensors, tiny};
+use crate::support::{MODELS, encode, golden, policy, relative, rows, tensors, tiny};
 
 const SCORES: &str = "tokenizer.ggml.scores";
 
@@ -759,22 +759,33 @@ fn quantised_models_stay_close() {
     let (original, tokenizer) = tiny("qwen3");
     let pair = &encode(&rows("pairs.jsonl"), &tokenizer, 256)[1];
     let want: f32 = score(&original, &pair.groups()).unwrap()[0].iter().sum();
-    for (dtype, tolerance) in [
-        (GgmlDType::F16, 1e-2),
-        (GgmlDType::BF16, 5e-2),
-        (GgmlDType::Q8_0, 5e-2),
-        (GgmlDType::Q5_1, 0.3),
-        (GgmlDType::Q5_0, 0.3),
-        (GgmlDType::Q4_1, 0.5),
-        (GgmlDType::Q4_0, 0.5),
+    let weights = original.parameters.named();
+    // Log-probs alone would not show wrong weights: with zeros their sum is only a tenth larger.
+    for (dtype, of_weights, of_log_probs) in [
+        (GgmlDType::F16, 1e-3, 1e-2),
+        (GgmlDType::BF16, 5e-3, 5e-2),
+        (GgmlDType::Q8_0, 1e-2, 5e-2),
+        (GgmlDType::Q5_1, 6e-2, 0.3),
+        (GgmlDType::Q5_0, 6e-2, 0.3),
+        (GgmlDType::Q4_1, 0.12, 0.5),
+        (GgmlDType::Q4_0, 0.12, 0.5),
     ] {
         let file = dir.path().join("model.gguf");
         convert("qwen3", &file, dtype);
         let (model, _) =
             policy(load_model(None, file.to_str().unwrap(), &Default::default()).unwrap());
+        let loaded = model.parameters.named();
+        assert_eq!(loaded.len(), weights.len());
+        for ((name, rounded), (_, exact)) in loaded.iter().zip(&weights) {
+            let error = relative(rounded, exact);
+            assert!(
+                error < of_weights,
+                "{dtype:?} {name}: relative error {error:e}"
+            );
+        }
         let got: f32 = score(&model, &pair.groups()).unwrap()[0].iter().sum();
         assert!(
-            (got - want).abs() < tolerance * want.abs(),
+            (got - want).abs() < of_log_probs * want.abs(),
             "{dtype:?}: {got} vs {want}"
         );
     }

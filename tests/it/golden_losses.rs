@@ -61,9 +61,12 @@ fn every_loss_has_trls_value_gradient_norm_and_metrics() {
     let golden = json("losses.json");
     let ((model, tokenizer), (reference, _)) = (tiny("llama"), tiny("llama-ref"));
     let pairs = encode(&rows("pairs.jsonl")[..4], &tokenizer, 256);
+    // TRL's DPOTrainer lacks these two; the next test compares them with their formulas.
+    let mut compared = vec![LossType::Simpo, LossType::Orpo];
     for case in golden["cases"].as_array().unwrap() {
         let what = case["settings"].to_string();
         let dpo = config(&case["settings"]);
+        compared.extend(dpo.losses.iter().map(|term| term.loss));
         let spec = TrainingSpec {
             method: Method::Full,
             optimizer: OptimizerConfig {
@@ -113,6 +116,13 @@ fn every_loss_has_trls_value_gradient_norm_and_metrics() {
                 1e-2,
             );
         }
+    }
+    for loss in LossType::ALL {
+        assert!(
+            compared.contains(&loss),
+            "tests/goldens/losses.json has no case of {}",
+            loss.name()
+        );
     }
 }
 
