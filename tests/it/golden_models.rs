@@ -439,7 +439,7 @@ fn a_damaged_or_foreign_file_is_an_error_that_names_it() {
     let e = peft::load(&golden("adapters/llama"), &model.config)
         .unwrap_err()
         .to_string();
-    assert!(e.contains("shape") || e.contains("adapter"), "{e}");
+    assert!(e.contains("shape"), "{e}");
     let dir = folder.path().join("adapter");
     copy("adapters/llama", &dir);
     std::fs::write(dir.join("adapter_model.safetensors"), b"not safetensors").unwrap();

@@ -639,6 +639,7 @@ async fn assert_waits_for_its_folder(
     // Waiting is no work of the device.
     let units = || server.metric("bradley_training_unit_seconds_count");
     let before = units();
+    assert!(before.is_some());
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(units(), before);
     std::fs::remove_file(&folder).unwrap();
