@@ -616,11 +616,24 @@ async fn a_discovery_document_of_another_issuer_gives_no_keys() {
     drop(server);
 
     // A redirect is not followed, and keys of an unsafe place are not used.
-    for document in [
-        json!({"issuer": issuer.url, "jwks_uri": "http://keys.example.com/jwks"}),
-        json!({"issuer": issuer.url, "jwks_uri": format!("{}/moved", issuer.url)}),
-        json!({"issuer": issuer.url}),
-        json!({"issuer": issuer.url, "jwks_uri": format!("{}/endless", issuer.url)}),
+    let (moved, endless) = (
+        format!("{}/moved", issuer.url),
+        format!("{}/endless", issuer.url),
+    );
+    for (document, why) in [
+        (
+            json!({"issuer": issuer.url, "jwks_uri": "http://keys.example.com/jwks"}),
+            "which is not https",
+        ),
+        (
+            json!({"issuer": issuer.url, "jwks_uri": moved}),
+            "answers 302",
+        ),
+        (json!({"issuer": issuer.url}), "is not a discovery document"),
+        (
+            json!({"issuer": issuer.url, "jwks_uri": endless}),
+            "answers more than",
+        ),
     ] {
         issuer.describe(document.clone());
         let dir = tempfile::tempdir().unwrap();
@@ -628,6 +641,11 @@ async fn a_discovery_document_of_another_issuer_gives_no_keys() {
         let token = key.sign(&claims(&issuer.url, json!({})));
         let refused = call(&server, &token).await.unwrap_err();
         assert_eq!(refused.code(), Code::Unavailable, "{document}");
+        // Any other failure would refuse the call too, so the log must have the reason.
+        until(why, Duration::from_secs(30), async || {
+            server.has_logged(why)
+        })
+        .await;
     }
     // With the URL of the keys, the document is not needed.
     let dir = tempfile::tempdir().unwrap();

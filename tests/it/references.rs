@@ -516,7 +516,7 @@ async fn jobs_and_scores_wait_until_a_changed_reference_is_back() {
     );
     server.kill();
 
-    // Without the reference's model there is no estimate, either.
+    // Without the reference's model there are no scores, either.
     let alone = format!("a={}", golden("models/llama").display());
     let mut server = Server::start_with(data.path(), &alone, &["--lease", "2"]);
     let client = server.client().await;

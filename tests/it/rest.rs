@@ -820,15 +820,22 @@ async fn tls_serves_both_versions_of_http() {
     );
     let trusted = reqwest::Certificate::from_pem(certificate.pem().as_bytes()).unwrap();
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = reqwest::Client::builder()
-        .tls_certs_only([trusted])
-        .timeout(PATIENCE)
-        .build()
-        .unwrap();
     let port = server.address.rsplit(':').next().unwrap();
     let url = format!("https://localhost:{port}/v1/models");
-    let answer = send(client.get(url)).await;
-    assert_eq!(answer.body["models"][0]["name"], "models/tiny");
+    let builder = || {
+        reqwest::Client::builder()
+            .tls_certs_only([trusted.clone()])
+            .timeout(PATIENCE)
+    };
+    for (builder, version) in [
+        (builder(), reqwest::Version::HTTP_2),
+        (builder().http1_only(), reqwest::Version::HTTP_11),
+    ] {
+        let response = builder.build().unwrap().get(&url).send().await.unwrap();
+        assert_eq!(response.version(), version);
+        let body: Value = serde_json::from_str(&response.text().await.unwrap()).unwrap();
+        assert_eq!(body["models"][0]["name"], "models/tiny");
+    }
     let plain = reqwest::Client::builder().build().unwrap();
     assert!(
         plain

@@ -329,8 +329,9 @@ async fn scores_of_every_format_are_those_of_score_pairs_bit_for_bit() {
         "{misspelt}"
     );
     assert_eq!(misspelt.matches("warning: ").count(), 1, "{misspelt}");
-    // Nothing is left to do, and a number of a Parquet file is carried as text.
+    // Nothing is left to do.
     assert!(run(&at("out"), &["--carry", "source,prompt"]).contains("0 parts with 0 rows written"));
+    // JSON lines carry a number of a Parquet file as a number.
     run(&at("jsonl"), &["--format", "jsonl", "--carry", "page"]);
     let lines = rows(&at("jsonl"));
     assert_eq!(lines.len(), written.len());

@@ -159,6 +159,7 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
     let folder = run.folder.clone();
     let steps = train(run);
     assert!(!folder.exists());
+    assert_eq!(steps.len(), golden["steps"].as_array().unwrap().len());
     for (k, (got, want)) in steps
         .iter()
         .zip(golden["steps"].as_array().unwrap())
