@@ -170,7 +170,7 @@ fn download(name: &str, revision: &str, hub: &HubOptions) -> Result<PathBuf, Str
     }
     if !is_usable(&dir) {
         return Err(failed(
-            &"it has no config.json with safetensors weights and a tokenizer.json",
+            &"the model there lacks a config.json, safetensors weights or a tokenizer.json",
         ));
     }
     if begun.as_ref() != Some(&dir) {

@@ -424,9 +424,17 @@ async fn a_row_without_usable_log_probs_is_refused_by_its_number() {
     let dataset = upload_rows(&client, dir.path(), &rows).await.name;
     let mut short = logged(job(&dataset, 1));
     short.batch.as_mut().unwrap().max_length = Some(longest(&client).await - 1);
-    let (_, message) = failure_of(&client, short).await;
+    let (_, message) = failure_of(&client, short.clone()).await;
     assert!(
         message.contains("truncated: max_length cuts ") && message.contains("raise max_length"),
+        "{message}"
+    );
+    // A job that would skip every row says why.
+    short.row_policy = pb::RowPolicy::Skip.into();
+    short.batch.as_mut().unwrap().max_length = Some(2);
+    let (_, message) = failure_of(&client, short).await;
+    assert!(
+        message.contains("no row left") && message.contains("raise max_length"),
         "{message}"
     );
 }

@@ -127,9 +127,12 @@ impl InputLoader {
         .await??;
         let (skipped, unused_logged) = bad;
         if train.is_empty() {
+            // The job fails before the skipped rows are stored, so its error names the first one.
+            let lines = skipped.lines();
+            let first = lines.first().map(String::as_str).unwrap_or_default();
             return Err(ServiceError::invalid(
                 "training_job.dataset",
-                "has no row left to train on",
+                format!("has no row left to train on: all have errors; the first: {first}"),
             ));
         }
         Ok(JobInputs {

@@ -71,13 +71,13 @@ impl Store {
                             // The listener has reconnected.
                             Ok(None) => on_notice(None),
                             Err(e) => {
-                                tracing::warn!(error = %e, "the database's notices cannot be read");
+                                warn_not_listening(&e);
                                 break;
                             }
                         }
                     }
                 }
-                Err(e) => tracing::warn!(error = %e, "the database's notices cannot be read"),
+                Err(e) => warn_not_listening(&e),
             }
             tokio::time::sleep(RECONNECT_DELAY).await;
         }
@@ -101,4 +101,11 @@ impl Store {
             state: JobState::parse(state)?,
         })
     }
+}
+
+fn warn_not_listening(e: &sqlx::Error) {
+    tracing::warn!(
+        error = %e,
+        "LISTEN on the database failed: changes by other replicas are noticed later"
+    );
 }
