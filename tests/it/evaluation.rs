@@ -269,7 +269,8 @@ async fn a_report_has_the_figures_of_the_scored_pairs() {
     let histogram = report.margins.as_ref().unwrap();
     assert_eq!(histogram.counts.iter().sum::<u64>(), 90);
 
-    // A hash of the prompt decides on the half; the numbers of each half say which.
+    // A hash of the prompt decides whether a pair is in the first half, with which the calibration
+    // is fitted, or in the second one, on which it is judged.
     let halves = [false, true].map(|wanted| -> Vec<CalibrationPoint> {
         (0..90)
             .filter(|i| {

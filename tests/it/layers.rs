@@ -324,7 +324,8 @@ fn foreign_crate(own: usize, path: &PathUse) -> Option<String> {
     };
     if (is("tonic") || is("prost")) && LAYERS[own] != "rpc" {
         return Some(
-            "only rpc uses the crates for gRPC and protobuf: use what rpc::client and rpc::pb offer"
+            "only rpc uses the crates for gRPC and protobuf: in cli, use rpc::client and rpc::pb; \
+             below rpc, define a type in that layer and convert it in rpc"
                 .into(),
         );
     }
