@@ -444,6 +444,7 @@ async fn new_keys_are_accepted_at_once_and_withdrawn_ones_are_soon_refused() {
         assert_eq!(answer.unwrap().unwrap_err().code(), Code::Unauthenticated);
     }
     let fetches = issuer.fetches() - before;
+    // The server waits at least 2 seconds between two fetches.
     let allowed = 2 + start.elapsed().as_secs() / 2;
     assert!(
         fetches <= allowed,

@@ -23,7 +23,8 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 /// Starts a server with a data folder, models and flags.
 type Start = Box<dyn Fn(&Path, &str, &[&str]) -> Server>;
 
-/// A server whose adapter folder holds one adapter, `x`, and the weights of another adapter.
+/// A server whose adapter folder holds one adapter, `x`. The field `other` has the weights of
+/// another adapter.
 pub struct Adapters {
     start: Start,
     data: TempDir,

@@ -743,16 +743,14 @@ fn the_seeds_draw_every_variant() {
         attention(c, &|a| a.rope == Some(0)) && attention(c, &|a| a.rope == Some(1))
     });
     for is_scaled in [false, true] {
-        any(
-            "queries with and without a scale of their positions",
-            &|c| {
-                let ropes = &c.base.config.spec.ropes;
-                attention(c, &|a| {
-                    a.rope
-                        .is_some_and(|rope| ropes[rope].query_scaling.is_some() == is_scaled)
-                })
-            },
-        );
+        let what = format!("queries with a scale of their positions: {is_scaled}");
+        any(&what, &|c| {
+            let ropes = &c.base.config.spec.ropes;
+            attention(c, &|a| {
+                a.rope
+                    .is_some_and(|rope| ropes[rope].query_scaling.is_some() == is_scaled)
+            })
+        });
     }
     any("blocks of which some are not rotated", &|c| {
         attention(c, &|a| a.rope.is_none()) && attention(c, &|a| a.rope.is_some())
@@ -765,7 +763,8 @@ fn the_seeds_draw_every_variant() {
             let FeedForward::Gated { activation, .. } = b.feed_forward;
             activation == wanted
         };
-        any("an activation", &|c| blocks(c).iter().any(is));
+        let what = format!("the activation {wanted:?}");
+        any(&what, &|c| blocks(c).iter().any(is));
     }
     for both in [false, true] {
         let is = |b: &BlockSpec| {
@@ -775,7 +774,8 @@ fn the_seeds_draw_every_variant() {
                     if both { Norms::PreAndPost } else { Norms::Pre },
                 ]
         };
-        any("norms on outputs", &|c| blocks(c).iter().any(is));
+        let what = format!("norms on the outputs of both parts: {both}");
+        any(&what, &|c| blocks(c).iter().any(is));
     }
     any("a soft-cap on scores", &|c| {
         attention(c, &|a| a.softcap.is_some())
@@ -784,7 +784,8 @@ fn the_seeds_draw_every_variant() {
         attention(c, &|a| a.softcap.is_none())
     });
     for is_trained in [false, true] {
-        any("a soft-cap on the logits", &|c| {
+        let what = format!("a soft-cap on the logits, full fine-tune: {is_trained}");
+        any(&what, &|c| {
             c.base.config.spec.logit_softcap.is_some() && c.adapter.is_none() == is_trained
         });
     }
@@ -794,10 +795,10 @@ fn the_seeds_draw_every_variant() {
     let rope =
         |case: &Case, is: &dyn Fn(&RopeConfig) -> bool| case.base.config.spec.ropes.iter().any(is);
     for pairs in [RotaryPairs::Halves, RotaryPairs::Interleaved] {
-        any("a rotation of all dimensions", &|c| {
+        any(&format!("a rotation of all dimensions, {pairs:?}"), &|c| {
             rope(c, &|r| r.pairs == pairs && r.dims.is_none())
         });
-        any("a rotation of some dimensions", &|c| {
+        any(&format!("a rotation of some dimensions, {pairs:?}"), &|c| {
             rope(c, &|r| r.pairs == pairs && r.dims.is_some())
         });
     }
@@ -821,11 +822,13 @@ fn the_seeds_draw_every_variant() {
             .any(|found| found.iter().any(|class| *class != found[0]))
     });
     for is_trained in [false, true] {
-        any("fused queries, keys and values", &|c| {
+        let what = format!("fused queries, keys and values, full fine-tune: {is_trained}");
+        any(&what, &|c| {
             c.adapter.is_none() == is_trained
                 && attention(c, &|a| a.projections == Projections::Fused)
         });
-        any("fused gate and up", &|c| {
+        let what = format!("fused gate and up, full fine-tune: {is_trained}");
+        any(&what, &|c| {
             c.adapter.is_none() == is_trained && blocks(c).iter().any(BlockSpec::fuses_gate_up)
         });
     }
@@ -841,7 +844,8 @@ fn the_seeds_draw_every_variant() {
         c.base.config.spec.logit_factor != 1.0
     });
     for has_norm in [false, true] {
-        any("outputs with a factor", &|c| {
+        let what = format!("outputs with a factor, normed: {has_norm}");
+        any(&what, &|c| {
             blocks(c)
                 .iter()
                 .any(|b| b.output_factor != 1.0 && b.mixer_norms.has_post() == has_norm)

@@ -736,6 +736,7 @@ async fn a_stream_ends_at_its_deadline() {
     .await;
 }
 
+/// A page in a browser tries DNS rebinding: its own host name stands for the server's address.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_page_cannot_point_its_own_name_at_a_server_without_tokens() {
     let dir = tempfile::tempdir().unwrap();

@@ -465,7 +465,7 @@ async fn columns_are_mapped_and_logged_log_probs_are_not_used() {
         ("rejected", "chosen"),
     ];
     let mut lines = renamed(&all, &names);
-    // Log-probs of another tool, with which both models would not be asked.
+    // Log-probs of another tool. If they were used, neither model would be asked.
     for row in &mut lines {
         for column in ["ref_chosen_logps", "ref_rejected_logps"] {
             row[column] = json!(-1.0);

@@ -47,7 +47,8 @@ impl Drop for Running {
 struct ClonedRepository {
     folder: PathBuf,
     port: u16,
-    /// Lines that set variables. Blocks of the page share a terminal, here each has a shell.
+    /// Lines that set variables. The lines of a page share a terminal. Here each line has a shell
+    /// of its own, so a `cd` or a loop over several lines does not work in a page.
     variables: Vec<String>,
 }
 

@@ -121,8 +121,8 @@ async fn an_owner_sees_its_own_work_and_an_administrator_all() {
     }
 }
 
-/// The device ends the batch that it computes when the server begins to drain. Its clients get
-/// their scores, so that the work is theirs.
+/// The device finishes the batch that it is computing when the server begins to drain. Its clients
+/// get their scores, so the work is counted as theirs.
 #[tokio::test(flavor = "multi_thread")]
 async fn work_that_ends_while_the_server_drains_is_counted() {
     let dir = tempfile::tempdir().unwrap();

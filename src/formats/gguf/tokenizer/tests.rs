@@ -36,8 +36,10 @@ fn json(path: &Path) -> Value {
 
 /// Returns tokenizer.json and tokenizer_config.json of a real model.
 pub(super) fn real(name: &str) -> (Value, Value) {
-    let tokenizers = std::env::var("BRADLEY_TEST_TOKENIZERS")
-        .expect("BRADLEY_TEST_TOKENIZERS: `.ci/run setup` prints it");
+    let tokenizers = std::env::var("BRADLEY_TEST_TOKENIZERS").expect(
+        "this test needs the environment variable BRADLEY_TEST_TOKENIZERS: `.ci/run setup` \
+         fetches the tokenizers and prints it",
+    );
     let folder = PathBuf::from(tokenizers).join(name);
     let [file, config] =
         ["tokenizer.json", "tokenizer_config.json"].map(|file| json(&folder.join(file)));

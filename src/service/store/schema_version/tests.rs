@@ -5,7 +5,8 @@ use std::path::Path;
 use super::super::{Store, StoreOptions};
 use super::*;
 
-/// The first migration with the table, in SQLite and in PostgreSQL.
+/// The migration that creates the table `migration_readers`, in SQLite and in PostgreSQL. It and
+/// every later one must insert its row there.
 const FIRST: [(&str, i64); 2] = [("sqlite", 6), ("postgres", 4)];
 
 fn reader(migration: i64, reader: i64, release: &str) -> (i64, i64, String) {
