@@ -415,7 +415,10 @@ impl DpoConfig {
         {
             out.push(
                 format!("{field}.f_alpha"),
-                "must be finite and differ from 1 (use reverse_kl or forward_kl for the limits)",
+                format!(
+                    "is {alpha}: it must be a finite number other than 1; for the limit at 1 set \
+                     f_divergence to reverse_kl"
+                ),
             );
         }
         out.positive(format!("{field}.discopop_tau"), self.discopop_tau);

@@ -480,7 +480,7 @@ pub enum EngineError {
         waited: Duration,
     },
     /// The list of generation requests that wait for a device is full.
-    #[error("{limit} requests already wait for their prompts to be continued: retry later")]
+    #[error("{limit} generation requests already wait for a device of this server: retry later")]
     TooManyGenerations {
         /// Maximum number of requests that may wait.
         limit: usize,

@@ -931,7 +931,7 @@ impl Admitted {
         let tokens = item.tokens() as u64;
         let scored = session.score(item).await.map_err(|e| match e {
             ScoreError::Engine(e @ EngineError::RowTooLong { .. }) => {
-                ServiceError::invalid(field, e.to_string())
+                ServiceError::invalid(field, format!("is too long: {e}"))
             }
             ScoreError::Engine(e) => e.into(),
             ScoreError::Service(e) => e,
