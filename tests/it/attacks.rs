@@ -119,11 +119,12 @@ fn losses(names: impl IntoIterator<Item = impl Into<String>>) -> Vec<pb::Weighte
 
 /// Returns the peak memory of a process, in KiB.
 pub fn peak_kib(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the server lives");
+    let status =
+        std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the server has ended");
     let line = status
         .lines()
         .find(|l| l.starts_with("VmHWM:"))
-        .expect("the server lives");
+        .expect("the server has ended");
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
@@ -453,7 +454,7 @@ async fn flood(server: &Server, number: usize) -> JoinSet<std::io::Result<()>> {
 /// Returns the number of files that a process has open.
 fn descriptors(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd"))
-        .expect("the server lives")
+        .expect("the server has ended")
         .count()
 }
 

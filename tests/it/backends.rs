@@ -112,7 +112,10 @@ impl Postgres {
                 .split_whitespace()
                 .map(|pid| pid.parse::<u32>().unwrap()),
         );
-        assert!(processes.len() > 1, "it has a process for each connection");
+        assert!(
+            processes.len() > 1,
+            "PostgreSQL has no process for a connection"
+        );
         for process in &processes {
             signal(*process, libc::SIGSTOP);
         }

@@ -365,7 +365,7 @@ impl Campaign {
         }
         let job = tokio::time::timeout(LIMIT, creation)
             .await
-            .expect("the job is acknowledged")
+            .expect("the job is not acknowledged")
             .unwrap();
         self.tally.jobs_acknowledged += 1;
         let following = tokio::spawn(follow(fleet.addresses.clone(), job.clone()));
@@ -406,7 +406,7 @@ impl Campaign {
                         .training()
                         .estimate_training_job(request)
                         .await
-                        .expect("the dataset is there");
+                        .expect("the estimate for the new dataset fails");
                     self.tally.uploads_present += 1;
                 }
             }

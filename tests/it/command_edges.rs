@@ -785,7 +785,7 @@ async fn a_list_of_jobs_says_which_server_runs_each_and_the_age_of_its_newest_ev
     assert!(newest.is_some());
     let follow = client.follow(&name, 0, |event| event.time != newest);
     let followed = tokio::time::timeout(Duration::from_secs(60), follow).await;
-    followed.expect("an event has that time").unwrap();
+    followed.expect("no event has that time").unwrap();
     let by_name = [&list[..], &["--columns", "name,heard,last event"]].concat();
     assert!(succeed(&by_name).contains("heard"));
     let request = pb::CancelTrainingJobRequest { name: name.clone() };

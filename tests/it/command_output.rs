@@ -231,7 +231,7 @@ fn every_format_has_the_whole_job_and_a_short_name_suffices() {
     }
     assert!(
         view.contains(title),
-        "without a terminal nothing is cut:\n{view}"
+        "the title is cut although there is no terminal:\n{view}"
     );
 
     // Comparison.

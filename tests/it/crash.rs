@@ -38,7 +38,7 @@ async fn events_until(
     });
     tokio::time::timeout(Duration::from_secs(60), follow)
         .await
-        .expect("events come")
+        .expect("the event does not come")
         .unwrap();
     seen
 }
@@ -57,7 +57,7 @@ fn leave_checkpoint_without_row(data_dir: &Path, name: &str, step: u64) {
     let steps = std::fs::read_dir(&folder)
         .unwrap()
         .filter_map(|e| e.unwrap().file_name().to_str()?.parse::<u64>().ok());
-    let newest = steps.max().expect("a checkpoint was written");
+    let newest = steps.max().expect("no checkpoint was written");
     let (from, to) = (
         folder.join(newest.to_string()),
         folder.join(step.to_string()),

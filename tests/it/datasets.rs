@@ -221,7 +221,7 @@ async fn damaged_parquet_files_get_an_answer() {
         std::fs::write(&file, bytes).unwrap();
         match tokio::time::timeout(Duration::from_secs(150), upload(&server, &file))
             .await
-            .expect("an upload is answered")
+            .expect("an upload is not answered")
         {
             Ok(_) => accepted += 1,
             Err(ClientError::Refused(e)) => {

@@ -134,7 +134,10 @@ async fn a_file_declares_tokens_and_takes_them_back() {
     .await;
     assert!(call(&server, &b).await.is_ok());
     let of_c = server.client_with(&c).await;
-    assert!(try_get(&of_c, &name).await.is_ok(), "the same owner");
+    assert!(
+        try_get(&of_c, &name).await.is_ok(),
+        "a new token of the owner does not reach its job"
+    );
     let ended = async {
         loop {
             match open.message().await {
@@ -145,7 +148,10 @@ async fn a_file_declares_tokens_and_takes_them_back() {
         }
     };
     let ended = tokio::time::timeout(Duration::from_secs(30), ended).await;
-    assert_eq!(ended.expect("the stream ends"), Some(Code::Unauthenticated));
+    assert_eq!(
+        ended.expect("the stream does not end"),
+        Some(Code::Unauthenticated)
+    );
     assert_eq!(server.metric("bradley_declared_tokens "), Some(2.0));
 
     // An expired entry is refused, and a file that is gone takes nothing back. The server looks at

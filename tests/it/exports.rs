@@ -99,7 +99,8 @@ async fn two_precisions(dir: &Path) -> [(Server, Client, String); 2] {
         let dataset = upload(&client, "pairs.jsonl").await.name;
         made.push((server, client, dataset));
     }
-    made.try_into().unwrap_or_else(|_| panic!("two servers"))
+    made.try_into()
+        .unwrap_or_else(|_| panic!("not two servers"))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -134,7 +135,7 @@ async fn a_full_fine_tune_in_f32_is_the_same_on_a_bf16_server_bit_for_bit() {
         let weights = std::fs::read(out.join("model.safetensors")).unwrap();
         assert!(
             weights == std::fs::read(checkpoint).unwrap(),
-            "the export of the f32 base is the checkpoint's file"
+            "the export of the f32 base is not the checkpoint's file"
         );
         exported.push(weights);
     }
@@ -142,7 +143,7 @@ async fn a_full_fine_tune_in_f32_is_the_same_on_a_bf16_server_bit_for_bit() {
     assert_eq!(trained[0], trained[1], "12 steps from the base model");
     assert_eq!(continued[0], continued[1], "3 steps from its checkpoint");
     assert_eq!(lora[0], lora[1], "LoRA in f32");
-    assert!(exported[0] == exported[1], "the exported weights");
+    assert!(exported[0] == exported[1], "the exported weights differ");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -187,7 +188,7 @@ async fn jobs_whose_model_files_are_gone_or_changed_wait_for_them() {
         let counter = r#"bradley_jobs_waiting_total{reason="model_files_changed"}"#;
         assert!(
             metrics.contains(counter) && !metrics.contains(&format!("{counter} 0")),
-            "a metric counts the waiting job"
+            "no metric counts the waiting job"
         );
         let merged = pb::ExportCheckpointRequest {
             name: format!("{other}/checkpoints/latest"),
@@ -314,7 +315,7 @@ async fn exports_loaded_in_transformers_and_peft_score_as_the_service_does() {
 fn chosen_answers(served: &pb::ScorePairsResponse) -> Vec<serde_json::Value> {
     let text = |t: &Text| match t {
         Text::Chat(messages) => json!(messages),
-        Text::Plain(_) => panic!("a chat row"),
+        Text::Plain(_) => panic!("not a chat row"),
     };
     rows("pairs.jsonl")
         .iter()

@@ -858,7 +858,7 @@ fn an_olmo_3_is_read_as_transformers_4_and_5_write_it() {
         assert_eq!(attention.rope, Some(usize::from(slides)), "layer {layer}");
     }
     let [full, sliding] = &config.spec.ropes[..] else {
-        panic!("two sets of frequencies");
+        panic!("not two sets of frequencies");
     };
     assert!(matches!(
         full.scaling,

@@ -73,7 +73,10 @@ fn a_server_that_cannot_start_names_the_setting_and_the_remedy() {
     ];
     let words = ["error: tls_cert /nowhere/x.pem: No such"];
     let said = refused(dir, &files, 2, &words);
-    assert!(!said.contains("model opened"), "TLS comes first: {said}");
+    assert!(
+        !said.contains("model opened"),
+        "a model was opened before the TLS files were checked: {said}"
+    );
     let [cert, key] = ["a.pem", "b.key"].map(|name| dir.join(name));
     for (path, is_certificate) in [(&cert, true), (&key, false)] {
         // Each of the files belongs to another pair.

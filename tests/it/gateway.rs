@@ -262,7 +262,7 @@ impl Load {
     async fn end(self) -> usize {
         self.stop.store(true, Ordering::Relaxed);
         for client in self.clients {
-            client.await.expect("no request failed");
+            client.await.expect("a request failed");
         }
         self.answered.load(Ordering::Relaxed)
     }
@@ -307,7 +307,7 @@ async fn both_replicas_are_replaced_in_turn_and_no_request_fails() {
         load.wait_for_more(100).await;
         assert!(
             !is_final(state(&client, &name).await),
-            "the job runs while replicas are replaced"
+            "the job ended before the replicas were replaced"
         );
         let mut old = replicas.remove(0);
         envoy.set_replicas(&[&replicas[0], &added]);

@@ -324,7 +324,10 @@ async fn clients_that_vanish_leave_nothing_behind_and_a_stopping_server_says_so(
     });
     let status = server.terminate(Duration::from_secs(60));
     assert!(status.success(), "{status}");
-    let e = reading.await.unwrap().expect("the text had not ended");
+    let e = reading
+        .await
+        .unwrap()
+        .expect("the text ended before the server stopped");
     assert_eq!(e.code(), Code::Unavailable, "{e}");
     assert_eq!(reason(&e), "DRAINING");
 }
@@ -372,7 +375,10 @@ async fn a_running_job_and_its_checkpoint_generate_while_it_trains() {
         .unwrap();
     assert_eq!(last.policy_version, format!("{name}/checkpoints/3"));
     assert_ne!(stored[0], alone[0]);
-    assert!(!is_final(state(&client, &name).await), "it still trains");
+    assert!(
+        !is_final(state(&client, &name).await),
+        "the job ended too early"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

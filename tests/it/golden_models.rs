@@ -395,7 +395,7 @@ fn adapters_that_share_rows_score_as_each_alone_bit_for_bit() {
             }
             assert_ne!(
                 together[0], together[1],
-                "{name}: the adapters do something"
+                "{name}: an adapter changes no log-prob"
             );
         }
     }

@@ -34,7 +34,7 @@ fn dialogues_render_as_transformers_renders_them() {
         for row in rows("pairs.jsonl") {
             let e = &expected[name][row.id.as_deref().unwrap()];
             let (Text::Chat(prompt), Text::Chat(chosen)) = (&row.prompt, &row.chosen) else {
-                panic!("a chat row")
+                panic!("not a chat row")
             };
             assert_eq!(
                 tokenizer

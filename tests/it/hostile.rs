@@ -355,7 +355,7 @@ async fn hostile_messages_and_files_get_a_reason_and_change_nothing() {
         );
         match tokio::time::timeout(Duration::from_secs(30), sent)
             .await
-            .expect("an upload is answered")
+            .expect("an upload is not answered")
         {
             Ok(d) => {
                 client

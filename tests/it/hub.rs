@@ -255,7 +255,7 @@ async fn an_interrupted_download_continues_at_its_commit() {
             .tokenizer
             .eos_token()
             .is_none(),
-        "offline, the incomplete cache is used as it is"
+        "offline, the incomplete cache is not used as it is"
     );
 
     // The download continues at its own commit, although the branch has moved.

@@ -419,7 +419,10 @@ async fn new_keys_are_accepted_at_once_and_withdrawn_ones_are_soon_refused() {
     until_accepted(&server, &of(&old, "a")).await;
 
     issuer.publish(&[&old, &new]);
-    assert!(call(&server, &of(&new, "a")).await.is_ok(), "at once");
+    assert!(
+        call(&server, &of(&new, "a")).await.is_ok(),
+        "a new key is not accepted at once"
+    );
     assert!(call(&server, &of(&old, "b")).await.is_ok());
 
     // Callers with unknown keys cannot make the server ask the issuer all the time.
@@ -483,7 +486,7 @@ async fn while_the_issuer_is_away_the_last_keys_are_used_for_a_while() {
     assert!(!refused.message().contains("127.0.0.1"), "{refused:?}");
     assert!(
         call(&server, &own).await.is_ok(),
-        "our own tokens need no issuer"
+        "our own tokens are refused without the issuer"
     );
     assert!(server.has_logged("the keys of the OIDC issuer cannot be fetched"));
     assert_eq!(metric(&server, "bradley_oidc_up"), 0.0);
@@ -553,7 +556,10 @@ async fn open_calls_end_with_their_token() {
         }
     };
     let ended = tokio::time::timeout(Duration::from_secs(60), ended).await;
-    assert_eq!(ended.expect("the stream ends"), Some(Code::Unauthenticated));
+    assert_eq!(
+        ended.expect("the stream does not end"),
+        Some(Code::Unauthenticated)
+    );
     let refused = call(&server, &ending).await.unwrap_err();
     assert!(refused.message().contains("has expired"), "{refused:?}");
     assert!(try_get(&lasting, &name).await.is_ok());

@@ -131,7 +131,7 @@ async fn open_calls_end_when_their_token_loses_a_role() {
         }
     })
     .await
-    .expect("the stream ends");
+    .expect("the stream does not end");
     assert_eq!(end.code(), Code::Unauthenticated);
     let get = pb::GetTrainingJobRequest { name };
     let refused = client.training().get_training_job(get).await.unwrap_err();

@@ -521,7 +521,7 @@ async fn jobs_and_scores_wait_until_a_changed_reference_is_back() {
     let mut server = Server::start_with(data.path(), &alone, &["--lease", "2"]);
     let client = server.client().await;
     let Err(status) = score_against(&client, &latest(&undisturbed), "").await else {
-        panic!("there is no models/b")
+        panic!("there are scores without models/b")
     };
     assert_eq!(
         (status.code(), reason(&status).as_str()),

@@ -227,7 +227,7 @@ async fn a_frozen_worker_writes_nothing_after_its_lease_was_taken() {
     let follow = client_b.follow(&name, 0, |e| step_of(&e).is_none_or(|step| step < 25));
     tokio::time::timeout(Duration::from_secs(60), follow)
         .await
-        .expect("events come")
+        .expect("the event does not come")
         .unwrap();
     signal(a.pid(), libc::SIGSTOP);
     let events = finish(&client_b, &name).await;
@@ -364,7 +364,7 @@ async fn a_run_waits_for_its_database_and_its_artifact_store() {
         let follow = client.follow(&name, 0, |e| step_of(&e).is_none_or(|s| s < step));
         tokio::time::timeout(Duration::from_secs(60), follow)
             .await
-            .expect("events come")
+            .expect("the event does not come")
             .unwrap();
     };
     reaches(15).await;
@@ -431,7 +431,7 @@ async fn a_job_waits_for_a_lost_checkpoint_and_fetches_a_damaged_copy_again() {
     );
     tokio::time::timeout(Duration::from_secs(60), follow)
         .await
-        .expect("events come")
+        .expect("the event does not come")
         .unwrap();
     // A killed run may leave an unacknowledged folder; a paused run leaves none.
     client

@@ -293,7 +293,7 @@ async fn a_job_is_submitted_watched_and_scored_with() {
     let policy = format!("{name}/checkpoints/latest");
     let text = |m: &pb::Text| {
         let Some(pb::text::Form::Chat(list)) = &m.form else {
-            panic!("a chat")
+            panic!("not a chat row")
         };
         let messages: Vec<Value> = list
             .messages
@@ -875,7 +875,7 @@ async fn a_server_without_rest_speaks_grpc_only() {
     assert!(server.client().await.health().await.unwrap());
     assert!(
         server.http_get("/v1/models").starts_with("HTTP/1.1 404"),
-        "not on the other port"
+        "the other port answers REST requests"
     );
 }
 

@@ -52,7 +52,10 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     );
 
     let nobody = server.client().await;
-    assert!(nobody.health().await.unwrap(), "probes need no token");
+    assert!(
+        nobody.health().await.unwrap(),
+        "a probe without a token fails"
+    );
     let refused = nobody
         .models()
         .list_models(pb::ListModelsRequest {})
@@ -175,7 +178,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     );
     assert!(
         admin.scoring().score_pairs(request).await.is_ok(),
-        "an administrator may do everything"
+        "an administrator is refused"
     );
     assert!(try_get(&admin, &name).await.is_ok());
     assert_eq!(
@@ -226,7 +229,7 @@ async fn tokens_roles_and_owners_decide_who_may_do_what() {
     );
     let ended = tokio::time::timeout(Duration::from_secs(30), ended)
         .await
-        .expect("the stream ends")
+        .expect("the stream does not end")
         .unwrap();
     assert_eq!(ended, Some(Code::Unauthenticated));
     admin
@@ -779,14 +782,20 @@ async fn tls_needs_client_certificates_and_reloads_changed_files() {
         Ok::<Client, ClientError>(client)
     };
     let client = connect(Some("client")).await.unwrap();
-    assert!(connect(None).await.is_err(), "without a certificate");
+    assert!(
+        connect(None).await.is_err(),
+        "a client without a certificate is accepted"
+    );
     assert!(
         connect(Some("stranger")).await.is_err(),
-        "with another authority's certificate"
+        "a certificate of another authority is accepted"
     );
     let plain = Client::connect(&Target::plain(&tls.server.address), CONNECT_LIMIT).await;
     if let Ok(plain) = plain {
-        assert!(plain.health().await.is_err(), "without TLS");
+        assert!(
+            plain.health().await.is_err(),
+            "a client without TLS is accepted"
+        );
     }
 
     // Damaged files change nothing; new ones are used for new connections while old ones continue.

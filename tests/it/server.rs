@@ -117,7 +117,7 @@ impl Server {
         });
         let (address, http) = addresses
             .recv_timeout(Duration::from_secs(120))
-            .expect("the server starts");
+            .expect("the server does not start");
         Server {
             child,
             address: format!("http://{address}"),
@@ -330,7 +330,7 @@ pub async fn finish(client: &Client, job: &str) -> Vec<pb::TrainingEvent> {
     });
     tokio::time::timeout(Duration::from_secs(300), all)
         .await
-        .expect("the job ends")
+        .expect("the job does not end")
         .unwrap();
     events
 }
@@ -360,7 +360,7 @@ pub fn is_final(state: pb::JobState) -> bool {
 pub fn pairs() -> Vec<pb::Pair> {
     let text = |t: &bradley::domain::dataset::Text| {
         let bradley::domain::dataset::Text::Chat(messages) = t else {
-            panic!("a chat row")
+            panic!("not a chat row")
         };
         let messages = messages
             .iter()
@@ -432,7 +432,7 @@ pub fn scored(result: &pb::PairResult) -> &pb::PairScore {
 pub async fn until_event(client: &Client, name: &str, enough: impl Fn(&Event) -> bool) {
     let follow = client.follow(name, 0, |e| !e.event.as_ref().is_some_and(&enough));
     let followed = tokio::time::timeout(Duration::from_secs(180), follow).await;
-    followed.expect("the event comes").unwrap();
+    followed.expect("the event does not come").unwrap();
 }
 
 /// Returns true if an event reports the step `from` or a later one.

@@ -628,7 +628,7 @@ async fn scoring_is_answered_while_a_job_trains_and_the_job_makes_progress() {
         let live = score(&client, &latest, pairs());
         let live = tokio::time::timeout(Duration::from_secs(30), live)
             .await
-            .expect("scoring is answered");
+            .expect("scoring is not answered");
         assert_eq!(live.results.iter().map(scored).count(), 6);
         let shown = get(&client, &name).await;
         steps.push(shown.progress.unwrap().step);

@@ -74,7 +74,7 @@ fn tokens_log_probs_and_a_full_fine_tune_are_those_of_transformers_and_trl() {
         .enumerate()
     {
         let Text::Chat(prompt) = &rows[i].prompt else {
-            panic!("a chat row")
+            panic!("not a chat row")
         };
         assert_eq!(
             tokenizer

@@ -631,7 +631,7 @@ async fn a_job_whose_ttl_was_cleared_is_not_deleted() {
     proxy.set(Fault::None);
     let still = try_get(&client, kept)
         .await
-        .expect("the job whose ttl was cleared is there");
+        .expect("the job whose ttl was cleared is gone");
     assert_eq!((still.state(), still.ttl), (pb::JobState::Succeeded, None));
     assert_eq!(objects(kept), of_kept, "some of its objects were deleted");
     assert!(!adapter(&client, kept).await.is_empty());

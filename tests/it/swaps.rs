@@ -302,6 +302,6 @@ async fn an_adapter_that_is_overwritten_between_replicas_does_not_change_earlier
     let first = f64::from_bits(succeed(&client, &new).await[&1]);
     assert!(
         (first - UNDECIDED).abs() < 1e-6,
-        "a new job is measured against the new adapter: {first}"
+        "a new job is not measured against the new adapter: {first}"
     );
 }

@@ -286,7 +286,7 @@ fn the_template_named_tool_use_is_used_for_dialogues_with_tools() {
     let with_one = ChatTokenizer::from_folder(&folder).unwrap().template_hash();
     assert_ne!(
         with_one, with_two,
-        "dialogues with tools have other tokens without their template"
+        "the template for tools is not part of the hash"
     );
     // With one template the hash is that of its text.
     assert_eq!(with_one, blake3::hash(b"default").to_hex().to_string());

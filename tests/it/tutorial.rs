@@ -153,7 +153,10 @@ impl Reader {
     fn line(&mut self, line: String) -> String {
         let mut changed = line.clone();
         if line.contains(JOB) {
-            let job = self.job.as_ref().expect("the job is trained before");
+            let job = self
+                .job
+                .as_ref()
+                .expect("no job was trained before this line");
             changed = changed.replace(JOB, job);
         }
         let model = match line.starts_with("bradley serve ") {

@@ -35,7 +35,10 @@ async fn an_owner_sees_its_own_work_and_an_administrator_all() {
     let b = create_token(dir.path(), "team-b", "score");
     let ops = create_token(dir.path(), "ops", "admin");
     let mut server = serve(dir.path());
-    assert!(usage(&server, &a, &[]).is_empty(), "nothing was done yet");
+    assert!(
+        usage(&server, &a, &[]).is_empty(),
+        "there is usage before any work"
+    );
 
     let of_a = server.client_with(&a).await;
     let n = pairs().len() as u64;
