@@ -415,7 +415,8 @@ fn model(source: &str, hub: &HubOptions) -> (CheckStatus, String) {
         Err(ModelError::NotFound { .. })
             if !is_local && !hub.offline && is_hub_id(hub_name(source)) =>
         {
-            let detail = "is not in the cache as a whole: bradley serve downloads it";
+            let detail = "is no folder or file here, and not in the cache as a whole: bradley \
+                          serve asks the hub for it";
             (CheckStatus::Warning, format!("{source} {detail}"))
         }
         Err(e) => (CheckStatus::Failed, e.to_string()),

@@ -658,7 +658,8 @@ pub const JOB_FLAGS: &[JobFlag] = &[
         RUN,
         U32,
         "0",
-        "Evaluations without improvement after which the job ends early; 0 turns this off.",
+        "Evaluations without improvement after which the job ends early; 0 turns this off. Set \
+         --eval-steps, too: without it the job never ends early.",
     ),
     flag(
         "metric-for-best",

@@ -85,7 +85,7 @@ pub fn locate(source: &str, hub: &HubOptions) -> Result<Located, ModelError> {
     }
     download(name, revision, hub)
         .map(Located::Folder)
-        .map_err(not_found)
+        .map_err(|tried| not_found(format!("a folder or file of that name (none), {tried}")))
 }
 
 /// File in a snapshot's folder that lists the files of a completed download.
