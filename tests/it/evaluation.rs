@@ -69,7 +69,7 @@ async fn evaluate(
             Part::Report(found) => report = Some(found),
         }
     }
-    Ok((progress, report.expect("a report")))
+    Ok((progress, report.expect("no report")))
 }
 
 fn write_rows(file: &Path, rows: &[Value]) {
@@ -155,7 +155,7 @@ async fn score_rows_with(
 fn check_rate(got: Option<&pb::WinRate>, differences: impl Iterator<Item = f64>) {
     let mut wins = Wins::default();
     differences.for_each(|d| wins.add(d));
-    let got = got.expect("a rate");
+    let got = got.expect("no win rate");
     let (lower, upper) = wins.interval().unwrap();
     assert_eq!(
         (got.count, got.share, got.lower, got.upper),
@@ -165,7 +165,7 @@ fn check_rate(got: Option<&pb::WinRate>, differences: impl Iterator<Item = f64>)
 
 fn check_probability(got: Option<&pb::ProbabilityReport>, margins: &[f64], bins: usize) {
     let (got, expected) = (
-        got.expect("scores"),
+        got.expect("no probability report"),
         probability_scores(margins, bins).unwrap(),
     );
     assert_eq!(

@@ -146,7 +146,7 @@ fn gradients(
 fn without_effect(spec: &ModelSpec, tensor: &str) -> Option<String> {
     let module = tensor.strip_suffix("k_proj.bias")?;
     let block = module.split('.').find_map(|part| part.parse().ok());
-    let block: usize = block.expect("the name of a block's tensor has the block's number");
+    let block: usize = block.expect("the tensor's name has no block number");
     spec.blocks[block]
         .attention()
         .rope

@@ -64,7 +64,7 @@ async fn receive(
         }
         last = Some(response);
     }
-    Ok((samples, last.expect("there is a response")))
+    Ok((samples, last.expect("there is no response")))
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -64,7 +64,7 @@ async fn a_download_ends_when_its_token_is_revoked() {
     };
     let answer = client.checkpoints().download_checkpoint(request).await;
     let mut parts = answer.unwrap().into_inner();
-    parts.message().await.unwrap().expect("the first file");
+    parts.message().await.unwrap().expect("no file came");
 
     let id = made["id"].as_str().unwrap();
     bradley(&["tokens", "revoke", id, "--data-dir", folder]);
@@ -119,7 +119,7 @@ async fn open_calls_end_when_their_token_loses_a_role() {
     };
     let answer = client.training().stream_training_events(request).await;
     let mut events = answer.unwrap().into_inner();
-    events.message().await.unwrap().expect("the first event");
+    events.message().await.unwrap().expect("no event came");
     declare("score");
     let end: Status = tokio::time::timeout(NOTICED, async {
         loop {
@@ -171,7 +171,7 @@ async fn every_answer_has_the_callers_id_or_one_of_its_own() {
         };
         let id = metadata
             .get("x-request-id")
-            .expect("an id")
+            .expect("the answer has no id")
             .to_str()
             .unwrap()
             .to_owned();

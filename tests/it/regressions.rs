@@ -285,7 +285,7 @@ async fn a_repeated_request_copies_no_adapter() {
     };
     create(&it.client, another)
         .await
-        .expect_err("another request has to copy it");
+        .expect_err("a job is created although its adapter cannot be copied");
     // The folder of the refused job is deleted, too.
     let folders = std::fs::read_dir(it.dir.path().join("jobs"))
         .unwrap()

@@ -223,7 +223,7 @@ async fn a_job_is_submitted_watched_and_scored_with() {
     let mut stream = event_stream(&server, &name, None).send().await.unwrap();
     assert_eq!(stream.headers()["content-type"], "text/event-stream");
     while received.events.len() < 2 {
-        received.add(&stream.chunk().await.unwrap().expect("more events"));
+        received.add(&stream.chunk().await.unwrap().expect("the stream ended"));
     }
     drop(stream);
     received.text.clear();
@@ -268,7 +268,7 @@ async fn a_job_is_submitted_watched_and_scored_with() {
     .await;
     assert_eq!(lines.headers["content-type"], "application/x-ndjson");
     let Value::String(lines) = lines.body else {
-        panic!("there is only one line")
+        panic!("the body is not text of several lines")
     };
     let sequences: Vec<Value> = lines
         .lines()
@@ -645,7 +645,7 @@ async fn streams_end_when_their_client_leaves_and_when_the_server_stops() {
     let mut open = Vec::new();
     for _ in 0..5 {
         let mut stream = event_stream(&server, &name, None).send().await.unwrap();
-        stream.chunk().await.unwrap().expect("an event");
+        stream.chunk().await.unwrap().expect("no event");
         open.push(stream);
     }
     assert!(streams(&server) >= Some(5.0), "{}", server.metrics());
@@ -666,7 +666,7 @@ async fn streams_end_when_their_client_leaves_and_when_the_server_stops() {
     let status = tokio::task::block_in_place(|| server.terminate(Duration::from_secs(40)));
     assert!(status.success());
     let reading = reading.await.unwrap();
-    let (id, event, data) = reading.expect("a last event");
+    let (id, event, data) = reading.expect("no last event");
     assert_eq!((id, event.as_str()), (None, "status"), "{data}");
     assert_eq!(reason(&data), "DRAINING");
 }
@@ -699,7 +699,7 @@ async fn a_stream_ends_at_its_deadline() {
     while let Some(bytes) = events.chunk().await.unwrap() {
         received.add(&bytes);
     }
-    let (id, event, data) = received.events.pop().expect("a last event");
+    let (id, event, data) = received.events.pop().expect("no last event");
     assert_eq!((id, event.as_str()), (None, "status"), "{data}");
     assert_eq!(reason(&data), "DEADLINE_EXCEEDED");
 
@@ -721,11 +721,11 @@ async fn a_stream_ends_at_its_deadline() {
         .await
         .unwrap()
         .into_inner();
-    events.message().await.unwrap().expect("an event");
+    events.message().await.unwrap().expect("no event");
     let late = loop {
         match events.message().await {
             Ok(Some(_)) => {}
-            ended => break ended.expect_err("the stream ends with an error"),
+            ended => break ended.expect_err("the stream ended without an error"),
         }
     };
     assert_eq!(late.code(), tonic::Code::DeadlineExceeded, "{late}");

@@ -264,7 +264,10 @@ fn a_request_waits_until_the_cache_has_room_for_its_longest_text() {
     events.remove(0);
     device.step();
     device.step();
-    assert!(device.waiting.borrow().is_empty(), "a caller left");
+    assert!(
+        device.waiting.borrow().is_empty(),
+        "a request waits although a caller has left"
+    );
     assert_eq!(device.generator.blocks(), 6);
 }
 
@@ -397,7 +400,8 @@ fn a_slow_reader_ends_only_if_another_request_waits_for_room() {
     let mut slow = device.add(request(3, 1, 300));
     assert!(read_slowly(&mut device, &mut slow, 100).is_none());
     let mut other = device.add(request(3, 1, 300));
-    let e = read_slowly(&mut device, &mut slow, 200).expect("it holds the other one up");
+    let e = read_slowly(&mut device, &mut slow, 200)
+        .expect("the slow reader does not end although it holds the other request up");
     assert!(matches!(e, EngineError::AnswerNotRead { .. }), "{e}");
     device.step();
     assert!(device.waiting.borrow().is_empty());

@@ -163,7 +163,7 @@ fn adapters_are_counted_as_they_are_in_memory() {
     assert!(policies(bytes).get(&base_models, &adapter()).is_ok());
     assert!(
         policies(bytes - 1).get(&base_models, &adapter()).is_ok(),
-        "an adapter is never refused"
+        "an adapter is refused for lack of room"
     );
     // An adapter is evicted for full weights only if both do not fit.
     for (lacking, expected) in [(0, &["adapter", "0"][..]), (1, &["0"][..])] {

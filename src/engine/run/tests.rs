@@ -94,7 +94,7 @@ fn a_run_starts_with_its_leanest_plan_and_with_none_below() {
         remedy,
     }) = start(leanest - 1).map(|_| ())
     else {
-        panic!("there is no plan");
+        panic!("the run is not refused for lack of memory");
     };
     assert!(
         needed_mib > available_mib
@@ -133,7 +133,10 @@ fn weights_of_a_runs_reference_are_cached_where_others_find_them() {
     )
     .unwrap();
     policies.evict_unused();
-    assert!(!policies.is_empty(), "the run has it");
+    assert!(
+        !policies.is_empty(),
+        "the reference is evicted although the run uses it"
+    );
     drop(reference);
     policies.evict_unused();
     assert!(policies.is_empty());

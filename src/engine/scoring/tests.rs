@@ -138,11 +138,11 @@ fn a_running_jobs_reference_is_scored_in_the_jobs_precision_and_others_in_the_se
         }
         assert!(
             is_cached(&cache, &base_models, job),
-            "the reference is scored in {job:?}"
+            "the reference is not scored in {job:?}, the job's precision"
         );
         assert!(
             !is_cached(&cache, &base_models, server),
-            "and not in {server:?}"
+            "the reference is scored in {server:?}, the server's precision"
         );
 
         // Entries of one batch are each compared with the reference in their own precision.

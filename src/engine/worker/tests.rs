@@ -118,8 +118,8 @@ fn run_lora(checkpoints: PathBuf) -> (TrainingRun, Receiver<Report>) {
 async fn next(events: &mut Receiver<Report>) -> RunEvent {
     tokio::time::timeout(PATIENCE, events.recv())
         .await
-        .expect("an event comes")
-        .expect("the run reports")
+        .expect("no event comes")
+        .expect("the run ended without a further event")
         .event
 }
 
@@ -197,7 +197,7 @@ async fn the_device_scores_while_the_files_of_a_run_are_read() {
     let scored = engine.score(&policy, None, ScoreItem { groups: groups() });
     tokio::time::timeout(PATIENCE, scored)
         .await
-        .expect("scoring does not wait for the files")
+        .expect("scoring waits for the files")
         .unwrap();
     // Stopping the run does not wait for the files either.
     control.cancel();
@@ -234,7 +234,10 @@ async fn the_wait_for_a_full_channel_is_no_device_time() {
     engine.train(run).unwrap();
     let live = WeightsRef::Live { job: "job".into() };
     loop {
-        assert!(began.elapsed() < PATIENCE, "the run takes its first step");
+        assert!(
+            began.elapsed() < PATIENCE,
+            "the run does not take its first step"
+        );
         let item = ScoreItem { groups: groups() };
         match engine.score(&live, Some(&base()), item).await {
             // The channel is full, so the run waits at the event of its first step.
@@ -281,7 +284,10 @@ async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
     );
     let began = Instant::now();
     let trained = loop {
-        assert!(began.elapsed() < PATIENCE, "the run takes its first step");
+        assert!(
+            began.elapsed() < PATIENCE,
+            "the run does not take its first step"
+        );
         match engine
             .score(&policy, Some(&reference), ScoreItem { groups: groups() })
             .await
@@ -320,7 +326,7 @@ async fn a_moving_reference_is_scored_as_it_is_at_the_policys_step() {
     control.cancel();
     drop(events);
     loop {
-        assert!(began.elapsed() < PATIENCE, "the run ends");
+        assert!(began.elapsed() < PATIENCE, "the run does not end");
         match engine
             .score(&policy, Some(&reference), ScoreItem { groups: groups() })
             .await

@@ -54,7 +54,7 @@ fn safetensors() -> Case {
     )
     .unwrap();
     let FileFormat::Safetensors(stored) = &model.weights.kind else {
-        panic!("it is safetensors")
+        panic!("not safetensors")
     };
     let (file, offset) = stored.place(NORM);
     let names = params(&model.config.spec)

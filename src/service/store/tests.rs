@@ -278,7 +278,7 @@ fn a_setting_that_this_version_does_not_know_makes_a_request_unreadable_wherever
         let read = serde_json::from_value::<JobRequest>(newer);
         assert!(
             read.is_err(),
-            "what {part} has besides is dropped in silence"
+            "an unknown field in {part:?} is accepted and lost: add deny_unknown_fields to its type"
         );
     }
 }
@@ -328,7 +328,7 @@ async fn an_unreadable_job_stays_and_keeps_what_it_needs() {
     assert!(unreadable(store.job("newer").await.unwrap_err()));
     assert!(
         store.claim(&[]).await.unwrap().is_none(),
-        "nobody runs it without the setting"
+        "a job is claimed although its setting is unknown"
     );
     assert_eq!(store.unreadable_jobs().await.unwrap(), 1);
 

@@ -171,7 +171,8 @@ fn a_sum_of_products_is_one_product_over_the_joined_depth() {
 /// The projections of a small model for the new tokens of a few sequences.
 #[test]
 fn few_rows_and_a_large_weight_use_all_threads_and_have_the_bits_of_one() {
-    assert!(is_small(1, 64 * 64), "starting threads would take longer");
+    // Starting threads would take longer.
+    assert!(is_small(1, 64 * 64));
     assert!(!is_small(512, 64 * 64));
     for (m, n, k) in [(1, 576, 576), (1, 192, 576), (2, 192, 576), (1, 40, 2100)] {
         assert!(!is_small(m, n * k), "{m}x{k}x{n}");

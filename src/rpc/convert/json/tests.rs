@@ -6,7 +6,7 @@ use super::*;
 
 fn given(value: Value) -> Struct {
     let Value::Object(fields) = value else {
-        panic!("an object")
+        panic!("not an object")
     };
     to_struct(&fields)
 }

@@ -145,7 +145,7 @@ fn merges_in_the_file_are_used_instead_of_scores() {
     vocabulary.set("tokenizer.ggml.add_space_prefix", Stored::Bool(false));
     assert!(
         vocabulary.read().is_err(),
-        "the scores do not define the merges"
+        "a file whose scores do not define the merges is accepted"
     );
     for (merges, ids_of_aba) in [
         (["b a", "a b", "▁ ab"], [1, 262, 264]),
