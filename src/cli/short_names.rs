@@ -386,7 +386,7 @@ mod tests {
             .to_vec();
         let picked = |id: &str| pick(JOBS, id, &names).unwrap();
         assert_eq!(picked("0193b"), "trainingJobs/0193b000");
-        // An ID that is the beginning of others.
+        // This ID is the beginning of others.
         assert_eq!(picked("0193"), "trainingJobs/0193");
         // The server refuses these with its own error.
         assert_eq!(picked("none"), "trainingJobs/none");

@@ -229,7 +229,7 @@ mod tests {
             (&json!([]), None)
         );
 
-        // A turn that is asked again, with everything before it left out.
+        // While turns are removed, at most all that remain are left out of a prompt.
         for left in (0..6).rev() {
             conversation.remove_last();
             assert_eq!(conversation.len(), left);

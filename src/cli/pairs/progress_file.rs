@@ -534,7 +534,7 @@ mod tests {
         let seed = first.seed();
         first.add(outcome("v", Some(1.0))).unwrap();
         first.add(outcome("v", None)).unwrap();
-        // Killed while a line was written.
+        // The run is killed while it writes a line.
         first.file.write_all(b"{\"policy\":\"\xc3").unwrap();
         drop(first);
         let mut next = Outcomes::open(&out, &settings).unwrap();
@@ -613,7 +613,7 @@ mod tests {
         let e = Outcomes::open(&out, &settings).unwrap_err();
         assert!(e.message().contains("mine.jsonl exists"), "{}", e.message());
         assert_eq!(fs::read_to_string(&out).unwrap(), "mine");
-        // Killed after the output had its name, and before the progress was removed.
+        // The run is killed after the output has its name and before the progress file is removed.
         fs::remove_file(&out).unwrap();
         let mut first = Outcomes::open(&out, &settings).unwrap();
         first.add(outcome("v", Some(1.0))).unwrap();
@@ -626,13 +626,13 @@ mod tests {
                 .sentence()
                 .starts_with("1 pair from 1 prompt, 5 tokens")
         );
-        // Nor is the file that becomes the output.
+        // The file that becomes the output is not replaced, either.
         let part = dir.path().join("third.jsonl.part");
         fs::write(&part, "mine").unwrap();
         let e = Outcomes::open(&dir.path().join("third.jsonl"), &settings).unwrap_err();
         assert!(e.message().contains("third.jsonl.part is not of"), "{e:?}");
         assert_eq!(fs::read_to_string(&part).unwrap(), "mine");
-        // Nor is the file of outcomes.
+        // The file of outcomes is not replaced, either.
         let out = dir.path().join("other.jsonl");
         let progress = dir.path().join("other.jsonl.progress");
         for foreign in ["mine", "mine\n", "mine\nand\nmore"] {
@@ -642,7 +642,7 @@ mod tests {
             assert!(e.message().contains(part), "{}", e.message());
             assert_eq!(fs::read_to_string(&progress).unwrap(), foreign);
         }
-        // Killed while the settings were written.
+        // The run is killed while it writes the settings.
         fs::write(&progress, "{\"sett").unwrap();
         assert_eq!(Outcomes::open(&out, &settings).unwrap().done(), 0);
     }

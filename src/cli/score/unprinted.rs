@@ -203,7 +203,7 @@ mod tests {
 
     const DELAY: Duration = Duration::from_secs(1);
 
-    /// Returns rows of which all that can be are sent.
+    /// Reads and sends up to this number of rows, and returns them.
     fn sent(number: usize) -> UnprintedRows {
         let mut rows = UnprintedRows::new();
         read(&mut rows, number);
@@ -246,14 +246,14 @@ mod tests {
         rows.refused(1, DELAY, now);
         assert!(!rows.may_read() && !rows.may_send(now));
         assert_eq!(rows.wakes_at(now), Some(now + DELAY));
-        // Two are on their way, for which there was room.
+        // The server had room for two pairs, and two are on their way.
         assert_eq!(sends(&mut rows, now + DELAY), None);
         rows.scored(0, Score::default());
         assert_eq!(sends(&mut rows, now).as_deref(), Some("1"));
         assert_eq!(sends(&mut rows, now), None);
         rows.refused(1, DELAY, now);
         rows.failed(2, "too long".to_owned());
-        // The row that failed had no room.
+        // A pair that failed had no room at the server, so none became free.
         assert_eq!(sends(&mut rows, now), None);
         assert_eq!(sends(&mut rows, now + DELAY).as_deref(), Some("1"));
         assert_eq!(rows.wakes_at(now + DELAY), None);

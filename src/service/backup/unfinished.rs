@@ -202,7 +202,7 @@ mod tests {
             fs::create_dir(dir.path().join(name)).unwrap();
             fs::write(dir.path().join(name).join(IN_USE_FILE), "").unwrap();
         }
-        // Nobody knows if this one is ours.
+        // This one has no file to lock, so it may belong to something else.
         fs::create_dir(
             dir.path()
                 .join(".x.0193c8e4-7a3f-7000-8000-000000000001.partial"),
@@ -252,7 +252,7 @@ mod tests {
         };
         let running = Unfinished::create(dir.path().join("backup-1"), no_locks).unwrap();
         assert!(running.is_intact());
-        // As a server does that starts.
+        // A server does this when it starts.
         remove(running.path()).unwrap();
         assert!(!running.is_intact());
         let target = dir.path().join("complete");
