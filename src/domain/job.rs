@@ -407,7 +407,7 @@ mod tests {
         let old = r#"{"kind":"eval","step":1,"metrics":{"a":null,"b":2.0}}"#;
         assert!(
             serde_json::from_str::<EventKind>(old).is_ok(),
-            "what an older version stored"
+            "an event that an older version stored cannot be read"
         );
     }
 

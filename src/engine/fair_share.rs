@@ -104,15 +104,15 @@ mod tests {
     fn scoring_waits_until_training_had_its_share() {
         let start = Instant::now();
         let mut account = FairShare::new(0.25, start);
-        assert!(account.may_score(), "nothing is owed at first");
+        assert!(account.may_score(), "scoring owes time from the start");
         account.start(start);
         account.charge(2 * SECOND);
         assert!(!account.may_score());
         account.pay(start + 5 * SECOND);
-        assert!(!account.may_score(), "5 of 6 seconds");
+        assert!(!account.may_score(), "5 of 6 seconds pay off the debt");
         account.pay(start + 6 * SECOND);
         assert!(account.may_score());
-        // Alone on the device it owes nothing.
+        // With a share of 1 scoring never owes anything.
         let mut alone = FairShare::new(1.0, start);
         alone.charge(100 * SECOND);
         assert!(alone.may_score());
@@ -144,12 +144,12 @@ mod tests {
         account.start(start);
         account.pay(start + 1000 * SECOND);
         account.charge(Duration::from_secs_f64(MAX_CREDIT_SECONDS));
-        assert!(account.may_score(), "a burst spends the credit");
+        assert!(account.may_score(), "a burst may not spend the credit");
         account.charge(SECOND);
-        assert!(!account.may_score(), "and no more than that");
+        assert!(!account.may_score(), "a burst exceeds the credit");
         account.reset();
         assert!(account.may_score());
         account.charge(SECOND);
-        assert!(!account.may_score(), "credit is gone, too");
+        assert!(!account.may_score(), "credit remains for the next run");
     }
 }

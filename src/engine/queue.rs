@@ -666,7 +666,7 @@ mod tests {
         ));
         drop(a_waits);
         let Work::Score(batch) = queue.next(IDLE, true, 100) else {
-            panic!("there is work")
+            panic!("there is no batch although an item waits")
         };
         assert_eq!(
             batch.len(),
@@ -775,10 +775,10 @@ mod tests {
         queue.push_run(run("a"), Needs::default()).unwrap();
         queue.push_run(run("b"), Needs::default()).unwrap();
         let Work::Begin(first, _) = queue.next(idle(1, Some(9)), true, 100) else {
-            panic!("the roomiest takes it")
+            panic!("the worker with the most room takes no run")
         };
         let Work::Begin(second, _) = queue.next(idle(0, Some(5)), true, 100) else {
-            panic!("the other one is busy")
+            panic!("the next run waits although another worker is idle")
         };
         assert_eq!((first.job.as_str(), second.job.as_str()), ("a", "b"));
         queue.drain();
@@ -815,16 +815,16 @@ mod tests {
         queue.push_run(run("larger"), needs(70)).unwrap();
         assert!(
             queue.next_run(&mut queue.lock(), 0).is_none(),
-            "the small worker leaves large runs to the other"
+            "the small worker takes a run that is too large for it"
         );
         queue.push_run(run("small"), needs(50)).unwrap();
         let Work::Begin(first, _) = queue.next(large, true, 100) else {
-            panic!("the large worker takes the large run")
+            panic!("the large worker does not take the large run")
         };
         // The second large run waits for the large worker. The small run overtakes it, because the
         // small worker cannot take a large run.
         let Work::Begin(second, carried) = queue.next(small, true, 100) else {
-            panic!("the small run does not wait")
+            panic!("the small run waits behind the large one")
         };
         assert_eq!(
             (first.job.as_str(), second.job.as_str()),
@@ -832,7 +832,7 @@ mod tests {
         );
         assert_eq!(carried, needs(50));
         let Work::Begin(third, _) = queue.next(large, true, 100) else {
-            panic!("the large worker is free again")
+            panic!("the large worker takes no second run although it is idle")
         };
         assert_eq!(third.job, "larger");
     }
@@ -864,10 +864,13 @@ mod tests {
             assert!(queue.next_run(&mut queue.lock(), 1).is_none());
         }
         let RunEvent::Log { message, .. } = told.try_recv().unwrap().event else {
-            panic!("its client hears why it waits")
+            panic!("the event of the waiting run is not a log message")
         };
         assert!(message.contains("memory_limit"), "{message}");
-        assert!(told.try_recv().is_err(), "once");
+        assert!(
+            told.try_recv().is_err(),
+            "the client gets another event about the waiting run"
+        );
         // A waiting run can be told to stop.
         let (cancelled, _told) = with_events("cancelled");
         cancelled.control.cancel();
@@ -910,7 +913,7 @@ mod tests {
         queue.add_handle();
         assert_wakes_to_evict(&queue, || queue.request_fit_check());
         assert!(queue.take_must_fit(1) && !queue.take_must_fit(1));
-        assert!(queue.take_must_fit(0), "every worker checks");
+        assert!(queue.take_must_fit(0), "only one worker checks");
     }
 
     #[test]
@@ -921,9 +924,10 @@ mod tests {
         assert_eq!(queue.take_evicted(1), [PathBuf::from("/gone")]);
         let (item, _waits) = entry(1);
         queue.push(item).unwrap();
+        // A worker with work is not told to evict, because it does so before it computes.
         assert!(
             matches!(queue.next(IDLE, true, 100), Work::Score(_)),
-            "a worker with work does that first: it evicts before it computes"
+            "the worker does not get the waiting item first"
         );
         assert!(matches!(queue.next(IDLE, true, 100), Work::Evict));
     }
@@ -959,7 +963,7 @@ mod tests {
         queue.push(of_b).unwrap();
         queue.push(base).unwrap();
         let Work::Score(first) = queue.next(trains(0, "a"), true, 100) else {
-            panic!("the base can be scored anywhere")
+            panic!("the worker does not take the item of the base model")
         };
         assert_eq!(
             first.iter().map(|e| e.item.tokens()).collect::<Vec<_>>(),

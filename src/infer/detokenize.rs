@@ -207,7 +207,7 @@ mod tests {
             all.iter().all(|piece| !piece.contains(INCOMPLETE)),
             "{all:?}"
         );
-        assert!(all.len() > 10, "it comes in pieces");
+        assert!(all.len() > 10, "the text comes in few pieces: {all:?}");
         // A character that never becomes complete is replaced at the end only.
         let cut = tokenizer.encode("a😀", false).unwrap();
         let (all, _) = pieces(&tokenizer, &cut[..cut.len() - 1], &[]);
@@ -283,8 +283,8 @@ mod tests {
         assert_eq!(final_bytes("aé", "a\u{FFFD}\u{FFFD}\u{FFFD}"), None);
     }
 
-    /// A tokenizer whose decoder replaces all bytes of a run if one is no UTF-8, as those of
-    /// Llama 2 and Gemma do. Token 1 + b is the byte b, and words follow.
+    /// Returns a tokenizer whose decoder replaces all bytes of a run if one is no UTF-8, as those
+    /// of Llama 2 and Gemma do. Token 1 + b is the byte b, and words follow.
     fn with_byte_fallback(words: &[&str]) -> ChatTokenizer {
         let bytes = (0..256).map(|byte| format!("<0x{byte:02X}>"));
         let words = words.iter().map(|word| (*word).to_owned());

@@ -333,7 +333,7 @@ mod tests {
         drop(file);
         let file = CacheFile::open(&path, 9).unwrap();
         assert_eq!((file.tokens, file.next_sequence), (9, 4));
-        assert_eq!(file.get(&key(1)), None, "the oldest left");
+        assert_eq!(file.get(&key(1)), None, "the oldest entry is still there");
         for n in 2..=4 {
             assert_eq!(file.get(&key(n)).as_ref(), Some(&*entry(n).1));
         }

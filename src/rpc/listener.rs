@@ -515,7 +515,7 @@ mod tests {
         closing.cancel();
         let ended = tokio::time::timeout(Duration::from_secs(10), writing).await;
         assert_eq!(
-            ended.expect("the writer is woken").unwrap(),
+            ended.expect("the writer is not woken").unwrap(),
             io::ErrorKind::BrokenPipe
         );
         assert_free(&connections).await;
@@ -526,7 +526,7 @@ mod tests {
     async fn a_client_whose_machine_is_gone_is_noticed_by_tcp() {
         let (_connections, connection, _client) = connected().await;
         let Io::Plain(stream) = &connection.io else {
-            panic!("it has no TLS");
+            panic!("the connection has TLS");
         };
         let socket = SockRef::from(stream);
         assert!(socket.keepalive().unwrap());

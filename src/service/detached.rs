@@ -72,7 +72,7 @@ mod tests {
         let detached = DetachedWork::default();
         assert!(
             detached.wait(Duration::from_secs(60)).await,
-            "there is none"
+            "the server waits although there is no work"
         );
         let (go_on, result) = abandoned_call(&detached).await;
         assert!(!detached.wait(Duration::from_millis(20)).await);

@@ -212,7 +212,7 @@ mod tests {
             assert!(problem.contains(part), "{problem}");
         }
         let RunEvent::Log { severity, message } = comparison.report() else {
-            panic!("a log event");
+            panic!("the report is not a log event");
         };
         assert!(
             severity == "warning" && message.contains("1 of 2"),

@@ -565,7 +565,7 @@ mod tests {
                 .issues
                 .iter()
                 .all(|i| i.reason == IssueReason::DuplicatePair),
-            "the report's list is full of warnings"
+            "the report lists a bad row although warnings fill its list"
         );
         assert_eq!(loaded.bad.rows(), loaded.report.bad_rows());
         assert_eq!(loaded.bad.rows(), 1500);

@@ -352,7 +352,10 @@ mod tests {
         let mut data = vec![0usize; 10];
         chunks(&mut data, 3, |i, c| c.fill(i));
         assert_eq!(data, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]);
-        assert!(!pool().caller.is_poisoned(), "loops go on in parallel");
+        assert!(
+            !pool().caller.is_poisoned(),
+            "the lock is poisoned, so that no loop runs in parallel"
+        );
     }
 
     #[test]
