@@ -61,7 +61,7 @@ fn every_loss_has_trls_value_gradient_norm_and_metrics() {
     let golden = json("losses.json");
     let ((model, tokenizer), (reference, _)) = (tiny("llama"), tiny("llama-ref"));
     let pairs = encode(&rows("pairs.jsonl")[..4], &tokenizer, 256);
-    // TRL's DPOTrainer lacks these two; the next test compares them with their formulas.
+    // TRL's DPOTrainer lacks these; the next test compares them with their formulas.
     let mut compared = vec![LossType::Simpo, LossType::Orpo];
     for case in golden["cases"].as_array().unwrap() {
         let what = case["settings"].to_string();
