@@ -70,6 +70,14 @@ const STORE_RETRY: Duration = Duration::from_secs(1);
 /// it.
 const PREEMPTION_DELAY: Duration = Duration::from_millis(500);
 
+/// Result of [`JobRunner::should_preempt`].
+enum Decision {
+    Continue,
+    /// A free runner is about to take the queued job; if it does not, a run is preempted.
+    CheckAgain,
+    Preempt(Preemption),
+}
+
 /// Runs jobs one after another.
 #[derive(Clone)]
 pub(in crate::service) struct JobRunner {
@@ -361,9 +369,12 @@ impl JobRunner {
                 _ = slices.tick() => true,
             };
             check_at = None;
-            if let Err(e) = self.preempt_if_due(leased, slice_over).await {
+            match self.should_preempt(leased, slice_over).await {
+                Ok(Decision::Continue) => {}
+                Ok(Decision::CheckAgain) => check_at = Some(Instant::now() + delay),
+                Ok(Decision::Preempt(why)) => leased.preempt(why),
                 // The run continues. A waiting job is found at the next check or when the run ends.
-                tracing::warn!(job = job.id, error = %e, "the queue cannot be read");
+                Err(e) => tracing::warn!(job = job.id, error = %e, "the queue cannot be read"),
             }
         }
         let message = "the device worker ended without reporting a result".to_owned();
@@ -373,25 +384,13 @@ impl JobRunner {
         }))
     }
 
-    /// Preempts the run if [`JobRunner::should_preempt`] gives a reason.
-    async fn preempt_if_due(&self, leased: &LeasedJob, slice_over: bool) -> Result<()> {
-        if let Some(preemption) = self.should_preempt(leased, slice_over).await? {
-            leased.preempt(preemption);
-        }
-        Ok(())
-    }
-
-    /// Returns the reason for preempting the run, if there is one: a job of a higher priority is
-    /// queued, or one of the same priority and the time slice is over. If this process has several
-    /// runs, only the one with the lowest priority is preempted for a higher priority; among
-    /// equals, the newest.
-    async fn should_preempt(
-        &self,
-        leased: &LeasedJob,
-        slice_over: bool,
-    ) -> Result<Option<Preemption>> {
+    /// Decides to preempt the run if a job of a higher priority is queued, or one of the same
+    /// priority and the time slice is over. If this process has several runs, only the one with the
+    /// lowest priority is preempted for a higher priority; among equals, the newest. None is
+    /// preempted while a runner of this process is free, because that one takes the queued job.
+    async fn should_preempt(&self, leased: &LeasedJob, slice_over: bool) -> Result<Decision> {
         let Some(next) = self.store.next_queued(&self.runs.passed_over()).await? else {
-            return Ok(None);
+            return Ok(Decision::Continue);
         };
         // The priority may have been changed since the run began.
         let job = self.store.job(&leased.lease.job).await?;
@@ -399,15 +398,19 @@ impl JobRunner {
         let preemption = match next.request.priority.cmp(&priority) {
             Ordering::Greater => Preemption::Priority,
             Ordering::Equal if slice_over => Preemption::TimeSlice,
-            _ => return Ok(None),
+            _ => return Ok(Decision::Continue),
         };
+        let others = self.runs.others(&job.id);
+        if others.len() + 1 < self.engine.concurrent_runs() {
+            return Ok(Decision::CheckAgain);
+        }
         if preemption == Preemption::Priority {
-            for other in self.runs.others(&job.id) {
+            for other in others {
                 let other = self.store.job(&other).await?;
                 if (other.request.priority, Reverse(other.create_time))
                     < (priority, Reverse(job.create_time))
                 {
-                    return Ok(None);
+                    return Ok(Decision::Continue);
                 }
             }
         }
@@ -417,7 +420,7 @@ impl JobRunner {
             ?preemption,
             "the job is preempted"
         );
-        Ok(Some(preemption))
+        Ok(Decision::Preempt(preemption))
     }
 
     /// Pins the inputs of a job that an earlier version created without pins to their present
