@@ -10,7 +10,7 @@ test *args:
 
 # The first time, this fetches the tools, which take about 6 GB. One of the tests mounts control
 # groups, and fails without root.
-# Runs all tests but those for a GPU and one that takes an hour.
+# Runs all tests but those for a GPU and one that scores a million rows.
 test-all *args:
     eval "$(.ci/run setup | grep '^export')" \
         && cargo test {{ args }} -- --include-ignored --skip a_million_rows

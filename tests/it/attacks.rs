@@ -117,15 +117,16 @@ fn losses(names: impl IntoIterator<Item = impl Into<String>>) -> Vec<pb::Weighte
 
 // ---- repeated fields without a limit
 
-/// Returns the peak memory of a process, in KiB.
+/// Returns the peak memory of a server, in KiB.
 pub fn peak_kib(pid: u32) -> u64 {
-    let status =
-        std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the server has ended");
-    let line = status
-        .lines()
-        .find(|l| l.starts_with("VmHWM:"))
-        .expect("the server has ended");
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    peak_kib_while_running(pid).expect("the server has ended")
+}
+
+/// Returns the peak memory of a process in KiB, or `None` if it has ended.
+pub fn peak_kib_while_running(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// Sends one request with far too many elements to a server that may have 8 GiB. The answer must be
