@@ -531,6 +531,30 @@ def references(name, found):
             tokens = [variable["valueFrom"] for variable in part["env"] if variable["name"] == "HF_TOKEN"]
             own_secret = {"secretKeyRef": {"name": workload["metadata"]["name"], "key": "HF_TOKEN"}}
             must(tokens == [own_secret], "a Job that loads models lacks the hub's token")
+    # Each index of the Job that scores files is a shard, evictions are no failures, and Kueue admits its pods. By default there is no such Job.
+    wanted = yaml.safe_load((CHART / "values.yaml").read_text())["scoreFiles"] | values.get("scoreFiles", {})
+    scoring = [job for job in by_kind.get("Job", []) if job["metadata"]["labels"].get("app.kubernetes.io/component") == "score-files"]
+    must(len(scoring) == int(wanted["enabled"]), f"{len(scoring)} Jobs score files")
+    must(wanted["enabled"] or "score-files" not in json.dumps(found), "there is a part of the Job that scores files, which is off")
+    for job in scoring:
+        shards, arguments = wanted["shards"], job["spec"]["template"]["spec"]["containers"][0]["args"]
+        indexes = {
+            "completionMode": "Indexed",
+            "completions": shards,
+            "parallelism": min(wanted["parallelism"], shards),
+            "backoffLimitPerIndex": wanted["backoffLimitPerIndex"],
+            "ttlSecondsAfterFinished": wanted["ttlSecondsAfterFinished"],
+        }
+        different = {field: job["spec"].get(field) for field, value in indexes.items() if job["spec"].get(field) != value}
+        must(not different, f"the Job that scores files has {different}, not the values of scoreFiles: {indexes}")
+        must(arguments[arguments.index("--shards") + 1] == str(shards), "the Job that scores files has another number of indexes than of shards")
+        disruption = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+        must(job["spec"]["podFailurePolicy"]["rules"][0] == disruption, "an eviction counts as a failure of the Job that scores files")
+        # Kubernetes allows a podFailurePolicy only with this restartPolicy, which its schema does not say.
+        must(job["spec"]["template"]["spec"]["restartPolicy"] == "Never", "the Job that scores files has a podFailurePolicy and restarts containers")
+        kueue = {label: value for label, value in job["metadata"]["labels"].items() if label.startswith("kueue.x-k8s.io/")}
+        queue = {f"kueue.x-k8s.io/{label}": values.get("kueue", {}).get(key) for label, key in (("queue-name", "queueName"), ("priority-class", "priorityClass"))}
+        must(kueue == {label: value for label, value in queue.items() if value}, f"the Job that scores files has other labels for Kueue: {kueue}")
     # The registry that a parent chart sets wins, and its pull secrets come first.
     registry = values.get("global", {}).get("imageRegistry") or values.get("image", {}).get("registry")
     repository = values.get("image", {}).get("repository", "bradley")
