@@ -11,13 +11,17 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from bradley.v1 import scoring_pb2, training_pb2
+from bradley.v1 import generation_pb2, scoring_pb2, training_pb2
 
 TextLike = str | Sequence[Mapping[str, Any]]
 """A prompt or an answer: a text, or a list of chat messages."""
 PairLike = scoring_pb2.Pair | Mapping[str, Any]
 """A pair to score: a message, or a row with `prompt`, `chosen` and `rejected` (or `a` and `b`)."""
 
+# Messages with arguments of the chat template.
+_Templated = (
+    scoring_pb2.Pair | scoring_pb2.ScoringOptions | generation_pb2.GenerateCompletionsRequest
+)
 # Messages of a job whose fields may be given without the message's name.
 _JOB_SECTIONS = ("dpo", "optimizer", "lora", "batch", "run")
 
@@ -234,9 +238,7 @@ def _check_form(prompt: Any, answer: Any, name: str) -> None:
         raise RowError(f"{name}: give texts or lists of messages for both the prompt and {name}")
 
 
-def set_arguments(
-    target: scoring_pb2.Pair | scoring_pb2.ScoringOptions, tools: Any, kwargs: Any
-) -> None:
+def set_arguments(target: _Templated, tools: Any, kwargs: Any) -> None:
     """Sets tools and template variables, given as values or as JSON."""
     if not is_missing(tools):
         target.tools_json = tools if isinstance(tools, str) else to_json(plain(tools))
