@@ -7,6 +7,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -391,6 +392,54 @@ def test_a_pair_that_cannot_be_scored_has_an_error(client: Client) -> None:
         client.score_pairs([PLAIN_ROWS[0], {"prompt": "x"}], "tiny")
     with pytest.raises(ValueError, match=r"pairs\[1\]: chosen: is missing"):
         list(client.stream_scores([PLAIN_ROWS[0], {"prompt": "x"}], "tiny"))
+
+
+def test_logged_log_probs_replace_those_of_the_models(client: Client, policy: str) -> None:
+    given = PLAIN_ROWS[:8]
+    found = scores(client, given, policy)
+    assert not any(score.logged for score in found)
+    rows: list[dict[str, Any]] = [
+        {
+            **row,
+            "ref_chosen_logps": score.a.reference_logprob,
+            "ref_rejected_logps": score.b.reference_logprob,
+            "chosen_logps": score.a.policy_logprob,
+            "rejected_logps": score.b.policy_logprob,
+        }
+        for row, score in zip(given, found, strict=True)
+    ]
+    margins = [score.margin for score in found]
+    for logged in ("reference", "both"):
+        scored = [r.score for r in client.score_pairs(rows, policy, logged=logged).results]
+        assert all(score.logged for score in scored)
+        assert [score.margin for score in scored] == margins
+        streamed = {
+            answer.result.id: answer.result.score
+            for answer in client.stream_scores(rows, policy, logged=logged)
+        }
+        assert all(score.logged for score in streamed.values())
+        assert [streamed[row["id"]].margin for row in rows] == margins
+    # Without the argument, the columns have no meaning.
+    assert scores(client, rows, policy) == found
+    other = {**rows[0], "ref_chosen_logps": -1, "ref_rejected_logps": -2}
+    other = {**other, "chosen_logps": -3.5, "rejected_logps": -1.5}
+    response = client.score_pairs([other], policy, logged="both", beta=0.5, normalization="sum")
+    assert response.results[0].score.margin == pytest.approx(0.5 * ((-3.5 + 1) - (-1.5 + 2)))
+    for column, value, problem in (
+        ("ref_rejected_logps", None, "is missing; add"),
+        ("chosen_logps", None, "is missing; add"),
+        ("ref_chosen_logps", 0.5, "is 0.5; a log-prob is a finite number, at most 0"),
+        ("rejected_logps", float("-inf"), "is -inf; a log-prob is a finite"),
+        ("ref_chosen_logps", "-3", "is str; give one number for the answer"),
+        ("ref_chosen_logps", [-3.0], "is list; give one number for the answer"),
+    ):
+        expected = re.escape(f"pairs[1]: {column}: {problem}")
+        with pytest.raises(ValueError, match=expected):
+            client.score_pairs([rows[0], {**rows[1], column: value}], policy, logged="both")
+    with pytest.raises(ValueError, match="logged is 'policy': it must be reference or both"):
+        client.score_pairs(rows, policy, logged="policy")
+    with pytest.raises(ValueError, match="logged is 'policy': it must be reference or both"):
+        list(client.stream_scores(rows, policy, logged="policy"))
 
 
 def test_samples_are_those_of_the_command_line(server: Server, client: Client, policy: str) -> None:

@@ -399,13 +399,15 @@ class AsyncClient:
         pairs: Iterable[messages.PairLike],
         policy: PolicyLike,
         *,
+        logged: str = "",
         timeout: float | None = None,
         **arguments: Unpack[ScoringArguments],
     ) -> scoring_pb2.ScorePairsResponse:
         """Scores pairs. The results have the order of the pairs; see `Client.score_pairs`."""
         options = calls.options(policy, arguments)
         deadline = Deadline(given(timeout, self._session.scoring_timeout))
-        chunks = messages.chunks_of(calls.pairs(pairs), calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
+        whole = calls.pairs(pairs, logged)
+        chunks = messages.chunks_of(whole, calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
         return calls.join_responses([await self._score(options, c, deadline) for c in chunks])
 
     async def _score(
@@ -446,6 +448,7 @@ class AsyncClient:
         pairs: Iterable[messages.PairLike] | AsyncIterable[messages.PairLike],
         policy: PolicyLike,
         *,
+        logged: str = "",
         timeout: float = 86_400.0,
         **arguments: Unpack[ScoringArguments],
     ) -> AsyncGenerator[scoring_pb2.StreamScorePairsResponse, None]:
@@ -454,7 +457,7 @@ class AsyncClient:
         The rows of a synchronous iterable are read in the event loop, so they must be at hand.
         """
         options = calls.options(policy, arguments)
-        feed = _Feed(options, _aiter(pairs))
+        feed = _Feed(options, _aiter(pairs), logged)
         attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
         await self._connect(attempts)
         with contextlib.closing(feed):
@@ -636,10 +639,13 @@ class _Feed:
     """The requests of a scoring stream, and of the streams that continue it."""
 
     def __init__(
-        self, options: scoring_pb2.ScoringOptions, rows: AsyncIterator[messages.PairLike]
+        self,
+        options: scoring_pb2.ScoringOptions,
+        rows: AsyncIterator[messages.PairLike],
+        logged: str,
     ) -> None:
         self._options, self._rows = options, rows
-        self._source = calls.StreamedPairs()
+        self._source = calls.StreamedPairs(logged)
         self._slots = asyncio.Semaphore(calls.IN_FLIGHT)
         self._reading: asyncio.Future[messages.PairLike | None] | None = None
         # The number of the stream whose requests may go on.

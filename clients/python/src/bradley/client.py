@@ -413,6 +413,7 @@ class Client:
         pairs: Iterable[messages.PairLike],
         policy: PolicyLike,
         *,
+        logged: str = "",
         timeout: float | None = None,
         **arguments: Unpack[ScoringArguments],
     ) -> scoring_pb2.ScorePairsResponse:
@@ -422,10 +423,15 @@ class Client:
         messages. A pair that cannot be scored has an `error` in its result;
         `bradley.errors.from_status` makes an exception of it. More than 256 pairs become several
         calls.
+
+        With `logged`, rows have log-probs that were computed before, each summed over the answer's
+        tokens: "reference" takes the reference's from the columns ref_chosen_logps and
+        ref_rejected_logps, and "both" also takes the policy's from chosen_logps and rejected_logps.
         """
         options = calls.options(policy, arguments)
         deadline = Deadline(given(timeout, self._session.scoring_timeout))
-        chunks = messages.chunks_of(calls.pairs(pairs), calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
+        whole = calls.pairs(pairs, logged)
+        chunks = messages.chunks_of(whole, calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
         return calls.join_responses([self.score_call(options, c, deadline) for c in chunks])
 
     def score_call(
@@ -474,17 +480,18 @@ class Client:
         pairs: Iterable[messages.PairLike],
         policy: PolicyLike,
         *,
+        logged: str = "",
         timeout: float = 86_400.0,
         **arguments: Unpack[ScoringArguments],
     ) -> Generator[scoring_pb2.StreamScorePairsResponse, None, None]:
         """Scores pairs as they come, and returns results as they come, in any order.
 
         The result of a pair has its `id`, or its number from 0 if it has none. At most 512 pairs
-        are in memory. After a lost connection, the unanswered pairs are sent again. `timeout` is
-        the time of the whole stream.
+        are in memory. After a lost connection, the unanswered pairs are sent again. `logged` is
+        that of `score_pairs`. `timeout` is the time of the whole stream.
         """
         options = calls.options(policy, arguments)
-        source = _SharedSource(iter(pairs))
+        source = _SharedSource(iter(pairs), logged)
         attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
         self._connect(attempts)
         while True:
@@ -682,8 +689,8 @@ class _SharedSource:
     begins at once with the unanswered pairs, and gets that row as soon as it comes.
     """
 
-    def __init__(self, rows: Iterator[messages.PairLike]) -> None:
-        self._rows, self._source = rows, calls.StreamedPairs()
+    def __init__(self, rows: Iterator[messages.PairLike], logged: str) -> None:
+        self._rows, self._source = rows, calls.StreamedPairs(logged)
         # Held while the caller's next row is awaited.
         self._reading = threading.Lock()
         # Held while a row becomes a pair of a stream, or a stream is stopped.
