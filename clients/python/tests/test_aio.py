@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import CHAT_ROWS, JOB_FIELDS, PLAIN_ROWS, ROWS, Server, StartServer
 
-from bradley import AsyncClient, Client, InvalidArgumentError, UnavailableError
+from bradley import AsyncClient, Client, Completions, InvalidArgumentError, UnavailableError
 from bradley.v1 import scoring_pb2, training_pb2
 
 
@@ -120,6 +120,27 @@ def test_a_stream_survives_the_restart_of_the_server(
         results = client.score_pairs(PLAIN_ROWS, "tiny").results
     for answer in answers:
         assert answer.result.score == results[int(answer.result.id)].score
+
+
+def test_samples_are_generated_and_streamed(server: Server) -> None:
+    question = [{"role": "user", "content": "Name a colour."}]
+    settings: dict[str, Any] = {"samples": 2, "max_tokens": 12, "seed": 7, "logprobs": True}
+
+    async def generate() -> Completions:
+        async with AsyncClient(server.target) as client:
+            whole = await client.generate(question, "tiny", **settings)
+            texts = [""] * 2
+            async for delta in client.stream_completions(question, "tiny", **settings):
+                texts[delta.index] += delta.text
+            assert texts == [sample.text for sample in whole.samples]
+            with pytest.raises(InvalidArgumentError) as refused:
+                await client.generate("x", "tiny", samples=65)
+            assert refused.value.violations[0].field == "samples"
+            return whole
+
+    whole = asyncio.run(asyncio.wait_for(generate(), 60))
+    with Client(server.target) as client:
+        assert client.generate(question, "tiny", **settings) == whole
 
 
 def test_a_row_that_fails_ends_a_stream(server: Server) -> None:

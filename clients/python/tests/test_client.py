@@ -7,6 +7,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ from bradley.errors import from_status
 from bradley.v1 import checkpoint_pb2, dataset_pb2, training_pb2
 
 PAIRS = GOLDENS / "pairs.jsonl"
+PROMPT = "What is the capital of France?"
 
 
 def test_models_are_listed(client: Client) -> None:
@@ -390,6 +392,136 @@ def test_a_pair_that_cannot_be_scored_has_an_error(client: Client) -> None:
         client.score_pairs([PLAIN_ROWS[0], {"prompt": "x"}], "tiny")
     with pytest.raises(ValueError, match=r"pairs\[1\]: chosen: is missing"):
         list(client.stream_scores([PLAIN_ROWS[0], {"prompt": "x"}], "tiny"))
+
+
+def test_logged_log_probs_replace_those_of_the_models(client: Client, policy: str) -> None:
+    given = PLAIN_ROWS[:8]
+    found = scores(client, given, policy)
+    assert not any(score.logged for score in found)
+    rows: list[dict[str, Any]] = [
+        {
+            **row,
+            "ref_chosen_logps": score.a.reference_logprob,
+            "ref_rejected_logps": score.b.reference_logprob,
+            "chosen_logps": score.a.policy_logprob,
+            "rejected_logps": score.b.policy_logprob,
+        }
+        for row, score in zip(given, found, strict=True)
+    ]
+    margins = [score.margin for score in found]
+    for logged in ("reference", "both"):
+        scored = [r.score for r in client.score_pairs(rows, policy, logged=logged).results]
+        assert all(score.logged for score in scored)
+        assert [score.margin for score in scored] == margins
+        streamed = {
+            answer.result.id: answer.result.score
+            for answer in client.stream_scores(rows, policy, logged=logged)
+        }
+        assert all(score.logged for score in streamed.values())
+        assert [streamed[row["id"]].margin for row in rows] == margins
+    # Without the argument, the columns have no meaning.
+    assert scores(client, rows, policy) == found
+    other = {**rows[0], "ref_chosen_logps": -1, "ref_rejected_logps": -2}
+    other = {**other, "chosen_logps": -3.5, "rejected_logps": -1.5}
+    response = client.score_pairs([other], policy, logged="both", beta=0.5, normalization="sum")
+    assert response.results[0].score.margin == pytest.approx(0.5 * ((-3.5 + 1) - (-1.5 + 2)))
+    for column, value, problem in (
+        ("ref_rejected_logps", None, "is missing; add"),
+        ("chosen_logps", None, "is missing; add"),
+        ("ref_chosen_logps", 0.5, "is 0.5; a log-prob is a finite number, at most 0"),
+        ("rejected_logps", float("-inf"), "is -inf; a log-prob is a finite"),
+        ("ref_chosen_logps", "-3", "is str; give one number for the answer"),
+        ("ref_chosen_logps", [-3.0], "is list; give one number for the answer"),
+    ):
+        expected = re.escape(f"pairs[1]: {column}: {problem}")
+        with pytest.raises(ValueError, match=expected):
+            client.score_pairs([rows[0], {**rows[1], column: value}], policy, logged="both")
+    with pytest.raises(ValueError, match="logged is 'policy': it must be reference or both"):
+        client.score_pairs(rows, policy, logged="policy")
+    with pytest.raises(ValueError, match="logged is 'policy': it must be reference or both"):
+        list(client.stream_scores(rows, policy, logged="policy"))
+
+
+def test_samples_are_those_of_the_command_line(server: Server, client: Client, policy: str) -> None:
+    settings: dict[str, Any] = {
+        "samples": 2,
+        "max_tokens": 12,
+        "seed": 5,
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "top_k": 40,
+        "stop": ["zzzz"],
+    }
+    question = [{"role": "user", "content": PROMPT}]
+    whole = client.generate(question, policy, logprobs=True, **settings)
+    command = ["generate", "--server", server.target, "--policy", policy, "--prompt", PROMPT]
+    command += ["--samples", "2", "--max-tokens", "12", "--seed", "5", "--temperature", "0.9"]
+    command += ["--top-p", "0.9", "--top-k", "40", "--stop", "zzzz", "--format", "json"]
+    said = subprocess.run(
+        [os.environ["BRADLEY_TEST_BINARY"], *command], capture_output=True, text=True, check=True
+    )
+    expected = json.loads(said.stdout)
+    assert (whole.policy_version, whole.seed) == (expected["policy"], expected["seed"])
+    assert whole.prompt_tokens == expected["prompt_tokens"]
+    assert whole.completion_tokens == sum(len(sample.token_ids) for sample in whole.samples)
+    for sample, other in zip(whole.samples, expected["samples"], strict=True):
+        assert (sample.text, sample.finish_reason) == (other["text"], other["finish_reason"])
+        assert len(sample.token_ids) == len(sample.token_logprobs) == other["tokens"]
+        assert sample.logprob == pytest.approx(other["logprob"])
+
+
+def test_samples_are_streamed_and_repeat_with_their_seed(client: Client) -> None:
+    settings: dict[str, Any] = {"seed": 7, "max_tokens": 40, "ignore_eos": True}
+    whole = client.generate(PROMPT, "tiny", samples=3, **settings)
+    assert (whole.policy_version, whole.seed, whole.completion_tokens) == ("models/tiny", 7, 120)
+    assert {sample.finish_reason for sample in whole.samples} == {"length"}
+    assert [sample.logprob for sample in whole.samples] == [None] * 3
+    first = whole.samples[0]
+    assert whole.text == first.text != whole.samples[1].text
+    texts, reasons = [""] * 3, [""] * 3
+    tokens: list[tuple[int, ...]] = [()] * 3
+    for delta in client.stream_completions(PROMPT, "tiny", samples=3, **settings):
+        assert not reasons[delta.index], "nothing follows the last token"
+        texts[delta.index] += delta.text
+        tokens[delta.index] += delta.token_ids
+        reasons[delta.index] = delta.finish_reason
+        assert (delta.policy_version, delta.seed) == ("models/tiny", 7)
+    assert texts == [sample.text for sample in whole.samples]
+    assert tokens == [sample.token_ids for sample in whole.samples]
+    assert reasons == ["length"] * 3
+    # A stream may be left.
+    left = client.stream_completions(PROMPT, "tiny", max_tokens=4000, ignore_eos=True)
+    next(left)
+    left.close()
+    stop, token = first.text[4:6], first.token_ids[9]
+    [stopped] = client.generate(PROMPT, "tiny", stop=stop, **settings).samples
+    assert (stopped.text, stopped.finish_reason) == (first.text.partition(stop)[0], "stop")
+    assert stopped.token_ids == first.token_ids[: len(stopped.token_ids)]
+    [stopped] = client.generate(PROMPT, "tiny", stop_token_ids=[token], **settings).samples
+    assert stopped.token_ids == first.token_ids[: first.token_ids.index(token) + 1]
+    # Without a seed, each call has another one.
+    chosen = client.generate(PROMPT, "tiny", samples=2, max_tokens=8)
+    assert client.generate(PROMPT, "tiny", samples=2, max_tokens=8, seed=chosen.seed) == chosen
+    assert client.generate(PROMPT, "tiny", max_tokens=8).seed != chosen.seed
+    greedy = client.generate(PROMPT, "tiny", samples=2, max_tokens=8, temperature=0)
+    assert greedy.samples[0] == greedy.samples[1]
+
+
+def test_refused_generations_name_their_fields(client: Client) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        client.generate("x", "tiny", samples=65, top_p=2.0)
+    assert {violation.field for violation in refused.value.violations} == {"samples", "top_p"}
+    with pytest.raises(NotFoundError):
+        client.generate("x", "no-such-model")
+    with pytest.raises(NotFoundError):
+        list(client.stream_completions("x", "no-such-model"))
+    with pytest.raises(BradleyError, match="applies only to chat messages"):
+        client.generate("x", "tiny", tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(ValueError, match="max_tokens is 0: it must be at least 1"):
+        client.generate("x", "tiny", max_tokens=0)
+    nothing: Any = None
+    with pytest.raises(ValueError, match="prompt: is missing"):
+        client.generate(nothing, "tiny")
 
 
 def test_usage_is_counted(client: Client, policy: str) -> None:

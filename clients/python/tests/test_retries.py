@@ -38,6 +38,8 @@ from bradley.v1 import (
     checkpoint_pb2_grpc,
     dataset_pb2,
     dataset_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
     scoring_pb2,
     scoring_pb2_grpc,
     training_pb2,
@@ -67,6 +69,7 @@ class Fake(
     training_pb2_grpc.TrainingServiceServicer,
     dataset_pb2_grpc.DatasetServiceServicer,
     checkpoint_pb2_grpc.CheckpointServiceServicer,
+    generation_pb2_grpc.GenerationServiceServicer,
 ):
     """Fails calls with the errors of a list, one after the other, and then answers."""
 
@@ -76,13 +79,14 @@ class Fake(
         self.bad_pairs: dict[str, status_pb2.Status] = {}
         # Number of further times that the server has no time for a pair.
         self.busy_again: dict[str, int] = {}
-        # A pair because of which a whole call is refused, or a file whose download lacks its end.
+        # A pair because of which a whole call is refused, a file whose download lacks its end, or
+        # a text before which a generation ends.
         self.spoiler = ""
         # Seconds before a failure.
         self.pause = 0.0
-        # A pair with which the connection of its stream is lost as soon as that may happen, or a
-        # file in which a download is lost. `may_break` allows the loss of the connection;
-        # `has_broken` is set when either is lost.
+        # A pair or a text with which the connection of its stream is lost as soon as that may
+        # happen, or a file in which a download is lost. `may_break` allows the loss of the
+        # connection; `has_broken` is set when one of them is lost.
         self.breaker = ""
         self.may_break = threading.Event()
         self.may_break.set()
@@ -178,6 +182,23 @@ class Fake(
             if name != self.spoiler:
                 yield checkpoint_pb2.DownloadCheckpointResponse(chunk=b"456")
 
+    def GenerateCompletions(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._begin("GenerateCompletions", request, context)
+        response = generation_pb2.GenerateCompletionsResponse(seed=request.seed)
+        response.usage.completion_tokens = 2
+        stop = generation_pb2.FINISH_REASON_STOP
+        for text, finish_reason in (("a", None), ("b", stop)):
+            if text == self.spoiler:
+                return
+            if text == self.breaker and not self.has_broken.is_set():
+                self.may_break.wait(4)
+                self.has_broken.set()
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the connection was lost")
+            part = generation_pb2.GenerateCompletionsResponse(seed=request.seed)
+            part.deltas.add(text=text, token_ids=[7], finish_reason=finish_reason)
+            yield part
+        yield response
+
 
 @pytest.fixture
 def fake() -> Iterator[tuple[Fake, Client]]:
@@ -188,6 +209,7 @@ def fake() -> Iterator[tuple[Fake, Client]]:
     training_pb2_grpc.add_TrainingServiceServicer_to_server(servicer, server)
     dataset_pb2_grpc.add_DatasetServiceServicer_to_server(servicer, server)
     checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(servicer, server)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with Client(f"http://127.0.0.1:{port}", timeout=5, scoring_timeout=5) as client:
@@ -410,6 +432,54 @@ def test_a_file_that_is_not_complete_has_no_name(fake: tuple[Fake, Client], tmp_
     with pytest.raises(BradleyError, match=r"b\.json has not the size that the server named"):
         client.download("trainingJobs/x", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_generation_that_breaks_is_repeated_with_its_seed(fake: tuple[Fake, Client]) -> None:
+    servicer, client = fake
+    servicer.breaker = "b"
+    completions = client.generate("x", "models/x")
+    assert completions.text == "ab"
+    assert completions.samples[0].token_ids == (7, 7)
+    seeds = [(name, request.seed) for name, _, request in servicer.calls]
+    assert seeds == [("GenerateCompletions", completions.seed)] * 2
+
+
+def test_texts_that_were_returned_are_not_generated_again(fake: tuple[Fake, Client]) -> None:
+    servicer, client = fake
+    servicer.failures = [busy(0.05)]
+    servicer.breaker = "b"
+    servicer.may_break.clear()
+    deltas = client.stream_completions("x", "models/x")
+    assert next(deltas).text == "a"
+    servicer.may_break.set()
+    with pytest.raises(UnavailableError, match="the connection was lost"):
+        next(deltas)
+    assert [name for name, _, _ in servicer.calls] == ["GenerateCompletions"] * 2
+
+    async def stream() -> None:
+        async with AsyncClient(client._session.address.target) as other:
+            deltas = other.stream_completions("x", "models/x")
+            assert (await anext(deltas)).text == "a"
+            servicer.may_break.set()
+            with pytest.raises(UnavailableError, match="the connection was lost"):
+                await anext(deltas)
+
+    servicer.has_broken.clear()
+    servicer.may_break.clear()
+    servicer.failures = [busy(0.05)]
+    asyncio.run(asyncio.wait_for(stream(), 20))
+    assert [name for name, _, _ in servicer.calls] == ["GenerateCompletions"] * 4
+
+
+def test_a_text_without_its_end_is_an_error(fake: tuple[Fake, Client]) -> None:
+    servicer, client = fake
+    servicer.spoiler = "b"
+    with pytest.raises(BradleyError, match="the stream ended before all samples were complete"):
+        client.generate("x", "models/x")
+    deltas = client.stream_completions("x", "models/x")
+    assert next(deltas).text == "a"
+    with pytest.raises(BradleyError, match="the stream ended before all samples were complete"):
+        next(deltas)
 
 
 def test_the_server_may_ask_for_more_attempts_than_lost_connections_get(

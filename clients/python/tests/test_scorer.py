@@ -242,6 +242,50 @@ def test_options_reach_the_server(server: Server, client: Client, policy: str) -
     check_scores(scorer.rows(ROWS), [result.score for result in expected])
 
 
+def test_logged_log_probs_are_columns(server: Server, client: Client, policy: str) -> None:
+    found = scores(client, PLAIN_ROWS[:4], policy)
+    rows: list[dict[str, Any]] = [
+        {
+            **row,
+            "ref_chosen_logps": score.a.reference_logprob,
+            "ref_rejected_logps": score.b.reference_logprob,
+        }
+        for row, score in zip(PLAIN_ROWS, found, strict=False)
+    ]
+    texts = [" No.", " It depends on many things."]
+    pairs = [{**PLAIN_ROWS[0], "rejected": text} for text in texts]
+    of_pairs = scores(client, pairs, policy)
+    several: dict[str, Any] = {
+        **PLAIN_ROWS[0],
+        "rejected": texts,
+        "ref_chosen_logps": of_pairs[0].a.reference_logprob,
+        "ref_rejected_logps": [score.b.reference_logprob for score in of_pairs],
+    }
+    with Scorer(server.target, policy, logged="reference") as scorer:
+        check_scores(scorer.rows(rows), found)
+        check_scores(rows_of(scorer(columns_of(rows))), found)
+        scored = scorer.rows(
+            [
+                several,
+                {**several, "ref_rejected_logps": -1.0},
+                {**several, "ref_chosen_logps": [-1.0, -2.0]},
+                {**rows[0], "ref_chosen_logps": None},
+            ]
+        )
+        assert scored[0]["margin"] == min(score.margin for score in of_pairs)
+        errors = [row["error"] for row in scored]
+        one_for_two = "ref_rejected_logps: give a list with one number for each of the 2 answers"
+        assert errors[:2] == [None, one_for_two]
+        assert errors[2].startswith("ref_chosen_logps: is list; give one number for the answer")
+        assert errors[3].startswith("ref_chosen_logps: is missing")
+        with pytest.raises(ValueError, match="no column 'ref_chosen_logps', which logged='ref"):
+            scorer(columns_of(PLAIN_ROWS))
+    with pytest.raises(ValueError, match="logged is for pairs only"):
+        Scorer(server.target, policy, completions="answers", logged="both")
+    with pytest.raises(ValueError, match="logged is 'policy': it must be reference or both"):
+        Scorer(server.target, policy, logged="policy")
+
+
 def test_answers_are_scored(server: Server, client: Client, policy: str) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     rows: list[dict[str, Any]] = [

@@ -2,7 +2,7 @@
 
 `Client` and `AsyncClient` call a server. `Scorer` is one stage of a data pipeline: Ray Data, Spark,
 Daft, `datasets`, pandas or Arrow. The messages that calls return are those of proto/bradley/v1, in
-the package `bradley.v1`.
+the package `bradley.v1`; generated texts are `Completions`.
 """
 
 from importlib import metadata
@@ -30,6 +30,7 @@ from bradley.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from bradley.generation import Completion, CompletionDelta, Completions
 from bradley.retry import RetryPolicy
 from bradley.scorer import Scorer
 
@@ -42,6 +43,9 @@ __all__ = [
     "BradleyError",
     "CancelledError",
     "Client",
+    "Completion",
+    "CompletionDelta",
+    "Completions",
     "DeadlineExceededError",
     "FailedPreconditionError",
     "FieldViolation",

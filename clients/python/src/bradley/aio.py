@@ -18,11 +18,12 @@ from typing import Any, TypeVar, Unpack
 
 import grpc
 
-from bradley import calls, messages, uploads
+from bradley import calls, generation, messages, uploads
 from bradley.calls import JobLike, PolicyLike, ScoringArguments
 from bradley.connection import Address, Pem
 from bradley.downloads import FileWriter
 from bradley.errors import BradleyError, protocol_error
+from bradley.generation import CompletionDelta, Completions, GenerationRun, SamplingArguments
 from bradley.loggers import LogTo, open_logger
 from bradley.retry import Deadline, RetryPolicy, given
 from bradley.session import Attempts, Session, cancelled_at_exit
@@ -33,6 +34,7 @@ from bradley.v1 import (
     dataset_pb2_grpc,
     evaluation_pb2,
     evaluation_pb2_grpc,
+    generation_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     scoring_pb2,
@@ -78,6 +80,7 @@ class AsyncClient:
         self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
         self._datasets = dataset_pb2_grpc.DatasetServiceStub(self._channel)
         self._evaluations = evaluation_pb2_grpc.EvaluationServiceStub(self._channel)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
         self._scoring = scoring_pb2_grpc.ScoringServiceStub(self._channel)
         self._training = training_pb2_grpc.TrainingServiceStub(self._channel)
@@ -396,13 +399,15 @@ class AsyncClient:
         pairs: Iterable[messages.PairLike],
         policy: PolicyLike,
         *,
+        logged: str = "",
         timeout: float | None = None,
         **arguments: Unpack[ScoringArguments],
     ) -> scoring_pb2.ScorePairsResponse:
         """Scores pairs. The results have the order of the pairs; see `Client.score_pairs`."""
         options = calls.options(policy, arguments)
         deadline = Deadline(given(timeout, self._session.scoring_timeout))
-        chunks = messages.chunks_of(calls.pairs(pairs), calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
+        whole = calls.pairs(pairs, logged)
+        chunks = messages.chunks_of(whole, calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
         return calls.join_responses([await self._score(options, c, deadline) for c in chunks])
 
     async def _score(
@@ -443,6 +448,7 @@ class AsyncClient:
         pairs: Iterable[messages.PairLike] | AsyncIterable[messages.PairLike],
         policy: PolicyLike,
         *,
+        logged: str = "",
         timeout: float = 86_400.0,
         **arguments: Unpack[ScoringArguments],
     ) -> AsyncGenerator[scoring_pb2.StreamScorePairsResponse, None]:
@@ -451,7 +457,7 @@ class AsyncClient:
         The rows of a synchronous iterable are read in the event loop, so they must be at hand.
         """
         options = calls.options(policy, arguments)
-        feed = _Feed(options, _aiter(pairs))
+        feed = _Feed(options, _aiter(pairs), logged)
         attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
         await self._connect(attempts)
         with contextlib.closing(feed):
@@ -526,6 +532,60 @@ class AsyncClient:
         attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
         return await self._repeat(receive, None, attempts)
 
+    # Generation -----------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: messages.TextLike,
+        policy: PolicyLike,
+        *,
+        timeout: float | None = None,
+        **arguments: Unpack[SamplingArguments],
+    ) -> Completions:
+        """Continues a prompt and returns the complete samples; see `Client.generate`."""
+        request = generation.request(prompt, policy, arguments)
+
+        async def receive(_: None, **settings: Any) -> Completions:
+            stream = self._generation.GenerateCompletions(request, **settings)
+            run = GenerationRun(request)
+            with cancelled_at_exit(stream):
+                async for response in stream:
+                    run.take(response)
+            return run.completions()
+
+        deadline = Deadline(given(timeout, self._session.scoring_timeout))
+        return await self._repeat(receive, None, Attempts(self._session, deadline, repeatable=True))
+
+    async def stream_completions(
+        self,
+        prompt: messages.TextLike,
+        policy: PolicyLike,
+        *,
+        timeout: float | None = None,
+        **arguments: Unpack[SamplingArguments],
+    ) -> AsyncGenerator[CompletionDelta, None]:
+        """Returns new tokens as they are generated; see `Client.stream_completions`."""
+        request = generation.request(prompt, policy, arguments)
+        deadline = Deadline(given(timeout, self._session.scoring_timeout))
+        attempts = Attempts(self._session, deadline, repeatable=True)
+        await self._connect(attempts)
+        while True:
+            run = GenerationRun(request)
+            try:
+                stream = self._generation.GenerateCompletions(request, **attempts.settings())
+                with cancelled_at_exit(stream):
+                    async for response in stream:
+                        attempts.answered()
+                        for delta in run.take(response):
+                            yield delta
+                # Raises an error if a sample is not complete.
+                run.completions()
+                return
+            except grpc.RpcError as rpc_error:
+                if run.has_begun:
+                    raise self._session.explained(rpc_error) from rpc_error
+                await asyncio.sleep(attempts.delay(rpc_error))
+
     # Usage ----------------------------------------------------------------------------------------
 
     async def usage(
@@ -579,10 +639,13 @@ class _Feed:
     """The requests of a scoring stream, and of the streams that continue it."""
 
     def __init__(
-        self, options: scoring_pb2.ScoringOptions, rows: AsyncIterator[messages.PairLike]
+        self,
+        options: scoring_pb2.ScoringOptions,
+        rows: AsyncIterator[messages.PairLike],
+        logged: str,
     ) -> None:
         self._options, self._rows = options, rows
-        self._source = calls.StreamedPairs()
+        self._source = calls.StreamedPairs(logged)
         self._slots = asyncio.Semaphore(calls.IN_FLIGHT)
         self._reading: asyncio.Future[messages.PairLike | None] | None = None
         # The number of the stream whose requests may go on.

@@ -123,12 +123,13 @@ class Evaluation:
         return self._report
 
 
-def pairs(rows: Iterable[messages.PairLike]) -> list[scoring_pb2.Pair]:
+def pairs(rows: Iterable[messages.PairLike], logged: str = "") -> list[scoring_pb2.Pair]:
     """Converts rows to pairs. Raises `ValueError` with the number of a row that has none."""
+    messages.logged_columns(logged)
     converted = []
     for number, row in enumerate(rows):
         try:
-            converted.append(messages.pair_message(row))
+            converted.append(messages.pair_message(row, logged=logged))
         except messages.RowError as error:
             raise ValueError(f"pairs[{number}]: {error}") from error
     return converted
@@ -349,7 +350,9 @@ class EventCursor:
 class StreamedPairs:
     """The pairs of a scoring stream that are not answered, to send them again on a new stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, logged: str) -> None:
+        messages.logged_columns(logged)
+        self._logged = logged
         self._count = 0
         self._ids: dict[int, str] = {}
         self.pending: dict[int, scoring_pb2.Pair] = {}
@@ -359,7 +362,7 @@ class StreamedPairs:
         """Takes the next row and returns its pair, with its number as its id."""
         number = self._count
         try:
-            pair = messages.pair_message(row)
+            pair = messages.pair_message(row, logged=self._logged)
         except messages.RowError as error:
             raise ValueError(f"pairs[{number}]: {error}") from error
         self._count += 1

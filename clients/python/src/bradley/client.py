@@ -11,11 +11,12 @@ from typing import Any, TypeVar, Unpack
 
 import grpc
 
-from bradley import calls, messages, uploads
+from bradley import calls, generation, messages, uploads
 from bradley.calls import JobLike, PolicyLike, ScoringArguments
 from bradley.connection import Address, Pem
 from bradley.downloads import FileWriter
 from bradley.errors import BradleyError, protocol_error
+from bradley.generation import CompletionDelta, Completions, GenerationRun, SamplingArguments
 from bradley.loggers import LogTo, open_logger
 from bradley.retry import Deadline, RetryPolicy, given
 from bradley.session import Attempts, Session, cancelled_at_exit
@@ -26,6 +27,7 @@ from bradley.v1 import (
     dataset_pb2_grpc,
     evaluation_pb2,
     evaluation_pb2_grpc,
+    generation_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     scoring_pb2,
@@ -68,8 +70,8 @@ class Client:
         BRADLEY_TLS_SERVER_CA, BRADLEY_TLS_CLIENT_CERT and BRADLEY_TLS_CLIENT_KEY name.
 
         `timeout` is the time of a call with its retries, in seconds, `scoring_timeout` that of
-        scoring, uploads, estimates and exports, and `connect_timeout` the time after which a server
-        that has never answered counts as unreachable.
+        scoring, generation, uploads, estimates and exports, and `connect_timeout` the time after
+        which a server that has never answered counts as unreachable.
         """
         address = Address(target, token, ca, cert, key)
         self._session = Session(
@@ -83,6 +85,7 @@ class Client:
         self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
         self._datasets = dataset_pb2_grpc.DatasetServiceStub(self._channel)
         self._evaluations = evaluation_pb2_grpc.EvaluationServiceStub(self._channel)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
         self._scoring = scoring_pb2_grpc.ScoringServiceStub(self._channel)
         self._training = training_pb2_grpc.TrainingServiceStub(self._channel)
@@ -410,6 +413,7 @@ class Client:
         pairs: Iterable[messages.PairLike],
         policy: PolicyLike,
         *,
+        logged: str = "",
         timeout: float | None = None,
         **arguments: Unpack[ScoringArguments],
     ) -> scoring_pb2.ScorePairsResponse:
@@ -419,10 +423,15 @@ class Client:
         messages. A pair that cannot be scored has an `error` in its result;
         `bradley.errors.from_status` makes an exception of it. More than 256 pairs become several
         calls.
+
+        With `logged`, rows have log-probs that were computed before, each summed over the answer's
+        tokens: "reference" takes the reference's from the columns ref_chosen_logps and
+        ref_rejected_logps, and "both" also takes the policy's from chosen_logps and rejected_logps.
         """
         options = calls.options(policy, arguments)
         deadline = Deadline(given(timeout, self._session.scoring_timeout))
-        chunks = messages.chunks_of(calls.pairs(pairs), calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
+        whole = calls.pairs(pairs, logged)
+        chunks = messages.chunks_of(whole, calls.PAIRS_PER_CALL, calls.BYTES_PER_CALL)
         return calls.join_responses([self.score_call(options, c, deadline) for c in chunks])
 
     def score_call(
@@ -471,17 +480,18 @@ class Client:
         pairs: Iterable[messages.PairLike],
         policy: PolicyLike,
         *,
+        logged: str = "",
         timeout: float = 86_400.0,
         **arguments: Unpack[ScoringArguments],
     ) -> Generator[scoring_pb2.StreamScorePairsResponse, None, None]:
         """Scores pairs as they come, and returns results as they come, in any order.
 
         The result of a pair has its `id`, or its number from 0 if it has none. At most 512 pairs
-        are in memory. After a lost connection, the unanswered pairs are sent again. `timeout` is
-        the time of the whole stream.
+        are in memory. After a lost connection, the unanswered pairs are sent again. `logged` is
+        that of `score_pairs`. `timeout` is the time of the whole stream.
         """
         options = calls.options(policy, arguments)
-        source = _SharedSource(iter(pairs))
+        source = _SharedSource(iter(pairs), logged)
         attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
         self._connect(attempts)
         while True:
@@ -561,6 +571,68 @@ class Client:
         attempts = Attempts(self._session, Deadline(timeout), repeatable=True)
         return self._repeat(receive, None, attempts)
 
+    # Generation -----------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: messages.TextLike,
+        policy: PolicyLike,
+        *,
+        timeout: float | None = None,
+        **arguments: Unpack[SamplingArguments],
+    ) -> Completions:
+        """Continues a prompt, a text or chat messages, and returns the complete samples.
+
+        `timeout` is `scoring_timeout` by default. A call that is repeated has the same seed as
+        before.
+        """
+        request = generation.request(prompt, policy, arguments)
+
+        def receive(_: None, **settings: Any) -> Completions:
+            stream = self._generation.GenerateCompletions(request, **settings)
+            run = GenerationRun(request)
+            with cancelled_at_exit(stream):
+                for response in stream:
+                    run.take(response)
+            return run.completions()
+
+        deadline = Deadline(given(timeout, self._session.scoring_timeout))
+        return self._repeat(receive, None, Attempts(self._session, deadline, repeatable=True))
+
+    def stream_completions(
+        self,
+        prompt: messages.TextLike,
+        policy: PolicyLike,
+        *,
+        timeout: float | None = None,
+        **arguments: Unpack[SamplingArguments],
+    ) -> Generator[CompletionDelta, None, None]:
+        """Continues a prompt and returns the new tokens of its samples as they are generated.
+
+        The parts of all samples come mixed; the `index` of each says to which sample it belongs. A
+        call is repeated only before its first part: a later error is raised. The server ends a call
+        whose parts are not read for a minute. `timeout` is `scoring_timeout` by default.
+        """
+        request = generation.request(prompt, policy, arguments)
+        deadline = Deadline(given(timeout, self._session.scoring_timeout))
+        attempts = Attempts(self._session, deadline, repeatable=True)
+        self._connect(attempts)
+        while True:
+            run = GenerationRun(request)
+            try:
+                stream = self._generation.GenerateCompletions(request, **attempts.settings())
+                with cancelled_at_exit(stream):
+                    for response in stream:
+                        attempts.answered()
+                        yield from run.take(response)
+                # Raises an error if a sample is not complete.
+                run.completions()
+                return
+            except grpc.RpcError as rpc_error:
+                if run.has_begun:
+                    raise self._session.explained(rpc_error) from rpc_error
+                time.sleep(attempts.delay(rpc_error))
+
     # Usage ----------------------------------------------------------------------------------------
 
     def usage(
@@ -617,8 +689,8 @@ class _SharedSource:
     begins at once with the unanswered pairs, and gets that row as soon as it comes.
     """
 
-    def __init__(self, rows: Iterator[messages.PairLike]) -> None:
-        self._rows, self._source = rows, calls.StreamedPairs()
+    def __init__(self, rows: Iterator[messages.PairLike], logged: str) -> None:
+        self._rows, self._source = rows, calls.StreamedPairs(logged)
         # Held while the caller's next row is awaited.
         self._reading = threading.Lock()
         # Held while a row becomes a pair of a stream, or a stream is stopped.

@@ -5,19 +5,24 @@ from __future__ import annotations
 import datetime
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from bradley.v1 import scoring_pb2, training_pb2
+from bradley.v1 import generation_pb2, scoring_pb2, training_pb2
 
 TextLike = str | Sequence[Mapping[str, Any]]
 """A prompt or an answer: a text, or a list of chat messages."""
 PairLike = scoring_pb2.Pair | Mapping[str, Any]
 """A pair to score: a message, or a row with `prompt`, `chosen` and `rejected` (or `a` and `b`)."""
 
+# Messages with arguments of the chat template.
+_Templated = (
+    scoring_pb2.Pair | scoring_pb2.ScoringOptions | generation_pb2.GenerateCompletionsRequest
+)
 # Messages of a job whose fields may be given without the message's name.
 _JOB_SECTIONS = ("dpo", "optimizer", "lora", "batch", "run")
 
@@ -26,6 +31,10 @@ MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
 """Columns without which a row would mean something else."""
 FURTHER_COLUMNS = ("system", "tools", "chat_template_kwargs", *MEDIA_COLUMNS)
 """Columns of a row besides the prompt and the answers."""
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+"""Columns with the reference's log-probs of the chosen and of the rejected answer, as in TRL."""
+POLICY_COLUMNS = ("chosen_logps", "rejected_logps")
+"""The same for the policy."""
 
 
 class RowError(ValueError):
@@ -101,13 +110,29 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def pair_message(row: PairLike, pair_id: str | None = None) -> scoring_pb2.Pair:
+def logged_columns(logged: str) -> tuple[str, ...]:
+    """Returns the columns of log-probs that `logged` names: reference, both, or none if empty.
+
+    Columns of the chosen answer and those of the rejected answer alternate.
+    """
+    columns: dict[str, tuple[str, ...]] = {
+        "": (),
+        "reference": REFERENCE_COLUMNS,
+        "both": (*REFERENCE_COLUMNS, *POLICY_COLUMNS),
+    }
+    if logged not in columns:
+        raise ValueError(f"logged is {logged!r}: it must be reference or both")
+    return columns[logged]
+
+
+def pair_message(row: PairLike, pair_id: str | None = None, logged: str = "") -> scoring_pb2.Pair:
     """Converts a row to a pair. Raises `RowError` if it has none.
 
     Reads fewer shapes of rows than `bradley score`, and these in the same way. Without `prompt`,
     the messages that both dialogues begin with are the prompt. The same holds if `prompt` is only
     the text of their first user message (UltraFeedback). A `system` column is the text of the
-    system message.
+    system message. `logged` says which log-probs the row has, as for `logged_columns`; a message
+    keeps its own.
     """
     if isinstance(row, scoring_pb2.Pair):
         pair = scoring_pb2.Pair()
@@ -136,6 +161,7 @@ def pair_message(row: PairLike, pair_id: str | None = None) -> scoring_pb2.Pair:
         kwargs = row.get("chat_template_kwargs")
         # Without a template there is nothing that variables could change.
         set_arguments(pair, row.get("tools"), None if isinstance(prompt, str) else kwargs)
+        _set_logged(pair, row, logged)
     except RowError:
         raise
     except (TypeError, ValueError) as error:
@@ -143,24 +169,78 @@ def pair_message(row: PairLike, pair_id: str | None = None) -> scoring_pb2.Pair:
     return pair
 
 
-def pair_messages(row: Mapping[str, Any], first: int) -> list[scoring_pb2.Pair]:
+def _set_logged(pair: scoring_pb2.Pair, row: Mapping[str, Any], logged: str) -> None:
+    """Sets the log-probs of a row's columns. Answer a is the chosen one."""
+    values = [_logged_sum(row, column) for column in logged_columns(logged)]
+    if values:
+        pair.logged.reference_a, pair.logged.reference_b = values[:2]
+    if values[2:]:
+        pair.logged.policy_a, pair.logged.policy_b = values[2:]
+
+
+def _logged_sum(row: Mapping[str, Any], column: str) -> float:
+    value = row.get(column)
+    if is_missing(value):
+        raise RowError(
+            f"{column}: is missing; add the log-prob of the answer, summed over its tokens"
+        )
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RowError(
+            f"{column}: is {type(value).__name__}; give one number for the answer, the sum over "
+            "its tokens (with several answers, a list with one number for each)"
+        )
+    if not -math.inf < value <= 0:
+        raise RowError(f"{column}: is {value}; a log-prob is a finite number, at most 0")
+    return float(value)
+
+
+def pair_messages(row: Mapping[str, Any], first: int, logged: str = "") -> list[scoring_pb2.Pair]:
     """Converts a row whose answers may be lists to pairs, as the server does with rows of files.
 
     Each chosen answer makes a pair with each rejected one. The ids are numbers from `first`. Raises
-    `RowError` if an answer has no pair.
+    `RowError` if an answer has no pair. `logged` is that of `pair_message`.
     """
     answers = {name: _answers(row, name) for name in ("chosen", "rejected")}
+    columns = logged_columns(logged)
+    sums: dict[str, list[dict[str, Any]]] = {name: [{}] * len(answers[name]) for name in answers}
+    if any(place != name for name, found in answers.items() for place, _ in found):
+        sums["chosen"] = _logged_of_answers(row, columns[0::2], len(answers["chosen"]))
+        sums["rejected"] = _logged_of_answers(row, columns[1::2], len(answers["rejected"]))
     pairs: list[scoring_pb2.Pair] = []
-    for chosen_place, chosen in answers["chosen"]:
-        for rejected_place, rejected in answers["rejected"]:
-            named = {**row, "chosen": chosen, "rejected": rejected}
+    for i, (chosen_place, chosen) in enumerate(answers["chosen"]):
+        for j, (rejected_place, rejected) in enumerate(answers["rejected"]):
+            of_pair = {**sums["chosen"][i], **sums["rejected"][j]}
+            named = {**row, "chosen": chosen, "rejected": rejected, **of_pair}
             try:
-                pairs.append(pair_message(named, str(first + len(pairs))))
+                pairs.append(pair_message(named, str(first + len(pairs)), logged))
             except RowError as error:
                 column, separator, rest = str(error).partition(":")
                 places = {"chosen": chosen_place, "rejected": rejected_place}
                 raise RowError(f"{places.get(column, column)}{separator}{rest}") from error
     return pairs
+
+
+def _logged_of_answers(
+    row: Mapping[str, Any], columns: Sequence[str], count: int
+) -> list[dict[str, Any]]:
+    """Returns the log-probs of each of `count` answers. Their columns have a list with a number for
+    each; for a single answer also a number, which stays in the row."""
+    of_answers: list[dict[str, Any]] = [{} for _ in range(count)]
+    for column in columns:
+        value = row.get(column)
+        if is_missing(value):
+            continue
+        try:
+            value = plain(value)
+        except TypeError as error:
+            raise RowError(f"{column}: {error}") from error
+        if isinstance(value, list) and len(value) == count:
+            for of_answer, one in zip(of_answers, value, strict=True):
+                of_answer[column] = one
+        elif count > 1:
+            raise RowError(f"{column}: give a list with one number for each of the {count} answers")
+    return of_answers
 
 
 def _answers(row: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
@@ -234,9 +314,7 @@ def _check_form(prompt: Any, answer: Any, name: str) -> None:
         raise RowError(f"{name}: give texts or lists of messages for both the prompt and {name}")
 
 
-def set_arguments(
-    target: scoring_pb2.Pair | scoring_pb2.ScoringOptions, tools: Any, kwargs: Any
-) -> None:
+def set_arguments(target: _Templated, tools: Any, kwargs: Any) -> None:
     """Sets tools and template variables, given as values or as JSON."""
     if not is_missing(tools):
         target.tools_json = tools if isinstance(tools, str) else to_json(plain(tools))

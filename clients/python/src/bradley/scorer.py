@@ -95,6 +95,7 @@ class Scorer:
         chosen: str = "chosen",
         rejected: str = "rejected",
         completions: str = "",
+        logged: str = "",
         output: Sequence[str] | str = "",
         prefix: str = "",
         pairs_per_call: int = 64,
@@ -117,6 +118,8 @@ class Scorer:
         `prompt`, `chosen` and `rejected` name the columns of the pair. `chosen` and `rejected` may
         hold lists of answers, as the server's file formats do: each chosen one then makes a pair
         with each rejected one, and the row gets the values of the pair with the lowest margin.
+        `logged` is that of `Client.score_pairs`. In a row with lists of answers, each column of
+        log-probs has a list with a number for each answer.
 
         With `completions`, the name of a column with lists of answers, N answers are scored
         instead. `output` chooses the columns that are added: names of `PAIR_COLUMNS` or
@@ -130,6 +133,10 @@ class Scorer:
             )
         if pairs_per_call < 1 or concurrency < 1:
             raise ValueError("pairs_per_call and concurrency must be at least 1")
+        self._logged_columns = messages.logged_columns(logged)
+        if logged and completions:
+            raise ValueError("logged is for pairs only: leave out logged or completions")
+        self._logged = logged
         # Serialised, because not every serialiser of a pipeline knows protobuf's messages.
         self._options = calls.options(policy, arguments).SerializeToString()
         self._policy = calls.policy_name(policy)
@@ -190,14 +197,14 @@ class Scorer:
     def daft(self, *columns: Any) -> Any:
         """Returns an expression of Daft: a struct with the scores.
 
-        `columns` are the expressions of prompt, chosen and rejected; of prompt and completions for
-        N answers.
+        `columns` are the expressions of prompt, chosen and rejected, and then those of the
+        log-probs that `logged` names; of prompt and completions for N answers.
         """
         import daft
 
         names = [self._prompt, self._completions]
         if not self._completions:
-            names = [self._prompt, self._chosen, self._rejected]
+            names = [self._prompt, self._chosen, self._rejected, *self._logged_columns]
         if len(columns) != len(names):
             raise ValueError(f"{len(columns)} expressions are given: give those of {names}")
         fields = {c.name: daft.DataType.from_arrow_type(c.arrow_type()) for c in self._columns}
@@ -267,7 +274,7 @@ class Scorer:
 
     def _inputs(self) -> list[str]:
         answers = [self._completions] if self._completions else [self._chosen, self._rejected]
-        return [self._prompt, *answers, *messages.FURTHER_COLUMNS]
+        return [self._prompt, *answers, *self._logged_columns, *messages.FURTHER_COLUMNS]
 
     def _check_columns(self, names: Sequence[str]) -> None:
         needed = {"completions": self._completions, "prompt": self._prompt}
@@ -280,6 +287,11 @@ class Scorer:
                     f"the batch has no column {name!r}, only {', '.join(names)}: name the column "
                     f"with {argument}=…"
                 )
+        if absent := [name for name in self._logged_columns if name not in names]:
+            raise ValueError(
+                f"the batch has no column {absent[0]!r}, which logged={self._logged!r} needs, only "
+                f"{', '.join(names)}"
+            )
         if taken := [c.name for c in self._columns if c.name in names]:
             raise ValueError(
                 f"the batch already has the columns {', '.join(taken)}: give a prefix=… for the "
@@ -311,13 +323,14 @@ class Scorer:
         for number, row in enumerate(rows):
             named = {
                 **{name: row.get(name) for name in messages.FURTHER_COLUMNS},
+                **{name: row.get(name) for name in self._logged_columns},
                 "prompt": row.get(self._prompt),
                 "chosen": row.get(self._chosen),
                 "rejected": row.get(self._rejected),
             }
             try:
                 first = len(pairs)
-                pairs.extend(messages.pair_messages(named, first))
+                pairs.extend(messages.pair_messages(named, first, self._logged))
                 of_row[number] = range(first, len(pairs))
             except messages.RowError as error:
                 found[number] = {"error": str(error)}
