@@ -996,7 +996,7 @@ pub struct FleetArgs {
     /// Number of connections to each address. One address may stand for several servers.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub connections: u8,
-    /// Time in seconds for which calls are repeated while no server answers.
+    /// Time in seconds for which calls and refused rows are sent again while no row gets a result.
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = whole_number)]
     pub retry_timeout: u64,
     /// Time in seconds to wait for a first server, for jobs that start together with the servers.

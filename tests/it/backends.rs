@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -316,6 +317,8 @@ pub struct Proxy {
 }
 
 struct ProxyState {
+    /// Number of accepted connections.
+    connections: AtomicUsize,
     fault: Mutex<Fault>,
     /// While it returns true, nothing passes.
     holds: Mutex<Option<Condition>>,
@@ -339,6 +342,7 @@ impl Proxy {
     pub fn start(backend: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let state = ProxyState {
+            connections: AtomicUsize::new(0),
             fault: Mutex::new(Fault::None),
             holds: Mutex::new(None),
         };
@@ -349,6 +353,7 @@ impl Proxy {
         let state = proxy.state.clone();
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
+                state.connections.fetch_add(1, Ordering::Relaxed);
                 let state = state.clone();
                 std::thread::spawn(move || serve(client, backend, &state));
             }
@@ -370,6 +375,11 @@ impl Proxy {
     /// Returns its URL.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Returns the number of connections that it has accepted.
+    pub fn connections(&self) -> usize {
+        self.state.connections.load(Ordering::Relaxed)
     }
 
     /// Causes this fault from now on.

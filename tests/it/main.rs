@@ -61,6 +61,7 @@ mod prose;
 mod random_specs;
 mod reference_model;
 mod references;
+mod refusing_server;
 mod regressions;
 mod replicas;
 mod rest;

@@ -23,6 +23,7 @@ use serde_json::{Map, Value, json};
 
 use crate::attacks::{peak_kib, peak_kib_while_running};
 use crate::backends::{Fault, Proxy, S3, signal};
+use crate::refusing_server::RefusingServer;
 use crate::server::{Server, create, finish, free_port, job, upload};
 use crate::support::{copy_files, golden, perturb_weights};
 use crate::wait::until_blocking;
@@ -970,6 +971,36 @@ async fn a_dead_replica_loses_no_row_and_other_weights_in_its_place_are_refused(
             && text.contains("differ in the content of the policy"),
         "{text}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_rows_are_sent_again_after_the_time_that_the_server_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let answers = json!({"prompt": "p", "completions": [" one", " two", " three"]});
+    for (name, rows) in [("pairs", pairs(3)), ("answers", vec![answers])] {
+        let input = at(&format!("{name}.jsonl"));
+        write_lines(&input, &rows);
+        let input = input.to_str().unwrap();
+        // Longer than the first pauses without this request.
+        let asked = Duration::from_millis(700);
+        let (server, address) = RefusingServer::start(2, asked).await;
+        let out = at(&format!("{name}-out"));
+        let text = succeed(&mut command(&address, input, &out, &WEIGHTS));
+        assert!(text.contains("0 with an error"), "{name}: {text}");
+        let pauses = server.pauses();
+        assert_eq!(pauses.len(), 2, "{name}: {pauses:?}");
+        assert!(pauses.iter().all(|pause| *pause >= asked), "{pauses:?}");
+        // The row that this server scores is no reason to wait for the others for ever.
+        let (_, address) = RefusingServer::start(usize::MAX, Duration::from_millis(100)).await;
+        let out = at(&format!("{name}-never"));
+        let args = [&WEIGHTS[..], &["--retry-timeout", "1"]].concat();
+        let text = fail(&mut command(&address, input, &out, &args), 1);
+        assert!(
+            text.contains(" s (--retry-timeout): the queue is full; run the command again later"),
+            "{name}: {text}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

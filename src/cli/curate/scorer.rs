@@ -40,7 +40,6 @@ pub(super) async fn score_fold(
     let (data, index) = (data.clone(), Arc::clone(index));
     let reading = tokio::task::spawn_blocking(move || read(&data, &index, fold, &sender));
     let mut done = 0;
-    fleet.restart_patience();
     while let Some(batch) = batches.recv().await {
         let pairs = batch.iter().flat_map(|(_, pairs)| pairs);
         let pairs: Vec<pb::Pair> = pairs

@@ -10,10 +10,10 @@ use tokio::task::JoinSet;
 
 use super::fleet::{CallError, Fleet, ScoringAnswer, ScoringCall};
 use super::row::{InputRow, PromptAnswers, RowContent};
-use crate::cli::failure::Failure;
+use crate::cli::failure::{Failure, Outcome};
 use crate::cli::score::{pair, row_error, text};
 use crate::domain::dataset::Text;
-use crate::rpc::client::{Code, is_transient};
+use crate::rpc::client::{Code, Status, from_rpc_status, is_transient, retry_after};
 use crate::rpc::pb;
 
 /// Maximum number of pairs in a call.
@@ -21,10 +21,6 @@ const CALL_PAIRS: usize = 64;
 /// Maximum text of the pairs in a call in bytes, unless one pair has more. The server's limit on
 /// messages is 16 MiB by default.
 const CALL_BYTES: usize = 1 << 20;
-/// Time after which pairs that failed for a passing reason are scored again.
-const RETRY_PAUSE: Duration = Duration::from_millis(500);
-/// Maximum number of times that a pair is scored again.
-const MAX_RETRIES: u32 = 100;
 /// Number of first attempts at a pair in which an internal error of the server counts as passing.
 /// Later such an error is the pair's result, so that a pair that always causes one does not stop
 /// the others.
@@ -235,8 +231,39 @@ struct WaitingPairs {
     attempts: u32,
 }
 
-/// Scores pairs. Those with a passing error are scored again, and if the server refuses a call
-/// because of its content, each half of it is sent alone.
+/// The passing errors among the results of a call.
+#[derive(Default)]
+struct RowRefusals {
+    /// The longest time after which the server asks to send such a row again.
+    asked: Option<Duration>,
+    /// The message of the first one; `None` if there is none.
+    reason: Option<String>,
+}
+
+impl RowRefusals {
+    fn add(&mut self, status: &Status) {
+        self.asked = self.asked.max(retry_after(status));
+        self.reason
+            .get_or_insert_with(|| status.message().to_owned());
+    }
+
+    fn is_empty(&self) -> bool {
+        self.reason.is_none()
+    }
+
+    /// Waits until the rows are to be sent again. `attempts` is the number of times that they have
+    /// failed before.
+    ///
+    /// # Errors
+    /// Returns a failure if no row has got a result for `--retry-timeout`.
+    async fn wait(&self, fleet: &Fleet, attempts: u32) -> Outcome {
+        let reason = self.reason.as_deref().unwrap_or_default();
+        fleet.wait_after_refusal(self.asked, attempts, reason).await
+    }
+}
+
+/// Scores pairs. Those with a passing error are scored again after the time that the server names,
+/// and if the server refuses a call because of its content, each half of it is sent alone.
 async fn pairs(
     fleet: &Fleet,
     places: Vec<usize>,
@@ -294,14 +321,14 @@ async fn pairs(
                 places.len()
             )));
         }
+        let answered_before = answered.len();
+        let mut refusals = RowRefusals::default();
         let (mut again_places, mut again) = (Vec::new(), Vec::new());
         for ((place, pair), result) in places.into_iter().zip(request.pairs).zip(results) {
             let result = match result.result {
                 Some(pb::pair_result::Result::Score(score)) => RowResult::Pair(Box::new(score)),
                 Some(pb::pair_result::Result::Error(e)) if is_passing(e.code, attempts) => {
-                    if attempts == MAX_RETRIES {
-                        return Err(too_many_retries(&e.message));
-                    }
+                    refusals.add(&from_rpc_status(&e));
                     again_places.push(place);
                     again.push(pair);
                     continue;
@@ -311,8 +338,11 @@ async fn pairs(
             };
             answered.push((place, result));
         }
-        if !again.is_empty() {
-            tokio::time::sleep(RETRY_PAUSE).await;
+        if answered.len() > answered_before {
+            fleet.answered();
+        }
+        if !refusals.is_empty() {
+            refusals.wait(fleet, attempts).await?;
             waiting.push(WaitingPairs {
                 places: again_places,
                 request: pb::ScorePairsRequest {
@@ -324,14 +354,6 @@ async fn pairs(
         }
     }
     Ok(answered)
-}
-
-/// Returns the failure for a server that has no room for a row for a long time.
-fn too_many_retries(message: &str) -> Failure {
-    Failure::Failed(format!(
-        "a row was sent again {MAX_RETRIES} times, and the server could not score it: {message}; \
-         run the command again later: it continues"
-    ))
 }
 
 /// Returns true if an error may pass when the pair is scored again.
@@ -362,23 +384,21 @@ async fn answers(
                 return Ok(RowResult::Error(with_columns(&message, columns)));
             }
         };
-        let passing = answer
-            .results
-            .iter()
-            .find_map(|result| match &result.result {
-                Some(pb::completion_result::Result::Error(e)) if is_passing(e.code, attempts) => {
-                    Some(e.message.clone())
-                }
-                _ => None,
-            });
-        let Some(message) = passing else {
-            return Ok(RowResult::Answers(Box::new(ranked(answer, columns))));
-        };
-        if attempts == MAX_RETRIES {
-            return Err(too_many_retries(&message));
+        let mut refusals = RowRefusals::default();
+        for result in &answer.results {
+            if let Some(pb::completion_result::Result::Error(e)) = &result.result
+                && is_passing(e.code, attempts)
+            {
+                refusals.add(&from_rpc_status(e));
+            }
         }
+        if refusals.is_empty() {
+            fleet.answered();
+            return Ok(RowResult::Answers(Box::new(ranked(answer, columns))));
+        }
+        // Scores of the other answers are no progress, because all are sent again.
+        refusals.wait(fleet, attempts).await?;
         attempts += 1;
-        tokio::time::sleep(RETRY_PAUSE).await;
     }
 }
 

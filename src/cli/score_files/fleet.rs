@@ -22,18 +22,17 @@ use crate::rpc::pb;
 const CALLS_PER_CONNECTION: usize = 2;
 /// Time limit for a call. A server that has died is noticed much earlier, by the connection.
 const CALL_LIMIT: Duration = Duration::from_secs(1800);
-/// Time for which a server that failed gets no calls. It doubles with each failure up to
-/// [`LONGEST_PAUSE`].
+/// Time for which a server that failed gets no calls, and after which rows that it refused are sent
+/// again. It doubles with each failure up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// Maximum time for which a server gets no calls because it asked for this.
+/// Limits of this time if the server asks for one.
+const SHORTEST_ASKED_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_ASKED_PAUSE: Duration = Duration::from_secs(60);
 /// Time between two looks for a server, if none was freed meanwhile.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// Time between two attempts to reach a first server.
 const WAIT_INTERVAL: Duration = Duration::from_secs(2);
-/// Maximum number of repetitions of one call.
-const MAX_REPETITIONS: u32 = 100;
 /// Number of server failures (exhausted memory, internal errors) of one call after which its
 /// content counts as their reason. If nothing else succeeds meanwhile, the pauses between them add
 /// up to about 40 seconds.
@@ -87,7 +86,8 @@ pub(in crate::cli) struct Fleet {
     expected: Mutex<Option<(pb::ScoringOptions, WeightsIdentity)>>,
     /// Wakes calls that wait for a server.
     freed: Notify,
-    last_answer: Mutex<Instant>,
+    /// Time of the first failure or refusal since the last result of a row.
+    failing_since: Mutex<Option<Instant>>,
     last_resolution: Mutex<Instant>,
 }
 
@@ -127,6 +127,15 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Returns the time to wait after a failure: the one that the server asked for, within limits, or
+/// else one that grows with the number of failures before.
+fn pause_time(asked: Option<Duration>, failures: u32) -> Duration {
+    match asked {
+        Some(asked) => asked.clamp(SHORTEST_ASKED_PAUSE, LONGEST_ASKED_PAUSE),
+        None => (FIRST_PAUSE * (1 << failures.min(8))).min(LONGEST_PAUSE),
+    }
+}
+
 impl Replica {
     fn new(address: String, connections: u8) -> Arc<Self> {
         Arc::new(Replica {
@@ -152,11 +161,7 @@ impl Replica {
     /// Gives it no calls for a while: for the time that it asked for, if it did.
     fn pause(&self, asked: Option<Duration>) {
         let failures = self.failures.fetch_add(1, Ordering::AcqRel);
-        let time = match asked {
-            Some(asked) => asked.min(LONGEST_ASKED_PAUSE),
-            None => (FIRST_PAUSE * (1 << failures.min(8))).min(LONGEST_PAUSE),
-        };
-        *locked(&self.paused_until) = Some(Instant::now() + time);
+        *locked(&self.paused_until) = Some(Instant::now() + pause_time(asked, failures));
     }
 
     /// Returns one of its connections, in turn.
@@ -201,7 +206,7 @@ impl Fleet {
             replicas: Mutex::new(replicas),
             expected: Mutex::new(None),
             freed: Notify::new(),
-            last_answer: Mutex::new(Instant::now()),
+            failing_since: Mutex::new(None),
             last_resolution: Mutex::new(Instant::now()),
         };
         Ok((Arc::new(fleet), client))
@@ -210,12 +215,6 @@ impl Fleet {
     /// Sets the options, and the weights that every server must have.
     pub(super) fn set_expected(&self, options: pb::ScoringOptions, weights: WeightsIdentity) {
         *locked(&self.expected) = Some((options, weights));
-        self.restart_patience();
-    }
-
-    /// Restarts the time for which calls are repeated while no server answers.
-    pub(in crate::cli) fn restart_patience(&self) {
-        *locked(&self.last_answer) = Instant::now();
     }
 
     /// Returns the number of calls that all servers together take.
@@ -224,20 +223,20 @@ impl Fleet {
     }
 
     /// Sends a call to a server. If that fails for a passing reason, the call is repeated, if
-    /// possible at another server.
+    /// possible at another server. The caller reports with [`Fleet::answered`] that the answer has
+    /// the result of a row.
     ///
     /// # Errors
     /// [`CallError::Refused`] if the content of the call is the reason. [`CallError::Fatal`] if a
-    /// server has other weights or refuses the caller, after [`MAX_REPETITIONS`] repetitions, or if
-    /// no server has answered for `--retry-timeout`.
+    /// server has other weights or refuses the caller, or if no row has got a result for
+    /// `--retry-timeout`.
     pub(super) async fn call(&self, call: &ScoringCall) -> Result<ScoringAnswer, CallError> {
-        let (mut repetitions, mut server_failures) = (0, 0);
+        let mut server_failures = 0;
         loop {
             let slot = self.slot().await.map_err(CallError::Fatal)?;
             let (code, after, reason) = match self.try_call(&slot.replica, call).await {
                 Ok(answer) => {
                     slot.replica.failures.store(0, Ordering::Release);
-                    *locked(&self.last_answer) = Instant::now();
                     return Ok(answer);
                 }
                 Err(AttemptError::Fatal(failure)) => return Err(CallError::Fatal(failure)),
@@ -252,8 +251,8 @@ impl Fleet {
                         || is_too_large
                         || server_failures == MAX_SERVER_FAILURES
                     {
-                        // A refusal is an answer, too.
-                        *locked(&self.last_answer) = Instant::now();
+                        // Such a refusal is a result, too.
+                        self.answered();
                         let message = ClientError::from(*status).to_string();
                         return Err(CallError::Refused(message));
                     }
@@ -270,14 +269,7 @@ impl Fleet {
             if code != Code::ResourceExhausted {
                 slot.replica.is_unverified.store(true, Ordering::Release);
             }
-            repetitions += 1;
-            if repetitions > MAX_REPETITIONS {
-                return Err(CallError::Fatal(Failure::Failed(format!(
-                    "{address}: a call was repeated {MAX_REPETITIONS} times without success: \
-                     {reason}; run the command again later: it continues"
-                ))));
-            }
-            self.check_patience(address, &reason)
+            self.check_patience(Instant::now(), &format!("{address}: {reason}"))
                 .map_err(CallError::Fatal)?;
             tracing::debug!(%address, reason, "a call is repeated");
         }
@@ -305,15 +297,41 @@ impl Fleet {
         Ok(())
     }
 
-    fn check_patience(&self, address: &str, reason: &str) -> Result<(), Failure> {
-        let silent = locked(&self.last_answer).elapsed();
-        if silent.as_secs() < self.args.retry_timeout {
+    /// Takes note that a row has got a result, so that the time for which calls are repeated starts
+    /// again.
+    pub(super) fn answered(&self) {
+        *locked(&self.failing_since) = None;
+    }
+
+    /// Waits before rows that a server refused are sent again: for the time that it asked for, and
+    /// else longer each time. `attempts` is the number of refusals before this one.
+    ///
+    /// # Errors
+    /// Returns a failure with `reason` if no row has got a result for `--retry-timeout`.
+    pub(super) async fn wait_after_refusal(
+        &self,
+        asked: Option<Duration>,
+        attempts: u32,
+        reason: &str,
+    ) -> Result<(), Failure> {
+        self.check_patience(Instant::now(), reason)?;
+        tokio::time::sleep(pause_time(asked, attempts)).await;
+        Ok(())
+    }
+
+    /// Takes note of a failure or refusal.
+    ///
+    /// # Errors
+    /// Returns a failure with `reason` if there was nothing else for `--retry-timeout`.
+    fn check_patience(&self, now: Instant, reason: &str) -> Result<(), Failure> {
+        let since = *locked(&self.failing_since).get_or_insert(now);
+        let seconds = now.saturating_duration_since(since).as_secs();
+        if seconds < self.args.retry_timeout {
             return Ok(());
         }
         Err(Failure::Failed(format!(
-            "no server has answered for {} seconds (--retry-timeout); {address}: {reason}; run the \
-             command again later: it continues",
-            silent.as_secs()
+            "no row was scored for {seconds} s (--retry-timeout): {reason}; run the command again \
+             later: it continues"
         )))
     }
 
@@ -553,5 +571,53 @@ mod tests {
             "{third:?} {fourth:?}"
         );
         assert!((0..99).all(|_| pause(None) < 2 * LONGEST_PAUSE));
+        assert_eq!(pause_time(Some(Duration::ZERO), 0), SHORTEST_ASKED_PAUSE);
+    }
+
+    fn without_servers(retry_timeout: u64) -> Fleet {
+        Fleet {
+            args: FleetArgs {
+                servers: Vec::new(),
+                connections: 1,
+                retry_timeout,
+                wait_for_server: 0,
+                token: None,
+                tls_server_ca: None,
+                tls_client_cert: None,
+                tls_client_key: None,
+            },
+            replicas: Mutex::new(Vec::new()),
+            expected: Mutex::new(None),
+            freed: Notify::new(),
+            failing_since: Mutex::new(None),
+            last_resolution: Mutex::new(Instant::now()),
+        }
+    }
+
+    #[test]
+    fn calls_are_repeated_until_no_row_has_got_a_result_for_the_retry_timeout() {
+        let (fleet, start) = (without_servers(600), Instant::now());
+        let refused_at = |seconds| {
+            let now = start + Duration::from_secs(seconds);
+            fleet.check_patience(now, "the queue is full")
+        };
+        // The time begins with the first refusal, however many follow.
+        assert!((100..700).all(|second| refused_at(second).is_ok()));
+        fleet.answered();
+        assert!(refused_at(700).is_ok() && refused_at(1299).is_ok());
+        assert_eq!(
+            refused_at(1300).unwrap_err().message(),
+            "no row was scored for 600 s (--retry-timeout): the queue is full; run the command \
+             again later: it continues"
+        );
+        assert!(without_servers(0).check_patience(start, "busy").is_err());
+    }
+
+    #[tokio::test]
+    async fn refused_rows_are_sent_again_after_the_time_that_the_server_asked_for() {
+        let (fleet, asked) = (without_servers(600), 2 * FIRST_PAUSE);
+        let start = Instant::now();
+        let waited = fleet.wait_after_refusal(Some(asked), 0, "busy").await;
+        assert!(waited.is_ok() && start.elapsed() >= asked);
     }
 }
