@@ -973,6 +973,54 @@ async fn a_dead_replica_loses_no_row_and_other_weights_in_its_place_are_refused(
     );
 }
 
+#[test]
+fn a_server_that_starts_later_is_found_by_its_name() {
+    use std::io::{BufRead as _, BufReader, Read as _};
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let models = models(dir.path());
+    write_lines(&at("x.jsonl"), &pairs(20));
+    let input = at("x.jsonl");
+    let input = input.to_str().unwrap();
+    let port = free_port();
+    let args = [&WEIGHTS[..], &["--wait-for-server", "240"]].concat();
+    let name = format!("dns:///localhost:{port}");
+    let mut running = Ended(command(&name, input, &at("named"), &args).spawn().unwrap());
+    let mut errors = BufReader::new(running.0.stderr.take().unwrap());
+    let mut lines = errors.by_ref().lines().map_while(Result::ok);
+    let waits = lines.any(|line| line.starts_with("waiting for a server: "));
+    assert!(waits, "the command does not wait");
+    let _server = Ended(serve_at(port, &at("data"), &models));
+    let mut rest = String::new();
+    errors.read_to_string(&mut rest).unwrap();
+    assert!(running.0.wait().unwrap().success(), "{rest}");
+    let address = format!("http://127.0.0.1:{port}");
+    succeed(&mut command(&address, input, &at("plain"), &WEIGHTS));
+    assert_same(&at("plain"), &at("named"));
+}
+
+#[test]
+fn several_connections_write_what_one_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    write_lines(&at("x.jsonl"), &pairs(80));
+    let input = at("x.jsonl");
+    let input = input.to_str().unwrap();
+    let run = |connections: &str| {
+        let proxy = Proxy::in_front_of(&server.address);
+        let more = ["--part-rows", "8", "--connections", connections];
+        let args = [&WEIGHTS[..], &more].concat();
+        succeed(&mut command(&proxy.url(), input, &at(connections), &args));
+        proxy.connections()
+    };
+    run("1");
+    // One more is opened at the start.
+    let opened = run("4");
+    assert!(opened > 4, "{opened} connections");
+    assert_same(&at("1"), &at("4"));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn refused_rows_are_sent_again_after_the_time_that_the_server_names() {
     let dir = tempfile::tempdir().unwrap();
@@ -1154,11 +1202,14 @@ async fn the_own_engine_writes_what_a_server_does() {
     write_lines(&at("x.jsonl"), &pairs(40));
     let input = at("x.jsonl");
     let input = input.to_str().unwrap();
-    let own = ["--part-rows", "16", "--models", &models, "--device", "cpu"];
-    // The address of a server is not used.
-    let args = [&WEIGHTS[..], &own].concat();
-    let text = succeed(&mut command("http://127.0.0.1:1", input, &at("own"), &args));
-    assert!(text.contains("complete: 3 parts, 40 rows"), "{text}");
+    for (out, device) in [("own", "cpu"), ("two", "cpu,cpu")] {
+        let own = ["--part-rows", "16", "--models", &models, "--device", device];
+        // The address of a server is not used.
+        let args = [&WEIGHTS[..], &own].concat();
+        let text = succeed(&mut command("http://127.0.0.1:1", input, &at(out), &args));
+        assert!(text.contains("complete: 3 parts, 40 rows"), "{text}");
+    }
+    assert_same(&at("own"), &at("two"));
     let server = Server::start_with(&at("data"), &models, &[]);
     let scores = expected(&server.client().await, &pairs(40)).await;
     for (row, score) in rows(&at("own")).iter().zip(&scores) {
