@@ -362,6 +362,21 @@ mod tests {
 
     use super::*;
 
+    /// Opens a bucket of Azure at a local port.
+    fn azure(listener: &TcpListener) -> PartStore {
+        // Selects the cryptography for TLS, as `main` does.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let options = [
+            ("AZURE_STORAGE_ENDPOINT", endpoint.as_str()),
+            ("AZURE_STORAGE_ACCOUNT_NAME", "account"),
+            ("AZURE_SKIP_SIGNATURE", "true"),
+            ("AZURE_ALLOW_HTTP", "true"),
+        ];
+        let options = options.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        PartStore::open("az://bucket/out/", &BTreeMap::from(options)).unwrap()
+    }
+
     /// Answers a request for the last two bytes of an object, and returns the request.
     async fn answer(listener: TcpListener) -> String {
         let (mut stream, _) = listener.accept().await.unwrap();
@@ -378,18 +393,8 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_of_a_part_is_read_from_azure() {
-        // Selects the cryptography for TLS, as `main` does.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let options = [
-            ("AZURE_STORAGE_ENDPOINT", endpoint.as_str()),
-            ("AZURE_STORAGE_ACCOUNT_NAME", "account"),
-            ("AZURE_SKIP_SIGNATURE", "true"),
-            ("AZURE_ALLOW_HTTP", "true"),
-        ];
-        let options = options.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        let store = PartStore::open("az://bucket/out/", &BTreeMap::from(options)).unwrap();
+        let store = azure(&listener);
         let answered = tokio::spawn(answer(listener));
         let read = store.read("x.parquet", Some(3..5)).await.unwrap();
         assert_eq!(read.as_deref(), Some(&b"st"[..]));
@@ -398,6 +403,50 @@ mod tests {
             request.starts_with("get /bucket/out/x.parquet ")
                 && request.contains("range: bytes=3-4\r\n"),
             "{request}"
+        );
+    }
+
+    /// Refuses all requests for lack of rights.
+    async fn refuse_all(listener: TcpListener) {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = Vec::new();
+            while !request.windows(4).any(|end| end == b"\r\n\r\n") {
+                assert!(stream.read_buf(&mut request).await.unwrap() > 0);
+            }
+            let answer =
+                b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+            stream.write_all(answer).await.unwrap();
+            // The client closes the connection. Bytes that nobody reads would reset it.
+            while stream.read_buf(&mut request).await.is_ok_and(|n| n > 0) {}
+        }
+    }
+
+    #[tokio::test]
+    async fn a_bucket_that_refuses_the_rights_is_named_with_those_that_are_needed() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let store = azure(&listener);
+        let refusing = tokio::spawn(refuse_all(listener));
+        let expected = "--out az://bucket/out/x.parquet: permission denied: give these credentials \
+                        the right to list, read and write objects there";
+        let read = store.read("x.parquet", None).await.unwrap_err();
+        assert_eq!(read.message(), expected);
+        let created = store.create("x.parquet", b"1".to_vec()).await.unwrap_err();
+        assert_eq!(created.message(), expected);
+        let replaced = store.replace("x.parquet", b"1".to_vec()).await.unwrap_err();
+        assert_eq!(replaced.message(), expected);
+        refusing.abort();
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_is_named_with_its_remedy() {
+        let store = PartStore::open("out", &BTreeMap::new()).unwrap();
+        let write = || Err::<(), _>(std::io::Error::from_raw_os_error(libc::ENOSPC));
+        let failure = store.blocking("x.parquet", write).await.unwrap_err();
+        let message = failure.message();
+        assert!(
+            message.starts_with("--out out/x.parquet: ")
+                && message.ends_with(": free some space and run the command again: it continues"),
+            "{message}"
         );
     }
 
