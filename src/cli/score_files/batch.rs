@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use super::fleet::{CallError, Fleet, ScoringAnswer, ScoringCall};
 use super::row::{InputRow, PromptAnswers, RowContent};
 use crate::cli::failure::Failure;
-use crate::cli::score::{pair, row_error, text};
+use crate::cli::score::{logged, pair, row_error, text};
 use crate::domain::dataset::Text;
 use crate::rpc::client::{Code, is_transient};
 use crate::rpc::pb;
@@ -149,7 +149,10 @@ fn calls(options: &pb::ScoringOptions, rows: &[InputRow]) -> Vec<RowCall> {
             bytes = 0;
         }
         bytes += size;
-        pairs.push(pair(place.to_string(), row));
+        pairs.push(pb::Pair {
+            logged: logged::message(&row.logged),
+            ..pair(place.to_string(), row)
+        });
         places.push(place);
     }
     if !pairs.is_empty() {
