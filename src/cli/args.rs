@@ -952,13 +952,23 @@ pub struct ScoreArgs {
 const RETRIES_OF_SCORES: &str = "Time in seconds for which rows are sent again while the server \
     has no room for any of them";
 
-/// The log-probs of rows that `score` uses.
+/// The log-probs of rows that `score` and `score-files` use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum LoggedColumns {
     /// The reference's: ref_chosen_logps and ref_rejected_logps.
     Reference,
     /// The reference's and the policy's: chosen_logps and rejected_logps, too.
     Both,
+}
+
+impl LoggedColumns {
+    /// Returns the value of `--logged`.
+    pub fn name(self) -> &'static str {
+        match self {
+            LoggedColumns::Reference => "reference",
+            LoggedColumns::Both => "both",
+        }
+    }
 }
 
 /// Format of the parts that `score-files` writes.
@@ -1061,6 +1071,12 @@ pub struct ScoreFilesArgs {
     /// How the inputs are read.
     #[command(flatten)]
     pub reading: DataArgs,
+    /// Use log-probs that the rows have: those of the reference (ref_chosen_logps and
+    /// ref_rejected_logps), or those of both models (chosen_logps and rejected_logps, too), so that
+    /// no model computes the rows, if rewards are sums over tokens. A row without them, or with
+    /// several answers, has an error.
+    #[arg(long, value_enum)]
+    pub logged: Option<LoggedColumns>,
     /// Columns of the input to copy into the output, separated by commas. In Parquet they are text.
     #[arg(long, value_name = "COL,COL", value_delimiter = ',')]
     pub carry: Vec<String>,

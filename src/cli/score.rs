@@ -1,7 +1,7 @@
 //! `bradley score`: streams the pairs of files to the server and prints their scores as they
 //! come.
 
-mod logged;
+pub(super) mod logged;
 pub(super) mod result;
 mod unprinted;
 
@@ -512,7 +512,7 @@ pub(super) fn row_error(message: &str) -> String {
         ("pair.logged.tokens_a ", "the number of tokens of chosen "),
         ("pair.logged.tokens_b ", "the number of tokens of rejected "),
     ];
-    // The first ones are of `score --logged`, whose rows have no numbers of tokens.
+    // The first ones are of `--logged`, with which rows have no numbers of tokens.
     const INSTRUCTIONS: [(&str, &str); 4] = [
         (
             "add the number of tokens, or set options.normalization to SUM",

@@ -35,7 +35,7 @@ use self::reader::{PartNaming, PartReader, PartToScore, PlannedRows, Shard};
 use self::row::RowReading;
 use self::store::PartStore;
 use self::weights::WeightsIdentity;
-use super::args::{Output, PartFormat, ScoreFilesArgs};
+use super::args::{LoggedColumns, Output, PartFormat, ScoreFilesArgs};
 use super::data::ColumnMap;
 use super::failure::{self, Failure, Outcome};
 use super::loopback::LoopbackServer;
@@ -264,7 +264,10 @@ async fn score(
         false => names.without_jobs("--models", MERGED_REMEDY),
     };
     weights::complete_names(&client, &names, &mut options).await?;
-    if let Some(warning) = same_model_warning(&options.policy, &options.reference) {
+    // With log-probs in the rows, the rewards are not against the named reference.
+    if args.logged.is_none()
+        && let Some(warning) = same_model_warning(&options.policy, &options.reference)
+    {
         warn(&warning);
     }
     let patience = Duration::from_secs(args.fleet.retry_timeout);
@@ -278,6 +281,7 @@ async fn score(
         template_args: options.chat_template_kwargs_json.clone(),
         tools: options.tools_json.clone(),
         columns: columns.pairs(),
+        logged: args.logged.map_or("", LoggedColumns::name).to_owned(),
         precision: match args.models.is_empty() {
             true => String::new(),
             false => args.precision.clone(),
@@ -293,18 +297,22 @@ async fn score(
         rows: args.part_rows.into(),
         format: args.out_format,
     };
+    let mut about = vec![
+        ("bradley.policy", weights.policy.clone()),
+        ("bradley.reference", weights.reference.clone()),
+        ("bradley.normalization", weights.normalization.clone()),
+        ("bradley.options_hash", naming.options.clone()),
+    ];
+    if !run.logged.is_empty() {
+        about.push(("bradley.logged", run.logged.clone()));
+    }
     let work = ScoringRun {
         fleet,
         options,
         out: out.clone(),
         format: args.out_format,
         carry: args.carry.clone(),
-        about: vec![
-            ("bradley.policy", weights.policy.clone()),
-            ("bradley.reference", weights.reference.clone()),
-            ("bradley.normalization", weights.normalization.clone()),
-            ("bradley.options_hash", naming.options.clone()),
-        ],
+        about,
         done: AtomicU64::new(0),
     };
     let planned = Arc::new(PlannedRows::default());
@@ -317,6 +325,7 @@ async fn score(
         rows: RowReading {
             carry: args.carry,
             columns,
+            logged: args.logged,
             ..Default::default()
         },
         planned: Arc::clone(&planned),

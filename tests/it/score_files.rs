@@ -21,7 +21,7 @@ use parquet::schema::parser::parse_message_type;
 use rand::{Rng as _, SeedableRng as _};
 use serde_json::{Map, Value, json};
 
-use crate::attacks::{peak_kib, peak_kib_while_running};
+use crate::attacks::{Column, peak_kib, peak_kib_while_running};
 use crate::backends::{Fault, Proxy, S3, signal};
 use crate::refusing_server::RefusingServer;
 use crate::server::{Server, create, finish, free_port, job, upload};
@@ -564,6 +564,195 @@ async fn columns_are_mapped_and_logged_log_probs_are_not_used() {
         2,
     );
     assert!(text.contains("did you mean chosen=good?"), "{text}");
+}
+
+/// Returns the lines that `bradley score` prints as JSON for the rows of a file.
+fn printed(server: &str, input: &str, more: &[&str]) -> Vec<Value> {
+    let out = Command::new(crate::support::binary())
+        .args(["score", "--server", server, "--format", "json"])
+        .args(["--data", input])
+        .args(more)
+        .env_remove("BRADLEY_CONFIG")
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", said(&out));
+    let text = String::from_utf8(out.stdout).unwrap();
+    let lines = text.lines();
+    lines
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logged_log_probs_give_the_scores_that_score_prints() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let models = models(dir.path());
+    let server = Server::start_with(&at("data"), &models, &[]);
+    let mut all = pairs(40);
+    let scores = expected(&server.client().await, &all).await;
+    // Log-probs that none of the models gives.
+    for (row, score) in all.iter_mut().zip(&scores) {
+        let (a, b) = (score.a.as_ref().unwrap(), score.b.as_ref().unwrap());
+        row["theirs"] = json!(a.reference_logprob * 1.5);
+        row["ref_rejected_logps"] = json!(b.reference_logprob * 0.5);
+        row["chosen_logps"] = json!(a.policy_logprob * 0.5);
+        row["rejected_logps"] = json!(b.policy_logprob * 1.5);
+    }
+    write_lines(&at("x.jsonl"), &all);
+    let input = at("x.jsonl");
+    let input = input.to_str().unwrap();
+    let mapped = "ref_chosen_logps=theirs";
+    let policy = ["--policy", "models/tuned", "--columns", mapped];
+    for logged in ["reference", "both"] {
+        let args = [&policy[..], &["--logged", logged]].concat();
+        let text = succeed(&mut command(&server.address, input, &at(logged), &args));
+        // The policy is not compared with itself.
+        assert!(!text.contains("warning: "), "{text}");
+        let lines = printed(&server.address, input, &args);
+        let written = rows(&at(logged));
+        assert_eq!((written.len(), lines.len()), (all.len(), all.len()));
+        for (i, row) in written.iter().enumerate() {
+            for (column, place) in [
+                ("probability", "/probability"),
+                ("margin", "/margin"),
+                ("policy_logprob_a", "/chosen/policy_logprob"),
+                ("policy_logprob_b", "/rejected/policy_logprob"),
+                ("reference_logprob_a", "/chosen/reference_logprob"),
+                ("reference_logprob_b", "/rejected/reference_logprob"),
+                ("reward_a", "/chosen/reward"),
+                ("reward_b", "/rejected/reward"),
+                ("tokens_a", "/chosen/tokens"),
+                ("tokens_b", "/rejected/tokens"),
+            ] {
+                let found = lines[i].pointer(place);
+                assert_eq!(Some(&row[column]), found, "{column} of {row:?}");
+            }
+            assert_eq!(row["reference_logprob_a"], all[i]["theirs"]);
+            assert_ne!(row["margin"], json!(scores[i].margin));
+            assert_eq!(row["error"], Value::Null);
+        }
+        assert_eq!(manifest(&at(logged))["run"]["logged"], json!(logged));
+    }
+    // Runs with other log-probs, or without any, do not continue this one.
+    let mut without = command(&server.address, input, &at("both"), &policy);
+    let text = fail(&mut without, 2);
+    let difference = "--logged (there: both, here: none)";
+    assert!(text.contains(difference), "{text}");
+    // The own engine is the same service.
+    let own = ["--logged", "both", "--models", &models, "--device", "cpu"];
+    let args = [&policy[..], &own].concat();
+    succeed(&mut command("http://127.0.0.1:1", input, &at("own"), &args));
+    assert_eq!(rows(&at("own")), rows(&at("both")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_named_reference_checks_some_of_the_logged_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    let mut all = pairs(200);
+    let scores = expected(&server.client().await, &all).await;
+    let run = |name: &str, rows: &[Value]| {
+        write_lines(&at(name), rows);
+        let args = [&WEIGHTS[..], &["--logged", "reference"]].concat();
+        let input = at(name);
+        let out = at(&format!("{name}-scored"));
+        succeed(&mut command(
+            &server.address,
+            input.to_str().unwrap(),
+            &out,
+            &args,
+        ));
+        out
+    };
+    for (row, score) in all.iter_mut().zip(&scores) {
+        let (a, b) = (score.a.as_ref().unwrap(), score.b.as_ref().unwrap());
+        row["ref_chosen_logps"] = json!(a.reference_logprob);
+        row["ref_rejected_logps"] = json!(b.reference_logprob);
+    }
+    for (row, score) in rows(&run("right.jsonl", &all)).iter().zip(&scores) {
+        assert_is_score(row, score);
+    }
+    for row in &mut all {
+        row["ref_chosen_logps"] = json!(row["ref_chosen_logps"].as_f64().unwrap() - 1.0);
+    }
+    let written = rows(&run("wrong.jsonl", &all));
+    let errors: Vec<&str> = written
+        .iter()
+        .filter_map(|row| row["error"].as_str())
+        .collect();
+    assert!((1..100).contains(&errors.len()), "{} of 200", errors.len());
+    for error in errors {
+        assert!(
+            error.starts_with("ref_chosen_logps is -")
+                && error.contains("but --reference gives -")
+                && error.contains("1.0000 nats apart"),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_without_usable_log_probs_has_an_error_that_names_the_column() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let server = Server::start_with(&at("data"), &models(dir.path()), &[]);
+    let line = |columns: &[(&str, f64)]| {
+        let mut row = pairs(2).remove(1);
+        for (column, sum) in columns {
+            row[*column] = json!(sum);
+        }
+        row
+    };
+    let lines = [
+        line(&[("theirs", -1.5), ("ref_rejected_logps", -2.0)]),
+        line(&[("ref_rejected_logps", -2.0)]),
+        line(&[]),
+        line(&[("theirs", 0.5), ("ref_rejected_logps", -2.0)]),
+        json!({"prompt": "p", "completions": [" a", " b"]}),
+    ];
+    write_lines(&at("x.jsonl"), &lines);
+    let of_lines = [
+        "theirs is missing, but the row has ref_rejected_logps",
+        "theirs and ref_rejected_logps are missing",
+        "theirs is 0.5: a log-prob is a finite number",
+        "--logged takes rows with one chosen and one rejected answer",
+    ];
+    let text = |texts: [&'static str; 3]| Column::Text(texts.map(Some).to_vec());
+    let columns = vec![
+        text(["1 2", "2 3", "3 4"]),
+        text([" 3", " 4", " 5"]),
+        text([" 0"; 3]),
+        Column::Float(vec![Some(-1.5), Some(f32::NAN), None]),
+        Column::Double(vec![Some(-3.5), Some(-1.0), None]),
+    ];
+    let schema = "required binary prompt (UTF8); required binary chosen (UTF8);
+                  required binary rejected (UTF8); optional float theirs;
+                  optional double ref_rejected_logps;";
+    crate::attacks::write_parquet(&at("y.parquet"), schema, columns);
+    let of_records = [
+        "theirs is \"NaN\": it must be one number",
+        "theirs and ref_rejected_logps are missing",
+    ];
+    let mapped = ["--columns", "ref_chosen_logps=theirs"];
+    let args = [&WEIGHTS[..2], &mapped, &["--logged", "reference"]].concat();
+    for (input, expected) in [("x.jsonl", &of_lines[..]), ("y.parquet", &of_records[..])] {
+        let (file, out) = (at(input), at(&format!("{input}-scored")));
+        let file = file.to_str().unwrap();
+        let text = succeed(&mut command(&server.address, file, &out, &args));
+        let warning = format!("the first error is in row 2 of {input}: {}", expected[0]);
+        assert!(text.contains(&warning), "{text}");
+        let written = rows(&out);
+        assert_eq!(written.len(), expected.len() + 1);
+        assert_eq!(written[0]["error"], Value::Null);
+        assert_eq!(written[0]["reference_logprob_a"], json!(-1.5));
+        for (row, expected) in written[1..].iter().zip(expected) {
+            let error = row["error"].as_str().unwrap();
+            assert!(error.starts_with(*expected), "{error}");
+            assert_eq!(row["probability"], Value::Null);
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,4 +1,4 @@
-//! The log-probs in the rows' columns, for `--logged`.
+//! The log-probs in the rows' columns, for `--logged` of `score` and `score-files`.
 
 use crate::cli::args::LoggedColumns;
 use crate::domain::dataset::{IssueReason, PreferenceRow, RowIssue};
@@ -8,13 +8,16 @@ use crate::domain::logged::{
 use crate::rpc::pb;
 use crate::train::rows::RowReader;
 
-/// Removes the log-probs that are not to be sent from the rows. A row that lacks one that is to be
-/// sent becomes a finding.
+/// Applies [`select_columns`] to rows. A row with an error becomes a finding.
 pub(super) fn rows(rows: RowReader, columns: Option<LoggedColumns>) -> RowReader {
     Box::new(rows.map(move |row| select_columns(row?, columns)))
 }
 
-fn select_columns(
+/// Removes the log-probs that are not to be sent from a row.
+///
+/// # Errors
+/// Returns a finding if the row lacks one that is to be sent.
+pub(in crate::cli) fn select_columns(
     row: PreferenceRow,
     columns: Option<LoggedColumns>,
 ) -> Result<PreferenceRow, RowIssue> {
@@ -53,7 +56,7 @@ fn select_columns(
 }
 
 /// Converts the log-probs of a row. Answer a of its pair is the chosen one.
-pub(super) fn message(logged: &LoggedLogprobs) -> Option<pb::LoggedLogprobs> {
+pub(in crate::cli) fn message(logged: &LoggedLogprobs) -> Option<pb::LoggedLogprobs> {
     let sums = |sums: &LoggedSums| match sums {
         LoggedSums::Given([a, b]) => (Some(*a), Some(*b)),
         _ => (None, None),

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use super::fleet::{CallError, Fleet, ScoringAnswer, ScoringCall};
 use super::row::{InputRow, PromptAnswers, RowContent};
 use crate::cli::failure::{Failure, Outcome};
-use crate::cli::score::{pair, row_error, text};
+use crate::cli::score::{logged, pair, row_error, text};
 use crate::domain::dataset::Text;
 use crate::rpc::client::{Code, Status, from_rpc_status, is_transient, retry_after};
 use crate::rpc::pb;
@@ -145,7 +145,10 @@ fn calls(options: &pb::ScoringOptions, rows: &[InputRow]) -> Vec<RowCall> {
             bytes = 0;
         }
         bytes += size;
-        pairs.push(pair(place.to_string(), row));
+        pairs.push(pb::Pair {
+            logged: logged::message(&row.logged),
+            ..pair(place.to_string(), row)
+        });
         places.push(place);
     }
     if !pairs.is_empty() {

@@ -27,7 +27,7 @@ const MAX_READS: usize = 16;
 /// Maximum number of characters of a value in the error about another run.
 const MAX_SHOWN: usize = 80;
 /// Fields of a [`RunDescription`], with the words for them in the error about another run.
-const WORDS: [(&str, &str); 13] = [
+const WORDS: [(&str, &str); 14] = [
     ("weights.policy", "--policy"),
     ("weights.reference", "--reference"),
     ("weights.normalization", "--normalization"),
@@ -40,6 +40,7 @@ const WORDS: [(&str, &str); 13] = [
     ("template_args", "--template-args"),
     ("tools", "--tools"),
     ("columns", "--columns"),
+    ("logged", "--logged"),
     ("precision", "--precision"),
     ("carry", "--carry"),
     ("part_rows", "--part-rows"),
@@ -68,6 +69,9 @@ pub(super) struct RunDescription {
     /// The mapped columns, as `--columns` has them, sorted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub columns: Vec<String>,
+    /// The value of `--logged`; empty without the flag.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub logged: String,
     /// Precision of this process's own engine; empty with servers, which have one of their own.
     pub precision: String,
     /// Names of the columns of the inputs that the parts have, too.
@@ -81,7 +85,7 @@ pub(super) struct RunDescription {
 impl RunDescription {
     /// Returns the hash of everything that a score depends on, and of the columns, in hex.
     pub(super) fn options_hash(&self) -> String {
-        let part = json!({
+        let mut part = json!({
             "weights": self.weights,
             "beta": self.beta.map(f64::to_bits),
             "max_length": self.max_length,
@@ -91,6 +95,10 @@ impl RunDescription {
             "precision": self.precision,
             "carry": self.carry,
         });
+        // Runs without it keep the hash that they had before this flag existed.
+        if !self.logged.is_empty() {
+            part["logged"] = json!(self.logged);
+        }
         blake3::hash(part.to_string().as_bytes())
             .to_hex()
             .to_string()
@@ -331,6 +339,7 @@ mod tests {
             template_args: String::new(),
             tools: String::new(),
             columns: columns.iter().map(|pair| (*pair).to_owned()).collect(),
+            logged: String::new(),
             precision: String::new(),
             carry: Vec::new(),
             part_rows: 8,
@@ -379,6 +388,7 @@ mod tests {
             template_args: "{}".to_owned(),
             tools: "[]".to_owned(),
             columns: vec!["id=key".to_owned(), "prompt=p".to_owned()],
+            logged: "both".to_owned(),
             precision: "f32".to_owned(),
             carry: vec!["a".to_owned(), "b".to_owned()],
             part_rows: 9,
@@ -397,6 +407,7 @@ mod tests {
             "--template-args (there: none, here: {})",
             "--tools (there: none, here: [])",
             "--columns (there: none, here: id=key,prompt=p)",
+            "--logged (there: none, here: both)",
             "--precision (there: none, here: f32)",
             "--carry (there: none, here: a,b)",
             "--part-rows (there: 8, here: 9)",
@@ -405,5 +416,18 @@ mod tests {
             assert_eq!(said.matches(wanted).count(), 1, "{wanted}: {said}");
         }
         assert!(!said.contains("weights."), "{said}");
+    }
+
+    #[test]
+    fn the_log_probs_that_are_used_are_in_the_hash() {
+        let hash = |logged: &str| {
+            let run = RunDescription {
+                logged: logged.to_owned(),
+                ..run(&[])
+            };
+            run.options_hash()
+        };
+        let hashes = ["", "reference", "both"].map(hash);
+        assert!(hashes[0] != hashes[1] && hashes[0] != hashes[2] && hashes[1] != hashes[2]);
     }
 }

@@ -4,7 +4,9 @@ use std::sync::OnceLock;
 
 use serde_json::{Map, Value};
 
+use crate::cli::args::LoggedColumns;
 use crate::cli::data::ColumnMap;
+use crate::cli::score::logged::select_columns;
 use crate::domain::dataset::{IssueReason, PreferenceRow, RowIssue, Text};
 use crate::domain::message::TemplateArguments;
 use crate::train::rows::names::COMPLETIONS_COLUMN;
@@ -12,6 +14,9 @@ use crate::train::rows::{pairs_of_line, pairs_of_record};
 
 /// Maximum number of answers to one prompt: the limit of ScoreCompletions.
 const MAX_ANSWERS: usize = 256;
+/// Error of a row with several answers, the log-probs of which no call takes.
+const SEVERAL_WITH_LOGGED: &str = "--logged takes rows with one chosen and one rejected answer: \
+    give each pair a row of its own with its log-probs, or leave --logged out";
 
 /// A row of an input.
 #[derive(Debug)]
@@ -52,6 +57,8 @@ pub(super) struct RowReading {
     pub carry: Vec<String>,
     /// The names that columns of the input have in our format.
     pub columns: ColumnMap,
+    /// The log-probs that rows must have and that are used.
+    pub logged: Option<LoggedColumns>,
     /// All columns of the first row of JSON that was read.
     pub first_columns: OnceLock<Vec<String>>,
 }
@@ -95,10 +102,11 @@ impl RowReading {
         let has_completions = fields
             .get(COMPLETIONS_COLUMN)
             .is_some_and(|completions| !completions.is_null());
-        let mut content = match has_completions {
+        let content = match has_completions {
             true => answers(row, fields),
             false => pairs(row, fields),
         };
+        let mut content = content.and_then(|content| self.with_logged(content));
         if let Ok(RowContent::Answers(answers)) = &mut content {
             for column in &mut answers.columns {
                 *column = self.columns.original(column);
@@ -122,6 +130,22 @@ impl RowReading {
                 RowContent::Bad(issue.message_with_field())
             }),
         }
+    }
+
+    /// Removes the log-probs that are not used from a pair.
+    ///
+    /// # Errors
+    /// Returns a finding if the pair lacks one that is used.
+    fn with_logged(&self, content: RowContent) -> Result<RowContent, RowIssue> {
+        Ok(match content {
+            RowContent::Pair(pair) => {
+                RowContent::Pair(Box::new(select_columns(*pair, self.logged)?))
+            }
+            RowContent::Answers(_) if self.logged.is_some() => {
+                RowContent::Bad(SEVERAL_WITH_LOGGED.to_owned())
+            }
+            other => other,
+        })
     }
 }
 
@@ -380,6 +404,47 @@ mod tests {
         assert!(matches!(read(&alike).content, RowContent::Answers(row) if row.answers.len() == 3));
         let different = row([&["q", "a", "q2", "b"], &["q", "c"]]);
         assert!(refusal(&different).contains("continue different prompts"));
+    }
+
+    #[test]
+    fn a_row_has_the_log_probs_that_are_used_or_an_error() {
+        let content = |logged: LoggedColumns, line: &str| {
+            let reading = RowReading {
+                logged: Some(logged),
+                ..reading(&["ref_chosen_logps=theirs"])
+            };
+            reading.line(1, line.as_bytes()).unwrap().content
+        };
+        let line = r#"{"prompt": "p", "chosen": "a", "rejected": "b", "theirs": -1.5,
+            "ref_rejected_logps": -2, "chosen_logps": -3, "rejected_logps": -4}"#;
+        let sums = |content: RowContent| {
+            let RowContent::Pair(pair) = content else {
+                panic!("{content:?}")
+            };
+            let logged = pair.logged;
+            (logged.of_reference().ok(), logged.of_policy().ok())
+        };
+        assert_eq!(sums(read(line).content), (None, None));
+        let (of_reference, of_policy) = (Some([-1.5, -2.0]), Some([-3.0, -4.0]));
+        let found = sums(content(LoggedColumns::Reference, line));
+        assert_eq!(found, (of_reference, None));
+        let found = sums(content(LoggedColumns::Both, line));
+        assert_eq!(found, (of_reference, of_policy));
+        let one = r#"{"prompt": "p", "chosen": "a", "rejected": "b", "ref_rejected_logps": -2}"#;
+        let none = r#"{"prompt": "p", "chosen": "a", "rejected": "b"}"#;
+        let several = r#"{"prompt": "p", "chosen": "a", "rejected": ["b", "c"]}"#;
+        let completions = r#"{"prompt": "p", "completions": ["a"]}"#;
+        for (line, expected) in [
+            (one, "theirs is missing, but the row has ref_rejected_logps"),
+            (none, "theirs and ref_rejected_logps are missing: add the"),
+            (several, "--logged takes rows with one chosen and one"),
+            (completions, "--logged takes rows with one chosen and one"),
+        ] {
+            let RowContent::Bad(message) = content(LoggedColumns::Both, line) else {
+                panic!("{line}")
+            };
+            assert!(message.starts_with(expected), "{message}");
+        }
     }
 
     #[test]

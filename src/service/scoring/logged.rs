@@ -20,7 +20,8 @@ pub struct LoggedPair {
     /// Σ log π_ref of each answer, in nats. The reference then computes nothing. Only a reference
     /// that the request names also computes one pair in 16, as a check.
     pub reference: Option<[f64; 2]>,
-    /// Log-probs under the policy. No model computes anything then, and no text is needed.
+    /// Log-probs under the policy. No model computes anything then, not even as a check, and no
+    /// text is needed.
     pub policy: Option<LoggedPolicy>,
 }
 

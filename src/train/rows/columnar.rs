@@ -326,12 +326,15 @@ fn fields_of(
             return Err(invalid_weight(row, &weight.to_string()));
         }
         let is_ours = COLUMNS.contains(&name) || name == COMPLETIONS_COLUMN;
+        let is_carried = choice.columns.contains(column);
         let value = match to_json(field) {
-            Ok(value) if is_ours => without_nulls(value),
-            Ok(value) => value,
-            Err(_) if choice.columns.contains(column) || is_logged_column(name) => {
+            // JSON has no such number; as a text it is reported.
+            Ok(_) if is_logged_column(name) && !is_carried && not_finite(field).is_some() => {
                 Value::String(field.to_string())
             }
+            Ok(value) if is_ours => without_nulls(value),
+            Ok(value) => value,
+            Err(_) if is_carried || is_logged_column(name) => Value::String(field.to_string()),
             Err(_) if !is_ours => Value::Bool(true),
             Err(kind) => {
                 let message = format!("{column} holds {kind}: use {}", names::legal(name));
@@ -520,7 +523,10 @@ mod tests {
     #[test]
     fn a_log_prob_of_an_unusable_type_is_quoted() {
         let decimal = Field::Decimal(Decimal::from_i32(-150, 8, 2));
-        let quoted = json!({"chosen_logps": decimal.to_string()});
-        assert_eq!(fields(&[("chosen_logps", decimal)]), quoted);
+        let nan = Field::Double(f64::NAN);
+        for value in [decimal, nan] {
+            let quoted = json!({"chosen_logps": value.to_string()});
+            assert_eq!(fields(&[("chosen_logps", value)]), quoted);
+        }
     }
 }
